@@ -1,0 +1,82 @@
+"""Everything that llmpruner raises on purpose.
+
+    LlmprunerError                  one clear line; the CLI prints it and exits with code 2
+    ├── PluginError                 a plugin is broken, or breaks the rules of a hook
+    │   ├── DuplicateNameError      two plugins use one name
+    │   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
+    ├── ModelError                  a model cannot be found, read or used
+    │   └── UnsupportedModelError   it is readable, but its structure is not understood
+    ├── CouplingError               a family's groups contradict the model's parameters
+    ├── DataError                   calibration, recovery or evaluation data is missing or malformed
+    ├── SelectionError              the amount asked for cannot be reached under the constraints
+    ├── PlanError                   a plan is malformed, or belongs to another model
+    ├── CheckpointError             a checkpoint is damaged
+    ├── OutputError                 an output exists already, or cannot be written
+    └── MissingExtraError           an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LlmprunerError(Exception):
+    """Base of the tree. The message is one line that says what is wrong, what was expected, what to do."""
+
+
+class PluginError(LlmprunerError):
+    """A plugin is broken, or what it registers breaks the rules of its hook."""
+
+
+class DuplicateNameError(PluginError):
+    """Two plugins register the same name; the message names both."""
+
+
+class UnknownNameError(PluginError):
+    """A name that nothing is registered under."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        super().__init__(f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}.")
+
+
+class ModelError(LlmprunerError):
+    """A model cannot be found, read or used."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model can be read, but its structure is not understood well enough to be cut exactly."""
+
+
+class CouplingError(LlmprunerError):
+    """Coupled groups contradict the parameters of the model."""
+
+
+class DataError(LlmprunerError):
+    """Calibration, recovery or evaluation data is missing, empty or malformed."""
+
+
+class SelectionError(LlmprunerError):
+    """The amount asked for cannot be reached under the constraints of the groups."""
+
+
+class PlanError(LlmprunerError):
+    """A pruning plan is malformed, or was made for another model."""
+
+
+class CheckpointError(LlmprunerError):
+    """A checkpoint is damaged or incomplete."""
+
+
+class OutputError(LlmprunerError):
+    """An output exists already, or cannot be written."""
+
+
+class MissingExtraError(LlmprunerError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'llmpruner[{extra}]'")

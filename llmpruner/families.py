@@ -1,0 +1,122 @@
+"""ModelFamily: everything that llmpruner needs to know about one kind of model, and nothing about the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .coupling import CoupledGroup, CouplingGraph
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class ModelFamily:
+    """What a plugin gives for one model architecture.
+
+    The smallest useful family is two lines, because structure is discovered automatically::
+
+        class MyFamily(ModelFamily):
+            name = "my-model"
+            model_types = ("my_model",)
+
+    Override `coupled_groups` to declare the structure instead, and `refresh` when modules store counts that
+    must follow a cut. A family is created without arguments and keeps no state.
+    """
+
+    name: ClassVar[str] = ""
+    """What ``--family`` takes; lower case, unique over all plugins."""
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """The ``model_type`` values of ``config.json`` that this family understands."""
+    extends: ClassVar[str | None] = None
+    """Name of the family this one specialises; when both match a model, this one wins."""
+    protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
+    """Share of layers at either end that are left alone unless the user selects layers: the first and last
+    three of 30, as LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Whether this family understands ``config``. Must be cheap, and false when in doubt."""
+        return config.model_type in self.model_types
+
+    def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+        """The coupled groups of a model with this configuration, without its weights.
+
+        The default discovers them by tracing the model on the meta device.
+        """
+        from .discovery import discover_groups
+
+        return discover_groups(config)
+
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        """Set attributes that must follow a cut. Parameters are already cut when this is called.
+
+        ``counts``: group name → units kept, for every group that lost units (layers already renumbered).
+        Attributes changed here are found by comparison and saved with the checkpoint.
+        """
+
+    def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+        """Other stock configurations that may describe a uniformly cut model that its own class refuses.
+
+        ``config`` is the candidate that was refused or did not fit. Whatever is returned is verified against
+        the real shapes before it is used.
+        """
+        del config
+        return ()
+
+    def format_prompt(self, instruction: str, input: str = "") -> str:
+        """The prompt that recovery trains on and ``generate --chat`` uses: Alpaca's, unless overridden."""
+        return alpaca_prompt(instruction, input)
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The instruction format of Stanford Alpaca, which the paper's recovery uses."""
+    if input:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+
+
+def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
+    """The coupling graph of a dense model: the family's groups, checked against the shapes of an instance that
+    is built on the meta device, so that it costs no memory whatever the size."""
+    from .loading import meta_model
+
+    return graph_of(meta_model(config), lambda: family.coupled_groups(config))
+
+
+def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]]) -> CouplingGraph:
+    """``groups`` checked against the parameters of ``model``."""
+    names: dict[int, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        first = names.setdefault(id(parameter), name)
+        if first != name:
+            ties[name] = first
+    return CouplingGraph(tuple(groups()), shapes, decoder_layers(model), ties)
+
+
+def decoder_layers(model: Any) -> str:
+    """Path of the module list that holds the decoder layers: the longest list of like modules with parameters.
+
+    Raises `UnsupportedModelError` when there is none.
+    """
+    from torch import nn
+
+    from .errors import UnsupportedModelError
+
+    lists = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    with_parameters = [entry for entry in lists if any(True for _ in model.get_submodule(entry[2]).parameters())]
+    expected = getattr(model.config, "num_hidden_layers", None)
+    exact = [entry for entry in with_parameters if entry[0] == expected]
+    if not with_parameters:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
+    return max(exact or with_parameters)[2]

@@ -1,0 +1,107 @@
+"""Span builders for the layouts that language models really use.
+
+Every builder returns spans for one coupled group; a family strings them together. ``biases=True`` adds the
+bias of each producing projection. Weights are ``[out, in]`` as in ``torch.nn.Linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .coupling import Blocks, IndexMap, Role, Span
+
+
+def produces(module: str, index: IndexMap, *, bias: bool = False) -> list[Span]:
+    """Rows of ``module.weight`` (and of ``module.bias``)."""
+    spans = [Span(f"{module}.weight", 0, Role.PRODUCES, index)]
+    if bias:
+        spans.append(Span(f"{module}.bias", 0, Role.PRODUCES, index))
+    return spans
+
+
+def consumes(module: str, index: IndexMap) -> list[Span]:
+    """Columns of ``module.weight``."""
+    return [Span(f"{module}.weight", 1, Role.CONSUMES, index)]
+
+
+def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
+    """``down(act(gate(x)) · up(x))`` with separate gate and up projections; a unit is one channel."""
+    channel = Blocks(width)
+    return (*produces(gate, channel, bias=bias), *produces(up, channel, bias=bias), *consumes(down, channel))
+
+
+def packed_gated_mlp(gate_up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
+    """As `gated_mlp`, with gate rows ``0…F−1`` and up rows ``F…2F−1`` packed in one projection."""
+    return (
+        *produces(gate_up, Blocks(width), bias=bias),
+        *produces(gate_up, Blocks(width, start=width), bias=bias),
+        *consumes(down, Blocks(width)),
+    )
+
+
+def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
+    """``down(act(up(x)))``; a unit is one channel."""
+    return (*produces(up, Blocks(width), bias=bias), *consumes(down, Blocks(width)))
+
+
+def grouped_query_attention(
+    q: str, k: str, v: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
+) -> tuple[Span, ...]:
+    """Separate projections; a unit is one KV head with its ``heads/kv_heads`` query heads."""
+    query, key = Blocks(kv_heads, heads // kv_heads * head_dim), Blocks(kv_heads, head_dim)
+    return (
+        *produces(q, query, bias=bias),
+        *produces(k, key, bias=bias),
+        *produces(v, key, bias=bias),
+        *consumes(o, query),
+    )
+
+
+def query_heads(q: str, o: str, heads: int, head_dim: int, *, bias: bool = False) -> tuple[Span, ...]:
+    """Query heads alone; the group must set ``blocks`` to the number of KV heads."""
+    head = Blocks(heads, head_dim)
+    return (*produces(q, head, bias=bias), *consumes(o, head))
+
+
+def fused_qkv_attention(
+    qkv: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
+) -> tuple[Span, ...]:
+    """One projection holding all queries, then all keys, then all values (Phi-3, ChatGLM2/3)."""
+    query = Blocks(kv_heads, heads // kv_heads * head_dim)
+    key = Blocks(kv_heads, head_dim, start=heads * head_dim)
+    value = Blocks(kv_heads, head_dim, start=(heads + kv_heads) * head_dim)
+    return (
+        *(span for index in (query, key, value) for span in produces(qkv, index, bias=bias)),
+        *consumes(o, query),
+    )
+
+
+def interleaved_qkv_attention(
+    qkv: str, o: str, kv_heads: int, head_dim: int, *, queries: int = 1, bias: bool = False
+) -> tuple[Span, ...]:
+    """One projection holding, per KV head, its ``queries`` query heads, then key, then value (GPT-NeoX,
+    BLOOM, ChatGLM-6B with ``queries=1``; Falcon's new decoder with more)."""
+    return (
+        *produces(qkv, Blocks(kv_heads, (queries + 2) * head_dim), bias=bias),
+        *consumes(o, Blocks(kv_heads, queries * head_dim)),
+    )
+
+
+def hidden_channels(
+    width: int,
+    *,
+    embeddings: Sequence[str],
+    consumers: Sequence[str],
+    producers: Sequence[str],
+    norms: Sequence[str],
+    producer_bias: bool = False,
+) -> tuple[Span, ...]:
+    """The residual stream of a model with RMS norms. ``embeddings`` produce along their columns, ``consumers``
+    read it (lm_head included), ``producers`` write it, ``norms`` are the norm modules over it."""
+    channel = Blocks(width)
+    return (
+        *(Span(f"{m}.weight", 1, Role.PRODUCES, channel) for m in embeddings),
+        *(s for m in producers for s in produces(m, channel, bias=producer_bias)),
+        *(Span(f"{m}.weight", 0, Role.NORM, channel) for m in norms),
+        *(s for m in consumers for s in consumes(m, channel)),
+    )

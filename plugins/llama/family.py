@@ -1,0 +1,74 @@
+"""The coupled structure of LLaMA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, QUERY, CoupledGroup, ModelFamily, layouts
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+
+class LlamaFamily(ModelFamily):
+    """LLaMA 1, 2 and 3, and every model that shares its ``model_type``."""
+
+    name = "llama"
+    model_types = ("llama",)
+
+    def coupled_groups(self, config: LlamaConfig) -> Sequence[CoupledGroup]:
+        groups = []
+        for n in range(config.num_hidden_layers):
+            groups += self._layer(config, n)
+        layers = [f"model.layers.{n}" for n in range(config.num_hidden_layers)]
+        hidden = layouts.hidden_channels(
+            config.hidden_size,
+            embeddings=["model.embed_tokens"],
+            consumers=[
+                *(f"{p}.self_attn.{m}" for p in layers for m in ("q_proj", "k_proj", "v_proj")),
+                *(f"{p}.mlp.{m}" for p in layers for m in ("gate_proj", "up_proj")),
+                "lm_head",
+            ],
+            producers=[f"{p}.{m}" for p in layers for m in ("self_attn.o_proj", "mlp.down_proj")],
+            norms=[*(f"{p}.{m}" for p in layers for m in ("input_layernorm", "post_attention_layernorm")), "model.norm"],
+        )
+        groups.append(CoupledGroup("hidden", HIDDEN, config.hidden_size, hidden))
+        groups.append(CoupledGroup("layers", LAYER, config.num_hidden_layers, modules=tuple(layers)))
+        return groups
+
+    def _layer(self, config: LlamaConfig, n: int) -> list[CoupledGroup]:
+        path = f"model.layers.{n}"
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        q, k, v, o = (f"{path}.self_attn.{m}_proj" for m in "qkvo")
+        gate, up, down = (f"{path}.mlp.{m}_proj" for m in ("gate", "up", "down"))
+        attention = layouts.grouped_query_attention(
+            q, k, v, o, heads, kv_heads, config.head_dim, bias=config.attention_bias
+        )
+        mlp = layouts.gated_mlp(gate, up, down, config.intermediate_size, bias=config.mlp_bias)
+        groups = [
+            CoupledGroup(f"layers.{n}.attention", ATTENTION, kv_heads, attention, layer=n),
+            CoupledGroup(f"layers.{n}.mlp", MLP, config.intermediate_size, mlp, layer=n),
+        ]
+        if heads > kv_heads:
+            spans = layouts.query_heads(q, o, heads, config.head_dim, bias=config.attention_bias)
+            groups.append(
+                CoupledGroup(f"layers.{n}.query", QUERY, heads, spans, layer=n, blocks=kv_heads, minimum=kv_heads)
+            )
+        return groups
+
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        """Query heads per KV head follow the projections, because eager attention repeats keys by them."""
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+
+    def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+        """A LLaMA whose hidden size is no multiple of its heads is exactly a Mistral without a sliding window."""
+        from transformers import MistralConfig
+
+        if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+            return ()
+        skip = {"model_type", "architectures", "transformers_version", "attention_bias", "mlp_bias", "pretraining_tp"}
+        values = {k: v for k, v in config.to_dict().items() if k not in skip}
+        return [MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])]
