@@ -19,10 +19,14 @@ _EXPORTS = {
         "UnsupportedModelError",
     ),
     "families": ("ModelFamily", "alpaca_prompt", "build_graph"),
+    "checkpoint": ("load_pruned", "save_checkpoint"),
+    "registration": ("register",),
     "checkpoint_readers": ("CheckpointReader",),
     "hookspecs": ("hookimpl",),
+    "meta": ("meta_model",),
     "importance.base": ("ImportanceCriterion", "ParameterSignals", "Signal"),
-    "recovery.base": ("RecoveryJob", "RecoverySettings", "RecoveryStrategy"),
+    "recovery.base": ("RecoveryJob", "RecoverySettings", "RecoveryStrategy", "TrainingResult"),
+    "recovery.sharegpt": ("read_sharegpt",),
     "plugins": ("Catalog", "PluginHost", "plugin_manager"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

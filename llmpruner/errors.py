@@ -1,18 +1,18 @@
 """Everything that llmpruner raises on purpose.
 
-    LlmprunerError                  one clear line; the CLI prints it and exits with code 2
-    ├── PluginError                 a plugin is broken, or breaks the rules of a hook
-    │   ├── DuplicateNameError      two plugins use one name
-    │   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
-    ├── ModelError                  a model cannot be found, read or used
-    │   └── UnsupportedModelError   it is readable, but its structure is not understood
-    ├── CouplingError               a family's groups contradict the model's parameters
-    ├── DataError                   calibration, recovery or evaluation data is missing or malformed
-    ├── SelectionError              the amount asked for cannot be reached under the constraints
-    ├── PlanError                   a plan is malformed, or belongs to another model
-    ├── CheckpointError             a checkpoint is damaged
-    ├── OutputError                 an output exists already, or cannot be written
-    └── MissingExtraError           an optional dependency is not installed
+LlmprunerError                  one clear line; the CLI prints it and exits with code 2
+├── PluginError                 a plugin is broken, or breaks the rules of a hook
+│   ├── DuplicateNameError      two plugins use one name
+│   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
+├── ModelError                  a model cannot be found, read or used
+│   └── UnsupportedModelError   it is readable, but its structure is not understood
+├── CouplingError               a family's groups contradict the model's parameters
+├── DataError                   calibration, recovery or evaluation data is missing or malformed
+├── SelectionError              the amount asked for cannot be reached under the constraints
+├── PlanError                   a plan is malformed, or belongs to another model
+├── CheckpointError             a checkpoint is damaged
+├── OutputError                 an output exists already, or cannot be written
+└── MissingExtraError           an optional dependency is not installed
 """
 
 from __future__ import annotations

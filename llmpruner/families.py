@@ -67,6 +67,11 @@ class ModelFamily:
         """The prompt that recovery trains on and ``generate --chat`` uses: Alpaca's, unless overridden."""
         return alpaca_prompt(instruction, input)
 
+    def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+        """Questions with their answers as recovery trains on them: (prompt, answer) pairs whose texts follow one
+        another. An answer that brings its own end-of-sequence token gets no second one."""
+        return [(self.format_prompt(question), answer) for question, answer in exchanges]
+
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """The instruction format of Stanford Alpaca, which the paper's recovery uses."""
@@ -86,7 +91,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     """The coupling graph of a dense model: the family's groups, checked against the shapes of an instance that
     is built on the meta device, so that it costs no memory whatever the size."""
-    from .loading import meta_model
+    from .meta import meta_model
 
     return graph_of(meta_model(config), lambda: family.coupled_groups(config))
 
@@ -119,4 +124,5 @@ def decoder_layers(model: Any) -> str:
     exact = [entry for entry in with_parameters if entry[0] == expected]
     if not with_parameters:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
-    return max(exact or with_parameters)[2]
+    path: str = max(exact or with_parameters)[2]
+    return path

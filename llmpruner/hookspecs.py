@@ -51,7 +51,8 @@ def llmpruner_importance_criteria() -> Sequence[type[ImportanceCriterion]]:
 def llmpruner_recovery_strategies() -> Sequence[type[RecoveryStrategy]]:
     """Recovery strategies for ``recover --strategy``.
 
-    Return a list of `RecoveryStrategy` subclasses. They are created when chosen, with the recovery settings.
+    Return a list of `RecoveryStrategy` subclasses. They are created without arguments when chosen;
+    settings come with the job.
     """
     raise NotImplementedError
 

@@ -67,7 +67,7 @@ def plugin_manager(*, entry_points: bool = True) -> PluginHost:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     if os.environ.get("LLMPRUNER_TRACE"):
-        manager.trace.root.setwriter(lambda line: sys.stderr.write(line))
+        manager.trace.root.setwriter(sys.stderr.write)
         manager.enable_tracing()
     host = PluginHost(manager)
     manager.register(builtin, "builtin")
@@ -121,7 +121,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             raise PluginError(f"{package} registers {cls!r} as a {self.kind}; expected a subclass of {base.__name__}")
         name = getattr(cls, "name", "")
         if not (isinstance(name, str) and name and name == name.strip().lower()):
-            raise PluginError(f"{self.kind} {cls.__name__} of {package} has the name {name!r}; expected lower case text")
+            raise PluginError(
+                f"{self.kind} {cls.__name__} of {package} has the name {name!r}; expected lower case text"
+            )
         if name in self._classes:
             raise DuplicateNameError(
                 f"two {self.kind} classes are named '{name}': {self._classes[name].__name__} of "
@@ -203,7 +205,9 @@ class Catalog:
                 "choose one with --family, or install a plugin"
             )
         names = ", ".join(f"{f.name} ({self.families.package_of(f.name)})" for f in left)
-        raise UnsupportedModelError(f"several families match model type '{config.model_type}': {names}; choose with --family")
+        raise UnsupportedModelError(
+            f"several families match model type '{config.model_type}': {names}; choose with --family"
+        )
 
     def _ancestors(self, family: ModelFamily) -> Iterable[str]:
         parent, seen = family.extends, {family.name}

@@ -16,6 +16,7 @@ from torch import nn
 
 from .coupling import CoupledGroup, CouplingGraph, Role, Span, index_map
 from .errors import PlanError
+from .modeling_llmpruner import follow_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,9 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
             for unit in units:
                 counts[unit // per_block] += 1
             if len(set(counts)) > 1:
-                raise PlanError(f"group '{name}' must keep the same number of units in each of its {group.blocks} blocks")
+                raise PlanError(
+                    f"group '{name}' must keep the same number of units in each of its {group.blocks} blocks"
+                )
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], list[int]]:
@@ -121,6 +124,7 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     axes = kept_indices(graph, kept)
     moved = _module_moves(graph, kept)
     names = renamed(graph, kept)
+    numbers = layer_numbers(graph, kept)
     groups = []
     for group in graph.groups:
         if group.name not in names:
@@ -134,7 +138,7 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
                 name=names[group.name],
                 units=len(units),
                 spans=spans,
-                layer=None if group.layer is None else _layer_number(graph, group.layer, moved),
+                layer=None if group.layer is None else numbers[group.layer],
                 blocks=len({u // per_block for u in units}),
                 minimum=min(group.minimum, len(units)),
                 modules=tuple(_move(group.modules[u], moved) or "" for u in units) if group.modules else (),
@@ -150,7 +154,10 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
 
 
 def surviving_units(
-    graph: CouplingGraph, kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]] | None = None
+    graph: CouplingGraph,
+    kept: Kept,
+    group: CoupledGroup,
+    axes: Mapping[tuple[str, int], list[int]] | None = None,
 ) -> list[int]:
     """The units of ``group`` that remain: kept, and not taken away by another group that owns the same indices
     (a query head goes with its KV head)."""
@@ -166,18 +173,12 @@ def surviving_units(
 
 def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
     """Old group name → name after the cut, for the groups that remain (removed layers renumber the others)."""
-    moved = _module_moves(graph, kept)
-    names: dict[str, str] = {}
-    for group in graph.groups:
-        if group.layer is None:
-            names[group.name] = group.name
-            continue
-        path = f"{graph.layers}.{group.layer}"
-        target = _move(path, moved)
-        if target is not None:
-            number = target.rsplit(".", 1)[1]
-            names[group.name] = group.name.replace(f"layers.{group.layer}.", f"layers.{number}.", 1)
-    return names
+    numbers = layer_numbers(graph, kept)
+    return {
+        g.name: g.name if g.layer is None else g.name.replace(f"layers.{g.layer}.", f"layers.{numbers[g.layer]}.", 1)
+        for g in graph.groups
+        if g.layer is None or g.layer in numbers
+    }
 
 
 def _restrict_span(
@@ -221,21 +222,6 @@ def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replace
     follow_shape(module, leaf)
 
 
-def follow_shape(module: nn.Module, leaf: str) -> None:
-    """Make the sizes that torch and transformers modules store agree with their parameter ``leaf``."""
-    shape = tuple(getattr(module, leaf).shape)
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        module.out_features, module.in_features = shape
-    elif isinstance(module, nn.Embedding) and leaf == "weight":
-        module.num_embeddings, module.embedding_dim = shape
-        if module.padding_idx is not None and module.padding_idx >= shape[0]:
-            module.padding_idx = None
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = shape
-    elif type(module).__name__ == "Conv1D" and leaf == "weight":
-        module.nx, module.nf = shape
-
-
 def _module_moves(graph: CouplingGraph, kept: Kept) -> dict[str, str | None]:
     """Path of every decoder layer → its path after the cut (None: removed). Empty when no layer goes."""
     gone = set(removed_modules(graph, kept))
@@ -253,17 +239,20 @@ def _module_moves(graph: CouplingGraph, kept: Kept) -> dict[str, str | None]:
     return moves
 
 
+def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
+    """Layer number before the cut → after it, for the layers that remain."""
+    moves = _module_moves(graph, kept)
+    if not moves:
+        return {n: n for n in range(graph.num_layers)}
+    return {n: int(new.rsplit(".", 1)[1]) for n in range(graph.num_layers) if (new := moves[f"{graph.layers}.{n}"])}
+
+
 def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
     """Where a module or parameter path is after the cut; None when it is gone."""
     for old, new in moves.items():
         if path == old or path.startswith(old + "."):
             return None if new is None else new + path[len(old) :]
     return path
-
-
-def _layer_number(graph: CouplingGraph, layer: int, moves: Mapping[str, str | None]) -> int:
-    target = _move(f"{graph.layers}.{layer}", moves)
-    return layer if target is None else int(target.rsplit(".", 1)[1])
 
 
 def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
@@ -273,7 +262,7 @@ def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> No
     layers = model.get_submodule(graph.layers)
     if not isinstance(layers, nn.ModuleList):
         raise PlanError(f"'{graph.layers}' is not a list of layers")
-    stay = [n for n in range(graph.num_layers) if moves[f"{graph.layers}.{n}"] is not None]
+    stay = list(layer_numbers(graph, kept))
     remaining = [layers[n] for n in stay]
     parent, _, leaf = graph.layers.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList(remaining))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -26,6 +27,7 @@ class RecoverySettings:
     micro_batch_size: int = 4
     cutoff: int = 256
     warmup_steps: int = 100
+    """At most; runs shorter than a thousand steps warm up over a tenth of their steps."""
     loss_on: Literal["all", "answers"] = "all"
     seed: int = 0
     autocast: bool = False
@@ -34,24 +36,37 @@ class RecoverySettings:
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """What a strategy works on. ``examples``: a dataset of ``input_ids`` and ``labels`` (int lists, −100 is not
-    trained on), already truncated. ``graph``: the coupled groups of the pruned model, to choose parameters by
-    role instead of by name. ``work_dir``: kept between runs of the same job; put trainer checkpoints there and
-    resume from them."""
+    """What a strategy works on. ``examples``: rows of ``input_ids`` and ``labels`` (int lists of one length,
+    −100 is not trained on), already truncated. ``graph``: the coupled groups of the pruned model, to choose
+    parameters by role instead of by name. ``work_dir``: kept between runs of the same job; put trainer
+    checkpoints there and resume from them. ``on_step``: called after each optimizer step with its number from
+    1, the number of steps, and its loss."""
 
     model: PreTrainedModel
     tokenizer: Any
-    examples: Any
+    examples: Sequence[Mapping[str, list[int]]]
     graph: CouplingGraph
     settings: RecoverySettings
     work_dir: Path
+    on_step: Callable[[int, int, float], None] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a strategy gives back. ``losses``: mean loss per token of every optimizer step, those before an
+    interruption included. ``notes``: what the user should know, one line each."""
+
+    model: Any
+    losses: tuple[float, ...]
+    trainable_parameters: int
+    notes: tuple[str, ...] = ()
 
 
 class RecoveryStrategy:
     """Trains a pruned model. Created without arguments, stateless.
 
-    `train` returns the model to be saved: a plain transformers model, or a peft model whose adapters the core
-    merges (or saves alone, with ``--no-merge``).
+    `train` returns the model to be saved with its loss curve: a plain transformers model, or a peft model
+    whose adapters the core merges (or saves alone, with ``--no-merge``).
     """
 
     name: ClassVar[str] = ""
@@ -59,5 +74,5 @@ class RecoveryStrategy:
     summary: ClassVar[str] = ""
     """One line for ``--help`` and ``llmpruner plugins``."""
 
-    def train(self, job: RecoveryJob) -> Any:
+    def train(self, job: RecoveryJob) -> TrainingResult:
         raise NotImplementedError

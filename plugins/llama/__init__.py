@@ -1,12 +1,32 @@
-"""LLaMA: Hugging Face checkpoints with any number of KV heads."""
+"""LLaMA: Hugging Face checkpoints with any number of KV heads, and Meta's official format."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from llmpruner import hookimpl
 
 from .family import LlamaFamily
+from .meta_reader import MetaReader, convert_to_huggingface
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["LlamaFamily", "MetaReader", "convert_to_huggingface"]
 
 
 @hookimpl
 def llmpruner_model_families() -> list[type]:
     return [LlamaFamily]
+
+
+@hookimpl
+def llmpruner_checkpoint_readers() -> list[type]:
+    return [MetaReader]
+
+
+@hookimpl
+def llmpruner_commands(app: typer.Typer) -> None:
+    from .commands import add_commands
+
+    add_commands(app)

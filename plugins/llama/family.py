@@ -31,7 +31,10 @@ class LlamaFamily(ModelFamily):
                 "lm_head",
             ],
             producers=[f"{p}.{m}" for p in layers for m in ("self_attn.o_proj", "mlp.down_proj")],
-            norms=[*(f"{p}.{m}" for p in layers for m in ("input_layernorm", "post_attention_layernorm")), "model.norm"],
+            norms=[
+                *(f"{p}.{m}" for p in layers for m in ("input_layernorm", "post_attention_layernorm")),
+                "model.norm",
+            ],
         )
         groups.append(CoupledGroup("hidden", HIDDEN, config.hidden_size, hidden))
         groups.append(CoupledGroup("layers", LAYER, config.num_hidden_layers, modules=tuple(layers)))
@@ -59,16 +62,24 @@ class LlamaFamily(ModelFamily):
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
         """Query heads per KV head follow the projections, because eager attention repeats keys by them."""
+        del counts
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
-        """A LLaMA whose hidden size is no multiple of its heads is exactly a Mistral without a sliding window."""
+        """A LLaMA whose hidden size is no multiple of its heads is a Mistral without a sliding window."""
         from transformers import MistralConfig
 
         if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
             return ()
-        skip = {"model_type", "architectures", "transformers_version", "attention_bias", "mlp_bias", "pretraining_tp"}
+        skip = {
+            "model_type",
+            "architectures",
+            "transformers_version",
+            "attention_bias",
+            "mlp_bias",
+            "pretraining_tp",
+        }
         values = {k: v for k, v in config.to_dict().items() if k not in skip}
         return [MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])]

@@ -1,29 +1,50 @@
-"""What Vicuna adds to LLaMA: its name and its prompt."""
+"""What Vicuna adds to LLaMA: its name, its conversation format, and its delta weights."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
+from llmpruner_llama.deltas import DeltaFamily
 from llmpruner_llama.family import LlamaFamily
 
+from .conversation import V0_ZERO_SHOT, V1_1, Template, Turn
+from .recognition import Version, version_of
+
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
-
-class VicunaFamily(LlamaFamily):
-    """Vicuna v1.1 to v1.5. Its config says only ``llama``, so the checkpoint's own name decides, or ``--family``."""
+class VicunaFamily(LlamaFamily, DeltaFamily):
+    """Vicuna v1.1, v1.3 and v1.5."""
 
     name = "vicuna"
     extends = "llama"
+    version: ClassVar[Version] = "v1"
+    template: ClassVar[Template] = V1_1
 
     def matches(self, config: PreTrainedConfig) -> bool:
-        return super().matches(config) and "vicuna" in str(getattr(config, "name_or_path", "")).lower()
+        return super().matches(config) and version_of(config) == self.version
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
-        question = f"{instruction}\n{input}" if input else instruction
-        return f"{SYSTEM} USER: {question} ASSISTANT:"
+        return self.template.prompt(f"{instruction}\n{input}" if input else instruction)
+
+    def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Exchanges (question, answer) as pairs (prompt, answer) that joined are Vicuna's training text."""
+        turns = [turn for question, answer in exchanges for turn in (Turn("human", question), Turn("gpt", answer))]
+        return self.template.exchanges(turns)
+
+    def apply_delta(self, base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+        from .delta import apply_delta
+
+        apply_delta(base, delta, target, dtype)
+
+
+class VicunaV0Family(VicunaFamily):
+    """Vicuna v0, the first release: another conversation format, and one more token."""
+
+    name = "vicuna-v0"
+    version = "v0"
+    template = V0_ZERO_SHOT

@@ -1,0 +1,290 @@
+"""Discovery and the oracle on every causal language model that the installed transformers knows.
+
+    python benchmarks/support_matrix.py                 all types, two processes at a time, restartable
+    python benchmarks/support_matrix.py llama gpt2      these types again
+    python benchmarks/support_matrix.py --render        only write docs/support-matrix.md again
+
+Every type runs in a process of its own with a time limit, on a small random instance of its default
+configuration. Results are JSON lines; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "support_matrix.jsonl"
+PAGE = ROOT / "docs" / "support-matrix.md"
+TIME_LIMIT = 240
+WORKERS = 2
+
+KINDS = ("mlp", "attention", "query", "expert", "latent", "hidden", "layer")
+PARTS = {
+    "mlp": re.compile(r"mlp|feed_?forward|ffn|ffw|\bfc\d|experts|h_to_4h|intermediate|\.ff\b|channel_mix|\bw1\b", re.I),
+    "attention": re.compile(r"attn|attention", re.I),
+}
+"""What a type is said to have, whether or not discovery finds it: by the paths and classes of its modules."""
+
+REQUIRED = (
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 glm glm4 gpt2 gpt_neox gptj opt bloom falcon starcoder2 "
+    "stablelm olmo2 granite cohere smollm3 mixtral qwen3_moe olmoe"
+).split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types to run again; all that have no result yet otherwise")
+    parser.add_argument("--render", action="store_true", help="write the page from the results and stop")
+    parser.add_argument("--one", metavar="TYPE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(examine(options.one)))
+        return
+    if not options.render:
+        run(options.types)
+    PAGE.write_text(render(read()), encoding="utf-8")
+    print(f"{PAGE.relative_to(ROOT)} written")
+
+
+def all_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def examine(model_type: str) -> dict[str, Any]:
+    """Build, run, discover and verify one type; what stops it is the result."""
+    import torch
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    from llmpruner.discovery.tiny import random_instance, small_config
+    from llmpruner.discovery.verify import verify
+    from llmpruner.errors import UnsupportedModelError
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    result: dict[str, Any] = {"type": model_type, "stage": "build"}
+    started = time.monotonic()
+    try:
+        small = small_config(CONFIG_MAPPING[model_type]())
+        model = random_instance(small)
+        result["parameters"] = model.num_parameters()
+        result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
+        result["stage"] = "trace"
+        verdicts = verify(None, small, shrink=False)
+    except UnsupportedModelError as error:
+        result["reason"] = str(error)
+    except Exception as error:
+        result["reason"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+    else:
+        result["stage"] = "verified"
+        result["verdicts"] = [
+            {
+                "kind": v.kind,
+                "groups": v.groups,
+                "units": v.units,
+                "verdict": v.verdict,
+                "difference": v.difference if v.difference < 1e30 else None,
+                "where": v.where,
+                "reason": v.reason,
+                "checks": list(v.checks),
+                "follows": [str(f) for f in v.follows],
+            }
+            for v in verdicts
+        ]
+        result["blocked"] = blocked(small)
+    result["seconds"] = round(time.monotonic() - started, 1)
+    return result
+
+
+def has_part(model: Any, pattern: re.Pattern[str]) -> bool:
+    names = (f"{path} {type(module).__name__}" for path, module in model.named_modules())
+    return any(pattern.search(name) for name in names)
+
+
+def blocked(config: Any) -> list[list[Any]]:
+    """Axes of the first layers that are not offered, with reasons."""
+    from llmpruner.discovery import discover_graph
+
+    return [[b.parameter, b.axis, b.reason] for b in discover_graph(config).blocked][:40]
+
+
+def run(types: list[str]) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    results = read()
+    todo = types or [t for t in all_types() if t not in results]
+    lock = Lock()
+
+    def one(model_type: str) -> None:
+        result = in_process(model_type)
+        with lock:
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            kinds = {v["kind"]: v["verdict"] for v in result.get("verdicts", [])}
+            print(f"{model_type}: {kinds or result.get('reason', '')[:120]}", flush=True)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(one, todo))
+
+
+def in_process(model_type: str) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(Path(__file__)), "--one", model_type]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"type": model_type, "stage": "time limit", "reason": f"not finished within {TIME_LIMIT} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if lines:
+        result: dict[str, Any] = json.loads(lines[-1])
+        return result
+    last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
+    return {"type": model_type, "stage": "crash", "reason": f"exit status {done.returncode}: {last[:200]}"}
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """The latest result of every type."""
+    if not RESULTS.is_file():
+        return {}
+    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    return {r["type"]: r for r in map(json.loads, lines)}
+
+
+def counted(results: Iterable[Mapping[str, Any]], kind: str) -> tuple[int, int]:
+    """(types in which the kind is verified, types that have it)."""
+    has = [r for r in results if kind in r.get("has", []) or kind in verdicts(r)]
+    return sum(verdicts(r).get(kind, {}).get("verdict") == "verified" for r in has), len(has)
+
+
+def verdicts(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {v["kind"]: v for v in result.get("verdicts", [])}
+
+
+def render(results: Mapping[str, Mapping[str, Any]]) -> str:
+    import torch
+    import transformers
+
+    known = [results[t] for t in all_types() if t in results]
+    runnable = [r for r in known if "has" in r]
+    silent = [(r["type"], v) for r in runnable for v in r.get("verdicts", []) if v["verdict"] == "failed"]
+    lines = [
+        "# Support matrix",
+        "",
+        "<!-- Written by benchmarks/support_matrix.py; do not edit. -->",
+        "",
+        f"Every causal language model type that transformers {transformers.__version__} knows ({len(all_types())}), with "
+        f"torch {torch.__version__.split('+')[0]} and Python {platform.python_version()}: a small random instance of its "
+        "default configuration goes through [discovery](design.md) and the oracle, without any code for the type.",
+        "",
+        "*Verified* means that the oracle ran and agreed: uneven and even random cuts equal the silenced model in eager "
+        "attention and in the fused kernels the class has, generation with a cache equals generation without where the "
+        "dense model's does, and the saved checkpoint loads and gives the same logits. *Refused* means that the kind is "
+        "found but not offered, because the cut model cannot run, be saved, or prove anything. *Failed* means that a cut "
+        "model runs and silently disagrees. — means that discovery offers no such units.",
+        "",
+        f"- {len(known)} of {len(all_types())} types tried, {len(runnable)} of them can be built and run on a CPU.",
+    ]
+    for kind in KINDS:
+        good, of = counted(runnable, kind)
+        if of:
+            whose = "that have them" if kind in PARTS else "in which they are found"
+            lines.append(f"- {kind}: verified in {good} of {of} types {whose} ({good / of:.1%}).")
+    required = [t for t in REQUIRED if any(verdicts(results.get(t, {})).get(k, {}).get("verdict") != "verified" for k in PARTS)]
+    lines += [
+        f"- Silent failures: {len(silent)}.",
+        f"- Best-known types ({len(REQUIRED)}) in which MLP channels or attention are not verified: {', '.join(required) or 'none'}.",
+        "",
+        "| type | " + " | ".join(KINDS) + " | largest difference |",
+        "|---|" + "---|" * (len(KINDS) + 1),
+        *(row(r) for r in runnable),
+        "",
+        "## Why not",
+        "",
+        "What is there and is not verified, with the reason.",
+        "",
+        "| type | kind | reason |",
+        "|---|---|---|",
+        *(line for r in runnable for line in reasons(r)),
+        "",
+        "## Not counted",
+        "",
+        "Types whose small instance cannot be built or run on a CPU here.",
+        "",
+        "| type | reason |",
+        "|---|---|",
+        *(f"| {r['type']} | {plain(r.get('reason', ''))} |" for r in known if "has" not in r),
+        "",
+        "## What follows a cut",
+        "",
+        "Attributes and arguments that the oracle found must follow; `*` is the number of the layer.",
+        "",
+        *(f"- `{what}` ({kind}): {', '.join(types)}" for (what, kind), types in follows(runnable).items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def row(result: Mapping[str, Any]) -> str:
+    found = verdicts(result)
+    cells = [found[k]["verdict"] if k in found else "—" for k in KINDS]
+    differences = [v["difference"] for v in found.values() if v["verdict"] == "verified" and v["difference"] is not None]
+    return f"| {result['type']} | {' | '.join(cells)} | {f'{max(differences):.0e}' if differences else ''} |"
+
+
+def reasons(result: Mapping[str, Any]) -> list[str]:
+    found = verdicts(result)
+    lines = [
+        f"| {result['type']} | {v['kind']} | {v['verdict']}: {plain(v['reason'])}{where(v)} |"
+        for v in found.values()
+        if v["verdict"] != "verified"
+    ]
+    for kind in result["has"]:
+        if kind not in found:
+            why = result.get("reason") or why_blocked(result, PARTS[kind])
+            lines.append(f"| {result['type']} | {kind} | not found: {plain(why)} |")
+    return lines
+
+
+def where(verdict: Mapping[str, Any]) -> str:
+    return f" (first at {verdict['where']})" if verdict["where"] else ""
+
+
+def why_blocked(result: Mapping[str, Any], part: re.Pattern[str]) -> str:
+    """The commonest reason among the blocked axes of this part, other than norms over the residual stream."""
+    own = Counter(
+        reason for name, _, reason in result.get("blocked", []) if part.search(name) and "LayerNorm" not in reason
+    )
+    return own.most_common(1)[0][0] if own else "no unit of this kind"
+
+
+def follows(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        for kind, verdict in verdicts(result).items():
+            for what in verdict["follows"]:
+                found.setdefault((what, kind), []).append(result["type"])
+    return dict(sorted(found.items()))
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"0x[0-9a-f]+|/\S+/", "", text)).replace("|", "\\|").strip()
+
+
+if __name__ == "__main__":
+    main()

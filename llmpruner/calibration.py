@@ -1,0 +1,181 @@
+"""Calibration: a handful of token sequences that importance is measured on.
+
+Nothing has to be downloaded: by default the model writes its own text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError, MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+SELF = "self"
+_TEXT_FIELDS = ("text", "page", "content")
+_CHARACTERS_PER_TOKEN = 12
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """``input_ids``: int64, shape (samples, length), no padding. ``fingerprint``: SHA-256 over its bytes."""
+
+    input_ids: torch.Tensor
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def calibration_set(
+    source: str, model: PreTrainedModel, tokenizer: Any | None, *, samples: int, length: int, seed: int
+) -> CalibrationSet:
+    """``samples`` sequences of ``length`` tokens from ``self``, a ``.txt`` / ``.jsonl`` / ``.json`` file, or a
+    datasets name (``name``, ``name:config`` or ``name:config:split``).
+
+    Raises `DataError` when the source is missing, malformed, or too short.
+    """
+    if samples < 1 or length < 2:
+        raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+    if source == SELF:
+        return CalibrationSet(self_generated(model, tokenizer, samples, length, seed), SELF)
+    if tokenizer is None:
+        raise ModelError(f"the model brings no tokenizer, so it cannot be calibrated on '{source}'; use 'self'")
+    documents = read_documents(source)
+    return CalibrationSet(_windows(documents, tokenizer, samples, length, seed, source), source)
+
+
+def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, length: int, seed: int) -> torch.Tensor:
+    """Text sampled from the model itself: from BOS, temperature 1, no truncation of the distribution.
+
+    Returns int64 of shape (samples, length). Deterministic in ``seed``; torch's global generator is left as it was.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    bos = _first_token(model, tokenizer)
+    start = torch.full((samples, 1), bos, dtype=torch.long, device=model.device)
+    # EOS is suppressed so that every sequence has full length; padding would dilute the statistics.
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, min_new_tokens=length - 1,
+        eos_token_id=getattr(model.generation_config, "eos_token_id", None), pad_token_id=bos, bos_token_id=bos,
+    )  # fmt: skip
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        ids: torch.Tensor = model.generate(start, attention_mask=torch.ones_like(start), generation_config=config)
+    return ids.cpu()
+
+
+def _first_token(model: PreTrainedModel, tokenizer: Any | None) -> int:
+    generation = getattr(model, "generation_config", None)
+    for owner in (generation, model.config.get_text_config(), tokenizer):
+        for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
+            value = getattr(owner, name, None)
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int):
+                return value
+    return 0
+
+
+def read_documents(source: str) -> list[str]:
+    """The non-empty documents of a text source; see `calibration_set`."""
+    path = Path(source)
+    if path.is_file():
+        documents = _read_file(path)
+    elif path.suffix.lower() in (".txt", ".json", ".jsonl"):
+        raise DataError(f"file '{source}' does not exist")
+    else:
+        documents = _read_dataset(source)
+    documents = [text for text in documents if text.strip()]
+    if not documents:
+        raise DataError(f"'{source}' holds no text")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read '{path}' as UTF-8 text: {error}") from error
+    if path.suffix.lower() == ".jsonl":
+        return [_text_of(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix.lower() == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"'{path}' is not valid JSON: {error}") from error
+        if not isinstance(rows, list):
+            raise DataError(f"'{path}' must hold a list of rows")
+        return [_field_of(row, f"{path}, row {n}") for n, row in enumerate(rows, 1)]
+    return [text]
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON: {error}") from error
+    return _field_of(row, where)
+
+
+def _field_of(row: Any, where: str) -> str:
+    if isinstance(row, str):
+        return row
+    for name in _TEXT_FIELDS:
+        if isinstance(row, dict) and isinstance(row.get(name), str):
+            return str(row[name])
+    raise DataError(f"{where}: expected an object with one of the fields {', '.join(_TEXT_FIELDS)}")
+
+
+def _read_dataset(source: str) -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "recover") from error
+    name, config, split = [*source.split(":"), None, None][:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"'{source}' is neither a file nor a data set that can be loaded: {reason}") from error
+    return [_field_of(row, f"{source}, row {n}") for n, row in enumerate(rows)]
+
+
+def _windows(documents: list[str], tokenizer: Any, samples: int, length: int, seed: int, source: str) -> torch.Tensor:
+    """Random windows: a document drawn by its size, a random place in it, the first ``length`` tokens from there."""
+    import torch
+
+    rng = random.Random(seed)
+    span = length * _CHARACTERS_PER_TOKEN
+    weights = [len(text) for text in documents]
+    rows: list[list[int]] = []
+    for _ in range(samples * _ATTEMPTS):
+        if len(rows) == samples:
+            break
+        (text,) = rng.choices(documents, weights)
+        start = rng.randrange(max(1, len(text) - span + 1))
+        while 0 < start < len(text) and not text[start - 1].isspace():
+            start += 1
+        ids = tokenizer(text[start : start + span], add_special_tokens=False, verbose=False)["input_ids"][:length]
+        if len(ids) == length:
+            rows.append(ids)
+    if len(rows) < samples:
+        raise DataError(
+            f"'{source}' is too short for {samples} samples of {length} tokens; lower --samples or --length"
+        )
+    return torch.tensor(rows, dtype=torch.long)

@@ -1,0 +1,24 @@
+"""The command line. `main` is the one place where a handled error becomes one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ..errors import LlmprunerError
+
+
+def main() -> None:
+    """Entry point of the ``llmpruner`` command. ``--debug`` may stand anywhere and shows tracebacks."""
+    from .app import build_app
+    from .console import error_line
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
+    try:
+        build_app()(args=arguments, prog_name="llmpruner")
+    except LlmprunerError as error:
+        if debug:
+            raise
+        error_line(str(error))
+        sys.exit(2)

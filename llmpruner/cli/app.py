@@ -1,0 +1,86 @@
+"""Building the application: commands of the core, then those of plugins."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import DuplicateNameError
+from ..plugins import BrokenPlugin, Catalog, PluginHost, plugin_manager
+from . import demo, discover, evaluate, generate, plugins, prune, recover
+from .console import warning_line
+
+HELP = """
+Structural pruning of large language models: smaller, faster, still ordinary models.
+
+A model goes through [bold]discover[/] → [bold]plan[/] → [bold]prune[/] → [bold]recover[/] → [bold]evaluate[/];
+each command takes a model and leaves one. MODEL is a directory, a hub id, a .gguf file, or 'demo'.
+Try `llmpruner demo` first.
+"""
+
+
+def build_app(host: PluginHost | None = None) -> typer.Typer:
+    """The Typer application over a plugin host (by default: everything installed)."""
+    host = host or plugin_manager()
+    app = typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        help=HELP,
+        add_completion=True,
+    )
+
+    @app.callback()
+    def root(
+        ctx: typer.Context,
+        version: Annotated[
+            bool,
+            typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version),
+        ] = False,
+        debug: Annotated[
+            bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")
+        ] = False,
+    ) -> None:
+        del version, debug
+        ctx.obj = Catalog(host)
+        for broken in host.broken:
+            warning_line(str(broken))
+
+    for module in (demo, plugins, discover, prune, recover, evaluate, generate):
+        module.add_commands(app)
+    _add_plugin_commands(app, host)
+    return app
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"llmpruner {__version__}")
+        raise typer.Exit
+
+
+def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
+    owner = dict.fromkeys(_names(app), "llmpruner")
+    for impl in host.manager.hook.llmpruner_commands.get_hookimpls():
+        own = typer.Typer()
+        package = host.package_of(impl.plugin_name)
+        try:
+            impl.function(app=own)
+        except Exception as error:
+            reason = f"llmpruner_commands raised {type(error).__name__}: {error}"
+            host.broken.append(BrokenPlugin(impl.plugin_name, package, reason))
+            continue
+        for name in _names(own):
+            if name in owner:
+                raise DuplicateNameError(f"command '{name}' of {package} exists already in {owner[name]}")
+            owner[name] = package
+        app.registered_commands += own.registered_commands
+        app.registered_groups += own.registered_groups
+
+
+def _names(app: typer.Typer) -> list[str]:
+    commands = [
+        c.name or (c.callback.__name__.replace("_", "-") if c.callback else "") for c in app.registered_commands
+    ]
+    return commands + [str(g.name) for g in app.registered_groups]

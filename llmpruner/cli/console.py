@@ -1,0 +1,83 @@
+"""What the terminal shows: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress as Bar
+from rich.progress import TextColumn, track
+from rich.table import Table
+
+from ..progress import Progress
+
+T = TypeVar("T")
+
+out = Console()
+err = Console(stderr=True)
+
+
+def error_line(message: str) -> None:
+    err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def warning_line(message: str) -> None:
+    err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """A step of the work, for a person who waits."""
+    err.print(f"[dim]•[/] {escape(message)}", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> None:
+    """Print a table; the first ``left`` columns are text, the others are numbers."""
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan")
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(escape(str(cell)) for cell in row))
+    out.print(grid)
+
+
+def count(value: float) -> str:
+    """``106,202,880`` as ``106.20 M``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
+class RichProgress(Progress):
+    """Bars and notes on standard error."""
+
+    def track(self, items: Sequence[T], label: str) -> Iterable[T]:
+        return track(items, description=label, console=err, transient=True)
+
+    @contextlib.contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        """A bar that is moved by ``step(number, total, loss)``."""
+        columns = (*Bar.get_default_columns(), TextColumn("{task.fields[detail]}"))
+        with Bar(*columns, console=err, transient=True) as bar:
+            task = bar.add_task(label, total=None, detail="")
+
+            def step(number: int, total: int, loss: float) -> None:
+                bar.update(task, completed=number, total=total, detail=f"loss {loss:.3f}")
+
+            yield step
+
+    def status(self, label: str) -> None:
+        note(label)

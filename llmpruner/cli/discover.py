@@ -1,0 +1,107 @@
+"""``llmpruner discover``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from rich.tree import Tree
+
+from ..coupling import CoupledGroup, CouplingGraph
+from .console import count, out, print_json, table
+from .options import Family, Json, Model, RemoteCode, Revision, catalog_of
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(discover)
+
+
+def discover(
+    ctx: typer.Context,
+    model: Model,
+    family: Family = None,
+    revision: Revision = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show the coupled groups of a model: what must be removed together. Reads no weights."""
+    from ..loading import LoadOptions, load_config
+
+    options = LoadOptions(family=family, revision=revision, trust_remote_code=trust_remote_code)
+    loaded = load_config(model, catalog_of(ctx), options)
+    if as_json:
+        print_json({"model": model, "family": loaded.family.name, **_graph_json(loaded.graph)})
+        return
+    graph = loaded.graph
+    out.print(
+        f"[bold]{model}[/]: family {loaded.family.name}, {graph.num_layers} layers, "
+        f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
+    )
+    table(
+        "Coupled groups",
+        ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder"),
+        _summary(graph),
+    )
+    for kind in graph.kinds:
+        out.print(_tree(graph, graph.of_kinds([kind])[0]))
+
+
+def _summary(graph: CouplingGraph) -> list[tuple[str, str, str, str, str]]:
+    rows = []
+    for kind in graph.kinds:
+        groups = graph.of_kinds([kind])
+        units = sorted({g.units for g in groups})
+        cost = sorted({graph.parameters_per_unit(g) for g in groups})
+        inside = sum(g.units * graph.parameters_per_unit(g) for g in groups) / graph.decoder_parameters
+        share = f"{inside:.1%}" if kind != "hidden" else "all"
+        rows.append((kind, str(len(groups)), _range(units), _range(cost), share))
+    return rows
+
+
+def _range(values: list[int]) -> str:
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:
+    """One group as a tree: its spans by role, or its modules."""
+    constraint = f", the same number in each of {group.blocks} blocks" if group.blocks > 1 else ""
+    tree = Tree(f"[bold]{group.name}[/]: {group.units} units{constraint}")
+    for role in dict.fromkeys(span.role for span in group.spans):
+        spans = list(group.spans_with(role))
+        branch = tree.add(f"[cyan]{role.value}[/]")
+        for span in spans[:8]:
+            branch.add(
+                f"{span.parameter} {list(graph.shapes[span.parameter])} axis {span.axis}: {span.index}",
+                highlight=False,
+            )
+        if len(spans) > 8:
+            branch.add(f"… and {len(spans) - 8} more")
+    if group.modules:
+        tree.add(f"{group.modules[0]} … {group.modules[-1]}")
+    return tree
+
+
+def _graph_json(graph: CouplingGraph) -> dict[str, Any]:
+    return {
+        "layers": graph.num_layers,
+        "parameters": graph.total_parameters,
+        "decoder_parameters": graph.decoder_parameters,
+        "groups": [
+            {
+                "name": g.name,
+                "kind": g.kind,
+                "layer": g.layer,
+                "units": g.units,
+                "parameters_per_unit": graph.parameters_per_unit(g),
+                "blocks": g.blocks,
+                "minimum": g.minimum,
+                "spans": [
+                    {"parameter": s.parameter, "axis": s.axis, "role": s.role.value, "index": str(s.index)}
+                    for s in g.spans
+                ],
+                "modules": list(g.modules),
+            }
+            for g in graph.groups
+        ],
+        "blocked": [{"parameter": b.parameter, "axis": b.axis, "reason": b.reason} for b in graph.blocked],
+    }

@@ -1,0 +1,16 @@
+"""Automatic discovery of a model's coupled structure, and the oracle that proves it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {"discover_graph": "groups", "discover_groups": "groups", "Verdict": "verify", "verify": "verify"}
+
+__all__ = list(_EXPORTS)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'llmpruner.discovery' has no attribute '{name}'")
+    return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

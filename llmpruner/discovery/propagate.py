@@ -1,0 +1,292 @@
+"""Abstract interpretation of an exported graph: which indices of which axes can only go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from .ids import FIXED, FREE, TABLE, Identities, Ids, Mark
+
+
+class Origin(Enum):
+    CONSTANT = "constant"
+    """Depends on neither parameters nor inputs."""
+    WEIGHT = "weight"
+    """A parameter, moved about but not changed, save for a constant added."""
+    ACTIVATION = "activation"
+
+
+@dataclass(frozen=True)
+class Tag:
+    """A stage of an RMS norm, ``x · (mean(x²) + ε)^−½ · weight``, over the identities ``ids``."""
+
+    stage: str
+    ids: Ids
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known about a tensor: the identities along each axis.
+
+    ``selects``: for a tensor of indices, the identities of the axis it indexes. ``offset``: what was added to
+    a weight. ``numbers``: the content of a constant of integers.
+    """
+
+    axes: tuple[Ids, ...]
+    origin: Origin = Origin.ACTIVATION
+    offset: float = 0.0
+    selects: Ids | None = None
+    tag: Tag | None = None
+    numbers: Ids | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(ids) for ids in self.axes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.axes)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """``split``: which axis keeps the identities when a view splits one axis into several.
+    ``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can go."""
+
+    split: str = "first"
+    elastic: bool = False
+
+
+Rule = Callable[["Propagation", Node, list[Any], dict[str, Any]], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the index arithmetic of ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def uniform(size: int, value: int) -> Ids:
+    return np.full(size, value, dtype=np.int64)
+
+
+@dataclass
+class Propagation:
+    """One pass over a graph. ``parameters``: (name, axis) → identities. ``unknown``: operators without a rule."""
+
+    policy: Policy = field(default_factory=Policy)
+    ids: Identities = field(default_factory=Identities)
+    parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
+    offsets: list[tuple[Ids, float]] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+    where: str = ""
+
+    def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
+        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under (ties)."""
+        signature = program.graph_signature
+        inputs: list[Any] = []
+        for node in program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            name = signature.inputs_to_parameters.get(node.name)
+            if name is not None:
+                inputs.append(self.parameter(canonical[name], tuple(node.meta["val"].shape)))
+            elif node.name in signature.user_inputs:
+                inputs.append(self.opaque(node.meta.get("val"), Origin.ACTIVATION))
+            else:
+                value = self.opaque(node.meta.get("val"), Origin.CONSTANT)
+                inputs.append(with_numbers(value, program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))))
+        outputs = self.interpret(program.graph_module, inputs)
+        for value in _tensors(outputs):
+            if value.axes:
+                self.ids.mark(value.axes[-1], Mark.VOCABULARY)
+                for ids in value.axes[:-1]:
+                    self.ids.block(ids, "it is an axis of the output")
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+        axes = []
+        for axis, size in enumerate(shape):
+            key = name, axis
+            if key not in self.parameters:
+                self.parameters[key] = self.ids.new(size)
+            axes.append(self.parameters[key])
+        return Value(tuple(axes), Origin.WEIGHT)
+
+    def interpret(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        values: dict[Node, Any] = {}
+        arguments = iter(inputs)
+
+        def resolve(item: Any) -> Any:
+            if isinstance(item, Node):
+                return values[item]
+            if isinstance(item, list | tuple):
+                return [resolve(i) for i in item]
+            return item
+
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = next(arguments)
+            elif node.op == "get_attr":
+                target = _attribute(module, str(node.target))
+                values[node] = self.opaque(target, Origin.CONSTANT)
+            elif node.op == "output":
+                return resolve(node.args[0])
+            else:
+                arguments_ = [resolve(a) for a in node.args]
+                values[node] = self.call(node, arguments_, {k: resolve(v) for k, v in node.kwargs.items()})
+        return None
+
+    def call(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        name = operator_name(node.target)
+        self.where = f"{name} in {_module_of(node)}"
+        for tagged in _tensors([args, kwargs]):
+            if tagged.tag and tagged.tag.stage != "square" and name not in KEEPS_TAG:
+                self.ids.block(tagged.tag.ids, f"a norm without a weight of its own ({self.where})")
+        if name in RULES:
+            result = RULES[name](self, node, args, kwargs)
+        else:
+            result = self.unknown_operator(node, name, args, kwargs)
+        self.check(node, result)
+        return result
+
+    def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Block everything an operator without a rule touches, unless it only computes constants."""
+        operands = list(_tensors([args, kwargs]))
+        origin = self.origin_of(operands)
+        if any((ids >= 0).any() for v in operands for ids in v.axes):
+            self.unknown[name] = self.unknown.get(name, 0) + 1
+        for value in operands:
+            self.forbid(value, f"operator {name} is not understood ({self.where})")
+        return self.opaque(node.meta.get("val"), origin)
+
+    def forbid(self, value: Value, reason: str) -> None:
+        for ids in value.axes:
+            self.ids.block(ids, reason)
+        if value.selects is not None:
+            self.ids.block(value.selects, reason)
+
+    def origin_of(self, operands: Sequence[Value]) -> Origin:
+        constant = all(v.origin is Origin.CONSTANT for v in operands)
+        return Origin.CONSTANT if constant else Origin.ACTIVATION
+
+    def opaque(self, meta: Any, origin: Origin) -> Any:
+        """A value of the shape of ``meta`` whose axes hold no identities."""
+        if isinstance(meta, list | tuple):
+            return [self.opaque(m, origin) for m in meta]
+        if isinstance(meta, torch.Tensor):
+            return Value(tuple(self.plain(n, origin) for n in meta.shape), origin)
+        return meta
+
+    def plain(self, size: int, origin: Origin) -> Ids:
+        if size == 1:
+            return uniform(1, FREE)
+        return uniform(size, TABLE if origin is Origin.CONSTANT else FIXED)
+
+    def check(self, node: Node, result: Any) -> None:
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
+            raise AssertionError(f"rule for {node.target}: shape {result.shape}, not {tuple(meta.shape)}")
+
+    # The building blocks of rules.
+
+    def tie(self, left: Ids, right: Ids) -> Ids:
+        return self.ids.tie(left, right, f"tied to an axis that cannot be cut ({self.where})")
+
+    def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
+        """Align shapes from the right, tie axes of equal size, and repeat axes of size one."""
+        rank = max((v.ndim for v in operands), default=0)
+        axes: list[Ids] = []
+        for position in range(rank, 0, -1):
+            column = [v.axes[-position] for v in operands if v.ndim >= position]
+            size = next((len(c) for c in column if len(c) != 1), 1)
+            result: Ids | None = None
+            for ids in column:
+                if len(ids) == size:
+                    result = ids if result is None else self.tie(result, ids)
+                else:
+                    self.ids.block(ids, f"broadcast ({self.where})")
+            axes.append(uniform(size, FREE) if result is None else result)
+        return tuple(axes)
+
+    def contract(self, a: Ids, b: Ids, left: Value, right: Value) -> None:
+        """Sum over a common axis of two operands."""
+        if left.origin is Origin.WEIGHT and left.offset == 0 and right.origin is not Origin.WEIGHT:
+            a, b, left, right = b, a, right, left
+        self.tie(a, b)
+        if right.origin is Origin.WEIGHT and right.offset == 0:
+            self.ids.mark(b, Mark.CONSUMED)
+        else:
+            reason = f"summed over in a product of two activations ({self.where})"
+            self.ids.block(a, reason)
+            self.ids.block(b, reason)
+
+    def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
+        """Axes after a reduction; what is reduced cannot be cut."""
+        dims = range(value.ndim) if dims is None else dims
+        gone = {d % value.ndim for d in dims} if value.ndim else set()
+        axes = []
+        for d, ids in enumerate(value.axes):
+            if d not in gone:
+                axes.append(ids)
+                continue
+            self.ids.block(ids, f"reduced ({self.where})")
+            if keepdim:
+                axes.append(uniform(1, FREE))
+        return tuple(axes)
+
+
+KEEPS_TAG: set[str] = set()
+
+
+def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
+    """``value`` with its elements moved about."""
+    return replace(value, axes=tuple(axes), tag=None)
+
+
+def with_numbers(value: Any, constant: Any) -> Any:
+    """``value`` with the content of the constant of integers that it stands for."""
+    known = isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long
+    return replace(value, numbers=constant.numpy()) if known and isinstance(value, Value) else value
+
+
+def operator_name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return str(getattr(target, "__name__", target))
+    namespace, _, name = schema.name.partition("::")
+    return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+def _tensors(item: Any) -> list[Value]:
+    if isinstance(item, Value):
+        return [item]
+    if isinstance(item, dict):
+        item = list(item.values())
+    if isinstance(item, list | tuple):
+        return [v for i in item for v in _tensors(i)]
+    return []
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _module_of(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    return paths[-1] if paths else "the model"

@@ -1,0 +1,150 @@
+"""A shallow, weightless copy of a model, and its graph of ATen operators."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import UnsupportedModelError
+from ..families import decoder_layers
+from ..meta import meta_model, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+BATCH, TIME = 2, 7
+
+
+@dataclass(frozen=True)
+class Trace:
+    """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
+    ``stands_for``: number of each traced layer → the numbers of the real layers it represents."""
+
+    program: torch.export.ExportedProgram
+    model: PreTrainedModel
+    layers: str
+    stands_for: Mapping[int, tuple[int, ...]]
+
+
+def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
+    """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only.
+
+    Attention is traced in its eager form and experts in their batched form, which write the index arithmetic
+    out as ordinary operators. Raises `UnsupportedModelError` when the model cannot be built or exported.
+    """
+    config = copy.deepcopy(config)
+    for part in _configs(config):
+        part._attn_implementation = "eager"
+        part._experts_implementation = "batched_mm"
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
+    try:
+        model = meta_model(config)
+    except Exception as error:  # whatever a third-party constructor raises, the answer is the same
+        raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
+    layers = decoder_layers(model)
+    everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}  # type: ignore[arg-type]
+    if shallow:
+        stands_for = keep_one_of_each(model, layers)
+        if len(stands_for) < len(everything):
+            try:
+                return Trace(export(model), model, layers, stands_for)
+            except UnsupportedModelError:
+                # Some models index per-layer lists by the original numbers: trace them at full depth.
+                return trace(config, shallow=False)
+    return Trace(export(model), model, layers, everything)
+
+
+def export(model: PreTrainedModel) -> torch.export.ExportedProgram:
+    """`torch.export` of the logits for a batch of token ids, without a cache."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    make_fake(model, mode)
+    with mode:
+        inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
+    with torch.no_grad(), quiet_transformers():
+        try:
+            return torch.export.export(model, (), kwargs=inputs, strict=False)
+        except Exception as error:  # export reports unsupported code in many exception types
+            name = type(model).__name__
+            raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}") from error
+
+
+def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace all tensors by ones without storage that pretend to be on the CPU: on the meta device, constants
+    that the forward makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def fake(real: torch.Tensor) -> torch.Tensor:
+        if id(real) not in known:
+            with mode:
+                empty = torch.empty(real.shape, dtype=real.dtype)
+            is_parameter = isinstance(real, nn.Parameter)
+            known[id(real)] = real, nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+        return known[id(real)][1]
+
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = fake(tensor)  # type: ignore[assignment]
+
+
+def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
+    """Drop every decoder layer that looks like an earlier one; returns kept position → numbers represented."""
+    modules = model.get_submodule(layers)
+    if not isinstance(modules, nn.ModuleList):
+        return {}
+    config = model.config.get_text_config()
+    like: dict[Any, list[int]] = {}
+    for number, layer in enumerate(modules):
+        types = tuple(str(values[number]) for _, values in _per_layer_lists(config, len(modules)))
+        like.setdefault((types, _signature(layer, number)), []).append(number)
+    keep = sorted(numbers[0] for numbers in like.values())
+    members = {numbers[0]: tuple(numbers) for numbers in like.values()}
+    parent, _, leaf = layers.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList([modules[n] for n in keep]))
+    for new, old in enumerate(keep):
+        for module in modules[old].modules():
+            for name in ("layer_idx", "layer_id", "layer_number"):
+                if getattr(module, name, None) == old:
+                    setattr(module, name, new)
+    for name, values in _per_layer_lists(config, len(modules)):
+        setattr(config, name, [values[n] for n in keep])
+    config.num_hidden_layers = len(keep)
+    return {new: members[old] for new, old in enumerate(keep)}
+
+
+def _signature(layer: nn.Module, number: int) -> Any:
+    parameters = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters())
+    attributes = tuple(
+        (path, name, value)
+        for path, module in layer.named_modules()
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, bool | str | int) and not (value == number and not isinstance(value, bool))
+        and name not in ("layer_idx", "layer_id", "layer_number")
+    )
+    return tuple(type(m).__qualname__ for m in layer.modules()), parameters, attributes
+
+
+def _per_layer_lists(config: PreTrainedConfig, count: int) -> list[tuple[str, list[Any]]]:
+    return [
+        (name, value)
+        for name, value in vars(config).items()
+        if isinstance(value, list) and len(value) == count and not name.startswith("_")
+    ]
+
+
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

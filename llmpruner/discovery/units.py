@@ -1,0 +1,148 @@
+"""From connected identities to sets of like units with index maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..coupling import Blocks, Explicit, IndexMap, Role
+from .ids import Components, Ids, Mark
+from .propagate import Propagation
+
+Slot = tuple[str, int]
+"""A parameter and one of its axes."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the units own of one axis of a parameter of ``rank`` axes: ``rows`` of shape (units, k)."""
+
+    parameter: str
+    axis: int
+    role: Role
+    rows: Ids
+    offset: float = 0.0
+    rank: int = 2
+
+    def index_maps(self) -> list[IndexMap]:
+        """One map for every run of neighbouring indices that all units have in common."""
+        units, width = self.rows.shape
+        joined = (np.diff(self.rows, axis=1) == 1).all(axis=0) if width > 1 else np.zeros(0, dtype=bool)
+        starts = [0, *(np.flatnonzero(~joined) + 1).tolist(), width]
+        maps = []
+        for first, stop in zip(starts, starts[1:], strict=False):
+            maps.append(_compact(self.rows[:, first:stop], units))
+        return maps
+
+
+@dataclass(frozen=True)
+class Family:
+    """Like units: every one owns the same amount of the same axes."""
+
+    root: int
+    shares: tuple[Share, ...]
+    marks: frozenset[Mark]
+    blocks: int
+    minimum: int
+
+    @property
+    def units(self) -> int:
+        return int(self.shares[0].rows.shape[0])
+
+
+def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
+    """All sets of like units that can be removed, and for the axes that belong to none, why."""
+    parts = run.ids.components()
+    slots = list(run.parameters)
+    owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
+    ids = np.concatenate([run.parameters[s] for s in slots])
+    index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
+    roots = parts.label[ids]
+    open_ = ~_closed(parts)[roots]
+    reasons = _reasons(parts, slots, owner, roots, open_)
+    order = np.lexsort((index[open_], owner[open_], roots[open_]))
+    roots, owner, index = roots[open_][order], owner[open_][order], index[open_][order]
+    offsets = _offsets(run)
+    found = []
+    for (signature, pattern), members in _like(roots, owner, parts).items():
+        matrix = np.stack([index[a:b] for a, b in members])
+        matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
+        shares, column = [], 0
+        for slot, width in pattern:
+            name, axis = slots[slot]
+            first = run.parameters[slots[slot]][matrix[0, column]]
+            role = _role(parts, int(first))
+            rows, rank = matrix[:, column : column + width], sum(n == name for n, _ in slots)
+            shares.append(Share(name, axis, role, rows, offsets.get(int(first), 0.0), rank))
+            column += width
+        root = int(roots[members[0][0]])
+        marks = frozenset(m for m in Mark if parts.marked[m][root])
+        del signature
+        found.append(Family(root, tuple(shares), marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
+    return found, reasons
+
+
+def _closed(parts: Components) -> npt.NDArray[np.bool_]:
+    m = parts.marked
+    return m[Mark.BLOCKED] | m[Mark.VOCABULARY] | (m[Mark.SOFTMAX] & ~m[Mark.ROUTED])
+
+
+def _reasons(
+    parts: Components, slots: list[Slot], owner: Ids, roots: Ids, open_: npt.NDArray[np.bool_]
+) -> dict[Slot, str]:
+    reasons = {}
+    for n, slot in enumerate(slots):
+        mine = owner == n
+        if mine.any() and not (open_ & mine).any():
+            root = int(roots[mine][0])
+            if root in parts.reasons:
+                reasons[slot] = parts.reasons[root]
+            elif parts.marked[Mark.VOCABULARY][root]:
+                reasons[slot] = "an entry of the vocabulary"
+            else:
+                reasons[slot] = "a softmax runs over it"
+    return reasons
+
+
+def _like(
+    roots: Ids, owner: Ids, parts: Components
+) -> dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]]:
+    """Components by pattern, the (slot, count) pairs they own; each as a range of the sorted arrays."""
+    if not len(roots):
+        return {}
+    pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])
+    sizes = np.diff(np.r_[pair, len(roots)])
+    like: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
+    start = 0
+    pattern: list[tuple[int, int]] = []
+    pair_root, pair_owner = roots[pair].tolist(), owner[pair].tolist()
+    for n, (at, size) in enumerate(zip(pair.tolist(), sizes.tolist(), strict=True)):
+        pattern.append((pair_owner[n], size))
+        if n + 1 == len(pair_root) or pair_root[n + 1] != pair_root[n]:
+            like.setdefault((parts.blocks.get(pair_root[n], 1), tuple(pattern)), []).append((start, at + size))
+            start, pattern = at + size, []
+    return like
+
+
+def _role(parts: Components, identity: int) -> Role:
+    if parts.element[Mark.LAYER_NORM][identity]:
+        return Role.LAYER_NORM
+    if parts.element[Mark.RMS][identity]:
+        return Role.NORM
+    return Role.CONSUMES if parts.element[Mark.CONSUMED][identity] else Role.PRODUCES
+
+
+def _offsets(run: Propagation) -> Mapping[int, float]:
+    return {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
+
+
+def _compact(rows: Ids, units: int) -> IndexMap:
+    width = rows.shape[1]
+    steps = np.diff(rows[:, 0])
+    if (steps == steps[:1]).all() and (units == 1 or steps[0] > 0):
+        stride = int(steps[0]) if units > 1 else width
+        return Blocks(units, width, int(rows[0, 0]), None if stride == width else stride)
+    return Explicit(tuple(tuple(row) for row in rows.tolist()))

@@ -1,0 +1,139 @@
+"""Perplexity of a model on a text, by one fixed protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from ..errors import DataError
+from ..progress import Progress
+from .report import PerplexityResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PYDOC = "pydoc"
+"""Name of the text that ships with every Python: the topics of ``help()``. It differs between Python
+versions."""
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int = 512,
+    tokens: int | None = None,
+    batch_size: int = 4,
+    autocast: bool = False,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Perplexity of ``model`` on ``text``.
+
+    The whole text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default:
+    all) are cut into windows of ``window`` tokens that do not overlap; a last window that is not full is left
+    out. Every token but the first of its window is predicted from those before it in the window. The result
+    is the exponential of the mean negative log-likelihood, accumulated in double precision.
+
+    ``autocast`` computes in bfloat16; logits are turned to float32 either way. Raises `DataError` when the
+    text has fewer tokens than asked for.
+    """
+    if window < 2 or batch_size < 1:
+        raise DataError(
+            f"perplexity needs a window of 2 or more and a batch of 1 or more, got {window} and {batch_size}"
+        )
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if tokens is not None and len(ids) < tokens:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
+    windows = min(len(ids), tokens if tokens is not None else len(ids)) // window
+    if windows == 0:
+        raise DataError(
+            f"the text has {len(ids)} tokens of which {tokens or 'all'} are used: no full window of {window}"
+        )
+    used = ids[: windows * window]
+    table = torch.tensor(used).view(windows, window)
+    total = 0.0
+    for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
+        total += _negative_log_likelihood(model, batch.to(model.device), autocast)
+    mean = total / (windows * (window - 1))
+    size = len(text.encode()) if len(used) == len(ids) else len(_decoded(tokenizer, used).encode())
+    return PerplexityResult(
+        perplexity=_exponential(mean),
+        nll_per_token=mean,
+        bits_per_byte=mean / math.log(2) * len(used) / size,
+        tokens=len(used),
+        windows=windows,
+        window=window,
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def _exponential(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+@torch.inference_mode()
+def _negative_log_likelihood(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> float:
+    with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=autocast):
+        logits_BTV = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits
+    # Row by row: the float32 copy of a whole batch of logits would double the memory.
+    return sum(
+        float(functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").double().sum())
+        for logits, ids in zip(logits_BTV, ids_BT, strict=True)
+    )
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def read_text(source: str) -> str:
+    """The text of a ``.txt`` file, the ``text`` or ``page`` fields of a ``.json`` or ``.jsonl`` file joined
+    by blank lines, or the built-in ``pydoc``. Raises `DataError` when it cannot be read or is empty."""
+    if source == PYDOC:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"{source}: no such file; expected a .txt, .json or .jsonl file, or '{PYDOC}'")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}") from None
+    if path.suffix in (".json", ".jsonl"):
+        content = "\n\n".join(_documents(path, content))
+    if not content.strip():
+        raise DataError(f"{source} holds no text")
+    return content
+
+
+def _documents(path: Path, content: str) -> list[str]:
+    lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+    documents = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            loaded = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg})"
+            ) from None
+        for record in loaded if isinstance(loaded, list) else [loaded]:
+            text = (record.get("text") or record.get("page")) if isinstance(record, dict) else record
+            if not isinstance(text, str):
+                raise DataError(f"{path}, line {number}: expected a record with a 'text' or 'page' field")
+            documents.append(text)
+    return documents

@@ -1,0 +1,179 @@
+"""Benchmark tasks, through the Python interface of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, MissingExtraError, UnknownNameError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TASK_GROUPS = {
+    "paper": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
+"""Names of ours for several tasks; ``paper`` is the zero-shot suite of LLM-Pruner, table 1."""
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """Tasks with their data, ready for any number of models. ``tasks``: lm-eval's own task and group
+    objects."""
+
+    names: tuple[str, ...]
+    tasks: tuple[Any, ...]
+
+
+def load_tasks(
+    names: Sequence[str], *, include_path: Path | None = None, progress: bool = False
+) -> LoadedTasks:
+    """Find tasks and load their data, so that mistakes show before any model runs.
+
+    ``names`` are lm-eval's tasks, groups and patterns (``mmlu_*``), or a name of `TASK_GROUPS`.
+    ``include_path`` holds more task files, which win over those of the same name. ``progress`` shows
+    lm-eval's own bars on standard error; otherwise it says nothing.
+
+    Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be had.
+    """
+    with _quiet(progress):
+        manager = _manager(names, include_path)
+        expanded = expand(names, manager.all_tasks)
+        return LoadedTasks(tuple(expanded), tuple(task for name in expanded for task in _load(manager, name)))
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[str] | LoadedTasks,
+    *,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    batch_size: int = 8,
+    num_fewshot: int = 0,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Task → metric → value, with ``<metric>_stderr`` beside each metric that has one.
+
+    ``tasks``: names, loaded as by `load_tasks`, or what that returned. ``limit`` takes the first so many rows
+    of each. ``num_fewshot`` applies to tasks that do not fix their own number.
+    """
+    if not isinstance(tasks, LoadedTasks):
+        tasks = load_tasks(tasks, include_path=include_path, progress=progress)
+    with _quiet(progress):
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        was_training = model.training
+        wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        try:
+            found = lm_eval.simple_evaluate(
+                model=wrapped,
+                tasks=list(tasks.tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=False,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                # Never consulted, as the tasks are loaded; without it the index is built once more.
+                task_manager=_task_manager()(include_defaults=False),
+            )
+        finally:
+            model.train(was_training)
+    return {name: _metrics(values) for name, values in found["results"].items()}
+
+
+def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
+    """``tasks`` with our groups and with patterns spelt out, each name once. Raises `UnknownNameError`."""
+    from fnmatch import filter as matching
+
+    names: dict[str, None] = {}
+    for task in (member for name in tasks for member in TASK_GROUPS.get(name, (name,))):
+        matches = matching(known, task)
+        if not matches:
+            raise UnknownTaskError(task, known)
+        names.update(dict.fromkeys(matches))
+    if not names:
+        raise DataError("no task was named")
+    return list(names)
+
+
+class UnknownTaskError(UnknownNameError):
+    """As its base, without listing the thousands of tasks that are known."""
+
+    def __init__(self, name: str, known: Sequence[str]) -> None:
+        super().__init__("task", name, [*known, *TASK_GROUPS])
+        message = str(self).partition(" Known: ")[0]
+        self.args = (f"{message.rstrip(';.')}; 'lm_eval ls tasks' lists all, --include-path adds your own",)
+
+
+def _task_manager() -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise MissingExtraError("lm-eval", "evaluate") from None
+    return TaskManager
+
+
+@cache
+def builtin_manager() -> Any:
+    """lm-eval's index of its own tasks. Reading their ten thousand files takes seconds; it is done once."""
+    return _task_manager()()
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    if include_path is None:
+        return builtin_manager()
+    if not include_path.is_dir():
+        raise DataError(f"--include-path {include_path}: no such directory")
+    own = _task_manager()(include_path=str(include_path), include_defaults=False)
+    if {member for name in names for member in TASK_GROUPS.get(name, (name,))} <= set(own.all_subtasks):
+        return own
+    return _task_manager()(include_path=str(include_path))
+
+
+def _load(manager: Any, name: str) -> list[Any]:
+    """The task objects of one name, their data loaded."""
+    # Datasets come through three libraries with errors of their own; to the user each means the same.
+    try:
+        loaded = manager.load([name])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"the data of task '{name}' cannot be loaded: {reason}; without the hub, give task files "
+            "that read local data with --include-path"
+        ) from error
+    return [*loaded.get("groups", {}).values()] or [*loaded["tasks"].values()]
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    metrics = {}
+    for key, value in values.items():
+        name, _, variant = key.partition(",")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and variant:
+            metrics[name if variant == "none" else f"{name} ({variant})"] = float(value)
+    return metrics
+
+
+@contextlib.contextmanager
+def _quiet(progress: bool) -> Iterator[None]:
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    # Bars and notices of lm-eval and datasets have no common switch, but all go to standard error.
+    silence = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with silence:
+            yield
+    finally:
+        logger.setLevel(level)

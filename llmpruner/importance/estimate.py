@@ -1,0 +1,104 @@
+"""Estimation: signals → saliency per weight → one score per unit.
+
+All span arithmetic is here, so that a criterion works for every layout. For one span, the saliencies of the
+indices that a unit owns are summed, over these indices and over all other axes; a group's spans are then reduced
+(sum, mean, max, prod or last) to one score per unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..coupling import CoupledGroup, CouplingGraph
+from ..errors import ModelError
+from ..progress import Progress
+from ..signals import walk_signals
+from .base import ImportanceCriterion
+from .reductions import reduce_spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..calibration import CalibrationSet
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``by_group``: group name → float64 tensor of shape (units,); higher is more important."""
+
+    by_group: Mapping[str, torch.Tensor]
+
+
+def estimate(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    calibration: CalibrationSet | None,
+    *,
+    reduction: str = "sum",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score every unit of ``groups``. Peak memory beyond the model is one layer's gradients and one micro-batch.
+
+    Raises `ModelError` when weights or scores are not finite.
+    """
+    uses = _uses(graph, groups)
+    partial: dict[tuple[str, int], torch.Tensor] = {}
+    stream = walk_signals(model, graph, uses, criterion.signals, calibration, seed, progress or Progress())
+    for name, signals in stream:
+        saliency = criterion.saliency(signals)
+        for group, key in uses[name]:
+            partial[group.name, key] = _per_unit(saliency, group, key, name, criterion.signed)
+    scores = {group.name: _reduce(graph, group, partial, reduction) for group in groups}
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
+    return Scores(scores)
+
+
+def _uses(graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> dict[str, list[tuple[CoupledGroup, int]]]:
+    """Parameter → the (group, span number) that read it; tied parameters once, under the name they are stored by."""
+    uses: dict[str, list[tuple[CoupledGroup, int]]] = {}
+    for group in groups:
+        for number, span in enumerate(group.spans):
+            if span.parameter not in graph.ties:
+                uses.setdefault(span.parameter, []).append((group, number))
+        for number, name in enumerate(_module_parameters(graph, group)):
+            uses.setdefault(name, []).append((group, number))
+    return uses
+
+
+def _module_parameters(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
+    return [p for m in group.modules for p in graph.shapes if p.startswith(m + ".") and p not in graph.ties]
+
+
+def _per_unit(saliency: torch.Tensor, group: CoupledGroup, number: int, parameter: str, signed: bool) -> torch.Tensor:
+    if group.modules:
+        per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
+        return (per_index if signed else saliency).abs().sum(dtype=torch.float64).cpu()
+    span = group.spans[number]
+    others = [axis for axis in range(saliency.dim()) if axis != span.axis]
+    values = saliency if signed else saliency.abs()
+    per_index = values.sum(others, dtype=torch.float64) if others else values.double()
+    index = torch.tensor(span.indices(range(group.units)), device=per_index.device).view(group.units, -1)
+    return per_index.abs()[index].sum(1).cpu()
+
+
+def _reduce(
+    graph: CouplingGraph, group: CoupledGroup, partial: Mapping[tuple[str, int], torch.Tensor], reduction: str
+) -> torch.Tensor:
+    if not group.modules:
+        spans = [partial[group.name, n] for n, s in enumerate(group.spans) if s.parameter not in graph.ties]
+        return reduce_spans(torch.stack(spans), reduction)
+    names = _module_parameters(graph, group)
+    of_module = [
+        [partial[group.name, n] for n, name in enumerate(names) if name.startswith(module + ".")]
+        for module in group.modules
+    ]
+    return torch.stack([reduce_spans(torch.stack(values), reduction) for values in of_module])

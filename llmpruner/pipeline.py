@@ -1,0 +1,196 @@
+"""The whole story in one readable file: load → discover → estimate → select → cut → save.
+
+Every stage takes a small frozen value and returns the next; this module only strings them together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import SelectionError
+from .plan import BaseRef, Estimation, PruningPlan, Selection, Target, compose, cuts_of, structure_of
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .calibration import CalibrationSet
+    from .coupling import CouplingGraph
+    from .importance.base import ImportanceCriterion
+    from .loading import LoadedConfig, LoadedModel
+    from .selection.allocate import Demand
+    from .selection.select import Scope
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What to remove and how to choose it. ``layers``: decoder layers whose units may go; None protects the family's
+    default at both ends."""
+
+    target: Target
+    kinds: tuple[str, ...] = ("mlp",)
+    layers: tuple[int, ...] | None = None
+    reduction: str = "sum"
+    allocation: str = "uniform"
+    steps: int = 1
+    round_to: int = 1
+    calibration: str = "self"
+    samples: int = 10
+    length: int = 64
+    seed: int = 0
+
+
+def make_plan(
+    loaded: LoadedModel,
+    criterion: ImportanceCriterion,
+    settings: PruneSettings,
+    progress: Progress | None = None,
+) -> PruningPlan:
+    """Estimate and select. The loaded model is not changed; with more than one step a copy of it is cut on the way."""
+    from .importance.estimate import estimate
+    from .selection.select import Scope, select
+    from .surgery import cut, renamed, surviving_units
+
+    progress = progress or Progress()
+    scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
+    scope.groups(loaded.graph)
+    calibration = _calibrate(loaded, criterion, settings, progress)
+    graph, model = loaded.graph, loaded.model
+    kept: dict[str, tuple[int, ...]] = {}
+    for step in range(1, settings.steps + 1):
+        groups = scope.groups(graph)
+        scores = estimate(
+            model, graph, groups, criterion, calibration,
+            reduction=settings.reduction, seed=settings.seed, progress=progress,
+        )  # fmt: skip
+        demand = _demand(loaded.graph, graph, scope, settings.target, step / settings.steps)
+        chosen = select(
+            graph, groups, scores, scope, demand, allocation=settings.allocation, round_to=settings.round_to
+        )
+        names = renamed(loaded.graph, kept)
+        survivors = {name: surviving_units(loaded.graph, kept, loaded.graph.by_name[name]) for name in names}
+        kept = compose(kept, chosen, names, survivors)
+        if step < settings.steps:
+            model = copy.deepcopy(loaded.model)
+            graph = cut(model, loaded.graph, kept, loaded.family)
+            scope = _rescope(scope, loaded, kept, settings)
+    if not kept:
+        raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
+    return PruningPlan(
+        base=BaseRef(
+            model=loaded.ref,
+            revision=getattr(loaded.config, "_commit_hash", None),
+            structure=structure_of(loaded.graph),
+        ),
+        family=loaded.family.name,
+        estimation=Estimation(
+            criterion=criterion.name,
+            variant=criterion.variant,
+            reduction=settings.reduction,
+            calibration=calibration.source if calibration else None,
+            fingerprint=calibration.fingerprint if calibration else None,
+        ),
+        selection=Selection(
+            kinds=settings.kinds,
+            layers=settings.layers or default_layers(loaded),
+            allocation=settings.allocation,
+            steps=settings.steps,
+            round_to=settings.round_to,
+        ),
+        target=settings.target,
+        seed=settings.seed,
+        cuts=cuts_of(loaded.graph, kept),
+    )
+
+
+def apply_plan(loaded: LoadedModel, plan: PruningPlan) -> LoadedModel:
+    """Cut the loaded model in place. Raises `PlanError` when the plan was made for another model."""
+    from .surgery import cut
+
+    plan.check(loaded.graph)
+    graph = cut(loaded.model, loaded.graph, plan.kept, loaded.family)
+    return replace(loaded, graph=graph, plans=(*loaded.plans, plan))
+
+
+def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
+    """Write the model as an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoint`).
+
+    ``notes``: further provenance (recovery settings, say), kept in ``llmpruner.json`` beside the plans.
+    """
+    from .checkpoint import save_checkpoint
+
+    record = {
+        **(loaded.record or {}),
+        **(notes or {}),
+        "llmpruner": __version__,
+        "plans": [plan.model_dump(mode="json") for plan in loaded.plans],
+        "base_config": {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"},
+    }
+    return save_checkpoint(
+        loaded.model,
+        directory,
+        record=record,
+        tokenizer=loaded.tokenizer,
+        family=loaded.family,
+    )
+
+
+def default_layers(loaded: LoadedConfig) -> tuple[int, ...]:
+    """All layers but the family's protected share at both ends."""
+    count = loaded.graph.num_layers
+    first, last = (round(share * count) for share in loaded.family.protected_layers)
+    return tuple(range(first, count - last))
+
+
+def _calibrate(
+    loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, progress: Progress
+) -> CalibrationSet | None:
+    from .calibration import SELF, calibration_set
+    from .importance.base import Signal
+
+    if criterion.signals <= {Signal.WEIGHT}:
+        return None
+    writing = settings.calibration == SELF
+    progress.status("The model writes its calibration text" if writing else f"Reading {settings.calibration}")
+    return calibration_set(
+        settings.calibration, loaded.model, loaded.tokenizer,
+        samples=settings.samples, length=settings.length, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _demand(dense: CouplingGraph, now: CouplingGraph, scope: Scope, target: Target, share: float) -> Demand:
+    """What this step must remove so that ``share`` of the whole target is reached after it."""
+    from .selection.allocate import Demand
+
+    if target.by == "units":
+        if now is not dense:
+            raise SelectionError("--unit-ratio goes in one step; use --ratio for iterative pruning")
+        units = {
+            g.name: target.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))
+            for g in scope.groups(now)
+        }
+        return Demand(units=units)
+    if target.by == "ratio":
+        goal = round(dense.decoder_parameters * (1 - target.amount * share))
+        return Demand(parameters=now.decoder_parameters - goal)
+    whole = dense.total_parameters - round(target.amount)
+    if whole <= 0:
+        raise SelectionError(
+            f"--target-params {target.amount:,.0f} is not below the model's {dense.total_parameters:,} parameters"
+        )
+    goal = dense.total_parameters - ceil(whole * share)
+    return Demand(parameters=now.total_parameters - goal, of_decoder=False)
+
+
+def _rescope(scope: Scope, loaded: LoadedModel, kept: Mapping[str, Any], settings: PruneSettings) -> Scope:
+    """The scope in the layer numbers of the model after the cut."""
+    from .selection.select import Scope
+    from .surgery import layer_numbers
+
+    numbers = layer_numbers(loaded.graph, kept)
+    chosen = settings.layers or default_layers(loaded)
+    return Scope(scope.kinds, tuple(numbers[n] for n in chosen if n in numbers))

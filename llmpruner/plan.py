@@ -1,0 +1,204 @@
+"""PruningPlan: what goes and why, as one small JSON file that can be reviewed, diffed and replayed.
+
+A plan is the only thing surgery reads. It holds no time of day and nothing of the machine, so the same command
+gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+
+from .coupling import CouplingGraph
+from .errors import OutputError, PlanError
+
+if TYPE_CHECKING:
+    from .surgery import Kept
+
+SCHEMA_VERSION: Final = 1
+
+
+def _pack(units: Sequence[int]) -> str:
+    """``0-4,7``: runs of consecutive units, so that a person can read and diff them."""
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and unit == runs[-1][1] + 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _unpack(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    units: list[int] = []
+    for run in filter(None, value.split(",")):
+        first, _, last = run.partition("-")
+        units += range(int(first), int(last or first) + 1)
+    return tuple(units)
+
+
+Units = Annotated[tuple[int, ...], BeforeValidator(_unpack), PlainSerializer(_pack, return_type=str)]
+
+
+class Frozen(BaseModel):
+    """Strict, immutable: an unknown key is an error, not a surprise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseRef(Frozen):
+    """The model a plan was made for. ``structure`` is `structure_of` its coupling graph."""
+
+    model: str
+    revision: str | None = None
+    structure: str
+
+
+class Target(Frozen):
+    """How much was asked for. ``ratio``: share of the decoder's parameters to remove; ``parameters``: total
+    parameters to be left; ``units``: share of the units of every selected group, as the paper counts."""
+
+    by: Literal["ratio", "parameters", "units"]
+    amount: float
+
+
+class Estimation(Frozen):
+    """How importance was measured."""
+
+    criterion: str
+    variant: str | None = None
+    reduction: str
+    calibration: str | None = None
+    fingerprint: str | None = None
+
+
+class Selection(Frozen):
+    """How importance became a choice."""
+
+    kinds: tuple[str, ...]
+    layers: Units
+    allocation: str
+    steps: int = 1
+    round_to: int = 1
+
+
+class GroupCut(Frozen):
+    """One group that loses units."""
+
+    kind: str
+    layer: int | None = None
+    units: int
+    kept: Units
+
+
+class PruningPlan(Frozen):
+    """What goes and why. ``cuts``: group name → what stays of it; groups that keep everything are left out."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    base: BaseRef
+    family: str
+    estimation: Estimation
+    selection: Selection
+    target: Target
+    seed: int
+    cuts: dict[str, GroupCut]
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        return {name: group.kept for name, group in self.cuts.items()}
+
+    def check(self, graph: CouplingGraph) -> None:
+        """Raise `PlanError` unless the plan was made for a model of this structure."""
+        if self.base.structure != structure_of(graph):
+            raise PlanError(
+                f"this plan was made for '{self.base.model}' ({self.family}), whose parameters differ from this "
+                "model's in name or shape; make a new plan with `llmpruner plan`"
+            )
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write beside ``path``, then rename; an existing file is replaced only as a whole."""
+        aside = path.with_name(path.name + ".partial")
+        try:
+            aside.write_text(self.to_json(), encoding="utf-8")
+            aside.replace(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise OutputError(f"cannot write plan {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        """Raises `PlanError` with the first thing that is wrong."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> PruningPlan:
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanError(f"{name} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
+
+
+def structure_of(graph: CouplingGraph) -> str:
+    """SHA-256 over parameter names and shapes: what two models must share for a plan to fit both."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
+    """The plan's record of ``kept``, in the graph's order, without groups that lose nothing."""
+    return {
+        group.name: GroupCut(kind=group.kind, layer=group.layer, units=group.units, kept=tuple(kept[group.name]))
+        for group in graph.groups
+        if group.name in kept and len(kept[group.name]) < group.units
+    }
+
+
+def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
+    """(total, decoder) parameters that remain. Tied parameters count once."""
+    from .surgery import kept_indices, removed_modules
+
+    axes = {key: len(index) for key, index in kept_indices(graph, kept).items()}
+    gone = tuple(f"{module}." for module in removed_modules(graph, kept))
+    total = decoder = 0
+    for name, shape in graph.shapes.items():
+        if name in graph.ties or (gone and name.startswith(gone)):
+            continue
+        count = prod(axes.get((name, axis), size) for axis, size in enumerate(shape))
+        total += count
+        decoder += count if graph.is_decoder(name) else 0
+    return total, decoder
+
+
+def compose(
+    first: Mapping[str, Sequence[int]],
+    second: Mapping[str, Sequence[int]],
+    names: Mapping[str, str],
+    survivors: Mapping[str, Sequence[int]],
+) -> dict[str, tuple[int, ...]]:
+    """One ``kept`` for two cuts in a row, in units of the original model.
+
+    ``names``: original group name → its name after the first cut. ``survivors``: original group name → its units
+    that remained after the first cut, in order.
+    """
+    kept = {name: tuple(units) for name, units in first.items()}
+    for original, current in names.items():
+        if current in second:
+            kept[original] = tuple(survivors[original][unit] for unit in second[current])
+    return kept

@@ -1,0 +1,66 @@
+"""The coupled structure of ChatGLM-6B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from llmpruner import ATTENTION, LAYER, MLP, CoupledGroup, ModelFamily, layouts
+
+if TYPE_CHECKING:
+    from .configuration_chatglm import ChatGLMConfig
+
+
+class ChatGLMFamily(ModelFamily):
+    """ChatGLM-6B, the first generation. Its hidden channels run through LayerNorms, which no cut can leave as they
+    were, so they are not offered. Modules read their head counts off the weights: nothing has to be refreshed."""
+
+    name = "chatglm"
+    model_types = ("chatglm",)
+    answer_separator: ClassVar[str] = ""
+
+    def register_models(self) -> None:
+        """Make `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer` know ``model_type: chatglm``."""
+        from .registration import register
+
+        register()
+
+    def coupled_groups(self, config: ChatGLMConfig) -> Sequence[CoupledGroup]:
+        groups = []
+        layers = [f"transformer.layers.{n}" for n in range(config.num_layers)]
+        for n, path in enumerate(layers):
+            heads = layouts.interleaved_qkv_attention(
+                f"{path}.attention.query_key_value",
+                f"{path}.attention.dense",
+                config.num_attention_heads,
+                config.head_dim or config.hidden_size // config.num_attention_heads,
+                bias=True,
+            )
+            channels = layouts.two_layer_mlp(
+                f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h", config.inner_hidden_size
+            )
+            groups += [
+                CoupledGroup(f"layers.{n}.attention", ATTENTION, config.num_attention_heads, heads, layer=n),
+                CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_hidden_size, channels, layer=n),
+            ]
+        groups.append(CoupledGroup("layers", LAYER, config.num_layers, modules=tuple(layers)))
+        return groups
+
+    def format_prompt(self, instruction: str, input: str = "") -> str:
+        """The bare query, as the released model was tuned on, and the two tokens after which it answers."""
+        return f"{_query(instruction, input)}[gMASK]<sop>"
+
+    def format_text(self, text: str) -> str:
+        """Free text as the model would write it: the answer to nothing. As a context there would be nothing to learn."""
+        return f"[gMASK]<sop>{text}"
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
+        if not history:
+            return self.format_prompt(query)
+        rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
+        return f"{rounds}[Round {len(history)}]\n问：{query}\n答：[gMASK]<sop>"
+
+
+def _query(instruction: str, input: str) -> str:
+    return f"{instruction}\n{input}" if input else instruction

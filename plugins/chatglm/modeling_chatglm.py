@@ -1,0 +1,366 @@
+"""ChatGLM-6B for current transformers. Imports torch and transformers alone: it is copied into checkpoints.
+
+Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling" (ACL 2022); parameter names and
+arithmetic are those of the released checkpoints. Shapes: B batch, T new tokens, S keys, N heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_chatglm import ChatGLMConfig
+from .layout_chatglm import Layout, visibility
+
+# transformers renamed `past_key_values` to `cache`; this file works under either name.
+_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+_MASKED = -10000.0
+# The residual scale α = √(2·28). The released code takes it from the depth of the 6B model whatever `num_layers` says,
+# which is what lets layers go without rescaling the others.
+_ALPHA = (2 * 28) ** 0.5
+
+
+def rotary_embedding(
+    position_ids: torch.Tensor, head_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine ``[B, 1, 2, T, D/2]`` of both positions; each position turns one half of the head.
+
+    The inverse frequencies were rounded to fp16 in training, so they are here; they are recomputed because that is
+    cheap and a buffer would have to survive meta devices and dtype casts.
+    """
+    dim = head_dim // 2
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+    inverse_frequency = (1.0 / 10000.0**exponent).half().float()
+    angle = position_ids[..., None].float() * inverse_frequency
+    angle = torch.cat((angle, angle), dim=-1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn ``x`` ``[B, N, T, D]``: its first half by the first position, its second half by the second."""
+    parts = torch.stack(x.chunk(2, dim=-1), dim=2)
+    left, right = parts.chunk(2, dim=-1)
+    turned = parts * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat(turned.unbind(2), dim=-1)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may look."""
+    del module, kwargs
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, _MASKED)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ChatGLMAttention(nn.Module):
+    """Self-attention. Rows of ``query_key_value`` are query, key, value of head 0, then of head 1, …; the number of
+    heads is read off the projection, so that layers may differ."""
+
+    is_causal = False
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        inner = config.num_attention_heads * config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * inner)
+        self.dense = nn.Linear(inner, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        fused = self.query_key_value(hidden_states)
+        heads = fused.view(*hidden_states.shape[:2], -1, 3 * self.head_dim).transpose(1, 2)
+        query, key, value = heads.chunk(3, dim=-1)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        attention: Callable[..., Any] = eager_attention
+        if self.config._attn_implementation != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, is_causal=False, **kwargs
+        )
+        return self.dense(output.reshape(*hidden_states.shape[:2], -1)), weights
+
+
+class ChatGLMMLP(nn.Module):
+    """Two layers with biases and the tanh approximation of GELU."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh")
+        return self.dense_4h_to_h(inner)
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One layer. Each sub-layer is added to its own *normalised* input, scaled by α: a sub-layer that is removed adds
+    zero, it is not skipped."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = ChatGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = ChatGLMMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.attention(
+            hidden_states=normed,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            cache=cache,
+            **kwargs,
+        )
+        normed = self.post_attention_layernorm(normed * _ALPHA + attended)
+        return normed * _ALPHA + self.mlp(normed)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    config_class = ChatGLMConfig
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([ChatGLMBlock(config, n) for n in range(config.num_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
+
+        ``attention_mask``: ``[B, S]`` with 0 on padding, or the released tokenizer's bool ``[B, 1, T, S]``, **True
+        where hidden**. ``position_ids`` ``[B, 2, T]`` override what follows from the input.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
+            cache = DynamicCache(config=self.config)
+        batch, length = hidden.shape[:2]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        layout = self._layout(input_ids, attention_mask, cache, past, batch)
+        columns = torch.arange(past, past + length, device=hidden.device)
+        if position_ids is None or position_ids.dim() != 3:
+            position_ids = layout.position_ids(columns)
+        visible = visibility(attention_mask, layout, columns, _key_columns(cache, past + length, hidden.device))
+        position_embeddings = rotary_embedding(position_ids, self.config.head_dim, hidden.dtype)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings, visible, cache=cache, **kwargs)
+            states.append(hidden)
+        hidden = self.final_layernorm(hidden)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            hidden_states=(*states[:-1], hidden) if wanted else None,
+            **{_CACHE: cache if use_cache else None},
+        )
+
+    def _layout(
+        self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None, past: int, batch: int
+    ) -> Layout:
+        if cache is not None and past:
+            # Later tokens cannot tell where the context ended: the cache that holds it remembers.
+            layout = getattr(cache, "chatglm_layout", None)
+            return Layout.without_context(batch, self.device) if layout is None else layout
+        if input_ids is None:
+            layout = Layout.without_context(batch, self.device)
+        else:
+            layout = Layout.of(input_ids, mask if mask is not None and mask.dim() == 2 else None, self.config)
+        if cache is not None:
+            cache.chatglm_layout = layout
+        return layout
+
+
+def _key_columns(cache: Cache | None, length: int, device: torch.device) -> torch.Tensor:
+    # A static cache returns all its slots; those not yet filled come after every query, so they are never visible.
+    slots = getattr(cache.layers[0], "max_cache_len", length) if cache is not None and cache.layers else length
+    return torch.arange(slots, device=device)
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM-6B with its language-model head, under the name that the released checkpoints use."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+        """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; −100 is not trained on, and neither is what
+        comes before ``<sop>``, which the model sees while it would predict it."""
+        loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        output = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            past_key_values,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            if input_ids is not None:
+                padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+                sop = Layout.of(input_ids, padding, self.config).sop
+                columns = torch.arange(labels.shape[1], device=labels.device)
+                labels = labels.masked_fill(columns < sop[:, None], -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **{_CACHE: getattr(output, _CACHE)}
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; also takes the released tokenizer's four-dimensional ``attention_mask``."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 4:
+            kwargs["attention_mask"] = (~mask[:, 0, -1]).long()
+        return super().generate(*args, **kwargs)
+
+    # GenerationMixin numbers positions 0, 1, 2, …; these ones follow from the input ids, unless the caller gives them.
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        return None
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        position_ids = model_kwargs.pop("position_ids", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if position_ids is not None:
+            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
+        return input_ids, model_kwargs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        position_ids = model_kwargs.pop("position_ids", None)
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if position_ids is not None:
+            step = torch.arange(1, num_new_tokens + 1, device=position_ids.device)
+            new = position_ids[..., -1:] + torch.stack((torch.zeros_like(step), step))
+            model_kwargs["position_ids"] = torch.cat((position_ids, new), dim=-1)
+        return model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        # A static cache would turn the mask into a causal one here; the forward pass knows the layout and does better.
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=None, **kwargs)
+        return {**inputs, "attention_mask": attention_mask}
+
+
+ChatGLMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
+ChatGLMModel.register_for_auto_class("AutoModel")

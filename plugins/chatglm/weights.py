@@ -1,0 +1,189 @@
+"""Reading weights tensor by tensor from safetensors or ``.bin`` files, in any number of shards; no code is run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpruner import CheckpointError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+
+# What torch's restricted unpickler says when it meets a function or class, or a pickle that torch did not write.
+_NOT_TENSORS = re.compile(r"unsupported (global|operand|class)|trying to (access|call)", re.IGNORECASE)
+
+Tensors = Iterator[tuple[str, "torch.Tensor"]]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights, safetensors before ``.bin``.
+
+    Raises `ModelError` when there are none, `CheckpointError` when a shard is missing.
+    """
+    for single in _SINGLE:
+        if (directory / single).is_file():
+            return [directory / single]
+        names = _indexed(directory / f"{single}.index.json") or _numbered(directory, Path(single).suffix)
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{directory}: {len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}; "
+                "download them again"
+            )
+        if names:
+            return [directory / name for name in names]
+    raise ModelError(f"{directory} holds no weights; expected {' or '.join(_SINGLE)}, whole or in shards")
+
+
+def _indexed(index: Path) -> list[str]:
+    if not index.is_file():
+        return []
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} is damaged: it has no 'weight_map'")
+    # A name with a directory in it would reach outside the checkpoint.
+    return sorted({Path(name).name for name in names.values()})
+
+
+def _numbered(directory: Path, suffix: str) -> list[str]:
+    """Shards that no index lists: ``…-00001-of-00007.bin`` tells how many there must be."""
+    found = [m for m in (_SHARD.fullmatch(p.name) for p in sorted(directory.glob(f"*{suffix}"))) if m]
+    if not found:
+        return []
+    stem, total = found[0].group()[: found[0].start(1)], int(found[0][2])
+    return [f"{stem}{n:05d}-of-{total:05d}{suffix}" for n in range(1, total + 1)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `CheckpointError` when the file is missing or holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_tensors(file: Path) -> Tensors:
+    """Name and tensor of everything in ``file``, one at a time; a tensor may be backed by the file.
+
+    Raises `CheckpointError` when the file is damaged, or holds anything but tensors.
+    """
+    return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+
+
+def _safetensors(file: Path) -> Tensors:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({_line(error)}); download it again") from error
+
+
+def _pickled(file: Path) -> Tensors:
+    import torch
+
+    # Files from before torch 1.6 are plain pickles, which cannot be mapped into memory.
+    mapped = zipfile.is_zipfile(file)
+    # A damaged pickle can raise anything.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and _NOT_TENSORS.search(str(error)):
+            raise CheckpointError(
+                f"{file} holds pickled code besides tensors, which is never run; ask for a safetensors version"
+            ) from error
+        raise CheckpointError(f"{file} is damaged or truncated ({_line(error)}); download it again") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{file} holds a {type(tensors).__name__}; expected named tensors")
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{file}: '{name}' is a {type(tensor).__name__}; expected a tensor")
+        yield name, tensor
+
+
+def fill(
+    config: PreTrainedConfig,
+    directory: Path,
+    convert: Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    """A model of ``config`` with the weights in ``directory``, each tensor read, converted and placed on its own.
+
+    ``convert``: stored name and tensor → the model's parameters that it holds (none for what is not needed).
+    ``dtype``: None keeps what is stored. Raises `CheckpointError` when a parameter is missing, unknown or misshapen.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, torch.Tensor] = {}
+    for file in weight_files(directory):
+        for stored, tensor in read_tensors(file):
+            for name, part in convert(stored, tensor):
+                if expected.get(name) != tuple(part.shape):
+                    raise CheckpointError(
+                        f"{file}: '{stored}' gives {name} {tuple(part.shape)}, the configuration says "
+                        f"{expected.get(name, 'that there is none')}"
+                    )
+                # A copy: a view would keep the whole tensor, or its file, in memory.
+                found[name] = part.detach().to(dtype or part.dtype, copy=True)
+    return _assign(model, found, expected, directory)
+
+
+def _assign(
+    model: PreTrainedModel, found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], directory: Path
+) -> PreTrainedModel:
+    import torch
+
+    tied = model.all_tied_weights_keys
+    for target, source in tied.items():
+        # Checkpoints of tied models store one of the two, or both.
+        if source not in found and target in found:
+            found[source] = found[target]
+        elif source in found and target in found and not torch.equal(found[source], found[target]):
+            raise CheckpointError(
+                f"{directory}: {target} and {source} differ, but the configuration ties them; "
+                'set "tie_word_embeddings": false in config.json'
+            )
+        found.pop(target, None)
+    missing = [name for name in expected if name not in found and name not in tied]
+    if missing:
+        raise CheckpointError(
+            f"{directory}: {len(missing)} of {len(expected)} parameters are in none of the weight files, "
+            f"the first is {missing[0]}; download them again"
+        )
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if len(kinds) == 1:
+        model.config.dtype = kinds.pop()
+    return model.eval()
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".:") if text else type(error).__name__

@@ -1,0 +1,174 @@
+"""``params.json``: the configuration of Meta's official format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmpruner import CheckpointError, OutputError
+
+from .tensors import read_json
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+_SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The constants of ``use_scaled_rope`` in Meta's Llama 3.1 code."""
+_SCALED_ROPE_FACTOR = 8.0
+
+
+def ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """The width of the MLP as ``FeedForward`` in Meta's ``model.py`` computes it."""
+    width = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
+
+
+@dataclass(frozen=True, slots=True)
+class MetaParams:
+    """The fields that decide the model. ``vocab_size`` −1: as many as the embedding has rows."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    multiple_of: int
+    ffn_dim_multiplier: float | None
+    norm_eps: float
+    vocab_size: int = -1
+    rope_theta: float = 10000.0
+    rope_scaling_factor: float | None = None
+    """None: rotary frequencies are not scaled."""
+    max_seq_len: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> MetaParams:
+        """Raises `CheckpointError` when a field is missing or makes no sense."""
+        values = read_json(path)
+
+        def count(key: str, default: int | None = None) -> int:
+            value = values.get(key, default) if values.get(key) is not None else default
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(f"{path}: {key} is {value!r}; expected a positive integer")
+            return value
+
+        def number(key: str, default: float | None) -> float | None:
+            value = values.get(key) if values.get(key) is not None else default
+            if value is not None and (not isinstance(value, int | float) or value <= 0):
+                raise CheckpointError(f"{path}: {key} is {value!r}; expected a positive number")
+            return value
+
+        heads = count("n_heads")
+        params = cls(
+            dim=count("dim"),
+            n_layers=count("n_layers"),
+            n_heads=heads,
+            n_kv_heads=count("n_kv_heads", heads),
+            multiple_of=count("multiple_of", 256),
+            ffn_dim_multiplier=number("ffn_dim_multiplier", None),
+            norm_eps=number("norm_eps", 1e-5) or 1e-5,
+            vocab_size=-1 if values.get("vocab_size", -1) == -1 else count("vocab_size"),
+            rope_theta=float(number("rope_theta", 10000.0) or 10000.0),
+            rope_scaling_factor=(
+                number("rope_scaling_factor", _SCALED_ROPE_FACTOR) if values.get("use_scaled_rope") else None
+            ),
+            max_seq_len=count("max_seq_len") if values.get("max_seq_len") is not None else None,
+        )
+        if params.dim % (2 * heads) or heads % params.n_kv_heads:
+            raise CheckpointError(
+                f"{path}: dim {params.dim}, n_heads {heads}, n_kv_heads {params.n_kv_heads} do not fit"
+            )
+        return params
+
+    @classmethod
+    def of(cls, config: LlamaConfig, width: int) -> MetaParams:
+        """For a model with this configuration whose MLPs are all ``width`` wide.
+
+        Any width fits: with ``multiple_of`` 1, Meta's formula is int(m · int(8·dim/3)), and
+        m = (width + ½) / int(8·dim/3) solves it. Raises `OutputError` for rotary scaling that does not fit.
+        """
+        dim = config.hidden_size
+        multiple_of, multiplier = 256, None
+        if ffn_width(dim, multiple_of, multiplier) != width:
+            multiple_of, multiplier = 1, (width + 0.5) / ffn_width(dim, 1, None)
+            if ffn_width(dim, multiple_of, multiplier) != width:
+                raise OutputError(f"Meta's format cannot express an MLP of width {width} with dim {dim}")
+        rope = dict(config.rope_parameters)
+        kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta", 10000.0))
+        factor = None
+        if kind == "llama3" and {k: rope.get(k) for k in _SCALED_ROPE} == _SCALED_ROPE:
+            factor = float(rope["factor"])
+        elif kind != "default":
+            raise OutputError(f"Meta's format cannot express rotary scaling of type '{kind}' with {rope}")
+        return cls(
+            dim=dim,
+            n_layers=config.num_hidden_layers,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads,
+            multiple_of=multiple_of,
+            ffn_dim_multiplier=multiplier,
+            norm_eps=config.rms_norm_eps,
+            vocab_size=config.vocab_size,
+            rope_theta=theta,
+            rope_scaling_factor=factor,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields for ``params.json``, without those at their default: Meta's older code refuses them."""
+        values: dict[str, Any] = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads}
+        if self.n_kv_heads != self.n_heads:
+            values["n_kv_heads"] = self.n_kv_heads
+        values |= {"vocab_size": self.vocab_size, "multiple_of": self.multiple_of}
+        if self.ffn_dim_multiplier is not None:
+            values["ffn_dim_multiplier"] = self.ffn_dim_multiplier
+        values["norm_eps"] = self.norm_eps
+        if self.rope_theta != 10000.0:
+            values["rope_theta"] = self.rope_theta
+        if self.rope_scaling_factor is not None:
+            values["use_scaled_rope"] = True
+            if self.rope_scaling_factor != _SCALED_ROPE_FACTOR:
+                values["rope_scaling_factor"] = self.rope_scaling_factor
+        return values
+
+    @property
+    def ffn_width(self) -> int:
+        return ffn_width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+    @property
+    def max_positions(self) -> int:
+        """The trained context. The format does not store it; each release is known by what it does store."""
+        if self.max_seq_len is not None:
+            return self.max_seq_len
+        if self.rope_scaling_factor is not None:
+            return 131072  # Llama 3.1 and later
+        if self.rope_theta >= 1_000_000:
+            return 16384  # Code Llama
+        if self.rope_theta > 10_000:
+            return 8192  # Llama 3
+        return 2048 if self.norm_eps < 1e-5 else 4096  # Llama 1, Llama 2
+
+    def to_config(self, vocabulary: int, *, tied: bool, bos: int, eos: int, dtype: Any) -> LlamaConfig:
+        """The same model as transformers describes it; ``vocabulary``: rows of the embedding."""
+        from transformers import LlamaConfig
+
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.rope_scaling_factor is not None:
+            rope |= {"rope_type": "llama3", "factor": self.rope_scaling_factor, **_SCALED_ROPE}
+        return LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.dim,
+            intermediate_size=self.ffn_width,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_kv_heads,
+            max_position_embeddings=self.max_positions,
+            rms_norm_eps=self.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=tied,
+            bos_token_id=bos,
+            eos_token_id=eos,
+            dtype=dtype,
+            architectures=["LlamaForCausalLM"],
+        )

@@ -1,0 +1,115 @@
+"""What Meta ships as ``tokenizer.model``: SentencePiece (Llama 1 and 2) or tiktoken (Llama 3)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any
+
+from llmpruner import CheckpointError
+
+TOKENIZER = "tokenizer.model"
+
+_BEGIN, _END, _END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+_SPECIAL_TOKENS = 256
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""How Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """``tokenizer.model`` in the folder or, as Meta's download script leaves it, beside the folder."""
+    for folder in (directory, directory.absolute().parent):
+        if (folder / TOKENIZER).is_file():
+            return folder / TOKENIZER
+    return None
+
+
+def read_tokenizer(path: Path, *, scaled_rope: bool = False) -> Any:
+    """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, which name more special tokens.
+
+    Raises `CheckpointError` when the file is neither of the two kinds.
+    """
+    ranks = _tiktoken_ranks(path)
+    return _sentencepiece(path) if ranks is None else _tiktoken(path, ranks, _special_tokens(scaled_rope))
+
+
+def is_tiktoken(path: Path) -> bool:
+    return _tiktoken_ranks(path, first_only=True) is not None
+
+
+def _sentencepiece(path: Path) -> Any:
+    from sentencepiece import SentencePieceProcessor
+    from transformers import LlamaTokenizer
+
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise CheckpointError(
+            f"{path} is neither a SentencePiece model nor a tiktoken file: download it again"
+        ) from None
+    # from_pretrained is given the folder, where it finds tokenizer.model by name.
+    return LlamaTokenizer.from_pretrained(str(path.parent), local_files_only=True, add_bos_token=True)
+
+
+def _tiktoken_ranks(path: Path, *, first_only: bool = False) -> dict[bytes, int] | None:
+    """Token bytes → rank, from lines "base64 rank"; None when the file is not of this kind."""
+    ranks: dict[bytes, int] = {}
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                return None
+            if first_only:
+                break
+    return ranks or None
+
+
+def _special_tokens(scaled_rope: bool) -> list[str]:
+    """The names of the 256 special tokens after the mergeable ones, in the order of their ids."""
+    named = {0: _BEGIN, 1: _END, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: _END_OF_TURN}
+    if scaled_rope:
+        named |= {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
+    free = iter(range(_SPECIAL_TOKENS))
+    return [named.get(n) or f"<|reserved_special_token_{next(free)}|>" for n in range(_SPECIAL_TOKENS)]
+
+
+def _tiktoken(path: Path, ranks: dict[bytes, int], special: list[str]) -> Any:
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        # tiktoken's own loader caches by path, and would miss that the file has changed.
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+            del tiktoken_url
+            return ranks
+
+    backend = Converter(vocab_file=str(path), pattern=_PATTERN, extra_special_tokens=special).converted()
+    begin = backend.token_to_id(_BEGIN)
+    template = processors.TemplateProcessing(
+        single=f"{_BEGIN}:0 $A:0",
+        pair=f"{_BEGIN}:0 $A:0 {_BEGIN}:1 $B:1",
+        special_tokens=[(_BEGIN, begin)],
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=_BEGIN,
+        eos_token=_END,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def stop_tokens(tokenizer: Any) -> list[int]:
+    """Ids that end a generation: the end of the text and, for Llama 3, of an assistant's turn."""
+    vocabulary = tokenizer.get_vocab()
+    extra = [vocabulary[t] for t in (_END_OF_TURN, "<|eom_id|>") if t in vocabulary and t != tokenizer.eos_token]
+    return [tokenizer.eos_token_id, *extra]

@@ -1,0 +1,137 @@
+"""Writing a model back to Meta's official format, as far as that can hold it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from llmpruner import CheckpointError, OutputError
+
+from .meta_format import PARAMS, Placement, placements, to_neighbours
+from .meta_params import MetaParams
+from .meta_tokenizer import TOKENIZER
+from .output import new_directory
+from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel
+
+_EMBEDDING = "model.embed_tokens.weight"
+_REFUSED = "Meta's format cannot hold this model"
+
+
+def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shards: int = 1) -> None:
+    """Write ``model`` to ``target`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
+
+    MLPs that were cut to one width and layers that were removed fit; attention must be whole. ``tokenizer``:
+    one that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none.
+    Raises `OutputError` with the reason when the format cannot hold the model.
+    """
+    file = None if tokenizer is None else _tokenizer_file(tokenizer)
+    _write(ModelTensors(model), model.config, file, target, shards)
+
+
+def convert_to_meta(
+    source: Path, target: Path, shards: int = 1, *, tokenizer: Path | Literal[True] | None = True
+) -> None:
+    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`.
+
+    ``tokenizer``: the ``tokenizer.model`` to bring along, True for the one in ``source``, None for none.
+    """
+    from transformers import AutoConfig
+
+    kind = read_json(source / "config.json").get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise OutputError(f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'")
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    place = source / TOKENIZER if tokenizer is True else tokenizer
+    file = None if place is None else _tokenizer_file(place)
+    _write(HuggingFaceTensors(source), config, file, target, shards)
+
+
+def _write(source: TensorSource, config: LlamaConfig, tokenizer: Path | None, target: Path, shards: int) -> None:
+    width = _check(source, config)
+    params = replace(MetaParams.of(config, width), vocab_size=source.specs[_EMBEDDING].shape[0])
+    tied = "lm_head.weight" not in source.specs
+    if shards < 1 or params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
+        raise OutputError(
+            f"{_REFUSED} in {shards} shards: {params.n_kv_heads} KV heads, {params.vocab_size} tokens and an "
+            f"MLP of width {params.ffn_width} must all divide by the number of shards"
+        )
+    with new_directory(target) as stage:
+        for number in range(shards):
+            state = {}
+            for placement in placements(params, tied=False):
+                # Meta's format has no tied embeddings: the head is written out.
+                name = "model.embed_tokens.weight" if tied and placement.name == "lm_head.weight" else placement.name
+                state[placement.meta] = _part(source.read(name), placement, number, shards)
+            torch.save(state, stage / f"consolidated.{number:02}.pth")
+        (stage / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, stage / TOKENIZER)
+
+
+def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:
+    if placement.heads:
+        tensor = to_neighbours(tensor, placement.heads)
+    if placement.axis is not None:
+        tensor = tensor.chunk(shards, placement.axis)[number]
+    # torch.save would write the whole storage behind a view.
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.contiguous().clone()
+
+
+def _check(source: TensorSource, config: LlamaConfig) -> int:
+    """The width of all MLPs. Raises `OutputError` for whatever Meta's code would build differently."""
+    specs = source.specs
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    if config.hidden_act != "silu" or getattr(config, "sliding_window", None):
+        raise OutputError(f"{_REFUSED}: its activation or attention is not LLaMA's")
+    if specs[_EMBEDDING].shape[1] != hidden:
+        raise OutputError(
+            f"{_REFUSED}: hidden channels were pruned ({specs[_EMBEDDING].shape[1]} of {hidden} are left), and "
+            "there head_dim is dim / n_heads; prune MLP channels or layers instead"
+        )
+    biases = sorted(name for name in specs if name.endswith(".bias"))
+    if biases:
+        raise OutputError(f"{_REFUSED}: it has biases ({biases[0]})")
+    for n in range(layers):
+        for m, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+            name = f"model.layers.{n}.self_attn.{m}_proj.weight"
+            rows = specs[name].shape[0] if name in specs else 0
+            if hidden % config.num_attention_heads or rows != heads * (hidden // config.num_attention_heads):
+                raise OutputError(
+                    f"{_REFUSED}: heads were pruned (layer {n}: {rows} rows in {m}_proj), and there head_dim "
+                    "is dim / n_heads in every layer; prune MLP channels or layers instead"
+                )
+    widths = [
+        specs[name].shape[0] for n in range(layers) if (name := f"model.layers.{n}.mlp.gate_proj.weight") in specs
+    ]
+    if len(widths) != layers or len(set(widths)) != 1:
+        raise OutputError(
+            f"{_REFUSED}: there all MLPs have one width, here they have {min(widths, default=0)} to "
+            f"{max(widths, default=0)}; prune every layer by the same share, layers at the ends too"
+        )
+    return widths[0]
+
+
+def _tokenizer_file(tokenizer: Any) -> Path:
+    """``tokenizer.model`` of a tokenizer, or the file itself."""
+    if isinstance(tokenizer, Path):
+        places = [tokenizer]
+    else:
+        named = getattr(tokenizer, "vocab_file", None)
+        places = [Path(named)] if named else []
+        places.append(Path(str(tokenizer.name_or_path)) / TOKENIZER)
+    for place in places:
+        if place.is_file() and place.suffix == ".model":
+            return place
+    raise CheckpointError(
+        f"{places[-1]} is missing, and Meta's format has no other tokenizer: name it (--tokenizer), or "
+        "write the weights alone (--no-tokenizer)"
+    )

@@ -1,0 +1,112 @@
+"""Writing checkpoints: aside and then renamed, and one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmpruner import OutputError
+
+from .tensors import TensorSource, TensorSpec
+
+SHARD_BYTES = 5_000_000_000
+"""Largest weight file; what transformers splits at as well."""
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes ``target`` when the block ends and vanishes when it raises.
+
+    Raises `OutputError` when ``target`` exists with something in it, or the disk refuses.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"output {target} exists already: choose another, or remove it")
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
+    except OSError as error:
+        raise OutputError(f"output {target} cannot be written: {error.strerror}") from error
+    try:
+        yield stage
+        umask = os.umask(0)
+        os.umask(umask)
+        stage.chmod(0o777 & ~umask)
+        stage.rename(target)
+    except OSError as error:
+        raise OutputError(f"output {target} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_safetensors(
+    directory: Path, source: TensorSource, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write all tensors of ``source`` to ``directory`` as ``model*.safetensors``; ``dtype`` None: as stored.
+
+    The library's own writer wants all tensors of a file at once. The format is a header with the offsets,
+    which are known beforehand, and then the bytes, so that here one tensor is in memory at a time.
+    """
+    specs = {name: TensorSpec(s.shape, dtype or s.dtype) for name, s in source.specs.items()}
+    files = _split(specs, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(files, start=1):
+        single = "model.safetensors"
+        file = single if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+        _write_file(directory / file, {name: specs[name] for name in names}, source)
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(map(_nbytes, specs.values()))}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _nbytes(spec: TensorSpec) -> int:
+    return prod(spec.shape) * spec.dtype.itemsize
+
+
+def _split(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if files[-1] and size + _nbytes(spec) > limit:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += _nbytes(spec)
+    return files
+
+
+def _write_file(path: Path, specs: Mapping[str, TensorSpec], source: TensorSource) -> None:
+    # Wider types first keeps every tensor aligned to its own size.
+    names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        end = offset + _nbytes(specs[name])
+        header[name] = {
+            "dtype": _DTYPES[specs[name].dtype],
+            "shape": specs[name].shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            tensor = source.read(name).to(specs[name].dtype).contiguous()
+            if tuple(tensor.shape) != specs[name].shape:
+                raise OutputError(f"{name} has shape {tuple(tensor.shape)}; its file promised {specs[name].shape}")
+            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

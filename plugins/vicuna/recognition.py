@@ -1,0 +1,99 @@
+"""Telling Vicuna from LLaMA, whose configuration it shares: by name, or by its generation settings.
+
+Nothing is inferred from sizes or ids. A checkpoint that carries neither needs ``--family``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from .conversation import Template
+
+Version = Literal["v0", "v1"]
+
+_V0 = re.compile(r"(^|[-_.])v0([-_.]|$)")
+
+
+def version_of(config: PreTrainedConfig) -> Version | None:
+    """Which Vicuna this is, ``v1`` for v1.1 and everything after; None when nothing says that it is one.
+
+    Asked in turn: the name it was loaded by, the name it was saved by, and its chat template.
+    """
+    place = str(getattr(config, "name_or_path", "") or "")
+    by_name = _version_in_name(_own_name(place))
+    directory = Path(place)
+    if by_name is not None or not place or not directory.is_dir():
+        return by_name
+    for file in ("config.json", "generation_config.json"):
+        saved_as = _read(directory / file).get("_name_or_path")
+        if isinstance(saved_as, str) and (version := _version_in_name(_own_name(saved_as))):
+            return version
+    return _version_in_template(directory)
+
+
+def _own_name(place: str) -> str:
+    """The last part of a path or hub id; of a folder in the hub's cache, the repository's."""
+    parts = [part for part in re.split(r"[/\\]", place) if part]
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached or parts or [""])[-1].rpartition("--")[2].lower()
+
+
+def _version_in_name(name: str) -> Version | None:
+    if "vicuna" not in name:
+        return None
+    return "v0" if _V0.search(name) else "v1"
+
+
+def _version_in_template(directory: Path) -> Version | None:
+    from .conversation import V0_ZERO_SHOT, V1_1
+
+    template = _read(directory / "tokenizer_config.json").get("chat_template")
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    if not isinstance(template, str):
+        return None
+    if V1_1.system in template and "ASSISTANT:" in template:
+        return "v1"
+    return "v0" if all(mark in template for mark in (V0_ZERO_SHOT.system, "###", "Assistant:")) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What is damaged says nothing here; loading the checkpoint will report it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def chat_template(template: Template) -> str:
+    """``template`` as a chat template of transformers, beginning with the beginning-of-sequence token.
+
+    A system message of the user's takes the place of the official one.
+    """
+    human, assistant = (f"{template.before}{name}:" for name in template.names)
+    return (
+        "{% if messages and messages[0]['role'] == 'system' %}"
+        "{% set system, messages = messages[0]['content'], messages[1:] %}"
+        f"{{% else %}}{{% set system = {_quoted(template.system)} %}}{{% endif %}}"
+        f"{{{{ bos_token + system + {_quoted(template.lead)} }}}}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        f"{{{{ {_quoted(human + ' ')} + message['content'] + {_quoted(template.closing[0])} }}}}"
+        "{% elif message['role'] == 'assistant' %}"
+        f"{{{{ {_quoted(assistant + ' ')} + message['content'] + {_quoted(template.closing[1])} }}}}"
+        "{% else %}{{ raise_exception('only user and assistant may follow the system message') }}{% endif %}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {_quoted(assistant)} }}}}{{% endif %}}"
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

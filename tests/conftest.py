@@ -1,0 +1,62 @@
+"""Small models that every test can build in milliseconds, and a fresh plugin catalog."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner.loading import LoadedModel
+
+
+def llama_config(**changes) -> LlamaConfig:
+    values = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
+    """Weights large enough that a wrong index shows in the logits."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    return model
+
+
+@pytest.fixture
+def catalog() -> Catalog:
+    return Catalog(plugin_manager())
+
+
+@pytest.fixture(params=["gqa", "mha", "tied"])
+def loaded(request, catalog) -> LoadedModel:
+    """A tiny llama: grouped-query, multi-head, or with tied embeddings."""
+    changes = {"gqa": {}, "mha": {"num_key_value_heads": 8}, "tied": {"tie_word_embeddings": True}}[request.param]
+    return make_loaded(catalog, llama_config(**changes))
+
+
+@pytest.fixture
+def gqa(catalog) -> LoadedModel:
+    return make_loaded(catalog, llama_config())
+
+
+def make_loaded(catalog: Catalog, config: LlamaConfig, seed: int = 0) -> LoadedModel:
+    family = catalog.family_for(config)
+    graph = build_graph(family, config)
+    return LoadedModel("tiny", config, family, graph, model=random_llama(copy.deepcopy(config), seed), tokenizer=None)

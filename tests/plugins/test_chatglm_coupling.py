@@ -1,0 +1,157 @@
+"""A cut model equals the model with the same units silenced: ChatGLM-6B, ChatGLM2/3 as GLM, and GLM-4."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from chatglm_tiny import prompts, tiny_config, tiny_model
+from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
+
+from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
+from llmpruner.surgery import cut, silence
+
+FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
+KINDS = [("chatglm", k) for k in (MLP, ATTENTION)] + [
+    (m, k) for m in ("glm", "glm4") for k in (MLP, ATTENTION, QUERY, HIDDEN)
+]
+
+
+def random_plan(graph: Any, kinds: tuple[str, ...], uniform: bool, seed: int = 1) -> dict[str, list[int]]:
+    """Cuts about a third of each group; not uniform: another share in each, and one group left whole."""
+    draw = random.Random(seed)
+    plan = {}
+    for number, group in enumerate(graph.of_kinds(kinds)):
+        if not uniform and number == 1:
+            continue
+        share = 0.34 if uniform else draw.uniform(0.2, 0.6)
+        per_block = group.units // group.blocks
+        stay = max(group.minimum // group.blocks, 1, round(per_block * (1 - share)))
+        plan[group.name] = sorted(
+            b * per_block + u for b in range(group.blocks) for u in draw.sample(range(per_block), stay)
+        )
+    return plan
+
+
+def logits_and_ids(model: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = prompts(kind)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits[mask == 1]
+    new = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    return logits, torch.stack(new.logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "uneven"])
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+def test_cut_equals_silenced(kind: str, group: str, uniform: bool, attention: str) -> None:
+    model = tiny_model(kind, attention)
+    graph = build_graph(FAMILIES[kind], model.config)
+    plan = random_plan(graph, (group,), uniform)
+    reference = deepcopy(model)
+    silence(reference, graph, plan)
+    dense = logits_and_ids(model, kind)
+    remaining = cut(model, graph, plan, FAMILIES[kind])
+    assert remaining.total_parameters < graph.total_parameters
+    for got, expected, untouched in zip(
+        logits_and_ids(model, kind), logits_and_ids(reference, kind), dense, strict=True
+    ):
+        assert (got - expected).abs().max() < 2e-5
+        assert (got - untouched).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_all_kinds_in_one_plan(kind: str, attention: str) -> None:
+    model = tiny_model(kind, attention)
+    graph = build_graph(FAMILIES[kind], model.config)
+    plan = random_plan(graph, (MLP, QUERY, HIDDEN) if kind != "chatglm" else (MLP, ATTENTION), uniform=False)
+    reference = deepcopy(model)
+    silence(reference, graph, plan)
+    cut(model, graph, plan, FAMILIES[kind])
+    for got, expected in zip(logits_and_ids(model, kind), logits_and_ids(reference, kind), strict=True):
+        assert (got - expected).abs().max() < 2e-5
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    model = tiny_model("glm", tie_word_embeddings=True)
+    graph = build_graph(FAMILIES["glm"], model.config)
+    reference = deepcopy(model)
+    plan = random_plan(graph, (HIDDEN,), uniform=True)
+    silence(reference, graph, plan)
+    cut(model, graph, plan, FAMILIES["glm"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (logits_and_ids(model, "glm")[0] - logits_and_ids(reference, "glm")[0]).abs().max() < 2e-5
+
+
+def test_multi_head_glm_without_biases_offers_no_query_heads() -> None:
+    config = tiny_config("glm", num_key_value_heads=8, attention_bias=False)
+    graph = build_graph(FAMILIES["glm"], config)
+    assert graph.kinds == (ATTENTION, MLP, HIDDEN, "layer")
+    assert not any(span.parameter.endswith("bias") for group in graph.groups for span in group.spans)
+
+
+def test_a_removed_layer_of_chatglm_is_gone_and_the_others_keep_their_scale() -> None:
+    model = tiny_model("chatglm")
+    graph = build_graph(FAMILIES["chatglm"], model.config)
+    expected = tiny_model("chatglm", num_layers=2)
+    for new, old in ((0, 0), (1, 2)):
+        expected.transformer.layers[new].load_state_dict(model.transformer.layers[old].state_dict())
+    for part in ("word_embeddings", "final_layernorm"):
+        getattr(expected.transformer, part).load_state_dict(getattr(model.transformer, part).state_dict())
+    cut(model, graph, {"layers": [0, 2]}, FAMILIES["chatglm"])
+    assert model.config.num_layers == 2
+    for got, wanted in zip(logits_and_ids(model, "chatglm"), logits_and_ids(expected, "chatglm"), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_discovery_finds_what_is_declared(kind: str) -> None:
+    def contents(family: ModelFamily) -> set[tuple[Any, ...]]:
+        return {
+            (group.kind, group.layer, group.blocks, group.modules, span.parameter, span.axis)
+            + tuple(sorted(tuple(span.index.of(u)) for u in range(group.units)))
+            for group in build_graph(family, tiny_config(kind)).groups
+            for span in group.spans
+        }
+
+    assert contents(FAMILIES[kind]) == contents(ModelFamily())
+
+
+def test_hidden_channels_of_chatglm_are_not_offered() -> None:
+    graph = build_graph(FAMILIES["chatglm"], tiny_config("chatglm"))
+    assert graph.kinds == (ATTENTION, MLP, "layer")
+    assert graph.layers == "transformer.layers"
+
+
+def test_later_generations_win_over_glm_by_what_their_config_says() -> None:
+    catalog = Catalog(plugin_manager())
+    assert catalog.family_for(tiny_config("chatglm")).name == "chatglm"
+    assert catalog.family_for(tiny_config("glm")).name == catalog.family_for(tiny_config("glm4")).name == "glm"
+    assert catalog.family_for(tiny_config("glm", chat_format="rounds")).name == "chatglm2"
+    assert catalog.family_for(tiny_config("glm", chat_format="roles")).name == "chatglm3"
+
+
+def test_prompts_of_each_generation() -> None:
+    first, second, third = ChatGLMFamily(), ChatGLM2Family(), ChatGLM3Family()
+    assert first.format_prompt("你好") == "你好[gMASK]<sop>"
+    assert first.format_prompt("Sum up.", "A text.") == "Sum up.\nA text.[gMASK]<sop>"
+    assert first.format_chat([("a", "b")], "c") == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答：[gMASK]<sop>"
+    assert second.format_prompt("你好") == "[Round 1]\n\n问：你好\n\n答："
+    assert second.format_chat([("a", "b")], "c") == "[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：c\n\n答："
+    assert third.format_prompt("你好") == "<|user|>\n 你好<|assistant|>"
+    assert third.format_chat([("a", "b")], "c") == "<|user|>\n a<|assistant|>\n b<|user|>\n c<|assistant|>"
+    assert GlmFamily().format_prompt("hi") == "<|user|>\nhi<|assistant|>"
+
+
+def test_the_plugin_imports_no_torch() -> None:
+    code = "import sys, llmpruner_chatglm; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,166 @@
+"""The ChatGLM-6B model class: positions, visibility, caches, padding, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from chatglm_tiny import EOP, GMASK, MASK, PAD, SOP, prompts, tiny_config, tiny_model
+from llmpruner_chatglm.configuration_chatglm import ChatGLMConfig
+from llmpruner_chatglm.layout_chatglm import Layout
+from transformers import DynamicCache
+
+
+def layout(*rows: list[int], mask: list[list[int]] | None = None) -> tuple[list[Any], list[Any]]:
+    ids = torch.tensor(rows)
+    attention_mask = None if mask is None else torch.tensor(mask)
+    found = Layout.of(ids, attention_mask, tiny_config("chatglm"))
+    columns = torch.arange(ids.shape[1])
+    return found.position_ids(columns).tolist(), found.visible(columns, columns)[:, 0].int().tolist()
+
+
+def test_positions_and_visibility_of_a_prompt_with_an_answer() -> None:
+    positions, visible = layout([7, 8, GMASK, SOP, 9])
+    assert positions == [[[0, 1, 2, 2, 2], [0, 0, 0, 1, 2]]]
+    assert visible == [[[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]]
+
+
+def test_mask_in_the_middle_and_gmask_before_mask() -> None:
+    positions, _ = layout([7, MASK, 8, SOP, 9], [MASK, 7, GMASK, SOP, 9])
+    assert positions == [[[0, 1, 2, 1, 1], [0, 0, 0, 1, 2]], [[0, 1, 2, 2, 2], [0, 0, 0, 1, 2]]]
+
+
+def test_left_padding_moves_columns_but_not_positions() -> None:
+    positions, _ = layout([PAD, PAD, 7, GMASK, SOP], mask=[[0, 0, 1, 1, 1]])
+    assert positions == [[[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]]
+
+
+def test_marks_under_the_padding_mask_do_not_count() -> None:
+    positions, _ = layout([SOP, GMASK, 7, GMASK, SOP], mask=[[0, 0, 1, 1, 1]])
+    assert positions == [[[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]]
+
+
+def test_without_sop_everything_is_a_causal_answer() -> None:
+    positions, visible = layout([7, 8, 9])
+    assert positions == [[[0, 0, 0], [1, 2, 3]]]
+    assert visible == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]
+
+
+def test_text_without_sop_is_scored_without_looking_ahead() -> None:
+    model = tiny_model("chatglm", "sdpa")
+    one, other = torch.tensor([[7, 8, 9, 10]]), torch.tensor([[7, 8, 9, 33]])
+    with torch.no_grad():
+        assert (model(one).logits[:, :3] - model(other).logits[:, :3]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_on_either_side_changes_nothing(attention: str) -> None:
+    model = tiny_model("chatglm", attention)
+    row = torch.tensor([[7, 9, GMASK, SOP, 20, 21]])
+    left = torch.tensor([[PAD, PAD, PAD, 7, 9, GMASK, SOP, 20, 21]])
+    right = torch.tensor([[7, 9, GMASK, SOP, 20, 21, PAD, PAD]])
+    with torch.no_grad():
+        expected = model(row).logits
+        from_left = model(left, attention_mask=(left != PAD).long()).logits[:, 3:]
+        from_right = model(right, attention_mask=(right != PAD).long()).logits[:, :6]
+    assert (from_left - expected).abs().max() < 1e-5
+    assert (from_right - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_token_by_token_with_a_cache_equals_one_pass(attention: str) -> None:
+    model = tiny_model("chatglm", attention)
+    ids, mask = prompts("chatglm")
+    tail = torch.tensor([[30, 31, 32], [33, 34, 35]])
+    whole, whole_mask = torch.cat((ids, tail), 1), torch.cat((mask, torch.ones_like(tail)), 1)
+    with torch.no_grad():
+        expected = model(whole, attention_mask=whole_mask).logits
+        cache = DynamicCache(config=model.config)
+        model(ids, attention_mask=mask, cache=cache)
+        for step in range(ids.shape[1], whole.shape[1]):
+            got = model(whole[:, step : step + 1], attention_mask=whole_mask[:, : step + 1], cache=cache).logits
+            assert (got[:, 0] - expected[:, step]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}], ids=str
+)
+def test_beams_and_copies_agree_with_and_without_cache_and_given_positions(options: dict[str, Any]) -> None:
+    model = tiny_model("chatglm", "sdpa")
+    ids, mask = prompts("chatglm")
+    positions = Layout.of(ids, mask, model.config).position_ids(torch.arange(ids.shape[1]))
+    common = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, **options}
+    expected = model.generate(ids, use_cache=False, **common)
+    assert torch.equal(model.generate(ids, **common), expected)
+    assert torch.equal(model.generate(ids, position_ids=positions, **common), expected)
+
+
+def test_layers_returned_as_hidden_states() -> None:
+    model = tiny_model("chatglm")
+    ids, _ = prompts("chatglm")
+    with torch.no_grad():
+        output = model(ids[:1], output_hidden_states=True)
+        assert len(output.hidden_states) == model.config.num_layers + 1
+        assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+        last = model(ids[:1], logits_to_keep=2).logits
+        assert last.shape == (1, 2, 64)
+        assert (last - output.logits[:, -2:]).abs().max() < 1e-5
+
+
+def test_loss_is_of_the_labelled_tokens_shifted_by_one() -> None:
+    model = tiny_model("chatglm")
+    ids, mask = prompts("chatglm")
+    labels = torch.where(torch.arange(8) >= 6, ids, -100)
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, labels=labels)
+        expected = torch.nn.functional.cross_entropy(output.logits[:, 5:7].flatten(0, 1), ids[:, 6:].flatten())
+    assert output.loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_the_context_is_not_trained_on() -> None:
+    """It sees itself: predicting it would be copying."""
+    model = tiny_model("chatglm")
+    ids, mask = prompts("chatglm")
+    answers = torch.where(torch.arange(8) >= 6, ids, -100)
+    with torch.no_grad():
+        everything = model(ids, attention_mask=mask, labels=ids).loss
+        assert everything == model(ids, attention_mask=mask, labels=answers).loss
+        plain = torch.tensor([[7, 8, 9, 10]])
+        expected = torch.nn.functional.cross_entropy(model(plain).logits[0, :-1], plain[0, 1:])
+        assert model(plain, labels=plain).loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_lora_step_lowers_the_loss_also_with_gradient_checkpointing() -> None:
+    peft = pytest.importorskip("peft")
+    losses = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["query_key_value", "dense_4h_to_h"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(tiny_model("chatglm"), config).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        ids, mask = prompts("chatglm")
+        losses[checkpointing] = []
+        for _ in range(3):
+            loss = model(ids, attention_mask=mask, labels=ids).loss
+            losses[checkpointing].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[False][-1] < losses[False][0]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_special_ids_of_old_releases_follow_sop() -> None:
+    config = ChatGLMConfig(bos_token_id=150004, eos_token_id=150005, vocab_size=150528)
+    assert (config.mask_token_id, config.gmask_token_id) == (150000, 150001)
+    config = ChatGLMConfig(bos_token_id=SOP, eos_token_id=EOP, gmask_token_id=9, mask_token_id=8)
+    assert (config.mask_token_id, config.gmask_token_id) == (8, 9)
+
+
+def test_neither_ids_nor_embeddings_is_an_error() -> None:
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        tiny_model("chatglm")()

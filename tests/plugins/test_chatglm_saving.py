@@ -1,0 +1,127 @@
+"""Pruned ChatGLM checkpoints in a fresh process, with llmpruner and without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chatglm_tiny import prompts, tiny_model, train_sentencepiece
+from llmpruner_chatglm import ChatGLMFamily, GlmFamily
+from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
+from safetensors.torch import load_file, save_file
+
+from llmpruner import build_graph, load_pruned, save_checkpoint
+from llmpruner.surgery import cut
+
+# `llmpruner` cannot be imported in the process that runs this, nor can any plugin.
+STRANGER = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0].startswith("llmpruner"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Blocked())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+directory, inputs, outputs, resaved = sys.argv[1:5]
+given = load_file(inputs)
+for source in (directory, resaved):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
+    if source == directory:
+        model.save_pretrained(resaved)
+ids, mask = given["ids"], given["mask"]
+with torch.no_grad():
+    logits = model(ids, attention_mask=mask).logits
+results = {"logits": logits}
+for cache in ("dynamic", "static"):
+    results[cache] = model.generate(
+        ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, cache_implementation=cache
+    )
+if len(sys.argv) > 5:
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
+    results["tokens"] = torch.tensor(tokenizer(sys.argv[5])["input_ids"])
+save_file({k: v.contiguous() for k, v in results.items()}, outputs)
+"""
+
+
+def as_a_stranger(directory: Path, work: Path, kind: str, *text: str) -> dict[str, torch.Tensor]:
+    ids, mask = prompts(kind)
+    save_file({"ids": ids, "mask": mask}, work / "inputs.safetensors")
+    arguments = [
+        str(directory),
+        *(str(work / n) for n in ("inputs.safetensors", "outputs.safetensors", "again")),
+        *text,
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=work,
+        env={**os.environ, "HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return load_file(work / "outputs.safetensors")
+
+
+def expect(model: Any, kind: str, results: dict[str, torch.Tensor]) -> None:
+    ids, mask = prompts(kind)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    assert (results["logits"] - logits)[mask == 1].abs().max() < 1e-5
+    new = model.generate(ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert torch.equal(results["dynamic"], new)
+    assert torch.equal(results["static"], new)
+
+
+UNEVEN = {
+    "layers.0.mlp": range(0, 48, 2), "layers.1.mlp": range(40), "layers.0.attention": [1, 3],
+    "layers.1.attention": [0, 1, 3], "layers": [0, 1],
+}  # fmt: skip
+EVEN = {f"layers.{n}.{kind}": units for n in range(3) for kind, units in (("mlp", range(32)), ("attention", [0, 2]))}
+
+
+@pytest.mark.parametrize(("plan", "tied"), [(UNEVEN, True), (EVEN, False)], ids=["uneven, tied", "uniform, untied"])
+def test_pruned_chatglm_loads_without_llmpruner(plan: dict[str, Any], tied: bool, tmp_path: Path) -> None:
+    model = tiny_model("chatglm", tie_word_embeddings=tied)
+    family = ChatGLMFamily()
+    cut(model, build_graph(family, model.config), {k: list(v) for k, v in plan.items()}, family)
+    directory = tmp_path / "pruned"
+    save_checkpoint(model, directory, record={}, family=family)
+    expect(model, "chatglm", as_a_stranger(directory, tmp_path, "chatglm"))
+    loaded = load_pruned(directory, attn_implementation="eager")
+    assert type(loaded).__module__.startswith("llmpruner")
+    ids, mask = prompts("chatglm")
+    with torch.no_grad():
+        difference = loaded(ids, attention_mask=mask).logits - model(ids, attention_mask=mask).logits
+    assert difference[mask == 1].abs().max() == 0
+
+
+def test_pruned_glm_loads_without_llmpruner(tmp_path: Path) -> None:
+    kind = "glm4"
+    model = tiny_model(kind)
+    family = GlmFamily()
+    plan = {"layers.0.mlp": list(range(24)), "layers.1.attention": [0, 3], "layers.2.query": [0, 2, 4, 6]}
+    cut(model, build_graph(family, model.config), plan, family)
+    assert save_checkpoint(model, tmp_path / "pruned", record={}, family=family) == "shim"
+    expect(model, kind, as_a_stranger(tmp_path / "pruned", tmp_path, kind))
+
+
+def test_save_pretrained_alone_makes_a_checkpoint_that_loads_anywhere(tmp_path: Path) -> None:
+    vocabulary = train_sentencepiece(
+        tmp_path / "ice_text", "unigram", ["<n>", "<|tab|>", "<|blank_2|>", "[MASK]", "[gMASK]", "<sop>", "<eop>"]
+    )
+    tokenizer = ChatGLMTokenizer(vocabulary)
+    model = tiny_model("chatglm", vocab_size=512)
+    directory = tmp_path / "dense"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    text = "The quick  fox\nover it"
+    results = as_a_stranger(directory, tmp_path, "chatglm", text)
+    expect(model, "chatglm", results)
+    assert results["tokens"].tolist() == tokenizer(text)["input_ids"]

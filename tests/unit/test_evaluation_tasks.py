@@ -1,0 +1,114 @@
+import json
+
+import pytest
+import tiny_models
+
+from llmpruner import DataError, UnknownNameError
+from llmpruner.evaluation.tasks import TASK_GROUPS, builtin_manager, evaluate_tasks, expand, load_tasks
+
+pytest.importorskip("lm_eval")
+
+TASK = """
+task: llmpruner_capitals
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        {"question": f"Is {n} even? Answer:", "choices": [" yes", " no, it is not"], "label": n % 2}
+        for n in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "capitals.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    return folder
+
+
+def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd):
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    result = evaluate_tasks(model, tokenizer, ["llmpruner_capitals"], include_path=task_dir, batch_size=4)
+    expected = accuracy(model, tokenizer, 10)
+    assert result["llmpruner_capitals"]["acc"] == pytest.approx(expected)
+    assert result["llmpruner_capitals"]["acc_stderr"] > 0
+    limited = evaluate_tasks(model, tokenizer, ["llmpruner_capitals"], include_path=task_dir, limit=3)
+    assert limited["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 3))
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
+def accuracy(model, tokenizer, count):
+    """The same task, scored by hand: the answer with the greater log-likelihood wins."""
+    import torch
+
+    hits = 0
+    for n in range(count):
+        scores = []
+        question = tokenizer(f"Is {n} even? Answer:")["input_ids"]
+        for answer in (" yes", " no, it is not"):
+            ids = torch.tensor([question + tokenizer(answer)["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            scores.append(float(logs[len(question) - 1 :].sum()))
+        hits += scores.index(max(scores)) == n % 2
+    return hits / count
+
+
+def test_loaded_tasks_serve_several_models(task_dir):
+    tasks = load_tasks(["llmpruner_capitals"], include_path=task_dir)
+    tokenizer = tiny_models.tokenizer()
+    for seed in (0, 5):
+        model = tiny_models.llama(seed=seed)
+        result = evaluate_tasks(model, tokenizer, tasks, num_fewshot=0, limit=7)
+        assert result["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 7))
+
+
+def test_an_unknown_task_is_refused_before_the_model_runs():
+    class Untouchable:
+        def __getattr__(self, name):
+            raise AssertionError(f"the model was asked for {name}")
+
+    with pytest.raises(UnknownNameError, match=r"unknown task 'piqqa'; did you mean .*piqa") as caught:
+        evaluate_tasks(Untouchable(), None, ["openbookqa", "piqqa"])
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_unreachable_data_names_the_way_out(task_dir, tmp_path):
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data of task 'llmpruner_capitals' cannot be.*--include-path"):
+        evaluate_tasks(None, None, ["llmpruner_capitals"], include_path=task_dir)
+
+
+def test_a_missing_include_path(tmp_path):
+    with pytest.raises(DataError, match=r"--include-path .*none: no such directory"):
+        evaluate_tasks(None, None, ["piqa"], include_path=tmp_path / "none")
+
+
+def test_names_are_expanded_once():
+    known = ["arc_easy", "arc_challenge", *TASK_GROUPS["paper"], "mmlu_law", "mmlu_logic"]
+    assert expand(["paper", "piqa"], known) == list(TASK_GROUPS["paper"])
+    assert expand(["mmlu_*"], known) == ["mmlu_law", "mmlu_logic"]
+    with pytest.raises(DataError, match="no task was named"):
+        expand([], known)
+
+
+def test_the_paper_suite_exists_in_lm_eval():
+    assert expand(["paper"], builtin_manager().all_tasks) == list(TASK_GROUPS["paper"])

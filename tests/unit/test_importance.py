@@ -1,0 +1,116 @@
+"""Criteria against their equations, and units credited with exactly what they own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmpruner import UnknownNameError
+from llmpruner.calibration import calibration_set
+from llmpruner.importance.estimate import estimate
+from llmpruner.importance.magnitude import L1, L2, Random
+from llmpruner.importance.reductions import REDUCTION_NAMES
+from llmpruner.importance.taylor import Taylor
+
+
+@pytest.fixture
+def measured(gqa):
+    """Weights, mean gradient and mean squared gradient of one layer's projections, by plain autograd."""
+    calibration = calibration_set("self", gqa.model, None, samples=4, length=12, seed=3)
+    layer = gqa.model.model.layers[2]
+    mods = {n: layer.get_submodule(n) for n in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")}
+    grads = {name: [] for name in mods}
+    for row in calibration.input_ids:
+        gqa.model.zero_grad()
+        gqa.model(row[None], labels=row[None]).loss.backward()
+        for name, module in mods.items():
+            grads[name].append(module.weight.grad.clone())
+    gqa.model.zero_grad()
+    weights = {name: module.weight.detach() for name, module in mods.items()}
+    stacked = {name: torch.stack(g) for name, g in grads.items()}
+    return (
+        calibration,
+        weights,
+        {n: g.mean(0) for n, g in stacked.items()},
+        {n: g.square().mean(0) for n, g in stacked.items()},
+    )
+
+
+def saliency(variant, w, g, h):
+    first, second = w * g, 0.5 * w.square() * h
+    return {"element1": first.abs(), "element2": second, "mix": (first - second).abs(), "vector": first}[variant]
+
+
+@pytest.mark.parametrize("variant", Taylor.variants)
+def test_taylor_follows_the_paper(gqa, measured, variant):
+    calibration, w, g, h = measured
+    expected = torch.zeros(96, dtype=torch.float64)
+    for name, axis in (("mlp.gate_proj", 0), ("mlp.up_proj", 0), ("mlp.down_proj", 1)):
+        expected += saliency(variant, w[name], g[name], h[name]).double().sum(1 - axis).abs()
+    group = gqa.graph.by_name["layers.2.mlp"]
+    scores = estimate(gqa.model, gqa.graph, [group], Taylor(variant), calibration)
+    torch.testing.assert_close(scores.by_group["layers.2.mlp"], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(("criterion", "power"), [(L1(), 1), (L2(), 2)])
+def test_magnitude(gqa, criterion, power):
+    mlp = gqa.model.model.layers[1].mlp
+    parts = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
+    spans = torch.stack([p.detach().double().abs().pow(power).sum(1) for p in parts])
+    group = gqa.graph.by_name["layers.1.mlp"]
+    reduced = {
+        "sum": spans.sum(0),
+        "mean": spans.mean(0),
+        "max": spans.amax(0),
+        "prod": spans.prod(0),
+        "last": spans[-1],
+    }
+    assert set(reduced) == set(REDUCTION_NAMES)
+    for name, expected in reduced.items():
+        scores = estimate(gqa.model, gqa.graph, [group], criterion, None, reduction=name)
+        torch.testing.assert_close(scores.by_group[group.name], expected, rtol=1e-5, atol=0)
+
+
+def test_a_kv_group_is_credited_with_its_own_query_heads_alone(gqa):
+    attention = gqa.model.model.layers[1].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight[5 * 8 : 6 * 8] = 50.0
+    group = gqa.graph.by_name["layers.1.attention"]
+    before = estimate(gqa.model, gqa.graph, [group], L1(), None).by_group[group.name]
+    assert int(before.argmax()) == 2, "query head 5 of 8 belongs to KV head 2 of 4"
+    others = before[[0, 1, 3]]
+    with torch.no_grad():
+        attention.q_proj.weight[5 * 8 : 6 * 8] = 0.0
+    after = estimate(gqa.model, gqa.graph, [group], L1(), None).by_group[group.name]
+    torch.testing.assert_close(after[[0, 1, 3]], others, rtol=0, atol=0)
+
+
+def test_a_tied_embedding_counts_once(catalog, loaded):
+    group = loaded.graph.by_name["hidden"]
+    scores = estimate(loaded.model, loaded.graph, [group], L1(), None).by_group["hidden"]
+    axes = {(s.parameter, s.axis) for s in group.spans if s.parameter not in loaded.graph.ties}
+    expected = torch.zeros(64, dtype=torch.float64)
+    for name, axis in axes:
+        weight = loaded.model.get_parameter(name).detach().double().abs()
+        expected += weight.sum([a for a in range(weight.dim()) if a != axis]) if weight.dim() > 1 else weight
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=0)
+
+
+def test_a_layer_scores_everything_in_it(gqa):
+    scores = estimate(gqa.model, gqa.graph, [gqa.graph.by_name["layers"]], L1(), None).by_group["layers"]
+    expected = [sum(p.detach().double().abs().sum() for p in layer.parameters()) for layer in gqa.model.model.layers]
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=0)
+
+
+def test_random_is_reproducible_and_seeded(gqa):
+    group = gqa.graph.by_name["layers.1.mlp"]
+    one, same, other = (
+        estimate(gqa.model, gqa.graph, [group], Random(), None, seed=s).by_group[group.name] for s in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_an_unknown_variant_offers_the_known():
+    with pytest.raises(UnknownNameError, match="did you mean element"):
+        Taylor("element")

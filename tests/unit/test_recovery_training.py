@@ -1,0 +1,268 @@
+import copy
+import json
+
+import pytest
+import tiny_models
+import torch
+from llmpruner_llama.family import LlamaFamily
+
+from llmpruner import (
+    MLP,
+    Blocks,
+    CoupledGroup,
+    ModelError,
+    OutputError,
+    PluginError,
+    RecoverySettings,
+    RecoveryStrategy,
+    Role,
+    Span,
+    UnsupportedModelError,
+)
+from llmpruner.families import build_graph, graph_of
+from llmpruner.recovery.data import Examples, Turn
+from llmpruner.recovery.full import FullStrategy
+from llmpruner.recovery.lora import LoraStrategy, adapter_targets
+from llmpruner.recovery.run import recover
+from llmpruner.recovery.training import latest_checkpoint, micro_batch, steps
+from llmpruner.surgery import cut
+
+pytest.importorskip("peft")
+
+FAMILY = LlamaFamily()
+EXAMPLES = Examples(
+    tuple(
+        (Turn(f"Question {n}: what is the capital?\n", "Paris is the capital of France."),) for n in range(12)
+    ),
+    "here",
+)
+SETTINGS = RecoverySettings(
+    batch_size=4, micro_batch_size=2, epochs=2, learning_rate=5e-3, warmup_steps=0, dropout=0.1, cutoff=48
+)
+STRATEGIES = [LoraStrategy(), FullStrategy()]
+
+
+def pruned(tied=False):
+    """A tiny LLaMA whose layers differ in heads and in width."""
+    model = tiny_models.llama(tied=tied)
+    graph = build_graph(FAMILY, model.config)
+    kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 48), "layers.1.attention": [1]}
+    return model, cut(model, graph, kept, FAMILY)
+
+
+def run(model, graph, work_dir, strategy, settings=SETTINGS, **options):
+    return recover(
+        model, tiny_models.tokenizer(), graph, FAMILY, EXAMPLES, strategy, settings, work_dir, **options
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tmp_path, strategy, tied):
+    model, graph = pruned(tied)
+    kind, shapes, before = type(model), shapes_of(model), copy.deepcopy(model.state_dict())
+    seen = []
+    result = run(model, graph, tmp_path / "work", strategy, on_step=lambda *step: seen.append(step))
+    assert type(result.model) is kind and shapes_of(result.model) == shapes
+    assert len(result.losses) == 6 and result.losses[-1] < result.losses[0] - 0.1
+    assert seen == [(n, 6, loss) for n, loss in enumerate(result.losses, start=1)]
+    assert not result.model.training and all(p.requires_grad for p in result.model.parameters())
+    assert (result.model.lm_head.weight is result.model.model.embed_tokens.weight) is tied
+    after = result.model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    if strategy.name == "lora":
+        assert moved == {f"{target}.weight" for target in adapter_targets(result.model, graph)[0]}
+        assert len(moved) == 2 * 7
+    else:
+        assert moved == set(after)
+    assert result.model.config.use_cache
+    assert result.examples == 12 and result.fingerprint == EXAMPLES.fingerprint
+
+
+def shapes_of(model):
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, strategy):
+    whole = run(*pruned(), tmp_path / "whole", strategy)
+
+    def interrupt(step, total, loss):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(*pruned(), tmp_path / "parts", strategy, on_step=interrupt)
+    assert latest_checkpoint(tmp_path / "parts") is not None
+    steps_taken = []
+    resumed = run(*pruned(), tmp_path / "parts", strategy, on_step=lambda step, *_: steps_taken.append(step))
+    assert steps_taken and steps_taken[0] > 1 and steps_taken[-1] == 6
+    assert resumed.losses == pytest.approx(whole.losses, abs=1e-6)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
+    settings = RecoverySettings(batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
+    first, again = (run(*pruned(), tmp_path / name, LoraStrategy(), settings).losses for name in ("a", "b"))
+    other = RecoverySettings(batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32, seed=1)
+    assert first == again != run(*pruned(), tmp_path / "c", LoraStrategy(), other).losses
+
+
+def test_another_job_does_not_continue_from_a_work_dir(tmp_path):
+    settings = RecoverySettings(batch_size=4, max_steps=1, cutoff=32)
+    run(*pruned(), tmp_path / "work", LoraStrategy(), settings)
+    with pytest.raises(OutputError, match=r"another recovery job \(settings differ\)"):
+        run(
+            *pruned(),
+            tmp_path / "work",
+            LoraStrategy(),
+            RecoverySettings(batch_size=4, max_steps=2, cutoff=32),
+        )
+    with pytest.raises(OutputError, match=r"another recovery job \(model differ\)"):
+        model = tiny_models.llama(seed=3)
+        run(model, build_graph(FAMILY, model.config), tmp_path / "work", LoraStrategy(), settings)
+    with pytest.raises(OutputError, match=r"another recovery job \(strategy differ\)"):
+        run(*pruned(), tmp_path / "work", FullStrategy(), settings)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(OutputError, match="is not empty and holds no recovery job"):
+        run(*pruned(), tmp_path / "other", LoraStrategy(), settings)
+
+
+def test_unmerged_adapters_reproduce_the_merged_model(tmp_path):
+    settings = RecoverySettings(batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
+    merged = run(*pruned(), tmp_path / "a", LoraStrategy(), settings).model
+    adapted = run(*pruned(), tmp_path / "b", LoraStrategy(), settings, merge=False).model
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+    adapted.save_pretrained(tmp_path / "adapters")
+    saved = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert saved["r"] == 8 and saved["lora_alpha"] == 16
+
+
+def test_merging_keeps_the_dtype(tmp_path):
+    model, graph = pruned(tied=True)
+    settings = RecoverySettings(batch_size=4, max_steps=1, cutoff=32)
+    result = run(model.bfloat16(), graph, tmp_path / "work", LoraStrategy(), settings)
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+
+
+def test_autocast_trains_to_nearly_the_same_loss(tmp_path):
+    settings = RecoverySettings(batch_size=4, max_steps=2, cutoff=32, autocast=True)
+    full = run(
+        *pruned(), tmp_path / "a", LoraStrategy(), RecoverySettings(batch_size=4, max_steps=2, cutoff=32)
+    )
+    half = run(*pruned(), tmp_path / "b", LoraStrategy(), settings)
+    assert half.losses == pytest.approx(full.losses, rel=1e-2) and half.losses != full.losses
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+
+
+def test_adapters_for_conv1d_modules(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    channel = Blocks(128)
+    groups = [
+        CoupledGroup(
+            f"layers.{n}.mlp",
+            MLP,
+            128,
+            (
+                Span(f"transformer.h.{n}.mlp.c_fc.weight", 1, Role.PRODUCES, channel),
+                Span(f"transformer.h.{n}.mlp.c_fc.bias", 0, Role.PRODUCES, channel),
+                Span(f"transformer.h.{n}.mlp.c_proj.weight", 0, Role.CONSUMES, channel),
+            ),
+            layer=n,
+        )
+        for n in range(2)
+    ]
+    graph = graph_of(model, lambda: groups)
+    graph = cut(model, graph, {"layers.1.mlp": range(0, 128, 2)})
+    assert model.transformer.h[1].mlp.c_fc.weight.shape == (32, 64)
+    result = run(model, graph, tmp_path / "work", LoraStrategy())
+    assert isinstance(result.model.transformer.h[1].mlp.c_fc, Conv1D)
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_experts_are_skipped_with_a_note(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM(config).eval()
+    path, wide = "model.layers.0", Blocks(2, 16)
+    experts = f"{path}.mlp.experts.down_proj"
+    groups = [
+        CoupledGroup("layers.0.mlp", MLP, 16, (Span(experts, 2, Role.CONSUMES, Blocks(16)),), layer=0),
+        CoupledGroup(
+            "layers.0.attention",
+            "attention",
+            2,
+            (Span(f"{path}.self_attn.o_proj.weight", 1, Role.CONSUMES, wide),),
+        ),
+    ]
+    graph = graph_of(model, lambda: groups)
+    assert adapter_targets(model, graph) == ([f"{path}.self_attn.o_proj"], [experts])
+    settings = RecoverySettings(batch_size=4, max_steps=1, cutoff=32)
+    result = run(model, graph, tmp_path / "work", LoraStrategy(), settings)
+    assert "1 parameters of experts get no adapters" in result.notes[0]
+    with pytest.raises(UnsupportedModelError, match="nothing to adapt"):
+        adapter_targets(model, graph_of(model, lambda: groups[:1]))
+
+
+def test_a_diverged_run_stops(tmp_path):
+    model, graph = pruned()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="the loss became nan at step 1; lower the learning rate"):
+        run(model, graph, tmp_path / "work", LoraStrategy())
+
+
+def test_a_strategy_must_return_a_training_result(tmp_path):
+    class Odd(RecoveryStrategy):
+        name = "odd"
+
+        def train(self, job):
+            return job.model
+
+    with pytest.raises(PluginError, match="'odd' returned LlamaForCausalLM, not a TrainingResult"):
+        run(*pruned(), tmp_path / "work", Odd())
+
+
+@pytest.mark.parametrize(("micro", "batch", "expected"), [(4, 64, 4), (4, 6, 3), (8, 4, 4), (4, 7, 1)])
+def test_micro_batches_divide_the_batch(micro, batch, expected):
+    assert micro_batch(RecoverySettings(batch_size=batch, micro_batch_size=micro)) == expected
+
+
+def test_the_number_of_steps_agrees_with_the_trainer(tmp_path):
+    for batch, epochs in ((5, 1.0), (8, 1.5), (64, 2.0)):
+        settings = RecoverySettings(batch_size=batch, epochs=epochs, cutoff=16)
+        result = run(*pruned(), tmp_path / f"{batch}", LoraStrategy(), settings)
+        assert len(result.losses) == steps(settings, len(EXAMPLES.rows))
+
+
+def test_training_prints_nothing(tmp_path, capfd):
+    run(*pruned(), tmp_path / "work", LoraStrategy(), RecoverySettings(batch_size=4, max_steps=1, cutoff=32))
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == ""

@@ -1,0 +1,107 @@
+"""Selection hits the amount within one unit and obeys every constraint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmpruner import Blocks, CoupledGroup, Role, SelectionError, Span, UnknownNameError
+from llmpruner.importance.estimate import Scores
+from llmpruner.plan import parameters_after
+from llmpruner.selection.allocate import Demand
+from llmpruner.selection.candidates import build_queue
+from llmpruner.selection.select import Scope, select
+from llmpruner.selection.sizes import SizeModel
+from llmpruner.surgery import restrict
+
+ALL = (0, 1, 2, 3)
+
+
+def scores_for(groups, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Scores({g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups})
+
+
+def choose(graph, kinds, demand, layers=ALL, **options):
+    scope = Scope(kinds, layers)
+    groups = scope.groups(graph)
+    return select(graph, groups, scores_for(groups), scope, demand, **options)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize(
+    "kinds",
+    [("mlp",), ("mlp", "attention"), ("mlp", "query", "attention"), ("hidden",), ("layer", "mlp")],
+    ids="+".join,
+)
+@pytest.mark.parametrize("ratio", [0.07, 0.2, 0.45])
+def test_the_amount_is_hit_within_one_unit(loaded, kinds, ratio, allocation):
+    graph = loaded.graph
+    if "query" in kinds and "query" not in graph.kinds:
+        kinds = tuple(k for k in kinds if k != "query")
+    target = round(ratio * graph.decoder_parameters)
+    kept = choose(graph, kinds, Demand(parameters=target), allocation=allocation)
+    removed = graph.decoder_parameters - parameters_after(graph, kept)[1]
+    finest = min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
+    assert abs(removed - target) <= finest
+    assert parameters_after(graph, kept)[1] == restrict(graph, kept).decoder_parameters
+
+
+def test_uniform_takes_the_least_important_of_every_group(gqa):
+    scope = Scope(("mlp",), (1, 2))
+    groups = scope.groups(gqa.graph)
+    scores = scores_for(groups)
+    kept = select(gqa.graph, groups, scores, scope, Demand(units={g.name: 24.0 for g in groups}))
+    for group in groups:
+        order = scores.by_group[group.name].argsort(stable=True)
+        assert set(kept[group.name]) == set(order[24:].tolist())
+    assert set(kept) == {"layers.1.mlp", "layers.2.mlp"}
+
+
+def test_global_ranking_takes_the_least_important_of_all(gqa):
+    scope = Scope(("mlp",), ALL)
+    groups = scope.groups(gqa.graph)
+    scores = scores_for(groups)
+    unit = gqa.graph.parameters_per_unit(groups[0])
+    kept = select(gqa.graph, groups, scores, scope, Demand(parameters=50 * unit), allocation="global")
+    everything = sorted((float(s), g.name, u) for g in groups for u, s in enumerate(scores.by_group[g.name]))
+    gone = {(name, unit) for name, units in kept.items() for unit in set(range(96)) - set(units)}
+    assert gone == {(name, unit) for _, name, unit in everything[:50]}
+
+
+def test_widths_are_rounded(gqa):
+    kept = choose(gqa.graph, ("mlp",), Demand(parameters=round(0.2 * gqa.graph.decoder_parameters)), round_to=16)
+    assert {len(units) % 16 for units in kept.values()} == {0}
+
+
+def test_query_heads_go_evenly_and_each_group_keeps_its_minimum(gqa):
+    kept = choose(gqa.graph, ("query",), Demand(units={f"layers.{n}.query": 7.9 for n in ALL}))
+    assert all([u // 2 for u in units] == [0, 1, 2, 3] for units in kept.values())
+
+
+def test_a_multiple_and_a_minimum_of_the_group_itself_hold():
+    spans = (Span("w", 0, Role.PRODUCES, Blocks(30)),)
+    queue = build_queue(CoupledGroup("g", "mlp", 30, spans, multiple=8, minimum=9), [float(u) for u in range(30)])
+    assert [30 - queue.removed_after(n) for n in range(len(queue.steps) + 1)] == [30, 24, 16]
+
+
+def test_ties_are_broken_by_unit_number():
+    queue = build_queue(CoupledGroup("g", "mlp", 4, (Span("w", 0, Role.PRODUCES, Blocks(4)),)), [1.0, 1.0, 0.0, 1.0])
+    assert queue.steps == ((2,), (0,), (1,))
+
+
+def test_what_cannot_be_reached_is_said_with_what_can(gqa):
+    with pytest.raises(SelectionError, match=r"cannot remove [\d,]+ parameters: .* at most [\d,]+; select more"):
+        choose(gqa.graph, ("attention",), Demand(parameters=round(0.9 * gqa.graph.decoder_parameters)))
+    assert choose(gqa.graph, ("mlp",), Demand(parameters=10)) == {}
+    with pytest.raises(UnknownNameError, match="did you mean attention"):
+        choose(gqa.graph, ("atention",), Demand(parameters=10))
+
+
+def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
+    groups = gqa.graph.of_kinds(["attention", "query", "hidden", "mlp"])
+    kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 3, 4, 7], "hidden": range(40), "layers.2.mlp": range(5)}
+    counts = {name: len(units) for name, units in kept.items()}
+    assert SizeModel(gqa.graph, groups).remaining(counts) == parameters_after(
+        gqa.graph, {n: list(u) for n, u in kept.items()}
+    )

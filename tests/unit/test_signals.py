@@ -1,0 +1,77 @@
+"""The layer-by-layer walk gives what autograd over the whole model gives, and holds one layer's gradients."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from llmpruner import ModelError, Signal
+from llmpruner.calibration import calibration_set
+from llmpruner.progress import Progress
+from llmpruner.signals import walk_signals
+
+BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
+
+
+def calibrate(loaded, samples=5):
+    return calibration_set("self", loaded.model, None, samples=samples, length=17, seed=0)
+
+
+def stored(graph):
+    return [name for name in graph.shapes if name not in graph.ties]
+
+
+def test_gradients_equal_plain_autograd(loaded):
+    calibration = calibrate(loaded)
+    model, ids = loaded.model, calibration.input_ids
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in ids:
+        model.zero_grad()
+        model(row[None], labels=row[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            squares[name] += parameter.grad.square() / len(ids)
+    model.zero_grad()
+
+    seen = set()
+    for name, signals in walk_signals(model, loaded.graph, stored(loaded.graph), BOTH, calibration, 0, Progress()):
+        torch.testing.assert_close(
+            signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
+        )
+        torch.testing.assert_close(signals.grad_sq, squares[name], rtol=2e-4, atol=1e-6 * float(squares[name].max()))
+        seen.add(name)
+    assert seen == set(stored(loaded.graph))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_gradients_of_one_layer_exist_at_a_time(gqa):
+    alive: list[tuple[int, weakref.ref]] = []
+    walk = walk_signals(gqa.model, gqa.graph, stored(gqa.graph), BOTH, calibrate(gqa), 0, Progress())
+    for name, signals in walk:
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        alive.append((layer, weakref.ref(signals.grad)))
+        layers = {number for number, reference in alive if reference() is not None}
+        assert layers == {layer}
+
+
+def test_protected_layers_are_not_walked(gqa):
+    wanted = [n for n in stored(gqa.graph) if n.startswith("model.layers.2.mlp.")]
+    differentiated = []
+    for layer in gqa.model.model.layers:
+        layer.register_forward_hook(lambda _, args, __: differentiated.append(args[0].requires_grad))
+    names = [n for n, _ in walk_signals(gqa.model, gqa.graph, wanted, BOTH, calibrate(gqa, 1), 0, Progress())]
+    assert sorted(names) == sorted(wanted)
+    assert sum(differentiated) == 2, "layers 3 and 2 are walked back, 1 and 0 are not"
+
+
+def test_damaged_weights_are_named(gqa):
+    calibration = calibrate(gqa)
+    with torch.no_grad():
+        gqa.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="not a finite number"):
+        list(walk_signals(gqa.model, gqa.graph, stored(gqa.graph), BOTH, calibration, 0, Progress()))
+    with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
+        list(walk_signals(gqa.model, gqa.graph, stored(gqa.graph), {Signal.WEIGHT}, None, 0, Progress()))

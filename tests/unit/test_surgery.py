@@ -1,0 +1,110 @@
+"""The exact oracle: a cut model gives the logits of the original with the removed units silenced."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from llmpruner import PlanError
+from llmpruner.surgery import cut, restrict, silence
+
+
+def keep_some(graph, kinds, seed, share=0.6):
+    """A random choice of units, another in every group."""
+    rng = random.Random(seed)
+    kept = {}
+    for group in graph.of_kinds(kinds):
+        per_block = group.units // group.blocks
+        count = max(1, round(per_block * share * rng.uniform(0.7, 1.2)))
+        blocks = [sorted(rng.sample(range(per_block), min(count, per_block))) for _ in range(group.blocks)]
+        kept[group.name] = [b * per_block + u for b, units in enumerate(blocks) for u in units]
+    return kept
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("hidden",), ("mlp", "attention", "hidden")], ids="+".join)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_cut_equals_silencing(loaded, kinds, attention):
+    kept = keep_some(loaded.graph, kinds, seed=len(kinds))
+    silenced, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
+    silence(silenced, loaded.graph, kept)
+    cut(smaller, loaded.graph, kept, loaded.family)
+    for model in (silenced, smaller):
+        model.set_attn_implementation(attention)
+    ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, actual = silenced(ids).logits, smaller(ids).logits
+        dense = loaded.model(ids).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - dense).abs().max() > 0.1, "the cut must be visible, or equality proves nothing"
+
+
+def test_query_heads_can_go_inside_their_groups(gqa):
+    kept = {"layers.1.query": [0, 3, 5, 6], "layers.2.query": [1, 2, 4, 7], "layers.1.attention": [1, 3]}
+    silenced, smaller = copy.deepcopy(gqa.model), copy.deepcopy(gqa.model)
+    silence(silenced, gqa.graph, kept)
+    remaining = cut(smaller, gqa.graph, kept, gqa.family)
+    ids = torch.arange(10)[None]
+    for attention in ("eager", "sdpa"):
+        silenced.set_attn_implementation(attention)
+        smaller.set_attn_implementation(attention)
+        with torch.no_grad():
+            torch.testing.assert_close(smaller(ids).logits, silenced(ids).logits, atol=1e-5, rtol=1e-5)
+    assert smaller.model.layers[1].self_attn.num_key_value_groups == 1
+    assert remaining.by_name["layers.1.query"].units == 2
+    assert remaining.by_name["layers.1.query"].blocks == 2
+
+
+def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
+    kept = keep_some(loaded.graph, ("mlp", "attention", "layer"), seed=5)
+    cut(loaded.model, loaded.graph, kept, loaded.family)
+    ids = torch.tensor([[5, 9, 3]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached = loaded.model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, loaded.model.generate(ids, use_cache=False, **options))
+
+
+def test_removing_layers_equals_skipping_them(gqa):
+    smaller = copy.deepcopy(gqa.model)
+    cut(smaller, gqa.graph, {"layers": [0, 3]}, gqa.family)
+    for number in (1, 2):
+        gqa.model.model.layers[number].forward = lambda hidden_states, *_, **__: hidden_states
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(smaller(ids).logits, gqa.model(ids).logits)
+    assert smaller.config.num_hidden_layers == 2
+    assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1]
+
+
+def test_the_graph_follows_the_cut(loaded):
+    kept = keep_some(loaded.graph, ("mlp", "attention", "layer", "hidden"), seed=9)
+    remaining = cut(loaded.model, loaded.graph, kept, loaded.family)
+    assert remaining == restrict(loaded.graph, kept)
+    shapes = {n: tuple(p.shape) for n, p in loaded.model.named_parameters(remove_duplicate=False)}
+    assert dict(remaining.shapes) == shapes
+    again = {g.name: range(g.minimum) for g in remaining.of_kinds(["mlp", "attention"])}
+    silenced, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
+    silence(silenced, remaining, again)
+    cut(smaller, remaining, again, loaded.family)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids).logits, silenced(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"layers.9.mlp": [0]}, "'layers.9.mlp', which this model does not have"),
+        ({"layers.1.mlp": [3, 2]}, "increasing and within 0…95"),
+        ({"layers.1.mlp": [96]}, "increasing and within 0…95"),
+        ({"layers.1.attention": []}, "must keep at least 1"),
+        ({"layers.1.query": [0, 1, 2, 4, 6]}, "same number of units in each of its 4 blocks"),
+    ],
+)
+def test_a_cut_that_breaks_a_constraint_is_refused(gqa, kept, message):
+    before = copy.deepcopy(gqa.model.state_dict())
+    with pytest.raises(PlanError, match=message):
+        cut(gqa.model, gqa.graph, kept, gqa.family)
+    assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())

@@ -1,0 +1,44 @@
+"""A tiny tokenizer and tiny models, made on the spot."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. A model predicts the next token from those before it. "
+    "Paris is the capital of France, and Rome is the capital of Italy. Two and two make four. "
+    "### Instruction: Below is an instruction that describes a task. ### Response: "
+) * 4
+
+
+@cache
+def tokenizer() -> Any:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    base = ByteLevelBPETokenizer()
+    base.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def llama(*, layers: int = 2, tied: bool = False, seed: int = 0) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config).eval()
