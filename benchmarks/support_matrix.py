@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -30,6 +30,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "support_matrix.jsonl"
 PAGE = ROOT / "docs" / "support-matrix.md"
 TIME_LIMIT = 240
 WORKERS = 2
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["torch._dynamo", "torch.export", "transformers.modeling_utils", "transformers.generation", "accelerate",
+           "llmpruner.checkpoint", "llmpruner.discovery.groups", "llmpruner.discovery.verify"]  # fmt: skip
 
 KINDS = ("mlp", "attention", "query", "expert", "latent", "hidden", "layer")
 PARTS = {
@@ -44,15 +48,23 @@ REQUIRED = (
 ).split()
 
 
+INCOMPLETE: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+}
+"""What the default configuration of a type leaves open, without which no model can be built from it."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types to run again; all that have no result yet otherwise")
     parser.add_argument("--render", action="store_true", help="write the page from the results and stop")
-    parser.add_argument("--one", metavar="TYPE", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(examine(options.one)))
-        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    CONTEXT.set_forkserver_preload(PRELOAD)
     if not options.render:
         run(options.types)
     PAGE.write_text(render(read()), encoding="utf-8")
@@ -80,7 +92,7 @@ def examine(model_type: str) -> dict[str, Any]:
     result: dict[str, Any] = {"type": model_type, "stage": "build"}
     started = time.monotonic()
     try:
-        small = small_config(CONFIG_MAPPING[model_type]())
+        small = small_config(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})))
         model = random_instance(small)
         result["parameters"] = model.num_parameters()
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
@@ -142,20 +154,26 @@ def run(types: list[str]) -> None:
 
 
 def in_process(model_type: str) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(Path(__file__)), "--one", model_type]
+    """`examine` in a process of its own, forked from one that has imported everything already."""
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=child, args=(model_type, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment, check=False
-        )
-    except subprocess.TimeoutExpired:
+        if receiver.poll(TIME_LIMIT):
+            result: dict[str, Any] = receiver.recv()
+            return result
         return {"type": model_type, "stage": "time limit", "reason": f"not finished within {TIME_LIMIT} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if lines:
-        result: dict[str, Any] = json.loads(lines[-1])
-        return result
-    last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
-    return {"type": model_type, "stage": "crash", "reason": f"exit status {done.returncode}: {last[:200]}"}
+    except EOFError:
+        process.join()
+        return {"type": model_type, "stage": "crash", "reason": f"the process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def child(model_type: str, sender: Connection) -> None:
+    sender.send(examine(model_type))
 
 
 def read() -> dict[str, dict[str, Any]]:
@@ -205,7 +223,9 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         if of:
             whose = "that have them" if kind in PARTS else "in which they are found"
             lines.append(f"- {kind}: verified in {good} of {of} types {whose} ({good / of:.1%}).")
-    required = [t for t in REQUIRED if any(verdicts(results.get(t, {})).get(k, {}).get("verdict") != "verified" for k in PARTS)]
+    required = [
+        t for t in REQUIRED if any(verdicts(results.get(t, {})).get(k, {}).get("verdict") != "verified" for k in PARTS)
+    ]
     lines += [
         f"- Silent failures: {len(silent)}.",
         f"- Best-known types ({len(REQUIRED)}) in which MLP channels or attention are not verified: {', '.join(required) or 'none'}.",
@@ -243,7 +263,9 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
 def row(result: Mapping[str, Any]) -> str:
     found = verdicts(result)
     cells = [found[k]["verdict"] if k in found else "—" for k in KINDS]
-    differences = [v["difference"] for v in found.values() if v["verdict"] == "verified" and v["difference"] is not None]
+    differences = [
+        v["difference"] for v in found.values() if v["verdict"] == "verified" and v["difference"] is not None
+    ]
     return f"| {result['type']} | {' | '.join(cells)} | {f'{max(differences):.0e}' if differences else ''} |"
 
 

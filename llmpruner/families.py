@@ -34,6 +34,13 @@ class ModelFamily:
     """Share of layers at either end that are left alone unless the user selects layers: the first and last
     three of 30, as LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
 
+    answer_separator: ClassVar[str | None] = None
+    """What stands between prompt and answer in training text; None: a blank, unless either side brings white space."""
+
+    def register_models(self) -> None:
+        """Make model classes that transformers lacks known to its auto classes. Called before a model is loaded, as
+        often as one is; must be safe to call twice. Nothing to do by default."""
+
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether this family understands ``config``. Must be cheap, and false when in doubt."""
         return config.model_type in self.model_types
@@ -63,6 +70,10 @@ class ModelFamily:
         del config
         return ()
 
+    def format_text(self, text: str) -> str:
+        """Free text as the model reads it, for data without prompts: unchanged, unless a model needs a frame."""
+        return text
+
     def format_prompt(self, instruction: str, input: str = "") -> str:
         """The prompt that recovery trains on and ``generate --chat`` uses: Alpaca's, unless overridden."""
         return alpaca_prompt(instruction, input)
@@ -70,7 +81,15 @@ class ModelFamily:
     def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
         """Questions with their answers as recovery trains on them: (prompt, answer) pairs whose texts follow one
         another. An answer that brings its own end-of-sequence token gets no second one."""
-        return [(self.format_prompt(question), answer) for question, answer in exchanges]
+        return [self.training_pair(question, answer) for question, answer in exchanges]
+
+    def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
+        """Prompt and answer as recovery joins them, with `answer_separator` at the head of the answer."""
+        prompt = self.format_prompt(instruction, input)
+        gap = self.answer_separator
+        if gap is None:
+            gap = " " if prompt and not prompt[-1].isspace() and not answer[:1].isspace() else ""
+        return prompt, gap + answer
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -118,9 +137,16 @@ def decoder_layers(model: Any) -> str:
 
     from .errors import UnsupportedModelError
 
-    lists = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    # In a model of several modalities only the language model's own layers count.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = next((n for n, m in model.named_modules() if m is decoder), "")
+    lists = [
+        (len(m), -n.count("."), n)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and n.startswith(inside)
+    ]
     with_parameters = [entry for entry in lists if any(True for _ in model.get_submodule(entry[2]).parameters())]
-    expected = getattr(model.config, "num_hidden_layers", None)
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     exact = [entry for entry in with_parameters if entry[0] == expected]
     if not with_parameters:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")

@@ -6,7 +6,7 @@ bias of each producing projection. Weights are ``[out, in]`` as in ``torch.nn.Li
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .coupling import Blocks, IndexMap, Role, Span
 
@@ -94,14 +94,15 @@ def hidden_channels(
     consumers: Sequence[str],
     producers: Sequence[str],
     norms: Sequence[str],
-    producer_bias: bool = False,
+    biased: Collection[str] = (),
 ) -> tuple[Span, ...]:
     """The residual stream of a model with RMS norms. ``embeddings`` produce along their columns, ``consumers``
-    read it (lm_head included), ``producers`` write it, ``norms`` are the norm modules over it."""
+    read it (lm_head included), ``producers`` write it, those in ``biased`` with a
+    bias, ``norms`` are the norm modules over it."""
     channel = Blocks(width)
     return (
         *(Span(f"{m}.weight", 1, Role.PRODUCES, channel) for m in embeddings),
-        *(s for m in producers for s in produces(m, channel, bias=producer_bias)),
+        *(s for m in producers for s in produces(m, channel, bias=m in biased)),
         *(Span(f"{m}.weight", 0, Role.NORM, channel) for m in norms),
         *(s for m in consumers for s in consumes(m, channel)),
     )

@@ -107,6 +107,7 @@ def load_config(text: str, catalog: Catalog, options: LoadOptions | None = None)
     from .checkpoint import read_record
 
     options = options or LoadOptions()
+    catalog.register_models()
     base = adapter_base(Path(text))
     if base is not None:
         return replace(load_config(base, catalog, options), ref=text)
@@ -220,8 +221,8 @@ def _forget_quantisation(model: Any) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    model.hf_quantizer = None
-    model.is_quantized = False
+    for name in ("hf_quantizer", "is_quantized"):
+        vars(model).pop(name, None)
 
 
 def _read_tokenizer(ref: ModelRef, options: LoadOptions, config: PreTrainedConfig) -> Any | None:

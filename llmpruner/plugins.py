@@ -186,6 +186,11 @@ class Catalog:
     def broken(self) -> tuple[BrokenPlugin, ...]:
         return tuple(self.host.broken)
 
+    def register_models(self) -> None:
+        """Let every family make its own model classes known to transformers."""
+        for cls in self.families.values():
+            cls().register_models()
+
     def family_for(self, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
         """The family of a model: ``name`` when given, else the single most special one that matches.
 

@@ -15,6 +15,7 @@ def register() -> None:
     from .modeling_llmpruner import register as register_types
     from .plugins import Catalog, plugin_manager
 
-    families = Catalog(plugin_manager()).families
-    types = {*CONFIG_MAPPING, *(t for cls in families.values() for t in cls.model_types)}
+    catalog = Catalog(plugin_manager())
+    catalog.register_models()
+    types = {*CONFIG_MAPPING, *(t for cls in catalog.families.values() for t in cls.model_types)}
     register_types(sorted(t for t in types if not t.startswith(MODEL_TYPE_PREFIX)))

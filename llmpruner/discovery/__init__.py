@@ -1,11 +1,11 @@
-"""Automatic discovery of a model's coupled structure, and the oracle that proves it."""
+"""Automatic discovery of a model's coupled structure; `discovery.verify` is the oracle that proves it."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"discover_graph": "groups", "discover_groups": "groups", "Verdict": "verify", "verify": "verify"}
+_EXPORTS = {"discover_graph": "groups", "discover_groups": "groups"}
 
 __all__ = list(_EXPORTS)  # noqa: PLE0604
 

@@ -224,9 +224,7 @@ def _subsets(found: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
                 yield tuple(f for f in among if f not in without)
 
 
-def _without_needless(
-    chosen: tuple[Rule, ...], agrees: Callable[[Sequence[Rule]], bool]
-) -> tuple[Rule, ...]:
+def _without_needless(chosen: tuple[Rule, ...], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...]:
     for rule in reversed(chosen):
         fewer = tuple(r for r in chosen if r != rule)
         if agrees(fewer):

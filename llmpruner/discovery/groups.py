@@ -115,7 +115,8 @@ def _latent(found: list[Named]) -> list[Named]:
     attention = {(layer, path) for layer, path in attention if not path.endswith(f".{layer}")}
     return [
         replace(n, kind=LATENT)
-        if n.kind == MLP and any(n.layer == at and f"{_common_module(n.family)}.".startswith(f"{path}.") for at, path in attention)
+        if n.kind == MLP
+        and any(n.layer == at and f"{_common_module(n.family)}.".startswith(f"{path}.") for at, path in attention)
         else n
         for n in found
     ]
@@ -134,9 +135,7 @@ def _common_module(family: Family) -> str:
     return ".".join(common)
 
 
-def _groups(
-    found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]
-) -> Iterator[CoupledGroup]:
+def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]) -> Iterator[CoupledGroup]:
     """Coupled groups of the real model, layer by layer, then the residual stream."""
     tied = {names[0]: names for names in aliases.values() if len(names) > 1}
     by_layer: dict[int, list[Named]] = {}

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from .ids import FIXED, FREE, Ids, Mark
 from .operators_shape import merge
-from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, rule, uniform
+from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, operator_name, rule, uniform
 
 IDENTITY = (
     "to", "_to_copy", "alias", "contiguous", "clone", "detach", "dropout", "native_dropout", "type_as", "lift_fresh_copy",
@@ -35,6 +35,12 @@ KEEPS_TAG.update(
 )  # fmt: skip
 
 
+def _short(node: Node) -> str:
+    """Name of the operator, in place or not."""
+    name = operator_name(node.target)
+    return name if name.startswith("__") else name.rstrip("_")
+
+
 @rule(*IDENTITY)
 def identity(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     value = args[0]
@@ -49,7 +55,7 @@ def nothing(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
 @rule(*UNARY)
 def unary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value = args[0]
-    name = str(node.target).split(".")[1]
+    name = _short(node)
     moved = {
         ("mean_square", "rsqrt"): "inverse", ("mean_square", "sqrt"): "root", ("root", "reciprocal"): "inverse",
         ("mean_square", "clamp"): "mean_square", ("mean_square", "clamp_min"): "mean_square",
@@ -73,7 +79,9 @@ def _advance(run: Propagation, tag: Tag, stage: str | None) -> Tag | None:
 @rule(*BINARY)
 def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     operands = [a for a in [*args, *kwargs.values()] if isinstance(a, Value)]
-    name = str(node.target).split(".")[1].rstrip("_")
+    name = _short(node)
+    if not operands:
+        return node.meta.get("val")  # arithmetic on sizes
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
     tag = _norm_step(run, name, operands)
@@ -146,9 +154,11 @@ def softmax(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
       "argmax", "argmin", "nansum")  # fmt: skip
 def reduction(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value: Value = args[0]
-    name = str(node.target).split(".")[1]
+    name = _short(node)
     rank, old = node.meta["val"].ndim, value.ndim
-    dims = kwargs.get("dim", args[2 if name in ("norm", "linalg_vector_norm") and len(args) > 2 else 1] if len(args) > 1 else None)
+    dims = kwargs.get(
+        "dim", args[2 if name in ("norm", "linalg_vector_norm") and len(args) > 2 else 1] if len(args) > 1 else None
+    )
     if dims is not None and not isinstance(dims, list):
         dims = [int(dims)]
     if not dims:
@@ -166,7 +176,7 @@ def reduction(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
 @rule("cumsum", "cumprod", "logcumsumexp", "diff")
 def scan(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value: Value = args[0]
-    name = str(node.target).split(".")[1]
+    name = _short(node)
     dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) if name == "diff" else args[1]
     axes = list(value.axes)
     d = dim % value.ndim
@@ -178,7 +188,7 @@ def scan(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
 @rule("topk", "sort", "argsort", "max", "min", "kthvalue")
 def choice(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     value: Value = args[0]
-    name = str(node.target).split(".")[1]
+    name = _short(node)
     metas = node.meta["val"]
     if not isinstance(metas, tuple | list) and name in ("max", "min"):
         operands = [a for a in args if isinstance(a, Value)]

@@ -107,7 +107,11 @@ class Propagation:
                 inputs.append(self.opaque(node.meta.get("val"), Origin.ACTIVATION))
             else:
                 value = self.opaque(node.meta.get("val"), Origin.CONSTANT)
-                inputs.append(with_numbers(value, program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))))
+                inputs.append(
+                    with_numbers(
+                        value, program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))
+                    )
+                )
         outputs = self.interpret(program.graph_module, inputs)
         for value in _tensors(outputs):
             if value.axes:

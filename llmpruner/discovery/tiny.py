@@ -25,7 +25,9 @@ _EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_loc
 _TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
 _RANK = re.compile(r"rank$|_lora|low_rank")
 _TOKEN = re.compile(r"token_id$|_token$|token_index$")
-_LENGTH = re.compile(r"max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length|max_sequence")
+_LENGTH = re.compile(
+    r"max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length|max_sequence"
+)
 
 
 def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int, int] = (5, 3)) -> PreTrainedConfig:
@@ -35,6 +37,10 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
     key/value heads where they are shared; odd, so that other sizes are no multiples of them. What is equal in
     ``config`` stays equal, and flags stay as they are.
     """
+    if getattr(config, "is_heterogeneous", False):
+        # Sizes that differ between layers are read as what they are globally.
+        config = copy.deepcopy(config)
+        config.per_layer_config = None
     values = _shrink(config, layers, heads)
     try:
         small = type(config).from_dict(values)
@@ -130,7 +136,9 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
     return heads, shared
 
 
-def _shrink_attention(config: PreTrainedConfig, values: dict[str, Any], heads: int, shared: int, target: tuple[int, int]) -> None:
+def _shrink_attention(
+    config: PreTrainedConfig, values: dict[str, Any], heads: int, shared: int, target: tuple[int, int]
+) -> None:
     few_shared = 1 if shared == 1 else target[0] if shared == heads else target[1]
     few = target[0] if shared in (1, heads) else few_shared * 2
     own = getattr(config, "head_dim", None)
@@ -156,9 +164,27 @@ def _shrink_attention(config: PreTrainedConfig, values: dict[str, Any], heads: i
             values[name] = max(8, int(value * scale) // 8 * 8)
         elif re.search(r"rotary_dim|rotary_ndims|rope_dim", meaning):
             values[name] = max(4, int(value * scale) // 4 * 4)
-        elif value == hidden or re.search(r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning):
+        elif value == hidden or re.search(
+            r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning
+        ):
             values[name] = few * HEAD_DIM if value == hidden else few * HEAD_DIM // 2
     put("hidden_size", few * HEAD_DIM)
+    if values.get("head_dim", HEAD_DIM) is None:
+        values["head_dim"] = HEAD_DIM
+    _shrink_state_space(values, few * HEAD_DIM)
+
+
+def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
+    """Heads of a state space fill the expanded hidden size exactly."""
+    names = [n for n in ("mamba_n_heads", "mamba_num_heads") if _is_size(values.get(n))]
+    expand = values.get("mamba_expand", values.get("expand"))
+    for name in names:
+        size = next((n for n in ("mamba_d_head", "mamba_head_dim") if n in values), None)
+        if size is not None and isinstance(expand, int | float):
+            values[size] = HEAD_DIM
+            values[name] = int(expand * hidden) // HEAD_DIM
+    for name in [n for n in ("mamba_n_groups", "n_groups") if _is_size(values.get(n))]:
+        values[name] = 1
 
 
 def _shrink_widths(values: dict[str, Any]) -> None:
@@ -169,8 +195,11 @@ def _shrink_widths(values: dict[str, Any]) -> None:
         (_RANK.search, lambda found: {v: min(v, 24 + 8 * n) for n, v in enumerate(found)}),
         (_LENGTH.search, lambda found: {v: min(v, POSITIONS) for v in found}),
         (re.compile("vocab_size").search, lambda found: {v: min(v, VOCABULARY) for v in found}),
-        (re.compile("sliding_window|window_size|chunk_size|block_size|attention_window").search, lambda found: {v: min(v, 8) for v in found}),
-        (re.compile("n_group$").search, lambda found: {v: min(v, 2) for v in found}),
+        (
+            re.compile("sliding_window|window_size|chunk_size|block_size|attention_window").search,
+            lambda found: {v: min(v, 8) for v in found},
+        ),
+        (re.compile("n_group$|expert_group$").search, lambda found: {v: min(v, 2) for v in found}),
         (re.compile("topk_group").search, lambda found: {v: 1 for v in found}),
         (re.compile("num_hash_buckets|hash_vocab|num_buckets").search, lambda found: {v: min(v, 64) for v in found}),
     ]
@@ -187,9 +216,7 @@ def _shrink_layers(config: PreTrainedConfig, values: dict[str, Any], layers: int
     count = values.get(key)
     if not isinstance(count, int) or count <= layers:
         return
-    lists = {
-        n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")
-    }
+    lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     chosen = _show_all([tuple(map(str, column)) for column in zip(*lists.values(), strict=True)], count, layers)
     for name, value in lists.items():
         values[name] = [value[n] for n in chosen]

@@ -126,7 +126,8 @@ def _signature(layer: nn.Module, number: int) -> Any:
         (path, name, value)
         for path, module in layer.named_modules()
         for name, value in sorted(vars(module).items())
-        if isinstance(value, bool | str | int) and not (value == number and not isinstance(value, bool))
+        if isinstance(value, bool | str | int)
+        and not (value == number and not isinstance(value, bool))
         and name not in ("layer_idx", "layer_id", "layer_number")
     )
     return tuple(type(m).__qualname__ for m in layer.modules()), parameters, attributes

@@ -97,6 +97,7 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
+        self.generates = cached_difference(self.models["eager"], self.tokens) <= TOLERANCE
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
@@ -114,10 +115,10 @@ class Oracle:
             )
         except Exception as error:  # the cut model may fail in any way; that is the verdict
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-            return Verdict(*summary, REFUSED, 0.0, reason=reason, checks=tuple(state["checks"]), follows=state["follows"])
-        return Verdict(
-            *summary, VERIFIED, state["difference"], checks=tuple(state["checks"]), follows=state["follows"]
-        )
+            return Verdict(
+                *summary, REFUSED, 0.0, reason=reason, checks=tuple(state["checks"]), follows=state["follows"]
+            )
+        return Verdict(*summary, VERIFIED, state["difference"], checks=tuple(state["checks"]), follows=state["follows"])
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], state: dict[str, Any]) -> None:
         plans = {
@@ -133,11 +134,7 @@ class Oracle:
                 state["checks"].append(f"{name} {implementation}")
         kept = plans["uneven"]
         dense = self.models["eager"]
-        model = self._cut(dense, kept, state["follows"])
-        if cached_generation_agrees(dense, self.tokens) is True:
-            agrees = cached_generation_agrees(model, self.tokens)
-            if agrees is not True:
-                raise Disagreement("generation with a cache differs from generation without", float(agrees), "")
+        if self._generate(kept, state["follows"]):
             state["checks"].append("cached generation")
         for name, kept in plans.items():
             model = self._cut(dense, kept, state["follows"])
@@ -151,12 +148,13 @@ class Oracle:
         dense = next(iter(self.models.values()))
 
         def agrees(chosen: Sequence[Rule]) -> bool:
-            for name, model in self.models.items():
-                try:
+            try:
+                for name, model in self.models.items():
                     self._compare(model, name, kept, chosen, strict=False)
-                except Exception as error:
-                    first.append(error)
-                    return False
+                self._generate(kept, chosen)
+            except Exception as error:  # a wrong trial may raise anything
+                first.append(error)
+                return False
             return True
 
         attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
@@ -170,6 +168,16 @@ class Oracle:
             silent = [e for e in first if isinstance(e, Disagreement)]
             raise silent[0] if silent and isinstance(first[0], Disagreement) else first[0]
         return found
+
+    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> bool:
+        """Check generation with a cache; false when the dense model already has none that agrees."""
+        if not self.generates:
+            return False
+        model = self._cut(self.models["eager"], kept, follows)
+        difference = cached_difference(model, self.tokens)
+        if not difference <= TOLERANCE:
+            raise Disagreement("generation with a cache differs from generation without", difference, "")
+        return True
 
     def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
         model = copy.deepcopy(dense)
@@ -195,7 +203,9 @@ class Oracle:
         routed = {n: u for n, u in kept.items() if self.graph.by_name[n].kind == EXPERT}
         for path in modules:
             model.get_submodule(path).register_forward_hook(_identity_hook, with_kwargs=True)
-        silence(model, self.graph, {n: u for n, u in kept.items() if n not in routed and not self.graph.by_name[n].modules})
+        silence(
+            model, self.graph, {n: u for n, u in kept.items() if n not in routed and not self.graph.by_name[n].modules}
+        )
         mode = ClosedRoutes(model, self.graph, routed)
         with mode:
             return logits(model, self.tokens), model, mode
@@ -210,11 +220,13 @@ class Disagreement(LlmprunerError):
 
 
 class ClosedRoutes(TorchFunctionMode):
-    """Make routers never choose the removed experts: minus infinity is added to their logits."""
+    """Make routers never choose the removed experts: minus infinity in their logits, and again where the top k
+    are taken, because a bias may have been added to a sigmoid in between."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         super().__init__()
         self.closed: dict[int, torch.Tensor] = {}
+        self.current: tuple[torch.Tensor, int] | None = None
         for name, units in kept.items():
             group = graph.by_name[name]
             removed = [u for u in range(group.units) if u not in set(units)]
@@ -224,14 +236,18 @@ class ClosedRoutes(TorchFunctionMode):
                     self.closed[id(parameter)] = torch.tensor(span.indices(removed))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk) and self.current is not None:
+            index, experts = self.current
+            if args and args[0].shape[-1] == experts:
+                args = (args[0].index_fill(-1, index, float("-inf")), *args[1:])
+        result = func(*args, **kwargs)
         if self.closed and func is torch.nn.functional.linear:
-            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
             index = self.closed.get(id(weight))
-            if index is None and isinstance(weight, torch.Tensor) and weight._base is not None:
-                index = self.closed.get(id(weight._base))
             if index is not None:
                 result = result.index_fill(-1, index, float("-inf"))
+                self.current = index, result.shape[-1]
         return result
 
 
@@ -307,8 +323,8 @@ def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Te
     return outputs
 
 
-def cached_generation_agrees(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> bool | float:
-    """True when logits with a key/value cache equal those of full forwards, or else by how much they differ."""
+def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> float:
+    """How far logits with a key/value cache are from those of full forwards; infinite when generation fails."""
     from ..meta import quiet_transformers
 
     with torch.no_grad(), quiet_transformers():
@@ -321,8 +337,7 @@ def cached_generation_agrees(model: PreTrainedModel, tokens: torch.Tensor, steps
             return float("inf")
         full = logits(model, output.sequences)
     cached = torch.stack(output.logits, 1)
-    difference = distance(cached, full[:, tokens.shape[1] - 1 : -1])
-    return True if difference <= TOLERANCE else difference
+    return distance(cached, full[:, tokens.shape[1] - 1 : -1])
 
 
 def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:

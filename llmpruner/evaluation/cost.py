@@ -51,9 +51,7 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-                visited = int(
-                    getattr(model.config.get_text_config(), "num_experts_per_tok", parameter.shape[0])
-                )
+                visited = int(getattr(model.config.get_text_config(), "num_experts_per_tok", parameter.shape[0]))
                 weights += parameter.numel() // parameter.shape[0] * visited
             elif parameter.ndim >= 2:
                 weights += parameter.numel()

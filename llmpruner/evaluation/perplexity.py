@@ -128,9 +128,7 @@ def _documents(path: Path, content: str) -> list[str]:
         try:
             loaded = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg})"
-            ) from None
+            raise DataError(f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg})") from None
         for record in loaded if isinstance(loaded, list) else [loaded]:
             text = (record.get("text") or record.get("page")) if isinstance(record, dict) else record
             if not isinstance(text, str):

@@ -88,9 +88,7 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> list[Line]:
     """The quantities that at least one of ``evaluations`` has, each over all of them, in a fixed order."""
     lines = [
         _line("parameters", False, [e.size.parameters if e.size else None for e in evaluations]),
-        _line(
-            "decoder parameters", False, [e.size.decoder_parameters if e.size else None for e in evaluations]
-        ),
+        _line("decoder parameters", False, [e.size.decoder_parameters if e.size else None for e in evaluations]),
         _line("weight bytes", False, [e.size.weight_bytes if e.size else None for e in evaluations]),
         _line("MACs per token", False, [e.size.macs_per_token if e.size else None for e in evaluations]),
         _line("perplexity", False, [e.perplexity.perplexity if e.perplexity else None for e in evaluations]),

@@ -31,9 +31,7 @@ class LoadedTasks:
     tasks: tuple[Any, ...]
 
 
-def load_tasks(
-    names: Sequence[str], *, include_path: Path | None = None, progress: bool = False
-) -> LoadedTasks:
+def load_tasks(names: Sequence[str], *, include_path: Path | None = None, progress: bool = False) -> LoadedTasks:
     """Find tasks and load their data, so that mistakes show before any model runs.
 
     ``names`` are lm-eval's tasks, groups and patterns (``mmlu_*``), or a name of `TASK_GROUPS`.

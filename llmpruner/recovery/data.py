@@ -136,7 +136,7 @@ def _turns(record: Any, where: str, family: ModelFamily) -> tuple[Turn, ...]:
         instruction, context = _text(record, "instruction", where), _text(record, "input", where)
         if not instruction.strip():
             raise DataError(f"{where}: 'instruction' is empty")
-        return (Turn(family.format_prompt(instruction, context), _text(record, "output", where)),)
+        return (Turn(*family.training_pair(instruction, _text(record, "output", where), context)),)
     if "conversations" in record:
         turns = read_sharegpt(record["conversations"], where)
         return tuple(Turn(*pair) for pair in family.format_conversation(exchanges(turns)))
@@ -144,7 +144,7 @@ def _turns(record: Any, where: str, family: ModelFamily) -> tuple[Turn, ...]:
         text = _text(record, "text", where)
         if not text.strip():
             raise DataError(f"{where}: 'text' is empty")
-        return (Turn("", text),)
+        return (Turn("", family.format_text(text)),)
     raise DataError(f"{where}: {_FIELDS}; found {', '.join(map(repr, record)) or 'nothing'}")
 
 
@@ -181,7 +181,7 @@ def _encode(turns: Sequence[Turn], tokenizer: Any, cutoff: int, loss_on: str) ->
     for number, turn in enumerate(turns):
         special = number == 0
         prompt = _ids(tokenizer, turn.prompt, special) if turn.prompt else []
-        piece = _ids(tokenizer, _join(turn), special)
+        piece = _ids(tokenizer, turn.prompt + turn.answer, special)
         # A token may straddle prompt and answer; it belongs to the answer, as generation has to produce it.
         answer_from = next((i for i, (a, b) in enumerate(zip(prompt, piece, strict=False)) if a != b), len(prompt))
         answer_from = min(answer_from, len(piece))
@@ -198,7 +198,7 @@ def _encode_together(turns: Sequence[Turn], tokenizer: Any, cutoff: int, loss_on
     text = ""
     answers: list[tuple[int, int]] = []
     for turn in turns:
-        piece = _join(turn)
+        piece = turn.prompt + turn.answer
         piece += "" if piece.endswith(tokenizer.eos_token or "") else tokenizer.eos_token
         answers.append((len(text) + len(turn.prompt), len(text) + len(piece)))
         text += piece
@@ -211,12 +211,6 @@ def _encode_together(turns: Sequence[Turn], tokenizer: Any, cutoff: int, loss_on
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _join(turn: Turn) -> str:
-    """A prompt such as ``ASSISTANT:`` needs the blank that a tokenizer expects between two words."""
-    gap = " " if turn.prompt and not turn.prompt[-1].isspace() and not turn.answer[:1].isspace() else ""
-    return turn.prompt + gap + turn.answer
 
 
 @dataclass(frozen=True, slots=True)

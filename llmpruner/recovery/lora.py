@@ -47,9 +47,7 @@ class LoraStrategy(RecoveryStrategy):
             model: Any = peft.get_peft_model(job.model, config)
         losses = fit(model, job)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        notes = (
-            (f"{len(skipped)} parameters of experts get no adapters ({skipped[0]}, …)",) if skipped else ()
-        )
+        notes = (f"{len(skipped)} parameters of experts get no adapters ({skipped[0]}, …)",) if skipped else ()
         return TrainingResult(model, losses, trainable, notes)
 
 
@@ -73,9 +71,7 @@ def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], 
         elif leaf == "weight" and (isinstance(module, nn.Linear) or _is_conv1d(module)):
             targets[path] = None
     if not targets:
-        raise UnsupportedModelError(
-            "no linear layer of the decoder owns coupled units, so there is nothing to adapt"
-        )
+        raise UnsupportedModelError("no linear layer of the decoder owns coupled units, so there is nothing to adapt")
     return list(targets), list(skipped)
 
 

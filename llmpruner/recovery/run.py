@@ -70,9 +70,7 @@ def recover(  # noqa: PLR0917
     result = strategy.train(RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step))
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):
-        raise PluginError(
-            f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult"
-        )
+        raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     trained = merge_adapters(result.model) if merge else result.model
     if not hasattr(trained, "peft_config"):
         trained.requires_grad_(True)
@@ -80,9 +78,7 @@ def recover(  # noqa: PLR0917
             trained.get_parameter(name).requires_grad_(False)
     left_out = len(source.rows) - len(rows)
     notes = (
-        (*result.notes, f"{left_out} examples had nothing to train on and were left out")
-        if left_out
-        else result.notes
+        (*result.notes, f"{left_out} examples had nothing to train on and were left out") if left_out else result.notes
     )
     return RecoveryResult(
         trained.eval(),

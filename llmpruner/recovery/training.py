@@ -135,17 +135,14 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, job: RecoveryJob) -> None:
         self.job = job
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         del args, control
         loss = (logs or {}).get("loss")
         if loss is None:
             return
         if not math.isfinite(loss):
             raise ModelError(
-                f"the loss became {loss} at step {state.global_step}; "
-                "lower the learning rate, or use float32 weights"
+                f"the loss became {loss} at step {state.global_step}; lower the learning rate, or use float32 weights"
             )
         if self.job.on_step is not None:
             self.job.on_step(state.global_step, state.max_steps, loss)

@@ -51,7 +51,7 @@ class ChatGLMFamily(ModelFamily):
         return f"{_query(instruction, input)}[gMASK]<sop>"
 
     def format_text(self, text: str) -> str:
-        """Free text as the model would write it: the answer to nothing. As a context there would be nothing to learn."""
+        """Free text as the model would write it, as an answer to nothing: in a context there is nothing to learn."""
         return f"[gMASK]<sop>{text}"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:

@@ -195,7 +195,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
 
         ``attention_mask``: ``[B, S]`` with 0 on padding, or the released tokenizer's bool ``[B, 1, T, S]``, **True
-        where hidden**. ``position_ids`` ``[B, 2, T]`` override what follows from the input.
+        where hidden**. ``position_ids`` ``[B, 2, T]`` override what follows from the input; ids of one dimension, which
+        generic callers count up, say nothing here and are ignored.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -285,8 +286,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
-        """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; −100 is not trained on, and neither is what
-        comes before ``<sop>``, which the model sees while it would predict it."""
+        """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; −100 is not trained on, and neither is
+        what comes before ``<sop>``, which the model sees while it would predict it."""
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         output = self.transformer(
             input_ids,

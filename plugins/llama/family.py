@@ -22,6 +22,7 @@ class LlamaFamily(ModelFamily):
         for n in range(config.num_hidden_layers):
             groups += self._layer(config, n)
         layers = [f"model.layers.{n}" for n in range(config.num_hidden_layers)]
+        outputs, downs = ([f"{p}.{m}" for p in layers] for m in ("self_attn.o_proj", "mlp.down_proj"))
         hidden = layouts.hidden_channels(
             config.hidden_size,
             embeddings=["model.embed_tokens"],
@@ -30,7 +31,8 @@ class LlamaFamily(ModelFamily):
                 *(f"{p}.mlp.{m}" for p in layers for m in ("gate_proj", "up_proj")),
                 "lm_head",
             ],
-            producers=[f"{p}.{m}" for p in layers for m in ("self_attn.o_proj", "mlp.down_proj")],
+            producers=[*outputs, *downs],
+            biased=[*(outputs if config.attention_bias else ()), *(downs if config.mlp_bias else ())],
             norms=[
                 *(f"{p}.{m}" for p in layers for m in ("input_layernorm", "post_attention_layernorm")),
                 "model.norm",

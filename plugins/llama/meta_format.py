@@ -102,6 +102,15 @@ class MetaTensors:
             tensor = torch.cat(parts, placement.axis)
         return to_rotate_half(tensor, placement.heads) if placement.heads else tensor
 
+    def read_own(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        """The tensor in memory of its own, so that it may outlive the mapped file; ``dtype`` None: as stored."""
+        tensor = self.read(name)
+        if dtype not in (None, tensor.dtype):
+            return tensor.to(dtype)
+        placement = self._placements[name]
+        mapped = not placement.heads and (placement.axis is None or len(self._paths) == 1)
+        return tensor.clone() if mapped else tensor
+
     def _check_count(self) -> None:
         """The query projection is split by rows, so that its height tells how many shards there should be."""
         name = "layers.0.attention.wq.weight"

@@ -45,11 +45,7 @@ class MetaReader(CheckpointReader):
         config = _config(tensors, self.read_tokenizer(path))
         config.dtype = dtype or tensors.dtype
         model = meta_model(config)
-        state = {}
-        for name in tensors.specs:
-            tensor = tensors.read(name)
-            # A view into the mapped file would keep it mapped, and would change with it.
-            state[name] = tensor.clone() if dtype in (None, tensor.dtype) else tensor.to(dtype)
+        state = {name: tensors.read_own(name, dtype) for name in tensors.specs}
         model.load_state_dict(state, strict=not tensors.tied, assign=True)
         model.tie_weights()
         model.config.name_or_path = str(path)

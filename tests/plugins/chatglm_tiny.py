@@ -24,6 +24,7 @@ TEXT = [
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
+    register()
     if kind == "chatglm":
         values: dict[str, Any] = {
             "vocab_size": 64, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 48,
@@ -40,7 +41,6 @@ def tiny_config(kind: str, **changes: Any) -> Any:
 
 def tiny_model(kind: str, attention: str = "eager", seed: int = 0, **changes: Any) -> Any:
     """Random weights large enough that attention, biases and norms all matter."""
-    register()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes), attn_implementation=attention)
     with torch.no_grad():

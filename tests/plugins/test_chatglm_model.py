@@ -69,6 +69,20 @@ def test_padding_on_either_side_changes_nothing(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_rows_of_a_mixed_batch_do_not_touch_each_other(attention: str) -> None:
+    model = tiny_model("chatglm", attention)
+    ids, mask = prompts("chatglm")
+    new = model.generate(ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask).logits
+        for row in range(2):
+            alone = ids[row : row + 1, mask[row] == 1]
+            assert (model(alone).logits[0] - together[row, mask[row] == 1]).abs().max() < 1e-5
+            expected = model.generate(alone, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+            assert torch.equal(expected[0, -5:], new[row, -5:])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_token_by_token_with_a_cache_equals_one_pass(attention: str) -> None:
     model = tiny_model("chatglm", attention)
     ids, mask = prompts("chatglm")

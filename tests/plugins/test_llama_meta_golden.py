@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from llama_cases import DATA, LAYOUTS, MODELS, copy_of, logits, read, resave, set_param, tokens_of
-from llmpruner_llama import MetaReader, convert_to_huggingface
+from llmpruner_llama import MetaReader, convert_to_huggingface, tensors
 from llmpruner_llama.meta_format import MetaTensors, to_neighbours, to_rotate_half
 from llmpruner_llama.output import write_safetensors
 from llmpruner_llama.tensors import HuggingFaceTensors
@@ -71,16 +71,16 @@ def test_conversion_to_another_type(tmp_path: Path) -> None:
 
 
 def test_weight_files_are_split_by_size_and_read_back(tmp_path: Path) -> None:
-    tensors = MetaTensors(DATA / "gqa" / "2shards")
-    write_safetensors(tmp_path, tensors, shard_bytes=50_000)
+    source = MetaTensors(DATA / "gqa" / "2shards")
+    write_safetensors(tmp_path, source, shard_bytes=50_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
     assert all(file.stat().st_size < 60_000 for file in files)
     assert index["metadata"]["total_size"] == sum(v.nbytes for f in files for v in load_file(f).values())
     again = HuggingFaceTensors(tmp_path)
-    assert again.specs == tensors.specs
-    assert all(torch.equal(again.read(name), tensors.read(name)) for name in tensors.specs)
+    assert again.specs == source.specs
+    assert all(torch.equal(again.read(name), source.read(name)) for name in source.specs)
 
 
 def test_mixed_types_stay_aligned(tmp_path: Path) -> None:
@@ -91,6 +91,16 @@ def test_mixed_types_stay_aligned(tmp_path: Path) -> None:
     assert written["model.norm.weight"].dtype == torch.float32
     assert written["lm_head.weight"].dtype == torch.float16
     assert torch.equal(written["model.norm.weight"], read(folder).model.norm.weight)
+
+
+def test_files_that_are_opened_anew_for_every_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expected = MetaTensors(DATA / "mha" / "2shards").read("lm_head.weight")
+    monkeypatch.setattr(tensors, "READ_BUDGET", 0)
+    source = MetaTensors(DATA / "mha" / "2shards")
+    write_safetensors(tmp_path, source)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == source.specs.keys()
+    assert torch.equal(written["lm_head.weight"], expected)
 
 
 def test_embedding_split_by_rows_as_in_llama_3(tmp_path: Path) -> None:

@@ -140,9 +140,7 @@ def cut_gemma2() -> Any:
 
 def cut_glm() -> Any:
     sizes = {**SIZES, "attention_bias": False}
-    return _cut(
-        "Glm", sizes, lambda n: [grouped(n), packed(n)], {"layers.1.attention": [0], "layers.0.mlp": range(9)}
-    )
+    return _cut("Glm", sizes, lambda n: [grouped(n), packed(n)], {"layers.1.attention": [0], "layers.0.mlp": range(9)})
 
 
 def cut_phi3() -> Any:

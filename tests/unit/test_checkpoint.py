@@ -52,9 +52,7 @@ def test_refuses_weights_that_are_not_finite(value: float, tmp_path: Path) -> No
     model = cut_llama("mlp")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
-    with pytest.raises(
-        CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
         save_checkpoint(model, tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
 
@@ -66,9 +64,7 @@ def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
         save_checkpoint(model, tmp_path / "out", record={})
     model = cut_llama("mlp")
     model.model.layers[0].extra = torch.nn.Linear(2, 2)
-    with pytest.raises(
-        CheckpointError, match=r"only the model has the parameter 'model\.layers\.0\.extra\.bias'"
-    ):
+    with pytest.raises(CheckpointError, match=r"only the model has the parameter 'model\.layers\.0\.extra\.bias'"):
         save_checkpoint(model, tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
 

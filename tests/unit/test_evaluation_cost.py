@@ -51,9 +51,7 @@ def test_experts_count_as_often_as_they_are_visited():
     from llmpruner.families import graph_of
 
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
-    config = MixtralConfig(
-        vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, **shape
-    )
+    config = MixtralConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, **shape)
     model = MixtralForCausalLM(config)
     attention, router, head, expert = 32 * (32 + 16 + 16 + 32), 4 * 32, 300 * 32, 3 * 16 * 32
     graph = graph_of(model, lambda: ())
@@ -91,9 +89,7 @@ def test_evaluations_side_by_side_and_as_json():
     assert loaded[1]["perplexity"]["perplexity"] is None and loaded[1]["speed"] is None
 
 
-@pytest.mark.parametrize(
-    "module", ["llmpruner.evaluation", "llmpruner.recovery.base", "llmpruner.recovery.lora"]
-)
+@pytest.mark.parametrize("module", ["llmpruner.evaluation", "llmpruner.recovery.base", "llmpruner.recovery.lora"])
 def test_light_modules_import_no_torch(module):
     import subprocess
     import sys

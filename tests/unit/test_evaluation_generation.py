@@ -52,8 +52,7 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state():
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
     state = torch.get_rng_state()
     first, again, other = (
-        generate(model, tokenizer, "The quick", max_new_tokens=12, temperature=1.0, seed=seed)
-        for seed in (1, 1, 2)
+        generate(model, tokenizer, "The quick", max_new_tokens=12, temperature=1.0, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)

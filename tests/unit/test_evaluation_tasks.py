@@ -33,8 +33,7 @@ def task_dir(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [
-        {"question": f"Is {n} even? Answer:", "choices": [" yes", " no, it is not"], "label": n % 2}
-        for n in range(10)
+        {"question": f"Is {n} even? Answer:", "choices": [" yes", " no, it is not"], "label": n % 2} for n in range(10)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "tasks"

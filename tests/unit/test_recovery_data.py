@@ -95,15 +95,13 @@ def test_loss_on_everything_ends_with_the_end_token():
 
 def test_loss_on_answers_covers_exactly_answer_and_end():
     tokenizer = tiny_models.tokenizer()
-    turns = (Turn("USER: two ASSISTANT:", "four"), Turn("USER: France ASSISTANT:", "Paris"))
+    turns = (Turn("USER: two ASSISTANT:", " four"), Turn("USER: France ASSISTANT:", " Paris"))
     (row,) = tokenise(Examples((turns,), "here"), tokenizer, cutoff=256, loss_on="answers")
     text = "USER: two ASSISTANT: four</s>USER: France ASSISTANT: Paris</s>"
     assert tokenizer.decode(row["input_ids"]) == text
     learnt = [label for label in row["labels"] if label != IGNORED]
     assert tokenizer.decode(learnt) == " four</s> Paris</s>"
-    assert all(
-        label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True)
-    )
+    assert all(label in (IGNORED, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
 
 
 def test_cutoff_truncates_and_leaves_out_what_has_no_answer():

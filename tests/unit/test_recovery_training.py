@@ -31,9 +31,7 @@ pytest.importorskip("peft")
 
 FAMILY = LlamaFamily()
 EXAMPLES = Examples(
-    tuple(
-        (Turn(f"Question {n}: what is the capital?\n", "Paris is the capital of France."),) for n in range(12)
-    ),
+    tuple((Turn(f"Question {n}: what is the capital?\n", "Paris is the capital of France."),) for n in range(12)),
     "here",
 )
 SETTINGS = RecoverySettings(
@@ -51,9 +49,7 @@ def pruned(tied=False):
 
 
 def run(model, graph, work_dir, strategy, settings=SETTINGS, **options):
-    return recover(
-        model, tiny_models.tokenizer(), graph, FAMILY, EXAMPLES, strategy, settings, work_dir, **options
-    )
+    return recover(model, tiny_models.tokenizer(), graph, FAMILY, EXAMPLES, strategy, settings, work_dir, **options)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
@@ -160,9 +156,7 @@ def test_merging_keeps_the_dtype(tmp_path):
 
 def test_autocast_trains_to_nearly_the_same_loss(tmp_path):
     settings = RecoverySettings(batch_size=4, max_steps=2, cutoff=32, autocast=True)
-    full = run(
-        *pruned(), tmp_path / "a", LoraStrategy(), RecoverySettings(batch_size=4, max_steps=2, cutoff=32)
-    )
+    full = run(*pruned(), tmp_path / "a", LoraStrategy(), RecoverySettings(batch_size=4, max_steps=2, cutoff=32))
     half = run(*pruned(), tmp_path / "b", LoraStrategy(), settings)
     assert half.losses == pytest.approx(full.losses, rel=1e-2) and half.losses != full.losses
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}

@@ -1,0 +1,5 @@
+"""``python -m llmpruner``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,233 @@
+"""A decoder composed of interchangeable parts, unlike any published one: what discovery has never seen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class ComposedConfig(PreTrainedConfig):
+    """``qkv``: *separate*, *concatenated* (all q, all k, all v), *interleaved* (per KV head its queries, key,
+    value) or *backwards* (per KV head value, key, queries). ``mlp``: *plain*, *gated*, *packed* (gate first),
+    *swapped* (up first) or *woven* (gate and up rows alternate). ``norm``: *rms*, *offset* (1 + weight) or
+    *layer*. ``rotary``: rotated share of every head. ``parallel``: attention and MLP read the same input.
+    """
+
+    model_type = "composed"
+
+    def __init__(
+        self,
+        vocab_size: int = 96,
+        hidden_size: int = 48,
+        num_hidden_layers: int = 2,
+        num_attention_heads: int = 6,
+        num_key_value_heads: int = 3,
+        head_dim: int = 16,
+        intermediate_size: int = 40,
+        qkv: str = "separate",
+        mlp: str = "gated",
+        norm: str = "rms",
+        rotary: float = 0.5,
+        parallel: bool = False,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        mlp_bias: bool = False,
+        head_norm: bool = False,
+        transposed: bool = False,
+        tie_word_embeddings: bool = False,
+        **options: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.qkv, self.mlp, self.norm, self.rotary, self.parallel = qkv, mlp, norm, rotary, parallel
+        self.qkv_bias, self.out_bias, self.mlp_bias = qkv_bias, out_bias, mlp_bias
+        self.head_norm, self.transposed = head_norm, transposed
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
+
+
+class Projection(nn.Module):
+    """A linear layer whose weight is [in, out] when ``transposed``, as in GPT-2."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.empty(inputs, outputs) if transposed else torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        nn.init.normal_(self.weight, std=0.1)
+        if self.bias is not None:
+            nn.init.normal_(self.bias, std=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.transposed:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size) - offset)
+        self.offset, self.eps = offset, 1e-5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return scaled * (self.offset + self.weight) if self.offset else scaled * self.weight
+
+
+def make_norm(config: ComposedConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.hidden_size)
+    return RMSNorm(config.hidden_size, 1.0 if config.norm == "offset" else 0.0)
+
+
+def rotate(x: torch.Tensor, share: float) -> torch.Tensor:
+    """Rotary embedding of the first ``share`` of every head; x: [batch, heads, time, head_dim]."""
+    size = int(x.shape[-1] * share) // 2 * 2
+    if not size:
+        return x
+    frequencies = 1e4 ** (-torch.arange(0, size, 2, dtype=torch.float32, device=x.device) / size)
+    angles = torch.outer(torch.arange(x.shape[-2], dtype=torch.float32, device=x.device), frequencies)
+    cos, sin = (torch.cat([f, f], -1) for f in (angles.cos(), angles.sin()))
+    turned, rest = x[..., :size], x[..., size:]
+    first, second = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ComposedConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.kind, self.rotary = config.head_dim, config.qkv, config.rotary
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        make = (config.qkv_bias, config.transposed)
+        if self.kind == "separate":
+            self.q = Projection(config.hidden_size, q, *make)
+            self.k = Projection(config.hidden_size, kv, *make)
+            self.v = Projection(config.hidden_size, kv, *make)
+        else:
+            self.qkv = Projection(config.hidden_size, q + 2 * kv, *make)
+        self.out = Projection(q, config.hidden_size, config.out_bias, config.transposed)
+        self.q_norm = RMSNorm(config.head_dim) if config.head_norm else nn.Identity()
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        d, k = self.head_dim, self.kv_heads
+        if self.kind == "separate":
+            q, key, v = self.q(x), self.k(x), self.v(x)
+        elif self.kind == "concatenated":
+            q, key, v = self.qkv(x).split([self.heads * d, k * d, k * d], -1)
+        else:
+            queries = self.heads // k
+            grid = self.qkv(x).unflatten(-1, (k, queries + 2, d))
+            if self.kind == "interleaved":
+                q, key, v = grid[..., :queries, :], grid[..., queries, :], grid[..., queries + 1, :]
+            else:
+                v, key, q = grid[..., 0, :], grid[..., 1, :], grid[..., 2:, :]
+            q, key, v = q.flatten(-3), key.flatten(-2), v.flatten(-2)
+        return (
+            q.unflatten(-1, (self.heads, d)).transpose(1, 2),
+            key.unflatten(-1, (k, d)).transpose(1, 2),
+            v.unflatten(-1, (k, d)).transpose(1, 2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(x)
+        q, k = rotate(self.q_norm(q), self.rotary), rotate(k, self.rotary)
+        shared = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        time = x.shape[1]
+        mask = torch.full((time, time), -1e9, device=x.device).triu(1)
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(self.head_dim) + mask).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ComposedConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        make = (config.mlp_bias, config.transposed)
+        rows = config.intermediate_size
+        if self.kind in ("plain", "gated"):
+            self.up = Projection(config.hidden_size, rows, *make)
+        if self.kind == "gated":
+            self.gate = Projection(config.hidden_size, rows, *make)
+        if self.kind in ("packed", "swapped", "woven"):
+            self.both = Projection(config.hidden_size, 2 * rows, *make)
+        self.down = Projection(rows, config.hidden_size, *make)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "plain":
+            return self.down(F.gelu(self.up(x)))
+        if self.kind == "gated":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        both = self.both(x)
+        if self.kind == "woven":
+            gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            gate, up = both.chunk(2, -1)
+        if self.kind == "swapped":
+            gate, up = up, gate
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ComposedConfig) -> None:
+        super().__init__()
+        self.parallel = config.parallel
+        self.attention, self.mlp = Attention(config), MLP(config)
+        self.norm_1 = make_norm(config)
+        self.norm_2 = None if config.parallel else make_norm(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        read = self.norm_1(x)
+        if self.norm_2 is None:
+            return x + self.attention(read) + self.mlp(read)
+        x = x + self.attention(read)
+        return x + self.mlp(self.norm_2(x))
+
+
+class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = ComposedConfig
+    base_model_prefix = "decoder"
+    _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
+    _supports_sdpa = True
+
+    def __init__(self, config: ComposedConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def get_decoder(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutputWithPast:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return CausalLMOutputWithPast(logits=self.head(self.norm(x)))
+
+
+def register() -> None:
+    """Make the model known to transformers' Auto classes; safe to call twice."""
+    AutoConfig.register("composed", ComposedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)

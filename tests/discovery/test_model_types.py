@@ -1,0 +1,33 @@
+"""The oracle on published architectures, none of which has code in discovery."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from llmpruner.discovery.verify import VERIFIED, verify
+
+REQUIRED = (
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 glm glm4 gpt2 gpt_neox gptj opt bloom falcon starcoder2 "
+    "stablelm olmo2 granite cohere smollm3 mixtral qwen3_moe olmoe"
+).split()
+
+
+def test_attributes_that_must_follow_are_found() -> None:
+    (verdict,) = verify(None, CONFIG_MAPPING["gpt2"](), kinds=["attention"])
+    assert verdict.verdict == VERIFIED, verdict.reason
+    assert [str(f) for f in verdict.follows] == ["transformer.h.*.attn.split_size"]
+    assert {"uneven eager", "uneven sdpa", "even sdpa", "cached generation", "save and load"} <= set(verdict.checks)
+
+
+def test_alibi_slopes_stay_with_their_heads() -> None:
+    (verdict,) = verify(None, CONFIG_MAPPING["bloom"](), kinds=["attention"])
+    assert verdict.verdict == VERIFIED, verdict.reason
+    assert "transformer.h.*(alibi)" in [str(f) for f in verdict.follows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", REQUIRED)
+def test_mlp_and_attention_of_well_known_types(model_type: str) -> None:
+    verdicts = {v.kind: v for v in verify(None, CONFIG_MAPPING[model_type](), kinds=["mlp", "attention"])}
+    assert {k: v.verdict for k, v in verdicts.items()} == {"mlp": VERIFIED, "attention": VERIFIED}, verdicts

@@ -1,0 +1,140 @@
+"""Break one index map on purpose: the oracle must notice every time, and name a place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+from composed import ComposedConfig
+from transformers import PreTrainedModel
+
+from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily, Role, Span
+from llmpruner.discovery import discover_graph
+from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle
+
+CONFIG = ComposedConfig(
+    qkv="concatenated", mlp="packed", norm="offset", num_key_value_heads=3, qkv_bias=True, mlp_bias=True, out_bias=True
+)
+
+
+@pytest.fixture(scope="module")
+def graph() -> CouplingGraph:
+    return discover_graph(CONFIG)
+
+
+def explicit(span: Span, order: Callable[[list[int]], list[int]]) -> Span:
+    """The same indices, given to the units in another order."""
+    units = span.index.units
+    rows = tuple(tuple(span.index.of(u)) for u in order(list(range(units))))
+    return replace(span, index=Explicit(rows))
+
+
+def reverse(units: list[int]) -> list[int]:
+    return units[::-1]
+
+
+def rotate(units: list[int]) -> list[int]:
+    return units[1:] + units[:1]
+
+
+def of(name: str, axis: int = 0, number: int = 0) -> Callable[[CoupledGroup], int]:
+    def find(group: CoupledGroup) -> int:
+        return [n for n, s in enumerate(group.spans) if s.parameter.endswith(name) and s.axis == axis][number]
+
+    return find
+
+
+def change(find: Callable[[CoupledGroup], int], new: Callable[[Span], Span]) -> Callable[[CoupledGroup], CoupledGroup]:
+    def mutate(group: CoupledGroup) -> CoupledGroup:
+        position = find(group)
+        spans = [new(s) if n == position else s for n, s in enumerate(group.spans)]
+        return replace(group, spans=tuple(spans))
+
+    return mutate
+
+
+MUTATIONS: dict[str, tuple[str, Callable[[CoupledGroup], CoupledGroup]]] = {
+    "mlp: up rows reversed": ("mlp", change(of("both.weight", number=1), lambda s: explicit(s, reverse))),
+    "mlp: up bias shifted by one": ("mlp", change(of("both.bias", number=1), lambda s: explicit(s, rotate))),
+    "mlp: gate and up neighbours": (
+        "mlp",
+        lambda g: change(of("both.weight"), lambda s: replace(s, index=Blocks(40, stride=2)))(
+            change(of("both.weight", number=1), lambda s: replace(s, index=Blocks(40, start=1, stride=2)))(g)
+        ),
+    ),
+    "mlp: down columns reversed": ("mlp", change(of("down.weight", 1), lambda s: explicit(s, reverse))),
+    "mlp: down taken for a producer": ("mlp", change(of("down.weight", 1), lambda s: replace(s, role=Role.PRODUCES))),
+    "attention: key rows shifted by a head": (
+        "attention",
+        change(of("qkv.weight", number=1), lambda s: explicit(s, rotate)),
+    ),
+    "attention: value bias reversed": ("attention", change(of("qkv.bias", number=2), lambda s: explicit(s, reverse))),
+    "attention: query heads strided": (
+        "attention",
+        change(
+            of("qkv.weight"),
+            lambda s: replace(
+                s,
+                index=Explicit(
+                    tuple((*range(u * 16, u * 16 + 16), *range(u * 16 + 48, u * 16 + 64)) for u in range(3))
+                ),
+            ),
+        ),
+    ),
+    "attention: output columns reversed": (
+        "attention",
+        change(of("out.weight", 1), lambda s: explicit(s, reverse)),
+    ),
+    "hidden: one norm is not rescaled": (
+        "hidden",
+        change(of("norm_2.weight"), lambda s: replace(s, role=Role.PRODUCES)),
+    ),
+    "hidden: the norm's offset is forgotten": ("hidden", change(of("norm_1.weight"), lambda s: replace(s, offset=0.0))),
+    "hidden: an output projection reversed": ("hidden", change(of("down.weight"), lambda s: explicit(s, reverse))),
+    "hidden: embedding columns shifted": ("hidden", change(of("embed.weight", 1), lambda s: explicit(s, rotate))),
+}
+
+
+class ComposedFamily(ModelFamily):
+    """Sets the head counts, so that a wrong map is not covered up by a search for attributes."""
+
+    name = "composed"
+
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        for number, layer in enumerate(model.layers):
+            kept = counts.get(f"layers.{number}.attention")
+            if kept is not None:
+                layer.attention.kv_heads, layer.attention.heads = kept, 2 * kept
+
+
+@pytest.fixture(scope="module")
+def oracle(graph: CouplingGraph) -> Oracle:
+    return Oracle(CONFIG, graph, ComposedFamily(), 0)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_oracle_catches(name: str, graph: CouplingGraph, oracle: Oracle) -> None:
+    kind, mutate = MUTATIONS[name]
+    victim = next(g for g in graph.groups if g.kind == kind)
+    groups = tuple(mutate(g) if g is victim else g for g in graph.groups)
+    assert groups != graph.groups
+    oracle.graph = replace(graph, groups=groups)
+    verdict = oracle.judge(kind)
+    assert verdict.verdict == FAILED, verdict
+    assert verdict.difference > 1e-3
+    assert verdict.where
+
+
+def test_unbroken_map_passes(graph: CouplingGraph, oracle: Oracle) -> None:
+    oracle.graph = graph
+    assert [oracle.judge(kind).verdict for kind in ("mlp", "attention", "hidden")] == [VERIFIED] * 3
+
+
+def test_a_missing_span_is_refused(graph: CouplingGraph, oracle: Oracle) -> None:
+    victim = graph.by_name["layers.0.mlp"]
+    without = replace(victim, spans=tuple(s for s in victim.spans if not s.parameter.endswith("bias")))
+    oracle.graph = replace(graph, groups=tuple(without if g is victim else g for g in graph.groups))
+    verdict = oracle.judge("mlp")
+    assert verdict.verdict != VERIFIED
+    assert "size" in verdict.reason

@@ -1,0 +1,73 @@
+"""A model that discovery has never seen, and two hundred of its relatives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from composed import ComposedConfig
+
+from llmpruner import Blocks
+from llmpruner.discovery import discover_graph
+from llmpruner.discovery.verify import VERIFIED, verify
+
+STRANGE = ComposedConfig(
+    qkv="backwards", mlp="swapped", norm="offset", rotary=0.5, parallel=True, qkv_bias=True, mlp_bias=True
+)
+
+
+def test_structure_of_a_strange_architecture() -> None:
+    graph = discover_graph(STRANGE)
+    attention, mlp = graph.by_name["layers.1.attention"], graph.by_name["layers.1.mlp"]
+    # Per KV head value, key and two queries of 16 dimensions lie together.
+    assert {(s.parameter, s.axis, s.index) for s in attention.spans} == {
+        ("layers.1.attention.qkv.weight", 0, Blocks(3, 64)),
+        ("layers.1.attention.qkv.bias", 0, Blocks(3, 64)),
+        ("layers.1.attention.out.weight", 1, Blocks(3, 32)),
+    }
+    assert {(s.parameter, s.axis, s.index) for s in mlp.spans} == {
+        ("layers.1.mlp.both.weight", 0, Blocks(40)),
+        ("layers.1.mlp.both.weight", 0, Blocks(40, start=40)),
+        ("layers.1.mlp.both.bias", 0, Blocks(40)),
+        ("layers.1.mlp.both.bias", 0, Blocks(40, start=40)),
+        ("layers.1.mlp.down.weight", 1, Blocks(40)),
+    }
+    assert {s.offset for s in graph.by_name["hidden"].spans if s.role.value == "norm"} == {1.0}
+
+
+def test_a_strange_architecture_is_verified_without_code() -> None:
+    verdicts = verify(None, STRANGE, shrink=False)
+    assert {v.kind: v.verdict for v in verdicts} == dict.fromkeys(("attention", "mlp", "hidden", "layer"), VERIFIED), [
+        (v.kind, v.where, v.reason) for v in verdicts
+    ]
+
+
+def random_config(seed: int) -> ComposedConfig:
+    draw = random.Random(seed)
+    return ComposedConfig(
+        qkv=draw.choice(["separate", "concatenated", "interleaved", "backwards"]),
+        mlp=draw.choice(["plain", "gated", "packed", "swapped", "woven"]),
+        norm=draw.choice(["rms", "offset", "layer"]),
+        rotary=draw.choice([0.0, 0.25, 0.5, 1.0]),
+        num_key_value_heads=draw.choice([2, 3, 6]),
+        **{
+            flag: draw.random() < 0.5
+            for flag in (
+                "parallel", "qkv_bias", "out_bias", "mlp_bias", "head_norm", "transposed", "tie_word_embeddings",
+            )
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("batch", range(20))
+def test_random_architectures(batch: int) -> None:
+    for seed in range(batch * 10, batch * 10 + 10):
+        config = random_config(seed)
+        verdicts = verify(None, config, shrink=False, seed=seed)
+        found = {v.kind: v.verdict for v in verdicts}
+        expected = {"attention", "mlp", "layer"} | ({"hidden"} if config.norm != "layer" else set())
+        assert expected <= found.keys(), (seed, found)
+        wrong = [(v.kind, v.verdict, v.where, v.reason) for v in verdicts if v.verdict != VERIFIED]
+        assert not wrong, (seed, wrong)

@@ -1,0 +1,93 @@
+"""Index arithmetic by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llmpruner.discovery.groups import families
+from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
+from llmpruner.discovery.operators_shape import regroup
+from llmpruner.discovery.propagate import Policy, Propagation
+
+
+def test_components_of_a_random_graph_agree_with_a_search() -> None:
+    random = np.random.default_rng(0)
+    left, right = random.integers(0, 400, 300), random.integers(0, 400, 300)
+    label = connected_components(400, [(left[:150], right[:150]), (left[150:], right[150:])])
+    neighbours: dict[int, set[int]] = {n: {n} for n in range(400)}
+    for a, b in zip(left.tolist(), right.tolist(), strict=True):
+        neighbours[a].add(b)
+        neighbours[b].add(a)
+    for start in range(400):
+        seen, queue = {start}, [start]
+        while queue:
+            new = neighbours[queue.pop()] - seen
+            seen |= new
+            queue += new
+        assert label[start] == min(seen)
+
+
+def test_tie_blocks_what_meets_a_fixed_index() -> None:
+    ids = Identities()
+    axis = ids.new(3)
+    assert ids.tie(axis, np.array([FREE, FIXED, FREE]), "why").tolist() == [0, FIXED, 2]
+    parts = ids.components()
+    assert parts.marked[Mark.BLOCKED].tolist() == [False, True, False]
+    assert parts.reasons == {1: "why"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 7, 3, 4), [None, None, [0, 4, 8], None]),
+        ((14, 12), [None, list(range(12))]),
+        ((2, 7, 1, 12), [None, None, None, list(range(12))]),
+        ((2, 7, 3, 1, 4), [None, None, [0, 4, 8], None, None]),
+    ],
+)
+def test_views_keep_identities_on_one_axis(shape: tuple[int, ...], expected: list[list[int] | None]) -> None:
+    run = Propagation()
+    start = [np.full(2, FIXED), np.full(7, FIXED), run.ids.new(12)]
+    axes = regroup(run, start, shape)
+    assert [len(a) for a in axes] == list(shape)
+    assert [a.tolist() if (a >= 0).any() else None for a in axes] == expected
+
+
+def test_split_and_merge_return_the_units_to_their_places() -> None:
+    run = Propagation()
+    heads = regroup(run, [run.ids.new(12)], (3, 4))
+    assert regroup(run, heads, (12,))[0].tolist() == [0] * 4 + [4] * 4 + [8] * 4
+    assert regroup(run, [heads[1], heads[0]], (12,))[0].tolist() == [0, 4, 8] * 4
+
+
+def test_repeated_heads_are_one_unit_unless_they_may_be_repeated_less() -> None:
+    for elastic in (False, True):
+        run = Propagation(Policy(elastic=elastic))
+        merged = regroup(run, [run.ids.new(2), np.full(3, FREE)], (6,))[0]
+        assert len(set(merged.tolist())) == (6 if elastic else 2)
+
+
+class Odd(nn.Module):
+    """Channels pass through an operator without a rule, or are summed over."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.odd = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False), odd
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.up(x)
+        return self.down(torch.special.bessel_j0(inner) if self.odd else inner * inner.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(("odd", "reason"), [(True, "bessel_j0 is not understood"), (False, "reduced")])
+def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str) -> None:
+    program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
+    run = Propagation()
+    run.run(program, {"up.weight": "up.weight", "down.weight": "down.weight"})
+    found, reasons = families(run)
+    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.shares)
+    assert reason in reasons["up.weight", 0]
+    assert reason in reasons["down.weight", 1]

