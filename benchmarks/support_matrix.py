@@ -43,9 +43,10 @@ PARTS = {
 """What a type is said to have, whether or not discovery finds it: by the paths and classes of its modules."""
 
 REQUIRED = (
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 glm glm4 gpt2 gpt_neox gptj opt bloom falcon starcoder2 "
-    "stablelm olmo2 granite cohere smollm3 mixtral qwen3_moe olmoe"
-).split()
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm", "glm4",
+    "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2", "stablelm", "olmo2", "granite",
+    "cohere", "smollm3", "mixtral", "qwen3_moe", "olmoe",
+)  # fmt: skip
 
 
 INCOMPLETE: dict[str, dict[str, Any]] = {
@@ -190,6 +191,10 @@ def counted(results: Iterable[Mapping[str, Any]], kind: str) -> tuple[int, int]:
     return sum(verdicts(r).get(kind, {}).get("verdict") == "verified" for r in has), len(has)
 
 
+def is_verified(result: Mapping[str, Any]) -> bool:
+    return all(verdicts(result).get(kind, {}).get("verdict") == "verified" for kind in PARTS)
+
+
 def verdicts(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {v["kind"]: v for v in result.get("verdicts", [])}
 
@@ -206,15 +211,15 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "<!-- Written by benchmarks/support_matrix.py; do not edit. -->",
         "",
-        f"Every causal language model type that transformers {transformers.__version__} knows ({len(all_types())}), with "
-        f"torch {torch.__version__.split('+')[0]} and Python {platform.python_version()}: a small random instance of its "
-        "default configuration goes through [discovery](design.md) and the oracle, without any code for the type.",
+        f"Every causal language model type that transformers {transformers.__version__} knows ({len(all_types())}), "
+        f"with torch {torch.__version__.split('+')[0]} and Python {platform.python_version()}: a small random "
+        "instance of its default configuration goes through discovery and the oracle, without code for the type.",
         "",
-        "*Verified* means that the oracle ran and agreed: uneven and even random cuts equal the silenced model in eager "
-        "attention and in the fused kernels the class has, generation with a cache equals generation without where the "
-        "dense model's does, and the saved checkpoint loads and gives the same logits. *Refused* means that the kind is "
-        "found but not offered, because the cut model cannot run, be saved, or prove anything. *Failed* means that a cut "
-        "model runs and silently disagrees. — means that discovery offers no such units.",
+        "*Verified* means that the oracle ran and agreed: uneven and even random cuts equal the silenced model in "
+        "eager attention and in the fused kernels the class has, generation with a cache equals generation without "
+        "where the silenced model's does, and the saved checkpoint loads and gives the same logits. *Refused* means "
+        "that the kind is found, and the cut model cannot run, be saved, or prove anything. *Failed* means that a "
+        "cut model runs and silently disagrees. — means that discovery offers no such units.",
         "",
         f"- {len(known)} of {len(all_types())} types tried, {len(runnable)} of them can be built and run on a CPU.",
     ]
@@ -228,7 +233,8 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     lines += [
         f"- Silent failures: {len(silent)}.",
-        f"- Best-known types ({len(REQUIRED)}) in which MLP channels or attention are not verified: {', '.join(required) or 'none'}.",
+        f"- Of {len(REQUIRED)} widely used types, those without verified MLP channels and attention: "
+        f"{', '.join(required) or 'none'}.",
         "",
         "| type | " + " | ".join(KINDS) + " | largest difference |",
         "|---|" + "---|" * (len(KINDS) + 1),

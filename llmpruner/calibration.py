@@ -77,17 +77,29 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        ids: torch.Tensor = model.generate(start, attention_mask=torch.ones_like(start), generation_config=config)
+        ids: torch.Tensor = model.generate(
+            start, attention_mask=torch.ones_like(start), generation_config=config, logits_processor=[_refuse_nan]
+        )
     return ids.cpu()
+
+
+def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A logits processor: sampling from NaN ends in an error of torch's that names no cause."""
+    if bool(logits.isnan().any()):
+        raise ModelError(
+            "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
+        )
+    return logits
 
 
 def _first_token(model: PreTrainedModel, tokenizer: Any | None) -> int:
     generation = getattr(model, "generation_config", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     for owner in (generation, model.config.get_text_config(), tokenizer):
         for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
             value = getattr(owner, name, None)
             value = value[0] if isinstance(value, list) and value else value
-            if isinstance(value, int):
+            if isinstance(value, int) and 0 <= value < vocabulary:
                 return value
     return 0
 

@@ -136,7 +136,14 @@ def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | Non
         record=record,
         tokenizer=loaded.tokenizer,
         family=loaded.family,
+        extra_files=_vocabulary(loaded.tokenizer),
     )
+
+
+def _vocabulary(tokenizer: Any) -> list[Path]:
+    """The SentencePiece model of a tokenizer: a fast tokenizer does not save it, and other formats need it."""
+    file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
+    return [file] if file.name == "tokenizer.model" and file.is_file() else []
 
 
 def default_layers(loaded: LoadedConfig) -> tuple[int, ...]:

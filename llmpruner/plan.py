@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .surgery import Kept
 
 SCHEMA_VERSION: Final = 1
+_MOST_UNITS: Final = 100_000_000
 
 
 def _pack(units: Sequence[int]) -> str:
@@ -41,7 +42,11 @@ def _unpack(value: Any) -> Any:
     units: list[int] = []
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
-        units += range(int(first), int(last or first) + 1)
+        start, stop = int(first), int(last or first) + 1
+        # No model is that wide, and spelling the run out would take the memory that it claims.
+        if stop - start > _MOST_UNITS:
+            raise ValueError(f"'{run}' is more than {_MOST_UNITS:,} units")
+        units += range(start, stop)
     return tuple(units)
 
 
@@ -116,12 +121,15 @@ class PruningPlan(Frozen):
         return {name: group.kept for name, group in self.cuts.items()}
 
     def check(self, graph: CouplingGraph) -> None:
-        """Raise `PlanError` unless the plan was made for a model of this structure."""
+        """Raise `PlanError` unless the plan was made for a model of this structure and obeys its groups."""
+        from .surgery import check_kept
+
         if self.base.structure != structure_of(graph):
             raise PlanError(
                 f"this plan was made for '{self.base.model}' ({self.family}), whose parameters differ from this "
                 "model's in name or shape; make a new plan with `llmpruner plan`"
             )
+        check_kept(graph, self.kept)
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
@@ -55,6 +56,13 @@ class PluginHost:
     def package_of(self, plugin: str) -> str:
         return self.packages.get(plugin, "in-process")
 
+    def call(self, implementation: pluggy.HookImpl, **arguments: Any) -> Any:
+        """Call one plugin's implementation of a hook: one by one, so that a failure has a name."""
+        result = implementation.function(**arguments)
+        trace = self.manager.trace.root.get("hook")
+        trace(f"{implementation.function.__name__} of {implementation.plugin_name} gave {result!r}")
+        return result
+
 
 def plugin_manager(*, entry_points: bool = True) -> PluginHost:
     """A fresh plugin manager with the built-ins and, unless switched off, every installed plugin.
@@ -68,7 +76,6 @@ def plugin_manager(*, entry_points: bool = True) -> PluginHost:
     manager.add_hookspecs(hookspecs)
     if os.environ.get("LLMPRUNER_TRACE"):
         manager.trace.root.setwriter(sys.stderr.write)
-        manager.enable_tracing()
     host = PluginHost(manager)
     manager.register(builtin, "builtin")
     host.packages["builtin"] = "llmpruner"
@@ -97,7 +104,7 @@ def _load(host: PluginHost, entry: metadata.EntryPoint, blocked: set[str]) -> No
     except (Exception, SystemExit) as error:
         if host.manager.has_plugin(entry.name):
             host.manager.unregister(name=entry.name)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = shorten(f"{type(error).__name__}: {error}", 400, placeholder=" …")
         host.broken.append(BrokenPlugin(entry.name, package, reason))
     else:
         host.packages[entry.name] = package
@@ -172,7 +179,7 @@ class Catalog:
         for impl in sorted(impls, key=lambda i: (i.plugin_name != "builtin", i.plugin_name)):
             package = self.host.package_of(impl.plugin_name)
             try:
-                classes = list(impl.function())
+                classes = list(self.host.call(impl))
             except Exception as error:
                 self.host.broken.append(
                     BrokenPlugin(impl.plugin_name, package, f"{hook} raised {type(error).__name__}: {error}")

@@ -270,9 +270,10 @@ def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> No
         _renumber(layer.modules(), stay[number], number)
     config = model.config.get_text_config()
     config.num_hidden_layers = len(remaining)
-    types = getattr(config, "layer_types", None)
-    if types:
-        config.layer_types = [types[n] for n in stay]
+    for name, value in list(vars(config).items()):
+        # layer_types, and whatever else has an entry per layer.
+        if isinstance(value, list) and len(value) == graph.num_layers and not name.startswith("_"):
+            setattr(config, name, [value[n] for n in stay])
 
 
 def _renumber(modules: Iterable[nn.Module], old: int, new: int) -> None:

@@ -171,6 +171,32 @@ class FamilyConformance:
         changed = [n for n, p in merged.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
 
+    def test_lm_eval_gets_an_answer(self) -> None:
+        """lm-evaluation-harness sees the pruned model as an ordinary one: one request, one log-likelihood."""
+        from lm_eval.api.instance import Instance
+        from lm_eval.models.huggingface import HFLM
+
+        loaded = self.loaded()
+        settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=_kinds(loaded, loaded.graph.groups))
+        pruned = apply_plan(loaded, make_plan(loaded, _magnitude(), settings))
+        harness = HFLM(pretrained=pruned.model, tokenizer=letters(), batch_size=1, backend="causal")
+        request = Instance(request_type="loglikelihood", doc={}, arguments=("a b c", " d e"), idx=0)
+        ((likelihood, _),) = harness.loglikelihood([request], disable_tqdm=True)
+        assert -200 < likelihood < 0
+
+
+def letters() -> Any:
+    """A tokenizer of single letters, whose ids any vocabulary of 60 tokens has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{chr(97 + n): 20 + n for n in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
 
 class _Padding:
     """As much of a tokenizer as a trainer needs."""

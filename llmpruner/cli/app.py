@@ -66,7 +66,7 @@ def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
         own = typer.Typer()
         package = host.package_of(impl.plugin_name)
         try:
-            impl.function(app=own)
+            host.call(impl, app=own)
         except Exception as error:
             reason = f"llmpruner_commands raised {type(error).__name__}: {error}"
             host.broken.append(BrokenPlugin(impl.plugin_name, package, reason))

@@ -12,7 +12,7 @@ import typer
 from ..errors import DataError, OutputError
 from ..loading import LoadedModel, LoadOptions
 from .console import RichProgress, count, note, size, table
-from .options import Models, Seed, catalog_of, check_device, load_options, parse_names, spliced
+from .options import Models, Seed, catalog_of, check_device, load_options, new_file, parse_names, spliced
 
 if TYPE_CHECKING:
     from ..evaluation.report import Evaluation, Line
@@ -66,6 +66,8 @@ def evaluate(
     from ..evaluation.perplexity import PYDOC, read_text
     from ..evaluation.tasks import load_tasks
 
+    if json_file is not None:
+        new_file(json_file)
     names = parse_names(tasks, "--tasks") if tasks else ()
     source = perplexity or (None if names else PYDOC)
     text = None if source is None else read_text(source)

@@ -92,7 +92,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise LlmprunerError(f"device '{device}' cannot be used: {reason}; try --device cpu") from error
@@ -105,6 +105,15 @@ def new_directory(path: Path) -> Path:
     parent = path.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the folder '{parent}' that should hold the output does not exist; create it first")
+    return path
+
+
+def new_file(path: Path) -> Path:
+    """``path``, once it is sure that a file can be put there. Checked before any long work begins."""
+    if path.is_dir():
+        raise OutputError(f"'{path}' is a directory; name the file to write")
+    if not path.resolve().parent.is_dir():
+        raise OutputError(f"the folder '{path.parent}' that should hold '{path.name}' does not exist; create it first")
     return path
 
 

@@ -24,6 +24,7 @@ from .options import (
     catalog_of,
     load_options,
     new_directory,
+    new_file,
     open_model,
     parse_layers,
     parse_names,
@@ -193,6 +194,8 @@ def plan(
     """Say what would go, layer by layer, and what would be left: a dry run. The plan can be reviewed and replayed."""
     if chosen is None:
         raise SelectionError(HOW_MUCH)
+    if output is not None:
+        new_file(output)
     loaded = open_model(ctx, model, options)
     made = _make(loaded, chosen)
     if output is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 _EXPORTS = {"discover_graph": "groups", "discover_groups": "groups"}
 
-__all__ = list(_EXPORTS)  # noqa: PLE0604
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

@@ -75,7 +75,7 @@ class Follower(ModelFamily):
 def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
     """Make everything in ``rules`` follow what ``kept`` leaves. ``graph``: before the cut; ``model``: after it."""
     names = renamed(graph, kept)
-    remaining = range(len(model.get_submodule(graph.layers)))  # type: ignore[arg-type]
+    remaining = range(len(model.get_submodule(graph.layers)))
     for old, units in kept.items():
         group = graph.by_name[old]
         if old not in names or group.modules or len(units) == group.units:
@@ -89,7 +89,7 @@ def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Seque
                 if module is None:
                     continue
                 if isinstance(rule, Follow):
-                    _scale(model, module, rule.attribute, len(units), group.units)
+                    _scale(model, module, rule.attribute, len(units), group)
                 else:
                     slice_argument(module, rule.argument, rule.axis, group.units, units)
 
@@ -101,19 +101,25 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, units: int) -> None:
+def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group: CoupledGroup) -> None:
     owner: Any = module
     if attribute.startswith("config."):
-        config = vars(module).get("config")
-        if config is None:
-            return
-        if module is not model and not vars(module).get("_config_is_own"):
-            module.config = copy.deepcopy(config)
-            module._config_is_own = True
-        owner, attribute = module.config, attribute.partition(".")[2]
+        owner, attribute = vars(module).get("config"), attribute.partition(".")[2]
     value = getattr(owner, attribute, None)
-    if isinstance(value, int) and value * kept % units == 0:
-        setattr(owner, attribute, value * kept // units)
+    if type(value) is not int or not _counts(value, group):
+        return  # it belongs to another group of this kind
+    if owner is not module and module is not model and not vars(module).get("_config_is_own"):
+        owner = module.config = copy.deepcopy(owner)
+        object.__setattr__(module, "_config_is_own", True)
+    setattr(owner, attribute, value * kept // group.units)
+
+
+def _counts(value: int, group: CoupledGroup) -> bool:
+    """Whether ``value`` may count the units of ``group``, or for units in blocks those of one block."""
+    if group.layer is None:
+        # The hidden size is large enough that only itself is meant; heads also multiply other sizes.
+        return value == group.units
+    return any(size > 1 and value % size == 0 for size in (group.units, group.units // group.blocks))
 
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
@@ -121,12 +127,9 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
     groups in blocks of the number in a block."""
     found: dict[Follow, None] = {}
     for group in groups:
-        sizes = {group.units, group.units // group.blocks}
         for path, module in _nearby(model, graph, group):
             for name, value in _integers(module):
-                # The hidden size is large enough that only itself is meant; heads also multiply other sizes.
-                fits = value == group.units if group.layer is None else any(s > 1 and value % s == 0 for s in sizes)
-                if fits:
+                if _counts(value, group):
                     found.setdefault(Follow(group.kind, _pattern(graph, path), name))
     return sorted(found)
 

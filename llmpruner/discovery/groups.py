@@ -53,8 +53,12 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     aliases = _aliases(model)
     groups = list(_groups(found, traced, aliases))
     layers = [f"{traced.layers}.{m}" for m in sorted(m for ms in traced.stands_for.values() for m in ms)]
-    groups.append(CoupledGroup("layers", LAYER, len(layers), modules=tuple(layers)))
-    blocked = tuple(
+    blocked: tuple[Blocked, ...] = ()
+    if traced.streams == 1:
+        groups.append(CoupledGroup("layers", LAYER, len(layers), modules=tuple(layers)))
+    else:
+        blocked = (Blocked(traced.layers, 0, "layers are given more than the residual stream"),)
+    blocked += tuple(
         Blocked(name, axis, reason)
         for (parameter, axis), reason in reasons.items()
         for name in _everywhere(parameter, traced)
@@ -124,7 +128,7 @@ def _latent(found: list[Named]) -> list[Named]:
 
 def _layer_of(parameter: str, layers: str) -> int | None:
     prefix = layers + "."
-    return int(parameter[len(prefix) :].split(".")[0]) if parameter.startswith(prefix) else None
+    return int(parameter[len(prefix) :].split(".", maxsplit=1)[0]) if parameter.startswith(prefix) else None
 
 
 def _common_module(family: Family) -> str:

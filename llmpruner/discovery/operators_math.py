@@ -13,25 +13,31 @@ from .operators_shape import merge
 from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, operator_name, rule, uniform
 
 IDENTITY = (
-    "to", "_to_copy", "alias", "contiguous", "clone", "detach", "dropout", "native_dropout", "type_as", "lift_fresh_copy",
-    "detach_", "lift_fresh", "feature_dropout", "dropout_",
+    "to", "_to_copy", "alias", "contiguous", "clone", "detach", "dropout", "native_dropout", "type_as",
+    "lift_fresh_copy", "detach_", "lift_fresh", "feature_dropout", "dropout_",
 )  # fmt: skip
 UNARY = (
-    "silu", "gelu", "relu", "relu6", "tanh", "sigmoid", "exp", "exp2", "expm1", "log", "log2", "log1p", "neg", "abs", "cos",
-    "sin", "sqrt", "rsqrt", "reciprocal", "softplus", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu", "erf",
-    "sign", "square", "floor", "ceil", "round", "trunc", "bitwise_not", "logical_not", "isinf", "isnan", "isfinite",
-    "clamp", "clamp_min", "clamp_max", "clip", "nan_to_num", "hardtanh", "threshold", "logsigmoid", "log_sigmoid", "selu",
-    "tan", "atan", "fill", "zero", "silu_", "relu_", "celu", "softshrink", "positive", "logit", "acos", "asin", "cosh", "sinh",
+    "silu", "gelu", "relu", "relu6", "tanh", "sigmoid", "exp", "exp2", "expm1", "log", "log2", "log1p",
+    "neg", "abs", "cos", "sin", "sqrt", "rsqrt", "reciprocal", "softplus", "mish", "hardswish",
+    "hardsigmoid", "leaky_relu", "elu", "erf", "sign", "square", "floor", "ceil", "round", "trunc",
+    "bitwise_not", "logical_not", "isinf", "isnan", "isfinite", "clamp", "clamp_min", "clamp_max", "clip",
+    "nan_to_num", "hardtanh", "threshold", "logsigmoid", "log_sigmoid", "selu", "tan", "atan", "fill",
+    "zero", "silu_", "relu_", "celu", "softshrink", "positive", "logit", "acos", "asin", "cosh", "sinh",
 )  # fmt: skip
 BINARY = (
-    "add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill",
-    "__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "logical_and", "logical_or", "bitwise_xor", "logical_xor",
-    "rsub", "remainder", "fmod", "floor_divide", "atan2", "true_divide", "lerp", "addcmul", "addcdiv", "add_", "mul_", "sub_",
-    "div_", "prelu", "xlogy", "copy", "copy_", "masked_fill_", "bitwise_right_shift", "bitwise_left_shift", "__rshift__",
-    "__lshift__", "fmax", "fmin", "floor_divide", "isin", "polar", "complex", "rms_scale",
+    "add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where",
+    "masked_fill", "__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "logical_and",
+    "logical_or", "bitwise_xor", "logical_xor", "rsub", "remainder", "fmod", "floor_divide", "atan2",
+    "true_divide", "lerp", "addcmul", "addcdiv", "add_", "mul_", "sub_", "div_", "prelu", "xlogy", "copy",
+    "copy_", "masked_fill_", "bitwise_right_shift", "bitwise_left_shift", "__rshift__", "__lshift__",
+    "fmax", "fmin", "isin", "polar", "complex", "rms_scale",
 )  # fmt: skip
 KEEPS_TAG.update(
-    IDENTITY, ("rsqrt", "sqrt", "add", "mul", "div", "pow", "reciprocal", "clamp", "clamp_min", "maximum", "mean", "_assert_tensor_metadata")
+    IDENTITY,
+    (
+        "rsqrt", "sqrt", "add", "mul", "div", "pow", "reciprocal", "clamp", "clamp_min", "maximum",
+        "mean", "_assert_tensor_metadata",
+    ),
 )  # fmt: skip
 
 
@@ -43,8 +49,7 @@ def _short(node: Node) -> str:
 
 @rule(*IDENTITY)
 def identity(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    value = args[0]
-    return value
+    return args[0]
 
 
 @rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "sym_size", "dim")
@@ -77,15 +82,27 @@ def _advance(run: Propagation, tag: Tag, stage: str | None) -> Tag | None:
 
 
 @rule(*BINARY)
-def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     operands = [a for a in [*args, *kwargs.values()] if isinstance(a, Value)]
     name = _short(node)
     if not operands:
         return node.meta.get("val")  # arithmetic on sizes
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
+    raw = operator_name(node.target)
+    if raw.endswith("_") and not raw.startswith("__"):
+        _written(run, operands)
     tag = _norm_step(run, name, operands)
     return Value(run.broadcast(operands), run.origin_of(operands), tag=tag)
+
+
+def _written(run: Propagation, operands: list[Value]) -> None:
+    """In place: other views of the target see what is written, and only identities of its own carry that on."""
+    target = operands[0]
+    for value in operands[1:]:
+        for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
+            if len(mine) == len(theirs):
+                run.ids.block(theirs[mine < 0], f"written into another tensor ({run.where})")
 
 
 def _with_scalar(run: Propagation, name: str, args: list[Any], operands: list[Value]) -> Value:
@@ -103,9 +120,9 @@ def _with_scalar(run: Propagation, name: str, args: list[Any], operands: list[Va
         power = {("mean_square", -0.5): "inverse", ("mean_square", 0.5): "root", ("root", -1.0): "inverse"}
         if name == "pow" and number is not None:
             tag = _advance(run, value.tag, power.get((stage, number)))
-        elif name in ("add", "maximum") and stage == "mean_square":
-            tag = value.tag
-        elif name in ("add", "maximum") and stage == "root":
+        elif (name in ("add", "maximum") and stage == "mean_square") or (
+            name in ("add", "maximum") and stage == "root"
+        ):
             tag = value.tag
         else:
             tag = _advance(run, value.tag, None)

@@ -106,7 +106,7 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
 
 
 def _shrink(config: PreTrainedConfig, layers: int, few: tuple[int, int]) -> dict[str, Any]:
-    values = config.to_dict()
+    values: dict[str, Any] = config.to_dict()
     for name, value in list(values.items()):
         part = getattr(config, name, None)
         if isinstance(value, dict) and hasattr(part, "to_dict") and hasattr(part, "model_type"):
@@ -200,7 +200,7 @@ def _shrink_widths(values: dict[str, Any]) -> None:
             lambda found: {v: min(v, 8) for v in found},
         ),
         (re.compile("n_group$|expert_group$").search, lambda found: {v: min(v, 2) for v in found}),
-        (re.compile("topk_group").search, lambda found: {v: 1 for v in found}),
+        (re.compile("topk_group").search, lambda found: dict.fromkeys(found, 1)),
         (re.compile("num_hash_buckets|hash_vocab|num_buckets").search, lambda found: {v: min(v, 64) for v in found}),
     ]
     for matches, new_of in rules:

@@ -24,12 +24,15 @@ BATCH, TIME = 2, 7
 @dataclass(frozen=True)
 class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
-    ``stands_for``: number of each traced layer → the numbers of the real layers it represents."""
+    ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
+    ``streams``: how many tensors of hidden width a layer is given; more than the residual stream alone means
+    that the model does more between layers than hand it on."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
     layers: str
     stands_for: Mapping[int, tuple[int, ...]]
+    streams: int = 1
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
@@ -49,30 +52,46 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     except Exception as error:  # whatever a third-party constructor raises, the answer is the same
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
-    everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}  # type: ignore[arg-type]
+    everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
     if shallow:
         stands_for = keep_one_of_each(model, layers)
         if len(stands_for) < len(everything):
             try:
-                return Trace(export(model), model, layers, stands_for)
+                program, streams = export(model, layers)
+                return Trace(program, model, layers, stands_for, streams)
             except UnsupportedModelError:
                 # Some models index per-layer lists by the original numbers: trace them at full depth.
                 return trace(config, shallow=False)
-    return Trace(export(model), model, layers, everything)
+    program, streams = export(model, layers)
+    return Trace(program, model, layers, everything, streams)
 
 
-def export(model: PreTrainedModel) -> torch.export.ExportedProgram:
-    """`torch.export` of the logits for a batch of token ids, without a cache."""
+def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedProgram, int]:
+    """`torch.export` of the logits for a batch of token ids, without a cache; and the number of streams."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
+    streams = [1]
+
+    def count(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        wide = {id(v) for v in given if v.ndim > 2 and v.shape[-1] == given[0].shape[-1]}
+        streams.append(len(wide))
+
+    handles = [
+        layer.register_forward_pre_hook(count, with_kwargs=True) for layer in model.get_submodule(layers).children()
+    ]
     with torch.no_grad(), quiet_transformers():
         try:
-            return torch.export.export(model, (), kwargs=inputs, strict=False)
+            program = torch.export.export(model, (), kwargs=inputs, strict=False)
+            return program, max(streams)
         except Exception as error:  # export reports unsupported code in many exception types
             name = type(model).__name__
             raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

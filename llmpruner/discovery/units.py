@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Share:
         joined = (np.diff(self.rows, axis=1) == 1).all(axis=0) if width > 1 else np.zeros(0, dtype=bool)
         starts = [0, *(np.flatnonzero(~joined) + 1).tolist(), width]
         maps = []
-        for first, stop in zip(starts, starts[1:], strict=False):
+        for first, stop in itertools.pairwise(starts):
             maps.append(_compact(self.rows[:, first:stop], units))
         return maps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph, Role
-from ..errors import LlmprunerError
+from ..errors import LlmprunerError, UnsupportedModelError
 from ..families import ModelFamily, graph_of
 from ..surgery import Kept, cut, removed_modules, silence
 from .follow import Follower, Rule, candidates, find, tables
@@ -83,6 +83,21 @@ def verify(
     return [oracle.judge(kind) for kind in wanted]
 
 
+def rules_of(config: PreTrainedConfig, kinds: Iterable[str]) -> tuple[Rule, ...]:
+    """What must follow cuts of ``kinds`` in models of the architecture of ``config``, found on a small one.
+
+    Raises `UnsupportedModelError` when a kind cannot be cut there in the end.
+    """
+    found: dict[Rule, None] = {}
+    for verdict in verify(None, config, kinds=kinds):
+        if verdict.verdict != VERIFIED:
+            raise UnsupportedModelError(
+                f"cutting {verdict.kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
+            )
+        found.update(dict.fromkeys(verdict.follows))
+    return tuple(found)
+
+
 def has_refresh(family: ModelFamily) -> bool:
     """Whether the family sets attributes itself, so that none need be found by trying."""
     return type(family).refresh is not ModelFamily.refresh
@@ -97,7 +112,7 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.generates = cached_difference(self.models["eager"], self.tokens) <= TOLERANCE
+        self.generates = _generates(self.models["eager"], self.tokens)
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
@@ -161,7 +176,7 @@ class Oracle:
         found = find(attributes, agrees)
         if found is None:
             for table in tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], lambda chosen, table=table: table in chosen and agrees(chosen))
+                found = find([table, *attributes], _only_with(table, agrees))
                 if found is not None:
                     break
         if found is None:
@@ -170,11 +185,15 @@ class Oracle:
         return found
 
     def _generate(self, kept: Kept, follows: Sequence[Rule]) -> bool:
-        """Check generation with a cache; false when the dense model already has none that agrees."""
+        """Check generation with a cache; false where the silenced model itself has none that is exact."""
         if not self.generates:
             return False
-        model = self._cut(self.models["eager"], kept, follows)
-        difference = cached_difference(model, self.tokens)
+        dense = self.models["eager"]
+        _, reference, mode = self._reference(dense, kept)
+        with mode:
+            if not _generates(reference, self.tokens):
+                return False
+        difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
         if not difference <= TOLERANCE:
             raise Disagreement("generation with a cache differs from generation without", difference, "")
         return True
@@ -211,6 +230,10 @@ class Oracle:
             return logits(model, self.tokens), model, mode
 
 
+def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
+    return lambda chosen: rule in chosen and agrees(chosen)
+
+
 class Disagreement(LlmprunerError):
     """The cut model runs, and its outputs are wrong."""
 
@@ -244,10 +267,10 @@ class ClosedRoutes(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self.closed and func is torch.nn.functional.linear:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            index = self.closed.get(id(weight))
-            if index is not None:
-                result = result.index_fill(-1, index, float("-inf"))
-                self.current = index, result.shape[-1]
+            closed = self.closed.get(id(weight))
+            if closed is not None:
+                result = result.index_fill(-1, closed, float("-inf"))
+                self.current = closed, result.shape[-1]
         return result
 
 
@@ -324,20 +347,25 @@ def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Te
 
 
 def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> float:
-    """How far logits with a key/value cache are from those of full forwards; infinite when generation fails."""
+    """How far logits with a key/value cache are from those of full forwards. Raises what generation raises."""
     from ..meta import quiet_transformers
 
     with torch.no_grad(), quiet_transformers():
-        try:
-            output = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps,
-                do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
-            )  # fmt: skip
-        except Exception:  # many classes cannot generate at all; the caller compares with the dense model
-            return float("inf")
+        output = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps,
+            do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
         full = logits(model, output.sequences)
     cached = torch.stack(output.logits, 1)
     return distance(cached, full[:, tokens.shape[1] - 1 : -1])
+
+
+def _generates(model: PreTrainedModel, tokens: torch.Tensor) -> bool:
+    """Whether a reference model generates with a cache as it does without; many classes cannot generate."""
+    try:
+        return cached_difference(model, tokens) <= TOLERANCE
+    except Exception:  # a class that was never meant to generate may raise anything
+        return False
 
 
 def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
@@ -368,8 +396,3 @@ def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str 
         if experts is not None:
             part._experts_implementation = experts
     return random_instance(config, seed, attention)
-
-
-def summary(verdicts: Iterable[Verdict]) -> Mapping[str, str]:
-    """kind → verdict."""
-    return {v.kind: v.verdict for v in verdicts}

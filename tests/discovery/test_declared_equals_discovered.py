@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from llmpruner_llama.family import LlamaFamily
 from transformers import LlamaConfig
 
 from llmpruner import CoupledGroup
 from llmpruner.discovery import discover_graph, discover_groups
-from llmpruner_llama.family import LlamaFamily
 
 
 def facts(groups: Sequence[CoupledGroup]) -> dict[str, object]:

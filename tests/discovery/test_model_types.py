@@ -8,9 +8,10 @@ from transformers import CONFIG_MAPPING
 from llmpruner.discovery.verify import VERIFIED, verify
 
 REQUIRED = (
-    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 glm glm4 gpt2 gpt_neox gptj opt bloom falcon starcoder2 "
-    "stablelm olmo2 granite cohere smollm3 mixtral qwen3_moe olmoe"
-).split()
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm", "glm4",
+    "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "starcoder2", "stablelm", "olmo2", "granite",
+    "cohere", "smollm3", "mixtral", "qwen3_moe", "olmoe",
+)  # fmt: skip
 
 
 def test_attributes_that_must_follow_are_found() -> None:

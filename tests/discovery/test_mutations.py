@@ -9,7 +9,7 @@ import pytest
 from composed import ComposedConfig
 from transformers import PreTrainedModel
 
-from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily, Role, Span
+from llmpruner import QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily, Role, Span
 from llmpruner.discovery import discover_graph
 from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle
 
@@ -20,7 +20,9 @@ CONFIG = ComposedConfig(
 
 @pytest.fixture(scope="module")
 def graph() -> CouplingGraph:
-    return discover_graph(CONFIG)
+    found = discover_graph(CONFIG)
+    # Query heads share spans with the groups that are broken here; without them every map stands alone.
+    return replace(found, groups=tuple(g for g in found.groups if g.kind != QUERY))
 
 
 def explicit(span: Span, order: Callable[[list[int]], list[int]]) -> Span:
@@ -82,9 +84,9 @@ MUTATIONS: dict[str, tuple[str, Callable[[CoupledGroup], CoupledGroup]]] = {
             ),
         ),
     ),
-    "attention: output columns reversed": (
+    "attention: output columns shifted by a head": (
         "attention",
-        change(of("out.weight", 1), lambda s: explicit(s, reverse)),
+        change(of("out.weight", 1), lambda s: explicit(s, rotate)),
     ),
     "hidden: one norm is not rescaled": (
         "hidden",

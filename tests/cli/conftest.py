@@ -1,0 +1,122 @@
+"""The command line in-process, and tiny models on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llmpruner.cli import console, main
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. A model predicts the next token from those before it. "
+    "Paris is the capital of France, and Rome is the capital of Italy. Two and two make four.\n"
+) * 20
+INSTRUCTIONS = [
+    {"instruction": "Name the capital of France.", "input": "", "output": "Paris."},
+    {"instruction": "Add the numbers.", "input": "2 and 2", "output": "Four."},
+    {"instruction": "What does the fox do?", "output": "It jumps over the dog."},
+    {"instruction": "Name the capital of Italy.", "output": "Rome."},
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of the command line ended. ``code``: the exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """``run("plan", model, …)``: `main` with these arguments, as the console script calls it."""
+    for terminal in (console.out, console.err):
+        monkeypatch.setattr(terminal, "width", 300)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["llmpruner", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        code = exit.value.code
+        return Outcome(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What tests read and never write: models ``dense``, ``other`` (wider), ``bare`` (no tokenizer) and ``nan``,
+    ``text.txt``, ``data.jsonl``."""
+    folder = tmp_path_factory.mktemp("shared")
+    tokenizer = tiny_tokenizer()
+    for name, width in (("dense", 48), ("other", 40), ("bare", 48), ("nan", 48)):
+        model = tiny_llama(intermediate_size=width)
+        if name == "nan":
+            model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+        model.save_pretrained(folder / name)
+        if name != "bare":
+            tokenizer.save_pretrained(folder / name)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def dense(shared: Path) -> Path:
+    return shared / "dense"
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    """A model whose layers differ: layers 1 and 2 lost a quarter of their MLP channels."""
+    from llmpruner import Catalog, plugin_manager
+    from llmpruner.loading import load_model
+    from llmpruner.pipeline import PruneSettings, apply_plan, make_plan, save
+    from llmpruner.plan import Target
+
+    catalog = Catalog(plugin_manager())
+    loaded = load_model(str(shared / "dense"), catalog)
+    settings = PruneSettings(target=Target(by="units", amount=0.25), layers=(1, 2))
+    plan = make_plan(loaded, catalog.criteria["l1"](), settings)
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    assert save(apply_plan(loaded, plan), folder) == "shim"
+    return folder
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    base = ByteLevelBPETokenizer()
+    base.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """Four layers of 2 KV heads with 2 query heads each; 30,976 decoder parameters of 50,208."""
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()

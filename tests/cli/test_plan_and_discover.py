@@ -1,0 +1,157 @@
+"""``plugins``, ``discover`` and ``plan``: what is there, and what would go."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
+CRITERIA = ["random", "l1", "l2", "taylor:element1", "taylor:element2", "taylor:mix", "taylor:vector"]
+REDUCTIONS = ["sum", "mean", "max", "prod", "last"]
+
+
+def test_plugins_names_everything_with_its_package(run):
+    rows = run("plugins", "--json").json()["plugins"]
+    found = {(row["kind"], row["name"]) for row in rows}
+    assert {("criterion", name) for name in ("random", "l1", "l2", "taylor")} <= found
+    assert {("family", name) for name in ("llama", "vicuna", "chatglm")} <= found
+    assert {("recovery strategy", "lora"), ("recovery strategy", "full")} <= found
+    assert all(row["package"] and row["summary"] for row in rows)
+
+
+def test_plugins_as_a_table(run):
+    result = run("plugins")
+    assert result.code == 0 and result.err == ""
+    line = next(line for line in result.out.splitlines() if " taylor " in line)
+    assert "criterion" in line and "llmpruner" in line and "element1, element2, mix, vector" in line
+
+
+def test_discover_as_json(run, dense):
+    found = run("discover", dense, "--json").json()
+    assert (found["family"], found["layers"]) == ("llama", 4)
+    assert (found["parameters"], found["decoder_parameters"]) == (TOTAL, DECODER)
+    groups = {group["name"]: group for group in found["groups"]}
+    kinds = {group["kind"] for group in found["groups"]}
+    assert {"mlp", "attention", "query", "hidden", "layer"} <= kinds
+    mlp = next(group for group in groups.values() if group["kind"] == "mlp" and group["layer"] == 2)
+    assert (mlp["units"], mlp["parameters_per_unit"]) == (48, MLP_UNIT)
+    assert {(span["parameter"].split(".")[-2], span["axis"]) for span in mlp["spans"]} == {
+        ("gate_proj", 0), ("up_proj", 0), ("down_proj", 1),
+    }  # fmt: skip
+
+
+def test_discover_as_a_table(run, dense):
+    result = run("discover", dense)
+    assert result.code == 0
+    assert "family llama, 4 layers, 50.21 K parameters, 30.98 K of them in the decoder" in result.out
+    assert "model.layers.0.mlp.down_proj.weight" in result.out
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("ratio", [0.1, 0.31])
+def test_ratio_is_hit_within_one_unit(run, dense, ratio, allocation):
+    result = run("plan", dense, "--ratio", ratio, "--importance", "l1", "--allocation", allocation, "--json")
+    removed = DECODER - result.json()["result"]["decoder_after"]
+    assert abs(removed - ratio * DECODER) <= MLP_UNIT / 2
+
+
+def test_target_params(run, dense):
+    for text, number in (("45K", 45_000), ("0.0412M", 41_200), ("43210", 43_210)):
+        found = run("plan", dense, "--target-params", text, "--importance", "l1", "--json").json()
+        assert found["plan"]["target"] == {"by": "parameters", "amount": number}
+        assert abs(found["result"]["parameters_after"] - number) <= MLP_UNIT / 2
+
+
+def test_unit_ratio_on_chosen_layers(run, dense):
+    options = ("--importance", "l1", "--layers", "0,2-3", "--json")
+    cuts = run("plan", dense, "--unit-ratio", 0.25, *options).json()["plan"]["cuts"]
+    assert [cut["layer"] for cut in cuts.values()] == [0, 2, 3]
+    assert all(kept(cut) and len(kept(cut)) == 36 for cut in cuts.values())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "amount"),
+    [("attention", 0.1), ("query", 0.1), ("hidden", 0.2), ("layer", 0.25), ("mlp,attention", 0.3)],
+)
+def test_kinds(run, dense, kinds, amount):
+    found = run("plan", dense, "--ratio", amount, "--kinds", kinds, "--importance", "l2", "--json").json()
+    assert {cut["kind"] for cut in found["plan"]["cuts"].values()} == set(kinds.split(","))
+    assert found["plan"]["selection"]["kinds"] == kinds.split(",")
+    assert found["result"]["decoder_removed"] == pytest.approx(amount, abs=0.04)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_with_every_reduction(run, dense, criterion):
+    name, _, variant = criterion.partition(":")
+    options = [*(("--variant", variant) if variant else ()), "--samples", 2, "--length", 16]
+    for reduction in REDUCTIONS:
+        found = run(
+            "plan", dense, "--ratio", 0.2, "--importance", name, *options, "--reduction", reduction, "--json"
+        ).json()  # fmt: skip
+        made = found["plan"]["estimation"]
+        assert (made["criterion"], made["variant"], made["reduction"]) == (name, variant or None, reduction)
+        assert (made["calibration"] == "self") == (name == "taylor")
+        assert abs(found["result"]["decoder_removed"] * DECODER - 0.2 * DECODER) <= MLP_UNIT / 2
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("power", [1, 2])
+def test_magnitudes_by_hand(run, dense, power, reduction):
+    options = ("--importance", f"l{power}", "--reduction", reduction, "--json")
+    cuts = run("plan", dense, "--unit-ratio", 0.25, *options).json()["plan"]["cuts"]
+    weights = load_file(dense / "model.safetensors")
+    for layer, cut in enumerate(cuts.values()):
+        path = f"model.layers.{layer}.mlp."
+        parts = torch.stack([
+            weights[path + "gate_proj.weight"].double().abs().pow(power).sum(1),
+            weights[path + "up_proj.weight"].double().abs().pow(power).sum(1),
+            weights[path + "down_proj.weight"].double().abs().pow(power).sum(0),
+        ])  # fmt: skip
+        scores = {
+            "sum": parts.sum(0), "mean": parts.mean(0), "max": parts.amax(0), "prod": parts.prod(0), "last": parts[2]
+        }[reduction]  # fmt: skip
+        gone = scores.argsort()[:12].tolist()
+        assert set(kept(cut)) == set(range(48)) - set(gone)
+
+
+def test_rounding(run, dense):
+    found = run("plan", dense, "--ratio", 0.2, "--importance", "l1", "--round-to", 8, "--json").json()
+    assert {len(kept(cut)) % 8 for cut in found["plan"]["cuts"].values()} == {0}
+
+
+def test_steps_measure_again(run, dense, shared):
+    plans = {}
+    for steps in (1, 3):
+        options = ("--ratio", 0.4, "--steps", steps, "--calibration", shared / "text.txt", "--allocation", "global")
+        found = run("plan", dense, *options, "--samples", 4, "--length", 16, "--json").json()
+        assert abs(found["result"]["decoder_removed"] * DECODER - 0.4 * DECODER) <= MLP_UNIT / 2
+        plans[steps] = found["plan"]
+    assert plans[3]["selection"]["steps"] == 3
+    assert plans[1]["cuts"] != plans[3]["cuts"]
+
+
+def test_the_plan_file_is_what_json_shows(run, dense, tmp_path):
+    options = ("--ratio", 0.2, "--importance", "random", "--seed", 7)
+    shown = run("plan", dense, *options, "-o", tmp_path / "plan.json", "--json").json()
+    assert json.loads((tmp_path / "plan.json").read_text()) == shown["plan"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert shown["plan"]["seed"] == 7
+    other = run("plan", dense, "--ratio", 0.2, "--importance", "random", "--seed", 8, "--json").json()
+    assert other["plan"]["cuts"] != shown["plan"]["cuts"]
+
+
+def test_the_table_agrees_with_json(run, dense):
+    options = ("--unit-ratio", 0.25, "--layers", "1-2", "--importance", "l1")
+    result = run("plan", dense, *options)
+    assert result.code == 0
+    assert result.out.count("36 of 48") == 2
+    removed = 2 * 12 * MLP_UNIT / DECODER
+    assert f"{removed:.2%}" in next(line for line in result.out.splitlines() if "Decoder parameters" in line)
+
+
+def kept(cut) -> list[int]:
+    runs = [run.split("-") for run in cut["kept"].split(",")]
+    return [unit for run in runs for unit in range(int(run[0]), int(run[-1]) + 1)]

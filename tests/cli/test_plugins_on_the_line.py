@@ -1,0 +1,147 @@
+"""Plugins as a user meets them: installed as packages, or registered in-process, and seen through commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from llmpruner import DuplicateNameError, LlmprunerError, hookimpl, plugin_manager
+from llmpruner.cli.app import build_app
+
+PACKAGES = Path(__file__).parents[1] / "packages"
+WARNING = "plugin 'broken' (llmpruner-broken) is broken and was skipped: RuntimeError: this plugin is broken on purpose"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """Two packages, one that works and one that breaks, as pip installs them."""
+    folder = tmp_path_factory.mktemp("site")
+    sources = [folder / "source" / path.name for path in sorted(PACKAGES.iterdir())]
+    for source in sources:
+        # The build leaves its traces beside the source.
+        shutil.copytree(PACKAGES / source.name, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", folder / "site", *sources], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.fixture
+def installed(site, monkeypatch):
+    """The two packages, for this process."""
+    monkeypatch.syspath_prepend(str(site))
+    yield site
+    sys.modules.pop("llmpruner_example", None)
+
+
+def test_installed_packages_in_another_process(site):
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-m", "llmpruner", "plugins", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [f"warning: {WARNING}"]
+    shown = json.loads(done.stdout)
+    assert {row["name"]: row["kind"] for row in shown["plugins"] if row["package"] == "llmpruner-example"} == {
+        "example": "family",
+        "example-inverse": "criterion",
+        "example-nothing": "recovery strategy",
+        "example-pointer": "checkpoint reader",
+    }
+    assert [broken["package"] for broken in shown["broken"]] == ["llmpruner-broken"]
+
+
+def test_an_installed_criterion_chooses(run, dense, installed):
+    options = ("plan", dense, "--unit-ratio", 0.25, "--json", "--importance")
+    inverse, l1 = (run(*options, name) for name in ("example-inverse", "l1"))
+    assert WARNING in inverse.err
+    assert inverse.json()["plan"]["estimation"]["criterion"] == "example-inverse"
+    assert inverse.json()["plan"]["cuts"] != l1.json()["plan"]["cuts"]
+
+
+def test_an_installed_strategy_recovers(run, pruned, shared, installed, tmp_path):
+    options = ("--data", shared / "data.jsonl", "--strategy", "example-nothing", "-o", tmp_path / "out")
+    result = run("recover", pruned, *options)
+    assert result.code == 0 and "nothing was trained" in result.err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_an_installed_reader_reads(run, dense, installed, tmp_path):
+    (tmp_path / "pointer").mkdir()
+    (tmp_path / "pointer" / "pointer.txt").write_text(str(dense))
+    answers = run("generate", tmp_path / "pointer", dense, "-p", "The", "--max-new-tokens", 4, "--json").json()
+    first, second = answers["answers"].values()
+    assert first == second
+
+
+def test_an_installed_command_runs(run, installed):
+    result = run("example-hello", "--name", "llama")
+    assert (result.code, result.out) == (0, "hello, llama\n")
+    assert "example-hello" in run("--help").out
+
+
+def test_a_blocked_plugin_says_nothing(run, installed, monkeypatch):
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,example")
+    result = run("plugins", "--json")
+    assert result.err == ""
+    assert result.json()["blocked"] == ["broken", "example"]
+    assert run("example-hello").code == 2
+
+
+class Greeter:
+    """A plugin registered by a test."""
+
+    def __init__(self, name: str = "greet") -> None:
+        self.name = name
+
+    @hookimpl
+    def llmpruner_commands(self, app: typer.Typer) -> None:
+        @app.command(name=self.name)
+        def greet(who: str = "you") -> None:
+            if who == "nobody":
+                raise LlmprunerError("nobody cannot be greeted")
+            typer.echo(f"hello, {who}")
+
+
+class Clumsy:
+    """A plugin whose hook raises."""
+
+    @hookimpl
+    def llmpruner_commands(self, app: typer.Typer) -> None:
+        raise ValueError("dropped it")
+
+
+def app_with(**plugins) -> typer.Typer:
+    host = plugin_manager()
+    for name, plugin in plugins.items():
+        host.manager.register(plugin, name)
+    return build_app(host)
+
+
+def test_a_command_registered_in_process():
+    app = app_with(greeter=Greeter())
+    assert CliRunner().invoke(app, ["greet", "--who", "me"]).output == "hello, me\n"
+    mistake = CliRunner().invoke(app, ["greet", "--who", "nobody"])
+    assert isinstance(mistake.exception, LlmprunerError)
+
+
+def test_a_command_that_exists_is_refused():
+    with pytest.raises(DuplicateNameError, match="command 'prune' of in-process exists already in llmpruner"):
+        app_with(greeter=Greeter("prune"))
+    with pytest.raises(DuplicateNameError, match="command 'hi' of in-process exists already in in-process"):
+        app_with(one=Greeter("hi"), two=Greeter("hi"))
+
+
+def test_a_hook_that_raises_costs_only_its_own_commands():
+    result = CliRunner().invoke(app_with(clumsy=Clumsy(), greeter=Greeter()), ["greet"])
+    assert result.exit_code == 0 and result.stdout == "hello, you\n"
+    assert (
+        "plugin 'clumsy' (in-process) is broken and was skipped: llmpruner_commands raised ValueError" in result.stderr
+    )

@@ -1,0 +1,62 @@
+"""What only separate processes can show: exit codes, tracebacks, time, and the same bytes twice."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+COMMAND = [sys.executable, "-m", "llmpruner"]
+
+
+def llmpruner(*arguments, **environment) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it(tmp_path):
+    message = f"model directory '{tmp_path}/none' does not exist"
+    plain = llmpruner("discover", tmp_path / "none")
+    assert (plain.returncode, plain.stdout, plain.stderr) == (2, "", f"error: {message}\n")
+    for debug in (
+        llmpruner("--debug", "discover", tmp_path / "none"),
+        llmpruner("discover", tmp_path / "none", "--debug"),
+        llmpruner("discover", tmp_path / "none", LLMPRUNER_DEBUG="1"),
+    ):
+        assert debug.returncode == 1
+        assert "Traceback (most recent call last)" in debug.stderr
+        assert debug.stderr.rstrip().endswith(f"ModelError: {message}")
+
+
+def test_help_takes_less_than_half_a_second():
+    """Of processor time, best of three, so that other work on the machine does not count."""
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = llmpruner("--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert done.returncode == 0 and "Usage: llmpruner" in done.stdout
+    assert 0 < min(times) < 0.5
+
+
+def test_version():
+    assert llmpruner("--version").stdout.startswith("llmpruner ")
+
+
+def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
+    hash_seeds = ("1", "2")
+    options = ("--ratio", 0.2, "--kinds", "mlp,attention", "--samples", 3, "--length", 16)
+    for hash_seed in hash_seeds:
+        command = ("plan", dense, *options, "--seed", 5, "-o", tmp_path / hash_seed)
+        assert llmpruner(*command, PYTHONHASHSEED=hash_seed).returncode == 0
+    first, second = ((tmp_path / hash_seed).read_bytes() for hash_seed in hash_seeds)
+    assert first == second
+    assert run("plan", dense, *options, "--seed", 6, "-o", tmp_path / "other").code == 0
+    assert (tmp_path / "other").read_bytes() != first

@@ -1,0 +1,79 @@
+"""``prune``: the directory that it leaves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmpruner import load_pruned
+
+FAST = ("--samples", 2, "--length", 16)
+CHOICES = {
+    "random": ("--importance", "random", "--reduction", "last"),
+    "l1": ("--importance", "l1", "--reduction", "max"),
+    "l2": ("--importance", "l2", "--reduction", "prod"),
+    "element1": ("--importance", "taylor"),
+    "element2": ("--importance", "taylor", "--variant", "element2", "--allocation", "global"),
+    "mix": ("--importance", "taylor", "--variant", "mix", "--reduction", "mean", "--steps", 2),
+    "vector": ("--importance", "taylor", "--variant", "vector", "--kinds", "mlp,attention"),
+    "hidden": ("--importance", "l2", "--kinds", "hidden"),
+    "layer": ("--importance", "l1", "--kinds", "layer"),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_result_loads_and_has_the_size_that_was_said(run, dense, tmp_path, choice):
+    found = run("prune", dense, "--ratio", 0.25, *CHOICES[choice], *FAST, "-o", tmp_path / "out", "--json").json()
+    model = load_pruned(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == found["result"]["parameters_after"]
+    assert found["result"]["decoder_removed"] == pytest.approx(0.25, abs=0.02)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(AutoTokenizer.from_pretrained(dense))
+
+
+def test_an_equal_cut_is_a_stock_model_with_the_rows_that_were_kept(run, dense, tmp_path):
+    options = ("--unit-ratio", 0.25, "--importance", "l1", "--layers", "all", "-o", tmp_path / "out", "--json")
+    found = run("prune", dense, *options).json()
+    assert found["result"]["checkpoint"] == "stock"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.intermediate_size == 36
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "out"))
+    for layer, cut in enumerate(found["plan"]["cuts"].values()):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        rows = [u for run in cut["kept"].split(",") for u in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)]
+        assert torch.equal(after[name], before[name][rows])
+    untouched = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(after[untouched], before[untouched])
+
+
+def test_replaying_a_plan_gives_the_same_files(run, dense, tmp_path):
+    options = ("--ratio", 0.2, "--kinds", "mlp,attention", "--layers", "1-3", *FAST)
+    assert run("plan", dense, *options, "-o", tmp_path / "plan.json").code == 0
+    assert run("prune", dense, *options, "-o", tmp_path / "direct").code == 0
+    result = run("prune", dense, "--plan", tmp_path / "plan.json", "-o", tmp_path / "replayed")
+    assert result.code == 0 and "trust_remote_code=True" in result.out
+    direct, replayed = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("direct", "replayed"))
+    assert direct == replayed
+    assert {"config.json", "model.safetensors", "llmpruner.json", "tokenizer.json"} <= set(direct)
+
+
+def test_a_second_run_leaves_the_first_alone(run, dense, tmp_path):
+    command = ("prune", dense, "--ratio", 0.2, "--importance", "l1", "-o", tmp_path / "out")
+    assert run(*command).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = run(*command)
+    assert again.code == 2 and "exists already" in again.err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
+    found = run("prune", pruned, "--ratio", 0.1, "--importance", "l1", "-o", tmp_path / "out", "--json").json()
+    assert found["result"]["decoder_before"] == 30_976 - 2 * 12 * 96
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
+    assert len(record["plans"]) == 2
+    parameters = sum(p.numel() for p in load_pruned(tmp_path / "out").parameters())
+    assert parameters == found["result"]["parameters_after"]

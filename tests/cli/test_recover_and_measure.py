@@ -1,0 +1,141 @@
+"""``recover``, ``evaluate`` and ``generate``, one after the other."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from llmpruner import alpaca_prompt, load_pruned
+
+TRAIN = ("--max-steps", 2, "--batch-size", 2, "--micro-batch-size", 1, "--learning-rate", 0.01)
+TASK = """
+task: llmpruner_fox
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
+    result = run("recover", pruned, "--data", shared / "data.jsonl", "-o", tmp_path / "out", *TRAIN)
+    assert result.code == 0, result.err
+    assert "4 examples, 2 steps" in result.out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.layers.1.mlp.up_proj.weight" in changed
+    assert not any("norm" in name or "embed" in name for name in changed)
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
+    assert len(record["recovery"]) == 1 and len(record["recovery"][0]["losses"]) == 2
+    measure = run("evaluate", tmp_path / "out", "--perplexity", shared / "text.txt", "--window", 64)
+    assert measure.code == 0 and "perplexity" in measure.out
+    assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 3).code == 0
+
+
+def test_adapters_alone(run, pruned, shared, tmp_path):
+    options = ("--data", shared / "data.jsonl", "--no-merge", *TRAIN)
+    assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0
+    assert run("recover", pruned, *options[:2], *TRAIN, "-o", tmp_path / "merged").code == 0
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "model.safetensors" not in files
+    ids = torch.arange(2, 40).unsqueeze(0)
+    with torch.no_grad():
+        adapted, merged, plain = (
+            load_pruned(folder)(ids).logits for folder in (tmp_path / "adapter", tmp_path / "merged", pruned)
+        )
+    assert torch.allclose(adapted, merged, atol=1e-4)
+    assert (adapted - plain).abs().max() > 1e-2
+    shown = tmp_path / "shown.json"
+    paths = (tmp_path / "adapter", tmp_path / "merged", pruned)
+    assert run("evaluate", *paths, "--perplexity", shared / "text.txt", "--window", 64, "--json", shown).code == 0
+    values = [row["perplexity"]["perplexity"] for row in json.loads(shown.read_text())]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    assert values[0] != pytest.approx(values[2], rel=1e-3)
+    assert run("generate", tmp_path / "adapter", "-p", "The fox", "--max-new-tokens", 3).code == 0
+
+
+def test_answers_only_and_a_limit(run, pruned, shared, tmp_path):
+    options = ("--loss-on", "answers", "--limit", 3, "--max-steps", 1, "--batch-size", 1, "--micro-batch-size", 1)
+    result = run("recover", pruned, "--data", shared / "data.jsonl", *options, "-o", tmp_path / "out")
+    assert result.code == 0 and "3 examples, 1 steps" in result.out
+    settings = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]["settings"]
+    assert settings["loss_on"] == "answers"
+
+
+def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
+    result = run(
+        "evaluate", dense, pruned, "--perplexity", shared / "text.txt", "--window", 32, "--tokens", 128,
+        "--json", tmp_path / "report.json",
+    )  # fmt: skip
+    assert result.code == 0
+    assert "4 windows of 32 tokens, 31 predictions each" in result.err
+    rows = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in rows] == [str(dense), str(pruned)]
+    assert [row["size"]["decoder_parameters"] for row in rows] == [30_976, 30_976 - 2 * 12 * 96]
+    header = next(line for line in result.out.splitlines() if "dense" in line)
+    assert header.index(str(dense)) < header.index(str(pruned))
+    ids = AutoTokenizer.from_pretrained(dense)((shared / "text.txt").read_text(), add_special_tokens=False).input_ids
+    table = torch.tensor(ids[:128]).view(4, 32)
+    for folder, row in zip((dense, pruned), rows, strict=True):
+        with torch.no_grad():
+            loss = load_pruned(folder)(table, labels=table).loss
+        assert row["perplexity"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert f"{row['perplexity']['perplexity']:.2f}" in result.out
+
+
+def test_a_task_of_ones_own(run, dense, pruned, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"question": f"The fox {n}", "choices": [" jumps", " sleeps"], "label": n % 2} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "fox.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    options = ("--tasks", "llmpruner_fox", "--include-path", tmp_path / "tasks", "--limit", 4)
+    result = run("evaluate", dense, pruned, *options, "--json", tmp_path / "report.json")
+    assert result.code == 0, result.err
+    assert "llmpruner_fox acc" in result.out and "perplexity" not in result.out
+    scores = [row["tasks"]["llmpruner_fox"]["acc"] for row in json.loads((tmp_path / "report.json").read_text())]
+    assert len(scores) == 2 and all(score * 4 == int(score * 4) for score in scores)
+
+
+def test_generate_as_json_for_several_models(run, dense, pruned):
+    answers = run("generate", dense, pruned, "-p", "The quick", "--max-new-tokens", 6, "--json").json()
+    assert answers["prompt"] == "The quick"
+    assert list(answers["answers"]) == [str(dense), str(pruned)]
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    ids = tokenizer("The quick", return_tensors="pt").input_ids
+    expected = load_pruned(dense).generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    assert answers["answers"][str(dense)] == tokenizer.decode(expected, skip_special_tokens=True).strip("\n")
+
+
+def test_chat_is_the_familys_prompt(run, dense):
+    question = "Name the capital of France."
+    plain = run("generate", dense, "-p", alpaca_prompt(question), "--max-new-tokens", 5, "--json").json()
+    chat = run("generate", dense, "--chat", "-p", question, "--max-new-tokens", 5, "--json").json()
+    assert chat["answers"] == plain["answers"]
+    bare = run("generate", dense, "-p", question, "--max-new-tokens", 5, "--json").json()
+    assert bare["answers"] != chat["answers"]
+
+
+def test_sampling_follows_the_seed(run, dense):
+    options = ("generate", dense, "-p", "The", "--temperature", 1.5, "--max-new-tokens", 12, "--json", "--seed")
+    first, again, other = (run(*options, seed).json()["answers"] for seed in (1, 1, 2))
+    assert first == again != other

@@ -1,0 +1,40 @@
+"""What is light stays light, and what is public exists."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import llmpruner
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "lm_eval", "numpy"}
+LIGHT = {
+    "the package": "import llmpruner",
+    "its public names for plugin authors": "from llmpruner import ModelFamily, ImportanceCriterion, hookimpl, Signal",
+    "the plugins": "import llmpruner_llama, llmpruner_vicuna, llmpruner_chatglm",
+    "the catalog": "from llmpruner import Catalog, plugin_manager; assert len(Catalog(plugin_manager()).families) > 2",
+    "the application": "from llmpruner.cli.app import build_app; build_app()",
+    "the help": "from llmpruner.cli.app import build_app; build_app()(['--help'], standalone_mode=False)",
+    "the help of a command": "from llmpruner.cli.app import build_app; build_app()(['prune', '--help'], "
+    "standalone_mode=False)",
+}
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_nothing_heavy_is_imported(what):
+    code = f"{LIGHT[what]}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "llmpruner" in loaded
+    assert not loaded & HEAVY
+
+
+def test_every_public_name_exists():
+    assert set(llmpruner.__all__) == set(dir(llmpruner))
+    for name in llmpruner.__all__:
+        assert getattr(llmpruner, name) is not None
+    assert not hasattr(llmpruner, "nonsense")
