@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from .families import ModelFamily
 from .hookspecs import hookimpl
 from .importance.base import ImportanceCriterion
 from .importance.magnitude import L1, L2, Random
@@ -9,6 +12,25 @@ from .importance.taylor import Taylor
 from .recovery.base import RecoveryStrategy
 from .recovery.full import FullStrategy
 from .recovery.lora import LoraStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class AutoFamily(ModelFamily):
+    """Any decoder: structure is discovered by tracing, and every cut proved on a small model. Choose it by name."""
+
+    name = "auto"
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Never: a family is not guessed."""
+        del config
+        return False
+
+
+@hookimpl
+def llmpruner_model_families() -> list[type[ModelFamily]]:
+    return [AutoFamily]
 
 
 @hookimpl

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .coupling import CoupledGroup, CouplingGraph
+from .coupling import LAYER, CoupledGroup, CouplingGraph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .surgery import Kept
 
 
 class ModelFamily:
@@ -52,7 +54,8 @@ class ModelFamily:
         """
         from .discovery import discover_groups
 
-        return discover_groups(config)
+        groups: Sequence[CoupledGroup] = discover_groups(config)
+        return groups
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
         """Set attributes that must follow a cut. Parameters are already cut when this is called.
@@ -60,6 +63,31 @@ class ModelFamily:
         ``counts``: group name → units kept, for every group that lost units (layers already renumbered).
         Attributes changed here are found by comparison and saved with the checkpoint.
         """
+
+    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        """Make everything that is no parameter follow a cut; surgery calls it last. ``graph``: before the cut.
+
+        A family that declares nothing has found on a small model what must follow (head counts, slopes); any other
+        is asked to `refresh`. Raises `UnsupportedModelError` when a kind of unit cannot be cut in this architecture.
+        """
+        from .surgery import renamed
+
+        if self.is_discovered:
+            from .discovery.follow import apply
+            from .discovery.verify import rules_of
+            from .shim import stock_config
+
+            kinds = {graph.by_name[name].kind for name in kept} - {LAYER}
+            apply(model, graph, kept, rules_of(stock_config(model), kinds))
+        else:
+            names = renamed(graph, kept)
+            self.refresh(model, {names[name]: len(units) for name, units in kept.items() if name in names})
+
+    @property
+    def is_discovered(self) -> bool:
+        """Whether structure and what follows a cut are both left to discovery."""
+        cls = type(self)
+        return cls.refresh is ModelFamily.refresh and cls.coupled_groups is ModelFamily.coupled_groups
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
         """Other stock configurations that may describe a uniformly cut model that its own class refuses.

@@ -107,11 +107,11 @@ def load_config(text: str, catalog: Catalog, options: LoadOptions | None = None)
     from .checkpoint import read_record
 
     options = options or LoadOptions()
-    catalog.register_models()
     base = adapter_base(Path(text))
     if base is not None:
         return replace(load_config(base, catalog, options), ref=text)
     ref = ModelRef.resolve(text, catalog)
+    catalog.register_models()
     record = read_record(ref.path) if ref.path.is_dir() and not ref.gguf_file else None
     if record is None:
         config = _read_config(ref, options)

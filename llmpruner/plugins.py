@@ -214,7 +214,7 @@ class Catalog:
             known = sorted({t for cls in self.families.values() for t in cls.model_types})
             raise UnsupportedModelError(
                 f"no family understands model type '{config.model_type}' (known: {', '.join(known)}); "
-                "choose one with --family, or install a plugin"
+                "--family auto discovers any decoder's structure, --family NAME chooses one, or install a plugin"
             )
         names = ", ".join(f"{f.name} ({self.families.package_of(f.name)})" for f in left)
         raise UnsupportedModelError(

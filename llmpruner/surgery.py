@@ -33,7 +33,7 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: ModelF
 
     Parameters are replaced (also where they are tied), sizes stored by linear, embedding and norm modules follow,
     RMS norms over cut units are rescaled so that the result equals the silenced model, removed layers are
-    deleted and the rest renumbered; then ``family.refresh`` sets what else must follow.
+    deleted and the rest renumbered; then ``family.follow`` sets what else must follow.
     """
     check_kept(graph, kept)
     for group in graph.groups:
@@ -48,8 +48,7 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: ModelF
     _drop_layers(model, graph, kept)
     remaining = restrict(graph, kept)
     if family is not None:
-        new_names = renamed(graph, kept)
-        family.refresh(model, {new_names[g]: len(units) for g, units in kept.items() if g in new_names})
+        family.follow(model, graph, kept)
     return remaining
 
 

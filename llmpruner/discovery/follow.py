@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -61,15 +61,15 @@ Rule = Follow | FollowTable
 
 
 class Follower(ModelFamily):
-    """A family of discovered structure for one cut: ``rules`` are applied to what ``kept`` cuts."""
+    """A family of discovered structure whose ``rules`` are known already."""
 
     name = "auto"
 
-    def __init__(self, graph: CouplingGraph, kept: Kept, rules: Iterable[Rule]) -> None:
-        self._graph, self._kept, self._rules = graph, kept, tuple(rules)
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rules = tuple(rules)
 
-    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        apply(model, self._graph, self._kept, self._rules)
+    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        apply(model, graph, kept, self._rules)
 
 
 def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:

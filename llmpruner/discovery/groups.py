@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LATENT = "latent"
 """Channels inside another sub-layer: the low rank of multi-head latent attention, channels of a state space."""
 
+_CROSS_LAYER = "cross-layer"
+"""Channels that several layers share without being the residual stream; not offered."""
+
 _ORDER = (ATTENTION, MLP, QUERY, EXPERT, LATENT)
 
 
@@ -48,7 +51,7 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     if any(n.layer is None and n.kind != HIDDEN for n in found) and _is_shallow(traced):
         # Something couples several layers: what was seen in one layer does not stand for the others.
         found, reasons, traced = _named(trace(config, shallow=False))
-        found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
+    found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
     model = meta_model(config)
     aliases = _aliases(model)
     groups = list(_groups(found, traced, aliases))
@@ -101,7 +104,7 @@ def _name(family: Family, traced: Trace) -> Named:
     numbers = {_layer_of(s.parameter, traced.layers) for s in family.shares}
     if len(numbers) > 1 or None in numbers:
         outside = None in numbers
-        return Named(HIDDEN if outside else "crosslayer", None, family)
+        return Named(HIDDEN if outside else _CROSS_LAYER, None, family)
     (layer,) = numbers
     if Mark.ROUTED in family.marks:
         return Named(EXPERT, layer, family)

@@ -25,8 +25,8 @@ BATCH, TIME = 2, 7
 class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
     ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
-    ``streams``: how many tensors of hidden width a layer is given; more than the residual stream alone means
-    that the model does more between layers than hand it on."""
+    ``streams``: how many tensors a layer is given that are of hidden width or come from the layer before; more
+    than the residual stream alone means that a layer cannot simply be left out."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -73,15 +73,21 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
     streams = [1]
+    handed_on: dict[int, torch.Tensor] = {}
 
     def count(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
         wide = {id(v) for v in given if v.ndim > 2 and v.shape[-1] == given[0].shape[-1]}
-        streams.append(len(wide))
+        streams.append(max(len(wide), len({id(v) for v in given} & handed_on.keys())))
 
-    handles = [
-        layer.register_forward_pre_hook(count, with_kwargs=True) for layer in model.get_submodule(layers).children()
-    ]
+    def hand_on(_module: nn.Module, _args: Any, output: Any) -> None:
+        # Keeping the tensors keeps their ids from being used again.
+        handed_on.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
+
+    handles = []
+    for layer in model.get_submodule(layers).children():
+        handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
+        handles.append(layer.register_forward_hook(hand_on))
     with torch.no_grad(), quiet_transformers():
         try:
             program = torch.export.export(model, (), kwargs=inputs, strict=False)

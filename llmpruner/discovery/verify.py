@@ -77,7 +77,7 @@ def verify(
         graph = graph_of(model, lambda: source.coupled_groups(small))
     else:
         graph = graph_of(model, lambda: source)
-    family = source if isinstance(source, ModelFamily) and has_refresh(source) else None
+    family = source if isinstance(source, ModelFamily) and not source.is_discovered else None
     wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in wanted]
@@ -96,11 +96,6 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str]) -> tuple[Rule, ...]
             )
         found.update(dict.fromkeys(verdict.follows))
     return tuple(found)
-
-
-def has_refresh(family: ModelFamily) -> bool:
-    """Whether the family sets attributes itself, so that none need be found by trying."""
-    return type(family).refresh is not ModelFamily.refresh
 
 
 class Oracle:
@@ -200,7 +195,7 @@ class Oracle:
 
     def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
         model = copy.deepcopy(dense)
-        cut(model, self.graph, kept, self.family or Follower(self.graph, kept, follows))
+        cut(model, self.graph, kept, self.family or Follower(follows))
         return model
 
     def _compare(

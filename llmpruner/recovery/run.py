@@ -40,7 +40,7 @@ class RecoveryResult:
     notes: tuple[str, ...]
 
 
-def recover(  # noqa: PLR0917
+def recover(
     model: PreTrainedModel,
     tokenizer: Any,
     graph: CouplingGraph,
