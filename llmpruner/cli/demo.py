@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT = "Give three tips for staying healthy."
 WINDOW, TOKENS = 512, 10240
-RECOVERY = RecoverySettings(learning_rate=1e-3, batch_size=8, micro_batch_size=8, max_steps=16, autocast=True)
+RECOVERY = RecoverySettings(learning_rate=1e-3, batch_size=8, micro_batch_size=8, max_steps=32, autocast=True)
 """Fewer and bolder steps than the paper's: the demo has two minutes and two hundred examples, not hours and fifty
 thousand."""
 
@@ -112,7 +112,8 @@ def _measure(name: str, loaded: LoadedModel) -> Evaluation:
     found = perplexity(
         loaded.model, loaded.tokenizer, text, window=WINDOW, tokens=TOKENS, autocast=True, progress=progress
     )
-    speed = cost.speed(loaded.model, runs=3, progress=progress)
+    # What training left behind in this process is not the model's.
+    speed = replace(cost.speed(loaded.model, runs=3, progress=progress), peak_bytes=None)
     return Evaluation(name, cost.size(loaded.model, loaded.graph), found, speed=speed)
 
 
