@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 from .coupling import CouplingGraph
-from .errors import OutputError, PlanError
+from .errors import PlanError
+from .files import write_text
 
 if TYPE_CHECKING:
     from .surgery import Kept
@@ -136,13 +137,7 @@ class PruningPlan(Frozen):
 
     def save(self, path: Path) -> None:
         """Write beside ``path``, then rename; an existing file is replaced only as a whole."""
-        aside = path.with_name(path.name + ".partial")
-        try:
-            aside.write_text(self.to_json(), encoding="utf-8")
-            aside.replace(path)
-        except OSError as error:
-            aside.unlink(missing_ok=True)
-            raise OutputError(f"cannot write plan {path}: {error.strerror or error}") from error
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.tree import Tree
 
 from ..coupling import CoupledGroup, CouplingGraph
-from .console import count, out, print_json, table
-from .options import Family, Json, Model, RemoteCode, Revision, catalog_of
+from ..errors import CouplingError, PlanError
+from ..files import write_text
+from .console import count, note, out, print_json, table
+from .options import Family, Json, Model, RemoteCode, Revision, Seed, catalog_of, new_file
+
+if TYPE_CHECKING:
+    from ..discovery.verify import Verdict
+    from ..loading import LoadedConfig
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -22,6 +30,15 @@ def discover(
     family: Family = None,
     revision: Revision = None,
     trust_remote_code: RemoteCode = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Prove it: on a small random model of this architecture, cutting must equal silencing, for each kind.",
+        ),
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Draw one block, with its coupled axes, into this page.")] = None,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Show the coupled groups of a model: what must be removed together. Reads no weights."""
@@ -29,8 +46,13 @@ def discover(
 
     options = LoadOptions(family=family, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_config(model, catalog_of(ctx), options)
+    if html is not None:
+        _draw(html, f"{model} ({loaded.family.name})", loaded.graph)
+    verdicts = _verify(loaded, seed) if verify else []
     if as_json:
-        print_json({"model": model, "family": loaded.family.name, **_graph_json(loaded.graph)})
+        proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
+        print_json({"model": model, "family": loaded.family.name, **_graph_json(loaded.graph), **proof})
+        _exit_unless_proved(verdicts)
         return
     graph = loaded.graph
     out.print(
@@ -44,6 +66,37 @@ def discover(
     )
     for kind in graph.kinds:
         out.print(_tree(graph, graph.of_kinds([kind])[0]))
+    if verify:
+        rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
+        table("On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2)
+        for verdict in verdicts:
+            if verdict.reason:
+                out.print(f"{verdict.kind}: {verdict.reason} {verdict.where}", highlight=False, markup=False)
+    _exit_unless_proved(verdicts)
+
+
+def _verify(loaded: LoadedConfig, seed: int) -> list[Verdict]:
+    from ..discovery.verify import verify
+    from ..meta import quiet_transformers
+
+    if loaded.plans:
+        raise PlanError(f"'{loaded.ref}' is pruned already; verify the model that it was pruned from")
+    note("cutting and silencing a small random model")
+    with quiet_transformers():
+        return verify(loaded.family, loaded.config, seed=seed)
+
+
+def _exit_unless_proved(verdicts: list[Verdict]) -> None:
+    if any(verdict.verdict == "failed" for verdict in verdicts):
+        raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
+
+
+def _draw(path: Path, title: str, graph: CouplingGraph) -> None:
+    from ..report.block import block_page
+
+    page = block_page(title, graph, graph.num_layers // 2)
+    write_text(new_file(path), page)
+    note(f"drawn in {path}")
 
 
 def _summary(graph: CouplingGraph) -> list[tuple[str, str, str, str, str]]:

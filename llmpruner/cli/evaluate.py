@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DataError, OutputError
+from ..errors import DataError
+from ..files import write_text
 from ..loading import LoadedModel, LoadOptions
 from .console import RichProgress, count, note, size, table
 from .options import Models, Seed, catalog_of, check_device, load_options, new_file, parse_names, spliced
@@ -99,7 +100,8 @@ def evaluate(
         note(f"perplexity on '{source}': {found.windows} windows of {window} tokens, {window - 1} predictions each")
     show_evaluations(results)
     if json_file is not None:
-        _write(json_file, [result.as_json() for result in results])
+        rows = [result.as_json() for result in results]
+        write_text(json_file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
 def _open(ctx: typer.Context, model: str, options: LoadOptions) -> LoadedModel:
@@ -167,13 +169,3 @@ def _cell(line: Line, number: int) -> str:
     error = line.errors[number] if line.errors else None
     digits = 4 if value < 10 else 2
     return f"{value:.{digits}f}" + (f" ± {error:.4f}" if error is not None else "")
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    aside = path.with_name(path.name + ".partial")
-    try:
-        aside.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -155,3 +155,18 @@ def test_the_table_agrees_with_json(run, dense):
 def kept(cut) -> list[int]:
     runs = [run.split("-") for run in cut["kept"].split(",")]
     return [unit for run in runs for unit in range(int(run[0]), int(run[-1]) + 1)]
+
+
+def test_discover_proves_its_groups(run, dense):
+    shown = run("discover", dense, "--verify", "--json")
+    assert shown.code == 0
+    verdicts = {v["kind"]: v["verdict"] for v in shown.json()["verdicts"]}
+    assert verdicts == dict.fromkeys(("attention", "mlp", "query", "hidden", "layer"), "verified")
+
+
+def test_discover_draws_a_block(run, dense, tmp_path):
+    assert run("discover", dense, "--html", tmp_path / "block.html").code == 0
+    page = (tmp_path / "block.html").read_text()
+    assert page.count("self_attn.q_proj.weight<small>") == 1
+    assert "attention: consumed along axis 1" in page
+    assert "hidden: normalised along axis 0" in page
