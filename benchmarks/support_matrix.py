@@ -4,7 +4,7 @@
     python benchmarks/support_matrix.py llama gpt2      these types again
     python benchmarks/support_matrix.py --render        only write docs/support-matrix.md again
 
-Every type runs in a process of its own with a time limit, on a small random instance of its default
+Every type runs in a process of its own with limits on time and memory, on a small random instance of its default
 configuration. Results are JSON lines; an interrupted run goes on where it stopped.
 """
 
@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "support_matrix.jsonl"
 PAGE = ROOT / "docs" / "support-matrix.md"
 TIME_LIMIT = 240
+MEMORY_LIMIT = 9 << 30
 WORKERS = 2
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -174,6 +176,7 @@ def in_process(model_type: str) -> dict[str, Any]:
 
 
 def child(model_type: str, sender: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     sender.send(examine(model_type))
 
 
