@@ -32,7 +32,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         results = measure(folder, Path(work))
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(as_json(results))
+    # Where things lay on this machine is nobody's business.
+    RESULTS.write_text(as_json(results).replace(str(folder), "$LLMPRUNER_DATA/data").replace(work, "$WORK"))
     render(results)
 
 
