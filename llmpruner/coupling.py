@@ -106,7 +106,7 @@ def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The indices of one axis of one parameter that each unit of a group owns.
+    """The indices of one axis of one parameter (or buffer) that each unit of a group owns.
 
     ``offset`` is what the forward pass adds to the parameter before use (1.0 for Gemma's ``1 + weight`` norms);
     rescaling a norm needs it.
@@ -133,7 +133,8 @@ class CoupledGroup:
     ``blocks``: the units lie in this many equal consecutive blocks, and each block must keep the same number
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
     a multiple of it (kernels that need aligned rows). ``modules``: for groups of whole modules (layers,
-    sub-layers), the module path that each unit is; such a group has no spans.
+    sub-layers), the module path that each unit is; such a group has no spans. ``buffers``: spans of buffers with
+    entries for the units (the selection bias of experts); they are cut along, and neither scored nor counted.
     """
 
     name: str
@@ -145,6 +146,7 @@ class CoupledGroup:
     minimum: int = 1
     multiple: int = 1
     modules: tuple[str, ...] = ()
+    buffers: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
         if self.units < 1:
@@ -155,7 +157,7 @@ class CoupledGroup:
             raise CouplingError(f"group '{self.name}': {self.units} units but {len(self.modules)} modules")
         if self.units % self.blocks:
             raise CouplingError(f"group '{self.name}': {self.units} units do not fill {self.blocks} equal blocks")
-        for span in self.spans:
+        for span in self.cut_spans:
             if span.index.units != self.units:
                 raise CouplingError(
                     f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
@@ -165,6 +167,11 @@ class CoupledGroup:
     def is_normalized(self) -> bool:
         """Whether a norm runs over the units, so that silencing must happen where they are produced."""
         return any(s.role in (Role.NORM, Role.LAYER_NORM) for s in self.spans)
+
+    @property
+    def cut_spans(self) -> tuple[Span, ...]:
+        """Everything that is cut: the spans of parameters, then those of buffers."""
+        return self.spans + self.buffers
 
     def spans_with(self, *roles: Role) -> Iterator[Span]:
         return (s for s in self.spans if s.role in roles)
@@ -185,6 +192,7 @@ class CouplingGraph:
 
     ``shapes``: every parameter, tied ones included. ``ties``: parameter → the parameter it shares storage with.
     ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
+    ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -192,6 +200,7 @@ class CouplingGraph:
     layers: str
     ties: Mapping[str, str] = field(default_factory=dict)
     blocked: tuple[Blocked, ...] = ()
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         clash = [name for name, n in Counter(g.name for g in self.groups).items() if n > 1]
@@ -199,15 +208,17 @@ class CouplingGraph:
             raise CouplingError(f"two coupled groups are named '{clash[0]}'")
         for group in self.groups:
             for span in group.spans:
-                self._check(group, span)
+                self._check(group, span, self.shapes, "parameter")
+            for span in group.buffers:
+                self._check(group, span, self.buffers, "buffer")
             for module in group.modules:
                 if not any(p.startswith(module + ".") for p in self.shapes):
                     raise CouplingError(f"group '{group.name}': the model has no parameters below '{module}'")
 
-    def _check(self, group: CoupledGroup, span: Span) -> None:
-        shape = self.shapes.get(span.parameter)
+    def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+        shape = shapes.get(span.parameter)
         if shape is None:
-            raise CouplingError(f"group '{group.name}': the model has no parameter '{span.parameter}'")
+            raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
         if not 0 <= span.axis < len(shape):
             raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
         owned: Sequence[int]

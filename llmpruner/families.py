@@ -144,7 +144,7 @@ def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
 
 
 def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]]) -> CouplingGraph:
-    """``groups`` checked against the parameters of ``model``."""
+    """``groups`` checked against the parameters and buffers of ``model``."""
     names: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     ties: dict[str, str] = {}
@@ -153,7 +153,8 @@ def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]
         first = names.setdefault(id(parameter), name)
         if first != name:
             ties[name] = first
-    return CouplingGraph(tuple(groups()), shapes, decoder_layers(model), ties)
+    buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)}
+    return CouplingGraph(tuple(groups()), shapes, decoder_layers(model), ties, buffers=buffers)
 
 
 def decoder_layers(model: Any) -> str:

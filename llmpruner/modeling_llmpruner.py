@@ -11,10 +11,11 @@ transformers. Where llmpruner is installed, the same file serves its ``load_prun
       "version": 1,
       "base": "LlamaForCausalLM",         the class that is resized
       "module": null,                     where it is defined, unless `transformers` exports it
-      "shapes": {parameter: [size, …]},   tensors of the state dict
+      "shapes": {tensor: [size, …]},      parameters and buffers of the state dict
       "attributes": {module: {name: value}},
       "configs": {module: {name: value}}, for modules that read sizes from their own copy of the configuration
-      "dropped": {module: {"returns": n, "layer_idx": i}}
+      "dropped": {module: {"returns": n, "layer_idx": i}},
+      "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
     }
 
 There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when asked
@@ -27,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +46,15 @@ MODEL_TYPE_PREFIX = "llmpruner_"
 CODE_NAME = "modeling_llmpruner"
 RECORD_VERSION = 1
 SLICED = "sliced_argument"
+LAYERS = "layers_kept"
+"""Attribute of a model that lost layers: its record of them."""
+
+_DERIVING = "deriving_class"
+_COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+_LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
+_LAST = re.compile(r"layer_end_index$")
+_NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
+"""How configurations speak of layers: how many there are, how many at the start, up to which, and which."""
 
 
 class Dropped(nn.Module):
@@ -92,6 +103,79 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
         module.config = config
 
 
+def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
+    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``; what counts layers follows.
+
+    What it takes to do the same to a new instance is remembered as ``model.layers_kept``: a configuration may be
+    unable to say which layers stayed, because it derives their types from a period or counts from the end.
+    """
+    layers: Any = model.get_submodule(path)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.ModuleList([layers[n] for n in kept]))
+    for number, old in enumerate(kept):
+        for module in layers[old].modules():
+            for name in ("layer_idx", "layer_id", "layer_number"):
+                # The cache is indexed by it: a gap raises IndexError in generation.
+                if getattr(module, name, None) == old and isinstance(getattr(module, name), int):
+                    setattr(module, name, number)
+    stated = _follow_layers(model.config.get_text_config(), len(layers), kept)
+    earlier = vars(model).get(LAYERS)
+    if earlier:
+        kept, stated = [earlier["kept"][n] for n in kept], {**stated, **earlier["config"]}
+    setattr(model, LAYERS, {"path": path, "kept": list(kept), "config": stated})
+
+
+def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:
+    """Let ``config`` state all the layers that a model had before ``record`` of `drop_layers`, in place."""
+    for name, value in record["config"].items():
+        setattr(config.get_text_config(), name, value)
+    return config
+
+
+def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
+    """Make what ``config`` says of its ``count`` layers true of those ``kept``; returns what it said before."""
+    before: dict[str, Any] = {}
+    lists = per_layer_lists(config, count)
+    for name, value in [(n, v) for n, v in vars(config).items() if not n.startswith("_")]:
+        new: Any = value
+        if isinstance(value, (list, tuple)) and _NUMBERED.search(name) and set(value) <= set(range(count)):
+            new = [kept.index(n) for n in value if n in kept]
+        elif name in lists:
+            new = [value[n] for n in kept]
+        elif type(value) is int and _LEADING.search(name):
+            new = sum(n < value for n in kept)
+        elif type(value) is int and _LAST.search(name):
+            new = sum(n <= value for n in kept) - 1
+        if new != value:
+            before[name] = value
+            setattr(config, name, new)
+    for name in (getattr(config, "attribute_map", {}).get(n, n) for n in _COUNTS):
+        if vars(config).get(name) == count:
+            before[name] = count
+            setattr(config, name, len(kept))
+    for name, value in lists.items():
+        new = [value[n] for n in kept]
+        if list(getattr(config, name)) != new:
+            # Derived from a period that holds no longer: a class of its own lets this configuration state it.
+            cls = type(config)
+            config.__class__ = type(cls.__name__, (cls,), {name: new, "__module__": cls.__module__, _DERIVING: cls})
+    return before
+
+
+def derive_lists(config: PreTrainedConfig) -> None:
+    """Let ``config`` derive again what `drop_layers` made it state."""
+    while _DERIVING in vars(type(config)):
+        config.__class__ = vars(type(config))[_DERIVING]
+
+
+def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]]:
+    """What ``config`` states or derives for each of its ``count`` layers."""
+    derived = [n for c in type(config).__mro__ for n, v in vars(c).items() if isinstance(v, property) and "layer" in n]
+    values = {n: v for n, v in vars(config).items() if not (n.startswith("_") or "token" in n or _NUMBERED.search(n))}
+    values |= {name: getattr(config, name) for name in derived}
+    return {n: list(v) for n, v in values.items() if isinstance(v, (list, tuple)) and len(v) == count}
+
+
 def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept: Sequence[int]) -> None:
     """From now on pass ``module`` only the ``kept`` of every ``units`` entries of an argument along ``axis``:
     what the rest of the model computes for all heads (ALiBi slopes) reaches the heads it belongs to."""
@@ -133,7 +217,9 @@ def _resize(
 
 
 def follow_shape(module: nn.Module, leaf: str) -> None:
-    """Make the sizes that torch and transformers modules store agree with their parameter ``leaf``."""
+    """Make the sizes that torch and transformers modules store agree with ``leaf``, a parameter or buffer that was
+    cut. A buffer is saved from now on: computed anew, it would have an entry for every unit again."""
+    module._non_persistent_buffers_set.discard(leaf)
     shape = tuple(getattr(module, leaf).shape)
     if isinstance(module, nn.Linear) and leaf == "weight":
         module.out_features, module.in_features = shape
@@ -148,16 +234,27 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 
 @contextlib.contextmanager
-def _uniform(config: PreTrainedConfig) -> Iterator[None]:
-    """Hide ``per_layer_config`` from stock code that reads the global sizes, which would warn."""
-    if not getattr(config, "is_heterogeneous", False):
-        yield
-        return
-    overrides = config.to_dict()["per_layer_config"]
+def _as_built(config: PreTrainedConfig) -> Iterator[None]:
+    """Show stock code the uniform model of all layers that is resized, not what is left of it.
+
+    ``per_layer_config`` is hidden too: code that reads the global sizes would warn.
+    """
+    record: Mapping[str, Any] = getattr(config, "llmpruner", {})
+    layers = record.get("layers", {"config": {}})
+    text = config.get_text_config()
+    left = {name: getattr(text, name) for name in layers["config"]}
+    cls = type(text)
+    overrides = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     config.per_layer_config = None
+    derive_lists(text)
+    with_all_layers(config, layers)
     try:
         yield
     finally:
+        if _DERIVING in vars(cls):
+            text.__class__ = cls
+        for name, value in left.items():
+            setattr(text, name, value)
         config.per_layer_config = overrides
 
 
@@ -174,7 +271,7 @@ class PrunedConfigMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def validate(self) -> None:
-        with _uniform(self):
+        with _as_built(self):
             super().validate()  # type: ignore[misc]
 
 
@@ -184,8 +281,11 @@ class PrunedModelMixin:
     pruned_base: type[PreTrainedModel]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        with _uniform(config):
+        layers = config.llmpruner.get("layers")
+        with _as_built(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            if layers:
+                drop_layers(self, layers["path"], layers["kept"])
         apply_record(self, config.llmpruner)  # type: ignore[arg-type]
 
     def _get_static_cache_init_shape(self) -> None:
@@ -235,7 +335,8 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
 
 def _may_import(module: str) -> bool:
     package = module.partition(".")[0]
-    plugins = metadata.entry_points(group="llmpruner")
+    # The second group holds packages of model classes that a plugin names: never loaded for their own sake.
+    plugins = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
     return module in sys.modules or package in {
         "transformers",
         *(e.module.partition(".")[0] for e in plugins),

@@ -34,7 +34,10 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 """transformers' common names for sizes; configurations with other names map them (``attribute_map``)."""
 
 MAX_CANDIDATES = 24
-_REFUSALS = (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError)
+_REFUSALS = (
+    *(ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError),
+    StrictDataclassError,
+)
 """How constructors refuse sizes."""
 _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
 
@@ -46,7 +49,10 @@ def stock_model(
 
     ``config``: the stock configuration that ``model`` was cut from. Outputs are not compared here.
     """
-    reference = empty_model(base_of(model), config)
+    try:
+        reference = empty_model(base_of(model), config)
+    except _REFUSALS:
+        return None  # the layers that are left cannot be stated
     for candidate, moved in _candidates(model, reference, config):
         for stated in (candidate, *(family.stock_configs(candidate) if family else ())):
             built = _rebuild(stated)
@@ -146,7 +152,7 @@ def changed_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> Cou
 
 
 def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
-    """Configuration attribute → values that would explain some of the changed axes, likeliest first."""
+    """Attribute of a text configuration → values that would explain some of the changed axes, likeliest first."""
     head_dim = head_size(config)
     options: dict[str, Counter[int]] = {}
     for name in (*WIDTHS, *EXPERTS, *HEADS):
@@ -174,7 +180,8 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
 
 def head_size(config: PreTrainedConfig) -> int:
     stated = getattr(config, "head_dim", None)
-    return int(stated or max(1, config.hidden_size // config.num_attention_heads))
+    heads = getattr(config, "num_attention_heads", None) or 1  # a state space has none
+    return int(stated or max(1, config.hidden_size // heads))
 
 
 def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
@@ -187,10 +194,12 @@ def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> I
 def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
     """A copy with new sizes, not validated: stock classes refuse some sizes that they compute correctly."""
     changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    stated = head_size(text)
     for name, value in sizes.items():
-        setattr(changed, name, value)
-    if hasattr(config, "head_dim") and not isinstance(getattr(type(config), "head_dim", None), property):
-        changed.head_dim = head_size(config)
+        setattr(text, name, value)
+    if hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
+        text.head_dim = stated
     return changed
 
 
@@ -200,22 +209,23 @@ def _candidates(
     before, after = tensor_shapes(reference), tensor_shapes(model)
     if before.keys() != after.keys() or not _is_uniform(before, after):
         return
-    options = size_options(config, changed_axes(before, after))
+    text = config.get_text_config()
+    options = size_options(text, changed_axes(before, after))
     rows, hidden = model.get_input_embeddings().weight.shape
     old_rows, old_hidden = reference.get_input_embeddings().weight.shape
     always = {}
-    if old_hidden == config.hidden_size and hidden != old_hidden:
+    if old_hidden == text.hidden_size and hidden != old_hidden:
         always["hidden_size"] = hidden
-    if old_rows == config.vocab_size and rows != old_rows:
+    if old_rows == text.vocab_size and rows != old_rows:
         always["vocab_size"] = rows
-    floats = _moved_floats(model, reference, config)
-    for sizes in choices(config, options):
+    floats = _moved_floats(model, reference, text)
+    for sizes in choices(text, options):
         candidate = with_sizes(config, {**sizes, **always})
         for name, value in floats.items():
-            setattr(candidate, name, value)
+            setattr(candidate.get_text_config(), name, value)
         moved: dict[int, set[int]] = {}
         for name, new in {**sizes, **always}.items():
-            moved.setdefault(getattr(config, name), set()).add(new)
+            moved.setdefault(getattr(text, name), set()).add(new)
         yield candidate, moved
 
 
@@ -252,7 +262,7 @@ def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """``config`` as it would be read from its file, or None when its class refuses it."""
     try:
         built: PreTrainedConfig = type(config).from_dict(config.to_dict())
-    except (ValueError, TypeError, StrictDataclassError):
+    except _REFUSALS:
         return None
     built._attn_implementation = config._attn_implementation
     return built
@@ -271,8 +281,9 @@ def per_layer_sizes(
         return {}
     known: dict[Any, dict[str, int] | None] = {}
     sizes: dict[int, dict[str, int]] = {}
-    types = getattr(config, "layer_types", None)
-    for n in range(config.num_hidden_layers):
+    text = config.get_text_config()
+    types = vars(text).get(getattr(text, "attribute_map", {}).get("layer_types", "layer_types"))
+    for n in range(len(model.get_submodule(layers))):
         prefix = f"{layers}.{n}."
         old, new = (
             {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} for shapes in (before, after)
@@ -282,9 +293,9 @@ def per_layer_sizes(
         key = types[n] if types else None, tuple(old.items()), tuple(new.items())
         if key not in known:
             single = copy.deepcopy(config)
-            single.num_hidden_layers = 1
+            single.get_text_config().num_hidden_layers = 1
             if types:
-                single.layer_types = [types[n]]
+                single.get_text_config().layer_types = [types[n]]
             known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
         found = known[key]
         if found is None:
@@ -301,7 +312,8 @@ def _layer_sizes(
     after: Mapping[str, Shape],
 ) -> dict[str, int] | None:
     """Sizes that make the only layer of a model with this ``config`` have the shapes ``after``, if any do."""
-    for sizes in choices(config, size_options(config, changed_axes(before, after))):
+    text = config.get_text_config()
+    for sizes in choices(text, size_options(text, changed_axes(before, after))):
         try:
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
         except _REFUSALS:

@@ -1,4 +1,4 @@
-"""Applying a plan to a model: one cut per parameter and axis, and its exact mirror image, silencing.
+"""Applying a plan to a model: one cut per parameter (or buffer) and axis, and its exact mirror image, silencing.
 
 ``kept`` maps group names to the units that stay; a group that is not named keeps everything. All functions change
 the model in place and work on the meta device too.
@@ -6,17 +6,17 @@ the model in place and work on the meta device too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .coupling import CoupledGroup, CouplingGraph, Role, Span, index_map
 from .errors import PlanError
-from .modeling_llmpruner import follow_shape
+from .modeling_llmpruner import drop_layers, follow_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,17 +31,17 @@ _EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: ModelFamily | None = None) -> CouplingGraph:
     """Remove every unit that ``kept`` leaves out, and return the coupling graph of what remains.
 
-    Parameters are replaced (also where they are tied), sizes stored by linear, embedding and norm modules follow,
-    RMS norms over cut units are rescaled so that the result equals the silenced model, removed layers are
-    deleted and the rest renumbered; then ``family.follow`` sets what else must follow.
+    Parameters (also where they are tied) and buffers are replaced, sizes stored by linear, embedding and norm
+    modules follow, RMS norms over cut units are rescaled so that the result equals the silenced model, removed
+    layers are deleted and the rest renumbered; then ``family.follow`` sets what else must follow.
     """
     check_kept(graph, kept)
     for group in graph.groups:
         if group.name in kept:
             _rescale_norms(model, group, len(kept[group.name]))
     axes = kept_indices(graph, kept)
-    replaced: dict[int, nn.Parameter] = {}
-    for name in graph.shapes:
+    replaced: dict[int, torch.Tensor] = {}
+    for name in (*graph.shapes, *graph.buffers):
         cuts = {axis: index for (parameter, axis), index in axes.items() if parameter == name}
         if cuts:
             _replace(model, name, cuts, replaced)
@@ -65,11 +65,13 @@ def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
             raise PlanError(f"group '{name}' consists of whole modules, which cannot be silenced by zeros")
         removed = sorted(set(range(group.units)) - set(units))
         role = Role.PRODUCES if group.is_normalized else Role.CONSUMES
-        for span in group.spans_with(role):
-            parameter = model.get_parameter(span.parameter)
-            index = torch.tensor(span.indices(removed), dtype=torch.long, device=parameter.device)
+        for span in group.cut_spans:
+            if span.role is not role:
+                continue
+            tensor = _tensor(model, span.parameter)
+            index = torch.tensor(span.indices(removed), dtype=torch.long, device=tensor.device)
             with torch.no_grad():
-                parameter.index_fill_(span.axis, index, 0.0)
+                tensor.index_fill_(span.axis, index, 0.0)
 
 
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:
@@ -94,16 +96,16 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], list[int]]:
-    """(parameter, axis) → the sorted indices that stay, over all groups that cut this axis together."""
+    """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together."""
     removed: dict[tuple[str, int], set[int]] = {}
     for name, units in kept.items():
         group = graph.by_name[name]
         gone = sorted(set(range(group.units)) - set(units))
-        for span in group.spans:
+        for span in group.cut_spans:
             removed.setdefault((span.parameter, span.axis), set()).update(span.indices(gone))
     return {
-        (parameter, axis): [i for i in range(graph.shapes[parameter][axis]) if i not in gone]
-        for (parameter, axis), gone in removed.items()
+        (name, axis): [i for i in range((graph.shapes.get(name) or graph.buffers[name])[axis]) if i not in gone]
+        for (name, axis), gone in removed.items()
         if gone
     }
 
@@ -129,7 +131,10 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
         if group.name not in names:
             continue
         units = surviving_units(graph, kept, group, axes)
-        spans = tuple(_restrict_span(s, units, axes, moved) for s in group.spans if _move(s.parameter, moved))
+        spans, buffers = (
+            tuple(_restrict_span(s, units, axes, moved) for s in owned if _move(s.parameter, moved))
+            for owned in (group.spans, group.buffers)
+        )
         per_block = group.units // group.blocks
         groups.append(
             replace(
@@ -141,15 +146,12 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
                 blocks=len({u // per_block for u in units}),
                 minimum=min(group.minimum, len(units)),
                 modules=tuple(_move(group.modules[u], moved) or "" for u in units) if group.modules else (),
+                buffers=buffers,
             )
         )
-    shapes = {}
-    for parameter, shape in graph.shapes.items():
-        name = _move(parameter, moved)
-        if name is not None:
-            shapes[name] = tuple(len(axes.get((parameter, a), range(n))) for a, n in enumerate(shape))
+    shapes, sizes = (_restrict_shapes(tensors, axes, moved) for tensors in (graph.shapes, graph.buffers))
     ties = {n: t for a, b in graph.ties.items() if (n := _move(a, moved)) and (t := _move(b, moved))}
-    return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked)
+    return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked, sizes)
 
 
 def surviving_units(
@@ -192,6 +194,18 @@ def _restrict_span(
     return Span(name or span.parameter, span.axis, span.role, index_map(rows), span.offset)
 
 
+def _restrict_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    axes: Mapping[tuple[str, int], list[int]],
+    moved: Mapping[str, str | None],
+) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
+        for old, shape in shapes.items()
+        if (name := _move(old, moved)) is not None
+    }
+
+
 def _rescale_norms(model: PreTrainedModel, group: CoupledGroup, count: int) -> None:
     factor = sqrt(group.units / count)
     for span in group.spans_with(Role.NORM):
@@ -205,10 +219,18 @@ def _rescale_norms(model: PreTrainedModel, group: CoupledGroup, count: int) -> N
                 setattr(module, name, epsilon * group.units / count)
 
 
-def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replaced: dict[int, nn.Parameter]) -> None:
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
+
+
+def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replaced: dict[int, torch.Tensor]) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    old = module._parameters[leaf]
+    table: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
+    old = table.get(leaf)
     if old is None:
         raise PlanError(f"the plan cuts '{name}', which this model does not have")
     if id(old) not in replaced:
@@ -216,8 +238,10 @@ def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replace
         data = old.data
         for axis, index in cuts.items():
             data = data.index_select(axis, torch.tensor(index, dtype=torch.long, device=data.device))
-        replaced[id(old)] = nn.Parameter(data.contiguous(), requires_grad=old.requires_grad)
-    module._parameters[leaf] = replaced[id(old)]
+        data = data.contiguous()
+        is_parameter = isinstance(old, nn.Parameter)
+        replaced[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad) if is_parameter else data
+    table[leaf] = replaced[id(old)]
     follow_shape(module, leaf)
 
 
@@ -255,29 +279,7 @@ def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
 
 
 def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    moves = _module_moves(graph, kept)
-    if not moves:
-        return
-    layers = model.get_submodule(graph.layers)
-    if not isinstance(layers, nn.ModuleList):
-        raise PlanError(f"'{graph.layers}' is not a list of layers")
-    stay = list(layer_numbers(graph, kept))
-    remaining = [layers[n] for n in stay]
-    parent, _, leaf = graph.layers.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.ModuleList(remaining))
-    for number, layer in enumerate(remaining):
-        _renumber(layer.modules(), stay[number], number)
-    config = model.config.get_text_config()
-    config.num_hidden_layers = len(remaining)
-    for name, value in list(vars(config).items()):
-        # layer_types, and whatever else has an entry per layer.
-        if isinstance(value, list) and len(value) == graph.num_layers and not name.startswith("_"):
-            setattr(config, name, [value[n] for n in stay])
-
-
-def _renumber(modules: Iterable[nn.Module], old: int, new: int) -> None:
-    # The cache is indexed by layer_idx: a gap raises IndexError in generation.
-    for module in modules:
-        for name in ("layer_idx", "layer_id", "layer_number"):
-            if getattr(module, name, None) == old and isinstance(getattr(module, name), int):
-                setattr(module, name, new)
+    if removed_modules(graph, kept):
+        if not isinstance(model.get_submodule(graph.layers), nn.ModuleList):
+            raise PlanError(f"'{graph.layers}' is not a list of layers")
+        drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))

@@ -14,7 +14,7 @@ from . import operators_math, operators_shape  # noqa: F401  (they register thei
 from .ids import Mark
 from .propagate import Policy, Propagation
 from .trace import Trace, trace
-from .units import Family, families
+from .units import Family, Share, families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -79,11 +79,14 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str], Trac
     found = [_name(f, traced) for f in rigid if f.units > 1]
     elastic, _ = _pass(traced, Policy(elastic=True), canonical)
     for family in elastic:
-        if Mark.ATTENDS in family.marks and family.blocks > 1 and family.units > family.blocks:
+        if family.blocks > 1 and family.units > family.blocks:
             named = _name(family, traced)
-            if named.layer is not None:
+            if named.layer is not None and Mark.ROUTED in family.marks:
+                found.append(named)
+            elif named.layer is not None and Mark.ATTENDS in family.marks:
                 found.append(replace(named, kind=QUERY))
-    return _latent(found), reasons, traced
+    offered = {(s.parameter, s.axis) for n in found for s in n.family.shares}
+    return _latent(found), {slot: reason for slot, reason in reasons.items() if slot not in offered}, traced
 
 
 def _pass(
@@ -153,25 +156,33 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
     for number in sorted(real):
         members = sorted(by_layer.get(real[number], []), key=lambda n: _ORDER.index(n.kind))
         for name, named in zip(_names(members, traced), members, strict=True):
-            spans = tuple(
-                replace(s, parameter=_renumber(s.parameter, traced.layers, number)) for s in _spans(named.family, {})
+            spans, buffers = (
+                tuple(replace(s, parameter=_renumber(s.parameter, traced.layers, number)) for s in _spans(shares, {}))
+                for shares in (named.family.shares, named.family.buffers)
             )
-            yield _group(f"layers.{number}.{name}", named, spans, number)
+            yield _group(f"layers.{number}.{name}", named, spans, buffers, number)
     streams = [n for n in found if n.layer is None]
     for position, named in enumerate(sorted(streams, key=lambda n: -n.family.units)):
-        spans = tuple(
-            replace(span, parameter=name)
-            for span in _spans(named.family, tied)
-            for name in _everywhere(span.parameter, traced)
+        spans, buffers = (
+            tuple(
+                replace(span, parameter=name)
+                for span in _spans(shares, tied)
+                for name in _everywhere(span.parameter, traced)
+            )
+            for shares in (named.family.shares, named.family.buffers)
         )
-        yield _group(HIDDEN if position == 0 else f"{HIDDEN}.{position}", named, spans, None)
+        yield _group(HIDDEN if position == 0 else f"{HIDDEN}.{position}", named, spans, buffers, None)
 
 
-def _group(name: str, named: Named, spans: tuple[Span, ...], layer: int | None) -> CoupledGroup:
+def _group(
+    name: str, named: Named, spans: tuple[Span, ...], buffers: tuple[Span, ...], layer: int | None
+) -> CoupledGroup:
     family = named.family
     blocks = family.blocks if family.units % family.blocks == 0 else 1
-    minimum = max(family.minimum, blocks)
-    return CoupledGroup(name, named.kind, family.units, spans, layer, blocks, minimum, _alignment(family))
+    # As many experts as are chosen at a time must be left even where all come from one block.
+    minimum = blocks * (family.minimum if Mark.ROUTED in family.marks else 1)
+    multiple = _alignment(family)
+    return CoupledGroup(name, named.kind, family.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
 
 
 def _alignment(family: Family) -> int:
@@ -181,8 +192,8 @@ def _alignment(family: Family) -> int:
     return next(n for n in (8, 4, 2, 1) if family.units % n == 0)
 
 
-def _spans(family: Family, tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
-    for share in family.shares:
+def _spans(shares: Iterable[Share], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
+    for share in shares:
         names = tied.get(share.parameter, [share.parameter])
         for name in names:
             role = share.role

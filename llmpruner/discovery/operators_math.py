@@ -92,6 +92,8 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     raw = operator_name(node.target)
     if raw.endswith("_") and not raw.startswith("__"):
         _written(run, operands)
+    if name == "masked_fill" and operands[0].selects is not None:
+        run.ids.block(operands[0].selects, f"a choice is replaced by a fixed position ({run.where})")
     tag = _norm_step(run, name, operands)
     return Value(run.broadcast(operands), run.origin_of(operands), tag=tag)
 
@@ -357,7 +359,27 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
     return Value((*q.axes[:-3], heads, q.axes[-2], v.axes[-1]))
 
 
-@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like",
-      "full_like", "empty_like", "scalar_tensor")  # fmt: skip
+@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
+      "scalar_tensor")  # fmt: skip
 def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     return Value(tuple(uniform(int(n), FREE) for n in node.meta["val"].shape), Origin.CONSTANT)
+
+
+@rule("empty", "new_empty", "empty_like")
+def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """To be written into piece by piece: identities of its own tie it to whatever is written."""
+    shape = [int(n) for n in node.meta["val"].shape]
+    return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
+
+
+@rule("view_as_complex")
+def view_as_complex(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    value: Value = args[0]
+    run.ids.block(value.axes[-1], f"one half of a complex number ({run.where})")
+    return Value(value.axes[:-1], run.origin_of([value]))
+
+
+@rule("view_as_real")
+def view_as_real(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    value: Value = args[0]
+    return Value((*value.axes, uniform(2, FIXED)), run.origin_of([value]))

@@ -11,7 +11,7 @@ import numpy as np
 from torch.fx import Node
 
 from .ids import FIXED, FREE, Ids
-from .propagate import Origin, Propagation, Value, rule, uniform, with_axes
+from .propagate import Origin, Propagation, Value, operator_name, rule, uniform, with_axes
 
 
 def regroup(run: Propagation, axes: Sequence[Ids], shape: Sequence[int]) -> list[Ids]:
@@ -42,6 +42,12 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     if len(wide) <= 1:
         return wide[0] if wide else uniform(1, FREE)
     size = prod(len(ids) for ids in wide)
+    if run.policy.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
+        # Keys and values repeated for the query heads that share them, or the choice of a group of experts repeated
+        # for its members: a copy may go as long as every one of them is repeated equally often.
+        fresh = run.ids.new(size)
+        run.ids.need_equal_blocks(fresh, len(wide[0]))
+        return fresh
     known = [n for n, ids in enumerate(wide) if (ids >= 0).any()]
     if not known:
         return uniform(size, max(int(ids.max()) for ids in wide))
@@ -49,14 +55,6 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     for other in known[1:]:
         run.ids.block(wide[other], f"merged with another axis that can be cut ({run.where})")
     before, after = prod(len(i) for i in wide[:chosen]), prod(len(i) for i in wide[chosen + 1 :])
-    copies = after > 1 and all((ids == FREE).all() for ids in wide[chosen + 1 :])
-    if run.policy.elastic and copies and chosen == 0:
-        # Keys and values repeated for the query heads that share them: a copy may go as long as every one of
-        # them is repeated equally often.
-        run.ids.block(wide[0][:0], "")
-        fresh = run.ids.new(size)
-        run.ids.need_equal_blocks(fresh, len(wide[0]))
-        return fresh
     return np.tile(np.repeat(wide[chosen], after), before)
 
 
@@ -96,7 +94,19 @@ def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
     shape = [int(n) for n in node.meta["val"].shape]
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
+    if run.policy.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
+        # Groups of experts, each as good as its best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members
+        # may go as long as all groups keep the same number.
+        run.ids.need_equal_blocks(value.axes[-1], shape[-2])
+        axes = [*regroup(run, value.axes[:-1], shape[:-2]), uniform(shape[-2], FIXED), uniform(shape[-1], FREE)]
+        return with_axes(value, axes)
     return with_axes(value, regroup(run, value.axes, shape))
+
+
+def _are_ranked(node: Node) -> bool:
+    """Whether all that happens to a view is that the best along its last axis are taken."""
+    users = list(node.users)
+    return bool(users) and all(operator_name(u.target) == "topk" and u.args[2:3] in ((), (-1,)) for u in users)
 
 
 @rule("transpose", "swapaxes")

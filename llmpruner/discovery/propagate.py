@@ -84,11 +84,13 @@ def uniform(size: int, value: int) -> Ids:
 
 @dataclass
 class Propagation:
-    """One pass over a graph. ``parameters``: (name, axis) → identities. ``unknown``: operators without a rule."""
+    """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating point
+    ``buffers``, whose entries may belong to units just as well. ``unknown``: operators without a rule."""
 
     policy: Policy = field(default_factory=Policy)
     ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     where: str = ""
@@ -103,6 +105,10 @@ class Propagation:
             name = signature.inputs_to_parameters.get(node.name)
             if name is not None:
                 inputs.append(self.parameter(canonical[name], tuple(node.meta["val"].shape)))
+            elif (buffer := signature.inputs_to_buffers.get(node.name)) and node.meta["val"].is_floating_point():
+                self.buffers.add(buffer)
+                value = self.parameter(canonical.get(buffer, buffer), tuple(node.meta["val"].shape))
+                inputs.append(replace(value, origin=Origin.CONSTANT))
             elif node.name in signature.user_inputs:
                 inputs.append(self.opaque(node.meta.get("val"), Origin.ACTIVATION))
             else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from ..errors import UnsupportedModelError
+from ..modeling_llmpruner import per_layer_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,7 +81,7 @@ def _run(model: PreTrainedModel) -> None:
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
     """A float32 model on the CPU whose weights are random enough for any mistake to show: no parameter is
-    zero or one, biases and norms included."""
+    zero or one, biases and norms included, nor is any saved buffer of one value (the selection bias of experts)."""
     from transformers import AutoModelForCausalLM
 
     from ..meta import quiet_transformers
@@ -102,6 +103,11 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
                 parameter.copy_(noise * (1.3 / math.sqrt(parameter.shape[-1])))
             else:
                 parameter.add_(0.3 * noise)
+        saved = model.state_dict(keep_vars=True).keys()
+        for name, buffer in model.named_buffers():
+            if name in saved and buffer.is_floating_point() and buffer.numel() > 1 and len(buffer.unique()) == 1:
+                # What is positive (a variance) stays so.
+                buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator).abs())
     return cast("PreTrainedModel", model.eval())
 
 
@@ -218,6 +224,10 @@ def _shrink_layers(config: PreTrainedConfig, values: dict[str, Any], layers: int
         return
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     chosen = _show_all([tuple(map(str, column)) for column in zip(*lists.values(), strict=True)], count, layers)
+    # What is derived from a period cannot be chosen: the first layers, as many as show every kind of it.
+    derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
+    shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
+    chosen = sorted({*chosen, *range(shown)})
     for name, value in lists.items():
         values[name] = [value[n] for n in chosen]
     values[key] = len(chosen)

@@ -19,7 +19,7 @@ Slot = tuple[str, int]
 
 @dataclass(frozen=True)
 class Share:
-    """What the units own of one axis of a parameter of ``rank`` axes: ``rows`` of shape (units, k)."""
+    """What the units own of one axis of a parameter or buffer of ``rank`` axes: ``rows`` of shape (units, k)."""
 
     parameter: str
     axis: int
@@ -41,10 +41,11 @@ class Share:
 
 @dataclass(frozen=True)
 class Family:
-    """Like units: every one owns the same amount of the same axes."""
+    """Like units: every one owns the same amount of the same axes, of parameters (``shares``) and ``buffers``."""
 
     root: int
     shares: tuple[Share, ...]
+    buffers: tuple[Share, ...]
     marks: frozenset[Mark]
     blocks: int
     minimum: int
@@ -64,6 +65,7 @@ def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
     roots = parts.label[ids]
     open_ = ~_closed(parts)[roots]
     reasons = _reasons(parts, slots, owner, roots, open_)
+    reasons = {slot: reason for slot, reason in reasons.items() if slot[0] not in run.buffers}
     order = np.lexsort((index[open_], owner[open_], roots[open_]))
     roots, owner, index = roots[open_][order], owner[open_][order], index[open_][order]
     offsets = _offsets(run)
@@ -82,7 +84,10 @@ def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
         root = int(roots[members[0][0]])
         marks = frozenset(m for m in Mark if parts.marked[m][root])
         del signature
-        found.append(Family(root, tuple(shares), marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
+        own = tuple(s for s in shares if s.parameter not in run.buffers)
+        if own:
+            buffers = tuple(s for s in shares if s.parameter in run.buffers)
+            found.append(Family(root, own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
     return found, reasons
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from ..coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph, Role
+from ..coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph
 from ..errors import LlmprunerError, UnsupportedModelError
 from ..families import ModelFamily, graph_of
 from ..surgery import Kept, cut, removed_modules, silence
 from .follow import Follower, Rule, candidates, find, tables
+from .routes import ClosedRoutes
 from .tiny import random_instance, small_config
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ class Oracle:
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
+        types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        if kind == LAYER and len(types) == self.graph.num_layers:
+            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
         if self.family is None and kind != LAYER:
             state["follows"] = self._follows(groups, plans["uneven"])
         for name, kept in plans.items():
@@ -237,38 +240,6 @@ class Disagreement(LlmprunerError):
         self.difference, self.where = difference, where
 
 
-class ClosedRoutes(TorchFunctionMode):
-    """Make routers never choose the removed experts: minus infinity in their logits, and again where the top k
-    are taken, because a bias may have been added to a sigmoid in between."""
-
-    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        super().__init__()
-        self.closed: dict[int, torch.Tensor] = {}
-        self.current: tuple[torch.Tensor, int] | None = None
-        for name, units in kept.items():
-            group = graph.by_name[name]
-            removed = [u for u in range(group.units) if u not in set(units)]
-            for span in group.spans_with(Role.PRODUCES):
-                parameter = model.get_parameter(span.parameter)
-                if parameter.ndim == 2 and span.axis == 0:
-                    self.closed[id(parameter)] = torch.tensor(span.indices(removed))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.topk, torch.Tensor.topk) and self.current is not None:
-            index, experts = self.current
-            if args and args[0].shape[-1] == experts:
-                args = (args[0].index_fill(-1, index, float("-inf")), *args[1:])
-        result = func(*args, **kwargs)
-        if self.closed and func is torch.nn.functional.linear:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            closed = self.closed.get(id(weight))
-            if closed is not None:
-                result = result.index_fill(-1, closed, float("-inf"))
-                self.current = closed, result.shape[-1]
-        return result
-
-
 def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     entering = args[0] if args else kwargs["hidden_states"]
     return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
@@ -294,6 +265,15 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
     if not kept:
         raise LlmprunerError("no group has a unit to spare")
     return kept
+
+
+def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
+    """As many of a model's layers, of ``types``, an attention layer among them where it has one: without, nothing
+    in the cache of transformers counts the tokens, and generation raises."""
+    attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
+    if not attention or set(attention) & set(layers):
+        return layers
+    return sorted([*layers[:-1], attention[0]])
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

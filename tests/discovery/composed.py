@@ -17,6 +17,7 @@ class ComposedConfig(PreTrainedConfig):
     value) or *backwards* (per KV head value, key, queries). ``mlp``: *plain*, *gated*, *packed* (gate first),
     *swapped* (up first) or *woven* (gate and up rows alternate). ``norm``: *rms*, *offset* (1 + weight) or
     *layer*. ``rotary``: rotated share of every head. ``parallel``: attention and MLP read the same input.
+    ``scaled``: a computed buffer, which is not saved, scales the MLP channels.
     """
 
     model_type = "composed"
@@ -41,6 +42,7 @@ class ComposedConfig(PreTrainedConfig):
         head_norm: bool = False,
         transposed: bool = False,
         tie_word_embeddings: bool = False,
+        scaled: bool = False,
         **options: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -52,7 +54,7 @@ class ComposedConfig(PreTrainedConfig):
         self.intermediate_size = intermediate_size
         self.qkv, self.mlp, self.norm, self.rotary, self.parallel = qkv, mlp, norm, rotary, parallel
         self.qkv_bias, self.out_bias, self.mlp_bias = qkv_bias, out_bias, mlp_bias
-        self.head_norm, self.transposed = head_norm, transposed
+        self.head_norm, self.transposed, self.scaled = head_norm, transposed, scaled
         super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
 
 
@@ -165,12 +167,15 @@ class MLP(nn.Module):
         if self.kind in ("packed", "swapped", "woven"):
             self.both = Projection(config.hidden_size, 2 * rows, *make)
         self.down = Projection(rows, config.hidden_size, *make)
+        scale = torch.linspace(0.2, 2.0, rows) if config.scaled else None
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.kind == "plain":
             return self.down(F.gelu(self.up(x)))
         if self.kind == "gated":
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            scale = 1.0 if self.scale is None else self.scale
+            return self.down(F.silu(self.gate(x)) * self.up(x) * scale)
         both = self.both(x)
         if self.kind == "woven":
             gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)

@@ -91,3 +91,42 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.shares)
     assert reason in reasons["up.weight", 0]
     assert ("down.weight", 1) in reasons
+
+
+class Assembled(nn.Module):
+    """Keys put together in new memory, from heads and from what all heads share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.shared, self.out = nn.Linear(6, 12), nn.Linear(6, 2), nn.Linear(18, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = self.heads(x).unflatten(-1, (3, 4))
+        keys = own.new_empty(*own.shape[:-1], 6)
+        keys[..., :4].copy_(own)
+        keys[..., 4:].copy_(self.shared(x).unsqueeze(-2).expand(-1, -1, 3, -1))
+        return self.out(keys.flatten(-2))
+
+
+class Turned(nn.Module):
+    """Heads rotated as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(self.heads(x).reshape(*x.shape[:-1], 3, 2, 2))
+        angles = torch.arange(2.0)
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)
+        return self.out(torch.view_as_real(turned).flatten(2))
+
+
+@pytest.mark.parametrize(("model", "consumed"), [(Assembled(), 6), (Turned(), 4)], ids=["assembled", "turned"])
+def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
+    run = Propagation()
+    run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {n: n for n, _ in model.named_parameters()})
+    (heads,) = [f for f in families(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.shares)]
+    rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.shares}
+    assert rows["heads.weight", 0] == [list(range(u * 4, u * 4 + 4)) for u in range(3)]
+    assert rows["out.weight", 1] == [list(range(u * consumed, (u + 1) * consumed)) for u in range(3)]

@@ -1,0 +1,108 @@
+"""Buffers with an entry per unit: the selection bias of experts, computed scales of channels."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composed import ComposedConfig
+from transformers import Glm4MoeConfig, PreTrainedConfig, ZayaConfig
+
+from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily
+from llmpruner.checkpoint import load_pruned, save_checkpoint
+from llmpruner.discovery import discover_graph
+from llmpruner.discovery.follow import Follower
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle, rules_of, verify
+from llmpruner.importance.estimate import estimate
+from llmpruner.importance.magnitude import L1
+from llmpruner.surgery import cut
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+SCALED = ComposedConfig(scaled=True)
+
+
+def experts(**changes: Any) -> PreTrainedConfig:
+    return small_config(Glm4MoeConfig(**changes))
+
+
+def test_the_selection_bias_belongs_to_the_experts() -> None:
+    graph = discover_graph(experts())
+    (span,) = graph.by_name["layers.1.experts"].buffers
+    assert (span.parameter, span.axis, span.index) == (BIAS, 0, Blocks(8))
+    assert not any(g.buffers for g in graph.groups if g.kind != "expert"), "rotary frequencies belong to no unit"
+
+
+def test_experts_with_a_selection_bias_are_verified() -> None:
+    (verdict,) = verify(None, experts(), kinds=["expert"], shrink=False)
+    assert verdict.verdict == VERIFIED, verdict
+    assert "save and load" in verdict.checks
+
+
+def test_buffers_are_not_scored() -> None:
+    config = experts()
+    graph = discover_graph(config)
+    groups = graph.of_kinds(["expert"])
+    model = random_instance(config)
+    before = estimate(model, graph, groups, L1(), None).by_group
+    model.get_buffer(BIAS).fill_(9.0)
+    after = estimate(model, graph, groups, L1(), None).by_group
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class CountsExperts(ModelFamily):
+    """Sets the counts, so that a wrong map is not covered up by a search for attributes."""
+
+    def refresh(self, model: Any, counts: Any) -> None:
+        for number, layer in enumerate(model.model.layers):
+            if kept := counts.get(f"layers.{number}.experts"):
+                layer.mlp.gate.num_experts = layer.mlp.experts.num_experts = kept
+
+
+def test_the_oracle_notices_a_bias_given_to_other_experts() -> None:
+    config = experts()
+    graph = discover_graph(config)
+
+    def reverse(group: CoupledGroup) -> CoupledGroup:
+        rows = Explicit(tuple((7 - unit,) for unit in range(8)))
+        return replace(group, buffers=tuple(replace(s, index=rows) for s in group.buffers))
+
+    oracle = Oracle(config, graph, CountsExperts(), 0)
+    assert oracle.judge("expert").verdict == VERIFIED
+    oracle.graph = replace(graph, groups=tuple(reverse(g) if g.kind == "expert" else g for g in graph.groups))
+    assert oracle.judge("expert").verdict == FAILED
+
+
+def test_groups_of_experts_keep_the_same_number_each() -> None:
+    config = experts(n_group=4, topk_group=2)
+    group = discover_graph(config).by_name["layers.1.experts"]
+    assert (config.n_group, group.units, group.blocks) == (2, 8, 2)
+    assert group.minimum == 2 * config.num_experts_per_tok, "all that are chosen may come from one group"
+    (verdict,) = verify(None, config, kinds=["expert"], shrink=False)
+    assert verdict.verdict == VERIFIED, verdict
+
+
+def test_a_choice_that_may_be_a_fixed_position_is_not_offered() -> None:
+    graph: CouplingGraph = discover_graph(small_config(ZayaConfig()))
+    assert "expert" not in graph.kinds
+    assert any("replaced by a fixed position" in b.reason for b in graph.blocked)
+
+
+@pytest.mark.parametrize("keeps", [range(20), range(5, 40, 3)], ids=["first", "spread"])
+def test_a_computed_buffer_is_cut_and_saved_from_then_on(keeps: range, tmp_path: Path) -> None:
+    graph = discover_graph(SCALED)
+    kept = {f"layers.{n}.mlp": list(keeps)[n:] for n in range(2)}
+    assert [str(s) for s in graph.by_name["layers.0.mlp"].buffers] == ["layers.0.mlp.scale[axis 0] 0:40 (produces)"]
+    model = random_instance(SCALED)
+    expected = copy.deepcopy(model.layers[1].mlp.scale[list(kept["layers.1.mlp"])])
+    cut(model, graph, kept, Follower(rules_of(SCALED, ["mlp"])))
+    assert save_checkpoint(model, tmp_path / "pruned", record={}) == "shim"
+    loaded = load_pruned(tmp_path / "pruned")
+    assert torch.equal(loaded.layers[1].mlp.scale, expected)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

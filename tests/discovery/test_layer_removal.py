@@ -1,0 +1,105 @@
+"""Removing whole layers where the configuration does not simply count them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from llmpruner.checkpoint import load_pruned, save_checkpoint
+from llmpruner.coupling import LAYER
+from llmpruner.discovery.tiny import random_instance, tiny_config
+from llmpruner.discovery.verify import VERIFIED, cached_difference, logits, verify, with_attention
+from llmpruner.families import decoder_layers
+from llmpruner.modeling_llmpruner import drop_layers
+from llmpruner.shim import stock_config
+
+TYPES = {
+    "afmoe": "the first layers are dense, the others have experts, and a number says how many",
+    "bart": "the decoder's layers are counted apart from the encoder's",
+    "beam": "each layer states what it is",
+    "big_bird": "the class exchanges its attention modules while it runs",
+    "falcon_mamba": "there are no attention heads",
+    "flint": "a list holds the numbers of the dense layers",
+    "gemma3": "the configuration of the text is a part of another",
+    "gemma3_text": "rotary tables stay of a layer type of which no layer is left",
+    "gpt_neox_japanese": "the last layer has a bias of its own",
+    "olmo_hybrid": "the configuration must state a layer of linear attention",
+    "qwen3_5_text": "a cache needs an attention layer to count tokens",
+}
+"""Model type → why its layers were once not removable."""
+
+TOKENS = torch.randint(40, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_layers_of_every_sort_of_configuration_are_removable(model_type: str) -> None:
+    (verdict,) = verify(None, CONFIG_MAPPING[model_type](), kinds=[LAYER])
+    assert verdict.verdict == VERIFIED, verdict.reason
+    assert "save and load" in verdict.checks
+
+
+def test_the_number_of_dense_layers_follows(tmp_path: Path) -> None:
+    model, config = shortened("afmoe", [1, 2])
+    assert (config.num_dense_layers, model.config.num_dense_layers) == (1, 0)
+    assert save_checkpoint(model, tmp_path / "stock", record={}) == "stock"
+
+
+def test_types_derived_from_a_period_stay_with_their_layers() -> None:
+    """The period would call the layers left 'mamba mamba mamba': masks and caches would be wrong."""
+    model, config = shortened("jamba", [0, 2, 4])
+    assert config.layers_block_type[4] == "attention"
+    assert model.config.layers_block_type == ["mamba", "mamba", "attention"]
+    assert model.config.layer_types[2] == "full_attention"
+    assert stock_config(model).layers_block_type == ["mamba"] * 3
+
+
+def test_layers_removed_again_from_a_loaded_model(tmp_path: Path) -> None:
+    model, _ = shortened("jamba", [0, 2, 3, 4])
+    assert save_checkpoint(model, tmp_path / "once", record={}) == "shim"
+    loaded: Any = load_pruned(tmp_path / "once", attn_implementation="eager")
+    assert loaded.config.layers_block_type == ["mamba", "mamba", "mamba", "attention"]
+
+    drop_layers(loaded, "model.layers", [1, 3])
+    save_checkpoint(loaded, tmp_path / "twice", record={})
+    again: Any = load_pruned(tmp_path / "twice", attn_implementation="eager")
+    direct, _ = shortened("jamba", [2, 4])
+    assert again.layers_kept["kept"] == [2, 4]
+    assert torch.equal(logits(again, TOKENS), logits(direct, TOKENS))
+    assert cached_difference(again, TOKENS) < 1e-5
+
+    again.save_pretrained(tmp_path / "plain")
+    assert torch.equal(
+        logits(load_pruned(tmp_path / "plain", attn_implementation="eager"), TOKENS), logits(direct, TOKENS)
+    )
+
+
+def test_a_small_model_shows_every_derived_layer_type() -> None:
+    small = tiny_config(CONFIG_MAPPING["jamba"]())
+    assert set(small.layer_types) == {"linear_attention", "full_attention"}
+    assert set(small.layers_num_experts) == {1, small.num_experts}
+
+
+@pytest.mark.parametrize(
+    ("layers", "types", "expected"),
+    [
+        ([0, 1], "lls", [0, 2]),
+        ([0, 2], "lls", [0, 2]),
+        ([1], "ssl", [1]),
+        ([0, 1], "lll", [0, 1]),
+    ],
+)
+def test_an_attention_layer_is_kept(layers: list[int], types: str, expected: list[int]) -> None:
+    names = {"l": "linear_attention", "s": "sliding_attention"}
+    assert with_attention(layers, [names[t] for t in types]) == expected
+
+
+def shortened(model_type: str, kept: list[int]) -> tuple[Any, Any]:
+    """A random model that has lost all but the layers ``kept``, and its configuration before."""
+    config = tiny_config(CONFIG_MAPPING[model_type](), heads=(4, 2))
+    model = random_instance(config)
+    drop_layers(model, decoder_layers(model), kept)
+    return model, config
