@@ -83,9 +83,10 @@ def load_pruned(
     ``path``: a directory or a hub id. ``dtype``: as saved unless given. Any stock checkpoint loads as well.
     Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or misshapen.
     """
-    adapter = Path(path) / _ADAPTER_FILE
-    if adapter.is_file():
-        return _load_adapter(Path(path), adapter, dtype=dtype, device=device, attn_implementation=attn_implementation)
+    base = adapter_base(Path(path))
+    if base is not None:
+        model = load_pruned(base, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return cast("PreTrainedModel", with_adapter(model, Path(path)))
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
     from safetensors import SafetensorError
@@ -119,6 +120,36 @@ def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | Non
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+def adapter_base(path: Path) -> str | None:
+    """The model that the peft adapter in directory ``path`` belongs to: a folder inside ``path``, or what the adapter
+    names; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    file = path / _ADAPTER_FILE
+    if not file.is_file():
+        return None
+    base = _read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
+    return str(path / base) if (path / base).is_dir() else base
+
+
+def with_adapter(model: PreTrainedModel, path: Path) -> Any:
+    """``model`` with the peft adapter in directory ``path`` upon it, as a peft model in evaluation mode.
+
+    Raises `CheckpointError` when the adapter is damaged or belongs to another model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("peft", "recover") from error
+    load: Callable[..., Any] = PeftModel.from_pretrained
+    # A damaged adapter can raise anything, from the parser of its configuration to torch.
+    try:
+        return load(model, str(path)).eval()
+    except Exception as error:
+        base = model.config.name_or_path
+        raise CheckpointError(f"the adapter in {path} does not fit '{base}': {_one_line(error)}") from error
 
 
 def _shell(model: PreTrainedModel, family: ModelFamily | None) -> tuple[PreTrainedModel, Literal["stock", "shim"]]:
@@ -242,23 +273,6 @@ def _model_class(path: str | Path) -> Any:
     if str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
         return pruned_model(base_class(config["llmpruner"]))
     return AutoModelForCausalLM
-
-
-def _load_adapter(path: Path, file: Path, **options: Any) -> PreTrainedModel:
-    base = _read_json(file).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError("peft", "recover") from error
-    beside = path / base
-    model = load_pruned(beside if beside.is_dir() else base, **options)
-    load: Callable[..., Any] = PeftModel.from_pretrained
-    try:
-        return cast("PreTrainedModel", load(model, str(path)).eval())
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"the adapter {path} cannot be loaded: {_one_line(error)}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

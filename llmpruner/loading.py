@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from .checkpoint import adapter_base, load_pruned, read_record, with_adapter
 from .errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError
 from .families import ModelFamily, build_graph
 from .meta import quiet_transformers
@@ -104,8 +104,6 @@ class ModelRef:
 
 def load_config(text: str, catalog: Catalog, options: LoadOptions | None = None) -> LoadedConfig:
     """The structure of a model, pruned or not, without reading its weights."""
-    from .checkpoint import read_record
-
     options = options or LoadOptions()
     base = adapter_base(Path(text))
     if base is not None:
@@ -129,36 +127,14 @@ def load_model(text: str, catalog: Catalog, options: LoadOptions | None = None) 
     options = options or LoadOptions()
     base = adapter_base(Path(text))
     if base is not None:
-        return _with_adapter(load_model(base, catalog, options), Path(text))
+        loaded = load_model(base, catalog, options)
+        return replace(loaded, ref=text, model=with_adapter(loaded.model, Path(text)).merge_and_unload().eval())
     structure = load_config(text, catalog, options)
     ref = ModelRef.resolve(text, catalog)
     model = _read_model(ref, structure, options).to(options.device).eval()
     tokenizer = _read_tokenizer(ref, options, structure.config)
     _check_shapes(model, structure.graph, text)
     return LoadedModel(**vars(structure), model=model, tokenizer=tokenizer)
-
-
-def adapter_base(path: Path) -> str | None:
-    """The model that the peft adapter in directory ``path`` belongs to; None when ``path`` is no adapter."""
-    file = path / "adapter_config.json"
-    if not file.is_file():
-        return None
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} is damaged: {_first_line(error)}") from error
-
-
-def _with_adapter(base: LoadedModel, path: Path) -> LoadedModel:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError("peft", "recover") from error
-    try:
-        model = PeftModel.from_pretrained(base.model, str(path)).merge_and_unload()
-    except Exception as error:
-        raise CheckpointError(f"the adapter in {path} does not fit '{base.ref}': {_first_line(error)}") from error
-    return replace(base, ref=str(path), model=model.eval())
 
 
 def _pruned_config(text: str, record: Mapping[str, Any], catalog: Catalog, options: LoadOptions) -> LoadedConfig:
@@ -197,8 +173,6 @@ def _read_model(ref: ModelRef, structure: LoadedConfig, options: LoadOptions) ->
 
     dtype = _dtype(options, structure.config, ref)
     if structure.record is not None:
-        from .checkpoint import load_pruned
-
         return load_pruned(ref.path, dtype=dtype, device=options.device)
     if ref.reader is not None:
         return ref.reader.read_model(ref.path, dtype)

@@ -105,12 +105,14 @@ def evaluate(
 
 
 def _open(ctx: typer.Context, model: str, options: LoadOptions) -> LoadedModel:
+    from ..evaluation.weights import check_weights
     from ..loading import load_model
 
     note(f"loading {model}")
     loaded = load_model(model, catalog_of(ctx), options)
     if loaded.tokenizer is None:
         raise DataError(f"model '{model}' brings no tokenizer, so it cannot be evaluated")
+    check_weights(loaded.model, model)
     return loaded
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from ..progress import Progress
 from .report import PerplexityResult
 
@@ -42,7 +42,7 @@ def perplexity(
     is the exponential of the mean negative log-likelihood, accumulated in double precision.
 
     ``autocast`` computes in bfloat16; logits are turned to float32 either way. Raises `DataError` when the
-    text has fewer tokens than asked for.
+    text has fewer tokens than asked for, `ModelError` when what the model predicts is not a number.
     """
     if window < 2 or batch_size < 1:
         raise DataError(
@@ -61,6 +61,11 @@ def perplexity(
     total = 0.0
     for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
         total += _negative_log_likelihood(model, batch.to(model.device), autocast)
+        if math.isnan(total):
+            raise ModelError(
+                "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
+                f"{model.dtype} is too narrow for what it computes (try --dtype float32)"
+            )
     mean = total / (windows * (window - 1))
     size = len(text.encode()) if len(used) == len(ids) else len(_decoded(tokenizer, used).encode())
     return PerplexityResult(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING = "model.embed_tokens.weight"
 _REFUSED = "Meta's format cannot hold this model"
+_EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), or whole layers (--kinds layer)"
 
 
 def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shards: int = 1) -> None:
@@ -47,7 +48,10 @@ def convert_to_meta(
 
     kind = read_json(source / "config.json").get("model_type")
     if kind not in ("llama", "mistral"):
-        raise OutputError(f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'")
+        what_to_do = f"; {_EVENLY}" if str(kind).startswith("llmpruner") else ""
+        raise OutputError(
+            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'{what_to_do}"
+        )
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     place = source / TOKENIZER if tokenizer is True else tokenizer
     file = None if place is None else _tokenizer_file(place)
@@ -115,7 +119,7 @@ def _check(source: TensorSource, config: LlamaConfig) -> int:
     if len(widths) != layers or len(set(widths)) != 1:
         raise OutputError(
             f"{_REFUSED}: there all MLPs have one width, here they have {min(widths, default=0)} to "
-            f"{max(widths, default=0)}; prune every layer by the same share, layers at the ends too"
+            f"{max(widths, default=0)}; {_EVENLY}"
         )
     return widths[0]
 

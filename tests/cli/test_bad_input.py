@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llmpruner import CheckpointError, load_pruned
+
 L1 = ("--importance", "l1")
 FIFTH = ("--ratio", 0.2)
 OUT = ("-o", "{tmp}/out")
@@ -111,6 +113,9 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "calibration without a tokenizer": (
         ("plan", "{models}/bare", *FIFTH, "--calibration", "{models}/text.txt"), "brings no tokenizer"
     ),
+    "pruning without a tokenizer": (
+        ("prune", "{models}/bare", *FIFTH, *OUT), "prune the weights alone with --no-tokenizer"
+    ),
     "recovery: no file": (("recover", "{models}/dense", "--data", "no.jsonl", *OUT), "no.jsonl: no such file"),
     "recovery: no data set": (("recover", "{models}/dense", "--data", "nobody/none", *OUT), "'nobody/none' is no file"),
     "recovery without a tokenizer": (
@@ -152,6 +157,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "weights with NaN, chosen at random": (
         ("prune", "{models}/nan", *FIFTH, "--importance", "random", *OUT), "NaN"
+    ),
+    "weights with NaN, evaluated": (
+        ("evaluate", "{models}/dense", "{models}/nan", "--perplexity", "{models}/text.txt", "--window", 64),
+        "model '{models}/nan': parameter 'model.layers.1.mlp.up_proj.weight' holds NaN",
     ),
 }  # fmt: skip
 
@@ -264,6 +273,26 @@ def test_a_plan_that_is_none(refused, tmp_path, content):
     (tmp_path / "plan.json").write_text(content)
     line = refused("prune", "{models}/dense", "--plan", "{tmp}/plan.json", *OUT)
     assert "plan.json is not a pruning plan" in line
+
+
+ADAPTERS = {
+    "broken": ("{", "adapter_config.json cannot be read"),
+    "nameless": ("{}", "does not name the model that it adapts"),
+    "foreign": ('{"base_model_name_or_path": "BASE", "peft_type": "LORA", "r": "x"}', "does not fit 'BASE'"),
+}
+
+
+@pytest.mark.parametrize("what", ADAPTERS)
+def test_a_damaged_adapter(refused, shared, tmp_path, what):
+    """The command line and `load_pruned` say the same."""
+    content, message = (text.replace("BASE", f"{shared}/dense") for text in ADAPTERS[what])
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    line = refused("generate", f"{tmp_path}/adapter", "-p", "x")
+    assert message in line
+    with pytest.raises(CheckpointError) as error:
+        load_pruned(tmp_path / "adapter")
+    assert str(error.value) == line
 
 
 def full_disk(*arguments, **options):

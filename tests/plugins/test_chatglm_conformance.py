@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmpruner_chatglm.family import ChatGLMFamily
-from llmpruner_chatglm.glm import ChatGLM2Family, GlmFamily
+from llmpruner_chatglm.glm import ChatGLM2Family, ChatGLM3Family, GlmFamily
 from transformers import Glm4Config, GlmConfig
 
 from llmpruner.testing import FamilyConformance
@@ -66,3 +66,10 @@ class TestChatGLM2(FamilyConformance):
 
     def config(self):
         return GlmConfig(**glm_values(), chat_format="rounds")
+
+
+class TestChatGLM3(FamilyConformance):
+    family = ChatGLM3Family
+
+    def config(self):
+        return GlmConfig(**glm_values() | {"eos_token_id": [2, 65, 67]}, chat_format="roles")

@@ -124,3 +124,27 @@ def test_another_family_with_deltas_has_to_be_chosen(tmp_path: Path) -> None:
     delta_family(catalog, "alpaca").apply_delta(BASE, DELTA, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
     assert type(delta_family(catalog, "vicuna-v0")).__name__ == "VicunaV0Family"
+
+
+def test_pruning_a_folder_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
+    """One clear line, unless the user says that there is none; a tokenizer beside the folder counts."""
+    folder = copy_of("mha", "2shards", tmp_path / "llama" / "7B")
+    command = ("prune", folder, "--ratio", 0.1, "--layers", "all", "--importance", "l1")
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*command, "-o", tmp_path / "out")
+    assert (code, out, sorted(tmp_path.rglob("*"))) == (2, "", before)
+    (line,) = (line for line in err.replace("\n", " ").split("•") if "error:" in line)
+    assert f"{folder}' brings no tokenizer" in line and "--no-tokenizer" in line
+    assert run(*command, "--no-tokenizer", "-o", tmp_path / "weights")[0] == 0
+    assert not list((tmp_path / "weights").glob("tokenizer*"))
+    shutil.copyfile(TOKENIZER, folder.parent / "tokenizer.model")
+    assert run(*command, "-o", tmp_path / "whole")[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("Hello")["input_ids"]
+
+
+def test_uneven_layers_do_not_go_back_to_meta(run: Run, tmp_path: Path) -> None:
+    folder = copy_of("mha", "1shard", tmp_path / "7B", tokenizer=True)
+    assert run("prune", folder, "--ratio", 0.2, "--layers", "1", "--importance", "l1", "-o", tmp_path / "out")[0] == 0
+    code, _, err = run("convert", tmp_path / "out", "--to", "meta", "-o", tmp_path / "back")
+    assert code == 2 and "--unit-ratio with --layers all" in " ".join(err.split())
+    assert not (tmp_path / "back").exists()

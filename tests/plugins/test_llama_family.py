@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmpruner_llama.family import LlamaFamily
-from llmpruner_vicuna.family import VicunaFamily
+from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 from transformers import LlamaConfig
 
 from llmpruner.testing import FamilyConformance
@@ -42,4 +42,15 @@ class TestVicuna(FamilyConformance):
     def config(self) -> LlamaConfig:
         made = config(num_key_value_heads=6)
         made._name_or_path = "lmsys/vicuna-7b-v1.5"
+        return made
+
+
+class TestVicunaV0(FamilyConformance):
+    """Of a vocabulary that one more token made odd, as v0's is."""
+
+    family = VicunaV0Family
+
+    def config(self) -> LlamaConfig:
+        made = config(num_key_value_heads=6, vocab_size=113, pad_token_id=112)
+        made._name_or_path = "lmsys/vicuna-7b-v0"
         return made

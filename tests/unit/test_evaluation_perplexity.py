@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 
-from llmpruner import DataError
+from llmpruner import DataError, ModelError
 from llmpruner.evaluation.perplexity import perplexity, read_text
 
 DATA = os.environ.get("LLMPRUNER_DATA")
@@ -71,6 +71,14 @@ def test_batches_and_autocast_change_little():
 def test_too_short_a_text_is_refused(options, message):
     with pytest.raises(DataError, match=message):
         perplexity(tiny_models.llama(), tiny_models.tokenizer(), "####", **options)
+
+
+def test_a_model_that_predicts_no_numbers_has_no_perplexity():
+    model = tiny_models.llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(ModelError, match=r"predictions are not numbers \(NaN\).*weights are damaged"):
+        perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16)
 
 
 def test_texts_are_read_from_every_source(tmp_path):
