@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 from .families import ModelFamily
 from .hookspecs import hookimpl
+from .importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from .importance.base import ImportanceCriterion
+from .importance.depth import AngularDistance, BlockInfluence
+from .importance.elimination import Elimination
 from .importance.magnitude import L1, L2, Random
 from .importance.taylor import Taylor
 from .recovery.base import RecoveryStrategy
@@ -35,7 +38,9 @@ def llmpruner_model_families() -> list[type[ModelFamily]]:
 
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
-    return [Random, L1, L2, Taylor]
+    weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
+    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, Elimination]
+    return [*weights, Taylor, *forward, BlockInfluence, AngularDistance]
 
 
 @hookimpl

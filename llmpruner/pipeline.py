@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from . import __version__
-from .errors import SelectionError
-from .plan import BaseRef, Estimation, PruningPlan, Selection, Target, compose, cuts_of, structure_of
+from .errors import DataError, SelectionError, UnknownNameError
+from .plan import BaseRef, Compensation, Estimation, PruningPlan, Selection, Target, compose, cuts_of, structure_of
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -26,18 +26,24 @@ if TYPE_CHECKING:
     from .selection.select import Scope
 
 
+COMPENSATIONS = ("refit", "bias", "none")
+
+
 @dataclass(frozen=True)
 class PruneSettings:
-    """What to remove and how to choose it. ``layers``: decoder layers whose units may go; None protects the family's
-    default at both ends."""
+    """What to remove, how to choose it, and how to make good for it. ``layers``: decoder layers whose units may go;
+    None protects the family's default at both ends. ``compensate``: one of `COMPENSATIONS`."""
 
     target: Target
     kinds: tuple[str, ...] = ("mlp",)
     layers: tuple[int, ...] | None = None
     reduction: str = "sum"
     allocation: str = "uniform"
+    normalization: str = "none"
     steps: int = 1
     round_to: int = 1
+    compensate: str = "none"
+    mix: float = 0.5
     calibration: str = "self"
     samples: int = 10
     length: int = 64
@@ -49,16 +55,23 @@ def make_plan(
     criterion: ImportanceCriterion,
     settings: PruneSettings,
     progress: Progress | None = None,
+    calibration: CalibrationSet | None = None,
 ) -> PruningPlan:
-    """Estimate and select. The loaded model is not changed; with more than one step a copy of it is cut on the way."""
-    from .importance.estimate import estimate
+    """Estimate and select. The loaded model is not changed; with more than one step a copy of it is cut on the way.
+
+    ``calibration``: what `calibrate` gave for the same settings, where the caller needs it again.
+    """
+    from .importance.estimate import Scores, estimate
+    from .importance.normalize import normalize
     from .selection.select import Scope, select
     from .surgery import cut, renamed, surviving_units
 
     progress = progress or Progress()
     scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
     scope.groups(loaded.graph)
-    calibration = _calibrate(loaded, criterion, settings, progress)
+    if settings.compensate not in COMPENSATIONS:
+        raise UnknownNameError("compensation", settings.compensate, COMPENSATIONS)
+    calibration = calibration or calibrate(loaded, criterion, settings, progress)
     graph, model = loaded.graph, loaded.model
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, settings.steps + 1):
@@ -67,9 +80,10 @@ def make_plan(
             model, graph, groups, criterion, calibration,
             reduction=settings.reduction, seed=settings.seed, progress=progress,
         )  # fmt: skip
+        ranked = normalize(graph, graph.by_name, scores.by_group, settings.normalization)
         demand = _demand(loaded.graph, graph, scope, settings.target, step / settings.steps)
         chosen = select(
-            graph, groups, scores, scope, demand, allocation=settings.allocation, round_to=settings.round_to
+            graph, groups, Scores(ranked), scope, demand, allocation=settings.allocation, round_to=settings.round_to
         )
         names = renamed(loaded.graph, kept)
         survivors = {name: surviving_units(loaded.graph, kept, loaded.graph.by_name[name]) for name in names}
@@ -87,33 +101,60 @@ def make_plan(
             structure=structure_of(loaded.graph),
         ),
         family=loaded.family.name,
-        estimation=Estimation(
-            criterion=criterion.name,
-            variant=criterion.variant,
-            reduction=settings.reduction,
-            calibration=calibration.source if calibration else None,
-            fingerprint=calibration.fingerprint if calibration else None,
-        ),
+        estimation=_estimation(criterion, settings, calibration),
         selection=Selection(
             kinds=settings.kinds,
             layers=settings.layers or default_layers(loaded),
             allocation=settings.allocation,
+            normalization=settings.normalization,
             steps=settings.steps,
             round_to=settings.round_to,
         ),
+        compensation=_compensation(settings, calibration),
         target=settings.target,
         seed=settings.seed,
         cuts=cuts_of(loaded.graph, kept),
     )
 
 
-def apply_plan(loaded: LoadedModel, plan: PruningPlan) -> LoadedModel:
-    """Cut the loaded model in place. Raises `PlanError` when the plan was made for another model."""
+def apply_plan(
+    loaded: LoadedModel,
+    plan: PruningPlan,
+    progress: Progress | None = None,
+    calibration: CalibrationSet | None = None,
+) -> LoadedModel:
+    """Repair what reads cut units, if the plan says so, and cut, in place. ``calibration``: as for `make_plan`; read
+    or written again where it is not at hand.
+
+    Raises `PlanError` when the plan was made for another model, `DataError` when its calibration text is another now.
+    """
     from .surgery import cut
 
     plan.check(loaded.graph)
+    if plan.compensation is not None:
+        _compensate(loaded, plan, plan.compensation, progress or Progress(), calibration)
     graph = cut(loaded.model, loaded.graph, plan.kept, loaded.family)
     return replace(loaded, graph=graph, plans=(*loaded.plans, plan))
+
+
+def _compensate(
+    loaded: LoadedModel,
+    plan: PruningPlan,
+    how: Compensation,
+    progress: Progress,
+    calibration: CalibrationSet | None,
+) -> None:
+    from .calibration import SELF, calibration_set
+    from .compensation.repair import repair
+
+    if calibration is None:
+        calibration = calibration_set(
+            how.calibration, loaded.model, loaded.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
+        )
+    # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
+    if how.calibration != SELF and calibration.fingerprint != how.fingerprint:
+        raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
+    repair(loaded.model, loaded.graph, plan.kept, calibration, method=how.method, mix=how.mix, progress=progress)
 
 
 def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
@@ -153,13 +194,14 @@ def default_layers(loaded: LoadedConfig) -> tuple[int, ...]:
     return tuple(range(first, count - last))
 
 
-def _calibrate(
+def calibrate(
     loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, progress: Progress
 ) -> CalibrationSet | None:
+    """The calibration set that these settings need; None when neither criterion nor compensation looks at text."""
     from .calibration import SELF, calibration_set
     from .importance.base import Signal
 
-    if criterion.signals <= {Signal.WEIGHT}:
+    if criterion.signals <= {Signal.WEIGHT} and settings.compensate == "none":
         return None
     writing = settings.calibration == SELF
     progress.status("The model writes its calibration text" if writing else f"Reading {settings.calibration}")
@@ -167,6 +209,34 @@ def _calibrate(
         settings.calibration, loaded.model, loaded.tokenizer,
         samples=settings.samples, length=settings.length, seed=settings.seed,
     )  # fmt: skip
+
+
+def _estimation(
+    criterion: ImportanceCriterion, settings: PruneSettings, calibration: CalibrationSet | None
+) -> Estimation:
+    from .importance.base import Signal
+
+    used = None if criterion.signals <= {Signal.WEIGHT} else calibration
+    return Estimation(
+        criterion=criterion.name,
+        variant=criterion.variant,
+        reduction=settings.reduction,
+        calibration=used.source if used else None,
+        fingerprint=used.fingerprint if used else None,
+    )
+
+
+def _compensation(settings: PruneSettings, calibration: CalibrationSet | None) -> Compensation | None:
+    if settings.compensate == "none" or calibration is None:
+        return None
+    return Compensation(
+        method=cast("Literal['refit', 'bias']", settings.compensate),
+        mix=settings.mix,
+        calibration=calibration.source,
+        fingerprint=calibration.fingerprint,
+        samples=settings.samples,
+        length=settings.length,
+    )
 
 
 def _demand(dense: CouplingGraph, now: CouplingGraph, scope: Scope, target: Target, share: float) -> Demand:

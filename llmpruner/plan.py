@@ -92,8 +92,21 @@ class Selection(Frozen):
     kinds: tuple[str, ...]
     layers: Units
     allocation: str
+    normalization: str = "none"
     steps: int = 1
     round_to: int = 1
+
+
+class Compensation(Frozen):
+    """How what reads cut units is repaired before the cut. ``method``: ``refit`` or ``bias``; ``mix``: see
+    `llmpruner.compensation.repair`; the calibration text is drawn with the plan's seed."""
+
+    method: Literal["refit", "bias"]
+    mix: float
+    calibration: str
+    fingerprint: str
+    samples: int
+    length: int
 
 
 class GroupCut(Frozen):
@@ -113,6 +126,7 @@ class PruningPlan(Frozen):
     family: str
     estimation: Estimation
     selection: Selection
+    compensation: Compensation | None = None
     target: Target
     seed: int
     cuts: dict[str, GroupCut]

@@ -19,7 +19,9 @@ from torch import nn
 from torch.nn import functional
 
 from .errors import ModelError, UnsupportedModelError
-from .importance.base import ParameterSignals, Signal
+from .importance.base import InputStats, ParameterSignals, Signal
+from .statistics import input_statistics
+from .walk import call_layer, check_tokens, decoder_list, first_output, standing_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .progress import Progress
 
 _GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ})
+_INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 _LOGIT_ELEMENTS = 1 << 24
 
 
@@ -59,14 +62,9 @@ class LayerWalk:
     def __init__(self, model: PreTrainedModel, layers: str, calibration: CalibrationSet, *, per_sample: bool) -> None:
         self.model = model
         self.path = layers
-        modules = model.get_submodule(layers)
-        if not isinstance(modules, nn.ModuleList):
-            raise UnsupportedModelError(f"'{layers}' of {type(model).__name__} is not a list of layers")
-        self.layers = modules
-        ids = calibration.input_ids.to(model.device)
+        self.layers = decoder_list(model, layers)
+        ids = check_tokens(model, calibration)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        if int(ids.max()) >= vocabulary:
-            raise ModelError(f"calibration token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
         # The logits of a micro-batch are the largest tensor of all; their size sets the batch.
         rows = 1 if per_sample else max(1, _LOGIT_ELEMENTS // (ids.shape[1] * vocabulary))
         self.batches = [_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)]
@@ -100,12 +98,7 @@ class LayerWalk:
                     raise RuntimeError("backward_head comes before backward_layer")
                 hidden = batch.hidden[number].detach().requires_grad_()
                 with torch.enable_grad():
-                    args, kwargs = batch.calls[number]
-                    if "hidden_states" in kwargs:
-                        output = layer(*args, **{**kwargs, "hidden_states": hidden})
-                    else:
-                        output = layer(hidden, *args, **kwargs)
-                    first = output[0] if isinstance(output, tuple) else output
+                    first = first_output(call_layer(layer, hidden, batch.calls[number]))
                     torch.autograd.backward(first, batch.grad)
                 batch.grad = hidden.grad
                 for name, parameter in parameters.items():
@@ -138,9 +131,9 @@ class LayerWalk:
             batch.calls.append((args[1:], dict(kwargs)))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple) else None)
+            batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
             if len(batch.output_rest) == len(self.layers):
-                batch.hidden.append(output[0] if isinstance(output, tuple) else output)
+                batch.hidden.append(first_output(output))
 
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
@@ -176,8 +169,7 @@ class LayerWalk:
             handle.remove()
         return caught[0]
 
-    @contextlib.contextmanager
-    def _stubs(self, batch: _Batch, hidden: list[torch.Tensor]) -> Iterator[None]:
+    def _stubs(self, batch: _Batch, hidden: list[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
         """Layers that return what they once returned instead of computing it."""
 
         def stub(number: int) -> Any:
@@ -185,13 +177,7 @@ class LayerWalk:
             result = hidden[number] if rest is None else (hidden[number], *rest)
             return lambda *_, **__: result
 
-        for number, layer in enumerate(self.layers):
-            layer.forward = stub(number)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
+        return standing_in(self.layers, stub)
 
 
 @dataclass
@@ -227,12 +213,22 @@ def walk_signals(
 ) -> Iterator[tuple[str, ParameterSignals]]:
     """Yield every parameter of ``wanted`` once, with the signals a criterion ``needs``. What is yielded is dropped
     before the next layer is computed, so keep no reference to it."""
-    if not _GRADIENTS.intersection(needs):
+    if set(needs) <= {Signal.WEIGHT}:
         for name in sorted(wanted):
-            yield name, _signals(model, name, None, needs, seed)
+            yield name, _signals(model, name, None, None, needs, seed)
         return
     if calibration is None:
-        raise ModelError("this criterion measures gradients and needs a calibration set")
+        raise ModelError("this criterion measures the model at work and needs a calibration set")
+    found = _inputs(model, graph, wanted, needs, calibration, progress)
+    if not _GRADIENTS.intersection(needs):
+        rest = set(wanted)
+        for name, stats in found:
+            rest.discard(name)
+            yield name, _signals(model, name, None, stats, needs, seed)
+        for name in sorted(rest):
+            yield name, _signals(model, name, None, None, needs, seed)
+        return
+    inputs = dict(found)
     squares = Signal.GRAD_SQ in needs
     outer = {name for name in wanted if not graph.is_decoder(name)}
     prefix = graph.layers + "."
@@ -244,14 +240,33 @@ def walk_signals(
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             for name, sums in walk.backward_layer(number, wanted, squares=squares).items():
-                yield name, _signals(model, name, sums, needs, seed)
+                yield name, _signals(model, name, sums, inputs.get(name), needs, seed)
         if outer:
             for name, sums in walk.backward_outer(outer, squares=squares).items():
-                yield name, _signals(model, name, sums, needs, seed)
+                yield name, _signals(model, name, sums, inputs.get(name), needs, seed)
+
+
+def _inputs(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    wanted: Collection[str],
+    needs: Collection[Signal],
+    calibration: CalibrationSet,
+    progress: Progress,
+) -> Iterator[tuple[str, InputStats]]:
+    if _INPUTS.intersection(needs):
+        gram = Signal.GRAM in needs
+        for layer in input_statistics(model, graph.layers, wanted, calibration, progress, gram=gram):
+            yield from layer.items()
 
 
 def _signals(
-    model: PreTrainedModel, name: str, sums: _Gradients | None, needs: Collection[Signal], seed: int
+    model: PreTrainedModel,
+    name: str,
+    sums: _Gradients | None,
+    inputs: InputStats | None,
+    needs: Collection[Signal],
+    seed: int,
 ) -> ParameterSignals:
     parameter = model.get_parameter(name).detach()
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
@@ -262,6 +277,7 @@ def _signals(
         grad=sums.grad if sums is not None and Signal.GRAD in needs else None,
         grad_sq=sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None,
         generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
+        inputs=inputs,
     )
 
 

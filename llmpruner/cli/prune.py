@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..errors import SelectionError, UnknownNameError
+from ..errors import ModelError, SelectionError, UnknownNameError
 from ..importance.base import ImportanceCriterion
 from ..loading import LoadedConfig, LoadedModel, LoadOptions
 from ..plan import PruningPlan, Target, parameters_after
@@ -33,6 +33,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..calibration import CalibrationSet
     from ..coupling import CouplingGraph
     from ..pipeline import PruneSettings
 
@@ -75,10 +76,36 @@ RoundTo = Annotated[
     int,
     typer.Option(min=1, help="Kept widths are multiples of this (64 suits most kernels).", rich_help_panel=_WHAT),
 ]
-Importance = Annotated[
+MethodName = Annotated[
     str,
     typer.Option(
-        help="Criterion: random, l1, l2, taylor, or one that a plugin adds (see `llmpruner plugins`).",
+        "--method",
+        help="Defaults for all that follows. best: chosen by one forward pass and repaired by least squares; fast: no "
+        "repair; llm-pruner: the paper's, first-order Taylor on ten samples, no repair.",
+        rich_help_panel=_HOW,
+    ),
+]
+Importance = Annotated[
+    str | None,
+    typer.Option(
+        help="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; block-influence and "
+        "angular for layers; or one that a plugin adds (see `llmpruner plugins`).",
+        rich_help_panel=_HOW,
+    ),
+]
+Normalize = Annotated[
+    str,
+    typer.Option(
+        help="How scores of different groups become comparable under --allocation global: none, mean, max, sum, "
+        "zscore, parameters (per parameter removed).",
+        rich_help_panel=_HOW,
+    ),
+]
+Compensate = Annotated[
+    str | None,
+    typer.Option(
+        help="refit: fit the weights that read cut units again, by least squares against the dense model; bias: only "
+        "their biases; none.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -108,13 +135,18 @@ Steps = Annotated[
 Calibration = Annotated[
     str,
     typer.Option(
-        help="Text for the criterion: self (the model writes it: no corpus needed), a .txt file, a .jsonl with a text "
-        "or page field, or a datasets name (name:config:split).",
+        help="Text to measure and repair on: self (the model writes it), a .txt file, a .jsonl with a "
+        "text or page field, or a datasets name (name:config:split).",
         rich_help_panel=_ON,
     ),
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration samples; the paper uses 10.", rich_help_panel=_ON)]
-Length = Annotated[int, typer.Option(min=2, help="Tokens per sample.", rich_help_panel=_ON)]
+Samples = Annotated[
+    int | None,
+    typer.Option(min=1, help="Calibration samples: 512 for best, 64 for fast, 10 for llm-pruner.", rich_help_panel=_ON),
+]
+Length = Annotated[
+    int | None, typer.Option(min=2, help="Tokens per sample: 128; 64 for llm-pruner.", rich_help_panel=_ON)
+]
 
 
 @dataclass(frozen=True)
@@ -142,37 +174,54 @@ def choice(
     kinds: Kinds = "mlp",
     layers: Layers = None,
     round_to: RoundTo = 1,
-    importance: Importance = "taylor",
+    method: MethodName = "best",
+    importance: Importance = None,
     variant: Variant = None,
     reduction: Reduction = "sum",
     allocation: Allocation = "uniform",
+    normalize: Normalize = "none",
     steps: Steps = 1,
+    compensate: Compensate = None,
     calibration: Calibration = "self",
-    samples: Samples = 10,
-    length: Length = 64,
+    samples: Samples = None,
+    length: Length = None,
     seed: Seed = 0,
 ) -> Choice | None:
     """The options of choice; None when nothing says how much (only ``prune --plan`` accepts that)."""
+    from ..importance.normalize import NORMALIZATIONS
     from ..importance.reductions import REDUCTION_NAMES
+    from ..methods import METHODS
+    from ..pipeline import COMPENSATIONS
     from ..selection.allocate import ALLOCATIONS
 
     if ratio is None and target_params is None and unit_ratio is None:
         return None
-    if reduction not in REDUCTION_NAMES:
-        raise UnknownNameError("reduction", reduction, REDUCTION_NAMES)
-    if allocation not in ALLOCATIONS:
-        raise UnknownNameError("allocation", allocation, ALLOCATIONS)
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+    preset = METHODS[method]
+    compensate = compensate or preset.compensate
+    for what, name, known in (
+        ("reduction", reduction, REDUCTION_NAMES),
+        ("allocation", allocation, ALLOCATIONS),
+        ("normalization", normalize, NORMALIZATIONS),
+        ("compensation", compensate, COMPENSATIONS),
+    ):
+        if name not in known:
+            raise UnknownNameError(what, name, known)
     rest = {
         "round_to": round_to,
         "reduction": reduction,
         "allocation": allocation,
+        "normalization": normalize,
         "steps": steps,
+        "compensate": compensate,
         "calibration": calibration,
-        "samples": samples,
-        "length": length,
+        "samples": samples or preset.samples,
+        "length": length or preset.length,
         "seed": seed,
     }
-    criterion = catalog_of(ctx).criteria[importance](variant)
+    chosen = variant if importance else variant or preset.variant
+    criterion = catalog_of(ctx).criteria[importance or preset.importance](chosen)
     target = parse_target(ratio, target_params, unit_ratio)
     return Choice(criterion, target, parse_names(kinds, "--kinds"), layers, rest)
 
@@ -197,7 +246,7 @@ def plan(
     if output is not None:
         new_file(output)
     loaded = open_model(ctx, model, options)
-    made = _make(loaded, chosen)
+    made, _ = _make(loaded, chosen)
     if output is not None:
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
@@ -219,6 +268,9 @@ def prune(
         Path | None,
         typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
     ] = None,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="Prune the weights alone of a model that brings no tokenizer.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Remove the least important structures and write an ordinary Hugging Face directory.
@@ -233,11 +285,16 @@ def prune(
     replayed = None if plan_file is None else PruningPlan.load(plan_file)
     new_directory(output)
     loaded = open_model(ctx, model, options)
-    made = replayed or _make(loaded, cast("Choice", chosen))
+    if loaded.tokenizer is None and not no_tokenizer:
+        raise ModelError(
+            f"model '{model}' brings no tokenizer, without which the pruned model can read no text; put its files "
+            "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
+        )
+    made, calibration = (replayed, None) if replayed else _make(loaded, cast("Choice", chosen))
     made.check(loaded.graph)
     result = plan_result(loaded, made)
     note("cutting and saving")
-    kind = save(apply_plan(loaded, made), output)
+    kind = save(apply_plan(loaded, made, RichProgress(), calibration), output)
     result |= {"output": str(output), "checkpoint": kind, "seconds": round(time.monotonic() - started, 1)}
     if as_json:
         print_json({"plan": made.model_dump(mode="json"), "result": result})
@@ -247,10 +304,13 @@ def prune(
     out.print(f"[bold green]✓[/] {output} in {result['seconds']} s; loads with from_pretrained {needs}")
 
 
-def _make(loaded: LoadedModel, chosen: Choice) -> PruningPlan:
-    from ..pipeline import make_plan
+def _make(loaded: LoadedModel, chosen: Choice) -> tuple[PruningPlan, CalibrationSet | None]:
+    """The plan, and the calibration set for whatever follows."""
+    from ..pipeline import calibrate, make_plan
 
-    return make_plan(loaded, chosen.criterion, chosen.settings(loaded), RichProgress())
+    settings, progress = chosen.settings(loaded), RichProgress()
+    calibration = calibrate(loaded, chosen.criterion, settings, progress)
+    return make_plan(loaded, chosen.criterion, settings, progress, calibration), calibration
 
 
 def plan_result(loaded: LoadedModel, made: PruningPlan) -> dict[str, Any]:

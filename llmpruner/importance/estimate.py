@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..coupling import CoupledGroup, CouplingGraph
-from ..errors import ModelError
+from ..coupling import LAYER, CoupledGroup, CouplingGraph
+from ..errors import ModelError, SelectionError
 from ..progress import Progress
 from ..signals import walk_signals
-from .base import ImportanceCriterion
+from ..statistics import stream_statistics
+from .base import ImportanceCriterion, ParameterSignals, Signal
 from .reductions import reduce_spans
 
 if TYPE_CHECKING:
@@ -48,26 +49,57 @@ def estimate(
 
     Raises `ModelError` when weights or scores are not finite.
     """
-    uses = _uses(graph, groups)
+    if Signal.STREAM in criterion.signals:
+        return _layers(model, graph, groups, criterion, calibration, progress or Progress())
+    uses = _uses(graph, groups, criterion)
     partial: dict[tuple[str, int], torch.Tensor] = {}
     stream = walk_signals(model, graph, uses, criterion.signals, calibration, seed, progress or Progress())
     for name, signals in stream:
-        saliency = criterion.saliency(signals)
+        saliency: torch.Tensor | None = None
         for group, key in uses[name]:
-            partial[group.name, key] = _per_unit(saliency, group, key, name, criterion.signed)
+            whole = _whole_units(criterion, signals, group, key)
+            if whole is None:
+                saliency = criterion.saliency(signals) if saliency is None else saliency
+                whole = _per_unit(saliency, group, key, criterion.signed)
+            partial[group.name, key] = whole
     scores = {group.name: _reduce(graph, group, partial, reduction) for group in groups}
+    return _finite(scores, criterion)
+
+
+def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) -> Scores:
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
     return Scores(scores)
 
 
-def _uses(graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> dict[str, list[tuple[CoupledGroup, int]]]:
+def _layers(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+) -> Scores:
+    other = next((group for group in groups if group.kind != LAYER), None)
+    if other is not None:
+        raise SelectionError(f"criterion {criterion.name} scores whole layers, not '{other.kind}'; use --kinds layer")
+    if calibration is None:
+        raise ModelError(f"criterion {criterion.name} measures the model at work and needs a calibration set")
+    streams = stream_statistics(model, graph.layers, calibration, progress)
+    values = torch.tensor([criterion.score_layer(stream) for stream in streams], dtype=torch.float64)
+    return _finite({group.name: values for group in groups}, criterion)
+
+
+def _uses(
+    graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion
+) -> dict[str, list[tuple[CoupledGroup, int]]]:
     """Parameter → the (group, span number) that read it; tied parameters once, under the name they are stored by."""
     uses: dict[str, list[tuple[CoupledGroup, int]]] = {}
     for group in groups:
+        scored = {span for span in group.spans if criterion.roles is None or span.role in criterion.roles}
         for number, span in enumerate(group.spans):
-            if span.parameter not in graph.ties:
+            if span.parameter not in graph.ties and span in (scored or group.spans):
                 uses.setdefault(span.parameter, []).append((group, number))
         for number, name in enumerate(_module_parameters(graph, group)):
             uses.setdefault(name, []).append((group, number))
@@ -78,7 +110,22 @@ def _module_parameters(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
     return [p for m in group.modules for p in graph.shapes if p.startswith(m + ".") and p not in graph.ties]
 
 
-def _per_unit(saliency: torch.Tensor, group: CoupledGroup, number: int, parameter: str, signed: bool) -> torch.Tensor:
+def _whole_units(
+    criterion: ImportanceCriterion, signals: ParameterSignals, group: CoupledGroup, number: int
+) -> torch.Tensor | None:
+    if group.modules:
+        return None
+    span = group.spans[number]
+    scores = criterion.score_units(signals, span.axis, _index(group, number, signals.weight.device))
+    return None if scores is None else scores.double().cpu()
+
+
+def _index(group: CoupledGroup, number: int, device: torch.device) -> torch.Tensor:
+    owned = group.spans[number].indices(range(group.units))
+    return torch.tensor(owned, device=device).view(group.units, -1)
+
+
+def _per_unit(saliency: torch.Tensor, group: CoupledGroup, number: int, signed: bool) -> torch.Tensor:
     if group.modules:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
         return (per_index if signed else saliency).abs().sum(dtype=torch.float64).cpu()
@@ -86,15 +133,14 @@ def _per_unit(saliency: torch.Tensor, group: CoupledGroup, number: int, paramete
     others = [axis for axis in range(saliency.dim()) if axis != span.axis]
     values = saliency if signed else saliency.abs()
     per_index = values.sum(others, dtype=torch.float64) if others else values.double()
-    index = torch.tensor(span.indices(range(group.units)), device=per_index.device).view(group.units, -1)
-    return per_index.abs()[index].sum(1).cpu()
+    return per_index.abs()[_index(group, number, per_index.device)].sum(1).cpu()
 
 
 def _reduce(
     graph: CouplingGraph, group: CoupledGroup, partial: Mapping[tuple[str, int], torch.Tensor], reduction: str
 ) -> torch.Tensor:
     if not group.modules:
-        spans = [partial[group.name, n] for n, s in enumerate(group.spans) if s.parameter not in graph.ties]
+        spans = [partial[group.name, n] for n in range(len(group.spans)) if (group.name, n) in partial]
         return reduce_spans(torch.stack(spans), reduction)
     names = _module_parameters(graph, group)
     of_module = [

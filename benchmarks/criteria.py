@@ -1,0 +1,222 @@
+"""Which criteria know what a unit is worth: rank correlation with the truth, by brute force.
+
+    LLMPRUNER_DATA=… python -m benchmarks.criteria              train, silence every unit once, score, compare
+    LLMPRUNER_DATA=… python -m benchmarks.criteria --render     only write the table of docs/criteria.md again
+
+A tiny LLaMA (grouped-query attention) learns WikiText-2 byte by byte. The truth about a unit is by how much the loss on
+held-out text rises when it alone is silenced. Writes ``benchmarks/results/criteria.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import torch
+
+from .measure import as_json, machine
+
+RESULTS = Path(__file__).parent / "results" / "criteria.json"
+PAGE = Path(__file__).parents[1] / "docs" / "criteria.md"
+SEEDS = (0, 1, 2)
+LENGTH = 128
+TRAIN = {"steps": 500, "batch": 32, "rate": 3e-3}
+HELD_OUT, CALIBRATION = 96, 64
+FEW = 8
+"""Ranks within a group of fewer units say nothing."""
+
+
+def main() -> None:
+    if "--render" not in sys.argv:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(as_json(measure(_text())), encoding="utf-8")
+    render(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+def _text() -> bytes:
+    data = os.environ.get("LLMPRUNER_DATA")
+    if not data:
+        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
+    name = "wikitext2_unk_validation.jsonl"
+    file = next(f / name for f in (Path(data) / "data", Path(data)) if (f / name).is_file())
+    return "".join(json.loads(line)["page"] for line in file.read_text(encoding="utf-8").splitlines()).encode()
+
+
+def measure(text: bytes) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    started = time.process_time()
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    split = len(ids) * 4 // 5
+    loaded = _model()
+    _train(loaded.model, ids[:split])
+    held_out = _windows(ids[split:], HELD_OUT, seed=0)
+    dense = _loss(loaded.model, held_out)
+    trained = time.process_time()
+    truth = {group.name: _truth(loaded, group, held_out, dense) for group in loaded.graph.groups}
+    silenced = time.process_time()
+    rows = {}
+    for label, criterion in _criteria():
+        runs = [_correlations(loaded, criterion, truth, ids[:split], seed) for seed in SEEDS]
+        rows[label] = {
+            kind: {how: _spread([run[kind][how] for run in runs]) for how in runs[0][kind]} for kind in runs[0]
+        }
+    return {
+        "machine": machine(),
+        "model": {k: getattr(loaded.config, k) for k in ("hidden_size", "intermediate_size", "num_hidden_layers")},
+        "training": {**TRAIN, "length": LENGTH, "bytes": split},
+        "held_out": {"tokens": held_out.numel(), "loss": round(dense, 4)},
+        "calibration": {"samples": CALIBRATION, "length": LENGTH, "seeds": list(SEEDS)},
+        "cpu_seconds": {
+            "training": round(trained - started), "truth": round(silenced - trained),
+            "criteria": round(time.process_time() - silenced),
+        },
+        "truth": {name: [round(v, 6) for v in values.tolist()] for name, values in truth.items()},
+        "spearman": rows,
+    }  # fmt: skip
+
+
+def _model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmpruner import Catalog, build_graph, plugin_manager
+    from llmpruner.loading import LoadedModel
+
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    family = Catalog(plugin_manager()).family_for(config)
+    graph = build_graph(family, config)
+    return LoadedModel("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
+
+
+def _train(model: Any, ids: torch.Tensor) -> None:
+    steps, batch, rate = TRAIN["steps"], TRAIN["batch"], TRAIN["rate"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    model.train()
+    for step in range(steps):
+        rows = _windows(ids, batch, seed=1000 + step)
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step}: {float(loss.detach()):.3f}", file=sys.stderr, flush=True)
+    model.eval()
+
+
+def _windows(ids: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    starts = torch.randint(len(ids) - LENGTH, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.stack([ids[start : start + LENGTH] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def _loss(model: Any, rows: torch.Tensor) -> float:
+    return mean(float(model(input_ids=part, labels=part).loss) for part in rows.split(32))
+
+
+def _truth(loaded: Any, group: Any, held_out: torch.Tensor, dense: float) -> torch.Tensor:
+    """By how much the loss rises, nats per token, when one unit is silenced: (units,)."""
+    rises = []
+    for unit in range(group.units):
+        with _silenced(loaded.model, group, unit):
+            rises.append(_loss(loaded.model, held_out) - dense)
+    return torch.tensor(rises, dtype=torch.float64)
+
+
+@contextmanager
+def _silenced(model: Any, group: Any, unit: int) -> Iterator[None]:
+    from llmpruner.coupling import Role
+
+    if group.modules:
+        handle = model.get_submodule(group.modules[unit]).register_forward_hook(lambda _, args, __: args[0])
+        yield
+        handle.remove()
+        return
+    role = Role.PRODUCES if group.is_normalized else Role.CONSUMES
+    spans = [(model.get_parameter(s.parameter).data, s.axis, torch.tensor(list(s.index.of(unit))))
+             for s in group.spans_with(role)]  # fmt: skip
+    before = [parameter.index_select(axis, index) for parameter, axis, index in spans]
+    for parameter, axis, index in spans:
+        parameter.index_fill_(axis, index, 0.0)
+    yield
+    for (parameter, axis, index), values in zip(spans, before, strict=True):
+        parameter.index_copy_(axis, index, values)
+
+
+def _criteria() -> Iterator[tuple[str, Any]]:
+    from llmpruner import Catalog, plugin_manager
+
+    for name, cls in Catalog(plugin_manager(entry_points=False)).criteria.items():
+        for variant in cls.variants or (None,):
+            yield name if variant is None else f"{name} {variant}", cls(variant)
+
+
+def _correlations(
+    loaded: Any, criterion: Any, truth: Mapping[str, torch.Tensor], ids: torch.Tensor, seed: int
+) -> dict[str, dict[str, float]]:
+    """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
+    from llmpruner.calibration import CalibrationSet
+    from llmpruner.importance.base import Signal
+    from llmpruner.importance.estimate import estimate
+
+    calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
+    kinds = ["layer"] if Signal.STREAM in criterion.signals else loaded.graph.kinds
+    found = {}
+    for kind in kinds:
+        groups = loaded.graph.of_kinds([kind])
+        scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed).by_group
+        pooled = [torch.cat([values[g.name] for g in groups]) for values in (scores, truth)]
+        found[kind] = {"across": spearman(*pooled)}
+        if groups[0].units >= FEW and len(groups) > 1:
+            found[kind]["within"] = mean(spearman(scores[g.name], truth[g.name]) for g in groups)
+    return found
+
+
+def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Spearman's rank correlation; ties share their mean rank."""
+    ranks = torch.stack([_ranks(one), _ranks(other)])
+    return float(torch.corrcoef(ranks)[0, 1].nan_to_num(0.0))
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    below = (values[None] < values[:, None]).sum(1)
+    equal = (values[None] == values[:, None]).sum(1)
+    return below.double() + (equal.double() - 1) / 2
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": round(mean(values), 3), "spread": round(pstdev(values), 3)}
+
+
+def render(results: Mapping[str, Any]) -> None:
+    """Put the correlations into the page."""
+    columns = {
+        "MLP channel, within a layer": ("mlp", "within"), "across layers": ("mlp", "across"),
+        "KV group": ("attention", "across"), "query head": ("query", "across"),
+        "hidden channel": ("hidden", "across"), "layer": ("layer", "across"),
+    }  # fmt: skip
+    lines = ["| criterion | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for label, kinds in results["spearman"].items():
+        cells = [kinds.get(kind, {}).get(how) for kind, how in columns.values()]
+        shown = ["" if c is None else f"{c['mean']:.2f} ± {c['spread']:.2f}" for c in cells]
+        lines.append(f"| `{label}` | " + " | ".join(shown) + " |")
+    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Quality for size: method × ratio × calibration text on the real model, without training.
+
+    LLMPRUNER_DATA=… python -m benchmarks.quality [--only TEXT] [--ratios 0.1,0.2] [--tasks]
+
+Every row is one `llmpruner prune` in a process of its own, then perplexity on two texts that no calibration has seen
+and the divergence of its predictions from the dense model's. Rows are kept in ``results/quality.jsonl``, so an
+interrupted run goes on where it stopped; ``docs/quality.md`` and its plot are drawn from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .measure import machine, run
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
+PLOT = Path(__file__).parents[1] / "docs" / "quality.svg"
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+METHODS = ("best", "fast", "llm-pruner")
+TEXTS = {
+    "WikiText-2 validation": "wikitext2_unk_validation.jsonl",
+    "C4 sample": "c4_sample_300.jsonl",
+    "self-generated": "self",
+}
+TASKS = "piqa,arc_easy,openbookqa"
+TOKENS, WINDOW = 20480, 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point. ``text``: what the pruned model was calibrated on; the dense model has ratio 0 and no method."""
+
+    method: str
+    ratio: float
+    text: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.method} {self.ratio:g} {self.text}"
+
+
+def rows(ratios: tuple[float, ...]) -> Iterator[Row]:
+    yield Row("dense", 0.0, "")
+    # The row that says most comes first, should the run be cut short.
+    for ratio in sorted(ratios, key=lambda r: abs(r - 0.2)):
+        for text in TEXTS:
+            for method in METHODS:
+                yield Row(method, ratio, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratios", default=",".join(map(str, RATIOS)))
+    parser.add_argument("--only", default="", help="measure only the rows whose name holds this text")
+    parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too (400 rows each: minutes per row)")
+    arguments = parser.parse_args()
+    root = os.environ.get("LLMPRUNER_DATA")
+    if not root:
+        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
+    data = next(f for f in (Path(root) / "data", Path(root)) if (f / "wikitext2_unk_test.txt").is_file())
+    done = read_results()
+    for row in rows(tuple(map(float, arguments.ratios.split(",")))):
+        known = done.get(row.key, {})
+        if arguments.only not in row.key or ("perplexity" in known and ("tasks" in known or not arguments.tasks)):
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            done[row.key] = known | measure(row, data, Path(work), tasks=arguments.tasks, known=known)
+        RESULTS.write_text("".join(json.dumps(found) + "\n" for found in done.values()), encoding="utf-8")
+        print(row.key, {k: v for k, v in done[row.key].items() if k not in ("row", "machine")}, flush=True)
+    draw(done)
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    if not RESULTS.is_file():
+        return {}
+    found = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return {Row(**entry["row"]).key: entry for entry in found}
+
+
+def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, Any]) -> dict[str, Any]:
+    model, found = "demo", {"row": vars(row), "machine": machine()}
+    if row.method != "dense":
+        model = str(work / "pruned")
+        name = TEXTS[row.text]
+        text = name if name == "self" else str(data / name)
+        options = ("--method", row.method, "--kinds", "mlp", "--layers", "3-26", "--ratio", str(row.ratio))
+        done = run("prune", "demo", *options, "--dtype", "float32", "--calibration", text, "-o", model, "--json")
+        result = json.loads(done["output"])["result"]
+        found |= {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
+        found |= {"decoder_removed": result["decoder_removed"]}
+    if "perplexity" not in known:
+        second = work / "instructions.txt"
+        second.write_text(_instructions(data), encoding="utf-8")
+        found["perplexity"] = perplexity(model, data / "wikitext2_unk_test.txt", work)
+        found["perplexity_instructions"] = perplexity(model, second, work)
+    if tasks:
+        report = work / "tasks.json"
+        options = ("--tasks", TASKS, "--limit", "400", "--include-path", str(work / "tasks"), "--dtype", "float32")
+        _task_files(data, work / "tasks")
+        run("evaluate", model, *options, "--json", str(report), timeout=7200)
+        found["tasks"] = json.loads(report.read_text())[0]["tasks"]
+    return found
+
+
+def perplexity(model: str, text: Path, work: Path) -> float:
+    file = work / "evaluation.json"
+    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
+    run("evaluate", model, "--perplexity", str(text), *options, "--json", str(file))
+    return float(json.loads(file.read_text())[0]["perplexity"]["perplexity"])
+
+
+def _instructions(data: Path) -> str:
+    """A second text of another kind: the answers of an instruction set."""
+    lines = (data / "alpaca_gpt4_en_999.jsonl").read_text(encoding="utf-8").splitlines()
+    return "\n\n".join(json.loads(line)["output"] for line in lines)
+
+
+def _task_files(data: Path, folder: Path) -> None:
+    script = next(f for f in (data / "mk_tasks.py", data.parent / "mk_tasks.py") if f.is_file())
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, stdout=subprocess.DEVNULL)
+
+
+def draw(done: dict[str, dict[str, Any]]) -> None:
+    """The table and the plot of ``docs/quality.md``."""
+    dense = done.get(Row("dense", 0.0, "").key)
+    if dense is None:
+        return
+    lines = [
+        "# Quality for size",
+        "",
+        "<!-- Written by benchmarks/quality.py; do not edit. -->",
+        "",
+        "SmolLM2-135M-Instruct, MLP channels of layers 3-26, no training. *Ratio*: share of the decoder's parameters "
+        f"that went. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 products; "
+        "WikiText-2 test (unknown words as `<unk>`) and the answers of an instruction set, neither of them ever seen "
+        f"in calibration. Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Machine: "
+        f"{dense['machine']['cpu']}, {dense['machine']['cores']} cores.",
+        "",
+        "![Perplexity over the share of parameters removed](quality.svg)",
+        "",
+        "| method | calibrated on | ratio | WikiText-2 | instructions | seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    points = [entry for entry in done.values() if entry["row"]["method"] != "dense"]
+    for entry in sorted(points, key=lambda e: (e["row"]["ratio"], e["row"]["text"], e["row"]["method"])):
+        row = entry["row"]
+        lines.append(
+            f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f} | "
+            f"{entry['perplexity_instructions']:.2f} | {entry['seconds']:.0f} | {entry['peak_mib']} |"
+        )
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _plot(dense["perplexity"], points)
+
+
+def _plot(dense: float, points: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    texts = dict(zip(TEXTS, ("-", "--", ":"), strict=True))
+    colours = dict(zip(METHODS, ("tab:green", "tab:blue", "tab:red"), strict=True))
+    for method, colour in colours.items():
+        for text, style in texts.items():
+            chosen = [e for e in points if (e["row"]["method"], e["row"]["text"]) == (method, text)]
+            curve = sorted((e["row"]["ratio"], e["perplexity"]) for e in chosen)
+            if curve:
+                x, y = zip((0.0, dense), *curve, strict=True)
+                axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{method}, {text}")
+    axes.set(xlabel="decoder parameters removed", ylabel="perplexity on WikiText-2", yscale="log")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    plt.rcParams["svg.hashsalt"] = "llmpruner"
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Which weights of a layer read cut units, and what they should say: read from the roles of spans alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..coupling import LAYER, CouplingGraph, Role
+from ..surgery import kept_indices
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from ..surgery import Kept
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A weight of one layer with cut inputs. ``axis``: the one that is summed over; ``kept``: its indices that stay.
+
+    ``from_stream``: whether its inputs are the residual stream itself, whose lost channels no other output of the
+    pruned model can say: such a weight is fitted to the dense model's outputs.
+    """
+
+    parameter: str
+    axis: int
+    kept: torch.Tensor
+    from_stream: bool
+
+
+def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Consumer]:
+    """Parameter → consumer, for every weight matrix of ``layer`` that loses inputs."""
+    prefix = f"{graph.layers}.{layer}."
+    stays = kept_indices(graph, kept)
+    found: dict[str, Consumer] = {}
+    for name in kept:
+        group = graph.by_name[name]
+        for span in group.spans_with(Role.CONSUMES):
+            shape = graph.shapes[span.parameter]
+            summed = span.axis >= len(shape) - 2 and len(shape) >= 2
+            if span.parameter.startswith(prefix) and summed and (span.parameter, span.axis) in stays:
+                index = torch.tensor(stays[span.parameter, span.axis])
+                found[span.parameter] = Consumer(span.parameter, span.axis, index, group.is_normalized)
+    return found
+
+
+def writers_of(graph: CouplingGraph, layer: int) -> Sequence[str]:
+    """The weights through which the sub-layers of ``layer`` speak: those that read its inner units."""
+    return tuple(
+        dict.fromkeys(
+            span.parameter
+            for group in graph.groups
+            if group.layer == layer and not group.is_normalized
+            for span in group.spans_with(Role.CONSUMES)
+            if len(graph.shapes[span.parameter]) >= 2
+        )
+    )
+
+
+def matrix_of(model: nn.Module, consumer: Consumer, slot: int | None) -> torch.Tensor:
+    """The (out, in) matrix of a consumer, as a view: of expert ``slot`` where it is a stack of them."""
+    parameter = model.get_parameter(consumer.parameter).data
+    axis = consumer.axis
+    if slot is not None:
+        parameter, axis = parameter[slot], axis - 1
+    return parameter if axis == 1 else parameter.T
+
+
+def silence_inputs(model: nn.Module, consumer: Consumer) -> None:
+    """Set the weights of a consumer to zero that read what goes."""
+    parameter = model.get_parameter(consumer.parameter).data
+    gone = torch.ones(parameter.shape[consumer.axis], dtype=torch.bool)
+    gone[consumer.kept] = False
+    parameter.index_fill_(consumer.axis, gone.nonzero().flatten().to(parameter.device), 0.0)
+
+
+def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
+    """Numbers of the layers that go as a whole."""
+    return {
+        unit
+        for name, units in kept.items()
+        if graph.by_name[name].kind == LAYER
+        for unit in set(range(graph.by_name[name].units)) - set(units)
+    }

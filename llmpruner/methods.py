@@ -1,0 +1,53 @@
+"""Presets for ``--method``: complete ways to prune, each with the reason why it is offered.
+
+A preset is only a set of defaults: every option that the user gives wins over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Method:
+    """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens."""
+
+    name: str
+    summary: str
+    importance: str
+    variant: str | None
+    compensate: str
+    samples: int
+    length: int
+
+
+BEST = Method(
+    "best",
+    "one forward pass chooses, then the weights that read cut units are fitted again (the default)",
+    importance="energy",
+    variant=None,
+    compensate="refit",
+    samples=512,
+    length=128,
+)
+FAST = Method(
+    "fast",
+    "one forward pass over a few thousand tokens, no repair",
+    importance="energy",
+    variant=None,
+    compensate="none",
+    samples=64,
+    length=128,
+)
+LLM_PRUNER = Method(
+    "llm-pruner",
+    "the paper's: first-order Taylor on ten samples, no repair",
+    importance="taylor",
+    variant="element1",
+    compensate="none",
+    samples=10,
+    length=64,
+)
+METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in (BEST, FAST, LLM_PRUNER)})

@@ -1,0 +1,82 @@
+"""Tiny models with structure in their activations, for tests of what a forward pass tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from llmpruner.calibration import CalibrationSet
+from llmpruner.discovery.tiny import random_instance
+from llmpruner.families import build_graph
+from llmpruner.loading import LoadedModel
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128, "n_inner": 56}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha": ("llama", SMALL | {"num_key_value_heads": 6}),
+    "llama-gqa": ("llama", SMALL),
+    "gpt2": ("gpt2", GPT | TOKENS),
+    "gptj": ("gptj", GPT | TOKENS | {"rotary_dim": 4}),
+    "phi": ("phi", SMALL),
+    "granite": ("granite", SMALL | {"residual_multiplier": 0.4}),
+    "gemma2": ("gemma2", SMALL | {"sliding_window": 16}),
+    "mixtral": ("mixtral", SMALL | EXPERTS),
+    "glm": ("glm", SMALL),
+    "gpt_oss": ("gpt_oss", SMALL | EXPERTS | {"sliding_window": 16}),
+    "llama4": (
+        "llama4_text",
+        SMALL | EXPERTS | {"num_experts_per_tok": 1, "intermediate_size_mlp": 40, "attention_chunk_size": 32},
+    ),
+}
+
+
+def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int = 96) -> CalibrationSet:
+    """Sequences in which neighbours have to do with one another: a step of one to three from token to token."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(3, vocabulary, (samples, 1), generator=generator)
+    steps = torch.randint(1, 4, (samples, length - 1), generator=generator)
+    ids = torch.cat([start, start + steps.cumsum(1)], 1)
+    return CalibrationSet(3 + (ids - 3) % (vocabulary - 3), "steps")
+
+
+def make(name: str, seed: int = 0) -> LoadedModel:
+    """The model ``name`` of `CASES`; its weights that are made of few directions make units alike, so that others can
+    say what a cut one said."""
+    from llmpruner import Catalog, plugin_manager
+
+    model_type, changes = CASES[name]
+    config = CONFIG_MAPPING[model_type](**changes)
+    catalog = Catalog(plugin_manager())
+    known = [f for f in catalog.families.values() if f().matches(config)]
+    family = known[0]() if known else catalog.families["auto"]()
+    model = random_instance(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                few = torch.randn(*parameter.shape[:-1], 12, generator=generator)
+                few = few @ torch.randn(*parameter.shape[:-2], 12, parameter.shape[-1], generator=generator)
+                scale = parameter.std() / few.std()
+                parameter.mul_(0.3).add_(few, alpha=0.95 * float(scale))
+    return LoadedModel("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+
+
+def layers_of(loaded: LoadedModel) -> Any:
+    return loaded.model.get_submodule(loaded.graph.layers)

@@ -1,0 +1,311 @@
+"""Weights that read cut units are fitted again: nearer to the dense model, and nothing else is touched."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from criteria_cases import make, tokens
+
+from llmpruner import UnsupportedModelError
+from llmpruner.compensation.consumers import consumers_of
+from llmpruner.compensation.least_squares import NormalEquations
+from llmpruner.compensation.repair import repair
+from llmpruner.coupling import LAYER, Role
+from llmpruner.discovery.verify import random_plan
+from llmpruner.surgery import cut, silence
+
+CALIBRATION, HELD_OUT = tokens(48, 32, seed=0), tokens(8, 32, seed=9).input_ids
+
+PLANS = [
+    *(("llama-gqa", kinds) for kinds in ("mlp", "attention", "query", "hidden", "layer+mlp", "mlp+attention+hidden")),
+    *(("llama-mha", kinds) for kinds in ("attention", "mlp+attention")),
+    *((name, "mlp+attention") for name in ("gpt2", "gptj", "phi", "granite", "gemma2", "glm")),
+    ("granite", "hidden"), ("glm", "hidden"), ("mixtral", "mlp"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
+    ("gpt_oss", "mlp"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+
+
+def plan_for(loaded, kinds: str) -> dict[str, list[int]]:
+    wanted = kinds.split("+")
+    groups = [g for g in loaded.graph.of_kinds(wanted) if g.units > g.minimum and g.kind != LAYER]
+    kept = random_plan(groups, seed=1, uneven=False)
+    if LAYER in wanted:
+        kept["layers"] = [0, 2]
+    return kept
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=HELD_OUT, use_cache=False).logits.double()
+
+
+def divergence(model, dense: torch.Tensor) -> float:
+    """KL to the dense model, nats per token."""
+    one, other = dense.log_softmax(-1), logits(model).log_softmax(-1)
+    return float((one.exp() * (one - other)).sum(-1).mean())
+
+
+def cut_copy(loaded, kept, model=None):
+    model = copy.deepcopy(model or loaded.model)
+    cut(model, loaded.graph, kept, loaded.family)
+    return model
+
+
+def repaired(loaded, kept, **options):
+    model = copy.deepcopy(loaded.model)
+    fits = repair(model, loaded.graph, kept, CALIBRATION, **options)
+    return model, fits
+
+
+def skipping(model, loaded, kept):
+    """The repaired model at full size, its removed layers skipped."""
+    model = copy.deepcopy(model)
+    for number, path in enumerate(loaded.graph.by_name["layers"].modules if "layers" in kept else ()):
+        if number not in kept["layers"]:
+            model.get_submodule(path).register_forward_hook(
+                lambda _, args, out: args[0] if isinstance(out, torch.Tensor) else (args[0], *out[1:])
+            )
+    silence(model, loaded.graph, {name: units for name, units in kept.items() if name != "layers"})
+    return model
+
+
+@pytest.mark.parametrize(("name", "kinds"), PLANS)
+def test_a_repaired_model_is_nearer_to_the_dense_one(name, kinds):
+    loaded = make(name)
+    kept = plan_for(loaded, kinds)
+    dense = logits(loaded.model)
+    plain = divergence(cut_copy(loaded, kept), dense)
+    model, fits = repaired(loaded, kept)
+    after = cut_copy(loaded, kept, model)
+    assert divergence(after, dense) < 0.9 * plain
+    assert any(fit.ridge is not None for fit in fits)
+    # The oracle: what is cut says nothing already.
+    reference = logits(skipping(model, loaded, kept))
+    assert float((logits(after) - reference).abs().max()) < 2e-4 * (1 + float(reference.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("llama-gqa", "mlp+attention+hidden"), ("gpt2", "mlp"), ("mixtral", "mlp")]
+)
+def test_nothing_but_consumers_and_silenced_rows_changes(name, kinds):
+    loaded = make(name)
+    kept = plan_for(loaded, kinds)
+    model, _ = repaired(loaded, kept)
+    groups = [loaded.graph.by_name[name] for name in kept]
+    may = {s.parameter for g in groups for s in g.spans_with(Role.CONSUMES)}
+    may |= {s.parameter for g in groups if g.is_normalized for s in g.spans_with(Role.PRODUCES)}
+    may |= {p.replace("weight", "bias") for p in may}
+    for parameter, before in loaded.model.state_dict().items():
+        if parameter not in may:
+            assert torch.equal(model.state_dict()[parameter], before), parameter
+
+
+def test_layers_before_the_first_cut_stay_bit_for_bit():
+    loaded = make("llama-gqa")
+    kept = {"layers.1.mlp": list(range(30))}
+    model, fits = repaired(loaded, kept)
+    changed = {n for n, p in model.state_dict().items() if not torch.equal(p, loaded.model.state_dict()[n])}
+    assert changed == {"model.layers.1.mlp.down_proj.weight"} == {fit.parameter for fit in fits}
+
+
+def test_repair_is_deterministic():
+    loaded = make("llama-gqa")
+    kept = plan_for(loaded, "mlp+attention")
+    (one, fits), (other, again) = repaired(loaded, kept), repaired(loaded, kept)
+    assert fits == again
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_micro_batches_change_little(monkeypatch):
+    loaded = make("llama-gqa")
+    kept = plan_for(loaded, "mlp+attention")
+    dense = logits(loaded.model)
+    whole = divergence(repaired(loaded, kept)[0], dense)
+    monkeypatch.setattr("llmpruner.walk._TOKENS_AT_ONCE", 256)
+    parts = divergence(repaired(loaded, kept)[0], dense)
+    assert parts == pytest.approx(whole, rel=0.25)
+
+
+def test_a_single_cut_is_the_least_squares_fit():
+    """One down_proj, nothing cut before it: mix does not matter, and the answer is in closed form."""
+    loaded = make("llama-gqa")
+    kept = {"layers.0.mlp": list(range(40))}
+    model, (fit,) = repaired(loaded, kept)
+    rows: list[torch.Tensor] = []
+    down = loaded.model.model.layers[0].mlp.down_proj
+    handle = down.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
+    handle.remove()
+    old = down.weight.detach().double()
+    x = torch.cat(rows).double()
+    gram = x[:, :40].T @ x[:, :40]
+    strength = fit.ridge * float(gram.diagonal().mean())
+    target = x @ old.T
+    right = x[:, :40].T @ target + strength * old[:, :40].T
+    expected = torch.linalg.solve(gram + strength * torch.eye(40, dtype=torch.float64), right).T
+    new = model.model.layers[0].mlp.down_proj.weight.detach()
+    torch.testing.assert_close(new[:, :40].double(), expected, rtol=2e-3, atol=2e-4)
+    assert not bool(new[:, 40:].any())
+    assert fit.rows == CALIBRATION.input_ids.numel()
+
+
+def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
+    """With hidden channels cut, the queries are fitted first; what gate and up should say comes from a dense model
+    whose queries are still its own."""
+    loaded = make("llama-gqa")
+    kept = plan_for(loaded, "hidden")
+    model, _ = repaired(loaded, kept)
+    layer = "model.layers.0."
+    found = consumers_of(loaded.graph, kept, 0)[layer + "mlp.up_proj.weight"]
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    def run(which, who: str) -> None:
+        module = which.get_submodule(layer + "mlp.up_proj")
+        handle = module.register_forward_hook(
+            lambda _, args, out: (inputs.update({who: args[0]}), outputs.update({who: out}), None)[-1]
+        )
+        with torch.no_grad():
+            which(input_ids=CALIBRATION.input_ids, use_cache=False)
+        handle.remove()
+
+    run(loaded.model, "dense")
+    run(skipping(model, loaded, kept), "pruned")
+    x, target = inputs["pruned"].flatten(0, 1)[:, found.kept], outputs["dense"].flatten(0, 1)
+    best = torch.linalg.lstsq(x.double(), target.double()).solution
+    floor = float((x.double() @ best - target).norm())
+    assert float((outputs["pruned"].flatten(0, 1) - target).norm()) < 1.1 * floor
+
+
+def test_consumers_in_use_order_are_told_apart_although_memory_is_used_again():
+    loaded = make("llama-gqa")
+    _, fits = repaired(loaded, plan_for(loaded, "mlp+attention"))
+    of_layer = [fit.parameter.split("layers.")[1] for fit in fits if fit.parameter.startswith("model.layers.1.")]
+    assert of_layer == ["1.self_attn.o_proj.weight", "1.mlp.down_proj.weight"]
+
+
+def test_a_weight_without_a_watched_product_is_reported_and_silenced(monkeypatch):
+    loaded = make("llama-gqa")
+    kept = {"layers.1.mlp": list(range(30))}
+    model = copy.deepcopy(loaded.model)
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
+    monkeypatch.setattr("llmpruner.uses._PRODUCTS", {})
+    (fit,) = repair(model, loaded.graph, kept, CALIBRATION)
+    assert (fit.parameter, fit.rows, fit.ridge) == ("model.layers.1.mlp.down_proj.weight", 0, None)
+    assert not bool(mlp.down_proj.weight[:, 30:].any())
+
+
+def test_experts_are_fitted_one_by_one():
+    loaded = make("mixtral")
+    _, fits = repaired(loaded, plan_for(loaded, "mlp"))
+    slots = [fit.slot for fit in fits if fit.parameter == "model.layers.0.mlp.experts.down_proj"]
+    assert sorted(slots) == [0, 1, 2, 3]
+    assert sum(fit.rows for fit in fits if ".0." in fit.parameter) == 2 * CALIBRATION.input_ids.numel()
+
+
+def test_bias_compensation_moves_the_mean():
+    loaded = make("gpt2")
+    kept = {"layers.0.mlp": list(range(30))}
+    model, (fit,) = repaired(loaded, kept, method="bias")
+    rows: list[torch.Tensor] = []
+    project = loaded.model.transformer.h[0].mlp.c_proj
+    handle = project.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
+    handle.remove()
+    lost = torch.cat(rows)[:, 30:].mean(0) @ project.weight[30:]
+    new = model.transformer.h[0].mlp.c_proj
+    torch.testing.assert_close(new.bias, project.bias + lost, rtol=1e-4, atol=1e-4)
+    assert torch.equal(new.weight[:30], project.weight[:30])
+    assert not bool(new.weight[30:].any())
+    assert fit.ridge is None
+    dense = logits(loaded.model)
+    assert divergence(cut_copy(loaded, kept, model), dense) < divergence(cut_copy(loaded, kept), dense)
+
+
+def test_bias_compensation_needs_a_bias():
+    loaded = make("llama-gqa")
+    with pytest.raises(UnsupportedModelError, match=r"down_proj.weight' has no bias.*--compensate refit or none"):
+        repaired(loaded, {"layers.0.mlp": list(range(30))}, method="bias")
+
+
+def test_half_precision_models_are_repaired():
+    loaded = make("llama-gqa")
+    dense = logits(loaded.model)
+    kept = plan_for(loaded, "mlp")
+    loaded = replace(loaded, model=loaded.model.bfloat16())
+    plain = divergence(cut_copy(loaded, kept), dense)
+    model, _ = repaired(loaded, kept)
+    assert model.dtype == torch.bfloat16
+    assert divergence(cut_copy(loaded, kept, model), dense) < plain
+
+
+def problem(rows: int = 400, noise: float = 0.0, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    true = torch.randn(3, 6, generator=generator)
+    return x, x @ true.T + noise * torch.randn(rows, 3, generator=generator), true
+
+
+def test_the_normal_equations_find_what_least_squares_finds():
+    x, target, true = problem()
+    equations = NormalEquations(6, 3, x.device)
+    for part, wanted in zip(x.split(64), target.split(64), strict=True):
+        equations.add(part, wanted)
+    new, ridge = equations.solve(true + 0.1)
+    assert ridge == 1e-3, "without noise the least ridge wins"
+    assert equations.rows == len(x)
+    free = torch.linalg.lstsq(x, target).solution.T
+    assert float((new - free).norm()) < 0.05 * float(free.norm())
+    strength = ridge * float((x.T @ x).diagonal().mean())
+    closed = torch.linalg.solve(x.T @ x + strength * torch.eye(6), x.T @ target + strength * (true + 0.1).T).T
+    torch.testing.assert_close(new, closed, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ridge_is_chosen_on_rows_that_were_held_out():
+    """Few rows and much noise: a free fit is worse than staying near the old weights, which are true."""
+    x, target, true = problem(rows=16, noise=20.0)
+    equations = NormalEquations(6, 3, x.device)
+    equations.add(x, target)
+    new, ridge = equations.solve(true)
+    free = torch.linalg.lstsq(x, target).solution.T
+    assert ridge is None or ridge >= 0.1
+    assert float((new - true).norm()) < 0.5 * float((free - true).norm())
+
+
+def test_weights_that_are_best_already_stay():
+    x, _, true = problem()
+    equations = NormalEquations(6, 3, x.device)
+    equations.add(x, x @ true.T)
+    new, ridge = equations.solve(true)
+    torch.testing.assert_close(new, true, rtol=1e-3, atol=1e-3)
+    assert ridge is None or ridge > 0
+
+
+def test_inputs_that_are_always_zero_keep_their_weights():
+    x, target, true = problem()
+    x[:, 2] = 0
+    equations = NormalEquations(6, 3, x.device)
+    equations.add(x, target)
+    new, _ = equations.solve(true + 0.5)
+    torch.testing.assert_close(new[:, 2], true[:, 2] + 0.5)
+
+
+def test_without_rows_nothing_is_fitted():
+    old = torch.randn(3, 6)
+    empty = NormalEquations(6, 3, old.device)
+    assert empty.solve(old)[1] is None
+    empty.add(torch.randn(5, 6), torch.randn(5, 3))
+    new, ridge = empty.solve(old)
+    assert ridge is None, "five rows leave none to choose a ridge by"
+    assert torch.equal(new, old)

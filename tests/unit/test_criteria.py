@@ -1,0 +1,258 @@
+"""Criteria that read a forward pass against their equations, worked out directly."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import pi
+
+import pytest
+import torch
+from criteria_cases import layers_of, make, tokens
+
+from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
+from llmpruner.coupling import Role
+from llmpruner.importance.base import InputStats, ParameterSignals, Signal
+from llmpruner.importance.elimination import Elimination
+from llmpruner.importance.estimate import estimate
+from llmpruner.importance.normalize import NORMALIZATIONS, normalize
+
+CALIBRATION = tokens(8, 24)
+CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
+ALL = [(name, variant) for name, cls in CRITERIA.items() for variant in cls.variants or (None,)]
+OF_UNITS = [(name, variant) for name, variant in ALL if Signal.STREAM not in CRITERIA[name]().signals]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+
+
+@pytest.fixture
+def llama():
+    return make("llama-gqa")
+
+
+def scores_of(loaded, criterion, name: str) -> torch.Tensor:
+    group = loaded.graph.by_name[name]
+    return estimate(loaded.model, loaded.graph, [group], criterion, CALIBRATION).by_group[name]
+
+
+def inputs_of(loaded, path: str) -> torch.Tensor:
+    rows: list[torch.Tensor] = []
+    handle = loaded.model.get_submodule(path).register_forward_hook(lambda _, a, __: rows.append(a[0].flatten(0, -2)))
+    with torch.no_grad():
+        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
+    handle.remove()
+    return torch.cat(rows).double()
+
+
+def principal(x: torch.Tensor) -> torch.Tensor:
+    """Energy of each channel in the fewest components that hold 99 % of it."""
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    values, vectors = values.flip(0), vectors.flip(1)
+    count = 1 + int((values.cumsum(0) < 0.99 * values.sum()).sum())
+    return (vectors[:, :count].square() * values[:count]).sum(1)
+
+
+EQUATIONS = {
+    "wanda-sp": lambda w, x: w.abs().sum(0) * x.square().mean(0).sqrt(),
+    "energy": lambda w, x: w.square().sum(0) * x.square().mean(0),
+    "flap": lambda w, x: w.square().sum(0) * x.var(0, correction=0),
+    "activation": lambda w, x: x.square().mean(0),
+    "pca": lambda w, x: principal(x),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+@pytest.mark.parametrize(
+    ("group", "module", "width"), [("layers.1.mlp", "mlp.down_proj", 1), ("layers.1.attention", "self_attn.o_proj", 16)]
+)
+def test_equations(llama, name, group, module, width):
+    path = f"model.layers.1.{module}"
+    weight = llama.model.get_submodule(path).weight.detach().double()
+    expected = EQUATIONS[name](weight, inputs_of(llama, path)).view(-1, width).sum(1)
+    torch.testing.assert_close(scores_of(llama, CRITERIA[name](), group), expected, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_a_transposed_weight_scores_alike(name):
+    loaded = make("gpt2")
+    path = "transformer.h.1.mlp.c_proj"
+    weight = loaded.model.get_submodule(path).weight.detach().double().T
+    group = next(g for g in loaded.graph.of_kinds(["mlp"]) if g.layer == 1)
+    expected = EQUATIONS[name](weight, inputs_of(loaded, path))
+    torch.testing.assert_close(scores_of(loaded, CRITERIA[name](), group.name), expected, rtol=1e-3, atol=1e-7)
+
+
+def elimination_problem(units: int, width: int = 1, out: int = 5, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    inside = units * width
+    x = torch.randn(200, inside, generator=generator) @ torch.randn(inside, inside, generator=generator)
+    weight = torch.randn(out, inside, generator=generator)
+    gram = (x.T @ x / len(x)).double()
+    ridge = 0.01 * float(gram.diagonal().mean())
+    signals = ParameterSignals(
+        weight, None, None, generator,
+        InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram.float()),
+    )  # fmt: skip
+    return signals, gram + ridge * torch.eye(inside, dtype=torch.float64), torch.arange(inside).view(units, width)
+
+
+def refit_error(weight: torch.Tensor, hessian: torch.Tensor, gone: list[int]) -> float:
+    """The least squared error, ridge included, of a weight without some of its inputs."""
+    weight = weight.double()
+    stay = [i for i in range(weight.shape[1]) if i not in gone]
+    new = torch.zeros_like(weight)
+    new[:, stay] = torch.linalg.solve(hessian[stay][:, stay], hessian[stay] @ weight.T).T
+    return float(((weight - new) @ hessian * (weight - new)).sum())
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_obs_is_the_error_after_the_best_repair(width):
+    signals, hessian, index = elimination_problem(6, width)
+    scores = Elimination().score_units(signals, 1, index)
+    order = scores.argsort().tolist()
+    gone: list[int] = []
+    for unit in order:
+        errors = {u: refit_error(signals.weight, hessian, gone + index[u].tolist()) for u in range(6) if
+                  not set(index[u].tolist()) <= set(gone)}  # fmt: skip
+        assert min(errors, key=errors.get) == unit, "greedy: always the unit whose removal leaves the least error"
+        assert float(scores[unit]) == pytest.approx(errors[unit], rel=1e-3)
+        gone += index[unit].tolist()
+
+
+def test_obs_prefers_a_unit_that_others_can_replace():
+    """Two inputs that are nearly one: each is large, and either can go. No sum over weights can see that."""
+    signals, _, index = elimination_problem(5)
+    x = torch.randn(500, 5, generator=torch.Generator().manual_seed(3))
+    x[:, 4] = x[:, 1] + 0.01 * x[:, 4]
+    gram = x.T @ x / len(x)
+    stats = InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram)
+    weight = torch.ones(3, 5)
+    weight[:, [1, 4]] = 3.0
+    scores = Elimination().score_units(ParameterSignals(weight, None, None, signals.generator, stats), 1, index)
+    energy = CRITERIA["energy"]().saliency(ParameterSignals(weight, None, None, signals.generator, stats)).sum(0)
+    assert int(scores.argmin()) in (1, 4)
+    assert int(energy.argmin()) not in (1, 4)
+
+
+def test_obs_of_a_stack_removes_units_of_one_number_together():
+    first, one, index = elimination_problem(4, seed=1)
+    second, other, _ = elimination_problem(4, seed=2)
+    stack = InputStats(
+        torch.zeros(2, 1, 4), torch.ones(2, 1, 4), 2, torch.stack([first.inputs.gram, second.inputs.gram])
+    )
+    weight = torch.stack([first.weight, second.weight])
+    scores = Elimination().score_units(ParameterSignals(weight, None, None, first.generator, stack), 2, index)
+    unit = int(scores.argmin())
+    together = [refit_error(weight[0], one, [u]) + refit_error(weight[1], other, [u]) for u in range(4)]
+    assert unit == together.index(min(together))
+    assert float(scores[unit]) == pytest.approx(min(together), rel=1e-3)
+
+
+def test_depth_criteria(llama):
+    before = [inputs_of(llama, f"model.layers.{n}.input_layernorm") for n in range(3)]
+    before.append(inputs_of(llama, "model.norm"))
+    cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in pairwise(before)]
+    influence = torch.stack([1 - c.mean() for c in cosines])
+    angle = torch.stack([c.arccos().mean() / pi for c in cosines])
+    torch.testing.assert_close(scores_of(llama, CRITERIA["block-influence"](), "layers"), influence, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores_of(llama, CRITERIA["angular"](), "layers"), angle, rtol=0, atol=1e-4)
+
+
+def test_depth_criteria_score_layers_alone(llama):
+    with pytest.raises(SelectionError, match="block-influence scores whole layers, not 'mlp'; use --kinds layer"):
+        scores_of(llama, CRITERIA["block-influence"](), "layers.1.mlp")
+
+
+@pytest.mark.parametrize("name", ["wanda-sp", "obs", "block-influence", "taylor"])
+def test_a_calibration_set_is_asked_for(llama, name):
+    group = llama.graph.by_name["layers"]
+    with pytest.raises(ModelError, match="needs a calibration set"):
+        estimate(llama.model, llama.graph, [group], CRITERIA[name](), None)
+
+
+@pytest.mark.parametrize(("name", "variant"), [c for c in OF_UNITS if c[0] not in ("random", "activation", "pca")])
+def test_a_kv_group_counts_its_own_query_heads_alone(llama, name, variant):
+    """Planted: what o_proj reads from the two query heads of KV head 1. Only that group's score may change, with
+    everything else that is measured, inputs and gradients, as good as constant: the last layer, a tiny plant."""
+    group = "layers.2.attention"
+    criterion = CRITERIA[name](variant)
+    weight = layers_of(llama)[2].self_attn.o_proj.weight
+    before = scores_of(llama, criterion, group)
+    with torch.no_grad():
+        weight[:, 16:32] *= 1.01
+    after = scores_of(llama, criterion, group)
+    change = (after / before - 1).abs()
+    assert int(change.argmax()) == 1
+    if not {Signal.GRAD, Signal.GRAD_SQ} & criterion.signals and name != "obs":
+        torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "variant"), [c for c in OF_UNITS if c[0] != "random"])
+def test_a_kv_group_of_large_heads_comes_first(llama, name, variant):
+    """Planted: the values of KV head 1, which only its own query heads carry on, and what o_proj reads from them."""
+    attention = layers_of(llama)[2].self_attn
+    with torch.no_grad():
+        attention.v_proj.weight[8:16] *= 30
+        attention.o_proj.weight[:, 16:32] *= 30
+    scores = scores_of(llama, CRITERIA[name](variant), "layers.2.attention")
+    assert scores.tolist().index(max(scores.tolist())) == 1
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "gpt2", "phi", "gemma2", "mixtral", "gpt_oss", "glm"])
+def test_every_criterion_scores_every_kind(model):
+    loaded = make(model)
+    for name, variant in ALL:
+        criterion = CRITERIA[name](variant)
+        kinds = ["layer"] if Signal.STREAM in criterion.signals else loaded.graph.kinds
+        groups = loaded.graph.of_kinds(kinds)
+        scores = estimate(loaded.model, loaded.graph, groups, criterion, tokens(2, 12)).by_group
+        for group in groups:
+            values = scores[group.name]
+            assert values.shape == (group.units,)
+            assert bool(values.isfinite().all())
+            assert len(set(values.tolist())) > 1, f"{name} {variant} on {model} {group.name}: all alike"
+
+
+def test_readers_alone_count_where_there_are_any(llama):
+    """A criterion of what reads a unit is not moved by what makes it, beyond the inputs."""
+    group = llama.graph.by_name["layers.1.mlp"]
+    readers = {s.parameter for s in group.spans_with(Role.CONSUMES)}
+    assert readers == {"model.layers.1.mlp.down_proj.weight"}
+    before = scores_of(llama, CRITERIA["energy"](), group.name)
+    with torch.no_grad():
+        llama.model.model.layers[1].mlp.up_proj.weight[7] *= 2.0
+    after = scores_of(llama, CRITERIA["energy"](), group.name)
+    ratio = after / before
+    assert float(ratio[7]) == pytest.approx(4.0, rel=1e-4)
+    torch.testing.assert_close(ratio[:7], torch.ones(7, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def normalized(loaded, scores, how):
+    return normalize(loaded.graph, loaded.graph.by_name, scores, how)
+
+
+def test_normalization(llama):
+    values = {"layers.0.mlp": torch.arange(56.0).double() + 1, "layers.1.attention": torch.tensor([3.0, 1, 2]).double()}
+    by = {how: normalized(llama, values, how)["layers.1.attention"].tolist() for how in NORMALIZATIONS}
+    per_unit = 48 * (16 + 8 + 8 + 16)
+    assert by["none"] == [3, 1, 2]
+    assert by["mean"] == [1.5, 0.5, 1]
+    assert by["max"] == pytest.approx([1, 1 / 3, 2 / 3])
+    assert by["sum"] == pytest.approx([0.5, 1 / 6, 1 / 3])
+    assert by["zscore"] == pytest.approx([1.5**0.5, -(1.5**0.5), 0])
+    assert by["parameters"] == pytest.approx([3 / per_unit, 1 / per_unit, 2 / per_unit])
+
+
+@pytest.mark.parametrize("how", NORMALIZATIONS)
+@pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [-3.0, 1.0, -2.0], [0.0, 0.0, 0.0]])
+def test_normalization_keeps_the_order(llama, how, values):
+    result = normalized(llama, {"layers.1.attention": torch.tensor(values).double()}, how)["layers.1.attention"]
+    assert bool(result.isfinite().all())
+    assert result.argsort(stable=True).tolist() == torch.tensor(values).argsort(stable=True).tolist()
+
+
+def test_an_unknown_normalization_offers_the_known(llama):
+    with pytest.raises(UnknownNameError, match="did you mean zscore"):
+        normalized(llama, {}, "z-score")

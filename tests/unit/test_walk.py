@@ -1,0 +1,170 @@
+"""Walking the decoder layer by layer gives what the model gives, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from criteria_cases import CASES, layers_of, make, tokens
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from llmpruner import ModelError, UnsupportedModelError
+from llmpruner.calibration import CalibrationSet
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.families import decoder_layers
+from llmpruner.walk import ForwardWalk, standing_in
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+
+
+def boundaries(loaded, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The hidden states after each layer of a plain forward pass."""
+    found: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
+        for layer in layers_of(loaded)
+    ]
+    with torch.no_grad():
+        loaded.model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
+    walk = ForwardWalk.over(loaded.model, loaded.graph.layers, calibration)
+    states = [batch.hidden for batch in walk.batches]
+    found = []
+    with torch.no_grad():
+        for number in range(len(walk.layers)):
+            states = [walk.run(number, b, hidden) for b, hidden in zip(walk.batches, states, strict=True)]
+            found.append(torch.cat(states))
+    return walk, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_walk_gives_the_models_own_hidden_states(name):
+    loaded = make(name)
+    calibration = tokens(4, 16)
+    _, found = walked(loaded, calibration)
+    for mine, own in zip(found, boundaries(loaded, calibration.input_ids), strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_make_no_difference(monkeypatch):
+    loaded, calibration = make("llama-gqa"), tokens(5, 16)
+    _, whole = walked(loaded, calibration)
+    monkeypatch.setattr("llmpruner.walk._TOKENS_AT_ONCE", 32)
+    walk, parts = walked(loaded, calibration)
+    assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_may_return_tuples():
+    """As many did, with attention weights behind the hidden states."""
+    loaded, calibration = make("gpt2"), tokens(4, 16)
+    _, before = walked(loaded, calibration)
+    for layer in layers_of(loaded):
+        layer.register_forward_pre_hook(_first, with_kwargs=True)
+        layer.register_forward_hook(lambda _, __, out: (out, None) if isinstance(out, torch.Tensor) else out)
+    loaded.model.transformer.ln_f.register_forward_pre_hook(_first, with_kwargs=True)
+    _, after = walked(loaded, calibration)
+    torch.testing.assert_close(after, before)
+
+
+def _first(_, args, kwargs):
+    return (args[0][0] if isinstance(args[0], tuple) else args[0], *args[1:]), kwargs
+
+
+def test_half_precision_models_are_walked():
+    loaded, calibration = make("llama-gqa"), tokens(4, 16)
+    _, exact = walked(loaded, calibration)
+    loaded.model.bfloat16()
+    _, half = walked(loaded, calibration)
+    assert all(states.dtype == torch.float32 for states in half)
+    assert float((half[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
+
+
+def test_fast_products_stay_near(monkeypatch):
+    loaded, calibration = make("llama-gqa"), tokens(4, 16)
+    _, exact = walked(loaded, calibration)
+    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: True)
+    _, fast = walked(loaded, calibration)
+    assert 0 < float((fast[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_experts_are_computed_one_by_one_while_walked(implementation):
+    loaded = make("mixtral")
+    loaded.model.set_experts_implementation(implementation)
+    walked(loaded, tokens(4, 16))
+    assert loaded.model.config._experts_implementation == implementation
+
+
+def test_layers_that_keep_count_of_one_another_are_refused():
+    loaded = make("llama-gqa")
+    calls: list[int] = []
+
+    def later_is_louder(_, __, out):
+        calls.append(1)
+        return out * len(calls)
+
+    for layer in layers_of(loaded):
+        layer.register_forward_hook(later_is_louder)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM hand more to one another.*--compensate none"):
+        ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+
+
+@pytest.mark.parametrize("model_type", ["hrm_text", "hy_v4"])
+def test_real_types_that_hand_more_on_are_refused(model_type):
+    """Layers that run again and again, and layers that need what another has computed."""
+    config = small_config(CONFIG_MAPPING[model_type]())
+    model = random_instance(config)
+    with pytest.raises(UnsupportedModelError, match="cannot be walked one by one"):
+        ForwardWalk.over(model, decoder_layers(model), tokens(2, 9))
+
+
+def test_layers_that_return_lists_are_walked():
+    model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
+    assert len(ForwardWalk.over(model, decoder_layers(model), tokens(2, 9)).batches) == 1
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    loaded = make("llama-gqa")
+    layers = layers_of(loaded)
+    again = layers[0]
+    layers[1].register_forward_hook(
+        lambda _, args, out: again(
+            out, position_embeddings=loaded.model.model.rotary_emb(out, torch.arange(out.shape[1])[None])
+        )
+    )
+    with pytest.raises(UnsupportedModelError, match="cannot be walked one by one"):
+        ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+
+
+def test_a_token_outside_the_vocabulary_is_named():
+    loaded = make("llama-gqa")
+    with pytest.raises(ModelError, match="calibration token 96 is outside the model's vocabulary of 96"):
+        ForwardWalk.over(loaded.model, loaded.graph.layers, CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong"))
+
+
+def test_damaged_weights_are_not_taken_for_an_odd_model():
+    loaded = make("llama-gqa")
+    with torch.no_grad():
+        layers_of(loaded)[1].mlp.down_proj.weight[3, 5] = float("nan")
+    with pytest.raises(ModelError, match="the weights are damaged") as error:
+        ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+    assert not isinstance(error.value, UnsupportedModelError)
+
+
+def test_a_forward_that_another_library_put_on_a_layer_is_put_back():
+    layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+    own = layers[0].forward = lambda x: x + 1
+    with standing_in(layers, lambda number: lambda x: x * number):
+        assert layers[1](torch.tensor(5)) == 5
+        assert layers[0](torch.tensor(5)) == 0
+    assert layers[0].forward is own
+    assert "forward" not in vars(layers[1])
