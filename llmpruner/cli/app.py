@@ -9,7 +9,7 @@ import typer
 from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins import BrokenPlugin, Catalog, PluginHost, plugin_manager
-from . import demo, discover, evaluate, generate, plugins, prune, recover
+from . import demo, discover, doctor, evaluate, generate, new_plugin, plugins, prune, recover
 from .console import warning_line
 
 HELP = """
@@ -44,11 +44,12 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         ] = False,
     ) -> None:
         del version, debug
-        ctx.obj = Catalog(host)
+        # Whoever asks what is wrong must get an answer even if no catalog can be made.
+        ctx.obj = host if ctx.invoked_subcommand == "doctor" else Catalog(host)
         for broken in host.broken:
             warning_line(str(broken))
 
-    for module in (demo, plugins, discover, prune, recover, evaluate, generate):
+    for module in (demo, plugins, discover, prune, recover, evaluate, generate, new_plugin, doctor):
         module.add_commands(app)
     _add_plugin_commands(app, host)
     return app

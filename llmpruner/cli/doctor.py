@@ -1,0 +1,260 @@
+"""``llmpruner doctor``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+from .. import __version__
+from ..errors import LlmprunerError
+from ..plugins import Catalog, PluginHost
+from .console import err, print_json, size, table
+from .options import Json
+
+OK, WARNING, BROKEN, ABSENT = "ok", "warning", "broken", "absent"
+COLOURS = {OK: "green", WARNING: "yellow", BROKEN: "red", ABSENT: "dim"}
+
+PROBES = {
+    "torch": "torch.export",
+    "transformers": "transformers.modeling_utils",
+    "peft": "peft.tuners.lora",
+    "datasets": "datasets",
+    "lm-eval": "lm_eval.models.huggingface",
+}
+"""Distribution → the module whose import shows that it works with the versions around it."""
+
+INCOMPATIBLE = (
+    ("torch", "<2.6", "transformers refuses to read .bin checkpoints; upgrade torch or convert them to safetensors"),
+    ("peft", "<0.18", "it imports cache classes that transformers 5 no longer has; upgrade peft"),
+    ("lm-eval", "<0.4.10", "it looks for model classes that transformers 5 no longer has; upgrade lm-eval"),
+)
+"""Distribution, versions, and what does not work: what a version range alone would not explain."""
+
+HUB_TIMEOUT = 3.0
+LITTLE_MEMORY, LITTLE_DISK = 4 << 30, 10 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. ``status``: ok, warning (something is limited), broken, or absent (optional, not installed)."""
+
+    section: str
+    name: str
+    status: str
+    detail: str
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+    """Examine this installation: versions, plugins, devices, memory, hub. Exits with 1 when something is broken."""
+    host: PluginHost = ctx.obj.host if isinstance(ctx.obj, Catalog) else ctx.obj
+    found = list(checks(host))
+    count = Counter(check.status for check in found)
+    if as_json:
+        print_json({"healthy": not count[BROKEN], "checks": [asdict(check) for check in found]})
+    else:
+        rows = [(c.section, c.name, c.status, c.detail) for c in found]
+        table(None, ("", "What", "Status", "Detail"), rows, left=4)
+        colour = COLOURS[BROKEN if count[BROKEN] else WARNING if count[WARNING] else OK]
+        err.print(f"[{colour}]{count[BROKEN]} broken, {count[WARNING]} to know about[/]", highlight=False)
+    if count[BROKEN]:
+        raise typer.Exit(1)
+
+
+def checks(host: PluginHost) -> Iterator[Check]:
+    """Everything that is examined, in the order shown."""
+    yield Check("python", "llmpruner", OK, __version__)
+    yield Check("python", platform.python_implementation(), OK, f"{platform.python_version()} on {platform.system()}")
+    for section in (_packages, _imports, _devices, _memory, _hub):
+        yield from section()
+    yield from _plugins(host)
+
+
+def _packages() -> Iterator[Check]:
+    """Every dependency against the range that the installed metadata states."""
+    from packaging.requirements import Requirement
+
+    try:
+        stated = metadata.requires("llmpruner") or []
+    except metadata.PackageNotFoundError:
+        yield Check("packages", "llmpruner", BROKEN, "runs from source without being installed: pip install -e .")
+        return
+    seen: set[str] = set()
+    for requirement in map(Requirement, stated):
+        extra = _extra_of(requirement.marker)
+        if extra in ("all", "dev") or requirement.name == "llmpruner" or requirement.name in seen:
+            continue
+        seen.add(requirement.name)
+        wanted = f"supported: {requirement.specifier}"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            status, remedy = (ABSENT, f"llmpruner[{extra}]") if extra else (BROKEN, "llmpruner")
+            yield Check("packages", requirement.name, status, f"not installed; pip install '{remedy}'")
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        yield Check("packages", requirement.name, OK if fits else BROKEN, f"{version} ({wanted})")
+        yield from _incompatible(requirement.name, version)
+
+
+def _extra_of(marker: object) -> str | None:
+    """The extra of a requirement's marker ``extra == "name"``."""
+    text = str(marker or "")
+    return text.partition("extra ==")[2].strip().strip("\"'") or None
+
+
+def _incompatible(name: str, version: str) -> Iterator[Check]:
+    from packaging.specifiers import SpecifierSet
+
+    for package, versions, what in INCOMPATIBLE:
+        if package == name and SpecifierSet(versions).contains(version, prereleases=True):
+            yield Check("packages", name, BROKEN, f"{version}: {what}")
+
+
+def _imports() -> Iterator[Check]:
+    """Versions may fit and yet not work together; importing them shows it."""
+    for distribution, module in PROBES.items():
+        try:
+            metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue  # said above
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a broken installation raises is the finding
+            yield Check("imports", module, BROKEN, _line(error))
+        else:
+            yield Check("imports", module, OK, "")
+
+
+def _devices() -> Iterator[Check]:
+    try:
+        import torch
+    except Exception:  # said above, under imports
+        return
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield _device("cpu", f"{torch.get_num_threads()} threads, {capability}")
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(number)
+            yield _device(f"cuda:{number}", f"{properties.name}, {size(properties.total_memory)}")
+    elif torch.version.cuda:
+        yield Check("devices", "cuda", WARNING, f"torch is built for CUDA {torch.version.cuda}, but sees no GPU")
+    if torch.backends.mps.is_available():
+        yield _device("mps", "Apple GPU")
+
+
+def _device(name: str, what: str) -> Check:
+    """Compute on it, in float32 and in bfloat16: what a device claims is not always what it does."""
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            square = torch.ones(8, 8, device=name, dtype=dtype)
+            works = bool(((square @ square) == 8).all())
+            reason = "gives wrong results"
+        except (RuntimeError, TypeError, AssertionError) as error:
+            works, reason = False, _line(error)
+        if not works:
+            status = BROKEN if dtype == torch.float32 else WARNING
+            return Check("devices", name, status, f"{what}; {str(dtype).removeprefix('torch.')} {reason}")
+    return Check("devices", name, OK, f"{what}; computes in float32 and bfloat16")
+
+
+def _memory() -> Iterator[Check]:
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        yield Check("memory", "RAM", WARNING, "this system does not tell its size")
+    else:
+        yield Check("memory", "RAM", WARNING if total < LITTLE_MEMORY else OK, size(total))
+    cache = _constant("HF_HUB_CACHE")
+    if cache is None:
+        return
+    folder = Path(str(cache))
+    existing = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    usable = os.access(existing, os.W_OK)
+    detail = f"{size(free)} free for {folder}" + ("" if usable else ", which cannot be written")
+    yield Check("memory", "model cache", OK if usable and free >= LITTLE_DISK else WARNING, detail)
+
+
+def _hub() -> Iterator[Check]:
+    """One short request, and none where the user works offline. Not reaching a hub breaks nothing."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    if _constant("HF_HUB_OFFLINE"):
+        yield Check("hub", "access", OK, "HF_HUB_OFFLINE is set: only local and cached models")
+        return
+    endpoint = _constant("ENDPOINT")
+    if endpoint is None:
+        return
+    try:
+        urlopen(Request(str(endpoint), method="HEAD"), timeout=HUB_TIMEOUT).close()
+    except HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        detail = f"{endpoint} does not answer ({_line(error)}); local models work, HF_HUB_OFFLINE=1 saves the waiting"
+        yield Check("hub", "access", WARNING, detail)
+        return
+    yield Check("hub", "access", OK, f"{endpoint} answers")
+
+
+def _constant(name: str) -> object:
+    """A setting as huggingface_hub reads it from the environment; None where it cannot be imported."""
+    try:
+        constants = importlib.import_module("huggingface_hub.constants")
+    except ImportError:
+        return None
+    value: object = getattr(constants, name, None)
+    return value
+
+
+def _plugins(host: PluginHost) -> Iterator[Check]:
+    try:
+        catalog = Catalog(host)
+    except LlmprunerError as error:
+        yield Check("plugins", "catalog", BROKEN, str(error))
+    else:
+        yield from _offers(catalog)
+    for broken in dict.fromkeys(host.broken):
+        yield Check("plugins", broken.name, BROKEN, f"from {broken.package}: {broken.reason}")
+    for name in host.blocked:
+        yield Check("plugins", name, WARNING, "left out by LLMPRUNER_BLOCK")
+
+
+def _offers(catalog: Catalog) -> Iterator[Check]:
+    """What each plugin offers, and where its code is."""
+    host = catalog.host
+    registries = (catalog.families, catalog.criteria, catalog.strategies, catalog.readers)
+    for name, plugin in sorted(host.manager.list_name_plugin()):
+        if plugin is None or name not in host.packages:
+            continue
+        module = getattr(plugin, "__name__", type(plugin).__name__)
+        offered = [
+            f"{registry.kind} {key}"
+            for registry in registries
+            for key, cls in registry.items()
+            if cls.__module__.partition(".")[0] == module.partition(".")[0]
+        ]
+        where = getattr(sys.modules.get(module), "__file__", None)
+        what = ", ".join(offered) if offered else "nothing"
+        yield Check("plugins", name, OK, f"{host.package_of(name)}: {what} ({where or module})")
+
+
+def _line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {text}"[:300]

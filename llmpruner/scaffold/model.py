@@ -1,0 +1,186 @@
+"""What a scaffold must know of a model: its type, a small configuration to test with, and where its code is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, UnsupportedModelError
+from .source import literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..plugins import Catalog
+
+_PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
+"""What `to_diff_dict` writes and a constructor need not be told."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts for the templates, as source text where the templates print them.
+
+    ``types``: model types; empty when no model was named. ``config_class``, ``config_module``: where the configuration
+    class is imported from; ``config_values``: name → source of each argument of the small configuration. ``extends``:
+    the installed family that understands the model already. ``package``, ``requires``: the package that
+    registers the architecture, and its distribution. ``declared``: source of the methods that declare the structure,
+    with the ``imports`` they need; None leaves it to discovery. ``kinds``: what can be removed.
+    """
+
+    types: tuple[str, ...] = ()
+    config_class: str = ""
+    config_module: str = ""
+    config_values: tuple[tuple[str, str], ...] = ()
+    extends: str | None = None
+    package: str | None = None
+    requires: str | None = None
+    declared: str | None = None
+    imports: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+
+def describe(source: str, catalog: Catalog, *, package: str | None = None, spans: bool = False) -> ModelFacts:
+    """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
+    ``package`` is imported.
+
+    Raises `ModelError` when there is no such model, `UnsupportedModelError` when its structure cannot be discovered.
+    """
+    from ..discovery.tiny import small_config
+    from ..meta import quiet_transformers
+
+    distribution = _import(package) if package else None
+    with quiet_transformers():
+        config = read_config(source, catalog)
+        small = small_config(config)
+        facts = ModelFacts(
+            types=(config.model_type,),
+            config_class=type(config).__name__,
+            config_module=_public_module(type(config)),
+            config_values=_arguments(small),
+            extends=_relative(config, catalog),
+            package=package,
+            requires=distribution,
+        )
+        if not spans:
+            return replace(facts, kinds=_proved(small))
+        from .spans import declare
+
+        code = declare(config, small)
+        values = _arguments(code.config)
+        return replace(facts, declared=code.source, imports=code.imports, config_values=values, kinds=code.kinds)
+
+
+def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
+    """The kinds of units that discovery finds, all of which must pass the oracle, as the family's tests will ask."""
+    from ..discovery.verify import VERIFIED, verify
+
+    verdicts = verify(None, small, shrink=False)
+    for verdict in verdicts:
+        if verdict.verdict != VERIFIED:
+            raise UnsupportedModelError(
+                f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict} ({verdict.reason}); "
+                "--spans writes out the kinds that are exact"
+            )
+    return tuple(verdict.kind for verdict in verdicts)
+
+
+def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
+    """The dense configuration of a model, or the default one of a model type."""
+    from transformers import CONFIG_MAPPING
+
+    from ..loading import LoadOptions, load_config
+
+    catalog.register_models()
+    if source in CONFIG_MAPPING and not Path(source).exists():
+        default: PreTrainedConfig = CONFIG_MAPPING[source]()
+        return default
+    _refuse_unknown_code(Path(source))
+    if not Path(source).exists() and source.isidentifier():
+        raise ModelError(
+            f"'{source}' is neither a model directory nor a model type that transformers knows; "
+            "--import PACKAGE names the package that registers it"
+        )
+    return load_config(source, catalog, LoadOptions(family="auto")).config
+
+
+def _refuse_unknown_code(directory: Path) -> None:
+    """A plugin must find the model's classes again, in any process: a checkpoint's own files are no place for them."""
+    from transformers import CONFIG_MAPPING
+
+    file = directory / "config.json"
+    if not file.is_file():
+        return
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        model_type = values.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if model_type is not None and model_type not in CONFIG_MAPPING and not str(model_type).startswith("llmpruner"):
+        raise ModelError(
+            f"{file}: transformers does not know model type '{model_type}'; put its classes into a package that "
+            "registers them with AutoConfig and AutoModelForCausalLM, install it, and name it with --import PACKAGE"
+        )
+
+
+def _import(package: str) -> str:
+    """Import ``package``; returns the distribution it comes from. Raises `ModelError`."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # third-party code raises anything
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(f"--import {package}: {type(error).__name__}: {reason}") from error
+    top = package.partition(".")[0]
+    found = metadata.packages_distributions().get(top)
+    if not found:
+        raise ModelError(
+            f"--import {package}: the package belongs to no installed distribution, so that a plugin cannot "
+            "depend on it; give it a pyproject.toml and pip install it"
+        )
+    return sorted(set(found))[0]
+
+
+def _relative(config: PreTrainedConfig, catalog: Catalog) -> str | None:
+    """The family that understands ``config`` already: the new one must extend it, or every model would have two."""
+    if not any(cls().matches(config) for cls in catalog.families.values()):
+        return None
+    return catalog.family_for(config).name
+
+
+def _public_module(cls: type[Any]) -> str:
+    """The shortest package that offers ``cls`` under its name."""
+    parts = cls.__module__.split(".")
+    for length in range(1, len(parts)):
+        module = ".".join(parts[:length])
+        if getattr(importlib.import_module(module), cls.__name__, None) is cls:
+            return module
+    return cls.__module__
+
+
+def _arguments(small: PreTrainedConfig) -> tuple[tuple[str, str], ...]:
+    """Arguments that build ``small``, as source: those that differ from the defaults, where they suffice."""
+    cls, every = type(small), _meaning(small)
+    for leave_out in (_defaults(cls), {}):
+        given = {n: v for n, v in every.items() if n not in leave_out or leave_out[n] != v}
+        try:
+            rebuilt = cls(**given)
+        except Exception:  # third-party constructors raise anything; all values at once may fit better
+            continue
+        if _meaning(rebuilt) == every:
+            return tuple((name, literal(value)) for name, value in sorted(given.items()))
+    raise UnsupportedModelError(f"a small {small.model_type} configuration cannot be rebuilt from its values")
+
+
+def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
+    try:
+        return _meaning(cls())
+    except Exception:  # a class whose arguments are required
+        return {}
+
+
+def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name not in _PROVENANCE}

@@ -1,0 +1,195 @@
+"""``llmpruner new-plugin``: what it writes is installed as a user would and tested with its own tests, untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from llmpruner import OutputError
+from llmpruner.scaffold.model import ModelFacts
+from llmpruner.scaffold.package import PluginName, render, write
+from llmpruner.scaffold.samples import NoRuleError, Rules, Sample
+from llmpruner.scaffold.source import call, listed, literal
+
+MADE_UP = Path(__file__).parents[1] / "made_up_package"
+QUICK = "recognises or cut_equals or agree or found"
+"""Tests of a generated package that take seconds; benchmarks/install_check.py runs all."""
+
+
+def install(site: Path, *sources: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run([*pip, "--target", site, *sources], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+
+
+def run_tests(package: Path, site: Path) -> str:
+    """The last line of a package's own tests, run where it is installed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", QUICK]
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """An architecture that nothing knows, installed as a package of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    shutil.copytree(MADE_UP, folder / "source")
+    install(folder / "site", folder / "source")
+    return folder / "site"
+
+
+@pytest.mark.slow
+def test_a_plugin_for_a_model_type_passes_its_own_tests(run, tmp_path):
+    package = tmp_path / "llmpruner-neo"
+    done = run("new-plugin", "neo", "--from", "gpt_neox", "--spans", "-o", package)
+    assert done.code == 0, done.err
+    assert "can remove: attention, mlp, layer" in done.out
+    code = (package / "src" / "llmpruner_neo" / "family.py").read_text()
+    assert "layouts.interleaved_qkv_attention(" in code and "layouts.two_layer_mlp(" in code
+    assert 'model_types = ("gpt_neox",)' in code and "for n in range(config.num_hidden_layers):" in code
+    install(tmp_path / "site", package)
+    assert run_tests(package, tmp_path / "site").startswith("4 passed")
+
+
+@pytest.mark.slow
+def test_a_plugin_for_an_architecture_that_nothing_knows(run, site, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(site))
+    package = tmp_path / "llmpruner-odd"
+    done = run("new-plugin", "odd", "--from", "made_up", "--import", "made_up", "-o", package)
+    assert done.code == 0, done.err
+    project = (package / "pyproject.toml").read_text()
+    assert 'dependencies = ["llmpruner>=' in project and ', "made-up"]' in project
+    assert '[project.entry-points."llmpruner.models"]\nodd = "made_up"' in project
+    install(tmp_path / "site", package)
+    shutil.copytree(site, tmp_path / "site", dirs_exist_ok=True)
+    assert run_tests(package, tmp_path / "site").startswith("4 passed")
+    # A pruned checkpoint names the module of its class: importing it is for the plugin to allow.
+    code = "from llmpruner.modeling_llmpruner import _may_import as may; print(may('made_up.x'), may('antigravity'))"
+    for folder, expected in ((tmp_path / "site", "True False"), (site, "False False")):
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_without_a_model_the_tests_say_what_is_missing(run, tmp_path):
+    package = tmp_path / "llmpruner-bare"
+    assert run("new-plugin", "bare", "-o", package).code == 0
+    files = {str(f.relative_to(package)) for f in package.rglob("*") if f.is_file()}
+    assert files == {
+        ".github/workflows/test.yml",
+        ".gitignore",
+        "README.md",
+        "pyproject.toml",
+        "src/llmpruner_bare/__init__.py",
+        "src/llmpruner_bare/family.py",
+        "tests/test_family.py",
+    }
+    assert "pytest.skip(" in (package / "tests" / "test_family.py").read_text()
+    assert "${{ matrix.python }}" in (package / ".github" / "workflows" / "test.yml").read_text()
+
+
+def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_path):
+    package = tmp_path / "llmpruner-alpaca"
+    assert run("new-plugin", "alpaca", "--from", dense, "-o", package).code == 0
+    assert 'extends = "llama"' in (package / "src" / "llmpruner_alpaca" / "family.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Big", "cannot name a plugin; expected lower case letters"),
+        ("a--b", "cannot name a plugin"),
+        ("1st", "cannot name a plugin"),
+        ("a_b", "cannot name a plugin"),
+        ("../up", "cannot name a plugin"),
+        ("llmpruner-own", "leave 'llmpruner-' out"),
+        ("llama", "a family 'llama' exists already in llmpruner"),
+    ],
+)
+def test_names_that_are_refused(run, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    done = run("new-plugin", name)
+    assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--spans"], "--spans needs a model; name it with --from MODEL"),
+        (["--import", "json"], "--import needs a model"),
+        (["--from", "unheard_of"], "neither a model directory nor a model type that transformers knows"),
+        (["--from", "llama", "--import", "no_such_package"], "--import no_such_package: ModuleNotFoundError"),
+        (["--from", "llama", "--import", "json"], "belongs to no installed distribution"),
+        (["--from", "./nowhere"], "model directory './nowhere' does not exist"),
+    ],
+)
+def test_models_that_are_refused(run, tmp_path, options, message):
+    done = run("new-plugin", "giraffe", *options, "-o", tmp_path / "out")
+    assert done.code == 2 and message in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_brings_its_own_code_needs_a_package(run, tmp_path):
+    (tmp_path / "model").mkdir()
+    values = {"model_type": "alien", "auto_map": {"AutoConfig": "configuration_alien.AlienConfig"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    done = run("new-plugin", "alien", "--from", tmp_path / "model", "-o", tmp_path / "out")
+    assert done.code == 2 and "does not know model type 'alien'" in done.err and "--import PACKAGE" in done.err
+
+
+def test_an_existing_directory_is_left_alone(run, tmp_path):
+    (tmp_path / "kept.txt").write_text("kept")
+    done = run("new-plugin", "giraffe", "-o", tmp_path)
+    assert done.code == 2 and "exists already" in done.err
+    assert [f.name for f in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OutputError, match="No space left on device"):
+        write(tmp_path / "out", render(PluginName("giraffe"), ModelFacts()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def llama(**changes) -> Sample:
+    values = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "intermediate_size": 40}
+    return Sample(LlamaConfig(hidden_size=96, **{**values, **changes}), graph=None)
+
+
+def test_numbers_become_expressions():
+    rules = Rules(
+        [llama(), llama(num_attention_heads=4, head_dim=16, attention_bias=True), llama(intermediate_size=56)]
+    )
+    assert rules.fit([2, 2, 2], "x") == "kv_heads"
+    assert rules.fit([60, 32, 60], "x") == "heads // kv_heads * head_dim"
+    assert rules.fit([160, 96, 160], "x") == "(heads + kv_heads) * head_dim"
+    assert rules.fit([100, 64, 100], "x") == "(heads // kv_heads + 2) * head_dim"
+    assert rules.fit([40, None, 56], "x") == "config.intermediate_size"
+    assert rules.fit([0, 0, 0], "x") == "0"
+    assert rules.flag([False, True, False], "a bias") == "config.attention_bias"
+    assert rules.flag([True, None, True], "a bias") == "True"
+    with pytest.raises(NoRuleError, match=r"the width of x \(\[17, 23\]\)"):
+        rules.fit([17, 23, 17], "the width of x")
+    with pytest.raises(NoRuleError, match="when there is a bias"):
+        rules.flag([True, False, False], "a bias")
+
+
+def test_source_is_wrapped_as_a_formatter_would():
+    assert literal({"a": [1, None, "b"]}) == '{"a": [1, None, "b"]}'
+    assert literal(["x" * 50, "y" * 50]) == f'[\n    "{"x" * 50}",\n    "{"y" * 50}",\n]'
+    assert call("f", ["a", "b=1"]) == "f(a, b=1)"
+    assert call("f", ["a" * 60, "b" * 60]) == f"f(\n    {'a' * 60},\n    {'b' * 60},\n)"
+    assert listed(["1"], "()") == "(1,)"
