@@ -22,11 +22,12 @@ _EXPORTS = {
     "checkpoint": ("load_pruned", "save_checkpoint"),
     "registration": ("register",),
     "checkpoint_readers": ("CheckpointReader",),
-    "hookspecs": ("hookimpl",),
+    "hookspecs": ("HOOK_VERSION", "hookimpl"),
     "meta": ("meta_model",),
     "importance.base": ("ImportanceCriterion", "ParameterSignals", "Signal"),
     "recovery.base": ("RecoveryJob", "RecoverySettings", "RecoveryStrategy", "TrainingResult"),
     "recovery.sharegpt": ("read_sharegpt",),
+    "recovery.training": ("fit",),
     "plugins": ("Catalog", "PluginHost", "plugin_manager"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

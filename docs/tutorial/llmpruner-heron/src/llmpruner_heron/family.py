@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, Blocks, CoupledGroup, ModelFamily, Role, Span, layouts
+
+
+class HeronFamily(ModelFamily):
+    name = "heron"
+    model_types = ("heron",)
+
+    def register_models(self):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from .modeling_heron import HeronConfig, HeronForCausalLM
+
+        AutoConfig.register("heron", HeronConfig, exist_ok=True)
+        AutoModelForCausalLM.register(HeronConfig, HeronForCausalLM, exist_ok=True)
+
+    def coupled_groups(self, config):
+        blocks = [f"blocks.{n}" for n in range(config.num_hidden_layers)]
+        groups = []
+        for n, block in enumerate(blocks):
+            groups += [self._attention(config, n, block), self._mlp(config, n, block)]
+        groups.append(self._hidden(config, blocks))
+        groups.append(CoupledGroup("layers", LAYER, len(blocks), modules=tuple(blocks)))
+        return groups
+
+    def _attention(self, config, n, block):
+        """A unit is one head: 3·head_dim rows of ``qkv``, head_dim columns of ``out``, and one ALiBi slope."""
+        heads = config.num_attention_heads
+        head_dim = config.hidden_size // heads
+        spans = (
+            Span(f"{block}.attention.qkv.weight", 0, Role.PRODUCES, Blocks(heads, 3 * head_dim)),
+            Span(f"{block}.attention.qkv.bias", 0, Role.PRODUCES, Blocks(heads, 3 * head_dim)),
+            Span(f"{block}.attention.out.weight", 1, Role.CONSUMES, Blocks(heads, head_dim)),
+        )
+        slopes = Span(f"{block}.attention.slopes", 0, Role.PRODUCES, Blocks(heads))
+        return CoupledGroup(f"layers.{n}.attention", ATTENTION, heads, spans, layer=n, buffers=(slopes,))
+
+    def _mlp(self, config, n, block):
+        """A unit is one channel: a row of ``up`` with its bias, and a column of ``down``."""
+        spans = layouts.two_layer_mlp(f"{block}.up", f"{block}.down", config.inner_size)
+        return CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_size, spans, layer=n)
+
+    def _hidden(self, config, blocks):
+        """A unit is one channel of the residual stream, all the way from the embedding to the head."""
+        writers = [f"{block}.{module}" for block in blocks for module in ("attention.out", "down")]
+        spans = layouts.hidden_channels(
+            config.hidden_size,
+            embeddings=["embed"],
+            consumers=[*(f"{b}.{module}" for b in blocks for module in ("attention.qkv", "up")), "head"],
+            producers=writers,
+            biased=writers,
+            norms=[*(f"{b}.{norm}" for b in blocks for norm in ("norm_1", "norm_2")), "norm"],
+        )
+        return CoupledGroup("hidden", HIDDEN, config.hidden_size, spans)
+
+    def refresh(self, model, counts):
+        for block in model.blocks:
+            attention = block.attention
+            attention.num_heads = attention.qkv.out_features // (3 * attention.head_dim)
+
+    def format_prompt(self, instruction, input=""):
+        question = f"{instruction}\n{input}" if input else instruction
+        return f"<visitor> {question}\n<heron> "

@@ -1,0 +1,204 @@
+"""What every importance criterion must get right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..coupling import LAYER, CoupledGroup, CouplingGraph
+from ..discovery.verify import TOLERANCE, distance, first_difference, logits
+from ..errors import UnknownNameError
+from ..importance.base import ImportanceCriterion, Signal
+from ..importance.estimate import estimate
+from ..pipeline import PruneSettings, apply_plan, make_plan
+from ..plan import Target
+from ..plugins import Catalog, plugin_manager
+from ..surgery import removed_modules, silence
+from .hosts import check_named, check_registered
+from .spy import Call, Spy, label, unasked, unread
+from .tiny import first_change, scramble, tiny_llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..loading import LoadedModel
+
+
+class CriterionConformance:
+    """Everything a criterion must get right, in each of its variants, on a tiny LLaMA with every kind of unit.
+
+    ``criterion``: the class under test.
+    """
+
+    criterion: ClassVar[type[ImportanceCriterion]]
+
+    def loaded(self) -> LoadedModel:
+        """The model that units are scored on; random, and the same at every call."""
+        return tiny_llama()
+
+    def test_an_entry_point_registers_it(self) -> None:
+        host = plugin_manager()
+        check_registered(Catalog(host).criteria, host, self.criterion)
+
+    def test_it_says_what_it_is(self) -> None:
+        """Name, summary, variants, and what it needs, as ``llmpruner plugins`` and ``--variant`` use them."""
+        cls = self.criterion
+        check_named("criterion", cls)
+        variants = cls.variants
+        assert isinstance(variants, tuple) and all(isinstance(v, str) and v and v == v.strip() for v in variants), (
+            f"criterion '{cls.name}' has the variants {variants!r}; expected a tuple of names"
+        )
+        assert len(set(variants)) == len(variants), f"criterion '{cls.name}' has two variants of one name: {variants}"
+        assert cls().variant == (variants[0] if variants else None), (
+            f"criterion '{cls.name}' chooses the variant {cls().variant!r} by default; expected the first"
+        )
+        try:
+            cls("no-such-variant")
+        except UnknownNameError:
+            pass
+        else:
+            raise AssertionError(f"criterion '{cls.name}' accepts the variant 'no-such-variant'")
+        for criterion in self._variants():
+            asked = criterion.signals
+            assert isinstance(asked, frozenset) and asked <= set(Signal), (
+                f"{label(criterion)} needs {asked!r}; expected a frozenset of Signal"
+            )
+            assert isinstance(criterion.signed, bool), f"{label(criterion)}: signed must be True or False"
+
+    def test_every_saliency_is_a_finite_tensor(self) -> None:
+        """Of the parameter's shape, or of one score per unit; with signs, if the criterion says that it has them."""
+        for criterion in self._variants():
+            calls = self._observe(criterion)
+            for call in calls:
+                _check_finite(criterion, call)
+            if criterion.signed:
+                assert any(bool((call.returned < 0).any()) for call in calls), (
+                    f"{label(criterion)} says that its saliencies are signed, and none of any parameter is negative"
+                )
+
+    def test_it_gets_what_it_needs_and_nothing_else(self) -> None:
+        """Signals that it did not ask for are None; those that it asked for, it reads: each costs time and memory."""
+        for criterion in self._variants():
+            calls = self._observe(criterion)
+            for call in calls:
+                extra = unasked(criterion, call)
+                assert not extra, (
+                    f"{label(criterion)} did not ask for {', '.join(extra)}, and sees it of '{call.parameter}'"
+                )
+            idle = unread(criterion, calls)
+            assert not idle, f"{label(criterion)} asks for {', '.join(idle)}, and reads it of no parameter"
+
+    def test_it_leaves_the_model_as_it_was(self) -> None:
+        """What a criterion is shown is the model itself; changing it in place would change what is pruned."""
+        for criterion in self._variants():
+            loaded = self.loaded()
+            before = copy.deepcopy(loaded.model.state_dict())
+            self._scores(loaded, criterion, scorable(loaded.graph, criterion))
+            change = first_change(before, loaded.model.state_dict())
+            assert not change, f"{label(criterion)} changes the model: {change}"
+
+    def test_the_same_seed_gives_the_same_scores(self) -> None:
+        """Whatever the state of the global random generators: a criterion draws from ``signals.generator`` alone."""
+        for first, again in zip(self._variants(), self._variants(), strict=True):
+            loaded = self.loaded()
+            runs = []
+            for number, criterion in enumerate((first, first, again)):
+                scramble(number)
+                runs.append(self._scores(loaded, criterion, scorable(loaded.graph, criterion)))
+            for run in runs[1:]:
+                _check_equal(runs[0], run, f"{label(first)} gives other scores when run again")
+
+    def test_a_unit_scores_alike_alone(self) -> None:
+        """The units of every kind get the same scores whether or not other kinds are scored beside them."""
+        for criterion in self._variants():
+            loaded = self.loaded()
+            together = self._scores(loaded, criterion, scorable(loaded.graph, criterion))
+            for kind in dict.fromkeys(group.kind for group in scorable(loaded.graph, criterion)):
+                alone = self._scores(loaded, criterion, loaded.graph.of_kinds([kind]))
+                _check_equal(
+                    {name: together[name] for name in alone},
+                    alone,
+                    f"{label(criterion)} scores {kind} units differently when nothing else is scored",
+                )
+
+    def test_it_tells_units_apart(self) -> None:
+        """Units that all score alike leave the choice to chance."""
+        for criterion in self._variants():
+            loaded = self.loaded()
+            for name, values in self._scores(loaded, criterion, scorable(loaded.graph, criterion)).items():
+                assert len(values) == 1 or len(set(values.tolist())) > 1, (
+                    f"{label(criterion)} gives all {len(values)} units of group '{name}' the score {values[0]:g}"
+                )
+
+    def test_what_it_chooses_can_be_cut(self) -> None:
+        """Plan and cut half the units of every kind: the logits equal those of the model with these units silenced."""
+        for criterion in self._variants():
+            for kind in dict.fromkeys(group.kind for group in scorable(self.loaded().graph, criterion)):
+                loaded = self.loaded()
+                target = Target(by="units", amount=0.5)
+                plan = make_plan(loaded, criterion, PruneSettings(target=target, kinds=(kind,), samples=1, length=4))
+                reference = _silenced(loaded, plan.kept)
+                cut = apply_plan(loaded, plan).model
+                tokens = torch.arange(3, 90).view(3, 29)
+                if not distance(logits(cut, tokens), logits(reference, tokens)) <= TOLERANCE:
+                    where = first_difference(cut, reference, tokens, nullcontext())
+                    raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
+
+    def _variants(self) -> list[ImportanceCriterion]:
+        return [self.criterion(variant) for variant in self.criterion.variants or (None,)]
+
+    def _scores(
+        self, loaded: LoadedModel, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
+    ) -> Mapping[str, torch.Tensor]:
+        from ..calibration import CalibrationSet
+
+        tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+        return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
+
+    def _observe(self, criterion: ImportanceCriterion) -> list[Call]:
+        loaded = self.loaded()
+        spy = Spy(criterion, loaded.model)
+        self._scores(loaded, spy, scorable(loaded.graph, criterion))
+        return spy.calls
+
+
+def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[CoupledGroup, ...]:
+    """The groups that a criterion scores: of layers alone when it watches the residual stream."""
+    return graph.of_kinds([LAYER]) if Signal.STREAM in criterion.signals else graph.groups
+
+
+def _check_finite(criterion: ImportanceCriterion, call: Call) -> None:
+    value = torch.as_tensor(call.returned)
+    where = f"{label(criterion)}: what it returns for '{call.parameter}'"
+    wrong = torch.nonzero(~torch.isfinite(value))
+    assert not len(wrong), f"{where} is {value[tuple(wrong[0])]:g} at {tuple(wrong[0].tolist())}"
+    assert not value.requires_grad, f"{where} still carries a graph; compute it without gradients"
+
+
+def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor], what: str) -> None:
+    for name, values in expected.items():
+        near = torch.isclose(actual[name], values, rtol=1e-5, atol=1e-12)
+        if not bool(near.all()):
+            unit = int(torch.nonzero(~near)[0])
+            raise AssertionError(
+                f"{what}: group '{name}', unit {unit} scores {float(values[unit]):g} and {float(actual[name][unit]):g}"
+            )
+
+
+def _silenced(loaded: LoadedModel, kept: Mapping[str, Sequence[int]]) -> PreTrainedModel:
+    """A copy of the model whose removed units contribute nothing, at full size."""
+    model = copy.deepcopy(loaded.model)
+    for path in removed_modules(loaded.graph, kept):
+        model.get_submodule(path).register_forward_hook(_skip)
+    silence(model, loaded.graph, {n: u for n, u in kept.items() if not loaded.graph.by_name[n].modules})
+    return model
+
+
+def _skip(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """The output of a layer that is not there: its input."""
+    del module
+    return args[0] if isinstance(output, torch.Tensor) else (args[0], *output[1:])

@@ -1,0 +1,18 @@
+"""Pytest fixtures for plugin authors; import what you use into a test module or ``conftest.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from ..plugins import PluginHost
+from .hosts import host_with
+
+
+@pytest.fixture
+def plugin_host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PluginHost]:
+    """`host_with`, where the environment of whoever runs the tests neither blocks nor traces a plugin."""
+    for variable in ("LLMPRUNER_BLOCK", "LLMPRUNER_TRACE"):
+        monkeypatch.delenv(variable, raising=False)
+    return host_with

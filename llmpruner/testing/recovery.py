@@ -1,0 +1,157 @@
+"""What every recovery strategy must get right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..pipeline import save
+from ..plugins import Catalog, plugin_manager
+from ..recovery.base import RecoverySettings, RecoveryStrategy
+from ..surgery import cut
+from .hosts import check_named, check_registered
+from .tiny import first_change, scramble, tiny_llama
+
+if TYPE_CHECKING:
+    from ..loading import LoadedModel
+    from ..recovery.run import RecoveryResult
+
+_STEPS, _INTERRUPTED_AT = 6, 4
+
+
+class RecoveryConformance:
+    """Everything a recovery strategy must get right, on a tiny LLaMA whose layers were cut unevenly.
+
+    ``strategy``: the class under test. ``resumes``: whether an interrupted run goes on where it stopped; one that
+    starts again from the beginning must still end the same.
+    """
+
+    strategy: ClassVar[type[RecoveryStrategy]]
+    resumes: ClassVar[bool] = True
+
+    def settings(self) -> RecoverySettings:
+        """Six steps that change weights visibly. Override what your strategy needs otherwise."""
+        return RecoverySettings(
+            max_steps=_STEPS, batch_size=4, micro_batch_size=2, learning_rate=5e-3, warmup_steps=0, cutoff=32
+        )
+
+    def loaded(self) -> LoadedModel:
+        """The pruned model that is trained; the same at every call."""
+        loaded = tiny_llama()
+        kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
+        return replace(loaded, graph=cut(loaded.model, loaded.graph, kept, loaded.family))
+
+    def test_an_entry_point_registers_it(self) -> None:
+        host = plugin_manager()
+        check_registered(Catalog(host).strategies, host, self.strategy)
+
+    def test_it_says_what_it_is(self) -> None:
+        check_named("recovery strategy", self.strategy)
+
+    def test_it_trains(self, tmp_path: Path) -> None:
+        """One step changes parameters, keeps all names and shapes, and is reported with its loss."""
+        loaded = self.loaded()
+        before = {name: p.detach().clone() for name, p in loaded.model.state_dict().items()}
+        told: list[tuple[int, int, float]] = []
+        settings = replace(self.settings(), max_steps=1)
+        result = self._run(loaded, tmp_path, settings, lambda *step: told.append(step))
+        name = self.strategy.name
+        after = result.model.state_dict()
+        assert type(result.model) is type(loaded.model), (
+            f"strategy '{name}' turns a {type(loaded.model).__name__} into a {type(result.model).__name__}"
+        )
+        shapes = [{n: tuple(p.shape) for n, p in state.items()} for state in (before, after)]
+        odd = sorted(n for n in shapes[0].keys() | shapes[1].keys() if shapes[0].get(n) != shapes[1].get(n))
+        assert not odd, f"strategy '{name}' must keep names and shapes; it changes those of '{odd[0]}'"
+        bad = sorted(n for n, p in after.items() if not bool(torch.isfinite(p).all()))
+        assert not bad, f"strategy '{name}' leaves values that are not finite in parameter '{bad[0]}'"
+        assert first_change(before, after), f"strategy '{name}': after one step every parameter is what it was"
+        assert result.trainable_parameters > 0, f"strategy '{name}' says that it trained no parameters"
+        assert len(result.losses) == 1 and all(isfinite(loss) for loss in result.losses), (
+            f"strategy '{name}' took one step and returns the losses {result.losses}; expected one finite number"
+        )
+        assert told == [(1, 1, result.losses[0])], (
+            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {told}"
+        )
+
+    def test_it_leaves_an_ordinary_checkpoint(self, tmp_path: Path) -> None:
+        """The trained model is saved as any other, and gives equal logits when loaded again."""
+        from ..checkpoint import load_pruned
+
+        loaded = self.loaded()
+        result = self._run(loaded, tmp_path / "work", replace(self.settings(), max_steps=1))
+        save(replace(loaded, model=result.model), tmp_path / "saved")
+        again = load_pruned(tmp_path / "saved")
+        change = first_change(result.model.state_dict(), again.state_dict())
+        assert not change, f"strategy '{self.strategy.name}': after saving and loading, {change}"
+        ids = torch.arange(20, 40)[None]
+        with torch.no_grad():
+            expected, found = (model(input_ids=ids).logits for model in (result.model, again))
+        difference = float((found - expected).abs().max())
+        assert difference <= 1e-5, (
+            f"strategy '{self.strategy.name}': the logits of the reloaded model differ by up to {difference:.1e}"
+        )
+
+    def test_the_same_seed_gives_the_same_model(self, tmp_path: Path) -> None:
+        """Whatever the state of the global random generators."""
+        runs = []
+        for number in range(2):
+            scramble(number)
+            runs.append(self._run(self.loaded(), tmp_path / str(number), replace(self.settings(), max_steps=2)))
+        change = first_change(*(run.model.state_dict() for run in runs))
+        assert not change, f"strategy '{self.strategy.name}' run twice with one seed: {change}"
+        assert runs[0].losses == runs[1].losses, (
+            f"strategy '{self.strategy.name}' run twice with one seed: losses {runs[0].losses} and {runs[1].losses}"
+        )
+
+    def test_an_interrupted_run_ends_as_an_uninterrupted_one(self, tmp_path: Path) -> None:
+        """The same job, started again in the same directory, gives the same model and the whole loss curve."""
+        name = self.strategy.name
+        whole = self._run(self.loaded(), tmp_path / "whole", self.settings())
+        assert len(whole.losses) == _STEPS, f"strategy '{name}' returns {len(whole.losses)} losses of {_STEPS} steps"
+        interrupted = False
+        try:
+            self._run(self.loaded(), tmp_path / "parts", self.settings(), _interrupt)
+        except KeyboardInterrupt:
+            interrupted = True
+        assert interrupted, f"strategy '{name}' goes on when job.on_step raises KeyboardInterrupt at step 4"
+        steps: list[int] = []
+        resumed = self._run(self.loaded(), tmp_path / "parts", self.settings(), lambda step, *_: steps.append(step))
+        change = first_change(whole.model.state_dict(), resumed.model.state_dict(), atol=1e-6)
+        assert not change, f"strategy '{name}', interrupted and run again: {change}"
+        far = [n for n, (a, b) in enumerate(zip(whole.losses, resumed.losses, strict=False), 1) if abs(a - b) > 1e-5]
+        assert len(resumed.losses) == _STEPS and not far, (
+            f"strategy '{name}', interrupted and run again, returns the losses {resumed.losses}, not {whole.losses}"
+        )
+        assert not self.resumes or steps[0] > 1, (
+            f"strategy '{name}' starts again at step 1 after an interruption; keep its state in job.work_dir, "
+            "or say resumes = False"
+        )
+
+    def _run(
+        self,
+        loaded: LoadedModel,
+        work_dir: Path,
+        settings: RecoverySettings,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> RecoveryResult:
+        from ..recovery.data import Examples, Turn
+        from ..recovery.run import recover
+
+        words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
+        rows = tuple((Turn(f"{words[n % 6]} ", f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}"),) for n in range(12))
+        strategy = self.strategy()
+        return recover(
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, Examples(rows, "twelve lines of letters"),
+            strategy, settings, work_dir, on_step=on_step,
+        )  # fmt: skip
+
+
+def _interrupt(step: int, *_: object) -> None:
+    if step == _INTERRUPTED_AT:
+        raise KeyboardInterrupt

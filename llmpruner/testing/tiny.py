@@ -1,0 +1,75 @@
+"""Models and a tokenizer that are built in milliseconds."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..discovery.tiny import random_instance
+from ..families import build_graph
+from ..loading import LoadedModel
+from ..plugins import Catalog, plugin_manager
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def tiny_llama(seed: int = 0) -> LoadedModel:
+    """A random LLaMA that has every kind of unit: 3 layers, each of 3 KV heads with 2 query heads and 40 MLP channels,
+    48 hidden channels. No weight is zero, so that every mistake shows; the same ``seed`` gives the same weights."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    family = Catalog(plugin_manager()).families["llama"]()
+    graph = build_graph(family, config)
+    return LoadedModel("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
+
+
+def letters() -> Any:
+    """A tokenizer of single letters, whose ids any vocabulary of 60 tokens has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{chr(97 + n): 20 + n for n in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
+def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:
+    """The first parameter of two state dicts that differs, and by how much; empty when none does."""
+    for name in (*before, *after):
+        if name not in before or name not in after:
+            return f"parameter '{name}' is there only {'after' if name in after else 'before'}"
+        one, other = before[name], after[name]
+        if one.shape != other.shape:
+            return f"parameter '{name}' has shape {tuple(one.shape)} and {tuple(other.shape)}"
+        difference = float((one.double() - other.double()).abs().max())
+        if not difference <= atol:
+            return f"parameter '{name}' differs by up to {difference:.1e}"
+    return ""
+
+
+def scramble(seed: int) -> None:
+    """Put every global random generator into another state; what is drawn from them must not matter."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

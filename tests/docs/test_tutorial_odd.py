@@ -1,0 +1,11 @@
+"""Chapter 02-odd-model, followed to the letter. A file each, so that workers share the chapters."""
+
+from __future__ import annotations
+
+import pytest
+from chapters import follow
+
+
+@pytest.mark.timeout(900)
+def test_the_chapter_can_be_followed(tmp_path):
+    assert follow("02-odd-model.md", tmp_path) > 4

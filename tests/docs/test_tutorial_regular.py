@@ -1,0 +1,11 @@
+"""Chapter 01-regular-model, followed to the letter. A file each, so that workers share the chapters."""
+
+from __future__ import annotations
+
+import pytest
+from chapters import follow
+
+
+@pytest.mark.timeout(900)
+def test_the_chapter_can_be_followed(tmp_path):
+    assert follow("01-regular-model.md", tmp_path) > 4

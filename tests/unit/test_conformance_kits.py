@@ -1,0 +1,317 @@
+"""The kits that plugin authors test with: what is built in passes them, and each check catches its mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pluggy
+import pytest
+import torch
+
+from llmpruner import (
+    Catalog,
+    CheckpointError,
+    CheckpointReader,
+    ImportanceCriterion,
+    ModelError,
+    ModelFamily,
+    ParameterSignals,
+    RecoveryStrategy,
+    Signal,
+    TrainingResult,
+    hookimpl,
+)
+from llmpruner.importance.magnitude import L1
+from llmpruner.plugins import plugin_manager
+from llmpruner.recovery.full import FullStrategy
+from llmpruner.recovery.lora import LoraStrategy
+from llmpruner.testing import CriterionConformance, RecoveryConformance, host_with, tiny_llama
+from llmpruner.testing.fixtures import plugin_host
+from llmpruner.testing.spy import FIELDS
+
+__all__ = ["plugin_host"]
+
+BUILT_IN = Catalog(plugin_manager(entry_points=False)).criteria
+
+
+@pytest.fixture(params=sorted(BUILT_IN))
+def criterion(request: pytest.FixtureRequest) -> type[ImportanceCriterion]:
+    return BUILT_IN[request.param]
+
+
+def checks_of(kit: type) -> list[str]:
+    return [name for name in vars(kit) if name.startswith("test_")]
+
+
+@pytest.mark.parametrize("check", checks_of(CriterionConformance))
+def test_built_in_criteria_conform(criterion, check):
+    run(CriterionConformance, "criterion", criterion, check)
+
+
+class TestLora(RecoveryConformance):
+    strategy = LoraStrategy
+
+
+class TestFull(RecoveryConformance):
+    strategy = FullStrategy
+
+
+def run(kit: type, attribute: str, cls: type, check: str, *arguments: Any) -> None:
+    getattr(type("Case", (kit,), {attribute: cls})(), check)(*arguments)
+
+
+def test_every_signal_is_watched():
+    assert set(FIELDS) == set(Signal)
+
+
+class Good(ImportanceCriterion):
+    """A criterion that every broken one below differs from in one thing."""
+
+    name = "good"
+    summary = "the absolute weight"
+
+    def saliency(self, signals: ParameterSignals) -> Any:
+        return signals.weight.abs()
+
+
+def broken(**members: Any) -> type[ImportanceCriterion]:
+    return type("Broken", (Good,), members)
+
+
+def saliency(function: Any, *needs: Signal) -> type[ImportanceCriterion]:
+    return broken(saliency=lambda self, signals: function(signals), needs=frozenset(needs or (Signal.WEIGHT,)))
+
+
+class Counting(Good):
+    """Remembers how many parameters it has seen."""
+
+    def __init__(self, variant: str | None = None) -> None:
+        super().__init__(variant)
+        self.seen = 0
+
+    def saliency(self, signals: ParameterSignals) -> Any:
+        self.seen += 1
+        return signals.weight.abs() * self.seen
+
+
+class Fresh(Good):
+    """The same, forgotten whenever the first parameter of all comes round again."""
+
+    def saliency(self, signals: ParameterSignals) -> Any:
+        vars(self).setdefault("norms", []).append(float(signals.weight.norm()))
+        if vars(self)["norms"].count(float(signals.weight.norm())) > 1:
+            vars(self)["norms"] = [float(signals.weight.norm())]
+        return signals.weight.abs() * len(vars(self)["norms"])
+
+
+def with_nan(signals: ParameterSignals) -> torch.Tensor:
+    value = signals.weight.abs()
+    value[..., -1] = float("nan")
+    return value
+
+
+SALIENCY, NEEDS = "test_every_saliency_is_a_finite_tensor", "test_it_gets_what_it_needs_and_nothing_else"
+KEPT, ALONE, APART = "test_it_leaves_the_model_as_it_was", "test_a_unit_scores_alike_alone", "test_it_tells_units_apart"
+NAMED, SEEDED = "test_it_says_what_it_is", "test_the_same_seed_gives_the_same_scores"
+BROKEN_CRITERIA = [
+    ("test_an_entry_point_registers_it", Good, r"no installed plugin gives the criterion 'good'.* returns Good"),
+    ("test_an_entry_point_registers_it", broken(name="l1"), r"'l1' is L1 of llmpruner, not Broken of test_conf"),
+    (NAMED, broken(name="Good Idea"), "has the name 'Good Idea'; expected lower case"),
+    (NAMED, broken(summary=""), "'good' has the summary ''; expected one line"),
+    (NAMED, broken(variants=["a"]), r"has the variants \['a'\]; expected a tuple"),
+    (NAMED, broken(variants=("a", "a")), "two variants of one name"),
+    (NAMED, broken(__init__=lambda self, variant=None: setattr(self, "variant", variant)), "accepts the variant"),
+    (NAMED, broken(needs={"weight"}), r"needs \{'weight'\}; expected a frozenset of Signal"),
+    (NAMED, broken(signed=1), "signed must be True or False"),
+    (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency of '[\w.]+' has shape \(.*\), expected \(.*\)"),
+    (SALIENCY, saliency(lambda s: s.weight.numpy()), "is ndarray, not a tensor"),
+    (SALIENCY, saliency(lambda s: s.weight > 0), "is torch.bool, not a tensor of floating-point"),
+    (SALIENCY, saliency(lambda s: s.weight.abs().requires_grad_()), "still carries a graph"),
+    (SALIENCY, broken(signed=True), "says that its saliencies are signed, and none of any parameter is negative"),
+    (NEEDS, saliency(lambda s: s.weight * s.grad), r"saliency of '[\w.]+' raises TypeError.*so None: .*grad"),
+    (NEEDS, saliency(lambda s: s.weight.abs(), Signal.WEIGHT, Signal.GRAD_SQ), "asks for grad_sq, and reads it of no"),
+    (KEPT, saliency(lambda s: s.weight.abs_()), r"changes the model: parameter '[\w.]+'"),
+    (SEEDED, saliency(lambda s: torch.rand(s.weight.shape)), r"other scores when run again: group '.*', unit 0 scores"),
+    (SEEDED, Counting, r"other scores when run again: group '.*', unit \d+ scores"),
+    (ALONE, Fresh, r"scores \w+ units differently when nothing else is scored: group '.*', unit \d+ scores"),
+    (APART, saliency(lambda s: torch.ones_like(s.weight)), "gives all 3 units of group 'layers.0"),
+    (SALIENCY, broken(score_units=lambda self, signals, axis, index: index), "score_units of .* is torch.int64, not a"),
+    (SALIENCY, broken(score_units=lambda self, signals, axis, index: torch.ones(2)), r"shape \(2,\), expected \(48,"),
+    ("test_what_it_chooses_can_be_cut", saliency(with_nan), "score that is not a finite number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "cls", "message"), BROKEN_CRITERIA)
+def test_a_broken_criterion_is_caught(check, cls, message):
+    with pytest.raises((AssertionError, ModelError), match=message):
+        run(CriterionConformance, "criterion", cls, check)
+
+
+def test_a_criterion_that_is_not_finite_is_caught():
+    case = type("Case", (CriterionConformance,), {"criterion": saliency(with_nan)})()
+    case._scores = lambda loaded, spy, groups: [spy.saliency(signals_of(loaded, p)) for p in ("lm_head.weight",)]
+    with pytest.raises(AssertionError, match=r"for 'lm_head.weight' is nan at \(0, 47\)"):
+        case.test_every_saliency_is_a_finite_tensor()
+
+
+def signals_of(loaded: Any, name: str) -> Any:
+    rest = dict.fromkeys(f.name for f in dataclasses.fields(ParameterSignals))
+    return ParameterSignals(**{**rest, "weight": loaded.model.get_parameter(name).detach()})
+
+
+def test_a_signal_that_was_not_asked_for_is_caught():
+    case = type("Case", (CriterionConformance,), {"criterion": Good})()
+    spied = dataclasses.replace(signals_of(tiny_llama(), "lm_head.weight"), grad=torch.ones(1))
+    case._scores = lambda loaded, spy, groups: spy.saliency(spied)
+    with pytest.raises(AssertionError, match=r"did not ask for grad, and sees it of 'lm_head.weight'"):
+        case.test_it_gets_what_it_needs_and_nothing_else()
+
+
+def test_a_cut_that_disagrees_is_caught(monkeypatch):
+    from llmpruner.testing import criterion as kit
+
+    monkeypatch.setattr(kit, "silence", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"'l1': cut attention units disagree with silenced ones at model.lay"):
+        run(CriterionConformance, "criterion", L1, "test_what_it_chooses_can_be_cut")
+
+
+class Steady(RecoveryStrategy):
+    """Trains the output head a little at every step, and keeps its state; the broken ones differ in one thing."""
+
+    name = "steady"
+    summary = "adds a hundredth to the output head"
+
+    def train(self, job: Any) -> TrainingResult:
+        state = job.work_dir / "steps.txt"
+        done = len(state.read_text().split()) if state.is_file() else 0
+        self.start(job, done)
+        for step in range(1, job.settings.max_steps + 1):
+            self.step(job)
+            if step > done:
+                state.write_text(f"{step} " * step)
+                self.tell(job, step)
+        return self.result(job)
+
+    def start(self, job: Any, done: int) -> None:
+        """Nothing: the steps that were done are cheap to do again."""
+
+    def step(self, job: Any) -> None:
+        job.model.lm_head.weight.data += 0.01
+
+    def tell(self, job: Any, step: int) -> None:
+        job.on_step and job.on_step(step, job.settings.max_steps, 1.0)
+
+    def result(self, job: Any) -> TrainingResult:
+        return TrainingResult(job.model, (1.0,) * job.settings.max_steps, job.model.lm_head.weight.numel())
+
+
+def wrong(**members: Any) -> type[RecoveryStrategy]:
+    return type("Wrong", (Steady,), members)
+
+
+def results(**changes: Any) -> type[RecoveryStrategy]:
+    return wrong(result=lambda self, job: dataclasses.replace(Steady.result(self, job), **changes))
+
+
+def twice(self: Any, job: Any, done: int) -> None:
+    """What an interrupted run had done is done once more on top."""
+    job.model.lm_head.weight.data += 0.01 * done
+
+
+def forget(self: Any, job: Any, step: int) -> None:
+    (job.work_dir / "steps.txt").unlink()
+    Steady.tell(self, job, step)
+
+
+def from_global_generator(self: Any, job: Any) -> None:
+    job.model.lm_head.weight.data += torch.rand(1)
+
+
+def widen(self: Any, job: Any) -> None:
+    job.model.lm_head.weight = torch.nn.Parameter(torch.ones(96, 50))
+
+
+def hide(self: Any, job: Any) -> None:
+    """A change that no state dict holds."""
+    job.model.lm_head.register_forward_hook(lambda module, args, output: output + 1)
+    job.model.lm_head.weight.data += 0.01
+
+
+def infinite(self: Any, job: Any) -> None:
+    job.model.lm_head.weight.data[0, 0] = float("inf")
+
+
+def swallow(self: Any, job: Any, step: int) -> None:
+    try:
+        Steady.tell(self, job, step)
+    except KeyboardInterrupt:
+        return
+
+
+TRAINS, ORDINARY = "test_it_trains", "test_it_leaves_an_ordinary_checkpoint"
+AGAIN, RESUMES = "test_the_same_seed_gives_the_same_model", "test_an_interrupted_run_ends_as_an_uninterrupted_one"
+WRONG_STRATEGIES = [
+    ("test_an_entry_point_registers_it", Steady, r"no installed plugin gives the recovery strategy 'steady'.*Steady"),
+    (NAMED, wrong(summary="two\nlines"), "expected one line that says what it does"),
+    (TRAINS, wrong(step=lambda self, job: None), "after one step every parameter is what it was"),
+    (TRAINS, wrong(step=widen), "must keep names and shapes; it changes those of 'lm_head.weight'"),
+    (TRAINS, wrong(step=infinite), "not finite in parameter 'lm_head.weight'"),
+    (TRAINS, wrong(tell=lambda *_: None), r"must call job.on_step\(1, 1, 1\) after its only step; it called \[\]"),
+    (TRAINS, results(losses=()), r"returns the losses \(\); expected one finite number"),
+    (TRAINS, results(trainable_parameters=0), "says that it trained no parameters"),
+    (TRAINS, results(model=torch.nn.Linear(1, 1)), "turns a LlamaForCausalLM into a Linear"),
+    (ORDINARY, wrong(step=hide), "neither a tensor nor a plain attribute of a module"),
+    (AGAIN, wrong(step=from_global_generator), "run twice with one seed: parameter 'lm_head.weight' differs by up to"),
+    (RESUMES, wrong(start=twice), "interrupted and run again: parameter 'lm_head.weight' differs by up to 4"),
+    (RESUMES, wrong(tell=forget), "starts again at step 1 after an interruption; keep its state in job.work_dir"),
+    (RESUMES, wrong(tell=swallow), "goes on when job.on_step raises KeyboardInterrupt at step 4"),
+    (RESUMES, results(losses=(1.0,)), "returns 1 losses of 6 steps"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("check", "cls", "message"), WRONG_STRATEGIES, ids=[f"{n}" for n in range(len(WRONG_STRATEGIES))]
+)
+def test_a_wrong_strategy_is_caught(tmp_path, check, cls, message):
+    needs_path = check not in ("test_an_entry_point_registers_it", NAMED)
+    with pytest.raises((AssertionError, CheckpointError), match=message):
+        run(RecoveryConformance, "strategy", cls, check, *([tmp_path] if needs_path else []))
+
+
+@pytest.mark.parametrize("check", [TRAINS, ORDINARY, AGAIN, RESUMES])
+def test_the_pattern_of_the_wrong_ones_is_right(tmp_path, check):
+    run(RecoveryConformance, "strategy", Steady, check, tmp_path)
+
+
+def test_a_host_with_given_plugins(plugin_host, monkeypatch):
+    class Family(ModelFamily):
+        name = "given-family"
+
+    class Reader(CheckpointReader):
+        name = "given-reader"
+
+    class Module:
+        @hookimpl
+        def llmpruner_importance_criteria(self):
+            return [Good]
+
+    host = plugin_host(Module(), Family, Reader, Steady)
+    catalog = Catalog(host)
+    assert "given-family" in catalog.families and "given-reader" in catalog.readers
+    assert catalog.strategies["steady"] is Steady and catalog.criteria["good"] is Good
+    assert "llama" not in catalog.families and catalog.broken == ()
+    assert "llama" in Catalog(plugin_host(Good, entry_points=True)).families
+
+
+def test_a_host_refuses_what_is_no_plugin():
+    with pytest.raises(TypeError, match=r"int is no plugin; expected a module or object with hooks, or a subclass"):
+        host_with(int)
+
+    class Misspelt:
+        @hookimpl
+        def llmpruner_importance_criterions(self):
+            return []
+
+    with pytest.raises(pluggy.PluginValidationError, match="unknown hook 'llmpruner_importance_criterions'"):
+        host_with(Misspelt())
