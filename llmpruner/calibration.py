@@ -22,6 +22,7 @@ SELF = "self"
 _TEXT_FIELDS = ("text", "page", "content")
 _CHARACTERS_PER_TOKEN = 12
 _ATTEMPTS = 200
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,23 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
     from transformers import GenerationConfig
 
     bos = _first_token(model, tokenizer)
-    start = torch.full((samples, 1), bos, dtype=torch.long, device=model.device)
+    # The cache of keys and values grows with the batch.
+    batches = [min(_ROWS, samples - done) for done in range(0, samples, _ROWS)]
     # EOS is suppressed so that every sequence has full length; padding would dilute the statistics.
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, min_new_tokens=length - 1,
         eos_token_id=getattr(model.generation_config, "eos_token_id", None), pad_token_id=bos, bos_token_id=bos,
     )  # fmt: skip
     devices = [model.device] if model.device.type == "cuda" else []
+    written: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        ids: torch.Tensor = model.generate(
-            start, attention_mask=torch.ones_like(start), generation_config=config, logits_processor=[_refuse_nan]
-        )
-    return ids.cpu()
+        for rows in batches:
+            start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
+            mask = torch.ones_like(start)
+            ids = model.generate(start, attention_mask=mask, generation_config=config, logits_processor=[_refuse_nan])
+            written.append(ids.cpu())
+    return torch.cat(written)
 
 
 def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -50,4 +50,13 @@ LLM_PRUNER = Method(
     samples=10,
     length=64,
 )
+BY_HAND = Method(
+    "",
+    "what naming a criterion without a method means: that criterion on ten samples, as in the paper, and no repair",
+    importance="",
+    variant=None,
+    compensate="none",
+    samples=10,
+    length=64,
+)
 METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in (BEST, FAST, LLM_PRUNER)})

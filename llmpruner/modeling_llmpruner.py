@@ -227,7 +227,7 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
         module.num_embeddings, module.embedding_dim = shape
         if module.padding_idx is not None and module.padding_idx >= shape[0]:
             module.padding_idx = None
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = shape
     elif type(module).__name__ == "Conv1D" and leaf == "weight":
         module.nx, module.nf = shape

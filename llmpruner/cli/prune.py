@@ -77,11 +77,11 @@ RoundTo = Annotated[
     typer.Option(min=1, help="Kept widths are multiples of this (64 suits most kernels).", rich_help_panel=_WHAT),
 ]
 MethodName = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--method",
-        help="Defaults for all that follows. best: chosen by one forward pass and repaired by least squares; fast: no "
-        "repair; llm-pruner: the paper's, first-order Taylor on ten samples, no repair.",
+        help="Defaults for all that follows. best (the default): chosen by one forward pass and repaired by least "
+        "squares; fast: no repair; llm-pruner: the paper's, first-order Taylor on ten samples, no repair.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -89,7 +89,8 @@ Importance = Annotated[
     str | None,
     typer.Option(
         help="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; block-influence and "
-        "angular for layers; or one that a plugin adds (see `llmpruner plugins`).",
+        "angular for layers; or one that a plugin adds (see `llmpruner plugins`). Without --method: on ten samples, "
+        "without repair.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -142,28 +143,35 @@ Calibration = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(min=1, help="Calibration samples: 512 for best, 64 for fast, 10 for llm-pruner.", rich_help_panel=_ON),
+    typer.Option(min=1, help="Calibration samples: 512 for best, 64 for fast, else 10.", rich_help_panel=_ON),
 ]
 Length = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per sample: 128; 64 for llm-pruner.", rich_help_panel=_ON)
+    int | None, typer.Option(min=2, help="Tokens per sample: 128 for best and fast, else 64.", rich_help_panel=_ON)
 ]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How much to remove and how to choose it, as the user said it; names are checked before any model loads."""
+    """How much to remove and how to choose it, as the user said it; names are checked before any model loads.
+    ``length``: tokens per sample, if the user said so."""
 
     criterion: ImportanceCriterion
     target: Target
     kinds: tuple[str, ...]
     layers: str | None
+    length: int | None
     rest: Mapping[str, Any]
 
     def settings(self, loaded: LoadedConfig) -> PruneSettings:
         from ..pipeline import PruneSettings
 
         layers = parse_layers(self.layers, loaded.graph.num_layers)
-        return PruneSettings(target=self.target, kinds=self.kinds, layers=layers, **self.rest)
+        rest = dict(self.rest)
+        if self.length is None:
+            # A default must not ask for more than the model can read.
+            limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+            rest["length"] = min(rest["length"], limit or rest["length"])
+        return PruneSettings(target=self.target, kinds=self.kinds, layers=layers, **rest)
 
 
 def choice(
@@ -174,7 +182,7 @@ def choice(
     kinds: Kinds = "mlp",
     layers: Layers = None,
     round_to: RoundTo = 1,
-    method: MethodName = "best",
+    method: MethodName = None,
     importance: Importance = None,
     variant: Variant = None,
     reduction: Reduction = "sum",
@@ -190,15 +198,15 @@ def choice(
     """The options of choice; None when nothing says how much (only ``prune --plan`` accepts that)."""
     from ..importance.normalize import NORMALIZATIONS
     from ..importance.reductions import REDUCTION_NAMES
-    from ..methods import METHODS
+    from ..methods import BEST, BY_HAND, METHODS
     from ..pipeline import COMPENSATIONS
     from ..selection.allocate import ALLOCATIONS
 
     if ratio is None and target_params is None and unit_ratio is None:
         return None
-    if method not in METHODS:
+    if method is not None and method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
-    preset = METHODS[method]
+    preset = METHODS[method] if method else BY_HAND if importance else BEST
     compensate = compensate or preset.compensate
     for what, name, known in (
         ("reduction", reduction, REDUCTION_NAMES),
@@ -223,7 +231,7 @@ def choice(
     chosen = variant if importance else variant or preset.variant
     criterion = catalog_of(ctx).criteria[importance or preset.importance](chosen)
     target = parse_target(ratio, target_params, unit_ratio)
-    return Choice(criterion, target, parse_names(kinds, "--kinds"), layers, rest)
+    return Choice(criterion, target, parse_names(kinds, "--kinds"), layers, length, rest)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -275,7 +283,8 @@ def prune(
 ) -> None:
     """Remove the least important structures and write an ordinary Hugging Face directory.
 
-    Importance is measured as in LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023); no training corpus is needed.
+    By default one forward pass over text that the model writes chooses what goes, and least squares repairs what is
+    left: no training and no corpus. `--method llm-pruner` is the method of LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023).
     """
     from ..pipeline import apply_plan, save
 

@@ -75,4 +75,6 @@ class RecoveryStrategy:
     """One line for ``--help`` and ``llmpruner plugins``."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
+        """Train ``job.model``, in place or wrapped. Same job, same result: take every random number from
+        ``job.settings.seed``."""
         raise NotImplementedError

@@ -167,6 +167,6 @@ def test_discover_proves_its_groups(run, dense):
 def test_discover_draws_a_block(run, dense, tmp_path):
     assert run("discover", dense, "--html", tmp_path / "block.html").code == 0
     page = (tmp_path / "block.html").read_text()
-    assert page.count("self_attn.q_proj.weight<small>") == 1
+    assert page.count("self_attn<wbr>.q_proj<wbr>.weight") == 1
     assert "attention: consumed along axis 1" in page
     assert "hidden: normalised along axis 0" in page

@@ -77,3 +77,48 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
     assert len(record["plans"]) == 2
     parameters = sum(p.numel() for p in load_pruned(tmp_path / "out").parameters())
     assert parameters == found["result"]["parameters_after"]
+
+
+@pytest.mark.parametrize(
+    ("options", "criterion", "repaired", "tokens"),
+    [
+        ((), "energy", "refit", 512 * 128),
+        (("--method", "fast"), "energy", None, None),
+        (("--method", "llm-pruner"), "taylor", None, None),
+        (("--importance", "l1"), "l1", None, None),
+        (("--importance", "obs", "--compensate", "refit", "--samples", 3), "obs", "refit", 3 * 64),
+    ],
+)
+def test_a_method_is_a_set_of_defaults(run, dense, shared, options, criterion, repaired, tokens):
+    text = ("--calibration", shared / "text.txt")
+    plan = run("plan", dense, "--ratio", 0.2, *options, *text, "--json").json()["plan"]
+    assert plan["estimation"]["criterion"] == criterion
+    repair = plan["compensation"]
+    assert (repair and repair["method"]) == repaired
+    assert repair is None or repair["samples"] * repair["length"] == tokens
+
+
+def test_repair_changes_the_weights_that_read_cut_units_and_no_others(run, dense, tmp_path):
+    options = ("--ratio", 0.2, "--method", "best", "--layers", "1-2", "--samples", 16, "--length", 32)
+    assert run("prune", dense, *options, "-o", tmp_path / "best").code == 0
+    assert run("prune", dense, *options, "--compensate", "none", "-o", tmp_path / "plain").code == 0
+    best, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "plain"))
+    changed = {name for name, tensor in best.items() if not torch.equal(tensor, plain[name])}
+    assert changed and changed <= {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
+
+
+def test_a_plan_is_repaired_on_its_own_text_only(run, dense, shared, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((shared / "text.txt").read_text())
+    options = ("--ratio", 0.2, "--calibration", text, *FAST)
+    assert run("plan", dense, *options, "-o", tmp_path / "plan.json").code == 0
+    text.write_text(text.read_text().upper())
+    result = run("prune", dense, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert result.code == 2 and "is not the text that this plan was made with" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--method", "--compensate", "--normalize"])
+def test_unknown_names_are_refused_before_the_model_is_read(run, tmp_path, option):
+    result = run("prune", tmp_path, "--ratio", 0.2, option, "bets", "-o", tmp_path / "out")
+    assert result.code == 2 and "'bets'" in result.err

@@ -1,0 +1,27 @@
+"""Every generated page. Tests compare them with what is committed; ``python docs/_tools`` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import cli_page
+import copies
+import criteria_page
+import hooks_page
+
+DOCS = Path(__file__).parents[1]
+_NOTE = "<!-- Written by docs/_tools; do not edit. -->\n\n"
+
+
+def _noted(render: Callable[[], str]) -> str:
+    return _NOTE + render().strip() + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/cli.md": partial(_noted, cli_page.render),
+    "reference/hooks.md": partial(_noted, hooks_page.render),
+    "reference/criteria.md": partial(_noted, criteria_page.render),
+    **{page: partial(_noted, partial(copies.copy, page)) for page in copies.COPIES},
+}

@@ -1,0 +1,117 @@
+"""Links lead somewhere, commands in the text can be typed, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import typer.main
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("[!_]*/*.md")])
+FENCE = re.compile(r"^(```+).*?^\1`*$", re.S | re.M)
+
+
+def names(paths):
+    return [path.relative_to(ROOT).as_posix() for path in paths]
+
+
+def prose(page: Path) -> str:
+    """A page without code, in blocks or in lines."""
+    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def links(page: Path) -> list[str]:
+    text = prose(page)
+    defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.M))
+    used = re.findall(r"\]\[([^\]\n]+)\]", text)
+    unknown = [name for name in used if name not in defined]
+    assert not unknown, f"{page.name}: no link is defined as [{unknown[0]}]"
+    return [*re.findall(r"\]\(([^()\s]+)\)", text), *defined.values()]
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+?)\s*$", text, re.M)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title) for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in plain}
+
+
+def broken(page: Path) -> list[str]:
+    wrong = []
+    for link in links(page):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        if not path.exists():
+            wrong.append(f"{link} (no such file)")
+        elif DOCS in page.parents and DOCS not in path.parents:
+            wrong.append(f"{link} (outside docs/, so not on the site)")
+        elif anchor and anchor not in anchors(path):
+            wrong.append(f"{link} (no such heading)")
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_internal_links_resolve(page):
+    assert not broken(page), f"{page.relative_to(ROOT)} has broken links: {', '.join(broken(page))}"
+
+
+def test_broken_links_are_noticed(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A title: `x` & y\n[a](#a-title-x--y) [b](#none) [c](no.md) [d][e] `[f](no)`\n\n[e]: page.md#no\n"
+    )
+    assert broken(page) == ["#none (no such heading)", "no.md (no such file)", "page.md#no (no such heading)"]
+    page.write_text("[d][nothing]")
+    with pytest.raises(AssertionError, match=r"no link is defined as \[nothing\]"):
+        broken(page)
+
+
+def typed(page: Path) -> list[list[str]]:
+    """The commands of llmpruner in fenced blocks; those that leave something to imagine (…) are no commands."""
+    blocks = [found[0] for found in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    told = [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?llmpruner [a-z]", line)]
+    told = [re.split(r" [|>] | \d?>", line)[0] for line in told if "[OPTIONS]" not in line and "…" not in line]
+    return [shlex.split(line, comments=True)[1:] for line in told]
+
+
+def test_commands_in_the_text_can_be_typed():
+    from llmpruner import plugin_manager
+    from llmpruner.cli.app import build_app
+
+    group = typer.main.get_command(build_app(plugin_manager()))
+    count = 0
+    for page in PAGES:
+        for name, *rest in typed(page):
+            where = f"{page.relative_to(ROOT)}: llmpruner {' '.join([name, *rest])}"
+            assert name in group.commands, f"{where}: no such command"
+            try:
+                group.commands[name].make_context(name, list(rest))
+            except Exception as error:
+                pytest.fail(f"{where}: {getattr(error, 'message', '') or error}")
+            count += 1
+    assert count > 20
+
+
+@pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed (extra: docs)")
+def test_the_site_builds_without_a_warning(tmp_path):
+    # Not --quiet: it silences warnings before --strict can count them.
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "reference" / "hooks" / "index.html").is_file()

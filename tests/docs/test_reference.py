@@ -1,0 +1,140 @@
+"""The reference is what the code says: generated pages, hooks and their promise, commands and their options."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from llmpruner import HOOK_VERSION
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PROMISE = Path(__file__).parent / f"hooks-{HOOK_VERSION}.txt"
+sys.path.insert(0, str(DOCS / "_tools"))
+
+import cli_page  # noqa: E402
+import hooks_page  # noqa: E402
+from docstrings import attributes, document, methods  # noqa: E402
+from pages import PAGES  # noqa: E402
+
+APP = cli_page.application()
+COMMANDS = dict(cli_page.commands(APP))
+BASES = [classes[0] for classes in hooks_page.CLASSES.values() if classes]
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def section(text: str, title: str) -> str:
+    """What stands under the heading ``title``, up to the next one of its level."""
+    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", text, re.S | re.M)
+    assert found, f"no section '{title}'"
+    return found[2]
+
+
+def shown_help(name: str) -> str:
+    """What ``llmpruner NAME --help`` prints, as one line without the frames around it."""
+    runner = CliRunner(env={"TERM": "dumb", "NO_COLOR": "1"})
+    result = runner.invoke(APP, [*name.split(), "--help"])
+    assert result.exit_code == 0, result.output
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    import typer.rich_utils
+
+    monkeypatch.setattr(typer.rich_utils, "MAX_WIDTH", 4000)
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_generated_pages_are_what_is_committed(name):
+    expected, committed = PAGES[name]().splitlines(), page(name).splitlines()
+    for number, (is_, should) in enumerate(zip(committed, expected, strict=False), 1):
+        assert is_ == should, f"docs/{name}, line {number}, is not what the source says; run: python docs/_tools"
+    assert len(committed) == len(expected), f"docs/{name} has another length than its source; run: python docs/_tools"
+
+
+@pytest.mark.parametrize("name", sorted(hooks_page.hooks()))
+def test_a_hook_says_what_its_implementer_must_know(name):
+    text = document(hooks_page.hooks()[name])
+    for what in ("Returns:", "Called:", "Errors:"):
+        assert re.search(rf"^{what}", text, re.M), f"the docstring of hook {name} has no paragraph '{what}'"
+    assert name in hooks_page.CLASSES, f"docs/_tools/hooks_page.py does not say which classes {name} returns"
+
+
+@pytest.mark.parametrize("name", sorted(hooks_page.hooks()))
+def test_the_documented_signature_of_a_hook_is_that_of_the_code(name):
+    shown = re.search(rf"^def {name}(\(.*)$", section(page("reference/hooks.md"), name), re.M)
+    assert shown, f"docs/reference/hooks.md shows no signature of {name}"
+    written = f"def f{shown[1]}: ..."
+    names: dict = {}
+    exec(f"from __future__ import annotations\n{written}", names)
+    assert inspect.signature(names["f"]) == inspect.signature(hooks_page.hooks()[name]), (
+        f"docs/reference/hooks.md: the signature of {name} differs from llmpruner/hookspecs.py"
+    )
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
+def test_everything_that_a_plugin_can_set_or_override_is_documented(base):
+    missing = [name for name, (_, text) in attributes(base).items() if not text]
+    missing += [name for name, member in methods(base).items() if not document(member)]
+    assert not missing, f"{base.__name__} does not say what these are for: {', '.join(missing)}"
+
+
+def test_the_promise_is_kept():
+    """What a version of the hooks promised once stays; what is new is promised from now on."""
+    promised, current = PROMISE.read_text(encoding="utf-8").splitlines(), hooks_page.promise()
+    broken = [line for line in promised if line not in current]
+    assert not broken, (
+        f"version {HOOK_VERSION} of the hooks promises what is gone or changed: {'; '.join(broken)}. Keep it, or raise "
+        "HOOK_VERSION and start the next list"
+    )
+    new = [line for line in current if line not in promised]
+    assert not new, f"write into {PROMISE.name} what plugins may rely on from now on: {'; '.join(new)}"
+
+
+def test_every_command_is_documented():
+    listed = re.findall(r"^## (.+)$", page("reference/cli.md"), re.M)
+    click = typer.main.get_command(APP)
+    assert listed == list(COMMANDS) and {name.split()[0] for name in listed} == set(click.commands)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_page_say_the_same(name):
+    """Compared with what is printed, so that a mistake of the generator shows as well."""
+    shown, written = shown_help(name), section(page("reference/cli.md"), name)
+    documented = dict(re.findall(r"^- (`-.*?`): (.*)$", written, re.M))
+    options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", " ".join(documented)))
+    printed = set(re.findall(r"(?<= )--[a-z][\w-]*(?= )", _without_prose(shown))) - {"--help"}
+    options = {option for option in options if option.startswith("--")}
+    assert not options - printed, f"{name}: the page has {sorted(options - printed)}, --help has not"
+    assert not printed - options, f"{name}: --help has {sorted(printed - options)}, the page has not"
+    for option, text in documented.items():
+        told = re.sub(r"( \*Required\.\*)?( \*Default:\* `.*?`\.)?$", "", text)
+        assert told in shown, f"{name} {option}: the page says '{told}', --help does not"
+
+
+def _without_prose(shown: str) -> str:
+    """Option tables without the texts beside them, which may name options of other commands."""
+    for command in COMMANDS.values():
+        for parameter in cli_page.parameters(command.callback):
+            shown = shown.replace(cli_page._plain(parameter.help), " ")
+    return shown
+
+
+def test_options_that_pages_name_exist():
+    """In running text too, not only in commands that can be typed."""
+    known = {name for command in COMMANDS.values() for p in cli_page.parameters(command.callback) for name in p.names}
+    known |= {"--help", "--version", "--debug"}
+    for path in [ROOT / "README.md", *DOCS.glob("*.md"), *DOCS.glob("[!_]*/*.md")]:
+        text = re.sub(r"^(```+).*?^\1`*$", "", path.read_text(encoding="utf-8"), flags=re.S | re.M)
+        named = {o for code in re.findall(r"`([^`\n]+)`", text) for o in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+        assert named <= known, f"{path.relative_to(ROOT)} names options that no command has: {sorted(named - known)}"
