@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench gpu-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -32,6 +32,9 @@ bench: .venv/ready  ## slow measurements; results are committed under benchmarks
 docs: .venv/ready  ## the documentation site, in site/; a warning is an error
 	$(BIN)/python docs/_tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+gpu-check: .venv/ready  ## the same models on a GPU as on the CPU
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:
 	rm -rf .venv demo-output build dist site *.egg-info
