@@ -279,10 +279,13 @@ def per_layer_sizes(
     outside = {n for n in after if not n.startswith(layers + ".")}
     if any(before.get(n) != after[n] for n in outside):
         return {}
+    text = config.get_text_config()
+    if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
+        # The convention numbers the layers of the configuration that it stands in.
+        return {}
     known: dict[Any, dict[str, int] | None] = {}
     sizes: dict[int, dict[str, int]] = {}
-    text = config.get_text_config()
-    types = vars(text).get(getattr(text, "attribute_map", {}).get("layer_types", "layer_types"))
+    types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
     for n in range(len(model.get_submodule(layers))):
         prefix = f"{layers}.{n}."
         old, new = (
@@ -293,9 +296,9 @@ def per_layer_sizes(
         key = types[n] if types else None, tuple(old.items()), tuple(new.items())
         if key not in known:
             single = copy.deepcopy(config)
-            single.get_text_config().num_hidden_layers = 1
+            single.num_hidden_layers = 1
             if types:
-                single.get_text_config().layer_types = [types[n]]
+                single.layer_types = [types[n]]
             known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
         found = known[key]
         if found is None:
