@@ -49,7 +49,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "criterion": (("plan", "{models}/dense", *FIFTH, "--importance", "telor"), "'telor'; did you mean taylor"),
     "family": (("discover", "{models}/dense", "--family", "lama"), "family 'lama'; did you mean llama"),
     "variant": (
-        ("plan", "{models}/dense", *FIFTH, "--variant", "element3"),
+        ("plan", "{models}/dense", *FIFTH, "--importance", "taylor", "--variant", "element3"),
         "variant of criterion taylor: 'element3'; did you mean element2 or element1",
     ),
     "variant of one without": (("plan", "{models}/dense", *FIFTH, *L1, "--variant", "mix"), "'mix' Known: none"),
@@ -187,7 +187,7 @@ def test_an_output_that_exists_is_left_alone(refused, tmp_path, command):
 BAD_TEXT = {
     "empty.txt": ("  \n", "holds no text"),
     "broken.jsonl": ('{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
-    "short.txt": ("Paris.", "is too short for 10 samples of 64 tokens"),
+    "short.txt": ("Paris.", "is too short for 512 samples of 128 tokens"),
     "fields.jsonl": ('{"words": "a"}\n', "line 1: expected an object with one of the fields text"),
     "rows.json": ('{"text": "a"}', "must hold a list"),
     "bytes.txt": (b"\xff\xfe\x00", "as UTF-8 text"),
