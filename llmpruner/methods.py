@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Method:
-    """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens."""
+    """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens. ``of_layers``: the criterion
+    where nothing but whole layers may go, whose weights say little about them; None: the same one."""
 
     name: str
     summary: str
@@ -21,6 +22,7 @@ class Method:
     compensate: str
     samples: int
     length: int
+    of_layers: str | None = None
 
 
 BEST = Method(
@@ -31,6 +33,7 @@ BEST = Method(
     compensate="refit",
     samples=512,
     length=128,
+    of_layers="angular",
 )
 FAST = Method(
     "fast",
@@ -40,6 +43,7 @@ FAST = Method(
     compensate="none",
     samples=64,
     length=128,
+    of_layers="angular",
 )
 LLM_PRUNER = Method(
     "llm-pruner",

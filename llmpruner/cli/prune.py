@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..coupling import LAYER
 from ..errors import ModelError, SelectionError, UnknownNameError
 from ..importance.base import ImportanceCriterion
 from ..loading import LoadedConfig, LoadedModel, LoadOptions
@@ -228,10 +229,12 @@ def choice(
         "length": length or preset.length,
         "seed": seed,
     }
+    names = parse_names(kinds, "--kinds")
+    default = preset.of_layers if preset.of_layers and names == (LAYER,) else preset.importance
     chosen = variant if importance else variant or preset.variant
-    criterion = catalog_of(ctx).criteria[importance or preset.importance](chosen)
+    criterion = catalog_of(ctx).criteria[importance or default](chosen)
     target = parse_target(ratio, target_params, unit_ratio)
-    return Choice(criterion, target, parse_names(kinds, "--kinds"), layers, length, rest)
+    return Choice(criterion, target, names, layers, length, rest)
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -84,6 +84,7 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
     [
         ((), "energy", "refit", 512 * 128),
         (("--method", "fast"), "energy", None, None),
+        (("--method", "fast", "--kinds", "layer", "--layers", "all"), "angular", None, None),
         (("--method", "llm-pruner"), "taylor", None, None),
         (("--importance", "l1"), "l1", None, None),
         (("--importance", "obs", "--compensate", "refit", "--samples", 3), "obs", "refit", 3 * 64),
