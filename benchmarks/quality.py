@@ -2,8 +2,8 @@
 
     LLMPRUNER_DATA=… python -m benchmarks.quality [--only TEXT] [--ratios 0.1,0.2] [--tasks]
 
-Every row is one `llmpruner prune` in a process of its own, then perplexity on two texts that no calibration has seen
-and the divergence of its predictions from the dense model's. Rows are kept in ``results/quality.jsonl``, so an
+Every row is one `llmpruner prune` in a process of its own, then perplexity on two texts that no calibration has seen.
+Rows are kept in ``results/quality.jsonl``, so an
 interrupted run goes on where it stopped; ``docs/quality.md`` and its plot are drawn from them.
 """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..coupling import Role
-from .base import ImportanceCriterion, ParameterSignals, Signal
+from .base import ImportanceCriterion, InputStats, ParameterSignals, Signal
 
 if TYPE_CHECKING:
     import torch
@@ -17,61 +17,61 @@ if TYPE_CHECKING:
 _READERS = frozenset({Role.CONSUMES})
 
 
-class WandaSp(ImportanceCriterion):
+class OfInputs(ImportanceCriterion):
+    """Scores weights with their inputs, and gives zero to what is multiplied with none."""
+
+    needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
+    roles = _READERS
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        if signals.inputs is None:
+            return signals.weight.new_zeros(signals.weight.shape)
+        return self.weigh(signals.weight, signals.inputs)
+
+    def weigh(self, weight: torch.Tensor, inputs: InputStats) -> torch.Tensor:
+        """Saliency of every weight, with the shape of ``weight``."""
+        raise NotImplementedError
+
+
+class WandaSp(OfInputs):
     """Σᵢ |W_ij|·‖x_j‖₂: Wanda (Sun et al., 2023, eq. 1) summed over structures (An et al., 2024)."""
 
     name = "wanda-sp"
     summary = "weight times norm of its input, Σ|W_ij|·‖x_j‖ (Wanda, eq. 1, over structures)"
-    needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
-    roles = _READERS
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        if signals.inputs is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        return signals.weight.abs() * signals.inputs.power.sqrt()
+    def weigh(self, weight: torch.Tensor, inputs: InputStats) -> torch.Tensor:
+        return weight.abs() * inputs.power.sqrt()
 
 
-class OutputEnergy(ImportanceCriterion):
+class OutputEnergy(OfInputs):
     """‖W_:j‖²·E[x_j²]: the mean square of what a unit adds to the output, if units were uncorrelated."""
 
     name = "energy"
     summary = "mean square of what a unit adds to the output, ‖W_:j‖²·E[x_j²]"
-    needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
-    roles = _READERS
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        if signals.inputs is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        return signals.weight.square() * signals.inputs.power
+    def weigh(self, weight: torch.Tensor, inputs: InputStats) -> torch.Tensor:
+        return weight.square() * inputs.power
 
 
-class Fluctuation(ImportanceCriterion):
+class Fluctuation(OfInputs):
     """‖W_:j‖²·Var[x_j]: what is lost when a unit is replaced by its mean (FLAP's WIFV; An et al., AAAI 2024, eq. 5)."""
 
     name = "flap"
     summary = "weight norm times fluctuation of the input, ‖W_:j‖²·Var[x_j] (FLAP, eq. 5)"
-    needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
-    roles = _READERS
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        if signals.inputs is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        return signals.weight.square() * signals.inputs.variance
+    def weigh(self, weight: torch.Tensor, inputs: InputStats) -> torch.Tensor:
+        return weight.square() * inputs.variance
 
 
-class ActivationNorm(ImportanceCriterion):
+class ActivationNorm(OfInputs):
     """E[x_j²]: how strongly a unit is active, whatever reads it (Minitron; Muralidharan et al., 2024, §2.2)."""
 
     name = "activation"
     summary = "mean square of a unit's activation, E[x_j²] (Minitron, §2.2)"
-    needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
-    roles = _READERS
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        if signals.inputs is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        spread = signals.weight.numel() / signals.inputs.power.numel()
-        return (signals.inputs.power / spread).expand_as(signals.weight)
+    def weigh(self, weight: torch.Tensor, inputs: InputStats) -> torch.Tensor:
+        spread = weight.numel() / inputs.power.numel()
+        return (inputs.power / spread).expand_as(weight)
 
 
 class Pca(ImportanceCriterion):
