@@ -13,7 +13,6 @@ from .checkpoint import adapter_base, load_pruned, read_record, with_adapter
 from .errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError
 from .families import ModelFamily, build_graph
 from .meta import quiet_transformers
-from .plan import PruningPlan
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from .checkpoint_readers import CheckpointReader
     from .coupling import CouplingGraph
+    from .plan import PruningPlan
     from .plugins import Catalog
 
 DEMO = "demo"
@@ -140,6 +140,7 @@ def load_model(text: str, catalog: Catalog, options: LoadOptions | None = None) 
 def _pruned_config(text: str, record: Mapping[str, Any], catalog: Catalog, options: LoadOptions) -> LoadedConfig:
     from transformers import AutoConfig
 
+    from .plan import PruningPlan
     from .surgery import restrict
 
     try:

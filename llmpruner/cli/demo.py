@@ -14,7 +14,6 @@ import typer
 from rich.markup import escape
 
 from ..loading import DEMO, LoadedModel, LoadOptions
-from ..plan import PruningPlan, Target
 from ..recovery.base import RecoverySettings
 from .console import RichProgress, count, out, table
 from .evaluate import show_evaluations
@@ -51,6 +50,7 @@ def demo(
     instructions for recovery come with llmpruner.
     """
     from ..pipeline import PruneSettings, apply_plan, make_plan, save
+    from ..plan import Target
 
     started = time.monotonic()
     new_directory(output)
@@ -68,7 +68,7 @@ def demo(
     out.rule("2. Estimation and pruning")
     criterion = catalog_of(ctx).criteria["taylor"]()
     settings = PruneSettings(target=Target(by="ratio", amount=ratio), seed=seed)
-    made: PruningPlan = make_plan(loaded, criterion, settings, RichProgress())
+    made = make_plan(loaded, criterion, settings, RichProgress())
     show_plan(loaded.graph, made, plan_result(loaded, made))
     pruned = apply_plan(loaded, made)
     save(pruned, output / "pruned")

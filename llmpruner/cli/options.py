@@ -12,11 +12,11 @@ import typer
 
 from ..errors import DataError, LlmprunerError, OutputError, SelectionError, UnknownNameError
 from ..loading import DTYPES, LoadOptions
-from ..plan import Target
 from .console import note
 
 if TYPE_CHECKING:
     from ..loading import LoadedModel
+    from ..plan import Target
     from ..plugins import Catalog
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hub id, .gguf file, or 'demo'.")]
@@ -119,6 +119,8 @@ def new_file(path: Path) -> Path:
 
 def parse_target(ratio: float | None, target_params: str | None, unit_ratio: float | None) -> Target:
     """Exactly one of the three ways to say how much."""
+    from ..plan import Target
+
     given = [value for value in (ratio, target_params, unit_ratio) if value is not None]
     if len(given) != 1:
         raise SelectionError(HOW_MUCH)

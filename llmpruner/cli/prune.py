@@ -14,7 +14,6 @@ from ..coupling import LAYER
 from ..errors import ModelError, SelectionError, UnknownNameError
 from ..importance.base import ImportanceCriterion
 from ..loading import LoadedConfig, LoadedModel, LoadOptions
-from ..plan import PruningPlan, Target, parameters_after
 from .console import RichProgress, count, note, out, print_json, size, table
 from .options import (
     HOW_MUCH,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from ..calibration import CalibrationSet
     from ..coupling import CouplingGraph
     from ..pipeline import PruneSettings
+    from ..plan import PruningPlan, Target
 
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
 
@@ -290,6 +290,7 @@ def prune(
     left: no training and no corpus. `--method llm-pruner` is the method of LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023).
     """
     from ..pipeline import apply_plan, save
+    from ..plan import PruningPlan
 
     started = time.monotonic()
     if (chosen is None) == (plan_file is None):
@@ -327,6 +328,8 @@ def _make(loaded: LoadedModel, chosen: Choice) -> tuple[PruningPlan, Calibration
 
 def plan_result(loaded: LoadedModel, made: PruningPlan) -> dict[str, Any]:
     """What the plan leaves, in parameters and bytes."""
+    from ..plan import parameters_after
+
     graph, width = loaded.graph, int(next(loaded.model.parameters()).element_size())
     total, decoder = parameters_after(graph, made.kept)
     return {
