@@ -16,6 +16,8 @@ from .console import RichProgress, count, note, size, table
 from .options import Models, Seed, catalog_of, check_device, load_options, new_file, parse_names, spliced
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..evaluation.report import Evaluation, Line
     from ..evaluation.tasks import LoadedTasks
 
@@ -52,6 +54,10 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Use the first so many tokens of the text; all by default.")
     ] = None,
+    kl: Annotated[
+        bool,
+        typer.Option("--kl", help="KL divergence from the first MODEL on the same text, too (both are in memory)."),
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second and peak memory, too.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows per task; all by default.")] = None,
     num_fewshot: Annotated[int, typer.Option(min=0, help="Examples shown in each task's prompt.")] = 0,
@@ -71,12 +77,17 @@ def evaluate(
         new_file(json_file)
     names = parse_names(tasks, "--tasks") if tasks else ()
     source = perplexity or (None if names else PYDOC)
+    if kl and source is None:
+        source = PYDOC
     text = None if source is None else read_text(source)
     check_device(options.device)
     suite = load_tasks(names, include_path=include_path) if names else None
-    results = []
+    results: list[Evaluation] = []
+    reference = None
     for model in models:
         loaded = _open(ctx, model, options)
+        if kl and reference is None:
+            reference = loaded.model
         results.append(
             _measure(
                 loaded,
@@ -84,6 +95,7 @@ def evaluate(
                 text=text,
                 window=window,
                 tokens=tokens,
+                reference=reference,
                 speed=speed,
                 autocast=autocast,
                 task_options={
@@ -123,6 +135,7 @@ def _measure(
     text: str | None,
     window: int,
     tokens: int | None,
+    reference: PreTrainedModel | None,
     speed: bool,
     autocast: bool,
     task_options: dict[str, Any],
@@ -137,7 +150,7 @@ def _measure(
     if text is not None:
         found = perplexity(
             loaded.model, loaded.tokenizer, text,
-            window=window, tokens=tokens, autocast=autocast, progress=progress,
+            window=window, tokens=tokens, autocast=autocast, reference=reference, progress=progress,
         )  # fmt: skip
     scores = {}
     if suite is not None:

@@ -32,6 +32,7 @@ def perplexity(
     tokens: int | None = None,
     batch_size: int = 4,
     autocast: bool = False,
+    reference: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
@@ -41,8 +42,10 @@ def perplexity(
     out. Every token but the first of its window is predicted from those before it in the window. The result
     is the exponential of the mean negative log-likelihood, accumulated in double precision.
 
-    ``autocast`` computes in bfloat16; logits are turned to float32 either way. Raises `DataError` when the
-    text has fewer tokens than asked for, `ModelError` when what the model predicts is not a number.
+    ``autocast`` computes in bfloat16; logits are turned to float32 either way. With a ``reference`` the result has
+    the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has fewer tokens than
+    asked for, `ModelError` when what the model predicts is not a number or is over another vocabulary than the
+    reference's.
     """
     if window < 2 or batch_size < 1:
         raise DataError(
@@ -57,17 +60,24 @@ def perplexity(
             f"the text has {len(ids)} tokens of which {tokens or 'all'} are used: no full window of {window}"
         )
     used = ids[: windows * window]
+    whole = len(used) == len(ids)
     table = torch.tensor(used).view(windows, window)
-    total = 0.0
+    total = divergence = 0.0
     for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
-        total += _negative_log_likelihood(model, batch.to(model.device), autocast)
+        placed = batch.to(model.device)
+        logits = _predictions(model, placed, autocast)
+        total += _negative_log_likelihood(logits, placed)
+        if reference is not None:
+            wanted = logits if reference is model else _predictions(reference, batch.to(reference.device), autocast)
+            divergence += _divergence(wanted, logits)
         if math.isnan(total):
             raise ModelError(
                 "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
                 f"{model.dtype} is too narrow for what it computes (try --dtype float32)"
             )
-    mean = total / (windows * (window - 1))
-    size = len(text.encode()) if len(used) == len(ids) else len(_decoded(tokenizer, used).encode())
+    predictions = windows * (window - 1)
+    mean = total / predictions
+    size = len(text.encode()) if whole else len(_decoded(tokenizer, used).encode())
     return PerplexityResult(
         perplexity=_exponential(mean),
         nll_per_token=mean,
@@ -76,6 +86,7 @@ def perplexity(
         windows=windows,
         window=window,
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        kl_per_token=None if reference is None else divergence / predictions,
     )
 
 
@@ -87,14 +98,34 @@ def _exponential(value: float) -> float:
 
 
 @torch.inference_mode()
-def _negative_log_likelihood(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> float:
+def _predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
     with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=autocast):
-        logits_BTV = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits
+        logits_BTV: torch.Tensor = model(
+            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
+        ).logits
+    return logits_BTV
+
+
+def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> float:
     # Row by row: the float32 copy of a whole batch of logits would double the memory.
     return sum(
         float(functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").double().sum())
         for logits, ids in zip(logits_BTV, ids_BT, strict=True)
     )
+
+
+def _divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
+    """Sum of KL(wanted ‖ logits) over all predictions that have a next token, in nats."""
+    if wanted_BTV.shape != logits_BTV.shape:
+        raise ModelError(
+            f"the model predicts {logits_BTV.shape[-1]} tokens and the reference {wanted_BTV.shape[-1]}; KL divergence "
+            "needs one vocabulary"
+        )
+    total = 0.0
+    for wanted, logits in zip(wanted_BTV, logits_BTV, strict=True):
+        log_p, log_q = wanted[:-1].float().log_softmax(-1), logits[:-1].float().to(wanted.device).log_softmax(-1)
+        total += float(functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
+    return total
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 class PerplexityResult:
     """``tokens``: tokens in the windows. Each window of ``window`` tokens gives ``window − 1`` predictions.
     ``nll_per_token`` is in nats; ``bits_per_byte`` counts UTF-8 bytes, and is comparable between tokenizers.
-    ``text_sha256`` tells which text this was."""
+    ``kl_per_token``: mean Kullback-Leibler divergence of the predictions from a reference model's, in nats; None
+    where there was no reference. ``text_sha256`` tells which text this was."""
 
     perplexity: float
     nll_per_token: float
@@ -22,6 +23,7 @@ class PerplexityResult:
     windows: int
     window: int
     text_sha256: str
+    kl_per_token: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> list[Line]:
             False,
             [e.perplexity.bits_per_byte if e.perplexity else None for e in evaluations],
         ),
+        _line("KL to the first", False, [e.perplexity.kl_per_token if e.perplexity else None for e in evaluations]),
         _line("prefill tokens/s", True, [e.speed.prefill.median if e.speed else None for e in evaluations]),
         _line("decode tokens/s", True, [e.speed.decode.median if e.speed else None for e in evaluations]),
         _line("peak memory bytes", False, [e.speed.peak_bytes if e.speed else None for e in evaluations]),

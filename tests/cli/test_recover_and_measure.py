@@ -81,7 +81,7 @@ def test_answers_only_and_a_limit(run, pruned, shared, tmp_path):
 def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
     result = run(
         "evaluate", dense, pruned, "--perplexity", shared / "text.txt", "--window", 32, "--tokens", 128,
-        "--json", tmp_path / "report.json",
+        "--kl", "--json", tmp_path / "report.json",
     )  # fmt: skip
     assert result.code == 0
     assert "4 windows of 32 tokens, 31 predictions each" in result.err
@@ -97,6 +97,9 @@ def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
             loss = load_pruned(folder)(table, labels=table).loss
         assert row["perplexity"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert f"{row['perplexity']['perplexity']:.2f}" in result.out
+    assert "KL to the first" in result.out
+    divergence = [row["perplexity"]["kl_per_token"] for row in rows]
+    assert divergence[0] == pytest.approx(0.0, abs=1e-9) and divergence[1] > 1e-6
 
 
 def test_a_task_of_ones_own(run, dense, pruned, tmp_path, monkeypatch):

@@ -50,6 +50,32 @@ def test_bits_per_byte_counts_the_bytes_that_were_read():
     assert result.bits_per_byte == pytest.approx(result.nll_per_token / math.log(2) * 128 / read)
 
 
+def test_divergence_from_a_reference_by_hand():
+    model, reference = tiny_models.llama(), tiny_models.llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    tokenizer = tiny_models.tokenizer()
+    ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"][:64]
+    table = torch.tensor(ids).view(4, 16)
+    with torch.no_grad():
+        p, q = (m(input_ids=table).logits[:, :-1].double().softmax(-1) for m in (reference, model))
+    expected = float((p * (p / q).log()).sum(-1).mean())
+    options = {"window": 16, "tokens": 64, "batch_size": 3}
+    result = perplexity(model, tokenizer, tiny_models.TEXT, reference=reference, **options)
+    assert expected > 1e-3
+    assert result.kl_per_token == pytest.approx(expected, rel=1e-4)
+    same = perplexity(model, tokenizer, tiny_models.TEXT, reference=model, **options)
+    assert same.kl_per_token == pytest.approx(0.0, abs=1e-9)
+    assert perplexity(model, tokenizer, tiny_models.TEXT, **options).kl_per_token is None
+
+
+def test_divergence_needs_one_vocabulary():
+    model, other = tiny_models.llama(), tiny_models.llama()
+    other.resize_token_embeddings(310)
+    with pytest.raises(ModelError, match="predicts 310 tokens and the reference 300"):
+        perplexity(other, tiny_models.tokenizer(), tiny_models.TEXT, window=16, tokens=64, reference=model)
+
+
 def test_batches_and_autocast_change_little():
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
     one, many, half = (
