@@ -2,9 +2,9 @@
 
     LLMPRUNER_DATA=… python -m benchmarks.quality [--only TEXT] [--ratios 0.1,0.2] [--tasks]
 
-Every row is one `llmpruner prune` in a process of its own, then perplexity on two texts that no calibration has seen.
-Rows are kept in ``results/quality.jsonl``, so an
-interrupted run goes on where it stopped; ``docs/quality.md`` and its plot are drawn from them.
+Every row is one `llmpruner prune` in a process of its own, then perplexity on two texts that no calibration has seen
+and the divergence from the dense model on the first. Rows are kept in ``results/quality.jsonl``, so an interrupted run
+goes on where it stopped; ``docs/quality.md`` and its plot are drawn from them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     done = read_results()
     for row in rows(tuple(map(float, arguments.ratios.split(",")))):
         known = done.get(row.key, {})
-        if arguments.only not in row.key or ("perplexity" in known and ("tasks" in known or not arguments.tasks)):
+        if arguments.only not in row.key or ("kl" in known and ("tasks" in known or not arguments.tasks)):
             continue
         with tempfile.TemporaryDirectory() as work:
             done[row.key] = known | measure(row, data, Path(work), tasks=arguments.tasks, known=known)
@@ -98,11 +98,12 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, A
         result = json.loads(done["output"])["result"]
         found |= {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
         found |= {"decoder_removed": result["decoder_removed"]}
-    if "perplexity" not in known:
+    if "kl" not in known:
         second = work / "instructions.txt"
         second.write_text(_instructions(data), encoding="utf-8")
-        found["perplexity"] = perplexity(model, data / "wikitext2_unk_test.txt", work)
-        found["perplexity_instructions"] = perplexity(model, second, work)
+        first = measured(model, data / "wikitext2_unk_test.txt", work)
+        found |= {"perplexity": first["perplexity"], "kl": first["kl_per_token"]}
+        found["perplexity_instructions"] = measured(model, second, work)["perplexity"]
     if tasks:
         report = work / "tasks.json"
         options = ("--tasks", TASKS, "--limit", "400", "--include-path", str(work / "tasks"), "--dtype", "float32")
@@ -112,11 +113,13 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, A
     return found
 
 
-def perplexity(model: str, text: Path, work: Path) -> float:
+def measured(model: str, text: Path, work: Path) -> dict[str, float]:
+    """Perplexity of ``model`` and its divergence from the dense one."""
     file = work / "evaluation.json"
-    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
-    run("evaluate", model, "--perplexity", str(text), *options, "--json", str(file))
-    return float(json.loads(file.read_text())[0]["perplexity"]["perplexity"])
+    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast", "--kl")
+    run("evaluate", "demo", model, "--perplexity", str(text), *options, "--json", str(file))
+    found: dict[str, float] = json.loads(file.read_text())[1]["perplexity"]
+    return found
 
 
 def _instructions(data: Path) -> str:
@@ -143,23 +146,48 @@ def draw(done: dict[str, dict[str, Any]]) -> None:
         "SmolLM2-135M-Instruct, MLP channels of layers 3-26, no training. *Ratio*: share of the decoder's parameters "
         f"that went. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 products; "
         "WikiText-2 test (unknown words as `<unk>`) and the answers of an instruction set, neither of them ever seen "
-        f"in calibration. Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Machine: "
+        "in calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
+        f"Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Machine: "
         f"{dense['machine']['cpu']}, {dense['machine']['cores']} cores.",
         "",
         "![Perplexity over the share of parameters removed](quality.svg)",
         "",
-        "| method | calibrated on | ratio | WikiText-2 | instructions | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| method | calibrated on | ratio | WikiText-2 | KL | instructions | seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     points = [entry for entry in done.values() if entry["row"]["method"] != "dense"]
     for entry in sorted(points, key=lambda e: (e["row"]["ratio"], e["row"]["text"], e["row"]["method"])):
         row = entry["row"]
         lines.append(
             f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f} | "
-            f"{entry['perplexity_instructions']:.2f} | {entry['seconds']:.0f} | {entry['peak_mib']} |"
+            f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {entry['seconds']:.0f} | "
+            f"{entry['peak_mib']} |"
         )
+    lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(dense["perplexity"], points)
+
+
+def _tasks(entries: list[dict[str, Any]]) -> list[str]:
+    """Accuracy of the models whose tasks were measured, in the order of their perplexity."""
+    entries = [entry for entry in entries if "tasks" in entry]
+    if not entries:
+        return []
+    names = TASKS.split(",")
+    lines = [
+        "",
+        "Zero-shot accuracy (lm-eval, first 400 rows of each task, ± its standard error), best perplexity first:",
+        "",
+        f"| model | WikiText-2 | KL | {' | '.join(names)} | mean |",
+        "|---|---|---" + "|---" * (len(names) + 1) + "|",
+    ]
+    for entry in entries:
+        row, tasks = entry["row"], entry["tasks"]
+        label = "dense" if row["method"] == "dense" else f"{row['method']}, {row['ratio']:.0%}, {row['text']}"
+        cells = [f"{tasks[name]['acc']:.3f} ± {tasks[name]['acc_stderr']:.3f}" for name in names]
+        mean = sum(tasks[name]["acc"] for name in names) / len(names)
+        lines.append(f"| {label} | {entry['perplexity']:.2f} | {entry['kl']:.3f} | {' | '.join(cells)} | {mean:.3f} |")
+    return lines
 
 
 def _plot(dense: float, points: list[dict[str, Any]]) -> None:
