@@ -22,6 +22,7 @@ SELF = "self"
 _TEXT_FIELDS = ("text", "page", "content")
 _CHARACTERS_PER_TOKEN = 12
 _ATTEMPTS = 200
+_WINDOWS_PER_PIECE = 8
 _ROWS = 64
 
 
@@ -174,10 +175,50 @@ def _read_dataset(source: str) -> list[str]:
 
 
 def _windows(documents: list[str], tokenizer: Any, samples: int, length: int, seed: int, source: str) -> torch.Tensor:
-    """Random windows: a document drawn by its size, a random place in it, the first ``length`` tokens from there."""
+    """Windows in random order that do not overlap, as widely spread as possible; where the text has too few of them,
+    the rest are drawn anywhere in it."""
     import torch
 
     rng = random.Random(seed)
+    pieces = _pieces(documents, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)
+    rounds: list[list[list[int]]] = []
+    for text in pieces[:samples]:
+        ids = _tokens(tokenizer, text)
+        for number in range(len(ids) // length):
+            if number == len(rounds):
+                rounds.append([])
+            rounds[number].append(ids[number * length : (number + 1) * length])
+    rows = [row for later in rounds for row in later][:samples]
+    rows += _anywhere(documents, tokenizer, samples - len(rows), length, rng)
+    if len(rows) < samples:
+        raise DataError(
+            f"'{source}' is too short for {samples} samples of {length} tokens; lower --samples or --length"
+        )
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _pieces(documents: list[str], size: int, rng: random.Random) -> list[str]:
+    """The documents in pieces of at most ``size`` characters that begin with a word, in random order."""
+    found: list[str] = []
+    for text in documents:
+        start = 0
+        stop = rng.randrange(1, size + 1) if len(text) > size else size
+        while start < len(text):
+            while stop < len(text) and not text[stop - 1].isspace():
+                stop += 1
+            found.append(text[start:stop])
+            start, stop = stop, stop + size
+    rng.shuffle(found)
+    return found
+
+
+def _anywhere(documents: list[str], tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
+    """A document drawn by its size, a random place in it, the first ``length`` tokens from there."""
     span = length * _CHARACTERS_PER_TOKEN
     weights = [len(text) for text in documents]
     rows: list[list[int]] = []
@@ -188,11 +229,7 @@ def _windows(documents: list[str], tokenizer: Any, samples: int, length: int, se
         start = rng.randrange(max(1, len(text) - span + 1))
         while 0 < start < len(text) and not text[start - 1].isspace():
             start += 1
-        ids = tokenizer(text[start : start + span], add_special_tokens=False, verbose=False)["input_ids"][:length]
+        ids = _tokens(tokenizer, text[start : start + span])[:length]
         if len(ids) == length:
             rows.append(ids)
-    if len(rows) < samples:
-        raise DataError(
-            f"'{source}' is too short for {samples} samples of {length} tokens; lower --samples or --length"
-        )
-    return torch.tensor(rows, dtype=torch.long)
+    return rows

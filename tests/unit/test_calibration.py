@@ -41,6 +41,30 @@ def test_files_are_sampled_reproducibly(gqa, tmp_path):
         assert sets[0].fingerprint == sets[1].fingerprint != sets[2].fingerprint
 
 
+class Numbers:
+    """A tokenizer of one token per word, which must be a number."""
+
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+@pytest.mark.parametrize("documents", [1, 40])
+def test_windows_do_not_overlap_while_there_is_text(gqa, tmp_path, documents):
+    size = 4800 // documents
+    rows = [" ".join(f"{n:04}" for n in range(d * size, (d + 1) * size)) for d in range(documents)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+
+    def windows(samples):
+        found = calibration_set(str(tmp_path / "a.jsonl"), gqa.model, Numbers(), samples=samples, length=16, seed=0)
+        assert all(row == list(range(row[0], row[0] + 16)) for row in found.input_ids.tolist())
+        return found.input_ids.flatten().tolist()
+
+    few, most, more = windows(10), windows(240), windows(500)
+    assert len(set(few)) == 160 and max(few) - min(few) > 2400
+    assert len(set(most)) == len(most) == 240 * 16
+    assert len(more) == 500 * 16 > len(set(more)) > 240 * 16
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
