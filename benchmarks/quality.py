@@ -64,10 +64,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure only the rows whose name holds this text")
     parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too (400 rows each: minutes per row)")
     arguments = parser.parse_args()
-    root = os.environ.get("LLMPRUNER_DATA")
-    if not root:
-        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
-    data = next(f for f in (Path(root) / "data", Path(root)) if (f / "wikitext2_unk_test.txt").is_file())
+    data = data_folder()
     done = read_results()
     for row in rows(tuple(map(float, arguments.ratios.split(",")))):
         known = done.get(row.key, {})
@@ -78,6 +75,13 @@ def main() -> None:
         RESULTS.write_text("".join(json.dumps(found) + "\n" for found in done.values()), encoding="utf-8")
         print(row.key, {k: v for k, v in done[row.key].items() if k not in ("row", "machine")}, flush=True)
     draw(done)
+
+
+def data_folder() -> Path:
+    root = os.environ.get("LLMPRUNER_DATA")
+    if not root:
+        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
+    return next(f for f in (Path(root) / "data", Path(root)) if (f / "wikitext2_unk_test.txt").is_file())
 
 
 def read_results() -> dict[str, dict[str, Any]]:
@@ -103,7 +107,7 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, A
         second.write_text(_instructions(data), encoding="utf-8")
         first = measured(model, data / "wikitext2_unk_test.txt", work)
         found |= {"perplexity": first["perplexity"], "kl": first["kl_per_token"]}
-        found["perplexity_instructions"] = measured(model, second, work)["perplexity"]
+        found["perplexity_instructions"] = measured(model, second, work, kl=False)["perplexity"]
     if tasks:
         report = work / "tasks.json"
         options = ("--tasks", TASKS, "--limit", "400", "--include-path", str(work / "tasks"), "--dtype", "float32")
@@ -113,12 +117,13 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, A
     return found
 
 
-def measured(model: str, text: Path, work: Path) -> dict[str, float]:
-    """Perplexity of ``model`` and its divergence from the dense one."""
+def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str, float]:
+    """Perplexity of ``model`` and, with ``kl``, its divergence from the dense one."""
     file = work / "evaluation.json"
-    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast", "--kl")
-    run("evaluate", "demo", model, "--perplexity", str(text), *options, "--json", str(file))
-    found: dict[str, float] = json.loads(file.read_text())[1]["perplexity"]
+    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
+    models = ("demo", model, "--kl") if kl else (model,)
+    run("evaluate", *models, "--perplexity", str(text), *options, "--json", str(file))
+    found: dict[str, float] = json.loads(file.read_text())[-1]["perplexity"]
     return found
 
 
@@ -164,6 +169,7 @@ def draw(done: dict[str, dict[str, Any]]) -> None:
             f"{entry['peak_mib']} |"
         )
     lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
+    lines += _ordering()
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(dense["perplexity"], points)
 
@@ -188,6 +194,19 @@ def _tasks(entries: list[dict[str, Any]]) -> list[str]:
         mean = sum(tasks[name]["acc"] for name in names) / len(names)
         lines.append(f"| {label} | {entry['perplexity']:.2f} | {entry['kl']:.3f} | {' | '.join(cells)} | {mean:.3f} |")
     return lines
+
+
+def _ordering() -> list[str]:
+    from . import ordering
+
+    results = ordering.read()
+    if not results:
+        return []
+    text = (
+        "The paper's criteria at 20 %, all else as `--method llm-pruner` has it (ten samples of 64 tokens of "
+        "WikiText-2 validation, no repair), WikiText-2 perplexity:"
+    )
+    return ["", text, "", *ordering.table(results)]
 
 
 def _plot(dense: float, points: list[dict[str, Any]]) -> None:

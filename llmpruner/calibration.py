@@ -39,26 +39,52 @@ class CalibrationSet:
         digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def first(self, tokens: int) -> CalibrationSet:
+        """The first samples, of about ``tokens`` tokens in all; everything where there are fewer."""
+        return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
+
 
 def calibration_set(
     source: str, model: PreTrainedModel, tokenizer: Any | None, *, samples: int, length: int, seed: int
 ) -> CalibrationSet:
     """``samples`` sequences of ``length`` tokens from ``self``, a ``.txt`` / ``.jsonl`` / ``.json`` file, or a
-    datasets name (``name``, ``name:config`` or ``name:config:split``).
+    datasets name (``name``, ``name:config`` or ``name:config:split``). Several with commas between them are mixed in
+    equal parts, one sequence of each in turn.
 
-    Raises `DataError` when the source is missing, malformed, or too short.
+    Raises `DataError` when a source is missing, malformed, or too short.
     """
+    import torch
+
     if samples < 1 or length < 2:
         raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and length > limit:
         raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+    parts = sources_of(source)
+    if len(parts) > samples:
+        raise DataError(f"{samples} samples cannot be shared by {len(parts)} sources; raise --samples")
+    shares = [_from_one(part, model, tokenizer, -(-samples // len(parts)), length, seed) for part in parts]
+    return CalibrationSet(torch.stack(shares, 1).flatten(0, 1)[:samples], source)
+
+
+def sources_of(source: str) -> list[str]:
+    """The parts of a mixture; a file whose name has commas is one source."""
+    if Path(source).is_file():
+        return [source]
+    parts = [part.strip() for part in source.split(",")]
+    if not all(parts):
+        raise DataError(f"--calibration '{source}' names an empty source; write them with one comma in between")
+    return parts
+
+
+def _from_one(
+    source: str, model: PreTrainedModel, tokenizer: Any | None, samples: int, length: int, seed: int
+) -> torch.Tensor:
     if source == SELF:
-        return CalibrationSet(self_generated(model, tokenizer, samples, length, seed), SELF)
+        return self_generated(model, tokenizer, samples, length, seed)
     if tokenizer is None:
         raise ModelError(f"the model brings no tokenizer, so it cannot be calibrated on '{source}'; use 'self'")
-    documents = read_documents(source)
-    return CalibrationSet(_windows(documents, tokenizer, samples, length, seed, source), source)
+    return _windows(read_documents(source), tokenizer, samples, length, seed, source)
 
 
 def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, length: int, seed: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ Every stage takes a small frozen value and returns the next; this module only st
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -18,15 +18,20 @@ from .plan import BaseRef, Compensation, Estimation, PruningPlan, Selection, Tar
 from .progress import Progress
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .calibration import CalibrationSet
-    from .coupling import CouplingGraph
+    from .coupling import CoupledGroup, CouplingGraph
     from .importance.base import ImportanceCriterion
     from .loading import LoadedConfig, LoadedModel
     from .selection.allocate import Demand
+    from .selection.costs import Cost
     from .selection.select import Scope
+    from .surgery import Kept
 
 
 COMPENSATIONS = ("refit", "bias", "none")
+_SCORED_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -63,28 +68,33 @@ def make_plan(
     """
     from .importance.estimate import Scores, estimate
     from .importance.normalize import normalize
+    from .selection.budgets import open_budget
+    from .selection.costs import CutCost
     from .selection.select import Scope, select
     from .surgery import cut, renamed, surviving_units
 
     progress = progress or Progress()
     scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
-    scope.groups(loaded.graph)
+    model, graph = loaded.model, loaded.graph
     if settings.compensate not in COMPENSATIONS:
         raise UnknownNameError("compensation", settings.compensate, COMPENSATIONS)
+    target, whole = open_budget(settings.target, model, graph, scope, loaded.family, progress)
     calibration = calibration or calibrate(loaded, criterion, settings, progress)
-    graph, model = loaded.graph, loaded.model
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, settings.steps + 1):
         groups = scope.groups(graph)
         scores = estimate(
-            model, graph, groups, criterion, calibration,
+            model, graph, groups, criterion, _scored_on(calibration, settings),
             reduction=settings.reduction, seed=settings.seed, progress=progress,
         )  # fmt: skip
-        ranked = normalize(graph, graph.by_name, scores.by_group, settings.normalization)
-        demand = _demand(loaded.graph, graph, scope, settings.target, step / settings.steps)
+        cost = CutCost(whole, loaded.graph, kept) if kept else whole
+        ranked = normalize(graph, graph.by_name, scores.by_group, settings.normalization, cost)
+        demand = _demand(whole, cost, groups, scope, target, step, settings.steps)
         chosen = select(
-            graph, groups, Scores(ranked), scope, demand, allocation=settings.allocation, round_to=settings.round_to
-        )
+            graph, groups, Scores(ranked), scope, demand,
+            cost=cost, allocation=settings.allocation, round_to=settings.round_to,
+            loss=_loss(loaded, model, graph, groups, settings, calibration, progress), progress=progress,
+        )  # fmt: skip
         names = renamed(loaded.graph, kept)
         survivors = {name: surviving_units(loaded.graph, kept, loaded.graph.by_name[name]) for name in names}
         kept = compose(kept, chosen, names, survivors)
@@ -111,10 +121,21 @@ def make_plan(
             round_to=settings.round_to,
         ),
         compensation=_compensation(settings, calibration),
-        target=settings.target,
+        target=target,
         seed=settings.seed,
         cuts=cuts_of(loaded.graph, kept),
     )
+
+
+def measured(loaded: LoadedModel, settings: PruneSettings, progress: Progress | None = None) -> PruneSettings:
+    """``settings`` with what their budget had to measure. `make_plan` does the same; ask first where long work comes
+    before it, so that a budget to which nothing can give is refused at once."""
+    from .selection.budgets import open_budget
+    from .selection.select import Scope
+
+    scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
+    target, _ = open_budget(settings.target, loaded.model, loaded.graph, scope, loaded.family, progress)
+    return replace(settings, target=target)
 
 
 def apply_plan(
@@ -144,7 +165,7 @@ def _compensate(
     progress: Progress,
     calibration: CalibrationSet | None,
 ) -> None:
-    from .calibration import SELF, calibration_set
+    from .calibration import SELF, calibration_set, sources_of
     from .compensation.repair import repair
 
     if calibration is None:
@@ -152,7 +173,7 @@ def _compensate(
             how.calibration, loaded.model, loaded.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
         )
     # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
-    if how.calibration != SELF and calibration.fingerprint != how.fingerprint:
+    if SELF not in sources_of(how.calibration) and calibration.fingerprint != how.fingerprint:
         raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
     repair(loaded.model, loaded.graph, plan.kept, calibration, method=how.method, mix=how.mix, progress=progress)
 
@@ -198,12 +219,13 @@ def calibrate(
     loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, progress: Progress
 ) -> CalibrationSet | None:
     """The calibration set that these settings need; None when neither criterion nor compensation looks at text."""
-    from .calibration import SELF, calibration_set
+    from .calibration import SELF, calibration_set, sources_of
     from .importance.base import Signal
+    from .selection.search import MEASURED
 
-    if criterion.signals <= {Signal.WEIGHT} and settings.compensate == "none":
+    if criterion.signals <= {Signal.WEIGHT} and settings.compensate == "none" and settings.allocation not in MEASURED:
         return None
-    writing = settings.calibration == SELF
+    writing = SELF in sources_of(settings.calibration)
     progress.status("The model writes its calibration text" if writing else f"Reading {settings.calibration}")
     return calibration_set(
         settings.calibration, loaded.model, loaded.tokenizer,
@@ -211,12 +233,41 @@ def calibrate(
     )  # fmt: skip
 
 
+def _loss(
+    loaded: LoadedModel,
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    settings: PruneSettings,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+) -> Callable[[Kept], float] | None:
+    """What a measured allocation goes by; None for the others, which look at scores alone."""
+    from .selection.search import MEASURED
+
+    if settings.allocation not in MEASURED or calibration is None:
+        return None
+    from .selection.trials import Trials
+
+    refit = settings.compensate == "refit"
+    return Trials(model, graph, groups, loaded.family, calibration, refit=refit, progress=progress).loss
+
+
+def _scored_on(calibration: CalibrationSet | None, settings: PruneSettings) -> CalibrationSet | None:
+    """A repair needs many times the tokens that scores need."""
+    if calibration is None or settings.compensate != "refit":
+        return calibration
+    return calibration.first(_SCORED_TOKENS)
+
+
 def _estimation(
     criterion: ImportanceCriterion, settings: PruneSettings, calibration: CalibrationSet | None
 ) -> Estimation:
     from .importance.base import Signal
+    from .selection.search import MEASURED
 
-    used = None if criterion.signals <= {Signal.WEIGHT} else calibration
+    looks = not criterion.signals <= {Signal.WEIGHT} or settings.allocation in MEASURED
+    used = calibration if looks else None
     return Estimation(
         criterion=criterion.name,
         variant=criterion.variant,
@@ -239,28 +290,29 @@ def _compensation(settings: PruneSettings, calibration: CalibrationSet | None) -
     )
 
 
-def _demand(dense: CouplingGraph, now: CouplingGraph, scope: Scope, target: Target, share: float) -> Demand:
-    """What this step must remove so that ``share`` of the whole target is reached after it."""
+def _demand(
+    whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, target: Target, step: int, steps: int
+) -> Demand:
+    """What step number ``step`` of ``steps`` must remove so that its share of the target is reached after it.
+    ``whole``: the cost of the dense model; ``now``: of what is left of it."""
     from .selection.allocate import Demand
 
     if target.by == "units":
-        if now is not dense:
+        if steps > 1:
             raise SelectionError("--unit-ratio goes in one step; use --ratio for iterative pruning")
         units = {
             g.name: target.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))
-            for g in scope.groups(now)
+            for g in groups
         }
         return Demand(units=units)
+    dense = whole.remaining()
     if target.by == "ratio":
-        goal = round(dense.decoder_parameters * (1 - target.amount * share))
-        return Demand(parameters=now.decoder_parameters - goal)
-    whole = dense.total_parameters - round(target.amount)
-    if whole <= 0:
-        raise SelectionError(
-            f"--target-params {target.amount:,.0f} is not below the model's {dense.total_parameters:,} parameters"
-        )
-    goal = dense.total_parameters - ceil(whole * share)
-    return Demand(parameters=now.total_parameters - goal, of_decoder=False)
+        goal = round(dense * (1 - target.amount * (step / steps)))
+        return Demand(amount=now.remaining() - goal)
+    gone = dense - round(target.amount)
+    if gone <= 0:
+        raise SelectionError(f"--target-params {target.amount:,.0f} is not below the model's {dense:,} parameters")
+    return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))))
 
 
 def _rescope(scope: Scope, loaded: LoadedModel, kept: Mapping[str, Any], settings: PruneSettings) -> Scope:

@@ -1,7 +1,7 @@
 """PruningPlan: what goes and why, as one small JSON file that can be reviewed, diffed and replayed.
 
 A plan is the only thing surgery reads. It holds no time of day and nothing of the machine, so the same command
-gives the same bytes.
+gives the same bytes; only a budget of latency brings in the machine, and then the plan says what was measured there.
 """
 
 from __future__ import annotations
@@ -11,9 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from .coupling import CouplingGraph
 from .errors import PlanError
@@ -68,12 +76,50 @@ class BaseRef(Frozen):
     structure: str
 
 
+Budget = Literal["decoder", "parameters", "bytes", "macs", "kv-cache", "latency"]
+BUDGETS: Final[tuple[Budget, ...]] = get_args(Budget)
+
+
+class Timing(Frozen):
+    """How long decoder layers of one shape, or everything outside of the layers, take for one token.
+
+    ``layers``: whom it stands for; none for what is outside. ``ms``: milliseconds per token while nothing is cut.
+    ``groups``: name of a group, without its layer → (units kept, ms), from most units to fewest.
+    """
+
+    layers: Units
+    ms: float
+    groups: dict[str, tuple[tuple[int, float], ...]] = {}
+
+
+class LatencyTable(Frozen):
+    """What was measured for a budget of latency: one token at a time while ``context`` tokens are in the cache."""
+
+    device: str
+    dtype: str
+    context: int
+    timings: tuple[Timing, ...]
+
+
 class Target(Frozen):
-    """How much was asked for. ``ratio``: share of the decoder's parameters to remove; ``parameters``: total
-    parameters to be left; ``units``: share of the units of every selected group, as the paper counts."""
+    """How much was asked for. ``ratio``: share of ``budget`` to remove; ``parameters``: total parameters to be left;
+    ``units``: share of the units of every selected group, as the paper counts.
+
+    ``context``: tokens in the cache, for the budgets that depend on it. ``latency``: what was measured; a target that
+    brings it is met without measuring again, and so gives the same plan on any machine.
+    """
 
     by: Literal["ratio", "parameters", "units"]
     amount: float
+    budget: Budget = "decoder"
+    context: int | None = None
+    latency: LatencyTable | None = None
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        of_budget = self.by == "ratio"
+        return {name: value for name, value in values.items() if value is not None and (of_budget or name != "budget")}
 
 
 class Estimation(Frozen):

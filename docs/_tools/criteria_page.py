@@ -15,6 +15,7 @@ from llmpruner.importance import normalize, reductions
 from llmpruner.importance.base import ImportanceCriterion, Signal
 from llmpruner.methods import METHODS
 from llmpruner.selection.allocate import ALLOCATIONS
+from llmpruner.selection.search import MEASURED
 
 
 def criteria() -> dict[ModuleType, list[type[ImportanceCriterion]]]:
@@ -39,7 +40,7 @@ def render() -> str:
             lines += _criterion(cls)
     lines += ["## Reductions", "", markdown(document(reductions)), "", _names(reductions.REDUCTION_NAMES), ""]
     lines += ["## Allocations", ""]
-    lines += [f"- `{name}`: {markdown(document(function))}" for name, function in ALLOCATIONS.items()]
+    lines += [f"- `{name}`: {markdown(document(function))}" for name, function in (ALLOCATIONS | MEASURED).items()]
     lines += ["", "## Normalizations", "", markdown(document(normalize)), ""]
     lines += [markdown(document(normalize.normalize)), "", _names(normalize.NORMALIZATIONS), ""]
     lines += ["## Repairs", "", *_module(repair), markdown(document(repair.repair)), "", *_module(least_squares)]

@@ -117,9 +117,12 @@ def new_file(path: Path) -> Path:
     return path
 
 
-def parse_target(ratio: float | None, target_params: str | None, unit_ratio: float | None) -> Target:
-    """Exactly one of the three ways to say how much."""
-    from ..plan import Target
+def parse_target(
+    ratio: float | None, target_params: str | None, unit_ratio: float | None, budget: str, context: int | None
+) -> Target:
+    """Exactly one of the three ways to say how much; only a ratio is one of a ``budget``."""
+    from ..plan import BUDGETS, Target
+    from ..selection.budgets import DEFAULT_CONTEXT
 
     given = [value for value in (ratio, target_params, unit_ratio) if value is not None]
     if len(given) != 1:
@@ -127,8 +130,13 @@ def parse_target(ratio: float | None, target_params: str | None, unit_ratio: flo
     for name, share in (("--ratio", ratio), ("--unit-ratio", unit_ratio)):
         if share is not None and not 0 < share < 1:
             raise SelectionError(f"{name} {share:g} is outside (0, 1); it is the share to remove, 0.2 for a fifth")
+    if budget not in BUDGETS:
+        raise UnknownNameError("budget", budget, BUDGETS)
+    if ratio is None and budget != "decoder":
+        raise SelectionError(f"--budget {budget} says what --ratio is a share of; give the amount with --ratio")
     if ratio is not None:
-        return Target(by="ratio", amount=ratio)
+        cached = (context or DEFAULT_CONTEXT) if budget in ("macs", "latency") else None
+        return Target(by="ratio", amount=ratio, budget=budget, context=cached)
     if unit_ratio is not None:
         return Target(by="units", amount=unit_ratio)
     return Target(by="parameters", amount=parse_count(str(target_params)))

@@ -31,124 +31,33 @@ from .options import (
     parse_target,
     spliced,
 )
+from .prune_options import (
+    Allocation,
+    Budget,
+    Calibration,
+    Compensate,
+    Context,
+    Importance,
+    Kinds,
+    Layers,
+    Length,
+    MethodName,
+    Normalize,
+    Ratio,
+    Reduction,
+    RoundTo,
+    Samples,
+    Steps,
+    TargetParams,
+    UnitRatio,
+    Variant,
+)
 
 if TYPE_CHECKING:
     from ..calibration import CalibrationSet
     from ..coupling import CouplingGraph
     from ..pipeline import PruneSettings
     from ..plan import PruningPlan, Target
-
-_WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
-
-Ratio = Annotated[
-    float | None,
-    typer.Option(help="Share of the decoder's parameters to remove, hit within one unit.", rich_help_panel=_WHAT),
-]
-TargetParams = Annotated[
-    str | None, typer.Option(help="Total parameters to be left: 5.4B, 120M, 98000000.", rich_help_panel=_WHAT)
-]
-UnitRatio = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of the units of every selected group to remove, as the paper counts (its 0.25 on layers 4-29 "
-        "of LLaMA-7B removes 20 % of the parameters).",
-        rich_help_panel=_WHAT,
-    ),
-]
-Kinds = Annotated[
-    str,
-    typer.Option(
-        help="What may go, comma-separated. mlp: MLP channels; attention: KV heads with their query heads (both "
-        "together are the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels of the "
-        "residual stream (the paper's channel-wise pruning); layer: whole layers. The default is what keeps most "
-        "quality on models with few KV heads.",
-        rich_help_panel=_WHAT,
-    ),
-]
-Layers = Annotated[
-    str | None,
-    typer.Option(
-        help="Layers whose units may go: 3-26, 0,5,7-9 or all. By default the family protects both ends (the first and "
-        "last 10 %, as the paper protects the ends of LLaMA).",
-        rich_help_panel=_WHAT,
-    ),
-]
-RoundTo = Annotated[
-    int,
-    typer.Option(min=1, help="Kept widths are multiples of this (64 suits most kernels).", rich_help_panel=_WHAT),
-]
-MethodName = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        help="Defaults for all that follows. best (the default): chosen by one forward pass and repaired by least "
-        "squares; fast: no repair; llm-pruner: the paper's, first-order Taylor on ten samples, no repair.",
-        rich_help_panel=_HOW,
-    ),
-]
-Importance = Annotated[
-    str | None,
-    typer.Option(
-        help="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; block-influence and "
-        "angular for layers; or one that a plugin adds (see `llmpruner plugins`). Without --method: on ten samples, "
-        "without repair.",
-        rich_help_panel=_HOW,
-    ),
-]
-Normalize = Annotated[
-    str,
-    typer.Option(
-        help="How scores of different groups become comparable under --allocation global: none, mean, max, sum, "
-        "zscore, parameters (per parameter removed).",
-        rich_help_panel=_HOW,
-    ),
-]
-Compensate = Annotated[
-    str | None,
-    typer.Option(
-        help="refit: fit the weights that read cut units again, by least squares against the dense model; bias: only "
-        "their biases; none.",
-        rich_help_panel=_HOW,
-    ),
-]
-Variant = Annotated[
-    str | None,
-    typer.Option(
-        help="Variant of the criterion. Of taylor: element1 (first order per weight, the default), element2 (second "
-        "order), mix (both), vector (first order per row).",
-        rich_help_panel=_HOW,
-    ),
-]
-Reduction = Annotated[
-    str,
-    typer.Option(help="How the parameters of a unit make one score: sum, mean, max, prod, last.", rich_help_panel=_HOW),
-]
-Allocation = Annotated[
-    str,
-    typer.Option(
-        help="uniform: equal shares per layer and kind; global: one ranking over all units.",
-        rich_help_panel=_HOW,
-    ),
-]
-Steps = Annotated[
-    int,
-    typer.Option(min=1, help="Remove in this many steps, measuring again after each.", rich_help_panel=_HOW),
-]
-Calibration = Annotated[
-    str,
-    typer.Option(
-        help="Text to measure and repair on: self (the model writes it), a .txt file, a .jsonl with a "
-        "text or page field, or a datasets name (name:config:split).",
-        rich_help_panel=_ON,
-    ),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option(min=1, help="Calibration samples: 512 for best, 64 for fast, else 10.", rich_help_panel=_ON),
-]
-Length = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per sample: 128 for best and fast, else 64.", rich_help_panel=_ON)
-]
 
 
 @dataclass(frozen=True)
@@ -178,6 +87,8 @@ class Choice:
 def choice(
     ctx: typer.Context,
     ratio: Ratio = None,
+    budget: Budget = "decoder",
+    context: Context = None,
     target_params: TargetParams = None,
     unit_ratio: UnitRatio = None,
     kinds: Kinds = "mlp",
@@ -202,6 +113,7 @@ def choice(
     from ..methods import BEST, BY_HAND, METHODS
     from ..pipeline import COMPENSATIONS
     from ..selection.allocate import ALLOCATIONS
+    from ..selection.search import MEASURED
 
     if ratio is None and target_params is None and unit_ratio is None:
         return None
@@ -211,7 +123,7 @@ def choice(
     compensate = compensate or preset.compensate
     for what, name, known in (
         ("reduction", reduction, REDUCTION_NAMES),
-        ("allocation", allocation, ALLOCATIONS),
+        ("allocation", allocation, (*ALLOCATIONS, *MEASURED)),
         ("normalization", normalize, NORMALIZATIONS),
         ("compensation", compensate, COMPENSATIONS),
     ):
@@ -233,7 +145,7 @@ def choice(
     default = preset.of_layers if preset.of_layers and names == (LAYER,) else preset.importance
     chosen = variant if importance else variant or preset.variant
     criterion = catalog_of(ctx).criteria[importance or default](chosen)
-    target = parse_target(ratio, target_params, unit_ratio)
+    target = parse_target(ratio, target_params, unit_ratio, budget, context)
     return Choice(criterion, target, names, layers, length, rest)
 
 
@@ -319,28 +231,45 @@ def prune(
 
 def _make(loaded: LoadedModel, chosen: Choice) -> tuple[PruningPlan, CalibrationSet | None]:
     """The plan, and the calibration set for whatever follows."""
-    from ..pipeline import calibrate, make_plan
+    from ..pipeline import calibrate, make_plan, measured
 
-    settings, progress = chosen.settings(loaded), RichProgress()
+    progress = RichProgress()
+    settings = measured(loaded, chosen.settings(loaded), progress)
     calibration = calibrate(loaded, chosen.criterion, settings, progress)
     return make_plan(loaded, chosen.criterion, settings, progress, calibration), calibration
 
 
 def plan_result(loaded: LoadedModel, made: PruningPlan) -> dict[str, Any]:
-    """What the plan leaves, in parameters and bytes."""
+    """What the plan leaves, in parameters, bytes, and what its budget counts."""
     from ..plan import parameters_after
+    from ..selection.budgets import byte_cost, cost_of
+    from ..selection.sizes import counts
 
-    graph, width = loaded.graph, int(next(loaded.model.parameters()).element_size())
+    graph, target = loaded.graph, made.target
+    groups = [graph.by_name[name] for name in made.cuts]
     total, decoder = parameters_after(graph, made.kept)
-    return {
+    left = counts(graph, made.kept)
+    weights = byte_cost(loaded.model, graph, groups)
+    result: dict[str, Any] = {
         "parameters_before": graph.total_parameters,
         "parameters_after": total,
         "decoder_before": graph.decoder_parameters,
         "decoder_after": decoder,
         "decoder_removed": 1 - decoder / graph.decoder_parameters,
-        "bytes_before": graph.total_parameters * width,
-        "bytes_after": total * width,
+        "bytes_before": weights.remaining(),
+        "bytes_after": weights.remaining(*left),
     }
+    if target.by == "ratio" and target.budget in ("macs", "kv-cache", "latency"):
+        cost = cost_of(target, loaded.model, graph, groups, loaded.family)
+        before, after = cost.remaining(), cost.remaining(*left)
+        result["budget"] = {
+            "name": target.budget,
+            "label": cost.label,
+            "before": cost.value(before),
+            "after": cost.value(after),
+            "removed": 1 - after / before,
+        }
+    return result
 
 
 def show_plan(graph: CouplingGraph, made: PruningPlan, result: Mapping[str, Any]) -> None:
@@ -358,15 +287,15 @@ def show_plan(graph: CouplingGraph, made: PruningPlan, result: Mapping[str, Any]
             gone = sorted(set(range(group.units)) - set(group.kept))
             detail = f" (gone: {', '.join(map(str, gone))})" if len(gone) <= 40 else ""
             out.print(f"{name}: {len(group.kept):,} of {group.units:,} units kept{detail}", highlight=False)
-    table(
-        "Result",
-        ("", "Before", "After", "Removed"),
-        [
-            _row("Decoder parameters", result["decoder_before"], result["decoder_after"], count),
-            _row("All parameters", result["parameters_before"], result["parameters_after"], count),
-            _row("Weights", result["bytes_before"], result["bytes_after"], size),
-        ],
-    )
+    sums = [
+        _row("Decoder parameters", result["decoder_before"], result["decoder_after"], count),
+        _row("All parameters", result["parameters_before"], result["parameters_after"], count),
+        _row("Weights", result["bytes_before"], result["bytes_after"], size),
+    ]
+    if budget := result.get("budget"):
+        text = {"macs": count, "kv-cache": "{:,} bytes".format, "latency": "{:,.3f} ms".format}[budget["name"]]
+        sums.append(_row(budget["label"], budget["before"], budget["after"], text))
+    table("Result", ("", "Before", "After", "Removed"), sums)
 
 
 def _row(label: str, before: float, after: float, text: Any) -> tuple[str, str, str, str]:

@@ -62,14 +62,14 @@ def perplexity(
     used = ids[: windows * window]
     whole = len(used) == len(ids)
     table = torch.tensor(used).view(windows, window)
-    total = divergence = 0.0
+    total = total_divergence = 0.0
     for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
         placed = batch.to(model.device)
         logits = _predictions(model, placed, autocast)
         total += _negative_log_likelihood(logits, placed)
         if reference is not None:
             wanted = logits if reference is model else _predictions(reference, batch.to(reference.device), autocast)
-            divergence += _divergence(wanted, logits)
+            total_divergence += divergence(wanted, logits)
         if math.isnan(total):
             raise ModelError(
                 "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
@@ -86,7 +86,7 @@ def perplexity(
         windows=windows,
         window=window,
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        kl_per_token=None if reference is None else divergence / predictions,
+        kl_per_token=None if reference is None else total_divergence / predictions,
     )
 
 
@@ -114,7 +114,7 @@ def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> 
     )
 
 
-def _divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
+def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
     """Sum of KL(wanted ‖ logits) over all predictions that have a next token, in nats."""
     if wanted_BTV.shape != logits_BTV.shape:
         raise ModelError(

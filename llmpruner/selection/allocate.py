@@ -9,27 +9,26 @@ from dataclasses import dataclass
 from ..coupling import LAYER
 from ..errors import SelectionError
 from .candidates import Queue
-from .sizes import SizeModel
+from .costs import Cost
 
 Taken = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Either parameters to remove (of the decoder, or in total), or a share of each group's units (``units``: group
-    name → number to remove)."""
+    """Either an amount of the cost to remove, or a share of each group's units (``units``: group name → number to
+    remove)."""
 
-    parameters: int | None = None
-    of_decoder: bool = True
+    amount: int | None = None
     units: Mapping[str, float] | None = None
 
 
 class Meter:
-    """Counts the parameters that a choice of steps removes."""
+    """Counts how much of a cost a choice of steps removes."""
 
-    def __init__(self, sizes: SizeModel, queues: Sequence[Queue], *, of_decoder: bool) -> None:
-        self._sizes, self._queues, self._column = sizes, queues, 1 if of_decoder else 0
-        self._dense = sizes.remaining({})[self._column]
+    def __init__(self, cost: Cost, queues: Sequence[Queue]) -> None:
+        self.cost, self._queues = cost, queues
+        self._dense = cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
         kept: dict[str, int] = {}
@@ -40,7 +39,7 @@ class Meter:
                 gone.update(unit for step in queue.steps[:steps] for unit in step)
             elif steps:
                 kept[queue.group.name] = queue.group.units - queue.removed_after(steps)
-        return self._dense - self._sizes.remaining(kept, gone)[self._column]
+        return self._dense - self.cost.remaining(kept, gone)
 
 
 def uniform(queues: Sequence[Queue], demand: Demand, meter: Meter) -> Taken:
@@ -65,7 +64,7 @@ def uniform(queues: Sequence[Queue], demand: Demand, meter: Meter) -> Taken:
     ]
     for _, name in sorted(pending):
         _take_if_it_fits(taken, name, target, meter)
-    return _top_up(queues, taken, target, meter)
+    return top_up(queues, taken, target, meter)
 
 
 def global_ranking(queues: Sequence[Queue], demand: Demand, meter: Meter) -> Taken:
@@ -82,7 +81,7 @@ def global_ranking(queues: Sequence[Queue], demand: Demand, meter: Meter) -> Tak
         return first(_largest(len(order), lambda n: _units(widths, first(n)) <= goal + 0.5))
     target = _target(queues, demand, meter)
     count = _largest(len(order), lambda n: meter.removed(first(n)) <= target)
-    return _top_up(queues, first(count), target, meter)
+    return top_up(queues, first(count), target, meter)
 
 
 def _units(queues: Mapping[str, Queue], taken: Taken) -> int:
@@ -103,12 +102,12 @@ ALLOCATIONS: Mapping[str, Allocation] = {"uniform": uniform, "global": global_ra
 
 
 def _target(queues: Sequence[Queue], demand: Demand, meter: Meter) -> int:
-    target = demand.parameters or 0
+    target = demand.amount or 0
     most = meter.removed({q.group.name: len(q.steps) for q in queues})
     if target > most:
         raise SelectionError(
-            f"cannot remove {target:,} parameters: the selected kinds and layers can give at most {most:,}; "
-            "select more with --kinds or --layers, or ask for less"
+            f"cannot remove {meter.cost.number(target)} {meter.cost.unit}: the selected kinds and layers can give at "
+            f"most {meter.cost.number(most)}; select more with --kinds or --layers, or ask for less"
         )
     return target
 
@@ -123,7 +122,7 @@ def _take_if_it_fits(taken: Taken, name: str, target: int, meter: Meter) -> bool
     return False
 
 
-def _top_up(queues: Sequence[Queue], taken: Taken, target: int, meter: Meter) -> Taken:
+def top_up(queues: Sequence[Queue], taken: Taken, target: int, meter: Meter) -> Taken:
     """Close the gap that coarse units left (a KV head is worth hundreds of channels) with finer ones, round by round;
     last, go over the target by one step where that is nearer."""
     moved = True

@@ -123,3 +123,42 @@ def test_a_plan_is_repaired_on_its_own_text_only(run, dense, shared, tmp_path):
 def test_unknown_names_are_refused_before_the_model_is_read(run, tmp_path, option):
     result = run("prune", tmp_path, "--ratio", 0.2, option, "bets", "-o", tmp_path / "out")
     assert result.code == 2 and "'bets'" in result.err
+
+
+@pytest.mark.parametrize("budget", ["parameters", "bytes", "macs", "kv-cache", "latency"])
+def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
+    # In a model this small only a whole layer takes a time that a clock can see.
+    kinds = "layer" if budget == "latency" else "attention,mlp"
+    options = ("--ratio", 0.25, "--budget", budget, "--context", 32, "--kinds", kinds, "--layers", "all")
+    found = run("plan", dense, *options, "--importance", "l1", "-o", tmp_path / "plan.json", "--json").json()
+    target, result = found["plan"]["target"], found["result"]
+    assert target["budget"] == budget and target.get("context") == (32 if budget in ("macs", "latency") else None)
+    assert ("latency" in target) == (budget == "latency")
+    before, after = {
+        "parameters": (result["parameters_before"], result["parameters_after"]),
+        "bytes": (result["bytes_before"], result["bytes_after"]),
+    }.get(budget) or (result["budget"]["before"], result["budget"]["after"])
+    assert 1 - after / before == pytest.approx(0.25, abs=0.15 if budget == "latency" else 0.005)
+    assert ("budget" in result) == (budget in ("macs", "kv-cache", "latency"))
+    replayed = run("prune", dense, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert replayed.code == 0
+    label = {"macs": "MACs per token", "kv-cache": "KV cache per token", "latency": "Latency per token"}.get(budget)
+    assert label is None or label in replayed.out
+
+
+def test_mistakes_about_budgets_are_one_line(run, dense):
+    ratio = ("--ratio", 0.2, "--importance", "l1")
+    for options, message in (
+        ((*ratio, "--budget", "mac"), "unknown budget 'mac'; did you mean macs?"),
+        (("--target-params", "20K", "--budget", "macs"), "--budget macs says what --ratio is a share of"),
+        (("--unit-ratio", 0.2, "--budget", "bytes"), "--budget bytes says what --ratio is a share of"),
+        (
+            (*ratio, "--budget", "kv-cache"),
+            "mlp units save nothing of the KV cache per token; choose others with --kinds",
+        ),
+        ((*ratio, "--budget", "latency", "--context", 512), "beyond the model's 512 positions; give at most 501"),
+        ((*ratio, "--budget", "macs", "--context", 0), "--context"),
+    ):
+        result = run("plan", dense, *options)
+        assert result.code == 2 and message in result.err, (result.err, message)
+        assert result.out == ""

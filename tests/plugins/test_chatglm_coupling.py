@@ -12,8 +12,13 @@ import pytest
 import torch
 from chatglm_tiny import prompts, tiny_config, tiny_model
 from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
+from transformers import DynamicCache
 
 from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
+from llmpruner.evaluation.cost import cache_argument, macs_per_token
+from llmpruner.plan import Target
+from llmpruner.selection.budgets import cost_of
+from llmpruner.selection.sizes import counts
 from llmpruner.surgery import cut, silence
 
 FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
@@ -157,3 +162,29 @@ def test_prompts_of_each_generation() -> None:
 def test_the_plugin_imports_no_torch() -> None:
     code = "import sys, llmpruner_chatglm; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("chatglm", (MLP, ATTENTION)), ("glm", (MLP, ATTENTION, QUERY, HIDDEN))])
+def test_what_is_counted_is_what_the_cut_model_costs(kind: str, kinds: tuple[str, ...]) -> None:
+    model, family = tiny_model(kind), FAMILIES[kind]
+    graph = build_graph(family, model.config)
+    costs = {
+        budget: cost_of(Target(by="ratio", amount=0.2, budget=budget, context=9), model, graph, graph.groups, family)
+        for budget in ("macs", "kv-cache")
+    }
+    plan = {**random_plan(graph, kinds, uniform=False), "layers": [0, 2]}
+    pruned = deepcopy(model)
+    left = cut(pruned, graph, plan, family)
+    for subject, shape, numbers in ((model, graph, ({}, ())), (pruned, left, counts(graph, plan))):
+        assert costs["macs"].remaining(*numbers) == macs_per_token(subject, shape, context=9)
+        cached = [tensor for layer in cached_prompt(subject, kind) for tensor in (layer.keys, layer.values)]
+        tokens = cached[0].shape[0] * cached[0].shape[2]
+        assert costs["kv-cache"].remaining(*numbers) * tokens == sum(tensor.nbytes for tensor in cached)
+
+
+def cached_prompt(model: Any, kind: str) -> list[Any]:
+    ids, mask = prompts(kind)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=True, **{cache_argument(model): cache})
+    return cache.layers

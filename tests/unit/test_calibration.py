@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmpruner import DataError, ModelError
-from llmpruner.calibration import calibration_set, read_documents
+from llmpruner.calibration import calibration_set, read_documents, sources_of
 
 
 class Words:
@@ -83,6 +83,28 @@ def test_bad_data_is_one_clear_line(gqa, tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         calibration_set(str(tmp_path / name), gqa.model, Words(), samples=4, length=16, seed=0)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        first = 0 if name[0] == "a" else 5000
+        text = " ".join(str(n) for n in range(first, first + 800))
+        (tmp_path / name).write_text(json.dumps({"text": text}))
+    parts = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}, self"
+    mixed = calibration_set(parts, gqa.model, Numbers(), samples=8, length=16, seed=0)
+    assert mixed.input_ids.shape == (8, 16) and mixed.source == parts
+    alone = [
+        calibration_set(p, gqa.model, Numbers(), samples=3, length=16, seed=0).input_ids for p in sources_of(parts)
+    ]
+    for number, row in enumerate(mixed.input_ids):
+        assert torch.equal(row, alone[number % 3][number // 3])
+    comma = tmp_path / "a,b.jsonl"
+    comma.write_text((tmp_path / "a.jsonl").read_text())
+    assert sources_of(str(comma)) == [str(comma)]
+    with pytest.raises(DataError, match="names an empty source"):
+        sources_of("self,")
+    with pytest.raises(DataError, match="2 samples cannot be shared by 3 sources"):
+        calibration_set(parts, gqa.model, Numbers(), samples=2, length=16, seed=0)
 
 
 def test_impossible_requests(gqa):

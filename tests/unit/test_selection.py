@@ -10,8 +10,9 @@ from llmpruner.importance.estimate import Scores
 from llmpruner.plan import parameters_after
 from llmpruner.selection.allocate import Demand
 from llmpruner.selection.candidates import build_queue
+from llmpruner.selection.costs import parameter_cost
 from llmpruner.selection.select import Scope, select
-from llmpruner.selection.sizes import SizeModel
+from llmpruner.selection.sizes import counts
 from llmpruner.surgery import restrict
 
 ALL = (0, 1, 2, 3)
@@ -40,7 +41,7 @@ def test_the_amount_is_hit_within_one_unit(loaded, kinds, ratio, allocation):
     if "query" in kinds and "query" not in graph.kinds:
         kinds = tuple(k for k in kinds if k != "query")
     target = round(ratio * graph.decoder_parameters)
-    kept = choose(graph, kinds, Demand(parameters=target), allocation=allocation)
+    kept = choose(graph, kinds, Demand(amount=target), allocation=allocation)
     removed = graph.decoder_parameters - parameters_after(graph, kept)[1]
     finest = min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
     assert abs(removed - target) <= finest
@@ -63,14 +64,14 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
     groups = scope.groups(gqa.graph)
     scores = scores_for(groups)
     unit = gqa.graph.parameters_per_unit(groups[0])
-    kept = select(gqa.graph, groups, scores, scope, Demand(parameters=50 * unit), allocation="global")
+    kept = select(gqa.graph, groups, scores, scope, Demand(amount=50 * unit), allocation="global")
     everything = sorted((float(s), g.name, u) for g in groups for u, s in enumerate(scores.by_group[g.name]))
     gone = {(name, unit) for name, units in kept.items() for unit in set(range(96)) - set(units)}
     assert gone == {(name, unit) for _, name, unit in everything[:50]}
 
 
 def test_widths_are_rounded(gqa):
-    kept = choose(gqa.graph, ("mlp",), Demand(parameters=round(0.2 * gqa.graph.decoder_parameters)), round_to=16)
+    kept = choose(gqa.graph, ("mlp",), Demand(amount=round(0.2 * gqa.graph.decoder_parameters)), round_to=16)
     assert {len(units) % 16 for units in kept.values()} == {0}
 
 
@@ -92,16 +93,22 @@ def test_ties_are_broken_by_unit_number():
 
 def test_what_cannot_be_reached_is_said_with_what_can(gqa):
     with pytest.raises(SelectionError, match=r"cannot remove [\d,]+ parameters: .* at most [\d,]+; select more"):
-        choose(gqa.graph, ("attention",), Demand(parameters=round(0.9 * gqa.graph.decoder_parameters)))
-    assert choose(gqa.graph, ("mlp",), Demand(parameters=10)) == {}
+        choose(gqa.graph, ("attention",), Demand(amount=round(0.9 * gqa.graph.decoder_parameters)))
+    assert choose(gqa.graph, ("mlp",), Demand(amount=10)) == {}
     with pytest.raises(UnknownNameError, match="did you mean attention"):
-        choose(gqa.graph, ("atention",), Demand(parameters=10))
+        choose(gqa.graph, ("atention",), Demand(amount=10))
 
 
 def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
     groups = gqa.graph.of_kinds(["attention", "query", "hidden", "mlp"])
     kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 3, 4, 7], "hidden": range(40), "layers.2.mlp": range(5)}
-    counts = {name: len(units) for name, units in kept.items()}
-    assert SizeModel(gqa.graph, groups).remaining(counts) == parameters_after(
-        gqa.graph, {n: list(u) for n, u in kept.items()}
-    )
+    kept = {name: list(units) for name, units in kept.items()}
+    numbers = {name: len(units) for name, units in kept.items()}
+    assert counts(gqa.graph, kept) == (numbers, set())
+    left = [parameter_cost(gqa.graph, groups, decoder=decoder).remaining(numbers) for decoder in (False, True)]
+    assert tuple(left) == parameters_after(gqa.graph, kept)
+
+
+def test_numbers_of_units_do_not_count_what_another_group_took(gqa):
+    kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 5], "layers": [0, 1, 3]}
+    assert counts(gqa.graph, kept) == ({"layers.1.attention": 2, "layers.1.query": 4}, {2})

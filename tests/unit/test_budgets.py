@@ -1,0 +1,277 @@
+"""A budget counts what the model that is really cut costs, and every allocation meets it within one step."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache, LlamaConfig
+
+from llmpruner import SelectionError, UnsupportedModelError
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import random_plan
+from llmpruner.evaluation.cost import cache_argument, macs_per_token
+from llmpruner.families import build_graph
+from llmpruner.importance.estimate import Scores
+from llmpruner.importance.magnitude import L1
+from llmpruner.importance.normalize import normalize
+from llmpruner.loading import LoadedModel
+from llmpruner.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.plan import BUDGETS, LatencyTable, PruningPlan, Target, Timing
+from llmpruner.selection import kv_cache
+from llmpruner.selection.allocate import Demand
+from llmpruner.selection.budgets import cost_of
+from llmpruner.selection.costs import CutCost, savings
+from llmpruner.selection.probe import cut_copy, with_rules
+from llmpruner.selection.select import Scope, select
+from llmpruner.selection.sizes import counts
+from llmpruner.surgery import cut
+
+ALL = (0, 1, 2, 3)
+CONTEXT = 24
+KINDS = [("mlp",), ("attention",), ("mlp", "attention", "layer"), ("hidden",)]
+
+
+def bytes_of_a_cached_token(model) -> int:
+    def cached(tokens: int) -> int:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(torch.arange(1, 1 + tokens)[None], use_cache=True, **{cache_argument(model): cache})
+        return sum(
+            value.numel() * value.element_size()
+            for layer in cache.layers
+            for value in vars(layer).values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    return cached(5) - cached(4)
+
+
+def real(budget: str, model, graph) -> int:
+    """What the model itself says, by other means than the costs."""
+    own = dict(model.named_parameters())
+    return {
+        "decoder": lambda: sum(p.numel() for n, p in own.items() if n.startswith(graph.layers + ".")),
+        "parameters": lambda: sum(p.numel() for p in own.values()),
+        "bytes": lambda: sum(p.numel() * p.element_size() for p in own.values()),
+        "macs": lambda: macs_per_token(model, graph, context=CONTEXT),
+        "kv-cache": lambda: bytes_of_a_cached_token(model),
+    }[budget]()
+
+
+def table(graph) -> LatencyTable:
+    """Measured nowhere: two classes of layers, bends, and a flat piece."""
+
+    def points(units: int, *shares: tuple[float, float]) -> tuple[tuple[int, float], ...]:
+        return tuple((max(round(units * kept), 1), ms) for kept, ms in shares)
+
+    units = {g.kind: g.units for g in graph.groups}
+    inside = {
+        "mlp": points(units["mlp"], (0.75, 1.7), (0.5, 1.3), (0.25, 1.3), (0.01, 1.1)),
+        "attention": points(units["attention"], (0.75, 1.8), (0.5, 1.6), (0.25, 1.5)),
+        "hidden": points(units["hidden"], (0.75, 1.6), (0.5, 1.1), (0.25, 0.8), (0.01, 0.3)),
+    }
+    outside = {"hidden": points(units["hidden"], (0.75, 2.4), (0.5, 1.7), (0.25, 1.1), (0.01, 0.5))}
+    return LatencyTable(
+        device="none",
+        dtype="float32",
+        context=CONTEXT,
+        timings=(
+            Timing(layers=(0, 3), ms=2.0, groups=inside),
+            Timing(
+                layers=(1, 2), ms=2.0, groups={k: v for k, v in inside.items() if k != "mlp"} | {"mlp": ((1, 1.0),)}
+            ),
+            Timing(layers=(), ms=3.0, groups=outside),
+        ),
+    )
+
+
+def target_of(budget: str, graph, ratio: float) -> Target:
+    measured = table(graph) if budget == "latency" else None
+    return Target(by="ratio", amount=ratio, budget=budget, context=CONTEXT, latency=measured)
+
+
+def cost_for(loaded, budget, groups=None):
+    groups = loaded.graph.groups if groups is None else groups
+    return cost_of(target_of(budget, loaded.graph, 0.2), loaded.model, loaded.graph, groups, loaded.family)
+
+
+def check_counts(loaded: LoadedModel) -> None:
+    """Costs before and after uneven cuts of everything at once, a whole layer included, are those of the models."""
+    graph, family = loaded.graph, loaded.family
+    exact = [b for b in BUDGETS if b != "latency"]
+    costs = {budget: cost_for(loaded, budget) for budget in exact}
+    inner = [g for g in graph.groups if not g.modules and g.units > g.minimum]
+    for seed in range(2):
+        kept = random_plan(inner, seed, uneven=True)
+        if seed:
+            kept["layers"] = [n for n in range(graph.num_layers) if n != 1]
+        model = copy.deepcopy(loaded.model)
+        left = cut(model, graph, kept, family)
+        for budget, cost in costs.items():
+            assert cost.remaining() == real(budget, loaded.model, graph), budget
+            assert cost.remaining(*counts(graph, kept)) == real(budget, model, left), (budget, kept)
+
+
+def test_costs_are_those_of_the_cut_model(loaded):
+    check_counts(loaded)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gpt2",  # transposed weights, tied
+        pytest.param("gemma3_text", marks=pytest.mark.slow),  # sliding windows, norms over heads
+        pytest.param("mixtral", marks=pytest.mark.slow),  # experts
+        pytest.param("deepseek_v3", marks=pytest.mark.slow),  # caches a latent and one shared key, not its heads
+    ],
+)
+def test_costs_of_other_architectures(catalog, model_type):
+    config = small_config(AutoConfig.for_model(model_type))
+    family = catalog.family_for(config, "auto")
+    graph, model = build_graph(family, config), random_instance(config)
+    family = with_rules(family, model, graph.kinds)
+    check_counts(LoadedModel("tiny", config, family, graph, model=model, tokenizer=None))
+
+
+def test_bytes_follow_the_type_of_every_parameter(gqa):
+    gqa.model.to(torch.bfloat16)
+    gqa.model.model.norm.float()
+    gqa.model.model.layers[1].mlp.float()
+    cost = cost_for(gqa, "bytes")
+    kept = {"layers.1.mlp": range(50), "layers.2.mlp": range(30), "hidden": range(40)}
+    left = cut(gqa.model, gqa.graph, kept, gqa.family)
+    assert cost.remaining(*counts(gqa.graph, kept)) == real("bytes", gqa.model, left)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, steps):
+    graph, ratio = gqa.graph, 0.3
+    target = target_of(budget, graph, ratio)
+    settings = PruneSettings(
+        target=target, kinds=kinds, layers=ALL, allocation=allocation, normalization="cost", steps=steps
+    )
+    if budget == "kv-cache" and not {"attention", "layer"} & set(kinds):
+        with pytest.raises(SelectionError, match=rf"{kinds[0]} units save nothing of the KV cache per token; choose"):
+            make_plan(gqa, L1(), settings)
+        return
+    if budget in ("decoder", "parameters", "bytes", "latency") and kinds == ("attention",):
+        settings = replace(settings, target=target.model_copy(update={"amount": 0.1}))
+    groups = graph.of_kinds(kinds)
+    cost = cost_for(gqa, budget, groups)
+    made = make_plan(gqa, L1(), settings)
+    dense, after = cost.remaining(), cost.remaining(*counts(graph, made.kept))
+    if budget != "latency":
+        pruned = apply_plan(gqa, made)
+        assert after == real(budget, pruned.model, pruned.graph)
+    goal = dense * (1 - settings.target.amount)
+    # The steepest piece of a latency table is 2.5 times as steep as its mean.
+    step = min(max(savings(cost, g)) for g in groups if any(savings(cost, g)))
+    assert abs(cost.value(after) - cost.value(round(goal))) <= step * (2.5 if budget == "latency" else 1)
+
+
+def test_what_saves_nothing_stays_whole(gqa):
+    settings = PruneSettings(target=target_of("kv-cache", gqa.graph, 0.25), kinds=("mlp", "attention"), layers=ALL)
+    made = make_plan(gqa, L1(), settings)
+    assert {(c.kind, len(c.kept)) for c in made.cuts.values()} == {("attention", 3)}
+
+
+def test_layers_that_save_nothing_stay(gqa):
+    graph = gqa.graph
+    cost = cost_for(gqa, "kv-cache")
+    cost._layers = [0, *cost._layers[1:]]  # a layer without a cache
+    scope = Scope(("layer",), ALL)
+    scores = Scores({"layers": torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)})
+    groups = scope.groups(graph)
+    kept = select(graph, groups, scores, scope, Demand(amount=cost.remaining() // 3), cost=cost)
+    assert kept == {"layers": (0, 2, 3)}
+
+
+def test_scores_per_cost_compare_kinds(gqa):
+    graph, groups = gqa.graph, gqa.graph.of_kinds(["mlp", "attention", "layer"])
+    cost = cost_for(gqa, "macs", groups)
+    scores = {g.name: torch.ones(g.units, dtype=torch.float64) for g in groups}
+    ranked = normalize(graph, graph.by_name, scores, "cost", cost)
+    # Three projections of 64; one key/value head of 8 with two query heads, and 2 · context · 16 products.
+    assert ranked["layers.0.mlp"].tolist() == pytest.approx([1 / (3 * 64)] * 96)
+    assert ranked["layers.0.attention"].tolist() == pytest.approx([1 / (48 * 64 + 2 * CONTEXT * 16)] * 4)
+    assert ranked["layers"].tolist() == pytest.approx([1 / (96 * 192 + 4 * (48 * 64 + 2 * CONTEXT * 16))] * 4)
+    # Without a budget, what counts is the decoder's parameters.
+    plain = normalize(graph, graph.by_name, scores, "cost")
+    assert plain["layers.0.mlp"].tolist() == pytest.approx([1 / (3 * 64)] * 96)
+
+
+@pytest.mark.parametrize("budget", [b for b in BUDGETS if b != "latency"])
+def test_the_cost_of_what_is_left_continues_that_of_the_whole(catalog, budget):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+        vocab_size=128, max_position_embeddings=128,
+    )  # fmt: skip
+    family = catalog.family_for(config)
+    graph, model = build_graph(family, config), random_instance(config)
+    whole = cost_for(LoadedModel("tiny", config, family, graph, model=model, tokenizer=None), budget)
+    first = {"layers.0.attention": [1], "layers": [0, 1, 3], "layers.3.mlp": range(60), "hidden": range(48)}
+    second = {"layers.0.query": [0, 2], "layers.2.mlp": range(30), "layers": [0, 2]}
+    now = CutCost(whole, graph, first)
+    assert now.unit == whole.unit and now.number(10**9) == whole.number(10**9)
+    left = cut(model, graph, first, family)
+    assert now.remaining() == real(budget, model, left)
+    numbers, gone = counts(left, second)
+    assert now.remaining(numbers, gone) == real(budget, model, cut(model, left, second, family))
+
+
+def test_measuring_changes_no_weight(gqa):
+    before = copy.deepcopy(gqa.model.state_dict())
+    cost_for(gqa, "kv-cache")
+    kept = {"hidden": range(20), "layers.1.mlp": range(9), "layers": [0, 2, 3]}
+    copied = cut_copy(gqa.model, gqa.graph, kept, gqa.family)
+    assert len(copied.model.layers) == 3 and len(gqa.model.model.layers) == 4
+    assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())
+
+
+def test_a_copy_shares_what_is_not_cut(gqa):
+    copied = cut_copy(gqa.model, gqa.graph, {"layers.1.mlp": range(9)}, gqa.family)
+    own, other = dict(gqa.model.named_parameters()), dict(copied.named_parameters())
+    apart = {n for n in own if own[n] is not other[n] and "norm" not in n}
+    assert apart == {f"model.layers.1.mlp.{m}_proj.weight" for m in ("gate", "up", "down")}
+
+
+def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
+    def measure():
+        return kv_cache.measure_cache(gqa.model, gqa.graph, gqa.graph.groups, gqa.family)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamicCache, "update", lambda self, keys, values, *_a, **_k: (keys, values))
+        with pytest.raises(UnsupportedModelError, match="does not grow with what it reads"):
+            measure()
+
+    class Compressed(type(DynamicCache(config=gqa.model.config).layers[0])):
+        pass
+
+    class Other(DynamicCache):
+        def __init__(self, config):
+            super().__init__(config=config)
+            self.layers = [Compressed() for _ in self.layers]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.DynamicCache", Other)
+        with pytest.raises(UnsupportedModelError, match="is a Compressed, which may grow by other than the token"):
+            measure()
+    # No layer caches less than three heads, whatever is left of it.
+    honest = kv_cache.bytes_per_token
+    monkeypatch.setattr(kv_cache, "bytes_per_token", lambda *a: [max(size, 3 * 64) for size in honest(*a)])
+    with pytest.raises(UnsupportedModelError, match="is not proportional to the units that are kept"):
+        measure()
+
+
+def test_plans_from_before_there_were_budgets_still_load(gqa):
+    values = json.loads(make_plan(gqa, L1(), PruneSettings(target=Target(by="ratio", amount=0.3))).to_json())
+    values["target"] = {"by": "ratio", "amount": 0.3}
+    target = PruningPlan.parse(json.dumps(values), "old").target
+    assert (target.budget, target.context, target.latency) == ("decoder", None, None)

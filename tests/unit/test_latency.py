@@ -1,0 +1,165 @@
+"""Latency: a table that says what was measured, and a cost that follows it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmpruner import PlanError, SelectionError, UnsupportedModelError
+from llmpruner.importance.magnitude import L1
+from llmpruner.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.plan import LatencyTable, PruningPlan, Target, Timing
+from llmpruner.selection import latency
+from llmpruner.selection.costs import LatencyCost
+from llmpruner.selection.latency import RUNS, WARM_UP, decode_one, falling, measure_latency
+from llmpruner.selection.probe import Reading, sample_tokens
+from llmpruner.selection.sizes import counts
+from llmpruner.surgery import cut
+
+ALL = (0, 1, 2, 3)
+
+
+def by_size(reading, token, path):
+    """A machine that takes a microsecond for every weight."""
+    layers = reading.model.get_submodule(path)
+    each = [sum(p.numel() for p in layer.parameters()) / 1e3 for layer in layers]
+    return [*each, sum(p.numel() for p in reading.model.parameters()) / 1e3 - sum(each)]
+
+
+def measured(loaded, kinds, stopwatch=by_size, context=12):
+    groups = loaded.graph.of_kinds(kinds)
+    return measure_latency(loaded.model, loaded.graph, groups, loaded.family, context, stopwatch=stopwatch)
+
+
+def test_the_table_says_what_was_measured(gqa):
+    table = measured(gqa, ["mlp", "attention", "layer"])
+    assert (table.dtype, table.context, table.device.split(",")[0]) == ("float32", 12, "cpu")
+    inner, outer = table.timings
+    assert (inner.layers, outer.layers) == (ALL, ())
+    layer = gqa.graph.decoder_parameters / 4 / 1e3
+    assert (inner.ms, outer.ms, outer.groups) == (pytest.approx(layer), pytest.approx((2 * 128 + 1) * 64 / 1e3), {})
+    gone = {units: layer - (96 - units) * 3 * 64 / 1e3 for units in (72, 48, 24, 1)}
+    assert dict(inner.groups["mlp"]) == pytest.approx(gone)
+    assert [units for units, _ in inner.groups["attention"]] == [3, 2, 1]
+
+
+def test_layers_of_other_sizes_have_their_own_measurement(gqa):
+    graph = cut(gqa.model, gqa.graph, {"layers.1.mlp": range(50), "layers.2.mlp": range(50)}, gqa.family)
+    table = measured(replace(gqa, graph=graph), ["mlp"])
+    assert [timing.layers for timing in table.timings] == [(0, 3), (1, 2), ()]
+    assert [timing.groups["mlp"][0][0] for timing in table.timings[:2]] == [72, 38]
+
+
+def test_the_cost_is_what_the_stopwatch_says_of_the_cut_model(gqa):
+    """On a machine whose time is proportional to weights, what is cut within layers adds up exactly."""
+    graph, kinds = gqa.graph, ["mlp", "attention", "query", "layer"]
+    cost = LatencyCost(graph, graph.of_kinds(kinds), measured(gqa, kinds))
+    kept = {
+        "layers.0.mlp": range(33),
+        "layers.1.attention": [0, 2],
+        "layers.1.query": [0, 2, 4, 6],
+        "layers": [0, 1, 3],
+    }
+    model = copy.deepcopy(gqa.model)
+    cut(model, graph, kept, gqa.family)
+    for numbers, subject in ((({}, ()), gqa.model), (counts(graph, kept), model)):
+        expected = sum(by_size(Reading(subject), None, graph.layers))
+        assert cost.value(cost.remaining(*numbers)) == pytest.approx(expected, rel=1e-6)
+    assert cost.number(1_234_567_890_123) == "1,234.568"
+
+
+def test_hidden_channels_scale_every_layer_and_what_is_outside(gqa):
+    graph = gqa.graph
+    cost = LatencyCost(graph, graph.of_kinds(["hidden", "mlp"]), measured(gqa, ["hidden", "mlp"]))
+    model = copy.deepcopy(gqa.model)
+    cut(model, graph, {"hidden": range(40)}, gqa.family)
+    expected = sum(by_size(Reading(model), None, graph.layers))
+    assert cost.value(cost.remaining({"hidden": 40})) == pytest.approx(expected, rel=1e-6)
+    both = cost.remaining({"hidden": 40, "layers.1.mlp": 20})
+    assert both < min(cost.remaining({"hidden": 40}), cost.remaining({"layers.1.mlp": 20}))
+
+
+def test_a_target_with_its_measurement_gives_the_same_bytes(gqa, monkeypatch):
+    monkeypatch.setattr(latency, "decode_one", by_size)
+    settings = PruneSettings(
+        target=Target(by="ratio", amount=0.25, budget="latency", context=12), kinds=("mlp", "attention"), layers=ALL
+    )
+    first = make_plan(gqa, L1(), settings)
+    assert first.target.latency is not None
+    monkeypatch.setattr(latency, "decode_one", None)
+    read = PruningPlan.parse(first.to_json(), "plan")
+    assert read == first
+    assert make_plan(gqa, L1(), replace(settings, target=read.target)).to_json() == first.to_json()
+    before = sum(by_size(Reading(gqa.model), None, gqa.graph.layers))
+    pruned = apply_plan(gqa, first)
+    after = sum(by_size(Reading(pruned.model), None, pruned.graph.layers))
+    assert after / before == pytest.approx(0.75, abs=0.003)
+
+
+def test_the_stopwatch_sees_every_layer_and_the_rest(gqa):
+    reading = Reading(gqa.model)
+    reading.read(sample_tokens(gqa.model, 12))
+    times = decode_one(reading.again(), sample_tokens(gqa.model, 1), gqa.graph.layers)
+    assert len(times) == 5 and min(times) > 0
+    assert reading.cache.get_seq_length() == 12
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in gqa.model.model.layers)
+
+
+def test_a_real_measurement_is_a_usable_table(gqa):
+    """Of times on a shared machine only their order is certain: with fewer units, never slower."""
+    table = measured(gqa, ["mlp", "attention", "query", "hidden", "layer"], stopwatch=None)
+    for timing in table.timings:
+        assert timing.ms > 0
+        for points in timing.groups.values():
+            times = [timing.ms, *(ms for _, ms in points)]
+            assert times == sorted(times, reverse=True) and times[-1] > 0
+    cost = LatencyCost(gqa.graph, gqa.graph.groups, table)
+    assert cost.value(cost.remaining()) == pytest.approx(sum(t.ms * (len(t.layers) or 1) for t in table.timings))
+    assert cost.remaining(gone=(1, 2)) < cost.remaining(gone=(1,)) < cost.remaining()
+
+
+@given(st.dictionaries(st.integers(1, 50), st.floats(0.01, 3), min_size=1))
+def test_fewer_units_are_never_slower(levels):
+    found = falling(levels)
+    assert list(found) == sorted(levels, reverse=True)
+    assert all(0.01 - 1e-9 <= share <= 1 for share in found.values())
+    assert all(a >= b for a, b in zip(list(found.values()), list(found.values())[1:], strict=False))
+    if list(found.values()) == [levels[u] for u in found]:
+        assert falling(found) == found
+
+
+def test_what_rises_is_pooled():
+    assert falling({8: 0.9, 4: 0.5, 2: 0.7, 1: 0.1}) == pytest.approx({8: 0.9, 4: 0.6, 2: 0.6, 1: 0.1})
+    assert falling({4: 1.2, 2: 1.1}) == {4: 1.0, 2: 1.0}
+
+
+def test_a_context_beyond_the_model_is_said(gqa):
+    most = 128 - RUNS - WARM_UP
+    with pytest.raises(SelectionError, match=f"--context 124 .* the model's 128 positions; give at most {most}$"):
+        measured(gqa, ["mlp"], context=124)
+    measured(gqa, ["mlp"], context=most)
+
+
+def test_layers_that_run_twice_cannot_be_timed(gqa):
+    gqa.model.model.layers[2] = gqa.model.model.layers[1]
+    with pytest.raises(UnsupportedModelError, match="does not run each of its layers once"):
+        decode_one(Reading(gqa.model), sample_tokens(gqa.model, 1), gqa.graph.layers)
+
+
+def test_the_table_of_another_model_is_refused(gqa):
+    other = LatencyTable(device="x", dtype="float32", context=1, timings=(Timing(layers=(0, 1), ms=1.0),))
+    target = Target(by="ratio", amount=0.2, budget="latency", latency=other)
+    with pytest.raises(PlanError, match="measured on another model"):
+        make_plan(gqa, L1(), PruneSettings(target=target))
+
+
+def test_cached_tokens_are_copied_not_shared(gqa):
+    reading = Reading(gqa.model)
+    reading.read(sample_tokens(gqa.model, 3))
+    other = reading.again()
+    other.read(sample_tokens(gqa.model, 1))
+    assert (reading.cache.get_seq_length(), other.cache.get_seq_length()) == (3, 4)

@@ -1,0 +1,149 @@
+"""Measured allocations spend the budget where it hurts least, and what they measure is the cut model itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from llmpruner import SelectionError
+from llmpruner.calibration import CalibrationSet
+from llmpruner.importance.estimate import Scores
+from llmpruner.pipeline import PruneSettings, make_plan
+from llmpruner.plan import Target, parameters_after
+from llmpruner.progress import Progress
+from llmpruner.selection.allocate import Demand
+from llmpruner.selection.select import Scope, select
+from llmpruner.selection.trials import Trials
+from llmpruner.surgery import cut
+
+MEASURED = ("sensitivity", "search")
+
+
+def choose(graph, kinds, demand, loss, allocation):
+    scope = Scope(kinds, tuple(range(graph.num_layers)))
+    groups = scope.groups(graph)
+    scores = Scores({g.name: torch.arange(g.units, dtype=torch.float64) for g in groups})
+    return select(graph, groups, scores, scope, demand, allocation=allocation, loss=loss)
+
+
+def lost(graph, kept):
+    """Group → share of its units that went."""
+    return {name: 1 - len(units) / graph.by_name[name].units for name, units in kept.items()}
+
+
+def quadratic(graph, weights):
+    return lambda kept: sum(weights[name] * share**2 for name, share in lost(graph, kept).items())
+
+
+@pytest.mark.parametrize("allocation", MEASURED)
+@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("layer", "mlp"), ("hidden",)], ids="+".join)
+def test_the_amount_is_hit_within_one_unit(gqa, kinds, allocation):
+    graph = gqa.graph
+    weights = {g.name: 1.0 + number for number, g in enumerate(graph.groups)}
+    target = round(0.2 * graph.decoder_parameters)
+    kept = choose(graph, kinds, Demand(amount=target), quadratic(graph, weights), allocation)
+    removed = graph.decoder_parameters - parameters_after(graph, kept)[1]
+    assert abs(removed - target) <= min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
+
+
+@pytest.mark.parametrize("allocation", MEASURED)
+def test_shares_go_where_they_hurt_least(gqa, allocation):
+    """For losses aᵢsᵢ² under Σsᵢ = S the best shares are sᵢ = S/(aᵢ Σ1/aⱼ), with a loss of S²/Σ1/aⱼ."""
+    graph = gqa.graph
+    weights = {f"layers.{layer}.mlp": weight for layer, weight in enumerate((1.0, 2.0, 4.0, 8.0))}
+    demand = Demand(units=dict.fromkeys(weights, 0.25 * 96))
+    loss = quadratic(graph, weights)
+    kept = choose(graph, ("mlp",), demand, loss, allocation)
+    equal = 0.25**2 * sum(weights.values())
+    best = 1.0 / sum(1 / weight for weight in weights.values())
+    assert best <= loss(kept) + 1e-3 and loss(kept) < best + 0.35 * (equal - best)
+    shares = [lost(graph, kept).get(name, 0.0) for name in weights]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_search_sees_what_only_shows_in_company(gqa):
+    """Cutting layers 0 and 1 together is ruin; alone, each is cheaper than the others."""
+    graph = gqa.graph
+
+    def loss(kept):
+        share = lost(graph, kept)
+        first, second, *others = (share.get(f"layers.{layer}.mlp", 0.0) for layer in range(4))
+        return 0.5 * (first + second) + sum(others) + 20 * first * second
+
+    demand = Demand(units={f"layers.{layer}.mlp": 24.0 for layer in range(4)})
+    alone, together = (loss(choose(graph, ("mlp",), demand, loss, how)) for how in MEASURED)
+    assert together < loss({f"layers.{layer}.mlp": range(72) for layer in range(4)}) < alone
+
+
+def test_search_is_never_worse_than_equal_shares(gqa):
+    graph = gqa.graph
+
+    def loss(kept):
+        return sum(abs(share - 0.25) for share in lost(graph, kept).values())
+
+    demand = Demand(units={f"layers.{layer}.mlp": 24.0 for layer in range(4)})
+    assert loss(choose(graph, ("mlp",), demand, loss, "search")) == 0.0
+
+
+def test_without_a_loss_there_is_nothing_to_go_by(gqa):
+    with pytest.raises(SelectionError, match="allocation search measures the model"):
+        choose(gqa.graph, ("mlp",), Demand(amount=1000), None, "search")
+
+
+def trials(loaded, kinds, *, refit, rows=24):
+    ids = torch.randint(128, (rows, 16), generator=torch.Generator().manual_seed(3))
+    groups = loaded.graph.of_kinds(kinds)
+    calibration = CalibrationSet(ids, "made up")
+    made = Trials(loaded.model, loaded.graph, groups, loaded.family, calibration, refit=refit, progress=Progress())
+    return made, ids
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention", "hidden", "layer"])
+def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
+    before = {name: p.detach().clone() for name, p in gqa.model.named_parameters()}
+    made, ids = trials(gqa, (kind,), refit=False)
+    group = gqa.graph.of_kinds([kind])[0]
+    kept = {group.name: tuple(range(group.units * 3 // 4))}
+    pruned = copy.deepcopy(gqa.model)
+    cut(pruned, gqa.graph, kept, gqa.family)
+    tried = torch.cat(made.tried)
+    assert torch.equal(tried, ids[-len(tried) :]) and 0 < len(tried) < len(ids)
+    with torch.no_grad():
+        log_p, log_q = (m(tried).logits[:, :-1].double().log_softmax(-1) for m in (gqa.model, pruned))
+    expected = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+    assert made.loss(kept) == pytest.approx(float(expected), rel=0.05) and expected > 1e-4
+    assert made.loss({}) == pytest.approx(0.0, abs=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in gqa.model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention"])
+def test_what_others_can_say_is_no_loss_once_they_are_fitted(gqa, kind):
+    """Two units that say the same: the one that stays can say it alone."""
+    group = gqa.graph.of_kinds([kind])[0]
+    last = group.units - 1
+    with torch.no_grad():
+        for span in group.spans:
+            weight = gqa.model.get_parameter(span.parameter)
+            source = weight.index_select(span.axis, torch.tensor(span.indices([0])))
+            weight.index_copy_(span.axis, torch.tensor(span.indices([last])), source)
+    kept = {group.name: tuple(range(last))}
+    plain, fitted = (trials(gqa, (kind,), refit=refit, rows=200)[0].loss(kept) for refit in (False, True))
+    assert plain > 1e-3 and fitted < 0.02 * plain
+
+
+@pytest.mark.parametrize("allocation", MEASURED)
+def test_the_same_plan_twice_and_it_says_how(gqa, allocation):
+    from llmpruner.builtin import llmpruner_importance_criteria
+
+    criterion = next(c for c in llmpruner_importance_criteria() if c.name == "l2")()
+    settings = PruneSettings(
+        Target(by="ratio", amount=0.2), kinds=("mlp", "attention"), allocation=allocation, samples=8, length=16
+    )
+    one, other = (make_plan(gqa, criterion, settings) for _ in range(2))
+    assert one == other and one.selection.allocation == allocation
+    assert one.estimation.fingerprint is not None
+    uniform = make_plan(gqa, criterion, PruneSettings(settings.target, kinds=settings.kinds))
+    assert one.cuts != uniform.cuts
