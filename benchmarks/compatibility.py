@@ -4,6 +4,8 @@
     python benchmarks/compatibility.py lowest            this one
     python benchmarks/compatibility.py lowest --keep DIR keep (and use again) its environment below DIR
 
+Exits with 1 when something cannot be installed or a test fails.
+
 Lowest means: exactly the lower bounds that pyproject.toml states; other packages are as new as pip finds them. A bound
 that pip cannot satisfy, or with which tests fail, is wrong and must be raised.
 """
@@ -56,15 +58,20 @@ def main() -> None:
         parser.error(f"no combination is called {sorted(unknown)[0]}")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     bounds = lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    names = options.names or list(COMBINATIONS)
     with tempfile.TemporaryDirectory() as folder:
         source = copy_of_the_tree(Path(folder) / "source")
-        for name in options.names or COMBINATIONS:
+        for name in names:
             pins = [f"{package}=={bounds[package]}" for package in COMBINATIONS[name]]
             environment = (options.keep or Path(folder)).resolve() / name.replace(" ", "-")
             print(f"{name}: {', '.join(pins) or 'no pins'}", flush=True)
             results[name] = {"pins": pins, **examine(environment, pins, source)}
-            print(f"  {results[name]['result']}", flush=True)
+            why = results[name].get("failed") or results[name].get("reason", [])
+            print("\n".join(f"  {line}" for line in (results[name]["result"], *why)), flush=True)
             RESULTS.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    wrong = [name for name in names if not results[name]["passed"]]
+    if wrong:
+        sys.exit(f"not right: {', '.join(wrong)}; see {RESULTS.relative_to(ROOT)}")
 
 
 def lower_bounds(project: str) -> dict[str, str]:
@@ -82,11 +89,12 @@ def examine(environment: Path, pins: list[str], source: Path) -> dict[str, Any]:
     done = run(command, source, timeout=3600)
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if "ERROR" in line or "conflict" in line]
-        return {"result": "cannot be installed", "reason": reason[:3]}
+        return {"passed": False, "result": "cannot be installed", "reason": reason[:3]}
     installed = round(time.monotonic() - started)
     done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS], source, timeout=3600)
     said = done.stdout.splitlines()
     return {
+        "passed": done.returncode == 0,
         "result": said[-1] if said else done.stderr.splitlines()[-1],
         "failed": [line.partition(" ")[2][:200] for line in said if line.startswith(("FAILED", "ERROR"))],
         "versions": versions(python, source),

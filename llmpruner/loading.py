@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .checkpoint import adapter_base, load_pruned, read_record, with_adapter
 from .errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError
 from .families import ModelFamily, build_graph
-from .meta import quiet_transformers
+from .meta import quiet_gguf, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +178,7 @@ def _read_model(ref: ModelRef, structure: LoadedConfig, options: LoadOptions) ->
     if ref.reader is not None:
         return ref.reader.read_model(ref.path, dtype)
     extra = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
-    with _one_line(ref), quiet_transformers():
+    with _one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             ref.location,
             dtype=dtype,

@@ -37,3 +37,20 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_gguf() -> Iterator[None]:
+    """`quiet_transformers` for reading a GGUF file: its bar over the tensors is tqdm's own, which asks nobody."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    own = vars(reader).get("tqdm")
+    with quiet_transformers():
+        if own is not None:
+            reader.tqdm = logging.tqdm
+        try:
+            yield
+        finally:
+            if own is not None:
+                reader.tqdm = own

@@ -136,6 +136,9 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
             for owned in (group.spans, group.buffers)
         )
         per_block = group.units // group.blocks
+        blocks = len({u // per_block for u in units})
+        # So many in every block: blocks that went take theirs along.
+        minimum = -(-group.minimum * blocks // group.blocks)
         groups.append(
             replace(
                 group,
@@ -143,8 +146,8 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
                 units=len(units),
                 spans=spans,
                 layer=None if group.layer is None else numbers[group.layer],
-                blocks=len({u // per_block for u in units}),
-                minimum=min(group.minimum, len(units)),
+                blocks=blocks,
+                minimum=min(minimum, len(units)),
                 modules=tuple(_move(group.modules[u], moved) or "" for u in units) if group.modules else (),
                 buffers=buffers,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.tree import Tree
 
-from ..coupling import CoupledGroup, CouplingGraph
+from ..coupling import CoupledGroup, CouplingGraph, Span
 from ..errors import CouplingError, PlanError
 from ..files import write_text
 from .console import count, note, out, print_json, table
@@ -116,22 +117,23 @@ def _range(values: list[int]) -> str:
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:
-    """One group as a tree: its spans by role, or its modules."""
+    """One group as a tree: its spans by role, then those of buffers, or its modules."""
     constraint = f", the same number in each of {group.blocks} blocks" if group.blocks > 1 else ""
     tree = Tree(f"[bold]{group.name}[/]: {group.units} units{constraint}")
-    for role in dict.fromkeys(span.role for span in group.spans):
-        spans = list(group.spans_with(role))
-        branch = tree.add(f"[cyan]{role.value}[/]")
-        for span in spans[:8]:
-            branch.add(
-                f"{span.parameter} {list(graph.shapes[span.parameter])} axis {span.axis}: {span.index}",
-                highlight=False,
-            )
-        if len(spans) > 8:
-            branch.add(f"… and {len(spans) - 8} more")
+    for what, spans, shapes in (("", group.spans, graph.shapes), (" (buffers)", group.buffers, graph.buffers)):
+        for role in dict.fromkeys(span.role for span in spans):
+            _branch(tree, role.value + what, [span for span in spans if span.role == role], shapes)
     if group.modules:
         tree.add(f"{group.modules[0]} … {group.modules[-1]}")
     return tree
+
+
+def _branch(tree: Tree, title: str, spans: Sequence[Span], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    branch = tree.add(f"[cyan]{title}[/]")
+    for span in spans[:8]:
+        branch.add(f"{span.parameter} {list(shapes[span.parameter])} axis {span.axis}: {span.index}", highlight=False)
+    if len(spans) > 8:
+        branch.add(f"… and {len(spans) - 8} more")
 
 
 def _graph_json(graph: CouplingGraph) -> dict[str, Any]:
@@ -148,13 +150,15 @@ def _graph_json(graph: CouplingGraph) -> dict[str, Any]:
                 "parameters_per_unit": graph.parameters_per_unit(g),
                 "blocks": g.blocks,
                 "minimum": g.minimum,
-                "spans": [
-                    {"parameter": s.parameter, "axis": s.axis, "role": s.role.value, "index": str(s.index)}
-                    for s in g.spans
-                ],
+                "spans": [_span_json("parameter", s) for s in g.spans],
+                "buffers": [_span_json("buffer", s) for s in g.buffers],
                 "modules": list(g.modules),
             }
             for g in graph.groups
         ],
         "blocked": [{"parameter": b.parameter, "axis": b.axis, "reason": b.reason} for b in graph.blocked],
     }
+
+
+def _span_json(what: str, span: Span) -> dict[str, Any]:
+    return {what: span.parameter, "axis": span.axis, "role": span.role.value, "index": str(span.index)}

@@ -12,9 +12,9 @@ import typer
 from ..errors import DataError, UnknownNameError
 from ..loading import LoadedModel, LoadOptions
 from ..recovery.base import RecoverySettings
-from .console import RichProgress, note, out
+from .console import RichProgress, note, out, print_json
 from .evaluate import Autocast
-from .options import Model, Output, Seed, catalog_of, load_options, new_directory, open_model, spliced
+from .options import Json, Model, Output, Seed, catalog_of, load_options, new_directory, open_model, spliced
 
 if TYPE_CHECKING:
     from ..recovery.run import RecoveryResult
@@ -76,6 +76,7 @@ def recover(
     merge: Annotated[
         bool, typer.Option("--merge/--no-merge", help="Add the adapters to the weights, or save them alone.")
     ] = True,
+    as_json: Json = False,
 ) -> None:
     """Give quality back to a pruned model by a short training (LoRA, as in LLM-Pruner).
 
@@ -88,8 +89,12 @@ def recover(
         raise DataError(f"model '{model}' brings no tokenizer, so it cannot be trained on text")
     work_dir = output.with_name(output.name + ".recovery")
     result = run_recovery(loaded, chosen, data, settings, work_dir, merge=merge, limit=limit)
-    save_recovered(loaded, result, settings, output)
+    kind = save_recovered(loaded, result, settings, output)
     shutil.rmtree(work_dir)
+    if as_json:
+        said = {"model": model, **recovery_record(result, settings), "output": str(output), "checkpoint": kind}
+        print_json({**said, "seconds": round(result.seconds, 1)})
+        return
     losses = f"loss {result.losses[0]:.3f} → {result.losses[-1]:.3f}, " if result.losses else ""
     out.print(
         f"[bold green]✓[/] {output}: {result.examples} examples, {len(result.losses)} steps, {losses}"
@@ -120,12 +125,22 @@ def run_recovery(
     return result
 
 
-def save_recovered(loaded: LoadedModel, result: RecoveryResult, settings: RecoverySettings, output: Path) -> None:
-    """A whole model where adapters are merged, the adapters alone where not."""
+def save_recovered(loaded: LoadedModel, result: RecoveryResult, settings: RecoverySettings, output: Path) -> str:
+    """A whole model where adapters are merged, the adapters alone where not. Returns ``stock``, ``shim`` (as
+    `pipeline.save` does) or ``adapter``."""
     from ..checkpoint import save_adapter
     from ..pipeline import save
 
-    done = {
+    if hasattr(result.model, "peft_config"):
+        save_adapter(result.model, output, base=loaded.ref, tokenizer=loaded.tokenizer)
+        return "adapter"
+    history = [*((loaded.record or {}).get("recovery", [])), recovery_record(result, settings)]
+    return save(replace(loaded, model=result.model), output, notes={"recovery": history})
+
+
+def recovery_record(result: RecoveryResult, settings: RecoverySettings) -> dict[str, Any]:
+    """What was trained and on what, as ``llmpruner.json`` keeps it."""
+    return {
         "strategy": result.strategy,
         "settings": asdict(settings),
         "data": result.source,
@@ -134,8 +149,3 @@ def save_recovered(loaded: LoadedModel, result: RecoveryResult, settings: Recove
         "trainable_parameters": result.trainable_parameters,
         "losses": list(result.losses),
     }
-    if hasattr(result.model, "peft_config"):
-        save_adapter(result.model, output, base=loaded.ref, tokenizer=loaded.tokenizer)
-        return
-    history = [*((loaded.record or {}).get("recovery", [])), done]
-    save(replace(loaded, model=result.model), output, notes={"recovery": history})

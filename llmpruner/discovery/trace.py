@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import io
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +57,15 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
     if shallow:
-        stands_for = keep_one_of_each(model, layers)
-        if len(stands_for) < len(everything):
-            try:
+        try:
+            stands_for = keep_one_of_each(model, layers)
+            if len(stands_for) < len(everything):
                 program, streams = export(model, layers)
                 return Trace(program, model, layers, stands_for, streams)
-            except UnsupportedModelError:
-                # Some models index per-layer lists by the original numbers: trace them at full depth.
-                return trace(config, shallow=False)
+        except (UnsupportedModelError, NotImplementedError):
+            # Some models index per-layer lists by the original numbers, and some configurations refuse another depth:
+            # trace them at full depth.
+            return trace(config, shallow=False)
     program, streams = export(model, layers)
     return Trace(program, model, layers, everything, streams)
 
@@ -90,7 +94,8 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
         handles.append(layer.register_forward_hook(hand_on))
     with torch.no_grad(), quiet_transformers():
         try:
-            program = torch.export.export(model, (), kwargs=inputs, strict=False)
+            with _without_graph():
+                program = torch.export.export(model, (), kwargs=inputs, strict=False)
             return program, max(streams)
         except Exception as error:  # export reports unsupported code in many exception types
             name = type(model).__name__
@@ -98,6 +103,22 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextlib.contextmanager
+def _without_graph() -> Iterator[None]:
+    """Keep the graph that a failing `torch.export` prints (and hands over as ``partial_fx_graph``; nothing turns that
+    off) from standard error. Whatever else is said there still comes out, at the end; errors pass."""
+    said, graph = io.StringIO(), None
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
+    finally:
+        rest = said.getvalue() if graph is None else said.getvalue().replace(f"{graph}\n", "")
+        sys.stderr.write(rest)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

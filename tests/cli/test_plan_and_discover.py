@@ -164,6 +164,25 @@ def test_discover_proves_its_groups(run, dense):
     assert verdicts == dict.fromkeys(("attention", "mlp", "query", "hidden", "layer"), "verified")
 
 
+def test_discover_shows_buffers_like_parameters(run, tmp_path):
+    from transformers import Glm4MoeConfig
+
+    from llmpruner.discovery.tiny import small_config
+
+    small_config(Glm4MoeConfig()).save_pretrained(tmp_path / "experts")
+    options = ("discover", tmp_path / "experts", "--family", "auto")
+    shown = run(*options)
+    assert shown.code == 0, shown.err
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    lines = shown.out.splitlines()
+    (line,) = (n for n, text in enumerate(lines) if bias in text)
+    assert lines[line].endswith(f"{bias} [8] axis 0: 0:8") and "produces (buffers)" in lines[line - 1]
+    groups = {group["name"]: group for group in run(*options, "--json").json()["groups"]}
+    owned = {"buffer": bias, "axis": 0, "role": "produces", "index": "0:8"}
+    assert groups["layers.1.experts"]["buffers"] == [owned]
+    assert not any(group["buffers"] for group in groups.values() if group["kind"] != "expert")
+
+
 def test_discover_draws_a_block(run, dense, tmp_path):
     assert run("discover", dense, "--html", tmp_path / "block.html").code == 0
     page = (tmp_path / "block.html").read_text()

@@ -70,6 +70,22 @@ def test_adapters_alone(run, pruned, shared, tmp_path):
     assert run("generate", tmp_path / "adapter", "-p", "The fox", "--max-new-tokens", 3).code == 0
 
 
+def test_recover_as_json(run, pruned, shared, tmp_path):
+    source = shared / "data.jsonl"
+    options = (pruned, "--data", source, "--limit", 3, "--seed", 5, *TRAIN, "--json")
+    said = run("recover", *options, "-o", tmp_path / "out").json()
+    seconds = said.pop("seconds")
+    kept = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]
+    about = {"model": str(pruned), "output": str(tmp_path / "out"), "checkpoint": "shim"}
+    assert said == {**about, **kept[0]} and len(kept) == 1
+    assert seconds > 0 and len(said["losses"]) == 2 and all(map(math.isfinite, said["losses"]))
+    assert (said["strategy"], said["data"], said["examples"]) == ("lora", str(source), 3)
+    assert (said["settings"]["learning_rate"], said["settings"]["seed"]) == (0.01, 5)
+    apart = run("recover", *options, "--no-merge", "-o", tmp_path / "adapter").json()
+    assert apart["checkpoint"] == "adapter" and apart["losses"] == said["losses"]
+    assert apart["trainable_parameters"] == said["trainable_parameters"] > 0
+
+
 def test_answers_only_and_a_limit(run, pruned, shared, tmp_path):
     options = ("--loss-on", "answers", "--limit", 3, "--max-steps", 1, "--batch-size", 1, "--micro-batch-size", 1)
     result = run("recover", pruned, "--data", shared / "data.jsonl", *options, "-o", tmp_path / "out")

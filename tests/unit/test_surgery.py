@@ -57,6 +57,15 @@ def test_query_heads_can_go_inside_their_groups(gqa):
     assert remaining.by_name["layers.1.query"].blocks == 2
 
 
+def test_query_heads_can_go_after_their_kv_heads(gqa):
+    """One query head must stay in each KV head that is left, not as many as there were KV heads once."""
+    attention, query = "layers.1.attention", "layers.1.query"
+    left = restrict(gqa.graph, {attention: (0, 2, 3)})
+    group = left.by_name[query]
+    assert (group.units, group.blocks, group.minimum) == (6, 3, 3)
+    assert restrict(left, {query: (0, 3, 4)}).by_name[query].units == 3
+
+
 def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
     kept = keep_some(loaded.graph, ("mlp", "attention", "layer"), seed=5)
     cut(loaded.model, loaded.graph, kept, loaded.family)
