@@ -1,0 +1,44 @@
+"""A trace that fails says so in its error, and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING
+
+from llmpruner.discovery.tiny import small_config
+from llmpruner.discovery.trace import export, trace
+from llmpruner.errors import UnsupportedModelError
+
+
+class Guessing(nn.Module):
+    """What it does next depends on its weights, as in a loop over the experts that were chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = self.layers[0](self.embed(input_ids))
+        sys.stderr.write("a warning of the model's own\n")
+        for row in (hidden > 0).nonzero():
+            hidden = hidden + row[0]
+        return hidden
+
+
+def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
+    with pytest.raises(UnsupportedModelError, match=r"Guessing cannot be traced: .*data-dependent") as caught:
+        export(Guessing(), "layers")
+    # torch still hands the graph over, so the test watches what it means to watch.
+    assert "def forward" in caught.value.__cause__.partial_fx_graph
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "a warning of the model's own\n")
+
+
+def test_a_configuration_that_refuses_another_depth_is_traced_whole():
+    found = trace(small_config(CONFIG_MAPPING["prophetnet"]()))
+    assert found.stands_for == {n: (n,) for n in range(found.model.config.num_decoder_layers)}

@@ -1,0 +1,65 @@
+"""A GGUF file, written here tensor by tensor, becomes a plain model without a word on the terminal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import modeling_gguf_pytorch_utils as reader
+from transformers.utils import logging
+
+from llmpruner.loading import load_model
+from llmpruner.meta import quiet_gguf
+
+HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(WORDS)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "a", "b", "ab", *(f"<{n}>" for n in range(5, WORDS))])
+    writer.add_token_types([1] * WORDS)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    torch.manual_seed(0)
+    shapes = {"token_embd": (WORDS, HIDDEN), "output": (WORDS, HIDDEN), "output_norm": (HIDDEN,)}
+    for n in range(2):
+        shapes |= {f"blk.{n}.attn_{name}": (HIDDEN, HIDDEN) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{n}.{name}_norm": (HIDDEN,) for name in ("attn", "ffn")}
+        shapes |= {f"blk.{n}.ffn_{name}": (INNER, HIDDEN) for name in ("gate", "up")}
+        shapes[f"blk.{n}.ffn_down"] = (HIDDEN, INNER)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
+    loaded = load_model(str(gguf_file), catalog)
+    assert capfd.readouterr() == ("", "")
+    assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
+    torch.manual_seed(0)
+    torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
+
+
+def test_only_for_as_long_as_it_takes():
+    own = reader.tqdm
+    with pytest.raises(KeyError), quiet_gguf():
+        assert reader.tqdm is logging.tqdm and not logging.is_progress_bar_enabled()
+        raise KeyError
+    assert reader.tqdm is own and logging.is_progress_bar_enabled()

@@ -1,0 +1,46 @@
+"""What runs on every push is what is there to be run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / ".github" / "workflows" / "ci.yml"
+
+
+def jobs() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text(encoding="utf-8"))["jobs"]
+
+
+def commands() -> list[str]:
+    return [step["run"] for job in jobs().values() for step in job["steps"] if "run" in step]
+
+
+def test_every_promised_python_is_tested():
+    promised = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    # As text: without quotation marks, 3.10 is a number and means 3.1.
+    assert jobs()["test"]["strategy"]["matrix"]["python"] == promised
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    called = [target for command in commands() for target in re.findall(r"\bmake (\S+)", command)]
+    assert {"test", "docs"} <= set(called)
+    assert [target for target in called if not re.search(rf"^{re.escape(target)}:", makefile, re.M)] == []
+
+
+def test_scripts_exist_and_know_the_versions():
+    (script,) = (script for command in commands() for script in re.findall(r"\bpython (\S+\.py)", command))
+    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    known = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "COMBINATIONS"
+    )
+    asked = [row["versions"] for row in jobs()["versions"]["strategy"]["matrix"]["include"]]
+    assert set(asked) == {"lowest", "newest"} <= set(known)
