@@ -18,7 +18,6 @@ from typing import Any
 from .measure import as_json, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "main_job.json"
-README = Path(__file__).parents[1] / "README.md"
 SEEDS = (0, 1, 2)
 PRUNE = ("--importance", "taylor", "--kinds", "mlp", "--layers", "3-26", "--ratio", "0.2", "--dtype", "float32")
 RECOVER = ("--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "3e-4", "--epochs", "1", "--autocast")
@@ -34,18 +33,6 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     # Where things lay on this machine is nobody's business.
     RESULTS.write_text(as_json(results).replace(str(folder), "$LLMPRUNER_DATA/data").replace(work, "$WORK"))
-    render(results)
-
-
-def render(results: dict[str, Any]) -> None:
-    """Put the perplexities into the README."""
-    lines = ["| model | perplexity |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f} |" for name, value in results["perplexity"].items()]
-    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
-    text = README.read_text(encoding="utf-8")
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    README.write_text(f"{head}{begin}\n" + "\n".join(lines) + f"\n{end}{tail}", encoding="utf-8")
 
 
 def measure(data: Path, work: Path) -> dict[str, Any]:

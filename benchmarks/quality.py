@@ -25,6 +25,8 @@ from .measure import machine, run
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 PLOT = Path(__file__).parents[1] / "docs" / "quality.svg"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 METHODS = ("best", "fast", "llm-pruner")
 TEXTS = {
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--ratios", default=",".join(map(str, RATIOS)))
     parser.add_argument("--only", default="", help="measure only the rows whose name holds this text")
     parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too (400 rows each: minutes per row)")
+    parser.add_argument("--shared", action="store_true", help="say that the machine has other work meanwhile")
     arguments = parser.parse_args()
     data = data_folder()
     done = read_results()
@@ -71,10 +74,20 @@ def main() -> None:
         if arguments.only not in row.key or ("kl" in known and ("tasks" in known or not arguments.tasks)):
             continue
         with tempfile.TemporaryDirectory() as work:
-            done[row.key] = known | measure(row, data, Path(work), tasks=arguments.tasks, known=known)
-        RESULTS.write_text("".join(json.dumps(found) + "\n" for found in done.values()), encoding="utf-8")
+            found = known | measure(row, data, Path(work), tasks=arguments.tasks, known=known)
+        if arguments.shared:
+            found["shared"] = True
+        # Another run may have added rows meanwhile.
+        done = read_results() | {row.key: found}
+        RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
         print(row.key, {k: v for k, v in done[row.key].items() if k not in ("row", "machine")}, flush=True)
     draw(done)
+
+
+def points_of(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured of pruned models, in the order of the tables."""
+    points = [entry for entry in done.values() if entry["row"]["method"] != "dense"]
+    return sorted(points, key=lambda e: (e["row"]["ratio"], e["row"]["text"], e["row"]["method"]))
 
 
 def data_folder() -> Path:
@@ -139,10 +152,38 @@ def _task_files(data: Path, folder: Path) -> None:
 
 
 def draw(done: dict[str, dict[str, Any]]) -> None:
-    """The table and the plot of ``docs/quality.md``."""
+    """The tables and the plot of ``docs/quality.md`` and the README."""
     dense = done.get(Row("dense", 0.0, "").key)
     if dense is None:
         return
+    PAGE.write_text(page(done), encoding="utf-8")
+    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    README.write_text(f"{head}{BEGIN}\n{overview(done)}{END}{tail}", encoding="utf-8")
+    _plot(dense["perplexity"], points_of(done))
+
+
+def overview(done: dict[str, dict[str, Any]]) -> str:
+    """WikiText-2 perplexity by method, calibration text and ratio."""
+    dense = done[Row("dense", 0.0, "").key]
+    ratios = [ratio for ratio in RATIOS if any(e["row"]["ratio"] == ratio for e in points_of(done))]
+    lines = [
+        "| method | calibrated on | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
+        "|---" * (2 + len(ratios)) + "|",
+        "| dense | | " + " | ".join([f"{dense['perplexity']:.2f}"] * len(ratios)) + " |",
+    ]
+    for text in TEXTS:
+        for method in METHODS:
+            found = [done.get(Row(method, ratio, text).key) for ratio in ratios]
+            if any(found):
+                cells = [f"{e['perplexity']:.2f}" if e else "" for e in found]
+                lines.append(f"| {method} | {text} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page(done: dict[str, dict[str, Any]]) -> str:
+    """``docs/quality.md``"""
+    dense = done[Row("dense", 0.0, "").key]
     lines = [
         "# Quality for size",
         "",
@@ -160,18 +201,18 @@ def draw(done: dict[str, dict[str, Any]]) -> None:
         "| method | calibrated on | ratio | WikiText-2 | KL | instructions | seconds | peak MiB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    points = [entry for entry in done.values() if entry["row"]["method"] != "dense"]
-    for entry in sorted(points, key=lambda e: (e["row"]["ratio"], e["row"]["text"], e["row"]["method"])):
-        row = entry["row"]
+    points = points_of(done)
+    for entry in points:
+        row, seconds = entry["row"], f"{entry['seconds']:.0f}" + ("†" if entry.get("shared") else "")
         lines.append(
             f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f} | "
-            f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {entry['seconds']:.0f} | "
-            f"{entry['peak_mib']} |"
+            f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {seconds} | {entry['peak_mib']} |"
         )
+    if any(entry.get("shared") for entry in points):
+        lines += ["", "† While another row was measured on the same cores."]
     lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
     lines += _ordering()
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _plot(dense["perplexity"], points)
+    return "\n".join(lines) + "\n"
 
 
 def _tasks(entries: list[dict[str, Any]]) -> list[str]:

@@ -23,6 +23,7 @@ _TEXT_FIELDS = ("text", "page", "content")
 _CHARACTERS_PER_TOKEN = 12
 _ATTEMPTS = 200
 _WINDOWS_PER_PIECE = 8
+_BETWEEN = "\n\n"
 _ROWS = 64
 
 
@@ -202,20 +203,22 @@ def _read_dataset(source: str) -> list[str]:
 
 def _windows(documents: list[str], tokenizer: Any, samples: int, length: int, seed: int, source: str) -> torch.Tensor:
     """Windows in random order that do not overlap, as widely spread as possible; where the text has too few of them,
-    the rest are drawn anywhere in it."""
+    the rest are drawn anywhere in it. Documents follow one another in random order, so that short ones count too."""
     import torch
 
     rng = random.Random(seed)
-    pieces = _pieces(documents, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)
+    text = _BETWEEN.join(rng.sample(documents, len(documents)))
     rounds: list[list[list[int]]] = []
-    for text in pieces[:samples]:
-        ids = _tokens(tokenizer, text)
-        for number in range(len(ids) // length):
-            if number == len(rounds):
+    for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
+        ids = _tokens(tokenizer, piece)
+        starts = [number * length for number in range(len(ids) // length)]
+        rng.shuffle(starts)
+        for turn, start in enumerate(starts):
+            if turn == len(rounds):
                 rounds.append([])
-            rounds[number].append(ids[number * length : (number + 1) * length])
+            rounds[turn].append(ids[start : start + length])
     rows = [row for later in rounds for row in later][:samples]
-    rows += _anywhere(documents, tokenizer, samples - len(rows), length, rng)
+    rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
         raise DataError(
             f"'{source}' is too short for {samples} samples of {length} tokens; lower --samples or --length"
@@ -228,30 +231,26 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _pieces(documents: list[str], size: int, rng: random.Random) -> list[str]:
-    """The documents in pieces of at most ``size`` characters that begin with a word, in random order."""
+def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
+    """The text in pieces of about ``size`` characters that begin with a word, in random order."""
     found: list[str] = []
-    for text in documents:
-        start = 0
-        stop = rng.randrange(1, size + 1) if len(text) > size else size
-        while start < len(text):
-            while stop < len(text) and not text[stop - 1].isspace():
-                stop += 1
-            found.append(text[start:stop])
-            start, stop = stop, stop + size
+    start, stop = 0, rng.randrange(1, size + 1) if len(text) > size else size
+    while start < len(text):
+        while stop < len(text) and not text[stop - 1].isspace():
+            stop += 1
+        found.append(text[start:stop])
+        start, stop = stop, stop + size
     rng.shuffle(found)
     return found
 
 
-def _anywhere(documents: list[str], tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
-    """A document drawn by its size, a random place in it, the first ``length`` tokens from there."""
+def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
+    """The first ``length`` tokens from random places."""
     span = length * _CHARACTERS_PER_TOKEN
-    weights = [len(text) for text in documents]
     rows: list[list[int]] = []
     for _ in range(samples * _ATTEMPTS):
         if len(rows) == samples:
             break
-        (text,) = rng.choices(documents, weights)
         start = rng.randrange(max(1, len(text) - span + 1))
         while 0 < start < len(text) and not text[start - 1].isspace():
             start += 1

@@ -12,8 +12,10 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Method:
-    """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens. ``of_layers``: the criterion
-    where nothing but whole layers may go, whose weights say little about them; None: the same one."""
+    """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens; ``written``: the same where the
+    model writes them, which takes longer than reading and the longer the more a sample has; None: as many.
+    ``of_layers``: the criterion where nothing but whole layers may go, whose weights say little about them; None: the
+    same one."""
 
     name: str
     summary: str
@@ -23,6 +25,11 @@ class Method:
     samples: int
     length: int
     of_layers: str | None = None
+    written: tuple[int, int] | None = None
+
+    def amount(self, *, writes: bool) -> tuple[int, int]:
+        """(samples, length)"""
+        return self.written if writes and self.written else (self.samples, self.length)
 
 
 BEST = Method(
@@ -31,9 +38,10 @@ BEST = Method(
     importance="energy",
     variant=None,
     compensate="refit",
-    samples=512,
-    length=128,
+    samples=256,
+    length=512,
     of_layers="angular",
+    written=(512, 128),
 )
 FAST = Method(
     "fast",

@@ -32,6 +32,8 @@ def render() -> str:
     for m in METHODS.values():
         criterion = f"`{m.importance}`" + (f" (`{m.variant}`)" if m.variant else "")
         amount = f"{m.samples} × {m.length} tokens"
+        if m.written:
+            amount += ", written by the model {} × {}".format(*m.written)
         lines.append(f"| `{m.name}` | {m.summary} | {criterion} | `{m.compensate}` | {amount} |")
     lines += ["", "## Criteria", ""]
     for module, classes in criteria().items():

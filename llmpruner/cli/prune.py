@@ -108,6 +108,7 @@ def choice(
     seed: Seed = 0,
 ) -> Choice | None:
     """The options of choice; None when nothing says how much (only ``prune --plan`` accepts that)."""
+    from ..calibration import SELF, sources_of
     from ..importance.normalize import NORMALIZATIONS
     from ..importance.reductions import REDUCTION_NAMES
     from ..methods import BEST, BY_HAND, METHODS
@@ -129,6 +130,7 @@ def choice(
     ):
         if name not in known:
             raise UnknownNameError(what, name, known)
+    many, long = preset.amount(writes=SELF in sources_of(calibration))
     rest = {
         "round_to": round_to,
         "reduction": reduction,
@@ -137,8 +139,8 @@ def choice(
         "steps": steps,
         "compensate": compensate,
         "calibration": calibration,
-        "samples": samples or preset.samples,
-        "length": length or preset.length,
+        "samples": samples or many,
+        "length": length or long,
         "seed": seed,
     }
     names = parse_names(kinds, "--kinds")

@@ -129,8 +129,17 @@ Calibration = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(min=1, help="Calibration samples: 512 for best, 64 for fast, else 10.", rich_help_panel=_ON),
+    typer.Option(
+        min=1,
+        help="Calibration samples: 256 for best (512 that the model writes), 64 for fast, else 10.",
+        rich_help_panel=_ON,
+    ),
 ]
 Length = Annotated[
-    int | None, typer.Option(min=2, help="Tokens per sample: 128 for best and fast, else 64.", rich_help_panel=_ON)
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens per sample: 512 for best (128 that the model writes), 128 for fast, else 64.",
+        rich_help_panel=_ON,
+    ),
 ]

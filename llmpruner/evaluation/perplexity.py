@@ -67,8 +67,8 @@ def perplexity(
         placed = batch.to(model.device)
         logits = _predictions(model, placed, autocast)
         total += _negative_log_likelihood(logits, placed)
-        if reference is not None:
-            wanted = logits if reference is model else _predictions(reference, batch.to(reference.device), autocast)
+        if reference is not None and reference is not model:
+            wanted = _predictions(reference, batch.to(reference.device), autocast)
             total_divergence += divergence(wanted, logits)
         if math.isnan(total):
             raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_windows_do_not_overlap_while_there_is_text(gqa, tmp_path, documents):
 
     def windows(samples):
         found = calibration_set(str(tmp_path / "a.jsonl"), gqa.model, Numbers(), samples=samples, length=16, seed=0)
-        assert all(row == list(range(row[0], row[0] + 16)) for row in found.input_ids.tolist())
+        breaks = sum(b != a + 1 for row in found.input_ids.tolist() for a, b in pairwise(row))
+        assert breaks == 0 if documents == 1 else breaks < samples
         return found.input_ids.flatten().tolist()
 
     few, most, more = windows(10), windows(240), windows(500)

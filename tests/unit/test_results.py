@@ -1,16 +1,30 @@
-"""The README's numbers are those of the committed results."""
+"""The numbers in README and docs are those of the committed results."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from benchmarks import quality
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_readme_says_what_was_measured():
-    measured = json.loads((ROOT / "benchmarks" / "results" / "main_job.json").read_text())["perplexity"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- results:begin -->")[2].partition("<!-- results:end -->")[0]
-    rows = dict(line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:])
-    assert rows == {name: f"{value:.2f}" for name, value in measured.items()}
+    table = text.partition(quality.BEGIN)[2].partition(quality.END)[0]
+    assert table.strip() == quality.overview(quality.read_results()).strip()
+
+
+def test_so_does_the_page_of_quality():
+    assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == quality.page(quality.read_results())
+
+
+def test_the_default_method_beats_the_papers_wherever_both_were_measured():
+    done = quality.read_results()
+    pairs = [
+        (entry["perplexity"], other["perplexity"])
+        for entry in done.values()
+        if entry["row"]["method"] == "best"
+        and (other := done.get(quality.Row(**entry["row"] | {"method": "llm-pruner"}).key))
+    ]
+    assert pairs and all(best < paper for best, paper in pairs)
