@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 COMPENSATIONS = ("refit", "bias", "none")
-_SCORED_TOKENS = 16384
+_GRADIENT_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def make_plan(
     for step in range(1, settings.steps + 1):
         groups = scope.groups(graph)
         scores = estimate(
-            model, graph, groups, criterion, _scored_on(calibration, settings),
+            model, graph, groups, criterion, _scored_on(calibration, criterion, settings),
             reduction=settings.reduction, seed=settings.seed, progress=progress,
         )  # fmt: skip
         cost = CutCost(whole, loaded.graph, kept) if kept else whole
@@ -253,11 +253,17 @@ def _loss(
     return Trials(model, graph, groups, loaded.family, calibration, refit=refit, progress=progress).loss
 
 
-def _scored_on(calibration: CalibrationSet | None, settings: PruneSettings) -> CalibrationSet | None:
-    """A repair needs many times the tokens that scores need."""
+def _scored_on(
+    calibration: CalibrationSet | None, criterion: ImportanceCriterion, settings: PruneSettings
+) -> CalibrationSet | None:
+    """What a repair reads serves scores of a forward pass too, which are the better for it; a backward pass over so
+    many tokens would take longer than the repair."""
+    from .importance.base import Signal
+
     if calibration is None or settings.compensate != "refit":
         return calibration
-    return calibration.first(_SCORED_TOKENS)
+    gradients = criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
+    return calibration.first(_GRADIENT_TOKENS) if gradients else calibration
 
 
 def _estimation(

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from llmpruner import PlanError, SelectionError
+from llmpruner.importance.activation import OutputEnergy
+from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
 from llmpruner.importance.taylor import Taylor
 from llmpruner.pipeline import PruneSettings, apply_plan, default_layers, make_plan, save
@@ -120,3 +122,22 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path, catalog):
     ids = torch.arange(8)[None]
     with torch.no_grad():
         torch.testing.assert_close(again.model(ids).logits, twice.model(ids).logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "compensate", "tokens"),
+    [(OutputEnergy(), "refit", 96), (Taylor(), "refit", 32), (Taylor(), "none", 96)],
+    ids=["inputs", "gradients", "no repair"],
+)
+def test_scores_see_the_text_of_the_repair_but_for_gradients(gqa, monkeypatch, criterion, compensate, tokens):
+    monkeypatch.setattr("llmpruner.pipeline._GRADIENT_TOKENS", 32)
+    seen = []
+
+    def spy(*arguments, **options):
+        seen.append(arguments[4].input_ids.numel())
+        return estimate(*arguments, **options)
+
+    monkeypatch.setattr("llmpruner.importance.estimate.estimate", spy)
+    settings = PruneSettings(target=RATIO, samples=6, length=16, compensate=compensate)
+    make_plan(gqa, criterion, settings)
+    assert seen == [tokens]
