@@ -13,7 +13,7 @@ from types import MappingProxyType
 @dataclass(frozen=True)
 class Method:
     """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens; ``written``: the same where the
-    model writes them, which takes longer than reading and the longer the more a sample has; None: as many.
+    model writes them, which takes longer than reading; None: as many.
     ``of_layers``: the criterion where nothing but whole layers may go, whose weights say little about them; None: the
     same one."""
 
@@ -41,7 +41,7 @@ BEST = Method(
     samples=256,
     length=512,
     of_layers="angular",
-    written=(512, 128),
+    written=(160, 512),
 )
 FAST = Method(
     "fast",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PROMPT = "Give three tips for staying healthy."
 WINDOW, TOKENS = 512, 10240
-SAMPLES = 128
+SAMPLES = 32
 """Of calibration text: a quarter of what the default method takes, for the demo has minutes."""
 RECOVERY = RecoverySettings(
     learning_rate=5e-4, batch_size=8, micro_batch_size=8, max_steps=32, loss_on="answers", autocast=True

@@ -131,7 +131,7 @@ Samples = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Calibration samples: 256 for best (512 that the model writes), 64 for fast, else 10.",
+        help="Calibration samples: 256 for best (160 that the model writes), 64 for fast, else 10.",
         rich_help_panel=_ON,
     ),
 ]
@@ -139,7 +139,7 @@ Length = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Tokens per sample: 512 for best (128 that the model writes), 128 for fast, else 64.",
+        help="Tokens per sample: 512 for best, 128 for fast, else 64.",
         rich_help_panel=_ON,
     ),
 ]

@@ -14,7 +14,7 @@ from llmpruner.cli import demo
 @pytest.fixture
 def small(monkeypatch, dense):
     monkeypatch.setattr(demo, "DEMO", str(dense))
-    monkeypatch.setattr(demo, "SAMPLES", 8)
+    monkeypatch.setattr(demo, "SAMPLES", 2)
     monkeypatch.setattr(demo, "RECOVERY", replace(demo.RECOVERY, max_steps=2, cutoff=512))
     return dense
 

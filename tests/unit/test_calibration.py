@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from llmpruner import DataError, ModelError
-from llmpruner.calibration import calibration_set, read_documents, sources_of
+from llmpruner.calibration import _Draw, calibration_set, read_documents, sources_of
 
 
 class Words:
@@ -27,6 +28,33 @@ def test_the_model_writes_its_own_text(gqa):
     assert one.fingerprint == same.fingerprint != other.fingerprint
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len({tuple(row) for row in one.input_ids.tolist()}) == 3
+
+
+@pytest.mark.parametrize(("length", "starts"), [(2, [0]), (64, [0]), (65, [0, 33]), (128, [0, 64])])
+def test_written_samples_are_made_of_passages(gqa, length, starts):
+    ids = calibration_set("self", gqa.model, None, samples=12, length=length, seed=0).input_ids
+    assert ids.shape == (12, length)
+    bos = gqa.model.config.bos_token_id
+    begins = (ids == bos).all(0).nonzero().flatten().tolist()
+    assert begins == starts
+    assert len({tuple(row[start : start + 8]) for row in ids.tolist() for start in starts}) > 6 * len(starts)
+
+
+def test_tokens_are_drawn_as_the_model_predicts_them():
+    """Shares of 20,000 draws within four standard errors; what cannot follow is never drawn."""
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf])
+    draw = _Draw(0, torch.device("cpu"))
+    chosen = draw(torch.zeros(20000, 1), logits.expand(20000, 6)).argmax(-1)
+    shares = torch.bincount(chosen, minlength=6) / 20000
+    wanted = logits.softmax(-1)
+    assert ((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / 20000).sqrt()).all()
+
+
+def test_a_model_without_numbers_writes_no_text(gqa):
+    damaged = copy.deepcopy(gqa.model)
+    damaged.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ModelError, match="logits are not numbers, so it cannot write calibration text"):
+        calibration_set("self", damaged, None, samples=1, length=4, seed=0)
 
 
 def test_files_are_sampled_reproducibly(gqa, tmp_path):
