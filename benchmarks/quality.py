@@ -34,6 +34,7 @@ TEXTS = {
     "C4 sample": "c4_sample_300.jsonl",
     "self-generated": "self",
 }
+EARLIER = "‡ Measured with an earlier version, which ranked units on fewer tokens."
 TASKS = "piqa,arc_easy,openbookqa"
 TOKENS, WINDOW = 20480, 512
 
@@ -71,6 +72,7 @@ def main() -> None:
     done = read_results()
     for row in rows(tuple(map(float, arguments.ratios.split(",")))):
         known = done.get(row.key, {})
+        known = {} if "code" in known else known
         if arguments.only not in row.key or ("kl" in known and ("tasks" in known or not arguments.tasks)):
             continue
         with tempfile.TemporaryDirectory() as work:
@@ -176,9 +178,16 @@ def overview(done: dict[str, dict[str, Any]]) -> str:
         for method in METHODS:
             found = [done.get(Row(method, ratio, text).key) for ratio in ratios]
             if any(found):
-                cells = [f"{e['perplexity']:.2f}" if e else "" for e in found]
+                cells = [f"{e['perplexity']:.2f}{_earlier(e)}" if e else "" for e in found]
                 lines.append(f"| {method} | {text} | " + " | ".join(cells) + " |")
+    if any(_earlier(entry) for entry in points_of(done)):
+        lines += ["", EARLIER]
     return "\n".join(lines) + "\n"
+
+
+def _earlier(entry: dict[str, Any]) -> str:
+    """A mark on what an earlier version measured, whose commit the row names as ``code``; a new run leaves none."""
+    return "‡" if "code" in entry else ""
 
 
 def page(done: dict[str, dict[str, Any]]) -> str:
@@ -205,11 +214,13 @@ def page(done: dict[str, dict[str, Any]]) -> str:
     for entry in points:
         row, seconds = entry["row"], f"{entry['seconds']:.0f}" + ("†" if entry.get("shared") else "")
         lines.append(
-            f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f} | "
+            f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f}{_earlier(entry)} | "
             f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {seconds} | {entry['peak_mib']} |"
         )
     if any(entry.get("shared") for entry in points):
         lines += ["", "† While another row was measured on the same cores."]
+    if any(_earlier(entry) for entry in points):
+        lines += ["", EARLIER]
     lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
     lines += _ordering()
     return "\n".join(lines) + "\n"
