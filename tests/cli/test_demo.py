@@ -25,7 +25,7 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["pruned", "recovered"]
     told = next(line for line in shown.out.splitlines() if line.startswith("The same as: llmpruner prune demo "))
     options = re.sub(r".* demo (.*) -o …$", r"\1", told).split()
-    assert options == ["--ratio", "0.3", "--samples", "8", "--seed", "3"]
+    assert options == ["--ratio", "0.3", "--samples", "2", "--seed", "3"]
     plan = run("prune", small, *options, "-o", tmp_path / "by_hand", "--json").json()["plan"]
     assert plan["compensation"]["method"] == "refit"
     record = json.loads((tmp_path / "demo" / "recovered" / "llmpruner.json").read_text())
