@@ -218,7 +218,7 @@ def page(done: dict[str, dict[str, Any]]) -> str:
             f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {seconds} | {entry['peak_mib']} |"
         )
     if any(entry.get("shared") for entry in points):
-        lines += ["", "† While another row was measured on the same cores."]
+        lines += ["", "† While the machine had other work."]
     if any(_earlier(entry) for entry in points):
         lines += ["", EARLIER]
     lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])

@@ -102,9 +102,9 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
     from .walk import computes_bfloat16_fast
 
     bos = _first_token(model, tokenizer)
-    # The cache of keys and values grows with the batch.
     parts = -(-length // _PASSAGE)
     passage, passages = -(-length // parts), samples * parts
+    # The cache of keys and values grows with the batch.
     batches = [min(_ROWS, passages - done) for done in range(0, passages, _ROWS)]
     # EOS is suppressed so that every sequence has full length; padding would dilute the statistics.
     config = GenerationConfig(
@@ -123,9 +123,8 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
 
 
 class _Draw:
-    """A logits processor that draws a token from each row and leaves nothing else to choose: one random number a row.
-    torch's own sampling draws one for every word of the vocabulary, which takes a third of the time of a small model.
-    """
+    """A logits processor that draws a token from each row and leaves nothing else to choose: one random number a row,
+    where torch's own sampling draws one for every word of the vocabulary."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         import torch
@@ -141,9 +140,11 @@ class _Draw:
                 "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
             )
         upto_BV = logits_BV.float().softmax(-1).cumsum(-1)
-        drawn_B1 = torch.rand(len(upto_BV), 1, generator=self._random, device=upto_BV.device) * upto_BV[:, -1:]
-        # To the right of equal sums, so that what has no probability is never drawn.
-        tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True).clamp_max(upto_BV.shape[1] - 1)
+        total_B1 = upto_BV[:, -1:]
+        drawn_B1 = torch.rand(len(upto_BV), 1, generator=self._random, device=upto_BV.device) * total_B1
+        # Below the total, which rounding may reach, and to the right of equal sums: what cannot follow is never drawn.
+        drawn_B1 = drawn_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
+        tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True)
         return torch.full_like(logits_BV, -torch.inf).scatter_(-1, tokens_B1, 0.0)
 
 

@@ -256,8 +256,8 @@ def _loss(
 def _scored_on(
     calibration: CalibrationSet | None, criterion: ImportanceCriterion, settings: PruneSettings
 ) -> CalibrationSet | None:
-    """What a repair reads serves scores of a forward pass too, which are the better for it; a backward pass over so
-    many tokens would take longer than the repair."""
+    """What a repair reads, scores of a forward pass read too: a ranking on little text is one for that text. Gradients
+    cost more, and take fewer tokens."""
     from .importance.base import Signal
 
     if calibration is None or settings.compensate != "refit":

@@ -50,6 +50,13 @@ def test_tokens_are_drawn_as_the_model_predicts_them():
     assert ((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / 20000).sqrt()).all()
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1.0, 4)], ids=["lowest", "rounded up"])
+def test_the_ends_of_the_range_draw_tokens_that_can_follow(monkeypatch, number, token):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf]])
+    assert _Draw(0, torch.device("cpu"))(torch.zeros(1, 1), logits).argmax(-1).tolist() == [token]
+
+
 def test_a_model_without_numbers_writes_no_text(gqa):
     damaged = copy.deepcopy(gqa.model)
     damaged.model.norm.weight.data.fill_(torch.nan)
