@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .calibration import CalibrationSet
+    from .compensation.choose import Chooser
     from .coupling import CoupledGroup, CouplingGraph
     from .importance.base import ImportanceCriterion
     from .loading import LoadedConfig, LoadedModel
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 COMPENSATIONS = ("refit", "bias", "none")
-_GRADIENT_TOKENS = 16384
+_FEWER_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,16 @@ class PruneSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A plan that may still be open: with a ``chooser``, how many units of each group go is settled, and which ones is
+    not. ``calibration``: what chooser and repair read; None where there is neither, or it is to be read again."""
+
+    plan: PruningPlan
+    calibration: CalibrationSet | None = None
+    chooser: Chooser | None = None
+
+
 def make_plan(
     loaded: LoadedModel,
     criterion: ImportanceCriterion,
@@ -64,8 +75,27 @@ def make_plan(
 ) -> PruningPlan:
     """Estimate and select. The loaded model is not changed; with more than one step a copy of it is cut on the way.
 
+    To make a plan only to apply it, `draft_plan` and `apply_draft` give the same and may save a walk through the model.
+
     ``calibration``: what `calibrate` gave for the same settings, where the caller needs it again.
     """
+    draft = draft_plan(loaded, criterion, settings, progress, calibration)
+    if draft.chooser is None or draft.calibration is None:
+        return draft.plan
+    chosen = draft.chooser.choose_all(
+        loaded.model, loaded.graph, draft.plan.kept, draft.calibration, progress or Progress()
+    )
+    return _settled(loaded, draft.plan, chosen)
+
+
+def draft_plan(
+    loaded: LoadedModel,
+    criterion: ImportanceCriterion,
+    settings: PruneSettings,
+    progress: Progress | None = None,
+    calibration: CalibrationSet | None = None,
+) -> Draft:
+    """`make_plan`, which may leave to a repair which units go."""
     from .importance.estimate import Scores, estimate
     from .importance.normalize import normalize
     from .selection.budgets import open_budget
@@ -80,11 +110,13 @@ def make_plan(
         raise UnknownNameError("compensation", settings.compensate, COMPENSATIONS)
     target, whole = open_budget(settings.target, model, graph, scope, loaded.family, progress)
     calibration = calibration or calibrate(loaded, criterion, settings, progress)
+    chooser = _chooser(loaded, criterion, settings, scope.groups(graph))
+    scored_on = _scored_on(calibration, criterion, settings, chooser)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, settings.steps + 1):
         groups = scope.groups(graph)
         scores = estimate(
-            model, graph, groups, criterion, _scored_on(calibration, criterion, settings),
+            model, graph, groups, criterion, scored_on,
             reduction=settings.reduction, seed=settings.seed, progress=progress,
         )  # fmt: skip
         cost = CutCost(whole, loaded.graph, kept) if kept else whole
@@ -104,7 +136,7 @@ def make_plan(
             scope = _rescope(scope, loaded, kept, settings)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    return PruningPlan(
+    plan = PruningPlan(
         base=BaseRef(
             model=loaded.ref,
             revision=getattr(loaded.config, "_commit_hash", None),
@@ -125,6 +157,11 @@ def make_plan(
         seed=settings.seed,
         cuts=cuts_of(loaded.graph, kept),
     )
+    return Draft(plan, calibration, chooser)
+
+
+def _settled(loaded: LoadedModel, plan: PruningPlan, kept: Kept) -> PruningPlan:
+    return plan.model_copy(update={"cuts": cuts_of(loaded.graph, kept)})
 
 
 def measured(loaded: LoadedModel, settings: PruneSettings, progress: Progress | None = None) -> PruneSettings:
@@ -149,25 +186,26 @@ def apply_plan(
 
     Raises `PlanError` when the plan was made for another model, `DataError` when its calibration text is another now.
     """
+    return apply_draft(loaded, Draft(plan, calibration), progress)
+
+
+def apply_draft(loaded: LoadedModel, draft: Draft, progress: Progress | None = None) -> LoadedModel:
+    """`apply_plan` for a plan that may be open. The last of the ``plans`` of what is returned is the settled one."""
     from .surgery import cut
 
+    plan = draft.plan
     plan.check(loaded.graph)
     if plan.compensation is not None:
-        _compensate(loaded, plan, plan.compensation, progress or Progress(), calibration)
+        plan = _compensate(loaded, draft, plan.compensation, progress)
     graph = cut(loaded.model, loaded.graph, plan.kept, loaded.family)
     return replace(loaded, graph=graph, plans=(*loaded.plans, plan))
 
 
-def _compensate(
-    loaded: LoadedModel,
-    plan: PruningPlan,
-    how: Compensation,
-    progress: Progress,
-    calibration: CalibrationSet | None,
-) -> None:
+def _compensate(loaded: LoadedModel, draft: Draft, how: Compensation, progress: Progress | None) -> PruningPlan:
     from .calibration import SELF, calibration_set, sources_of
     from .compensation.repair import repair
 
+    plan, calibration = draft.plan, draft.calibration
     if calibration is None:
         calibration = calibration_set(
             how.calibration, loaded.model, loaded.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
@@ -175,7 +213,11 @@ def _compensate(
     # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
     if SELF not in sources_of(how.calibration) and calibration.fingerprint != how.fingerprint:
         raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
-    repair(loaded.model, loaded.graph, plan.kept, calibration, method=how.method, mix=how.mix, progress=progress)
+    repaired = repair(
+        loaded.model, loaded.graph, plan.kept, calibration,
+        method=how.method, mix=how.mix, chooser=draft.chooser, progress=progress,
+    )  # fmt: skip
+    return _settled(loaded, plan, repaired.kept)
 
 
 def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
@@ -253,17 +295,33 @@ def _loss(
     return Trials(model, graph, groups, loaded.family, calibration, refit=refit, progress=progress).loss
 
 
+def _chooser(
+    loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, groups: Sequence[CoupledGroup]
+) -> Chooser | None:
+    """What settles which units go after the allocation; None where the allocation does."""
+    from .compensation.choose import Chooser, can_wait
+
+    # Other allocations, and further steps, turn on which units go.
+    if settings.compensate != "refit" or settings.allocation != "uniform" or settings.steps > 1:
+        return None
+    chooser = Chooser(criterion, settings.reduction, settings.round_to, settings.seed)
+    return chooser if can_wait(criterion, loaded.graph, groups) else None
+
+
 def _scored_on(
-    calibration: CalibrationSet | None, criterion: ImportanceCriterion, settings: PruneSettings
+    calibration: CalibrationSet | None,
+    criterion: ImportanceCriterion,
+    settings: PruneSettings,
+    chooser: Chooser | None,
 ) -> CalibrationSet | None:
-    """What a repair reads, scores of a forward pass read too: a ranking on little text is one for that text. Gradients
-    cost more, and take fewer tokens."""
+    """What a repair reads, scores that have the last word read too: a ranking on little text is one for that text.
+    Gradients cost more, and take fewer tokens."""
     from .importance.base import Signal
 
     if calibration is None or settings.compensate != "refit":
         return calibration
     gradients = criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
-    return calibration.first(_GRADIENT_TOKENS) if gradients else calibration
+    return calibration.first(_FEWER_TOKENS) if chooser or gradients else calibration
 
 
 def _estimation(

@@ -215,7 +215,7 @@ def walk_signals(
     before the next layer is computed, so keep no reference to it."""
     if set(needs) <= {Signal.WEIGHT}:
         for name in sorted(wanted):
-            yield name, _signals(model, name, None, None, needs, seed)
+            yield name, signals_of(model, name, None, None, needs, seed)
         return
     if calibration is None:
         raise ModelError("this criterion measures the model at work and needs a calibration set")
@@ -224,9 +224,9 @@ def walk_signals(
         rest = set(wanted)
         for name, stats in found:
             rest.discard(name)
-            yield name, _signals(model, name, None, stats, needs, seed)
+            yield name, signals_of(model, name, None, stats, needs, seed)
         for name in sorted(rest):
-            yield name, _signals(model, name, None, None, needs, seed)
+            yield name, signals_of(model, name, None, None, needs, seed)
         return
     inputs = dict(found)
     squares = Signal.GRAD_SQ in needs
@@ -240,10 +240,10 @@ def walk_signals(
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             for name, sums in walk.backward_layer(number, wanted, squares=squares).items():
-                yield name, _signals(model, name, sums, inputs.get(name), needs, seed)
+                yield name, signals_of(model, name, sums, inputs.get(name), needs, seed)
         if outer:
             for name, sums in walk.backward_outer(outer, squares=squares).items():
-                yield name, _signals(model, name, sums, inputs.get(name), needs, seed)
+                yield name, signals_of(model, name, sums, inputs.get(name), needs, seed)
 
 
 def _inputs(
@@ -260,7 +260,7 @@ def _inputs(
             yield from layer.items()
 
 
-def _signals(
+def signals_of(
     model: PreTrainedModel,
     name: str,
     sums: _Gradients | None,
@@ -268,6 +268,7 @@ def _signals(
     needs: Collection[Signal],
     seed: int,
 ) -> ParameterSignals:
+    """One parameter as a criterion sees it. Raises `ModelError` when it holds what is not a finite number."""
     parameter = model.get_parameter(name).detach()
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")

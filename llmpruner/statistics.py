@@ -39,17 +39,27 @@ def input_statistics(
     states = [batch.hidden for batch in walk.batches]
     numbers = [number for number in range(len(walk.layers)) if _inside(wanted, layers, number)]
     for number in progress.track(range(max(numbers, default=-1) + 1), "Measuring inputs"):
-        names = _inside(wanted, layers, number)
-        sums: dict[str, _Sums] = {}
-
-        def seen(use: Use, sums: dict[str, _Sums] = sums) -> None:
-            if use.parameter not in sums:
-                sums[use.parameter] = _Sums.like(model.get_parameter(use.parameter), use, gram)
-            sums[use.parameter].add(use)
-
-        with WatchUses(model, names, seen):
+        with WatchInputs(model, _inside(wanted, layers, number), gram=gram) as watched:
             states = [walk.run(number, b, hidden) for b, hidden in zip(walk.batches, states, strict=True)]
-        yield {name: found.finish(tokens) for name, found in sums.items()}
+        yield watched.statistics(tokens)
+
+
+class WatchInputs(WatchUses):
+    """While active, sums up what the weights ``names`` are multiplied with; ``gram``: outer products too."""
+
+    def __init__(self, model: PreTrainedModel, names: Collection[str], *, gram: bool) -> None:
+        super().__init__(model, names, self._add)
+        self._model, self._gram = model, gram
+        self._sums: dict[str, _Sums] = {}
+
+    def _add(self, use: Use) -> None:
+        if use.parameter not in self._sums:
+            self._sums[use.parameter] = _Sums.like(self._model.get_parameter(use.parameter), use, self._gram)
+        self._sums[use.parameter].add(use)
+
+    def statistics(self, tokens: int) -> dict[str, InputStats]:
+        """Means over ``tokens``, of every weight that was used."""
+        return {name: found.finish(tokens) for name, found in self._sums.items()}
 
 
 @torch.no_grad()

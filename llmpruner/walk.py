@@ -50,6 +50,10 @@ class ForwardWalk:
     experts: list[PreTrainedConfig]
     """Configurations that choose how experts are computed."""
 
+    @property
+    def tokens(self) -> int:
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
     @classmethod
     @torch.no_grad()
     def over(cls, model: PreTrainedModel, path: str, calibration: CalibrationSet) -> ForwardWalk:

@@ -54,7 +54,7 @@ def demo(
     Pruned as `llmpruner prune` does by default, on fewer samples. Calibration text is written by the model itself,
     perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
     """
-    from ..pipeline import apply_plan, calibrate, make_plan, save
+    from ..pipeline import apply_draft, calibrate, draft_plan, save
 
     started = time.monotonic()
     new_directory(output)
@@ -73,9 +73,10 @@ def demo(
     out.rule("2. Pruning and repair")
     progress, settings = RichProgress(), chosen.settings(loaded)
     calibration = calibrate(loaded, chosen.criterion, settings, progress)
-    made = make_plan(loaded, chosen.criterion, settings, progress, calibration)
-    show_plan(loaded.graph, made, plan_result(loaded, made))
-    pruned = apply_plan(loaded, made, progress, calibration)
+    draft = draft_plan(loaded, chosen.criterion, settings, progress, calibration)
+    sizes = plan_result(loaded, draft.plan)
+    pruned = apply_draft(loaded, draft, progress)
+    show_plan(loaded.graph, pruned.plans[-1], sizes)
     save(pruned, output / "pruned")
     out.print(
         f"The same as: llmpruner prune demo --ratio {ratio:g} --samples {SAMPLES} --seed {seed} -o …", style="dim"

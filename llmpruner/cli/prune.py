@@ -166,12 +166,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what would go, layer by layer, and what would be left: a dry run. The plan can be reviewed and replayed."""
+    from ..pipeline import make_plan
+
     if chosen is None:
         raise SelectionError(HOW_MUCH)
     if output is not None:
         new_file(output)
     loaded = open_model(ctx, model, options)
-    made, _ = _make(loaded, chosen)
+    progress, settings, calibration = _prepare(loaded, chosen)
+    made = make_plan(loaded, chosen.criterion, settings, progress, calibration)
     if output is not None:
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
@@ -203,7 +206,7 @@ def prune(
     By default one forward pass over text that the model writes chooses what goes, and least squares repairs what is
     left: no training and no corpus. `--method llm-pruner` is the method of LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023).
     """
-    from ..pipeline import apply_plan, save
+    from ..pipeline import Draft, apply_draft, draft_plan, save
     from ..plan import PruningPlan
 
     started = time.monotonic()
@@ -217,11 +220,17 @@ def prune(
             f"model '{model}' brings no tokenizer, without which the pruned model can read no text; put its files "
             "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
         )
-    made, calibration = (replayed, None) if replayed else _make(loaded, cast("Choice", chosen))
-    made.check(loaded.graph)
-    result = plan_result(loaded, made)
-    note("cutting and saving")
-    kind = save(apply_plan(loaded, made, RichProgress(), calibration), output)
+    if replayed:
+        replayed.check(loaded.graph)
+        draft = Draft(replayed)
+    else:
+        chosen = cast("Choice", chosen)
+        progress, settings, calibration = _prepare(loaded, chosen)
+        draft = draft_plan(loaded, chosen.criterion, settings, progress, calibration)
+    result = plan_result(loaded, draft.plan)
+    pruned = apply_draft(loaded, draft, RichProgress())
+    note("saving")
+    kind, made = save(pruned, output), pruned.plans[-1]
     result |= {"output": str(output), "checkpoint": kind, "seconds": round(time.monotonic() - started, 1)}
     if as_json:
         print_json({"plan": made.model_dump(mode="json"), "result": result})
@@ -231,14 +240,13 @@ def prune(
     out.print(f"[bold green]✓[/] {output} in {result['seconds']} s; loads with from_pretrained {needs}")
 
 
-def _make(loaded: LoadedModel, chosen: Choice) -> tuple[PruningPlan, CalibrationSet | None]:
-    """The plan, and the calibration set for whatever follows."""
-    from ..pipeline import calibrate, make_plan, measured
+def _prepare(loaded: LoadedModel, chosen: Choice) -> tuple[RichProgress, PruneSettings, CalibrationSet | None]:
+    """What comes before a plan: settings with what their budget had to measure, and the calibration text."""
+    from ..pipeline import calibrate, measured
 
     progress = RichProgress()
     settings = measured(loaded, chosen.settings(loaded), progress)
-    calibration = calibrate(loaded, chosen.criterion, settings, progress)
-    return make_plan(loaded, chosen.criterion, settings, progress, calibration), calibration
+    return progress, settings, calibrate(loaded, chosen.criterion, settings, progress)
 
 
 def plan_result(loaded: LoadedModel, made: PruningPlan) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import torch
 from torch.nn import functional
 
 from ..coupling import CouplingGraph, Role
-from ..errors import UnsupportedModelError
 from ..progress import Progress
+from ..statistics import WatchInputs
 from ..uses import Use, WatchUses
 from ..walk import Batch, Enough, ForwardWalk
+from .choose import Chooser
+from .collect import MeanLoss, Refit
 from .consumers import Consumer, consumers_of, matrix_of, removed_layers, silence_inputs, writers_of
-from .least_squares import NormalEquations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,14 @@ class Fit:
     ridge: float | None
 
 
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did. ``kept``: the units that stay, as planned or as a `Chooser` chose them."""
+
+    kept: dict[str, Sequence[int]]
+    fits: list[Fit]
+
+
 @torch.no_grad()
 def repair(
     model: PreTrainedModel,
@@ -54,8 +63,9 @@ def repair(
     *,
     method: str = "refit",
     mix: float = MIX,
+    chooser: Chooser | None = None,
     progress: Progress | None = None,
-) -> list[Fit]:
+) -> Repaired:
     """Fit every consumer of a cut unit again, in place, and silence the units that ``kept`` leaves out.
 
     ``method``: ``refit`` fits weights and biases; ``bias`` adds the mean of what is lost to the biases alone (FLAP; An
@@ -64,10 +74,12 @@ def repair(
 
     ``mix``: where the target lies between the layer's own dense output on the pruned stream (0), which keeps the layer
     as it was, and what brings the stream back to the dense model's (1), which makes good what earlier layers lost.
+
+    ``chooser``: says which units of a layer stay when the walk comes to it; ``kept`` then only says how many.
     """
     walk = ForwardWalk.over(model, graph.layers, calibration)
-    collect = _MeanLoss if method == "bias" else _Sum
-    return _Repair(model, graph, kept, walk, mix, collect).run(progress or Progress())
+    collect = MeanLoss if method == "bias" else Refit
+    return _Repair(model, graph, kept, walk, mix, collect, chooser).run(progress or Progress())
 
 
 class _Repair:
@@ -78,10 +90,11 @@ class _Repair:
         kept: Kept,
         walk: ForwardWalk,
         mix: float,
-        collect: type[_Sum | _MeanLoss],
+        collect: type[Refit | MeanLoss],
+        chooser: Chooser | None,
     ) -> None:
-        self.model, self.graph, self.kept, self.walk, self.mix = model, graph, kept, walk, mix
-        self.collect = collect
+        self.model, self.graph, self.kept, self.walk, self.mix = model, graph, dict(kept), walk, mix
+        self.collect, self.chooser = collect, chooser
         self.dense = [batch.hidden for batch in walk.batches]
         self.gone = _cut_channels(graph, kept)
         self.pruned = self.dense
@@ -89,16 +102,27 @@ class _Repair:
             self.pruned = [self._without_cut_channels(hidden) for hidden in self.dense]
         self.fits: list[Fit] = []
 
-    def run(self, progress: Progress) -> list[Fit]:
+    def run(self, progress: Progress) -> Repaired:
         removed = removed_layers(self.graph, self.kept)
         consumers = [consumers_of(self.graph, self.kept, number) for number in range(self.graph.num_layers)]
         last = max((number for number, found in enumerate(consumers) if found), default=-1)
         for number in progress.track(range(last + 1), "Compensating"):
-            after = [self.walk.run(number, batch, hidden) for batch, hidden in self._with(self.dense)]
+            after = self._behind(number, consumers[number])
             if number not in removed:
-                self._layer(number, consumers[number], after)
+                # The chooser may have said otherwise which inputs stay.
+                self._layer(number, consumers_of(self.graph, self.kept, number), after)
             self.dense = after
-        return self.fits
+        return Repaired(self.kept, self.fits)
+
+    def _behind(self, number: int, consumers: Mapping[str, Consumer]) -> list[torch.Tensor]:
+        """The dense stream behind the layer. On the way, the chooser sees what weights read."""
+        if self.chooser is None or not consumers:
+            return [self.walk.run(number, batch, hidden) for batch, hidden in self._with(self.dense)]
+        with WatchInputs(self.model, consumers, gram=self.chooser.gram) as watched:
+            after = [self.walk.run(number, batch, hidden) for batch, hidden in self._with(self.dense)]
+        inputs = watched.statistics(self.walk.tokens)
+        self.kept |= self.chooser.choose(self.model, self.graph, self.kept, number, inputs)
+        return after
 
     def _with(self, states: Sequence[torch.Tensor]) -> Iterator[tuple[Batch, torch.Tensor]]:
         return zip(self.walk.batches, states, strict=True)
@@ -163,7 +187,7 @@ class _Repair:
     def _fit(self, stage: _Stage, silence: _Silence, was: _AsItWas) -> list[torch.Tensor] | None:
         """Fit the weights of one stage; returns the pruned stream behind the layer, where it can be had from what the
         layer said before without running it again."""
-        sums: dict[tuple[str, int | None], _Sum | _MeanLoss] = {}
+        sums: dict[tuple[str, int | None], Refit | MeanLoss] = {}
         last: list[tuple[torch.Tensor, torch.Tensor]] = []
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
             pruned = self._watch(stage, batch, hidden, whole=stage.behind is not None)
@@ -272,65 +296,6 @@ class _Stage:
 class _Watched:
     uses: list[Use] = field(default_factory=list)
     output: torch.Tensor | None = None
-
-
-class _Sum:
-    """The normal equations of one weight matrix, with a column of ones where the product adds a bias."""
-
-    def __init__(self, consumer: Consumer, use: Use) -> None:
-        self.consumer = consumer
-        self.bias = use.bias
-        self.kept = consumer.kept.to(use.inputs.device)
-        width = len(self.kept) + (use.bias is not None)
-        self.equations = NormalEquations(width, use.outputs.shape[1], use.inputs.device)
-
-    def add(self, use: Use, target: torch.Tensor) -> None:
-        inputs = use.inputs.index_select(1, self.kept).float()
-        if self.bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self.equations.add(inputs, target)
-
-    def write(self, model: PreTrainedModel, slot: int | None) -> tuple[int, float | None]:
-        """Put the fitted weights where the old ones were, with zeros for the inputs that go."""
-        matrix = matrix_of(model, self.consumer, slot)
-        old = matrix.index_select(1, self.kept).float()
-        if self.bias is not None:
-            old = torch.cat([old, self.bias.float()[:, None]], 1)
-        new, ridge = self.equations.solve(old)
-        if self.bias is not None:
-            self.bias.copy_(new[:, -1])
-            new = new[:, :-1]
-        matrix.zero_()
-        matrix.index_copy_(1, self.kept, new.to(matrix.dtype))
-        return self.equations.rows, ridge
-
-
-class _MeanLoss:
-    """The mean of what cut inputs said, which a bias can say in their place."""
-
-    def __init__(self, consumer: Consumer, use: Use) -> None:
-        if use.bias is None:
-            raise UnsupportedModelError(
-                f"'{consumer.parameter}' has no bias to compensate with; use --compensate refit or none"
-            )
-        self.consumer, self.bias, self.rows = consumer, use.bias, 0
-        self.total = torch.zeros(use.inputs.shape[1], dtype=torch.float64, device=use.inputs.device)
-
-    def add(self, use: Use, target: torch.Tensor) -> None:
-        del target
-        self.total += use.inputs.sum(0, dtype=torch.float64)
-        self.rows += len(use.inputs)
-
-    def write(self, model: PreTrainedModel, slot: int | None) -> tuple[int, float | None]:
-        """Move the mean into the bias, and set the weights of the inputs that go to zero."""
-        matrix = matrix_of(model, self.consumer, slot)
-        lost = self.total / max(self.rows, 1)
-        lost[self.consumer.kept.to(lost.device)] = 0
-        self.bias += (matrix.double() @ lost).to(self.bias.dtype)
-        stays = torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
-        stays[self.consumer.kept.to(matrix.device)] = True
-        matrix[:, ~stays] = 0
-        return self.rows, None
 
 
 def _says(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:

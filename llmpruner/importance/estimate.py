@@ -7,7 +7,7 @@ indices that a unit owns are summed, over these indices and over all other axes;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +16,9 @@ import torch
 from ..coupling import LAYER, CoupledGroup, CouplingGraph
 from ..errors import ModelError, SelectionError
 from ..progress import Progress
-from ..signals import walk_signals
+from ..signals import signals_of, walk_signals
 from ..statistics import stream_statistics
-from .base import ImportanceCriterion, ParameterSignals, Signal
+from .base import ImportanceCriterion, InputStats, ParameterSignals, Signal
 from .reductions import reduce_spans
 
 if TYPE_CHECKING:
@@ -52,8 +52,35 @@ def estimate(
     if Signal.STREAM in criterion.signals:
         return _layers(model, graph, groups, criterion, calibration, progress or Progress())
     uses = _uses(graph, groups, criterion)
-    partial: dict[tuple[str, int], torch.Tensor] = {}
     stream = walk_signals(model, graph, uses, criterion.signals, calibration, seed, progress or Progress())
+    return _score(graph, groups, criterion, uses, stream, reduction)
+
+
+def estimate_from(
+    inputs: Mapping[str, InputStats],
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    *,
+    reduction: str = "sum",
+    seed: int = 0,
+) -> Scores:
+    """`estimate` for a criterion of weights and ``inputs``, where these have been measured (parameter → statistics)."""
+    uses = _uses(graph, groups, criterion)
+    stream = ((name, signals_of(model, name, None, inputs.get(name), criterion.signals, seed)) for name in uses)
+    return _score(graph, groups, criterion, uses, stream, reduction)
+
+
+def _score(
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    uses: Mapping[str, Sequence[tuple[CoupledGroup, int]]],
+    stream: Iterable[tuple[str, ParameterSignals]],
+    reduction: str,
+) -> Scores:
+    partial: dict[tuple[str, int], torch.Tensor] = {}
     for name, signals in stream:
         saliency: torch.Tensor | None = None
         for group, key in uses[name]:

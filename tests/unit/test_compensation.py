@@ -61,8 +61,7 @@ def cut_copy(loaded, kept, model=None):
 
 def repaired(loaded, kept, **options):
     model = copy.deepcopy(loaded.model)
-    fits = repair(model, loaded.graph, kept, CALIBRATION, **options)
-    return model, fits
+    return model, repair(model, loaded.graph, kept, CALIBRATION, **options).fits
 
 
 def skipping(model, loaded, kept):
@@ -200,7 +199,7 @@ def test_a_weight_without_a_watched_product_is_reported_and_silenced(monkeypatch
     mlp = model.model.layers[1].mlp
     mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
     monkeypatch.setattr("llmpruner.uses._PRODUCTS", {})
-    (fit,) = repair(model, loaded.graph, kept, CALIBRATION)
+    (fit,) = repair(model, loaded.graph, kept, CALIBRATION).fits
     assert (fit.parameter, fit.rows, fit.ridge) == ("model.layers.1.mlp.down_proj.weight", 0, None)
     assert not bool(mlp.down_proj.weight[:, 30:].any())
 

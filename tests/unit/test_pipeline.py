@@ -14,7 +14,7 @@ from llmpruner.importance.activation import OutputEnergy
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
 from llmpruner.importance.taylor import Taylor
-from llmpruner.pipeline import PruneSettings, apply_plan, default_layers, make_plan, save
+from llmpruner.pipeline import PruneSettings, apply_plan, default_layers, draft_plan, make_plan, save
 from llmpruner.plan import PruningPlan, Target
 
 RATIO = Target(by="ratio", amount=0.3)
@@ -125,12 +125,20 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path, catalog):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "compensate", "tokens"),
-    [(OutputEnergy(), "refit", 96), (Taylor(), "refit", 32), (Taylor(), "none", 96)],
-    ids=["inputs", "gradients", "no repair"],
+    ("criterion", "compensate", "kinds", "tokens"),
+    [
+        (OutputEnergy(), "refit", ("mlp", "hidden"), 96),
+        (OutputEnergy(), "refit", ("mlp",), 32),
+        (Taylor(), "refit", ("mlp",), 32),
+        (Taylor(), "none", ("mlp",), 96),
+    ],
+    ids=["inputs", "inputs that the repair sees again", "gradients", "no repair"],
 )
-def test_scores_see_the_text_of_the_repair_but_for_gradients(gqa, monkeypatch, criterion, compensate, tokens):
-    monkeypatch.setattr("llmpruner.pipeline._GRADIENT_TOKENS", 32)
+def test_scores_that_have_the_last_word_see_the_text_of_the_repair(
+    gqa, monkeypatch, criterion, compensate, kinds, tokens
+):
+    """Gradients cost more, and have to do with less."""
+    monkeypatch.setattr("llmpruner.pipeline._FEWER_TOKENS", 32)
     seen = []
 
     def spy(*arguments, **options):
@@ -138,6 +146,6 @@ def test_scores_see_the_text_of_the_repair_but_for_gradients(gqa, monkeypatch, c
         return estimate(*arguments, **options)
 
     monkeypatch.setattr("llmpruner.importance.estimate.estimate", spy)
-    settings = PruneSettings(target=RATIO, samples=6, length=16, compensate=compensate)
-    make_plan(gqa, criterion, settings)
+    settings = PruneSettings(target=RATIO, kinds=kinds, samples=6, length=16, compensate=compensate)
+    draft_plan(gqa, criterion, settings)
     assert seen == [tokens]

@@ -1,0 +1,92 @@
+"""Choosing while repairing: which units of a layer go can wait until the repair walks the dense model through it.
+
+A repair takes the dense model through the calibration text anyway, so a criterion of inputs gets what it looks at for
+nothing there. Allocation needs scores earlier, but where every group gives the same share, those of a little text do:
+they hardly bear on how many units go, and which ones is settled later, on all of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..coupling import CoupledGroup, CouplingGraph, Role
+from ..importance.base import ImportanceCriterion, InputStats, Signal
+from ..importance.estimate import Scores, estimate, estimate_from
+from ..progress import Progress
+from ..selection.candidates import build_queue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..calibration import CalibrationSet
+    from ..surgery import Kept
+
+_INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
+
+
+def can_wait(criterion: ImportanceCriterion, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> bool:
+    """Whether a walk through the layers tells ``criterion`` all that it asks of ``groups``: it looks at nothing but the
+    weights that read units and their inputs, and every group lies in one layer, with readers of its own."""
+    readers_only = criterion.roles is not None and set(criterion.roles) == {Role.CONSUMES}
+    if not (readers_only and criterion.signals & _INPUTS and criterion.signals <= {Signal.WEIGHT, *_INPUTS}):
+        return False
+    shared = Counter(name for group in groups for name in _readers(group))
+    return all(
+        not group.is_normalized
+        and _readers(group)
+        and all(shared[name] == 1 and name.startswith(f"{graph.layers}.{group.layer}.") for name in _readers(group))
+        for group in groups
+    )
+
+
+def _readers(group: CoupledGroup) -> set[str]:
+    """The weights that read the units of ``group``."""
+    return {span.parameter for span in group.spans_with(Role.CONSUMES)}
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Ranks units by ``criterion``, as estimation does (``reduction``, ``seed``), and keeps as many as were planned."""
+
+    criterion: ImportanceCriterion
+    reduction: str = "sum"
+    round_to: int = 1
+    seed: int = 0
+
+    @property
+    def gram(self) -> bool:
+        return Signal.GRAM in self.criterion.signals
+
+    def choose(
+        self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, layer: int, inputs: Mapping[str, InputStats]
+    ) -> dict[str, tuple[int, ...]]:
+        """Group name → units that stay, for the groups of ``kept`` in ``layer``. ``inputs``: what its weights read."""
+        groups = [group for name in kept if (group := graph.by_name[name]).layer == layer]
+        scores = estimate_from(inputs, model, graph, groups, self.criterion, reduction=self.reduction, seed=self.seed)
+        return self._keep(groups, kept, scores)
+
+    def choose_all(
+        self,
+        model: PreTrainedModel,
+        graph: CouplingGraph,
+        kept: Kept,
+        calibration: CalibrationSet,
+        progress: Progress,
+    ) -> dict[str, tuple[int, ...]]:
+        """What `choose` gives layer by layer, without a repair."""
+        groups = [graph.by_name[name] for name in kept]
+        scores = estimate(
+            model, graph, groups, self.criterion, calibration,
+            reduction=self.reduction, seed=self.seed, progress=progress,
+        )  # fmt: skip
+        return self._keep(groups, kept, scores)
+
+    def _keep(self, groups: Sequence[CoupledGroup], kept: Kept, scores: Scores) -> dict[str, tuple[int, ...]]:
+        chosen = {}
+        for group in groups:
+            queue = build_queue(group, scores.by_group[group.name].tolist(), round_to=self.round_to)
+            chosen[group.name] = queue.kept_after(queue.steps_for(group.units - len(kept[group.name])))
+        return chosen

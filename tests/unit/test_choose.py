@@ -1,0 +1,135 @@
+"""Which units go may wait until the repair walks the dense model through their layer; the choice is the same."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from criteria_cases import make, tokens
+
+from llmpruner.compensation.choose import Chooser, can_wait
+from llmpruner.compensation.repair import repair
+from llmpruner.discovery.verify import random_plan
+from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
+from llmpruner.importance.depth import BlockInfluence
+from llmpruner.importance.elimination import Elimination
+from llmpruner.importance.estimate import estimate
+from llmpruner.importance.magnitude import L1
+from llmpruner.importance.taylor import Taylor
+from llmpruner.pipeline import PruneSettings, apply_draft, apply_plan, draft_plan, make_plan
+from llmpruner.plan import Target
+from llmpruner.progress import Progress
+from llmpruner.selection.candidates import build_queue
+
+CALIBRATION = tokens(24, 32, seed=0)
+SETTINGS = PruneSettings(
+    target=Target(by="ratio", amount=0.3), layers=(0, 1, 2), samples=6, length=24, compensate="refit", seed=3
+)
+WAITS = [
+    *(("llama-gqa", kind) for kind in ("mlp", "attention", "query")),
+    *((name, "mlp+attention") for name in ("llama-mha", "gpt2", "gemma2", "phi", "glm")),
+    *((name, "mlp") for name in ("mixtral", "gpt_oss")),
+]
+
+
+@pytest.fixture(autouse=True)
+def little_is_enough(monkeypatch):
+    """Scores before the repair see another text than the choice, as they do at full size."""
+    monkeypatch.setattr("llmpruner.pipeline._FEWER_TOKENS", 48)
+
+
+def groups_of(loaded, kinds: str):
+    return [group for group in loaded.graph.of_kinds(kinds.split("+")) if group.units > group.minimum]
+
+
+def plan_for(loaded, kinds: str) -> dict[str, tuple[int, ...]]:
+    planned = random_plan(groups_of(loaded, kinds), seed=1, uneven=False)
+    return {name: tuple(units) for name, units in planned.items()}
+
+
+def copied(loaded):
+    return replace(loaded, model=copy.deepcopy(loaded.model))
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("criterion", [OutputEnergy(), WandaSp(), Fluctuation(), Elimination()], ids=lambda c: c.name)
+def test_criteria_of_inputs_can_wait(criterion):
+    loaded = make("llama-gqa")
+    assert can_wait(criterion, loaded.graph, groups_of(loaded, "mlp"))
+
+
+@pytest.mark.parametrize("criterion", [L1(), Taylor(), BlockInfluence()], ids=lambda c: c.name)
+def test_criteria_of_anything_else_cannot(criterion):
+    loaded = make("llama-gqa")
+    assert not can_wait(criterion, loaded.graph, groups_of(loaded, "mlp"))
+
+
+@pytest.mark.parametrize("kinds", ["hidden", "layer", "mlp+hidden", "attention+query"])
+def test_units_that_a_layer_does_not_settle_alone_cannot(kinds):
+    """Query heads lie in key/value heads: what a choice of both costs turns on where they overlap."""
+    loaded = make("llama-gqa")
+    assert not can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
+
+
+@pytest.mark.parametrize(("name", "kinds"), WAITS)
+def test_the_walk_of_the_repair_chooses_what_estimation_would(name, kinds):
+    loaded = make(name)
+    kept = plan_for(loaded, kinds)
+    assert can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
+    chooser = Chooser(OutputEnergy())
+    found = repair(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser=chooser).kept
+    scores = estimate(loaded.model, loaded.graph, groups_of(loaded, kinds), OutputEnergy(), CALIBRATION).by_group
+    for group in (loaded.graph.by_name[name] for name in kept):
+        queue = build_queue(group, scores[group.name].tolist())
+        assert found[group.name] == queue.kept_after(queue.steps_for(group.units - len(kept[group.name])))
+        assert len(found[group.name]) == len(kept[group.name])
+    assert found != kept
+    assert chooser.choose_all(loaded.model, loaded.graph, kept, CALIBRATION, Progress()) == found
+
+
+@pytest.mark.parametrize("criterion", [OutputEnergy(), Elimination()], ids=lambda c: c.name)
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, criterion, round_to):
+    settings = replace(SETTINGS, round_to=round_to)
+    before = copy.deepcopy(gqa.model)
+    plan = make_plan(gqa, criterion, settings)
+    draft = draft_plan(gqa, criterion, settings)
+    assert same(gqa.model, before)
+    assert draft.chooser is not None
+    assert draft.plan.cuts != plan.cuts, "a little text ranks otherwise, or this test shows nothing"
+    at_once, replayed = apply_draft(copied(gqa), draft), apply_plan(copied(gqa), plan)
+    assert at_once.plans[-1] == plan
+    assert same(at_once.model, replayed.model)
+    assert all(len(cut.kept) % round_to == 0 for cut in plan.cuts.values())
+
+
+def test_the_choice_reads_all_of_the_text(gqa):
+    """The units of a plan are those that its whole calibration text ranks highest."""
+    from llmpruner.pipeline import calibrate
+
+    plan = make_plan(gqa, OutputEnergy(), SETTINGS)
+    text = calibrate(gqa, OutputEnergy(), SETTINGS, Progress())
+    groups = [gqa.graph.by_name[name] for name in plan.cuts]
+    scores = estimate(gqa.model, gqa.graph, groups, OutputEnergy(), text).by_group
+    for name, cut in plan.cuts.items():
+        best = scores[name].topk(len(cut.kept)).indices.sort().values.tolist()
+        assert list(cut.kept) == best
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compensate": "none"}, {"compensate": "bias"}, {"allocation": "global"}, {"steps": 2}, {"kinds": ("hidden",)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_plans_are_settled_before_the_repair(gqa, change):
+    settings = replace(SETTINGS, **change)
+    draft = draft_plan(gqa, OutputEnergy(), settings)
+    assert draft.chooser is None
+    assert make_plan(gqa, OutputEnergy(), settings) == draft.plan
