@@ -187,7 +187,7 @@ def test_an_output_that_exists_is_left_alone(refused, tmp_path, command):
 BAD_TEXT = {
     "empty.txt": ("  \n", "holds no text"),
     "broken.jsonl": ('{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
-    "short.txt": ("Paris.", "is too short for 256 samples of 512 tokens"),
+    "short.txt": ("Paris.", "is too short for 320 samples of 512 tokens"),
     "fields.jsonl": ('{"words": "a"}\n', "line 1: expected an object with one of the fields text"),
     "rows.json": ('{"text": "a"}', "must hold a list"),
     "bytes.txt": (b"\xff\xfe\x00", "as UTF-8 text"),
