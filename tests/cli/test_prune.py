@@ -82,7 +82,7 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "criterion", "repaired", "tokens"),
     [
-        ((), "energy", "refit", 256 * 512),
+        ((), "energy", "refit", 320 * 512),
         (("--method", "fast"), "energy", None, None),
         (("--method", "fast", "--kinds", "layer", "--layers", "all"), "angular", None, None),
         (("--method", "llm-pruner"), "taylor", None, None),
