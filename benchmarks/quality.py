@@ -34,7 +34,6 @@ TEXTS = {
     "C4 sample": "c4_sample_300.jsonl",
     "self-generated": "self",
 }
-EARLIER = "‡ Measured with an earlier version, which ranked units on fewer tokens."
 TASKS = "piqa,arc_easy,openbookqa"
 TOKENS, WINDOW = 20480, 512
 
@@ -72,7 +71,6 @@ def main() -> None:
     done = read_results()
     for row in rows(tuple(map(float, arguments.ratios.split(",")))):
         known = done.get(row.key, {})
-        known = {} if "code" in known else known
         if arguments.only not in row.key or ("kl" in known and ("tasks" in known or not arguments.tasks)):
             continue
         with tempfile.TemporaryDirectory() as work:
@@ -178,16 +176,9 @@ def overview(done: dict[str, dict[str, Any]]) -> str:
         for method in METHODS:
             found = [done.get(Row(method, ratio, text).key) for ratio in ratios]
             if any(found):
-                cells = [f"{e['perplexity']:.2f}{_earlier(e)}" if e else "" for e in found]
+                cells = [f"{e['perplexity']:.2f}" if e else "" for e in found]
                 lines.append(f"| {method} | {text} | " + " | ".join(cells) + " |")
-    if any(_earlier(entry) for entry in points_of(done)):
-        lines += ["", EARLIER]
     return "\n".join(lines) + "\n"
-
-
-def _earlier(entry: dict[str, Any]) -> str:
-    """A mark on what an earlier version measured, whose commit the row names as ``code``; a new run leaves none."""
-    return "‡" if "code" in entry else ""
 
 
 def page(done: dict[str, dict[str, Any]]) -> str:
@@ -202,25 +193,24 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         f"that went. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 products; "
         "WikiText-2 test (unknown words as `<unk>`) and the answers of an instruction set, neither of them ever seen "
         "in calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
-        f"Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Machine: "
-        f"{dense['machine']['cpu']}, {dense['machine']['cores']} cores.",
+        f"Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Seconds: the whole `prune` "
+        "command.",
         "",
         "![Perplexity over the share of parameters removed](quality.svg)",
         "",
-        "| method | calibrated on | ratio | WikiText-2 | KL | instructions | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | calibrated on | ratio | WikiText-2 | KL | instructions | seconds | peak MiB | machine |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     points = points_of(done)
     for entry in points:
         row, seconds = entry["row"], f"{entry['seconds']:.0f}" + ("†" if entry.get("shared") else "")
         lines.append(
-            f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f}{_earlier(entry)} | "
-            f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {seconds} | {entry['peak_mib']} |"
+            f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f} | "
+            f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {seconds} | {entry['peak_mib']} | "
+            f"{entry['machine']['cpu']}, {entry['machine']['cores']} cores |"
         )
     if any(entry.get("shared") for entry in points):
         lines += ["", "† While the machine had other work."]
-    if any(_earlier(entry) for entry in points):
-        lines += ["", EARLIER]
     lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
     lines += _ordering()
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .gram import add_gram, both_triangles
 from .importance.base import InputStats, StreamStats
 from .uses import Use, WatchUses
 from .walk import ForwardWalk
@@ -86,7 +87,8 @@ def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
 
 @dataclass
 class _Sums:
-    """Sums over tokens: of inputs (slots, in), of their squares, and of outer products (slots, in, in)."""
+    """Sums over tokens: of inputs (slots, in), of their squares, and of outer products (slots, in, in; their lower
+    triangles)."""
 
     axis: int
     dim: int
@@ -107,14 +109,14 @@ class _Sums:
         self.total[slot] += inputs.sum(0, dtype=torch.float64)
         self.square[slot] += inputs.square().sum(0, dtype=torch.float64)
         if self.outer is not None:
-            self.outer[slot].addmm_(inputs.T, inputs)
+            add_gram(self.outer[slot], inputs)
 
     def finish(self, tokens: int) -> InputStats:
         shape = [1] * self.dim
         shape[self.axis] = self.total.shape[1]
         if self.dim == 3:
             shape[0] = self.total.shape[0]
-        gram = None if self.outer is None else self.outer / tokens
+        gram = None if self.outer is None else both_triangles(self.outer) / tokens
         return InputStats(
             (self.total / tokens).float().view(shape),
             (self.square / tokens).float().view(shape),

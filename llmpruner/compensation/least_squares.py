@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..gram import add_gram, both_triangles
+
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
 
 
 @dataclass
 class _Sums:
-    """XᵀX (in × in), XᵀT (in × out), ‖T‖² and n."""
+    """XᵀX (in × in, its lower triangle), XᵀT (in × out), ‖T‖² and n."""
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -31,14 +33,14 @@ class _Sums:
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, out, device=device))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        self.gram.addmm_(inputs.T, inputs)
+        add_gram(self.gram, inputs)
         self.cross.addmm_(inputs.T, targets)
         self.energy += float(targets.square().sum(dtype=torch.float64))
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor) -> float:
         """Mean squared error of the fit, summed over the outputs."""
-        gram, cross = self.gram.to(weight_IO.dtype), self.cross.to(weight_IO.dtype)
+        gram, cross = both_triangles(self.gram).to(weight_IO.dtype), self.cross.to(weight_IO.dtype)
         fitted = (weight_IO * (gram @ weight_IO - 2 * cross)).sum()
         return (float(fitted) + self.energy) / max(self.rows, 1)
 
@@ -82,5 +84,6 @@ def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
     strength = ridge * float(gram.diagonal().mean())
     # An input that is always zero leaves the Gram matrix singular; the smallest number keeps it solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
+    # Reads the lower triangle alone.
     factor = torch.linalg.cholesky(gram)
     return torch.cholesky_solve(sums.cross.double() + strength * old_IO, factor)

@@ -12,7 +12,7 @@ from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.families import decoder_layers
-from llmpruner.walk import ForwardWalk, standing_in
+from llmpruner.walk import ForwardWalk, computes_bfloat16_fast, standing_in
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,23 @@ def test_fast_products_stay_near(monkeypatch):
     monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: True)
     _, fast = walked(loaded, calibration)
     assert 0 < float((fast[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("cpu", "pays"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "AMD Ryzen"}, False),
+        ({}, False),
+    ],
+)
+def test_bfloat16_is_for_processors_that_are_faster_with_it(cpu, pays, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu, raising=False)
+    model = nn.Linear(1, 1)
+    assert computes_bfloat16_fast(model) is pays
+    assert not computes_bfloat16_fast(model.bfloat16())
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
