@@ -226,15 +226,16 @@ def _tasks(entries: list[dict[str, Any]]) -> list[str]:
         "",
         "Zero-shot accuracy (lm-eval, first 400 rows of each task, ± its standard error), best perplexity first:",
         "",
-        f"| model | WikiText-2 | KL | {' | '.join(names)} | mean |",
-        "|---|---|---" + "|---" * (len(names) + 1) + "|",
+        f"| model | WikiText-2 | KL | instructions | {' | '.join(names)} | mean |",
+        "|---|---|---|---" + "|---" * (len(names) + 1) + "|",
     ]
     for entry in entries:
         row, tasks = entry["row"], entry["tasks"]
         label = "dense" if row["method"] == "dense" else f"{row['method']}, {row['ratio']:.0%}, {row['text']}"
         cells = [f"{tasks[name]['acc']:.3f} ± {tasks[name]['acc_stderr']:.3f}" for name in names]
         mean = sum(tasks[name]["acc"] for name in names) / len(names)
-        lines.append(f"| {label} | {entry['perplexity']:.2f} | {entry['kl']:.3f} | {' | '.join(cells)} | {mean:.3f} |")
+        texts = f"{entry['perplexity']:.2f} | {entry['kl']:.3f} | {entry['perplexity_instructions']:.2f}"
+        lines.append(f"| {label} | {texts} | {' | '.join(cells)} | {mean:.3f} |")
     return lines
 
 

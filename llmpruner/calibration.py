@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,10 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
     of the distribution, one after another until a sample is full. Many short passages are about more than a few long
     ones of as many tokens, and sooner written.
 
+    Every passage is a fair sample. Together they follow the model's distribution more evenly than independent ones
+    would: the numbers that choose the tokens of a passage are one scrambled Sobol point (Owen, 1998), a coordinate for
+    each token.
+
     Returns int64 of shape (samples, length). Deterministic in ``seed``; torch's global generator is not used.
     """
     import torch
@@ -104,17 +109,18 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
     bos = _first_token(model, tokenizer)
     parts = -(-length // _PASSAGE)
     passage, passages = -(-length // parts), samples * parts
-    # The cache of keys and values grows with the batch.
-    batches = [min(_ROWS, passages - done) for done in range(0, passages, _ROWS)]
-    # EOS is suppressed so that every sequence has full length; padding would dilute the statistics.
+    eos = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=passage - 1, min_new_tokens=passage - 1,
-        eos_token_id=getattr(model.generation_config, "eos_token_id", None), pad_token_id=bos, bos_token_id=bos,
-    )  # fmt: skip
-    draw = _Draw(seed, model.device)
+        do_sample=False, max_new_tokens=passage - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
+    )
+    points = torch.quasirandom.SobolEngine(passage - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     written: list[torch.Tensor] = []
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
-        for rows in batches:
+        # The cache of keys and values grows with the batch.
+        for done in range(0, passages, _ROWS):
+            rows = min(_ROWS, passages - done)
+            # Every sequence has full length: padding would dilute the statistics.
+            draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
             ids = model.generate(start, attention_mask=mask, generation_config=config, logits_processor=[draw])
@@ -123,25 +129,24 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
 
 
 class _Draw:
-    """A logits processor that draws a token from each row and leaves nothing else to choose: one random number a row,
-    where torch's own sampling draws one for every word of the vocabulary."""
+    """A logits processor that draws a token from each row and leaves nothing else to choose, by the numbers between 0
+    and 1 that stand in ``numbers`` (rows, steps): one for each token. The tokens ``never`` are not drawn."""
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        import torch
-
-        self._random = torch.Generator(device).manual_seed(seed)
+    def __init__(self, numbers: torch.Tensor, never: Sequence[int] = ()) -> None:
+        self._numbers, self._never = numbers, list(never)
 
     def __call__(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         import torch
 
-        del ids
-        if bool(logits_BV.isnan().any()):
+        vocabulary, step = logits_BV.shape[-1], ids.shape[1] - 1
+        never = torch.tensor([t for t in self._never if t < vocabulary], dtype=torch.long, device=logits_BV.device)
+        upto_BV = logits_BV.float().index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
+        total_B1 = upto_BV[:, -1:]
+        if bool(total_B1.isnan().any()):
             raise ModelError(
                 "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
             )
-        upto_BV = logits_BV.float().softmax(-1).cumsum(-1)
-        total_B1 = upto_BV[:, -1:]
-        drawn_B1 = torch.rand(len(upto_BV), 1, generator=self._random, device=upto_BV.device) * total_B1
+        drawn_B1 = self._numbers[:, step : step + 1] * total_B1
         # Below the total, which rounding may reach, and to the right of equal sums: what cannot follow is never drawn.
         drawn_B1 = drawn_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
         tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True)

@@ -41,7 +41,7 @@ BEST = Method(
     samples=320,
     length=512,
     of_layers="angular",
-    written=(160, 512),
+    written=(256, 512),
 )
 FAST = Method(
     "fast",

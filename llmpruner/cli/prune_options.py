@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ..methods import BEST, BY_HAND, FAST
+
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
 
 Ratio = Annotated[
@@ -131,7 +133,8 @@ Samples = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Calibration samples: 256 for best (160 that the model writes), 64 for fast, else 10.",
+        help=f"Calibration samples: {BEST.samples} for best ({BEST.amount(writes=True)[0]} that the model writes), "
+        f"{FAST.samples} for fast, else {BY_HAND.samples}.",
         rich_help_panel=_ON,
     ),
 ]
@@ -139,7 +142,7 @@ Length = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Tokens per sample: 512 for best, 128 for fast, else 64.",
+        help=f"Tokens per sample: {BEST.length} for best, {FAST.length} for fast, else {BY_HAND.length}.",
         rich_help_panel=_ON,
     ),
 ]

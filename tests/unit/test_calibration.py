@@ -43,18 +43,34 @@ def test_written_samples_are_made_of_passages(gqa, length, starts):
 def test_tokens_are_drawn_as_the_model_predicts_them():
     """Shares of 20,000 draws within four standard errors; what cannot follow is never drawn."""
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf])
-    draw = _Draw(0, torch.device("cpu"))
-    chosen = draw(torch.zeros(20000, 1), logits.expand(20000, 6)).argmax(-1)
+    draw = _Draw(torch.rand(20000, 2, generator=torch.Generator().manual_seed(0)))
+    chosen = draw(torch.zeros(20000, 2), logits.expand(20000, 6)).argmax(-1)
     shares = torch.bincount(chosen, minlength=6) / 20000
     wanted = logits.softmax(-1)
     assert ((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / 20000).sqrt()).all()
 
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1.0, 4)], ids=["lowest", "rounded up"])
-def test_the_ends_of_the_range_draw_tokens_that_can_follow(monkeypatch, number, token):
-    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, number))
+def test_the_ends_of_the_range_draw_tokens_that_can_follow(number, token):
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf]])
-    assert _Draw(0, torch.device("cpu"))(torch.zeros(1, 1), logits).argmax(-1).tolist() == [token]
+    assert _Draw(torch.tensor([[number]]))(torch.zeros(1, 1), logits).argmax(-1).tolist() == [token]
+
+
+def test_the_end_is_not_drawn():
+    """However likely it is, and whatever else the vocabulary does not hold."""
+    draw, logits = _Draw(torch.rand(2000, 1), never=[2, 99]), torch.tensor([0.0, 0.0, 50.0]).expand(2000, 3)
+    assert set(draw(torch.zeros(2000, 1), logits).argmax(-1).tolist()) == {0, 1}
+
+
+def test_passages_begin_as_often_with_a_token_as_the_model_predicts(gqa):
+    """Within a passage for each stretch of the scrambled points, where independent draws spread by their root."""
+    ids = calibration_set("self", gqa.model, None, samples=128, length=8, seed=0).input_ids
+    with torch.no_grad():
+        logits = gqa.model(ids[:1, :1]).logits[0, 0]
+    logits[gqa.model.generation_config.eos_token_id] = -torch.inf
+    wanted = 128 * logits.softmax(-1)
+    counts = torch.bincount(ids[:, 1], minlength=len(wanted))
+    assert float((counts - wanted).abs().max()) <= 2
 
 
 def test_a_model_without_numbers_writes_no_text(gqa):
