@@ -30,13 +30,15 @@ def test_the_structure_is_found_without_weights(real):
 
 @pytest.mark.parametrize("kinds", [("mlp", "attention"), ("hidden",)], ids="+".join)
 def test_a_cut_equals_silencing(real, kinds):
+    """In float64: how float32 products of another shape round differs from processor to processor. Norms stay in
+    float32."""
     kept = {g.name: [u for u in range(g.units) if u % 3 != (g.layer or 0) % 3] for g in real.graph.of_kinds(kinds)}
-    silenced, smaller = copy.deepcopy(real.model), copy.deepcopy(real.model)
+    silenced, smaller = copy.deepcopy(real.model).double(), copy.deepcopy(real.model).double()
     silence(silenced, real.graph, kept)
     cut(smaller, real.graph, kept, real.family)
     with torch.no_grad():
         expected = silenced(torch.tensor(IDS)).logits
-        torch.testing.assert_close(smaller(torch.tensor(IDS)).logits, expected, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(smaller(torch.tensor(IDS)).logits, expected, atol=1e-4, rtol=0)
 
 
 def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path):
