@@ -74,7 +74,8 @@ def main() -> None:
         if arguments.only not in row.key or ("kl" in known and ("tasks" in known or not arguments.tasks)):
             continue
         with tempfile.TemporaryDirectory() as work:
-            found = known | measure(row, data, Path(work), tasks=arguments.tasks, known=known)
+            # Whole, though some of it is known: a row speaks of one model.
+            found = measure(row, data, Path(work), tasks=arguments.tasks)
         if arguments.shared:
             found["shared"] = True
         # Another run may have added rows meanwhile.
@@ -104,7 +105,7 @@ def read_results() -> dict[str, dict[str, Any]]:
     return {Row(**entry["row"]).key: entry for entry in found}
 
 
-def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, Any]) -> dict[str, Any]:
+def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
     model, found = "demo", {"row": vars(row), "machine": machine()}
     if row.method != "dense":
         model = str(work / "pruned")
@@ -115,12 +116,11 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool, known: dict[str, A
         result = json.loads(done["output"])["result"]
         found |= {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
         found |= {"decoder_removed": result["decoder_removed"]}
-    if "kl" not in known:
-        second = work / "instructions.txt"
-        second.write_text(_instructions(data), encoding="utf-8")
-        first = measured(model, data / "wikitext2_unk_test.txt", work)
-        found |= {"perplexity": first["perplexity"], "kl": first["kl_per_token"]}
-        found["perplexity_instructions"] = measured(model, second, work, kl=False)["perplexity"]
+    second = work / "instructions.txt"
+    second.write_text(_instructions(data), encoding="utf-8")
+    first = measured(model, data / "wikitext2_unk_test.txt", work)
+    found |= {"perplexity": first["perplexity"], "kl": first["kl_per_token"]}
+    found["perplexity_instructions"] = measured(model, second, work, kl=False)["perplexity"]
     if tasks:
         report = work / "tasks.json"
         options = ("--tasks", TASKS, "--limit", "400", "--include-path", str(work / "tasks"), "--dtype", "float32")

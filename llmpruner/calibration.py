@@ -95,9 +95,8 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
     of the distribution, one after another until a sample is full. Many short passages are about more than a few long
     ones of as many tokens, and sooner written.
 
-    Every passage is a fair sample. Together they follow the model's distribution more evenly than independent ones
-    would: the numbers that choose the tokens of a passage are one scrambled Sobol point (Owen, 1998), a coordinate for
-    each token.
+    Every passage is a fair sample. The numbers that choose its tokens are one scrambled Sobol point (Owen, 1998), a
+    coordinate for each token, so that together passages begin with every token about as often as the model predicts.
 
     Returns int64 of shape (samples, length). Deterministic in ``seed``; torch's global generator is not used.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _BLOCKS = 4
-"""More of them save little more, and products of thin blocks are slow."""
+"""More of them save little more."""
 
 
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:

@@ -175,13 +175,19 @@ def computes_bfloat16_fast(model: nn.Module) -> bool:
     if parameter.dtype != torch.float32:
         return False
     if parameter.device.type == "cpu":
-        return _bfloat16_pays(getattr(torch.cpu, "get_capabilities", dict)())
+        return _bfloat16_pays(_processor())
     return parameter.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
+def _processor() -> Mapping[str, Any]:
+    """What torch knows of this processor. Older versions tell less of it."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}
+
+
 def _bfloat16_pays(cpu: Mapping[str, Any]) -> bool:
-    """``cpu``: what torch knows of it. Intel's vectors have half the speed of float32 in bfloat16, and only its tiles
-    (AMX) have more; AMD's vectors have twice."""
+    """Intel's vectors are slower in bfloat16 than in float32; only its tiles (AMX) are faster."""
     vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
     return bool(cpu.get("amx_bf16")) or vectors
 

@@ -58,7 +58,8 @@ def test_the_ends_of_the_range_draw_tokens_that_can_follow(number, token):
 
 def test_the_end_is_not_drawn():
     """However likely it is, and whatever else the vocabulary does not hold."""
-    draw, logits = _Draw(torch.rand(2000, 1), never=[2, 99]), torch.tensor([0.0, 0.0, 50.0]).expand(2000, 3)
+    numbers = torch.linspace(0, 1, 2000)[:, None]
+    draw, logits = _Draw(numbers, never=[2, 99]), torch.tensor([0.0, 0.0, 50.0]).expand(2000, 3)
     assert set(draw(torch.zeros(2000, 1), logits).argmax(-1).tolist()) == {0, 1}
 
 
@@ -67,7 +68,9 @@ def test_passages_begin_as_often_with_a_token_as_the_model_predicts(gqa):
     ids = calibration_set("self", gqa.model, None, samples=128, length=8, seed=0).input_ids
     with torch.no_grad():
         logits = gqa.model(ids[:1, :1]).logits[0, 0]
-    logits[gqa.model.generation_config.eos_token_id] = -torch.inf
+    eos = gqa.model.generation_config.eos_token_id
+    assert not bool((ids == eos).any())
+    logits[eos] = -torch.inf
     wanted = 128 * logits.softmax(-1)
     counts = torch.bincount(ids[:, 1], minlength=len(wanted))
     assert float((counts - wanted).abs().max()) <= 2
