@@ -24,10 +24,11 @@ def stored(graph):
 
 
 def test_gradients_equal_plain_autograd(loaded):
+    """In float64: sums of float32 products round otherwise with another number of threads."""
     calibration = calibrate(loaded)
-    model, ids = loaded.model, calibration.input_ids
+    model, ids = loaded.model.double(), calibration.input_ids
     model(ids, labels=ids).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected = {name: p.grad.float() for name, p in model.named_parameters()}
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in ids:
         model.zero_grad()
@@ -39,9 +40,11 @@ def test_gradients_equal_plain_autograd(loaded):
     seen = set()
     for name, signals in walk_signals(model, loaded.graph, stored(loaded.graph), BOTH, calibration, 0, Progress()):
         torch.testing.assert_close(
-            signals.grad, expected[name], rtol=2e-4, atol=1e-5 * float(expected[name].abs().max())
+            signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
         )
-        torch.testing.assert_close(signals.grad_sq, squares[name], rtol=2e-4, atol=1e-6 * float(squares[name].max()))
+        torch.testing.assert_close(
+            signals.grad_sq, squares[name].float(), rtol=2e-4, atol=1e-6 * float(squares[name].max())
+        )
         seen.add(name)
     assert seen == set(stored(loaded.graph))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
