@@ -86,7 +86,7 @@ def _model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmpruner import Catalog, build_graph, plugin_manager
-    from llmpruner.loading import LoadedModel
+    from llmpruner.loading.model import LoadedModel
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
@@ -137,7 +137,7 @@ def _truth(loaded: Any, group: Any, held_out: torch.Tensor, dense: float) -> tor
 
 @contextmanager
 def _silenced(model: Any, group: Any, unit: int) -> Iterator[None]:
-    from llmpruner.coupling import Role
+    from llmpruner.structure.coupling import Role
 
     if group.modules:
         handle = model.get_submodule(group.modules[unit]).register_forward_hook(lambda _, args, __: args[0])
@@ -167,8 +167,8 @@ def _correlations(
     loaded: Any, criterion: Any, truth: Mapping[str, torch.Tensor], ids: torch.Tensor, seed: int
 ) -> dict[str, dict[str, float]]:
     """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
-    from llmpruner.calibration import CalibrationSet
-    from llmpruner.importance.base import Signal
+    from llmpruner.data.calibration import CalibrationSet
+    from llmpruner.engine.signals import Signal
     from llmpruner.importance.estimate import estimate
 
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpruner.families import build_graph
-from llmpruner.loading import LoadedModel
-from llmpruner.methods import METHODS
-from llmpruner.pipeline import PruneSettings, apply_plan, make_plan
-from llmpruner.plan import Target
-from llmpruner.plugins import Catalog, plugin_manager
+from llmpruner.families.graph import build_graph
+from llmpruner.loading.model import LoadedModel
+from llmpruner.methods.presets import METHODS
+from llmpruner.plugins.catalog import Catalog
+from llmpruner.plugins.host import plugin_manager
+from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.structure.plan import Target
 
 from .measure import as_json, machine
 
@@ -66,7 +67,8 @@ def check(method: str, model: LlamaForCausalLM, device: str) -> dict[str, Any]:
             "random", model.config, family, graph, model=copy.deepcopy(model).to(where), tokenizer=None
         )
         if calibration is None:
-            from llmpruner.calibration import CalibrationSet, self_generated
+            from llmpruner.data.calibration import CalibrationSet
+            from llmpruner.data.written import self_generated
 
             calibration = CalibrationSet(self_generated(loaded.model, None, SAMPLES, LENGTH, 0), "self")
         started = time.monotonic()

@@ -85,7 +85,7 @@ def prune_and_write_back(source: Path, target: Path) -> None:
     from llmpruner_llama.meta_writer import write_meta
 
     from llmpruner import build_graph
-    from llmpruner.surgery import cut
+    from llmpruner.models.surgery import cut
 
     model = MetaReader().read_model(source, None)
     family = LlamaFamily()

@@ -36,7 +36,7 @@ WORKERS = 2
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["torch._dynamo", "torch.export", "transformers.modeling_utils", "transformers.generation", "accelerate",
-           "llmpruner.checkpoint", "llmpruner.discovery.groups", "llmpruner.discovery.verify"]  # fmt: skip
+           "llmpruner.checkpoints.save", "llmpruner.discovery.groups", "llmpruner.oracle.verify"]  # fmt: skip
 
 KINDS = ("mlp", "attention", "query", "expert", "latent", "hidden", "layer")
 PARTS = {
@@ -90,9 +90,9 @@ def examine(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
-    from llmpruner.discovery.tiny import random_instance, small_config
-    from llmpruner.discovery.verify import verify
     from llmpruner.errors import UnsupportedModelError
+    from llmpruner.oracle.tiny import random_instance, small_config
+    from llmpruner.oracle.verify import verify
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -137,7 +137,7 @@ def has_part(model: Any, pattern: re.Pattern[str]) -> bool:
 
 def blocked(config: Any) -> list[list[Any]]:
     """Axes of the first layers that are not offered, with reasons."""
-    from llmpruner.discovery import discover_graph
+    from llmpruner.discovery.groups import discover_graph
 
     return [[b.parameter, b.axis, b.reason] for b in discover_graph(config).blocked][:40]
 

@@ -21,6 +21,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(":") if lines else type(error).__name__
+
+
 class LlmprunerError(Exception):
     """Base of the tree. The message is one line that says what is wrong, what was expected, what to do."""
 

@@ -1,18 +1,97 @@
-"""Files that are whole or not there."""
+"""Writing files and directories that are whole or not there."""
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, first_line
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: an existing file is replaced only as a whole. Raises `OutputError`."""
-    aside = path.with_name(path.name + ".partial")
+    """Write ``text`` as UTF-8. A regular file is written beside its name and renamed, so that it is replaced only as a
+    whole; a symbolic link keeps pointing where it does; a device or pipe is written to. Raises `OutputError`."""
+    try:
+        real = path.resolve(strict=False)
+        if real.exists() and not real.is_file():
+            with real.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+            return
+        _replace(real, text)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points at itself, before Python 3.13
+        raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
-    except OSError as error:
+    finally:
         aside.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_new_directory(path: Path) -> Path:
+    """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
+    if path.exists() or path.is_symlink():
+        raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
+    _check_parent(path)
+    return path
+
+
+def check_new_file(path: Path) -> Path:
+    """``path``, once it is sure that a file can be written there. Raises `OutputError`."""
+    if path.is_dir():
+        raise OutputError(f"'{path}' is a directory; name the file to write")
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise OutputError(f"'{path}' cannot be written: permission denied")
+    else:
+        _check_parent(path)
+    return path
+
+
+def _check_parent(path: Path) -> None:
+    """Whether ``path`` can be created is found by creating it: permissions, name length and free inodes decide."""
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
+    # The longest name that is written beside it later.
+    trial = parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise OutputError(f"'{path}' cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """A new directory beside ``directory`` that is renamed to it at the end, and removed when anything fails.
+
+    Raises `OutputError` when ``directory`` exists or cannot be written.
+    """
+    if directory.exists():
+        raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
+                file.chmod(partial.stat().st_mode & 0o666)
+        partial.rename(directory)
+    except Exception as error:
+        # safetensors reports a full disk with an exception of its own.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        reason = "no space left on the device" if full else first_line(error)
+        raise OutputError(f"{directory} cannot be written: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

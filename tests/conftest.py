@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph, plugin_manager
-from llmpruner.loading import LoadedModel
+from llmpruner.loading.model import LoadedModel
 
 
 def llama_config(**changes) -> LlamaConfig:

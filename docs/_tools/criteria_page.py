@@ -9,11 +9,13 @@ from typing import Any
 
 from docstrings import document, markdown
 
-from llmpruner import builtin
 from llmpruner.compensation import least_squares, repair
-from llmpruner.importance import normalize, reductions
-from llmpruner.importance.base import ImportanceCriterion, Signal
-from llmpruner.methods import METHODS
+from llmpruner.engine.signals import Signal
+from llmpruner.importance import reductions
+from llmpruner.importance.base import ImportanceCriterion
+from llmpruner.methods.presets import METHODS
+from llmpruner.plugins import builtin
+from llmpruner.selection import normalize
 from llmpruner.selection.allocate import ALLOCATIONS
 from llmpruner.selection.search import MEASURED
 

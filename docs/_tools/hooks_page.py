@@ -10,10 +10,11 @@ from typing import Any
 from docstrings import attributes, document, markdown, methods, signature_of
 
 import llmpruner
-from llmpruner import hookspecs
-from llmpruner.checkpoint_readers import CheckpointReader
-from llmpruner.families import ModelFamily
-from llmpruner.importance.base import ImportanceCriterion, InputStats, ParameterSignals, Signal, StreamStats
+from llmpruner.checkpoints.reader import CheckpointReader
+from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, StreamStats
+from llmpruner.families.family import ModelFamily
+from llmpruner.importance.base import ImportanceCriterion
+from llmpruner.plugins import hookspecs
 from llmpruner.recovery.base import RecoveryJob, RecoverySettings, RecoveryStrategy, TrainingResult
 
 CLASSES: dict[str, tuple[type, ...]] = {

@@ -6,13 +6,12 @@ import os
 import sys
 
 from ..errors import LlmprunerError
+from .app import build_app
+from .console import error_line
 
 
 def main() -> None:
     """Entry point of the ``llmpruner`` command. ``--debug`` may stand anywhere and shows tracebacks."""
-    from .app import build_app
-    from .console import error_line
-
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:

@@ -8,7 +8,8 @@ import typer
 
 from .. import __version__
 from ..errors import DuplicateNameError
-from ..plugins import BrokenPlugin, Catalog, PluginHost, plugin_manager
+from ..plugins.catalog import Catalog
+from ..plugins.host import BrokenPlugin, PluginHost, plugin_manager
 from . import demo, discover, doctor, evaluate, generate, new_plugin, plugins, prune, recover
 from .console import warning_line
 

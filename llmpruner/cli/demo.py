@@ -8,12 +8,13 @@ from collections import Counter
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.markup import escape
 
-from ..loading import DEMO, LoadedModel, LoadOptions
+from ..evaluation.report import Evaluation
+from ..loading.options import DEMO, LoadOptions
 from ..recovery.base import RecoverySettings
 from .console import RichProgress, count, out, table
 from .evaluate import show_evaluations
@@ -23,6 +24,7 @@ from .recover import run_recovery, save_recovered
 
 if TYPE_CHECKING:
     from ..evaluation.report import Evaluation
+    from ..loading.model import LoadedModel
 
 PROMPT = "Give three tips for staying healthy."
 WINDOW, TOKENS = 512, 10240
@@ -54,7 +56,7 @@ def demo(
     Pruned as `llmpruner prune` does by default, on fewer samples. Calibration text is written by the model itself,
     perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
     """
-    from ..pipeline import apply_draft, calibrate, draft_plan, save
+    from ..recipes.pipeline import apply_draft, calibrate, draft_plan, save
 
     started = time.monotonic()
     new_directory(output)
@@ -114,7 +116,6 @@ def demo(
 def _measure(name: str, loaded: LoadedModel) -> Evaluation:
     from ..evaluation import cost
     from ..evaluation.perplexity import PYDOC, perplexity, read_text
-    from ..evaluation.report import Evaluation
 
     progress = RichProgress()
     text = read_text(PYDOC)
@@ -127,7 +128,6 @@ def _measure(name: str, loaded: LoadedModel) -> Evaluation:
 
 
 def _answer(loaded: LoadedModel) -> str:
-    from ..generation import generate
+    from ..models.generation import generate
 
-    options: dict[str, Any] = {"max_new_tokens": 60, "chat": True, "family": loaded.family}
-    return generate(loaded.model, loaded.tokenizer, PROMPT, **options)
+    return generate(loaded.model, loaded.tokenizer, loaded.family.format_prompt(PROMPT), max_new_tokens=60)

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.tree import Tree
 
-from ..coupling import CoupledGroup, CouplingGraph, Span
 from ..errors import CouplingError, PlanError
 from ..files import write_text
+from ..loading.options import LoadOptions
+from ..report.block import block_page
+from ..structure.coupling import CoupledGroup, CouplingGraph, Span
 from .console import count, note, out, print_json, table
 from .options import Family, Json, Model, RemoteCode, Revision, Seed, catalog_of, new_file
 
 if TYPE_CHECKING:
-    from ..discovery.verify import Verdict
-    from ..loading import LoadedConfig
+    from ..loading.model import LoadedConfig, load_config
+    from ..oracle.verify import Verdict
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -43,8 +45,6 @@ def discover(
     as_json: Json = False,
 ) -> None:
     """Show the coupled groups of a model: what must be removed together. Reads no weights."""
-    from ..loading import LoadOptions, load_config
-
     options = LoadOptions(family=family, revision=revision, trust_remote_code=trust_remote_code)
     loaded = load_config(model, catalog_of(ctx), options)
     if html is not None:
@@ -77,8 +77,8 @@ def discover(
 
 
 def _verify(loaded: LoadedConfig, seed: int) -> list[Verdict]:
-    from ..discovery.verify import verify
-    from ..meta import quiet_transformers
+    from ..models.quiet import quiet_transformers
+    from ..oracle.verify import verify
 
     if loaded.plans:
         raise PlanError(f"'{loaded.ref}' is pruned already; verify the model that it was pruned from")
@@ -93,8 +93,6 @@ def _exit_unless_proved(verdicts: list[Verdict]) -> None:
 
 
 def _draw(path: Path, title: str, graph: CouplingGraph) -> None:
-    from ..report.block import block_page
-
     page = block_page(title, graph, graph.num_layers // 2)
     write_text(new_file(path), page)
     note(f"drawn in {path}")

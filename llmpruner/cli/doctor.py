@@ -12,12 +12,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import typer
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from .. import __version__
 from ..errors import LlmprunerError
-from ..plugins import Catalog, PluginHost
+from ..plugins.catalog import Catalog
+from ..plugins.host import PluginHost
 from .console import err, print_json, size, table
 from .options import Json
 
@@ -85,8 +90,6 @@ def checks(host: PluginHost) -> Iterator[Check]:
 
 def _packages() -> Iterator[Check]:
     """Every dependency against the range that the installed metadata states."""
-    from packaging.requirements import Requirement
-
     try:
         stated = metadata.requires("llmpruner") or []
     except metadata.PackageNotFoundError:
@@ -117,8 +120,6 @@ def _extra_of(marker: object) -> str | None:
 
 
 def _incompatible(name: str, version: str) -> Iterator[Check]:
-    from packaging.specifiers import SpecifierSet
-
     for package, versions, what in INCOMPATIBLE:
         if package == name and SpecifierSet(versions).contains(version, prereleases=True):
             yield Check("packages", name, BROKEN, f"{version}: {what}")
@@ -193,9 +194,6 @@ def _memory() -> Iterator[Check]:
 
 def _hub() -> Iterator[Check]:
     """One short request, and none where the user works offline. Not reaching a hub breaks nothing."""
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
     if _constant("HF_HUB_OFFLINE"):
         yield Check("hub", "access", OK, "HF_HUB_OFFLINE is set: only local and cached models")
         return

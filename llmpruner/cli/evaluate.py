@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError
+from ..evaluation.report import Evaluation, side_by_side
 from ..files import write_text
-from ..loading import LoadedModel, LoadOptions
+from ..loading.options import LoadOptions
 from .console import RichProgress, count, note, size, table
 from .options import Models, Seed, catalog_of, check_device, load_options, new_file, parse_names, spliced
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.report import Evaluation, Line
     from ..evaluation.tasks import LoadedTasks
+    from ..loading.model import LoadedModel, load_model
 
 Autocast = Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16 under autocast (faster, rounds).")]
 
@@ -117,9 +119,6 @@ def evaluate(
 
 
 def _open(ctx: typer.Context, model: str, options: LoadOptions) -> LoadedModel:
-    from ..evaluation.weights import check_weights
-    from ..loading import load_model
-
     note(f"loading {model}")
     loaded = load_model(model, catalog_of(ctx), options)
     if loaded.tokenizer is None:
@@ -142,7 +141,6 @@ def _measure(
 ) -> Evaluation:
     from ..evaluation import cost
     from ..evaluation.perplexity import perplexity
-    from ..evaluation.report import Evaluation
     from ..evaluation.tasks import evaluate_tasks
 
     progress = RichProgress()
@@ -167,8 +165,6 @@ def _measure(
 
 def show_evaluations(results: Sequence[Evaluation]) -> None:
     """One column per model, one row per quantity."""
-    from ..evaluation.report import side_by_side
-
     rows = [(line.label, *(_cell(line, n) for n in range(len(results)))) for line in side_by_side(results)]
     table(None, ("", *(result.name for result in results)), rows)
 

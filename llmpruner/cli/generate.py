@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import DataError
-from ..loading import LoadOptions
+from ..loading.options import LoadOptions
 from .console import out, print_json
 from .options import Json, Models, Seed, load_options, open_model, spliced
 
@@ -30,7 +30,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let models continue one prompt, one after the other."""
-    from .. import generation
+    from ..models import generation
 
     answers: dict[str, str] = {}
     for model in models:
@@ -38,8 +38,8 @@ def generate(
         if loaded.tokenizer is None:
             raise DataError(f"model '{model}' brings no tokenizer, so it cannot read a prompt")
         answers[model] = generation.generate(
-            loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, chat=chat, family=loaded.family,
+            loaded.model, loaded.tokenizer, loaded.family.format_prompt(prompt) if chat else prompt,
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         )  # fmt: skip
     if as_json:
         print_json({"prompt": prompt, "answers": answers})

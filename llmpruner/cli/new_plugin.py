@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from ..errors import LlmprunerError
+from ..scaffold.model import ModelFacts, describe
+from ..scaffold.package import PluginName, render, write
 from .console import note, out
 from .options import catalog_of, new_directory
 
@@ -36,29 +38,23 @@ def new_plugin(
             "transformers lacks it.",
         ),
     ] = None,
-    spans: Annotated[
-        bool, typer.Option("--spans", help="Write the coupled groups out as code, to be read and edited.")
-    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Directory to write; must not exist. By default ./llmpruner-NAME."),
     ] = None,
 ) -> None:
     """Write a plugin package for a model family, with tests that prove every cut and pass as they are."""
-    from ..scaffold.model import ModelFacts, describe
-    from ..scaffold.package import PluginName, render, write
-
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
     if name in catalog.families:
         raise LlmprunerError(f"a family '{name}' exists already in {catalog.families.package_of(name)}; choose another")
-    if source is None and (spans or package):
-        raise LlmprunerError(f"{'--spans' if spans else '--import'} needs a model; name it with --from MODEL")
+    if source is None and package:
+        raise LlmprunerError("--import needs a model; name it with --from MODEL")
     directory = new_directory(output or Path(plugin.distribution))
     facts = ModelFacts()
     if source is not None:
         note(f"tracing a small {source}")
-        facts = describe(source, catalog, package=package, spans=spans)
+        facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts))
     lines = [f"{directory}: family {name}" + "".join(f" for model type {model_type}" for model_type in facts.types)]
     if facts.kinds:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DataError, LlmprunerError, OutputError, SelectionError, UnknownNameError
-from ..loading import DTYPES, LoadOptions
+from ..loading.options import DTYPES, LoadOptions
+from ..structure.plan import BUDGETS, Target
 from .console import note
 
 if TYPE_CHECKING:
-    from ..loading import LoadedModel
-    from ..plan import Target
-    from ..plugins import Catalog
+    from ..loading.model import LoadedModel, load_model
+    from ..plugins.catalog import Catalog
+    from ..structure.plan import Target
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hub id, .gguf file, or 'demo'.")]
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, hub ids, .gguf files, or 'demo'.")]
@@ -42,8 +43,6 @@ def catalog_of(ctx: typer.Context) -> Catalog:
 
 def open_model(ctx: typer.Context, model: str, options: LoadOptions) -> LoadedModel:
     """Load a model for a command, once the device is known to work."""
-    from ..loading import load_model
-
     check_device(options.device)
     note(f"loading {model}")
     return load_model(model, catalog_of(ctx), options)
@@ -121,8 +120,7 @@ def parse_target(
     ratio: float | None, target_params: str | None, unit_ratio: float | None, budget: str, context: int | None
 ) -> Target:
     """Exactly one of the three ways to say how much; only a ratio is one of a ``budget``."""
-    from ..plan import BUDGETS, Target
-    from ..selection.budgets import DEFAULT_CONTEXT
+    from ..budgets.open import DEFAULT_CONTEXT
 
     given = [value for value in (ratio, target_params, unit_ratio) if value is not None]
     if len(given) != 1:

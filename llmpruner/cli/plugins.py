@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ..plugins import Catalog
+from ..plugins.catalog import Catalog
 from .console import print_json, table
 from .options import Json, catalog_of
 

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..coupling import LAYER
+from ..budgets.sizes import counts
 from ..errors import ModelError, SelectionError, UnknownNameError
 from ..importance.base import ImportanceCriterion
-from ..loading import LoadedConfig, LoadedModel, LoadOptions
+from ..importance.reductions import REDUCTION_NAMES
+from ..loading.options import LoadOptions
+from ..methods.presets import BEST, BY_HAND, METHODS
+from ..selection.allocate import ALLOCATIONS
+from ..selection.normalize import NORMALIZATIONS
+from ..selection.search import MEASURED
+from ..structure.coupling import LAYER
+from ..structure.kept import parameters_after
+from ..structure.plan import PruningPlan
 from .console import RichProgress, count, note, out, print_json, size, table
 from .options import (
     HOW_MUCH,
@@ -54,10 +62,11 @@ from .prune_options import (
 )
 
 if TYPE_CHECKING:
-    from ..calibration import CalibrationSet
-    from ..coupling import CouplingGraph
-    from ..pipeline import PruneSettings
-    from ..plan import PruningPlan, Target
+    from ..data.calibration import CalibrationSet
+    from ..loading.model import LoadedConfig, LoadedModel
+    from ..recipes.pipeline import PruneSettings
+    from ..structure.coupling import CouplingGraph
+    from ..structure.plan import PruningPlan, Target
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Choice:
     rest: Mapping[str, Any]
 
     def settings(self, loaded: LoadedConfig) -> PruneSettings:
-        from ..pipeline import PruneSettings
+        from ..recipes.pipeline import PruneSettings
 
         layers = parse_layers(self.layers, loaded.graph.num_layers)
         rest = dict(self.rest)
@@ -108,13 +117,8 @@ def choice(
     seed: Seed = 0,
 ) -> Choice | None:
     """The options of choice; None when nothing says how much (only ``prune --plan`` accepts that)."""
-    from ..calibration import SELF, sources_of
-    from ..importance.normalize import NORMALIZATIONS
-    from ..importance.reductions import REDUCTION_NAMES
-    from ..methods import BEST, BY_HAND, METHODS
-    from ..pipeline import COMPENSATIONS
-    from ..selection.allocate import ALLOCATIONS
-    from ..selection.search import MEASURED
+    from ..data.calibration import SELF, sources_of
+    from ..recipes.pipeline import COMPENSATIONS
 
     if ratio is None and target_params is None and unit_ratio is None:
         return None
@@ -166,7 +170,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what would go, layer by layer, and what would be left: a dry run. The plan can be reviewed and replayed."""
-    from ..pipeline import make_plan
+    from ..recipes.pipeline import make_plan
 
     if chosen is None:
         raise SelectionError(HOW_MUCH)
@@ -206,8 +210,7 @@ def prune(
     By default one forward pass over text that the model writes chooses what goes, and least squares repairs what is
     left: no training and no corpus. `--method llm-pruner` is the method of LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023).
     """
-    from ..pipeline import Draft, apply_draft, draft_plan, save
-    from ..plan import PruningPlan
+    from ..recipes.pipeline import Draft, apply_draft, draft_plan, save
 
     started = time.monotonic()
     if (chosen is None) == (plan_file is None):
@@ -242,7 +245,7 @@ def prune(
 
 def _prepare(loaded: LoadedModel, chosen: Choice) -> tuple[RichProgress, PruneSettings, CalibrationSet | None]:
     """What comes before a plan: settings with what their budget had to measure, and the calibration text."""
-    from ..pipeline import calibrate, measured
+    from ..recipes.pipeline import calibrate, measured
 
     progress = RichProgress()
     settings = measured(loaded, chosen.settings(loaded), progress)
@@ -251,9 +254,7 @@ def _prepare(loaded: LoadedModel, chosen: Choice) -> tuple[RichProgress, PruneSe
 
 def plan_result(loaded: LoadedModel, made: PruningPlan) -> dict[str, Any]:
     """What the plan leaves, in parameters, bytes, and what its budget counts."""
-    from ..plan import parameters_after
-    from ..selection.budgets import byte_cost, cost_of
-    from ..selection.sizes import counts
+    from ..budgets.open import byte_cost, cost_of
 
     graph, target = loaded.graph, made.target
     groups = [graph.by_name[name] for name in made.cuts]

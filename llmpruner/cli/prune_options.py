@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..methods import BEST, BY_HAND, FAST
+from ..methods.presets import BEST, BY_HAND, FAST
 
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
 

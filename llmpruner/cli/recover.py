@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import DataError, UnknownNameError
-from ..loading import LoadedModel, LoadOptions
+from ..loading.options import LoadOptions
 from ..recovery.base import RecoverySettings
 from .console import RichProgress, note, out, print_json
 from .evaluate import Autocast
 from .options import Json, Model, Output, Seed, catalog_of, load_options, new_directory, open_model, spliced
 
 if TYPE_CHECKING:
+    from ..loading.model import LoadedModel
     from ..recovery.run import RecoveryResult
 
 DEFAULTS = RecoverySettings()
@@ -128,8 +129,8 @@ def run_recovery(
 def save_recovered(loaded: LoadedModel, result: RecoveryResult, settings: RecoverySettings, output: Path) -> str:
     """A whole model where adapters are merged, the adapters alone where not. Returns ``stock``, ``shim`` (as
     `pipeline.save` does) or ``adapter``."""
-    from ..checkpoint import save_adapter
-    from ..pipeline import save
+    from ..checkpoints.adapters import save_adapter
+    from ..recipes.pipeline import save
 
     if hasattr(result.model, "peft_config"):
         save_adapter(result.model, output, base=loaded.ref, tokenizer=loaded.tokenizer)

@@ -1,1 +1,1 @@
-"""Compensation: what reads cut units is fitted again, in closed form, so that it says what it said before."""
+"""Compensation: weights that read removed units are fitted again, in closed form."""

@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..coupling import CoupledGroup, CouplingGraph, Role
-from ..importance.base import ImportanceCriterion, InputStats, Signal
+from ..engine.signals import InputStats, Signal
+from ..importance.base import ImportanceCriterion
 from ..importance.estimate import Scores, estimate, estimate_from
 from ..progress import Progress
-from ..selection.candidates import build_queue
+from ..structure.coupling import CoupledGroup, CouplingGraph, Role
+from ..structure.queues import build_queue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration import CalibrationSet
-    from ..surgery import Kept
+    from ..data.calibration import CalibrationSet
+    from ..structure.kept import Kept
 
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 

@@ -13,7 +13,7 @@ from .least_squares import NormalEquations
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..uses import Use
+    from ..engine.uses import Use
 
 
 class Refit:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..coupling import LAYER, CouplingGraph, Role
-from ..surgery import kept_indices
+from ..structure.coupling import CouplingGraph, Role
+from ..structure.kept import kept_indices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from ..surgery import Kept
+    from ..structure.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,3 @@ def silence_inputs(model: nn.Module, consumer: Consumer) -> None:
     gone = torch.ones(parameter.shape[consumer.axis], dtype=torch.bool)
     gone[consumer.kept] = False
     parameter.index_fill_(consumer.axis, gone.nonzero().flatten().to(parameter.device), 0.0)
-
-
-def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
-    """Numbers of the layers that go as a whole."""
-    return {
-        unit
-        for name, units in kept.items()
-        if graph.by_name[name].kind == LAYER
-        for unit in set(range(graph.by_name[name].units)) - set(units)
-    }

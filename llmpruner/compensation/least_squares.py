@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..gram import add_gram, both_triangles
+from ..engine.gram import add_gram, both_triangles
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8

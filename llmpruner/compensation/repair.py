@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from ..coupling import CouplingGraph, Role
+from ..engine.inputs import WatchInputs
+from ..engine.uses import Use, WatchUses
+from ..engine.walk import Batch, Enough, ForwardWalk
 from ..progress import Progress
-from ..statistics import WatchInputs
-from ..uses import Use, WatchUses
-from ..walk import Batch, Enough, ForwardWalk
+from ..structure.coupling import CouplingGraph, Role
+from ..structure.kept import removed_layers
 from .choose import Chooser
 from .collect import MeanLoss, Refit
-from .consumers import Consumer, consumers_of, matrix_of, removed_layers, silence_inputs, writers_of
+from .consumers import Consumer, consumers_of, matrix_of, silence_inputs, writers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration import CalibrationSet
-    from ..surgery import Kept
+    from ..data.calibration import CalibrationSet
+    from ..structure.kept import Kept
 
 MIX = 0.5
 _DIRECT = 2e-2

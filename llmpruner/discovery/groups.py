@@ -7,9 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, QUERY, Blocked, CoupledGroup, CouplingGraph, Role, Span
-from ..families import graph_of
-from ..meta import meta_model
+from ..models.decoder import graph_of
+from ..models.empty import meta_model
+from ..structure.coupling import (
+    ATTENTION,
+    EXPERT,
+    HIDDEN,
+    LAYER,
+    MLP,
+    QUERY,
+    Blocked,
+    CoupledGroup,
+    CouplingGraph,
+    Role,
+    Span,
+)
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
 from .ids import Mark
 from .propagate import Policy, Propagation

@@ -15,8 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import UnsupportedModelError
-from ..families import decoder_layers
-from ..meta import meta_model, quiet_transformers
+from ..models.decoder import decoder_layers
+from ..models.empty import meta_model
+from ..models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..coupling import Blocks, Explicit, IndexMap, Role
+from ..structure.coupling import Blocks, Explicit, IndexMap, Role
 from .ids import Components, Ids, Mark
 from .propagate import Propagation
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from transformers import DynamicCache
 
-from ..coupling import ATTENTION, Role
-from ..families import decoder_layers
+from ..models.arithmetic import macs_per_token
+from ..models.decoder import decoder_layers
+from ..models.decoding import cache_argument
 from ..progress import Progress
 from .report import Measurement, Size, Speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..coupling import CouplingGraph
+    from ..structure.coupling import CouplingGraph
 
 
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
@@ -37,40 +36,6 @@ def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) ->
         macs_per_token=macs_per_token(model, graph, context=context),
         context=context,
     )
-
-
-def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
-    """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache.
-
-    One per weight of every linear layer, the language model head included (also where it is tied to the
-    embedding, which itself is a look-up); of expert weights, the share of experts that a token visits; and
-    for attention, ``context`` products per channel for the scores and again for the values.
-    """
-    weights = sum(
-        parameter.numel() if visited is None else parameter.numel() // parameter.shape[0] * visited
-        for _, parameter, visited in multiplied(model)
-    )
-    width = sum(
-        span.index.width * group.units
-        for group in graph.of_kinds([ATTENTION])
-        for span in group.spans_with(Role.CONSUMES)
-    )
-    return weights + 2 * context * width
-
-
-def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """The parameters that every token is multiplied by: (name, parameter, for weights of experts, stacked along the
-    first axis, how many of them a token visits)."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-                config = model.config.get_text_config()
-                yield name, parameter, int(getattr(config, "num_experts_per_tok", parameter.shape[0]))
-            elif parameter.ndim >= 2:
-                yield name, parameter, None
 
 
 def speed(
@@ -103,8 +68,6 @@ def speed(
 @torch.inference_mode()
 def _timed(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt, and for ``new_tokens`` steps after it."""
-    from transformers import DynamicCache
-
     cache = {cache_argument(model): DynamicCache(config=model.config)}
     started = _now(model.device)
     logits = model(input_ids=prompt, use_cache=True, **cache).logits
@@ -112,11 +75,6 @@ def _timed(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tup
     for _ in range(new_tokens):
         logits = model(input_ids=logits[:, -1:].argmax(-1), use_cache=True, **cache).logits
     return between - started, _now(model.device) - between
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """What ``forward`` calls its key/value cache; transformers is renaming it."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _now(device: torch.device) -> float:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
 from ..progress import Progress
 from .report import PerplexityResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 PYDOC = "pydoc"
 """Name of the text that ships with every Python: the topics of ``help()``. It differs between Python
@@ -112,20 +114,6 @@ def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> 
         float(functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").double().sum())
         for logits, ids in zip(logits_BTV, ids_BT, strict=True)
     )
-
-
-def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
-    """Sum of KL(wanted ‖ logits) over all predictions that have a next token, in nats."""
-    if wanted_BTV.shape != logits_BTV.shape:
-        raise ModelError(
-            f"the model predicts {logits_BTV.shape[-1]} tokens and the reference {wanted_BTV.shape[-1]}; KL divergence "
-            "needs one vocabulary"
-        )
-    total = 0.0
-    for wanted, logits in zip(wanted_BTV, logits_BTV, strict=True):
-        log_p, log_q = wanted[:-1].float().log_softmax(-1), logits[:-1].float().to(wanted.device).log_softmax(-1)
-        total += float(functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
-    return total
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

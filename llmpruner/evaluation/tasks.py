@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as matching
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,8 +94,6 @@ def evaluate_tasks(
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
     """``tasks`` with our groups and with patterns spelt out, each name once. Raises `UnknownNameError`."""
-    from fnmatch import filter as matching
-
     names: dict[str, None] = {}
     for task in (member for name in tasks for member in TASK_GROUPS.get(name, (name,))):
         matches = matching(known, task)

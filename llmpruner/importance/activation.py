@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..coupling import Role
-from .base import ImportanceCriterion, InputStats, ParameterSignals, Signal
+from ..engine.signals import InputStats, ParameterSignals, Signal
+from ..structure.coupling import Role
+from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
     import torch

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import ImportanceCriterion, Signal, StreamStats
+from ..engine.signals import Signal, StreamStats
+from .base import ImportanceCriterion
 
 
 class BlockInfluence(ImportanceCriterion):

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..coupling import Role
-from .base import ImportanceCriterion, ParameterSignals, Signal
+from ..engine.signals import ParameterSignals, Signal
+from ..structure.coupling import Role
+from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
     import torch

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..coupling import LAYER, CoupledGroup, CouplingGraph
+from ..engine.gradients import signals_of, walk_signals
+from ..engine.inputs import stream_statistics
+from ..engine.signals import InputStats, ParameterSignals, Signal
 from ..errors import ModelError, SelectionError
 from ..progress import Progress
-from ..signals import signals_of, walk_signals
-from ..statistics import stream_statistics
-from .base import ImportanceCriterion, InputStats, ParameterSignals, Signal
+from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from .base import ImportanceCriterion
 from .reductions import reduce_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration import CalibrationSet
+    from ..data.calibration import CalibrationSet
 
 
 @dataclass(frozen=True)

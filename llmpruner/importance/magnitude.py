@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .base import ImportanceCriterion, ParameterSignals, Signal
+from ..engine.signals import ParameterSignals, Signal
+from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
     import torch

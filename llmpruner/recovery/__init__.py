@@ -1,0 +1,1 @@
+"""Recovery: training that restores quality after a cut."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..coupling import CouplingGraph
+    from ..structure.coupling import CouplingGraph
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..coupling import CouplingGraph
+    from ..structure.coupling import CouplingGraph
 
 
 class LoraStrategy(RecoveryStrategy):

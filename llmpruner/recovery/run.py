@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data.instructions import Examples, load_examples, tokenise
 from ..errors import OutputError, PluginError
 from .base import RecoveryJob, RecoverySettings, RecoveryStrategy, TrainingResult
-from .data import Examples, load_examples, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..coupling import CouplingGraph
-    from ..families import ModelFamily
+    from ..families.family import ModelFamily
+    from ..structure.coupling import CouplingGraph
 
 _FINGERPRINT = "job.json"
 

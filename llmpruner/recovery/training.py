@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..data.instructions import collator_for
 from ..errors import ModelError
-from ..meta import quiet_transformers
+from ..models.quiet import quiet_transformers
 from .base import RecoveryJob, RecoverySettings
-from .data import collator_for
 
 
 def fit(model: Any, job: RecoveryJob) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from math import log2
 
-from ..coupling import CoupledGroup, CouplingGraph, Role, Span
+from ..structure.coupling import CoupledGroup, CouplingGraph, Role, Span
 
 COLOURS = {
     "mlp": "#d1495b",

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UnsupportedModelError
+from ..loading.options import LoadOptions
 from .source import literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..plugins import Catalog
+    from ..loading.model import load_config
+    from ..plugins.catalog import Catalog
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 """What `to_diff_dict` writes and a constructor need not be told."""
@@ -28,8 +30,7 @@ class ModelFacts:
     ``types``: model types; empty when no model was named. ``config_class``, ``config_module``: where the configuration
     class is imported from; ``config_values``: name → source of each argument of the small configuration. ``extends``:
     the installed family that understands the model already. ``package``, ``requires``: the package that
-    registers the architecture, and its distribution. ``declared``: source of the methods that declare the structure,
-    with the ``imports`` they need; None leaves it to discovery. ``kinds``: what can be removed.
+    registers the architecture, and its distribution. ``kinds``: the kinds of units that can be removed.
     """
 
     types: tuple[str, ...] = ()
@@ -39,19 +40,17 @@ class ModelFacts:
     extends: str | None = None
     package: str | None = None
     requires: str | None = None
-    declared: str | None = None
-    imports: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
 
 
-def describe(source: str, catalog: Catalog, *, package: str | None = None, spans: bool = False) -> ModelFacts:
+def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
     ``package`` is imported.
 
     Raises `ModelError` when there is no such model, `UnsupportedModelError` when its structure cannot be discovered.
     """
-    from ..discovery.tiny import small_config
-    from ..meta import quiet_transformers
+    from ..models.quiet import quiet_transformers
+    from ..oracle.tiny import small_config
 
     distribution = _import(package) if package else None
     with quiet_transformers():
@@ -66,25 +65,18 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None, spans
             package=package,
             requires=distribution,
         )
-        if not spans:
-            return replace(facts, kinds=_proved(small))
-        from .spans import declare
-
-        code = declare(config, small)
-        values = _arguments(code.config)
-        return replace(facts, declared=code.source, imports=code.imports, config_values=values, kinds=code.kinds)
+        return replace(facts, kinds=_proved(small))
 
 
 def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
     """The kinds of units that discovery finds, all of which must pass the oracle, as the family's tests will ask."""
-    from ..discovery.verify import VERIFIED, verify
+    from ..oracle.verify import VERIFIED, verify
 
     verdicts = verify(None, small, shrink=False)
     for verdict in verdicts:
         if verdict.verdict != VERIFIED:
             raise UnsupportedModelError(
-                f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict} ({verdict.reason}); "
-                "--spans writes out the kinds that are exact"
+                f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict}: {verdict.reason}"
             )
     return tuple(verdict.kind for verdict in verdicts)
 
@@ -92,8 +84,6 @@ def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
 def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
     """The dense configuration of a model, or the default one of a model type."""
     from transformers import CONFIG_MAPPING
-
-    from ..loading import LoadOptions, load_config
 
     catalog.register_models()
     if source in CONFIG_MAPPING and not Path(source).exists():

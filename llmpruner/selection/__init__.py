@@ -1,0 +1,1 @@
+"""Selection: from scores and an amount to the units that stay."""

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..coupling import LAYER
+from ..budgets.costs import Cost
 from ..errors import SelectionError
-from .candidates import Queue
-from .costs import Cost
+from ..structure.coupling import LAYER
+from ..structure.queues import Queue
 
 Taken = dict[str, int]
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 from statistics import median
 
 from ..progress import Progress
+from ..structure.queues import Queue
 from .allocate import Demand, Meter, Taken, global_ranking, top_up, uniform
-from .candidates import Queue
 
 Loss = Callable[[Taken], float]
 """Steps taken from each group → how far the model is from the dense one; lower is better."""

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..coupling import LAYER, CoupledGroup, CouplingGraph
+from ..budgets.costs import Cost, parameter_cost, saving_units
 from ..errors import SelectionError, UnknownNameError
 from ..progress import Progress
+from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.queues import build_queue, kept_units
+from ..structure.scope import Scope
 from .allocate import ALLOCATIONS, Demand, Meter, Taken
-from .candidates import build_queue, kept_units
-from .costs import Cost, parameter_cost, savings
 from .search import MEASURED
 
 if TYPE_CHECKING:
     from ..importance.estimate import Scores
-    from ..surgery import Kept
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What may be cut: kinds of groups, and decoder layers (numbers in the graph at hand)."""
-
-    kinds: tuple[str, ...]
-    layers: tuple[int, ...]
-
-    def groups(self, graph: CouplingGraph) -> tuple[CoupledGroup, ...]:
-        """The groups in scope. Raises `UnknownNameError` for a kind that the model does not have."""
-        for kind in self.kinds:
-            if kind not in graph.kinds:
-                raise UnknownNameError("kind of group in this model:", kind, graph.kinds)
-        inside = set(self.layers)
-        found = tuple(g for g in graph.of_kinds(self.kinds) if g.layer is None or g.layer in inside)
-        if not found:
-            raise SelectionError("no coupled group is left to prune: select more with --kinds or --layers")
-        return found
-
-    def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
-        return frozenset(self.layers) if group.kind == LAYER else None
+    from ..structure.kept import Kept
 
 
 def select(
@@ -83,25 +61,6 @@ def select(
     measure = loss
     taken = MEASURED[allocation](queues, demand, meter, lambda taken: measure(chosen(taken)), progress or Progress())
     return chosen(taken)
-
-
-def saving_units(
-    cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None]
-) -> dict[str, frozenset[int] | None]:
-    """``allowed`` (group name → units that may go, None for all), less what saves nothing of ``cost``.
-
-    Raises `SelectionError` when nothing is left.
-    """
-    found: dict[str, frozenset[int] | None] = {}
-    for group in groups:
-        units, saved = allowed[group.name], savings(cost, group)
-        useful = {u for u, saves in enumerate(saved) if saves > 0 and (units is None or u in units)}
-        if useful:
-            found[group.name] = None if len(useful) == group.units else frozenset(useful)
-    if not found:
-        kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
-        raise SelectionError(f"{kinds} units save nothing of the {cost.label}; choose others with --kinds")
-    return found
 
 
 def _without_removed_layers(graph: CouplingGraph, kept: Mapping[str, tuple[int, ...]]) -> Kept:

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..coupling import LAYER, CoupledGroup, CouplingGraph
-from ..discovery.verify import TOLERANCE, distance, first_difference, logits
+from ..data.calibration import CalibrationSet
+from ..engine.signals import Signal
 from ..errors import UnknownNameError
-from ..importance.base import ImportanceCriterion, Signal
+from ..importance.base import ImportanceCriterion
 from ..importance.estimate import estimate
-from ..pipeline import PruneSettings, apply_plan, make_plan
-from ..plan import Target
-from ..plugins import Catalog, plugin_manager
-from ..surgery import removed_modules, silence
+from ..models.surgery import silence
+from ..oracle.verify import TOLERANCE, distance, first_difference, logits
+from ..plugins.catalog import Catalog
+from ..plugins.host import plugin_manager
+from ..recipes.pipeline import PruneSettings, apply_plan, make_plan
+from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.kept import removed_modules
+from ..structure.plan import Target
 from .hosts import check_named, check_registered
 from .spy import Call, Spy, label, unasked, unread
 from .tiny import first_change, scramble, tiny_llama
@@ -25,7 +29,7 @@ from .tiny import first_change, scramble, tiny_llama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..loading import LoadedModel
+    from ..loading.model import LoadedModel
 
 
 class CriterionConformance:
@@ -154,8 +158,6 @@ class CriterionConformance:
     def _scores(
         self, loaded: LoadedModel, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
     ) -> Mapping[str, torch.Tensor]:
-        from ..calibration import CalibrationSet
-
         tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
         return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
 

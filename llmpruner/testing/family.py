@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
-from ..discovery.verify import VERIFIED, random_plan, verify
+from ..data.calibration import calibration_set
+from ..discovery.groups import discover_groups
 from ..errors import UnsupportedModelError
-from ..families import ModelFamily, build_graph
+from ..families.family import ModelFamily
+from ..families.graph import build_graph
 from ..importance.estimate import estimate
-from ..loading import LoadedModel
-from ..pipeline import PruneSettings, apply_plan, make_plan, save
-from ..plan import Target
-from ..plugins import Catalog, plugin_manager
+from ..loading.model import LoadedModel
+from ..oracle.tiny import random_instance
+from ..oracle.verify import VERIFIED, random_plan, verify
+from ..plugins.catalog import Catalog
+from ..plugins.host import plugin_manager
+from ..recipes.pipeline import PruneSettings, apply_plan, make_plan, save
+from ..recovery.base import RecoveryJob, RecoverySettings
+from ..recovery.lora import LoraStrategy
+from ..recovery.run import merge_adapters
+from ..structure.plan import Target
 from .criterion import scorable
 from .probe import run_probes
 from .spy import label
@@ -43,8 +51,6 @@ class FamilyConformance:
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A random instance. Weights must be large enough for mistakes to show in the logits."""
-        from ..discovery.tiny import random_instance
-
         return random_instance(config, 0)
 
     def loaded(self) -> LoadedModel:
@@ -66,7 +72,6 @@ class FamilyConformance:
 
     def test_declared_groups_agree_with_discovery(self) -> None:
         """Where discovery finds a group of the same name, it finds the same indices."""
-        from ..discovery import discover_groups
 
         def owned(group: Any) -> set[tuple[str, int, int, int]]:
             every = (
@@ -85,8 +90,6 @@ class FamilyConformance:
                 assert owned(group) == owned(found), f"group {group.name} differs from what discovery finds"
 
     def test_every_criterion_scores_every_kind(self) -> None:
-        from ..calibration import calibration_set
-
         loaded = self.loaded()
         calibration = calibration_set("self", loaded.model, None, samples=2, length=8, seed=0)
         for cls in Catalog(plugin_manager()).criteria.values():
@@ -132,10 +135,6 @@ class FamilyConformance:
 
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA finds its targets in the coupled groups of the pruned model, trains them, and merges."""
-        from ..recovery.base import RecoveryJob, RecoverySettings
-        from ..recovery.lora import LoraStrategy
-        from ..recovery.run import merge_adapters
-
         loaded = self.loaded()
         settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=_kinds(loaded, loaded.graph.groups))
         pruned = apply_plan(loaded, make_plan(loaded, _magnitude(), settings))

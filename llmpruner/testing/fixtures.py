@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ..plugins import PluginHost
+from ..plugins.host import PluginHost
 from .hosts import host_with
 
 

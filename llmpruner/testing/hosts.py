@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint_readers import CheckpointReader
-from ..families import ModelFamily
-from ..hookspecs import hookimpl
+from ..checkpoints.reader import CheckpointReader
+from ..families.family import ModelFamily
 from ..importance.base import ImportanceCriterion
-from ..plugins import PluginHost, Registry, plugin_manager
+from ..plugins.hookspecs import hookimpl
+from ..plugins.host import PluginHost, plugin_manager
+from ..plugins.registry import Registry
 from ..recovery.base import RecoveryStrategy
 
 _HOOKS: dict[type, str] = {

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..pipeline import save
-from ..plugins import Catalog, plugin_manager
+from ..checkpoints.load import load_pruned
+from ..data.instructions import Examples, Turn
+from ..models.surgery import cut
+from ..plugins.catalog import Catalog
+from ..plugins.host import plugin_manager
+from ..recipes.pipeline import save
 from ..recovery.base import RecoverySettings, RecoveryStrategy
-from ..surgery import cut
+from ..recovery.run import recover
 from .hosts import check_named, check_registered
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
-    from ..loading import LoadedModel
+    from ..loading.model import LoadedModel
     from ..recovery.run import RecoveryResult
 
 _STEPS, _INTERRUPTED_AT = 6, 4
@@ -81,8 +85,6 @@ class RecoveryConformance:
 
     def test_it_leaves_an_ordinary_checkpoint(self, tmp_path: Path) -> None:
         """The trained model is saved as any other, and gives equal logits when loaded again."""
-        from ..checkpoint import load_pruned
-
         loaded = self.loaded()
         result = self._run(loaded, tmp_path / "work", replace(self.settings(), max_steps=1))
         save(replace(loaded, model=result.model), tmp_path / "saved")
@@ -140,9 +142,6 @@ class RecoveryConformance:
         settings: RecoverySettings,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> RecoveryResult:
-        from ..recovery.data import Examples, Turn
-        from ..recovery.run import recover
-
         words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
         rows = tuple((Turn(f"{words[n % 6]} ", f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}"),) for n in range(12))
         strategy = self.strategy()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..importance.base import ImportanceCriterion, InputStats, ParameterSignals, Signal, StreamStats
+from ..engine.signals import InputStats, ParameterSignals, Signal, StreamStats
+from ..importance.base import ImportanceCriterion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from ..discovery.tiny import random_instance
-from ..families import build_graph
-from ..loading import LoadedModel
-from ..plugins import Catalog, plugin_manager
+from ..families.graph import build_graph
+from ..loading.model import LoadedModel
+from ..oracle.tiny import random_instance
+from ..plugins.catalog import Catalog
+from ..plugins.host import plugin_manager
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,8 +23,6 @@ if TYPE_CHECKING:
 def tiny_llama(seed: int = 0) -> LoadedModel:
     """A random LLaMA that has every kind of unit: 3 layers, each of 3 KV heads with 2 query heads and 40 MLP channels,
     48 hidden channels. No weight is zero, so that every mistake shows; the same ``seed`` gives the same weights."""
-    from transformers import LlamaConfig
-
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=48,
@@ -41,9 +43,6 @@ def tiny_llama(seed: int = 0) -> LoadedModel:
 
 def letters() -> Any:
     """A tokenizer of single letters, whose ids any vocabulary of 60 tokens has."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{chr(97 + n): 20 + n for n in range(26)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -68,8 +67,6 @@ def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.T
 
 def scramble(seed: int) -> None:
     """Put every global random generator into another state; what is drawn from them must not matter."""
-    import numpy as np
-
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -84,9 +84,9 @@ def dense(shared: Path) -> Path:
 def pruned(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     """A model whose layers differ: layers 1 and 2 lost a quarter of their MLP channels."""
     from llmpruner import Catalog, plugin_manager
-    from llmpruner.loading import load_model
-    from llmpruner.pipeline import PruneSettings, apply_plan, make_plan, save
-    from llmpruner.plan import Target
+    from llmpruner.loading.model import load_model
+    from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
+    from llmpruner.structure.plan import Target
 
     catalog = Catalog(plugin_manager())
     loaded = load_model(str(shared / "dense"), catalog)

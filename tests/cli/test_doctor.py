@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from llmpruner import ModelFamily, hookimpl, plugin_manager
 from llmpruner.cli import doctor
 from llmpruner.cli.app import build_app
-from llmpruner.plugins import BrokenPlugin
+from llmpruner.plugins.host import BrokenPlugin
 
 
 @pytest.fixture(autouse=True)

@@ -13,14 +13,16 @@ from composed import ComposedConfig
 from transformers import Glm4MoeConfig, PreTrainedConfig, ZayaConfig
 
 from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily
-from llmpruner.checkpoint import load_pruned, save_checkpoint
-from llmpruner.discovery import discover_graph
-from llmpruner.discovery.follow import Follower
-from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle, rules_of, verify
+from llmpruner.checkpoints.load import load_pruned
+from llmpruner.checkpoints.save import save_checkpoint
+from llmpruner.discovery.groups import discover_graph
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
-from llmpruner.surgery import cut
+from llmpruner.models.surgery import cut
+from llmpruner.oracle.follow import Follower
+from llmpruner.oracle.rules import rules_of
+from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.oracle.verify import FAILED, VERIFIED, Oracle, verify
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 SCALED = ComposedConfig(scaled=True)

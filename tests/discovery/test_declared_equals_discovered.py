@@ -9,7 +9,7 @@ from llmpruner_llama.family import LlamaFamily
 from transformers import LlamaConfig
 
 from llmpruner import CoupledGroup
-from llmpruner.discovery import discover_graph, discover_groups
+from llmpruner.discovery.groups import discover_graph, discover_groups
 
 
 def facts(groups: Sequence[CoupledGroup]) -> dict[str, object]:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner.checkpoint import load_pruned, save_checkpoint
-from llmpruner.coupling import LAYER
-from llmpruner.discovery.tiny import random_instance, tiny_config
-from llmpruner.discovery.verify import VERIFIED, cached_difference, logits, verify, with_attention
-from llmpruner.families import decoder_layers
-from llmpruner.modeling_llmpruner import drop_layers
-from llmpruner.shim import stock_config
+from llmpruner.checkpoints.load import load_pruned
+from llmpruner.checkpoints.save import save_checkpoint
+from llmpruner.checkpoints.shim import stock_config
+from llmpruner.models.decoder import decoder_layers
+from llmpruner.models.modeling_llmpruner import drop_layers
+from llmpruner.oracle.tiny import random_instance, tiny_config
+from llmpruner.oracle.verify import VERIFIED, cached_difference, logits, verify, with_attention
+from llmpruner.structure.coupling import LAYER
 
 TYPES = {
     "afmoe": "the first layers are dense, the others have experts, and a number says how many",

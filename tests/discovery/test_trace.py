@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from llmpruner.discovery.tiny import small_config
 from llmpruner.discovery.trace import export, trace
 from llmpruner.errors import UnsupportedModelError
+from llmpruner.oracle.tiny import small_config
 
 
 class Guessing(nn.Module):

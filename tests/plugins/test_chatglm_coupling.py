@@ -15,11 +15,12 @@ from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, Glm
 from transformers import DynamicCache
 
 from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
-from llmpruner.evaluation.cost import cache_argument, macs_per_token
-from llmpruner.plan import Target
-from llmpruner.selection.budgets import cost_of
-from llmpruner.selection.sizes import counts
-from llmpruner.surgery import cut, silence
+from llmpruner.budgets.open import cost_of
+from llmpruner.budgets.sizes import counts
+from llmpruner.models.arithmetic import macs_per_token
+from llmpruner.models.decoding import cache_argument
+from llmpruner.models.surgery import cut, silence
+from llmpruner.structure.plan import Target
 
 FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
 KINDS = [("chatglm", k) for k in (MLP, ATTENTION)] + [

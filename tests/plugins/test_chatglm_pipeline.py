@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from llmpruner import Catalog, plugin_manager
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.generation import generate
-from llmpruner.loading import load_model
-from llmpruner.pipeline import PruneSettings, apply_plan, make_plan, save
-from llmpruner.plan import Target
+from llmpruner.loading.model import load_model
+from llmpruner.models.generation import generate
+from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
 from llmpruner.recovery.base import RecoverySettings
 from llmpruner.recovery.run import recover
+from llmpruner.structure.plan import Target
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 12
 

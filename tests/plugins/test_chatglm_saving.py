@@ -16,7 +16,7 @@ from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from safetensors.torch import load_file, save_file
 
 from llmpruner import build_graph, load_pruned, save_checkpoint
-from llmpruner.surgery import cut
+from llmpruner.models.surgery import cut
 
 # `llmpruner` cannot be imported in the process that runs this, nor can any plugin.
 STRANGER = """

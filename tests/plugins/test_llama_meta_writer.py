@@ -14,7 +14,8 @@ from llmpruner_llama.meta_params import ffn_width
 from llmpruner_llama.meta_writer import convert_to_meta, write_meta
 
 from llmpruner import CheckpointError, OutputError, build_graph
-from llmpruner.surgery import Kept, cut
+from llmpruner.models.surgery import cut
+from llmpruner.structure.kept import Kept
 
 
 def pruned(name: str, kept: Kept) -> Any:

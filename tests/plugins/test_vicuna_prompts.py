@@ -23,7 +23,7 @@ from llmpruner_vicuna.recognition import chat_template
 from llmpruner_vicuna.training import encode, first_training_text, read_turns, training_text
 
 from llmpruner import DataError
-from llmpruner.recovery.data import load_examples, tokenise
+from llmpruner.data.instructions import load_examples, tokenise
 
 DATA = Path(__file__).parents[1] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))

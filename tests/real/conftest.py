@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from llmpruner import Catalog, plugin_manager
-from llmpruner.loading import LoadedModel, load_model
+from llmpruner.loading.model import LoadedModel, load_model
 
 
 def pytest_collection_modifyitems(items):

@@ -13,9 +13,9 @@ import torch
 
 from llmpruner.importance.magnitude import L1
 from llmpruner.importance.taylor import Taylor
-from llmpruner.pipeline import PruneSettings, apply_plan, make_plan, save
-from llmpruner.plan import Target
-from llmpruner.surgery import cut, silence
+from llmpruner.models.surgery import cut, silence
+from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
+from llmpruner.structure.plan import Target
 from llmpruner.testing import run_probe
 
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]

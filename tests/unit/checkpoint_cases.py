@@ -11,10 +11,10 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import ATTENTION, MLP, Blocks, CoupledGroup, Role, Span, build_graph, layouts
-from llmpruner.families import graph_of
-from llmpruner.meta import meta_model
-from llmpruner.modeling_llmpruner import Dropped
-from llmpruner.surgery import cut
+from llmpruner.models.decoder import graph_of
+from llmpruner.models.empty import meta_model
+from llmpruner.models.modeling_llmpruner import Dropped
+from llmpruner.models.surgery import cut
 
 LAYERS = 3
 SIZES: dict[str, Any] = {

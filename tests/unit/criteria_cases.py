@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner.calibration import CalibrationSet
-from llmpruner.discovery.tiny import random_instance
-from llmpruner.families import build_graph
-from llmpruner.loading import LoadedModel
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.families.graph import build_graph
+from llmpruner.loading.model import LoadedModel
+from llmpruner.oracle.tiny import random_instance
 
 SMALL = {
     "vocab_size": 96,

@@ -11,24 +11,26 @@ import torch
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 from llmpruner import SelectionError, UnsupportedModelError
-from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import random_plan
-from llmpruner.evaluation.cost import cache_argument, macs_per_token
-from llmpruner.families import build_graph
+from llmpruner.budgets import kv_cache
+from llmpruner.budgets.costs import CutCost, savings
+from llmpruner.budgets.open import cost_of
+from llmpruner.budgets.sizes import counts
+from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import Scores
 from llmpruner.importance.magnitude import L1
-from llmpruner.importance.normalize import normalize
-from llmpruner.loading import LoadedModel
-from llmpruner.pipeline import PruneSettings, apply_plan, make_plan
-from llmpruner.plan import BUDGETS, LatencyTable, PruningPlan, Target, Timing
-from llmpruner.selection import kv_cache
+from llmpruner.loading.model import LoadedModel
+from llmpruner.models.arithmetic import macs_per_token
+from llmpruner.models.decoding import cache_argument
+from llmpruner.models.surgery import cut, cut_copy
+from llmpruner.oracle.rules import with_rules
+from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.oracle.verify import random_plan
+from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
 from llmpruner.selection.allocate import Demand
-from llmpruner.selection.budgets import cost_of
-from llmpruner.selection.costs import CutCost, savings
-from llmpruner.selection.probe import cut_copy, with_rules
-from llmpruner.selection.select import Scope, select
-from llmpruner.selection.sizes import counts
-from llmpruner.surgery import cut
+from llmpruner.selection.normalize import normalize
+from llmpruner.selection.select import select
+from llmpruner.structure.plan import BUDGETS, LatencyTable, PruningPlan, Target, Timing
+from llmpruner.structure.scope import Scope
 
 ALL = (0, 1, 2, 3)
 CONTEXT = 24
@@ -260,7 +262,7 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
             self.layers = [Compressed() for _ in self.layers]
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.DynamicCache", Other)
+        patch.setattr("llmpruner.models.decoding.DynamicCache", Other)
         with pytest.raises(UnsupportedModelError, match="is a Compressed, which may grow by other than the token"):
             measure()
     # No layer caches less than three heads, whatever is left of it.

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llmpruner import DataError, ModelError
-from llmpruner.calibration import _Draw, calibration_set, read_documents, sources_of
+from llmpruner.data.calibration import calibration_set, read_documents, sources_of
+from llmpruner.data.written import _Draw
 
 
 class Words:

@@ -17,8 +17,8 @@ from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import CheckpointError, OutputError, build_graph, load_pruned, save_checkpoint
-from llmpruner.checkpoint import read_record
-from llmpruner.surgery import cut
+from llmpruner.checkpoints.record import read_record
+from llmpruner.models.surgery import cut
 
 FAMILY = LlamaFamily()
 
@@ -166,7 +166,7 @@ def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     save_checkpoint(cut_llama(name), tmp_path / "once", record={}, family=FAMILY)
     from transformers import LlamaConfig
 
-    from llmpruner.surgery import restrict
+    from llmpruner.structure.kept import restrict
 
     graph = restrict(build_graph(FAMILY, LlamaConfig(**{**SIZES, **case.options})), case.kept)
     model = load_pruned(tmp_path / "once")

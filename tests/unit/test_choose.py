@@ -11,17 +11,17 @@ from criteria_cases import make, tokens
 
 from llmpruner.compensation.choose import Chooser, can_wait
 from llmpruner.compensation.repair import repair
-from llmpruner.discovery.verify import random_plan
 from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
 from llmpruner.importance.depth import BlockInfluence
 from llmpruner.importance.elimination import Elimination
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
 from llmpruner.importance.taylor import Taylor
-from llmpruner.pipeline import PruneSettings, apply_draft, apply_plan, draft_plan, make_plan
-from llmpruner.plan import Target
+from llmpruner.oracle.verify import random_plan
 from llmpruner.progress import Progress
-from llmpruner.selection.candidates import build_queue
+from llmpruner.recipes.pipeline import PruneSettings, apply_draft, apply_plan, draft_plan, make_plan
+from llmpruner.structure.plan import Target
+from llmpruner.structure.queues import build_queue
 
 CALIBRATION = tokens(24, 32, seed=0)
 SETTINGS = PruneSettings(
@@ -37,7 +37,7 @@ WAITS = [
 @pytest.fixture(autouse=True)
 def little_is_enough(monkeypatch):
     """Scores before the repair see another text than the choice, as they do at full size."""
-    monkeypatch.setattr("llmpruner.pipeline._FEWER_TOKENS", 48)
+    monkeypatch.setattr("llmpruner.recipes.pipeline._FEWER_TOKENS", 48)
 
 
 def groups_of(loaded, kinds: str):
@@ -110,7 +110,7 @@ def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, criterio
 
 def test_the_choice_reads_all_of_the_text(gqa):
     """The units of a plan are those that its whole calibration text ranks highest."""
-    from llmpruner.pipeline import calibrate
+    from llmpruner.recipes.pipeline import calibrate
 
     plan = make_plan(gqa, OutputEnergy(), SETTINGS)
     text = calibrate(gqa, OutputEnergy(), SETTINGS, Progress())

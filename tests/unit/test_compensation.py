@@ -13,9 +13,9 @@ from llmpruner import UnsupportedModelError
 from llmpruner.compensation.consumers import consumers_of
 from llmpruner.compensation.least_squares import NormalEquations
 from llmpruner.compensation.repair import repair
-from llmpruner.coupling import LAYER, Role
-from llmpruner.discovery.verify import random_plan
-from llmpruner.surgery import cut, silence
+from llmpruner.models.surgery import cut, silence
+from llmpruner.oracle.verify import random_plan
+from llmpruner.structure.coupling import LAYER, Role
 
 CALIBRATION, HELD_OUT = tokens(48, 32, seed=0), tokens(8, 32, seed=9).input_ids
 
@@ -30,7 +30,7 @@ PLANS = [
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def plan_for(loaded, kinds: str) -> dict[str, list[int]]:
@@ -128,7 +128,7 @@ def test_micro_batches_change_little(monkeypatch):
     kept = plan_for(loaded, "mlp+attention")
     dense = logits(loaded.model)
     whole = divergence(repaired(loaded, kept)[0], dense)
-    monkeypatch.setattr("llmpruner.walk._TOKENS_AT_ONCE", 256)
+    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 256)
     parts = divergence(repaired(loaded, kept)[0], dense)
     assert parts == pytest.approx(whole, rel=0.25)
 
@@ -198,7 +198,7 @@ def test_a_weight_without_a_watched_product_is_reported_and_silenced(monkeypatch
     model = copy.deepcopy(loaded.model)
     mlp = model.model.layers[1].mlp
     mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
-    monkeypatch.setattr("llmpruner.uses._PRODUCTS", {})
+    monkeypatch.setattr("llmpruner.engine.uses._PRODUCTS", {})
     (fit,) = repair(model, loaded.graph, kept, CALIBRATION).fits
     assert (fit.parameter, fit.rows, fit.ridge) == ("model.layers.1.mlp.down_proj.weight", 0, None)
     assert not bool(mlp.down_proj.weight[:, 30:].any())

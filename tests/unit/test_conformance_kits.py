@@ -23,7 +23,7 @@ from llmpruner import (
     hookimpl,
 )
 from llmpruner.importance.magnitude import L1
-from llmpruner.plugins import plugin_manager
+from llmpruner.plugins.host import plugin_manager
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.testing import CriterionConformance, RecoveryConformance, host_with, tiny_llama

@@ -10,11 +10,11 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
-from llmpruner.coupling import Role
-from llmpruner.importance.base import InputStats, ParameterSignals, Signal
+from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
 from llmpruner.importance.elimination import Elimination
 from llmpruner.importance.estimate import estimate
-from llmpruner.importance.normalize import NORMALIZATIONS, normalize
+from llmpruner.selection.normalize import NORMALIZATIONS, normalize
+from llmpruner.structure.coupling import Role
 
 CALIBRATION = tokens(8, 24)
 CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
@@ -24,7 +24,7 @@ OF_UNITS = [(name, variant) for name, variant in ALL if Signal.STREAM not in CRI
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 @pytest.fixture

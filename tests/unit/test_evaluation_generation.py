@@ -5,7 +5,7 @@ import tiny_models
 import torch
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.generation import generate
+from llmpruner.models.generation import generate
 
 
 def greedy(model, tokenizer, prompt, count):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmpruner import UnknownNameError
-from llmpruner.calibration import calibration_set
+from llmpruner.data.calibration import calibration_set
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1, L2, Random
 from llmpruner.importance.reductions import REDUCTION_NAMES

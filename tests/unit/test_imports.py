@@ -32,7 +32,7 @@ def test_nothing_heavy_is_imported(what):
     assert "llmpruner" in loaded
     assert not {module.split(".")[0] for module in loaded} & HEAVY
     # Its pydantic models take a third of the time in which the help must be there.
-    assert "llmpruner.plan" not in loaded
+    assert "llmpruner.structure.plan" not in loaded
 
 
 def test_every_public_name_exists():

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpruner import PlanError, SelectionError, UnsupportedModelError
+from llmpruner.budgets import latency
+from llmpruner.budgets.costs import LatencyCost
+from llmpruner.budgets.latency import RUNS, WARM_UP, decode_one, falling, measure_latency
+from llmpruner.budgets.sizes import counts
 from llmpruner.importance.magnitude import L1
-from llmpruner.pipeline import PruneSettings, apply_plan, make_plan
-from llmpruner.plan import LatencyTable, PruningPlan, Target, Timing
-from llmpruner.selection import latency
-from llmpruner.selection.costs import LatencyCost
-from llmpruner.selection.latency import RUNS, WARM_UP, decode_one, falling, measure_latency
-from llmpruner.selection.probe import Reading, sample_tokens
-from llmpruner.selection.sizes import counts
-from llmpruner.surgery import cut
+from llmpruner.models.decoding import Reading, sample_tokens
+from llmpruner.models.surgery import cut
+from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.structure.plan import LatencyTable, PruningPlan, Target, Timing
 
 ALL = (0, 1, 2, 3)
 

@@ -7,8 +7,8 @@ import torch
 from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
-from llmpruner.loading import load_model
-from llmpruner.meta import quiet_gguf
+from llmpruner.loading.model import load_model
+from llmpruner.models.quiet import quiet_gguf
 
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
 

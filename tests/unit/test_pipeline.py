@@ -14,8 +14,8 @@ from llmpruner.importance.activation import OutputEnergy
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
 from llmpruner.importance.taylor import Taylor
-from llmpruner.pipeline import PruneSettings, apply_plan, default_layers, draft_plan, make_plan, save
-from llmpruner.plan import PruningPlan, Target
+from llmpruner.recipes.pipeline import PruneSettings, apply_plan, default_layers, draft_plan, make_plan, save
+from llmpruner.structure.plan import PruningPlan, Target
 
 RATIO = Target(by="ratio", amount=0.3)
 
@@ -108,7 +108,7 @@ def test_both_ends_are_protected(gqa):
 
 
 def test_a_saved_model_can_be_pruned_again(gqa, tmp_path, catalog):
-    from llmpruner.loading import load_model
+    from llmpruner.loading.model import load_model
 
     once = apply_plan(gqa, make_plan(gqa, L1(), PruneSettings(target=RATIO, kinds=("mlp",))))
     save(once, tmp_path / "once")
@@ -138,14 +138,14 @@ def test_scores_that_have_the_last_word_see_the_text_of_the_repair(
     gqa, monkeypatch, criterion, compensate, kinds, tokens
 ):
     """Gradients cost more, and have to do with less."""
-    monkeypatch.setattr("llmpruner.pipeline._FEWER_TOKENS", 32)
+    monkeypatch.setattr("llmpruner.recipes.pipeline._FEWER_TOKENS", 32)
     seen = []
 
     def spy(*arguments, **options):
         seen.append(arguments[4].input_ids.numel())
         return estimate(*arguments, **options)
 
-    monkeypatch.setattr("llmpruner.importance.estimate.estimate", spy)
+    monkeypatch.setattr("llmpruner.recipes.pipeline.estimate", spy)
     settings = PruneSettings(target=RATIO, kinds=kinds, samples=6, length=16, compensate=compensate)
     draft_plan(gqa, criterion, settings)
     assert seen == [tokens]

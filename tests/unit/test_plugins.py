@@ -21,9 +21,9 @@ from llmpruner import (
     UnknownNameError,
     UnsupportedModelError,
     hookimpl,
-    hookspecs,
     plugin_manager,
 )
+from llmpruner.plugins import hookspecs
 
 TESTS = Path(__file__).parents[1]
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("llmpruner_")}

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 
 from llmpruner import DataError, ModelFamily, alpaca_prompt
-from llmpruner.recovery.data import IGNORED, Examples, Turn, collator_for, load_examples, tokenise
+from llmpruner.data.instructions import IGNORED, Examples, Turn, collator_for, load_examples, tokenise
 
 FAMILY = ModelFamily()
 RECORDS = [

@@ -3,7 +3,7 @@ import re
 from importlib.resources import files
 
 from llmpruner import ModelFamily
-from llmpruner.recovery.data import load_examples
+from llmpruner.data.instructions import load_examples
 
 PATH = files("llmpruner") / "demo" / "instructions.jsonl"
 

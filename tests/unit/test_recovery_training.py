@@ -19,13 +19,14 @@ from llmpruner import (
     Span,
     UnsupportedModelError,
 )
-from llmpruner.families import build_graph, graph_of
-from llmpruner.recovery.data import Examples, Turn
+from llmpruner.data.instructions import Examples, Turn
+from llmpruner.families.graph import build_graph
+from llmpruner.models.decoder import graph_of
+from llmpruner.models.surgery import cut
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy, adapter_targets
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import latest_checkpoint, micro_batch, steps
-from llmpruner.surgery import cut
 
 pytest.importorskip("peft")
 

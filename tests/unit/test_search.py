@@ -9,15 +9,17 @@ import torch
 from torch.nn import functional
 
 from llmpruner import SelectionError
-from llmpruner.calibration import CalibrationSet
+from llmpruner.compensation.trials import Trials
+from llmpruner.data.calibration import CalibrationSet
 from llmpruner.importance.estimate import Scores
-from llmpruner.pipeline import PruneSettings, make_plan
-from llmpruner.plan import Target, parameters_after
+from llmpruner.models.surgery import cut
 from llmpruner.progress import Progress
+from llmpruner.recipes.pipeline import PruneSettings, make_plan
 from llmpruner.selection.allocate import Demand
-from llmpruner.selection.select import Scope, select
-from llmpruner.selection.trials import Trials
-from llmpruner.surgery import cut
+from llmpruner.selection.select import select
+from llmpruner.structure.kept import parameters_after
+from llmpruner.structure.plan import Target
+from llmpruner.structure.scope import Scope
 
 MEASURED = ("sensitivity", "search")
 
@@ -136,7 +138,7 @@ def test_what_others_can_say_is_no_loss_once_they_are_fitted(gqa, kind):
 
 @pytest.mark.parametrize("allocation", MEASURED)
 def test_the_same_plan_twice_and_it_says_how(gqa, allocation):
-    from llmpruner.builtin import llmpruner_importance_criteria
+    from llmpruner.plugins.builtin import llmpruner_importance_criteria
 
     criterion = next(c for c in llmpruner_importance_criteria() if c.name == "l2")()
     settings = PruneSettings(

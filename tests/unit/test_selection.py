@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, Span, UnknownNameError
+from llmpruner.budgets.costs import parameter_cost
+from llmpruner.budgets.sizes import counts
 from llmpruner.importance.estimate import Scores
-from llmpruner.plan import parameters_after
 from llmpruner.selection.allocate import Demand
-from llmpruner.selection.candidates import build_queue
-from llmpruner.selection.costs import parameter_cost
-from llmpruner.selection.select import Scope, select
-from llmpruner.selection.sizes import counts
-from llmpruner.surgery import restrict
+from llmpruner.selection.select import select
+from llmpruner.structure.kept import parameters_after, restrict
+from llmpruner.structure.queues import build_queue
+from llmpruner.structure.scope import Scope
 
 ALL = (0, 1, 2, 3)
 

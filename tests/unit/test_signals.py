@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from llmpruner import ModelError, Signal
-from llmpruner.calibration import calibration_set
+from llmpruner.data.calibration import calibration_set
+from llmpruner.engine.gradients import walk_signals
 from llmpruner.progress import Progress
-from llmpruner.signals import walk_signals
 
 BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from criteria_cases import layers_of, make, tokens
 
+from llmpruner.engine.inputs import input_statistics, stream_statistics
 from llmpruner.progress import Progress
-from llmpruner.statistics import input_statistics, stream_statistics
 
 CALIBRATION = tokens(6, 16)
 
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def statistics(loaded, wanted, *, gram=True):
@@ -51,7 +51,7 @@ def inputs_of(loaded, names):
 )
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.walk._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", at_once)
     loaded = make(name)
     wanted = [module.format(n) + ".weight" for module in modules for n in (0, 2)]
     found = statistics(loaded, wanted)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmpruner import PlanError
-from llmpruner.surgery import cut, restrict, silence
+from llmpruner.models.surgery import cut, silence
+from llmpruner.structure.kept import restrict
 
 
 def keep_some(graph, kinds, seed, share=0.6):

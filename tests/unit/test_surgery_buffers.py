@@ -10,8 +10,9 @@ from torch import nn
 
 from llmpruner import Blocks, CoupledGroup, CouplingGraph, Role, Span
 from llmpruner.errors import CouplingError
-from llmpruner.plan import parameters_after, structure_of
-from llmpruner.surgery import cut, restrict, silence
+from llmpruner.models.surgery import cut, silence
+from llmpruner.structure.kept import parameters_after, restrict
+from llmpruner.structure.plan import structure_of
 
 BUFFER = Span("layers.0.table", 0, Role.PRODUCES, Blocks(3, width=2))
 WEIGHT = Span("layers.0.weight", 1, Role.CONSUMES, Blocks(3, width=2))

@@ -8,8 +8,8 @@ from criteria_cases import layers_of, make, tokens
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.uses import Use, WatchUses
-from llmpruner.walk import ForwardWalk
+from llmpruner.engine.uses import Use, WatchUses
+from llmpruner.engine.walk import ForwardWalk
 
 
 class Weights(nn.Module):

@@ -9,15 +9,16 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
-from llmpruner.calibration import CalibrationSet
-from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.families import decoder_layers
-from llmpruner.walk import ForwardWalk, computes_bfloat16_fast, standing_in
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.engine.walk import ForwardWalk, standing_in
+from llmpruner.models.decoder import decoder_layers
+from llmpruner.models.precision import computes_bfloat16_fast
+from llmpruner.oracle.tiny import random_instance, small_config
 
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def boundaries(loaded, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -57,7 +58,7 @@ def test_the_walk_gives_the_models_own_hidden_states(name):
 def test_micro_batches_make_no_difference(monkeypatch):
     loaded, calibration = make("llama-gqa"), tokens(5, 16)
     _, whole = walked(loaded, calibration)
-    monkeypatch.setattr("llmpruner.walk._TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
     assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
@@ -91,7 +92,7 @@ def test_half_precision_models_are_walked():
 def test_fast_products_stay_near(monkeypatch):
     loaded, calibration = make("llama-gqa"), tokens(4, 16)
     _, exact = walked(loaded, calibration)
-    monkeypatch.setattr("llmpruner.walk.computes_bfloat16_fast", lambda model: True)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: True)
     _, fast = walked(loaded, calibration)
     assert 0 < float((fast[-1] - exact[-1]).norm() / exact[-1].norm()) < 0.05
 

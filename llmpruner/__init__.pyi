@@ -1,0 +1,54 @@
+"""The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
+
+from .checkpoints.load import load_pruned as load_pruned
+from .checkpoints.reader import CheckpointReader as CheckpointReader
+from .checkpoints.save import save_checkpoint as save_checkpoint
+from .data.sharegpt import read_sharegpt as read_sharegpt
+from .engine.signals import ParameterSignals as ParameterSignals
+from .engine.signals import Signal as Signal
+from .errors import CheckpointError as CheckpointError
+from .errors import CouplingError as CouplingError
+from .errors import DataError as DataError
+from .errors import DuplicateNameError as DuplicateNameError
+from .errors import LlmprunerError as LlmprunerError
+from .errors import MissingExtraError as MissingExtraError
+from .errors import ModelError as ModelError
+from .errors import OutputError as OutputError
+from .errors import PlanError as PlanError
+from .errors import PluginError as PluginError
+from .errors import SelectionError as SelectionError
+from .errors import UnknownNameError as UnknownNameError
+from .errors import UnsupportedModelError as UnsupportedModelError
+from .families.family import ModelFamily as ModelFamily
+from .families.family import alpaca_prompt as alpaca_prompt
+from .families.graph import build_graph as build_graph
+from .importance.base import ImportanceCriterion as ImportanceCriterion
+from .loading.register import register as register
+from .models.empty import meta_model as meta_model
+from .plugins.catalog import Catalog as Catalog
+from .plugins.hookspecs import HOOK_VERSION as HOOK_VERSION
+from .plugins.hookspecs import hookimpl as hookimpl
+from .plugins.host import PluginHost as PluginHost
+from .plugins.host import plugin_manager as plugin_manager
+from .recovery.base import RecoveryJob as RecoveryJob
+from .recovery.base import RecoverySettings as RecoverySettings
+from .recovery.base import RecoveryStrategy as RecoveryStrategy
+from .recovery.base import TrainingResult as TrainingResult
+from .recovery.training import fit as fit
+from .structure import layouts as layouts
+from .structure.coupling import ATTENTION as ATTENTION
+from .structure.coupling import EXPERT as EXPERT
+from .structure.coupling import HIDDEN as HIDDEN
+from .structure.coupling import LAYER as LAYER
+from .structure.coupling import MLP as MLP
+from .structure.coupling import QUERY as QUERY
+from .structure.coupling import Blocked as Blocked
+from .structure.coupling import Blocks as Blocks
+from .structure.coupling import CoupledGroup as CoupledGroup
+from .structure.coupling import CouplingGraph as CouplingGraph
+from .structure.coupling import Explicit as Explicit
+from .structure.coupling import Role as Role
+from .structure.coupling import Span as Span
+from .structure.coupling import index_map as index_map
+
+__version__: str

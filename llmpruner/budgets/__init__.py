@@ -1,0 +1,1 @@
+"""Budgets: what the amount to remove is a share of."""

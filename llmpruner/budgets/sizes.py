@@ -1,0 +1,110 @@
+"""How many elements of each parameter remain when groups keep so many units: arithmetic on counts, without index
+sets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import prod
+
+from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.kept import kept_indices, layer_numbers, surviving_units
+
+
+class SizeModel:
+    """Sizes of every parameter of a graph, tied ones included, as a function of the units kept per group.
+
+    ``kept``, in all methods: group name → number of units kept, as if no other group lost any; missing groups keep
+    all. Exact where groups own disjoint indices of an axis, and where one group's units are nested in another's with
+    equal numbers per block (query heads in KV heads), which are the overlaps that groups can have.
+    """
+
+    def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> None:
+        owners: dict[tuple[str, int], list[CoupledGroup]] = {}
+        for group in groups:
+            for key in dict.fromkeys((s.parameter, s.axis) for s in group.spans):
+                owners.setdefault(key, []).append(group)
+        self._axes = {
+            name: [_Axis(name, a, size, owners.get((name, a), [])) for a, size in enumerate(shape)]
+            for name, shape in graph.shapes.items()
+        }
+        prefix = graph.layers + "."
+        self.layer_of = {n: int(n[len(prefix) :].split(".")[0]) for n in self._axes if n.startswith(prefix)}
+        """Parameter → number of its decoder layer, for those that are in one."""
+
+    def elements(self, name: str, kept: Mapping[str, int]) -> int:
+        """Elements that remain of parameter ``name``."""
+        return prod(axis.size(kept) for axis in self._axes[name])
+
+    def size(self, name: str, axis: int, kept: Mapping[str, int]) -> int:
+        """Indices that remain of one axis of parameter ``name``."""
+        return self._axes[name][axis].size(kept)
+
+    def owned(self, name: str, axis: int, group: CoupledGroup, kept: Mapping[str, int]) -> int:
+        """Indices that remain of those which ``group`` and the groups nested in it own."""
+        return self._axes[name][axis].owned(group, kept)
+
+
+class _Axis:
+    """One axis of one parameter: a size, less what each cluster of overlapping groups gives up."""
+
+    def __init__(self, parameter: str, axis: int, size: int, groups: Sequence[CoupledGroup]) -> None:
+        self._size = size
+        self._clusters: list[tuple[int, list[CoupledGroup]]] = []
+        owned = {g.name: _owned(g, parameter, axis) for g in groups}
+        left = list(groups)
+        while left:
+            cluster = [left.pop(0)]
+            union = set(owned[cluster[0].name])
+            for group in list(left):
+                if union & owned[group.name]:
+                    cluster.append(group)
+                    left.remove(group)
+                    union |= owned[group.name]
+            self._clusters.append((len(union), cluster))
+
+    def size(self, kept: Mapping[str, int]) -> int:
+        return self._size - sum(owned - _stay(owned, cluster, kept) for owned, cluster in self._clusters)
+
+    def owned(self, group: CoupledGroup, kept: Mapping[str, int]) -> int:
+        return sum(_stay(owned, cluster, kept) for owned, cluster in self._clusters if group in cluster)
+
+
+def _stay(owned: int, cluster: Iterable[CoupledGroup], kept: Mapping[str, int]) -> int:
+    for group in cluster:
+        owned = owned * kept.get(group.name, group.units) // group.units
+    return owned
+
+
+def _owned(group: CoupledGroup, parameter: str, axis: int) -> set[int]:
+    spans = (s for s in group.spans if s.parameter == parameter and s.axis == axis)
+    return {i for span in spans for i in span.indices(range(group.units))}
+
+
+def enclosing(groups: Collection[CoupledGroup]) -> dict[str, tuple[CoupledGroup, ...]]:
+    """Group name → the groups whose units its own units lie in: a query head in its KV head."""
+    blocked = [g for g in groups if g.blocks > 1]
+    found = {}
+    for inner in blocked:
+        keys = {(s.parameter, s.axis) for s in inner.spans}
+        near = [
+            g
+            for g in groups
+            if g.units == inner.blocks and g.layer == inner.layer and {(s.parameter, s.axis) for s in g.spans} & keys
+        ]
+        found[inner.name] = tuple(g for g in near if any(_owned(g, *k) & _owned(inner, *k) for k in keys))
+    return found
+
+
+def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:
+    """What a choice of units is in numbers: (group name → units kept, as `SizeModel` counts them; layers removed)."""
+    axes = kept_indices(graph, kept)
+    found: dict[str, int] = {}
+    for name in kept:
+        group = graph.by_name[name]
+        if group.modules:
+            continue
+        units = surviving_units(graph, kept, group, axes)
+        # Blocks that went as a whole are counted where they were cut.
+        per_block = group.units // group.blocks
+        found[name] = len(units) * group.blocks // len({u // per_block for u in units})
+    return found, set(range(graph.num_layers)) - set(layer_numbers(graph, kept))

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: ordinary Hugging Face directories, with or without the shim."""

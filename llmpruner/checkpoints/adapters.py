@@ -1,0 +1,60 @@
+"""Checkpoints of peft adapters, and the models they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, MissingExtraError, first_line
+from ..files import new_directory
+from .record import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_ADAPTER_FILE = "adapter_config.json"
+
+
+def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | None) -> None:
+    """Write the adapters of a peft model alone; ``base`` is the model they are loaded onto.
+
+    Raises `OutputError` when ``directory`` exists or cannot be written.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
+    with new_directory(directory) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def adapter_base(path: Path) -> str | None:
+    """The model that the peft adapter in directory ``path`` belongs to: a folder inside ``path``, or what the adapter
+    names; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    file = path / _ADAPTER_FILE
+    if not file.is_file():
+        return None
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
+    return str(path / base) if (path / base).is_dir() else base
+
+
+def with_adapter(model: PreTrainedModel, path: Path) -> Any:
+    """``model`` with the peft adapter in directory ``path`` upon it, as a peft model in evaluation mode.
+
+    Raises `CheckpointError` when the adapter is damaged or belongs to another model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("peft", "recover") from error
+    load: Callable[..., Any] = PeftModel.from_pretrained
+    # A damaged adapter can raise anything, from the parser of its configuration to torch.
+    try:
+        return load(model, str(path)).eval()
+    except Exception as error:
+        base = model.config.name_or_path
+        raise CheckpointError(f"the adapter in {path} does not fit '{base}': {first_line(error)}") from error

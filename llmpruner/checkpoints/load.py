@@ -1,0 +1,59 @@
+"""Loading a checkpoint that llmpruner wrote, without remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..errors import CheckpointError, first_line
+from ..models.modeling_llmpruner import MODEL_TYPE_PREFIX, base_class, pruned_model
+from ..models.quiet import quiet_transformers
+from .adapters import adapter_base, with_adapter
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load_pruned(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter upon one. No remote code runs.
+
+    ``path``: a directory or a hub id. ``dtype``: as saved unless given. Any stock checkpoint loads as well.
+    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or misshapen.
+    """
+    base = adapter_base(Path(path))
+    if base is not None:
+        model = load_pruned(base, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        return cast("PreTrainedModel", with_adapter(model, Path(path)))
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
+
+    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with quiet_transformers():
+            model, info = _model_class(path).from_pretrained(str(path), **options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
+    for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        for key in sorted(map(str, info[trouble])):
+            raise CheckpointError(f"the weights of {path} are incomplete or damaged: {trouble[:-5]} tensor {key}")
+    return cast("PreTrainedModel", model.to(device).eval())
+
+
+def _model_class(path: str | Path) -> Any:
+    """The class that loads ``path``: a pruned one by its record, else AutoModel's choice."""
+    config, _ = PreTrainedConfig.get_config_dict(str(path))
+    if str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        return pruned_model(base_class(config["llmpruner"]))
+    return AutoModelForCausalLM

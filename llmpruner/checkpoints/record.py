@@ -1,0 +1,28 @@
+"""``llmpruner.json``: what a checkpoint says of how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, first_line
+
+RECORD_FILE = "llmpruner.json"
+
+
+def read_record(path: str | Path) -> dict[str, Any] | None:
+    """What `save_checkpoint` wrote to ``llmpruner.json``; None for a model that llmpruner did not write."""
+    file = Path(path) / RECORD_FILE
+    return read_json(file) if file.is_file() else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises `CheckpointError`."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is damaged: expected a JSON object")
+    return value

@@ -1,0 +1,151 @@
+"""The record of how a cut model differs from the model that its stored configuration states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from torch import nn
+
+from ..errors import CheckpointError
+from ..models.decoder import decoder_layers
+from ..models.empty import base_of, empty_model
+from ..models.modeling_llmpruner import (
+    LAYERS,
+    RECORD_VERSION,
+    Dropped,
+    apply_record,
+    derive_lists,
+    drop_layers,
+    pruned_model,
+    with_all_layers,
+)
+from .stock import per_layer_sizes, plain_attributes, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_NUMBERS = (int, float, bool)
+_PLAIN = (*_NUMBERS, str, type(None))
+
+
+def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance without weights of the pruned class that is resized to ``model``.
+
+    ``config``: the stock configuration that ``model`` was cut from, less the removed layers. It need not be able to
+    say which layers these are: the instance is built with all of them, and loses the same ones.
+    """
+    base = base_of(model)
+    record = {
+        "version": RECORD_VERSION,
+        "base": base.__name__,
+        "module": _module_of(model),
+        **derive(model, config),
+    }
+    pruned = pruned_model(base)
+    values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    sizes = per_layer_sizes(model, uncut_model(model, config), config, decoder_layers(model))
+    if sizes:
+        values["per_layer_config"] = sizes
+        values["allow_global_per_layer_attribute_access"] = True
+    stored = pruned.config_class.from_dict({**values, "llmpruner": record})
+    stored._attn_implementation = config._attn_implementation
+    return empty_model(pruned, stored)
+
+
+def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance of ``config`` with the layers that ``model`` has, at their full size, without weights."""
+    layers = vars(model).get(LAYERS)
+    if not layers:
+        return empty_model(base_of(model), config)
+    built = empty_model(base_of(model), with_all_layers(copy.deepcopy(config), layers))
+    drop_layers(built, layers["path"], layers["kept"])
+    return built
+
+
+def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
+    """What must be done to an instance of ``config`` to make it ``model``, found by comparing the two.
+
+    Raises `CheckpointError` when ``model`` has parameters that the instance lacks, or lacks some without a
+    `Dropped` in their place.
+    """
+    record: dict[str, Any] = {
+        "dropped": {
+            path: {"returns": module.returns, "layer_idx": module.layer_idx}
+            for path, module in model.named_modules()
+            if type(module).__name__ == Dropped.__name__
+        }
+    }
+    built = uncut_model(model, config)
+    apply_record(built, record)
+    before, after = tensor_shapes(built), tensor_shapes(model)
+    # A cut buffer is saved even where the class itself computes it.
+    before |= {name: () for name, _ in built.named_buffers() if name not in before and name in after}
+    for name in sorted(before.keys() ^ after.keys()):
+        whose = "configuration" if name in before else "model"
+        raise CheckpointError(f"only the {whose} has the parameter '{name}'; they must describe the same layers")
+    record["layers"] = vars(model).get(LAYERS)
+    record["shapes"] = {name: list(shape) for name, shape in after.items() if before[name] != shape}
+    apply_record(built, {"shapes": record["shapes"]})
+    record |= _differences(model, built)
+    return {key: value for key, value in record.items() if value}
+
+
+def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
+    attributes: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    modules = dict(built.named_modules())
+    exchanged = [path for path, _ in model.named_modules() if path not in modules]
+    for path, module in model.named_modules():
+        if path not in modules:
+            continue
+        # A class that exchanged modules while it ran will do so again: the mode it is in is its own affair.
+        kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
+        ours, theirs = plain_attributes(module, kinds), vars(modules[path])
+        changed = {n: v for n, v in ours.items() if n in theirs and theirs[n] != v}
+        changed |= {n: v for n, v in ours.items() if n not in theirs and v is not None}
+        if changed:
+            attributes[path] = changed
+        own = vars(module).get("config")
+        if own is not None and own is not vars(model).get("config"):
+            stored = _plain_values(modules[path].config)
+            changed = {n: v for n, v in _plain_values(own).items() if n in stored and stored[n] != v}
+            if changed:
+                configs[path] = changed
+    return {"attributes": attributes, "configs": configs}
+
+
+def _plain_values(config: Any) -> dict[str, Any]:
+    return {n: v for n, v in vars(config).items() if not n.startswith("_") and isinstance(v, _NUMBERS)}
+
+
+def _module_of(model: PreTrainedModel) -> str | None:
+    """Where the base class is defined, unless transformers exports it."""
+    base = base_of(model)
+    if getattr(transformers, base.__name__, None) is base:
+        return None
+    # A base class that was itself loaded from a checkpoint keeps the name it has where it is installed.
+    earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
+    return earlier.get("module") or base.__module__
+
+
+def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of ``model`` as a plain, unquantised one of its base class."""
+    config = copy.deepcopy(model.config)
+    derive_lists(config.get_text_config())
+    if hasattr(model, "pruned_base"):
+        dropped = {
+            "model_type",
+            "llmpruner",
+            "auto_map",
+            "per_layer_config",
+            "allow_global_per_layer_attribute_access",
+        }
+        values = {k: v for k, v in config.to_dict().items() if k not in dropped}
+        config = model.pruned_base.config_class.from_dict(values)
+        config._attn_implementation = model.config._attn_implementation
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config

@@ -1,0 +1,125 @@
+"""Trials: the model as it would be after a cut, measured against itself as it is.
+
+Every trial is a real cut of a copy that shares the weights it does not lose, so anything that can be cut can be tried.
+Weights that read cut units are fitted again from one pass over the calibration text, each for itself: what the repair
+does later is better, but this is what tells a cut that can be made good for from one that cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..data.calibration import CalibrationSet
+from ..engine.divergence import divergence
+from ..engine.inputs import input_statistics
+from ..engine.walk import check_tokens
+from ..models.precision import computes_bfloat16_fast
+from ..models.surgery import cut_copy
+from ..oracle.rules import with_rules
+from ..progress import Progress
+from ..structure.coupling import CoupledGroup, CouplingGraph
+from .consumers import Consumer, consumers_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..structure.architecture import Follows
+    from ..structure.kept import Kept
+
+_TRIED, _FITTED = 2048, 16384
+"""Tokens that trials are measured on, and at most so many others that weights are fitted to."""
+_RIDGE = 0.03
+
+
+class Trials:
+    """Measures cuts of ``groups``. With ``refit``, memory beyond the model: a Gram matrix for every weight that reads
+    their units, kept on the model's device."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        graph: CouplingGraph,
+        groups: Sequence[CoupledGroup],
+        family: Follows,
+        calibration: CalibrationSet,
+        *,
+        refit: bool,
+        progress: Progress,
+    ) -> None:
+        self.model, self.graph = model, graph
+        self.family = with_rules(family, model, {group.kind for group in groups})
+        ids = check_tokens(model, calibration)
+        rows = max(1, min(_TRIED // ids.shape[1], len(ids) // 2))
+        self.tried = torch.split(ids[-rows:], max(1, _TRIED // 4 // ids.shape[1]))
+        self.dense = [self._logits(model, part) for part in self.tried]
+        self._fitted: dict[str, list[tuple[bytes, nn.Parameter]]] = {}
+        self._grams = self._measure(groups, ids[: -rows or None], calibration.source, progress) if refit else {}
+
+    def _measure(
+        self, groups: Sequence[CoupledGroup], ids: torch.Tensor, source: str, progress: Progress
+    ) -> dict[str, torch.Tensor]:
+        """Parameter → XᵀX of its inputs, for what reads the inner units of layers."""
+        emptied = {g.name: tuple(range(max(g.minimum, 1))) for g in groups if g.layer is not None and not g.modules}
+        layers = range(self.graph.num_layers)
+        wanted = [name for layer in layers for name in self._consumers(emptied, layer)]
+        if not wanted or not len(ids):
+            return {}
+        part = CalibrationSet(ids, source).first(_FITTED)
+        measured = input_statistics(self.model, self.graph.layers, wanted, part, progress, gram=True)
+        return {name: found.gram for layer in measured for name, found in layer.items() if found.gram is not None}
+
+    def _consumers(self, kept: Kept, layer: int) -> dict[str, Consumer]:
+        found = consumers_of(self.graph, kept, layer)
+        return {name: consumer for name, consumer in found.items() if not consumer.from_stream}
+
+    @torch.no_grad()
+    def loss(self, kept: Kept) -> float:
+        """Mean KL divergence per token from the model as it is, in nats, after a cut to ``kept``."""
+        layers = {self.graph.by_name[name].layer for name in kept}
+        fitted = {
+            name: self._fit(consumer)
+            for layer in layers
+            if layer is not None
+            for name, consumer in self._consumers(kept, layer).items()
+            if name in self._grams
+        }
+        copied = cut_copy(self.model, self.graph, kept, self.family, fitted)
+        pairs = zip(self.dense, self.tried, strict=True)
+        total = sum(divergence(wanted, self._logits(copied, ids)) for wanted, ids in pairs)
+        return total / sum(ids[:, 1:].numel() for ids in self.tried)
+
+    @torch.no_grad()
+    def _logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    def _fit(self, consumer: Consumer) -> nn.Parameter:
+        """The weight with zeros for the inputs that go, and the others fitted to what it said with all of them:
+        (WG + λW)ₖ(G + λI)ₖₖ⁻¹."""
+        key = consumer.kept.numpy().tobytes()
+        known = self._fitted.setdefault(consumer.parameter, [])
+        for had, weight in known:
+            if had == key:
+                return weight
+        fitted = nn.Parameter(self._solve(consumer), requires_grad=False)
+        # The share at hand and the one tried now: a search looks at no others.
+        known[:] = [*known[-1:], (key, fitted)]
+        return fitted
+
+    def _solve(self, consumer: Consumer) -> torch.Tensor:
+        parameter = self.model.get_parameter(consumer.parameter)
+        gram, kept = self._grams[consumer.parameter], consumer.kept.to(parameter.device)
+        old_OI = parameter.float() if consumer.axis == parameter.dim() - 1 else parameter.float().mT
+        inner = gram.index_select(-1, kept).index_select(-2, kept)
+        strength = _RIDGE * inner.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        inner.diagonal(dim1=-2, dim2=-1).add_(strength.clamp_min(torch.finfo(torch.float32).tiny))
+        cross_IO = gram.index_select(-2, kept) @ old_OI.mT + strength[..., None] * old_OI.index_select(-1, kept).mT
+        new_OI = torch.zeros_like(old_OI)
+        new_OI.index_copy_(-1, kept, torch.cholesky_solve(cross_IO, torch.linalg.cholesky(inner)).mT.contiguous())
+        new = new_OI if consumer.axis == parameter.dim() - 1 else new_OI.mT
+        return new.to(parameter.dtype).contiguous()

@@ -1,0 +1,86 @@
+"""Calibration text that the model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..errors import ModelError
+from ..models.precision import computes_bfloat16_fast
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+_PASSAGE, _ROWS = 64, 128
+"""What a model writes: tokens in one go, and passages at once."""
+
+
+def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, length: int, seed: int) -> torch.Tensor:
+    """Text sampled from the model itself: passages of at most 64 tokens from BOS, at temperature 1, without truncation
+    of the distribution, one after another until a sample is full. Many short passages are about more than a few long
+    ones of as many tokens, and sooner written.
+
+    Every passage is a fair sample. The numbers that choose its tokens are one scrambled Sobol point (Owen, 1998), a
+    coordinate for each token, so that together passages begin with every token about as often as the model predicts.
+
+    Returns int64 of shape (samples, length). Deterministic in ``seed``; torch's global generator is not used.
+    """
+    bos = _first_token(model, tokenizer)
+    parts = -(-length // _PASSAGE)
+    passage, passages = -(-length // parts), samples * parts
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=passage - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
+    )
+    points = torch.quasirandom.SobolEngine(passage - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    written: list[torch.Tensor] = []
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
+        # The cache of keys and values grows with the batch.
+        for done in range(0, passages, _ROWS):
+            rows = min(_ROWS, passages - done)
+            # Every sequence has full length: padding would dilute the statistics.
+            draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
+            start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
+            mask = torch.ones_like(start)
+            ids = model.generate(start, attention_mask=mask, generation_config=config, logits_processor=[draw])
+            written.append(ids.cpu())
+    return torch.cat(written).view(samples, -1)[:, :length]
+
+
+class _Draw:
+    """A logits processor that draws a token from each row and leaves nothing else to choose, by the numbers between 0
+    and 1 that stand in ``numbers`` (rows, steps): one for each token. The tokens ``never`` are not drawn."""
+
+    def __init__(self, numbers: torch.Tensor, never: Sequence[int] = ()) -> None:
+        self._numbers, self._never = numbers, list(never)
+
+    def __call__(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        vocabulary, step = logits_BV.shape[-1], ids.shape[1] - 1
+        never = torch.tensor([t for t in self._never if t < vocabulary], dtype=torch.long, device=logits_BV.device)
+        upto_BV = logits_BV.float().index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
+        total_B1 = upto_BV[:, -1:]
+        if bool(total_B1.isnan().any()):
+            raise ModelError(
+                "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
+            )
+        drawn_B1 = self._numbers[:, step : step + 1] * total_B1
+        # Below the total, which rounding may reach, and to the right of equal sums: what cannot follow is never drawn.
+        drawn_B1 = drawn_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
+        tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True)
+        return torch.full_like(logits_BV, -torch.inf).scatter_(-1, tokens_B1, 0.0)
+
+
+def _first_token(model: PreTrainedModel, tokenizer: Any | None) -> int:
+    generation = getattr(model, "generation_config", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for owner in (generation, model.config.get_text_config(), tokenizer):
+        for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
+            value = getattr(owner, name, None)
+            value = value[0] if isinstance(value, list) and value else value
+            if isinstance(value, int) and 0 <= value < vocabulary:
+                return value
+    return 0

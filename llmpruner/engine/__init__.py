@@ -1,0 +1,1 @@
+"""Running a decoder layer by layer, and measuring what happens in it."""

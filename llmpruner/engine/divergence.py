@@ -1,0 +1,22 @@
+"""Kullback-Leibler divergence between the predictions of two models."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from ..errors import ModelError
+
+
+def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
+    """Sum of KL(wanted ‖ logits) over all predictions that have a next token, in nats."""
+    if wanted_BTV.shape != logits_BTV.shape:
+        raise ModelError(
+            f"the model predicts {logits_BTV.shape[-1]} tokens and the reference {wanted_BTV.shape[-1]}; KL divergence "
+            "needs one vocabulary"
+        )
+    total = 0.0
+    for wanted, logits in zip(wanted_BTV, logits_BTV, strict=True):
+        log_p, log_q = wanted[:-1].float().log_softmax(-1), logits[:-1].float().to(wanted.device).log_softmax(-1)
+        total += float(functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
+    return total

@@ -1,0 +1,306 @@
+"""Walking a decoder layer by layer, forwards and backwards, so that gradients of one layer exist at a time.
+
+The forward pass keeps the hidden states at every layer boundary (samples × length × hidden size each). The
+backward pass re-runs one layer at a time from its boundary, hands the gradients of its parameters to the
+caller, and drops them. It gives the gradients of plain autograd over the whole model, at the memory of one layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..errors import ModelError, UnsupportedModelError
+from ..models.decoder import decoder_list
+from .inputs import input_statistics
+from .signals import InputStats, ParameterSignals, Signal
+from .walk import call_layer, check_tokens, first_output, standing_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..data.calibration import CalibrationSet
+    from ..progress import Progress
+    from ..structure.coupling import CouplingGraph
+
+_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ})
+_INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
+_LOGIT_ELEMENTS = 1 << 24
+
+
+@dataclass
+class _Batch:
+    """One micro-batch: its boundary states, what else each layer was called with, and the gradient on its way down."""
+
+    input_ids: torch.Tensor
+    share: float
+    """Its share of the calibration set, by which its mean loss counts."""
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    output_rest: list[tuple[Any, ...] | None] = field(default_factory=list)
+    grad: torch.Tensor | None = None
+
+
+class _Reached(Exception):
+    """Stops a forward pass once the wanted state is there."""
+
+
+class LayerWalk:
+    """The walk over one model and one calibration set.
+
+    ``layers``: path of the module list of decoder layers. The model's parameters are left without gradients and
+    with the ``requires_grad`` flags they had.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: str, calibration: CalibrationSet, *, per_sample: bool) -> None:
+        self.model = model
+        self.path = layers
+        self.layers = decoder_list(model, layers)
+        ids = check_tokens(model, calibration)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        # The logits of a micro-batch are the largest tensor of all; their size sets the batch.
+        rows = 1 if per_sample else max(1, _LOGIT_ELEMENTS // (ids.shape[1] * vocabulary))
+        self.batches = [_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)]
+
+    @torch.no_grad()
+    def forward(self) -> float:
+        """Keep the boundaries; return the mean loss (nats per token). Raises `ModelError` when it is not finite."""
+        loss = 0.0
+        for batch in self.batches:
+            with self._recording(batch):
+                logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+            loss += batch.share * float(_loss(logits, batch.input_ids))
+        if not isfinite(loss):
+            raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
+        return loss
+
+    def backward_head(self) -> None:
+        """The gradient of the loss with respect to the last boundary, through final norm and language-model head."""
+        for batch in self.batches:
+            batch.grad = self._head(batch)
+
+    def backward_layer(self, number: int, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
+        """Gradients of layer ``number``'s ``wanted`` parameters (names in the model); moves the walk one layer down."""
+        layer = self.layers[number]
+        prefix = f"{self.path}.{number}."
+        parameters = {n: self.model.get_parameter(n) for n in wanted if n.startswith(prefix)}
+        sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
+        with _requiring_grad(parameters.values()):
+            for batch in self.batches:
+                if batch.grad is None:
+                    raise RuntimeError("backward_head comes before backward_layer")
+                hidden = batch.hidden[number].detach().requires_grad_()
+                with torch.enable_grad():
+                    first = first_output(call_layer(layer, hidden, batch.calls[number]))
+                    torch.autograd.backward(first, batch.grad)
+                batch.grad = hidden.grad
+                for name, parameter in parameters.items():
+                    sums[name].add(parameter, batch.share)
+        return sums
+
+    def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
+        """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head. Where embeddings and
+        head are tied, theirs is the sum of both uses. The walk must have come down to layer 0."""
+        parameters = {n: self.model.get_parameter(n) for n in wanted}
+        sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
+        with _requiring_grad(parameters.values()):
+            for batch in self.batches:
+                down = batch.grad
+                self._head(batch)
+                first = self._first_boundary(batch)
+                if first.requires_grad:
+                    torch.autograd.backward(first, down)
+                for name, parameter in parameters.items():
+                    sums[name].add(parameter, batch.share)
+        return sums
+
+    @contextlib.contextmanager
+    def _recording(self, batch: _Batch) -> Iterator[None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, torch.Tensor):
+                raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+            batch.hidden.append(hidden)
+            batch.calls.append((args[1:], dict(kwargs)))
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
+            if len(batch.output_rest) == len(self.layers):
+                batch.hidden.append(first_output(output))
+
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                for handle in (
+                    layer.register_forward_pre_hook(before, with_kwargs=True),
+                    layer.register_forward_hook(after),
+                ):
+                    stack.callback(handle.remove)
+            yield
+
+    def _head(self, batch: _Batch) -> torch.Tensor | None:
+        """Run everything after the last layer with gradients; return the gradient at the last boundary."""
+        last = batch.hidden[-1].detach().requires_grad_()
+        hidden = [*batch.hidden[1:-1], last]
+        with self._stubs(batch, hidden), torch.enable_grad():
+            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+            torch.autograd.backward(_loss(logits, batch.input_ids))
+        return last.grad
+
+    def _first_boundary(self, batch: _Batch) -> torch.Tensor:
+        """What the embeddings give, with its autograd graph."""
+        caught: list[torch.Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        handle = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with torch.enable_grad(), contextlib.suppress(_Reached):
+                self.model(input_ids=batch.input_ids, use_cache=False)
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def _stubs(self, batch: _Batch, hidden: list[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+        """Layers that return what they once returned instead of computing it."""
+
+        def stub(number: int) -> Any:
+            rest = batch.output_rest[number]
+            result = hidden[number] if rest is None else (hidden[number], *rest)
+            return lambda *_, **__: result
+
+        return standing_in(self.layers, stub)
+
+
+@dataclass
+class _Gradients:
+    """Float32 accumulators: the gradient of the mean loss, and the mean squared gradient of single samples."""
+
+    grad: torch.Tensor
+    grad_sq: torch.Tensor | None
+
+    @classmethod
+    def like(cls, parameter: torch.Tensor, squares: bool) -> _Gradients:
+        zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        return cls(zeros, torch.zeros_like(zeros) if squares else None)
+
+    def add(self, parameter: nn.Parameter, share: float) -> None:
+        if parameter.grad is None:
+            return
+        grad = parameter.grad.float()
+        parameter.grad = None
+        self.grad.add_(grad, alpha=share)
+        if self.grad_sq is not None:
+            self.grad_sq.addcmul_(grad, grad, value=share)
+
+
+def walk_signals(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    wanted: Collection[str],
+    needs: Collection[Signal],
+    calibration: CalibrationSet | None,
+    seed: int,
+    progress: Progress,
+) -> Iterator[tuple[str, ParameterSignals]]:
+    """Yield every parameter of ``wanted`` once, with the signals a criterion ``needs``. What is yielded is dropped
+    before the next layer is computed, so keep no reference to it."""
+    if set(needs) <= {Signal.WEIGHT}:
+        for name in sorted(wanted):
+            yield name, signals_of(model, name, None, None, needs, seed)
+        return
+    if calibration is None:
+        raise ModelError("this criterion measures the model at work and needs a calibration set")
+    found = _inputs(model, graph, wanted, needs, calibration, progress)
+    if not _GRADIENTS.intersection(needs):
+        rest = set(wanted)
+        for name, stats in found:
+            rest.discard(name)
+            yield name, signals_of(model, name, None, stats, needs, seed)
+        for name in sorted(rest):
+            yield name, signals_of(model, name, None, None, needs, seed)
+        return
+    inputs = dict(found)
+    squares = Signal.GRAD_SQ in needs
+    outer = {name for name in wanted if not graph.is_decoder(name)}
+    prefix = graph.layers + "."
+    numbers = {int(name[len(prefix) :].split(".")[0]) for name in wanted if name.startswith(prefix)}
+    lowest = 0 if outer else min(numbers)
+    with _requiring_grad((), freeze=model):
+        walk = LayerWalk(model, graph.layers, calibration, per_sample=squares)
+        walk.forward()
+        walk.backward_head()
+        for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
+            for name, sums in walk.backward_layer(number, wanted, squares=squares).items():
+                yield name, signals_of(model, name, sums, inputs.get(name), needs, seed)
+        if outer:
+            for name, sums in walk.backward_outer(outer, squares=squares).items():
+                yield name, signals_of(model, name, sums, inputs.get(name), needs, seed)
+
+
+def _inputs(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    wanted: Collection[str],
+    needs: Collection[Signal],
+    calibration: CalibrationSet,
+    progress: Progress,
+) -> Iterator[tuple[str, InputStats]]:
+    if _INPUTS.intersection(needs):
+        gram = Signal.GRAM in needs
+        for layer in input_statistics(model, graph.layers, wanted, calibration, progress, gram=gram):
+            yield from layer.items()
+
+
+def signals_of(
+    model: PreTrainedModel,
+    name: str,
+    sums: _Gradients | None,
+    inputs: InputStats | None,
+    needs: Collection[Signal],
+    seed: int,
+) -> ParameterSignals:
+    """One parameter as a criterion sees it. Raises `ModelError` when it holds what is not a finite number."""
+    parameter = model.get_parameter(name).detach()
+    if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
+        raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return ParameterSignals(
+        weight=parameter.float(),
+        grad=sums.grad if sums is not None and Signal.GRAD in needs else None,
+        grad_sq=sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None,
+        generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
+        inputs=inputs,
+    )
+
+
+def _loss(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross entropy, in float32."""
+    predictions = logits[:, :-1].float().flatten(0, 1)
+    return functional.cross_entropy(predictions, input_ids[:, 1:].flatten())
+
+
+@contextlib.contextmanager
+def _requiring_grad(parameters: Any, freeze: nn.Module | None = None) -> Iterator[None]:
+    """``parameters`` require gradients inside; every parameter of ``freeze`` does not."""
+    chosen = list(parameters)
+    others = [] if freeze is None else list(freeze.parameters())
+    flags = [(p, p.requires_grad) for p in (*chosen, *others)]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

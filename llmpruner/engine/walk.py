@@ -1,0 +1,218 @@
+"""Running the decoder one layer at a time over a calibration set, forwards.
+
+Two streams of hidden states can go side by side, the dense model's and the pruned one's, and a layer is needed only
+while it is walked through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import LlmprunerError, ModelError, UnsupportedModelError
+from ..models.decoder import decoder_list
+from ..models.precision import computes_bfloat16_fast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..data.calibration import CalibrationSet
+
+
+_TOKENS_AT_ONCE = 4096
+_TOLERANCE = 1e-3
+"""Largest relative difference, walked to run whole, in the model's own precision: both compute the same products."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass
+class Batch:
+    """One micro-batch: hidden states before the first layer, and what else each layer is called with."""
+
+    input_ids: torch.Tensor
+    hidden: torch.Tensor
+    calls: list[Call]
+
+
+@dataclass
+class ForwardWalk:
+    """The calibration set ready to go through the layers of ``model``, in micro-batches."""
+
+    layers: nn.ModuleList
+    batches: list[Batch]
+    products: torch.dtype
+    """What products are computed in; hidden states stay in float32."""
+    experts: list[PreTrainedConfig]
+    """Configurations that choose how experts are computed."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
+    @classmethod
+    @torch.no_grad()
+    def over(cls, model: PreTrainedModel, path: str, calibration: CalibrationSet) -> ForwardWalk:
+        """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers hand more to one another
+        than hidden states."""
+        layers = decoder_list(model, path)
+        ids = check_tokens(model, calibration)
+        products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
+        walk = cls(layers, [], products, _expert_configs(model))
+        with _eager_experts(walk.experts):
+            tuples = _check(model, layers, ids[:1])
+        rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        walk.batches = [_record(model, layers, part, tuples) for part in torch.split(ids, rows)]
+        return walk
+
+    def run(self, number: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (rows, length, hidden size) after layer ``number``, in float32."""
+        mixed = self.products != torch.float32
+        with torch.autocast(hidden.device.type, self.products, enabled=mixed), _eager_experts(self.experts):
+            return first_output(call_layer(self.layers[number], hidden, batch.calls[number])).float()
+
+
+def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:
+    """The walk must give what the model gives; one sample tells. Returns what `_record` calls ``tuples``.
+
+    In the model's own precision: rounding may send a token to another expert, which would look like a wrong walk.
+    """
+    called: list[int] = []
+    outputs: list[Any] = []
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            called.append(number)
+            outputs.append(output)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.callback(layer.register_forward_hook(keep(number)).remove)
+        model(input_ids=ids, use_cache=False)
+    if called != list(range(len(layers))):
+        raise _not_walkable(model)
+    whole = first_output(outputs[-1])
+    if not bool(torch.isfinite(whole).all()):
+        raise ModelError("the hidden states of the calibration text are not finite numbers; the weights are damaged")
+    tuples = [len(out) - 1 if isinstance(out, tuple | list) else None for out in outputs]
+    try:
+        batch = _record(model, layers, ids, tuples)
+        hidden = batch.hidden.to(whole.dtype)
+        for number, layer in enumerate(layers):
+            hidden = first_output(call_layer(layer, hidden, batch.calls[number]))
+    except LlmprunerError:
+        raise
+    except Exception as error:  # the whole model ran: whatever a layer misses now, another would have given it
+        raise _not_walkable(model) from error
+    difference = float((hidden - whole).float().norm() / whole.float().norm().clamp_min(1e-12))
+    if not difference < _TOLERANCE:
+        raise _not_walkable(model)
+    return tuples
+
+
+def _not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the layers of {type(model).__name__} hand more to one another than hidden states, so they cannot be "
+        "walked one by one; use --importance taylor, l1, l2 or random and --compensate none"
+    )
+
+
+def _expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
+    return [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
+
+
+@contextlib.contextmanager
+def _eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """One product for each expert, which can be watched; transformers' faster ones are a single operator, or gather
+    copies of the weights."""
+    chosen = [config._experts_implementation_internal for config in configs]
+    for config in configs:
+        config._experts_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, chosen, strict=True):
+            config._experts_implementation_internal = name
+
+
+def check_tokens(model: PreTrainedModel, calibration: CalibrationSet) -> torch.Tensor:
+    """The calibration tokens on the model's device. Raises `ModelError` when one is outside the vocabulary."""
+    ids = calibration.input_ids.to(model.device)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= vocabulary:
+        raise ModelError(f"calibration token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
+    return ids
+
+
+def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
+    args, kwargs = call
+    if "hidden_states" in kwargs:
+        return layer(*args, **{**kwargs, "hidden_states": hidden})
+    return layer(hidden, *args, **kwargs)
+
+
+def first_output(output: Any) -> torch.Tensor:
+    tensor = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def standing_in(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """``stub(number)`` runs instead of each layer's forward."""
+    # Hooks of other libraries (accelerate's) put a forward of their own on the instance.
+    own = [vars(layer).get("forward") for layer in layers]
+    for number, layer in enumerate(layers):
+        layer.forward = stub(number)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _record(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]) -> Batch:
+    """Run the model with layers that only pass their hidden states on, and keep what they are called with.
+
+    ``tuples``: how many further values each layer returns, None for a bare tensor.
+    """
+    batch = Batch(ids, torch.empty(0), [])
+
+    def stub(number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(hidden, torch.Tensor):
+                raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+            if not batch.calls:
+                batch.hidden = hidden.float()
+            batch.calls.append((args[1:], kwargs))
+            further = tuples[number]
+            return hidden if further is None else (hidden, *(None for _ in range(further)))
+
+        return forward
+
+    with standing_in(layers, stub), contextlib.suppress(Enough):
+        handle = layers[-1].register_forward_hook(_stop)
+        try:
+            model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+    return batch
+
+
+class Enough(Exception):
+    """Ends a forward pass once the last layer was called: the logits would be the largest tensor of all."""
+
+
+def _stop(*_: Any) -> None:
+    raise Enough

@@ -1,0 +1,1 @@
+"""Model families: the structure and the text format of one architecture each."""

@@ -1,0 +1,1 @@
+"""Models by reference: a directory, a hub id, a GGUF file, or what a reader adds."""

@@ -1,0 +1,1 @@
+"""Methods: named sets of settings for a prune."""

@@ -1,0 +1,1 @@
+"""transformers models in memory: built without weights, cut, silenced, copied, run."""

@@ -1,0 +1,65 @@
+"""Cut copies of a model at work: for costs that shapes cannot tell."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from ..errors import LlmprunerError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Reading:
+    """A model with the cache of what it has read so far."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        with _in_one_line(model):
+            self.cache = DynamicCache(config=model.config)
+
+    @torch.inference_mode()
+    def read(self, tokens: torch.Tensor) -> None:
+        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot go on from a cache."""
+        options = {cache_argument(self.model): self.cache}
+        with _in_one_line(self.model):
+            self.model(input_ids=tokens.to(self.model.device), use_cache=True, **options)
+
+    @torch.inference_mode()
+    def again(self) -> Reading:
+        """Another reading that goes on from here."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+
+@contextlib.contextmanager
+def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except LlmprunerError:
+        raise
+    except Exception as error:  # caches and forward passes of any architecture may raise anything
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
+        raise UnsupportedModelError(
+            f"a {model.config.model_type} model does not read with a key/value cache, so what it costs there cannot be "
+            f"measured ({reason}); choose another --budget"
+        ) from error
+
+
+def sample_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Ids of shape (1, count), always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(int(model.config.get_text_config().vocab_size), (1, count), generator=generator)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What ``forward`` calls its key/value cache; transformers is renaming it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

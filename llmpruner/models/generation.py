@@ -1,0 +1,60 @@
+"""Text from a model: greedy unless a temperature is given, with the key/value cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from ..errors import DataError
+from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The continuation of ``prompt``, without the prompt and without special tokens.
+
+    A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
+    the end-of-sequence token. Raises `DataError` for a prompt without tokens, or a negative temperature.
+    """
+    if temperature < 0:
+        raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise DataError("the prompt is empty")
+    own = model.generation_config
+    stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id
+    first_stop = stop[0] if isinstance(stop, list) else stop
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop,
+        pad_token_id=first_stop if pad is None else pad,
+        **(sampling or {"do_sample": False}),
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    # What the call leaves open, transformers takes from the model: a checkpoint's own sampling settings and
+    # repetition penalty would change what greedy means.
+    model.generation_config = config
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(seed)
+            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    finally:
+        model.generation_config = own
+    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True)).strip("\n")

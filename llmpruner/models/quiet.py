@@ -1,0 +1,38 @@
+"""transformers without warnings and progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from transformers import modeling_gguf_pytorch_utils as reader
+from transformers.utils import logging
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' warnings and progress bars; errors still come through as exceptions."""
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quiet_gguf() -> Iterator[None]:
+    """`quiet_transformers` for reading a GGUF file: its bar over the tensors is tqdm's own, which asks nobody."""
+    own = vars(reader).get("tqdm")
+    with quiet_transformers():
+        if own is not None:
+            reader.tqdm = logging.tqdm
+        try:
+            yield
+        finally:
+            if own is not None:
+                reader.tqdm = own

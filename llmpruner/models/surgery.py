@@ -1,0 +1,139 @@
+"""Applying a plan to a model: one cut per parameter (or buffer) and axis, and its exact mirror image, silencing.
+
+``kept`` maps group names to the units that stay; a group that is not named keeps everything. All functions change
+the model in place and work on the meta device too.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import PlanError
+from ..structure.coupling import CoupledGroup, CouplingGraph, Role
+from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_modules, restrict
+from .modeling_llmpruner import drop_layers, follow_shape
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ..structure.architecture import Follows
+
+
+_EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
+
+
+def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:
+    """Remove every unit that ``kept`` leaves out, and return the coupling graph of what remains.
+
+    Parameters (also where they are tied) and buffers are replaced, sizes stored by linear, embedding and norm
+    modules follow, RMS norms over cut units are rescaled so that the result equals the silenced model, removed
+    layers are deleted and the rest renumbered; then ``family.follow`` sets what else must follow.
+    """
+    check_kept(graph, kept)
+    for group in graph.groups:
+        if group.name in kept:
+            _rescale_norms(model, group, len(kept[group.name]))
+    axes = kept_indices(graph, kept)
+    replaced: dict[int, torch.Tensor] = {}
+    for name in (*graph.shapes, *graph.buffers):
+        cuts = {axis: index for (parameter, axis), index in axes.items() if parameter == name}
+        if cuts:
+            _replace(model, name, cuts, replaced)
+    _drop_layers(model, graph, kept)
+    remaining = restrict(graph, kept)
+    if family is not None:
+        family.follow(model, graph, kept)
+    return remaining
+
+
+def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+    """Set to zero what the removed units contribute, and change no shape: the reference that a cut must equal.
+
+    Units are silenced where they are consumed; units with a norm over them where they are produced. A layer
+    cannot be silenced by zeros in general; groups of modules are refused with `PlanError`.
+    """
+    check_kept(graph, kept)
+    for name, units in kept.items():
+        group = graph.by_name[name]
+        if group.modules:
+            raise PlanError(f"group '{name}' consists of whole modules, which cannot be silenced by zeros")
+        removed = sorted(set(range(group.units)) - set(units))
+        role = Role.PRODUCES if group.is_normalized else Role.CONSUMES
+        for span in group.cut_spans:
+            if span.role is not role:
+                continue
+            tensor = _tensor(model, span.parameter)
+            index = torch.tensor(span.indices(removed), dtype=torch.long, device=tensor.device)
+            with torch.no_grad():
+                tensor.index_fill_(span.axis, index, 0.0)
+
+
+def _rescale_norms(model: PreTrainedModel, group: CoupledGroup, count: int) -> None:
+    factor = sqrt(group.units / count)
+    for span in group.spans_with(Role.NORM):
+        parameter = model.get_parameter(span.parameter)
+        with torch.no_grad():
+            parameter.add_(span.offset).mul_(factor).sub_(span.offset)
+        module = model.get_submodule(span.parameter.rpartition(".")[0])
+        for name in _EPSILON_NAMES:
+            epsilon = getattr(module, name, None)
+            if isinstance(epsilon, float):
+                setattr(module, name, epsilon * group.units / count)
+
+
+def _tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
+    return tensor
+
+
+def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replaced: dict[int, torch.Tensor]) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    table: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
+    old = table.get(leaf)
+    if old is None:
+        raise PlanError(f"the plan cuts '{name}', which this model does not have")
+    if id(old) not in replaced:
+        # Keeping the old tensor alive in `replaced` would hold the memory of every cut parameter: keep the new.
+        data = old.data
+        for axis, index in cuts.items():
+            data = data.index_select(axis, torch.tensor(index, dtype=torch.long, device=data.device))
+        data = data.contiguous()
+        is_parameter = isinstance(old, nn.Parameter)
+        replaced[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad) if is_parameter else data
+    table[leaf] = replaced[id(old)]
+    follow_shape(module, leaf)
+
+
+def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+    if removed_modules(graph, kept):
+        if not isinstance(model.get_submodule(graph.layers), nn.ModuleList):
+            raise PlanError(f"'{graph.layers}' is not a list of layers")
+        drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
+
+
+def cut_copy(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    kept: Kept,
+    family: Follows,
+    instead: Mapping[str, nn.Parameter] | None = None,
+) -> PreTrainedModel:
+    """A copy of ``model`` cut to ``kept``. It shares the weights that stay whole, so it takes only the memory of what
+    is left of the others. ``instead``: parameters, by name, that stand in for the model's own before the cut."""
+    # Norms over cut units are rescaled in place.
+    rescaled = {span.parameter for group in graph.groups for span in group.spans_with(Role.NORM)}
+    shared = {id(p): p for name, p in model.named_parameters() if name not in rescaled}
+    shared |= {id(model.get_parameter(name)): parameter for name, parameter in (instead or {}).items()}
+    copied = copy.deepcopy(model, shared)
+    cut(copied, graph, kept, family)
+    return copied

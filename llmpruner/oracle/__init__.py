@@ -1,0 +1,1 @@
+"""The oracle: on a small random model, cutting units must equal silencing them."""

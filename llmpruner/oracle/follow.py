@@ -1,0 +1,232 @@
+"""What a trace cannot show: attributes and tables that must follow a cut, found by trying on a small model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..models.modeling_llmpruner import slice_argument
+from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.kept import Kept, renamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_TRIALS = 160
+
+_AUTOMATIC = frozenset(
+    ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
+)
+"""Attributes that surgery sets itself."""
+
+
+@dataclass(frozen=True, order=True)
+class Follow:
+    """``attribute`` of the modules ``path`` keeps its proportion to the units of ``kind``.
+
+    ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the
+    module's own copy of the configuration, which is made when it is set.
+    """
+
+    kind: str
+    path: str
+    attribute: str
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.attribute}"
+
+
+@dataclass(frozen=True, order=True)
+class FollowTable:
+    """An argument of the modules ``path`` has an entry per unit along ``axis`` (ALiBi slopes): only the entries
+    of the units that stay are passed on."""
+
+    kind: str
+    path: str
+    argument: str
+    axis: int
+
+    def __str__(self) -> str:
+        return f"{self.path}({self.argument})"
+
+
+Rule = Follow | FollowTable
+
+
+class Follower:
+    """Applies rules that are known already."""
+
+    def __init__(self, rules: Iterable[Rule]) -> None:
+        self._rules = tuple(rules)
+
+    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        apply(model, graph, kept, self._rules)
+
+
+def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
+    """Make everything in ``rules`` follow what ``kept`` leaves. ``graph``: before the cut; ``model``: after it."""
+    names = renamed(graph, kept)
+    remaining = range(len(model.get_submodule(graph.layers)))
+    for old, units in kept.items():
+        group = graph.by_name[old]
+        if old not in names or group.modules or len(units) == group.units:
+            continue
+        layers = remaining if group.layer is None else [int(names[old].split(".")[1])]
+        for rule in rules:
+            if rule.kind != group.kind:
+                continue
+            for layer in layers if "*" in rule.path else [0]:
+                module = _module(model, rule.path.replace("*", str(layer)))
+                if module is None:
+                    continue
+                if isinstance(rule, Follow):
+                    _scale(model, module, rule.attribute, len(units), group)
+                else:
+                    slice_argument(module, rule.argument, rule.axis, group.units, units)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:  # layers of another type lack it
+        return None
+
+
+def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group: CoupledGroup) -> None:
+    owner: Any = module
+    if attribute.startswith("config."):
+        owner, attribute = vars(module).get("config"), attribute.partition(".")[2]
+    value = getattr(owner, attribute, None)
+    if type(value) is not int or not _counts(value, group):
+        return  # it belongs to another group of this kind
+    if owner is not module and module is not model and not vars(module).get("_config_is_own"):
+        owner = module.config = copy.deepcopy(owner)
+        object.__setattr__(module, "_config_is_own", True)
+    setattr(owner, attribute, value * kept // group.units)
+
+
+def _counts(value: int, group: CoupledGroup) -> bool:
+    """Whether ``value`` may count the units of ``group``, or for units in blocks those of one block."""
+    if group.layer is None:
+        # The hidden size is large enough that only itself is meant; heads also multiply other sizes.
+        return value == group.units
+    return any(size > 1 and value % size == 0 for size in (group.units, group.units // group.blocks))
+
+
+def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
+    """Attributes near what ``groups`` cut whose values are multiples of the number of their units, or for
+    groups in blocks of the number in a block."""
+    found: dict[Follow, None] = {}
+    for group in groups:
+        for path, module in _nearby(model, graph, group):
+            for name, value in _integers(module):
+                if _counts(value, group):
+                    found.setdefault(Follow(group.kind, _pattern(graph, path), name))
+    return sorted(found)
+
+
+def tables(
+    model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup], batches: Sequence[torch.Tensor]
+) -> list[FollowTable]:
+    """Tensors passed by name to the modules that ``groups`` cut, the same for all ``batches`` of token ids (so
+    they hold no activations), with an axis that may number units."""
+    found: dict[FollowTable, None] = {}
+    for group in groups:
+        for path, module in _nearby(model, graph, group):
+            calls: list[dict[str, torch.Tensor]] = []
+            handle = module.register_forward_pre_hook(
+                lambda _m, _a, kwargs, calls=calls: calls.append(
+                    {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+                ),
+                with_kwargs=True,
+            )
+            with torch.no_grad():
+                for tokens in batches:
+                    model(input_ids=tokens, use_cache=False)
+            handle.remove()
+            if len(calls) != len(batches):
+                continue
+            for name, value in calls[0].items():
+                if all(torch.equal(value, call[name]) for call in calls[1:] if name in call):
+                    for axis, size in enumerate(value.shape):
+                        if size % group.units == 0:
+                            found.setdefault(FollowTable(group.kind, _pattern(graph, path), name, axis))
+        break  # one layer shows what every layer is given
+    return sorted(found)
+
+
+def _pattern(graph: CouplingGraph, path: str) -> str:
+    prefix = graph.layers + "."
+    if not path.startswith(prefix):
+        return path
+    _, dot, rest = path[len(prefix) :].partition(".")
+    return f"{prefix}*{dot}{rest}"
+
+
+def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose parameters are cut, the ones that contain them, and their children without parameters;
+    within the layer for a group that belongs to one."""
+    inside = "" if group.layer is None else f"{graph.layers}.{group.layer}"
+    paths: dict[str, None] = {}
+    for span in group.spans:
+        path = span.parameter.rpartition(".")[0]
+        while path.startswith(inside) and path:
+            paths.setdefault(path)
+            path = path.rpartition(".")[0]
+    for path in paths:
+        module = model.get_submodule(path)
+        yield path, module
+        for name, child in module.named_children():
+            if f"{path}.{name}" not in paths and not any(True for _ in child.parameters()):
+                yield f"{path}.{name}", child
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    for name, value in vars(module).items():
+        if type(value) is int and value > 0 and name not in _AUTOMATIC and not name.startswith("_"):
+            yield name, value
+    config = vars(module).get("config")
+    for name, value in (vars(config) if config is not None else {}).items():
+        if type(value) is int and value > 0 and not name.startswith("_"):
+            yield f"config.{name}", value
+
+
+def find(found: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
+    """The fewest of ``found`` with which a cut model agrees with its reference; None when none do.
+
+    Tries none, then all, then growing subsets; what turns out to be needless is left out again.
+    """
+    if agrees(()):
+        return ()
+    for trials, chosen in enumerate(_subsets(found)):
+        if trials > MAX_TRIALS:
+            break
+        if agrees(chosen):
+            return _without_needless(chosen, agrees)
+    return None
+
+
+def _subsets(found: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
+    own = tuple(f for f in found if not (isinstance(f, Follow) and f.attribute.startswith("config.")))
+    if own and len(own) < len(found):
+        yield own
+    yield tuple(found)
+    for among in dict.fromkeys((own, tuple(found))):
+        for size in (1, 2):
+            yield from combinations(among, size)
+            for without in combinations(among, size):
+                yield tuple(f for f in among if f not in without)
+
+
+def _without_needless(chosen: tuple[Rule, ...], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...]:
+    for rule in reversed(chosen):
+        fewer = tuple(r for r in chosen if r != rule)
+        if agrees(fewer):
+            chosen = fewer
+    return chosen

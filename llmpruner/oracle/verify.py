@@ -1,0 +1,360 @@
+"""The oracle: on a small random model, cutting units must equal silencing them."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoints.load import load_pruned
+from ..checkpoints.save import save_checkpoint
+from ..discovery.groups import discover_groups
+from ..errors import LlmprunerError
+from ..models.decoder import graph_of
+from ..models.quiet import quiet_transformers
+from ..models.surgery import cut, silence
+from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph
+from ..structure.kept import Kept, removed_modules
+from .follow import Follower, Rule, candidates, find, tables
+from .routes import ClosedRoutes
+from .tiny import random_instance, small_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..structure.architecture import Architecture
+
+
+BATCH, TIME = 3, 13
+
+TOLERANCE = 2e-4
+"""Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
+layers stays ten times below it, a wrong index far above."""
+VISIBLE = 1e-3
+"""A cut that changes the dense model's logits by less proves nothing."""
+
+VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the oracle says about one kind of unit.
+
+    ``verdict``: *verified*; *failed* (the cut model runs and silently disagrees); *refused* (the cut model
+    cannot run, or nothing was proved: see ``reason``). ``difference``: largest difference of logits relative to
+    the largest logit, over ``checks``. ``follows``: attributes that had to follow the cut.
+    """
+
+    kind: str
+    groups: int
+    units: int
+    verdict: str
+    difference: float
+    where: str = ""
+    reason: str = ""
+    checks: tuple[str, ...] = ()
+    follows: tuple[Rule, ...] = ()
+
+
+def verify(
+    source: Architecture | Sequence[CoupledGroup] | None,
+    config: PreTrainedConfig,
+    *,
+    kinds: Iterable[str] | None = None,
+    seed: int = 0,
+    shrink: bool = True,
+) -> list[Verdict]:
+    """Try every kind of unit of ``source`` on a small random model of the architecture of ``config``.
+
+    ``source``: a family; groups of exactly ``config`` (then pass ``shrink=False``); or None for discovery.
+    One verdict per kind, in order of appearance. Raises `UnsupportedModelError` when the small model cannot be
+    built or traced.
+    """
+    small = small_config(config) if shrink else config
+    model = random_instance(small, seed)
+    if source is None:
+        graph = graph_of(model, lambda: discover_groups(small))
+    elif not isinstance(source, Sequence):
+        graph = graph_of(model, lambda: source.coupled_groups(small))
+    else:
+        graph = graph_of(model, lambda: source)
+    family = None if source is None or isinstance(source, Sequence) or source.is_discovered else source
+    wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]
+    oracle = Oracle(small, graph, family, seed)
+    return [oracle.judge(kind) for kind in wanted]
+
+
+class Oracle:
+    """Compares cut with silenced copies of one random model."""
+
+    def __init__(self, config: PreTrainedConfig, graph: CouplingGraph, family: Architecture | None, seed: int) -> None:
+        self.config, self.graph, self.family, self.seed = config, graph, family, seed
+        self.models = dict(_instances(config, seed))
+        generator = torch.Generator().manual_seed(seed + 1)
+        vocabulary = config.get_text_config().vocab_size
+        self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
+        self.generates = _generates(self.models["eager"], self.tokens)
+        self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
+
+    def judge(self, kind: str) -> Verdict:
+        groups = [g for g in self.graph.of_kinds([kind]) if g.units > g.minimum]
+        units = max((g.units for g in self.graph.of_kinds([kind])), default=0)
+        summary = (kind, len(self.graph.of_kinds([kind])), units)
+        if not groups:
+            return Verdict(*summary, REFUSED, 0.0, reason="no group has a unit to spare")
+        state: dict[str, Any] = {"checks": [], "difference": 0.0, "follows": ()}
+        try:
+            self._try(kind, groups, state)
+        except Disagreement as found:
+            return Verdict(
+                *summary, FAILED, found.difference, found.where, str(found), tuple(state["checks"]), state["follows"]
+            )
+        except Exception as error:  # the cut model may fail in any way; that is the verdict
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+            return Verdict(
+                *summary, REFUSED, 0.0, reason=reason, checks=tuple(state["checks"]), follows=state["follows"]
+            )
+        return Verdict(*summary, VERIFIED, state["difference"], checks=tuple(state["checks"]), follows=state["follows"])
+
+    def _try(self, kind: str, groups: Sequence[CoupledGroup], state: dict[str, Any]) -> None:
+        plans = {
+            "uneven": random_plan(groups, self.seed, uneven=True),
+            "even": random_plan(groups, self.seed + 1, uneven=False),
+        }
+        types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        if kind == LAYER and len(types) == self.graph.num_layers:
+            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
+        if self.family is None and kind != LAYER:
+            state["follows"] = self._follows(groups, plans["uneven"])
+        for name, kept in plans.items():
+            for implementation, dense in self.models.items():
+                difference = self._compare(dense, implementation, kept, state["follows"], strict=name == "uneven")
+                state["difference"] = max(state["difference"], difference)
+                state["checks"].append(f"{name} {implementation}")
+        kept = plans["uneven"]
+        dense = self.models["eager"]
+        if self._generate(kept, state["follows"]):
+            state["checks"].append("cached generation")
+        for name, kept in plans.items():
+            model = self._cut(dense, kept, state["follows"])
+            difference = round_trip_difference(model, self.tokens)
+            if not difference <= TOLERANCE:
+                raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
+        state["checks"].append("save and load")
+
+    def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
+        first: list[Exception] = []
+        dense = next(iter(self.models.values()))
+
+        def agrees(chosen: Sequence[Rule]) -> bool:
+            try:
+                for name, model in self.models.items():
+                    self._compare(model, name, kept, chosen, strict=False)
+                self._generate(kept, chosen)
+            except Exception as error:  # a wrong trial may raise anything
+                first.append(error)
+                return False
+            return True
+
+        attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
+        found = find(attributes, agrees)
+        if found is None:
+            for table in tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)]):
+                found = find([table, *attributes], _only_with(table, agrees))
+                if found is not None:
+                    break
+        if found is None:
+            silent = [e for e in first if isinstance(e, Disagreement)]
+            raise silent[0] if silent and isinstance(first[0], Disagreement) else first[0]
+        return found
+
+    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> bool:
+        """Check generation with a cache; false where the silenced model itself has none that is exact."""
+        if not self.generates:
+            return False
+        dense = self.models["eager"]
+        _, reference, mode = self._reference(dense, kept)
+        with mode:
+            if not _generates(reference, self.tokens):
+                return False
+        difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
+        if not difference <= TOLERANCE:
+            raise Disagreement("generation with a cache differs from generation without", difference, "")
+        return True
+
+    def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
+        model = copy.deepcopy(dense)
+        cut(model, self.graph, kept, self.family or Follower(follows))
+        return model
+
+    def _compare(
+        self, dense: PreTrainedModel, implementation: str, kept: Kept, follows: Sequence[Rule], *, strict: bool
+    ) -> float:
+        model = self._cut(dense, kept, follows)
+        expected, reference, mode = self._reference(dense, kept)
+        if strict and distance(expected, self.dense[implementation]) < VISIBLE:
+            raise LlmprunerError("silencing the units changes no logit, so nothing is proved")
+        difference = distance(logits(model, self.tokens), expected)
+        if not difference <= TOLERANCE:
+            where = first_difference(model, reference, self.tokens, mode)
+            raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
+        return difference
+
+    def _reference(self, dense: PreTrainedModel, kept: Kept) -> tuple[torch.Tensor, PreTrainedModel, Any]:
+        model = copy.deepcopy(dense)
+        modules = removed_modules(self.graph, kept)
+        routed = {n: u for n, u in kept.items() if self.graph.by_name[n].kind == EXPERT}
+        for path in modules:
+            model.get_submodule(path).register_forward_hook(_identity_hook, with_kwargs=True)
+        silence(
+            model, self.graph, {n: u for n, u in kept.items() if n not in routed and not self.graph.by_name[n].modules}
+        )
+        mode = ClosedRoutes(model, self.graph, routed)
+        with mode:
+            return logits(model, self.tokens), model, mode
+
+
+def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
+    return lambda chosen: rule in chosen and agrees(chosen)
+
+
+class Disagreement(LlmprunerError):
+    """The cut model runs, and its outputs are wrong."""
+
+    def __init__(self, message: str, difference: float, where: str) -> None:
+        super().__init__(message)
+        self.difference, self.where = difference, where
+
+
+def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    entering = args[0] if args else kwargs["hidden_states"]
+    return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
+
+
+def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
+    """Kept units: in every group another number of them (``uneven``), or as even as the groups allow."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for group in groups:
+        per_block = group.units // group.blocks
+        least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
+        step = group.multiple if group.blocks == 1 and per_block % group.multiple == 0 else 1
+        choices = list(range(-(-least // step) * step, per_block, step))
+        if not choices:
+            continue
+        pick = int(torch.randint(len(choices), (1,), generator=generator)) if uneven else len(choices) // 2
+        units: list[int] = []
+        for block in range(group.blocks):
+            order = torch.randperm(per_block, generator=generator)[: choices[pick]]
+            units += sorted(block * per_block + int(i) for i in order)
+        kept[group.name] = units
+    if not kept:
+        raise LlmprunerError("no group has a unit to spare")
+    return kept
+
+
+def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
+    """As many of a model's layers, of ``types``, an attention layer among them where it has one: without, nothing
+    in the cache of transformers counts the tokens, and generation raises."""
+    attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
+    if not attention or set(attention) & set(layers):
+        return layers
+    return sorted([*layers[:-1], attention[0]])
+
+
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return result
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest expected value; infinite for other shapes or NaN."""
+    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
+        return float("inf")
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def first_difference(model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: Any) -> str:
+    """The first module, in order of execution, whose output differs between two models."""
+    seen = _outputs(model, tokens)
+    with mode:
+        expected = _outputs(reference, tokens)
+    for path, output in seen.items():
+        other = expected.get(path)
+        if other is not None and other.shape == output.shape and distance(output, other) > TOLERANCE:
+            return path
+    return ""
+
+
+def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                outputs.setdefault(path, value.detach())
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
+    try:
+        logits(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> float:
+    """How far logits with a key/value cache are from those of full forwards. Raises what generation raises."""
+    with torch.no_grad(), quiet_transformers():
+        output = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps,
+            do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        full = logits(model, output.sequences)
+    cached = torch.stack(output.logits, 1)
+    return distance(cached, full[:, tokens.shape[1] - 1 : -1])
+
+
+def _generates(model: PreTrainedModel, tokens: torch.Tensor) -> bool:
+    """Whether a reference model generates with a cache as it does without; many classes cannot generate."""
+    try:
+        return cached_difference(model, tokens) <= TOLERANCE
+    except Exception:  # a class that was never meant to generate may raise anything
+        return False
+
+
+def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """Save, load, and compare logits."""
+    expected = logits(model, tokens)
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "pruned"
+        save_checkpoint(model, directory, record={})
+        loaded = load_pruned(directory, attn_implementation="eager")
+        return distance(logits(loaded, tokens), expected)
+
+
+def _instances(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, PreTrainedModel]]:
+    """One model per implementation: plain loops first, then the fused kernels that the class has."""
+    yield "eager", _instance(config, seed, "eager", "eager")
+    try:
+        yield "sdpa", _instance(config, seed, "sdpa", None)
+    except LlmprunerError:
+        # The class has no sdpa path; its experts may still have fused kernels.
+        yield "fused experts", _instance(config, seed, "eager", None)
+
+
+def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str | None) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if experts is not None:
+            part._experts_implementation = experts
+    return random_instance(config, seed, attention)

@@ -1,0 +1,48 @@
+"""The built-in criteria and strategies: an ordinary plugin that is always there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..families.family import ModelFamily
+from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
+from ..importance.base import ImportanceCriterion
+from ..importance.depth import AngularDistance, BlockInfluence
+from ..importance.elimination import Elimination
+from ..importance.magnitude import L1, L2, Random
+from ..importance.taylor import Taylor
+from ..recovery.base import RecoveryStrategy
+from ..recovery.full import FullStrategy
+from ..recovery.lora import LoraStrategy
+from .hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class AutoFamily(ModelFamily):
+    """Any decoder: structure is discovered by tracing, and every cut proved on a small model. Choose it by name."""
+
+    name = "auto"
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Never: a family is not guessed."""
+        del config
+        return False
+
+
+@hookimpl
+def llmpruner_model_families() -> list[type[ModelFamily]]:
+    return [AutoFamily]
+
+
+@hookimpl
+def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
+    weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
+    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, Elimination]
+    return [*weights, Taylor, *forward, BlockInfluence, AngularDistance]
+
+
+@hookimpl
+def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
+    return [LoraStrategy, FullStrategy]

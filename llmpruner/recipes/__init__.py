@@ -1,0 +1,1 @@
+"""The stages of a prune strung together."""

@@ -1,0 +1,277 @@
+"""Units, spans and coupled groups: the structure of a model as plain data.
+
+A *unit* is the smallest thing that can be removed (an MLP channel, a key/value head with its query heads, a
+hidden channel, a layer). A *coupled group* is a set of like units together with the *spans* they own. A span
+says which indices of one axis of one parameter each unit owns. Nothing here imports torch or knows a model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+
+from ..errors import CouplingError
+
+MLP = "mlp"
+ATTENTION = "attention"
+QUERY = "query"
+HIDDEN = "hidden"
+LAYER = "layer"
+EXPERT = "expert"
+VOCABULARY = "vocabulary"
+
+
+class Role(str, Enum):
+    """What a span does with the activation of its units."""
+
+    PRODUCES = "produces"
+    """The out axis of a projection, its bias, or the columns of an embedding."""
+    CONSUMES = "consumes"
+    """The in axis of a projection."""
+    NORM = "norm"
+    """The weight of an RMS norm over the units: cutting N units to N' rescales it by √(N/N') and the
+    norm's epsilon by N/N', which keeps the result equal to the model with the units silenced."""
+    LAYER_NORM = "layer_norm"
+    """The weight or bias of a LayerNorm over the units; cutting has no exact equivalent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Regular index map: unit ``u`` owns ``start + u·stride … + width − 1``. ``stride`` defaults to ``width``."""
+
+    units: int
+    width: int = 1
+    start: int = 0
+    stride: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Distance between the first indices of neighbouring units."""
+        return self.width if self.stride is None else self.stride
+
+    def of(self, unit: int) -> Sequence[int]:
+        first = self.start + unit * self.step
+        return range(first, first + self.width)
+
+    def __str__(self) -> str:
+        stride = self.step
+        stop = self.start + (self.units - 1) * stride + self.width
+        step = "" if self.width == stride == 1 else f", {self.width} per unit"
+        step += f" every {stride}" if stride != self.width else ""
+        return f"{self.start}:{stop}{step}"
+
+
+@dataclass(frozen=True, slots=True)
+class Explicit:
+    """Irregular index map: unit ``u`` owns the indices ``rows[u]``; all rows have the same length."""
+
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def units(self) -> int:
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        return len(self.rows[0]) if self.rows else 0
+
+    def of(self, unit: int) -> Sequence[int]:
+        return self.rows[unit]
+
+    def __str__(self) -> str:
+        return f"explicit, {self.width} per unit"
+
+
+IndexMap = Blocks | Explicit
+
+
+def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
+    """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular."""
+    width = len(rows[0]) if rows else 0
+    if any(len(row) != width for row in rows):
+        raise CouplingError("every unit of a span must own the same number of indices")
+    if width and all(list(row) == list(range(row[0], row[0] + width)) for row in rows):
+        starts = [row[0] for row in rows]
+        steps = {b - a for a, b in pairwise(starts)}
+        if len(steps) <= 1:
+            stride = steps.pop() if steps else width
+            return Blocks(len(rows), width, starts[0], None if stride == width else stride)
+    return Explicit(tuple(tuple(row) for row in rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The indices of one axis of one parameter (or buffer) that each unit of a group owns.
+
+    ``offset`` is what the forward pass adds to the parameter before use (1.0 for Gemma's ``1 + weight`` norms);
+    rescaling a norm needs it.
+    """
+
+    parameter: str
+    axis: int
+    role: Role
+    index: IndexMap
+    offset: float = 0.0
+
+    def indices(self, units: Iterable[int]) -> list[int]:
+        """The axis indices owned by ``units``, in unit order."""
+        return [i for u in units for i in self.index.of(u)]
+
+    def __str__(self) -> str:
+        return f"{self.parameter}[axis {self.axis}] {self.index} ({self.role.value})"
+
+
+@dataclass(frozen=True)
+class CoupledGroup:
+    """Like units that can be removed one by one, each with everything that must go with it.
+
+    ``blocks``: the units lie in this many equal consecutive blocks, and each block must keep the same number
+    (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
+    a multiple of it (kernels that need aligned rows). ``modules``: for groups of whole modules (layers,
+    sub-layers), the module path that each unit is; such a group has no spans. ``buffers``: spans of buffers with
+    entries for the units (the selection bias of experts); they are cut along, and neither scored nor counted.
+    """
+
+    name: str
+    kind: str
+    units: int
+    spans: tuple[Span, ...] = ()
+    layer: int | None = None
+    blocks: int = 1
+    minimum: int = 1
+    multiple: int = 1
+    modules: tuple[str, ...] = ()
+    buffers: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.units < 1:
+            raise CouplingError(f"group '{self.name}' has no units")
+        if bool(self.spans) == bool(self.modules):
+            raise CouplingError(f"group '{self.name}' must have either spans or modules")
+        if self.modules and len(self.modules) != self.units:
+            raise CouplingError(f"group '{self.name}': {self.units} units but {len(self.modules)} modules")
+        if self.units % self.blocks:
+            raise CouplingError(f"group '{self.name}': {self.units} units do not fill {self.blocks} equal blocks")
+        for span in self.cut_spans:
+            if span.index.units != self.units:
+                raise CouplingError(
+                    f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
+                )
+
+    @cached_property
+    def is_normalized(self) -> bool:
+        """Whether a norm runs over the units, so that silencing must happen where they are produced."""
+        return any(s.role in (Role.NORM, Role.LAYER_NORM) for s in self.spans)
+
+    @property
+    def cut_spans(self) -> tuple[Span, ...]:
+        """Everything that is cut: the spans of parameters, then those of buffers."""
+        return self.spans + self.buffers
+
+    def spans_with(self, *roles: Role) -> Iterator[Span]:
+        return (s for s in self.spans if s.role in roles)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """An axis that discovery does not offer for pruning, and why."""
+
+    parameter: str
+    axis: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class CouplingGraph:
+    """All coupled groups of a model, with the shapes they are cut from.
+
+    ``shapes``: every parameter, tied ones included. ``ties``: parameter → the parameter it shares storage with.
+    ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
+    ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
+    """
+
+    groups: tuple[CoupledGroup, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    layers: str
+    ties: Mapping[str, str] = field(default_factory=dict)
+    blocked: tuple[Blocked, ...] = ()
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clash = [name for name, n in Counter(g.name for g in self.groups).items() if n > 1]
+        if clash:
+            raise CouplingError(f"two coupled groups are named '{clash[0]}'")
+        for group in self.groups:
+            for span in group.spans:
+                self._check(group, span, self.shapes, "parameter")
+            for span in group.buffers:
+                self._check(group, span, self.buffers, "buffer")
+            for module in group.modules:
+                if not any(p.startswith(module + ".") for p in self.shapes):
+                    raise CouplingError(f"group '{group.name}': the model has no parameters below '{module}'")
+
+    def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+        shape = shapes.get(span.parameter)
+        if shape is None:
+            raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
+        if not 0 <= span.axis < len(shape):
+            raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
+        owned: Sequence[int]
+        if isinstance(span.index, Blocks) and span.index.step >= span.index.width:
+            # Disjoint by construction, so the ends say it all: models have millions of indices.
+            owned = [*span.index.of(0), *span.index.of(group.units - 1)] if group.units > 1 else span.index.of(0)
+        else:
+            owned = span.indices(range(group.units))
+        if min(owned) < 0 or max(owned) >= shape[span.axis]:
+            raise CouplingError(
+                f"group '{group.name}': span {span} reaches index {max(owned)}, "
+                f"outside the axis of size {shape[span.axis]}"
+            )
+        if len(set(owned)) != len(owned):
+            raise CouplingError(f"group '{group.name}': span {span} gives one index to two units")
+
+    @cached_property
+    def by_name(self) -> Mapping[str, CoupledGroup]:
+        return {g.name: g for g in self.groups}
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds in order of first appearance."""
+        return tuple(dict.fromkeys(g.kind for g in self.groups))
+
+    @cached_property
+    def num_layers(self) -> int:
+        prefix = self.layers + "."
+        return 1 + max(int(p[len(prefix) :].split(".")[0]) for p in self.shapes if p.startswith(prefix))
+
+    def of_kinds(self, kinds: Iterable[str]) -> tuple[CoupledGroup, ...]:
+        wanted = set(kinds)
+        return tuple(g for g in self.groups if g.kind in wanted)
+
+    def is_decoder(self, parameter: str) -> bool:
+        return parameter.startswith(self.layers + ".")
+
+    @cached_property
+    def total_parameters(self) -> int:
+        return sum(prod(s) for p, s in self.shapes.items() if p not in self.ties)
+
+    @cached_property
+    def decoder_parameters(self) -> int:
+        return sum(prod(s) for p, s in self.shapes.items() if self.is_decoder(p) and p not in self.ties)
+
+    def parameters_per_unit(self, group: CoupledGroup) -> int:
+        """Parameters that leave with one unit while everything else stays (mean over units for modules)."""
+        if group.modules:
+            own = (prod(s) for p, s in self.shapes.items() if p.startswith(tuple(m + "." for m in group.modules)))
+            return sum(own) // group.units
+        axes: dict[tuple[str, int], int] = {}
+        for span in group.spans:
+            if span.parameter not in self.ties:
+                key = span.parameter, span.axis
+                axes[key] = axes.get(key, 0) + span.index.width
+        return sum(width * prod(self.shapes[p]) // self.shapes[p][axis] for (p, axis), width in axes.items())

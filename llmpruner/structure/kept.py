@@ -1,0 +1,226 @@
+"""Which units stay: ``kept`` maps group names to the units that stay; a group that is not named keeps everything.
+
+Index arithmetic alone, without tensors: which indices of each axis remain, what the groups and names of the cut model
+are, and how many parameters are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from ..errors import PlanError
+from .coupling import LAYER, CoupledGroup, CouplingGraph, Span, index_map
+
+Kept = Mapping[str, Sequence[int]]
+
+
+def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
+    """Numbers of the layers that go as a whole."""
+    return {
+        unit
+        for name, units in kept.items()
+        if graph.by_name[name].kind == LAYER
+        for unit in set(range(graph.by_name[name].units)) - set(units)
+    }
+
+
+def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
+    """(total, decoder) parameters that remain. Tied parameters count once."""
+    axes = {key: len(index) for key, index in kept_indices(graph, kept).items()}
+    gone = tuple(f"{module}." for module in removed_modules(graph, kept))
+    total = decoder = 0
+    for name, shape in graph.shapes.items():
+        if name in graph.ties or (gone and name.startswith(gone)):
+            continue
+        count = prod(axes.get((name, axis), size) for axis, size in enumerate(shape))
+        total += count
+        decoder += count if graph.is_decoder(name) else 0
+    return total, decoder
+
+
+def compose(
+    first: Mapping[str, Sequence[int]],
+    second: Mapping[str, Sequence[int]],
+    names: Mapping[str, str],
+    survivors: Mapping[str, Sequence[int]],
+) -> dict[str, tuple[int, ...]]:
+    """One ``kept`` for two cuts in a row, in units of the original model.
+
+    ``names``: original group name → its name after the first cut. ``survivors``: original group name → its units
+    that remained after the first cut, in order.
+    """
+    kept = {name: tuple(units) for name, units in first.items()}
+    for original, current in names.items():
+        if current in second:
+            kept[original] = tuple(survivors[original][unit] for unit in second[current])
+    return kept
+
+
+def check_kept(graph: CouplingGraph, kept: Kept) -> None:
+    """Raise `PlanError` unless ``kept`` names known groups, known units, and obeys every group's constraints."""
+    for name, units in kept.items():
+        group = graph.by_name.get(name)
+        if group is None:
+            raise PlanError(f"the plan cuts group '{name}', which this model does not have")
+        if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.units):
+            raise PlanError(f"group '{name}': kept units must be increasing and within 0…{group.units - 1}")
+        if len(units) < group.minimum:
+            raise PlanError(f"group '{name}' must keep at least {group.minimum} units, the plan keeps {len(units)}")
+        if group.blocks > 1:
+            per_block = group.units // group.blocks
+            counts = [0] * group.blocks
+            for unit in units:
+                counts[unit // per_block] += 1
+            if len(set(counts)) > 1:
+                raise PlanError(
+                    f"group '{name}' must keep the same number of units in each of its {group.blocks} blocks"
+                )
+
+
+def kept_indices(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], list[int]]:
+    """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together."""
+    removed: dict[tuple[str, int], set[int]] = {}
+    for name, units in kept.items():
+        group = graph.by_name[name]
+        gone = sorted(set(range(group.units)) - set(units))
+        for span in group.cut_spans:
+            removed.setdefault((span.parameter, span.axis), set()).update(span.indices(gone))
+    return {
+        (name, axis): [i for i in range((graph.shapes.get(name) or graph.buffers[name])[axis]) if i not in gone]
+        for (name, axis), gone in removed.items()
+        if gone
+    }
+
+
+def removed_modules(graph: CouplingGraph, kept: Kept) -> list[str]:
+    """Paths of whole modules that the plan removes."""
+    return [
+        module
+        for name, units in kept.items()
+        for unit, module in enumerate(graph.by_name[name].modules)
+        if unit not in set(units)
+    ]
+
+
+def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
+    """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
+    axes = kept_indices(graph, kept)
+    moved = _module_moves(graph, kept)
+    names = renamed(graph, kept)
+    numbers = layer_numbers(graph, kept)
+    groups = []
+    for group in graph.groups:
+        if group.name not in names:
+            continue
+        units = surviving_units(graph, kept, group, axes)
+        spans, buffers = (
+            tuple(_restrict_span(s, units, axes, moved) for s in owned if _move(s.parameter, moved))
+            for owned in (group.spans, group.buffers)
+        )
+        per_block = group.units // group.blocks
+        blocks = len({u // per_block for u in units})
+        # So many in every block: blocks that went take theirs along.
+        minimum = -(-group.minimum * blocks // group.blocks)
+        groups.append(
+            replace(
+                group,
+                name=names[group.name],
+                units=len(units),
+                spans=spans,
+                layer=None if group.layer is None else numbers[group.layer],
+                blocks=blocks,
+                minimum=min(minimum, len(units)),
+                modules=tuple(_move(group.modules[u], moved) or "" for u in units) if group.modules else (),
+                buffers=buffers,
+            )
+        )
+    shapes, sizes = (_restrict_shapes(tensors, axes, moved) for tensors in (graph.shapes, graph.buffers))
+    ties = {n: t for a, b in graph.ties.items() if (n := _move(a, moved)) and (t := _move(b, moved))}
+    return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked, sizes)
+
+
+def surviving_units(
+    graph: CouplingGraph,
+    kept: Kept,
+    group: CoupledGroup,
+    axes: Mapping[tuple[str, int], list[int]] | None = None,
+) -> list[int]:
+    """The units of ``group`` that remain: kept, and not taken away by another group that owns the same indices
+    (a query head goes with its KV head)."""
+    units = list(kept.get(group.name, range(group.units)))
+    axes = kept_indices(graph, kept) if axes is None else axes
+    for span in group.spans:
+        stay = axes.get((span.parameter, span.axis))
+        if stay is not None:
+            present = set(stay)
+            units = [u for u in units if not present.isdisjoint(span.index.of(u))]
+    return units
+
+
+def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
+    """Old group name → name after the cut, for the groups that remain (removed layers renumber the others)."""
+    numbers = layer_numbers(graph, kept)
+    return {
+        g.name: g.name if g.layer is None else g.name.replace(f"layers.{g.layer}.", f"layers.{numbers[g.layer]}.", 1)
+        for g in graph.groups
+        if g.layer is None or g.layer in numbers
+    }
+
+
+def _restrict_span(
+    span: Span, units: list[int], axes: Mapping[tuple[str, int], list[int]], moved: Mapping[str, str | None]
+) -> Span:
+    stay = axes.get((span.parameter, span.axis))
+    rows = [list(span.index.of(u)) for u in units]
+    if stay is not None:
+        position = {old: new for new, old in enumerate(stay)}
+        rows = [[position[i] for i in row if i in position] for row in rows]
+    name = _move(span.parameter, moved)
+    return Span(name or span.parameter, span.axis, span.role, index_map(rows), span.offset)
+
+
+def _restrict_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    axes: Mapping[tuple[str, int], list[int]],
+    moved: Mapping[str, str | None],
+) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
+        for old, shape in shapes.items()
+        if (name := _move(old, moved)) is not None
+    }
+
+
+def _module_moves(graph: CouplingGraph, kept: Kept) -> dict[str, str | None]:
+    """Path of every decoder layer → its path after the cut (None: removed). Empty when no layer goes."""
+    gone = set(removed_modules(graph, kept))
+    if not gone:
+        return {}
+    moves: dict[str, str | None] = {}
+    number = 0
+    for layer in range(graph.num_layers):
+        path = f"{graph.layers}.{layer}"
+        if path in gone:
+            moves[path] = None
+        else:
+            moves[path] = f"{graph.layers}.{number}"
+            number += 1
+    return moves
+
+
+def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
+    """Layer number before the cut → after it, for the layers that remain."""
+    moves = _module_moves(graph, kept)
+    if not moves:
+        return {n: n for n in range(graph.num_layers)}
+    return {n: int(new.rsplit(".", 1)[1]) for n in range(graph.num_layers) if (new := moves[f"{graph.layers}.{n}"])}
+
+
+def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
+    """Where a module or parameter path is after the cut; None when it is gone."""
+    for old, new in moves.items():
+        if path == old or path.startswith(old + "."):
+            return None if new is None else new + path[len(old) :]
+    return path
