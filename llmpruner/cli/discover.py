@@ -19,7 +19,7 @@ from .console import count, note, out, print_json, table
 from .options import Family, Json, Model, RemoteCode, Revision, Seed, catalog_of, new_file
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedConfig, load_config
+    from ..loading.model import LoadedConfig
     from ..oracle.verify import Verdict
 
 
@@ -46,6 +46,8 @@ def discover(
 ) -> None:
     """Show the coupled groups of a model: what must be removed together. Reads no weights."""
     options = LoadOptions(family=family, revision=revision, trust_remote_code=trust_remote_code)
+    from ..loading.model import load_config
+
     loaded = load_config(model, catalog_of(ctx), options)
     if html is not None:
         _draw(html, f"{model} ({loaded.family.name})", loaded.graph)

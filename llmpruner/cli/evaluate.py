@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.report import Evaluation, Line
     from ..evaluation.tasks import LoadedTasks
-    from ..loading.model import LoadedModel, load_model
+    from ..loading.model import LoadedModel
 
 Autocast = Annotated[bool, typer.Option("--autocast", help="Compute in bfloat16 under autocast (faster, rounds).")]
 
@@ -119,6 +119,9 @@ def evaluate(
 
 
 def _open(ctx: typer.Context, model: str, options: LoadOptions) -> LoadedModel:
+    from ..evaluation.weights import check_weights
+    from ..loading.model import load_model
+
     note(f"loading {model}")
     loaded = load_model(model, catalog_of(ctx), options)
     if loaded.tokenizer is None:

@@ -16,7 +16,7 @@ from ..structure.plan import BUDGETS, Target
 from .console import note
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedModel, load_model
+    from ..loading.model import LoadedModel
     from ..plugins.catalog import Catalog
     from ..structure.plan import Target
 
@@ -43,6 +43,8 @@ def catalog_of(ctx: typer.Context) -> Catalog:
 
 def open_model(ctx: typer.Context, model: str, options: LoadOptions) -> LoadedModel:
     """Load a model for a command, once the device is known to work."""
+    from ..loading.model import load_model
+
     check_device(options.device)
     note(f"loading {model}")
     return load_model(model, catalog_of(ctx), options)

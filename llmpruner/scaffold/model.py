@@ -16,7 +16,6 @@ from .source import literal
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..loading.model import load_config
     from ..plugins.catalog import Catalog
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
@@ -95,6 +94,8 @@ def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
             f"'{source}' is neither a model directory nor a model type that transformers knows; "
             "--import PACKAGE names the package that registers it"
         )
+    from ..loading.model import load_config
+
     return load_config(source, catalog, LoadOptions(family="auto")).config
 
 

@@ -1,0 +1,244 @@
+"""The one reader of data: records, documents and text from files and from the data sets of the ``datasets`` library.
+
+A *source* is a string that names one of
+
+- a ``.jsonl`` file: one JSON value a line;
+- a ``.json`` file: a list of records, or one record;
+- a ``.parquet`` file: one record a row;
+- any other file of text (``.txt``, ``.md``, …): the whole of it is one record, a string;
+- ``pydoc``: the topics of Python's ``help()``, one record each; they differ between Python versions;
+- a data set: ``name``, ``name:config`` or ``name:config:split`` (default: the split ``train``).
+
+A file that exists is read as a file, whatever its name. Text is UTF-8, with or without a byte order mark.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import DataError, MissingExtraError
+
+PYDOC = "pydoc"
+TEXT_FIELDS = ("text", "page", "content")
+"""Where the text of a record is looked for; the first of them that holds a string counts."""
+
+_EXPECTED = f"expected a .txt, .json, .jsonl or .parquet file, the name of a data set, or '{PYDOC}'"
+_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are turned into Python objects at once."""
+
+
+class Record(NamedTuple):
+    """What stands at one place of a source. ``value``: a string, or what JSON or a table row holds. ``place``: the
+    file with line, record or row, counted from 1, for messages."""
+
+    value: Any
+    place: str
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """The records of a source, one after the other, in their order.
+
+    What does not exist is refused by the call; what is malformed, when the reading comes to it. Raises `DataError`,
+    or `MissingExtraError` where the library that reads the source is not installed.
+    """
+    if source == PYDOC:
+        return _help_topics()
+    path = _existing_file(source)
+    if path is None:
+        return _dataset_rows(source)
+    readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
+    return readers.get(path.suffix.lower(), _whole_text)(path)
+
+
+def read_documents(source: str) -> list[str]:
+    """The text of every record (see `document`), blank ones left out. Raises as `read_records`, and `DataError` when
+    a record has no text or none is left."""
+    found = [text for text in map(document, read_records(source)) if text.strip()]
+    if not found:
+        raise DataError(f"{source} holds no text")
+    return found
+
+
+def read_text(source: str) -> str:
+    """All documents of a source as one text, with a blank line between them. Raises as `read_documents`."""
+    return "\n\n".join(read_documents(source))
+
+
+def document(record: Record) -> str:
+    """The text of one record: a string itself, else the first string among `TEXT_FIELDS`. Raises `DataError`."""
+    value = record.value
+    if isinstance(value, str):
+        return value
+    fields = value if isinstance(value, Mapping) else {}
+    for name in TEXT_FIELDS:
+        if isinstance(text := fields.get(name), str):
+            return text
+    found = ", ".join(f"'{name}' ({type(held).__name__})" for name, held in fields.items()) or type(value).__name__
+    raise DataError(
+        f"{record.place}: expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string, found {found}"
+    )
+
+
+def check_source(source: str, read: Callable[[Record], object] = document) -> None:
+    """Refuse early what can be refused before long work starts.
+
+    ``read`` is what the caller makes of a record; it is tried on the first one. A ``.jsonl`` or ``.parquet`` file is
+    read as far as that, other files whole. Of a data set it is only checked that ``datasets`` is installed, as finding
+    it may take a download. Raises as `read_records` and ``read`` do, and `DataError` when there is no record.
+    """
+    if source != PYDOC and _existing_file(source) is None:
+        if find_spec("datasets") is None:
+            raise MissingExtraError("datasets", "recover")
+        return
+    first = next(read_records(source), None)
+    if first is None:
+        raise DataError(f"{source} holds no records")
+    read(first)
+
+
+def _existing_file(source: str) -> Path | None:
+    """The file that ``source`` names; None when it can only be the name of a data set."""
+    if not source.strip():
+        raise DataError(f"the source of data has an empty name; {_EXPECTED}")
+    path = Path(source)
+    try:
+        if path.is_file():
+            return path
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if is_directory:
+        raise DataError(f"{source} is a directory; {_EXPECTED}")
+    if exists:
+        raise DataError(f"{source} is not a regular file; write what it gives to a file first")
+    name = source.partition(":")[0]
+    if Path(name).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):
+        raise DataError(f"{source}: no such file; {_EXPECTED}")
+    return None
+
+
+def _help_topics() -> Iterator[Record]:
+    from pydoc_data.topics import topics  # most of a megabyte, for those who read it
+
+    for name in sorted(topics):
+        yield Record(topics[name], f"{PYDOC}, topic '{name}'")
+
+
+def _whole_text(path: Path) -> Iterator[Record]:
+    yield Record(_decoded(_bytes(path), str(path)).replace("\r\n", "\n").replace("\r", "\n"), str(path))
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    try:
+        # Bytes, as JSONL's lines end with \n alone; str.splitlines would split strings at U+2028 and others.
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                place = f"{path}, line {number}"
+                text = _decoded(line, place).strip(" \t\r\n")
+                if text:
+                    yield _checked(Record(_parsed(text, path, number), place), bool(_SURROGATE.search(text)))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    text = _decoded(_bytes(path), str(path))
+    values = _parsed(text, path)
+    if not isinstance(values, list | dict):
+        raise DataError(f"{path}: expected a JSON list of records, or one record, found {type(values).__name__}")
+    surrogates = bool(_SURROGATE.search(text))
+    for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
+        yield _checked(Record(value, f"{path}, record {number}"), surrogates)
+
+
+def _parquet_rows(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow.parquet  # type: ignore[import-untyped]
+    except ImportError:
+        raise MissingExtraError("pyarrow", "recover") from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(row, f"{path}, row {number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}, after row {number}: not a readable Parquet file: {_first_line(error)}") from error
+
+
+def _dataset_rows(source: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "recover") from None
+    name, config, split = [*source.split(":", 2), "", ""][:3]
+    # Offline, no such name, gated, malformed: each is an error of its own, and all mean the same to the user.
+    try:
+        table = datasets.load_dataset(*filter(None, (name, config)), split=split or "train")
+    except Exception as error:
+        raise DataError(
+            f"'{source}' is no file here, and cannot be loaded as a data set (name, name:config or "
+            f"name:config:split): {_first_line(error)}"
+        ) from error
+    for number, row in enumerate(table, start=1):
+        yield Record(row, f"data set {source}, row {number}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _decoded(data: bytes, place: str) -> str:
+    """UTF-8 without its byte order mark. A zero byte is refused: text has none, but UTF-16 does."""
+    try:
+        text, wrong = data.decode(), data.find(b"\0")
+    except UnicodeDecodeError as error:
+        text, wrong = "", error.start
+    if wrong >= 0:
+        raise DataError(f"{place}: not UTF-8 text (byte {wrong}); save it as UTF-8 text")
+    return text.removeprefix("\ufeff")
+
+
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    """The JSON value in ``text``, which begins in line ``line`` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        several = path.suffix.lower() == ".json" and error.msg == "Extra data"
+        hint = "; name it .jsonl if every line is a record" if several else ""
+        raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}, line {line}: JSON beyond what Python reads: {_first_line(error)}") from None
+
+
+def _checked(record: Record, surrogates: bool) -> Record:
+    """``record``; refused when a string in it is not Unicode. JSON can escape half of a surrogate pair, as programs
+    write that cut a string within an emoji, and tokenizers take no such string."""
+    if surrogates:
+        try:
+            json.dumps(record.value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(f"{record.place}: {half} is half of a surrogate pair, not a character; remove it") from None
+    return record
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,176 @@
+"""Instruction data of every convention in one normal form."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmpruner import DataError
+from llmpruner.data.conversations import (
+    Completion,
+    Conversation,
+    Instruction,
+    Message,
+    example,
+    read_examples,
+    read_sharegpt,
+)
+from llmpruner.data.documents import Record
+
+ASKED = [Message("user", "Two rivers?"), Message("assistant", "Elbe, Loire.")]
+DIALOGUE = Conversation((*ASKED, Message("user", "The longer?"), Message("assistant", "Elbe.")))
+WITH_SYSTEM = Conversation((Message("system", "Be brief."), *DIALOGUE.messages))
+
+
+def chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def sharegpt(*turns):
+    return [{"from": side, "value": text} for side, text in turns]
+
+
+CHAT = chat(*((message.role, message.content) for message in DIALOGUE.messages))
+SHAREGPT = sharegpt(
+    ("human", "Two rivers?"), ("gpt", "Elbe, Loire."), ("user", "The longer?"), ("chatgpt", "Elbe.")
+)  # fmt: skip
+FORMS = {
+    "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, Instruction("Add.", "4", "2 and 2")),
+    "alpaca without input": ({"instruction": "Add.", "input": None, "output": ""}, Instruction("Add.", "")),
+    "alpaca with its text": ({"instruction": "Add.", "output": "4", "text": "all"}, Instruction("Add.", "4")),
+    "sharegpt": ({"id": "7", "conversations": SHAREGPT}, DIALOGUE),
+    "sharegpt with a system turn": (
+        {"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM
+    ),
+    "sharegpt with a system field": ({"conversations": SHAREGPT, "system": "Be brief."}, WITH_SYSTEM),
+    "sharegpt with a blank system field": ({"conversations": SHAREGPT, "system": ""}, DIALOGUE),
+    "sharegpt that begins with an answer": ({"conversations": sharegpt(("gpt", "Hi!")) + SHAREGPT}, DIALOGUE),
+    "sharegpt that ends with a question": (
+        {"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE
+    ),
+    "conversations by role": ({"conversations": CHAT}, DIALOGUE),
+    "conversations with nulls for the other keys": (
+        {"conversations": [turn | {"role": None, "content": None} for turn in SHAREGPT]}, DIALOGUE
+    ),
+    "messages": ({"prompt": "Two rivers?", "messages": CHAT}, DIALOGUE),
+    "messages with a system message": ({"messages": chat(("system", "Be brief.")) + CHAT}, WITH_SYSTEM),
+    "messages with a system field": ({"messages": CHAT, "system": "Be brief."}, WITH_SYSTEM),
+    "messages that end with a question": ({"messages": CHAT + chat(("user", "And?"))}, DIALOGUE),
+    "prompt and completion": (
+        {"prompt": "The sky is", "completion": " blue."}, Completion(" blue.", prompt="The sky is")
+    ),
+    "prompt and completion of messages": ({"prompt": CHAT[:3], "completion": CHAT[3:]}, DIALOGUE),
+    "text": ({"text": "The fox jumps.", "instruction": None, "output": None}, Completion("The fox jumps.")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_one_normal_form(form):
+    value, expected = FORMS[form]
+    assert example(Record(value, "here")) == expected
+
+
+def test_a_conversation_gives_its_exchanges_and_its_system_message():
+    pairs = [("Two rivers?", "Elbe, Loire."), ("The longer?", "Elbe.")]
+    assert DIALOGUE.exchanges == WITH_SYSTEM.exchanges == pairs
+    assert (DIALOGUE.system, WITH_SYSTEM.system) == (None, "Be brief.")
+
+
+MALFORMED = {
+    "string": ("text", r"^here: expected .*; found str, without fields as \.json, \.jsonl and \.parquet"),
+    "list": ([{"text": "x"}], "^here: expected .*; found list$"),
+    "nothing": ({}, "found nothing"),
+    "unknown fields": ({"question": "x"}, "^here: expected 'instruction', 'output'.* or 'text'; found 'question'$"),
+    "no output": ({"instruction": "x", "output": None}, "expected 'instruction', 'output'.*; found 'instruction'$"),
+    "output of another type": ({"instruction": "x", "output": 4}, "here: 'output' must be text, found int"),
+    "input of another type": ({"instruction": "x", "output": "y", "input": 4}, "'input' must be text, found int"),
+    "empty instruction": ({"instruction": " ", "output": "x"}, "here: 'instruction' is empty"),
+    "empty text": ({"text": "\n"}, "here: 'text' is empty"),
+    "prompt of another type": ({"prompt": ["x"], "completion": "y"}, "'prompt' must be text, found list"),
+    "messages of another type": ({"messages": "x"}, "'messages' must be a list of {'role': 'user' or 'assistant'"),
+    "no messages": ({"messages": []}, "'messages' must be a list of"),
+    "unknown role": ({"messages": CHAT + chat(("tool", "x"))}, "here: message 5 must be .*found role 'tool'"),
+    "parts": ({"messages": [{"role": "user", "content": [{}]}]}, "message 1 must .*'user' with content of type list"),
+    "no message": ({"messages": ["x"]}, "message 1 must be .*found role None"),
+    "system later": ({"messages": CHAT + chat(("system", "x"))}, "message 5 must be .*system message at the head"),
+    "two system messages": ({"messages": chat(("system", "a"), ("system", "b")) + CHAT}, "message 2 must be .*head"),
+    "system twice": (
+        {"messages": chat(("system", "a")) + CHAT, "system": "b"}, "stands in 'system' and in 'messages'; expected one"
+    ),
+    "system of another type": ({"messages": CHAT, "system": 1}, "'system' must be text, found int"),
+    "two questions": (
+        {"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, r"'user' speaks twice in a row \(turn 2\)"
+    ),
+    "two answers after the leading one": (
+        {"conversations": sharegpt(("gpt", "a")) + SHAREGPT + sharegpt(("gpt", "b"))}, r"'gpt' .* row \(turn 6\)"
+    ),
+    "nobody answers": ({"messages": chat(("system", "s"), ("user", "a"))}, "nobody answers; expected turns of 'user'"),
+    "sharegpt: nobody asks": ({"conversations": sharegpt(("gpt", "a"))}, "here: nobody answers"),
+    "sharegpt: empty": ({"conversations": []}, "'conversations' must be a list of {'from', 'value'}"),
+    "sharegpt: unknown side": ({"conversations": sharegpt(("alien", "a"))}, "found from 'alien'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_records_are_refused_with_their_place(what):
+    value, message = MALFORMED[what]
+    with pytest.raises(DataError, match=message) as caught:
+        example(Record(value, "here"))
+    assert str(caught.value).startswith("here: ") and "\n" not in str(caught.value)
+
+
+def test_examples_are_read_from_a_source_in_order(tmp_path):
+    values = [value for value, _ in FORMS.values()]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    expected = [normal for _, normal in FORMS.values()]
+    assert read_examples(str(tmp_path / "a.jsonl")) == read_examples(str(tmp_path / "a.json")) == expected
+
+
+def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    values = [FORMS[form][0] for form in ("alpaca", "sharegpt", "messages", "text")]
+    fields = ("instruction", "input", "output", "conversations", "messages", "text")
+    table = datasets.Dataset.from_list([{name: value.get(name) for name in fields} for value in values])
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    assert read_examples(str(tmp_path / "a.parquet")) == read_examples(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "x"}\n\n{"question": "x"}\n', r"a\.jsonl, line 3: expected 'instruction'"),
+        ('{"text": "x"}\n{"messages": [{"role": "user"}]}', r"a\.jsonl, line 2: message 1 must be"),
+        ("\n", r"a\.jsonl has no examples"),
+    ],
+)
+def test_bad_files_are_refused_with_file_and_line(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_examples(str(tmp_path / "a.jsonl"))
+
+
+def test_sharegpt_turns_keep_a_leading_answer_only_on_request():
+    turns = sharegpt(("gpt", "Hi!"), ("human", "a"), ("assistant", "b"), ("user", "c"))
+    asked = [("human", "a"), ("gpt", "b"), ("human", "c")]
+    assert read_sharegpt(turns, "here") == asked
+    assert read_sharegpt(turns, "here", keep_leading_answer=True) == [("gpt", "Hi!"), *asked]
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        (None, "here: 'conversations' must be a list of"),
+        ([{"from": "human"}], "found from 'human'"),
+        (["a"], "found from None"),
+        (sharegpt(("system", "a"), ("human", "b"), ("gpt", "c")), "found from 'system'"),
+        (sharegpt(("human", "a")), "nobody answers; expected turns of 'human' and 'gpt'"),
+        (sharegpt(("human", "a"), ("gpt", "b"), ("gpt", "c")), r"'gpt' speaks twice in a row \(turn 3\)"),
+        (sharegpt(("gpt", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")), "two answers stand before the first"),
+    ],
+)
+def test_sharegpt_turns_of_another_form_are_refused(sentences, message):
+    with pytest.raises(DataError, match=message):
+        read_sharegpt(sentences, "here")

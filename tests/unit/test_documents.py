@@ -1,0 +1,257 @@
+"""The one reader of text and records: every kind of source, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmpruner import DataError
+from llmpruner.data.documents import (
+    PYDOC,
+    Record,
+    check_source,
+    document,
+    read_documents,
+    read_records,
+    read_text,
+)
+from llmpruner.errors import MissingExtraError
+
+ROWS = [{"text": "one"}, {"page": "two"}, {"content": "three"}, "four"]
+MARK = b"\xef\xbb\xbf"
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def lines(rows, **options):
+    return "".join(json.dumps(row, **options) + "\n" for row in rows)
+
+
+def parquet(path, rows):
+    pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path, batch_size=2)
+    return str(path)
+
+
+def test_text_is_looked_for_in_each_field_in_json_and_jsonl_alike(tmp_path):
+    listed = write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
+    lined = write(tmp_path / "a.JSONL", lines(ROWS))
+    assert read_documents(listed) == read_documents(lined) == ["one", "two", "three", "four"]
+    assert read_text(lined) == "one\n\ntwo\n\nthree\n\nfour"
+
+
+def test_records_come_with_their_place(tmp_path):
+    lined = write(tmp_path / "a.jsonl", '{"a": 1}\r\n\r\n  \n[2]')
+    assert list(read_records(lined)) == [Record({"a": 1}, f"{lined}, line 1"), Record([2], f"{lined}, line 4")]
+    listed = write(tmp_path / "a.json", '[{"a": 1}, 2]')
+    assert [place for _, place in read_records(listed)] == [f"{listed}, record 1", f"{listed}, record 2"]
+    alone = write(tmp_path / "b.json", '{"text": "alone"}')
+    assert list(read_records(alone)) == [Record({"text": "alone"}, f"{alone}, record 1")]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\u000b", "\u001c"])
+def test_a_jsonl_line_ends_at_a_line_feed_alone(tmp_path, character):
+    text = f"before{character}after"
+    # JSON allows all but control characters below U+0020 unescaped in a string.
+    source = write(tmp_path / "a.jsonl", lines([{"text": text}, {"text": "x"}], ensure_ascii=character < " "))
+    assert read_documents(source) == [text, "x"]
+    plain = write(tmp_path / "a.txt", text)
+    assert read_documents(plain) == [text]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+    content = "né" if name == "a.txt" else json.dumps({"text": "né"}, ensure_ascii=False)
+    assert read_documents(write(tmp_path / name, MARK + content.encode())) == ["né"]
+
+
+def test_other_files_are_one_text_as_it_stands_but_for_line_ends(tmp_path):
+    for name in ("a.txt", "a.md", "a.rst", "noted"):
+        assert read_documents(write(tmp_path / name, " one\r\ntwo\rthree\n\n")) == [" one\ntwo\nthree\n\n"]
+
+
+def test_blank_documents_are_left_out(tmp_path):
+    assert read_documents(write(tmp_path / "a.jsonl", lines([{"text": " \n"}, {"text": "x"}]))) == ["x"]
+
+
+def test_parquet_rows_are_records(tmp_path):
+    rows = [{"text": f"text {n}", "turns": [{"role": "user", "content": "é"}]} for n in range(5)]
+    source = parquet(tmp_path / "a.parquet", rows)
+    assert list(read_records(source)) == [Record(row, f"{source}, row {n}") for n, row in enumerate(rows, start=1)]
+    assert read_documents(source) == [row["text"] for row in rows]
+    check_source(source)
+
+
+def test_pydoc_is_the_text_of_the_help_topics():
+    from pydoc_data.topics import topics
+
+    assert read_text(PYDOC) == "\n\n".join(topics[name] for name in sorted(topics))
+    assert next(read_records(PYDOC)).place.startswith("pydoc, topic 'assert")
+    check_source(PYDOC)
+
+
+@pytest.mark.parametrize("name", ["a,b.txt", "squad:plain:train", "a[1]*.jsonl", "wikitext"])
+def test_a_file_that_exists_is_read_whatever_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / name, '"here"')
+    assert read_text(name).strip('"') == "here"
+    check_source(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "called"),
+    [
+        ("org/name", (("org/name",), "train")),
+        ("name:config", (("name", "config"), "train")),
+        ("name:config:test", (("name", "config"), "test")),
+        ("name::train[:10%]", (("name",), "train[:10%]")),
+    ],
+)
+def test_a_data_set_is_named_with_its_config_and_split(monkeypatch, source, called):
+    datasets = pytest.importorskip("datasets")
+    calls = []
+
+    def load(*name, split):
+        calls.append((name, split))
+        return datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert [place for _, place in read_records(source)] == [f"data set {source}, row {n}" for n in (1, 2)]
+    assert read_documents(source) == ["one", "two"]
+    assert calls == [called, called]
+
+
+def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def fail(*name, split):
+        raise ConnectionError("cannot reach the hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match=r"^'some/thing' is no file here.*name:config:split\): cannot reach the hub$"):
+        read_documents("some/thing")
+
+
+def test_libraries_that_are_not_installed_are_named(monkeypatch, tmp_path):
+    source = parquet(tmp_path / "a.parquet", [{"text": "x"}])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for read in (check_source, read_documents):
+        with pytest.raises(MissingExtraError, match=r"^datasets is not installed; run: .*llmpruner\[recover\]"):
+            read("some/thing")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for read in (check_source, read_documents):
+        with pytest.raises(MissingExtraError, match=r"^pyarrow is not installed; run: .*llmpruner\[recover\]"):
+            read(source)
+
+
+MALFORMED = {
+    "fields": ("a.jsonl", '{"text": "x"}\n{"body": "y", "content": ["z"]}', r"a\.jsonl, line 2: expected an object "
+               r"with one of the fields text, page, content as a string, found 'body' \(str\), 'content' \(list\)"),
+    "number": ("a.json", "[1]", r"a\.json, record 1: expected an object .*, found int"),
+    "empty object": ("a.json", "{}", r"a\.json, record 1: expected an object .*, found dict"),
+    "broken line": ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON \(Expecting value\)"),
+    "broken list": ("a.json", '[\n{"text": "x"}\n{}]', r"a\.json, line 3: not valid JSON"),
+    "lines": ("a.json", '{"text": "x"}\n{"text": "y"}', r"line 2: not valid JSON \(Extra data\); name it \.jsonl if"),
+    "scalar": ("a.json", '"x"', r"a\.json: expected a JSON list of records, or one record, found str"),
+    "long number": ("a.jsonl", "1" * 5000, r"a\.jsonl, line 1: JSON beyond what Python reads: Exceeds the limit"),
+    "half a character": ("a.jsonl", '"x"\n{"text": "\\ud83d"}', r"line 2: \\ud83d is half of a surrogate pair"),
+    "half a character in a list": ("a.json", '["\\ud83d\\ude00", "\\uDE00"]', r"record 2: \\ude00 is half of"),
+    "bytes": ("a.txt", b"ab\xff", r"a\.txt: not UTF-8 text \(byte 2\); save it as UTF-8 text"),
+    "bytes in a line": ("a.jsonl", b'"x"\n"\xff"\n', r"a\.jsonl, line 2: not UTF-8 text \(byte 1\)"),
+    "UTF-16": ("a.txt", "text".encode("utf-16-le"), r"a\.txt: not UTF-8 text \(byte 1\)"),
+    "compressed": ("a.jsonl.gz", b"\x1f\x8b\x08\x00", r"a\.jsonl\.gz: not UTF-8 text \(byte 1\)"),
+    "blank": ("a.txt", " \n", r"a\.txt holds no text"),
+    "blank lines": ("a.jsonl", "\n\n", r"a\.jsonl holds no text"),
+    "empty list": ("a.json", "[]", r"a\.json holds no text"),
+    "no table": ("a.parquet", "x,y", r"a\.parquet, after row 0: not a readable Parquet file: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_files_are_named_with_the_place(tmp_path, what):
+    name, content, message = MALFORMED[what]
+    source = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_documents(source)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_whole_character_written_as_two_escapes_is_read(tmp_path):
+    assert read_documents(write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}')) == ["😀"]
+
+
+MISSING = {
+    "nowhere.txt": r"nowhere\.txt: no such file; expected a \.txt, \.json, \.jsonl or \.parquet file, .*or 'pydoc'",
+    "nowhere.txt:train": "no such file",
+    "../nowhere": "no such file",
+    "/nowhere/at/all": "no such file",
+    "a/b/c": "no such file",
+    "two words": "no such file",
+    "": "the source of data has an empty name",
+    ".": r"\. is a directory; expected a \.txt",
+    "x" * 5000: "no such file|cannot be read: File name too long",
+    "/dev/null": "/dev/null is not a regular file",
+}
+
+
+@pytest.mark.parametrize("source", MISSING, ids=lambda source: source[:20] or "empty")
+def test_what_does_not_exist_is_refused_by_the_call(source):
+    for read in (check_source, read_records):
+        with pytest.raises(DataError, match=MISSING[source]):
+            read(source)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, name):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    source = write(tmp_path / name, "{}")
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"cannot be read: Permission denied$"):
+        check_source(source)
+
+
+@pytest.mark.parametrize("what", ["number", "broken list", "bytes", "empty list", "no table"])
+def test_the_early_check_refuses_a_bad_first_record(tmp_path, what):
+    name, content, message = MALFORMED[what]
+    with pytest.raises(DataError, match=message.replace("no text", "no records")):
+        check_source(write(tmp_path / name, content))
+
+
+def test_the_early_check_reads_no_further_than_the_first_record(tmp_path):
+    source = write(tmp_path / "a.jsonl", '\n{"text": "x"}\nnot json')
+    seen = []
+    check_source(source, seen.append)
+    assert seen == [Record({"text": "x"}, f"{source}, line 2")]
+    with pytest.raises(DataError, match="line 3: not valid JSON"):
+        read_documents(source)
+
+
+def test_the_early_check_leaves_a_data_set_to_its_reading(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: pytest.fail("loaded"))
+    check_source("some/thing:config:train")
+
+
+def test_the_first_field_that_holds_a_string_counts():
+    assert document(Record({"text": None, "content": "c", "page": "p"}, "here")) == "p"
+
+
+def test_reading_text_imports_no_heavy_library(tmp_path):
+    source = write(tmp_path / "a.jsonl", '{"text": "x"}')
+    code = (
+        "import sys; from llmpruner.data.documents import check_source, read_text; "
+        f"check_source({source!r}); check_source('some/thing'); assert read_text({source!r}) == 'x'; "
+        "import llmpruner.data.conversations; "
+        "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
