@@ -8,6 +8,7 @@ LlmprunerError                  one clear line; the CLI prints it and exits with
 │   └── UnsupportedModelError   it is readable, but its structure is not understood
 ├── CouplingError               a family's groups contradict the model's parameters
 ├── DataError                   calibration, recovery or evaluation data is missing or malformed
+├── SettingsError               an option is unknown, out of bounds, or without effect
 ├── SelectionError              the amount asked for cannot be reached under the constraints
 ├── PlanError                   a plan is malformed, or belongs to another model
 ├── CheckpointError             a checkpoint is damaged
@@ -63,6 +64,10 @@ class CouplingError(LlmprunerError):
 
 class DataError(LlmprunerError):
     """Calibration, recovery or evaluation data is missing, empty or malformed."""
+
+
+class SettingsError(LlmprunerError):
+    """An option or setting is unknown, out of bounds, or without effect beside the others."""
 
 
 class SelectionError(LlmprunerError):

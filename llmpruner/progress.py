@@ -19,3 +19,7 @@ class Progress:
     def status(self, label: str) -> None:
         """A stage of unknown length begins."""
         del label
+
+
+QUIET = Progress()
+"""Shows nothing; it keeps no state."""

@@ -1,9 +1,14 @@
-"""The built-in criteria and strategies: an ordinary plugin that is always there."""
+"""The built-in components: an ordinary plugin that is always there."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..budgets.base import Budget
+from ..compensation.base import Compensation
+from ..data.source import CalibrationSource
+from ..evaluation.base import Metric
+from ..export.base import Exporter
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from ..importance.base import ImportanceCriterion
@@ -11,9 +16,12 @@ from ..importance.depth import AngularDistance, BlockInfluence
 from ..importance.elimination import Elimination
 from ..importance.magnitude import L1, L2, Random
 from ..importance.taylor import Taylor
+from ..methods.base import Method
 from ..recovery.base import RecoveryStrategy
 from ..recovery.full import FullStrategy
 from ..recovery.lora import LoraStrategy
+from ..report.base import ReportSection
+from ..selection.base import Allocation
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -46,3 +54,43 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
 @hookimpl
 def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
     return [LoraStrategy, FullStrategy]
+
+
+@hookimpl
+def llmpruner_allocations() -> list[type[Allocation]]:
+    return []
+
+
+@hookimpl
+def llmpruner_budgets() -> list[type[Budget]]:
+    return []
+
+
+@hookimpl
+def llmpruner_compensations() -> list[type[Compensation]]:
+    return []
+
+
+@hookimpl
+def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
+    return []
+
+
+@hookimpl
+def llmpruner_metrics() -> list[type[Metric]]:
+    return []
+
+
+@hookimpl
+def llmpruner_exporters() -> list[type[Exporter]]:
+    return []
+
+
+@hookimpl
+def llmpruner_report_sections() -> list[type[ReportSection]]:
+    return []
+
+
+@hookimpl
+def llmpruner_methods() -> list[type[Method]]:
+    return []

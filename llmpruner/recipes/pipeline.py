@@ -25,7 +25,7 @@ from ..errors import DataError, SelectionError, UnknownNameError
 from ..importance.estimate import Scores, estimate
 from ..models.surgery import cut
 from ..progress import Progress
-from ..selection.allocate import Demand
+from ..selection.base import Demand
 from ..selection.normalize import normalize
 from ..selection.search import MEASURED
 from ..selection.select import select
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationSet
     from ..importance.base import ImportanceCriterion
     from ..loading.model import LoadedConfig, LoadedModel
-    from ..selection.allocate import Demand
+    from ..selection.base import Demand
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.scope import Scope

@@ -4,42 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
-from ..budgets.costs import Cost
 from ..errors import SelectionError
-from ..structure.coupling import LAYER
 from ..structure.queues import Queue
-
-Taken = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Either an amount of the cost to remove, or a share of each group's units (``units``: group name → number to
-    remove)."""
-
-    amount: int | None = None
-    units: Mapping[str, float] | None = None
-
-
-class Meter:
-    """Counts how much of a cost a choice of steps removes."""
-
-    def __init__(self, cost: Cost, queues: Sequence[Queue]) -> None:
-        self.cost, self._queues = cost, queues
-        self._dense = cost.remaining()
-
-    def removed(self, taken: Mapping[str, int]) -> int:
-        kept: dict[str, int] = {}
-        gone: set[int] = set()
-        for queue in self._queues:
-            steps = taken.get(queue.group.name, 0)
-            if queue.group.kind == LAYER:
-                gone.update(unit for step in queue.steps[:steps] for unit in step)
-            elif steps:
-                kept[queue.group.name] = queue.group.units - queue.removed_after(steps)
-        return self._dense - self.cost.remaining(kept, gone)
+from .base import Demand, Meter, Taken
 
 
 def uniform(queues: Sequence[Queue], demand: Demand, meter: Meter) -> Taken:

@@ -15,7 +15,8 @@ from statistics import median
 
 from ..progress import Progress
 from ..structure.queues import Queue
-from .allocate import Demand, Meter, Taken, global_ranking, top_up, uniform
+from .allocate import global_ranking, top_up, uniform
+from .base import Demand, Meter, Taken
 
 Loss = Callable[[Taken], float]
 """Steps taken from each group → how far the model is from the dense one; lower is better."""

@@ -11,7 +11,8 @@ from ..progress import Progress
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.queues import build_queue, kept_units
 from ..structure.scope import Scope
-from .allocate import ALLOCATIONS, Demand, Meter, Taken
+from .allocate import ALLOCATIONS
+from .base import Demand, Meter, Taken
 from .search import MEASURED
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from llmpruner.oracle.rules import with_rules
 from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.oracle.verify import random_plan
 from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
-from llmpruner.selection.allocate import Demand
+from llmpruner.selection.base import Demand
 from llmpruner.selection.normalize import normalize
 from llmpruner.selection.select import select
 from llmpruner.structure.plan import BUDGETS, LatencyTable, PruningPlan, Target, Timing

@@ -15,7 +15,7 @@ from llmpruner.importance.estimate import Scores
 from llmpruner.models.surgery import cut
 from llmpruner.progress import Progress
 from llmpruner.recipes.pipeline import PruneSettings, make_plan
-from llmpruner.selection.allocate import Demand
+from llmpruner.selection.base import Demand
 from llmpruner.selection.select import select
 from llmpruner.structure.kept import parameters_after
 from llmpruner.structure.plan import Target

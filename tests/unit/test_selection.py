@@ -9,7 +9,7 @@ from llmpruner import Blocks, CoupledGroup, Role, SelectionError, Span, UnknownN
 from llmpruner.budgets.costs import parameter_cost
 from llmpruner.budgets.sizes import counts
 from llmpruner.importance.estimate import Scores
-from llmpruner.selection.allocate import Demand
+from llmpruner.selection.base import Demand
 from llmpruner.selection.select import select
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.queues import build_queue

@@ -1,0 +1,75 @@
+"""Component: the base of everything that a hook gives. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import SettingsError
+
+
+class ComponentSettings(BaseModel):
+    """Settings of one component: declare fields with types, defaults, and ``Field(description=…)`` with bounds.
+
+    They are reachable as ``--set NAME.key=value``, as keywords in Python, and are recorded in plans and job records.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Component:
+    """A class with a name, one line that says what it is, and settings of its own.
+
+    ::
+
+        class Magnitude(ImportanceCriterion):
+            name = "magnitude"
+            summary = "mean of |w| to a power"
+
+            class Settings(ComponentSettings):
+                power: float = Field(1.0, gt=0, description="The power.")
+
+            settings: Settings
+
+            def saliency(self, signals):
+                return signals.weight.abs() ** self.settings.power
+
+    An instance is made with settings, given as keywords or as an instance of ``Settings``, and keeps no other state
+    between calls.
+    """
+
+    kind: ClassVar[str] = "component"
+    """What messages call it: "criterion", "budget" …; set by the base class of each kind."""
+    name: ClassVar[str] = ""
+    """Unique among components of its kind, over all plugins; lower case, no blanks."""
+    summary: ClassVar[str] = ""
+    """One line for ``llmpruner plugins``."""
+    Settings: ClassVar[type[ComponentSettings]] = ComponentSettings
+
+    def __init__(self, settings: ComponentSettings | None = None, /, **values: Any) -> None:
+        """Raises `SettingsError` for a key that ``Settings`` does not have, or a value that it refuses."""
+        self.settings = settings if settings is not None else validated(self.Settings, values, self.label())
+
+    @classmethod
+    def label(cls) -> str:
+        """``criterion taylor``, as messages name it."""
+        return f"{cls.kind} {cls.name}"
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON values, as plans and job records keep them."""
+        return self.settings.model_dump(mode="json")
+
+
+def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: str) -> ComponentSettings:
+    """An instance of ``model``. ``owner``: whose settings these are, for the message of a `SettingsError`."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(model.model_fields) or "none"
+            raise SettingsError(f"{owner} has no setting '{key}'; it has: {known}") from error
+        raise SettingsError(f"{owner}: {key} = {first.get('input')!r} is refused: {first['msg']}") from error

@@ -1,0 +1,62 @@
+"""Metric: one thing that ``llmpruner evaluate`` measures of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..component import Component
+from ..progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..structure.coupling import CouplingGraph
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number for people. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
+    its standard error, where known."""
+
+    label: str
+    value: float | None
+    higher_is_better: bool | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricSubject:
+    """The model that is measured, in evaluation mode. ``reference``: the first model of the same call, which is the
+    subject itself for that one; None unless a metric asks for it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any | None
+    graph: CouplingGraph
+    reference: PreTrainedModel | None = None
+    progress: Progress = QUIET
+
+
+class Metric(Component):
+    """Measures one model at a time; created once for all models of a call."""
+
+    kind: ClassVar[str] = "metric"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``subject.reference`` must be there, which keeps a second model in memory."""
+        return False
+
+    def prepare(self) -> None:
+        """Read what is needed besides models (texts, tasks), so that mistakes show before any model is loaded. Called
+        once. Raises `DataError`."""
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        """JSON values by name, as ``evaluate --json`` writes them under the metric's name."""
+        raise NotImplementedError
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        """What the table shows of ``result``; by default every number in it."""
+        return [Row(f"{self.name} {key}", float(v)) for key, v in result.items() if isinstance(v, (int, float))]

@@ -1,0 +1,1 @@
+"""Export: a checkpoint written for other runtimes."""

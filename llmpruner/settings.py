@@ -1,0 +1,434 @@
+"""Every setting of every command, once: name, type, default, bounds, help.
+
+Command-line options, keywords of the Python API (`llmpruner.keywords`), what plans and records keep, and the reference
+pages derive from these models. Names of components (criteria, budgets …) are checked where the catalog is known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import SettingsError
+
+DEMO = "demo"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Reduction = Literal["sum", "mean", "max", "prod", "last"]
+Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
+LossOn = Literal["all", "answers"]
+
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field reads on the command line. ``flags``: its names, where they are not the field's own. ``panel``: of
+    ``--help``. ``metavar``: what stands for the value. ``sets``: ``field.key`` where the option is short for a setting
+    of the component that ``field`` chooses, or of the metric of that name; the component declares default and
+    bounds."""
+
+    panel: str | None = None
+    flags: tuple[str, ...] = ()
+    metavar: str | None = None
+    sets: str | None = None
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown name is an error. `model_fields_set` says which fields the user gave."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
+    """An instance of ``model``. Raises `SettingsError`, in one line that names the option, what was given and what was
+    expected."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"unknown setting '{name}'; known: {', '.join(model.model_fields)}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{flag_of(model, name)} {first.get('input')!s}: {message}") from error
+
+
+def option_of(model: type[Settings], name: str) -> Option:
+    """The `Option` of a field; an empty one where it declares none."""
+    found = (m for m in model.model_fields[name].metadata if isinstance(m, Option))
+    return next(found, Option())
+
+
+def flag_of(model: type[Settings], name: str) -> str:
+    """``--round-to`` for ``round_to``."""
+    if name not in model.model_fields:
+        return name
+    return next((f for f in option_of(model, name).flags if f.startswith("--")), "--" + name.replace("_", "-"))
+
+
+def names_of(value: Any) -> Any:
+    """``"mlp, attention"`` as ``("mlp", "attention")``, without blanks and repetitions."""
+    if not isinstance(value, str):
+        return value
+    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+
+
+def _not_empty(value: Any) -> Any:
+    names = names_of(value)
+    if isinstance(names, tuple) and not names:
+        raise ValueError("expected at least one name")
+    return names
+
+
+def _count(value: Any) -> Any:
+    """``5.4B``, ``120M``, ``98000000`` as a number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
+    if isinstance(value, str) and match is None:
+        raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000")
+    return float(match[1]) * _UNITS[match[2]] if match else value
+
+
+def _layers(value: Any) -> Any:
+    """``3-26``, ``0,5,7-9`` or ``all``; numbers of layers become text."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = ",".join(map(str, value))
+    if isinstance(value, str) and value.strip() != "all":
+        for part in value.split(","):
+            match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise ValueError("expected layer numbers such as 3-26 or 0,5,7-9, or all")
+    return value
+
+
+def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
+    """The numbers that ``--layers`` names in a model of ``count`` layers; None stays None.
+
+    Raises `SettingsError` for a layer that the model does not have.
+    """
+    if text is None:
+        return None
+    if text.strip() == "all":
+        return tuple(range(count))
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    if max(numbers) >= count:
+        raise SettingsError(f"--layers {text}: the model has the layers 0-{count - 1}")
+    return tuple(sorted(numbers))
+
+
+def _component_settings(value: Any) -> Any:
+    """``["taylor.variant=mix"]``, as the command line gives it, as ``{"taylor": {"variant": "mix"}}``."""
+    if isinstance(value, Mapping):
+        return value
+    found: dict[str, dict[str, Any]] = {}
+    for text in value or ():
+        match = re.fullmatch(r"([^.=\s]+)\.(\w+)=(.*)", str(text), re.S)
+        if match is None:
+            raise ValueError("expected NAME.key=value, such as taylor.variant=mix")
+        found.setdefault(match[1], {})[match[2]] = match[3]
+    return found
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
+ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Same seed, same inputs: same result.")]
+Set = Annotated[
+    ComponentValues,
+    Field(
+        description="A setting of a chosen component: NAME.key=value (`llmpruner plugins NAME` lists them). Repeatable."
+    ),
+    Option(flags=("--set",), metavar="NAME.key=value"),
+]
+
+
+class LoadSettings(Settings):
+    """How a model is opened."""
+
+    family: Annotated[
+        str | None,
+        Field(description="Model family; by default the one that matches, else structure is discovered."),
+    ] = None
+    dtype: Annotated[
+        Dtype,
+        Field(
+            description=f"Weights in memory: {', '.join(get_args(Dtype))}. auto: as stored, but float16 becomes "
+            "float32 on a CPU."
+        ),
+    ] = "auto"
+    device: Annotated[str, Field(description="cpu, cuda, cuda:1, mps …")] = "cpu"
+    revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
+    trust_remote_code: Annotated[bool, Field(description="Run model code that a checkpoint brings.")] = False
+
+
+_WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
+
+
+class PruneSettings(Settings):
+    """What to remove, how to choose it, and how to compensate for it."""
+
+    ratio: Annotated[
+        float | None,
+        Field(gt=0, lt=1, description="Share of the --budget to remove, hit within one unit."),
+        Option(_WHAT),
+    ] = None
+    budget: Annotated[
+        str,
+        Field(
+            description="What --ratio is a share of: decoder (its parameters), parameters (all of them), bytes (of all "
+            "weights), macs (multiply-accumulate operations per token), kv-cache (its bytes per token) or latency (per "
+            "decoded token, measured on this machine). All kinds compete under it; what saves nothing of it stays."
+        ),
+        Option(_WHAT),
+    ] = "decoder"
+    context: Annotated[
+        int | None,
+        Field(description="Tokens in the cache under --budget macs or latency."),
+        Option(_WHAT, sets="budget.context"),
+    ] = None
+    target_params: Annotated[
+        Annotated[float, BeforeValidator(_count), Field(gt=0)] | None,
+        Field(description="Total parameters that remain: 5.4B, 120M, 98000000."),
+        Option(_WHAT, metavar="NUMBER"),
+    ] = None
+    unit_ratio: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="Share of the units of every selected group to remove, as the paper counts (its 0.25 on layers "
+            "4-29 of LLaMA-7B removes 20 % of the parameters).",
+        ),
+        Option(_WHAT),
+    ] = None
+    kinds: Annotated[
+        Names,
+        Field(
+            description="What may go, comma-separated. mlp: MLP channels; attention: KV heads with their query heads "
+            "(both together are the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels "
+            "of the residual stream (the paper's channel-wise pruning); layer: whole layers. The default keeps most "
+            "quality on models with few KV heads."
+        ),
+        Option(_WHAT),
+    ] = ("mlp",)
+    layers: Annotated[
+        Annotated[str, BeforeValidator(_layers)] | None,
+        Field(
+            description="Layers whose units may go: 3-26, 0,5,7-9 or all. By default the family protects both ends (the "
+            "first and last 10 %, as the paper protects the ends of LLaMA)."
+        ),
+        Option(_WHAT),
+    ] = None
+    round_to: Annotated[
+        int, Field(ge=1, description="Kept widths are multiples of this (64 suits most kernels)."), Option(_WHAT)
+    ] = 1
+    method: Annotated[
+        str | None,
+        Field(
+            description="Defaults for all that follows. best (the default): chosen by one forward pass and compensated "
+            "by least squares; fast: no compensation; llm-pruner: the paper's, first-order Taylor on ten samples, no "
+            "compensation."
+        ),
+        Option(_HOW),
+    ] = None
+    importance: Annotated[
+        str | None,
+        Field(
+            description="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; "
+            "block-influence and angular for layers; or one that a plugin adds (see `llmpruner plugins`). Without "
+            "--method: on ten samples, without compensation."
+        ),
+        Option(_HOW),
+    ] = None
+    variant: Annotated[
+        str | None,
+        Field(
+            description="Variant of the criterion. Of taylor: element1 (first order per weight, the default), element2 "
+            "(second order), mix (both), vector (first order per row)."
+        ),
+        Option(_HOW, sets="importance.variant"),
+    ] = None
+    reduction: Annotated[
+        Reduction,
+        Field(description=f"How the parameters of a unit make one score: {', '.join(get_args(Reduction))}."),
+        Option(_HOW),
+    ] = "sum"
+    allocation: Annotated[
+        str,
+        Field(
+            description="uniform: equal shares per layer and kind; global: one ranking over all units; sensitivity: by "
+            "the divergence that cuts of each group cause alone; search: equal shares, moved to where cuts raise the "
+            "divergence least in combination (minutes more)."
+        ),
+        Option(_HOW),
+    ] = "uniform"
+    normalize: Annotated[
+        Normalization,
+        Field(
+            description="How scores of different groups become comparable under --allocation global: none, mean, max, "
+            "sum, zscore, parameters (per parameter removed), cost (per share of the --budget removed)."
+        ),
+        Option(_HOW),
+    ] = "none"
+    steps: Annotated[
+        int, Field(ge=1, description="Remove in this many steps, measuring again after each."), Option(_HOW)
+    ] = 1
+    compensate: Annotated[
+        str | None,
+        Field(
+            description="refit: fit the weights that read removed units again, by least squares against the dense "
+            "model; bias: only their biases; none."
+        ),
+        Option(_HOW),
+    ] = None
+    calibration: Annotated[
+        str,
+        Field(
+            description="Text to measure and fit on: self (the model writes it), a .txt, .json, .jsonl or .parquet "
+            "file with a text, page or content field, or a datasets name (name:config:split); several, with commas "
+            "between them, are mixed in equal parts."
+        ),
+        Option(_ON),
+    ] = "self"
+    samples: Annotated[
+        int | None,
+        Field(ge=1, description="Calibration samples: 320 for best (256 that the model writes), 64 for fast, else 10."),
+        Option(_ON),
+    ] = None
+    length: Annotated[
+        int | None,
+        Field(
+            ge=2, description="Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read."
+        ),
+        Option(_ON),
+    ] = None
+    seed: Seed = 0
+    settings: Set = {}
+
+
+class RecoverSettings(Settings):
+    """A training that restores quality after a cut; the defaults are the paper's (LLM-Pruner, section 4.1)."""
+
+    data: Annotated[
+        str,
+        Field(
+            description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
+            "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set."
+        ),
+    ]
+    strategy: Annotated[str, Field(description="Recovery strategy; see `llmpruner plugins`.")] = "lora"
+    limit: Annotated[int | None, Field(ge=1, description="Use so many examples, drawn by the seed.")] = None
+    merge: Annotated[bool, Field(description="Add the adapters to the weights, or save them alone.")] = True
+    rank: Annotated[int | None, Field(description="Rank of the LoRA adapters."), Option(sets="strategy.rank")] = None
+    alpha: Annotated[
+        int | None, Field(description="Scale of the adapters: α / rank."), Option(sets="strategy.alpha")
+    ] = None
+    dropout: Annotated[
+        float | None, Field(description="Dropout before the adapters."), Option(sets="strategy.dropout")
+    ] = None
+    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
+    epochs: Annotated[float, Field(gt=0, description="Passes over the data.")] = 2.0
+    max_steps: Annotated[
+        int | None, Field(ge=1, description="Stop after so many optimizer steps, whatever the epochs.")
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, description="Examples per optimizer step.")] = 64
+    micro_batch_size: Annotated[
+        int, Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size.")
+    ] = 4
+    cutoff: Annotated[int, Field(ge=2, description="Tokens per example; longer ones are cut.")] = 256
+    warmup_steps: Annotated[
+        int,
+        Field(ge=0, description="At most so many; runs shorter than a thousand steps warm up over a tenth of theirs."),
+    ] = 100
+    loss_on: Annotated[LossOn, Field(description="all: the whole text, as the paper; answers: the answers alone.")] = (
+        "all"
+    )
+    autocast: Annotated[bool, Field(description="Compute in bfloat16 under autocast; weights keep their dtype.")] = (
+        False
+    )
+    seed: Seed = 0
+    settings: Set = {}
+
+
+class EvaluateSettings(Settings):
+    """What to measure of models."""
+
+    tasks: Annotated[
+        Names | None,
+        Field(
+            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
+            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."
+        ),
+    ] = None
+    perplexity: Annotated[
+        str | None,
+        Field(
+            description="Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that "
+            "every Python brings; pydoc is the default when nothing else is named."
+        ),
+        Option(metavar="TEXT"),
+    ] = None
+    window: Annotated[
+        int | None,
+        Field(description="Tokens per window of the perplexity; windows do not overlap."),
+        Option(sets="perplexity.window"),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        Field(description="Use the first so many tokens of the text; all by default."),
+        Option(sets="perplexity.tokens"),
+    ] = None
+    kl: Annotated[
+        bool,
+        Field(
+            description="KL divergence from the first MODEL on the text of the perplexity, too (both are in memory)."
+        ),
+        Option(sets="perplexity.kl"),
+    ] = False
+    speed: Annotated[bool, Field(description="Tokens per second and peak memory.")] = False
+    metrics: Annotated[
+        Names | None, Field(description="Further metrics by name, comma-separated; see `llmpruner plugins`.")
+    ] = None
+    limit: Annotated[int | None, Field(description="Rows per task; all by default."), Option(sets="tasks.limit")] = None
+    num_fewshot: Annotated[
+        int | None, Field(description="Examples shown in each task's prompt."), Option(sets="tasks.num_fewshot")
+    ] = None
+    include_path: Annotated[
+        Path | None,
+        Field(description="Folder of further lm-eval task files (offline data, say)."),
+        Option(sets="tasks.include_path"),
+    ] = None
+    batch_size: Annotated[
+        int | None, Field(description="Rows per batch of tasks."), Option(sets="tasks.batch_size")
+    ] = None
+    autocast: Annotated[
+        bool,
+        Field(description="Compute the perplexity in bfloat16 under autocast (faster, rounds)."),
+        Option(sets="perplexity.autocast"),
+    ] = False
+    seed: Annotated[Seed, Option(sets="tasks.seed")] = 0
+    settings: Set = {}
+
+
+class GenerateSettings(Settings):
+    """How text is generated."""
+
+    chat: Annotated[
+        bool,
+        Field(
+            description="Put the prompt into the model's chat format: the tokenizer's chat template, else the family's "
+            "instruction format."
+        ),
+    ] = False
+    max_new_tokens: Annotated[int, Field(ge=1, description="Tokens to write at most.")] = 64
+    temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above 0 samples.")] = 0.0
+    seed: Seed = 0
