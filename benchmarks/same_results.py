@@ -68,7 +68,7 @@ ON_TINY = {
 ON_PLUGINS_MODELS = {
     **{name: f"--importance {name} --ratio 0.2" for name in ("random", "l1")},
     **{name: f"--importance {name} --ratio 0.2 {TEXT}" for name in ("wanda-sp", "activation", "pca")},
-    **{name: f"--importance {name} --kinds layer --ratio 0.4 {TEXT}" for name in ("angular", "block-influence")},
+    "block-influence": f"--importance block-influence --kinds layer --ratio 0.4 {TEXT}",
     **{f"global, {how}": f"--importance l2 {BLOCK} --allocation global --normalize {how} --ratio 0.2"
        for how in ("mean", "max", "sum", "zscore", "parameters")},
     **{f"reduction {how}": f"--importance l2 --reduction {how} --ratio 0.2" for how in ("mean", "max", "prod", "last")},
