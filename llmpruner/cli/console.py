@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,20 @@ T = TypeVar("T")
 
 out = Console()
 err = Console(stderr=True)
+
+
+class _Lines(logging.Handler):
+    """Shows what the library logs, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning_line(record.getMessage())
+
+
+def show_warnings() -> None:
+    """Let warnings of the library reach the terminal."""
+    logger = logging.getLogger("llmpruner")
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
 
 
 def error_line(message: str) -> None:
