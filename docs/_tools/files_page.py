@@ -95,7 +95,8 @@ def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _paragraph(thing: Any) -> list[str]:
-    text = document(thing)
+    text = document(thing).removeprefix("PruningPlan: ")
+    text = text[:1].upper() + text[1:]
     return [markdown(text), ""] if text else []
 
 
