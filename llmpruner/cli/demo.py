@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.markup import escape
 
-from ..evaluation.report import Evaluation
+from ..evaluation import Evaluation, MetricSubject
+from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric
 from ..loading.options import DEMO, LoadOptions
 from ..recovery.base import RecoverySettings
 from .console import RichProgress, count, out, table
@@ -23,7 +24,6 @@ from .prune import Choice, choice, plan_result, show_plan
 from .recover import run_recovery, save_recovered
 
 if TYPE_CHECKING:
-    from ..evaluation.report import Evaluation
     from ..loading.model import LoadedModel
 
 PROMPT = "Give three tips for staying healthy."
@@ -114,17 +114,13 @@ def demo(
 
 
 def _measure(name: str, loaded: LoadedModel) -> Evaluation:
-    from ..evaluation import cost
-    from ..evaluation.perplexity import PYDOC, perplexity, read_text
+    from ..evaluation.run import evaluate
 
-    progress = RichProgress()
-    text = read_text(PYDOC)
-    found = perplexity(
-        loaded.model, loaded.tokenizer, text, window=WINDOW, tokens=TOKENS, autocast=True, progress=progress
-    )
-    # What training left behind in this process is not the model's.
-    speed = replace(cost.speed(loaded.model, runs=3, progress=progress), peak_bytes=None)
-    return Evaluation(name, cost.size(loaded.model, loaded.graph), found, speed=speed)
+    subject = MetricSubject(name, loaded.model, loaded.tokenizer, loaded.graph)
+    metrics = [SizeMetric(), PerplexityMetric(window=WINDOW, tokens=TOKENS, autocast=True), SpeedMetric(runs=3)]
+    (found,) = evaluate([lambda: subject], metrics, RichProgress())
+    # Peak memory would include what training in this process still holds.
+    return replace(found, rows=tuple(row for row in found.rows if row.label != "peak memory bytes"))
 
 
 def _answer(loaded: LoadedModel) -> str:

@@ -8,6 +8,7 @@ from ..budgets.base import Budget
 from ..compensation.base import Compensation
 from ..data.source import CalibrationSource
 from ..evaluation.base import Metric
+from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..export.base import Exporter
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
@@ -78,7 +79,7 @@ def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
-    return []
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric]
 
 
 @hookimpl
