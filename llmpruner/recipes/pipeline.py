@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from .. import __version__
 from ..budgets.costs import CutCost
 from ..budgets.open import open_budget
-from ..checkpoints.save import save_checkpoint
+from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..compensation.choose import Chooser, can_wait
 from ..compensation.repair import repair
 from ..compensation.trials import Trials
@@ -239,14 +239,8 @@ def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | Non
         record=record,
         tokenizer=loaded.tokenizer,
         family=loaded.family,
-        extra_files=_vocabulary(loaded.tokenizer),
+        extra_files=vocabulary_files(loaded.tokenizer),
     )
-
-
-def _vocabulary(tokenizer: Any) -> list[Path]:
-    """The SentencePiece model of a tokenizer: a fast tokenizer does not save it, and other formats need it."""
-    file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
-    return [file] if file.name == "tokenizer.model" and file.is_file() else []
 
 
 def default_layers(loaded: LoadedConfig) -> tuple[int, ...]:
