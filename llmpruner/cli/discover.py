@@ -13,9 +13,12 @@ from rich.tree import Tree
 from ..errors import CouplingError, PlanError
 from ..files import write_text
 from ..loading.options import LoadOptions
-from ..report.block import block_page
+from ..plugins.builtin import llmpruner_report_sections
+from ..report.base import ReportSubject
+from ..report.groups import KIND_COLUMNS, kind_rows
+from ..report.page import report_page
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
-from .console import count, note, out, print_json, table
+from .console import count, note, out, print_json, table, warning_line
 from .options import Family, Json, Model, RemoteCode, Revision, Seed, catalog_of, new_file
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ def discover(
 
     loaded = load_config(model, catalog_of(ctx), options)
     if html is not None:
-        _draw(html, f"{model} ({loaded.family.name})", loaded.graph)
+        _draw(html, f"{model} ({loaded.family.name})", loaded)
     verdicts = _verify(loaded, seed) if verify else []
     if as_json:
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
@@ -62,11 +65,7 @@ def discover(
         f"[bold]{model}[/]: family {loaded.family.name}, {graph.num_layers} layers, "
         f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
     )
-    table(
-        "Coupled groups",
-        ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder"),
-        _summary(graph),
-    )
+    table("Coupled groups", KIND_COLUMNS, kind_rows(graph))
     for kind in graph.kinds:
         out.print(_tree(graph, graph.of_kinds([kind])[0]))
     if verify:
@@ -94,26 +93,13 @@ def _exit_unless_proved(verdicts: list[Verdict]) -> None:
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
 
 
-def _draw(path: Path, title: str, graph: CouplingGraph) -> None:
-    page = block_page(title, graph, graph.num_layers // 2)
-    write_text(new_file(path), page)
+def _draw(path: Path, title: str, loaded: LoadedConfig) -> None:
+    subject = ReportSubject(title, loaded.graph, loaded.record or {})
+    page = report_page(subject, [section() for section in llmpruner_report_sections()])
+    for warning in page.warnings:
+        warning_line(warning)
+    write_text(new_file(path), page.html)
     note(f"drawn in {path}")
-
-
-def _summary(graph: CouplingGraph) -> list[tuple[str, str, str, str, str]]:
-    rows = []
-    for kind in graph.kinds:
-        groups = graph.of_kinds([kind])
-        units = sorted({g.units for g in groups})
-        cost = sorted({graph.parameters_per_unit(g) for g in groups})
-        inside = sum(g.units * graph.parameters_per_unit(g) for g in groups) / graph.decoder_parameters
-        share = f"{inside:.1%}" if kind != "hidden" else "all"
-        rows.append((kind, str(len(groups)), _range(units), _range(cost), share))
-    return rows
-
-
-def _range(values: list[int]) -> str:
-    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:

@@ -23,6 +23,9 @@ from ..recovery.base import RecoveryStrategy
 from ..recovery.full import FullStrategy
 from ..recovery.lora import LoraStrategy
 from ..report.base import ReportSection
+from ..report.block import BlockSection
+from ..report.groups import GroupsSection
+from ..report.plan import PlanSection
 from ..selection.base import Allocation
 from .hookspecs import hookimpl
 
@@ -90,7 +93,7 @@ def llmpruner_exporters() -> list[type[Exporter]]:
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[ReportSection]]:
-    return []
+    return [GroupsSection, PlanSection, BlockSection]
 
 
 @hookimpl
