@@ -37,4 +37,4 @@ class MetaExporter(Exporter):
         task.progress.status("Reading it back")
         check_written(task.directory, tensors, config)
         bare = "" if tokenizer else f"; without {TOKENIZER}, as the source has none (--set meta.tokenizer=PATH)"
-        return f"Meta's llama code loads it on {shards} GPU{'s' if shards > 1 else ''}, and so does llmpruner{bare}"
+        return f"Meta's llama code loads it with model-parallel size {shards}, and llmpruner does{bare}"
