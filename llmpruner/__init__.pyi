@@ -3,6 +3,7 @@
 from .checkpoints.load import load_pruned as load_pruned
 from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
+from .component import ComponentSettings as ComponentSettings
 from .data.sharegpt import read_sharegpt as read_sharegpt
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Signal as Signal
@@ -19,6 +20,11 @@ from .errors import PluginError as PluginError
 from .errors import SelectionError as SelectionError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import UnsupportedModelError as UnsupportedModelError
+from .evaluation.base import Metric as Metric
+from .evaluation.base import MetricSubject as MetricSubject
+from .evaluation.base import Row as Row
+from .export.base import Exporter as Exporter
+from .export.base import ExportTask as ExportTask
 from .families.family import ModelFamily as ModelFamily
 from .families.family import alpaca_prompt as alpaca_prompt
 from .families.graph import build_graph as build_graph
@@ -35,6 +41,8 @@ from .recovery.base import RecoverySettings as RecoverySettings
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
+from .report.base import ReportSection as ReportSection
+from .report.base import ReportSubject as ReportSubject
 from .structure import layouts as layouts
 from .structure.coupling import ATTENTION as ATTENTION
 from .structure.coupling import EXPERT as EXPERT

@@ -19,8 +19,9 @@ from typing_extensions import Unpack
 from .checkpoints.adapters import adapter_base, save_adapter
 from .data.instructions import check_examples
 from .errors import DataError, ModelError, PlanError, SettingsError
-from .evaluation.run import Evaluations
+from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
+from .evaluation.table import Evaluations
 from .export.run import export as _export
 from .families.auto import AUTO
 from .families.chat import chat_prompt
@@ -43,7 +44,7 @@ from .recipes.outcome import outcome_of
 from .recovery.run import RecoveryResult
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
-from .report.page import render_page
+from .report.page import report_page
 from .settings import (
     EvaluateSettings,
     ExportSettings,
@@ -224,7 +225,7 @@ def evaluate(
     job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
     sources = [models] if isinstance(models, (str, Path, Model)) else list(models)
     check_models(sources, load=load, catalog=catalog)
-    return _evaluate([(_name(s), partial(_loaded, s, load, catalog, progress)) for s in sources], job.metrics, progress)
+    return _evaluate([partial(_subject, s, load, catalog, progress) for s in sources], job.metrics, progress)
 
 
 def generate(
@@ -293,9 +294,9 @@ def write_page(structure: Structure, path: str | Path, *, catalog: Catalog | Non
     """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed."""
     catalog = catalog or Catalog(plugin_manager())
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
-    page, warnings = render_page(subject, [cls() for cls in catalog.sections.values()])
-    write_text(check_new_file(Path(path)), page)
-    return warnings
+    page = report_page(subject, [cls() for cls in catalog.sections.values()])
+    write_text(check_new_file(Path(path)), page.html)
+    return list(page.warnings)
 
 
 def check_models(models: Sequence[Source], *, load: LoadSettings | None = None, catalog: Catalog | None = None) -> None:
@@ -333,8 +334,12 @@ def _has_tokenizer(opened: Structure, catalog: Catalog) -> bool:
     return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, catalog)
 
 
-def _name(model: Source) -> str:
-    return model.ref if isinstance(model, Model) else str(model)
+def _subject(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> MetricSubject:
+    loaded = _loaded(model, load, catalog, progress)
+    if loaded.tokenizer is None:
+        raise DataError(f"model '{loaded.ref}' brings no tokenizer, so it cannot be evaluated")
+    name = model.ref if isinstance(model, Model) else str(model)
+    return MetricSubject(name, loaded.model, loaded.tokenizer, loaded.graph)
 
 
 def _recovered(model: Model, result: RecoveryResult) -> Model:

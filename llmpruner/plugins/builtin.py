@@ -8,7 +8,9 @@ from ..budgets.base import Budget
 from ..compensation.base import Compensation
 from ..data.source import CalibrationSource
 from ..evaluation.base import Metric
+from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..export.base import Exporter
+from ..export.stock import StockExporter
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from ..importance.base import ImportanceCriterion
@@ -21,6 +23,9 @@ from ..recovery.base import RecoveryStrategy
 from ..recovery.full import FullStrategy
 from ..recovery.lora import LoraStrategy
 from ..report.base import ReportSection
+from ..report.block import BlockSection
+from ..report.groups import GroupsSection
+from ..report.plan import PlanSection
 from ..selection.base import Allocation
 from .hookspecs import hookimpl
 
@@ -78,17 +83,17 @@ def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
-    return []
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric]
 
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return []
+    return [StockExporter]
 
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[ReportSection]]:
-    return []
+    return [GroupsSection, PlanSection, BlockSection]
 
 
 @hookimpl

@@ -18,7 +18,7 @@ from .. import __version__
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import Cost, CutCost
 from ..budgets.open import open_budget
-from ..checkpoints.save import save_checkpoint
+from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..compensation.base import RepairTask
 from ..compensation.choose import Chooser, can_wait
 from ..compensation.trials import Trials
@@ -172,7 +172,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
         record=record,
         tokenizer=model.tokenizer,
         family=model.family,
-        extra_files=_vocabulary(model.tokenizer),
+        extra_files=vocabulary_files(model.tokenizer),
     )
 
 
@@ -346,9 +346,3 @@ def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
     """The scope in the layer numbers of the model after the cut."""
     numbers = layer_numbers(graph, kept)
     return Scope(scope.kinds, tuple(numbers[n] for n in scope.layers if n in numbers))
-
-
-def _vocabulary(tokenizer: Any) -> list[Path]:
-    """The SentencePiece model of a tokenizer: a fast tokenizer does not save it, and other formats need it."""
-    file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
-    return [file] if file.name == "tokenizer.model" and file.is_file() else []
