@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +71,7 @@ def demo(
     measured, answers = {}, {}
 
     def look(name: str) -> None:
-        measured[name] = api.evaluate(model, **MEASURE, **shared)[0].renamed(name)
+        measured[name] = replace(api.evaluate(model, **MEASURE, **shared)[0], name=name)
         answers[name] = api.generate(model, PROMPT, chat=True, max_new_tokens=60, **shared)
 
     look("dense")
