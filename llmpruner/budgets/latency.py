@@ -1,230 +1,120 @@
-"""Latency: decoder layers timed while the whole model decodes, with all units and with fewer of one group at a time.
-
-Layers are timed where they stand, in passes through the whole model, because one layer alone would stay in the caches
-of the processor and look faster than it is. Cut and whole model take turns, so that what slows the machine slows both.
-"""
+"""The budget of time per decoded token. Imports no torch."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Collection, Mapping
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+from pydantic import Field, ValidationError
 
-from ..errors import SelectionError, UnsupportedModelError
-from ..models.decoding import Reading, sample_tokens
-from ..models.modeling_llmpruner import per_layer_lists
-from ..models.surgery import cut_copy
-from ..oracle.rules import with_rules
-from ..progress import Progress
+from ..component import ComponentSettings
+from ..errors import PlanError
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
-from ..structure.plan import LatencyTable, Timing
-from ..structure.queues import Queue, build_queue
-from .costs import local_name
+from .base import Budget, BudgetSubject
+from .costs import Cost
+from .sizes import enclosing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.architecture import Follows
-
-LEVELS = (0.75, 0.5, 0.25, 0.0)
-"""Shares of a group's units that stay; of the last, as few as may stay."""
-RUNS, WARM_UP, SAMPLE = 9, 2, 4
-
-Stopwatch: TypeAlias = "Callable[[Reading, torch.Tensor, str], list[float]]"
-"""A reading, the next token, the path of the layers → ms of every layer, and last of everything else."""
+    from .latency_table import LatencyTable, Timing
 
 
-def measure_latency(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    family: Follows,
-    context: int,
-    progress: Progress | None = None,
-    stopwatch: Stopwatch | None = None,
-) -> LatencyTable:
-    """Time one token at a time while ``context`` tokens are in the cache, whole and at `LEVELS` of every kind of group.
+class LatencyCost(Cost):
+    """Time per token, put together from measured layers; counted in whole picoseconds.
 
-    Layers of equal shape share a measurement. Raises `SelectionError` for a context that the model cannot read,
-    `UnsupportedModelError` when its layers cannot be timed one by one.
+    With T(l) the time of layer l, T₀ that of everything outside the layers, and S(l, g) what group g of layer l saves:
+
+        Σ over layers l:  R(l) · max(T(l) − Σ over g: S(l, g) · Q(g), 0)   +   R₀ · T₀
+
+    S is interpolated linearly between the measured numbers of units. Q(g) is the share that is left of the units which
+    g's own units lie in, 1 for most groups: query heads save nothing more where their KV head is removed. R is the
+    product of the measured ratios of groups that cut every layer (hidden channels).
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and context + RUNS + WARM_UP > limit:
-        raise SelectionError(
-            f"--context {context} and the tokens that are timed after it are beyond the model's {limit} positions; "
-            f"give at most {limit - RUNS - WARM_UP}"
+
+    label, unit = "Latency per token", "ms per token"
+    _PER_MS: ClassVar[int] = 10**9
+
+    def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup], table: LatencyTable) -> None:
+        known = {layer for timing in table.timings for layer in timing.layers}
+        if known != set(range(graph.num_layers)) or all(timing.layers for timing in table.timings):
+            raise PlanError("the latencies of this target were measured on another model; measure again")
+        self._timings = table.timings
+        self._within: dict[int | None, list[CoupledGroup]] = {}
+        for group in groups:
+            if group.kind != LAYER:
+                self._within.setdefault(group.layer, []).append(group)
+        self._enclosing = enclosing(groups)
+
+    def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
+        kept = kept or {}
+        total = 0.0
+        for timing in self._timings:
+            stream = prod(self._measured(g, timing, kept) / timing.ms for g in self._within.get(None, ()))
+            for layer in timing.layers:
+                if layer not in gone:
+                    total += stream * max(timing.ms - self._saved(timing, layer, kept), 0.0)
+            if not timing.layers:
+                total += stream * timing.ms
+        return round(total * self._PER_MS)
+
+    def _saved(self, timing: Timing, layer: int, kept: Mapping[str, int]) -> float:
+        return sum(
+            (timing.ms - self._measured(group, timing, kept))
+            * prod(kept.get(g.name, g.units) / g.units for g in self._enclosing.get(group.name, ()))
+            for group in self._within.get(layer, ())
         )
-    progress, stopwatch = progress or Progress(), stopwatch or decode_one
-    family = with_rules(family, model, {g.kind for g in groups})
-    race = _Race(model, graph, context, stopwatch)
-    alike = _alike(model, graph, groups)
-    queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
-    dense = race.run(model)[0]
-    # Where times stand in a pass: the layers of each class, then everything else.
-    places = [*alike, [graph.num_layers]]
-    shares: list[dict[str, dict[int, float]]] = [{} for _ in places]
-    for trial in progress.track(_trials(queues, alike), "latency"):
-        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in trial}
-        whole, part = race.run(cut_copy(model, graph, kept, family))
-        dense += whole
-        for place, found in zip(places, shares, strict=True):
-            for group in (queue.group for queue, _ in trial if queue.group.layer in (None, *place)):
-                at = place if group.layer is None else [q.group.layer for q, _ in trial if q.group.layer in place]
-                share = _fastest(part, at) / _fastest(whole, at)
-                found.setdefault(local_name(group), {})[len(kept[group.name])] = share
-    return LatencyTable(
-        device=_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        context=context,
-        timings=tuple(
-            _timing(place if place in alike else [], _fastest(dense, place), found)
-            for place, found in zip(places, shares, strict=True)
-        ),
-    )
+
+    def _measured(self, group: CoupledGroup, timing: Timing, kept: Mapping[str, int]) -> float:
+        """Milliseconds of one layer when nothing but ``group`` is cut, to the units that it keeps."""
+        units = kept.get(group.name, group.units)
+        points = [(group.units, timing.ms), *timing.groups.get(local_name(group), ())]
+        for (many, slow), (few, fast) in pairwise(points):
+            if units >= few:
+                return fast + (slow - fast) * (units - few) / (many - few)
+        return points[-1][1]
+
+    def value(self, amount: int) -> float:
+        return amount / self._PER_MS
+
+    def number(self, amount: int) -> str:
+        return f"{self.value(amount):,.3f}"
 
 
-def _timing(layers: Sequence[int], ms: float, shares: Mapping[str, Mapping[int, float]]) -> Timing:
-    groups = {
-        name: tuple((units, round(ms * share, 6)) for units, share in falling(levels).items())
-        for name, levels in shares.items()
-    }
-    return Timing(layers=tuple(layers), ms=round(ms, 6), groups=groups)
+def local_name(group: CoupledGroup) -> str:
+    """The name of a group without the number of its layer: ``mlp`` of ``layers.3.mlp``."""
+    return group.name if group.layer is None else group.name.removeprefix(f"layers.{group.layer}.")
 
 
-def falling(levels: Mapping[int, float]) -> dict[int, float]:
-    """``levels`` (units kept → share of the time), most units first, as the nearest shares that never rise while units
-    go nor are above 1: isotonic regression by pooling adjacent violators (Barlow et al. 1972)."""
-    pools: list[tuple[float, list[int]]] = []
-    for units in sorted(levels, reverse=True):
-        pools.append((min(levels[units], 1.0), [units]))
-        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
-            (fast, few), (slow, many) = pools.pop(), pools.pop()
-            mean = (fast * len(few) + slow * len(many)) / (len(few) + len(many))
-            pools.append((mean, many + few))
-    return {units: share for share, members in pools for units in members}
+class Latency(Budget):
+    """Milliseconds to decode one token while ``context`` tokens are in the cache, measured on this machine: whole, and
+    with fewer units of each kind of group."""
 
+    name = "latency"
+    summary = "milliseconds per decoded token, measured on this machine"
 
-class _Race:
-    """Decodes with the whole model and a cut one in turns."""
+    class Settings(ComponentSettings):
+        context: int = Field(512, ge=1, description="Tokens in the key/value cache.")
 
-    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, context: int, stopwatch: Stopwatch) -> None:
-        self._path, self._stopwatch = graph.layers, stopwatch
-        self._prompt, self._token = sample_tokens(model, context), sample_tokens(model, 1)
-        self._whole = Reading(model)
-        self._whole.read(self._prompt)
+    settings: Settings
 
-    def run(self, other: PreTrainedModel) -> tuple[list[list[float]], list[list[float]]]:
-        """Times of the whole model and of ``other``, one list per pass as a `Stopwatch` gives it."""
-        cut = Reading(other)
-        cut.read(self._prompt)
-        readings = [self._whole.again(), cut]
-        times: tuple[list[list[float]], list[list[float]]] = ([], [])
-        for run in range(-WARM_UP, RUNS):
-            for reading, kept in zip(readings, times, strict=True):
-                measured = self._stopwatch(reading, self._token, self._path)
-                if run >= 0:
-                    kept.append(measured)
-        return times
+    def measure(self, subject: BudgetSubject) -> Mapping[str, Any]:
+        """A `LatencyTable` as JSON values. Raises `SelectionError` for a context that the model cannot read, and
+        `UnsupportedModelError` when its layers cannot be timed one by one."""
+        from .timing import measure_latency
 
+        return measure_latency(subject, self.settings.context).model_dump(mode="json")
 
-def decode_one(reading: Reading, token: torch.Tensor, path: str) -> list[float]:
-    """Milliseconds that each layer of the list ``path`` takes to read ``token``, and last everything else."""
-    layers: Any = reading.model.get_submodule(path)
-    clock = _CudaClock() if reading.model.device.type == "cuda" else _Clock()
-    marks: list[Any] = []
+    def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> LatencyCost:
+        """``measured``: a `LatencyTable` as JSON values. Raises `PlanError` when it is none, or of another model."""
+        from .latency_table import LatencyTable
 
-    def mark(*_: Any) -> None:
-        marks.append(clock.now())
-
-    handles = [h for x in layers for h in (x.register_forward_pre_hook(mark), x.register_forward_hook(mark))]
-    try:
-        begin = clock.now()
-        reading.read(token)
-        end = clock.now()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(marks) != 2 * len(layers):
-        raise UnsupportedModelError(
-            f"a {reading.model.config.model_type} model does not run each of its layers once, so they cannot be timed "
-            "one by one; choose another --budget"
-        )
-    each = [clock.between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True)]
-    return [*each, max(clock.between(begin, end) - sum(each), 1e-6)]
-
-
-class _Clock:
-    def now(self) -> Any:
-        return time.perf_counter()
-
-    def between(self, begin: Any, end: Any) -> float:
-        return float(end - begin) * 1e3
-
-
-class _CudaClock(_Clock):
-    """Marks in the stream of work, so that nothing waits between layers that would not wait without the clock."""
-
-    def now(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-
-def _alike(model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> list[list[int]]:
-    """Layer numbers, together where shapes, groups and what the configuration says of a layer are the same."""
-    said = per_layer_lists(model.config.get_text_config(), graph.num_layers).values()
-    own: list[list[Any]] = [[str(values[n]) for values in said] for n in range(graph.num_layers)]
-    for name, shape in graph.shapes.items():
-        if graph.is_decoder(name):
-            number, _, rest = name.removeprefix(graph.layers + ".").partition(".")
-            own[int(number)].append((rest, shape))
-    for group in groups:
-        if group.layer is not None:
-            own[group.layer].append((local_name(group), group.units, group.minimum))
-    classes: dict[str, list[int]] = {}
-    for layer, facts in enumerate(own):
-        classes.setdefault(repr(facts), []).append(layer)
-    return list(classes.values())
-
-
-def _trials(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[list[tuple[Queue, int]]]:
-    """What is cut together: queues and how many steps of each they give."""
-    found: dict[tuple[tuple[str, int], ...], list[tuple[Queue, int]]] = {}
-    for together in _together(queues, alike):
-        for level in LEVELS:
-            steps = [(queue, queue.steps_for(queue.group.units * (1 - level))) for queue in together]
-            trial = [(queue, number) for queue, number in steps if number]
-            found.setdefault(tuple((queue.group.name, number) for queue, number in trial), trial)
-    return [trial for trial in found.values() if trial]
-
-
-def _together(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[list[Queue]]:
-    """For every name of a group, the queues of `SAMPLE` layers in the middle of each class."""
-    found: dict[str, list[Queue]] = {}
-    for members in alike:
-        names: dict[str, list[Queue]] = {}
-        for queue in queues:
-            if queue.group.layer in members:
-                names.setdefault(local_name(queue.group), []).append(queue)
-        for name, same in names.items():
-            first = max(len(same) - SAMPLE, 0) // 2
-            found.setdefault(name, []).extend(same[first : first + SAMPLE])
-    return [*found.values(), *([q] for q in queues if q.group.layer is None)]
-
-
-def _fastest(passes: Sequence[Sequence[float]], at: Sequence[int]) -> float:
-    """The fastest pass, mean over the places ``at``: whatever else a machine does can only add to a time."""
-    return statistics.fmean(min(times[n] for times in passes) for n in at)
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+        try:
+            table = LatencyTable.model_validate(measured)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanError(
+                f"the recorded latencies are no latency table: {where + ': ' if where else ''}{first['msg']}"
+            ) from error
+        return LatencyCost(subject.graph, subject.groups, table)

@@ -10,51 +10,70 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import __version__
+from ..budgets.base import BudgetSubject
 from ..budgets.costs import CutCost
 from ..budgets.open import open_budget
 from ..checkpoints.save import save_checkpoint
+from ..compensation.base import RepairTask
 from ..compensation.choose import Chooser, can_wait
-from ..compensation.repair import repair
 from ..compensation.trials import Trials
-from ..data.calibration import SELF, calibration_set, sources_of
+from ..component import Component
+from ..data.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError, UnknownNameError
 from ..importance.estimate import Scores, estimate
 from ..models.surgery import cut
+from ..plugins import builtin
 from ..progress import Progress
 from ..selection.base import Demand
 from ..selection.normalize import normalize
-from ..selection.search import MEASURED
 from ..selection.select import select
 from ..structure.kept import compose, layer_numbers, renamed, surviving_units
-from ..structure.plan import BaseRef, Compensation, Estimation, PruningPlan, Selection, Target, cuts_of, structure_of
+from ..structure.plan import (
+    BaseRef,
+    CompensationRecord,
+    EstimationRecord,
+    PruningPlan,
+    SelectionRecord,
+    Target,
+    cuts_of,
+    structure_of,
+)
 from ..structure.scope import Scope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..budgets.costs import Cost
+    from ..compensation.base import Compensation
     from ..compensation.choose import Chooser
     from ..data.calibration import CalibrationSet
     from ..importance.base import ImportanceCriterion
     from ..loading.model import LoadedConfig, LoadedModel
-    from ..selection.base import Demand
+    from ..selection.base import Allocation, Demand
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.scope import Scope
 
 
-COMPENSATIONS = ("refit", "bias", "none")
 _FEWER_TOKENS = 16384
+C = TypeVar("C", bound=Component)
+
+
+def _named(classes: Sequence[type[C]], name: str, values: Mapping[str, Any] | None = None) -> C:
+    known = {cls.name: cls for cls in classes}
+    if name not in known:
+        raise UnknownNameError(classes[0].kind, name, known)
+    return known[name](**(values or {}))
 
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """What to remove, how to choose it, and how to make good for it. ``layers``: decoder layers whose units may go;
-    None protects the family's default at both ends. ``compensate``: one of `COMPENSATIONS`."""
+    """What to remove, how to choose it, and how to compensate for it. ``layers``: decoder layers whose units may go;
+    None protects the family's default at both ends. ``compensate``: name of a built-in compensation."""
 
     target: Target
     kinds: tuple[str, ...] = ("mlp",)
@@ -65,11 +84,37 @@ class PruneSettings:
     steps: int = 1
     round_to: int = 1
     compensate: str = "none"
-    mix: float = 0.5
     calibration: str = "self"
     samples: int = 10
     length: int = 64
     seed: int = 0
+
+    @property
+    def compensation(self) -> Compensation:
+        return _named(builtin.llmpruner_compensations(), self.compensate)
+
+    @property
+    def allocated_by(self) -> Allocation:
+        return _named(builtin.llmpruner_allocations(), self.allocation)
+
+    @property
+    def calibration_text(self) -> CalibrationText:
+        return _calibration_text(self.calibration)
+
+
+def _calibration_text(text: str, settings: Mapping[str, Mapping[str, Any]] | None = None) -> CalibrationText:
+    return parse_calibration(text, {cls.name: cls for cls in builtin.llmpruner_calibration_sources()}, settings)
+
+
+def _open(loaded: LoadedModel, target: Target, scope: Scope, progress: Progress) -> tuple[Target, Cost]:
+    """``target`` with what its budget measured, and what it counts."""
+    budget = _named(builtin.llmpruner_budgets(), target.counted_in, target.settings if target.by == "ratio" else None)
+    subject = BudgetSubject(loaded.model, loaded.graph, scope.groups(loaded.graph), loaded.family, progress)
+    if target.by == "units":
+        return target, budget.cost(subject, None)
+    found, cost = open_budget(budget, subject, scope, target.measured)
+    settings = budget.record() if target.by == "ratio" else {}
+    return target.model_copy(update={"measured": found, "settings": settings}), cost
 
 
 @dataclass(frozen=True)
@@ -115,9 +160,8 @@ def draft_plan(
     progress = progress or Progress()
     scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
     model, graph = loaded.model, loaded.graph
-    if settings.compensate not in COMPENSATIONS:
-        raise UnknownNameError("compensation", settings.compensate, COMPENSATIONS)
-    target, whole = open_budget(settings.target, model, graph, scope, loaded.family, progress)
+    allocation, _ = settings.allocated_by, settings.compensation
+    target, whole = _open(loaded, settings.target, scope, progress)
     calibration = calibration or calibrate(loaded, criterion, settings, progress)
     chooser = _chooser(loaded, criterion, settings, scope.groups(graph))
     scored_on = _scored_on(calibration, criterion, settings, chooser)
@@ -132,8 +176,7 @@ def draft_plan(
         ranked = normalize(graph, graph.by_name, scores.by_group, settings.normalization, cost)
         demand = _demand(whole, cost, groups, scope, target, step, settings.steps)
         chosen = select(
-            graph, groups, Scores(ranked), scope, demand,
-            cost=cost, allocation=settings.allocation, round_to=settings.round_to,
+            graph, groups, Scores(ranked), scope, demand, allocation, cost=cost, round_to=settings.round_to,
             loss=_loss(loaded, model, graph, groups, settings, calibration, progress), progress=progress,
         )  # fmt: skip
         names = renamed(loaded.graph, kept)
@@ -153,10 +196,11 @@ def draft_plan(
         ),
         family=loaded.family.name,
         estimation=_estimation(criterion, settings, calibration),
-        selection=Selection(
+        selection=SelectionRecord(
             kinds=settings.kinds,
             layers=settings.layers or default_layers(loaded),
             allocation=settings.allocation,
+            settings=allocation.record(),
             normalization=settings.normalization,
             steps=settings.steps,
             round_to=settings.round_to,
@@ -177,7 +221,7 @@ def measured(loaded: LoadedModel, settings: PruneSettings, progress: Progress | 
     """``settings`` with what their budget had to measure. `make_plan` does the same; ask first where long work comes
     before it, so that a budget to which nothing can give is refused at once."""
     scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
-    target, _ = open_budget(settings.target, loaded.model, loaded.graph, scope, loaded.family, progress)
+    target, _ = _open(loaded, settings.target, scope, progress or Progress())
     return replace(settings, target=target)
 
 
@@ -205,19 +249,20 @@ def apply_draft(loaded: LoadedModel, draft: Draft, progress: Progress | None = N
     return replace(loaded, graph=graph, plans=(*loaded.plans, plan))
 
 
-def _compensate(loaded: LoadedModel, draft: Draft, how: Compensation, progress: Progress | None) -> PruningPlan:
+def _compensate(loaded: LoadedModel, draft: Draft, how: CompensationRecord, progress: Progress | None) -> PruningPlan:
     plan, calibration = draft.plan, draft.calibration
-    if calibration is None:
-        calibration = calibration_set(
-            how.calibration, loaded.model, loaded.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
-        )
-    # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
-    if SELF not in sources_of(how.calibration) and calibration.fingerprint != how.fingerprint:
-        raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
-    repaired = repair(
-        loaded.model, loaded.graph, plan.kept, calibration,
-        method=how.method, mix=how.mix, chooser=draft.chooser, progress=progress,
-    )  # fmt: skip
+    compensation = _named(builtin.llmpruner_compensations(), how.name, how.settings)
+    if how.calibration is not None:
+        text = _calibration_text(how.calibration, how.sources)
+        if calibration is None:
+            calibration = text.sample(
+                loaded.model, loaded.tokenizer, samples=how.samples or 0, length=how.length or 0, seed=plan.seed
+            )
+        # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
+        if not text.writes and calibration.fingerprint != how.fingerprint:
+            raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
+    task = RepairTask(loaded.model, loaded.graph, plan.kept, calibration, draft.chooser, progress or Progress())
+    repaired = compensation.repair(task)
     return _settled(loaded, plan, repaired.kept)
 
 
@@ -260,14 +305,14 @@ def calibrate(
     loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, progress: Progress
 ) -> CalibrationSet | None:
     """The calibration set that these settings need; None when neither criterion nor compensation looks at text."""
-    if criterion.signals <= {Signal.WEIGHT} and settings.compensate == "none" and settings.allocation not in MEASURED:
+    reads = settings.compensation.reads_text or settings.allocated_by.measures
+    if criterion.signals <= {Signal.WEIGHT} and not reads:
         return None
-    writing = SELF in sources_of(settings.calibration)
-    progress.status("The model writes its calibration text" if writing else f"Reading {settings.calibration}")
-    return calibration_set(
-        settings.calibration, loaded.model, loaded.tokenizer,
-        samples=settings.samples, length=settings.length, seed=settings.seed,
-    )  # fmt: skip
+    text = settings.calibration_text
+    progress.status("The model writes its calibration text" if text.writes else f"Reading {settings.calibration}")
+    return text.sample(
+        loaded.model, loaded.tokenizer, samples=settings.samples, length=settings.length, seed=settings.seed
+    )
 
 
 def _loss(
@@ -280,7 +325,7 @@ def _loss(
     progress: Progress,
 ) -> Callable[[Kept], float] | None:
     """What a measured allocation goes by; None for the others, which look at scores alone."""
-    if settings.allocation not in MEASURED or calibration is None:
+    if not settings.allocated_by.measures or calibration is None:
         return None
 
     refit = settings.compensate == "refit"
@@ -292,7 +337,7 @@ def _chooser(
 ) -> Chooser | None:
     """What settles which units go after the allocation; None where the allocation does."""
     # Other allocations, and further steps, turn on which units go.
-    if settings.compensate != "refit" or settings.allocation != "uniform" or settings.steps > 1:
+    if not (settings.compensation.ranks_again and settings.allocated_by.equal_shares) or settings.steps > 1:
         return None
     chooser = Chooser(criterion, settings.reduction, settings.round_to, settings.seed)
     return chooser if can_wait(criterion, loaded.graph, groups) else None
@@ -314,25 +359,28 @@ def _scored_on(
 
 def _estimation(
     criterion: ImportanceCriterion, settings: PruneSettings, calibration: CalibrationSet | None
-) -> Estimation:
-    looks = not criterion.signals <= {Signal.WEIGHT} or settings.allocation in MEASURED
+) -> EstimationRecord:
+    looks = not criterion.signals <= {Signal.WEIGHT} or settings.allocated_by.measures
     used = calibration if looks else None
-    return Estimation(
+    return EstimationRecord(
         criterion=criterion.name,
-        variant=criterion.variant,
+        settings={"variant": criterion.variant} if criterion.variant else {},
         reduction=settings.reduction,
         calibration=used.source if used else None,
+        sources=settings.calibration_text.record() if used else {},
         fingerprint=used.fingerprint if used else None,
     )
 
 
-def _compensation(settings: PruneSettings, calibration: CalibrationSet | None) -> Compensation | None:
-    if settings.compensate == "none" or calibration is None:
+def _compensation(settings: PruneSettings, calibration: CalibrationSet | None) -> CompensationRecord | None:
+    compensation = settings.compensation
+    if not compensation.reads_text or calibration is None:
         return None
-    return Compensation(
-        method=cast("Literal['refit', 'bias']", settings.compensate),
-        mix=settings.mix,
+    return CompensationRecord(
+        name=compensation.name,
+        settings=compensation.record(),
         calibration=calibration.source,
+        sources=settings.calibration_text.record(),
         fingerprint=calibration.fingerprint,
         samples=settings.samples,
         length=settings.length,
