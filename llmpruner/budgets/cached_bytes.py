@@ -8,7 +8,7 @@ That they are proportional to the units kept is checked on an uneven cut without
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from ..oracle.rules import with_rules
 from ..structure.coupling import LAYER, CouplingGraph
 from ..structure.queues import Queue, build_queue
 from .base import BudgetSubject
-from .kv_cache import CacheCost
+from .costs import Cost
 from .sizes import counts
 
 if TYPE_CHECKING:
@@ -32,6 +32,33 @@ if TYPE_CHECKING:
 
 _FEW, _MORE, _MOST = 2, 3, 6
 """Numbers of tokens that are read to see the cache grow: fewer than any sliding window holds."""
+
+
+class CacheCost(Cost):
+    """Bytes that the key/value cache grows by with every token.
+
+    ``layers``: bytes of each decoder layer while nothing is cut. ``per_unit``: (group name, layer) → bytes of that
+    layer that are saved with each unit of the group. ``units``: group name → its number of units.
+    """
+
+    label, unit = "KV cache per token", "bytes of KV cache per token"
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        per_unit: Mapping[tuple[str, int], Fraction],
+        units: Mapping[str, int],
+    ) -> None:
+        self._layers, self._per_unit, self._units = layers, per_unit, units
+
+    def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
+        kept = kept or {}
+        lost = sum(
+            rate * (self._units[name] - kept[name])
+            for (name, layer), rate in self._per_unit.items()
+            if name in kept and layer not in gone
+        )
+        return round(sum(size for layer, size in enumerate(self._layers) if layer not in gone) - lost)
 
 
 def measure_cache(subject: BudgetSubject) -> CacheCost:

@@ -96,8 +96,8 @@ def enclosing(groups: Collection[CoupledGroup]) -> dict[str, tuple[CoupledGroup,
 
 
 def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:
-    """(group name → number of units kept, as `SizeModel` counts them; numbers of the removed layers) for ``kept`` (group
-    name → units that are kept)."""
+    """``kept`` (group name → units that are kept) in numbers: (group name → number of units kept, as `SizeModel` counts
+    them; numbers of the removed layers)."""
     axes = kept_indices(graph, kept)
     found: dict[str, int] = {}
     for name in kept:

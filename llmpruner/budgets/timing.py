@@ -21,8 +21,7 @@ from ..oracle.rules import with_rules
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.queues import Queue, build_queue
 from .base import BudgetSubject
-from .latency import local_name
-from .latency_table import LatencyTable, Timing
+from .latency_cost import LatencyTable, Timing, local_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -61,8 +61,8 @@ class NormalEquations:
         return self._fit.rows + self._held.rows
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of each call is held out: neighbouring tokens
-        are alike, so that single rows would have their neighbours among those fitted on."""
+        """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of each call is held out:
+        neighbouring tokens are alike, so that single rows would have their neighbours among those fitted on."""
         split = len(inputs) - len(inputs) // _HELD_OUT
         inputs, targets = inputs.float(), targets.float()
         self._fit.add(inputs[:split], targets[:split])

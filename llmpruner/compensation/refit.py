@@ -22,8 +22,8 @@ class Refit(Compensation):
             0.5,
             ge=0,
             le=1,
-            description="Target of each fit: 0 keeps what the layer computes from its input in the pruned model; 1 also "
-            "adds all that the residual stream lacks there, after the layer, to the dense model's.",
+            description="Target of each fit: 0 keeps what the layer computes from its own input in the pruned model; "
+            "1 also adds all that its residual stream differs by from the dense model's.",
         )
 
     settings: Settings

@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What ``--calibration`` names: ``text`` as the user wrote it, and its ``parts``, which are mixed in equal shares."""
+    """What ``--calibration`` names: ``text`` as the user wrote it; its ``parts``, which are mixed in equal shares."""
 
     text: str
     parts: tuple[Part, ...]

@@ -22,8 +22,8 @@ _BETWEEN = "\n\n"
 def windows(
     documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int, source: str
 ) -> torch.Tensor:
-    """int64 of shape (samples, length): windows of the text that do not overlap, in random order and spread as widely as
-    possible; where the text has too few of them, the rest are drawn anywhere in it.
+    """int64 of shape (samples, length): windows of the text that do not overlap, in random order and spread as widely
+    as possible; where the text has too few of them, the rest are drawn anywhere in it.
 
     Documents are joined in random order, so that short ones count too. ``tokenizer``: a transformers one; it adds no
     special tokens here. ``source``: the name of the text, for messages. The same arguments give the same windows.

@@ -1,4 +1,4 @@
-"""PruningPlan: what is removed and how that was chosen, as one small JSON file that can be reviewed, diffed and replayed.
+"""PruningPlan: what is removed and how that was chosen, as one small JSON file to be reviewed, diffed and replayed.
 
 A plan is all that a cut needs beside the model. It holds no time of day and nothing of the machine, so that the same
 command gives the same bytes; only a budget that measures the machine records what it measured.
