@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpruner import PlanError, SelectionError, UnsupportedModelError
-from llmpruner.budgets import timing
 from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.latency_cost import LatencyCost, LatencyTable
 from llmpruner.budgets.sizes import counts
@@ -85,7 +84,7 @@ def test_hidden_channels_scale_every_layer_and_what_is_outside(gqa):
 
 
 def test_a_target_with_its_measurement_gives_the_same_bytes(gqa, monkeypatch):
-    monkeypatch.setattr(timing, "decode_one", by_size)
+    monkeypatch.setattr("llmpruner.budgets.timing.decode_one", by_size)
     settings = PruneSettings(
         target=Target(by="ratio", amount=0.25, budget="latency", settings={"context": 12}),
         kinds=("mlp", "attention"),
@@ -93,7 +92,7 @@ def test_a_target_with_its_measurement_gives_the_same_bytes(gqa, monkeypatch):
     )
     first = make_plan(gqa, L1(), settings)
     assert LatencyTable.model_validate(first.target.measured).context == 12
-    monkeypatch.setattr(timing, "decode_one", None)
+    monkeypatch.setattr("llmpruner.budgets.timing.decode_one", None)
     read = PruningPlan.parse(first.to_json(), "plan")
     assert read == first
     assert make_plan(gqa, L1(), replace(settings, target=read.target)).to_json() == first.to_json()
