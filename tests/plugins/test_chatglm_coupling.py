@@ -22,7 +22,6 @@ from llmpruner.budgets.sizes import counts
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut, silence
-from llmpruner.structure.plan import Target
 
 FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
 KINDS = [("chatglm", k) for k in (MLP, ATTENTION)] + [
