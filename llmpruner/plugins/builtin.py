@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..budgets.base import Budget
+from ..budgets.kv_cache import KvCache
+from ..budgets.latency import Latency
+from ..budgets.macs import Macs
+from ..budgets.weights import AllParameters, DecoderParameters, WeightBytes
 from ..compensation.base import Compensation
+from ..compensation.bias import BiasShift
+from ..compensation.none import NoCompensation
+from ..compensation.refit import Refit
+from ..data.self_written import SelfWritten
 from ..data.source import CalibrationSource
+from ..data.text import TextSource
 from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..export.base import Exporter
@@ -19,6 +28,7 @@ from ..importance.elimination import Elimination
 from ..importance.magnitude import L1, L2, Random
 from ..importance.taylor import Taylor
 from ..methods.base import Method
+from ..methods.presets import Best, Fast, LlmPruner
 from ..recovery.base import RecoveryStrategy
 from ..recovery.full import FullStrategy
 from ..recovery.lora import LoraStrategy
@@ -27,6 +37,10 @@ from ..report.block import BlockSection
 from ..report.groups import GroupsSection
 from ..report.plan import PlanSection
 from ..selection.base import Allocation
+from ..selection.ranking import GlobalRanking
+from ..selection.search import Search
+from ..selection.sensitivity import Sensitivity
+from ..selection.uniform import Uniform
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -63,22 +77,22 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
-    return []
+    return [Uniform, GlobalRanking, Sensitivity, Search]
 
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Budget]]:
-    return []
+    return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache, Latency]
 
 
 @hookimpl
 def llmpruner_compensations() -> list[type[Compensation]]:
-    return []
+    return [Refit, BiasShift, NoCompensation]
 
 
 @hookimpl
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
-    return []
+    return [SelfWritten, TextSource]
 
 
 @hookimpl
@@ -98,4 +112,4 @@ def llmpruner_report_sections() -> list[type[ReportSection]]:
 
 @hookimpl
 def llmpruner_methods() -> list[type[Method]]:
-    return []
+    return [Best, Fast, LlmPruner]

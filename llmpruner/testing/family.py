@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
-from ..data.calibration import calibration_set
+from ..data.calibration import CalibrationSet
+from ..data.written import self_generated
 from ..discovery.groups import discover_groups
 from ..errors import UnsupportedModelError
 from ..families.family import ModelFamily
@@ -91,7 +92,7 @@ class FamilyConformance:
 
     def test_every_criterion_scores_every_kind(self) -> None:
         loaded = self.loaded()
-        calibration = calibration_set("self", loaded.model, None, samples=2, length=8, seed=0)
+        calibration = CalibrationSet(self_generated(loaded.model, None, 2, 8, 0), "self")
         for cls in Catalog(plugin_manager()).criteria.values():
             for criterion in map(cls, cls.variants or (None,)):
                 groups = scorable(loaded.graph, criterion)

@@ -1,4 +1,4 @@
-"""Which units go may wait until the repair walks the dense model through their layer; the choice is the same."""
+"""Units can be chosen when the compensation comes to their layer, and the choice is the same as estimation's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
+from llmpruner.compensation.base import RepairTask
 from llmpruner.compensation.choose import Chooser, can_wait
-from llmpruner.compensation.repair import repair
+from llmpruner.compensation.refit import Refit
 from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
 from llmpruner.importance.depth import BlockInfluence
 from llmpruner.importance.elimination import Elimination
@@ -82,7 +83,7 @@ def test_the_walk_of_the_repair_chooses_what_estimation_would(name, kinds):
     kept = plan_for(loaded, kinds)
     assert can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
     chooser = Chooser(OutputEnergy())
-    found = repair(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser=chooser).kept
+    found = Refit().repair(RepairTask(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser)).kept
     scores = estimate(loaded.model, loaded.graph, groups_of(loaded, kinds), OutputEnergy(), CALIBRATION).by_group
     for group in (loaded.graph.by_name[name] for name in kept):
         queue = build_queue(group, scores[group.name].tolist())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmpruner import UnknownNameError
-from llmpruner.data.calibration import calibration_set
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.data.written import self_generated
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1, L2, Random
 from llmpruner.importance.reductions import REDUCTION_NAMES
@@ -16,7 +17,7 @@ from llmpruner.importance.taylor import Taylor
 @pytest.fixture
 def measured(gqa):
     """Weights, mean gradient and mean squared gradient of one layer's projections, by plain autograd."""
-    calibration = calibration_set("self", gqa.model, None, samples=4, length=12, seed=3)
+    calibration = CalibrationSet(self_generated(gqa.model, None, 4, 12, 3), "self")
     layer = gqa.model.model.layers[2]
     mods = {n: layer.get_submodule(n) for n in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")}
     grads = {name: [] for name in mods}
