@@ -1,14 +1,13 @@
-"""The built-in components: an ordinary plugin that is always there."""
+"""The built-in components: a plugin like any other, named ``builtin``."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from ..budgets.base import Budget
 from ..compensation.base import Compensation
 from ..data.source import CalibrationSource
 from ..evaluation.base import Metric
 from ..export.base import Exporter
+from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from ..importance.base import ImportanceCriterion
@@ -23,20 +22,6 @@ from ..recovery.lora import LoraStrategy
 from ..report.base import ReportSection
 from ..selection.base import Allocation
 from .hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
-class AutoFamily(ModelFamily):
-    """Any decoder: structure is discovered by tracing, and every cut proved on a small model. Choose it by name."""
-
-    name = "auto"
-
-    def matches(self, config: PreTrainedConfig) -> bool:
-        """Never: a family is not guessed."""
-        del config
-        return False
 
 
 @hookimpl
