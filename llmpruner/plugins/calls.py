@@ -40,7 +40,8 @@ class HookCalls:
         self._manager, self._hook, self._arguments, self._returns = manager, hook, arguments, returns
         found = getattr(manager.hook, hook).get_hookimpls()
         self._plugins = {i.plugin_name: i.plugin for i in found}
-        self._wrappers = tuple(sorted({i.plugin_name for i in found if i.wrapper or i.hookwrapper}))
+        # pluggy keeps wrappers in this order: the first is the innermost.
+        self._wrappers = tuple(dict.fromkeys(i.plugin_name for i in found if i.wrapper or i.hookwrapper))
         givers = self._plugins.keys() - {*self._wrappers}
         self._givers = sorted(givers, key=lambda name: (name != BUILTIN, name))
 
@@ -67,7 +68,8 @@ class HookCalls:
         return None
 
     def _without_failing_wrappers(self, giver: str | None, answer: Answer) -> Answer:
-        """``answer``: that of the implementation alone. A wrapper is to blame when the call fails as soon as it is added."""
+        """``answer``: that of the implementation alone. Wrappers are added from the inside out, and one that makes the
+        call fail is dropped."""
         working: tuple[str, ...] = ()
         for wrapper in self._wrappers:
             outcome = self._try(giver, (*working, wrapper))

@@ -69,18 +69,19 @@ def describe(catalog: Catalog, name: str) -> list[ComponentFacts]:
 
 
 def summary_of(cls: type[Any]) -> str:
-    """One line that says what a component is: its summary, or the first line of its docstring."""
-    lines = (getattr(cls, "summary", "") or cls.__doc__ or "").strip().splitlines()
-    return lines[0].strip() if lines else ""
+    """One line that says what a component is: its own summary or, without one, the first line of its docstring; what a
+    base class has is the last resort."""
+    text = vars(cls).get("summary") or cls.__doc__ or getattr(cls, "summary", "")
+    return next(iter(str(text).strip().splitlines()), "").strip()
 
 
 def settings_of(cls: type[Any]) -> tuple[SettingFacts, ...]:
-    """The settings of a component, in the order of the source. Raises `PluginError` for a type that is no JSON value."""
+    """The settings of a component, in the order of the source. Raises `PluginError` for a type without JSON values."""
     model: type[ComponentSettings] = getattr(cls, "Settings", ComponentSettings)
     try:
         schema = model.model_json_schema(by_alias=False)
     except PydanticUserError as error:
-        raise PluginError(f"the settings of {cls.__name__} have a type that is no JSON value: {error}") from error
+        raise PluginError(f"the settings of {cls.__name__} have a type without JSON values: {error}") from error
     definitions = schema.get("$defs", {})
     defaults = model().model_dump(mode="json")
     return tuple(

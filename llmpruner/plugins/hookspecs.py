@@ -2,8 +2,8 @@
 
 A plugin is any installed package with an entry point in the group ``llmpruner`` that names a module (or object)
 with functions marked ``@llmpruner.hookimpl``. Hooks return *classes*, each with a name, a summary, and settings that
-users reach as ``--set NAME.key=value``. A name is lower case, without blanks, commas, dots, colons and equals signs, and
-unique within its kind. Every setting has a default, so that the class can be created without arguments. Order of
+users reach as ``--set NAME.key=value``. A name is lower case, without blanks, commas, dots, colons and equals signs,
+and unique within its kind. Every setting has a default, so that the class can be created without arguments. Order of
 installation never matters: two classes of one name are both listed as broken, and choosing that name is an error that
 names both packages.
 
