@@ -571,7 +571,7 @@ def test_one_name_in_two_packages(install):
 
 
 def test_the_name_of_a_built_in_is_taken_like_any_other():
-    catalog = catalog_with(one=giving(component(ImportanceCriterion, "taylor"), hook="llmpruner_importance_criteria"))
+    catalog = catalog_with(a=giving(component(ImportanceCriterion, "taylor"), hook="llmpruner_importance_criteria"))
     with pytest.raises(DuplicateNameError, match="Taylor of llmpruner and Taylor of in-process"):
         catalog.criteria["taylor"]
     assert "l1" in catalog.criteria
