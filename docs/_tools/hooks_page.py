@@ -10,26 +10,39 @@ from typing import Any
 from docstrings import attributes, document, markdown, methods, signature_of
 
 import llmpruner
-from llmpruner.checkpoints.reader import CheckpointReader
+from llmpruner.budgets.base import BudgetSubject
+from llmpruner.compensation.base import Fit, Repaired, RepairTask
+from llmpruner.data.source import SampleTask
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, StreamStats
-from llmpruner.families.family import ModelFamily
-from llmpruner.importance.base import ImportanceCriterion
+from llmpruner.evaluation.base import MetricSubject, Row
+from llmpruner.export.base import ExportTask
 from llmpruner.plugins import hookspecs
-from llmpruner.recovery.base import RecoveryJob, RecoverySettings, RecoveryStrategy, TrainingResult
+from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.manager import HOOKS
+from llmpruner.recovery.base import RecoveryJob, RecoverySettings, TrainingResult
+from llmpruner.report.base import ReportSubject
+from llmpruner.selection.base import AllocationTask, Demand, Meter
 
-CLASSES: dict[str, tuple[type, ...]] = {
-    "llmpruner_model_families": (ModelFamily,),
-    "llmpruner_importance_criteria": (ImportanceCriterion, Signal, ParameterSignals, InputStats, StreamStats),
-    "llmpruner_recovery_strategies": (RecoveryStrategy, RecoveryJob, RecoverySettings, TrainingResult),
-    "llmpruner_checkpoint_readers": (CheckpointReader,),
-    "llmpruner_commands": (),
+_HANDED: dict[str, tuple[type, ...]] = {
+    "criterion": (Signal, ParameterSignals, InputStats, StreamStats),
+    "allocation": (AllocationTask, Demand, Meter),
+    "budget": (BudgetSubject,),
+    "compensation": (RepairTask, Repaired, Fit),
+    "calibration source": (SampleTask,),
+    "recovery strategy": (RecoveryJob, RecoverySettings, TrainingResult),
+    "metric": (MetricSubject, Row),
+    "exporter": (ExportTask,),
+    "report section": (ReportSubject,),
 }
+"""Kind of component → the classes that it is handed or hands back."""
+
+CLASSES: dict[str, tuple[type, ...]] = {kind.hook: (kind.base, *_HANDED.get(name, ())) for name, kind in KINDS.items()}
 """Hook → the class it returns, then those that class is handed or hands back."""
 
 
 def hooks() -> dict[str, Any]:
     """Every hookspec by name, in the order of the source."""
-    return {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
+    return HOOKS
 
 
 def promise() -> list[str]:

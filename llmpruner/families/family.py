@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ..component import Component
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import renamed
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 
-class ModelFamily:
+class ModelFamily(Component):
     """What a plugin gives for one model architecture.
 
     The smallest useful family is two lines, because structure is discovered automatically::
@@ -24,11 +25,10 @@ class ModelFamily:
             model_types = ("my_model",)
 
     Override `coupled_groups` to declare the structure instead, and `refresh` when modules store counts that
-    must follow a cut. A family is created without arguments and keeps no state.
+    must follow a cut. A family keeps no state but its settings.
     """
 
-    name: ClassVar[str] = ""
-    """What ``--family`` takes; lower case, unique over all plugins."""
+    kind: ClassVar[str] = "family"
     model_types: ClassVar[tuple[str, ...]] = ()
     """The ``model_type`` values of ``config.json`` that this family understands."""
     extends: ClassVar[str | None] = None

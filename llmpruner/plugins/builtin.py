@@ -1,8 +1,6 @@
-"""The built-in components: an ordinary plugin that is always there."""
+"""The built-in components: a plugin like any other, named ``builtin``."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from ..budgets.base import Budget
 from ..budgets.kv_cache import KvCache
@@ -20,6 +18,7 @@ from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..export.base import Exporter
 from ..export.stock import StockExporter
+from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from ..importance.base import ImportanceCriterion
@@ -42,20 +41,6 @@ from ..selection.search import Search
 from ..selection.sensitivity import Sensitivity
 from ..selection.uniform import Uniform
 from .hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
-class AutoFamily(ModelFamily):
-    """Any decoder: structure is discovered by tracing, and every cut proved on a small model. Choose it by name."""
-
-    name = "auto"
-
-    def matches(self, config: PreTrainedConfig) -> bool:
-        """Never: a family is not guessed."""
-        del config
-        return False
 
 
 @hookimpl

@@ -16,6 +16,7 @@ class ChatGLMFamily(ModelFamily):
     were, so they are not offered. Modules read their head counts off the weights: nothing has to be refreshed."""
 
     name = "chatglm"
+    summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
     answer_separator: ClassVar[str] = ""
 

@@ -20,6 +20,7 @@ class GlmFamily(ModelFamily):
     """GLM-4 in transformers' own format (``glm`` and ``glm4``, which adds norms after each sub-layer)."""
 
     name = "glm"
+    summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
     answer_separator: ClassVar[str] = "\n"
 
@@ -82,6 +83,7 @@ class ChatGLM2Family(GlmFamily):
     """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
 
     name = "chatglm2"
+    summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
     answer_separator = " "
 
@@ -101,6 +103,7 @@ class ChatGLM3Family(GlmFamily):
     """ChatGLM3-6B, converted to GLM: prompts with a special token per role."""
 
     name = "chatglm3"
+    summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
     extends = "glm"
     answer_separator = "\n "
 

@@ -19,6 +19,7 @@ class MetaReader(CheckpointReader):
     """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""
 
     name = "meta-llama"
+    summary = "LLaMA 1, 2 and 3 as Meta publishes them: params.json and consolidated.NN.pth"
     family = "llama"
 
     def recognises(self, path: Path) -> bool:

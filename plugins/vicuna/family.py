@@ -21,6 +21,7 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
     """Vicuna v1.1, v1.3 and v1.5."""
 
     name = "vicuna"
+    summary = "Vicuna v1.1, v1.3 and v1.5: LLaMA with a conversation format"
     extends = "llama"
     version: ClassVar[Version] = "v1"
     template: ClassVar[Template] = V1_1
@@ -46,5 +47,6 @@ class VicunaV0Family(VicunaFamily):
     """Vicuna v0, the first release: another conversation format, and one more token."""
 
     name = "vicuna-v0"
+    summary = "Vicuna v0, the first release: another conversation format, and one more token"
     version = "v0"
     template = V0_ZERO_SHOT
