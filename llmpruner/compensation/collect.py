@@ -13,20 +13,20 @@ from .least_squares import NormalEquations
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..engine.uses import Use
+    from ..engine.watch import WatchedProduct
 
 
 class Refit:
     """The normal equations of one weight matrix, with a column of ones where the product adds a bias."""
 
-    def __init__(self, consumer: Consumer, use: Use) -> None:
+    def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
         self.consumer = consumer
         self.bias = use.bias
         self.kept = consumer.kept.to(use.inputs.device)
         width = len(self.kept) + (use.bias is not None)
         self.equations = NormalEquations(width, use.outputs.shape[1], use.inputs.device)
 
-    def add(self, use: Use, target: torch.Tensor) -> None:
+    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
@@ -50,7 +50,7 @@ class Refit:
 class MeanLoss:
     """The mean of what cut inputs said, which a bias can say in their place."""
 
-    def __init__(self, consumer: Consumer, use: Use) -> None:
+    def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
         if use.bias is None:
             raise UnsupportedModelError(
                 f"'{consumer.parameter}' has no bias to compensate with; use --compensate refit or none"
@@ -58,7 +58,7 @@ class MeanLoss:
         self.consumer, self.bias, self.rows = consumer, use.bias, 0
         self.total = torch.zeros(use.inputs.shape[1], dtype=torch.float64, device=use.inputs.device)
 
-    def add(self, use: Use, target: torch.Tensor) -> None:
+    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         del target
         self.total += use.inputs.sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)

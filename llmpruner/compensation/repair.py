@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional
 
 from ..engine.inputs import WatchInputs
-from ..engine.uses import Use, WatchUses
 from ..engine.walk import Batch, Enough, ForwardWalk
+from ..engine.watch import WatchedProduct, WatchProducts
 from ..progress import Progress
 from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import removed_layers
@@ -157,7 +157,7 @@ class _Repair:
         """c, where the layer's output is its input plus c times what its writers say; None where it is not so."""
         said: list[torch.Tensor] = []
         batch, hidden = self.walk.batches[0], self.dense[0]
-        with WatchUses(self.model, writers_of(self.graph, number), lambda use: said.append(use.outputs.float())):
+        with WatchProducts(self.model, writers_of(self.graph, number), lambda use: said.append(use.outputs.float())):
             change = (self.walk.run(number, batch, hidden) - hidden).flatten(0, -2)
         if not said or any(part.shape != change.shape for part in said):
             return None
@@ -170,13 +170,13 @@ class _Repair:
     ) -> tuple[list[torch.Tensor], list[dict[str, Consumer]]]:
         """The consumers in the order in which the layer uses them, those that read the same inputs together; and the
         biases that are added with them."""
-        uses: dict[str, Use] = {}
+        uses: dict[str, WatchedProduct] = {}
 
         # All uses are kept until the end, so that no later inputs come to lie where earlier ones lay.
-        def seen(use: Use) -> None:
+        def seen(use: WatchedProduct) -> None:
             uses.setdefault(use.parameter, use)
 
-        with WatchUses(self.model, consumers, seen):
+        with WatchProducts(self.model, consumers, seen):
             self.walk.run(number, self.walk.batches[0], self.pruned[0])
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
         stages = [{use.parameter: consumers[use.parameter] for use in same} for _, same in together]
@@ -226,7 +226,7 @@ class _Repair:
         self,
         stage: _Stage,
         consumer: Consumer,
-        use: Use,
+        use: WatchedProduct,
         there: torch.Tensor | None,
         position: int,
         output: torch.Tensor | None,
@@ -256,13 +256,13 @@ class _Repair:
         watched = _Watched()
         waiting = set(stage.consumers)
 
-        def seen(use: Use) -> None:
+        def seen(use: WatchedProduct) -> None:
             watched.uses.append(use)
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
                 raise Enough
 
-        with WatchUses(self.model, stage.consumers, seen), contextlib.suppress(Enough):
+        with WatchProducts(self.model, stage.consumers, seen), contextlib.suppress(Enough):
             watched.output = self.walk.run(stage.number, batch, hidden)
         return watched
 
@@ -295,7 +295,7 @@ class _Stage:
 
 @dataclass
 class _Watched:
-    uses: list[Use] = field(default_factory=list)
+    uses: list[WatchedProduct] = field(default_factory=list)
     output: torch.Tensor | None = None
 
 
