@@ -56,7 +56,7 @@ def check(method: str, model: LlamaForCausalLM, device: str) -> dict[str, Any]:
     settings = PruneSettings(
         target=Target(by="ratio", amount=0.2), compensate=preset.compensate, samples=SAMPLES, length=LENGTH
     )
-    criterion = catalog.criteria[preset.importance](preset.variant)
+    criterion = catalog.criteria[preset.importance](**({"variant": preset.variant} if preset.variant else {}))
     family = catalog.families["llama"]()
     graph = build_graph(family, model.config)
     ids = torch.randint(0, model.config.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -150,7 +150,7 @@ def choice(
     names = parse_names(kinds, "--kinds")
     default = preset.of_layers if preset.of_layers and names == (LAYER,) else preset.importance
     chosen = variant if importance else variant or preset.variant
-    criterion = catalog_of(ctx).criteria[importance or default](chosen)
+    criterion = catalog_of(ctx).criteria[importance or default](**({"variant": chosen} if chosen else {}))
     target = parse_target(ratio, target_params, unit_ratio, budget, context)
     return Choice(criterion, target, names, layers, length, rest)
 

@@ -319,7 +319,7 @@ def _estimation(
     used = calibration if looks else None
     return Estimation(
         criterion=criterion.name,
-        variant=criterion.variant,
+        variant=criterion.record().get("variant"),
         reduction=settings.reduction,
         calibration=used.source if used else None,
         fingerprint=used.fingerprint if used else None,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoints.reader import CheckpointReader
+from ..component import Component, ComponentSettings
+from ..errors import SettingsError
 from ..families.family import ModelFamily
 from ..importance.base import ImportanceCriterion
 from ..plugins.hookspecs import hookimpl
@@ -75,3 +77,17 @@ def check_named(kind: str, cls: Any) -> None:
     assert isinstance(summary, str) and summary.strip() and "\n" not in summary, (
         f"{kind} '{name}' has the summary {summary!r}; expected one line that says what it does"
     )
+
+
+def check_settings(kind: str, cls: type[Component]) -> None:
+    """Raises `AssertionError` unless the settings of ``cls`` have defaults and descriptions, and nothing else is taken."""
+    name = cls.name
+    assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
+    for key, field in cls.Settings.model_fields.items():
+        assert not field.is_required(), f"{kind} '{name}': setting '{key}' has no default"
+        assert field.description, f"{kind} '{name}': setting '{key}' has no description"
+    try:
+        cls(no_such_setting=1)
+    except SettingsError:
+        return
+    raise AssertionError(f"{kind} '{name}' accepts a setting that it does not have")

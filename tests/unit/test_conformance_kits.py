@@ -8,6 +8,7 @@ from typing import Any
 import pluggy
 import pytest
 import torch
+from pydantic import Field
 
 from llmpruner import (
     Catalog,
@@ -22,6 +23,7 @@ from llmpruner import (
     TrainingResult,
     hookimpl,
 )
+from llmpruner.component import ComponentSettings
 from llmpruner.importance.magnitude import L1
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recovery.full import FullStrategy
@@ -83,11 +85,19 @@ def saliency(function: Any, *needs: Signal) -> type[ImportanceCriterion]:
     return broken(saliency=lambda self, signals: function(signals), needs=frozenset(needs or (Signal.WEIGHT,)))
 
 
+class Required(ComponentSettings):
+    power: float = Field(description="A setting that users would have to give.")
+
+
+class Undescribed(ComponentSettings):
+    power: float = 1.0
+
+
 class Counting(Good):
     """Remembers how many parameters it has seen."""
 
-    def __init__(self, variant: str | None = None) -> None:
-        super().__init__(variant)
+    def __init__(self, *settings: Any, **values: Any) -> None:
+        super().__init__(*settings, **values)
         self.seen = 0
 
     def saliency(self, signals: ParameterSignals) -> Any:
@@ -119,9 +129,10 @@ BROKEN_CRITERIA = [
     ("test_an_entry_point_registers_it", broken(name="l1"), r"'l1' is L1 of llmpruner, not Broken of test_conf"),
     (NAMED, broken(name="Good Idea"), "has the name 'Good Idea'; expected lower case"),
     (NAMED, broken(summary=""), "'good' has the summary ''; expected one line"),
-    (NAMED, broken(variants=["a"]), r"has the variants \['a'\]; expected a tuple"),
-    (NAMED, broken(variants=("a", "a")), "two variants of one name"),
-    (NAMED, broken(__init__=lambda self, variant=None: setattr(self, "variant", variant)), "accepts the variant"),
+    (NAMED, broken(Settings=Undescribed), "setting 'power' has no description"),
+    (NAMED, broken(Settings=Required), "setting 'power' has no default"),
+    (NAMED, broken(__init__=lambda self, **values: setattr(self, "settings", None)), "accepts a setting that it does"),
+    (NAMED, broken(kinds=frozenset({"expert"})), "scores no unit of the model that it is tested on"),
     (NAMED, broken(needs={"weight"}), r"needs \{'weight'\}; expected a frozenset of Signal"),
     (NAMED, broken(signed=1), "signed must be True or False"),
     (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency of '[\w.]+' has shape \(.*\), expected \(.*\)"),
