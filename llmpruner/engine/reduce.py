@@ -73,7 +73,7 @@ class ReduceProducts:
         copy = self._gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
-            outputs=watched.outputs.to(torch.float32, copy=copy),
+            outputs=self._with_bias(watched, watched.outputs.to(torch.float32, copy=copy)),
             weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
             position=self._positions[watched.parameter],
             expert=watched.slot,
@@ -92,6 +92,14 @@ class ReduceProducts:
             watched.on_gradient(measure)
         else:
             self._sum(parameter_name, axis, slot, product)
+
+    def _with_bias(self, watched: WatchedProduct, outputs: torch.Tensor) -> torch.Tensor:
+        """transformers keeps the biases of a stack (experts, d_out) beside it, as ``NAME_bias``, and adds them apart."""
+        path, _, leaf = watched.parameter.rpartition(".")
+        bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
+        if watched.slot is None or not isinstance(bias, torch.Tensor):
+            return outputs
+        return outputs + bias[watched.slot].detach().float()
 
     def _rows(self, watched: WatchedProduct) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Token numbers within the micro-batch, and router weights, of the rows; None where they cannot be told."""

@@ -87,11 +87,12 @@ class StreamStats:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T`` plus
-    the bias, where the product itself adds one (a bias that is added by an operation of its own is not included).
+    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T + bias``,
+    with the bias of a linear layer (or GPT-2's Conv1D) or of an expert, where it has one.
 
     ``inputs`` (rows, d_in), ``outputs`` (rows, d_out) and gradients are float32. They are the walk's own tensors: copy
-    what is to outlive the call, and change nothing in place. Of an expert, rows are the tokens routed to it.
+    what is to outlive the call, and change nothing in place. Of an expert, rows are the tokens routed to it (of a model
+    that computes every expert on all tokens, such as Llama 4, all tokens, with zeros for those not routed to it).
     """
 
     inputs: torch.Tensor

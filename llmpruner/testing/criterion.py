@@ -14,11 +14,12 @@ from ..engine.signals import Signal
 from ..importance.base import ImportanceCriterion
 from ..importance.estimate import estimate
 from ..models.surgery import silence
+from ..oracle.routes import ClosedRoutes
 from ..oracle.verify import TOLERANCE, distance, first_difference, logits
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
 from ..recipes.pipeline import PruneSettings, apply_plan, make_plan
-from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from ..structure.kept import removed_modules
 from ..structure.plan import Target
 from .grid import settings_grid
@@ -136,11 +137,13 @@ class CriterionConformance:
                 loaded = self.loaded()
                 target = Target(by="units", amount=0.5)
                 plan = make_plan(loaded, criterion, PruneSettings(target=target, kinds=(kind,), samples=1, length=4))
-                reference = _silenced(loaded, plan.kept)
+                reference, mode = _silenced(loaded, plan.kept)
                 cut = apply_plan(loaded, plan).model
                 tokens = torch.arange(3, 90).view(3, 29)
-                if not distance(logits(cut, tokens), logits(reference, tokens)) <= TOLERANCE:
-                    where = first_difference(cut, reference, tokens, nullcontext())
+                with mode:
+                    expected = logits(reference, tokens)
+                if not distance(logits(cut, tokens), expected) <= TOLERANCE:
+                    where = first_difference(cut, reference, tokens, mode)
                     raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
 
     def _instances(self) -> list[ImportanceCriterion]:
@@ -182,13 +185,14 @@ def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torc
             )
 
 
-def _silenced(loaded: LoadedModel, kept: Mapping[str, Sequence[int]]) -> PreTrainedModel:
-    """A copy of the model whose removed units contribute nothing, at full size."""
-    model = copy.deepcopy(loaded.model)
-    for path in removed_modules(loaded.graph, kept):
+def _silenced(loaded: LoadedModel, kept: Mapping[str, Sequence[int]]) -> tuple[PreTrainedModel, Any]:
+    """A copy of the model whose removed units contribute nothing, at full size, and a context to run it in."""
+    model, graph = copy.deepcopy(loaded.model), loaded.graph
+    for path in removed_modules(graph, kept):
         model.get_submodule(path).register_forward_hook(_skip)
-    silence(model, loaded.graph, {n: u for n, u in kept.items() if not loaded.graph.by_name[n].modules})
-    return model
+    experts = {n: u for n, u in kept.items() if graph.by_name[n].kind == EXPERT}
+    silence(model, graph, {n: u for n, u in kept.items() if n not in experts and not graph.by_name[n].modules})
+    return model, ClosedRoutes(model, graph, experts) if experts else nullcontext()
 
 
 def _skip(module: Any, args: tuple[Any, ...], output: Any) -> Any:

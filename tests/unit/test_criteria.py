@@ -130,7 +130,7 @@ def test_obs_is_the_error_after_the_best_repair(width):
         gone += index[unit].tolist()
 
 
-def test_a_larger_ridge_of_obs_costs_more_and_none_below_zero():
+def test_the_ridge_of_obs_is_a_setting_above_zero():
     signals, _, index = obs_problem(6)
     small, large = (
         OptimalBrainSurgeon(ridge=ridge).score_units(signals, columns(1), index).max() for ridge in (0.01, 1)
