@@ -42,8 +42,8 @@ _LOGIT_ELEMENTS = 1 << 24
 
 @dataclass
 class _Batch:
-    """One micro-batch: the hidden states before each layer and after the last, what else each layer was called with, and
-    the gradient with respect to the hidden states that backward has come to."""
+    """One micro-batch: the hidden states before each layer and after the last, what else each layer was called with,
+    and the gradient with respect to the hidden states that backward has come to."""
 
     input_ids: torch.Tensor
     share: float
@@ -83,7 +83,8 @@ class LayerWalk:
 
     @torch.no_grad()
     def forward(self) -> float:
-        """Keep the hidden states between layers; return the mean loss (nats per token). Raises `ModelError` when it is not finite."""
+        """Keep the hidden states between layers; return the mean loss (nats per token). Raises `ModelError` when it is
+        not finite."""
         loss = 0.0
         for batch in self.batches:
             with self._recording(batch):
@@ -94,7 +95,8 @@ class LayerWalk:
         return loss
 
     def backward_head(self) -> None:
-        """The gradient of the loss with respect to the hidden states after the last layer, through final norm and head."""
+        """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
+        head."""
         for batch in self.batches:
             batch.grad = self._head(batch)
 
@@ -119,6 +121,7 @@ class LayerWalk:
                 # Outside of the watch, which would take products that a criterion computes for the model's.
                 torch.autograd.backward(first, batch.grad)
                 batch.grad = hidden.grad
+                del first  # with its graph, before that of the next micro-batch is built
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
         return sums

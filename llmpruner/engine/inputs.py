@@ -44,8 +44,8 @@ def forward_statistics(
 ) -> Iterator[dict[str, Measured]]:
     """For every decoder layer, statistics of those of its ``wanted`` parameters that are matrices in a product.
 
-    ``inputs``, ``gram``: whether to measure `InputStats`, and with Gram matrices. ``reduce``: makes the `ReduceProducts`
-    of one layer's weights.
+    ``inputs``, ``gram``: whether to measure `InputStats`, and with Gram matrices. ``reduce``: makes the
+    `ReduceProducts` of one layer's weights.
 
     Memory: the hidden states of the whole calibration set in float32, the statistics of one layer, and what the walk
     keeps of each layer's call (masks, rotary tables).
@@ -115,8 +115,9 @@ def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
 
 @dataclass
 class _Sums:
-    """Sums over tokens, S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares (S, d_in), in
-    float64; of outer products (S, d_in, d_in), lower triangles, in float32; and how many tokens each matrix got (S,).
+    """Sums over tokens, S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares (S, d_in),
+    in float64; of outer products (S, d_in, d_in), lower triangles, in float32; and how many tokens each matrix got
+    (S,).
     """
 
     axis: int

@@ -56,4 +56,4 @@ def positions(graph: CouplingGraph) -> dict[str, Position]:
 
 
 def _layer(graph: CouplingGraph, name: str) -> int | None:
-    return int(name[len(graph.layers) + 1 :].split(".")[0]) if graph.is_decoder(name) else None
+    return int(name[len(graph.layers) + 1 :].split(".", maxsplit=1)[0]) if graph.is_decoder(name) else None

@@ -27,8 +27,8 @@ Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 class ReduceProducts:
     """Sums of what ``measure`` returns for each product with the weights ``names`` of one layer.
 
-    ``positions``: of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether ``measure``
-    is called when backward comes to the product, with the gradient of its outputs, or at once.
+    ``positions``: of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
+    ``measure`` is called when backward comes to the product, with the gradient of its outputs, or at once.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class ReduceProducts:
             yield
 
     def next_batch(self, first: int, ids: torch.Tensor) -> None:
-        """The micro-batch that is computed next: token ids (samples, length), ``first`` the number of its first sample.
-        """
+        """The micro-batch that is computed next: token ids (samples, length), ``first`` the number of its first
+        sample."""
         self._first, self._shape = first, (ids.shape[0], ids.shape[1])
 
     def statistics(self) -> dict[str, ProductStats]:
@@ -94,7 +94,8 @@ class ReduceProducts:
             self._sum(parameter_name, axis, slot, product)
 
     def _with_bias(self, watched: WatchedProduct, outputs: torch.Tensor) -> torch.Tensor:
-        """transformers keeps the biases of a stack (experts, d_out) beside it, as ``NAME_bias``, and adds them apart."""
+        """transformers keeps the biases of a stack (experts, d_out) beside it, as ``NAME_bias``, and adds them
+        apart."""
         path, _, leaf = watched.parameter.rpartition(".")
         bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
         if watched.slot is None or not isinstance(bias, torch.Tensor):
@@ -121,11 +122,11 @@ class ReduceProducts:
         for name, value in self._measure(product).items():
             if name not in sums:
                 stack = () if slot is None else (self._model.get_parameter(parameter).shape[0],)
-                sums[name] = torch.zeros(*stack, *value.shape, dtype=torch.float64, device=value.device)
+                sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
             total = sums[name] if slot is None else sums[name][slot]
             if total.shape != value.shape:
                 raise PluginError(
-                    f"measure returns '{name}' of shape {tuple(value.shape)} for one product with a weight and of shape "
-                    f"{tuple(total.shape)} for another; sums of one name must have one shape"
+                    f"measure returns '{name}' of shape {tuple(value.shape)} for one product with a weight and of "
+                    f"shape {tuple(total.shape)} for another; sums of one name must have one shape"
                 )
             total += value

@@ -7,7 +7,7 @@ Shapes: ``rows`` is the number of calibration tokens that a weight is multiplied
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -87,8 +87,8 @@ class StreamStats:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T + bias``,
-    with the bias of a linear layer (or GPT-2's Conv1D) or of an expert, where it has one.
+    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T +
+    bias``, with the bias of a linear layer (or GPT-2's Conv1D) or of an expert, where it has one.
 
     ``inputs`` (rows, d_in), ``outputs`` (rows, d_out) and gradients are float32. They are the walk's own tensors: copy
     what is to outlive the call, and change nothing in place. Of an expert, rows are the tokens routed to it (of a model
@@ -164,7 +164,7 @@ class ParameterSignals:
     """None also for a parameter of the decoder that is no matrix in a product, and for all outside the decoder."""
     products: ProductStats | None = None
     """None also where ``inputs`` is."""
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
 
     def over_inputs(self, values: torch.Tensor) -> torch.Tensor:
         """A saliency of the weight's shape from one value per input channel: each value is divided equally among the

@@ -76,8 +76,8 @@ class ForwardWalk:
         return walk
 
     def take_states(self) -> list[torch.Tensor]:
-        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference, so that
-        the caller can drop them one by one."""
+        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference, so
+        that the caller can drop them one by one."""
         states = [batch.hidden for batch in self.batches]
         for batch in self.batches:
             batch.hidden = batch.hidden.new_empty(0)
@@ -92,7 +92,8 @@ class ForwardWalk:
 
 def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:
     """Raises `UnsupportedModelError` unless the walk gives the hidden states of the model on one sample. Returns what
-    `_record` calls ``tuples``. In the model's own precision: rounding may send a token to another expert, which would look like a wrong walk.
+    `_record` calls ``tuples``. In the model's own precision: rounding may send a token to another expert, which would
+    look like a wrong walk.
     """
     called: list[int] = []
     outputs: list[Any] = []

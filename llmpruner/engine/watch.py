@@ -58,10 +58,12 @@ class WatchedProduct:
 
     def on_gradient(self, call: Callable[[torch.Tensor], None]) -> None:
         """Have ``call`` given the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""
-        self.result.register_hook(lambda grad: call(_rows(grad if self.part is None else grad[self.part])))
+        # The hook is kept by the graph of ``result`` and must not refer to it: neither would ever be freed.
+        part = self.part
+        self.result.register_hook(lambda grad: call(_rows(grad if part is None else grad[part])))  # type: ignore[no-untyped-call]
 
 
-Seen = Callable[[WatchedProduct], None]
+Seen = Callable[[WatchedProduct], object]
 
 
 class WatchProducts(TorchFunctionMode):
@@ -139,9 +141,7 @@ def _products(
         # The same inputs may be multiplied with every matrix of the stack.
         inputs = inputs.expand(len(weight), *inputs.shape[-2:])
         for part in range(len(weight)):
-            yield WatchedProduct(
-                name, axis, first + part, _rows(inputs[part]), _rows(result[part]), None, result, part
-            )
+            yield WatchedProduct(name, axis, first + part, _rows(inputs[part]), _rows(result[part]), None, result, part)
 
 
 def _bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

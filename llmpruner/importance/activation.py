@@ -1,7 +1,7 @@
 """Criteria of a forward pass: weights together with their inputs.
 
-W is a weight matrix (d_out, d_in), x_j the input channel j, and means run over all calibration tokens. All of them score
-the weights that read a unit (the down projection for an MLP channel, the output projection for a head).
+W is a weight matrix (d_out, d_in), x_j the input channel j, and means run over all calibration tokens. All of them
+score the weights that read a unit (the down projection for an MLP channel, the output projection for a head).
 """
 
 from __future__ import annotations

@@ -90,14 +90,12 @@ class ImportanceCriterion(Component):
         parameter, whatever the number of groups and spans that it belongs to."""
         raise NotImplementedError
 
-    def score_units(
-        self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor
-    ) -> torch.Tensor | None:
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
         """Scores of whole units on one axis of a parameter, (units,), where a sum of saliencies is not what is wanted;
         None for that sum. Called for each (group, span) of the parameter.
 
-        ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64. For whole layers, one unit
-        that owns all indices of axis 0.
+        ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64. For whole layers, one
+        unit that owns all indices of axis 0.
         """
         del signals, axis, index_UK
         return None

@@ -24,7 +24,7 @@ class BlockInfluence(ImportanceCriterion):
 
 
 class AngularDistance(ImportanceCriterion):
-    """E[arccos cos(h_l, h_l+1)]/π over tokens: the angular distance of Gromov et al. (2024, eq. 7), of single layers."""
+    """E[arccos cos(h_l, h_l+1)]/π over tokens: the angular distance of Gromov et al. (2024, eq. 7) for n = 1."""
 
     name = "angular"
     summary = "for layers: mean angle between the stream before and after, in units of π (Gromov et al., eq. 7)"

@@ -51,9 +51,7 @@ class OptimalBrainSurgeon(ImportanceCriterion):
             return signals.weight.new_zeros(signals.weight.shape)
         return signals.weight.square() * signals.inputs.second_moment
 
-    def score_units(
-        self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor
-    ) -> torch.Tensor | None:
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
         inputs = signals.inputs
         if axis.role is None or inputs is None or inputs.gram is None or axis.axis != inputs.axis:
             return None
@@ -62,9 +60,7 @@ class OptimalBrainSurgeon(ImportanceCriterion):
         return _remove_all(weight, gram, index_UK, self.settings.ridge)
 
 
-def _remove_all(
-    weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float
-) -> torch.Tensor:
+def _remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
     """Scores (units,), float64. S: matrices in the stack; units of the same number are removed from all at once."""
     import torch
 

@@ -35,8 +35,8 @@ class Taylor(ImportanceCriterion):
     class Settings(ComponentSettings):
         variant: Variant = Field(
             "element1",
-            description="element1: first order, per weight; element2: second order, per weight; mix: both; vector: first "
-            "order, per row or column.",
+            description="element1: first order, per weight; element2: second order, per weight; mix: both; vector: "
+            "first order, per row or column.",
         )
 
     settings: Settings

@@ -80,7 +80,7 @@ def check_named(kind: str, cls: Any) -> None:
 
 
 def check_settings(kind: str, cls: type[Component]) -> None:
-    """Raises `AssertionError` unless the settings of ``cls`` have defaults and descriptions, and nothing else is taken."""
+    """Raises `AssertionError` unless the settings of ``cls`` have defaults and descriptions and take nothing else."""
     name = cls.name
     assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
     for key, field in cls.Settings.model_fields.items():

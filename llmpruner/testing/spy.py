@@ -39,8 +39,8 @@ _IMPLIED = {Signal.GRAM: {Signal.INPUT_STATS}, Signal.PRODUCT_GRAD: {Signal.PROD
 
 @dataclass
 class Call:
-    """One call of a criterion. ``parameter``: of the model, or ``the layers``. ``shown``: the signals that it could read.
-    ``read``: the attributes that it read. ``returned``: its result, of shape ``expected``."""
+    """One call of a criterion. ``parameter``: of the model, or ``the layers``. ``shown``: the signals that it could
+    read. ``read``: the attributes that it read. ``returned``: its result, of shape ``expected``."""
 
     parameter: str
     shown: dict[Signal, Any]
@@ -54,6 +54,7 @@ class Spy(ImportanceCriterion):
 
     def __init__(self, inner: ImportanceCriterion, model: PreTrainedModel) -> None:
         self.inner, self.model = inner, model
+        self.name = inner.name  # type: ignore[misc]
         self.settings = inner.settings
         self.calls: list[Call] = []
 
@@ -85,9 +86,7 @@ class Spy(ImportanceCriterion):
         result: torch.Tensor = self._ask("saliency", call, _Reader(signals, call.read))
         return self._keep("saliency", call, result)
 
-    def score_units(
-        self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor
-    ) -> torch.Tensor | None:
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
         call = self._call(signals, (len(index_UK),))
         result: torch.Tensor | None = self._ask("score_units", call, _Reader(signals, call.read), axis, index_UK)
         return None if result is None else self._keep("score_units", call, result)

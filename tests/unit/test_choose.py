@@ -13,9 +13,9 @@ from llmpruner.compensation.choose import Chooser, can_wait
 from llmpruner.compensation.repair import repair
 from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
 from llmpruner.importance.depth import BlockInfluence
-from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
+from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.importance.taylor import Taylor
 from llmpruner.oracle.verify import random_plan
 from llmpruner.progress import Progress
@@ -57,7 +57,9 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("criterion", [OutputEnergy(), WandaSp(), Fluctuation(), OptimalBrainSurgeon()], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "criterion", [OutputEnergy(), WandaSp(), Fluctuation(), OptimalBrainSurgeon()], ids=lambda c: c.name
+)
 def test_criteria_of_inputs_can_wait(criterion):
     loaded = make("llama-gqa")
     assert can_wait(criterion, loaded.graph, groups_of(loaded, "mlp"))

@@ -85,6 +85,14 @@ def saliency(function: Any, *needs: Signal) -> type[ImportanceCriterion]:
     return broken(saliency=lambda self, signals: function(signals), needs=frozenset(needs or (Signal.WEIGHT,)))
 
 
+def of_products(need: Signal, value: Any = lambda product: product.inputs.sum(0)) -> type[ImportanceCriterion]:
+    return broken(
+        needs=frozenset({Signal.WEIGHT, need}),
+        measure=lambda self, product: {"it": value(product)},
+        saliency=lambda self, s: s.weight.abs() if s.products is None else s.over_inputs(s.products.sums["it"]),
+    )
+
+
 class Required(ComponentSettings):
     power: float = Field(description="A setting that users would have to give.")
 
@@ -142,6 +150,9 @@ BROKEN_CRITERIA = [
     (SALIENCY, broken(signed=True), "says that its saliencies are signed, and none of any parameter is negative"),
     (NEEDS, saliency(lambda s: s.weight * s.grad), r"saliency of '[\w.]+' raises TypeError.*so None: .*grad"),
     (NEEDS, saliency(lambda s: s.weight.abs(), Signal.WEIGHT, Signal.GRAD_SQ), "asks for grad_sq, and reads it of no"),
+    (NEEDS, of_products(Signal.PRODUCT_GRAD), "asks for output_grads, and reads it of no"),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.output_grads.sum(0)), "of 'a product in layer 0' raises Attr"),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.inputs.sum(0) / 0), "criterion good gives group .* not a fin"),
     (KEPT, saliency(lambda s: s.weight.abs_()), r"changes the model: parameter '[\w.]+'"),
     (SEEDED, saliency(lambda s: torch.rand(s.weight.shape)), r"other scores when run again: group '.*', unit 0 scores"),
     (SEEDED, Counting, r"other scores when run again: group '.*', unit \d+ scores"),

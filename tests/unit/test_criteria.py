@@ -10,9 +10,9 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
-from llmpruner.errors import SettingsError
 from llmpruner.engine.position import Position, UnitAxis
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
+from llmpruner.errors import SettingsError
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.selection.normalize import NORMALIZATIONS, normalize
@@ -157,7 +157,9 @@ def test_obs_prefers_a_unit_that_others_can_replace():
     stats = InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram)
     weight = torch.ones(3, 5)
     weight[:, [1, 4]] = 3.0
-    scores = OptimalBrainSurgeon().score_units(ParameterSignals(weight, None, None, signals.generator, stats), columns(1), index)
+    scores = OptimalBrainSurgeon().score_units(
+        ParameterSignals(weight, None, None, signals.generator, stats), columns(1), index
+    )
     energy = CRITERIA["energy"]().saliency(ParameterSignals(weight, None, None, signals.generator, stats)).sum(0)
     assert int(scores.argmin()) in (1, 4)
     assert int(energy.argmin()) not in (1, 4)
@@ -170,7 +172,9 @@ def test_obs_of_a_stack_removes_units_of_one_number_together():
         torch.zeros(2, 1, 4), torch.ones(2, 1, 4), 2, torch.stack([first.inputs.gram, second.inputs.gram])
     )
     weight = torch.stack([first.weight, second.weight])
-    scores = OptimalBrainSurgeon().score_units(ParameterSignals(weight, None, None, first.generator, stack), columns(2), index)
+    scores = OptimalBrainSurgeon().score_units(
+        ParameterSignals(weight, None, None, first.generator, stack), columns(2), index
+    )
     unit = int(scores.argmin())
     together = [refit_error(weight[0], one, [u]) + refit_error(weight[1], other, [u]) for u in range(4)]
     assert unit == together.index(min(together))
@@ -199,9 +203,7 @@ def test_a_calibration_set_is_asked_for(llama, name):
         estimate(llama.model, llama.graph, [group], CRITERIA[name](), None)
 
 
-@pytest.mark.parametrize(
-    "criterion", [c for c in OF_UNITS if c.name not in ("random", "activation", "pca")], ids=label
-)
+@pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name not in ("random", "activation", "pca")], ids=label)
 def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
     """Planted: what o_proj reads from the two query heads of KV head 1. Only that group's score may change, with
     everything else that is measured, inputs and gradients, as good as constant: the last layer, a tiny plant."""

@@ -88,7 +88,9 @@ def test_experts_are_averaged_over_all_tokens(name):
     handle.remove()
     count, width = 4, stats.second_moment.shape[stats.axis]
     assert stats.gram.shape == (count, width, width)
-    torch.testing.assert_close(stats.gram.diagonal(dim1=-2, dim2=-1), stats.second_moment.flatten(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        stats.gram.diagonal(dim1=-2, dim2=-1), stats.second_moment.flatten(1), rtol=1e-4, atol=1e-6
+    )
     (args, _), total = seen[0], CALIBRATION.input_ids.numel()
     if name == "mixtral":
         hidden, chosen = args[0], args[1]

@@ -122,7 +122,10 @@ def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
         for n, p in layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
         if p.dim() > 1 and "bias" not in n
     ]
-    with torch.no_grad(), WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)):
+    with (
+        torch.no_grad(),
+        WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
+    ):
         walk.run(0, walk.batches[0], walk.batches[0].hidden)
     assert sorted(found) == sorted(names)
     return found, loaded.model, 4 * 16

@@ -1,4 +1,4 @@
-"""The layer selection of LLM-Streamline (Chen et al., 2024): remove the block of layers that changes the stream least."""
+"""The layer selection of LLM-Streamline (Chen et al., 2024): the block of layers that changes the stream least."""
 
 from __future__ import annotations
 
