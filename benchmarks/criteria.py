@@ -157,10 +157,11 @@ def _silenced(model: Any, group: Any, unit: int) -> Iterator[None]:
 
 def _criteria() -> Iterator[tuple[str, Any]]:
     from llmpruner import Catalog, plugin_manager
+    from llmpruner.testing import settings_grid
 
     for name, cls in Catalog(plugin_manager(entry_points=False)).criteria.items():
-        for variant in cls.variants or (None,):
-            yield name if variant is None else f"{name} {variant}", cls(variant)
+        for criterion in settings_grid(cls):
+            yield f"{name} {criterion.record().get('variant', '')}".strip(), criterion
 
 
 def _correlations(
@@ -168,11 +169,10 @@ def _correlations(
 ) -> dict[str, dict[str, float]]:
     """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
     from llmpruner.data.calibration import CalibrationSet
-    from llmpruner.engine.signals import Signal
     from llmpruner.importance.estimate import estimate
 
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
-    kinds = ["layer"] if Signal.STREAM in criterion.signals else loaded.graph.kinds
+    kinds = [kind for kind in loaded.graph.kinds if criterion.accepts(kind)]
     found = {}
     for kind in kinds:
         groups = loaded.graph.of_kinds([kind])

@@ -5,8 +5,14 @@ from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
 from .component import ComponentSettings as ComponentSettings
 from .data.sharegpt import read_sharegpt as read_sharegpt
+from .engine.position import Position as Position
+from .engine.position import UnitAxis as UnitAxis
+from .engine.signals import InputStats as InputStats
 from .engine.signals import ParameterSignals as ParameterSignals
+from .engine.signals import Product as Product
+from .engine.signals import ProductStats as ProductStats
 from .engine.signals import Signal as Signal
+from .engine.signals import StreamStats as StreamStats
 from .errors import CheckpointError as CheckpointError
 from .errors import CouplingError as CouplingError
 from .errors import DataError as DataError

@@ -17,7 +17,7 @@ from .least_squares import NormalEquations
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..engine.uses import Use
+    from ..engine.watch import WatchedProduct
 
 
 class WeightFitter:
@@ -26,14 +26,14 @@ class WeightFitter:
     ``use``: a product of the matrix with some inputs, for its sizes, device and bias.
     """
 
-    def __init__(self, consumer: Consumer, use: Use) -> None:
+    def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
         self.consumer = consumer
         self.bias = use.bias
         self.kept = consumer.kept.to(use.inputs.device)
         width = len(self.kept) + (use.bias is not None)
         self.equations = NormalEquations(width, use.outputs.shape[1], use.inputs.device)
 
-    def add(self, use: Use, target: torch.Tensor) -> None:
+    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32."""
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
@@ -62,7 +62,7 @@ class BiasFitter:
     Has the same methods as `WeightFitter`.
     """
 
-    def __init__(self, consumer: Consumer, use: Use) -> None:
+    def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
         if use.bias is None:
             raise UnsupportedModelError(
                 f"'{consumer.parameter}' has no bias to compensate with; use --compensate refit or none"
@@ -70,7 +70,7 @@ class BiasFitter:
         self.consumer, self.bias, self.rows = consumer, use.bias, 0
         self.total = torch.zeros(use.inputs.shape[1], dtype=torch.float64, device=use.inputs.device)
 
-    def add(self, use: Use, target: torch.Tensor) -> None:
+    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         del target
         self.total += use.inputs.sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)

@@ -27,8 +27,8 @@ import torch
 from torch.nn import functional
 
 from ..engine.inputs import WatchInputs
-from ..engine.uses import Use, WatchUses
 from ..engine.walk import Batch, Enough, ForwardWalk
+from ..engine.watch import WatchedProduct, WatchProducts
 from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask
@@ -133,7 +133,7 @@ class _Repair:
         """
         outputs: list[torch.Tensor] = []
         batch, hidden = self.walk.batches[0], self.dense[0]
-        with WatchUses(self.model, stream_writers(self.graph, number), lambda u: outputs.append(u.outputs.float())):
+        with WatchProducts(self.model, stream_writers(self.graph, number), lambda u: outputs.append(u.outputs.float())):
             change = (self.walk.run(number, batch, hidden) - hidden).flatten(0, -2)
         if not outputs or any(part.shape != change.shape for part in outputs):
             return None
@@ -146,13 +146,13 @@ class _Repair:
     ) -> tuple[list[torch.Tensor], list[dict[str, Consumer]]]:
         """The biases of the consumers, and the consumers in the order in which the layer uses them; those that read
         the same inputs are fitted together and share a dictionary."""
-        uses: dict[str, Use] = {}
+        uses: dict[str, WatchedProduct] = {}
 
         # Inputs are compared by address: all are kept until the end, so that no address is used twice.
-        def seen(use: Use) -> None:
+        def seen(use: WatchedProduct) -> None:
             uses.setdefault(use.parameter, use)
 
-        with WatchUses(self.model, consumers, seen):
+        with WatchProducts(self.model, consumers, seen):
             self.walk.run(number, self.walk.batches[0], self.pruned[0])
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
         stages = [{use.parameter: consumers[use.parameter] for use in same} for _, same in together]
@@ -202,7 +202,7 @@ class _Repair:
         self,
         stage: _Stage,
         consumer: Consumer,
-        use: Use,
+        use: WatchedProduct,
         dense: torch.Tensor | None,
         position: int,
         output: torch.Tensor | None,
@@ -232,13 +232,13 @@ class _Repair:
         watched = _Watched()
         waiting = set(stage.consumers)
 
-        def seen(use: Use) -> None:
+        def seen(use: WatchedProduct) -> None:
             watched.uses.append(use)
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
                 raise Enough
 
-        with WatchUses(self.model, stage.consumers, seen), contextlib.suppress(Enough):
+        with WatchProducts(self.model, stage.consumers, seen), contextlib.suppress(Enough):
             watched.output = self.walk.run(stage.number, batch, hidden)
         return watched
 
@@ -273,7 +273,7 @@ class _Stage:
 class _Watched:
     """One run of a layer: the products with its consumers, and its output if it ran to the end."""
 
-    uses: list[Use] = field(default_factory=list)
+    uses: list[WatchedProduct] = field(default_factory=list)
     output: torch.Tensor | None = None
 
 

@@ -23,8 +23,8 @@ from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from ..importance.base import ImportanceCriterion
 from ..importance.depth import AngularDistance, BlockInfluence
-from ..importance.elimination import Elimination
 from ..importance.magnitude import L1, L2, Random
+from ..importance.obs import OptimalBrainSurgeon
 from ..importance.taylor import Taylor
 from ..methods.base import Method
 from ..methods.presets import Best, Fast, LlmPruner
@@ -51,7 +51,7 @@ def llmpruner_model_families() -> list[type[ModelFamily]]:
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
-    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, Elimination]
+    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
     return [*weights, Taylor, *forward, BlockInfluence, AngularDistance]
 
 

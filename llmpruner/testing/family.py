@@ -28,6 +28,7 @@ from ..recovery.lora import LoraStrategy
 from ..recovery.run import merge_adapters
 from ..structure.plan import Target
 from .criterion import scorable
+from .grid import settings_grid
 from .probe import run_probes
 from .spy import label
 from .tiny import letters
@@ -94,8 +95,10 @@ class FamilyConformance:
         loaded = self.loaded()
         calibration = CalibrationSet(self_generated(loaded.model, None, 2, 8, 0), "self")
         for cls in Catalog(plugin_manager()).criteria.values():
-            for criterion in map(cls, cls.variants or (None,)):
+            for criterion in settings_grid(cls):
                 groups = scorable(loaded.graph, criterion)
+                if not groups:
+                    continue
                 scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration)
                 for group in groups:
                     values = scores.by_group[group.name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import PluginError
+from ..component import Component, ComponentSettings
+from ..errors import PluginError, SettingsError
 from ..plugins.catalog import KINDS, Kind
 from ..plugins.hookspecs import hookimpl
 from ..plugins.host import PluginHost, plugin_manager
@@ -70,3 +71,17 @@ def check_named(kind: str, cls: Any) -> None:
     assert isinstance(summary, str) and summary.strip() and "\n" not in summary, (
         f"{kind} '{cls.name}' has the summary {summary!r}; expected one line that says what it does"
     )
+
+
+def check_settings(kind: str, cls: type[Component]) -> None:
+    """Raises `AssertionError` unless the settings of ``cls`` have defaults and descriptions and take nothing else."""
+    name = cls.name
+    assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
+    for key, field in cls.Settings.model_fields.items():
+        assert not field.is_required(), f"{kind} '{name}': setting '{key}' has no default"
+        assert field.description, f"{kind} '{name}': setting '{key}' has no description"
+    try:
+        cls(no_such_setting=1)
+    except SettingsError:
+        return
+    raise AssertionError(f"{kind} '{name}' accepts a setting that it does not have")

@@ -38,6 +38,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", SMALL | {"residual_multiplier": 0.4}),
     "gemma2": ("gemma2", SMALL | {"sliding_window": 16}),
     "mixtral": ("mixtral", SMALL | EXPERTS),
+    "qwen2_moe": (
+        "qwen2_moe",
+        SMALL
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": []},
+    ),
     "glm": ("glm", SMALL),
     "gpt_oss": ("gpt_oss", SMALL | EXPERTS | {"sliding_window": 16}),
     "llama4": (
