@@ -3,7 +3,8 @@
 from .checkpoints.load import load_pruned as load_pruned
 from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
-from .data.sharegpt import read_sharegpt as read_sharegpt
+from .component import ComponentSettings as ComponentSettings
+from .data.conversations import read_sharegpt as read_sharegpt
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Signal as Signal
 from .errors import CheckpointError as CheckpointError
@@ -31,10 +32,10 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.host import PluginHost as PluginHost
 from .plugins.host import plugin_manager as plugin_manager
 from .recovery.base import RecoveryJob as RecoveryJob
-from .recovery.base import RecoverySettings as RecoverySettings
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
+from .settings import RecoverSettings as RecoverSettings
 from .structure import layouts as layouts
 from .structure.coupling import ATTENTION as ATTENTION
 from .structure.coupling import EXPERT as EXPERT

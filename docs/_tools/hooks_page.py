@@ -15,12 +15,12 @@ from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, Strea
 from llmpruner.families.family import ModelFamily
 from llmpruner.importance.base import ImportanceCriterion
 from llmpruner.plugins import hookspecs
-from llmpruner.recovery.base import RecoveryJob, RecoverySettings, RecoveryStrategy, TrainingResult
+from llmpruner.recovery.base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 CLASSES: dict[str, tuple[type, ...]] = {
     "llmpruner_model_families": (ModelFamily,),
     "llmpruner_importance_criteria": (ImportanceCriterion, Signal, ParameterSignals, InputStats, StreamStats),
-    "llmpruner_recovery_strategies": (RecoveryStrategy, RecoveryJob, RecoverySettings, TrainingResult),
+    "llmpruner_recovery_strategies": (RecoveryStrategy, RecoveryJob, TrainingResult),
     "llmpruner_checkpoint_readers": (CheckpointReader,),
     "llmpruner_commands": (),
 }

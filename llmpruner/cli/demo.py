@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from ..evaluation.report import Evaluation
 from ..loading.options import DEMO, LoadOptions
-from ..recovery.base import RecoverySettings
+from ..settings import RecoverSettings
 from .console import RichProgress, count, out, table
 from .evaluate import show_evaluations
 from .options import Seed, catalog_of, new_directory, open_model
@@ -30,8 +30,14 @@ PROMPT = "Give three tips for staying healthy."
 WINDOW, TOKENS = 512, 10240
 SAMPLES = 32
 """Of calibration text: a quarter of what the default method takes, for the demo has minutes."""
-RECOVERY = RecoverySettings(
-    learning_rate=5e-4, batch_size=8, micro_batch_size=8, max_steps=32, loss_on="answers", autocast=True
+RECOVERY = RecoverSettings(
+    data="instructions.jsonl",
+    learning_rate=5e-4,
+    batch_size=8,
+    micro_batch_size=8,
+    max_steps=32,
+    loss_on="answers",
+    autocast=True,
 )
 """Fewer and bolder steps than the paper's: the demo has two minutes and two hundred examples, not hours and fifty
 thousand. On answers alone, since in so few steps a model learns to repeat the prompts; and no bolder, since a repaired
@@ -90,8 +96,9 @@ def demo(
     strategy = catalog_of(ctx).strategies["lora"]()
     data = resources.files("llmpruner") / "demo" / "instructions.jsonl"
     with resources.as_file(data) as file:
-        result = run_recovery(pruned, strategy, str(file), RECOVERY, output / "recovery")
-    save_recovered(pruned, result, RECOVERY, output / "recovered")
+        training = RECOVERY.model_copy(update={"data": str(file)})
+        result = run_recovery(pruned, strategy, training, output / "recovery")
+    save_recovered(pruned, result, output / "recovered")
     shutil.rmtree(output / "recovery")
     out.print(
         f"LoRA on {result.examples} instructions, {len(result.losses)} steps in {result.seconds:.0f} s: "
@@ -128,6 +135,9 @@ def _measure(name: str, loaded: LoadedModel) -> Evaluation:
 
 
 def _answer(loaded: LoadedModel) -> str:
+    from ..families.chat import chat_prompt
     from ..models.generation import generate
 
-    return generate(loaded.model, loaded.tokenizer, loaded.family.format_prompt(PROMPT), max_new_tokens=60)
+    asked = chat_prompt(loaded.family, loaded.tokenizer, PROMPT)
+    special = not asked.has_special_tokens
+    return generate(loaded.model, loaded.tokenizer, asked.text, add_special_tokens=special, max_new_tokens=60)

@@ -23,6 +23,7 @@ from ..data.calibration import SELF, calibration_set, sources_of
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError, UnknownNameError
 from ..importance.estimate import Scores, estimate
+from ..loading.dense import base_record
 from ..models.surgery import cut
 from ..progress import Progress
 from ..selection.base import Demand
@@ -228,6 +229,7 @@ def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | Non
     """
     record = {
         **(loaded.record or {}),
+        **base_record(loaded),
         **(notes or {}),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in loaded.plans],
