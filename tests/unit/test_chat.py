@@ -84,6 +84,10 @@ def rows(example, chosen, loss_on="answers"):
     )
 
 
+def rendered(chat):
+    return "<s>" + "".join(f"[{message.role}] {message.content}</s>\n" for message in chat)
+
+
 def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_family():
     expected = "<s>[user] Add them.\n2, 2</s>\n[assistant] "
     assert chat_prompt(FAMILY, tokenizer(CHATML), "Add them.", "2, 2") == (expected, True)
@@ -118,6 +122,13 @@ def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each
     assert first.turns == (Turn("[user] Two rivers?</s>[assistant]", "<think></think> Elbe, Loire.</s>"),)
     history = "[user] Two rivers?</s>[assistant] Elbe, Loire.</s>[user] The longer?</s>[assistant]"
     assert second.turns == (Turn(history, "<think></think> Elbe.</s>"),)
+
+
+def test_a_template_that_changes_its_beginning_for_a_question_gives_every_text_once():
+    template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
+    texts = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
+    assert len(texts) == 2
+    assert all(text.turns[0].prompt + text.turns[0].answer in "chat" + rendered(CHAT) for text in texts)
 
 
 def test_a_generation_prompt_that_goes_on_beyond_the_template_is_cut_where_they_part():
