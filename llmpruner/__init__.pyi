@@ -4,10 +4,10 @@ from .checkpoints.load import load_pruned as load_pruned
 from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
 from .component import ComponentSettings as ComponentSettings
-from .data.sharegpt import read_sharegpt as read_sharegpt
 from .engine.position import Position as Position
 from .engine.position import UnitAxis as UnitAxis
 from .engine.signals import InputStats as InputStats
+from .data.conversations import read_sharegpt as read_sharegpt
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Product as Product
 from .engine.signals import ProductStats as ProductStats
@@ -43,12 +43,12 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.host import PluginHost as PluginHost
 from .plugins.host import plugin_manager as plugin_manager
 from .recovery.base import RecoveryJob as RecoveryJob
-from .recovery.base import RecoverySettings as RecoverySettings
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
 from .report.base import ReportSection as ReportSection
 from .report.base import ReportSubject as ReportSubject
+from .settings import RecoverSettings as RecoverSettings
 from .structure import layouts as layouts
 from .structure.coupling import ATTENTION as ATTENTION
 from .structure.coupling import EXPERT as EXPERT

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from .checkpoints.adapters import adapter_base, save_adapter
-from .data.instructions import check_examples
+from .data.conversations import example
+from .data.documents import check_source
 from .errors import DataError, ModelError, PlanError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
 from .export.run import export as _export
 from .families.auto import AUTO
-from .families.chat import chat_prompt
+from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
+from .loading.dense import load_dense
 from .loading.model import Model, Structure, brings_tokenizer, load_model, load_structure
 from .loading.reference import resolve
 from .models.devices import check_device
@@ -194,12 +196,19 @@ def recover(
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
     directory = None if output is None else check_new_directory(Path(output))
     folder = _work_dir(directory, work_dir)
-    check_examples(job.settings.data)
+    check_source(job.settings.data, example)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
     loaded = _with_weights(opened, catalog, load, progress)
-    result = _recover(loaded, job.strategy, job.settings, folder, teacher=_teacher(loaded, catalog), progress=progress)
+    trusted = load is not None and load.trust_remote_code
+    with progress.counter("Recovering") as step:
+        result = _recover(
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
+            load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted), on_step=step,
+        )  # fmt: skip
+    for note in result.notes:
+        progress.status(note)
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
@@ -242,9 +251,10 @@ def generate(
     loaded = _loaded(model, load, catalog or Catalog(plugin_manager()), progress)
     if loaded.tokenizer is None:
         raise DataError(f"model '{loaded.ref}' brings no tokenizer, so it cannot read a prompt")
-    text = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else prompt
+    asked = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else Prompt(prompt, False)
     return _generate(
-        loaded.model, loaded.tokenizer, text, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed,
     )  # fmt: skip
 
@@ -345,21 +355,6 @@ def _subject(model: Source, load: LoadSettings | None, catalog: Catalog, progres
 def _recovered(model: Model, result: RecoveryResult) -> Model:
     history = [*((model.record or {}).get("recovery", [])), result.record()]
     return replace(model, model=result.model, record={**(model.record or {}), "recovery": history})
-
-
-def _teacher(model: Model, catalog: Catalog) -> Any:
-    """Opens the dense model that ``model`` was pruned from, when a strategy asks for it."""
-
-    def open_teacher() -> Any:
-        if not model.plans:
-            raise ModelError(f"'{model.ref}' was not pruned by llmpruner, so it has no dense model to learn from")
-        base = model.plans[0].base
-        found = base.path if base.path is not None and Path(base.path).exists() else base.model
-        first = model.model
-        options = LoadSettings(device=str(first.device), dtype=str(first.dtype).removeprefix("torch."))
-        return load_model(found, catalog, options).model
-
-    return open_teacher
 
 
 def _work_dir(output: Path | None, work_dir: str | Path | None) -> Path:

@@ -19,7 +19,7 @@ from llmpruner.export.base import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS
-from llmpruner.recovery.base import RecoveryJob, RecoverySettings, TrainingResult
+from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.report.base import ReportSubject
 from llmpruner.selection.base import AllocationTask, Demand, Meter
 
@@ -29,7 +29,7 @@ _HANDED: dict[str, tuple[type, ...]] = {
     "budget": (BudgetSubject,),
     "compensation": (RepairTask, Repaired, Fit),
     "calibration source": (SampleTask,),
-    "recovery strategy": (RecoveryJob, RecoverySettings, TrainingResult),
+    "recovery strategy": (RecoveryJob, TrainingResult),
     "metric": (MetricSubject, Row),
     "exporter": (ExportTask,),
     "report section": (ReportSubject,),

@@ -162,6 +162,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
     record = {
         **(model.record or {}),
         **(notes or {}),
+        **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
@@ -234,7 +235,6 @@ def _plan(
     return PruningPlan(
         base=BaseRef(
             model=model.ref,
-            path=model.path,
             revision=getattr(model.config, "_commit_hash", None),
             structure=structure_of(model.graph),
         ),

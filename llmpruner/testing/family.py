@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +22,10 @@ from ..oracle.verify import VERIFIED, random_plan, verify
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
 from ..recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-from ..recovery.base import RecoveryJob, RecoverySettings
+from ..recovery.base import RecoveryJob
 from ..recovery.lora import LoraStrategy
 from ..recovery.run import merge_adapters
+from ..settings import RecoverSettings
 from ..structure.plan import Target
 from .criterion import scorable
 from .grid import settings_grid
@@ -143,12 +143,10 @@ class FamilyConformance:
         settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=_kinds(loaded, loaded.graph.groups))
         pruned = apply_plan(loaded, make_plan(loaded, _magnitude(), settings))
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
-        step = replace(
-            RecoverySettings(), max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1, dropout=0.0
-        )
-        tokenizer = _Padding()
+        step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
-        result = LoraStrategy().train(RecoveryJob(pruned.model, tokenizer, [row] * 4, pruned.graph, step, tmp_path))
+        job = RecoveryJob(pruned.model, letters(), [row] * 4, pruned.graph, step, tmp_path)
+        result = LoraStrategy(dropout=0.0).train(job)
         merged = merge_adapters(result.model)
         changed = [n for n, p in merged.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
@@ -165,14 +163,6 @@ class FamilyConformance:
         request = Instance(request_type="loglikelihood", doc={}, arguments=("a b c", " d e"), idx=0)
         ((likelihood, _),) = harness.loglikelihood([request], disable_tqdm=True)
         assert -200 < likelihood < 0
-
-
-class _Padding:
-    """As much of a tokenizer as a trainer needs."""
-
-    pad_token_id = 0
-    eos_token_id = 1
-    padding_side = "right"
 
 
 def _magnitude() -> Any:

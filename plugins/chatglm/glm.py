@@ -78,6 +78,10 @@ class GlmFamily(ModelFamily):
         """GLM-4's; its tokenizer puts ``[gMASK]<sop>`` in front."""
         return f"<|user|>\n{_query(instruction, input)}<|assistant|>"
 
+    def format_system(self, system: str) -> str:
+        """A turn of its own, in the form of the others."""
+        return f"<|system|>{self.answer_separator}{system}"
+
 
 class ChatGLM2Family(GlmFamily):
     """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
@@ -92,6 +96,10 @@ class ChatGLM2Family(GlmFamily):
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
         return self.format_chat((), _query(instruction, input))
+
+    def format_system(self, system: str) -> str:
+        """The format has no system turns."""
+        return f"{system}\n\n"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
         """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -32,10 +33,14 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
     def format_prompt(self, instruction: str, input: str = "") -> str:
         return self.template.prompt(f"{instruction}\n{input}" if input else instruction)
 
-    def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Exchanges (question, answer) as pairs (prompt, answer) that joined are Vicuna's training text."""
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> list[tuple[str, str]]:
+        """Exchanges (question, answer) as pairs (prompt, answer) that joined are Vicuna's training text. A system
+        message takes the place of Vicuna's own."""
+        template = self.template if system is None else replace(self.template, system=system)
         turns = [turn for question, answer in exchanges for turn in (Turn("human", question), Turn("gpt", answer))]
-        return self.template.exchanges(turns)
+        return template.exchanges(turns)
 
     def apply_delta(self, base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
         from .delta import apply_delta

@@ -159,6 +159,13 @@ def test_prompts_of_each_generation() -> None:
     assert third.format_prompt("你好") == "<|user|>\n 你好<|assistant|>"
     assert third.format_chat([("a", "b")], "c") == "<|user|>\n a<|assistant|>\n b<|user|>\n c<|assistant|>"
     assert GlmFamily().format_prompt("hi") == "<|user|>\nhi<|assistant|>"
+    for family, expected in (
+        (first, "Be brief.\n\nhi[gMASK]<sop>"),
+        (second, "Be brief.\n\n[Round 1]\n\n问：hi\n\n答："),
+        (third, "<|system|>\n Be brief.<|user|>\n hi<|assistant|>"),
+        (GlmFamily(), "<|system|>\nBe brief.<|user|>\nhi<|assistant|>"),
+    ):
+        assert family.format_conversation([("hi", "ho")], "Be brief.")[0][0] == expected
 
 
 def test_the_plugin_imports_no_torch() -> None:
