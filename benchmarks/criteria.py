@@ -86,7 +86,7 @@ def _model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmpruner import Catalog, build_graph, plugin_manager
-    from llmpruner.loading.model import LoadedModel
+    from llmpruner.loading.model import Model
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
@@ -95,7 +95,7 @@ def _model() -> Any:
     torch.manual_seed(0)
     family = Catalog(plugin_manager()).family_for(config)
     graph = build_graph(family, config)
-    return LoadedModel("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
+    return Model("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
 
 
 def _train(model: Any, ids: torch.Tensor) -> None:

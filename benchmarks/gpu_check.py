@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner.families.graph import build_graph
-from llmpruner.loading.model import LoadedModel
+from llmpruner.loading.model import Model
 from llmpruner.plugins.builtin import llmpruner_methods
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.plugins.host import plugin_manager
@@ -65,7 +65,7 @@ def check(method: str, model: LlamaForCausalLM, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"method": method}
     logits, plan, calibration = {}, None, None
     for where in ("cpu", device):
-        loaded = LoadedModel(
+        loaded = Model(
             "random", model.config, family, graph, model=copy.deepcopy(model).to(where), tokenizer=None
         )
         if calibration is None:

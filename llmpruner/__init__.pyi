@@ -4,10 +4,10 @@ from .checkpoints.load import load_pruned as load_pruned
 from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
 from .component import ComponentSettings as ComponentSettings
+from .data.conversations import read_sharegpt as read_sharegpt
 from .engine.position import Position as Position
 from .engine.position import UnitAxis as UnitAxis
 from .engine.signals import InputStats as InputStats
-from .data.conversations import read_sharegpt as read_sharegpt
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Product as Product
 from .engine.signals import ProductStats as ProductStats

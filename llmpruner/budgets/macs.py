@@ -59,6 +59,7 @@ class Macs(Budget):
 
     name = "macs"
     summary = "multiply-accumulate operations per decoded token"
+    from_shapes = True
 
     class Settings(ComponentSettings):
         context: int = Field(512, ge=1, description="Tokens in the key/value cache.")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..structure.coupling import CoupledGroup, CouplingGraph
 from .base import Budget, BudgetSubject
 from .costs import Cost
 from .sizes import SizeModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class WeightCost(Cost):
@@ -36,11 +39,18 @@ def parameter_cost(graph: CouplingGraph, groups: Collection[CoupledGroup], *, de
     return WeightCost(SizeModel(graph, groups), names, "decoder parameters" if decoder else "parameters")
 
 
+def byte_cost(model: PreTrainedModel, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> WeightCost:
+    """Bytes of all weights of ``model`` in the dtypes that they have in memory; tied ones count once."""
+    weights = {name: parameter.element_size() for name, parameter in model.named_parameters()}
+    return WeightCost(SizeModel(graph, groups), weights, "weights", "bytes")
+
+
 class DecoderParameters(Budget):
     """Parameters of the decoder's layers, without embeddings, final norm and head."""
 
     name = "decoder"
     summary = "parameters of the decoder's layers"
+    from_shapes = True
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> WeightCost:
         del measured
@@ -52,6 +62,7 @@ class AllParameters(Budget):
 
     name = "parameters"
     summary = "all parameters"
+    from_shapes = True
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> WeightCost:
         del measured
@@ -63,8 +74,8 @@ class WeightBytes(Budget):
 
     name = "bytes"
     summary = "bytes of all weights, in the dtypes that they are loaded in"
+    from_shapes = True
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> WeightCost:
         del measured
-        weights = {name: parameter.element_size() for name, parameter in subject.model.named_parameters()}
-        return WeightCost(SizeModel(subject.graph, subject.groups), weights, "weights", "bytes")
+        return byte_cost(subject.model, subject.graph, subject.groups)

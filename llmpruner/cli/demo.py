@@ -56,6 +56,7 @@ def demo(
     perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
     """
     from .. import api
+    from ..evaluation.table import Evaluations
 
     started = time.monotonic()
     check_new_directory(output)
@@ -97,7 +98,7 @@ def demo(
     look("recovered")
 
     out.rule("4. Side by side")
-    show_evaluations(api.Evaluations(measured.values()))
+    show_evaluations(Evaluations(measured.values()))
     out.print(
         f"[dim]Perplexity: first {MEASURE['tokens']:,} tokens of Python's help topics, windows of {MEASURE['window']}, "
         "bfloat16 autocast. Speed: batch 1, 256 tokens read, 32 written, medians of 3 runs.[/]"

@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+AUTO = "auto"
+
+
 class AutoFamily(ModelFamily):
     """Any decoder: its structure is discovered by tracing, and every cut is proved on a small model. The family of
     every model that no other one matches."""
 
-    name = "auto"
+    name = AUTO
     summary = "any decoder: structure is discovered by tracing, and every cut is proved on a small model"
 
     def matches(self, config: PreTrainedConfig) -> bool:

@@ -36,6 +36,14 @@ class Scores:
     by_group: Mapping[str, torch.Tensor]
 
 
+def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
+    """Raise `SelectionError` for units that ``criterion`` does not score."""
+    refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
+    if refused is not None:
+        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind)) or "none of this model's"
+        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units; use --kinds {kinds}")
+
+
 def estimate(
     model: PreTrainedModel,
     graph: CouplingGraph,
@@ -54,10 +62,7 @@ def estimate(
     Raises `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not
     finite, or a calibration set is needed and missing.
     """
-    refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
-    if refused is not None:
-        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind)) or "none of this model's"
-        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units; use --kinds {kinds}")
+    check_accepted(criterion, groups, graph)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         return _layers(model, graph, groups, criterion, calibration, progress)
     uses = _uses(graph, groups, criterion)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmprunerError, ModelError
-from ..structure.plan import structure_of
 from ..settings import LoadSettings, settings_from
+from ..structure.plan import structure_of
 from .model import Model, Structure, load_model
 
 if TYPE_CHECKING:

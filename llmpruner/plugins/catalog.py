@@ -16,6 +16,7 @@ from ..data.source import CalibrationSource
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric
 from ..export.base import Exporter
+from ..families.auto import AUTO
 from ..families.family import ModelFamily
 from ..importance.base import ImportanceCriterion
 from ..methods.base import Method
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 T = TypeVar("T")
-AUTO = "auto"
-"""The family that discovers the structure of any model."""
 
 
 class Kind(cached_property[Registry[T]], Generic[T]):

@@ -89,6 +89,8 @@ class RecoveryStrategy(Component):
     """
 
     kind: ClassVar[str] = "recovery strategy"
+    adapters: ClassVar[bool] = False
+    """Whether `train` returns a peft model, whose adapters can be saved alone."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         """Train ``job.model``, in place or wrapped, and return it: a plain transformers model with the names and shapes

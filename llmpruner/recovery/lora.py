@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 class LoraStrategy(RecoveryStrategy):
     name = "lora"
+    adapters = True
     summary = "trains low-rank adapters beside the decoder's linear layers, and merges them (Hu et al., 2021)"
 
     class Settings(ComponentSettings):

@@ -18,19 +18,19 @@ from ..oracle.routes import ClosedRoutes
 from ..oracle.verify import TOLERANCE, distance, first_difference, logits
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
-from ..recipes.pipeline import PruneSettings, apply_plan, make_plan
+from ..recipes.pipeline import make_plan
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from ..structure.kept import removed_modules
-from ..structure.plan import Target
 from .grid import settings_grid
 from .hosts import check_named, check_registered, check_settings
+from .jobs import cut_by, small_job
 from .spy import Call, Spy, label, unasked, unread
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..loading.model import LoadedModel
+    from ..loading.model import Model
 
 
 class CriterionConformance:
@@ -42,7 +42,7 @@ class CriterionConformance:
 
     criterion: ClassVar[type[ImportanceCriterion]]
 
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> Model:
         """The model that units are scored on; random, and the same at every call."""
         return tiny_llama()
 
@@ -135,10 +135,9 @@ class CriterionConformance:
         for criterion in self._instances():
             for kind in dict.fromkeys(group.kind for group in scorable(self.loaded().graph, criterion)):
                 loaded = self.loaded()
-                target = Target(by="units", amount=0.5)
-                plan = make_plan(loaded, criterion, PruneSettings(target=target, kinds=(kind,), samples=1, length=4))
+                plan, _ = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
                 reference, mode = _silenced(loaded, plan.kept)
-                cut = apply_plan(loaded, plan).model
+                cut = cut_by(loaded, plan).model
                 tokens = torch.arange(3, 90).view(3, 29)
                 with mode:
                     expected = logits(reference, tokens)
@@ -150,7 +149,7 @@ class CriterionConformance:
         return settings_grid(self.criterion)
 
     def _scores(
-        self, loaded: LoadedModel, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
+        self, loaded: Model, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
     ) -> Mapping[str, torch.Tensor]:
         tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
         return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
@@ -185,7 +184,7 @@ def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torc
             )
 
 
-def _silenced(loaded: LoadedModel, kept: Mapping[str, Sequence[int]]) -> tuple[PreTrainedModel, Any]:
+def _silenced(loaded: Model, kept: Mapping[str, Sequence[int]]) -> tuple[PreTrainedModel, Any]:
     """A copy of the model whose removed units contribute nothing, at full size, and a context to run it in."""
     model, graph = copy.deepcopy(loaded.model), loaded.graph
     for path in removed_modules(graph, kept):

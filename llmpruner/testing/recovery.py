@@ -25,7 +25,7 @@ from .hosts import check_named, check_registered
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedModel
+    from ..loading.model import Model
     from ..recovery.run import RecoveryResult
 
 _DATA = "twelve lines of letters"
@@ -54,7 +54,7 @@ class RecoveryConformance:
             cutoff=32,
         )
 
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> Model:
         """The pruned model that is trained; the same at every call."""
         loaded = tiny_llama()
         kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
@@ -157,7 +157,7 @@ class RecoveryConformance:
 
     def _run(
         self,
-        loaded: LoadedModel,
+        loaded: Model,
         work_dir: Path,
         settings: RecoverSettings,
         on_step: Callable[[int, int, float], None] | None = None,

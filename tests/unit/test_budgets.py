@@ -21,7 +21,7 @@ from llmpruner.budgets.sizes import counts
 from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import Scores
 from llmpruner.importance.magnitude import L1
-from llmpruner.loading.model import LoadedModel
+from llmpruner.loading.model import Model
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut, cut_copy
@@ -113,7 +113,7 @@ def cost_for(loaded, budget, groups=None):
     return BUDGETS[budget](**settings_of(budget)).cost(subject(loaded, groups), measured)
 
 
-def check_counts(loaded: LoadedModel) -> None:
+def check_counts(loaded: Model) -> None:
     """Costs before and after uneven cuts of everything at once, a whole layer included, are those of the models."""
     graph, family = loaded.graph, loaded.family
     exact = [b for b in BUDGETS if b != "latency"]
@@ -148,7 +148,7 @@ def test_costs_of_other_architectures(catalog, model_type):
     family = catalog.family_for(config, "auto")
     graph, model = build_graph(family, config), random_instance(config)
     family = with_rules(family, model, graph.kinds)
-    check_counts(LoadedModel("tiny", config, family, graph, model=model, tokenizer=None))
+    check_counts(Model("tiny", config, family, graph, model=model, tokenizer=None))
 
 
 def test_bytes_follow_the_type_of_every_parameter(gqa):
@@ -229,7 +229,7 @@ def test_the_cost_of_what_is_left_continues_that_of_the_whole(catalog, budget):
     )  # fmt: skip
     family = catalog.family_for(config)
     graph, model = build_graph(family, config), random_instance(config)
-    whole = cost_for(LoadedModel("tiny", config, family, graph, model=model, tokenizer=None), budget)
+    whole = cost_for(Model("tiny", config, family, graph, model=model, tokenizer=None), budget)
     first = {"layers.0.attention": [1], "layers": [0, 1, 3], "layers.3.mlp": range(60), "hidden": range(48)}
     second = {"layers.0.query": [0, 2], "layers.2.mlp": range(30), "layers": [0, 2]}
     now = CutCost(whole, graph, first)
