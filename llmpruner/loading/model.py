@@ -16,6 +16,7 @@ from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelEr
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
 from ..models.quiet import quiet_gguf, quiet_transformers
+from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan
 from .options import DEMO, LoadOptions
@@ -131,10 +132,15 @@ def load_model(text: str, catalog: Catalog, options: LoadOptions | None = None) 
 
 
 def _pruned_config(text: str, record: Mapping[str, Any], catalog: Catalog, options: LoadOptions) -> LoadedConfig:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
         values = dict(record["base_config"])
+        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+            # Pruned from a model whose code came with its checkpoint; a copy lies in this one.
+            if not options.trust_remote_code:
+                raise ModelError(f"'{text}' needs code that the checkpoint brings; {ALLOW}")
+            pruned_class(text)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, TypeError, ValueError) as error:
@@ -154,9 +160,13 @@ def _read_config(ref: ModelRef, options: LoadOptions) -> PreTrainedConfig:
         return ref.reader.read_config(ref.path)
     extra = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
     with _one_line(ref), quiet_transformers():
-        return AutoConfig.from_pretrained(
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
         )
+        if options.trust_remote_code:
+            check_own_class(config)
+            register_model_class(config, options.revision)
+        return config
 
 
 def _read_model(ref: ModelRef, structure: LoadedConfig, options: LoadOptions) -> PreTrainedModel:
@@ -164,7 +174,7 @@ def _read_model(ref: ModelRef, structure: LoadedConfig, options: LoadOptions) ->
 
     dtype = _dtype(options, structure.config, ref)
     if structure.record is not None:
-        return load_pruned(ref.path, dtype=dtype, device=options.device)
+        return load_pruned(ref.path, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code)
     if ref.reader is not None:
         return ref.reader.read_model(ref.path, dtype)
     extra = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
@@ -239,5 +249,7 @@ def _one_line(ref: ModelRef) -> Iterator[None]:
             raise MissingExtraError("gguf", "gguf") from error
         raise ModelError(f"cannot load model '{ref.text}': {first_line(error)}") from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
         what = "" if ref.path.exists() else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
         raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error

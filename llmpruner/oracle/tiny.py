@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import UnsupportedModelError
 from ..models.modeling_llmpruner import per_layer_lists
 from ..models.quiet import quiet_transformers
+from ..models.remote import register_model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,6 +41,7 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
     key/value heads where they are shared; odd, so that other sizes are no multiples of them. What is equal in
     ``config`` stays equal, and flags stay as they are.
     """
+    register_model_class(config)  # the small one no longer says where its class comes from
     if getattr(config, "is_heterogeneous", False):
         # Sizes that differ between layers are read as what they are globally.
         config = copy.deepcopy(config)
@@ -89,7 +91,9 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            )
         except Exception as error:
             raise UnsupportedModelError(
                 f"a small {config.model_type} cannot be built: {type(error).__name__}: {str(error)[:160]}"

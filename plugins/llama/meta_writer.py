@@ -52,7 +52,7 @@ def convert_to_meta(
         raise OutputError(
             f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'{what_to_do}"
         )
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     place = source / TOKENIZER if tokenizer is True else tokenizer
     file = None if place is None else _tokenizer_file(place)
     _write(HuggingFaceTensors(source), config, file, target, shards)
