@@ -9,7 +9,7 @@ from there on.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -29,7 +29,8 @@ _CAUSAL = "AutoModelForCausalLM"
 
 def is_remote(cls: type[Any]) -> bool:
     """Whether ``cls`` was loaded from a checkpoint's own code."""
-    return cls.__module__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+    package: str = cls.__module__.partition(".")[0]
+    return bool(package == TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
@@ -66,11 +67,12 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
     """The class of the pruned checkpoint in ``directory``, loaded from the code that lies there. The dense classes that
     it was made from become known to AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
     values, _ = PreTrainedConfig.get_config_dict(str(directory))
-    model_class = _load(values["auto_map"][_CAUSAL], str(directory), None)
-    base: type[PreTrainedModel] = model_class.pruned_base
+    pruned = _load(values["auto_map"][_CAUSAL], str(directory), None)
+    base: type[PreTrainedModel] = pruned.pruned_base
     AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
     AutoModelForCausalLM.register(base.config_class, base, exist_ok=True)
-    return model_class
+    found: type[PreTrainedModel] = pruned
+    return found
 
 
 def _code_of(config: PreTrainedConfig) -> str | None:
@@ -82,6 +84,4 @@ def _code_of(config: PreTrainedConfig) -> str | None:
 def _load(reference: str, location: str, revision: str | None) -> Any:
     """The class that ``reference`` (``[repository--]module.Class``) names in the repository at ``location``."""
     repository, _, name = reference.rpartition("--")
-    return cast("Any", get_class_from_dynamic_module)(
-        name, repository or location, revision=None if repository else revision
-    )
+    return get_class_from_dynamic_module(name, repository or location, revision=None if repository else revision)

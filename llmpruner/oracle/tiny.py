@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LAYERS = 3
+HEADS = (5, 3), (4, 2)
+"""Numbers of heads, and of key/value heads where these are fewer, to be tried in this order: odd ones first, because no
+other size is a multiple of them; some classes take even ones only."""
 HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
@@ -62,7 +65,7 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
     Raises `UnsupportedModelError` with the first reason when none can.
     """
     reasons: list[UnsupportedModelError] = []
-    for heads in ((5, 3), (4, 2)):
+    for heads in HEADS:
         try:
             small = tiny_config(config, layers, heads)
             _run(random_instance(small))
@@ -71,6 +74,17 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
         else:
             return small
     raise reasons[0]
+
+
+def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
+    """Equal for configurations whose small models are equal, whatever their sizes."""
+    texts = []
+    for heads in HEADS:
+        try:
+            texts.append(tiny_config(config, heads=heads).to_json_string(use_diff=False))
+        except UnsupportedModelError as error:
+            texts.append(str(error))
+    return type(config), *texts
 
 
 def _run(model: PreTrainedModel) -> None:
