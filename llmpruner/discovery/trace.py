@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UnsupportedModelError
+from ..errors import LlmprunerError, UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
@@ -53,6 +53,8 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
             part.use_cache = False
     try:
         model = meta_model(config)
+    except LlmprunerError:
+        raise
     except Exception as error:  # whatever a third-party constructor raises, the answer is the same
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)

@@ -307,13 +307,15 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
 
 
 def _may_import(module: str) -> bool:
-    package = module.partition(".")[0]
-    # The second group holds packages of model classes that a plugin names: never loaded for their own sake.
-    plugins = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
-    return module in sys.modules or package in {
-        "transformers",
-        *(e.module.partition(".")[0] for e in plugins),
-    }
+    return module in sys.modules or module.partition(".")[0] in packages_of_models()
+
+
+def packages_of_models() -> set[str]:
+    """Packages that a checkpoint may name as the place of its model class: transformers, installed plugins (entry
+    points of the group ``llmpruner``), and those of the group ``llmpruner.models``, which only hold model classes and
+    are never loaded for their own sake."""
+    entries = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
+    return {"transformers", *(entry.module.partition(".")[0] for entry in entries)}
 
 
 def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
