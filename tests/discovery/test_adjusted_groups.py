@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import composed
 import pytest
 import torch
 from composed import ComposedConfig
 from llmpruner_chatglm import ChatGLMFamily
 from transformers import GPT2Config, PreTrainedConfig
 
-from llmpruner import CoupledGroup, CouplingError, ModelFamily, UnsupportedModelError, build_graph
+from llmpruner import CoupledGroup, CouplingError, ModelFamily, UnknownNameError, UnsupportedModelError, build_graph
 from llmpruner.models.surgery import cut, silence
 from llmpruner.oracle import rules
 from llmpruner.oracle.tiny import random_instance
 from llmpruner.oracle.verify import VERIFIED, verify
 from llmpruner.structure.kept import renamed, restrict
+from llmpruner.structure.scope import Scope
 
 SMALL = GPT2Config(n_layer=3, n_embd=48, n_head=6, n_inner=40, vocab_size=96, n_positions=64)
 
@@ -109,6 +111,26 @@ def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.Monk
     groups = (CoupledGroup("layers", "layer", 2, modules=("transformer.h.0", "transformer.h.1")),)
     family = type("Declared", (ModelFamily,), {"coupled_groups": lambda self, config: groups})()
     assert build_graph(family, SMALL).blocked == ()
+
+
+class Spectral(composed.MLP):
+    """An MLP whose channels pass through an operator that discovery does not know."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.special.bessel_j0(self.up(x)))
+
+
+def test_a_kind_that_was_not_found_is_refused_with_operator_and_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composed, "MLP", Spectral)
+    graph = build_graph(ModelFamily(), ComposedConfig(mlp="plain"))
+    scope = Scope(("attention", "mlp"), (0, 1))
+    place = (
+        r"layers\.0\.\S+ axis \d: operator special_bessel_j0 is not understood \(special_bessel_j0 in layers\.0\.mlp\)"
+    )
+    with pytest.raises(UnsupportedModelError, match=f"no mlp units .*it has: .*attention.*could not follow {place}"):
+        scope.groups(graph)
+    with pytest.raises(UnknownNameError, match="unknown kind of group in this model: 'mlps'"):
+        Scope(("mlps",), (0,)).groups(graph)
 
 
 @pytest.mark.parametrize(
