@@ -65,9 +65,7 @@ def check(method: str, model: LlamaForCausalLM, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"method": method}
     logits, plan, calibration = {}, None, None
     for where in ("cpu", device):
-        loaded = Model(
-            "random", model.config, family, graph, model=copy.deepcopy(model).to(where), tokenizer=None
-        )
+        loaded = Model("random", model.config, family, graph, model=copy.deepcopy(model).to(where), tokenizer=None)
         if calibration is None:
             from llmpruner.data.calibration import CalibrationSet
             from llmpruner.data.written import self_generated

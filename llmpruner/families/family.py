@@ -24,8 +24,9 @@ class ModelFamily(Component):
             name = "my-model"
             model_types = ("my_model",)
 
-    Override `coupled_groups` to declare the structure instead, and `refresh` when modules store counts that
-    must follow a cut. A family keeps no state but its settings.
+    Override `coupled_groups` to declare the structure, or to adjust what ``super().coupled_groups(config)`` discovers.
+    Override `refresh` to set the counts that modules store; where it is not overridden, what must follow a cut is found
+    on a small model. A family keeps no state but its settings.
     """
 
     kind: ClassVar[str] = "family"
@@ -40,8 +41,8 @@ class ModelFamily(Component):
     """Text between prompt and answer in `training_pair`; None: a blank, unless there is white space already."""
 
     def register_models(self) -> None:
-        """Make model classes that transformers lacks known to its auto classes. Called before a model is loaded, as
-        often as one is; must be safe to call twice. Nothing to do by default."""
+        """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded: it
+        must be safe to call twice. Does nothing by default."""
 
     def matches(self, config: PreTrainedConfig) -> bool:
         """Whether this family understands ``config``. Must be cheap, and false when in doubt."""
@@ -54,11 +55,12 @@ class ModelFamily(Component):
         """
         from ..discovery.groups import discover_groups
 
-        groups: Sequence[CoupledGroup] = discover_groups(config)
-        return groups
+        return discover_groups(config)
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        """Set attributes that must follow a cut. Parameters are already cut when this is called.
+        """Set attributes that must follow a cut, such as the number of heads. Parameters are already cut when this is
+        called. A family whose modules need no such attribute overrides it with a docstring alone: nothing is searched
+        then.
 
         ``counts``: group name → units kept, for every group that lost units (layers already renumbered).
         Attributes changed here are found by comparison and saved with the checkpoint.
@@ -67,8 +69,9 @@ class ModelFamily(Component):
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         """Make everything that is no parameter follow a cut; surgery calls it last. ``graph``: before the cut.
 
-        A family that declares nothing has found on a small model what must follow (head counts, slopes); any other
-        is asked to `refresh`. Raises `UnsupportedModelError` when a kind of unit cannot be cut in this architecture.
+        Where `refresh` is not overridden, what must follow (head counts, slopes) is found on a small model, once in a
+        process for each architecture and kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut exactly
+        in this architecture.
         """
         if self.is_discovered:
             from ..checkpoints.shim import stock_config
@@ -76,16 +79,16 @@ class ModelFamily(Component):
             from ..oracle.rules import rules_of
 
             kinds = {graph.by_name[name].kind for name in kept} - {LAYER}
-            apply(model, graph, kept, rules_of(stock_config(model), kinds))
+            apply(model, graph, kept, rules_of(stock_config(model), kinds, self))
         else:
             names = renamed(graph, kept)
             self.refresh(model, {names[name]: len(units) for name, units in kept.items() if name in names})
 
     @property
     def is_discovered(self) -> bool:
-        """Whether structure and what follows a cut are both left to discovery."""
-        cls = type(self)
-        return cls.refresh is ModelFamily.refresh and cls.coupled_groups is ModelFamily.coupled_groups
+        """Whether what must follow a cut is left to discovery: `refresh` is not overridden. Declaring groups does not
+        change that."""
+        return type(self).refresh is ModelFamily.refresh
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
         """Other stock configurations that may describe a uniformly cut model that its own class refuses.

@@ -70,7 +70,8 @@ def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
         raise UnsupportedModelError(
             f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'{what_to_do}"
         )
-    return HuggingFaceTensors(source), AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return HuggingFaceTensors(source), config
 
 
 def meta_params(source: TensorSource, config: LlamaConfig, shards: int) -> MetaParams:

@@ -60,7 +60,9 @@ def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
     else:
         tensors[name.replace("layers.0", "layers.77")] = tensors[name].clone()
     save_file(tensors, file, metadata={"format": "pt"})
-    done = run("evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32")
+    done = run(
+        "evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32"
+    )
     assert done.code == 2 and "does not fit" in done.err
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import Field
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import (
     Catalog,
@@ -25,10 +26,11 @@ from llmpruner import (
 )
 from llmpruner.component import ComponentSettings
 from llmpruner.importance.magnitude import L1
+from llmpruner.oracle.tiny import random_instance
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
-from llmpruner.testing import CriterionConformance, RecoveryConformance, host_with, tiny_llama
+from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, host_with, tiny_llama
 from llmpruner.testing.fixtures import plugin_host
 from llmpruner.testing.spy import FIELDS
 
@@ -304,6 +306,66 @@ def test_a_wrong_strategy_is_caught(tmp_path, check, cls, message):
 @pytest.mark.parametrize("check", [TRAINS, ORDINARY, AGAIN, RESUMES])
 def test_the_pattern_of_the_wrong_ones_is_right(tmp_path, check):
     run(RecoveryConformance, "strategy", Steady, check, tmp_path)
+
+
+class WithoutBias(ModelFamily):
+    """Forgets that its MLP has biases."""
+
+    name = "without-bias"
+    model_types = ("llama",)
+
+    def coupled_groups(self, config):
+        return [
+            dataclasses.replace(g, spans=tuple(s for s in g.spans if not s.parameter.endswith("up_proj.bias")))
+            for g in super().coupled_groups(config)
+        ]
+
+
+class FamilyCase(FamilyConformance):
+    __test__ = False
+    family = WithoutBias
+
+    def config(self):
+        return LlamaConfig(
+            hidden_size=48,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            vocab_size=96,
+            mlp_bias=True,
+        )
+
+
+@pytest.mark.parametrize("check", ["test_every_cut_equals_silencing", "test_declared_groups_agree_with_discovery"])
+def test_a_wrong_family_is_told_the_parameter(check):
+    with pytest.raises(
+        AssertionError, match=r"model\.layers\.0\.mlp\.up_proj\.bias axis 0: missing; discovery finds 0:40"
+    ):
+        getattr(FamilyCase(), check)()
+
+
+@pytest.mark.parametrize(
+    "check", ["test_checkpoints_may_name_its_model_class", "test_a_pruned_model_loads_in_fresh_processes"]
+)
+def test_a_model_class_that_no_entry_point_names_is_noticed(check, tmp_path, monkeypatch):
+    def far_away(self, config):
+        model = random_instance(config)
+        model.__class__ = type("FarForCausalLM", (type(model),), {"__module__": "far_away.modeling"})
+        return model
+
+    monkeypatch.setattr(FamilyCase, "build", far_away)
+    written = r'\[project\.entry-points\."llmpruner\.models"\]\nfar_away = "far_away"'
+    with pytest.raises(AssertionError, match=written):
+        getattr(FamilyCase(), check)(*([tmp_path] if "processes" in check else []))
+
+
+def test_a_check_that_was_not_possible_is_a_warning(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    monkeypatch.setattr(FamilyCase, "family", ModelFamily)
+    with pytest.warns(
+        UserWarning, match="attention, mlp, hidden, layer: not checked: sdpa attention: a small llama cannot be built"
+    ):
+        FamilyCase().test_every_cut_equals_silencing()
 
 
 def test_a_host_with_given_plugins(plugin_host, monkeypatch):

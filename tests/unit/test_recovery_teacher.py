@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from llmpruner.loading.options import LoadOptions
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import Catalog, ModelError, OutputError, RecoverSettings, fit
@@ -16,7 +17,6 @@ from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.loading.dense import load_dense
 from llmpruner.loading.model import load_model
-from llmpruner.loading.options import LoadOptions
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
 from llmpruner.recovery.base import RecoveryJob
