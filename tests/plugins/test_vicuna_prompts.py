@@ -117,15 +117,15 @@ def test_ids_and_labels(conversation: str, version: str) -> None:
         ({"conversations": [{"from": "human"}]}, "found from 'human'"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "found from 'alien'"),
         ({"conversations": ["a"]}, "found from None"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "nobody answers"),
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, "nobody answers"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "there is no answer"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "there is no answer"),
         (
             {"conversations": [{"from": s, "value": "a"} for s in ("human", "gpt", "gpt")]},
-            r"'gpt' speaks twice in a row \(turn 3\)",
+            "turn 3 is of 'gpt' again",
         ),
         (
             {"conversations": [{"from": s, "value": "a"} for s in ("gpt", "gpt", "human", "gpt")]},
-            "two answers stand before the first question",
+            "two answers come before the first question",
         ),
     ],
 )
