@@ -56,8 +56,8 @@ from .evaluation.base import MetricSubject as MetricSubject
 from .evaluation.base import Row as Row
 from .evaluation.results import Evaluation as Evaluation
 from .evaluation.table import Evaluations as Evaluations
-from .export.base import Exporter as Exporter
-from .export.base import ExportTask as ExportTask
+from .exporters.base import Exporter as Exporter
+from .exporters.base import ExportTask as ExportTask
 from .families.family import ModelFamily as ModelFamily
 from .families.family import alpaca_prompt as alpaca_prompt
 from .families.graph import build_graph as build_graph

@@ -23,7 +23,7 @@ from .errors import DataError, ModelError, PlanError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
-from .export.run import export as _export
+from .exporters.run import export as _export
 from .families.auto import AUTO
 from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text

@@ -15,7 +15,7 @@ from llmpruner.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.data.source import SampleTask
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, StreamStats
 from llmpruner.evaluation.base import MetricSubject, Row
-from llmpruner.export.base import ExportTask
+from llmpruner.exporters.base import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS

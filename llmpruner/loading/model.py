@@ -181,6 +181,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **_gguf(ref),
         )
     check_loaded(ref.text, model, info)

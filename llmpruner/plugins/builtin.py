@@ -16,8 +16,8 @@ from ..data.source import CalibrationSource
 from ..data.text import TextSource
 from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
-from ..export.base import Exporter
-from ..export.stock import StockExporter
+from ..exporters.base import Exporter
+from ..exporters.stock import StockExporter
 from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp

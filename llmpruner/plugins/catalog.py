@@ -15,7 +15,7 @@ from ..component import Component
 from ..data.source import CalibrationSource
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric
-from ..export.base import Exporter
+from ..exporters.base import Exporter
 from ..families.auto import AUTO
 from ..families.family import ModelFamily
 from ..importance.base import ImportanceCriterion

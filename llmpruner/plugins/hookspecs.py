@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..compensation.base import Compensation
     from ..data.source import CalibrationSource
     from ..evaluation.base import Metric
-    from ..export.base import Exporter
+    from ..exporters.base import Exporter
     from ..families.family import ModelFamily
     from ..importance.base import ImportanceCriterion
     from ..methods.base import Method

@@ -17,7 +17,7 @@ from ..data.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
 from ..errors import SettingsError
 from ..evaluation.base import Metric
-from ..export.base import Exporter
+from ..exporters.base import Exporter
 from ..importance.base import ImportanceCriterion
 from ..methods.base import Method
 from ..methods.presets import ByHand
@@ -264,7 +264,9 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     if settings.speed:
         wanted["speed"] = {}
     for name in settings.metrics or ():
-        wanted.setdefault(name, {})
+        if name in wanted:
+            raise SettingsError(f"--metrics names '{name}', which is measured already; leave it out")
+        wanted[name] = {}
     if len(wanted) == 1 or settings.kl:
         wanted.setdefault("perplexity", {})
     given = _Given(settings, wanted)

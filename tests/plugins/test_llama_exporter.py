@@ -14,7 +14,7 @@ from llmpruner_llama.meta_format import to_rotate_half
 
 from llmpruner import CheckpointError, OutputError, UnsupportedModelError, build_graph, save_checkpoint
 from llmpruner.errors import SettingsError
-from llmpruner.export.run import export
+from llmpruner.exporters.run import export
 from llmpruner.models.surgery import cut
 
 

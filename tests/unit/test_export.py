@@ -15,8 +15,8 @@ from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModel
 from llmpruner.checkpoints import save
 from llmpruner.checkpoints.record import read_record
 from llmpruner.errors import CheckpointError, OutputError
-from llmpruner.export.run import export
-from llmpruner.export.stock import StockExporter
+from llmpruner.exporters.run import export
+from llmpruner.exporters.stock import StockExporter
 
 
 class Names(Exporter):

@@ -33,7 +33,7 @@ from llmpruner.component import ComponentSettings
 from llmpruner.data.source import CalibrationSource
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import Metric
-from llmpruner.export.base import Exporter
+from llmpruner.exporters.base import Exporter
 from llmpruner.methods.base import Method
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.describe import SettingFacts, describe, summary_of
