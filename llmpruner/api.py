@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from .checkpoints.adapters import adapter_base, save_adapter
-from .data.instructions import check_examples
+from .data.conversations import example
+from .data.documents import check_source
 from .errors import DataError, ModelError, PlanError, SettingsError
-from .evaluation.run import Evaluations
+from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
-from .export.run import export as _export
+from .evaluation.table import Evaluations
+from .exporters.run import export as _export
 from .families.auto import AUTO
-from .families.chat import chat_prompt
+from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
+from .loading.dense import load_dense
 from .loading.model import Model, Structure, brings_tokenizer, load_model, load_structure
 from .loading.reference import resolve
 from .models.devices import check_device
@@ -43,7 +46,7 @@ from .recipes.outcome import outcome_of
 from .recovery.run import RecoveryResult
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
-from .report.page import render_page
+from .report.page import report_page
 from .settings import (
     EvaluateSettings,
     ExportSettings,
@@ -193,12 +196,19 @@ def recover(
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
     directory = None if output is None else check_new_directory(Path(output))
     folder = _work_dir(directory, work_dir)
-    check_examples(job.settings.data)
+    check_source(job.settings.data, example)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
     loaded = _with_weights(opened, catalog, load, progress)
-    result = _recover(loaded, job.strategy, job.settings, folder, teacher=_teacher(loaded, catalog), progress=progress)
+    trusted = load is not None and load.trust_remote_code
+    with progress.counter("Recovering") as step:
+        result = _recover(
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
+            load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted), on_step=step,
+        )  # fmt: skip
+    for note in result.notes:
+        progress.status(note)
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
@@ -224,7 +234,7 @@ def evaluate(
     job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
     sources = [models] if isinstance(models, (str, Path, Model)) else list(models)
     check_models(sources, load=load, catalog=catalog)
-    return _evaluate([(_name(s), partial(_loaded, s, load, catalog, progress)) for s in sources], job.metrics, progress)
+    return _evaluate([partial(_subject, s, load, catalog, progress) for s in sources], job.metrics, progress)
 
 
 def generate(
@@ -241,9 +251,10 @@ def generate(
     loaded = _loaded(model, load, catalog or Catalog(plugin_manager()), progress)
     if loaded.tokenizer is None:
         raise DataError(f"model '{loaded.ref}' brings no tokenizer, so it cannot read a prompt")
-    text = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else prompt
+    asked = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else Prompt(prompt, False)
     return _generate(
-        loaded.model, loaded.tokenizer, text, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed,
     )  # fmt: skip
 
@@ -293,9 +304,9 @@ def write_page(structure: Structure, path: str | Path, *, catalog: Catalog | Non
     """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed."""
     catalog = catalog or Catalog(plugin_manager())
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
-    page, warnings = render_page(subject, [cls() for cls in catalog.sections.values()])
-    write_text(check_new_file(Path(path)), page)
-    return warnings
+    page = report_page(subject, [cls() for cls in catalog.sections.values()])
+    write_text(check_new_file(Path(path)), page.html)
+    return list(page.warnings)
 
 
 def check_models(models: Sequence[Source], *, load: LoadSettings | None = None, catalog: Catalog | None = None) -> None:
@@ -333,28 +344,17 @@ def _has_tokenizer(opened: Structure, catalog: Catalog) -> bool:
     return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, catalog)
 
 
-def _name(model: Source) -> str:
-    return model.ref if isinstance(model, Model) else str(model)
+def _subject(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> MetricSubject:
+    loaded = _loaded(model, load, catalog, progress)
+    if loaded.tokenizer is None:
+        raise DataError(f"model '{loaded.ref}' brings no tokenizer, so it cannot be evaluated")
+    name = model.ref if isinstance(model, Model) else str(model)
+    return MetricSubject(name, loaded.model, loaded.tokenizer, loaded.graph)
 
 
 def _recovered(model: Model, result: RecoveryResult) -> Model:
     history = [*((model.record or {}).get("recovery", [])), result.record()]
     return replace(model, model=result.model, record={**(model.record or {}), "recovery": history})
-
-
-def _teacher(model: Model, catalog: Catalog) -> Any:
-    """Opens the dense model that ``model`` was pruned from, when a strategy asks for it."""
-
-    def open_teacher() -> Any:
-        if not model.plans:
-            raise ModelError(f"'{model.ref}' was not pruned by llmpruner, so it has no dense model to learn from")
-        base = model.plans[0].base
-        found = base.path if base.path is not None and Path(base.path).exists() else base.model
-        first = model.model
-        options = LoadSettings(device=str(first.device), dtype=str(first.dtype).removeprefix("torch."))
-        return load_model(found, catalog, options).model
-
-    return open_teacher
 
 
 def _work_dir(output: Path | None, work_dir: str | Path | None) -> Path:

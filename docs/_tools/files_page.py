@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from docstrings import document, markdown
-from llmpruner.budgets.latency_table import LatencyTable
 from pydantic import BaseModel
 from settings_table import table
 
+from llmpruner.budgets.latency_cost import LatencyTable
 from llmpruner.structure import plan
 from llmpruner.structure.plan import PruningPlan
 

@@ -10,37 +10,35 @@ import structure_page
 from docstrings import attributes, class_section, document, function_lines, function_of, is_property, markdown, methods
 
 import llmpruner
-from llmpruner.budgets.base import Budget, BudgetSubject
+from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.costs import Cost
-from llmpruner.checkpoints.reader import CheckpointReader
-from llmpruner.compensation.base import Compensation, Fit, Repaired, RepairTask
+from llmpruner.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.component import Component, ComponentSettings
-from llmpruner.data.source import CalibrationSource, SampleTask
-from llmpruner.evaluation.base import Metric, MetricSubject, Row
-from llmpruner.export.base import Exporter, ExportTask
-from llmpruner.families.family import ModelFamily
-from llmpruner.importance.base import ImportanceCriterion
-from llmpruner.methods.base import Method
+from llmpruner.data.source import SampleTask
+from llmpruner.evaluation.base import MetricSubject, Row
+from llmpruner.exporters.base import ExportTask
 from llmpruner.plugins import hookspecs
-from llmpruner.recovery.base import RecoveryJob, RecoveryStrategy, TrainingResult
+from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.manager import HOOKS
+from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
-from llmpruner.report.base import ReportSection, ReportSubject
-from llmpruner.selection.base import Allocation, AllocationTask, Demand, Meter
+from llmpruner.report.base import ReportSubject
+from llmpruner.selection.base import AllocationTask, Demand, Meter
 from llmpruner.structure.queues import Queue
 
+_GIVEN: dict[str, tuple[type, ...]] = {
+    "allocation": (AllocationTask, Demand, Meter, Queue),
+    "budget": (BudgetSubject, Cost),
+    "compensation": (RepairTask, Repaired, Fit),
+    "calibration source": (SampleTask,),
+    "recovery strategy": (RecoveryJob, TrainingResult),
+    "metric": (MetricSubject, Row),
+    "exporter": (ExportTask,),
+    "report section": (ReportSubject,),
+}
+"""Kind of component → the classes that it is given or gives back."""
 CLASSES: dict[str, tuple[type, ...]] = {
-    "llmpruner_model_families": (ModelFamily,),
-    "llmpruner_importance_criteria": (ImportanceCriterion,),
-    "llmpruner_allocations": (Allocation, AllocationTask, Demand, Meter, Queue),
-    "llmpruner_budgets": (Budget, BudgetSubject, Cost),
-    "llmpruner_compensations": (Compensation, RepairTask, Repaired, Fit),
-    "llmpruner_calibration_sources": (CalibrationSource, SampleTask),
-    "llmpruner_recovery_strategies": (RecoveryStrategy, RecoveryJob, TrainingResult),
-    "llmpruner_metrics": (Metric, MetricSubject, Row),
-    "llmpruner_exporters": (Exporter, ExportTask),
-    "llmpruner_checkpoint_readers": (CheckpointReader,),
-    "llmpruner_report_sections": (ReportSection, ReportSubject),
-    "llmpruner_methods": (Method,),
+    **{kind.hook: (kind.base, *_GIVEN.get(kind.name, ())) for kind in KINDS.values()},
     "llmpruner_commands": (),
 }
 """Hook → the class that it returns, then those that this class is given or gives back."""
@@ -56,7 +54,7 @@ LINKS = {
 
 def hooks() -> dict[str, Any]:
     """Every hookspec by name, in the order of the source."""
-    return {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
+    return HOOKS
 
 
 def promise() -> list[str]:

@@ -15,7 +15,6 @@ from ..models.empty import base_of, empty_model
 from ..models.modeling_llmpruner import (
     LAYERS,
     RECORD_VERSION,
-    Dropped,
     apply_record,
     derive_lists,
     drop_layers,
@@ -68,28 +67,18 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
     """What must be done to an instance of ``config`` to make it ``model``, found by comparing the two.
 
-    Raises `CheckpointError` when ``model`` has parameters that the instance lacks, or lacks some without a
-    `Dropped` in their place.
+    Raises `CheckpointError` when one of the two has a parameter that the other lacks.
     """
-    record: dict[str, Any] = {
-        "dropped": {
-            path: {"returns": module.returns, "layer_idx": module.layer_idx}
-            for path, module in model.named_modules()
-            if type(module).__name__ == Dropped.__name__
-        }
-    }
     built = uncut_model(model, config)
-    apply_record(built, record)
     before, after = tensor_shapes(built), tensor_shapes(model)
     # A cut buffer is saved even where the class itself computes it.
     before |= {name: () for name, _ in built.named_buffers() if name not in before and name in after}
     for name in sorted(before.keys() ^ after.keys()):
         whose = "configuration" if name in before else "model"
         raise CheckpointError(f"only the {whose} has the parameter '{name}'; they must describe the same layers")
-    record["layers"] = vars(model).get(LAYERS)
-    record["shapes"] = {name: list(shape) for name, shape in after.items() if before[name] != shape}
-    apply_record(built, {"shapes": record["shapes"]})
-    record |= _differences(model, built)
+    shapes = {name: list(shape) for name, shape in after.items() if before[name] != shape}
+    apply_record(built, {"shapes": shapes})
+    record = {"layers": vars(model).get(LAYERS), "shapes": shapes, **_differences(model, built)}
     return {key: value for key, value in record.items() if value}
 
 

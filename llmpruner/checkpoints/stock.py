@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..models.empty import base_of, empty_model, meta_model
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def stock_model(
                 continue
             try:
                 stock = meta_model(built)
-            except _REFUSALS:
+            except (*_REFUSALS, UnsupportedModelError):
                 continue
             if type(stock).__module__.startswith("transformers.") and is_same(model, stock, moved):
                 return stock

@@ -9,7 +9,7 @@ import typer
 from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
-from ..plugins.host import BrokenPlugin, PluginHost, plugin_manager
+from ..plugins.host import PluginHost, plugin_manager
 from . import demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, recover
 from .console import show_warnings, warning_line
 
@@ -69,15 +69,9 @@ def _version(value: bool) -> None:
 
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
     owner = dict.fromkeys(_names(app), "llmpruner")
-    for impl in host.manager.hook.llmpruner_commands.get_hookimpls():
-        own = typer.Typer()
-        package = host.package_of(impl.plugin_name)
-        try:
-            host.call(impl, app=own)
-        except Exception as error:
-            reason = f"llmpruner_commands raised {type(error).__name__}: {error}"
-            host.broken.append(BrokenPlugin(impl.plugin_name, package, reason))
-            continue
+    for answer in host.call("llmpruner_commands", lambda: {"app": typer.Typer()}, returns=False):
+        own: typer.Typer = answer.arguments["app"]
+        package = host.package_of(answer.plugin or answer.wrappers[0])
         for name in _names(own):
             if name in owner:
                 raise DuplicateNameError(f"command '{name}' of {package} exists already in {owner[name]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,7 @@ def demo(
     perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
     """
     from .. import api
+    from ..evaluation.table import Evaluations
 
     started = time.monotonic()
     check_new_directory(output)
@@ -70,7 +72,7 @@ def demo(
     measured, answers = {}, {}
 
     def look(name: str) -> None:
-        measured[name] = api.evaluate(model, **MEASURE, **shared)[0].renamed(name)
+        measured[name] = replace(api.evaluate(model, **MEASURE, **shared)[0], name=name)
         answers[name] = api.generate(model, PROMPT, chat=True, max_new_tokens=60, **shared)
 
     look("dense")
@@ -96,7 +98,7 @@ def demo(
     look("recovered")
 
     out.rule("4. Side by side")
-    show_evaluations(api.Evaluations(measured.values()))
+    show_evaluations(Evaluations(measured.values()))
     out.print(
         f"[dim]Perplexity: first {MEASURE['tokens']:,} tokens of Python's help topics, windows of {MEASURE['window']}, "
         "bfloat16 autocast. Speed: batch 1, 256 tokens read, 32 written, medians of 3 runs.[/]"

@@ -58,7 +58,7 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
         help=_help(field),
         rich_help_panel=option.panel,
         metavar=None if kind is bool else option.metavar or _METAVARS.get(kind, "TEXT"),
-        show_default=_shown(field),
+        show_default=False,
     )
     annotation: Any = bool if kind is bool else list[str] if kind is dict else str
     required = field.is_required()
@@ -80,8 +80,10 @@ def _kind(annotation: Any) -> Any:
 
 
 def _help(field: FieldInfo) -> str:
-    bounds = [f"{_BOUNDS[key]} {value:g}" for key, value in _bounds(field) if key in _BOUNDS and value < 2**62]
-    return (field.description or "") + (f" ({', '.join(bounds)})" if bounds else "")
+    facts = [f"{_BOUNDS[key]} {value:g}" for key, value in _bounds(field) if value < 2**62]
+    default = _shown(field)
+    facts += [f"default {default}"] if default else []
+    return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")
 
 
 def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
@@ -89,10 +91,11 @@ def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
     return [(key, value) for key, value in limits if isinstance(value, int | float)]
 
 
-def _shown(field: FieldInfo) -> str | bool:
+def _shown(field: FieldInfo) -> str:
+    """The default for people; empty where there is none worth showing."""
     value = field.default
     if value is None or value is False or field.is_required() or value == {}:
-        return False
+        return ""
     if value is True:
-        return True
+        return "yes"
     return ",".join(value) if isinstance(value, tuple) else str(value)

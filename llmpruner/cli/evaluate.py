@@ -10,13 +10,12 @@ import typer
 
 from ..files import check_new_file, write_text
 from ..settings import EvaluateSettings, LoadSettings, settings_from
-from .console import RichProgress, count, note, size, table
+from .console import RichProgress, note, table
 from .derive import takes
 from .options import ModelNames, catalog_of
 
 if TYPE_CHECKING:
-    from ..evaluation.report import Line
-    from ..evaluation.run import Evaluations
+    from ..evaluation.table import Evaluations
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -49,18 +48,5 @@ def evaluate(
 
 def show_evaluations(results: Evaluations) -> None:
     """One column per model, one row per quantity."""
-    rows = [(line.label, *(_cell(line, n) for n in range(len(results)))) for line in results.lines()]
+    rows = [(line.label, *line.cells) for line in results.lines]
     table(None, ("", *(result.name for result in results)), rows)
-
-
-def _cell(line: Line, number: int) -> str:
-    value = line.values[number]
-    if value is None:
-        return "-"
-    if line.label.endswith("bytes"):
-        return size(value)
-    if value >= 1e5:
-        return count(value)
-    error = line.errors[number] if line.errors else None
-    digits = 4 if value < 10 else 2
-    return f"{value:.{digits}f}" + (f" ± {error:.4f}" if error is not None else "")

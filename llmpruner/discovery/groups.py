@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -49,12 +51,31 @@ class Named:
     family: Family
 
 
+_blocked: ContextVar[dict[tuple[str, int], Blocked] | None] = ContextVar("_blocked", default=None)
+
+
+@contextmanager
+def collect_blocked() -> Iterator[Collection[Blocked]]:
+    """What `discover_groups` finds blocked inside the ``with`` statement. A family returns groups alone, and may change
+    those that discovery found; this is how the reasons reach the graph all the same."""
+    collected: dict[tuple[str, int], Blocked] = {}
+    token = _blocked.set(collected)
+    try:
+        yield collected.values()
+    finally:
+        _blocked.reset(token)
+
+
 def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
     """The coupled groups of a model with this configuration, found by tracing it without weights.
 
     Raises `UnsupportedModelError` when the model cannot be traced.
     """
-    return discover_graph(config).groups
+    graph = discover_graph(config)
+    collected = _blocked.get()
+    if collected is not None:
+        collected.update({(b.parameter, b.axis): b for b in graph.blocked})
+    return graph.groups
 
 
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:

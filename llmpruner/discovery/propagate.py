@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from ..errors import UnsupportedModelError, first_line
 from .ids import FIXED, FREE, TABLE, Identities, Ids, Mark
 
 
@@ -164,11 +165,20 @@ class Propagation:
         for tagged in _tensors([args, kwargs]):
             if tagged.tag and tagged.tag.stage != "square" and name not in KEEPS_TAG:
                 self.ids.block(tagged.tag.ids, f"a norm without a weight of its own ({self.where})")
-        if name in RULES:
+        if name not in RULES:
+            return self.unknown_operator(node, name, args, kwargs)
+        try:
             result = RULES[name](self, node, args, kwargs)
-        else:
-            result = self.unknown_operator(node, name, args, kwargs)
-        self.check(node, result)
+        except Exception as error:  # a rule that meets arguments it was not written for may raise anything
+            raise UnsupportedModelError(
+                f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
+            raise UnsupportedModelError(
+                f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
+                f"and the rule {result.shape}"
+            )
         return result
 
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -203,11 +213,6 @@ class Propagation:
         if size == 1:
             return uniform(1, FREE)
         return uniform(size, TABLE if origin is Origin.CONSTANT else FIXED)
-
-    def check(self, node: Node, result: Any) -> None:
-        meta = node.meta.get("val")
-        if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
-            raise AssertionError(f"rule for {node.target}: shape {result.shape}, not {tuple(meta.shape)}")
 
     # The building blocks of rules.
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import linecache
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UnsupportedModelError
+from ..errors import LlmprunerError, UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 BATCH, TIME = 2, 7
+_TORCH = Path(torch.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
             part.use_cache = False
     try:
         model = meta_model(config)
+    except LlmprunerError:
+        raise
     except Exception as error:  # whatever a third-party constructor raises, the answer is the same
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
@@ -100,7 +106,7 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
             return program, max(streams)
         except Exception as error:  # export reports unsupported code in many exception types
             name = type(model).__name__
-            raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}") from error
+            raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}{_place(error, model)}") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -191,6 +197,20 @@ def _per_layer_lists(config: PreTrainedConfig, count: int) -> list[tuple[str, li
 def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     text = config.get_text_config()
     return [config] if text is config else [config, text]
+
+
+def _place(error: BaseException, model: nn.Module) -> str:
+    """Where in ``model`` an error of its forward pass was raised: the statement, and the path of the module."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    statement, inside = "", ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        module = paths.get(id(frame.f_locals.get("self")))
+        if module is not None:
+            inside = module or type(model).__name__
+        if inside and not Path(file).is_relative_to(_TORCH):
+            statement = linecache.getline(file, line).strip()
+    return f" (at `{statement}` in {inside})" if inside else ""
 
 
 def _line(error: BaseException) -> str:

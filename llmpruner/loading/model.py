@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
 from ..checkpoints.load import load_pruned
@@ -20,6 +20,7 @@ from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelEr
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
 from ..models.quiet import quiet_gguf, quiet_transformers
+from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
 from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.outcome import Outcome
@@ -135,6 +136,11 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
     try:
         values = dict(record["base_config"])
+        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+            # Pruned from a model whose code came with its checkpoint; a copy lies in this one.
+            if not options.trust_remote_code:
+                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+            pruned_class(ref.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, TypeError, ValueError) as error:
@@ -151,15 +157,21 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
     with _one_line(ref), quiet_transformers():
-        return AutoConfig.from_pretrained(
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **_gguf(ref)
         )
+        if options.trust_remote_code:
+            check_own_class(config)
+            register_model_class(config, options.revision)
+        return config
 
 
 def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> PreTrainedModel:
     dtype = _dtype(options, structure.config, ref)
     if structure.record is not None:
-        return load_pruned(ref.directory, dtype=dtype, device=options.device)
+        return load_pruned(
+            ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
     with _one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
@@ -169,6 +181,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **_gguf(ref),
         )
     check_loaded(ref.text, model, info)
@@ -264,6 +277,8 @@ def _one_line(ref: Reference) -> Iterator[None]:
             raise MissingExtraError("gguf", "gguf") from error
         raise ModelError(f"cannot load model '{ref.text}': {first_line(error)}") from error
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
         known = ref.directory.exists()
         what = "" if known else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
         raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error

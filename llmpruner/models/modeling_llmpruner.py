@@ -14,7 +14,6 @@ transformers. Where llmpruner is installed, the same file serves its ``load_prun
       "shapes": {tensor: [size, …]},      parameters and buffers of the state dict
       "attributes": {module: {name: value}},
       "configs": {module: {name: value}}, for modules that read sizes from their own copy of the configuration
-      "dropped": {module: {"returns": n, "layer_idx": i}},
       "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
     }
 
@@ -57,34 +56,8 @@ _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attentio
 """How configurations speak of layers: how many there are, how many at the start, up to which, and which."""
 
 
-class Dropped(nn.Module):
-    """Stands where a sub-layer was removed; its residual update is zero.
-
-    ``returns``: 0 for a bare tensor, n for a tuple of n values. ``layer_idx``: set for attention, which must
-    still feed the key/value cache, or the cache forgets how many tokens it has seen.
-    """
-
-    def __init__(self, returns: int = 0, layer_idx: int | None = None) -> None:
-        super().__init__()
-        self.returns = returns
-        self.layer_idx = layer_idx
-
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **options: Any) -> Any:
-        # transformers renamed the argument of attention from past_key_values to cache.
-        cache = options.get("cache", options.get("past_key_values"))
-        if cache is not None and self.layer_idx is not None:
-            batch, length = hidden_states.shape[:2]
-            placeholder = hidden_states.new_zeros(batch, 1, length, 1)
-            cache.update(placeholder, placeholder, self.layer_idx)
-        update = torch.zeros_like(hidden_states)
-        return (update, *[None] * (self.returns - 1)) if self.returns else update
-
-
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
-    for path, arguments in record.get("dropped", {}).items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Dropped(**arguments))
     resized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, shape in record.get("shapes", {}).items():
         _resize(model, name, tuple(shape), resized)
@@ -334,13 +307,15 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
 
 
 def _may_import(module: str) -> bool:
-    package = module.partition(".")[0]
-    # The second group holds packages of model classes that a plugin names: never loaded for their own sake.
-    plugins = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
-    return module in sys.modules or package in {
-        "transformers",
-        *(e.module.partition(".")[0] for e in plugins),
-    }
+    return module in sys.modules or module.partition(".")[0] in packages_of_models()
+
+
+def packages_of_models() -> set[str]:
+    """Packages that a checkpoint may name as the place of its model class: transformers, installed plugins (entry
+    points of the group ``llmpruner``), and those of the group ``llmpruner.models``, which only hold model classes and
+    are never loaded for their own sake."""
+    entries = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
+    return {"transformers", *(entry.module.partition(".")[0] for entry in entries)}
 
 
 def write_code(directory: Path, base: type[PreTrainedModel]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models.modeling_llmpruner import slice_argument
 from ..structure.coupling import CoupledGroup, CouplingGraph
-from ..structure.kept import Kept, renamed
+from ..structure.kept import Kept, layer_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,13 +71,12 @@ class Follower:
 
 def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
     """Make everything in ``rules`` follow what ``kept`` leaves. ``graph``: before the cut; ``model``: after it."""
-    names = renamed(graph, kept)
-    remaining = range(len(model.get_submodule(graph.layers)))
-    for old, units in kept.items():
-        group = graph.by_name[old]
-        if old not in names or group.modules or len(units) == group.units:
+    numbers = layer_numbers(graph, kept)
+    for name, units in kept.items():
+        group = graph.by_name[name]
+        if group.modules or len(units) == group.units:
             continue
-        layers = remaining if group.layer is None else [int(names[old].split(".")[1])]
+        layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
         for rule in rules:
             if rule.kind != group.kind:
                 continue

@@ -14,11 +14,15 @@ from transformers import AutoModelForCausalLM
 from ..errors import UnsupportedModelError
 from ..models.modeling_llmpruner import per_layer_lists
 from ..models.quiet import quiet_transformers
+from ..models.remote import register_model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LAYERS = 3
+HEADS = (5, 3), (4, 2)
+"""Numbers of heads, and of key/value heads where these are fewer, to be tried in this order: odd ones first, because no
+other size is a multiple of them; some classes take even ones only."""
 HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
@@ -40,6 +44,7 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
     key/value heads where they are shared; odd, so that other sizes are no multiples of them. What is equal in
     ``config`` stays equal, and flags stay as they are.
     """
+    register_model_class(config)  # the small one no longer says where its class comes from
     if getattr(config, "is_heterogeneous", False):
         # Sizes that differ between layers are read as what they are globally.
         config = copy.deepcopy(config)
@@ -60,7 +65,7 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
     Raises `UnsupportedModelError` with the first reason when none can.
     """
     reasons: list[UnsupportedModelError] = []
-    for heads in ((5, 3), (4, 2)):
+    for heads in HEADS:
         try:
             small = tiny_config(config, layers, heads)
             _run(random_instance(small))
@@ -69,6 +74,17 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
         else:
             return small
     raise reasons[0]
+
+
+def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
+    """Equal for configurations whose small models are equal, whatever their sizes."""
+    texts = []
+    for heads in HEADS:
+        try:
+            texts.append(tiny_config(config, heads=heads).to_json_string(use_diff=False))
+        except UnsupportedModelError as error:
+            texts.append(str(error))
+    return type(config), *texts
 
 
 def _run(model: PreTrainedModel) -> None:
@@ -89,7 +105,9 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            )
         except Exception as error:
             raise UnsupportedModelError(
                 f"a small {config.model_type} cannot be built: {type(error).__name__}: {str(error)[:160]}"

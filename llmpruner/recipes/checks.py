@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
-from ..engine.signals import Signal
 from ..errors import DataError, ModelError, SelectionError, SettingsError
+from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
 from ..selection.base import AllocationTask, Meter
-from ..structure.coupling import LAYER
 from ..structure.queues import build_queue
 from .jobs import PruneJob
 from .pipeline import demand, length_for, scope_of
@@ -26,10 +25,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
     rounding that its groups cannot give. ``tokenizer``: whether the model brings one."""
     scope = scope_of(job, structure)
     groups = scope.groups(structure.graph)
-    if Signal.STREAM in job.criterion.signals:
-        other = next((group for group in groups if group.kind != LAYER), None)
-        if other is not None:
-            raise SelectionError(f"{job.criterion.label()} scores whole layers, not '{other.kind}'; use --kinds layer")
+    check_accepted(job.criterion, groups, structure.graph)
     if job.fixed_reduction and all(len(_scored(job, group)) == 1 for group in groups if not group.modules):
         raise SettingsError(
             f"--reduction has no effect: {job.criterion.label()} scores one span of every group; leave it out"
@@ -63,8 +59,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
 
 def _scored(job: PruneJob, group: CoupledGroup) -> list[Span]:
     roles = job.criterion.roles
-    found = [span for span in group.spans if roles is None or span.role in roles]
-    return found or list(group.spans)
+    return [span for span in group.spans if roles is None or span.role in roles] or list(group.spans)
 
 
 def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
@@ -74,12 +69,12 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
     length = length_for(job.calibration, structure)
     if limit and length > limit:
         raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
-    for part in job.calibration.parts:
+    for part in job.calibration.text.parts:
         if not part.source.writes and not tokenizer:
             raise ModelError(
                 f"'{structure.ref}' brings no tokenizer, so it cannot be calibrated on '{part.reference}'; use 'self'"
             )
-        part.source.check(part.reference)
+    job.calibration.text.check()
 
 
 def _cost(job: PruneJob, structure: Structure) -> Cost | None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from ..budgets.base import Budget
 from ..compensation.base import Compensation
 from ..component import Component
-from ..data.calibration import Part, parts_of
+from ..data.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
 from ..errors import SettingsError
 from ..evaluation.base import Metric
-from ..export.base import Exporter
+from ..exporters.base import Exporter
 from ..importance.base import ImportanceCriterion
 from ..methods.base import Method
 from ..methods.presets import ByHand
@@ -31,18 +31,21 @@ from ..structure.coupling import ATTENTION, HIDDEN, LAYER, QUERY
 C = TypeVar("C", bound=Component)
 
 HOW_MUCH = "say how much to remove with one of --ratio, --target-params or --unit-ratio"
-_AMOUNTS = {"ratio": "ratio", "target_params": "parameters", "unit_ratio": "units"}
+_AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
+    "ratio": "ratio",
+    "target_params": "parameters",
+    "unit_ratio": "units",
+}
 _UNROUNDED = {ATTENTION, QUERY, LAYER}
 """Kinds whose kept number is never rounded: heads and layers are counts, not widths."""
 
 
 @dataclass(frozen=True)
 class CalibrationJob:
-    """Which text is read. ``source``: as the user named it; ``parts``: its sources. ``fixed_length``: whether the user
-    chose the length; a default gives way to the model's positions."""
+    """Which text is read. ``fixed_length``: whether the user chose the length; a default gives way to the model's
+    positions."""
 
-    source: str
-    parts: tuple[Part, ...]
+    text: CalibrationText
     samples: int
     length: int
     fixed_length: bool
@@ -56,7 +59,7 @@ class PruneJob:
     ``calibration``: None when nothing reads text.
     """
 
-    by: str
+    by: Literal["ratio", "parameters", "units"]
     amount: float
     budget: Budget
     kinds: tuple[str, ...]
@@ -128,8 +131,12 @@ class _Given:
                 if key in self._own.get(cls.name, {}):
                     raise SettingsError(f"{self.flag(option)} and --set {cls.name}.{key} give the same; leave one out")
                 values[key] = getattr(self.settings, option)
-        self._used.setdefault(cls.name, []).append(cls.kind)
-        return cls(**values)
+        return self.use(cls(**values))
+
+    def use(self, component: C) -> C:
+        """``component``, whose settings have been used."""
+        self._used.setdefault(component.name, []).append(component.kind)
+        return component
 
     def unused_shorthands(self, field: str, reason: str) -> None:
         """Refuse the options that set something of the component ``field``, where there is none."""
@@ -163,9 +170,9 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     if len(amounts) != 1:
         raise SettingsError(HOW_MUCH if not amounts else f"{HOW_MUCH}, not with {len(amounts)} of them")
     (amount,) = amounts
-    parts = parts_of(settings.calibration, catalog.sources)
+    text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
     method = method_of(settings, catalog)
-    defaults = _defaults(method, settings, writes=any(part.source.writes for part in parts))
+    defaults = _defaults(method, settings, writes=text.writes)
     given = _Given(settings, defaults.pop("settings", {}))
 
     def chosen(name: str) -> Any:
@@ -186,20 +193,19 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         given.refuse("round_to", f"with --kinds {','.join(settings.kinds)}, which are counted and not rounded")
     if set(settings.kinds) == {HIDDEN}:
         given.refuse("layers", "with --kinds hidden, whose channels run through all layers")
-    if Signal.STREAM in criterion.signals:
+    if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("--unit-ratio goes in one step; use --ratio for iterative pruning")
     reads = bool(criterion.signals - {Signal.WEIGHT}) or allocation.measures or compensation.reads_text
     calibration = None
     if reads:
-        sources = tuple(Part(given.configured("calibration", type(p.source)), p.reference) for p in parts)
-        calibration = CalibrationJob(
-            settings.calibration, sources, chosen("samples"), chosen("length"), given.has("length")
-        )
-        if len(parts) > calibration.samples:
+        for part in text.parts:
+            given.use(part.source)
+        calibration = CalibrationJob(text, chosen("samples"), chosen("length"), given.has("length"))
+        if len(text.parts) > calibration.samples:
             raise SettingsError(
-                f"--samples {calibration.samples} cannot be shared by {len(parts)} sources; raise --samples"
+                f"--samples {calibration.samples} cannot be shared by {len(text.parts)} sources; raise --samples"
             )
     else:
         for name in ("calibration", "samples", "length"):
@@ -258,7 +264,9 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     if settings.speed:
         wanted["speed"] = {}
     for name in settings.metrics or ():
-        wanted.setdefault(name, {})
+        if name in wanted:
+            raise SettingsError(f"--metrics names '{name}', which is measured already; leave it out")
+        wanted[name] = {}
     if len(wanted) == 1 or settings.kl:
         wanted.setdefault("perplexity", {})
     given = _Given(settings, wanted)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..budgets.costs import Cost, byte_cost
+from ..budgets.costs import Cost
 from ..budgets.sizes import counts
+from ..budgets.weights import byte_cost
 from ..structure.kept import parameters_after
 from ..structure.outcome import BudgetOutcome, Outcome
 

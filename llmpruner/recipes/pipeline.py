@@ -18,14 +18,15 @@ from .. import __version__
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import Cost, CutCost
 from ..budgets.open import open_budget
-from ..checkpoints.save import save_checkpoint
+from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..compensation.base import RepairTask
 from ..compensation.choose import Chooser, can_wait
 from ..compensation.trials import Trials
-from ..data.calibration import CalibrationSet, calibration_set, parts_of
+from ..data.calibration import CalibrationSet, parse_calibration
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
 from ..importance.estimate import Scores, estimate
+from ..loading.dense import base_record
 from ..models.surgery import cut
 from ..progress import QUIET, Progress
 from ..selection.base import Demand
@@ -36,9 +37,9 @@ from ..structure.kept import compose, layer_numbers, renamed, surviving_units
 from ..structure.plan import (
     BaseRef,
     CompensationRecord,
-    Estimation,
+    EstimationRecord,
     PruningPlan,
-    Selection,
+    SelectionRecord,
     Target,
     cuts_of,
     structure_of,
@@ -119,8 +120,8 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> Draft
         cost = CutCost(whole, model.graph, kept) if kept else whole
         ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
         chosen = select(
-            graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step),
-            cost=cost, allocation=job.allocation, round_to=job.round_to,
+            graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,
+            cost=cost, round_to=job.round_to,
             loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,
         )  # fmt: skip
         names = renamed(model.graph, kept)
@@ -162,6 +163,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
     record = {
         **(model.record or {}),
         **(notes or {}),
+        **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
@@ -172,7 +174,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
         record=record,
         tokenizer=model.tokenizer,
         family=model.family,
-        extra_files=_vocabulary(model.tokenizer),
+        extra_files=vocabulary_files(model.tokenizer),
     )
 
 
@@ -180,12 +182,11 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
     """The calibration set of a job; None when nothing reads text."""
     if job.calibration is None:
         return None
-    writes = any(part.source.writes for part in job.calibration.parts)
-    progress.status("The model writes its calibration text" if writes else f"Reading {job.calibration.source}")
-    length = length_for(job.calibration, model)
-    return calibration_set(
-        job.calibration.parts, model.model, model.tokenizer,
-        source=job.calibration.source, samples=job.calibration.samples, length=length, seed=job.seed,
+    text = job.calibration.text
+    progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
+    return text.sample(
+        model.model, model.tokenizer,
+        samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
     )  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def demand(
 
 def _open(model: Model, job: PruneJob, scope: Scope, progress: Progress) -> tuple[Cost, Mapping[str, Any] | None]:
     subject = BudgetSubject(model.model, model.graph, scope.groups(model.graph), model.family, progress)
-    measured, cost = open_budget(job.budget, subject, scope, check=job.by != "units")
+    measured, cost = open_budget(job.budget, subject, scope)
     return cost, measured
 
 
@@ -234,19 +235,19 @@ def _plan(
     return PruningPlan(
         base=BaseRef(
             model=model.ref,
-            path=model.path,
             revision=getattr(model.config, "_commit_hash", None),
             structure=structure_of(model.graph),
         ),
         family=model.family.name,
-        estimation=Estimation(
+        estimation=EstimationRecord(
             criterion=job.criterion.name,
             settings=job.criterion.record(),
             reduction=job.reduction,
             calibration=scored.source if scored else None,
+            sources=job.calibration.text.record() if scored and job.calibration else {},
             fingerprint=scored.fingerprint if scored else None,
         ),
-        selection=Selection(
+        selection=SelectionRecord(
             kinds=job.kinds,
             layers=scope_of(job, model).layers,
             allocation=job.allocation.name,
@@ -256,9 +257,18 @@ def _plan(
             round_to=job.round_to,
         ),
         compensation=_compensation(job, calibration),
-        target=Target.of(job.by, job.amount, job.budget, measured),
+        target=_target(job, measured),
         seed=job.seed,
         cuts=cuts_of(model.graph, kept),
+    )
+
+
+def _target(job: PruneJob, measured: Mapping[str, Any] | None) -> Target:
+    if job.by != "ratio":
+        return Target(by=job.by, amount=job.amount)
+    recorded = None if measured is None else dict(measured)
+    return Target(
+        by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record(), measured=recorded
     )
 
 
@@ -271,6 +281,7 @@ def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> Compensa
         name=job.compensation.name,
         settings=job.compensation.record(),
         calibration=text.source if text else None,
+        sources=job.calibration.text.record() if text and job.calibration else {},
         fingerprint=text.fingerprint if text else None,
         samples=samples,
         length=length,
@@ -283,13 +294,10 @@ def _compensate(
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
-        parts = parts_of(how.calibration, catalog.sources)
-        calibration = calibration_set(
-            parts, model.model, model.tokenizer,
-            source=how.calibration, samples=how.samples, length=how.length, seed=plan.seed,
-        )  # fmt: skip
+        text = parse_calibration(how.calibration, catalog.sources, how.sources)
+        calibration = text.sample(model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed)
         # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
-        if not any(part.source.writes for part in parts) and calibration.fingerprint != how.fingerprint:
+        if not text.writes and calibration.fingerprint != how.fingerprint:
             raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
     task = RepairTask(model.model, model.graph, plan.kept, calibration, draft.chooser, progress)
     with torch.no_grad():
@@ -300,7 +308,7 @@ def _compensate(
 def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
     """The cost of a plan's budget, from what the plan recorded."""
     target, groups = plan.target, [model.graph.by_name[name] for name in plan.cuts]
-    budget = catalog.budgets[target.budget](**target.settings)
+    budget = catalog.create(catalog.budgets, target.counted_in, target.settings)
     return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), target.measured)
 
 
@@ -346,9 +354,3 @@ def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
     """The scope in the layer numbers of the model after the cut."""
     numbers = layer_numbers(graph, kept)
     return Scope(scope.kinds, tuple(numbers[n] for n in scope.layers if n in numbers))
-
-
-def _vocabulary(tokenizer: Any) -> list[Path]:
-    """The SentencePiece model of a tokenizer: a fast tokenizer does not save it, and other formats need it."""
-    file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
-    return [file] if file.name == "tokenizer.model" and file.is_file() else []

@@ -1,4 +1,4 @@
-"""What stages ask of an architecture, as protocols: `llmpruner.ModelFamily` provides all of it."""
+"""The parts of `llmpruner.ModelFamily` that packages below it use, as protocols."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Architecture(Follows, Protocol):
 
     @property
     def is_discovered(self) -> bool:
-        """Whether what follows a cut is found by trying on a small model."""
+        """Whether what must follow a cut is found by trying on a small model, rather than set by the family."""
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
         """The coupled groups of a model of this configuration."""

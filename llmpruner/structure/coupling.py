@@ -2,11 +2,12 @@
 
 A *unit* is the smallest thing that can be removed (an MLP channel, a key/value head with its query heads, a
 hidden channel, a layer). A *coupled group* is a set of like units together with the *spans* they own. A span
-says which indices of one axis of one parameter each unit owns. Nothing here imports torch or knows a model.
+lists which indices of one axis of one parameter each unit owns. Nothing here imports torch or knows a model.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,8 @@ QUERY = "query"
 HIDDEN = "hidden"
 LAYER = "layer"
 EXPERT = "expert"
-VOCABULARY = "vocabulary"
+
+_IN_A_LAYER = re.compile(r"layers\.(\d+)\.(?=.)")
 
 
 class Role(str, Enum):
@@ -128,13 +130,23 @@ class Span:
 
 @dataclass(frozen=True)
 class CoupledGroup:
-    """Like units that can be removed one by one, each with everything that must go with it.
+    """Like units that can be removed one by one, each with everything that must be removed with it.
+
+    ``name``: unique in a graph, and what plans call the group. A group inside decoder layer N is named
+    ``layers.N.WORD`` (``layers.3.attention``) and has ``layer=N``; no other name begins like that. When layers are
+    removed, the groups of those that stay are renumbered by this rule, so that they are called what the family calls
+    the groups of a model with fewer layers. ``kind``: what users choose by (`MLP`, `ATTENTION`, … or a word of your
+    own). ``units``: how many there are; unit ``u`` of every span belongs to unit ``u`` of the others. ``layer``: the
+    decoder layer that all spans lie in, None for groups across layers.
 
     ``blocks``: the units lie in this many equal consecutive blocks, and each block must keep the same number
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
     a multiple of it (kernels that need aligned rows). ``modules``: for groups of whole modules (layers,
-    sub-layers), the module path that each unit is; such a group has no spans. ``buffers``: spans of buffers with
-    entries for the units (the selection bias of experts); they are cut along, and neither scored nor counted.
+    sub-layers), the module path of each unit; such a group has no spans. ``buffers``: spans of buffers with
+    an entry for each unit (the selection bias of experts); they are cut with the parameters, and neither scored nor
+    counted.
+
+    Raises `CouplingError` where one of these rules is broken.
     """
 
     name: str
@@ -149,6 +161,7 @@ class CoupledGroup:
     buffers: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_name(self.name, self.layer)
         if self.units < 1:
             raise CouplingError(f"group '{self.name}' has no units")
         if bool(self.spans) == bool(self.modules):
@@ -163,23 +176,39 @@ class CoupledGroup:
                     f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
                 )
 
+    def in_layer(self, layer: int) -> str:
+        """The name of this group when its layer has the number ``layer``."""
+        return self.name if self.layer is None else f"layers.{layer}.{self.name.removeprefix(f'layers.{self.layer}.')}"
+
     @cached_property
     def is_normalized(self) -> bool:
-        """Whether a norm runs over the units, so that silencing must happen where they are produced."""
+        """Whether a norm is computed over the units, so that they must be silenced where they are produced."""
         return any(s.role in (Role.NORM, Role.LAYER_NORM) for s in self.spans)
 
     @property
     def cut_spans(self) -> tuple[Span, ...]:
-        """Everything that is cut: the spans of parameters, then those of buffers."""
+        """All spans: those of parameters, then those of buffers."""
         return self.spans + self.buffers
 
     def spans_with(self, *roles: Role) -> Iterator[Span]:
         return (s for s in self.spans if s.role in roles)
 
 
+def _check_name(name: str, layer: int | None) -> None:
+    numbered = _IN_A_LAYER.match(name)
+    if layer is not None and (numbered is None or int(numbered[1]) != layer):
+        raise CouplingError(
+            f"group '{name}' lies in layer {layer}, so its name must be 'layers.{layer}.WORD', such as "
+            f"'layers.{layer}.mlp': removing other layers renumbers it"
+        )
+    if layer is None and numbered is not None:
+        raise CouplingError(f"group '{name}' is named after layer {numbered[1]}; give it layer={numbered[1]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """An axis that discovery does not offer for pruning, and why."""
+    """An axis that discovery found no removable units on. ``reason``: one line, with the operator and the path of the
+    module where it is applied, as far as an operator is the reason."""
 
     parameter: str
     axis: int
@@ -192,6 +221,7 @@ class CouplingGraph:
 
     ``shapes``: every parameter, tied ones included. ``ties``: parameter → the parameter it shares storage with.
     ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
+    ``blocked``: axes without removable units, where the groups come from discovery.
     ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
     """
 
@@ -223,7 +253,7 @@ class CouplingGraph:
             raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
         owned: Sequence[int]
         if isinstance(span.index, Blocks) and span.index.step >= span.index.width:
-            # Disjoint by construction, so the ends say it all: models have millions of indices.
+            # Disjoint by construction, so the first and last unit suffice: models have millions of indices.
             owned = [*span.index.of(0), *span.index.of(group.units - 1)] if group.units > 1 else span.index.of(0)
         else:
             owned = span.indices(range(group.units))
@@ -265,7 +295,8 @@ class CouplingGraph:
         return sum(prod(s) for p, s in self.shapes.items() if self.is_decoder(p) and p not in self.ties)
 
     def parameters_per_unit(self, group: CoupledGroup) -> int:
-        """Parameters that leave with one unit while everything else stays (mean over units for modules)."""
+        """Number of parameters that are removed with one unit while everything else stays (for modules, the mean over
+        units)."""
         if group.modules:
             own = (prod(s) for p, s in self.shapes.items() if p.startswith(tuple(m + "." for m in group.modules)))
             return sum(own) // group.units

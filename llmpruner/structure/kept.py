@@ -163,7 +163,7 @@ def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
     """Old group name → name after the cut, for the groups that remain (removed layers renumber the others)."""
     numbers = layer_numbers(graph, kept)
     return {
-        g.name: g.name if g.layer is None else g.name.replace(f"layers.{g.layer}.", f"layers.{numbers[g.layer]}.", 1)
+        g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer])
         for g in graph.groups
         if g.layer is None or g.layer in numbers
     }

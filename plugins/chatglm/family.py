@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from llmpruner import ATTENTION, LAYER, MLP, CoupledGroup, ModelFamily, layouts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .configuration_chatglm import ChatGLMConfig
 
 
 class ChatGLMFamily(ModelFamily):
     """ChatGLM-6B, the first generation. Its hidden channels run through LayerNorms, which no cut can leave as they
-    were, so they are not offered. Modules read their head counts off the weights: nothing has to be refreshed."""
+    were, so they are not offered."""
 
     name = "chatglm"
+    summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
     answer_separator: ClassVar[str] = ""
 
@@ -45,6 +48,9 @@ class ChatGLMFamily(ModelFamily):
             ]
         groups.append(CoupledGroup("layers", LAYER, config.num_layers, modules=tuple(layers)))
         return groups
+
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        """Nothing to set: modules read their head counts off the shapes of their weights."""
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
         """The bare query, as the released model was tuned on, and the two tokens after which it answers."""

@@ -107,7 +107,7 @@ def _config(directory: Path) -> PreTrainedConfig:
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} is no model directory: it has neither config.json nor params.json")
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}/config.json is damaged: {str(error).splitlines()[0]}") from error
     if config.model_type != "llama":

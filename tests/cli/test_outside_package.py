@@ -76,9 +76,7 @@ def test_a_compensation_changes_the_weights(run, dense, tmp_path):
 
 
 def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tmp_path):
-    done = run(
-        "evaluate", dense, "--metrics", "accuracy", "--set", "accuracy.tokens=32", "--json", tmp_path / "e.json"
-    )
+    done = run("evaluate", dense, "--metrics", "accuracy", "--set", "accuracy.tokens=32", "--json", tmp_path / "e.json")
     assert done.code == 0 and "next-token accuracy" in done.out
     assert json.loads((tmp_path / "e.json").read_text())[0]["accuracy"]["tokens"] == 32
     done = run("export", dense, "--to", "one-file", "--set", "one-file.file=all.safetensors", "-o", tmp_path / "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 from llmpruner.discovery.groups import families
 from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
 from llmpruner.discovery.operators_shape import regroup
-from llmpruner.discovery.propagate import Policy, Propagation
+from llmpruner.discovery.propagate import RULES, Policy, Propagation
+from llmpruner.errors import UnsupportedModelError
 
 
 def test_components_of_a_random_graph_agree_with_a_search() -> None:
@@ -91,6 +94,26 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.shares)
     assert reason in reasons["up.weight", 0]
     assert ("down.weight", 1) in reasons
+
+
+def fails(*_: Any) -> Any:
+    raise IndexError("no such axis")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (fails, "IndexError: no such axis"),
+        (lambda run, node, args, kwargs: args[0], r"shape \(2, 6\), and the rule \(2, 4\)"),
+    ],
+)
+def test_a_rule_that_does_not_fit_names_operator_and_module(
+    rule: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = torch.export.export(Odd(True), (torch.randn(2, 4),), strict=False)
+    monkeypatch.setitem(RULES, "linear", rule)
+    with pytest.raises(UnsupportedModelError, match=f"^discovery cannot follow operator linear in up: .*{message}"):
+        Propagation().run(program, {"up.weight": "up.weight", "down.weight": "down.weight"})
 
 
 class Assembled(nn.Module):

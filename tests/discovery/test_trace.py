@@ -35,6 +35,7 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
         export(Guessing(), "layers")
     # torch still hands the graph over, so the test watches what it means to watch.
     assert "def forward" in caught.value.__cause__.partial_fx_graph
+    assert str(caught.value).endswith("(at `for row in (hidden > 0).nonzero():` in Guessing)")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "a warning of the model's own\n")
 

@@ -8,8 +8,8 @@ from criteria_cases import layers_of, make, tokens
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.engine.uses import Use, WatchUses
 from llmpruner.engine.walk import ForwardWalk
+from llmpruner.engine.watch import WatchedProduct, WatchProducts
 
 
 class Weights(nn.Module):
@@ -31,9 +31,9 @@ X = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
 ROWS = X.flatten(0, 1)
 
 
-def watch(module: nn.Module, compute) -> list[Use]:
-    uses: list[Use] = []
-    with torch.no_grad(), WatchUses(module, [n for n, _ in module.named_parameters()], uses.append):
+def watch(module: nn.Module, compute) -> list[WatchedProduct]:
+    uses: list[WatchedProduct] = []
+    with torch.no_grad(), WatchProducts(module, [n for n, _ in module.named_parameters()], uses.append):
         compute(module)
     return uses
 
@@ -113,16 +113,19 @@ def test_parameters_in_one_storage_are_told_apart():
     assert [use.parameter for use in uses] == ["first", "second"]
 
 
-def uses_in(name: str) -> tuple[dict[str, list[Use]], object, int]:
+def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
     loaded = make(name)
     walk = ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
-    found: dict[str, list[Use]] = {}
+    found: dict[str, list[WatchedProduct]] = {}
     names = [
         n
         for n, p in layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
         if p.dim() > 1 and "bias" not in n
     ]
-    with torch.no_grad(), WatchUses(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)):
+    with (
+        torch.no_grad(),
+        WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
+    ):
         walk.run(0, walk.batches[0], walk.batches[0].hidden)
     assert sorted(found) == sorted(names)
     return found, loaded.model, 4 * 16

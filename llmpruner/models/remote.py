@@ -1,0 +1,87 @@
+"""Model classes that a checkpoint brings: used where the user allowed it, and never asked about on the terminal.
+
+transformers asks on the terminal whenever it is not told whether such code may run, so every call of its auto classes
+in llmpruner says so. The user's consent is given when the configuration is read (``--trust-remote-code``): a
+configuration whose class came from a checkpoint could only be made by code of that checkpoint, and carries the consent
+from there on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from ..errors import ModelError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALLOW = "allow it with --trust-remote-code (trust_remote_code=True) if you trust it"
+"""What a message advises where code of a checkpoint is needed."""
+
+_CAUSAL = "AutoModelForCausalLM"
+
+
+def is_remote(cls: type[Any]) -> bool:
+    """Whether ``cls`` was loaded from a checkpoint's own code."""
+    package: str = cls.__module__.partition(".")[0]
+    return bool(package == TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+
+def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
+    """Make sure that AutoModelForCausalLM has a class for ``config``; one that the checkpoint brings is registered
+    where the class of ``config`` came from the checkpoint, too. ``revision``: of the checkpoint, on the hub.
+
+    Raises `ModelError` when the class is code of a checkpoint that may not run, and `UnsupportedModelError` when there
+    is none.
+    """
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    reference = _code_of(config)
+    if reference is None:
+        raise UnsupportedModelError(
+            f"there is no causal language model for model type '{config.model_type}' ({type(config).__name__})"
+        )
+    if not is_remote(type(config)):
+        raise ModelError(f"the model class of '{config.name_or_path}' is code that the checkpoint brings; {ALLOW}")
+    model_class = _load(reference, config.name_or_path, revision)
+    AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(model_class), exist_ok=True)
+
+
+def check_own_class(config: PreTrainedConfig) -> None:
+    """Raises `ModelError` for a checkpoint whose code, which may run, replaces the model class and keeps the
+    configuration class of transformers: nothing built from the configuration alone would have the replaced class."""
+    if _code_of(config) is not None and type(config).__module__.startswith("transformers."):
+        raise ModelError(
+            f"'{config.name_or_path}' brings a model class of its own for the {type(config).__name__} of transformers, "
+            "which is not supported; without --trust-remote-code the class of transformers is used"
+        )
+
+
+def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
+    """The class of the pruned checkpoint in ``directory``, loaded from the code that lies there. The dense classes that
+    it was made from become known to AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
+    values, _ = PreTrainedConfig.get_config_dict(str(directory))
+    pruned = _load(values["auto_map"][_CAUSAL], str(directory), None)
+    base: type[PreTrainedModel] = pruned.pruned_base
+    AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(base.config_class, base, exist_ok=True)
+    found: type[PreTrainedModel] = pruned
+    return found
+
+
+def _code_of(config: PreTrainedConfig) -> str | None:
+    """What the configuration calls the model class in the checkpoint's own code."""
+    reference: str | None = (getattr(config, "auto_map", None) or {}).get(_CAUSAL)
+    return reference
+
+
+def _load(reference: str, location: str, revision: str | None) -> Any:
+    """The class that ``reference`` (``[repository--]module.Class``) names in the repository at ``location``."""
+    repository, _, name = reference.rpartition("--")
+    return get_class_from_dynamic_module(name, repository or location, revision=None if repository else revision)
