@@ -18,6 +18,8 @@ RECORD = {
     "plans": "The plans that were applied, oldest first, each as in a plan file. The first was made for the dense "
     "model, each later one for what the plans before it leave.",
     "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows.",
+    "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
+    "model.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 
@@ -47,3 +48,17 @@ class Outcome:
         else:
             values["budget"]["removed"] = self.budget.removed
         return values
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: before, after, and the share that is removed."""
+        rows = [
+            ("decoder parameters", self.decoder_before, self.decoder_after),
+            ("all parameters", self.parameters_before, self.parameters_after),
+            ("bytes of weights", self.bytes_before, self.bytes_after),
+            *([(self.budget.label, self.budget.before, self.budget.after)] if self.budget else []),
+        ]
+        body = "".join(
+            f"<tr><th>{escape(name)}</th><td>{before:,}</td><td>{after:,}</td><td>{1 - after / before:.2%}</td></tr>"
+            for name, before, after in rows
+        )
+        return f"<table><tr><th></th><th>before</th><th>after</th><th>removed</th></tr>{body}</table>"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -183,6 +184,19 @@ class PruningPlan(Frozen):
                 "model's in name or shape; make a new plan with `llmpruner plan`"
             )
         check_kept(graph, self.kept)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: how many units of each kind every layer keeps."""
+        kinds = list(dict.fromkeys(cut.kind for cut in self.cuts.values()))
+        cells: dict[str, dict[str, str]] = {}
+        for cut in self.cuts.values():
+            row = cells.setdefault("all layers" if cut.layer is None else str(cut.layer), {})
+            row[cut.kind] = f"{len(cut.kept):,} of {cut.units:,}"
+        head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
+        lines = [(layer, "".join(f"<td>{row.get(kind, 'all')}</td>" for kind in kinds)) for layer, row in cells.items()]
+        rows = "".join(f"<tr><th>{layer}</th>{row}</tr>" for layer, row in lines)
+        title = f"units kept of {escape(self.base.model)} ({self.target.by} {self.target.amount:g})"
+        return f"<table><caption>{title}</caption><tr><th>layer</th>{head}</tr>{rows}</table>"
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
