@@ -3,6 +3,7 @@
 from .checkpoints.load import load_pruned as load_pruned
 from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
+from .component import ComponentSettings as ComponentSettings
 from .data.sharegpt import read_sharegpt as read_sharegpt
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Signal as Signal
