@@ -39,7 +39,7 @@ class ModelFamily:
     three of 30, as LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
 
     answer_separator: ClassVar[str | None] = None
-    """Text between prompt and answer in training; None: a blank, unless either side has white space there."""
+    """What stands between prompt and answer in training text; None: a blank, unless either side brings white space."""
 
     def register_models(self) -> None:
         """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded: it
@@ -101,7 +101,7 @@ class ModelFamily:
         return ()
 
     def format_text(self, text: str) -> str:
-        """Text without a prompt as the model was trained to read it: unchanged, unless it needs tokens around it."""
+        """Free text as the model reads it, for data without prompts: unchanged, unless a model needs a frame."""
         return text
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
