@@ -1,7 +1,7 @@
 """Which criteria know what a unit is worth: rank correlation with the truth, by brute force.
 
     LLMPRUNER_DATA=… python -m benchmarks.criteria              train, silence every unit once, score, compare
-    LLMPRUNER_DATA=… python -m benchmarks.criteria --render     only write the table of docs/criteria.md again
+    LLMPRUNER_DATA=… python -m benchmarks.criteria --render     only write the table of docs/criteria-measured.md again
 
 A tiny LLaMA (grouped-query attention) learns WikiText-2 byte by byte. The truth about a unit is by how much the loss on
 held-out text rises when it alone is silenced. Writes ``benchmarks/results/criteria.json``.
@@ -24,7 +24,7 @@ import torch
 from .measure import as_json, machine
 
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
-PAGE = Path(__file__).parents[1] / "docs" / "criteria.md"
+PAGE = Path(__file__).parents[1] / "docs" / "criteria-measured.md"
 SEEDS = (0, 1, 2)
 LENGTH = 128
 TRAIN = {"steps": 500, "batch": 32, "rate": 3e-3}

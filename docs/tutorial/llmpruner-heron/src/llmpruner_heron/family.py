@@ -5,6 +5,7 @@ from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, Blocks, CoupledGroup, Model
 
 class HeronFamily(ModelFamily):
     name = "heron"
+    summary = "Heron, the made-up model of the tutorial"
     model_types = ("heron",)
 
     def register_models(self):
