@@ -49,6 +49,8 @@ KINDS = {
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 PREFIX = "llmpruner-"
+LONGEST = 30
+"""Characters of a name: no line of the package gets longer than its formatter allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class PluginName:
                 f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, "
                 "a letter first, as in 'my-model'"
             )
+        if len(self.word) > LONGEST:
+            raise LlmprunerError(f"'{self.word}' is too long for a plugin; expected at most {LONGEST} characters")
 
     @property
     def distribution(self) -> str:

@@ -17,6 +17,7 @@ from llmpruner.scaffold.model import ModelFacts
 from llmpruner.scaffold.package import KINDS, PluginName, render, write
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package"
+LONG = "abcdefghij-abcdefghij-abcdefgh"
 QUICK = "recognises or cut_equals or agree or found or may_name"
 """Tests of a generated package that take seconds; benchmarks/install_check.py runs all."""
 
@@ -112,8 +113,8 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
     )
     packages = {
         "bare": render(PluginName("bare")),
-        "odd": render(PluginName("odd-one"), odd),
-        **{kind: render(PluginName(f"my-{kind}"), kind=kind) for kind in ("criterion", "strategy")},
+        "odd": render(PluginName(LONG), odd),
+        **{kind: render(PluginName(LONG), kind=kind) for kind in ("criterion", "strategy")},
     }
     for name, files in packages.items():
         write(tmp_path / name, files)
@@ -180,6 +181,7 @@ def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_pat
         ("a--b", "cannot name a plugin"),
         ("1st", "cannot name a plugin"),
         ("a_b", "cannot name a plugin"),
+        (LONG + "i", "is too long for a plugin; expected at most 30"),
         ("../up", "cannot name a plugin"),
         ("llmpruner-own", "leave 'llmpruner-' out"),
         ("llama", "a family 'llama' exists already in llmpruner"),
