@@ -43,7 +43,7 @@ SHIPPED = (
 )
 PACKAGES = {
     "qwen": ["--from", "qwen2"],
-    "neo": ["--from", "gpt_neox", "--spans"],
+    "neo": ["--from", "gpt_neox"],
     "odd": ["--from", "made_up", "--import", "made_up"],
 }
 """Name of a generated plugin → how it is asked for: two types without plugins, and one that nothing knows."""

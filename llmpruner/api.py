@@ -89,8 +89,8 @@ def discover(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Structure:
-    """The structure of a model: its family, and in ``graph`` the coupled groups, what must be removed together. Reads no
-    weights."""
+    """The structure of a model: its family, and in ``graph`` the coupled groups, what must be removed together. Reads
+    no weights."""
     settings = settings_from(LoadSettings, options)
     return _opened(model, settings, catalog or Catalog(plugin_manager()), progress)
 

@@ -31,7 +31,7 @@ WIDER = {
 
 def render() -> str:
     lines = [
-        '"""Settings as typed keywords of the Python API. Written by docs/_tools from `llmpruner.settings`; do not edit."""',
+        '"""Settings as typed keywords. Written by docs/_tools from `llmpruner.settings`; do not edit."""',
         "",
         "from __future__ import annotations",
         "",

@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 from docstrings import class_section, document, function_lines, markdown
-from llmpruner.engine.position import Position, UnitAxis
 
 import llmpruner
 from llmpruner.engine import position, signals
+from llmpruner.engine.position import Position, UnitAxis
 from llmpruner.engine.signals import InputStats, ParameterSignals, Product, ProductStats, Signal, StreamStats
 from llmpruner.structure import coupling, layouts
 from llmpruner.structure.coupling import Blocked, Blocks, CoupledGroup, CouplingGraph, Explicit, Role, Span, index_map

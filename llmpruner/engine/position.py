@@ -1,4 +1,4 @@
-"""What a criterion is told of where a parameter stands in the model, instead of its name. Imports no torch."""
+"""The place of a parameter in the model, which criteria are given instead of its name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a parameter stands in the model.
+    """The place of a parameter in the model.
 
     ``reads`` and ``produces`` hold kinds of units, of all coupled groups of the model, whether they are scored or not;
     a width that no coupled group covers is missing. A down projection reads ``"mlp"`` and produces ``"hidden"``.

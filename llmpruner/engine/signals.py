@@ -108,7 +108,9 @@ class Product:
     """Gradient, with respect to ``outputs``, of the mean next-token loss of the sample that each row belongs to, (rows,
     d_out); None unless `Signal.PRODUCT_GRAD` was asked for."""
     row_samples: torch.Tensor | None = None
+    """`samples`, or None where they are not known."""
     row_gates: torch.Tensor | None = None
+    """`gates` of an expert, or None where they are not known."""
 
     @property
     def input_grads(self) -> torch.Tensor:

@@ -39,8 +39,8 @@ class ImportanceCriterion(Component):
     - `score_units`: scores for the units on one axis of a parameter, for each (group, span) of it.
     - `score_layers`: scores for all layers, from the residual stream.
 
-    What they are shown is what `signals` asks for. A criterion is never told module names: kinds of units, roles, layer
-    numbers and positions say where a parameter stands. Nothing that is shown may be changed in place.
+    A criterion is given the signals that `signals` asks for. It is never given module names: a parameter is described
+    by kinds of units, roles and the number of its layer. Nothing that is given may be changed in place.
     """
 
     kind: ClassVar[str] = "criterion"

@@ -194,8 +194,8 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
     """Compare what transformers reports with what a checkpoint must have, as it fills gaps with random numbers.
 
     ``info``: the loading info of ``from_pretrained``. Raises `ModelError` for tensors that are missing or misshapen,
-    and for those of modules that the model has but does not use (a bias that its configuration denies). Tensors of modules
-    that it does not have (a second head, buffers of older versions) are left out with a warning.
+    and for those that a module of the model has no use for (a bias that its configuration denies). Tensors of modules
+    that the model does not have (a second head, buffers of older versions) are left out with a warning.
     """
     missing, wrong = sorted(map(str, info["missing_keys"])), sorted(map(str, info["mismatched_keys"]))
     unexpected = sorted(map(str, info["unexpected_keys"]))

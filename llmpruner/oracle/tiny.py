@@ -30,6 +30,7 @@ POSITIONS = 256
 _WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden")
 _EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
 _TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
+_SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _RANK = re.compile(r"rank$|_lora|low_rank")
 _TOKEN = re.compile(r"token_id$|_token$|token_index$")
 _LENGTH = re.compile(
@@ -147,12 +148,15 @@ def _shrink(config: PreTrainedConfig, layers: int, few: tuple[int, int]) -> dict
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Numbers of query and of key/value heads, equal where a configuration has no number of the latter (which some
+    classes call otherwise than transformers does); None for a model without heads."""
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, list):
         heads = heads[0] if heads else None
     if not isinstance(heads, int) or heads < 1:
         return None
-    shared = getattr(config, "num_key_value_heads", None)
+    own = {name: value for name, value in vars(config).items() if _SHARED.search(name) and _is_size(value)}
+    shared = getattr(config, "num_key_value_heads", None) or next(iter(own.values()), None)
     if not isinstance(shared, int) or shared < 1 or heads % shared:
         shared = heads
     return heads, shared
@@ -178,7 +182,7 @@ def _shrink_attention(
         meaning = names.get(name, name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             continue
-        if re.search(r"kv_heads|key_value_heads|query_groups", meaning):
+        if _SHARED.search(meaning):
             values[name] = few_shared if value == shared else few if value == heads else min(value, few_shared)
         elif re.search(r"heads$|n_head$", meaning) and not re.search("mamba|mixer|ssm", meaning):
             values[name] = few if value == heads else min(value, 4)

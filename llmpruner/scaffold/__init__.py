@@ -1,1 +1,1 @@
-"""What ``llmpruner new-plugin`` writes: a package of its own with a family, its tests and its CI."""
+"""Packages that ``llmpruner new-plugin`` writes: a family, criterion or strategy with its tests and CI."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UnsupportedModelError
 from ..settings import LoadSettings
-from .source import literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
-"""What `to_diff_dict` writes and a constructor need not be told."""
+"""Values of a configuration that describe where it comes from, and that no constructor needs."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for the templates, as source text where the templates print them.
+    """Facts for the templates.
 
     ``types``: model types; empty when no model was named. ``config_class``, ``config_module``: where the configuration
-    class is imported from; ``config_values``: name → source of each argument of the small configuration. ``extends``:
+    class is imported from; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``:
     the installed family that understands the model already. ``package``, ``requires``: the package that
     registers the architecture, and its distribution. ``kinds``: the kinds of units that can be removed.
     """
@@ -35,7 +35,7 @@ class ModelFacts:
     types: tuple[str, ...] = ()
     config_class: str = ""
     config_module: str = ""
-    config_values: tuple[tuple[str, str], ...] = ()
+    config_values: Mapping[str, Any] = field(default_factory=dict)
     extends: str | None = None
     package: str | None = None
     requires: str | None = None
@@ -152,17 +152,17 @@ def _public_module(cls: type[Any]) -> str:
     return cls.__module__
 
 
-def _arguments(small: PreTrainedConfig) -> tuple[tuple[str, str], ...]:
-    """Arguments that build ``small``, as source: those that differ from the defaults, where they suffice."""
+def _arguments(small: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments that build ``small``, as JSON values: those that differ from the defaults, where they suffice."""
     cls, every = type(small), _meaning(small)
     for leave_out in (_defaults(cls), {}):
-        given = {n: v for n, v in every.items() if n not in leave_out or leave_out[n] != v}
+        given = {n: v for n, v in sorted(every.items()) if n not in leave_out or leave_out[n] != v}
         try:
             rebuilt = cls(**given)
         except Exception:  # third-party constructors raise anything; all values at once may fit better
             continue
         if _meaning(rebuilt) == every:
-            return tuple((name, literal(value)) for name, value in sorted(given.items()))
+            return given
     raise UnsupportedModelError(f"a small {small.model_type} configuration cannot be rebuilt from its values")
 
 
@@ -174,4 +174,6 @@ def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in _PROVENANCE}
+    """The values of a configuration as its file would hold them, where tuples are lists and all keys text."""
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return {name: value for name, value in values.items() if name not in _PROVENANCE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -10,22 +11,46 @@ from importlib import resources
 from pathlib import Path
 
 from .. import __version__
-from ..errors import LlmprunerError, OutputError
+from ..errors import LlmprunerError, OutputError, UnknownNameError
 from .model import ModelFacts
 
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",
     "README.md": "README.md.j2",
+    "LICENSE": "LICENSE.j2",
     ".gitignore": "gitignore.j2",
     ".github/workflows/test.yml": "test.yml.j2",
     "src/{module}/__init__.py": "init.py.j2",
-    "src/{module}/family.py": "family.py.j2",
-    "tests/test_family.py": "test_family.py.j2",
+    "src/{module}/{kind}.py": "{kind}.py.j2",
+    "tests/test_{kind}.py": "test_{kind}.py.j2",
 }
-"""Path in the package → template."""
+"""Path in the package → template, both with the names of the module and of the kind to be filled in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a package adds. ``title``: what readers call it; ``base``: the class that it derives from; ``hook``: the
+    hook that gives it."""
+
+    word: str
+    title: str
+    base: str
+    hook: str
+
+
+KINDS = {
+    kind.word: kind
+    for kind in (
+        Kind("family", "model family", "ModelFamily", "llmpruner_model_families"),
+        Kind("criterion", "importance criterion", "ImportanceCriterion", "llmpruner_importance_criteria"),
+        Kind("strategy", "recovery strategy", "RecoveryStrategy", "llmpruner_recovery_strategies"),
+    )
+}
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 PREFIX = "llmpruner-"
+LONGEST = 30
+"""Characters of a name: no line of the package gets longer than its formatter allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +68,8 @@ class PluginName:
                 f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, "
                 "a letter first, as in 'my-model'"
             )
+        if len(self.word) > LONGEST:
+            raise LlmprunerError(f"'{self.word}' is too long for a plugin; expected at most {LONGEST} characters")
 
     @property
     def distribution(self) -> str:
@@ -52,26 +79,39 @@ class PluginName:
     def module(self) -> str:
         return self.distribution.replace("-", "_")
 
-    @property
-    def family(self) -> str:
-        return "".join(part.capitalize() for part in self.word.split("-")) + "Family"
+    def class_of(self, kind: str) -> str:
+        """Name of the class: ``MyModelFamily`` of a family ``my-model``."""
+        return "".join(part.capitalize() for part in (*self.word.split("-"), kind))
 
 
-def render(name: PluginName, model: ModelFacts) -> dict[str, str]:
-    """Path in the package → text. The same name and model give the same bytes."""
+def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
+    """Path in the package → text. The same arguments give the same bytes.
+
+    ``kind``: one of `KINDS`. ``model``: what a family is for; other kinds work for all models and take none.
+    Raises `UnknownNameError` for another kind.
+    """
     from jinja2 import Environment, StrictUndefined
 
+    if kind not in KINDS:
+        raise UnknownNameError("kind of plugin", kind, KINDS)
+    if model is not None and kind != "family":
+        raise LlmprunerError(f"a {kind} works for all models; leave the model out")
+    model = model or ModelFacts()
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     folder = resources.files("llmpruner.scaffold") / "templates"
-    values = {"name": name, "model": model, "version": __version__}
-    return {
-        path.format(module=name.module): environment.from_string(
-            (folder / template).read_text(encoding="utf-8")
+    values = {"name": name, "model": model, "version": __version__, "kind": KINDS[kind], "cls": name.class_of(kind)}
+    files = {
+        path.format(module=name.module, kind=kind): environment.from_string(
+            (folder / template.format(kind=kind)).read_text(encoding="utf-8")
         ).render(values)
         for path, template in FILES.items()
     }
+    files[f"src/{name.module}/py.typed"] = ""
+    if model.config_values:
+        files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
+    return files
 
 
 def write(directory: Path, files: dict[str, str]) -> None:

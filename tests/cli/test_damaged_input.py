@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_an_output_that_is_a_device_stays_one(run, dense, command):
         "discover": (dense, "--html", "/dev/null"),
     }[command]
     assert run(command, *arguments).code == 0
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_symbolic_link_keeps_its_target(run, dense, tmp_path):
