@@ -39,10 +39,6 @@ class Mark(str, Enum):
     SOFTMAX = "softmax"
     """A softmax runs over these identities, which only routing survives."""
     VOCABULARY = "vocabulary"
-    NORMED = "normed"
-    """An RMS norm runs over these identities."""
-    TABLE = "table"
-    """A computed table has an entry for it."""
 
 
 @dataclass
@@ -72,7 +68,6 @@ class Identities:
             self._edges.append((left[both], right[both]))
         for mine, other in ((left, right), (right, left)):
             self.mark(mine[other == FIXED], Mark.BLOCKED, reason)
-            self.mark(mine[other == TABLE], Mark.TABLE)
         known = np.where(left >= 0, left, right)
         stuck = (left == FIXED) | (right == FIXED)
         return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))

@@ -60,7 +60,7 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
 
 def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
     """Several axes from one. The identities stay on the one axis that they vary along already, or else on the
-    outermost (innermost under the other policy) one, whose slices are then tied into one unit each."""
+    outermost one, whose slices are then tied into one unit each."""
     wide = [n for n, size in enumerate(shape) if size > 1]
     axes = [uniform(size, FREE) for size in shape]
     if not wide:
@@ -74,7 +74,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
     grid = ids.reshape(shape)
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}
     along = [n for n in wide if (rows[n] == rows[n][:, :1]).all()]
-    chosen = along[0] if along else wide[0 if run.policy.split == "first" else -1]
+    chosen = (along or wide)[0]
     block = rows[chosen]
     unit = block[:, 0]
     for column in block.T[1:]:
@@ -160,11 +160,6 @@ def expand(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
         else:
             axes.append(np.repeat(ids, size) if ids[0] >= 0 else uniform(size, FREE))
     return with_axes(value, axes)
-
-
-@rule("broadcast_tensors", "meshgrid")
-def broadcast_tensors(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    return run.unknown_operator(node, "broadcast_tensors", args, kwargs)
 
 
 @rule("repeat", "tile")
@@ -284,15 +279,11 @@ def getitem(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
 
 @rule("flip", "roll", "rot90")
 def flip(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    dims = args[1] if operator_is_flip(node) else (args[2] if len(args) > 2 else [])
     value = args[0]
+    dims = args[1] if operator_name(node.target) == "flip" else args[2] if len(args) > 2 else []
     for d in dims if isinstance(dims, list) else [dims]:
         run.ids.block(value.axes[d], f"reordered ({run.where})")
     return with_axes(value, value.axes)
-
-
-def operator_is_flip(node: Node) -> bool:
-    return "flip" in str(node.target)
 
 
 @rule("constant_pad_nd", "pad")

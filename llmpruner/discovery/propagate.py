@@ -57,10 +57,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Policy:
-    """``split``: which axis keeps the identities when a view splits one axis into several.
-    ``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can go."""
+    """``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can be removed."""
 
-    split: str = "first"
     elastic: bool = False
 
 
@@ -86,14 +84,13 @@ def uniform(size: int, value: int) -> Ids:
 @dataclass
 class Propagation:
     """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating point
-    ``buffers``, whose entries may belong to units just as well. ``unknown``: operators without a rule."""
+    ``buffers``, whose entries may belong to units just as well. ``where``: the operator at work and its module."""
 
     policy: Policy = field(default_factory=Policy)
     ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
-    unknown: dict[str, int] = field(default_factory=dict)
     where: str = ""
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
@@ -183,19 +180,14 @@ class Propagation:
 
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Block everything an operator without a rule touches, unless it only computes constants."""
-        operands = list(_tensors([args, kwargs]))
-        origin = self.origin_of(operands)
-        if any((ids >= 0).any() for v in operands for ids in v.axes):
-            self.unknown[name] = self.unknown.get(name, 0) + 1
+        operands = _tensors([args, kwargs])
+        reason = f"operator {name} is not understood ({self.where})"
         for value in operands:
-            self.forbid(value, f"operator {name} is not understood ({self.where})")
-        return self.opaque(node.meta.get("val"), origin)
-
-    def forbid(self, value: Value, reason: str) -> None:
-        for ids in value.axes:
-            self.ids.block(ids, reason)
-        if value.selects is not None:
-            self.ids.block(value.selects, reason)
+            for ids in value.axes:
+                self.ids.block(ids, reason)
+            if value.selects is not None:
+                self.ids.block(value.selects, reason)
+        return self.opaque(node.meta.get("val"), self.origin_of(operands))
 
     def origin_of(self, operands: Sequence[Value]) -> Origin:
         constant = all(v.origin is Origin.CONSTANT for v in operands)
