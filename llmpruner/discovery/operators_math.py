@@ -99,7 +99,8 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def _written(run: Propagation, operands: list[Value]) -> None:
-    """In place: other views of the target see what is written, and only identities of its own carry that on."""
+    """An operator in place also changes other views of its target; what is written there is followed only where the
+    target has identities of its own, and blocked elsewhere."""
     target = operands[0]
     for value in operands[1:]:
         for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
@@ -358,7 +359,7 @@ def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 @rule("empty", "new_empty", "empty_like")
 def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """To be written into piece by piece: identities of its own tie it to whatever is written."""
+    """A tensor that is written in parts later: it gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
 

@@ -44,7 +44,7 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     size = prod(len(ids) for ids in wide)
     if run.policy.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
         # Keys and values repeated for the query heads that share them, or the choice of a group of experts repeated
-        # for its members: a copy may go as long as every one of them is repeated equally often.
+        # for its members: a copy may be removed as long as each of them is repeated equally often.
         fresh = run.ids.new(size)
         run.ids.need_equal_blocks(fresh, len(wide[0]))
         return fresh
@@ -95,8 +95,8 @@ def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
     if run.policy.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
-        # Groups of experts, each as good as its best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members
-        # may go as long as all groups keep the same number.
+        # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may be
+        # removed as long as all groups keep the same number.
         run.ids.need_equal_blocks(value.axes[-1], shape[-2])
         axes = [*regroup(run, value.axes[:-1], shape[:-2]), uniform(shape[-2], FIXED), uniform(shape[-1], FREE)]
         return with_axes(value, axes)
@@ -104,7 +104,7 @@ def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
 
 
 def _are_ranked(node: Node) -> bool:
-    """Whether all that happens to a view is that the best along its last axis are taken."""
+    """Whether a view is used for top-k choices along its last axis and nothing else."""
     users = list(node.users)
     return bool(users) and all(operator_name(u.target) == "topk" and u.args[2:3] in ((), (-1,)) for u in users)
 
@@ -333,7 +333,7 @@ def index(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any])
 
 
 def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
-    """Indices ``pick`` choose from an axis: fine where they are known to number the same units."""
+    """The indices ``pick`` choose from the axis ``ids``: tied where they number the same units, blocked otherwise."""
     if pick.selects is not None and len(pick.selects) == len(ids):
         run.tie(ids, pick.selects)
     else:

@@ -1,4 +1,4 @@
-"""Abstract interpretation of an exported graph: which indices of which axes can only go together."""
+"""Abstract interpretation of an exported graph: which indices of which axes can only be removed together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Origin(Enum):
     CONSTANT = "constant"
     """Depends on neither parameters nor inputs."""
     WEIGHT = "weight"
-    """A parameter, moved about but not changed, save for a constant added."""
+    """A parameter, transposed, viewed or sliced but not changed, except that a constant may have been added."""
     ACTIVATION = "activation"
 
 
@@ -258,12 +258,12 @@ KEEPS_TAG: set[str] = set()
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
-    """``value`` with its elements moved about."""
+    """``value`` after an operator that only moves elements."""
     return replace(value, axes=tuple(axes), tag=None)
 
 
 def with_numbers(value: Any, constant: Any) -> Any:
-    """``value`` with the content of the constant of integers that it stands for."""
+    """``value`` with the numbers of ``constant``, where that is a tensor of integers with values."""
     known = isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long
     return replace(value, numbers=constant.numpy()) if known and isinstance(value, Value) else value
 

@@ -55,7 +55,7 @@ class Family:
 
 
 def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
-    """All sets of like units that can be removed, and for the axes that belong to none, why."""
+    """All sets of like units that can be removed; and (parameter, axis) → reason, for axes that belong to none."""
     parts = run.ids.components()
     slots = list(run.parameters)
     owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])

@@ -9,7 +9,7 @@ from llmpruner.report.block import Band, _box, block_page
 
 SHAPES = {"layers.0.gate_up": (4, 12, 8), "layers.0.down": (4, 8, 6), "layers.0.norm": (8,), "head": (16, 8)}
 MLP = CoupledGroup(
-    "mlp", "mlp", 6,
+    "layers.0.mlp", "mlp", 6,
     (
         Span("layers.0.gate_up", 1, Role.PRODUCES, Blocks(6)),
         Span("layers.0.gate_up", 1, Role.PRODUCES, Blocks(6, start=6)),
@@ -17,7 +17,7 @@ MLP = CoupledGroup(
     ),
     layer=0,
 )  # fmt: skip
-EXPERT = CoupledGroup("expert", "expert", 4, (Span("layers.0.gate_up", 0, Role.PRODUCES, Blocks(4)),), layer=0)
+EXPERT = CoupledGroup("layers.0.expert", "expert", 4, (Span("layers.0.gate_up", 0, Role.PRODUCES, Blocks(4)),), layer=0)
 HIDDEN = CoupledGroup("hidden", "hidden", 8, (Span("layers.0.norm", 0, Role.NORM, Blocks(8)),))
 GRAPH = CouplingGraph((MLP, EXPERT, HIDDEN), SHAPES, "layers", ties={"head": "embedding"})
 
