@@ -18,11 +18,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner.families.graph import build_graph
-from llmpruner.loading.model import LoadedModel
-from llmpruner.methods.presets import METHODS
+from llmpruner.loading.model import Model
+from llmpruner.plugins.builtin import llmpruner_methods
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.settings import PruneSettings as Asked
 from llmpruner.structure.plan import Target
 
 from .measure import as_json, machine
@@ -30,6 +31,7 @@ from .measure import as_json, machine
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16}
 SAMPLES, LENGTH = 32, 128
+METHODS = {cls.name: cls for cls in llmpruner_methods()}
 TOLERANCE = 2e-2
 """Largest relative difference of logits: least squares amplifies what two devices round differently."""
 
@@ -52,20 +54,18 @@ def main() -> None:
 
 
 def check(method: str, model: LlamaForCausalLM, device: str) -> dict[str, Any]:
-    preset, catalog = METHODS[method], Catalog(plugin_manager())
+    preset, catalog = METHODS[method]().defaults(Asked(ratio=0.2), writes=True), Catalog(plugin_manager())
     settings = PruneSettings(
-        target=Target(by="ratio", amount=0.2), compensate=preset.compensate, samples=SAMPLES, length=LENGTH
+        target=Target(by="ratio", amount=0.2), compensate=preset["compensate"], samples=SAMPLES, length=LENGTH
     )
-    criterion = catalog.criteria[preset.importance](preset.variant)
+    criterion = catalog.criteria[preset["importance"]]()
     family = catalog.families["llama"]()
     graph = build_graph(family, model.config)
     ids = torch.randint(0, model.config.vocab_size, (4, LENGTH), generator=torch.Generator().manual_seed(1))
     found: dict[str, Any] = {"method": method}
     logits, plan, calibration = {}, None, None
     for where in ("cpu", device):
-        loaded = LoadedModel(
-            "random", model.config, family, graph, model=copy.deepcopy(model).to(where), tokenizer=None
-        )
+        loaded = Model("random", model.config, family, graph, model=copy.deepcopy(model).to(where), tokenizer=None)
         if calibration is None:
             from llmpruner.data.calibration import CalibrationSet
             from llmpruner.data.written import self_generated

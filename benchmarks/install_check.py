@@ -32,6 +32,7 @@ EXTRAS = ["pytest>=8", "build"]
 SHIPPED = (
     "llmpruner/py.typed",
     "llmpruner/demo/instructions.jsonl",
+    "llmpruner/report/page.html.j2",
     "llmpruner/report/block.html.j2",
     "llmpruner/scaffold/templates/pyproject.toml.j2",
     "llmpruner/scaffold/templates/test.yml.j2",

@@ -2,7 +2,7 @@
 
     LLMPRUNER_DATA=… python -m benchmarks.ordering
 
-Everything but the criterion is the preset ``--method llm-pruner``: ten samples of 64 tokens, no repair. Results are
+Everything but the criterion is that of ``--method llm-pruner``: ten samples of 64 tokens, no compensation. Results are
 kept in ``results/ordering.json``, so an interrupted run goes on where it stopped; ``benchmarks.quality`` puts them
 into ``docs/quality.md``.
 """

@@ -190,9 +190,9 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/quality.py; do not edit. -->",
         "",
         "SmolLM2-135M-Instruct, MLP channels of layers 3-26, no training. *Ratio*: share of the decoder's parameters "
-        f"that went. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 products; "
-        "WikiText-2 test (unknown words as `<unk>`) and the answers of an instruction set, neither of them ever seen "
-        "in calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
+        f"that was removed. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 "
+        "products; WikiText-2 test (unknown words as `<unk>`) and answers to instructions, neither of them used "
+        "for calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
         f"Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Seconds: the whole `prune` "
         "command.",
         "",
@@ -247,7 +247,7 @@ def _ordering() -> list[str]:
         return []
     text = (
         "The paper's criteria at 20 %, all else as `--method llm-pruner` has it (ten samples of 64 tokens of "
-        "WikiText-2 validation, no repair), WikiText-2 perplexity:"
+        "WikiText-2 validation, no compensation), WikiText-2 perplexity:"
     )
     return ["", text, "", *ordering.table(results)]
 

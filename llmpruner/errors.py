@@ -5,7 +5,7 @@ LlmprunerError                  one clear line; the CLI prints it and exits with
 │   ├── DuplicateNameError      two plugins use one name
 │   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
 ├── ModelError                  a model cannot be found, read or used
-│   └── UnsupportedModelError   it is readable, but its structure is not understood
+│   └── UnsupportedModelError   it is readable, but its structure is not understood, or a format cannot hold it
 ├── CouplingError               a family's groups contradict the model's parameters
 ├── DataError                   calibration, recovery or evaluation data is missing or malformed
 ├── SettingsError               an option is unknown, out of bounds, or without effect
@@ -55,7 +55,8 @@ class ModelError(LlmprunerError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model can be read, but its structure is not understood well enough to be cut exactly."""
+    """The model can be read, but its structure is not understood well enough to be cut exactly, or the format that it
+    is to be written in cannot hold it."""
 
 
 class CouplingError(LlmprunerError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,6 +20,12 @@ class Progress:
     def status(self, label: str) -> None:
         """A stage of unknown length begins."""
         del label
+
+    @contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        """A bar that is moved by ``step(number from 1, total, loss)``."""
+        del label
+        yield lambda number, total, loss: None
 
 
 QUIET = Progress()

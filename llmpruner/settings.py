@@ -223,8 +223,8 @@ class PruneSettings(Settings):
     layers: Annotated[
         Annotated[str, BeforeValidator(_layers)] | None,
         Field(
-            description="Layers whose units may go: 3-26, 0,5,7-9 or all. By default the family protects both ends (the "
-            "first and last 10 %, as the paper protects the ends of LLaMA)."
+            description="Layers whose units may go: 3-26, 0,5,7-9 or all. By default the family protects both ends "
+            "(the first and last 10 %, as the paper protects the ends of LLaMA)."
         ),
         Option(_WHAT),
     ] = None
@@ -432,3 +432,10 @@ class GenerateSettings(Settings):
     max_new_tokens: Annotated[int, Field(ge=1, description="Tokens to write at most.")] = 64
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above 0 samples.")] = 0.0
     seed: Seed = 0
+
+
+class ExportSettings(Settings):
+    """In which format a checkpoint is written."""
+
+    to: Annotated[str, Field(description="Exporter; see `llmpruner plugins`.")]
+    settings: Set = {}

@@ -33,6 +33,9 @@ class Budget(Component):
     """Counts something that a model costs, as a function of how many units each group keeps."""
 
     kind: ClassVar[str] = "budget"
+    from_shapes: ClassVar[bool] = False
+    """Whether `cost` needs nothing but shapes, so that a model without weights will do and an amount that cannot be
+    reached is refused before weights are read."""
 
     def measure(self, subject: BudgetSubject) -> Mapping[str, Any] | None:
         """JSON values that must be measured on this machine before the cost is known; None when shapes tell it.

@@ -1,5 +1,5 @@
-"""How many elements of each parameter remain when groups keep so many units: arithmetic on counts, without index
-sets."""
+"""How many elements remain of each parameter as a function of how many units each group keeps: arithmetic on counts,
+without index sets. Imports no torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SizeModel:
 
 
 class _Axis:
-    """One axis of one parameter: a size, less what each cluster of overlapping groups gives up."""
+    """The size of one axis of one parameter, less what each cluster of overlapping groups removes from it."""
 
     def __init__(self, parameter: str, axis: int, size: int, groups: Sequence[CoupledGroup]) -> None:
         self._size = size
@@ -96,7 +96,8 @@ def enclosing(groups: Collection[CoupledGroup]) -> dict[str, tuple[CoupledGroup,
 
 
 def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:
-    """What a choice of units is in numbers: (group name → units kept, as `SizeModel` counts them; layers removed)."""
+    """``kept`` (group name → units that are kept) in numbers: (group name → number of units kept, as `SizeModel` counts
+    them; numbers of the removed layers)."""
     axes = kept_indices(graph, kept)
     found: dict[str, int] = {}
     for name in kept:
@@ -104,7 +105,7 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
         if group.modules:
             continue
         units = surviving_units(graph, kept, group, axes)
-        # Blocks that went as a whole are counted where they were cut.
+        # A block without units left was removed by the group that encloses it, whose own number says so already.
         per_block = group.units // group.blocks
         found[name] = len(units) * group.blocks // len({u // per_block for u in units})
     return found, set(range(graph.num_layers)) - set(layer_numbers(graph, kept))

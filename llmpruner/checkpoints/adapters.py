@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from ..errors import CheckpointError, MissingExtraError, first_line
 from ..files import new_directory
@@ -48,13 +51,29 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
     Raises `CheckpointError` when the adapter is damaged or belongs to another model.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise MissingExtraError("peft", "recover") from error
     load: Callable[..., Any] = PeftModel.from_pretrained
     # A damaged adapter can raise anything, from the parser of its configuration to torch.
     try:
-        return load(model, str(path)).eval()
+        with warnings.catch_warnings():
+            # peft warns of missing tensors and goes on with random ones.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = load(model, str(path)).eval()
+        unknown = _stored(path) - get_peft_model_state_dict(adapted).keys()
+        if unknown:
+            raise ValueError(f"the model has no place for its tensor {min(unknown)}")
+        return adapted
     except Exception as error:
         base = model.config.name_or_path
         raise CheckpointError(f"the adapter in {path} does not fit '{base}': {first_line(error)}") from error
+
+
+def _stored(path: Path) -> set[str]:
+    """Names of the tensors of an adapter; empty for one in an older format, which peft reads itself."""
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        return set()
+    with safe_open(file, framework="pt") as tensors:
+        return set(tensors.keys())

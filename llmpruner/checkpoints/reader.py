@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..component import Component
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-class CheckpointReader:
-    """Reads one checkpoint format into an ordinary transformers model. Created without arguments, stateless."""
+class CheckpointReader(Component):
+    """Reads one checkpoint format into an ordinary transformers model. Keeps no state but its settings."""
 
-    name: ClassVar[str] = ""
-    """Unique over all plugins; shown in errors and by ``llmpruner plugins``."""
+    kind: ClassVar[str] = "checkpoint reader"
     family: ClassVar[str | None] = None
     """The family that models of this format belong to; None to let the configuration decide."""
 

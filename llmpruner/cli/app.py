@@ -9,9 +9,9 @@ import typer
 from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
-from ..plugins.host import BrokenPlugin, PluginHost, plugin_manager
-from . import demo, discover, doctor, evaluate, generate, new_plugin, plugins, prune, recover
-from .console import warning_line
+from ..plugins.host import PluginHost, plugin_manager
+from . import demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, recover
+from .console import show_warnings, warning_line
 
 HELP = """
 Structural pruning of large language models: smaller, faster, still ordinary models.
@@ -45,15 +45,20 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         ] = False,
     ) -> None:
         del version, debug
-        # Whoever asks what is wrong must get an answer even if no catalog can be made.
-        ctx.obj = host if ctx.invoked_subcommand == "doctor" else Catalog(host)
-        for broken in host.broken:
-            warning_line(str(broken))
+        ctx.obj = Catalog(host)
+        show_warnings()
+        # Hooks are called when their components are first looked up, so what is broken is known at the end.
+        ctx.call_on_close(lambda: _warn(host))
 
-    for module in (demo, plugins, discover, prune, recover, evaluate, generate, new_plugin, doctor):
+    for module in (demo, plugins, discover, prune, recover, evaluate, generate, export, new_plugin, doctor):
         module.add_commands(app)
     _add_plugin_commands(app, host)
     return app
+
+
+def _warn(host: PluginHost) -> None:
+    for broken in dict.fromkeys(host.broken):
+        warning_line(str(broken))
 
 
 def _version(value: bool) -> None:
@@ -64,15 +69,9 @@ def _version(value: bool) -> None:
 
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
     owner = dict.fromkeys(_names(app), "llmpruner")
-    for impl in host.manager.hook.llmpruner_commands.get_hookimpls():
-        own = typer.Typer()
-        package = host.package_of(impl.plugin_name)
-        try:
-            host.call(impl, app=own)
-        except Exception as error:
-            reason = f"llmpruner_commands raised {type(error).__name__}: {error}"
-            host.broken.append(BrokenPlugin(impl.plugin_name, package, reason))
-            continue
+    for answer in host.call("llmpruner_commands", lambda: {"app": typer.Typer()}, returns=False):
+        own: typer.Typer = answer.arguments["app"]
+        package = host.package_of(answer.plugin or answer.wrappers[0])
         for name in _names(own):
             if name in owner:
                 raise DuplicateNameError(f"command '{name}' of {package} exists already in {owner[name]}")

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from .. import __version__
-from ..errors import LlmprunerError
+from ..errors import LlmprunerError, first_line
 from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost
 from .console import err, print_json, size, table
@@ -65,7 +65,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     """Examine this installation: versions, plugins, devices, memory, hub. Exits with 1 when something is broken."""
-    host: PluginHost = ctx.obj.host if isinstance(ctx.obj, Catalog) else ctx.obj
+    host: PluginHost = ctx.obj.host
     found = list(checks(host))
     count = Counter(check.status for check in found)
     if as_json:
@@ -135,7 +135,7 @@ def _imports() -> Iterator[Check]:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever a broken installation raises is the finding
-            yield Check("imports", module, BROKEN, _line(error))
+            yield Check("imports", module, BROKEN, _text(error))
         else:
             yield Check("imports", module, OK, "")
 
@@ -167,7 +167,7 @@ def _device(name: str, what: str) -> Check:
             works = bool(((square @ square) == 8).all())
             reason = "gives wrong results"
         except (RuntimeError, TypeError, AssertionError) as error:
-            works, reason = False, _line(error)
+            works, reason = False, _text(error)
         if not works:
             status = BROKEN if dtype == torch.float32 else WARNING
             return Check("devices", name, status, f"{what}; {str(dtype).removeprefix('torch.')} {reason}")
@@ -205,7 +205,7 @@ def _hub() -> Iterator[Check]:
     except HTTPError:
         pass  # it answers
     except (OSError, ValueError) as error:
-        detail = f"{endpoint} does not answer ({_line(error)}); local models work, HF_HUB_OFFLINE=1 saves the waiting"
+        detail = f"{endpoint} does not answer ({_text(error)}); local models work, HF_HUB_OFFLINE=1 saves the waiting"
         yield Check("hub", "access", WARNING, detail)
         return
     yield Check("hub", "access", OK, f"{endpoint} answers")
@@ -237,7 +237,7 @@ def _plugins(host: PluginHost) -> Iterator[Check]:
 def _offers(catalog: Catalog) -> Iterator[Check]:
     """What each plugin offers, and where its code is."""
     host = catalog.host
-    registries = (catalog.families, catalog.criteria, catalog.strategies, catalog.readers)
+    registries = tuple(catalog.registries)
     for name, plugin in sorted(host.manager.list_name_plugin()):
         if plugin is None or name not in host.packages:
             continue
@@ -253,6 +253,6 @@ def _offers(catalog: Catalog) -> Iterator[Check]:
         yield Check("plugins", name, OK, f"{host.package_of(name)}: {what} ({where or module})")
 
 
-def _line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text}"[:300]
+def _text(error: BaseException) -> str:
+    """Class and first line, at most 300 characters."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]

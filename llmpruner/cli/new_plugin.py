@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from ..errors import LlmprunerError
+from ..files import check_new_directory
 from ..scaffold.model import ModelFacts, describe
 from ..scaffold.package import PluginName, render, write
 from .console import note, out
-from .options import catalog_of, new_directory
+from .options import catalog_of
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -50,7 +51,7 @@ def new_plugin(
         raise LlmprunerError(f"a family '{name}' exists already in {catalog.families.package_of(name)}; choose another")
     if source is None and package:
         raise LlmprunerError("--import needs a model; name it with --from MODEL")
-    directory = new_directory(output or Path(plugin.distribution))
+    directory = check_new_directory(output or Path(plugin.distribution))
     facts = ModelFacts()
     if source is not None:
         note(f"tracing a small {source}")

@@ -1,4 +1,4 @@
-"""Compensation: how weights that read removed units are adapted before the cut, without training."""
+"""Compensation: how weights that read removed units are adapted before the cut, without training. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Choosing while repairing: which units of a layer go can wait until the repair walks the dense model through it.
+"""Choosing units during a compensation: when its walk comes to a layer, on what the dense model computes there.
 
-A repair takes the dense model through the calibration text anyway, so a criterion of inputs gets what it looks at for
-nothing there. Allocation needs scores earlier, but where every group gives the same share, those of a little text do:
-they hardly bear on how many units go, and which ones is settled later, on all of it.
+A compensation runs the dense model over all of the calibration text anyway, so that a criterion which looks at the
+inputs of weights needs no run of its own. Allocation needs scores earlier, but where every group gives the same share,
+scores from a little text are enough: how many units are removed hardly depends on them, and which ones is chosen later
+on all of the text.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 
 
 def can_wait(criterion: ImportanceCriterion, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> bool:
-    """Whether a walk through the layers tells ``criterion`` all that it asks of ``groups``: it looks at nothing but the
-    weights that read units and their inputs, and every group lies in one layer, with readers of its own."""
+    """Whether units of ``groups`` can be chosen layer by layer during a compensation: ``criterion`` looks only at the
+    weights that read units and at the inputs of these weights, and every group lies in one layer and shares none of the
+    weights that read it with another group."""
     readers_only = criterion.roles is not None and set(criterion.roles) == {Role.CONSUMES}
     if not (readers_only and criterion.signals & _INPUTS and criterion.signals <= {Signal.WEIGHT, *_INPUTS}):
         return False
@@ -50,7 +52,8 @@ def _readers(group: CoupledGroup) -> set[str]:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Ranks units by ``criterion``, as estimation does (``reduction``, ``seed``), and keeps as many as were planned."""
+    """Ranks units by ``criterion``, as estimation does (``reduction``, ``seed``), and keeps as many of each group as
+    were planned, in multiples of ``round_to``."""
 
     criterion: ImportanceCriterion
     reduction: str = "sum"
@@ -59,12 +62,14 @@ class Chooser:
 
     @property
     def gram(self) -> bool:
+        """Whether the criterion needs Gram matrices of inputs."""
         return Signal.GRAM in self.criterion.signals
 
     def choose(
         self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, layer: int, inputs: Mapping[str, InputStats]
     ) -> dict[str, tuple[int, ...]]:
-        """Group name → units that stay, for the groups of ``kept`` in ``layer``. ``inputs``: what its weights read."""
+        """Group name → units that are kept, for the groups of ``kept`` in ``layer``. ``inputs``: parameter → statistics
+        of its inputs in the dense model."""
         groups = [group for name in kept if (group := graph.by_name[name]).layer == layer]
         scores = estimate_from(inputs, model, graph, groups, self.criterion, reduction=self.reduction, seed=self.seed)
         return self._keep(groups, kept, scores)
@@ -77,7 +82,7 @@ class Chooser:
         calibration: CalibrationSet,
         progress: Progress,
     ) -> dict[str, tuple[int, ...]]:
-        """What `choose` gives layer by layer, without a repair."""
+        """What `choose` returns for each layer, of all layers at once, without a compensation."""
         groups = [graph.by_name[name] for name in kept]
         scores = estimate(
             model, graph, groups, self.criterion, calibration,

@@ -1,7 +1,8 @@
-"""Running the decoder one layer at a time over a calibration set, forwards.
+"""Running the decoder forwards, one layer at a time, over a calibration set.
 
-Two streams of hidden states can go side by side, the dense model's and the pruned one's, and a layer is needed only
-while it is walked through.
+The caller holds the hidden states and may pass those of several models through a layer, the dense one's and the pruned
+one's. What each layer is called with besides (masks, rotary tables) is recorded once, by running the model with layers
+that return their inputs.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Batch:
-    """One micro-batch: hidden states before the first layer, and what else each layer is called with."""
+    """One micro-batch: token ids (samples, length), hidden states before the first layer (samples, length, hidden size)
+    in float32, what else each layer is called with, and the number of its first sample in the calibration set."""
 
     input_ids: torch.Tensor
     hidden: torch.Tensor
     calls: list[Call]
+    first: int
 
 
 @dataclass
@@ -63,24 +66,34 @@ class ForwardWalk:
         layers = decoder_list(model, path)
         ids = check_tokens(model, calibration)
         products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
-        walk = cls(layers, [], products, _expert_configs(model))
-        with _eager_experts(walk.experts):
+        walk = cls(layers, [], products, expert_configs(model))
+        with eager_experts(walk.experts):
             tuples = _check(model, layers, ids[:1])
         rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
-        walk.batches = [_record(model, layers, part, tuples) for part in torch.split(ids, rows)]
+        walk.batches = [
+            _record(model, layers, part, tuples, number * rows) for number, part in enumerate(torch.split(ids, rows))
+        ]
         return walk
 
+    def take_states(self) -> list[torch.Tensor]:
+        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference, so
+        that the caller can drop them one by one."""
+        states = [batch.hidden for batch in self.batches]
+        for batch in self.batches:
+            batch.hidden = batch.hidden.new_empty(0)
+        return states
+
     def run(self, number: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (rows, length, hidden size) after layer ``number``, in float32."""
+        """Hidden states (samples, length, hidden size) after layer ``number``, in float32."""
         mixed = self.products != torch.float32
-        with torch.autocast(hidden.device.type, self.products, enabled=mixed), _eager_experts(self.experts):
+        with torch.autocast(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
             return first_output(call_layer(self.layers[number], hidden, batch.calls[number])).float()
 
 
 def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:
-    """The walk must give what the model gives; one sample tells. Returns what `_record` calls ``tuples``.
-
-    In the model's own precision: rounding may send a token to another expert, which would look like a wrong walk.
+    """Raises `UnsupportedModelError` unless the walk gives the hidden states of the model on one sample. Returns what
+    `_record` calls ``tuples``. In the model's own precision: rounding may send a token to another expert, which would
+    look like a wrong walk.
     """
     called: list[int] = []
     outputs: list[Any] = []
@@ -124,15 +137,15 @@ def _not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
     )
 
 
-def _expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
+def expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
     configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
     return [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
 
 
 @contextlib.contextmanager
-def _eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
-    """One product for each expert, which can be watched; transformers' faster ones are a single operator, or gather
-    copies of the weights."""
+def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """Compute experts one by one, so that `WatchProducts` sees a product for each: transformers' faster implementations
+    are a single operator, or gather copies of the weights."""
     chosen = [config._experts_implementation_internal for config in configs]
     for config in configs:
         config._experts_implementation_internal = "eager"
@@ -181,12 +194,14 @@ def standing_in(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]
                 layer.forward = forward
 
 
-def _record(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]) -> Batch:
-    """Run the model with layers that only pass their hidden states on, and keep what they are called with.
+def _record(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None], first: int = 0
+) -> Batch:
+    """Run the model with layers that return their hidden states unchanged, and keep what they are called with.
 
-    ``tuples``: how many further values each layer returns, None for a bare tensor.
+    ``tuples``: how many further values each layer returns, None for a bare tensor. ``first``: see `Batch`.
     """
-    batch = Batch(ids, torch.empty(0), [])
+    batch = Batch(ids, torch.empty(0), [], first)
 
     def stub(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

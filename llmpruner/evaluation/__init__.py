@@ -1,5 +1,19 @@
-"""Evaluation: perplexity, lm-eval tasks, and cost. The values are light; measuring imports torch."""
+"""Evaluation: size, perplexity, lm-eval tasks, speed, and the metrics of plugins. Importing it imports no torch."""
 
-from .report import Evaluation, Line, Measurement, PerplexityResult, Size, Speed, side_by_side
+from .base import Metric, MetricSubject, Row
+from .results import Evaluation, Measurement, PerplexityResult, Size, Speed
+from .table import Evaluations, Line, side_by_side
 
-__all__ = ["Evaluation", "Line", "Measurement", "PerplexityResult", "Size", "Speed", "side_by_side"]
+__all__ = [
+    "Evaluation",
+    "Evaluations",
+    "Line",
+    "Measurement",
+    "Metric",
+    "MetricSubject",
+    "PerplexityResult",
+    "Row",
+    "Size",
+    "Speed",
+    "side_by_side",
+]

@@ -40,7 +40,22 @@ class MetricSubject:
 
 
 class Metric(Component):
-    """Measures one model at a time; created once for all models of a call."""
+    """Measures one model at a time; created once for all models of a call.
+
+    ::
+
+        class Vocabulary(Metric):
+            name = "vocabulary"
+            summary = "tokens of the vocabulary that a text uses"
+
+            class Settings(ComponentSettings):
+                text: str = Field("The quick brown fox.", description="The text.")
+
+            settings: Settings
+
+            def measure(self, subject):
+                return {"tokens": len(set(subject.tokenizer(self.settings.text)["input_ids"]))}
+    """
 
     kind: ClassVar[str] = "metric"
 
@@ -50,13 +65,16 @@ class Metric(Component):
         return False
 
     def prepare(self) -> None:
-        """Read what is needed besides models (texts, tasks), so that mistakes show before any model is loaded. Called
-        once. Raises `DataError`."""
+        """Read what is needed besides models (texts, tasks) and keep it on the instance, so that mistakes show before
+        any model is loaded. Called once. Raises `DataError`."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """JSON values by name, as ``evaluate --json`` writes them under the metric's name."""
+        """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
+        is written as null."""
         raise NotImplementedError
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        """What the table shows of ``result``; by default every number in it."""
-        return [Row(f"{self.name} {key}", float(v)) for key, v in result.items() if isinstance(v, (int, float))]
+        """What the table shows of ``result``; by default every number in it. Rows of one label are one line of the
+        table, over all models."""
+        numbers = {key: v for key, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return [Row(f"{self.name} {key}", float(value)) for key, value in numbers.items()]

@@ -14,7 +14,7 @@ from ..models.arithmetic import macs_per_token
 from ..models.decoder import decoder_layers
 from ..models.decoding import cache_argument
 from ..progress import Progress
-from .report import Measurement, Size, Speed
+from .results import Measurement, Size, Speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
     """Parameters, bytes and arithmetic of ``model``, from shapes alone (meta tensors will do).
 
-    ``graph`` is the coupling graph of the model as it is; its attention groups say how wide attention is.
+    ``graph``: the coupling graph of this model (after a cut, of the cut one), which gives the widths of attention.
+    ``context``: tokens in the cache when operations are counted.
     """
     prefix = decoder_layers(model) + "."
     own = dict(model.named_parameters())
@@ -50,7 +51,8 @@ def speed(
     """Tokens per second at batch size 1, on random tokens: reading a prompt, and greedy decoding with the
     cache.
 
-    One run warms up and is not counted. Decoding is timed after the prompt, ``new_tokens`` steps per run.
+    The first of ``runs + 1`` runs warms up and is not counted. A run reads ``prompt_tokens`` tokens, then decodes
+    ``new_tokens`` tokens, each timed by itself.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -88,7 +90,7 @@ def _measurement(values: list[float]) -> Measurement:
 
 
 class _PeakMemory:
-    """The most memory held since this was created: CUDA's allocator, or on Linux the resident set."""
+    """Peak memory in bytes since this was created: of CUDA's allocator or, on Linux, the resident set."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +12,10 @@ from torch.nn import functional
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
 from ..progress import Progress
-from .report import PerplexityResult
+from .results import PerplexityResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-PYDOC = "pydoc"
-"""Name of the text that ships with every Python: the topics of ``help()``. It differs between Python
-versions."""
 
 
 def perplexity(
@@ -118,44 +111,3 @@ def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def read_text(source: str) -> str:
-    """The text of a ``.txt`` file, the ``text`` or ``page`` fields of a ``.json`` or ``.jsonl`` file joined
-    by blank lines, or the built-in ``pydoc``. Raises `DataError` when it cannot be read or is empty."""
-    if source == PYDOC:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics))
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(f"{source}: no such file; expected a .txt, .json or .jsonl file, or '{PYDOC}'")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror}") from None
-    if path.suffix in (".json", ".jsonl"):
-        content = "\n\n".join(_documents(path, content))
-    if not content.strip():
-        raise DataError(f"{source} holds no text")
-    return content
-
-
-def _documents(path: Path, content: str) -> list[str]:
-    lines = content.splitlines() if path.suffix == ".jsonl" else [content]
-    documents = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            loaded = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg})") from None
-        for record in loaded if isinstance(loaded, list) else [loaded]:
-            text = (record.get("text") or record.get("page")) if isinstance(record, dict) else record
-            if not isinstance(text, str):
-                raise DataError(f"{path}, line {number}: expected a record with a 'text' or 'page' field")
-            documents.append(text)
-    return documents

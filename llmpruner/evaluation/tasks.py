@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 TASK_GROUPS = {
     "paper": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 }
-"""Names of ours for several tasks; ``paper`` is the zero-shot suite of LLM-Pruner, table 1."""
+"""Names for several tasks, beside the groups of lm-eval; ``paper``: the zero-shot suite of LLM-Pruner, table 1."""
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data, ready for any number of models. ``tasks``: lm-eval's own task and group
-    objects."""
+    """Tasks with their data, for any number of models. ``tasks``: lm-eval's task and group objects."""
 
     names: tuple[str, ...]
     tasks: tuple[Any, ...]
@@ -36,8 +35,8 @@ def load_tasks(names: Sequence[str], *, include_path: Path | None = None, progre
     """Find tasks and load their data, so that mistakes show before any model runs.
 
     ``names`` are lm-eval's tasks, groups and patterns (``mmlu_*``), or a name of `TASK_GROUPS`.
-    ``include_path`` holds more task files, which win over those of the same name. ``progress`` shows
-    lm-eval's own bars on standard error; otherwise it says nothing.
+    ``include_path`` holds more task files, which win over those of the same name. ``progress``: whether the progress
+    bars and notices of lm-eval are shown on standard error.
 
     Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be had.
     """
@@ -93,7 +92,8 @@ def evaluate_tasks(
 
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
-    """``tasks`` with our groups and with patterns spelt out, each name once. Raises `UnknownNameError`."""
+    """``tasks`` with names of `TASK_GROUPS` and patterns replaced by what they stand for, each name once. Raises
+    `UnknownNameError`, and `DataError` when there is none."""
     names: dict[str, None] = {}
     for task in (member for name in tasks for member in TASK_GROUPS.get(name, (name,))):
         matches = matching(known, task)

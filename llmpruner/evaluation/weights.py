@@ -1,4 +1,4 @@
-"""Whether weights are numbers at all: a task's score would not tell."""
+"""Whether all weights are finite: the score of a task is a number even where they are not."""
 
 from __future__ import annotations
 

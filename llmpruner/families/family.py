@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from ..component import Component
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import renamed
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 
-class ModelFamily:
+class ModelFamily(Component):
     """What a plugin gives for one model architecture.
 
     The smallest useful family is two lines, because structure is discovered automatically::
@@ -25,11 +26,10 @@ class ModelFamily:
 
     Override `coupled_groups` to declare the structure, or to adjust what ``super().coupled_groups(config)`` discovers.
     Override `refresh` to set the counts that modules store; where it is not overridden, what must follow a cut is found
-    on a small model. A family is created without arguments and keeps no state.
+    on a small model. A family keeps no state but its settings.
     """
 
-    name: ClassVar[str] = ""
-    """What ``--family`` takes; lower case, unique over all plugins."""
+    kind: ClassVar[str] = "family"
     model_types: ClassVar[tuple[str, ...]] = ()
     """The ``model_type`` values of ``config.json`` that this family understands."""
     extends: ClassVar[str | None] = None
@@ -37,9 +37,8 @@ class ModelFamily:
     protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
     """Share of layers at either end that is not pruned unless the user selects layers: the first and last
     three of 30, as LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
-
     answer_separator: ClassVar[str | None] = None
-    """What stands between prompt and answer in training text; None: a blank, unless either side brings white space."""
+    """Text between prompt and answer in `training_pair`; None: a blank, unless there is white space already."""
 
     def register_models(self) -> None:
         """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded: it
@@ -100,21 +99,44 @@ class ModelFamily:
         del config
         return ()
 
+    @property
+    def has_own_format(self) -> bool:
+        """Whether the family overrides `format_prompt` or `format_conversation`. If so, the chat template of a
+        tokenizer is not used (see `llmpruner.families.chat`)."""
+        cls = type(self)
+        overrides_prompt = cls.format_prompt is not ModelFamily.format_prompt
+        return overrides_prompt or cls.format_conversation is not ModelFamily.format_conversation
+
     def format_text(self, text: str) -> str:
-        """Free text as the model reads it, for data without prompts: unchanged, unless a model needs a frame."""
+        """Text that the model is to write without a chat format around it: unchanged, unless a model needs special
+        tokens in front of it."""
         return text
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt that recovery trains on and ``generate --chat`` uses: Alpaca's, unless overridden."""
+        """The prompt for one instruction. Used where the tokenizer has no chat template, or where overridden: in
+        recovery and by ``generate --chat``. The default is Stanford Alpaca's format."""
         return alpaca_prompt(instruction, input)
 
-    def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-        """Questions with their answers as recovery trains on them: (prompt, answer) pairs whose texts follow one
-        another. An answer that brings its own end-of-sequence token gets no second one."""
-        return [self.training_pair(question, answer) for question, answer in exchanges]
+    def format_system(self, system: str) -> str:
+        """A system message, as it stands before the first prompt of a conversation."""
+        return f"{system}\n\n"
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """A conversation as training text: (prompt, answer) pairs, whose texts are joined in their order.
+
+        ``exchanges``: (question, answer) pairs. ``system``: the system message. An end-of-sequence token is added to
+        every answer that does not end with one.
+        """
+        pairs = [self.training_pair(question, answer) for question, answer in exchanges]
+        if system is not None:
+            pairs[0] = (self.format_system(system) + pairs[0][0], pairs[0][1])
+        return pairs
 
     def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
-        """Prompt and answer as recovery joins them, with `answer_separator` at the head of the answer."""
+        """The prompt for one instruction, and the answer with `answer_separator` in front: joined, they are what
+        recovery trains on."""
         prompt = self.format_prompt(instruction, input)
         gap = self.answer_separator
         if gap is None:

@@ -1,4 +1,4 @@
-"""Criteria that read weights alone."""
+"""Criteria of weights w alone; sums run over what a unit owns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Random(ImportanceCriterion):
-    """Uniform random saliency: the baseline every criterion must beat."""
+    """Saliencies drawn uniformly from [0, 1): the baseline for every other criterion."""
 
     name = "random"
     summary = "uniform random numbers: the baseline"
@@ -37,7 +37,7 @@ class L1(ImportanceCriterion):
 
 
 class L2(ImportanceCriterion):
-    """Σw² (the square of the norm, which ranks alike within a span and is what the paper's code sums)."""
+    """Σw², the squared norm, as the code of LLM-Pruner sums it; within one span it ranks as the norm does."""
 
     name = "l2"
     summary = "sum of squared weights, Σw²"

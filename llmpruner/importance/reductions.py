@@ -11,7 +11,7 @@ REDUCTION_NAMES = ("sum", "mean", "max", "prod", "last")
 
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Reduce over the first axis. ``last`` takes the last span, as the paper's code can."""
+    """Scores (S, U) reduced over the first axis to (U,). ``last`` takes the last span, as LLM-Pruner's code can."""
     if reduction == "last":
         return scores_SU[-1]
     if reduction == "max":

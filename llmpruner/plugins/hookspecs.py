@@ -2,12 +2,16 @@
 
 A plugin is any installed package with an entry point in the group ``llmpruner`` that names a module (or object)
 with functions marked ``@llmpruner.hookimpl``. Hooks return *classes*, each with a name, a summary, and settings that
-users reach as ``--set NAME.key=value``. Order of installation never matters: names must be unique within a kind. Two
-classes of one name are both listed as broken, and choosing that name is an error that names both packages.
+users reach as ``--set NAME.key=value``. A name is lower case, without blanks, commas, dots, colons and equals signs,
+and unique within its kind. Every setting has a default, so that the class can be created without arguments. Order of
+installation never matters: two classes of one name are both listed as broken, and choosing that name is an error that
+names both packages.
 
 A plugin that cannot be imported is left out. A hook that raises, a class of the wrong kind, or a hook that this
 version does not know costs that one thing: a line on standard error names it, and the command goes on. Hooks are
-called through pluggy, so that wrappers (``@hookimpl(wrapper=True)``) see and may change what others return.
+called through pluggy, for one plugin at a time: a wrapper (``@hookimpl(wrapper=True)``) is called around each
+implementation, and sees and may change the list that holds its result. It belongs to a plugin that does not implement
+the same hook itself.
 
 Packages whose model classes a pruned checkpoint may import, beside transformers and the plugins themselves, are named
 by entry points in the group ``llmpruner.models``; such a package is imported only when a checkpoint needs it.
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from ..compensation.base import Compensation
     from ..data.source import CalibrationSource
     from ..evaluation.base import Metric
-    from ..export.base import Exporter
+    from ..exporters.base import Exporter
     from ..families.family import ModelFamily
     from ..importance.base import ImportanceCriterion
     from ..methods.base import Method

@@ -1,10 +1,13 @@
-"""LoRA: low-rank adapters on the linear layers that own coupled units (LLM-Pruner, section 3.3)."""
+"""LoRA: low-rank adapters on the linear layers that own coupled units (Hu et al., 2021; LLM-Pruner, section 3.3)."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
+from ..component import ComponentSettings
 from ..errors import MissingExtraError, UnsupportedModelError
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
@@ -16,7 +19,17 @@ if TYPE_CHECKING:
 
 class LoraStrategy(RecoveryStrategy):
     name = "lora"
+    adapters = True
     summary = "trains low-rank adapters beside the decoder's linear layers, and merges them (Hu et al., 2021)"
+
+    class Settings(ComponentSettings):
+        """The defaults are LLM-Pruner's."""
+
+        rank: int = Field(8, ge=1, description="Rank of the adapters.")
+        alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
+        dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of what the adapters read, while training.")
+
+    settings: Settings
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         try:
@@ -28,17 +41,16 @@ class LoraStrategy(RecoveryStrategy):
         from .training import fit
 
         targets, skipped = adapter_targets(job.model, job.graph)
-        settings = job.settings
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            lora_dropout=self.settings.dropout,
             bias="none",
             target_modules=targets,
             fan_in_fan_out=any(_is_conv1d(job.model.get_submodule(path)) for path in targets),
         )
-        set_seed(settings.seed)
+        set_seed(job.settings.seed)
         with warnings.catch_warnings():
             # Where a model mixes Linear and Conv1D, peft corrects ``fan_in_fan_out`` per module and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
@@ -52,11 +64,11 @@ class LoraStrategy(RecoveryStrategy):
 
 
 def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], list[str]]:
-    """Paths of the linear modules below the decoder layers that own units of a coupled group, and the 3-D
-    expert parameters that own units but cannot be adapted one by one.
+    """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group (so not the embeddings
+    and the language model head); and the weights of fused experts, of shape (experts, out, in), which belong to one but
+    get no adapters.
 
-    Embeddings and the language model head lie outside the decoder layers. Raises `UnsupportedModelError` when
-    no module is left.
+    Raises `UnsupportedModelError` when there is no such module.
     """
     from torch import nn
 

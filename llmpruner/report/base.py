@@ -23,11 +23,31 @@ class ReportSubject:
 
 
 class ReportSection(Component):
-    """Renders one section. Sections of all plugins stand on the page by `order`, then by name."""
+    """Renders one section. Sections of all plugins stand on the page by `order`, then by name.
+
+    ::
+
+        class Ties(ReportSection):
+            name = "ties"
+            summary = "parameters that share storage"
+
+            def render(self, subject):
+                rows = "".join(f"<li>{escape(a)} is {escape(b)}</li>" for a, b in subject.graph.ties.items())
+                return f"<h2>Tied parameters</h2><ul>{rows}</ul>" if rows else None
+
+    Tables belong into ``<div class="scroll">``, so that they scroll by themselves on narrow screens. The page defines
+    colours for light and dark: the CSS variables ``--text``, ``--dim``, ``--page``, ``--box`` and ``--line``.
+    """
 
     kind: ClassVar[str] = "report section"
     order: ClassVar[int] = 100
+    """The built-in sections have 10 to 30."""
 
     def render(self, subject: ReportSubject) -> str | None:
-        """HTML that starts with an ``<h2>`` and needs nothing from the network; None when there is nothing to show."""
+        """HTML that starts with an ``<h2>`` and needs nothing from the network, with everything that comes from the
+        model escaped; None when there is nothing to show."""
         raise NotImplementedError
+
+    def style(self) -> str:
+        """CSS for the head of the page, its selectors limited to this section. None is needed."""
+        return ""

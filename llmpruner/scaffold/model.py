@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UnsupportedModelError
-from ..loading.options import LoadOptions
+from ..settings import LoadSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -94,9 +94,9 @@ def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
             f"'{source}' is neither a model directory nor a model type that transformers knows; "
             "--import PACKAGE names the package that registers it"
         )
-    from ..loading.model import load_config
+    from ..loading.model import load_structure
 
-    return load_config(source, catalog, LoadOptions(family="auto")).config
+    return load_structure(source, catalog, LoadSettings(family="auto")).config
 
 
 def _refuse_unknown_code(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Allocation: how many units each coupled group gives up."""
+"""Allocation: how many units each coupled group gives up. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ..structure.coupling import LAYER
 from ..structure.queues import Queue
 
 Taken = dict[str, int]
-"""Group name → removal steps taken from its queue."""
+"""Group name → number of steps taken from the front of the group's queue."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What must be removed: an ``amount`` of the budget, or numbers of units (``units``: group name → how many)."""
+    """What must be removed: an ``amount`` in whole units of a cost, or numbers of units (``units``: group name → how
+    many, which need not be whole)."""
 
     amount: int | None = None
     units: Mapping[str, float] | None = None
@@ -32,7 +33,7 @@ class Meter:
         self._dense = cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
-        """The amount of the cost that goes with ``taken`` steps of each queue; missing groups give none."""
+        """The amount of the cost that is removed with ``taken`` steps of each queue; missing groups give none."""
         kept: dict[str, int] = {}
         gone: set[int] = set()
         for queue in self._queues:
@@ -49,9 +50,9 @@ class AllocationTask:
     """What an allocation decides on.
 
     ``queues``: the removal steps of every group in scope, least important first, each with its mean score.
-    ``demand``: what must go. ``meter``: counts what a choice removes. ``loss``: for allocations that measure, the mean
-    KL divergence per token (nats) of the model cut to a choice from the dense model, on calibration text; None for
-    others.
+    ``demand``: what must be removed. ``meter``: counts what a choice removes. ``loss``: for allocations that measure,
+    the mean KL divergence per token, in nats, of the model cut to a choice from the model as it is, on calibration
+    text; None for others.
     """
 
     queues: Sequence[Queue]
@@ -65,7 +66,7 @@ class Allocation(Component):
     """Decides how many removal steps each group gives so that the demand is met.
 
     `llmpruner.selection.allocate` has what implementations share: `target_of` refuses a demand that cannot be met,
-    `top_up` closes the last gap with single steps.
+    `take_if_it_fits` takes one step, `top_up` closes the last gap with single steps.
     """
 
     kind: ClassVar[str] = "allocation"

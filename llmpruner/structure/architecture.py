@@ -23,7 +23,7 @@ class StatesConfigs(Protocol):
     """Proposes stock configurations for a uniformly cut model that its own configuration class refuses."""
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
-        """Candidates for ``config``; the caller verifies them against the real shapes."""
+        """Candidates for ``config``; whoever asks verifies them against the real shapes."""
 
 
 class Architecture(Follows, Protocol):

@@ -17,7 +17,7 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
-    """Numbers of the decoder layers that are removed."""
+    """Numbers of the layers that go as a whole."""
     return {
         unit
         for name, units in kept.items()
@@ -121,7 +121,7 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
         )
         per_block = group.units // group.blocks
         blocks = len({u // per_block for u in units})
-        # The minimum counts all blocks, and those that are removed need no units any more.
+        # So many in every block: blocks that went take theirs along.
         minimum = -(-group.minimum * blocks // group.blocks)
         groups.append(
             replace(
@@ -148,7 +148,7 @@ def surviving_units(
     axes: Mapping[tuple[str, int], list[int]] | None = None,
 ) -> list[int]:
     """The units of ``group`` that remain: kept, and not taken away by another group that owns the same indices
-    (a query head is removed with its KV head)."""
+    (a query head goes with its KV head)."""
     units = list(kept.get(group.name, range(group.units)))
     axes = kept_indices(graph, kept) if axes is None else axes
     for span in group.spans:
@@ -194,7 +194,7 @@ def _restrict_shapes(
 
 
 def _module_moves(graph: CouplingGraph, kept: Kept) -> dict[str, str | None]:
-    """Path of every decoder layer → its path after the cut (None: removed). Empty when no layer is removed."""
+    """Path of every decoder layer → its path after the cut (None: removed). Empty when no layer goes."""
     gone = set(removed_modules(graph, kept))
     if not gone:
         return {}
@@ -219,7 +219,7 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
 
 
 def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
-    """The path of a module or parameter after the cut; None when it is removed."""
+    """Where a module or parameter path is after the cut; None when it is gone."""
     for old, new in moves.items():
         if path == old or path.startswith(old + "."):
             return None if new is None else new + path[len(old) :]

@@ -1,4 +1,4 @@
-"""Span builders for the layouts of common language models.
+"""Span builders for the layouts that language models really use.
 
 Every builder returns spans for one coupled group; a family strings them together. ``biases=True`` adds the
 bias of each producing projection. Weights are ``[out, in]`` as in ``torch.nn.Linear``.
@@ -96,9 +96,9 @@ def hidden_channels(
     norms: Sequence[str],
     biased: Collection[str] = (),
 ) -> tuple[Span, ...]:
-    """The residual stream of a model with RMS norms; a unit is one hidden channel. All arguments are module paths.
-    ``embeddings``: columns of their weight; ``consumers``: modules that read it, lm_head included; ``producers``:
-    modules that add to it, those in ``biased`` with a bias; ``norms``: the norm modules over it."""
+    """The residual stream of a model with RMS norms. ``embeddings`` produce along their columns, ``consumers``
+    read it (lm_head included), ``producers`` write it, those in ``biased`` with a
+    bias, ``norms`` are the norm modules over it."""
     channel = Blocks(width)
     return (
         *(Span(f"{m}.weight", 1, Role.PRODUCES, channel) for m in embeddings),

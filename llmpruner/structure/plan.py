@@ -1,7 +1,7 @@
-"""PruningPlan: what goes and why, as one small JSON file that can be reviewed, diffed and replayed.
+"""PruningPlan: what is removed and how that was chosen, as one small JSON file to be reviewed, diffed and replayed.
 
-A plan is the only thing surgery reads. It holds no time of day and nothing of the machine, so the same command
-gives the same bytes; only a budget of latency brings in the machine, and then the plan says what was measured there.
+A plan is all that a cut needs beside the model. It holds no time of day and nothing of the machine, so that the same
+command gives the same bytes; only a budget that measures the machine records what it measured.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .kept import Kept
 
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _MOST_UNITS: Final = 100_000_000
 
 
@@ -64,7 +65,7 @@ Units = Annotated[tuple[int, ...], BeforeValidator(_unpack), PlainSerializer(_pa
 
 
 class Frozen(BaseModel):
-    """Strict, immutable: an unknown key is an error, not a surprise."""
+    """Immutable; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,87 +78,79 @@ class BaseRef(Frozen):
     structure: str
 
 
-Budget = Literal["decoder", "parameters", "bytes", "macs", "kv-cache", "latency"]
-BUDGETS: Final[tuple[Budget, ...]] = get_args(Budget)
-
-
-class Timing(Frozen):
-    """How long decoder layers of one shape, or everything outside of the layers, take for one token.
-
-    ``layers``: whom it stands for; none for what is outside. ``ms``: milliseconds per token while nothing is cut.
-    ``groups``: name of a group, without its layer → (units kept, ms), from most units to fewest.
-    """
-
-    layers: Units
-    ms: float
-    groups: dict[str, tuple[tuple[int, float], ...]] = {}
-
-
-class LatencyTable(Frozen):
-    """What was measured for a budget of latency: one token at a time while ``context`` tokens are in the cache."""
-
-    device: str
-    dtype: str
-    context: int
-    timings: tuple[Timing, ...]
-
-
 class Target(Frozen):
-    """How much was asked for. ``ratio``: share of ``budget`` to remove; ``parameters``: total parameters to be left;
-    ``units``: share of the units of every selected group, as the paper counts.
+    """How much was asked for. ``by`` says what ``amount`` is: ``ratio``, the share of ``budget`` (a registered name) to
+    remove; ``parameters``, the number of parameters to keep in all; ``units``, the share of the units of every group in
+    scope to remove, as LLM-Pruner counts.
 
-    ``context``: tokens in the cache, for the budgets that depend on it. ``latency``: what was measured; a target that
-    brings it is met without measuring again, and so gives the same plan on any machine.
+    ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan; a target that
+    has it is met without measuring again, and so gives the same plan on any machine.
     """
 
     by: Literal["ratio", "parameters", "units"]
     amount: float
-    budget: Budget = "decoder"
-    context: int | None = None
-    latency: LatencyTable | None = None
+    budget: str = "decoder"
+    settings: dict[str, Any] = {}
+    measured: dict[str, Any] | None = None
+
+    @property
+    def counted_in(self) -> str:
+        """The name of the budget that counts what is removed: ``budget`` for a ratio, ``parameters`` for a number of
+        parameters, ``decoder`` for a share of units (which no cost decides, but scores may be compared by it)."""
+        return {"ratio": self.budget, "parameters": "parameters", "units": "decoder"}[self.by]
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        of_budget = self.by == "ratio"
-        return {name: value for name, value in values.items() if value is not None and (of_budget or name != "budget")}
+        unused = {name for name in ("settings", "measured") if not values[name]}
+        return {n: v for n, v in values.items() if n not in unused and (self.by == "ratio" or n != "budget")}
 
 
-class Estimation(Frozen):
-    """How importance was measured."""
+class EstimationRecord(Frozen):
+    """How importance was measured. ``settings``: of the criterion. ``calibration``: the text that scores or a measuring
+    allocation were computed on, as the user named it; ``sources``: the settings of the calibration sources that have
+    any (source name → settings); ``fingerprint``: SHA-256 of the tokens. None or empty where no text was read."""
 
     criterion: str
-    variant: str | None = None
+    settings: dict[str, Any] = {}
     reduction: str
     calibration: str | None = None
+    sources: dict[str, dict[str, Any]] = {}
     fingerprint: str | None = None
 
 
-class Selection(Frozen):
-    """How importance became a choice."""
+class SelectionRecord(Frozen):
+    """How scores became a choice. ``settings``: of the allocation."""
 
     kinds: tuple[str, ...]
     layers: Units
     allocation: str
+    settings: dict[str, Any] = {}
     normalization: str = "none"
     steps: int = 1
     round_to: int = 1
 
 
-class Compensation(Frozen):
-    """How what reads cut units is repaired before the cut. ``method``: ``refit`` or ``bias``; ``mix``: see
-    `llmpruner.compensation.repair`; the calibration text is drawn with the plan's seed."""
+class CompensationRecord(Frozen):
+    """How the weights that read removed units are adapted before the cut: ``name`` (a registered one) and its
+    ``settings``.
 
-    method: Literal["refit", "bias"]
-    mix: float
-    calibration: str
-    fingerprint: str
-    samples: int
-    length: int
+    ``calibration``: the text that it reads, as the user named it, ``sources`` the settings of the calibration sources
+    that have any (source name → settings), ``fingerprint`` the SHA-256 of its tokens, of which there are ``samples`` ×
+    ``length``, drawn with the seed of the plan; all None or empty for a compensation that reads no text.
+    """
+
+    name: str
+    settings: dict[str, Any] = {}
+    calibration: str | None = None
+    sources: dict[str, dict[str, Any]] = {}
+    fingerprint: str | None = None
+    samples: int | None = None
+    length: int | None = None
 
 
 class GroupCut(Frozen):
-    """One group that loses units."""
+    """One group that loses units: ``units`` before the cut, and which of them are ``kept``."""
 
     kind: str
     layer: int | None = None
@@ -166,14 +159,15 @@ class GroupCut(Frozen):
 
 
 class PruningPlan(Frozen):
-    """What goes and why. ``cuts``: group name → what stays of it; groups that keep everything are left out."""
+    """What is removed, and how that was chosen. ``cuts``: group name → its cut; groups that keep all units are left
+    out. ``compensation``: None where weights are left as they are."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     base: BaseRef
     family: str
-    estimation: Estimation
-    selection: Selection
-    compensation: Compensation | None = None
+    estimation: EstimationRecord
+    selection: SelectionRecord
+    compensation: CompensationRecord | None = None
     target: Target
     seed: int
     cuts: dict[str, GroupCut]
@@ -191,6 +185,19 @@ class PruningPlan(Frozen):
             )
         check_kept(graph, self.kept)
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: how many units of each kind every layer keeps."""
+        kinds = list(dict.fromkeys(cut.kind for cut in self.cuts.values()))
+        cells: dict[str, dict[str, str]] = {}
+        for cut in self.cuts.values():
+            row = cells.setdefault("all layers" if cut.layer is None else str(cut.layer), {})
+            row[cut.kind] = f"{len(cut.kept):,} of {cut.units:,}"
+        head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
+        lines = [(layer, "".join(f"<td>{row.get(kind, 'all')}</td>" for kind in kinds)) for layer, row in cells.items()]
+        rows = "".join(f"<tr><th>{layer}</th>{row}</tr>" for layer, row in lines)
+        title = f"units kept of {escape(self.base.model)} ({self.target.by} {self.target.amount:g})"
+        return f"<table><caption>{title}</caption><tr><th>layer</th>{head}</tr>{rows}</table>"
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
@@ -200,7 +207,7 @@ class PruningPlan(Frozen):
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
-        """Raises `PlanError` with the first thing that is wrong."""
+        """Raises `PlanError`, as `parse` does, or when the file cannot be read."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -209,10 +216,18 @@ class PruningPlan(Frozen):
 
     @classmethod
     def parse(cls, text: str, name: str) -> PruningPlan:
+        """The plan in ``text``; ``name`` is the file's, for messages. Raises `PlanError` with the first thing that is
+        wrong, or when the plan has another version."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
+            first, *_ = found = error.errors()
+            version = next((each["input"] for each in found if each["loc"] == ("schema_version",)), SCHEMA_VERSION)
+            if version != SCHEMA_VERSION:
+                raise PlanError(
+                    f"{name} is a plan of version {version}, and this llmpruner reads version {SCHEMA_VERSION}; make a "
+                    "new plan with `llmpruner plan`"
+                ) from error
             where = ".".join(str(part) for part in first["loc"])
             raise PlanError(f"{name} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
 
@@ -224,7 +239,7 @@ def structure_of(graph: CouplingGraph) -> str:
 
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
-    """The plan's record of ``kept``, in the graph's order, without groups that lose nothing."""
+    """``kept`` as the ``cuts`` of a plan: in the graph's order, without groups that lose nothing."""
     return {
         group.name: GroupCut(kind=group.kind, layer=group.layer, units=group.units, kept=tuple(kept[group.name]))
         for group in graph.groups

@@ -1,4 +1,4 @@
-"""The order in which units may be removed: each group as a queue of removal steps that keep its constraints."""
+"""What may go, in which order: every group's units as a queue of removal steps that keep its constraints."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def build_queue(
 ) -> Queue:
     """Order the units of ``group`` by ``scores`` (ties by unit number) into steps.
 
-    ``allowed``: the units that may be removed (None: all). ``round_to``: the kept number must be a multiple of it,
-    besides the group's own ``multiple``, ``minimum`` and ``blocks``.
+    ``allowed``: the units that may go (None: all). ``round_to``: the kept number must be a multiple of it, besides
+    the group's own ``multiple``, ``minimum`` and ``blocks``.
     """
     per_block = group.units // group.blocks
     columns: list[list[int]] = []

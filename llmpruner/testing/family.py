@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
 
-from ..data.calibration import calibration_set
+from ..data.calibration import CalibrationSet
+from ..data.written import self_generated
 from ..discovery.groups import discover_groups
 from ..errors import UnsupportedModelError
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
 from ..importance.estimate import estimate
-from ..loading.model import LoadedModel
+from ..loading.model import Model
 from ..models.empty import base_of
 from ..models.modeling_llmpruner import packages_of_models
 from ..oracle.compare import differences
@@ -25,12 +25,14 @@ from ..oracle.tiny import random_instance
 from ..oracle.verify import VERIFIED, random_plan, verify
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
-from ..recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-from ..recovery.base import RecoveryJob, RecoverySettings
+from ..recipes.pipeline import make_plan, save
+from ..recovery.base import RecoveryJob
 from ..recovery.lora import LoraStrategy
 from ..recovery.run import merge_adapters
-from ..structure.plan import Target
+from ..settings import RecoverSettings
 from .criterion import scorable
+from .grid import settings_grid
+from .jobs import cut_by, pruned_by, small_job
 from .probe import run_probes
 from .spy import label
 from .tiny import letters
@@ -57,12 +59,10 @@ class FamilyConformance:
         """A random instance. Weights must be large enough for mistakes to show in the logits."""
         return random_instance(config, 0)
 
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> Model:
         config = self.config()
         family = self.family()
-        return LoadedModel(
-            "tiny", config, family, build_graph(family, config), model=self.build(config), tokenizer=None
-        )
+        return Model("tiny", config, family, build_graph(family, config), model=self.build(config), tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
         assert self.family().matches(self.config())
@@ -104,10 +104,12 @@ class FamilyConformance:
 
     def test_every_criterion_scores_every_kind(self) -> None:
         loaded = self.loaded()
-        calibration = calibration_set("self", loaded.model, None, samples=2, length=8, seed=0)
+        calibration = CalibrationSet(self_generated(loaded.model, None, 2, 8, 0), "self")
         for cls in Catalog(plugin_manager()).criteria.values():
-            for criterion in map(cls, cls.variants or (None,)):
+            for criterion in settings_grid(cls):
                 groups = scorable(loaded.graph, criterion)
+                if not groups:
+                    continue
                 scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration)
                 for group in groups:
                     values = scores.by_group[group.name]
@@ -135,30 +137,26 @@ class FamilyConformance:
                 assert difference <= 1e-5 * (1 + float(logits.abs().max())), f"{where}: logits differ by {difference}"
                 assert found["cached"] == found["plain"], f"{where}: cached generation differs"
 
-    def _pruned(self, *, uneven: bool) -> LoadedModel:
+    def _pruned(self, *, uneven: bool) -> Model:
         """A quarter of the decoder's parameters gone, or another number of units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
-        target = Target(by="ratio", amount=0.25)
-        made = make_plan(loaded, _magnitude(), PruneSettings(target=target, kinds=_kinds(loaded, groups)))
+        made, _ = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(loaded, groups)))
         if uneven:
             kept = random_plan(groups, seed=3, uneven=True)
             cuts = {n: made.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in made.cuts if n in kept}
             made = made.model_copy(update={"cuts": cuts})
-        return apply_plan(loaded, made)
+        return cut_by(loaded, made)
 
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA finds its targets in the coupled groups of the pruned model, trains them, and merges."""
         loaded = self.loaded()
-        settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=_kinds(loaded, loaded.graph.groups))
-        pruned = apply_plan(loaded, make_plan(loaded, _magnitude(), settings))
+        pruned = pruned_by(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
-        step = replace(
-            RecoverySettings(), max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1, dropout=0.0
-        )
-        tokenizer = _Padding()
+        step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
-        result = LoraStrategy().train(RecoveryJob(pruned.model, tokenizer, [row] * 4, pruned.graph, step, tmp_path))
+        job = RecoveryJob(pruned.model, letters(), [row] * 4, pruned.graph, step, tmp_path)
+        result = LoraStrategy(dropout=0.0).train(job)
         merged = merge_adapters(result.model)
         changed = [n for n, p in merged.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
@@ -169,27 +167,14 @@ class FamilyConformance:
         from lm_eval.models.huggingface import HFLM
 
         loaded = self.loaded()
-        settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=_kinds(loaded, loaded.graph.groups))
-        pruned = apply_plan(loaded, make_plan(loaded, _magnitude(), settings))
+        pruned = pruned_by(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
         harness = HFLM(pretrained=pruned.model, tokenizer=letters(), batch_size=1, backend="causal")
         request = Instance(request_type="loglikelihood", doc={}, arguments=("a b c", " d e"), idx=0)
         ((likelihood, _),) = harness.loglikelihood([request], disable_tqdm=True)
         assert -200 < likelihood < 0
 
 
-class _Padding:
-    """As much of a tokenizer as a trainer needs."""
-
-    pad_token_id = 0
-    eos_token_id = 1
-    padding_side = "right"
-
-
-def _magnitude() -> Any:
-    return Catalog(plugin_manager(entry_points=False)).criteria["l1"]()
-
-
-def _kinds(loaded: LoadedModel, groups: Sequence[Any]) -> tuple[str, ...]:
+def _kinds(loaded: Model, groups: Sequence[Any]) -> tuple[str, ...]:
     return tuple(
         kind for kind in ("mlp", "attention") if kind in loaded.graph.kinds and any(g.kind == kind for g in groups)
     )

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ..families.graph import build_graph
-from ..loading.model import LoadedModel
+from ..loading.model import Model
 from ..oracle.tiny import random_instance
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def tiny_llama(seed: int = 0) -> LoadedModel:
+def tiny_llama(seed: int = 0) -> Model:
     """A random LLaMA that has every kind of unit: 3 layers, each of 3 KV heads with 2 query heads and 40 MLP channels,
     48 hidden channels. No weight is zero, so that every mistake shows; the same ``seed`` gives the same weights."""
     config = LlamaConfig(
@@ -38,7 +38,7 @@ def tiny_llama(seed: int = 0) -> LoadedModel:
     )
     family = Catalog(plugin_manager()).families["llama"]()
     graph = build_graph(family, config)
-    return LoadedModel("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
+    return Model("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
 
 
 def letters() -> Any:

@@ -18,6 +18,7 @@ class ChatGLMFamily(ModelFamily):
     were, so they are not offered."""
 
     name = "chatglm"
+    summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
     answer_separator: ClassVar[str] = ""
 

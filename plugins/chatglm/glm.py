@@ -20,6 +20,7 @@ class GlmFamily(ModelFamily):
     """GLM-4 in transformers' own format (``glm`` and ``glm4``, which adds norms after each sub-layer)."""
 
     name = "glm"
+    summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
     answer_separator: ClassVar[str] = "\n"
 
@@ -77,11 +78,16 @@ class GlmFamily(ModelFamily):
         """GLM-4's; its tokenizer puts ``[gMASK]<sop>`` in front."""
         return f"<|user|>\n{_query(instruction, input)}<|assistant|>"
 
+    def format_system(self, system: str) -> str:
+        """A turn of its own, in the form of the others."""
+        return f"<|system|>{self.answer_separator}{system}"
+
 
 class ChatGLM2Family(GlmFamily):
     """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
 
     name = "chatglm2"
+    summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
     answer_separator = " "
 
@@ -90,6 +96,10 @@ class ChatGLM2Family(GlmFamily):
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
         return self.format_chat((), _query(instruction, input))
+
+    def format_system(self, system: str) -> str:
+        """The format has no system turns."""
+        return f"{system}\n\n"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
         """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
@@ -101,6 +111,7 @@ class ChatGLM3Family(GlmFamily):
     """ChatGLM3-6B, converted to GLM: prompts with a special token per role."""
 
     name = "chatglm3"
+    summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
     extends = "glm"
     answer_separator = "\n "
 

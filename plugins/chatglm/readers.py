@@ -34,6 +34,7 @@ class ChatGLM6BReader(CheckpointReader):
     """ChatGLM-6B (the first generation) as released, and as this plugin saves it."""
 
     name = "chatglm-6b"
+    summary = "ChatGLM-6B, the first generation, as released and as it is saved after pruning"
 
     def recognises(self, path: Path) -> bool:
         values = _peek(path)
@@ -78,6 +79,7 @@ class ChatGLMReader(CheckpointReader):
     """
 
     name = "chatglm-original"
+    summary = "ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format"
 
     def recognises(self, path: Path) -> bool:
         return _LATER_KEY in _peek(path)

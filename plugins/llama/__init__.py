@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 from llmpruner import hookimpl
 
+from .exporter import MetaExporter
 from .family import LlamaFamily
 from .meta_reader import MetaReader, convert_to_huggingface
 
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["LlamaFamily", "MetaReader", "convert_to_huggingface"]
+__all__ = ["LlamaFamily", "MetaExporter", "MetaReader", "convert_to_huggingface"]
 
 
 @hookimpl
@@ -23,6 +24,11 @@ def llmpruner_model_families() -> list[type]:
 @hookimpl
 def llmpruner_checkpoint_readers() -> list[type]:
     return [MetaReader]
+
+
+@hookimpl
+def llmpruner_exporters() -> list[type]:
+    return [MetaExporter]
 
 
 @hookimpl

@@ -15,6 +15,7 @@ class LlamaFamily(ModelFamily):
     """LLaMA 1, 2 and 3, and every model that shares its ``model_type``."""
 
     name = "llama"
+    summary = "LLaMA 1, 2 and 3, and every model of their type"
     model_types = ("llama",)
 
     def coupled_groups(self, config: LlamaConfig) -> Sequence[CoupledGroup]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpruner import CheckpointError, OutputError
+from llmpruner import CheckpointError, UnsupportedModelError
 
 from .tensors import read_json
 
@@ -87,21 +87,21 @@ class MetaParams:
         """For a model with this configuration whose MLPs are all ``width`` wide.
 
         Any width fits: with ``multiple_of`` 1, Meta's formula is int(m · int(8·dim/3)), and
-        m = (width + ½) / int(8·dim/3) solves it. Raises `OutputError` for rotary scaling that does not fit.
+        m = (width + ½) / int(8·dim/3) solves it. Raises `UnsupportedModelError` for rotary scaling that does not fit.
         """
         dim = config.hidden_size
         multiple_of, multiplier = 256, None
         if ffn_width(dim, multiple_of, multiplier) != width:
             multiple_of, multiplier = 1, (width + 0.5) / ffn_width(dim, 1, None)
             if ffn_width(dim, multiple_of, multiplier) != width:
-                raise OutputError(f"Meta's format cannot express an MLP of width {width} with dim {dim}")
+                raise UnsupportedModelError(f"Meta's format cannot express an MLP of width {width} with dim {dim}")
         rope = dict(config.rope_parameters)
         kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta", 10000.0))
         factor = None
         if kind == "llama3" and {k: rope.get(k) for k in _SCALED_ROPE} == _SCALED_ROPE:
             factor = float(rope["factor"])
         elif kind != "default":
-            raise OutputError(f"Meta's format cannot express rotary scaling of type '{kind}' with {rope}")
+            raise UnsupportedModelError(f"Meta's format cannot express rotary scaling of type '{kind}' with {rope}")
         return cls(
             dim=dim,
             n_layers=config.num_hidden_layers,

@@ -19,6 +19,7 @@ class MetaReader(CheckpointReader):
     """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""
 
     name = "meta-llama"
+    summary = "LLaMA 1, 2 and 3 as Meta publishes them: params.json and consolidated.NN.pth"
     family = "llama"
 
     def recognises(self, path: Path) -> bool:
@@ -31,7 +32,7 @@ class MetaReader(CheckpointReader):
     def read_config(self, path: Path) -> LlamaConfig:
         from .meta_format import MetaTensors
 
-        config = _config(MetaTensors(path), self.read_tokenizer(path))
+        config = config_of(MetaTensors(path), self.read_tokenizer(path))
         config.name_or_path = str(path)
         return config
 
@@ -42,7 +43,7 @@ class MetaReader(CheckpointReader):
         from .meta_format import MetaTensors
 
         tensors = MetaTensors(path)
-        config = _config(tensors, self.read_tokenizer(path))
+        config = config_of(tensors, self.read_tokenizer(path))
         config.dtype = dtype or tensors.dtype
         model = meta_model(config)
         state = {name: tensors.read_own(name, dtype) for name in tensors.specs}
@@ -85,7 +86,7 @@ def convert_to_huggingface(
             "alone with --no-tokenizer"
         )
     read = MetaReader().read_tokenizer(source) if tokenizer else None
-    config = _config(tensors, read)
+    config = config_of(tensors, read)
     config.dtype = dtype or tensors.dtype
     with new_directory(target) as stage:
         write_safetensors(stage, tensors, dtype)
@@ -100,8 +101,9 @@ def convert_to_huggingface(
                 shutil.copyfile(file, stage / TOKENIZER)
 
 
-def _config(tensors: MetaTensors, tokenizer: Any | None) -> LlamaConfig:
-    """Without a tokenizer, the special ids are those of the SentencePiece models of Llama 1 and 2."""
+def config_of(tensors: MetaTensors, tokenizer: Any | None) -> LlamaConfig:
+    """The configuration of a folder in Meta's format. Without a tokenizer, the special ids are those of the
+    SentencePiece models of Llama 1 and 2."""
     if tokenizer is not None and len(tokenizer) > tensors.vocabulary:
         raise CheckpointError(
             f"{tensors.directory}: its tokenizer has {len(tokenizer)} tokens, its embedding "

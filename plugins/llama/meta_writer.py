@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from llmpruner import CheckpointError, OutputError
+from llmpruner import CheckpointError, UnsupportedModelError
 
 from .meta_format import PARAMS, Placement, placements, to_neighbours
 from .meta_params import MetaParams
@@ -21,7 +21,7 @@ from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
-_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _REFUSED = "Meta's format cannot hold this model"
 _EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), or whole layers (--kinds layer)"
 
@@ -31,53 +31,83 @@ def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shar
 
     MLPs that were cut to one width and layers that were removed fit; attention must be whole. ``tokenizer``:
     one that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none.
-    Raises `OutputError` with the reason when the format cannot hold the model.
+    Raises `UnsupportedModelError` with the reason when the format cannot hold the model, `OutputError` when ``target``
+    exists.
     """
     file = None if tokenizer is None else _tokenizer_file(tokenizer)
-    _write(ModelTensors(model), model.config, file, target, shards)
+    tensors = ModelTensors(model)
+    params = meta_params(tensors, model.config, shards)
+    with new_directory(target) as stage:
+        write_files(tensors, params, stage, shards, file)
 
 
 def convert_to_meta(
     source: Path, target: Path, shards: int = 1, *, tokenizer: Path | Literal[True] | None = True
 ) -> None:
-    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`.
+    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`. One shard is in
+    memory at a time.
 
     ``tokenizer``: the ``tokenizer.model`` to bring along, True for the one in ``source``, None for none.
     """
+    tensors, config = open_source(source)
+    place = source / TOKENIZER if tokenizer is True else tokenizer
+    file = None if place is None else _tokenizer_file(place)
+    params = meta_params(tensors, config, shards)
+    with new_directory(target) as stage:
+        write_files(tensors, params, stage, shards, file)
+
+
+def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
+    """The weights and the configuration of a Hugging Face checkpoint. Raises `CheckpointError` when it is none, and
+    `UnsupportedModelError` when it is no LLaMA."""
     from transformers import AutoConfig
 
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source} is no Hugging Face checkpoint: it has no config.json")
     kind = read_json(source / "config.json").get("model_type")
     if kind not in ("llama", "mistral"):
         what_to_do = f"; {_EVENLY}" if str(kind).startswith("llmpruner") else ""
-        raise OutputError(
+        raise UnsupportedModelError(
             f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'{what_to_do}"
         )
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    place = source / TOKENIZER if tokenizer is True else tokenizer
-    file = None if place is None else _tokenizer_file(place)
-    _write(HuggingFaceTensors(source), config, file, target, shards)
+    return HuggingFaceTensors(source), config
 
 
-def _write(source: TensorSource, config: LlamaConfig, tokenizer: Path | None, target: Path, shards: int) -> None:
+def meta_params(source: TensorSource, config: LlamaConfig, shards: int) -> MetaParams:
+    """What ``params.json`` will hold. Raises `UnsupportedModelError` when the format cannot hold the model in so many
+    shards, `CheckpointError` when a tensor is missing."""
+    if EMBEDDING not in source.specs:
+        raise CheckpointError(f"the weights are incomplete: {EMBEDDING} is missing")
     width = _check(source, config)
-    params = replace(MetaParams.of(config, width), vocab_size=source.specs[_EMBEDDING].shape[0])
-    tied = "lm_head.weight" not in source.specs
+    params = replace(MetaParams.of(config, width), vocab_size=source.specs[EMBEDDING].shape[0])
     if shards < 1 or params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
-        raise OutputError(
+        raise UnsupportedModelError(
             f"{_REFUSED} in {shards} shards: {params.n_kv_heads} KV heads, {params.vocab_size} tokens and an "
             f"MLP of width {params.ffn_width} must all divide by the number of shards"
         )
-    with new_directory(target) as stage:
-        for number in range(shards):
-            state = {}
-            for placement in placements(params, tied=False):
-                # Meta's format has no tied embeddings: the head is written out.
-                name = "model.embed_tokens.weight" if tied and placement.name == "lm_head.weight" else placement.name
-                state[placement.meta] = _part(source.read(name), placement, number, shards)
-            torch.save(state, stage / f"consolidated.{number:02}.pth")
-        (stage / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, stage / TOKENIZER)
+    for placement in placements(params, tied=stored_name(source, HEAD) == EMBEDDING):
+        if placement.name not in source.specs:
+            raise CheckpointError(f"the weights are incomplete: {placement.name} is missing")
+    return params
+
+
+def write_files(source: TensorSource, params: MetaParams, directory: Path, shards: int, tokenizer: Path | None) -> None:
+    """Write all files of the format into ``directory``; ``tokenizer``: the file to copy, if any."""
+    for number in range(shards):
+        state = {}
+        for placement in placements(params, tied=False):
+            state[placement.meta] = _part(source.read(stored_name(source, placement.name)), placement, number, shards)
+        torch.save(state, directory / f"consolidated.{number:02}.pth")
+    (directory / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, directory / TOKENIZER)
+
+
+def stored_name(source: TensorSource, name: str) -> str:
+    """Where ``source`` stores the tensor ``name``: Meta's format has no tied embeddings, so a tied head is written from
+    the embedding."""
+    return EMBEDDING if name == HEAD and HEAD not in source.specs else name
 
 
 def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:
@@ -91,25 +121,25 @@ def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) 
 
 
 def _check(source: TensorSource, config: LlamaConfig) -> int:
-    """The width of all MLPs. Raises `OutputError` for whatever Meta's code would build differently."""
+    """The width of all MLPs. Raises `UnsupportedModelError` for whatever Meta's code would build differently."""
     specs = source.specs
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if config.hidden_act != "silu" or getattr(config, "sliding_window", None):
-        raise OutputError(f"{_REFUSED}: its activation or attention is not LLaMA's")
-    if specs[_EMBEDDING].shape[1] != hidden:
-        raise OutputError(
-            f"{_REFUSED}: hidden channels were pruned ({specs[_EMBEDDING].shape[1]} of {hidden} are left), and "
+        raise UnsupportedModelError(f"{_REFUSED}: its activation or attention is not LLaMA's")
+    if specs[EMBEDDING].shape[1] != hidden:
+        raise UnsupportedModelError(
+            f"{_REFUSED}: hidden channels were pruned ({specs[EMBEDDING].shape[1]} of {hidden} are left), and "
             "there head_dim is dim / n_heads; prune MLP channels or layers instead"
         )
     biases = sorted(name for name in specs if name.endswith(".bias"))
     if biases:
-        raise OutputError(f"{_REFUSED}: it has biases ({biases[0]})")
+        raise UnsupportedModelError(f"{_REFUSED}: it has biases ({biases[0]})")
     for n in range(layers):
         for m, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             name = f"model.layers.{n}.self_attn.{m}_proj.weight"
             rows = specs[name].shape[0] if name in specs else 0
             if hidden % config.num_attention_heads or rows != heads * (hidden // config.num_attention_heads):
-                raise OutputError(
+                raise UnsupportedModelError(
                     f"{_REFUSED}: heads were pruned (layer {n}: {rows} rows in {m}_proj), and there head_dim "
                     "is dim / n_heads in every layer; prune MLP channels or layers instead"
                 )
@@ -117,7 +147,7 @@ def _check(source: TensorSource, config: LlamaConfig) -> int:
         specs[name].shape[0] for n in range(layers) if (name := f"model.layers.{n}.mlp.gate_proj.weight") in specs
     ]
     if len(widths) != layers or len(set(widths)) != 1:
-        raise OutputError(
+        raise UnsupportedModelError(
             f"{_REFUSED}: there all MLPs have one width, here they have {min(widths, default=0)} to "
             f"{max(widths, default=0)}; {_EVENLY}"
         )

@@ -13,6 +13,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import llmpruner
 from llmpruner.cli import console, main
 
 TEXT = (
@@ -83,17 +84,9 @@ def dense(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     """A model whose layers differ: layers 1 and 2 lost a quarter of their MLP channels."""
-    from llmpruner import Catalog, plugin_manager
-    from llmpruner.loading.model import load_model
-    from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-    from llmpruner.structure.plan import Target
-
-    catalog = Catalog(plugin_manager())
-    loaded = load_model(str(shared / "dense"), catalog)
-    settings = PruneSettings(target=Target(by="units", amount=0.25), layers=(1, 2))
-    plan = make_plan(loaded, catalog.criteria["l1"](), settings)
     folder = tmp_path_factory.mktemp("pruned") / "model"
-    assert save(apply_plan(loaded, plan), folder) == "shim"
+    model = llmpruner.prune(shared / "dense", unit_ratio=0.25, layers=[1, 2], importance="l1", output=folder)
+    assert model.form == "shim"
     return folder
 
 

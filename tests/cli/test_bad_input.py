@@ -197,8 +197,8 @@ BAD_INSTRUCTIONS = {
     "broken.jsonl": ('{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
     "fields.jsonl": ('{"question": "a"}\n', "line 1: expected 'instruction'"),
     "types.jsonl": ('{"instruction": "a", "output": 3}\n', "line 1: 'output' must be text"),
-    "rows.json": ('{"text": "a"}', "expected a JSON list of records"),
-    "list.txt": ("a\n", "expected a .json or .jsonl file"),
+    "rows.json": ("7", "expected a JSON list of records, or one record, found int"),
+    "list.txt": ("a\n", "expected 'instruction', 'output'"),
     "bytes.jsonl": (b"\xff\xfe\x00", "not UTF-8 text"),
 }
 

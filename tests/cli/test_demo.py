@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
@@ -15,7 +14,7 @@ from llmpruner.cli import demo
 def small(monkeypatch, dense):
     monkeypatch.setattr(demo, "DEMO", str(dense))
     monkeypatch.setattr(demo, "SAMPLES", 2)
-    monkeypatch.setattr(demo, "RECOVERY", replace(demo.RECOVERY, max_steps=2, cutoff=512))
+    monkeypatch.setattr(demo, "RECOVERY", demo.RECOVERY.model_copy(update={"max_steps": 2, "cutoff": 512}))
     return dense
 
 

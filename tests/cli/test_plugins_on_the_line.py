@@ -142,6 +142,4 @@ def test_a_command_that_exists_is_refused():
 def test_a_hook_that_raises_costs_only_its_own_commands():
     result = CliRunner().invoke(app_with(clumsy=Clumsy(), greeter=Greeter()), ["greet"])
     assert result.exit_code == 0 and result.stdout == "hello, you\n"
-    assert (
-        "plugin 'clumsy' (in-process) is broken and was skipped: llmpruner_commands raised ValueError" in result.stderr
-    )
+    assert "plugin 'clumsy' (in-process): llmpruner_commands was skipped: it raised ValueError" in result.stderr

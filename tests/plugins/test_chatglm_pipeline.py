@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from llmpruner import Catalog, plugin_manager
 from llmpruner.evaluation.perplexity import perplexity
+from llmpruner.families.chat import chat_prompt
 from llmpruner.loading.model import load_model
 from llmpruner.models.generation import generate
 from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-from llmpruner.recovery.base import RecoverySettings
 from llmpruner.recovery.run import recover
+from llmpruner.settings import RecoverSettings
 from llmpruner.structure.plan import Target
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 12
@@ -107,15 +108,14 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     row = {"instruction": "What jumps over the dog?", "output": "The quick brown fox"}
     data.write_text(json.dumps([row] * 8))
-    job = RecoverySettings(rank=4, learning_rate=1e-2, max_steps=4, batch_size=4, micro_batch_size=4, warmup_steps=0)
-    strategy = catalog.strategies["lora"]()
-    result = recover(
-        again.model, again.tokenizer, again.graph, again.family, str(data), strategy, job, tmp_path / "work"
-    )
+    job = RecoverSettings(data=str(data), learning_rate=1e-2, max_steps=4, batch_size=4, warmup_steps=0)
+    strategy = catalog.strategies["lora"](rank=4)
+    result = recover(again.model, again.tokenizer, again.graph, again.family, strategy, job, tmp_path / "work")
     assert result.losses[-1] < result.losses[0]
 
     assert perplexity(result.model, again.tokenizer, WORDS, window=32).perplexity > 1
-    assert isinstance(generate(result.model, again.tokenizer, "fox", chat=True, family=again.family), str)
+    asked = chat_prompt(again.family, again.tokenizer, "fox")
+    assert isinstance(generate(result.model, again.tokenizer, asked.text), str) and not asked.has_special_tokens
     assert_scores_agree(result.model, again.tokenizer)
 
 

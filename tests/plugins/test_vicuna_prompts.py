@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import cache
@@ -23,7 +24,8 @@ from llmpruner_vicuna.recognition import chat_template
 from llmpruner_vicuna.training import encode, first_training_text, read_turns, training_text
 
 from llmpruner import DataError
-from llmpruner.data.instructions import load_examples, tokenise
+from llmpruner.families.chat import chat_prompt
+from llmpruner.recovery.examples import load_examples, tokenise
 
 DATA = Path(__file__).parents[1] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -115,15 +117,15 @@ def test_ids_and_labels(conversation: str, version: str) -> None:
         ({"conversations": [{"from": "human"}]}, "found from 'human'"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "found from 'alien'"),
         ({"conversations": ["a"]}, "found from None"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "nobody answers"),
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, "nobody answers"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "there is no answer"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "there is no answer"),
         (
             {"conversations": [{"from": s, "value": "a"} for s in ("human", "gpt", "gpt")]},
-            r"'gpt' speaks twice in a row \(turn 3\)",
+            "turn 3 is of 'gpt' again",
         ),
         (
             {"conversations": [{"from": s, "value": "a"} for s in ("gpt", "gpt", "human", "gpt")]},
-            "two answers stand before the first question",
+            "two answers come before the first question",
         ),
     ],
 )
@@ -145,6 +147,22 @@ def test_the_families_prompt_and_train_with_their_template() -> None:
     )
     assert "".join(a + b for a, b in exchanges) == expected["prompts"]["head/vicuna_v1.1"]["full"]
     assert [b for _, b in exchanges] == expected["train"]["v1.1 HEAD"]["span_texts"]
+
+
+def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:
+    templated = copy.deepcopy(tokenizer(False))
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    expected = PROMPTS["one_turn"]["prompts"]["head/vicuna_v1.1"]
+    assert chat_prompt(VicunaFamily(), templated, "What is pruning?") == (expected["generation"], False)
+    (tmp_path / "data.json").write_text(json.dumps([PROMPTS["one_turn"]]))
+    (text,) = load_examples(str(tmp_path / "data.json"), VicunaFamily(), templated).texts
+    assert "".join(a + b for a, b in text.turns) == expected["full"]
+    assert not text.has_special_tokens
+
+
+def test_a_system_message_takes_the_place_of_the_official_one() -> None:
+    ((prompt, answer),) = VicunaFamily().format_conversation([("What is pruning?", "Less.")], "Be brief.")
+    assert (prompt, answer) == ("Be brief. USER: What is pruning? ASSISTANT:", " Less.</s>")
 
 
 @pytest.mark.parametrize("name", ["v1.1", "v0-zero-shot"])
@@ -172,7 +190,8 @@ def test_chat_templates_render_the_same(name: str, conversation: str) -> None:
 @pytest.mark.parametrize("conversation", PROMPTS)
 def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, version: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([PROMPTS[conversation]]))
-    examples = load_examples(str(tmp_path / "data.json"), VicunaFamily())
-    (row,) = tokenise(examples, tokenizer("True" in version), cutoff=256, loss_on="answers")
+    chosen = tokenizer("True" in version)
+    examples = load_examples(str(tmp_path / "data.json"), VicunaFamily(), chosen)
+    (row,) = tokenise(examples, chosen, cutoff=256, loss_on="answers")
     assert row["input_ids"] == MASKS[conversation][version]["input_ids"]
     assert row["labels"] == MASKS[conversation][version]["labels"]

@@ -1,4 +1,4 @@
-"""Which units go may wait until the repair walks the dense model through their layer; the choice is the same."""
+"""Units can be chosen when the compensation comes to their layer, and the choice is the same as estimation's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
+from llmpruner.compensation.base import RepairTask
 from llmpruner.compensation.choose import Chooser, can_wait
-from llmpruner.compensation.repair import repair
+from llmpruner.compensation.refit import Refit
 from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
 from llmpruner.importance.depth import BlockInfluence
-from llmpruner.importance.elimination import Elimination
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
+from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.importance.taylor import Taylor
 from llmpruner.oracle.verify import random_plan
 from llmpruner.progress import Progress
@@ -57,7 +58,9 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("criterion", [OutputEnergy(), WandaSp(), Fluctuation(), Elimination()], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "criterion", [OutputEnergy(), WandaSp(), Fluctuation(), OptimalBrainSurgeon()], ids=lambda c: c.name
+)
 def test_criteria_of_inputs_can_wait(criterion):
     loaded = make("llama-gqa")
     assert can_wait(criterion, loaded.graph, groups_of(loaded, "mlp"))
@@ -82,7 +85,7 @@ def test_the_walk_of_the_repair_chooses_what_estimation_would(name, kinds):
     kept = plan_for(loaded, kinds)
     assert can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
     chooser = Chooser(OutputEnergy())
-    found = repair(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser=chooser).kept
+    found = Refit().repair(RepairTask(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser)).kept
     scores = estimate(loaded.model, loaded.graph, groups_of(loaded, kinds), OutputEnergy(), CALIBRATION).by_group
     for group in (loaded.graph.by_name[name] for name in kept):
         queue = build_queue(group, scores[group.name].tolist())
@@ -92,7 +95,7 @@ def test_the_walk_of_the_repair_chooses_what_estimation_would(name, kinds):
     assert chooser.choose_all(loaded.model, loaded.graph, kept, CALIBRATION, Progress()) == found
 
 
-@pytest.mark.parametrize("criterion", [OutputEnergy(), Elimination()], ids=lambda c: c.name)
+@pytest.mark.parametrize("criterion", [OutputEnergy(), OptimalBrainSurgeon()], ids=lambda c: c.name)
 @pytest.mark.parametrize("round_to", [1, 4])
 def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, criterion, round_to):
     settings = replace(SETTINGS, round_to=round_to)

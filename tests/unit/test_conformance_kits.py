@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pluggy
 import pytest
 import torch
+from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import (
@@ -18,11 +18,13 @@ from llmpruner import (
     ModelError,
     ModelFamily,
     ParameterSignals,
+    PluginError,
     RecoveryStrategy,
     Signal,
     TrainingResult,
     hookimpl,
 )
+from llmpruner.component import ComponentSettings
 from llmpruner.importance.magnitude import L1
 from llmpruner.oracle.tiny import random_instance
 from llmpruner.plugins.host import plugin_manager
@@ -85,11 +87,27 @@ def saliency(function: Any, *needs: Signal) -> type[ImportanceCriterion]:
     return broken(saliency=lambda self, signals: function(signals), needs=frozenset(needs or (Signal.WEIGHT,)))
 
 
+def of_products(need: Signal, value: Any = lambda product: product.inputs.sum(0)) -> type[ImportanceCriterion]:
+    return broken(
+        needs=frozenset({Signal.WEIGHT, need}),
+        measure=lambda self, product: {"it": value(product)},
+        saliency=lambda self, s: s.weight.abs() if s.products is None else s.over_inputs(s.products.sums["it"]),
+    )
+
+
+class Required(ComponentSettings):
+    power: float = Field(description="A setting that users would have to give.")
+
+
+class Undescribed(ComponentSettings):
+    power: float = 1.0
+
+
 class Counting(Good):
     """Remembers how many parameters it has seen."""
 
-    def __init__(self, variant: str | None = None) -> None:
-        super().__init__(variant)
+    def __init__(self, *settings: Any, **values: Any) -> None:
+        super().__init__(*settings, **values)
         self.seen = 0
 
     def saliency(self, signals: ParameterSignals) -> Any:
@@ -121,9 +139,10 @@ BROKEN_CRITERIA = [
     ("test_an_entry_point_registers_it", broken(name="l1"), r"'l1' is L1 of llmpruner, not Broken of test_conf"),
     (NAMED, broken(name="Good Idea"), "has the name 'Good Idea'; expected lower case"),
     (NAMED, broken(summary=""), "'good' has the summary ''; expected one line"),
-    (NAMED, broken(variants=["a"]), r"has the variants \['a'\]; expected a tuple"),
-    (NAMED, broken(variants=("a", "a")), "two variants of one name"),
-    (NAMED, broken(__init__=lambda self, variant=None: setattr(self, "variant", variant)), "accepts the variant"),
+    (NAMED, broken(Settings=Undescribed), "setting 'power' has no description"),
+    (NAMED, broken(Settings=Required), "setting 'power' has no default"),
+    (NAMED, broken(__init__=lambda self, **values: setattr(self, "settings", None)), "accepts a setting that it does"),
+    (NAMED, broken(kinds=frozenset({"expert"})), "scores no unit of the model that it is tested on"),
     (NAMED, broken(needs={"weight"}), r"needs \{'weight'\}; expected a frozenset of Signal"),
     (NAMED, broken(signed=1), "signed must be True or False"),
     (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency of '[\w.]+' has shape \(.*\), expected \(.*\)"),
@@ -133,6 +152,9 @@ BROKEN_CRITERIA = [
     (SALIENCY, broken(signed=True), "says that its saliencies are signed, and none of any parameter is negative"),
     (NEEDS, saliency(lambda s: s.weight * s.grad), r"saliency of '[\w.]+' raises TypeError.*so None: .*grad"),
     (NEEDS, saliency(lambda s: s.weight.abs(), Signal.WEIGHT, Signal.GRAD_SQ), "asks for grad_sq, and reads it of no"),
+    (NEEDS, of_products(Signal.PRODUCT_GRAD), "asks for output_grads, and reads it of no"),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.output_grads.sum(0)), "of 'a product in layer 0' raises Attr"),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.inputs.sum(0) / 0), "criterion good gives group .* not a fin"),
     (KEPT, saliency(lambda s: s.weight.abs_()), r"changes the model: parameter '[\w.]+'"),
     (SEEDED, saliency(lambda s: torch.rand(s.weight.shape)), r"other scores when run again: group '.*', unit 0 scores"),
     (SEEDED, Counting, r"other scores when run again: group '.*', unit \d+ scores"),
@@ -340,7 +362,9 @@ def test_a_model_class_that_no_entry_point_names_is_noticed(check, tmp_path, mon
 def test_a_check_that_was_not_possible_is_a_warning(monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
     monkeypatch.setattr(FamilyCase, "family", ModelFamily)
-    with pytest.warns(UserWarning, match="^attention, mlp, hidden, layer: not checked: sdpa attention: a small llama"):
+    with pytest.warns(
+        UserWarning, match="attention, mlp, hidden, layer: not checked: sdpa attention: a small llama cannot be built"
+    ):
         FamilyCase().test_every_cut_equals_silencing()
 
 
@@ -373,5 +397,5 @@ def test_a_host_refuses_what_is_no_plugin():
         def llmpruner_importance_criterions(self):
             return []
 
-    with pytest.raises(pluggy.PluginValidationError, match="unknown hook 'llmpruner_importance_criterions'"):
+    with pytest.raises(PluginError, match=r"criterions was skipped: .*; did you mean llmpruner_importance_criteria"):
         host_with(Misspelt())

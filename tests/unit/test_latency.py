@@ -1,4 +1,4 @@
-"""Latency: a table that says what was measured, and a cost that follows it."""
+"""Latency: a table of measured times, and a cost that follows from it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmpruner import PlanError, SelectionError, UnsupportedModelError
-from llmpruner.budgets import latency
-from llmpruner.budgets.costs import LatencyCost
-from llmpruner.budgets.latency import RUNS, WARM_UP, decode_one, falling, measure_latency
+from llmpruner.budgets.base import BudgetSubject
+from llmpruner.budgets.latency_cost import LatencyCost, LatencyTable
 from llmpruner.budgets.sizes import counts
+from llmpruner.budgets.timing import RUNS, WARM_UP, decode_one, falling, measure_latency
 from llmpruner.importance.magnitude import L1
 from llmpruner.models.decoding import Reading, sample_tokens
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
-from llmpruner.structure.plan import LatencyTable, PruningPlan, Target, Timing
+from llmpruner.structure.plan import PruningPlan, Target
 
 ALL = (0, 1, 2, 3)
 
@@ -31,8 +31,8 @@ def by_size(reading, token, path):
 
 
 def measured(loaded, kinds, stopwatch=by_size, context=12):
-    groups = loaded.graph.of_kinds(kinds)
-    return measure_latency(loaded.model, loaded.graph, groups, loaded.family, context, stopwatch=stopwatch)
+    subject = BudgetSubject(loaded.model, loaded.graph, loaded.graph.of_kinds(kinds), loaded.family)
+    return measure_latency(subject, context, stopwatch)
 
 
 def test_the_table_says_what_was_measured(gqa):
@@ -84,13 +84,15 @@ def test_hidden_channels_scale_every_layer_and_what_is_outside(gqa):
 
 
 def test_a_target_with_its_measurement_gives_the_same_bytes(gqa, monkeypatch):
-    monkeypatch.setattr(latency, "decode_one", by_size)
+    monkeypatch.setattr("llmpruner.budgets.timing.decode_one", by_size)
     settings = PruneSettings(
-        target=Target(by="ratio", amount=0.25, budget="latency", context=12), kinds=("mlp", "attention"), layers=ALL
+        target=Target(by="ratio", amount=0.25, budget="latency", settings={"context": 12}),
+        kinds=("mlp", "attention"),
+        layers=ALL,
     )
     first = make_plan(gqa, L1(), settings)
-    assert first.target.latency is not None
-    monkeypatch.setattr(latency, "decode_one", None)
+    assert LatencyTable.model_validate(first.target.measured).context == 12
+    monkeypatch.setattr("llmpruner.budgets.timing.decode_one", None)
     read = PruningPlan.parse(first.to_json(), "plan")
     assert read == first
     assert make_plan(gqa, L1(), replace(settings, target=read.target)).to_json() == first.to_json()
@@ -151,8 +153,8 @@ def test_layers_that_run_twice_cannot_be_timed(gqa):
 
 
 def test_the_table_of_another_model_is_refused(gqa):
-    other = LatencyTable(device="x", dtype="float32", context=1, timings=(Timing(layers=(0, 1), ms=1.0),))
-    target = Target(by="ratio", amount=0.2, budget="latency", latency=other)
+    other = {"device": "x", "dtype": "float32", "context": 1, "timings": [{"layers": "0-1", "ms": 1.0}]}
+    target = Target(by="ratio", amount=0.2, budget="latency", measured=other)
     with pytest.raises(PlanError, match="measured on another model"):
         make_plan(gqa, L1(), PruneSettings(target=target))
 

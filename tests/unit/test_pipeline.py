@@ -50,7 +50,6 @@ def test_a_plan_for_another_model_is_refused(gqa, loaded):
     [
         ({"unknown": 1}, "unknown: Extra inputs"),
         ({"seed": "x"}, "seed: Input should be a valid integer"),
-        ({"schema_version": 2}, "schema_version"),
     ],
 )
 def test_a_malformed_plan_says_where(gqa, tmp_path, change, message):
@@ -58,6 +57,25 @@ def test_a_malformed_plan_says_where(gqa, tmp_path, change, message):
     (tmp_path / "plan.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(PlanError, match=f"is not a pruning plan: {message}"):
         PruningPlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_plan_of_another_version_asks_for_a_new_one(gqa, version):
+    values = json.loads(make_plan(gqa, L1(), PruneSettings(target=RATIO)).to_json())
+    old = {**values, "schema_version": version, "gone": 1}
+    with pytest.raises(PlanError, match=f"^p is a plan of version {version}, and this .* reads version 2; make a new"):
+        PruningPlan.parse(json.dumps(old), "p")
+
+
+def test_a_plan_records_the_settings_that_it_replays_with(gqa):
+    settings = PruneSettings(target=RATIO, samples=3, length=16, compensate="refit")
+    values = json.loads(make_plan(gqa, Taylor(), settings).to_json())
+    assert values["estimation"]["settings"] == {"variant": "element1"}
+    assert values["selection"]["allocation"] == "uniform"
+    written = {"self": {"passage": 64, "batch": 128}}
+    assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
+    recorded = {name: values["compensation"][name] for name in ("name", "settings", "calibration", "samples", "length")}
+    assert recorded == {"name": "refit", "settings": {"mix": 0.5}, "calibration": "self", "samples": 3, "length": 16}
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)
@@ -81,7 +99,7 @@ def test_steps_measure_again(gqa):
     assert make_plan(gqa, Taylor(), base).cuts != make_plan(gqa, Taylor(), replace(base, steps=4)).cuts
 
 
-def test_less_than_one_unit_is_said(gqa):
+def test_less_than_one_unit_is_refused(gqa):
     with pytest.raises(SelectionError, match="less than one unit"):
         make_plan(gqa, L1(), PruneSettings(target=Target(by="ratio", amount=1e-5)))
 

@@ -1,0 +1,251 @@
+"""Proof that a move of code changes no result: the same commands with two checkouts of this repository, compared.
+
+    python -m benchmarks.same_results OTHER_CHECKOUT                every job; writes results/same_results.json
+    python -m benchmarks.same_results OTHER_CHECKOUT --only dense   jobs with this in their name; writes nothing
+
+A job is one ``llmpruner prune`` of the demo model or of a tiny random model (dense, fused projections, mixture of
+experts, ChatGLM-6B). It is equal when both plans have the same target and keep the same units of every group, and the
+written safetensors hold the same tensors: names, dtypes, shapes and bytes. It is equal, too, when both refuse it (exit
+code 2); both reasons are recorded. Any other exit code is a difference. Exits with 1 when there is one.
+
+All jobs of a checkout run in one process of their own, this checkout's first, each with OMP_NUM_THREADS threads, or 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from .measure import as_json, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "same_results.json"
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
+PLUGINS = ("llama", "vicuna", "chatglm")
+PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{name}": f"plugins/{name}" for name in PLUGINS}}
+"""Package → its folder in a checkout."""
+SPELLINGS = {"llmpruner/api.py": {"--family auto ": ""}}
+"""A file by which a version is recognised → words of the jobs below, and what stands for them in that version."""
+
+TEXT, BLOCK = "--samples 8 --length 32", "--kinds attention,mlp"
+ON_DEMO = {"best": "--ratio 0.2 --samples 16 --length 128", "llm-pruner": "--method llm-pruner --ratio 0.2"}
+ON_TINY = {
+    "l2": "--importance l2 --ratio 0.2",
+    **{f"taylor {variant}": f"--importance taylor --variant {variant} --ratio 0.2 {TEXT}"
+       for variant in ("element1", "element2", "mix", "vector")},
+    "energy, refit": f"--ratio 0.2 {TEXT}",
+    "obs, refit": f"--importance obs --compensate refit --ratio 0.2 {TEXT}",
+    "flap, bias": f"--importance flap --compensate bias --ratio 0.2 {TEXT}",
+    "attention and mlp": f"--importance taylor {BLOCK} --ratio 0.2 {TEXT}",
+    "attention and mlp, refit": f"{BLOCK} --ratio 0.2 {TEXT}",
+    "query": "--importance l2 --kinds query --ratio 0.05",
+    "hidden": f"--importance taylor --kinds hidden --ratio 0.2 {TEXT}",
+    "expert": f"--importance taylor --kinds expert --ratio 0.2 {TEXT}",
+    "layer": f"--kinds layer --ratio 0.4 {TEXT}",
+    "global": f"--importance l2 {BLOCK} --allocation global --normalize cost --ratio 0.2",
+    "search": f"--allocation search --ratio 0.2 {TEXT}",
+    "bytes": f"--importance l2 {BLOCK} --budget bytes --ratio 0.1",
+    "macs": f"--importance l2 {BLOCK} --budget macs --allocation global --normalize cost --ratio 0.1",
+    "kv-cache": "--importance l2 --kinds attention --budget kv-cache --ratio 0.25",
+    "steps": f"--importance taylor {BLOCK} --steps 2 --ratio 0.2 {TEXT}",
+    "unit-ratio": f"--importance l2 {BLOCK} --unit-ratio 0.25",
+}  # fmt: skip
+"""Name → options of ``prune``; no option without effect, which a version may refuse."""
+ON_PLUGINS_MODELS = {
+    **{name: f"--importance {name} --ratio 0.2" for name in ("random", "l1")},
+    **{name: f"--importance {name} --ratio 0.2 {TEXT}" for name in ("wanda-sp", "activation", "pca")},
+    "block-influence": f"--importance block-influence --kinds layer --ratio 0.4 {TEXT}",
+    **{f"global, {how}": f"--importance l2 {BLOCK} --allocation global --normalize {how} --ratio 0.2"
+       for how in ("mean", "max", "sum", "zscore", "parameters")},
+    **{f"reduction {how}": f"--importance l2 --reduction {how} --ratio 0.2" for how in ("mean", "max", "prod", "last")},
+    "sensitivity": f"--importance l2 --allocation sensitivity --ratio 0.2 {TEXT}",
+    "layers of choice": "--importance l2 --layers 0,2 --ratio 0.1",
+    "rounded": "--importance l2 --round-to 8 --ratio 0.2",
+    "seed": f"--seed 3 --ratio 0.2 {TEXT}",
+    "parameters": f"--importance l2 {BLOCK} --budget parameters --ratio 0.1",
+    "target-params": "--importance l2 --target-params 100K",
+}  # fmt: skip
+"""More, for the models that a plugin knows; where discovery has to prove every cut first, a job takes seconds."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT", help="folder of another checkout")
+    parser.add_argument("--only", default="", metavar="TEXT", help="jobs whose name has this; nothing is written")
+    options = parser.parse_args()
+    checkouts = {"this": ROOT, "other": options.other.resolve()}
+    if checkouts["other"] == ROOT or not all((checkouts["other"] / place).is_dir() for place in PACKAGES.values()):
+        parser.error(f"'{options.other}' is not another checkout of this repository")
+    commits = {name: commit(checkout) for name, checkout in checkouts.items()}
+    chosen = {name: words for name, words in jobs().items() if options.only in name}
+    if not chosen:
+        parser.error(f"no job has '{options.only}' in its name")
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as work:
+        make_models(Path(work) / "models")
+        this, other = (run(checkout, Path(work) / name, chosen) for name, checkout in checkouts.items())
+    seconds = round(time.monotonic() - started)
+    compared = {name: {"command": words, **compare(this[name], other[name])} for name, words in chosen.items()}
+    wrong = [f"{name}: {job['difference']}" for name, job in compared.items() if not job["equal"]]
+    for model in sorted({name.split(":")[0] for name in chosen}):
+        if all(this[name]["exit"] for name in chosen if name.startswith(model)):
+            wrong.append(f"{model}: no job prunes, which proves nothing")
+    if not options.only:
+        about: dict[str, Any] = {"command": "python -m benchmarks.same_results OTHER_CHECKOUT", "machine": machine()}
+        about |= {"threads": THREADS, "seconds": seconds, "commits": commits}
+        RESULTS.write_text(as_json({**about, "jobs": compared}), encoding="utf-8")
+    refused = sum("refused" in job for job in compared.values())
+    equal = sum(job["equal"] for job in compared.values())
+    print(*wrong, f"{equal} of {len(chosen)} jobs equal, {refused} of them refused by both; {seconds} s", sep="\n")
+    sys.exit(bool(wrong))
+
+
+def make_models(folder: Path) -> None:
+    """Tiny models below ``folder``: the same weights each time, large enough that all of them matter."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2MoeConfig, logging
+
+    logging.disable_progress_bar()
+    sizes = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    experts = {"num_experts": 6, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 64}
+    configs = {
+        "dense": LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),
+        "fused": Phi3Config(**sizes),
+        "experts": Qwen2MoeConfig(**sizes, **experts, num_experts_per_tok=2),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(*((1.0, 0.2) if parameter.ndim == 1 else (0.0, 0.4)))
+        model.save_pretrained(folder / name)
+    # Random weights in the format of the release, which the plugin's own reader reads.
+    shutil.copytree(ROOT / "tests" / "data" / "chatglm_v1", folder / "chatglm")
+
+
+def jobs() -> dict[str, str]:
+    """``MODEL: NAME`` → the words after ``llmpruner prune``."""
+    found = {f"demo: {name}": f"demo {words}" for name, words in ON_DEMO.items()}
+    for model in ("dense", "chatglm"):
+        for name, words in {**ON_TINY, **ON_PLUGINS_MODELS}.items():
+            found[f"{model}: {name}"] = f"models/{model} --no-tokenizer {words}"
+    for model in ("fused", "experts"):
+        found |= {f"{model}: {n}": f"models/{model} --family auto --no-tokenizer {w}" for n, w in ON_TINY.items()}
+    return found
+
+
+def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What `prune` finds for each job with the code of ``checkout``, in a process that works in ``folder``."""
+    folder.mkdir()
+    links = {name: checkout / place for name, place in PACKAGES.items()}
+    for name, target in {**links, "benchmarks": ROOT / "benchmarks", "models": folder.parent / "models"}.items():
+        (folder / name).symlink_to(target, target_is_directory=True)
+    text = json.dumps(dict(chosen))
+    for old, new in [pair for file, table in SPELLINGS.items() if (checkout / file).exists() for pair in table.items()]:
+        text = text.replace(old, new)
+    (folder / "jobs.json").write_text(text, encoding="utf-8")
+    settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": THREADS}
+    code = f"from benchmarks.same_results import inside; inside({str(checkout)!r})"
+    environment = {**os.environ, **settings, "PYTHONPATH": str(folder)}
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
+    found: dict[str, dict[str, Any]] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return found
+
+
+def inside(checkout: str) -> None:
+    """The child: from ``jobs.json`` in the working directory to ``found.json``."""
+    for package in PACKAGES:
+        file = Path(str(import_module(package).__file__)).resolve()
+        if not file.is_relative_to(checkout):
+            raise SystemExit(f"{package} is imported from {file}, not from {checkout}")
+    found = {}
+    for name, words in json.loads(Path("jobs.json").read_text(encoding="utf-8")).items():
+        started = time.monotonic()
+        found[name] = prune(words.split(), Path("pruned"))
+        took = f"exit code {found[name]['exit']}, {time.monotonic() - started:.1f} s"
+        print(f"{Path.cwd().name} checkout, {name}: {took}", file=sys.stderr)
+    Path("found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def prune(words: list[str], output: Path) -> dict[str, Any]:
+    """``exit`` code of ``llmpruner prune WORDS``; then ``target``, ``kept`` (group → units) and ``tensors`` (name →
+    digest) of what it wrote, or the ``reason`` why it wrote nothing."""
+    from llmpruner.cli import main as llmpruner
+
+    line = ["llmpruner", "prune", *words, "-o", str(output), "--json"]
+    shown, errors, code = StringIO(), StringIO(), 0
+    with patch.object(sys, "argv", line), redirect_stdout(shown), redirect_stderr(errors):
+        try:
+            llmpruner()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception as error:  # a crash is a result, too, and the other jobs go on
+            code = 1
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+    try:
+        if code:
+            return {"exit": code, "reason": " ".join(errors.getvalue().rpartition("error:")[2].split())}
+        plan = json.loads(shown.getvalue())["plan"]
+        kept = {group: cut["kept"] for group, cut in plan["cuts"].items()}
+        # Plans of later versions record a budget's settings and measurements in other fields.
+        target = {key: plan["target"].get(key) for key in ("by", "amount", "budget")}
+        return {"exit": code, "target": target, "kept": kept, "tensors": digests(output)}
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Tensor → SHA-256 of its dtype, shape and bytes."""
+    from safetensors import deserialize
+
+    read: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
+    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in read(file.read_bytes())]
+    return {name: digest([t["dtype"], t["shape"], hashlib.sha256(t["data"]).hexdigest()]) for name, t in tensors}
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def compare(this: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """``equal``, and the common ``digest``, both reasons why it is ``refused``, or the ``difference`` in words."""
+    codes = [this["exit"], other["exit"]]
+    if codes == [2, 2]:
+        return {"equal": True, "refused": [this["reason"], other["reason"]]}
+    if codes != [0, 0]:
+        reasons = [f"exit code {side['exit']} ({side.get('reason', 'pruned')})" for side in (this, other)]
+        return {"equal": False, "difference": " and ".join(reasons)}
+    for part in ("target", "kept", "tensors"):
+        names = sorted(n for n in {*this[part], *other[part]} if this[part].get(n) != other[part].get(n))
+        if names:
+            return {"equal": False, "difference": f"{part}: {len(names)} differ, {', '.join(names[:3])} first"}
+    return {"equal": True, "digest": digest(this)}
+
+
+def commit(checkout: Path) -> str:
+    """The commit of a checkout; ``-dirty`` follows where its files differ from it."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Settings for those in no hurry about quality."""
+
+from llmpruner import Method
+
+
+class Cautious(Method):
+    name = "cautious"
+    summary = "Wanda over structures on few samples, compensated, the middle half of the model"
+
+    def defaults(self, asked, *, writes):
+        samples = 4 if writes else 8
+        return {"importance": "wanda-sp", "compensate": "refit", "samples": samples, "length": 16}
