@@ -59,6 +59,6 @@ def test_the_layer_is_the_middle_one_unless_it_is_chosen():
 
 def test_names_from_the_model_are_escaped():
     shapes = {"layers.0.<b>": (6, 8)}
-    group = CoupledGroup("mlp", "<i>", 6, (Span("layers.0.<b>", 0, Role.PRODUCES, Blocks(6)),), layer=0)
+    group = CoupledGroup("layers.0.mlp", "<i>", 6, (Span("layers.0.<b>", 0, Role.PRODUCES, Blocks(6)),), layer=0)
     drawn = BlockSection().render(ReportSubject("title", CouplingGraph((group,), shapes, "layers")))
     assert "<b>&lt;i&gt;</b>" in drawn and "layers.0.&lt;b&gt;" in drawn and "<i>" not in drawn
