@@ -46,7 +46,7 @@ def adapter_base(path: Path) -> str | None:
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
-    """``model`` with the peft adapter in directory ``path`` upon it, as a peft model in evaluation mode.
+    """``model`` with the peft adapter in directory ``path``, as a peft model in evaluation mode.
 
     Raises `CheckpointError` when the adapter is damaged or belongs to another model.
     """

@@ -1,4 +1,4 @@
-"""``llmpruner.json``: what a checkpoint says of how it was made."""
+"""``llmpruner.json``: the record of how a checkpoint was made."""
 
 from __future__ import annotations
 

@@ -35,19 +35,19 @@ def save_checkpoint(
     extra_files: Sequence[Path] = (),
     stock_only: bool = False,
 ) -> Literal["stock", "shim"]:
-    """Write ``model`` to the new ``directory`` and say in which form.
+    """Write ``model`` to the new ``directory``; returns the form.
 
     *stock*: a configuration of transformers states it exactly; transformers alone loads it.
     *shim*: its layers differ, and the directory carries ``modeling_llmpruner.py``. Either form is rebuilt
     first, sharing the weights, and must give the same logits as ``model`` on its ``dummy_inputs``.
 
     ``record``: JSON values, written to ``llmpruner.json`` beside the weights; None writes no such file.
-    ``family``: asked for further stock configurations.
+    ``family``: may propose further stock configurations.
     ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
     ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
 
     Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights
-    that are not finite and for a model that no configuration and record can state. Nothing is left behind.
+    that are not finite and for a model that no configuration and record can state. ``directory`` does not exist then.
     """
     _check_weights(model)
     shell, form = _shell(model, family)
@@ -142,7 +142,7 @@ def _check_weights(model: PreTrainedModel) -> None:
             raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        # Smallest and largest carry NaN along, and need no copy of the tensor.
+        # Smallest and largest value are NaN where any value is, and need no copy of the tensor.
         if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor.detach())):
             raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
 

@@ -82,7 +82,7 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, with the shapes and, for every axis that is not offered, the reason."""
     found, reasons, traced = _named(trace(config))
     if any(n.layer is None and n.kind != HIDDEN for n in found) and _is_shallow(traced):
-        # Something couples several layers: what was seen in one layer does not stand for the others.
+        # Something couples several layers, so one traced layer does not represent the others.
         found, reasons, traced = _named(trace(config, shallow=False))
     found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
     model = meta_model(config)
@@ -132,7 +132,7 @@ def _pass(
 
 
 def _has_an_end(family: Family) -> bool:
-    """Whether something reads the units: what nothing reads cannot be silenced, so not be checked either."""
+    """Whether a weight consumes the units, or a router chooses them: others cannot be silenced, and so not checked."""
     return Mark.ROUTED in family.marks or any(s.role is Role.CONSUMES for s in family.shares)
 
 
@@ -150,11 +150,11 @@ def _name(family: Family, traced: Trace) -> Named:
 
 
 def _latent(found: list[Named]) -> list[Named]:
-    """Tell MLP channels from channels inside an attention module."""
+    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
     attention = {
         (n.layer, _common_module(n.family)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.family.marks
     }
-    # Where a block is one flat module, nothing tells its parts from each other.
+    # Where a whole layer is one flat module, the paths do not separate its parts.
     attention = {(layer, path) for layer, path in attention if not path.endswith(f".{layer}")}
     return [
         replace(n, kind=LATENT)
@@ -212,7 +212,7 @@ def _group(
 ) -> CoupledGroup:
     family = named.family
     blocks = family.blocks if family.units % family.blocks == 0 else 1
-    # As many experts as are chosen at a time must be left even where all come from one block.
+    # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (family.minimum if Mark.ROUTED in family.marks else 1)
     multiple = _alignment(family)
     return CoupledGroup(name, named.kind, family.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
@@ -260,7 +260,7 @@ def _renumber(parameter: str, layers: str, number: int) -> str:
 
 
 def _everywhere(parameter: str, traced: Trace) -> list[str]:
-    """The parameter in every real layer that its traced layer stands for."""
+    """The names of the parameter in all real layers that its traced layer represents."""
     layer = _layer_of(parameter, traced.layers)
     if layer is None:
         return [parameter]

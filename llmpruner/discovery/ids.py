@@ -17,17 +17,17 @@ Ids = npt.NDArray[np.int64]
 FIXED = -1
 """Cannot be removed: a position in the batch or in time, or inside a head."""
 TABLE = -2
-"""One entry per index of a computed constant (ALiBi slopes, sinusoids): it has to follow whatever is cut."""
+"""An index of a computed constant (ALiBi slopes, sinusoids): it is cut along with the axis that it is tied to."""
 FREE = -3
 """A copy of one value; any number of copies will do."""
 
 
 class Mark(str, Enum):
-    """What happens to an identity on its way through the model."""
+    """What a pass through the graph found about an identity."""
 
     BLOCKED = "blocked"
     CONSUMED = "consumed"
-    """A weight contracts it with an activation: zeroing it there silences it."""
+    """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
     RMS = "rms"
     """It is an element of the weight of an RMS norm."""
     LAYER_NORM = "layer norm"
@@ -37,12 +37,8 @@ class Mark(str, Enum):
     ROUTED = "routed"
     """A top-k choice is made among these identities: experts."""
     SOFTMAX = "softmax"
-    """A softmax runs over these identities, which only routing survives."""
+    """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
     VOCABULARY = "vocabulary"
-    NORMED = "normed"
-    """An RMS norm runs over these identities."""
-    TABLE = "table"
-    """A computed table has an entry for it."""
 
 
 @dataclass
@@ -72,7 +68,6 @@ class Identities:
             self._edges.append((left[both], right[both]))
         for mine, other in ((left, right), (right, left)):
             self.mark(mine[other == FIXED], Mark.BLOCKED, reason)
-            self.mark(mine[other == TABLE], Mark.TABLE)
         known = np.where(left >= 0, left, right)
         stuck = (left == FIXED) | (right == FIXED)
         return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))

@@ -33,8 +33,8 @@ _TORCH = Path(torch.__file__).parent
 class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
     ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
-    ``streams``: how many tensors a layer is given that are of hidden width or come from the layer before; more
-    than the residual stream alone means that a layer cannot simply be left out."""
+    ``streams``: how many tensors a layer is given that are of hidden width or were returned by the layer before; where
+    it is more than one, the residual stream, a layer cannot be removed by passing its input on."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -59,7 +59,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         model = meta_model(config)
     except LlmprunerError:
         raise
-    except Exception as error:  # whatever a third-party constructor raises, the answer is the same
+    except Exception as error:  # third-party constructors raise anything
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
@@ -114,23 +114,23 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
 
 @contextlib.contextmanager
 def _without_graph() -> Iterator[None]:
-    """Keep the graph that a failing `torch.export` prints (and hands over as ``partial_fx_graph``; nothing turns that
-    off) from standard error. Whatever else is said there still comes out, at the end; errors pass."""
-    said, graph = io.StringIO(), None
+    """Leave out of standard error the graph that a failing `torch.export` prints (and attaches to the exception as
+    ``partial_fx_graph``); no option turns that off. Everything else is printed at the end; exceptions pass."""
+    printed, graph = io.StringIO(), None
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             yield
     except Exception as error:
         graph = getattr(error, "partial_fx_graph", None)
         raise
     finally:
-        rest = said.getvalue() if graph is None else said.getvalue().replace(f"{graph}\n", "")
+        rest = printed.getvalue() if graph is None else printed.getvalue().replace(f"{graph}\n", "")
         sys.stderr.write(rest)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by ones without storage that pretend to be on the CPU: on the meta device, constants
-    that the forward makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
+    """Replace all tensors by fake ones without storage on the CPU: on the meta device, constants that the forward pass
+    makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Drop every decoder layer that looks like an earlier one; returns kept position → numbers represented."""
+    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns position of each
+    layer that stays → the numbers of those that it represents."""
     modules = model.get_submodule(layers)
     if not isinstance(modules, nn.ModuleList):
         return {}

@@ -43,7 +43,6 @@ class Share:
 class Family:
     """Like units: every one owns the same amount of the same axes, of parameters (``shares``) and ``buffers``."""
 
-    root: int
     shares: tuple[Share, ...]
     buffers: tuple[Share, ...]
     marks: frozenset[Mark]
@@ -56,7 +55,7 @@ class Family:
 
 
 def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
-    """All sets of like units that can be removed, and for the axes that belong to none, why."""
+    """All sets of like units that can be removed; and (parameter, axis) → reason, for axes that belong to none."""
     parts = run.ids.components()
     slots = list(run.parameters)
     owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
@@ -70,7 +69,7 @@ def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
     roots, owner, index = roots[open_][order], owner[open_][order], index[open_][order]
     offsets = _offsets(run)
     found = []
-    for (signature, pattern), members in _like(roots, owner, parts).items():
+    for (_, pattern), members in _like(roots, owner, parts).items():
         matrix = np.stack([index[a:b] for a, b in members])
         matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
         shares, column = [], 0
@@ -83,11 +82,10 @@ def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
             column += width
         root = int(roots[members[0][0]])
         marks = frozenset(m for m in Mark if parts.marked[m][root])
-        del signature
         own = tuple(s for s in shares if s.parameter not in run.buffers)
         if own:
             buffers = tuple(s for s in shares if s.parameter in run.buffers)
-            found.append(Family(root, own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
+            found.append(Family(own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
     return found, reasons
 
 

@@ -1,4 +1,4 @@
-"""ModelFamily: everything that llmpruner needs to know about one kind of model, and nothing about the stages."""
+"""ModelFamily: the structure of one model architecture, what must follow a cut, and its text format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelFamily(Component):
     extends: ClassVar[str | None] = None
     """Name of the family this one specialises; when both match a model, this one wins."""
     protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
-    """Share of layers at either end that are left alone unless the user selects layers: the first and last
+    """Share of layers at either end that is not pruned unless the user selects layers: the first and last
     three of 30, as LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
     answer_separator: ClassVar[str | None] = None
     """Text between prompt and answer in `training_pair`; None: a blank, unless there is white space already."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     """The coupling graph of a dense model: the family's groups, checked against the shapes of an instance that
-    is built on the meta device, so that it costs no memory whatever the size.
+    is built on the meta device, which takes no memory for weights.
 
     Where the family's groups come from discovery, adjusted or not, ``blocked`` lists the axes that discovery found no
     units on and that no group owns.

@@ -1,4 +1,4 @@
-"""Cut copies of a model at work: for costs that shapes cannot tell."""
+"""A model that reads tokens with a key/value cache: for costs that are measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Reading:
-    """A model with the cache of what it has read so far."""
+    """A model with the key/value cache of the tokens that it has read so far."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -27,14 +27,14 @@ class Reading:
 
     @torch.inference_mode()
     def read(self, tokens: torch.Tensor) -> None:
-        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot go on from a cache."""
+        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot use a cache."""
         options = {cache_argument(self.model): self.cache}
         with _in_one_line(self.model):
             self.model(input_ids=tokens.to(self.model.device), use_cache=True, **options)
 
     @torch.inference_mode()
     def again(self) -> Reading:
-        """Another reading that goes on from here."""
+        """A copy with a cache of its own, that has read the same tokens."""
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
         return other
@@ -61,5 +61,5 @@ def sample_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What ``forward`` calls its key/value cache; transformers is renaming it."""
+    """The argument of ``forward`` for the key/value cache, which newer versions of transformers rename."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

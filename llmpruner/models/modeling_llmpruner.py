@@ -4,7 +4,7 @@ A copy of this file lies in every checkpoint whose shapes no stock configuration
 ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs nothing but torch and
 transformers. Where llmpruner is installed, the same file serves its ``load_pruned`` and ``register``.
 
-``config.json`` is the configuration of the uniform model it was cut from, with the model type
+``config.json`` is the configuration of the uniform model that was cut, with the model type
 ``llmpruner_<base type>`` and a record of what differs::
 
     "llmpruner": {
@@ -17,8 +17,8 @@ transformers. Where llmpruner is installed, the same file serves its ``load_prun
       "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
     }
 
-There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when asked
-for. The module of a base class outside transformers is copied beside this file, with what it imports
+There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
+used. The module of a base class outside transformers is copied beside this file, with what it imports
 relatively, and imported at the end of the copy; such a module may import only torch and transformers.
 """
 
@@ -53,7 +53,8 @@ _COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_lay
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _LAST = re.compile(r"layer_end_index$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""How configurations speak of layers: how many there are, how many at the start, up to which, and which."""
+"""Attributes of configurations that hold a number of layers, a number of first layers, the number of a last layer, and
+lists of layer numbers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -79,8 +80,8 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Keep only the layers ``kept`` (increasing numbers) of the list ``path``; what counts layers follows.
 
-    What it takes to do the same to a new instance is remembered as ``model.layers_kept``: a configuration may be
-    unable to say which layers stayed, because it derives their types from a period or counts from the end.
+    ``model.layers_kept`` records what is needed to do the same to a new instance: a configuration cannot always state
+    which layers stayed, because it derives their types from a period or counts from the end.
     """
     layers: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
@@ -106,7 +107,7 @@ def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreT
 
 
 def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
-    """Make what ``config`` says of its ``count`` layers true of those ``kept``; returns what it said before."""
+    """Change what ``config`` states of its ``count`` layers to hold for those ``kept``; returns the values before."""
     before: dict[str, Any] = {}
     lists = per_layer_lists(config, count)
     for name, value in [(n, v) for n, v in vars(config).items() if not n.startswith("_")]:
@@ -136,7 +137,7 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
 
 
 def derive_lists(config: PreTrainedConfig) -> None:
-    """Let ``config`` derive again what `drop_layers` made it state."""
+    """Undo the class of its own that `drop_layers` gave ``config``: lists are derived from a period again."""
     while _DERIVING in vars(type(config)):
         config.__class__ = vars(type(config))[_DERIVING]
 
@@ -150,8 +151,8 @@ def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]
 
 
 def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept: Sequence[int]) -> None:
-    """From now on pass ``module`` only the ``kept`` of every ``units`` entries of an argument along ``axis``:
-    what the rest of the model computes for all heads (ALiBi slopes) reaches the heads it belongs to."""
+    """From now on ``module`` is given only the ``kept`` of every ``units`` entries of an argument along ``axis``: of
+    what the rest of the model computes for all heads (ALiBi slopes), the entries of the heads that stay."""
     earlier = getattr(module, SLICED, None)
     if earlier is None:
         module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
@@ -178,7 +179,7 @@ def _resize(
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     old = table[leaf]
-    # Tied parameters are one object and must stay one. The old one is kept, lest its id be reused.
+    # Tied parameters are one object and must stay one. Keeping the old one prevents that its id is used again.
     if id(old) not in resized:
         if len(shape) != old.ndim or any(n > m for n, m in zip(shape, old.shape, strict=True)):
             raise ValueError(f"the pruned shape of {name} {shape} does not fit into {tuple(old.shape)}")
@@ -208,9 +209,9 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Show stock code the uniform model of all layers that is resized, not what is left of it.
+    """Let ``config`` describe the uniform model with all layers, before it is resized, for code of transformers.
 
-    ``per_layer_config`` is hidden too: code that reads the global sizes would warn.
+    ``per_layer_config`` is taken out too: code that reads the global sizes would warn.
     """
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
@@ -340,7 +341,7 @@ def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
 
 
 class _OnDemand:
-    """Stands for a pruned model type until a configuration of that type is read, which builds the classes."""
+    """Registered for a pruned model type; builds the classes when a configuration of that type is read."""
 
     model_type: str
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def computes_bfloat16_fast(model: nn.Module) -> bool:
-    """Whether this device has units for bfloat16 products, and the model is in float32 so that they would help."""
+    """Whether the model is in float32, and its device multiplies faster in bfloat16."""
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32:
         return False
@@ -20,7 +20,7 @@ def computes_bfloat16_fast(model: nn.Module) -> bool:
 
 
 def _processor() -> Mapping[str, Any]:
-    """What torch knows of this processor. Older versions tell less of it."""
+    """What torch reports of this processor: older versions report less."""
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}

@@ -1,4 +1,4 @@
-"""Applying a plan to a model: one cut per parameter (or buffer) and axis, and its exact mirror image, silencing.
+"""Applying a plan to a model: removing units (`cut`), or setting to zero what they contribute (`silence`).
 
 ``kept`` maps group names to the units that stay; a group that is not named keeps everything. All functions change
 the model in place and work on the meta device too.
@@ -128,8 +128,8 @@ def cut_copy(
     family: Follows,
     instead: Mapping[str, nn.Parameter] | None = None,
 ) -> PreTrainedModel:
-    """A copy of ``model`` cut to ``kept``. It shares the weights that stay whole, so it takes only the memory of what
-    is left of the others. ``instead``: parameters, by name, that stand in for the model's own before the cut."""
+    """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
+    ones. ``instead``: parameters, by name, that replace the model's own before the cut."""
     # Norms over cut units are rescaled in place.
     rescaled = {span.parameter for group in graph.groups for span in group.spans_with(Role.NORM)}
     shared = {id(p): p for name, p in model.named_parameters() if name not in rescaled}

@@ -1,4 +1,4 @@
-"""A small model of the same architecture: its configuration shrunk by what its numbers mean."""
+"""A small model of the same architecture: its configuration with smaller numbers, by what each of them means."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
     key/value heads where they are shared; odd, so that other sizes are no multiples of them. What is equal in
     ``config`` stays equal, and flags stay as they are.
     """
-    register_model_class(config)  # the small one no longer says where its class comes from
+    register_model_class(config)  # the small configuration has lost the reference to the code of its class
     if getattr(config, "is_heterogeneous", False):
-        # Sizes that differ between layers are read as what they are globally.
+        # Sizes that differ between layers are replaced by the global ones.
         config = copy.deepcopy(config)
         config.per_layer_config = None
     values = _shrink(config, layers, heads)

@@ -306,8 +306,8 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
 
 
 def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
-    """As many of a model's layers, of ``types``, an attention layer among them where it has one: without, nothing
-    in the cache of transformers counts the tokens, and generation raises."""
+    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
+    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
     attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
     if not attention or set(attention) & set(layers):
         return layers
@@ -397,7 +397,7 @@ def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTraine
     try:
         return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
     except LlmprunerError as error:
-        # Its experts may still have fused kernels.
+        # Where attention has no fused kernel, experts may have one.
         return {**models, "fused experts": _instance(config, seed, "eager", None)}, [f"sdpa attention: {error}"]
 
 
