@@ -40,7 +40,7 @@ class Budget(Component):
     def measure(self, subject: BudgetSubject) -> Mapping[str, Any] | None:
         """JSON values that must be measured on this machine before the cost is known; None when shapes tell it.
 
-        They are recorded in the plan, so that a replayed plan is met without measuring again.
+        They are recorded in the plan, so that its replay counts the cost without measuring again.
         """
         del subject
         return None

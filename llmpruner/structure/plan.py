@@ -83,8 +83,8 @@ class Target(Frozen):
     remove; ``parameters``, the number of parameters to keep in all; ``units``, the share of the units of every group in
     scope to remove, as LLM-Pruner counts.
 
-    ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan; a target that
-    has it is met without measuring again, and so gives the same plan on any machine.
+    ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan, from which
+    the cost before and after the cut is computed wherever the plan is replayed, without measuring again.
     """
 
     by: Literal["ratio", "parameters", "units"]
