@@ -2,7 +2,8 @@
 
 Every function takes settings as keywords; they are those of the command of the same name, with the same defaults,
 bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
-``demo``), as the `Structure` that `discover` returned, or as the `Model` that `load` returned. Whatever can be refused is refused before weights are read.
+``demo``), as the `Structure` that `discover` returned, or as the `Model` that `load` returned. Whatever can be refused
+is refused before weights are read.
 """
 
 from __future__ import annotations
@@ -232,12 +233,9 @@ def evaluate(
     options = settings_from(EvaluateSettings, settings)
     job = evaluate_job(options, catalog)
     sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
-    compares = next((metric.label() for metric in job.metrics if metric.needs_reference), None)
+    compares = "--kl" if options.kl else next((m.label() for m in job.metrics if m.needs_reference), None)
     if compares and len(sources) == 1:
-        what = "--kl" if options.kl else compares
-        raise SettingsError(
-            f"{what} compares every model with the first one; name the dense model before '{_name(sources[0])}'"
-        )
+        raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
     opened = [_opened(source, load, catalog, progress) for source in sources]
     for each in opened:
         if not _has_tokenizer(each, catalog):
@@ -261,8 +259,6 @@ def generate(
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
     options = generate_job(settings_from(GenerateSettings, settings))
-    if not prompt:
-        raise DataError("the prompt is empty; give some text to continue")
     catalog = catalog or Catalog(plugin_manager())
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):

@@ -7,7 +7,10 @@ from typing import Annotated
 import typer
 import typer.main
 
+from typer.models import CommandInfo, TyperInfo
+
 from .. import __version__
+from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
 from . import demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, recover
@@ -69,28 +72,31 @@ def _version(value: bool) -> None:
 
 
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
-    """Add the commands and groups of every plugin. What Typer cannot build, and names that exist already, are left out
-    and recorded in ``host.broken``."""
+    """Add the commands and groups of every plugin. What Typer cannot build, and what has a name that exists already, is
+    left out and recorded in ``host.broken``."""
     owner = dict.fromkeys(_names(app), "llmpruner")
     for answer in host.call(_HOOK, lambda: {"app": typer.Typer()}, returns=False):
         plugin, own = answer.plugin or answer.wrappers[0], answer.arguments["app"]
         for kind in ("registered_commands", "registered_groups"):
-            for info in getattr(own, kind):
+            for command in getattr(own, kind):
                 alone = typer.Typer()
-                getattr(alone, kind).append(info)
-                problem, names = None, []
+                getattr(alone, kind).append(command)
                 try:
                     names = _names(alone)
-                    problem = next((f"command '{n}' exists already in {owner[n]}" for n in names if n in owner), None)
-                except Exception as error:  # a function that is no command can make Typer raise anything
-                    problem = f"Typer cannot make a command of it: {type(error).__name__}: {error}"
-                if problem:
-                    host.record(plugin, problem, _HOOK, getattr(info.callback, "__name__", None))
+                    for name in names:
+                        if name in owner:
+                            raise DuplicateNameError(f"command '{name}' exists already in {owner[name]}")
+                except Exception as error:  # Typer raises various things for a function that is no command
+                    host.record(plugin, f"{type(error).__name__}: {error}", _HOOK, _function(command))
                     continue
                 owner.update(dict.fromkeys(names, host.package_of(plugin)))
-                getattr(app, kind).append(info)
+                getattr(app, kind).append(command)
 
 
 def _names(app: typer.Typer) -> list[str]:
-    """The names of the commands and groups of an application."""
+    """The names of the commands and groups of an application, as they are typed."""
     return list(typer.main.get_group(app).commands)
+
+
+def _function(command: CommandInfo | TyperInfo) -> str:
+    return getattr(command.callback, "__name__", "a group")

@@ -25,8 +25,10 @@ class Page:
 
 
 def report_page(subject: ReportSubject, sections: Iterable[ReportSection]) -> Page:
-    """The page of ``sections`` about ``subject``, in the order that the sections declare. Raises `SettingsError` where a
-    section cannot use a setting for this model."""
+    """The page of ``sections`` about ``subject``, in the order that the sections declare.
+
+    Raises `SettingsError` where a section cannot use a setting for this model.
+    """
     parts, styles, warnings = [], [], []
     for section in sorted(sections, key=lambda one: (one.order, one.name)):
         # What a plugin's section raises is not known, and costs that section alone; a setting is the user's to mend.
