@@ -101,7 +101,7 @@ def test_steps_measure_again(gqa):
 
 
 def test_less_than_one_unit_is_refused(gqa):
-    with pytest.raises(SelectionError, match="less than one step of removal; ask for more"):
+    with pytest.raises(SelectionError, match="less than one unit of the selected groups; ask for more"):
         llmpruner.plan(gqa, ratio=1e-5, importance="l1")
     # By the stages, too, for budgets and allocations whose demand is known only while they run.
     with pytest.raises(SelectionError, match="less than one unit"):

@@ -53,7 +53,7 @@ def test_the_layer_is_the_middle_one_unless_it_is_chosen():
     assert "layers.1.up" in BlockSection().render(subject)
     chosen = BlockSection(layer=0).render(subject)
     assert "layers.0.up" in chosen and "layers.1.up" not in chosen
-    with pytest.raises(SettingsError, match="layer = 3: the model has the layers 0-2"):
+    with pytest.raises(SettingsError, match="layer 3: the model has the layers 0-2"):
         BlockSection(layer=3).render(subject)
 
 
