@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 import typer.main
-
 from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
