@@ -26,7 +26,23 @@ def test_plugins_as_a_table(run):
     result = run("plugins")
     assert result.code == 0 and result.err == ""
     line = next(line for line in result.out.splitlines() if " taylor " in line)
-    assert "criterion" in line and "llmpruner" in line and "element1, element2, mix, vector" in line
+    assert "criterion" in line and "llmpruner" in line and "Taylor expansion" in line
+
+
+def test_plugins_shows_what_a_component_can_be_set_to(run):
+    (taylor,) = run("plugins", "taylor", "--json").json()
+    (variant,) = taylor["settings"]
+    assert (taylor["kind"], variant["key"], variant["default"]) == ("criterion", "variant", "element1")
+    assert variant["type"] == "element1 | element2 | mix | vector"
+    shown = run("plugins", "lora")
+    assert shown.code == 0 and "recovery strategy of llmpruner" in shown.out
+    line = next(line for line in shown.out.splitlines() if "lora.rank" in line)
+    assert "int" in line and "8" in line and "≥ 1" in line and "Rank" in line
+
+
+def test_a_component_that_does_not_exist_has_near_misses(run):
+    missed = run("plugins", "tailor")
+    assert missed.code == 2 and missed.err.startswith("error: unknown component 'tailor'; did you mean taylor?")
 
 
 def test_discover_as_json(run, dense):
@@ -86,13 +102,14 @@ def test_kinds(run, dense, kinds, amount):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_with_every_reduction(run, dense, criterion):
     name, _, variant = criterion.partition(":")
-    options = [*(("--variant", variant) if variant else ()), "--samples", 2, "--length", 16]
+    options = ["--variant", variant, "--samples", 2, "--length", 16] if variant else []
     for reduction in REDUCTIONS:
         found = run(
             "plan", dense, "--ratio", 0.2, "--importance", name, *options, "--reduction", reduction, "--json"
         ).json()  # fmt: skip
         made = found["plan"]["estimation"]
-        assert (made["criterion"], made["variant"], made["reduction"]) == (name, variant or None, reduction)
+        assert (made["criterion"], made["reduction"]) == (name, reduction)
+        assert made["settings"] == ({"variant": variant} if variant else {})
         assert (made["calibration"] == "self") == (name == "taylor")
         assert abs(found["result"]["decoder_removed"] * DECODER - 0.2 * DECODER) <= MLP_UNIT / 2
 
