@@ -1,8 +1,8 @@
-"""The Python API: what the command line, notebooks and recipes call.
+"""The Python API, which the command line calls too.
 
 Every function takes settings as keywords; they are those of the command of the same name, with the same defaults,
 bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
-``demo``) or as the `Model` that `load` returned. Whatever can be refused is refused before weights are read.
+``demo``) or as the `Model` that `load` returned. Settings are checked before weights are read, as far as possible.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import Unpack
 
@@ -59,9 +59,6 @@ from .settings import (
 from .structure.outcome import Outcome
 from .structure.plan import PruningPlan
 
-if TYPE_CHECKING:
-    pass
-
 Source = str | Path | Model
 """A model, or a reference to one."""
 
@@ -73,7 +70,7 @@ def load(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Model:
-    """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default everything installed.
+    """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default all installed ones.
 
     Raises `ModelError` when there is no such model, or its checkpoint is damaged.
     """
@@ -89,8 +86,7 @@ def discover(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Structure:
-    """The structure of a model: its family, and in ``graph`` the coupled groups, what must be removed together. Reads
-    no weights."""
+    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
     settings = settings_from(LoadSettings, options)
     return _opened(model, settings, catalog or Catalog(plugin_manager()), progress)
 
@@ -103,7 +99,7 @@ def plan(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> PruningPlan:
-    """What would go, and why, without changing the model: ``plan(model, ratio=0.2, method="best")``.
+    """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``.
 
     Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
     reached.
@@ -120,7 +116,7 @@ def plan_with_outcome(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> tuple[PruningPlan, Outcome]:
-    """`plan`, and what it leaves in numbers."""
+    """`plan`, and the sizes of the model before and after the cut."""
     catalog = catalog or Catalog(plugin_manager())
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
@@ -141,15 +137,15 @@ def prune(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Model:
-    """The model less its least important structures. A `Model` that is passed in is changed in place.
+    """Remove the least important units of a model. A `Model` that is passed in is changed in place.
 
-    ``plan``: replays a plan instead of making one; no other settings then. ``output``: where to save the result.
-    ``need_tokenizer``: refuse a model that brings none. Raises as `plan` does, and `OutputError` for an ``output`` that
-    exists or cannot be written.
+    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result.
+    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. Raises as `plan` does, `PlanError` for a
+    ``plan`` of another model, and `OutputError` for an ``output`` that exists or cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
     if plan is not None and settings:
-        raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which says everything; leave it out")
+        raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
     replayed = PruningPlan.load(Path(plan)) if isinstance(plan, (str, Path)) else plan
     job = None if replayed is not None else prune_job(settings_from(PruneSettings, settings), catalog)
     directory = None if output is None else check_new_directory(Path(output))
@@ -188,9 +184,10 @@ def recover(
 ) -> Model:
     """Restore quality by a short training on instruction data. A `Model` that is passed in is changed in place.
 
-    ``output``: where to save the result. ``work_dir``: holds the state of the training, from which the same call goes
-    on after an interruption; by default ``OUTPUT.recovery``, which is removed when the result is saved.
-    The record of the training is in ``model.record["recovery"]``.
+    ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
+    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved.
+    ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
+    `OutputError` for directories that cannot.
     """
     catalog = catalog or Catalog(plugin_manager())
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
@@ -226,9 +223,9 @@ def evaluate(
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
-    """Measure models, one column each: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
+    """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
-    References are opened one after the other; all are looked up before the first is loaded.
+    Models given as references are loaded one after the other; before, `ModelError` is raised if one does not exist.
     """
     catalog = catalog or Catalog(plugin_manager())
     job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
@@ -262,8 +259,8 @@ def generate(
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
     """Write an ordinary Hugging Face directory, whole or not at all.
 
-    Returns its form: ``stock`` (transformers alone loads it), ``shim`` (layers differ; it brings a modeling file), or
-    ``adapter`` for a model whose adapters were not merged.
+    ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
+    (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
     """
     target = check_new_directory(Path(directory))
     if hasattr(model.model, "peft_config"):
@@ -281,7 +278,7 @@ def export(
     catalog: Catalog | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> str:
-    """Write the checkpoint directory ``model`` in the format of the exporter ``to``; returns one line on what loads
+    """Write the checkpoint directory ``model`` in the format of the exporter ``to``; returns one line on how to load
     it."""
     catalog = catalog or Catalog(plugin_manager())
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
@@ -292,7 +289,7 @@ def export(
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
-    """Try every kind of unit on a small random model of the same architecture: cutting must equal silencing."""
+    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing."""
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
@@ -310,7 +307,7 @@ def write_page(structure: Structure, path: str | Path, *, catalog: Catalog | Non
 
 
 def check_models(models: Sequence[Source], *, load: LoadSettings | None = None, catalog: Catalog | None = None) -> None:
-    """Raise `ModelError` for the first of ``models`` that leads nowhere, before any is loaded."""
+    """Raise `ModelError` for the first of ``models`` that does not exist; loads nothing."""
     catalog = catalog or Catalog(plugin_manager())
     for model in models:
         if not isinstance(model, Model):
@@ -318,7 +315,7 @@ def check_models(models: Sequence[Source], *, load: LoadSettings | None = None, 
 
 
 def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Structure:
-    """The structure of a reference; a `Model` as it is."""
+    """The structure of the model that a reference names; a `Model` unchanged."""
     if isinstance(model, Model):
         return model
     structure = load_structure(str(model), catalog, load)
