@@ -1,9 +1,8 @@
-"""Model classes that a checkpoint brings: used where the user allowed it, and never asked about on the terminal.
+"""Model classes whose code is in a checkpoint: used where the user allowed it, without questions on the terminal.
 
-transformers asks on the terminal whenever it is not told whether such code may run, so every call of its auto classes
-in llmpruner says so. The user's consent is given when the configuration is read (``--trust-remote-code``): a
-configuration whose class came from a checkpoint could only be made by code of that checkpoint, and carries the consent
-from there on.
+transformers asks on the terminal when ``trust_remote_code`` is not given, so llmpruner gives it in every call of the
+auto classes. The user's consent (``--trust-remote-code``) is needed to read a configuration whose class is code of the
+checkpoint; such a configuration therefore implies it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALLOW = "allow it with --trust-remote-code (trust_remote_code=True) if you trust it"
-"""What a message advises where code of a checkpoint is needed."""
+"""The advice in messages where code of a checkpoint is needed."""
 
 _CAUSAL = "AutoModelForCausalLM"
 
@@ -34,8 +33,8 @@ def is_remote(cls: type[Any]) -> bool:
 
 
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Make sure that AutoModelForCausalLM has a class for ``config``; one that the checkpoint brings is registered
-    where the class of ``config`` came from the checkpoint, too. ``revision``: of the checkpoint, on the hub.
+    """Make sure that AutoModelForCausalLM has a class for ``config``; a class in the checkpoint is registered if the
+    class of ``config`` is from the checkpoint, too. ``revision``: of the checkpoint, on the hub.
 
     Raises `ModelError` when the class is code of a checkpoint that may not run, and `UnsupportedModelError` when there
     is none.
@@ -54,8 +53,8 @@ def register_model_class(config: PreTrainedConfig, revision: str | None = None) 
 
 
 def check_own_class(config: PreTrainedConfig) -> None:
-    """Raises `ModelError` for a checkpoint whose code, which may run, replaces the model class and keeps the
-    configuration class of transformers: nothing built from the configuration alone would have the replaced class."""
+    """Raises `ModelError` for a checkpoint with code for the model class but not for the configuration class: models
+    built from the configuration alone would have another class."""
     if _code_of(config) is not None and type(config).__module__.startswith("transformers."):
         raise ModelError(
             f"'{config.name_or_path}' brings a model class of its own for the {type(config).__name__} of transformers, "
@@ -64,8 +63,8 @@ def check_own_class(config: PreTrainedConfig) -> None:
 
 
 def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
-    """The class of the pruned checkpoint in ``directory``, loaded from the code that lies there. The dense classes that
-    it was made from become known to AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
+    """The class of the pruned checkpoint in ``directory``, loaded from the code in it; its dense base classes are
+    registered with AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
     values, _ = PreTrainedConfig.get_config_dict(str(directory))
     pruned = _load(values["auto_map"][_CAUSAL], str(directory), None)
     base: type[PreTrainedModel] = pruned.pruned_base
@@ -76,7 +75,7 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
 
 
 def _code_of(config: PreTrainedConfig) -> str | None:
-    """What the configuration calls the model class in the checkpoint's own code."""
+    """The name of the model class in the checkpoint's own code, if it has one."""
     reference: str | None = (getattr(config, "auto_map", None) or {}).get(_CAUSAL)
     return reference
 
