@@ -1,4 +1,4 @@
-"""The Python API: what the command line, notebooks and recipes call.
+"""The Python API, which the command line calls too.
 
 Every function takes settings as keywords; they are those of the command of the same name, with the same defaults,
 bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
@@ -71,7 +71,7 @@ def load(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Model:
-    """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default everything installed.
+    """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default all installed ones.
 
     Raises `ModelError` when there is no such model, or its checkpoint is damaged.
     """
@@ -87,8 +87,7 @@ def discover(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Structure:
-    """The structure of a model: its family, and in ``graph`` the coupled groups, what must be removed together. Reads
-    no weights."""
+    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
     settings = settings_from(LoadSettings, options)
     return _opened(model, settings, catalog or Catalog(plugin_manager()), progress)
 
@@ -101,7 +100,7 @@ def plan(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> PruningPlan:
-    """What would go, and why, without changing the model: ``plan(model, ratio=0.2, method="best")``.
+    """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``.
 
     Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
     reached.
@@ -118,7 +117,7 @@ def plan_with_outcome(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> tuple[PruningPlan, Outcome]:
-    """`plan`, and what it leaves in numbers."""
+    """`plan`, and the sizes of the model before and after the cut."""
     catalog = catalog or Catalog(plugin_manager())
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
@@ -139,15 +138,15 @@ def prune(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Model:
-    """The model less its least important structures. A `Model` that is passed in is changed in place.
+    """Remove the least important units of a model. A `Model` that is passed in is changed in place.
 
-    ``plan``: replays a plan instead of making one; no other settings then. ``output``: where to save the result.
-    ``need_tokenizer``: refuse a model that brings none. Raises as `plan` does, and `OutputError` for an ``output`` that
-    exists or cannot be written.
+    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result.
+    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. Raises as `plan` does, `PlanError` for a
+    ``plan`` of another model, and `OutputError` for an ``output`` that exists or cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
     if plan is not None and settings:
-        raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which says everything; leave it out")
+        raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
     replayed = PruningPlan.load(Path(plan)) if isinstance(plan, (str, Path)) else plan
     job = None if replayed is not None else prune_job(settings_from(PruneSettings, settings), catalog)
     directory = None if output is None else check_new_directory(Path(output))
@@ -186,9 +185,10 @@ def recover(
 ) -> Model:
     """Restore quality by a short training on instruction data. A `Model` that is passed in is changed in place.
 
-    ``output``: where to save the result. ``work_dir``: holds the state of the training, from which the same call goes
-    on after an interruption; by default ``OUTPUT.recovery``, which is removed when the result is saved.
-    The record of the training is in ``model.record["recovery"]``.
+    ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
+    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved.
+    ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
+    `OutputError` for directories that cannot.
     """
     catalog = catalog or Catalog(plugin_manager())
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
@@ -225,7 +225,7 @@ def evaluate(
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
-    """Measure models, one column each: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
+    """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
     One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded.
     """
@@ -275,8 +275,8 @@ def generate(
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
     """Write an ordinary Hugging Face directory, whole or not at all.
 
-    Returns its form: ``stock`` (transformers alone loads it), ``shim`` (layers differ; it brings a modeling file), or
-    ``adapter`` for a model whose adapters were not merged.
+    ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
+    (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
     """
     target = check_new_directory(Path(directory))
     if hasattr(model.model, "peft_config"):
@@ -294,7 +294,7 @@ def export(
     catalog: Catalog | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> str:
-    """Write the checkpoint directory ``model`` in the format of the exporter ``to``; returns one line on what loads
+    """Write the checkpoint directory ``model`` in the format of the exporter ``to``; returns one line on how to load
     it."""
     catalog = catalog or Catalog(plugin_manager())
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
@@ -305,7 +305,7 @@ def export(
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
-    """Try every kind of unit on a small random model of the same architecture: cutting must equal silencing."""
+    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing."""
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")

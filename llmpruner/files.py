@@ -1,4 +1,4 @@
-"""Writing files and directories that are whole or not there."""
+"""Writing files and directories completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .errors import OutputError, first_line
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8. A regular file is written beside its name and renamed, so that it is replaced only as a
-    whole; a symbolic link keeps pointing where it does; a device or pipe is written to. Raises `OutputError`."""
+    """Write ``text`` as UTF-8. A regular file is written under a temporary name and renamed, so that a failure leaves
+    the old content; a symbolic link keeps its target; a device or pipe is written to. Raises `OutputError`."""
     try:
         real = path.resolve(strict=False)
         if real.exists() and not real.is_file():
@@ -65,11 +65,11 @@ def check_new_file(path: Path) -> Path:
 
 
 def _check_parent(path: Path) -> None:
-    """Whether ``path`` can be created is found by creating it: permissions, name length and free inodes decide."""
+    """Tries to create a directory beside ``path``, as permissions, name length and free inodes matter."""
     parent = path.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
-    # The longest name that is written beside it later.
+    # The temporary name that writing uses, which is longer than the final one.
     trial = parent / f".{path.name}.{os.getpid()}.partial"
     trial.mkdir()
     trial.rmdir()
@@ -86,7 +86,7 @@ def _unwritable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A new directory beside ``directory`` that is renamed to it at the end, and removed when anything fails.
+    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """

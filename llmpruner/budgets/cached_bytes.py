@@ -16,7 +16,7 @@ import torch
 from transformers import cache_utils
 
 from ..errors import UnsupportedModelError
-from ..models.decoding import Reading, sample_tokens
+from ..models.decoding import CachedModel, sample_tokens
 from ..models.surgery import cut_copy
 from ..oracle.rules import with_rules
 from ..structure.coupling import LAYER, CouplingGraph
@@ -124,13 +124,13 @@ def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
 
 
 def _cached(model: PreTrainedModel, count: int) -> list[int]:
-    reading = Reading(model)
-    reading.read(sample_tokens(model, count))
-    for layer in reading.cache.layers:
+    cached = CachedModel(model)
+    cached.process(sample_tokens(model, count))
+    for layer in cached.cache.layers:
         # A class of a model's own may compress: a few tokens would not show how it grows.
         if type(layer).__module__ != cache_utils.__name__:
             raise _unknown(model, f"is a {type(layer).__name__}, which may grow by other than the token")
-    return [sum(t.nbytes for t in _tensors(vars(layer))) for layer in reading.cache.layers]
+    return [sum(t.nbytes for t in _tensors(vars(layer))) for layer in cached.cache.layers]
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -17,11 +17,11 @@ from .sizes import SizeModel
 class MacsCost(Cost):
     """Multiply-accumulate operations (MACs) to decode one token, exactly as `llmpruner.models.arithmetic` counts them:
 
-        Σ elements(p) · share of p's experts that a token visits  +  2 · context · Σ attention channels
+        Σ elements(p) · share of p's experts that a token is routed to  +  2 · context · Σ attention channels
 
-    over the parameters p of linear layers and the layers that are left.
+    over the parameters p of linear layers in the remaining layers.
 
-    ``multiplied``: parameter → how many of the experts stacked in it a token visits, None where it stacks none.
+    ``multiplied``: parameter → how many of the experts stacked in it a token is routed to; None without experts.
     """
 
     label, unit = "MACs per token", "MACs per token"
@@ -45,11 +45,11 @@ class MacsCost(Cost):
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
         kept, sizes = kept or {}, self._sizes
         weights = 0
-        for name, visited in self._multiplied.items():
-            if sizes.layer_of.get(name, -1) in gone:
+        for name, routed in self._multiplied.items():
+            if sizes.layer_of[name] in gone:
                 continue
             count = sizes.elements(name, kept)
-            weights += count if visited is None else count // sizes.size(name, 0, kept) * visited
+            weights += count if routed is None else count // sizes.size(name, 0, kept) * routed
         width = sum(sizes.owned(name, axis, g, kept) for g, name, axis in self._reads if g.layer not in gone)
         return weights + 2 * self._context * width
 
@@ -70,5 +70,5 @@ class Macs(Budget):
         del measured
         from ..models.arithmetic import multiplied
 
-        visited = {name: experts for name, _, experts in multiplied(subject.model)}
-        return MacsCost(subject.graph, subject.groups, visited, self.settings.context)
+        routed = {name: experts for name, _, experts in multiplied(subject.model)}
+        return MacsCost(subject.graph, subject.groups, routed, self.settings.context)

@@ -27,9 +27,8 @@ class SizeModel:
             name: [_Axis(name, a, size, owners.get((name, a), [])) for a, size in enumerate(shape)]
             for name, shape in graph.shapes.items()
         }
-        prefix = graph.layers + "."
-        self.layer_of = {n: int(n[len(prefix) :].split(".")[0]) for n in self._axes if n.startswith(prefix)}
-        """Parameter → number of its decoder layer, for those that are in one."""
+        self.layer_of = {name: graph.layer_of(name) for name in graph.shapes}
+        """Parameter → number of its decoder layer, None outside the decoder layers."""
 
     def elements(self, name: str, kept: Mapping[str, int]) -> int:
         """Elements that remain of parameter ``name``."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ..errors import SelectionError, UnsupportedModelError
-from ..models.decoding import Reading, sample_tokens
+from ..models.decoding import CachedModel, sample_tokens
 from ..models.modeling_llmpruner import per_layer_lists
 from ..models.surgery import cut_copy
 from ..oracle.rules import with_rules
@@ -31,8 +31,8 @@ LEVELS = (0.75, 0.5, 0.25, 0.0)
 RUNS, WARM_UP, SAMPLE = 9, 2, 4
 """Passes that are timed, passes before them that are not, and layers of one shape that are timed together."""
 
-Stopwatch: TypeAlias = "Callable[[Reading, torch.Tensor, str], list[float]]"
-"""(reading, next token, path of the list of layers) → ms of every layer, and last of everything else."""
+Stopwatch: TypeAlias = "Callable[[CachedModel, torch.Tensor, str], list[float]]"
+"""(cached model, next token, path of the list of layers) → ms of every layer, and last of everything else."""
 
 
 def measure_latency(subject: BudgetSubject, context: int, stopwatch: Stopwatch | None = None) -> LatencyTable:
@@ -104,30 +104,30 @@ class _Race:
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, context: int, stopwatch: Stopwatch) -> None:
         self._path, self._stopwatch = graph.layers, stopwatch
         self._prompt, self._token = sample_tokens(model, context), sample_tokens(model, 1)
-        self._whole = Reading(model)
-        self._whole.read(self._prompt)
+        self._whole = CachedModel(model)
+        self._whole.process(self._prompt)
 
     def run(self, other: PreTrainedModel) -> tuple[list[list[float]], list[list[float]]]:
         """Times of the whole model and of ``other``: of each a list per pass, as a `Stopwatch` returns it."""
-        cut = Reading(other)
-        cut.read(self._prompt)
-        readings = [self._whole.again(), cut]
+        cut = CachedModel(other)
+        cut.process(self._prompt)
+        models = [self._whole.fork(), cut]
         times: tuple[list[list[float]], list[list[float]]] = ([], [])
         for run in range(-WARM_UP, RUNS):
-            for reading, kept in zip(readings, times, strict=True):
-                measured = self._stopwatch(reading, self._token, self._path)
+            for cached, kept in zip(models, times, strict=True):
+                measured = self._stopwatch(cached, self._token, self._path)
                 if run >= 0:
                     kept.append(measured)
         return times
 
 
-def decode_one(reading: Reading, token: torch.Tensor, path: str) -> list[float]:
+def decode_one(cached: CachedModel, token: torch.Tensor, path: str) -> list[float]:
     """Milliseconds that each layer in the list of layers at ``path`` takes for ``token``, and last everything else.
 
     Raises `UnsupportedModelError` for a model that does not run each layer exactly once.
     """
-    layers: Any = reading.model.get_submodule(path)
-    clock = _CudaClock() if reading.model.device.type == "cuda" else _Clock()
+    layers: Any = cached.model.get_submodule(path)
+    clock = _CudaClock() if cached.model.device.type == "cuda" else _Clock()
     marks: list[Any] = []
 
     def mark(*_: Any) -> None:
@@ -136,14 +136,14 @@ def decode_one(reading: Reading, token: torch.Tensor, path: str) -> list[float]:
     handles = [h for x in layers for h in (x.register_forward_pre_hook(mark), x.register_forward_hook(mark))]
     try:
         begin = clock.now()
-        reading.read(token)
+        cached.process(token)
         end = clock.now()
     finally:
         for handle in handles:
             handle.remove()
     if len(marks) != 2 * len(layers):
         raise UnsupportedModelError(
-            f"a {reading.model.config.model_type} model does not run each of its layers once, so they cannot be timed "
+            f"a {cached.model.config.model_type} model does not run each of its layers once, so they cannot be timed "
             "one by one; choose another --budget"
         )
     each = [clock.between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True)]

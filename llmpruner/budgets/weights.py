@@ -29,7 +29,7 @@ class WeightCost(Cost):
         return sum(
             weight * sizes.elements(name, kept)
             for name, weight in self._weights.items()
-            if sizes.layer_of.get(name, -1) not in gone
+            if sizes.layer_of[name] not in gone
         )
 
 

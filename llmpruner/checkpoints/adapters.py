@@ -1,4 +1,4 @@
-"""Checkpoints of peft adapters, and the models they belong to."""
+"""Checkpoints of peft adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ADAPTER_FILE = "adapter_config.json"
 
 
 def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | None) -> None:
-    """Write the adapters of a peft model alone; ``base`` is the model they are loaded onto.
+    """Write the adapters of a peft model alone; ``base``: reference of the base model, stored with them.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
@@ -34,8 +34,8 @@ def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | Non
 
 
 def adapter_base(path: Path) -> str | None:
-    """The model that the peft adapter in directory ``path`` belongs to: a folder inside ``path``, or what the adapter
-    names; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    """Reference of the base model of the peft adapter in directory ``path``: a folder inside ``path``, or as its
+    configuration names it; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
     file = path / _ADAPTER_FILE
     if not exists(file):
         return None
@@ -58,7 +58,7 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
     # A damaged adapter can raise anything, from the parser of its configuration to torch.
     try:
         with warnings.catch_warnings():
-            # peft warns of missing tensors and goes on with random ones.
+            # peft only warns of missing tensors, and initializes them randomly.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = load(model, str(path)).eval()
         unknown = _stored(path) - get_peft_model_state_dict(adapted).keys()
@@ -71,7 +71,7 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 
 
 def _stored(path: Path) -> set[str]:
-    """Names of the tensors of an adapter; empty for one in an older format, which peft reads itself."""
+    """Names of the tensors of an adapter; empty for an adapter in an older format than safetensors."""
     file = path / "adapter_model.safetensors"
     if not file.is_file():
         return set()

@@ -1,4 +1,4 @@
-"""Loading a checkpoint that llmpruner wrote; the code that lies in it is not run unless the caller allows it."""
+"""Loading a checkpoint that llmpruner wrote; code in the checkpoint does not run unless the caller allows it."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def load_pruned(
 ) -> PreTrainedModel:
     """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter for one.
 
-    ``path``: a directory or a hub id. ``dtype``: as saved unless given. Any stock checkpoint loads as well.
+    ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: as saved unless given.
     ``trust_remote_code``: whether code in the checkpoint may run. Only a model whose class is in neither transformers
-    nor an installed plugin needs it; the pruned form of all other classes is loaded by llmpruner's own code.
-    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or misshapen.
+    nor an installed plugin needs it; for all others llmpruner's own code is used.
+    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
     base = adapter_base(Path(path))
     if base is not None:
@@ -63,7 +63,7 @@ def load_pruned(
 
 
 def _model_class(path: str | Path, trust_remote_code: bool) -> Any:
-    """The class that loads ``path``: a pruned one by its record, else AutoModel's choice."""
+    """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))
     if not str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
         return AutoModelForCausalLM
@@ -72,4 +72,4 @@ def _model_class(path: str | Path, trust_remote_code: bool) -> Any:
     except ValueError as error:
         if trust_remote_code:
             return pruned_class(path)
-        raise ValueError(f"{first_line(error)}; a copy lies in the checkpoint: {ALLOW}") from error
+        raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error

@@ -1,4 +1,4 @@
-"""Saving a cut model as an ordinary Hugging Face directory, and loading it without remote code."""
+"""Saving a cut model as an ordinary Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from .shim import shim_model, stock_config
 from .stock import same_buffers, stock_model
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from ..structure.architecture import StatesConfigs
@@ -37,9 +36,10 @@ def save_checkpoint(
 ) -> Literal["stock", "shim"]:
     """Write ``model`` to the new ``directory``; returns the form.
 
-    *stock*: a configuration of transformers states it exactly; transformers alone loads it.
-    *shim*: its layers differ, and the directory carries ``modeling_llmpruner.py``. Either form is rebuilt
-    first, sharing the weights, and must give the same logits as ``model`` on its ``dummy_inputs``.
+    *stock*: a configuration of transformers represents it exactly; transformers alone loads it.
+    *shim*: its layers differ, and the directory contains ``modeling_llmpruner.py``. Before writing, the model is
+    rebuilt from the configuration, sharing the weights, and must give the same logits as ``model`` on its
+    ``dummy_inputs``.
 
     ``record``: JSON values, written to ``llmpruner.json`` beside the weights; None writes no such file.
     ``family``: may propose further stock configurations.
@@ -92,7 +92,7 @@ def _shell(model: PreTrainedModel, family: StatesConfigs | None) -> tuple[PreTra
 
 
 def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
-    """Let ``shell`` share all tensors of ``model``; false when the buffers that are not saved differ."""
+    """Let ``shell`` share all tensors of ``model``; False when buffers that are not saved differ."""
     if not same_buffers(model, shell):
         return False
     shell.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -107,7 +107,7 @@ def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
 
 
 def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of the few tokens that transformers calls dummy inputs, in evaluation mode; shape (B, T, V)."""
+    """Logits (B, T, V) of ``model.dummy_inputs``, a few tokens, in evaluation mode."""
     device = model.get_input_embeddings().weight.device
     inputs = {name: tensor.to(device) for name, tensor in model.dummy_inputs.items()}
     training = model.training
@@ -119,8 +119,8 @@ def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def gives_logits(expected: torch.Tensor, model: PreTrainedModel) -> bool:
-    """Whether `dummy_logits` of ``model`` are ``expected``, up to 1e-5 (16-bit weights: 2e-2) of the largest of them.
-    False, too, for a model that cannot compute them."""
+    """Whether `dummy_logits` of ``model`` differ from ``expected`` by at most 1e-5 (16-bit weights: 2e-2) of the
+    largest logit. False for a model that cannot compute them."""
     try:
         logits = dummy_logits(model)
     except (RuntimeError, ValueError, IndexError, TypeError):
@@ -148,7 +148,8 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 
 def _valid_generation_config(model: PreTrainedModel) -> Any:
-    """Published models set sampling options without sampling, which cannot be saved; keep them and sample."""
+    """The generation configuration; with ``do_sample`` where published models set sampling options without it, which
+    transformers refuses to save."""
     generation = copy.deepcopy(model.generation_config)
     if generation is not None:
         try:

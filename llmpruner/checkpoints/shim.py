@@ -1,4 +1,4 @@
-"""The record of how a cut model differs from the model that its stored configuration states."""
+"""The record of how a cut model differs from the model of its stored configuration, found by comparing the two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PLAIN = (*_NUMBERS, str, type(None))
 
 
 def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance without weights of the pruned class that is resized to ``model``.
+    """An instance, without weights, of the pruned class with the shapes and attributes of ``model``.
 
     ``config``: the stock configuration that ``model`` was cut from, less the removed layers. It need not state which
     layers these are: the instance is built with all of them, and the same ones are removed from it.
@@ -55,7 +55,7 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 
 
 def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance of ``config`` with the layers that ``model`` has, at their full size, without weights."""
+    """An instance of ``config``, without weights, with the layers that ``model`` has, at their full size."""
     layers = vars(model).get(LAYERS)
     if not layers:
         return empty_model(base_of(model), config)
@@ -65,7 +65,7 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
-    """What must be done to an instance of ``config`` to make it ``model``, found by comparing the two.
+    """The record that turns an instance of ``config`` into ``model`` (see `modeling_llmpruner.apply_record`).
 
     Raises `CheckpointError` when one of the two has a parameter that the other lacks.
     """
@@ -111,17 +111,17 @@ def _plain_values(config: Any) -> dict[str, Any]:
 
 
 def _module_of(model: PreTrainedModel) -> str | None:
-    """Where the base class is defined, unless transformers exports it."""
+    """The module that defines the base class; None where transformers exports it."""
     base = base_of(model)
     if getattr(transformers, base.__name__, None) is base:
         return None
-    # A base class that was itself loaded from a checkpoint keeps the name it has where it is installed.
+    # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
     earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
     return earlier.get("module") or base.__module__
 
 
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of ``model`` as a plain, unquantised one of its base class."""
+    """The configuration of ``model`` as an unquantised one of its base class, without records of cuts."""
     config = copy.deepcopy(model.config)
     derive_lists(config.get_text_config())
     if hasattr(model, "pruned_base"):

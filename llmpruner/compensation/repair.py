@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 
 from ..engine.inputs import WatchInputs
-from ..engine.walk import Batch, Enough, ForwardWalk
+from ..engine.walk import Batch, ForwardWalk, Stop
 from ..engine.watch import WatchedProduct, WatchProducts
 from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import removed_layers
@@ -236,9 +236,9 @@ class _Repair:
             watched.uses.append(use)
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
-                raise Enough
+                raise Stop
 
-        with WatchProducts(self.model, stage.consumers, seen), contextlib.suppress(Enough):
+        with WatchProducts(self.model, stage.consumers, seen), contextlib.suppress(Stop):
             watched.output = self.walk.run(stage.number, batch, hidden)
         return watched
 

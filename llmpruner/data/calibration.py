@@ -1,4 +1,4 @@
-"""Calibration: token sequences that importance and compensation are computed on, from one source or several."""
+"""Calibration: the token sequences for importance and compensation, from one or several sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids``: int64, shape (samples, length), no padding. ``source``: what the user named it."""
+    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``."""
 
     input_ids: torch.Tensor
     source: str
@@ -33,13 +33,13 @@ class CalibrationSet:
         return digest.hexdigest()
 
     def first(self, tokens: int) -> CalibrationSet:
-        """The first samples, of about ``tokens`` tokens in all; everything where there are fewer."""
+        """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
         return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a calibration text, and what of it: a file or a data set, or what followed the source's name."""
+    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``."""
 
     source: CalibrationSource
     reference: str
@@ -47,14 +47,14 @@ class Part:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What ``--calibration`` names: ``text`` as the user wrote it; its ``parts``, which are mixed in equal shares."""
+    """The parsed value of ``--calibration``. ``text``: the value; ``parts``: mixed in equal shares."""
 
     text: str
     parts: tuple[Part, ...]
 
     @property
     def writes(self) -> bool:
-        """Whether the model writes any part of it."""
+        """Whether any part is text that the model writes."""
         return any(part.source.writes for part in self.parts)
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -62,17 +62,17 @@ class CalibrationText:
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
 
     def check(self) -> None:
-        """Raise `DataError` for what can be refused before a model is loaded."""
+        """Raise `DataError` for errors that can be found before a model is loaded."""
         for part in self.parts:
             part.source.check(part.reference)
 
     def sample(
         self, model: PreTrainedModel, tokenizer: Any | None, *, samples: int, length: int, seed: int
     ) -> CalibrationSet:
-        """``samples`` sequences of ``length`` tokens, one of each part in turn.
+        """``samples`` sequences of ``length`` tokens, taken from the parts in turn.
 
-        Raises `DataError` when a source is missing, malformed or too short, or when the model cannot read ``length``
-        tokens, and `PluginError` when a source gives something else than such sequences.
+        Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
+        positions, and `PluginError` when a source returns another shape or dtype.
         """
         if samples < 1 or length < 2:
             raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
@@ -103,12 +103,12 @@ def parse_calibration(
     sources: Mapping[str, type[CalibrationSource]],
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> CalibrationText:
-    """What ``--calibration`` names: one part, or several with commas between them.
+    """Parse the value of ``--calibration``: one part, or several with commas between them.
 
-    A part that is an existing file is read as text. One that equals the name of a source, alone or before a colon,
-    chooses that source. Any other is text: a file or the name of a data set. ``sources``: by name, among them the
-    source of text; ``settings``: source name → values, for sources that were given any. Raises `DataError` for an empty
-    part and `SettingsError` for settings that a source does not have. Nothing is read yet.
+    A part that is an existing file is text. A part that is the name of a source, alone or before a colon, selects that
+    source. Any other is text: a file or the name of a data set. ``sources``: by name, including that of text;
+    ``settings``: source name → values. Raises `DataError` for an empty part and `SettingsError` for settings that a
+    source does not have. Reads no text.
     """
 
     def part(reference: str) -> Part:
@@ -128,5 +128,5 @@ def parse_calibration(
 def _is_file(name: str) -> bool:
     try:
         return Path(name).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte: the source of text says which
+    except (OSError, ValueError):  # too long for a name, or with a zero byte; the source of text reports it
         return False

@@ -1,4 +1,4 @@
-"""Instruction data: records of the usual conventions, read into three types, before they are formatted for a model."""
+"""Instruction data: records in the usual forms as objects of three types, independent of a model's chat format."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One task with its answer. ``input``: what the task is to be done on, where the record has it in a field of its
-    own; else empty."""
+    """One task with its answer. ``input``: the text that the task refers to, where it is a separate field; else
+    empty."""
 
     instruction: str
     output: str
@@ -41,8 +41,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A system message or none, then questions (``user``) and answers (``assistant``) in turn; the last message is an
-    answer."""
+    """Alternating questions (``user``) and answers (``assistant``), ending with an answer, after an optional system
+    message."""
 
     messages: tuple[Message, ...]
 
@@ -59,8 +59,8 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Text that is trained on without a chat format. ``completion`` follows ``prompt`` directly; plain text has no
-    prompt."""
+    """Text to train on without a chat format: ``completion`` directly after ``prompt``, which is empty for plain
+    text."""
 
     completion: str
     prompt: str = ""
@@ -70,7 +70,7 @@ Example = Instruction | Conversation | Completion
 
 
 def read_examples(source: str) -> list[Example]:
-    """The records of a source (see `llmpruner.data.documents`) as examples, in their order. Raises `DataError` with the
+    """The records of a source (see `llmpruner.data.documents`) as examples, in order. Raises `DataError` with the
     place of the first malformed record, or when there is no record."""
     found = [example(record) for record in read_records(source)]
     if not found:
@@ -88,8 +88,8 @@ def example(record: Record) -> Example:
     - ``text``: a `Completion` without a prompt.
 
     A system message is the first message of a conversation or in a field ``system``. An answer before the first
-    question and a last question without an answer are left out. A field that is null counts as absent, as tables have
-    nulls for the fields that a record lacks. Raises `DataError` with the place of a record of another form.
+    question and a last question without an answer are left out. A field that is null counts as absent. Raises
+    `DataError` with the place of a record of another form.
     """
     where = record.place
     if not isinstance(record.value, Mapping):
@@ -117,8 +117,8 @@ def read_sharegpt(sentences: Any, where: str, *, keep_leading_answer: bool = Fal
     """The turns of ``[{"from": "human" or "gpt", "value": text}, …]`` (ShareGPT's form), as (speaker, text).
 
     An answer before the first question is left out, unless ``keep_leading_answer``. ``where``: the place of the record,
-    for messages. Raises `DataError` when the form is another one, there is no answer, or two turns of one speaker
-    follow each other.
+    for messages. Raises `DataError` for another form, without an answer, or when two successive turns are of one
+    speaker.
     """
     if not isinstance(sentences, list) or not sentences:
         raise DataError(f"{where}: 'conversations' must be a list of {{'from', 'value'}}")
@@ -178,8 +178,8 @@ def _sharegpt_turn(sentence: Any, where: str) -> tuple[Speaker, str]:
 def _in_turn(
     turns: list[tuple[Side, str]], asks: Side, answers: Side, where: str, *, keep_leading_answer: bool = False
 ) -> list[tuple[Side, str]]:
-    """The turns from the first question on (with ``keep_leading_answer``: all), after checking that those of the side
-    ``asks`` and of the side ``answers`` alternate, and that there is an answer."""
+    """The turns from the first question on (with ``keep_leading_answer``: all). Raises `DataError` unless turns of the
+    roles ``asks`` and ``answers`` alternate and there is an answer."""
     first = 2
     if turns and turns[0][0] != asks and not keep_leading_answer:
         turns, first = turns[1:], 3

@@ -23,9 +23,9 @@ class SelfWritten(CalibrationSource):
 
     class Settings(ComponentSettings):
         passage: int = Field(
-            64, ge=2, le=16384, description="Tokens that are written in one go at most; samples are made of passages."
+            64, ge=2, le=16384, description="Maximum tokens per generated passage; samples are made of passages."
         )
-        batch: int = Field(128, ge=1, description="Passages that are written at once; memory grows with it.")
+        batch: int = Field(128, ge=1, description="Passages that are generated at once; memory grows with it.")
 
     settings: Settings
 

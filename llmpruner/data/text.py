@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class TextSource(CalibrationSource):
-    """Windows of the documents in a file or a data set (see `llmpruner.data.documents` for what can be named)."""
+    """Windows of the documents in a file or a data set (for their forms see `llmpruner.data.documents`)."""
 
     name = "text"
     summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
@@ -22,7 +22,7 @@ class TextSource(CalibrationSource):
         check_source(reference)
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        """Raises `ModelError` where the model brings no tokenizer."""
+        """Raises `ModelError` where the model has no tokenizer."""
         if task.tokenizer is None:
             raise ModelError(
                 f"the model brings no tokenizer, so it cannot be calibrated on '{task.reference}'; use 'self'"

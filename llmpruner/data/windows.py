@@ -1,4 +1,4 @@
-"""Windows of tokens, drawn from documents."""
+"""Windows of tokens from documents."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from ..errors import DataError
 
 _CHARACTERS_PER_TOKEN = 12
-"""More than text in any language has on average, so that a stretch of text has enough tokens."""
+"""More than the average in any language, so that a piece of text has enough tokens."""
 _ATTEMPTS = 200
-"""Random places that are tried per window before the text counts as too short."""
+"""Random positions that are tried per window before the text counts as too short."""
 _WINDOWS_PER_PIECE = 8
-"""Windows of text that are tokenized in one go."""
+"""Windows of text that are tokenized at once."""
 _BETWEEN = "\n\n"
 
 
 def windows(
     documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int, source: str
 ) -> torch.Tensor:
-    """int64 of shape (samples, length): windows of the text that do not overlap, in random order and spread as widely
-    as possible; where the text has too few of them, the rest are drawn anywhere in it.
+    """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
+    pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
 
-    Documents are joined in random order, so that short ones count too. ``tokenizer``: a transformers one; it adds no
-    special tokens here. ``source``: the name of the text, for messages. The same arguments give the same windows.
+    Documents are joined in random order, so that short ones are used too. ``tokenizer``: a transformers one; it adds
+    no special tokens here. ``source``: the name of the text, for messages. The same arguments give the same windows.
     Raises `DataError` when the text has fewer than ``length`` tokens.
     """
     rng = random.Random(seed)
@@ -55,7 +55,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
-    """The text in pieces of about ``size`` characters that begin with a word, in random order."""
+    """The text in pieces of about ``size`` characters that start at a word, in random order."""
     found: list[str] = []
     start, stop = 0, rng.randrange(1, size + 1) if len(text) > size else size
     while start < len(text):
@@ -68,7 +68,7 @@ def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
 
 
 def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
-    """The first ``length`` tokens from random places."""
+    """Windows of ``length`` tokens at random positions; fewer than ``samples`` if the text is too short."""
     span = length * _CHARACTERS_PER_TOKEN
     rows: list[list[int]] = []
     for _ in range(samples * _ATTEMPTS):

@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself."""
+"""Calibration text that the model generates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ..errors import ModelError
 from ..models.precision import computes_bfloat16_fast
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -26,15 +25,16 @@ def self_generated(
     passage: int = 64,
     batch: int = 128,
 ) -> torch.Tensor:
-    """Text sampled from the model itself: passages of at most ``passage`` tokens from BOS, at temperature 1, without
+    """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
     long ones of as many tokens, and take less time.
 
-    Every passage is an unbiased sample. The numbers that choose its tokens are one scrambled Sobol point (Owen, 1998),
-    a coordinate for each token, so that together passages begin with every token about as often as the model predicts.
+    Every passage is an unbiased sample. The random numbers for its tokens are one scrambled Sobol point (Owen, 1998),
+    a coordinate for each token, so that the frequencies of first tokens over all passages are close to the model's
+    probabilities.
 
-    ``batch``: passages that are written at once. Returns int64 of shape (samples, length) on the CPU. Deterministic in
-    ``seed``; torch's global generator is not used. Raises `ModelError` when the model's logits are not numbers.
+    ``batch``: passages that are generated at once. Returns int64 of shape (samples, length) on the CPU. Deterministic
+    in ``seed``; torch's global generator is not used. Raises `ModelError` when the model's logits are NaN.
     """
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
@@ -49,7 +49,7 @@ def self_generated(
         # The cache of keys and values grows with the batch.
         for done in range(0, passages, batch):
             rows = min(batch, passages - done)
-            # Every sequence has full length: padding would dilute the statistics.
+            # The end of a sequence is never drawn: padding after it would distort the statistics.
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
@@ -78,8 +78,7 @@ class _Draw:
                 "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
             )
         drawn_B1 = self._numbers[:, step : step + 1] * total_B1
-        # Below the total, which rounding may reach, and to the right of equal sums, so that tokens of probability 0 are
-        # never drawn.
+        # Below the total, which rounding may reach, and after equal sums, so that no token of probability 0 is drawn.
         drawn_B1 = drawn_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
         tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True)
         return torch.full_like(logits_BV, -torch.inf).scatter_(-1, tokens_B1, 0.0)

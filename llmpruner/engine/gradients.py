@@ -1,9 +1,9 @@
-"""Gradients of one layer at a time, by a walk through the decoder forwards and then backwards.
+"""Gradients of one layer at a time.
 
 The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
-samples × length × hidden size numbers of the model's dtype. The backward pass runs one layer at a time again from the
-states before it, hands the gradients of its parameters to the caller, and drops them. The gradients are those of
-autograd over the whole model; of gradients and of activations inside layers, only one layer's exist at a time.
+samples × length × hidden size numbers of the model's dtype. The backward pass runs each layer again, from last to
+first, and computes the gradients of its parameters. They are those of autograd over the whole model, but gradients and
+activations inside layers take the memory of one layer only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError
 from ..models.decoder import decoder_list
 from .inputs import Measured, forward_statistics
 from .position import Position, positions
 from .reduce import Measure, ReduceProducts
 from .signals import InputStats, ParameterSignals, ProductStats, Signal
-from .walk import call_layer, check_tokens, eager_experts, expert_configs, first_output, standing_in
+from .walk import (
+    Stop,
+    call_layer,
+    check_tokens,
+    eager_experts,
+    expert_configs,
+    first_output,
+    hidden_of,
+    replaced_layers,
+)
 from .watch import WatchProducts
 
 if TYPE_CHECKING:
@@ -42,8 +51,9 @@ _LOGIT_ELEMENTS = 1 << 24
 
 @dataclass
 class _Batch:
-    """One micro-batch: the hidden states before each layer and after the last, what else each layer was called with,
-    and the gradient with respect to the hidden states that backward has come to."""
+    """One micro-batch: the hidden states before each layer and after the last, the other arguments of each layer
+    (``calls``), the further outputs of each layer (``output_rest``), and the gradient of the loss with respect to the
+    hidden states after the layer that backward computes next."""
 
     input_ids: torch.Tensor
     share: float
@@ -56,16 +66,11 @@ class _Batch:
     grad: torch.Tensor | None = None
 
 
-class _Reached(Exception):
-    """Ends a forward pass once the wanted hidden states are computed."""
-
-
 class LayerWalk:
-    """The walk over one model and one calibration set.
+    """The forward and backward pass of one model over one calibration set.
 
     ``layers``: path of the module list of decoder layers. ``per_sample``: micro-batches of one sample, so that squared
-    gradients are those of single samples. The model's parameters are left without gradients and with the
-    ``requires_grad`` flags they had.
+    gradients are those of single samples. Gradients and ``requires_grad`` flags of parameters are restored.
     """
 
     def __init__(self, model: PreTrainedModel, layers: str, calibration: CalibrationSet, *, per_sample: bool) -> None:
@@ -103,9 +108,10 @@ class LayerWalk:
     def backward_layer(
         self, number: int, wanted: Collection[str], *, squares: bool, reduced: ReduceProducts | None = None
     ) -> dict[str, _Gradients]:
-        """Gradients of layer ``number``'s ``wanted`` parameters (names in the model); moves the walk one layer down.
+        """Gradients of those of the ``wanted`` parameters (names in the model) that are in layer ``number``. Must be
+        called for all layers in turn, from the last.
 
-        ``reduced``: is shown the products of this layer with the gradients of their outputs.
+        ``reduced``: gets the products of this layer, with the gradients of their outputs.
         """
         layer = self.layers[number]
         prefix = f"{self.path}.{number}."
@@ -118,17 +124,17 @@ class LayerWalk:
                 hidden = batch.hidden[number].detach().requires_grad_()
                 with torch.enable_grad(), self._showing(reduced, batch):
                     first = first_output(call_layer(layer, hidden, batch.calls[number]))
-                # Outside of the watch, which would take products that a criterion computes for the model's.
+                # Outside of the watch, which would also record products that a criterion computes.
                 torch.autograd.backward(first, batch.grad)
                 batch.grad = hidden.grad
-                del first  # with its graph, before that of the next micro-batch is built
+                del first  # frees its graph before that of the next micro-batch is built
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
         return sums
 
     def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
-        """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head. Where embeddings and
-        head are tied, theirs is the sum of both uses. `backward_layer` must have been called for all layers before."""
+        """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head; for tied embeddings the
+        sum of both uses. `backward_layer` must have been called for all layers before."""
         parameters = {n: self.model.get_parameter(n) for n in wanted}
         sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
         with _requiring_grad(parameters.values()):
@@ -155,10 +161,7 @@ class LayerWalk:
     @contextlib.contextmanager
     def _recording(self, batch: _Batch) -> Iterator[None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, torch.Tensor):
-                raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
-            batch.hidden.append(hidden)
+            batch.hidden.append(hidden_of(args, kwargs))
             batch.calls.append((args[1:], dict(kwargs)))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -189,26 +192,26 @@ class LayerWalk:
         caught: list[torch.Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
+            caught.append(hidden_of(args, kwargs))
+            raise Stop
 
         handle = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            with torch.enable_grad(), contextlib.suppress(_Reached):
+            with torch.enable_grad(), contextlib.suppress(Stop):
                 self.model(input_ids=batch.input_ids, use_cache=False)
         finally:
             handle.remove()
         return caught[0]
 
     def _stubs(self, batch: _Batch, hidden: list[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Layers that return what they returned in the forward pass instead of computing it."""
+        """While active, layers return their outputs of the forward pass instead of computing them."""
 
         def stub(number: int) -> Any:
             rest = batch.output_rest[number]
             result = hidden[number] if rest is None else (hidden[number], *rest)
             return lambda *_, **__: result
 
-        return standing_in(self.layers, stub)
+        return replaced_layers(self.layers, stub)
 
 
 @dataclass
@@ -243,13 +246,14 @@ def walk_signals(
     progress: Progress,
     measure: Measure | None = None,
 ) -> Iterator[tuple[str, ParameterSignals]]:
-    """Yield every parameter of ``wanted`` once, with the signals in ``needs``. Gradients, and statistics where no
-    gradients are needed, are dropped before the next layer is computed, so keep no reference to them.
+    """Yield every parameter of ``wanted`` once, with the signals in ``needs``. To save memory, keep no reference to
+    them.
 
     ``measure``: `ImportanceCriterion.measure`, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
 
     Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see the
-    module), one layer's gradients, and the statistics of the inputs of all layers where they are needed as well.
+    module), one layer's gradients, and the statistics of the inputs of all layers if they are needed too. Raises
+    `ModelError` without a calibration set, or for values that are not finite.
     """
     where = positions(graph)
 
@@ -262,7 +266,7 @@ def walk_signals(
             yield signals(name, None, None)
         return
     if calibration is None:
-        raise ModelError("this criterion measures the model at work and needs a calibration set")
+        raise ModelError("this criterion runs the model and needs a calibration set")
     number_of_samples = len(calibration.input_ids)
     with_gradients = Signal.PRODUCT_GRAD in needs
 
@@ -285,8 +289,9 @@ def walk_signals(
     differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ}.intersection(needs) else ()
     outer = sorted(name for name in wanted if not graph.is_decoder(name))
     by_layer: dict[int, list[str]] = {}
-    for name in sorted(set(wanted).difference(outer)):
-        by_layer.setdefault(int(name[len(graph.layers) + 1 :].split(".")[0]), []).append(name)
+    for name in sorted(wanted):
+        if (layer := graph.layer_of(name)) is not None:
+            by_layer.setdefault(layer, []).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with _requiring_grad((), freeze=model):
         walk = LayerWalk(model, graph.layers, calibration, per_sample=squares)
@@ -333,7 +338,7 @@ def signals_of(
     needs: Collection[Signal],
     seed: int,
 ) -> ParameterSignals:
-    """One parameter as a criterion sees it. Raises `ModelError` when its values are not finite."""
+    """The signals of one parameter. Raises `ModelError` when its values are not finite."""
     parameter = model.get_parameter(name).detach()
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
@@ -357,7 +362,7 @@ def _loss(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _requiring_grad(parameters: Any, freeze: nn.Module | None = None) -> Iterator[None]:
-    """``parameters`` require gradients inside; every parameter of ``freeze`` does not."""
+    """While active, ``parameters`` require gradients, and all other parameters of ``freeze`` do not."""
     chosen = list(parameters)
     others = [] if freeze is None else list(freeze.parameters())
     flags = [(p, p.requires_grad) for p in (*chosen, *others)]

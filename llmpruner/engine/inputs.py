@@ -1,4 +1,4 @@
-"""Statistics of the inputs of weights, and sums over their products, in a forward walk through the layers."""
+"""Statistics of the inputs of weights, and sums over their products, from a forward walk through the layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What the forward walk gives of one weight; None for what was not asked for."""
+    """Statistics of one weight from a forward walk; None where they were not requested."""
 
     inputs: InputStats | None
     products: ProductStats | None
@@ -42,13 +42,13 @@ def forward_statistics(
     gram: bool = False,
     reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
 ) -> Iterator[dict[str, Measured]]:
-    """For every decoder layer, statistics of those of its ``wanted`` parameters that are matrices in a product.
+    """For every decoder layer, statistics of its ``wanted`` parameters, as far as they are used in matrix products.
 
-    ``inputs``, ``gram``: whether to measure `InputStats`, and with Gram matrices. ``reduce``: makes the
-    `ReduceProducts` of one layer's weights.
+    ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
+    for the names of one layer's weights.
 
-    Memory: the hidden states of the whole calibration set in float32, the statistics of one layer, and what the walk
-    keeps of each layer's call (masks, rotary tables).
+    Memory: the hidden states of the whole calibration set in float32, the statistics of one layer, and the other
+    arguments of each layer (masks, rotary tables).
     """
     walk = ForwardWalk.over(model, layers, calibration)
     states = walk.take_states()
@@ -96,7 +96,7 @@ class InputSums:
         self._sums[name].add(product)
 
     def statistics(self, tokens: int) -> dict[str, InputStats]:
-        """Means over ``tokens`` calibration tokens, of every weight that was used."""
+        """Means over ``tokens`` calibration tokens, for every weight that was used."""
         return {name: found.finish(tokens) for name, found in self._sums.items()}
 
 
@@ -115,9 +115,9 @@ def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
 
 @dataclass
 class _Sums:
-    """Sums over tokens, S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares (S, d_in),
-    in float64; of outer products (S, d_in, d_in), lower triangles, in float32; and how many tokens each matrix got
-    (S,).
+    """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares
+    (S, d_in), in float64; of outer products (S, d_in, d_in), lower triangles, in float32; and the number of tokens of
+    each matrix (S,).
     """
 
     axis: int
@@ -140,7 +140,7 @@ class _Sums:
         slot, inputs = product.slot or 0, product.inputs.float()
         self.total[slot] += inputs.sum(0, dtype=torch.float64)
         self.square[slot] += inputs.square().sum(0, dtype=torch.float64)
-        # Some models show every expert all tokens, and zeros in place of those that are not routed to it.
+        # In some models the inputs of every expert are all tokens, with zeros for those that are not routed to it.
         self.tokens[slot] += len(inputs) if self.dim == 2 else inputs.any(1).sum()
         if self.outer is not None:
             add_gram(self.outer[slot], inputs)

@@ -1,4 +1,4 @@
-"""The place of a parameter in the model, which criteria are given instead of its name. Imports no torch."""
+"""The position of a parameter in the model, which criteria get instead of its name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The place of a parameter in the model.
+    """The position of a parameter in the model.
 
-    ``reads`` and ``produces`` hold kinds of units, of all coupled groups of the model, whether they are scored or not;
-    a width that no coupled group covers is missing. A down projection reads ``"mlp"`` and produces ``"hidden"``.
+    ``reads`` and ``produces`` contain the kinds of units of all coupled groups, whether they are scored or not; an axis
+    that no coupled group owns is not represented. A down projection reads ``"mlp"`` and produces ``"hidden"``.
     """
 
     layer: int | None = None
@@ -29,19 +29,19 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class UnitAxis:
-    """One axis of a parameter along which the units of a coupled group lie."""
+    """One axis of a parameter whose indices belong to the units of a coupled group."""
 
     kind: str
     """Kind of the units: ``"mlp"``, ``"attention"``, ``"hidden"``, ``"expert"``, ``"layer"`` …"""
     role: Role | None
-    """Role of the span; None where a unit is a whole layer and so owns the whole parameter."""
+    """Role of the span; None where a unit is a layer, which owns the whole parameter."""
     axis: int
-    """The axis of the parameter; 0 where a unit owns the whole parameter."""
+    """The axis of the parameter; 0 where a unit is a layer."""
     position: Position
 
 
 def positions(graph: CouplingGraph) -> dict[str, Position]:
-    """The position of every stored parameter of the model (of tied ones, under the name they are stored by)."""
+    """Name → position of every stored parameter; tied parameters are under the name they are stored by."""
     reads: dict[str, set[str]] = {}
     produces: dict[str, set[str]] = {}
     for group in graph.groups:
@@ -49,11 +49,7 @@ def positions(graph: CouplingGraph) -> dict[str, Position]:
             kinds = reads if span.role is Role.CONSUMES else produces
             kinds.setdefault(graph.ties.get(span.parameter, span.parameter), set()).add(group.kind)
     return {
-        name: Position(_layer(graph, name), frozenset(reads.get(name, ())), frozenset(produces.get(name, ())))
+        name: Position(graph.layer_of(name), frozenset(reads.get(name, ())), frozenset(produces.get(name, ())))
         for name in graph.shapes
         if name not in graph.ties
     }
-
-
-def _layer(graph: CouplingGraph, name: str) -> int | None:
-    return int(name[len(graph.layers) + 1 :].split(".", maxsplit=1)[0]) if graph.is_decoder(name) else None

@@ -1,6 +1,6 @@
-"""Statistics of products that a criterion defines itself: each product is shown to it, and what it returns is summed.
+"""Sums of statistics that a criterion computes from each matrix product.
 
-No activation is kept beyond the micro-batch it belongs to.
+Activations are kept for one micro-batch only.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 
 
 class ReduceProducts:
-    """Sums of what ``measure`` returns for each product with the weights ``names`` of one layer.
+    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer.
 
     ``positions``: of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
-    ``measure`` is called when backward comes to the product, with the gradient of its outputs, or at once.
+    ``measure`` is called in the backward pass, with the gradient of the outputs, instead of the forward pass.
     """
 
     def __init__(
@@ -50,26 +50,25 @@ class ReduceProducts:
 
     @contextlib.contextmanager
     def following(self, watch: WatchProducts) -> Iterator[None]:
-        """Observe the products that ``watch`` sees."""
+        """While active, takes the products that ``watch`` observes."""
         watch.add(self._routing.names, self._routing.rows_of)
         watch.add(self._names, self._add)
         with self._routing.following():
             yield
 
     def next_batch(self, first: int, ids: torch.Tensor) -> None:
-        """The micro-batch that is computed next: token ids (samples, length), ``first`` the number of its first
-        sample."""
+        """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample."""
         self._first, self._shape = first, (ids.shape[0], ids.shape[1])
 
     def statistics(self) -> dict[str, ProductStats]:
-        """Parameter → sums, for every weight that was used and for which ``measure`` returned something."""
+        """Parameter → sums, for every weight for which ``measure`` returned values."""
         return {name: ProductStats(sums, self._axes[name]) for name, sums in self._sums.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
         parameter = self._model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         tokens, gates = self._rows(watched)
-        # A later operation may overwrite a tensor before backward comes to the product.
+        # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self._gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
@@ -81,11 +80,11 @@ class ReduceProducts:
             row_samples=None if tokens is None else self._first + tokens // self._shape[1],
             row_gates=gates,
         )
-        # What waits for backward holds no reference to the graph, which would hold it in turn.
+        # The hook must not refer to the graph, which refers to the hook: neither would be freed.
         parameter_name, axis, slot, samples = watched.parameter, watched.axis, watched.slot, self._shape[0]
 
         def measure(grad: torch.Tensor) -> None:
-            # Backward starts from the mean loss of the micro-batch, of which each sample's is one share.
+            # The gradient is that of the mean loss over the samples of the micro-batch.
             self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * samples))
 
         if self._gradients:
@@ -94,8 +93,8 @@ class ReduceProducts:
             self._sum(parameter_name, axis, slot, product)
 
     def _with_bias(self, watched: WatchedProduct, outputs: torch.Tensor) -> torch.Tensor:
-        """transformers keeps the biases of a stack (experts, d_out) beside it, as ``NAME_bias``, and adds them
-        apart."""
+        """``outputs`` with the bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds
+        separately."""
         path, _, leaf = watched.parameter.rpartition(".")
         bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
         if watched.slot is None or not isinstance(bias, torch.Tensor):
@@ -103,7 +102,7 @@ class ReduceProducts:
         return outputs + bias[watched.slot].detach().float()
 
     def _rows(self, watched: WatchedProduct) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Token numbers within the micro-batch, and router weights, of the rows; None where they cannot be told."""
+        """Token numbers within the micro-batch, and router weights, of the rows; None where they are unknown."""
         if watched.slot is not None:
             found = self._routing.rows_of(watched)
             if found is not None:

@@ -1,9 +1,9 @@
-"""Which calibration token each row of an expert's inputs belongs to, and with which weight the router chose it.
+"""The calibration token and the router weight of each row of an expert's inputs.
 
-transformers calls a module that holds stacked expert weights with the hidden states of all tokens (tokens, d_in), the
+transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the
 experts chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after the
-other on the tokens that chose it. Where that is how a model works, rows can be assigned to tokens; this is checked on
-the first product of every expert.
+other on the tokens routed to it. In such models, rows can be assigned to tokens; this is checked on the first product
+of every expert.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Call:
-    """One call of a module of experts. ``rows``: expert → tokens (rows,) and router weights (rows,) of its inputs, None
-    where they are not what the call would give."""
+    """One call of a module of experts. ``rows``: expert → tokens (rows,) and router weights (rows,) of its inputs; None
+    where its inputs are not the hidden states of the tokens routed to it."""
 
     hidden: torch.Tensor
     chosen: torch.Tensor
@@ -41,9 +41,10 @@ class _Call:
 
 
 class Routing:
-    """Follows the modules that hold the stacked ones of the parameters ``names``, while `following`.
+    """Records, while `following`, the calls of the modules that contain stacked parameters of ``names``.
 
-    ``names``: afterwards all stacked parameters of these modules, for the products that `rows_of` must be called with.
+    The attribute ``names`` lists all stacked parameters of these modules: `rows_of` must be called for every product
+    with one of them.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -69,7 +70,7 @@ class Routing:
     @torch.no_grad()
     def rows_of(self, product: WatchedProduct) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Token numbers (rows,), int64, and router weights (rows,), float32, of an expert's product; None where they
-        cannot be told. Must be called for every product with `names`, in order."""
+        are unknown. Must be called for every product with ``names``, in order."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
             return None

@@ -1,4 +1,4 @@
-"""The residual stream before and after layers, and blocks of layers, compared token by token."""
+"""Comparing the hidden states before and after layers, and blocks of layers, token by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def stream_statistics(
     model: PreTrainedModel, layers: str, calibration: CalibrationSet, progress: Progress, *, blocks: bool = False
 ) -> StreamStats:
-    """Compare the residual stream before and after each layer; with ``blocks``, each block of consecutive layers.
+    """Compare the hidden states before and after each layer; with ``blocks``, each block of consecutive layers.
 
     Memory: the hidden states of the whole calibration set, in float32; with ``blocks`` also those of one micro-batch
     before every layer.
@@ -34,7 +34,7 @@ def stream_statistics(
     for length in range(1, lengths + 1):
         cosine[length - 1, : count - length + 1] = 0
         angle[length - 1, : count - length + 1] = 0
-    # With blocks the stream before all layers is kept, so micro-batches go through the model one after another.
+    # With blocks, hidden states before all layers are kept: of one micro-batch at a time.
     parts = [[batch] for batch in walk.batches] if blocks else [walk.batches]
     states = walk.take_states()
     before: list[list[torch.Tensor]] = []

@@ -1,8 +1,8 @@
 """Running the decoder forwards, one layer at a time, over a calibration set.
 
-The caller holds the hidden states and may pass those of several models through a layer, the dense one's and the pruned
-one's. What each layer is called with besides (masks, rotary tables) is recorded once, by running the model with layers
-that return their inputs.
+The caller keeps the hidden states, and may pass those of the dense and of the pruned model through a layer. The other
+arguments of each layer (masks, rotary tables) are recorded once, by running the model with layers that return their
+inputs.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 _TOKENS_AT_ONCE = 4096
 _TOLERANCE = 1e-3
-"""Largest relative difference, walked to run whole, in the model's own precision: both compute the same products."""
+"""Largest accepted relative difference of hidden states from those of the whole model, in the model's own precision."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a layer, without the hidden states."""
 
 
 @dataclass
 class Batch:
     """One micro-batch: token ids (samples, length), hidden states before the first layer (samples, length, hidden size)
-    in float32, what else each layer is called with, and the number of its first sample in the calibration set."""
+    in float32, the other arguments of each layer, and the number of its first sample in the calibration set."""
 
     input_ids: torch.Tensor
     hidden: torch.Tensor
@@ -45,14 +46,14 @@ class Batch:
 
 @dataclass
 class ForwardWalk:
-    """The calibration set ready to go through the layers of ``model``, in micro-batches."""
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them."""
 
     layers: nn.ModuleList
     batches: list[Batch]
     products: torch.dtype
-    """What products are computed in; hidden states stay in float32."""
+    """The dtype of matrix products; hidden states are in float32."""
     experts: list[PreTrainedConfig]
-    """Configurations that choose how experts are computed."""
+    """Configurations that select the implementation of experts."""
 
     @property
     def tokens(self) -> int:
@@ -61,8 +62,8 @@ class ForwardWalk:
     @classmethod
     @torch.no_grad()
     def over(cls, model: PreTrainedModel, path: str, calibration: CalibrationSet) -> ForwardWalk:
-        """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers hand more to one another
-        than hidden states."""
+        """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
+        than hidden states, and `ModelError` for hidden states that are not finite."""
         layers = decoder_list(model, path)
         ids = check_tokens(model, calibration)
         products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
@@ -76,8 +77,8 @@ class ForwardWalk:
         return walk
 
     def take_states(self) -> list[torch.Tensor]:
-        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference, so
-        that the caller can drop them one by one."""
+        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference to
+        them, so that the caller can free them one by one."""
         states = [batch.hidden for batch in self.batches]
         for batch in self.batches:
             batch.hidden = batch.hidden.new_empty(0)
@@ -91,9 +92,9 @@ class ForwardWalk:
 
 
 def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:
-    """Raises `UnsupportedModelError` unless the walk gives the hidden states of the model on one sample. Returns what
-    `_record` calls ``tuples``. In the model's own precision: rounding may send a token to another expert, which would
-    look like a wrong walk.
+    """Raises `UnsupportedModelError` unless running layer by layer gives the hidden states of the model on one sample.
+    Returns the ``tuples`` of `_record`. Computes in the model's own precision, as rounding may route a token to another
+    expert, which would look like an error.
     """
     called: list[int] = []
     outputs: list[Any] = []
@@ -122,7 +123,7 @@ def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> 
             hidden = first_output(call_layer(layer, hidden, batch.calls[number]))
     except LlmprunerError:
         raise
-    except Exception as error:  # the whole model ran: whatever a layer misses now, another would have given it
+    except Exception as error:  # the whole model ran, so a layer lacks a value that another one provides
         raise _not_walkable(model) from error
     difference = float((hidden - whole).float().norm() / whole.float().norm().clamp_min(1e-12))
     if not difference < _TOLERANCE:
@@ -132,8 +133,8 @@ def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> 
 
 def _not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the layers of {type(model).__name__} hand more to one another than hidden states, so they cannot be "
-        "walked one by one; use --importance taylor, l1, l2 or random and --compensate none"
+        f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
+        "run one by one; use --importance taylor, l1, l2 or random and --compensate none"
     )
 
 
@@ -144,8 +145,8 @@ def expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
 
 @contextlib.contextmanager
 def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
-    """Compute experts one by one, so that `WatchProducts` sees a product for each: transformers' faster implementations
-    are a single operator, or gather copies of the weights."""
+    """While active, experts are computed one by one, so that `WatchProducts` observes a product for each: the faster
+    implementations in transformers are a single operator, or copy the weights."""
     chosen = [config._experts_implementation_internal for config in configs]
     for config in configs:
         config._experts_implementation_internal = "eager"
@@ -172,6 +173,14 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
     return layer(hidden, *args, **kwargs)
 
 
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer. Raises `UnsupportedModelError` where there are none."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+    return hidden
+
+
 def first_output(output: Any) -> torch.Tensor:
     tensor = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(tensor, torch.Tensor)
@@ -179,9 +188,9 @@ def first_output(output: Any) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def standing_in(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """``stub(number)`` runs instead of each layer's forward."""
-    # Hooks of other libraries (accelerate's) put a forward of their own on the instance.
+def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """While active, ``stub(number)`` replaces the forward of each layer."""
+    # Other libraries (accelerate) set a forward on the instance.
     own = [vars(layer).get("forward") for layer in layers]
     for number, layer in enumerate(layers):
         layer.forward = stub(number)
@@ -197,7 +206,7 @@ def standing_in(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]
 def _record(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None], first: int = 0
 ) -> Batch:
-    """Run the model with layers that return their hidden states unchanged, and keep what they are called with.
+    """Run the model with layers that return their hidden states unchanged, and record their other arguments.
 
     ``tuples``: how many further values each layer returns, None for a bare tensor. ``first``: see `Batch`.
     """
@@ -205,9 +214,7 @@ def _record(
 
     def stub(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, torch.Tensor):
-                raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+            hidden = hidden_of(args, kwargs)
             if not batch.calls:
                 batch.hidden = hidden.float()
             batch.calls.append((args[1:], kwargs))
@@ -216,7 +223,7 @@ def _record(
 
         return forward
 
-    with standing_in(layers, stub), contextlib.suppress(Enough):
+    with replaced_layers(layers, stub), contextlib.suppress(Stop):
         handle = layers[-1].register_forward_hook(_stop)
         try:
             model(input_ids=ids, use_cache=False)
@@ -225,9 +232,9 @@ def _record(
     return batch
 
 
-class Enough(Exception):
-    """Ends a forward pass once the last layer was called: the logits would be the largest tensor of all."""
+class Stop(Exception):
+    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
 
 
 def _stop(*_: Any) -> None:
-    raise Enough
+    raise Stop

@@ -1,7 +1,7 @@
-"""Observing every matrix product with given weights, whatever module computes it.
+"""Observing every matrix product with given weights, in any module.
 
-A linear layer, a transposed one (GPT-2), and the slices of a stacked expert parameter all end in one of a few matrix
-product functions of torch. Intercepting these finds the inputs of a parameter without knowing module names or classes.
+Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few matrix product
+functions of torch. Intercepting these finds the inputs of a parameter independently of module names and classes.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     torch.addmm: ((1, "mat1"), (2, "mat2")),
     torch.baddbmm: ((1, "batch1"), (2, "batch2")),
 }
-"""Function → position and name of the argument that holds the inputs, and of the one that holds the weight."""
+"""Function → position and name of the arguments for the inputs and for the weight."""
 
 
 @dataclass(frozen=True)
 class WatchedProduct:
-    """One product of rows with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included;
-    both detached, in the dtype they were given or computed in."""
+    """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
+    detached, in the dtype of the product."""
 
     parameter: str
     axis: int
     """The axis of the parameter that is summed over: 1 of a linear weight, 0 of a transposed one."""
     slot: int | None
-    """Which matrix of a stacked parameter (the expert); None where the parameter is one matrix."""
+    """Number of the matrix in a stacked parameter (the expert); None where the parameter is one matrix."""
     inputs: torch.Tensor
     outputs: torch.Tensor
     bias: torch.Tensor | None
     """The bias that the product itself adds, (d_out,)."""
     result: torch.Tensor
-    """What the function returned, with its autograd graph: outputs in their own shape, or those of a whole stack."""
+    """The function's result with its autograd graph: the outputs in their original shape, or those of a whole stack."""
     part: int | None
-    """Which part of ``result`` the outputs are; None for all of it."""
+    """Index of ``outputs`` in ``result``; None for all of it."""
 
     @property
     def leading_shape(self) -> tuple[int, ...]:
-        """The shape of ``outputs`` before its leading axes were flattened to rows, without d_out."""
+        """The original leading axes of ``outputs``, before they were flattened to rows."""
         return tuple(self.result.shape[:-1] if self.part is None else self.result.shape[1:-1])
 
     def on_gradient(self, call: Callable[[torch.Tensor], None]) -> None:
-        """Have ``call`` given the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""
-        # The hook is kept by the graph of ``result`` and must not refer to it: neither would ever be freed.
+        """Call ``call`` with the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""
+        # The graph of ``result`` refers to the hook, which must not refer to ``result``: neither would be freed.
         part = self.part
         self.result.register_hook(lambda grad: call(_rows(grad if part is None else grad[part])))  # type: ignore[no-untyped-call]
 
@@ -67,9 +67,9 @@ Seen = Callable[[WatchedProduct], object]
 
 
 class WatchProducts(TorchFunctionMode):
-    """While active, calls ``seen`` for every product with one of ``names``. Parameters are matched by storage, so that
-    views are found too: a slice, a transpose, one expert of a stack. ``seen`` may compute products itself; those are
-    not observed."""
+    """While active, calls ``seen`` for every product with one of the parameters ``names``. They are matched by storage,
+    so that views are found too: a slice, a transpose, one expert of a stack. Products that ``seen`` computes are not
+    observed."""
 
     def __init__(self, model: nn.Module, names: Iterable[str], seen: Seen) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class WatchProducts(TorchFunctionMode):
         self.add(names, seen)
 
     def add(self, names: Iterable[str], seen: Seen) -> None:
-        """A further observer, called after those before it."""
+        """Add an observer, which is called after those added earlier."""
         for name in names:
             if name not in self._seen:
                 parameter = self._model.get_parameter(name)
@@ -103,7 +103,7 @@ class WatchProducts(TorchFunctionMode):
         return result
 
     def _owner(self, weight: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """The parameter that ``weight`` is a view of. Several may lie in one storage."""
+        """The parameter that ``weight`` is a view of; several parameters may share a storage."""
         for name, parameter in self._by_storage.get(weight.untyped_storage().data_ptr(), ()):
             if 0 <= weight.storage_offset() - parameter.storage_offset() < parameter.numel():
                 return name, parameter
@@ -129,7 +129,7 @@ def _products(
     if weight.dim() not in (2, parameter.dim()):
         return
     summed = weight.dim() - 1 if transposed else weight.dim() - 2
-    # The view may be a transpose: its strides tell which axis of the parameter is summed over.
+    # The view may be a transpose: its stride determines which axis of the parameter is summed over.
     axis = _axis_with(parameter, weight.stride(summed), weight.shape[summed])
     if axis is None:
         return

@@ -61,8 +61,10 @@ class PerplexityMetric(Metric):
             "brings.",
         )
         window: int = Field(512, ge=2, description="Tokens per window; windows do not overlap.")
-        tokens: int | None = Field(None, ge=2, description="Use the first so many tokens of the text; all by default.")
-        kl: bool = Field(False, description="KL divergence from the first model on the text (both are in memory).")
+        tokens: int | None = Field(
+            None, ge=2, description="Number of tokens to use, from the start of the text; all by default."
+        )
+        kl: bool = Field(False, description="Also the KL divergence from the first model (both are in memory).")
         batch_size: int = Field(4, ge=1, description="Windows per batch.")
         autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
 
@@ -146,7 +148,9 @@ class TasksMetric(Metric):
         )
         limit: int | None = Field(None, ge=1, description="Rows per task; all by default.")
         num_fewshot: int = Field(0, ge=0, description="Examples shown in each task's prompt.")
-        include_path: Path | None = Field(None, description="Folder of further lm-eval task files (offline data, say).")
+        include_path: Path | None = Field(
+            None, description="Folder with additional lm-eval task files, such as for offline data."
+        )
         batch_size: int = Field(8, ge=1, description="Rows per batch.")
         seed: Seed = 0
 

@@ -1,4 +1,4 @@
-"""Evaluation of several models, of which one is in memory at a time."""
+"""Evaluation of several models, with one in memory at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PluginError, SettingsError
+from ..errors import ModelError, PluginError, SettingsError
+from ..models.finite import first_not_finite
 from ..progress import QUIET, Progress
 from .base import Metric, MetricSubject
 from .results import Evaluation, finite
 from .table import Evaluations
-from .weights import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,12 +23,12 @@ def evaluate(
 ) -> Evaluations:
     """Measure every model by every metric, in the given order.
 
-    ``models``: functions that load one model each. A model is loaded after the one before it was measured and freed;
-    the first stays in memory as ``subject.reference`` where a metric asks for it. Metrics are prepared before any model
+    ``models``: functions that load one model each. A model is loaded after the previous one was measured and freed;
+    the first stays in memory as ``subject.reference`` where a metric needs it. Metrics are prepared before any model
     is loaded.
 
     Raises `SettingsError` when there is no metric or one name occurs twice, `ModelError` for weights that are not
-    finite, `PluginError` for a metric whose result JSON cannot hold, and whatever the metrics raise.
+    finite, `PluginError` for a metric whose result has no JSON form, and whatever the metrics raise.
     """
     _check_names(metrics)
     for metric in metrics:
@@ -56,14 +56,20 @@ def _check_names(metrics: Sequence[Metric]) -> None:
 
 
 def _measured(subject: MetricSubject, metrics: Sequence[Metric]) -> Evaluation:
-    check_weights(subject.model, subject.name)
+    # The score of a task would be a number all the same.
+    wrong = first_not_finite(subject.model.named_parameters())
+    if wrong is not None:
+        raise ModelError(
+            f"model '{subject.name}': parameter '{wrong}' holds NaN or infinite values; the checkpoint is damaged, or "
+            f"{subject.model.dtype} is too narrow for it"
+        )
     results = {metric.name: _checked(metric, metric.measure(subject)) for metric in metrics}
     rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
     return Evaluation(subject.name, results, rows)
 
 
 def _checked(metric: Metric, result: Any) -> Mapping[str, Any]:
-    """``result``, once it is sure that it can be written: found after the first model, not after the last."""
+    """``result``. Raises `PluginError` unless it can be written as JSON: after the first model, not after the last."""
     try:
         json.dumps(finite(result))
     except (TypeError, ValueError) as error:

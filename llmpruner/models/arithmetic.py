@@ -23,8 +23,8 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
     for attention, ``context`` products per channel for the scores and again for the values.
     """
     weights = sum(
-        parameter.numel() if visited is None else parameter.numel() // parameter.shape[0] * visited
-        for _, parameter, visited in multiplied(model)
+        parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed
+        for _, parameter, routed in multiplied(model)
     )
     width = sum(
         span.index.width * group.units

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from ..errors import LlmprunerError, UnsupportedModelError
+from ..errors import LlmprunerError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Reading:
+class CachedModel:
     """A model with the key/value cache of the tokens that it has read so far."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -33,7 +33,7 @@ class Reading:
             self.model(input_ids=tokens.to(self.model.device), use_cache=True, **options)
 
     @torch.inference_mode()
-    def again(self) -> Reading:
+    def again(self) -> CachedModel:
         """A copy with a cache of its own, that has read the same tokens."""
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
@@ -47,15 +47,14 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
     except LlmprunerError:
         raise
     except Exception as error:  # caches and forward passes of any architecture may raise anything
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
         raise UnsupportedModelError(
-            f"a {model.config.model_type} model does not read with a key/value cache, so what it costs there cannot be "
-            f"measured ({reason}); choose another --budget"
+            f"a {model.config.model_type} model does not run with a key/value cache, so its cost cannot be measured "
+            f"({type(error).__name__}: {first_line(error)[:160]}); choose another --budget"
         ) from error
 
 
 def sample_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """Ids of shape (1, count), always the same."""
+    """Random token ids of shape (1, count), the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(int(model.config.get_text_config().vocab_size), (1, count), generator=generator)
 

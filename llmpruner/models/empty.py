@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
@@ -16,16 +18,14 @@ if TYPE_CHECKING:
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance without weights: parameters on the meta device, buffers (rotary tables) with their values.
+    """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)
+    with their values.
 
     Raises `ModelError` when the class is code of a checkpoint that may not run, `UnsupportedModelError` when there is
     no class, and whatever the class's constructor raises.
     """
     register_model_class(config)
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    model.tie_weights()
-    return cast("PreTrainedModel", model.eval())
+    return _without_weights(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config)
 
 
 def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -36,7 +36,11 @@ def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """An instance of ``model_class`` with parameters on the meta device and buffers with their values."""
+    return _without_weights(model_class, config)
+
+
+def _without_weights(build: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = model_class(copy.deepcopy(config))
+        model = build(copy.deepcopy(config))
     model.tie_weights()
     return model.eval()

@@ -1,4 +1,4 @@
-"""Text from a model: greedy unless a temperature is given, with the key/value cache."""
+"""Text generation: greedy unless a temperature is given, with the key/value cache."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def generate(
         **(sampling or {"do_sample": False}),
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    # What the call leaves open, transformers takes from the model: a checkpoint's own sampling settings and
-    # repetition penalty would change what greedy means.
+    # transformers takes values that the call does not give from the model's own configuration, whose repetition penalty
+    # and sampling settings would change the result.
     model.generation_config = config
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():

@@ -1,8 +1,8 @@
 """Pruned language models whose layers differ in size, as ordinary Hugging Face models.
 
-A copy of this file lies in every checkpoint whose shapes no stock configuration can state, so that
+Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
 ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs nothing but torch and
-transformers. Where llmpruner is installed, the same file serves its ``load_pruned`` and ``register``.
+transformers. ``load_pruned`` and ``register`` of llmpruner use the same file.
 
 ``config.json`` is the configuration of the uniform model that was cut, with the model type
 ``llmpruner_<base type>`` and a record of what differs::
@@ -46,7 +46,7 @@ CODE_NAME = "modeling_llmpruner"
 RECORD_VERSION = 1
 SLICED = "sliced_argument"
 LAYERS = "layers_kept"
-"""Attribute of a model that lost layers: its record of them."""
+"""Attribute of a model from which layers were removed: the record of `drop_layers`."""
 
 _DERIVING = "deriving_class"
 _COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
@@ -78,7 +78,8 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``; what counts layers follows.
+    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and update the numbers and counts of
+    layers in modules and configuration.
 
     ``model.layers_kept`` records what is needed to do the same to a new instance: a configuration cannot always state
     which layers stayed, because it derives their types from a period or counts from the end.
@@ -100,7 +101,7 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 
 def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:
-    """Let ``config`` state all the layers that a model had before ``record`` of `drop_layers`, in place."""
+    """Restore the values of ``config`` from before `drop_layers` made ``record``, in place."""
     for name, value in record["config"].items():
         setattr(config.get_text_config(), name, value)
     return config
@@ -130,7 +131,7 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
     for name, value in lists.items():
         new = [value[n] for n in kept]
         if list(getattr(config, name)) != new:
-            # Derived from a period that holds no longer: a class of its own lets this configuration state it.
+            # Derived from a period that no longer applies: a subclass overrides the property with a fixed value.
             cls = type(config)
             config.__class__ = type(cls.__name__, (cls,), {name: new, "__module__": cls.__module__, _DERIVING: cls})
     return before
@@ -143,7 +144,7 @@ def derive_lists(config: PreTrainedConfig) -> None:
 
 
 def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]]:
-    """What ``config`` states or derives for each of its ``count`` layers."""
+    """The fields and properties of ``config`` that are lists with an entry for each of its ``count`` layers."""
     derived = [n for c in type(config).__mro__ for n, v in vars(c).items() if isinstance(v, property) and "layer" in n]
     values = {n: v for n, v in vars(config).items() if not (n.startswith("_") or "token" in n or _NUMBERED.search(n))}
     values |= {name: getattr(config, name) for name in derived}
@@ -191,8 +192,8 @@ def _resize(
 
 
 def follow_shape(module: nn.Module, leaf: str) -> None:
-    """Make the sizes that torch and transformers modules store agree with ``leaf``, a parameter or buffer that was
-    cut. A buffer is saved from now on: computed anew, it would have an entry for every unit again."""
+    """Update the sizes that torch and transformers modules store to the shape of ``leaf``, a parameter or buffer that
+    was cut. A buffer becomes persistent: if it were computed again, it would have entries for all units."""
     module._non_persistent_buffers_set.discard(leaf)
     shape = tuple(getattr(module, leaf).shape)
     if isinstance(module, nn.Linear) and leaf == "weight":
@@ -216,7 +217,7 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
-    left = {name: getattr(text, name) for name in layers["config"]}
+    pruned = {name: getattr(text, name) for name in layers["config"]}
     cls = type(text)
     overrides = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     config.per_layer_config = None
@@ -227,13 +228,13 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     finally:
         if _DERIVING in vars(cls):
             text.__class__ = cls
-        for name, value in left.items():
+        for name, value in pruned.items():
             setattr(text, name, value)
         config.per_layer_config = overrides
 
 
 class PrunedConfigMixin:
-    """A stock configuration with a record of what was cut; saving it also saves the code that reads it."""
+    """A stock configuration with a record of the cut; saving it also saves the code of its class."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = base_class(self.llmpruner)  # type: ignore[attr-defined]
@@ -250,7 +251,7 @@ class PrunedConfigMixin:
 
 
 class PrunedModelMixin:
-    """A stock model resized as its configuration records."""
+    """A stock model, resized according to the record in its configuration."""
 
     pruned_base: type[PreTrainedModel]
 
@@ -263,16 +264,16 @@ class PrunedModelMixin:
         apply_record(self, config.llmpruner)  # type: ignore[arg-type]
 
     def _get_static_cache_init_shape(self) -> None:
-        """Layers have no common shape: a static cache takes each from the first keys and values."""
+        """None: layers have no common shape, so a static cache takes each from the first keys and values."""
 
 
 def pruned_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """``PrunedXConfig`` for ``XConfig``; always the same class."""
+    """``PrunedXConfig`` for ``XConfig``; the same class at every call."""
     return _pruned(PrunedConfigMixin, stock, {"model_type": MODEL_TYPE_PREFIX + stock.model_type})
 
 
 def pruned_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """``PrunedXForCausalLM`` for ``XForCausalLM``; always the same class."""
+    """``PrunedXForCausalLM`` for ``XForCausalLM``; the same class at every call."""
     members = {"config_class": pruned_config(base.config_class), "pruned_base": base}
     return _pruned(PrunedModelMixin, base, members)
 
@@ -292,7 +293,7 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
     """The class that a record resizes. Raises `ValueError` when it cannot be found.
 
     A module named by a checkpoint is imported only when it belongs to transformers or to an installed plugin,
-    or has been imported already: a checkpoint must not choose what runs.
+    or has been imported already, so that a checkpoint cannot run other code.
     """
     name: str = record["base"]
     module: str | None = record.get("module")
@@ -312,9 +313,8 @@ def _may_import(module: str) -> bool:
 
 
 def packages_of_models() -> set[str]:
-    """Packages that a checkpoint may name as the place of its model class: transformers, installed plugins (entry
-    points of the group ``llmpruner``), and those of the group ``llmpruner.models``, which only hold model classes and
-    are never loaded for their own sake."""
+    """Packages from which a checkpoint may import its model class: transformers, installed plugins (entry points of the
+    group ``llmpruner``), and entry points of the group ``llmpruner.models``, which hold model classes alone."""
     entries = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
     return {"transformers", *(entry.module.partition(".")[0] for entry in entries)}
 
@@ -353,7 +353,7 @@ class _OnDemand:
 
 
 def register(model_types: Iterable[str]) -> None:
-    """Let AutoConfig and AutoModelForCausalLM read the pruned kind of each model type without remote code."""
+    """Register the pruned variant of each model type with AutoConfig and AutoModelForCausalLM."""
     for model_type in model_types:
         name = MODEL_TYPE_PREFIX + model_type
         AutoConfig.register(name, type("PrunedConfig", (_OnDemand,), {"model_type": name}), exist_ok=True)

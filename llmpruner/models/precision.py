@@ -1,4 +1,4 @@
-"""Whether products in bfloat16 are faster than in float32 on a device."""
+"""Whether matrix products in bfloat16 are faster than in float32 on a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def computes_bfloat16_fast(model: nn.Module) -> bool:
     if parameter.dtype != torch.float32:
         return False
     if parameter.device.type == "cpu":
-        return _bfloat16_pays(_processor())
+        return _is_bfloat16_faster(_processor())
     return parameter.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
@@ -26,7 +26,7 @@ def _processor() -> Mapping[str, Any]:
     return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}
 
 
-def _bfloat16_pays(cpu: Mapping[str, Any]) -> bool:
-    """Intel's vectors are slower in bfloat16 than in float32; only its tiles (AMX) are faster."""
+def _is_bfloat16_faster(cpu: Mapping[str, Any]) -> bool:
+    """True with AMX tiles, or AVX-512 BF16 other than Intel's, which is slower than float32."""
     vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
     return bool(cpu.get("amx_bf16")) or vectors

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars; errors still come through as exceptions."""
+    """Silence the warnings and progress bars of transformers."""
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Model classes that a checkpoint brings: used where the user allowed it, and never asked about on the terminal.
+"""Model classes whose code is in a checkpoint: used where the user allowed it, without questions on the terminal.
 
 transformers asks on the terminal when its argument ``trust_remote_code`` is not given, so every call of its auto
 classes in llmpruner gives it. The user allows the code when the configuration is read (``--trust-remote-code``). From
@@ -33,8 +33,8 @@ def is_remote(cls: type[Any]) -> bool:
 
 
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Make sure that AutoModelForCausalLM has a class for ``config``; one that the checkpoint brings is registered
-    where the class of ``config`` came from the checkpoint, too. ``revision``: of the checkpoint, on the hub.
+    """Make sure that AutoModelForCausalLM has a class for ``config``; a class in the checkpoint is registered if the
+    class of ``config`` is from the checkpoint, too. ``revision``: of the checkpoint, on the hub.
 
     Raises `ModelError` when the class is code of a checkpoint that may not run, and `UnsupportedModelError` when there
     is none.
@@ -53,8 +53,8 @@ def register_model_class(config: PreTrainedConfig, revision: str | None = None) 
 
 
 def check_own_class(config: PreTrainedConfig) -> None:
-    """Raises `ModelError` for a checkpoint whose code, which may run, replaces the model class and keeps the
-    configuration class of transformers: nothing built from the configuration alone would have the replaced class."""
+    """Raises `ModelError` for a checkpoint with code for the model class but not for the configuration class: models
+    built from the configuration alone would have another class."""
     if _code_of(config) is not None and type(config).__module__.startswith("transformers."):
         raise ModelError(
             f"'{config.name_or_path}' brings a model class of its own for the {type(config).__name__} of transformers, "

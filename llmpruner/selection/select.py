@@ -9,7 +9,8 @@ from ..budgets.costs import Cost, saving_units
 from ..budgets.weights import parameter_cost
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.kept import removed_layers
 from ..structure.queues import build_queue, kept_units
 from ..structure.scope import Scope
 from .base import Allocation, AllocationTask, Demand, Meter, Taken
@@ -60,11 +61,6 @@ def select(
 
 
 def _without_removed_layers(graph: CouplingGraph, kept: Mapping[str, tuple[int, ...]]) -> Kept:
-    """``kept`` without the groups inside layers that are removed as a whole: there is nothing left of them to cut."""
-    gone = {
-        unit
-        for name, units in kept.items()
-        if (group := graph.by_name[name]).kind == LAYER
-        for unit in set(range(group.units)) - set(units)
-    }
+    """``kept`` without the groups inside layers that are removed."""
+    gone = removed_layers(graph, kept)
     return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}

@@ -1,4 +1,4 @@
-"""What a cut leaves of a model, in numbers."""
+"""The size of a model before and after a cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BudgetOutcome:
-    """What the plan's budget counts, before and after, in units of its label."""
+    """The cost of a model under one budget, in units of ``label``, before and after the cut."""
 
     name: str
     label: str
@@ -18,14 +18,14 @@ class BudgetOutcome:
 
     @property
     def removed(self) -> float:
-        """The share that goes."""
+        """The share that is removed."""
         return 1 - self.after / self.before
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights in memory. ``budget``: where
-    it counts something else."""
+    """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights in memory. ``budget``: set
+    when the plan's budget counts something else."""
 
     parameters_before: int
     parameters_after: int
@@ -37,11 +37,11 @@ class Outcome:
 
     @property
     def decoder_removed(self) -> float:
-        """The share of the decoder's parameters that goes."""
+        """The share of the decoder's parameters that is removed."""
         return 1 - self.decoder_after / self.decoder_before
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values, with the shares that are removed."""
+        """JSON values, including the removed shares."""
         values: dict[str, Any] = {**asdict(self), "decoder_removed": self.decoder_removed}
         if self.budget is None:
             del values["budget"]
@@ -50,7 +50,7 @@ class Outcome:
         return values
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: before, after, and the share that is removed."""
+        """A table for notebooks: before, after, and the removed share."""
         rows = [
             ("decoder parameters", self.decoder_before, self.decoder_after),
             ("all parameters", self.parameters_before, self.parameters_after),

@@ -1,7 +1,7 @@
-"""PruningPlan: what is removed and how that was chosen, as one small JSON file to be reviewed, diffed and replayed.
+"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
 
-A plan is all that a cut needs beside the model. It holds no time of day and nothing of the machine, so that the same
-command gives the same bytes; only a budget that measures the machine records what it measured.
+A cut needs nothing else but the model. A plan contains no timestamps and no facts about the machine, so that the same
+command gives the same bytes; the exception is a budget that is measured on the machine, which records the measurement.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import (
 
 from ..errors import PlanError
 from ..files import write_text
-from .coupling import CouplingGraph
+from .coupling import CouplingGraph, runs
 from .kept import check_kept
 
 if TYPE_CHECKING:
@@ -37,14 +37,8 @@ _MOST_UNITS: Final = 100_000_000
 
 
 def _pack(units: Sequence[int]) -> str:
-    """``0-4,7``: runs of consecutive units, so that a person can read and diff them."""
-    runs: list[list[int]] = []
-    for unit in units:
-        if runs and unit == runs[-1][1] + 1:
-            runs[-1][1] = unit
-        else:
-            runs.append([unit, unit])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    """``0-4,7`` for ``(0, 1, 2, 3, 4, 7)``, which is easier to read and to diff."""
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(units))
 
 
 def _unpack(value: Any) -> Any:
@@ -54,7 +48,7 @@ def _unpack(value: Any) -> Any:
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
         start, stop = int(first), int(last or first) + 1
-        # No model is that wide, and spelling the run out would take the memory that it claims.
+        # No model is that wide, and expanding such a range could exhaust memory.
         if stop - start > _MOST_UNITS:
             raise ValueError(f"'{run}' is more than {_MOST_UNITS:,} units")
         units += range(start, stop)
@@ -79,9 +73,9 @@ class BaseRef(Frozen):
 
 
 class Target(Frozen):
-    """How much was asked for. ``by`` says what ``amount`` is: ``ratio``, the share of ``budget`` (a registered name) to
-    remove; ``parameters``, the number of parameters to keep in all; ``units``, the share of the units of every group in
-    scope to remove, as LLM-Pruner counts.
+    """The requested amount. ``by``: the meaning of ``amount``: ``ratio``, the share of ``budget`` (a registered name)
+    to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
+    in scope to remove, as LLM-Pruner counts.
 
     ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan, from which
     the cost before and after the cut is computed wherever the plan is replayed, without measuring again.
@@ -95,8 +89,8 @@ class Target(Frozen):
 
     @property
     def counted_in(self) -> str:
-        """The name of the budget that counts what is removed: ``budget`` for a ratio, ``parameters`` for a number of
-        parameters, ``decoder`` for a share of units (which no cost decides, but scores may be compared by it)."""
+        """The name of the budget that costs are counted by: ``budget`` for a ratio, ``parameters`` for a number of
+        parameters, ``decoder`` for a share of units (where the cost is used by ``--normalize cost`` alone)."""
         return {"ratio": self.budget, "parameters": "parameters", "units": "decoder"}[self.by]
 
     @model_serializer(mode="wrap")
@@ -107,9 +101,9 @@ class Target(Frozen):
 
 
 class EstimationRecord(Frozen):
-    """How importance was measured. ``settings``: of the criterion. ``calibration``: the text that scores or a measuring
-    allocation were computed on, as the user named it; ``sources``: the settings of the calibration sources that have
-    any (source name → settings); ``fingerprint``: SHA-256 of the tokens. None or empty where no text was read."""
+    """How importance was measured. ``settings``: of the criterion. ``calibration``: the value of ``--calibration``;
+    ``sources``: source name → settings, for calibration sources that have settings; ``fingerprint``: SHA-256 of the
+    tokens. None or empty where neither scores nor allocation read text."""
 
     criterion: str
     settings: dict[str, Any] = {}
@@ -120,7 +114,7 @@ class EstimationRecord(Frozen):
 
 
 class SelectionRecord(Frozen):
-    """How scores became a choice. ``settings``: of the allocation."""
+    """How units were selected by their scores. ``settings``: of the allocation."""
 
     kinds: tuple[str, ...]
     layers: Units
@@ -132,12 +126,12 @@ class SelectionRecord(Frozen):
 
 
 class CompensationRecord(Frozen):
-    """How the weights that read removed units are adapted before the cut: ``name`` (a registered one) and its
+    """How the weights that read removed units are adapted before the cut: ``name`` of the compensation and its
     ``settings``.
 
-    ``calibration``: the text that it reads, as the user named it, ``sources`` the settings of the calibration sources
-    that have any (source name → settings), ``fingerprint`` the SHA-256 of its tokens, of which there are ``samples`` ×
-    ``length``, drawn with the seed of the plan; all None or empty for a compensation that reads no text.
+    ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the shape of the
+    calibration tokens, which are drawn with the seed of the plan. All are None or empty for a compensation that reads
+    no text.
     """
 
     name: str
@@ -202,7 +196,7 @@ class PruningPlan(Frozen):
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write beside ``path``, then rename; an existing file is replaced only as a whole."""
+        """Write the JSON to ``path``; on failure an existing file keeps its content. Raises `OutputError`."""
         write_text(path, self.to_json())
 
     @classmethod
@@ -216,8 +210,8 @@ class PruningPlan(Frozen):
 
     @classmethod
     def parse(cls, text: str, name: str) -> PruningPlan:
-        """The plan in ``text``; ``name`` is the file's, for messages. Raises `PlanError` with the first thing that is
-        wrong, or when the plan has another version."""
+        """The plan in ``text``; ``name``: of the file, for messages. Raises `PlanError` with the first error, or when
+        the plan has another version."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
@@ -233,13 +227,13 @@ class PruningPlan(Frozen):
 
 
 def structure_of(graph: CouplingGraph) -> str:
-    """SHA-256 over parameter names and shapes: what two models must share for a plan to fit both."""
+    """SHA-256 over parameter names and shapes. A plan applies to models with the same value."""
     lines = sorted(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
-    """``kept`` as the ``cuts`` of a plan: in the graph's order, without groups that lose nothing."""
+    """``kept`` as the ``cuts`` of a plan: in the graph's order, without groups that keep all units."""
     return {
         group.name: GroupCut(kind=group.kind, layer=group.layer, units=group.units, kept=tuple(kept[group.name]))
         for group in graph.groups

@@ -1,4 +1,4 @@
-"""What may be cut: kinds of groups and decoder layers."""
+"""Scope: the kinds of groups and the decoder layers that may be cut."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, CoupledGroup, Coupl
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What may be cut: kinds of groups, and decoder layers (numbers in the graph at hand)."""
+    """The kinds of groups and the numbers of the decoder layers that may be cut."""
 
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
@@ -35,13 +35,13 @@ class Scope:
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
-        """The units of ``group`` that may be removed: of decoder layers those in ``layers``; None: all."""
+        """The units of ``group`` that may be removed: for the group of decoder layers, ``layers``; else None: all."""
         return frozenset(self.layers) if group.kind == LAYER else None
 
 
 def _why_not(graph: CouplingGraph, kind: str) -> str:
-    """The commonest reason for which axes were blocked where units of ``kind`` would be (hidden channels: outside the
-    decoder layers; the other usual kinds: inside them), with the first such axis; empty when there is none."""
+    """The most frequent reason of blocked axes outside the decoder layers (for hidden channels) or inside them (for
+    the other usual kinds), with the first such axis; empty when there is none."""
     if kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
         return ""
     blocked = [b for b in graph.blocked if graph.is_decoder(b.parameter) != (kind == HIDDEN) and " in " in b.reason]

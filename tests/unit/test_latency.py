@@ -21,18 +21,18 @@ from llmpruner.budgets.sizes import counts
 from llmpruner.budgets.timing import RUNS, WARM_UP, decode_one, falling, measure_latency
 from llmpruner.families.graph import build_graph
 from llmpruner.loading.model import Model
-from llmpruner.models.decoding import Reading, sample_tokens
+from llmpruner.models.decoding import CachedModel, sample_tokens
 from llmpruner.models.surgery import cut
 from llmpruner.oracle.tiny import random_instance
 
 ALL = (0, 1, 2, 3)
 
 
-def by_size(reading, token, path):
+def by_size(cached, token, path):
     """A machine that takes a microsecond for every weight."""
-    layers = reading.model.get_submodule(path)
+    layers = cached.model.get_submodule(path)
     each = [sum(p.numel() for p in layer.parameters()) / 1e3 for layer in layers]
-    return [*each, sum(p.numel() for p in reading.model.parameters()) / 1e3 - sum(each)]
+    return [*each, sum(p.numel() for p in cached.model.parameters()) / 1e3 - sum(each)]
 
 
 def measured(loaded, kinds, stopwatch=by_size, context=12):
@@ -72,7 +72,7 @@ def test_the_cost_is_what_the_stopwatch_says_of_the_cut_model(gqa):
     model = copy.deepcopy(gqa.model)
     cut(model, graph, kept, gqa.family)
     for numbers, subject in ((({}, ()), gqa.model), (counts(graph, kept), model)):
-        expected = sum(by_size(Reading(subject), None, graph.layers))
+        expected = sum(by_size(CachedModel(subject), None, graph.layers))
         assert cost.value(cost.remaining(*numbers)) == pytest.approx(expected, rel=1e-6)
     assert cost.number(1_234_567_890_123) == "1,234.568"
 
@@ -82,7 +82,7 @@ def test_hidden_channels_scale_every_layer_and_what_is_outside(gqa):
     cost = LatencyCost(graph, graph.of_kinds(["hidden", "mlp"]), measured(gqa, ["hidden", "mlp"]))
     model = copy.deepcopy(gqa.model)
     cut(model, graph, {"hidden": range(40)}, gqa.family)
-    expected = sum(by_size(Reading(model), None, graph.layers))
+    expected = sum(by_size(CachedModel(model), None, graph.layers))
     assert cost.value(cost.remaining({"hidden": 40})) == pytest.approx(expected, rel=1e-6)
     both = cost.remaining({"hidden": 40, "layers.1.mlp": 20})
     assert both < min(cost.remaining({"hidden": 40}), cost.remaining({"layers.1.mlp": 20}))
@@ -97,19 +97,19 @@ def test_a_plan_records_the_measurement_and_replays_without_another(gqa, monkeyp
     read = PruningPlan.parse(first.to_json(), "plan")
     assert read == first
     monkeypatch.setattr("llmpruner.budgets.timing.decode_one", None)
-    before = sum(by_size(Reading(gqa.model), None, gqa.graph.layers))
+    before = sum(by_size(CachedModel(gqa.model), None, gqa.graph.layers))
     pruned = llmpruner.prune(gqa, plan=read)
-    after = sum(by_size(Reading(pruned.model), None, pruned.graph.layers))
+    after = sum(by_size(CachedModel(pruned.model), None, pruned.graph.layers))
     assert after / before == pytest.approx(0.75, abs=0.003)
     assert pruned.outcome.budget.removed == pytest.approx(0.25, abs=0.003)
 
 
 def test_the_stopwatch_sees_every_layer_and_the_rest(gqa):
-    reading = Reading(gqa.model)
-    reading.read(sample_tokens(gqa.model, 12))
-    times = decode_one(reading.again(), sample_tokens(gqa.model, 1), gqa.graph.layers)
+    cached = CachedModel(gqa.model)
+    cached.process(sample_tokens(gqa.model, 12))
+    times = decode_one(cached.fork(), sample_tokens(gqa.model, 1), gqa.graph.layers)
     assert len(times) == 5 and min(times) > 0
-    assert reading.cache.get_seq_length() == 12
+    assert cached.cache.get_seq_length() == 12
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in gqa.model.model.layers)
 
 
@@ -121,7 +121,7 @@ def test_a_real_measurement_is_a_usable_table(gqa):
     assert all(ms > 0 for timing in table.timings for points in timing.groups.values() for _, ms in points)
     cost = LatencyCost(gqa.graph, gqa.graph.groups, table)
     assert cost.value(cost.remaining()) == pytest.approx(4 * inner.ms + outer.ms)
-    reading, token = Reading(gqa.model), sample_tokens(gqa.model, 1)
+    reading, token = CachedModel(gqa.model), sample_tokens(gqa.model, 1)
     passes = timeit.repeat(lambda: reading.read(token), number=1, repeat=9)
     assert 0.2 < (4 * inner.ms + outer.ms) / (1e3 * min(passes)) < 5
     assert cost.remaining(gone=(1, 2)) < cost.remaining(gone=(1,)) < cost.remaining()
@@ -169,7 +169,7 @@ def test_a_context_beyond_the_model_is_refused(gqa):
 def test_layers_that_run_twice_cannot_be_timed(gqa):
     gqa.model.model.layers[2] = gqa.model.model.layers[1]
     with pytest.raises(UnsupportedModelError, match="does not run each of its layers once"):
-        decode_one(Reading(gqa.model), sample_tokens(gqa.model, 1), gqa.graph.layers)
+        decode_one(CachedModel(gqa.model), sample_tokens(gqa.model, 1), gqa.graph.layers)
 
 
 def test_the_table_of_another_model_is_refused(gqa):
@@ -179,8 +179,8 @@ def test_the_table_of_another_model_is_refused(gqa):
 
 
 def test_cached_tokens_are_copied_not_shared(gqa):
-    reading = Reading(gqa.model)
-    reading.read(sample_tokens(gqa.model, 3))
-    other = reading.again()
-    other.read(sample_tokens(gqa.model, 1))
-    assert (reading.cache.get_seq_length(), other.cache.get_seq_length()) == (3, 4)
+    cached = CachedModel(gqa.model)
+    cached.process(sample_tokens(gqa.model, 3))
+    other = cached.fork()
+    other.process(sample_tokens(gqa.model, 1))
+    assert (cached.cache.get_seq_length(), other.cache.get_seq_length()) == (3, 4)

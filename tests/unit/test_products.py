@@ -113,7 +113,7 @@ def test_router_weights_that_cannot_be_told_are_an_error_of_their_own():
     name = next(n for n, _ in loaded.model.named_parameters() if n.endswith("1.feed_forward.experts.down_proj"))
     (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
     assert len(product.samples) == 4 * 16
-    with pytest.raises(UnsupportedModelError, match="the router's weight of each token of an expert cannot be told"):
+    with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
         _ = product.gates
 
 

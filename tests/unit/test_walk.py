@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.data.calibration import CalibrationSet
-from llmpruner.engine.walk import ForwardWalk, standing_in
+from llmpruner.engine.walk import ForwardWalk, replaced_layers
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
 from llmpruner.oracle.tiny import random_instance, small_config
@@ -132,7 +132,9 @@ def test_layers_that_keep_count_of_one_another_are_refused():
 
     for layer in layers_of(loaded):
         layer.register_forward_hook(later_is_louder)
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM hand more to one another.*--compensate none"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM pass other values than hidden.*--compensate none"
+    ):
         ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
 
 
@@ -141,7 +143,7 @@ def test_real_types_that_hand_more_on_are_refused(model_type):
     """Layers that run again and again, and layers that need what another has computed."""
     config = small_config(CONFIG_MAPPING[model_type]())
     model = random_instance(config)
-    with pytest.raises(UnsupportedModelError, match="cannot be walked one by one"):
+    with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
         ForwardWalk.over(model, decoder_layers(model), tokens(2, 9))
 
 
@@ -159,7 +161,7 @@ def test_a_layer_that_runs_twice_is_refused():
             out, position_embeddings=loaded.model.model.rotary_emb(out, torch.arange(out.shape[1])[None])
         )
     )
-    with pytest.raises(UnsupportedModelError, match="cannot be walked one by one"):
+    with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
         ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
 
 
@@ -181,7 +183,7 @@ def test_damaged_weights_are_not_taken_for_an_odd_model():
 def test_a_forward_that_another_library_put_on_a_layer_is_put_back():
     layers = nn.ModuleList([nn.Identity(), nn.Identity()])
     own = layers[0].forward = lambda x: x + 1
-    with standing_in(layers, lambda number: lambda x: x * number):
+    with replaced_layers(layers, lambda number: lambda x: x * number):
         assert layers[1](torch.tensor(5)) == 5
         assert layers[0](torch.tensor(5)) == 0
     assert layers[0].forward is own
