@@ -1,4 +1,4 @@
-"""A model that reads tokens with a key/value cache: for costs that are measured."""
+"""Running a model with its key/value cache, for costs that cannot be computed from shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CachedModel:
-    """A model with the key/value cache of the tokens that it has read so far."""
+    """A model with the key/value cache of the tokens that it has processed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -26,15 +26,16 @@ class CachedModel:
             self.cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()
-    def read(self, tokens: torch.Tensor) -> None:
-        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot use a cache."""
+    def process(self, tokens: torch.Tensor) -> None:
+        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot continue from a
+        cache."""
         options = {cache_argument(self.model): self.cache}
         with _in_one_line(self.model):
             self.model(input_ids=tokens.to(self.model.device), use_cache=True, **options)
 
     @torch.inference_mode()
-    def again(self) -> CachedModel:
-        """A copy with a cache of its own, that has read the same tokens."""
+    def fork(self) -> CachedModel:
+        """The same model with a copy of the cache."""
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
         return other
@@ -60,5 +61,5 @@ def sample_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The argument of ``forward`` for the key/value cache, which newer versions of transformers rename."""
+    """Name of the argument of ``forward`` for the key/value cache, which transformers is renaming."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -122,7 +122,7 @@ def test_a_real_measurement_is_a_usable_table(gqa):
     cost = LatencyCost(gqa.graph, gqa.graph.groups, table)
     assert cost.value(cost.remaining()) == pytest.approx(4 * inner.ms + outer.ms)
     reading, token = CachedModel(gqa.model), sample_tokens(gqa.model, 1)
-    passes = timeit.repeat(lambda: reading.read(token), number=1, repeat=9)
+    passes = timeit.repeat(lambda: reading.process(token), number=1, repeat=9)
     assert 0.2 < (4 * inner.ms + outer.ms) / (1e3 * min(passes)) < 5
     assert cost.remaining(gone=(1, 2)) < cost.remaining(gone=(1,)) < cost.remaining()
 
