@@ -48,7 +48,6 @@ def _show(catalog: Catalog, name: str, *, as_json: bool) -> None:
         return
     for fact in found:
         out.print(f"[bold]{fact.name}[/], {fact.kind} of {fact.package} ({fact.module}): {fact.summary}")
-        rows = [(f"{fact.name}.{s.key}", s.type, s.default, s.bounds, s.description) for s in fact.settings]
+        rows = [(f"{fact.name}.{s.key}", f"{s.type} {s.bounds}", s.default, s.description) for s in fact.settings]
         if rows:
-            columns = ("Setting", "Type", "Default", "Bounds", "What it is")
-            table("Settings, for --set NAME.key=value", columns, rows, left=5)
+            table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), rows, left=4)

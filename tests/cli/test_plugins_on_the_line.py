@@ -44,7 +44,7 @@ def installed(site, monkeypatch):
 
 
 def test_installed_packages_in_another_process(site):
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "llmpruner", "plugins", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
