@@ -10,7 +10,7 @@ from ..component import Component
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..structure.architecture import Follows
     from ..structure.coupling import CoupledGroup, CouplingGraph
@@ -36,6 +36,10 @@ class Budget(Component):
     from_shapes: ClassVar[bool] = False
     """Whether `cost` needs nothing but shapes, so that a model without weights will do and an amount that cannot be
     reached is refused before weights are read."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise for settings that the configuration of the model shows to be impossible, before its weights are read.
+        Nothing by default."""
 
     def measure(self, subject: BudgetSubject) -> Mapping[str, Any] | None:
         """JSON values that must be measured on this machine before the cost is known; None when shapes tell it.

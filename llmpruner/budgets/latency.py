@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
@@ -11,6 +11,9 @@ from ..component import ComponentSettings
 from ..errors import PlanError
 from .base import Budget, BudgetSubject
 from .costs import Cost
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Latency(Budget):
@@ -24,6 +27,12 @@ class Latency(Budget):
         context: int = Field(512, ge=1, description="Tokens in the key/value cache.")
 
     settings: Settings
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raises `SelectionError` for a context that the model cannot read."""
+        from .timing import check_context
+
+        check_context(config, self.settings.context)
 
     def measure(self, subject: BudgetSubject) -> Mapping[str, Any]:
         """A `LatencyTable` as JSON values. Raises `SelectionError` for a context that the model cannot read, and

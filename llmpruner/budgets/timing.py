@@ -24,7 +24,7 @@ from .base import BudgetSubject
 from .latency_cost import LatencyTable, Timing, local_name
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 LEVELS = (0.75, 0.5, 0.25, 0.0)
 """Shares of a group's units that are kept in trials; the last stands for as few as may be kept."""
@@ -42,12 +42,7 @@ def measure_latency(subject: BudgetSubject, context: int, stopwatch: Stopwatch |
     `UnsupportedModelError` when its layers cannot be timed one by one.
     """
     model, graph, groups = subject.model, subject.graph, subject.groups
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and context + RUNS + WARM_UP > limit:
-        raise SelectionError(
-            f"--context {context} and the tokens that are timed after it are beyond the model's {limit} positions; "
-            f"give at most {limit - RUNS - WARM_UP}"
-        )
+    check_context(model.config, context)
     family = with_rules(subject.family, model, {g.kind for g in groups})
     race = _Race(model, graph, context, stopwatch or decode_one)
     alike = _alike(model, graph, groups)
@@ -74,6 +69,16 @@ def measure_latency(subject: BudgetSubject, context: int, stopwatch: Stopwatch |
             for place, found in zip(places, shares, strict=True)
         ),
     )
+
+
+def check_context(config: PreTrainedConfig, context: int) -> None:
+    """Raise `SelectionError` for more tokens in the cache than the model has positions for, besides those timed."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and context + RUNS + WARM_UP > limit:
+        raise SelectionError(
+            f"--context {context} and the tokens that are timed after it are beyond the model's {limit} positions; "
+            f"give at most {limit - RUNS - WARM_UP}"
+        )
 
 
 def _timing(layers: Sequence[int], ms: float, shares: Mapping[str, Mapping[int, float]]) -> Timing:

@@ -39,6 +39,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
             f"--reduction has no effect: {job.criterion.label()} scores one span of every group; leave it out"
         )
     _check_calibration(job, structure, tokenizer=tokenizer)
+    job.budget.check(structure.config)
     if not job.budget.from_shapes:
         return
     cost = _cost(job, structure, groups)
