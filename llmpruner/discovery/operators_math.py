@@ -1,4 +1,4 @@
-"""Index arithmetic of operators that compute: element by element, contractions, reductions, norms, attention."""
+"""Rules for operators that compute: element-wise operators, contractions, reductions, norms, attention."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def _written(run: Propagation, operands: list[Value]) -> None:
-    """In place: other views of the target see what is written, and only identities of its own carry that on."""
+    """An in-place operator changes other views of the target, which are tied only where it has identities."""
     target = operands[0]
     for value in operands[1:]:
         for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
@@ -122,16 +122,13 @@ def _with_scalar(run: Propagation, name: str, args: list[Any], operands: list[Va
         power = {("mean_square", -0.5): "inverse", ("mean_square", 0.5): "root", ("root", -1.0): "inverse"}
         if name == "pow" and number is not None:
             tag = _advance(run, value.tag, power.get((stage, number)))
-        elif (name in ("add", "maximum") and stage == "mean_square") or (
-            name in ("add", "maximum") and stage == "root"
-        ):
+        elif name in ("add", "maximum") and stage in ("mean_square", "root"):
             tag = value.tag
         else:
             tag = _advance(run, value.tag, None)
     if name == "pow" and number == 2 and value.axes and isinstance(args[0], Value):
         tag = Tag("square", value.axes[-1])
-    selects = value.selects if name in ("clamp",) else None
-    return Value(value.axes, origin, offset, selects, tag)
+    return Value(value.axes, origin, offset, tag=tag)
 
 
 def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None:
@@ -367,7 +364,7 @@ def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 @rule("empty", "new_empty", "empty_like")
 def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """To be written into piece by piece: identities of its own tie it to whatever is written."""
+    """Memory to be written to: it gets new identities, which are tied to those of the written values."""
     shape = [int(n) for n in node.meta["val"].shape]
     return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
 

@@ -1,4 +1,4 @@
-"""Abstract interpretation of an exported graph: which indices of which axes can only go together."""
+"""Abstract interpretation of an exported graph: which indices can only be removed together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Origin(Enum):
     CONSTANT = "constant"
     """Depends on neither parameters nor inputs."""
     WEIGHT = "weight"
-    """A parameter, moved about but not changed, save for a constant added."""
+    """A parameter, possibly rearranged, with at most a constant added."""
     ACTIVATION = "activation"
 
 
@@ -33,10 +33,10 @@ class Tag:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known about a tensor: the identities along each axis.
+    """The abstract value of a tensor: the identities along each axis.
 
-    ``selects``: for a tensor of indices, the identities of the axis it indexes. ``offset``: what was added to
-    a weight. ``numbers``: the content of a constant of integers.
+    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
+    a weight. ``numbers``: the values of an integer constant.
     """
 
     axes: tuple[Ids, ...]
@@ -58,7 +58,7 @@ class Value:
 @dataclass(frozen=True)
 class Policy:
     """``split``: which axis keeps the identities when a view splits one axis into several.
-    ``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can go."""
+    ``elastic``: keys and values may be repeated fewer times, so that single query heads can be removed."""
 
     split: str = "first"
     elastic: bool = False
@@ -69,7 +69,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the index arithmetic of ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
+    """Register the rule for ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -85,8 +85,8 @@ def uniform(size: int, value: int) -> Ids:
 
 @dataclass
 class Propagation:
-    """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating point
-    ``buffers``, whose entries may belong to units just as well. ``unknown``: operators without a rule."""
+    """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating-point
+    ``buffers``. ``unknown``: operators without a rule. ``where``: the current operator and module."""
 
     policy: Policy = field(default_factory=Policy)
     ids: Identities = field(default_factory=Identities)
@@ -97,7 +97,7 @@ class Propagation:
     where: str = ""
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
-        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under (ties)."""
+        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under, for tied parameters."""
         signature = program.graph_signature
         inputs: list[Any] = []
         for node in program.graph.nodes:
@@ -182,7 +182,7 @@ class Propagation:
         return result
 
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Block everything an operator without a rule touches, unless it only computes constants."""
+        """Block all operands of an operator without a rule; those of constants have no identities."""
         operands = list(_tensors([args, kwargs]))
         origin = self.origin_of(operands)
         if any((ids >= 0).any() for v in operands for ids in v.axes):
@@ -202,7 +202,7 @@ class Propagation:
         return Origin.CONSTANT if constant else Origin.ACTIVATION
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
-        """A value of the shape of ``meta`` whose axes hold no identities."""
+        """A value of the shape of ``meta`` whose axes have no identities."""
         if isinstance(meta, list | tuple):
             return [self.opaque(m, origin) for m in meta]
         if isinstance(meta, torch.Tensor):
@@ -248,7 +248,7 @@ class Propagation:
             self.ids.block(b, reason)
 
     def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
-        """Axes after a reduction; what is reduced cannot be cut."""
+        """Axes after a reduction; blocks the reduced ones."""
         dims = range(value.ndim) if dims is None else dims
         gone = {d % value.ndim for d in dims} if value.ndim else set()
         axes = []
@@ -266,12 +266,12 @@ KEEPS_TAG: set[str] = set()
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
-    """``value`` with its elements moved about."""
+    """``value`` with other axes, after its elements were rearranged."""
     return replace(value, axes=tuple(axes), tag=None)
 
 
 def with_numbers(value: Any, constant: Any) -> Any:
-    """``value`` with the content of the constant of integers that it stands for."""
+    """``value`` with the values of ``constant``, if that is a tensor of integers."""
     known = isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long
     return replace(value, numbers=constant.numpy()) if known and isinstance(value, Value) else value
 

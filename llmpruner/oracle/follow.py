@@ -1,4 +1,4 @@
-"""What a trace cannot show: attributes and tables that must follow a cut, found by trying on a small model."""
+"""Attributes and tables that must change with a cut, found by trials on a small model as a trace does not show them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MAX_TRIALS = 160
 _AUTOMATIC = frozenset(
     ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
 )
-"""Attributes that surgery sets itself."""
+"""Attributes that `surgery.cut` sets."""
 
 
 @dataclass(frozen=True, order=True)
 class Follow:
-    """``attribute`` of the modules ``path`` keeps its proportion to the units of ``kind``.
+    """The value of ``attribute`` in the modules ``path`` changes in proportion to the number of units of ``kind``.
 
-    ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the
-    module's own copy of the configuration, which is made when it is set.
+    ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` is a field of the
+    module's configuration, which is copied for the module before it is set.
     """
 
     kind: str
@@ -44,8 +44,8 @@ class Follow:
 
 @dataclass(frozen=True, order=True)
 class FollowTable:
-    """An argument of the modules ``path`` has an entry per unit along ``axis`` (ALiBi slopes): only the entries
-    of the units that stay are passed on."""
+    """``argument`` of the modules ``path`` has an entry per unit of ``kind`` along ``axis`` (ALiBi slopes): only the
+    entries of kept units are passed."""
 
     kind: str
     path: str
@@ -60,7 +60,7 @@ Rule = Follow | FollowTable
 
 
 class Follower:
-    """Applies rules that are known already."""
+    """A `structure.architecture.Follows` that applies given rules."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules = tuple(rules)
@@ -70,7 +70,7 @@ class Follower:
 
 
 def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
-    """Make everything in ``rules`` follow what ``kept`` leaves. ``graph``: before the cut; ``model``: after it."""
+    """Apply ``rules`` to ``model``, which was cut to ``kept``. ``graph``: before the cut."""
     numbers = layer_numbers(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]
@@ -93,7 +93,7 @@ def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Seque
 def _module(model: nn.Module, path: str) -> nn.Module | None:
     try:
         return model.get_submodule(path)
-    except AttributeError:  # layers of another type lack it
+    except AttributeError:  # a layer of another type without this module
         return None
 
 
@@ -103,7 +103,7 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
         owner, attribute = vars(module).get("config"), attribute.partition(".")[2]
     value = getattr(owner, attribute, None)
     if type(value) is not int or not _counts(value, group):
-        return  # it belongs to another group of this kind
+        return  # it counts units of another group of this kind
     if owner is not module and module is not model and not vars(module).get("_config_is_own"):
         owner = module.config = copy.deepcopy(owner)
         object.__setattr__(module, "_config_is_own", True)
@@ -113,14 +113,14 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
 def _counts(value: int, group: CoupledGroup) -> bool:
     """Whether ``value`` may count the units of ``group``, or for units in blocks those of one block."""
     if group.layer is None:
-        # The hidden size is large enough that only itself is meant; heads also multiply other sizes.
+        # The hidden size is a size by itself; numbers of heads also occur as factors of other sizes.
         return value == group.units
     return any(size > 1 and value % size == 0 for size in (group.units, group.units // group.blocks))
 
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
-    """Attributes near what ``groups`` cut whose values are multiples of the number of their units, or for
-    groups in blocks of the number in a block."""
+    """Attributes of modules near the parameters of ``groups`` whose values are multiples of the number of their units,
+    or, for groups with blocks, of the number in a block."""
     found: dict[Follow, None] = {}
     for group in groups:
         for path, module in _nearby(model, graph, group):
@@ -133,8 +133,8 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
 def tables(
     model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup], batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors passed by name to the modules that ``groups`` cut, the same for all ``batches`` of token ids (so
-    they hold no activations), with an axis that may number units."""
+    """Tensors passed by name to modules near the parameters of ``groups`` that are equal for all ``batches`` of token
+    ids, and so no activations, with an axis whose size is a multiple of the number of units."""
     found: dict[FollowTable, None] = {}
     for group in groups:
         for path, module in _nearby(model, graph, group):
@@ -156,7 +156,7 @@ def tables(
                     for axis, size in enumerate(value.shape):
                         if size % group.units == 0:
                             found.setdefault(FollowTable(group.kind, _pattern(graph, path), name, axis))
-        break  # one layer shows what every layer is given
+        break  # the arguments are the same in every layer
     return sorted(found)
 
 
@@ -197,9 +197,9 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def find(found: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """The fewest of ``found`` with which a cut model agrees with its reference; None when none do.
+    """A minimal subset of ``found`` for which ``agrees`` is true; None when there is none.
 
-    Tries none, then all, then growing subsets; what turns out to be needless is left out again.
+    Tries the empty set, then all, then subsets of one and two rules, or all but these; then removes rules one by one.
     """
     if agrees(()):
         return ()
