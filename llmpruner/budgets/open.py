@@ -1,4 +1,4 @@
-"""Opening a budget: what a model costs, and the measurement which that took."""
+"""Opening a budget: the cost of a model, and the measurement that it needs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .costs import Cost, saving_units
 def open_budget(
     budget: Budget, subject: BudgetSubject, scope: Scope, recorded: Mapping[str, Any] | None = None
 ) -> tuple[Mapping[str, Any] | None, Cost]:
-    """What the budget measured on this machine (None where it needs no measurement), and the cost of ``subject``.
+    """The result of `Budget.measure` (None where it measures nothing), and the cost of ``subject``.
 
-    ``recorded``: what was measured before, by a plan that is met again; then nothing is measured now. Raises
-    `SelectionError` when no unit in ``scope`` saves any of the cost, and whatever the budget raises.
+    ``recorded``: an earlier measurement to use instead. Raises `SelectionError` when no unit in ``scope`` saves any of
+    the cost, and whatever the budget raises.
     """
     measured = recorded if recorded is not None else budget.measure(subject)
     cost = budget.cost(subject, measured)
