@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .measure import as_json, machine, run
-from .quality import data_folder, measured
+from .measure import as_json, data_folder, machine, measured, run
 
 RESULTS = Path(__file__).parent / "results" / "ordering.json"
 SEEDS = (0, 1, 2)

@@ -333,7 +333,7 @@ def render(results: Mapping[Case, Mapping[str, Any]]) -> str:
         "",
         "## Why not",
         "",
-        "What is there and is not verified, with the reason.",
+        "Kinds that are found and not verified, with the reason.",
         "",
         "| type | kind | reason |",
         "|---|---|---|",

@@ -2,7 +2,8 @@
 
 Every function takes settings as keywords; they are those of the command of the same name, with the same defaults,
 bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
-``demo``) or as the `Model` that `load` returned. Settings are checked before weights are read, as far as possible.
+``demo``), as the `Structure` that `discover` returned, or as the `Model` that `load` returned. Whatever can be refused
+is refused before weights are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from .checkpoints.adapters import adapter_base, save_adapter
+from .checkpoints.adapters import save_adapter
 from .data.conversations import example
 from .data.documents import check_source
 from .errors import DataError, ModelError, PlanError, SettingsError
@@ -30,7 +31,6 @@ from .files import check_new_directory, check_new_file, write_text
 from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
 from .loading.dense import load_dense
 from .loading.model import Model, Structure, brings_tokenizer, load_model, load_structure
-from .loading.reference import resolve
 from .models.devices import check_device
 from .models.generation import generate as _generate
 from .models.quiet import quiet_transformers
@@ -40,10 +40,10 @@ from .plugins.catalog import Catalog
 from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .recipes import pipeline
-from .recipes.checks import check_prune
-from .recipes.jobs import evaluate_job, export_job, prune_job, recover_job
+from .recipes.checks import check_prune, check_replay
+from .recipes.jobs import evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
 from .recipes.outcome import outcome_of
-from .recovery.run import RecoveryResult
+from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
 from .report.page import report_page
@@ -52,6 +52,7 @@ from .settings import (
     ExportSettings,
     GenerateSettings,
     LoadSettings,
+    PageSettings,
     PruneSettings,
     RecoverSettings,
     settings_from,
@@ -59,8 +60,8 @@ from .settings import (
 from .structure.outcome import Outcome
 from .structure.plan import PruningPlan
 
-Source = str | Path | Model
-"""A model, or a reference to one."""
+Source = str | Path | Structure
+"""A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
 
 
 def load(
@@ -157,7 +158,7 @@ def prune(
             "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
         )
     if replayed is not None:
-        replayed.check(opened.graph)
+        check_replay(replayed, opened, catalog)
         draft = pipeline.Draft(replayed)
         loaded = _with_weights(opened, catalog, load, progress)
     else:
@@ -193,6 +194,7 @@ def recover(
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
     directory = None if output is None else check_new_directory(Path(output))
     folder = _work_dir(directory, work_dir)
+    check_work_dir(folder)
     check_source(job.settings.data, example)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
@@ -225,13 +227,25 @@ def evaluate(
 ) -> Evaluations:
     """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
-    Models given as references are loaded one after the other; before, `ModelError` is raised if one does not exist.
+    One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded.
     """
     catalog = catalog or Catalog(plugin_manager())
-    job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
-    sources = [models] if isinstance(models, (str, Path, Model)) else list(models)
-    check_models(sources, load=load, catalog=catalog)
-    return _evaluate([partial(_subject, s, load, catalog, progress) for s in sources], job.metrics, progress)
+    options = settings_from(EvaluateSettings, settings)
+    job = evaluate_job(options, catalog)
+    sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
+    compares = "--kl" if options.kl else next((m.label() for m in job.metrics if m.needs_reference), None)
+    if compares and len(sources) == 1:
+        raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
+    opened = [_opened(source, load, catalog, progress) for source in sources]
+    for each in opened:
+        if not _has_tokenizer(each, catalog):
+            raise DataError(f"model '{each.ref}' brings no tokenizer, so it cannot be evaluated")
+
+    def subject(each: Structure) -> MetricSubject:
+        loaded = _with_weights(each, catalog, load, progress)
+        return MetricSubject(each.ref, loaded.model, loaded.tokenizer, loaded.graph)
+
+    return _evaluate([partial(subject, each) for each in opened], job.metrics, progress)
 
 
 def generate(
@@ -244,10 +258,12 @@ def generate(
     **settings: Unpack[GenerateKeywords],
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
-    options = settings_from(GenerateSettings, settings)
-    loaded = _loaded(model, load, catalog or Catalog(plugin_manager()), progress)
-    if loaded.tokenizer is None:
-        raise DataError(f"model '{loaded.ref}' brings no tokenizer, so it cannot read a prompt")
+    options = generate_job(settings_from(GenerateSettings, settings))
+    catalog = catalog or Catalog(plugin_manager())
+    opened = _opened(model, load, catalog, progress)
+    if not _has_tokenizer(opened, catalog):
+        raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot read a prompt")
+    loaded = _with_weights(opened, catalog, load, progress)
     asked = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else Prompt(prompt, False)
     return _generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
@@ -297,26 +313,28 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
         return _verify(structure.family, structure.config, seed=seed)
 
 
-def write_page(structure: Structure, path: str | Path, *, catalog: Catalog | None = None) -> list[str]:
-    """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed."""
+def write_page(
+    structure: Structure,
+    path: str | Path,
+    *,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    catalog: Catalog | None = None,
+) -> list[str]:
+    """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed.
+
+    ``settings``: section name → its settings.
+    """
     catalog = catalog or Catalog(plugin_manager())
+    sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
-    page = report_page(subject, [cls() for cls in catalog.sections.values()])
+    page = report_page(subject, sections)
     write_text(check_new_file(Path(path)), page.html)
     return list(page.warnings)
 
 
-def check_models(models: Sequence[Source], *, load: LoadSettings | None = None, catalog: Catalog | None = None) -> None:
-    """Raise `ModelError` for the first of ``models`` that does not exist; loads nothing."""
-    catalog = catalog or Catalog(plugin_manager())
-    for model in models:
-        if not isinstance(model, Model):
-            resolve(adapter_base(Path(model)) or str(model), catalog, revision=load.revision if load else None)
-
-
 def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Structure:
-    """The structure of the model that a reference names; a `Model` unchanged."""
-    if isinstance(model, Model):
+    """The structure of a reference; a structure as it is."""
+    if isinstance(model, Structure):
         return model
     structure = load_structure(str(model), catalog, load)
     if structure.family.name == AUTO and (load is None or load.family is None) and not structure.plans:
@@ -339,14 +357,6 @@ def _loaded(model: Source, load: LoadSettings | None, catalog: Catalog, progress
 
 def _has_tokenizer(opened: Structure, catalog: Catalog) -> bool:
     return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, catalog)
-
-
-def _subject(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> MetricSubject:
-    loaded = _loaded(model, load, catalog, progress)
-    if loaded.tokenizer is None:
-        raise DataError(f"model '{loaded.ref}' brings no tokenizer, so it cannot be evaluated")
-    name = model.ref if isinstance(model, Model) else str(model)
-    return MetricSubject(name, loaded.model, loaded.tokenizer, loaded.graph)
 
 
 def _recovered(model: Model, result: RecoveryResult) -> Model:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import SettingsError
+from .validation import refusal
 
 
 class ComponentSettings(BaseModel):
@@ -16,7 +17,7 @@ class ComponentSettings(BaseModel):
     They are set by ``--set NAME.key=value`` or by keywords in Python, and recorded in plans and job records.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Component:
@@ -67,9 +68,8 @@ def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: 
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
+        found = refusal(error)
+        if found.kind == "extra_forbidden":
             known = ", ".join(model.model_fields) or "none"
-            raise SettingsError(f"{owner} has no setting '{key}'; it has: {known}") from error
-        raise SettingsError(f"{owner}: {key} = {first.get('input')!r} is refused: {first['msg']}") from error
+            raise SettingsError(f"{owner} has no setting '{found.key}'; it has: {known}") from error
+        raise SettingsError(f"{owner}: {found.key} {found.value}: {found.expected}") from error

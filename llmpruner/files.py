@@ -35,23 +35,32 @@ def _replace(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def exists(path: Path) -> bool:
+    """As `Path.exists`; False for what no file system takes as a name, such as one of 300 characters."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def check_new_directory(path: Path) -> Path:
-    """``path``. Raises `OutputError` when a directory cannot be created there."""
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
-    _check_parent(path)
+    """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
+    with _unwritable(path):
+        if path.exists() or path.is_symlink():
+            raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
+        _check_parent(path)
     return path
 
 
 def check_new_file(path: Path) -> Path:
-    """``path``. Raises `OutputError` when a file cannot be written there."""
-    if path.is_dir():
-        raise OutputError(f"'{path}' is a directory; name the file to write")
-    if path.exists():
-        if not os.access(path, os.W_OK):
+    """``path``, once it is sure that a file can be written there. Raises `OutputError`."""
+    with _unwritable(path):
+        if path.is_dir():
+            raise OutputError(f"'{path}' is a directory; name the file to write")
+        if not path.exists():
+            _check_parent(path)
+        elif not os.access(path, os.W_OK):
             raise OutputError(f"'{path}' cannot be written: permission denied")
-    else:
-        _check_parent(path)
     return path
 
 
@@ -62,9 +71,15 @@ def _check_parent(path: Path) -> None:
         raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
     # The temporary name that writing uses, which is longer than the final one.
     trial = parent / f".{path.name}.{os.getpid()}.partial"
+    trial.mkdir()
+    trial.rmdir()
+
+
+@contextmanager
+def _unwritable(path: Path) -> Iterator[None]:
+    """What the system refuses about ``path``, a name that is too long as well, as an `OutputError`."""
     try:
-        trial.mkdir()
-        trial.rmdir()
+        yield
     except OSError as error:
         raise OutputError(f"'{path}' cannot be written: {error.strerror or error}") from error
 

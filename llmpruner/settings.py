@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import SettingsError
+from .validation import refusal
 
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -41,7 +42,7 @@ class Option:
 class Settings(BaseModel):
     """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)
@@ -53,12 +54,13 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
+        found = refusal(error)
+        name = found.key.partition(".")[0]
+        if found.kind == "extra_forbidden":
             raise SettingsError(f"unknown setting '{name}'; known: {', '.join(model.model_fields)}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"{flag_of(model, name)} {first.get('input')!s}: {message}") from error
+        if found.kind == "missing":
+            raise SettingsError(f"{flag_of(model, name)} must be given") from error
+        raise SettingsError(f"{flag_of(model, name)} {found.value}: {found.expected}") from error
 
 
 def option_of(model: type[Settings], name: str) -> Option:
@@ -437,6 +439,12 @@ class GenerateSettings(Settings):
     max_new_tokens: Annotated[int, Field(ge=1, description="Tokens to write at most.")] = 64
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above 0 samples.")] = 0.0
     seed: Seed = 0
+
+
+class PageSettings(Settings):
+    """What an HTML page about a model shows."""
+
+    settings: Set = {}
 
 
 class ExportSettings(Settings):

@@ -66,7 +66,7 @@ INTRODUCTION = (
     "`llmpruner plugins` lists what other packages add, and `llmpruner plugins NAME` shows the settings of one. "
     "[Importance](../concepts/importance.md), [Allocation](../concepts/allocation.md) and "
     "[Compensation](../concepts/compensation.md) explain how these work together; "
-    "[Criteria, measured](../criteria-measured.md) compares criteria with the truth on a small model."
+    "[Criteria, measured](../criteria-measured.md) compares criteria with the measured effect of removing units."
 )
 
 

@@ -10,15 +10,12 @@ from .base import Budget, BudgetSubject
 from .costs import Cost, saving_units
 
 
-def open_budget(
-    budget: Budget, subject: BudgetSubject, scope: Scope, recorded: Mapping[str, Any] | None = None
-) -> tuple[Mapping[str, Any] | None, Cost]:
+def open_budget(budget: Budget, subject: BudgetSubject, scope: Scope) -> tuple[Mapping[str, Any] | None, Cost]:
     """The result of `Budget.measure` (None where it measures nothing), and the cost of ``subject``.
 
-    ``recorded``: an earlier measurement to use instead. Raises `SelectionError` when no unit in ``scope`` saves any of
-    the cost, and whatever the budget raises.
+    Raises `SelectionError` when no unit in ``scope`` saves any of the cost, and whatever the budget raises.
     """
-    measured = recorded if recorded is not None else budget.measure(subject)
+    measured = budget.measure(subject)
     cost = budget.cost(subject, measured)
     saving_units(cost, subject.groups, {group.name: scope.allowed_units(group) for group in subject.groups})
     return measured, cost

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from ..errors import CheckpointError, MissingExtraError, first_line
-from ..files import new_directory
+from ..files import exists, new_directory
 from .record import read_json
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def adapter_base(path: Path) -> str | None:
     """Reference of the base model of the peft adapter in directory ``path``: a folder inside ``path``, or as its
     configuration names it; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
     file = path / _ADAPTER_FILE
-    if not file.is_file():
+    if not exists(file):
         return None
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

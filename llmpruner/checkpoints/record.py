@@ -1,4 +1,4 @@
-"""``llmpruner.json``: the record in a checkpoint of how it was made."""
+"""``llmpruner.json``: the record of how a checkpoint was made."""
 
 from __future__ import annotations
 

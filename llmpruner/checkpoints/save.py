@@ -13,7 +13,6 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
-from ..models.finite import first_not_finite
 from ..models.quiet import quiet_transformers
 from .record import RECORD_FILE
 from .shim import shim_model, stock_config
@@ -35,7 +34,7 @@ def save_checkpoint(
     extra_files: Sequence[Path] = (),
     stock_only: bool = False,
 ) -> Literal["stock", "shim"]:
-    """Write ``model`` to the new ``directory`` and return the form.
+    """Write ``model`` to the new ``directory``; returns the form.
 
     *stock*: a configuration of transformers represents it exactly; transformers alone loads it.
     *shim*: its layers differ, and the directory contains ``modeling_llmpruner.py``. Before writing, the model is
@@ -43,12 +42,12 @@ def save_checkpoint(
     ``dummy_inputs``.
 
     ``record``: JSON values, written to ``llmpruner.json`` beside the weights; None writes no such file.
-    ``family``: proposes further stock configurations.
-    ``extra_files``: copied into the directory. Code of a base class outside transformers is copied without being named.
+    ``family``: may propose further stock configurations.
+    ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
     ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
 
     Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights
-    that are not finite and for a model that no configuration and record represent; no file remains then.
+    that are not finite and for a model that no configuration and record can state. ``directory`` does not exist then.
     """
     _check_weights(model)
     shell, form = _shell(model, family)
@@ -141,9 +140,11 @@ def _check_weights(model: PreTrainedModel) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
-    wrong = first_not_finite(model.state_dict().items())
-    if wrong is not None:
-        raise CheckpointError(f"{wrong} holds NaN or infinite values; the model was not saved")
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # Smallest and largest value are NaN where any value is, and need no copy of the tensor.
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor.detach())):
+            raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
 
 
 def _valid_generation_config(model: PreTrainedModel) -> Any:

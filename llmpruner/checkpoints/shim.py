@@ -33,8 +33,8 @@ _PLAIN = (*_NUMBERS, str, type(None))
 def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """An instance, without weights, of the pruned class with the shapes and attributes of ``model``.
 
-    ``config``: the stock configuration that ``model`` was cut from, without the removed layers. Which ones these are is
-    not taken from it, but from ``model.layers_kept``: the instance is built with all layers, and loses the same ones.
+    ``config``: the stock configuration that ``model`` was cut from, less the removed layers. It need not state which
+    layers these are: the instance is built with all of them, and the same ones are removed from it.
     """
     base = base_of(model)
     record = {
@@ -90,7 +90,7 @@ def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         if path not in modules:
             continue
-        # A class that exchanged modules while it ran will do so again, and sets its attributes of other types then.
+        # A class that replaced modules while it ran will do so again: which mode it is in need not be stored.
         kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
         ours, theirs = plain_attributes(module, kinds), vars(modules[path])
         changed = {n: v for n, v in ours.items() if n in theirs and theirs[n] != v}

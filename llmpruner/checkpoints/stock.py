@@ -156,7 +156,8 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
         options[name] = votes
     query, key = (options.get(name, Counter[int]()) for name in HEADS)
     if isinstance(getattr(config, HEADS[1], None), int):
-        # Fused projections have no axis of key/value heads alone; these are cut by the same share as query heads.
+        # Fused projections have no axis of key/value heads alone: heads are removed with their key/value head, so the
+        # share is the same.
         for heads in query:
             shared, rest = divmod(heads * config.num_key_value_heads, config.num_attention_heads)
             if not rest:
@@ -171,7 +172,7 @@ def head_size(config: PreTrainedConfig) -> int:
 
 
 def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
-    """Combinations of ``options`` in their order, also with attributes unchanged; at most `MAX_CANDIDATES`."""
+    """Combinations of ``options``, the likeliest first; each attribute may also keep its value."""
     ranked = [[*values, *({getattr(config, name)} - set(values))] for name, values in options.items()]
     for values in islice(product(*ranked), MAX_CANDIDATES):
         yield {n: v for n, v in zip(options, values, strict=True) if v != getattr(config, n)}
@@ -267,7 +268,8 @@ def per_layer_sizes(
         return {}
     text = config.get_text_config()
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
-        return {}  # transformers applies per_layer_config to the layers of the top-level configuration
+        # ``per_layer_config`` numbers the layers of the configuration that contains it.
+        return {}
     known: dict[Any, dict[str, int] | None] = {}
     sizes: dict[int, dict[str, int]] = {}
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))

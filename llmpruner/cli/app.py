@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+import typer.main
+from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
 from ..errors import DuplicateNameError
@@ -13,6 +15,7 @@ from ..plugins.host import PluginHost, plugin_manager
 from . import demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, recover
 from .console import show_warnings, warning_line
 
+_HOOK = "llmpruner_commands"
 HELP = """
 Structural pruning of large language models: smaller, faster, still ordinary models.
 
@@ -68,20 +71,31 @@ def _version(value: bool) -> None:
 
 
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
+    """Add the commands and groups of every plugin. What Typer cannot build, and what has a name that exists already, is
+    left out and recorded in ``host.broken``."""
     owner = dict.fromkeys(_names(app), "llmpruner")
-    for answer in host.call("llmpruner_commands", lambda: {"app": typer.Typer()}, returns=False):
-        own: typer.Typer = answer.arguments["app"]
-        package = host.package_of(answer.plugin or answer.wrappers[0])
-        for name in _names(own):
-            if name in owner:
-                raise DuplicateNameError(f"command '{name}' of {package} exists already in {owner[name]}")
-            owner[name] = package
-        app.registered_commands += own.registered_commands
-        app.registered_groups += own.registered_groups
+    for answer in host.call(_HOOK, lambda: {"app": typer.Typer()}, returns=False):
+        plugin, own = answer.plugin or answer.wrappers[0], answer.arguments["app"]
+        for kind in ("registered_commands", "registered_groups"):
+            for command in getattr(own, kind):
+                alone = typer.Typer()
+                getattr(alone, kind).append(command)
+                try:
+                    names = _names(alone)
+                    for name in names:
+                        if name in owner:
+                            raise DuplicateNameError(f"command '{name}' exists already in {owner[name]}")
+                except Exception as error:  # Typer raises various things for a function that is no command
+                    host.record(plugin, f"{type(error).__name__}: {error}", _HOOK, _function(command))
+                    continue
+                owner.update(dict.fromkeys(names, host.package_of(plugin)))
+                getattr(app, kind).append(command)
 
 
 def _names(app: typer.Typer) -> list[str]:
-    commands = [
-        c.name or (c.callback.__name__.replace("_", "-") if c.callback else "") for c in app.registered_commands
-    ]
-    return commands + [str(g.name) for g in app.registered_groups]
+    """The names of the commands and groups of an application, as they are typed."""
+    return list(typer.main.get_group(app).commands)
+
+
+def _function(command: CommandInfo | TyperInfo) -> str:
+    return getattr(command.callback, "__name__", "a group")

@@ -13,7 +13,7 @@ from rich.tree import Tree
 from ..errors import CouplingError, SettingsError
 from ..files import check_new_file
 from ..report.groups import KIND_COLUMNS, kind_rows
-from ..settings import LoadSettings
+from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
 from .console import RichProgress, count, note, out, print_json, table, warning_line
 from .derive import takes
@@ -28,11 +28,12 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(discover)
 
 
-@takes(options=LoadSettings)
+@takes(options=LoadSettings, page=PageSettings)
 def discover(
     ctx: typer.Context,
     model: ModelName,
     options: dict[str, Any],
+    page: dict[str, Any],
     verify: Annotated[
         bool,
         typer.Option(
@@ -52,11 +53,13 @@ def discover(
             raise SettingsError(f"--{name} has no effect on discover, which reads no weights; leave it out")
     if seed is not None and not verify:
         raise SettingsError("--seed has no effect without --verify; leave it out")
+    if page and html is None:
+        raise SettingsError("--set has no effect without --html, whose sections have settings; leave it out")
     if html is not None:
         check_new_file(html)
     found = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
     if html is not None:
-        for warning in api.write_page(found, html, catalog=catalog_of(ctx)):
+        for warning in api.write_page(found, html, catalog=catalog_of(ctx), **page):
             warning_line(warning)
         note(f"written to {html}")
     verdicts = api.verify(found, seed=seed or 0, progress=RichProgress()) if verify else []

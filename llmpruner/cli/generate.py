@@ -29,12 +29,10 @@ def generate(
     """Let models continue one prompt, one after the other."""
     from .. import api
 
-    catalog, load = catalog_of(ctx), settings_from(LoadSettings, options)
-    api.check_models(models, load=load, catalog=catalog)
-    answers = {
-        model: api.generate(model, prompt, load=load, progress=RichProgress(), catalog=catalog, **settings)
-        for model in models
-    }
+    shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(ctx)}
+    load = settings_from(LoadSettings, options)
+    found = [api.discover(model, **shared, **options) for model in models]
+    answers = {each.ref: api.generate(each, prompt, load=load, **shared, **settings) for each in found}
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..plugins.catalog import Catalog
-from ..plugins.describe import describe
+from ..plugins.describe import describe, summary_of
 from .console import out, print_json, table
 from .options import Json, catalog_of
 
@@ -30,11 +30,11 @@ def list_plugins(
         _show(catalog, name, as_json=as_json)
         return
     rows = [
-        {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": cls.summary}
+        {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": summary_of(cls)}
         for registry in catalog.registries
         for key, cls in registry.items()
     ]
-    broken = [{"plugin": b.name, "package": b.package, "reason": b.reason} for b in catalog.broken]
+    broken = [{"plugin": b.name, **{k: v for k, v in asdict(b).items() if k != "name"}} for b in catalog.broken]
     if as_json:
         print_json({"plugins": rows, "broken": broken, "blocked": catalog.host.blocked})
         return
@@ -48,6 +48,6 @@ def _show(catalog: Catalog, name: str, *, as_json: bool) -> None:
         return
     for fact in found:
         out.print(f"[bold]{fact.name}[/], {fact.kind} of {fact.package} ({fact.module}): {fact.summary}")
-        rows = [(f"{fact.name}.{s.key}", s.type, s.default, s.description) for s in fact.settings]
+        rows = [(f"{fact.name}.{s.key}", f"{s.type} {s.bounds}", s.default, s.description) for s in fact.settings]
         if rows:
             table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), rows, left=4)

@@ -83,7 +83,7 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
     found, reasons, traced = _named(trace(config))
     if any(n.layer is None and n.kind != HIDDEN for n in found) and _is_shallow(traced):
-        # Channels are shared by several layers, so one traced layer does not represent the others.
+        # Something couples several layers, so one traced layer does not represent the others.
         found, reasons, traced = _named(trace(config, shallow=False))
     found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
     model = meta_model(config)
@@ -129,11 +129,11 @@ def _pass(
     run = Propagation(policy)
     run.run(traced.program, canonical)
     usable, reasons = unit_sets(run)
-    return [f for f in usable if _is_consumed(f)], reasons
+    return [f for f in usable if _has_an_end(f)], reasons
 
 
-def _is_consumed(unit_set: UnitSet) -> bool:
-    """Whether a weight consumes the units; others cannot be silenced, and so not be verified."""
+def _has_an_end(unit_set: UnitSet) -> bool:
+    """Whether a weight consumes the units, or a router chooses them: others cannot be silenced, and so not checked."""
     return Mark.ROUTED in unit_set.marks or any(s.role is Role.CONSUMES for s in unit_set.owned)
 
 
@@ -151,11 +151,11 @@ def _name(unit_set: UnitSet, traced: Trace) -> Named:
 
 
 def _latent(found: list[Named]) -> list[Named]:
-    """``found``, with the kind `LATENT` for channels inside an attention module instead of `MLP`."""
+    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
     attention = {
         (n.layer, _common_module(n.unit_set)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.unit_set.marks
     }
-    # Where a layer has no submodules, attention and MLP cannot be distinguished.
+    # Where a whole layer is one flat module, the paths do not separate its parts.
     attention = {(layer, path) for layer, path in attention if not path.endswith(f".{layer}")}
     return [
         replace(n, kind=LATENT)
@@ -213,7 +213,7 @@ def _group(
 ) -> CoupledGroup:
     unit_set = named.unit_set
     blocks = unit_set.blocks if unit_set.units % unit_set.blocks == 0 else 1
-    # Each block must keep as many experts as a token is routed to, which may all be from one block.
+    # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (unit_set.minimum if Mark.ROUTED in unit_set.marks else 1)
     multiple = _alignment(unit_set)
     return CoupledGroup(name, named.kind, unit_set.units, spans, layer, blocks, minimum, multiple, buffers=buffers)

@@ -17,17 +17,17 @@ Ids = npt.NDArray[np.int64]
 FIXED = -1
 """Cannot be removed: a position in the batch or in time, or inside a head."""
 TABLE = -2
-"""An index of a computed constant (ALiBi slopes, sinusoids): removed with the index that it is tied to."""
+"""An index of a computed constant (ALiBi slopes, sinusoids): it is cut along with the axis that it is tied to."""
 FREE = -3
-"""One of several copies of a value, whose number does not matter."""
+"""A copy of one value; any number of copies will do."""
 
 
 class Mark(str, Enum):
-    """How an identity is used in the model."""
+    """What a pass through the graph found about an identity."""
 
     BLOCKED = "blocked"
     CONSUMED = "consumed"
-    """A matrix product of a weight and an activation sums over it: zeros in the weight silence it."""
+    """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
     RMS = "rms"
     """It is an element of the weight of an RMS norm."""
     LAYER_NORM = "layer norm"
@@ -35,14 +35,10 @@ class Mark(str, Enum):
     ATTENDS = "attends"
     """It selects one softmax over positions: an attention head."""
     ROUTED = "routed"
-    """A top-k selection is made among these identities: experts."""
+    """A top-k choice is made among these identities: experts."""
     SOFTMAX = "softmax"
-    """A softmax runs over these identities; they can be removed only if they are `ROUTED`, too."""
+    """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
     VOCABULARY = "vocabulary"
-    NORMED = "normed"
-    """An RMS norm runs over these identities."""
-    TABLE = "table"
-    """A computed constant has an index for it."""
 
 
 @dataclass
@@ -72,7 +68,6 @@ class Identities:
             self._edges.append((left[both], right[both]))
         for mine, other in ((left, right), (right, left)):
             self.mark(mine[other == FIXED], Mark.BLOCKED, reason)
-            self.mark(mine[other == TABLE], Mark.TABLE)
         known = np.where(left >= 0, left, right)
         stuck = (left == FIXED) | (right == FIXED)
         return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))

@@ -1,4 +1,4 @@
-"""Abstract interpretation of an exported graph: which indices can only be removed together."""
+"""Abstract interpretation of an exported graph: which indices of which axes can only be removed together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Origin(Enum):
     CONSTANT = "constant"
     """Depends on neither parameters nor inputs."""
     WEIGHT = "weight"
-    """A parameter, possibly rearranged, with at most a constant added."""
+    """A parameter, transposed, viewed or sliced but not changed, except that a constant may have been added."""
     ACTIVATION = "activation"
 
 
@@ -57,10 +57,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Policy:
-    """``split``: which axis keeps the identities when a view splits one axis into several.
-    ``elastic``: keys and values may be repeated fewer times, so that single query heads can be removed."""
+    """``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can be removed."""
 
-    split: str = "first"
     elastic: bool = False
 
 
@@ -85,15 +83,14 @@ def uniform(size: int, value: int) -> Ids:
 
 @dataclass
 class Propagation:
-    """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating-point
-    ``buffers``. ``unknown``: operators without a rule. ``where``: the current operator and module."""
+    """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating point
+    ``buffers``, whose entries may belong to units just as well. ``where``: the operator at work and its module."""
 
     policy: Policy = field(default_factory=Policy)
     ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
-    unknown: dict[str, int] = field(default_factory=dict)
     where: str = ""
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
@@ -183,19 +180,14 @@ class Propagation:
 
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Block all operands of an operator without a rule; those of constants have no identities."""
-        operands = list(_tensors([args, kwargs]))
-        origin = self.origin_of(operands)
-        if any((ids >= 0).any() for v in operands for ids in v.axes):
-            self.unknown[name] = self.unknown.get(name, 0) + 1
+        operands = _tensors([args, kwargs])
+        reason = f"operator {name} is not understood ({self.where})"
         for value in operands:
-            self.forbid(value, f"operator {name} is not understood ({self.where})")
-        return self.opaque(node.meta.get("val"), origin)
-
-    def forbid(self, value: Value, reason: str) -> None:
-        for ids in value.axes:
-            self.ids.block(ids, reason)
-        if value.selects is not None:
-            self.ids.block(value.selects, reason)
+            for ids in value.axes:
+                self.ids.block(ids, reason)
+            if value.selects is not None:
+                self.ids.block(value.selects, reason)
+        return self.opaque(node.meta.get("val"), self.origin_of(operands))
 
     def origin_of(self, operands: Sequence[Value]) -> Origin:
         constant = all(v.origin is Origin.CONSTANT for v in operands)
@@ -266,12 +258,12 @@ KEEPS_TAG: set[str] = set()
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
-    """``value`` with other axes, after its elements were rearranged."""
+    """``value`` after an operator that only moves elements."""
     return replace(value, axes=tuple(axes), tag=None)
 
 
 def with_numbers(value: Any, constant: Any) -> Any:
-    """``value`` with the values of ``constant``, if that is a tensor of integers."""
+    """``value`` with the numbers of ``constant``, where that is a tensor of integers with values."""
     known = isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long
     return replace(value, numbers=constant.numpy()) if known and isinstance(value, Value) else value
 

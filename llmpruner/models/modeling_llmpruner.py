@@ -5,7 +5,7 @@ Every checkpoint whose shapes no stock configuration can represent contains a co
 transformers. ``load_pruned`` and ``register`` of llmpruner use the same file.
 
 ``config.json`` is the configuration of the uniform model that was cut, with the model type
-``llmpruner_<base type>`` and a record of the differences::
+``llmpruner_<base type>`` and a record of what differs::
 
     "llmpruner": {
       "version": 1,
@@ -17,9 +17,9 @@ transformers. ``load_pruned`` and ``register`` of llmpruner use the same file.
       "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
     }
 
-There is no table of architectures: ``PrunedLlamaForCausalLM`` is derived from ``LlamaForCausalLM`` when it is first
-accessed. The module of a base class outside transformers is copied beside this file, with its relative imports, and
-imported at the end of the copy; such a module may import only torch and transformers.
+There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
+used. The module of a base class outside transformers is copied beside this file, with what it imports
+relatively, and imported at the end of the copy; such a module may import only torch and transformers.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_lay
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _LAST = re.compile(r"layer_end_index$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""Names of configuration fields about layers: their number, the number of leading ones, a last one, and lists of layer
-numbers."""
+"""Attributes of configurations that hold a number of layers, a number of first layers, the number of a last layer, and
+lists of layer numbers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -81,8 +81,8 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and update the numbers and counts of
     layers in modules and configuration.
 
-    The record to repeat this on a new instance is stored as ``model.layers_kept``, because not every configuration can
-    represent which layers were kept: some derive the types of layers from a period, or count from the end.
+    ``model.layers_kept`` records what is needed to do the same to a new instance: a configuration cannot always state
+    which layers stayed, because it derives their types from a period or counts from the end.
     """
     layers: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
@@ -108,7 +108,7 @@ def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreT
 
 
 def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
-    """Update the fields of ``config`` about its ``count`` layers to those ``kept``; returns the old values."""
+    """Change what ``config`` states of its ``count`` layers to hold for those ``kept``; returns the values before."""
     before: dict[str, Any] = {}
     lists = per_layer_lists(config, count)
     for name, value in [(n, v) for n, v in vars(config).items() if not n.startswith("_")]:
@@ -138,7 +138,7 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
 
 
 def derive_lists(config: PreTrainedConfig) -> None:
-    """Undo the fixed values that `drop_layers` set in place of derived properties."""
+    """Undo the class of its own that `drop_layers` gave ``config``: lists are derived from a period again."""
     while _DERIVING in vars(type(config)):
         config.__class__ = vars(type(config))[_DERIVING]
 
@@ -152,8 +152,8 @@ def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]
 
 
 def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept: Sequence[int]) -> None:
-    """Pass ``module`` only the ``kept`` of every ``units`` entries of an argument along ``axis``, from now on. For
-    tensors that the model computes for all heads (ALiBi slopes)."""
+    """From now on ``module`` is given only the ``kept`` of every ``units`` entries of an argument along ``axis``: of
+    what the rest of the model computes for all heads (ALiBi slopes), the entries of the heads that stay."""
     earlier = getattr(module, SLICED, None)
     if earlier is None:
         module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
@@ -180,7 +180,7 @@ def _resize(
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     old = table[leaf]
-    # Tied parameters are one object and must stay one. The old one is kept, lest its id be reused.
+    # Tied parameters are one object and must stay one. Keeping the old one prevents that its id is used again.
     if id(old) not in resized:
         if len(shape) != old.ndim or any(n > m for n, m in zip(shape, old.shape, strict=True)):
             raise ValueError(f"the pruned shape of {name} {shape} does not fit into {tuple(old.shape)}")
@@ -210,8 +210,9 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """While active, ``config`` has the values of the uniform model with all layers, from which the pruned model is
-    built. ``per_layer_config`` is unset too, as code that reads the global sizes would warn.
+    """Let ``config`` describe the uniform model with all layers, before it is resized, for code of transformers.
+
+    ``per_layer_config`` is taken out too: code that reads the global sizes would warn.
     """
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
@@ -340,7 +341,7 @@ def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
 
 
 class _OnDemand:
-    """Registered for a pruned model type; reading a configuration of that type builds and registers its classes."""
+    """Registered for a pruned model type; builds the classes when a configuration of that type is read."""
 
     model_type: str
 

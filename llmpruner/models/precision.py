@@ -10,7 +10,7 @@ from torch import nn
 
 
 def computes_bfloat16_fast(model: nn.Module) -> bool:
-    """Whether ``model`` is in float32 and its device computes matrix products in bfloat16 faster."""
+    """Whether the model is in float32, and its device multiplies faster in bfloat16."""
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32:
         return False
@@ -20,7 +20,7 @@ def computes_bfloat16_fast(model: nn.Module) -> bool:
 
 
 def _processor() -> Mapping[str, Any]:
-    """The processor's capabilities as torch reports them; older versions of torch report fewer."""
+    """What torch reports of this processor: older versions report less."""
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}

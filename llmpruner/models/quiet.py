@@ -1,4 +1,4 @@
-"""transformers without warnings and progress bars."""
+"""Turning off the warnings and progress bars of transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_gguf() -> Iterator[None]:
-    """`quiet_transformers` for reading a GGUF file, whose progress bar ignores the settings of transformers."""
+    """`quiet_transformers` for reading a GGUF file, whose progress bar ignores the setting of transformers."""
     own = vars(reader).get("tqdm")
     with quiet_transformers():
         if own is not None:

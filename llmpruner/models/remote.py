@@ -1,8 +1,8 @@
 """Model classes whose code is in a checkpoint: used where the user allowed it, without questions on the terminal.
 
-transformers asks on the terminal when ``trust_remote_code`` is not given, so llmpruner gives it in every call of the
-auto classes. The user's consent (``--trust-remote-code``) is needed to read a configuration whose class is code of the
-checkpoint; such a configuration therefore implies it.
+transformers asks on the terminal when its argument ``trust_remote_code`` is not given, so every call of its auto
+classes in llmpruner gives it. The user allows the code when the configuration is read (``--trust-remote-code``). From
+then on the class of the configuration shows it: a class that was loaded from a checkpoint means that its code may run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ALLOW = "allow it with --trust-remote-code (trust_remote_code=True) if you trust it"
-"""The advice in messages where code of a checkpoint is needed."""
+"""End of the messages that refuse to run code of a checkpoint."""
 
 _CAUSAL = "AutoModelForCausalLM"
 
@@ -63,8 +63,8 @@ def check_own_class(config: PreTrainedConfig) -> None:
 
 
 def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
-    """The class of the pruned checkpoint in ``directory``, loaded from the code in it; its dense base classes are
-    registered with AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
+    """The class of the pruned checkpoint in ``directory``, loaded from the code in it. The dense classes that
+    it was made from are registered with AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
     values, _ = PreTrainedConfig.get_config_dict(str(directory))
     pruned = _load(values["auto_map"][_CAUSAL], str(directory), None)
     base: type[PreTrainedModel] = pruned.pruned_base
@@ -75,7 +75,7 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
 
 
 def _code_of(config: PreTrainedConfig) -> str | None:
-    """The name of the model class in the checkpoint's own code, if it has one."""
+    """The reference of a configuration to a model class in the checkpoint's own code; None without one."""
     reference: str | None = (getattr(config, "auto_map", None) or {}).get(_CAUSAL)
     return reference
 

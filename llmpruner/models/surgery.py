@@ -1,4 +1,4 @@
-"""Cutting and silencing units of a model.
+"""Applying a plan to a model: removing units (`cut`), or setting to zero what they contribute (`silence`).
 
 To *cut* units is to remove their indices from all tensors, which changes shapes. To *silence* them is to set weights to
 zero so that they contribute nothing, without changing shapes. Both give the same outputs, up to rounding.
@@ -130,8 +130,8 @@ def cut_copy(
     family: Follows,
     instead: Mapping[str, nn.Parameter] | None = None,
 ) -> PreTrainedModel:
-    """A copy of ``model`` cut to ``kept``. It shares all weights that are not cut, so that only the cut ones take
-    memory. ``instead``: name → parameter to use in place of the model's own, before the cut."""
+    """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
+    ones. ``instead``: parameters, by name, that replace the model's own before the cut."""
     # Norms over cut units are rescaled in place.
     rescaled = {span.parameter for group in graph.groups for span in group.spans_with(Role.NORM)}
     shared = {id(p): p for name, p in model.named_parameters() if name not in rescaled}

@@ -1,4 +1,4 @@
-"""Attributes and tables that must change with a cut, found by trials on a small model as a trace does not show them."""
+"""Attributes and tables that must follow a cut, which a trace does not show: found by trying on a small model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _AUTOMATIC = frozenset(
 
 @dataclass(frozen=True, order=True)
 class Follow:
-    """The value of ``attribute`` in the modules ``path`` changes in proportion to the number of units of ``kind``.
+    """``attribute`` of the modules at ``path`` is scaled with the number of units of ``kind``.
 
-    ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` is a field of the
-    module's configuration, which is copied for the module before it is set.
+    ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the
+    module's own copy of the configuration, which is made when it is set.
     """
 
     kind: str
@@ -44,8 +44,8 @@ class Follow:
 
 @dataclass(frozen=True, order=True)
 class FollowTable:
-    """``argument`` of the modules ``path`` has an entry per unit of ``kind`` along ``axis`` (ALiBi slopes): only the
-    entries of kept units are passed."""
+    """An argument of the modules at ``path`` has an entry for each unit along ``axis`` (ALiBi slopes): only the entries
+    of the units that stay are passed to the module."""
 
     kind: str
     path: str
@@ -60,7 +60,7 @@ Rule = Follow | FollowTable
 
 
 class Follower:
-    """A `structure.architecture.Follows` that applies given rules."""
+    """Applies rules that were found before."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules = tuple(rules)
@@ -70,7 +70,7 @@ class Follower:
 
 
 def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
-    """Apply ``rules`` to ``model``, which was cut to ``kept``. ``graph``: before the cut."""
+    """Apply ``rules`` for the units in ``kept``. ``graph``: before the cut; ``model``: after it."""
     numbers = layer_numbers(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]
@@ -113,14 +113,14 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
 def _counts(value: int, group: CoupledGroup) -> bool:
     """Whether ``value`` may count the units of ``group``, or for units in blocks those of one block."""
     if group.layer is None:
-        # The hidden size is a size by itself; numbers of heads also occur as factors of other sizes.
+        # Only the hidden size itself is that large; numbers of heads are factors of other sizes too.
         return value == group.units
     return any(size > 1 and value % size == 0 for size in (group.units, group.units // group.blocks))
 
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
-    """Attributes of modules near the parameters of ``groups`` whose values are multiples of the number of their units,
-    or, for groups with blocks, of the number in a block."""
+    """Attributes of the modules that ``groups`` cut, and of those around them, whose values are multiples of the number
+    of units, or for groups in blocks of the number in a block."""
     found: dict[Follow, None] = {}
     for group in groups:
         for path, module in _nearby(model, graph, group):
@@ -156,7 +156,7 @@ def tables(
                     for axis, size in enumerate(value.shape):
                         if size % group.units == 0:
                             found.setdefault(FollowTable(group.kind, _pattern(graph, path), name, axis))
-        break  # the arguments are the same in every layer
+        break  # every layer is given the same
     return sorted(found)
 
 
@@ -197,9 +197,9 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def find(found: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """A minimal subset of ``found`` for which ``agrees`` is true; None when there is none.
+    """The fewest of ``found`` with which a cut model agrees with its reference; None when none do.
 
-    Tries the empty set, then all, then subsets of one and two rules, or all but these; then removes rules one by one.
+    Tries none, then all, then growing subsets; rules that prove needless are removed again.
     """
     if agrees(()):
         return ()

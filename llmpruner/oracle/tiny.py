@@ -1,4 +1,4 @@
-"""A small model of the same architecture, from a configuration with reduced sizes."""
+"""A small model of the same architecture: its configuration with smaller numbers, by what each of them means."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ _LENGTH = re.compile(
 
 
 def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int, int] = (5, 3)) -> PreTrainedConfig:
-    """A configuration of the same class with a few narrow layers, including every layer type.
+    """A configuration of the same class with a few narrow layers, every layer type among them.
 
-    ``layers``: their number, unless more are needed to include every type. ``heads``: number of heads, and of
-    key/value heads where these are fewer. Sizes that are equal in ``config`` stay equal; flags are unchanged.
+    ``layers``: how many, unless more are needed to show every type. ``heads``: number of heads, and of
+    key/value heads where they are shared; odd, so that other sizes are no multiples of them. What is equal in
+    ``config`` stays equal, and flags stay as they are.
     """
-    register_model_class(config)  # the small configuration has no reference to the code of a checkpoint
+    register_model_class(config)  # the small configuration has lost the reference to the code of its class
     if getattr(config, "is_heterogeneous", False):
-        # Use the global sizes where layers have different ones.
+        # Sizes that differ between layers are replaced by the global ones.
         config = copy.deepcopy(config)
         config.per_layer_config = None
     values = _shrink(config, layers, heads)

@@ -139,9 +139,7 @@ class Oracle:
         groups = [g for g in every if g.units > g.minimum]
         record = _Record(skipped=list(self.skipped))
         if len(groups) < len(every):
-            record.skipped.append(
-                f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed from them"
-            )
+            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
 
         def verdict(name: str, difference: float, where: str = "", reason: str = "") -> Verdict:
             return Verdict(
@@ -308,8 +306,8 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
 
 
 def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
-    """``layers``, with the first attention layer in place of the last one where they include none: without an
-    attention layer, transformers' cache does not count tokens, and generation raises. ``types``: of all layers."""
+    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
+    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
     attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
     if not attention or set(attention) & set(layers):
         return layers
@@ -399,7 +397,7 @@ def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTraine
     try:
         return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
     except LlmprunerError as error:
-        # Its experts may still have fused kernels.
+        # Where attention has no fused kernel, experts may have one.
         return {**models, "fused experts": _instance(config, seed, "eager", None)}, [f"sdpa attention: {error}"]
 
 

@@ -6,18 +6,26 @@ from typing import TYPE_CHECKING
 
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
+from ..data.calibration import parse_calibration
 from ..errors import DataError, ModelError, SelectionError, SettingsError
+from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
+from ..models.surgery import cut
 from ..selection.base import AllocationTask, Meter
+from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
 from .jobs import PruneJob
 from .pipeline import demand, length_for, scope_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..budgets.costs import Cost
     from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, Span
+    from ..structure.plan import PruningPlan
 
 
 def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
@@ -31,9 +39,9 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
             f"--reduction has no effect: {job.criterion.label()} scores one span of every group; leave it out"
         )
     _check_calibration(job, structure, tokenizer=tokenizer)
-    cost = _cost(job, structure)
-    if cost is None:
+    if not job.budget.from_shapes:
         return
+    cost = _cost(job, structure, groups)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if job.by != "units":
         allowed = saving_units(cost, groups, allowed)
@@ -43,18 +51,26 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
         if group.name in allowed
     ]
     wanted = demand(job, cost, cost, groups, scope, job.steps)
-    taken = {}
-    if not job.allocation.measures:
-        taken = job.allocation.allocate(AllocationTask(queues, wanted, Meter(cost, queues)))
-    if not job.allocation.measures and not any(taken.values()):
+    # What can be given at all does not depend on scores; allocations that measure are stood in for by equal shares.
+    allocation = Uniform() if job.allocation.measures else job.allocation
+    if not any(allocation.allocate(AllocationTask(queues, wanted, Meter(cost, queues))).values()):
+        rounded = job.round_to > 1
         raise SelectionError(
-            "the amount asked for is less than one step of removal"
-            + (
-                f" under --round-to {job.round_to}; ask for more or round less"
-                if job.round_to > 1
-                else "; ask for more"
-            )
+            "the amount asked for is less than one unit of the selected groups"
+            + (f" under --round-to {job.round_to}; ask for more, or round less" if rounded else "; ask for more")
         )
+
+
+def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> None:
+    """Raise for a plan that was made for another model, and for what it names and is not there: components and
+    calibration text."""
+    plan.check(structure.graph)
+    catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
+    if plan.compensation is None:
+        return
+    catalog.create(catalog.compensations, plan.compensation.name, plan.compensation.settings)
+    if plan.compensation.calibration is not None:
+        parse_calibration(plan.compensation.calibration, catalog.sources, plan.compensation.sources).check()
 
 
 def _scored(job: PruneJob, group: CoupledGroup) -> list[Span]:
@@ -77,9 +93,11 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
     job.calibration.text.check()
 
 
-def _cost(job: PruneJob, structure: Structure) -> Cost | None:
-    """The cost, where shapes alone tell it."""
-    if not job.budget.from_shapes or structure.plans:
-        return None
-    groups = scope_of(job, structure).groups(structure.graph)
-    return job.budget.cost(BudgetSubject(meta_model(structure.config), structure.graph, groups, structure.family), None)
+def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:
+    """The cost of the model as it is now, from its shapes."""
+    model = meta_model(structure.config)
+    if structure.plans:
+        graph = build_graph(structure.family, structure.config)
+        for plan in structure.plans:
+            graph = cut(model, graph, plan.kept, structure.family)
+    return job.budget.cost(BudgetSubject(model, structure.graph, groups, structure.family), None)

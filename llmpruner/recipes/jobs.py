@@ -24,8 +24,19 @@ from ..methods.presets import ByHand
 from ..plugins.catalog import Catalog
 from ..plugins.registry import Registry
 from ..recovery.base import RecoveryStrategy
+from ..report.base import ReportSection
 from ..selection.base import Allocation
-from ..settings import EvaluateSettings, ExportSettings, PruneSettings, RecoverSettings, Settings, flag_of, option_of
+from ..settings import (
+    EvaluateSettings,
+    ExportSettings,
+    GenerateSettings,
+    PageSettings,
+    PruneSettings,
+    RecoverSettings,
+    Settings,
+    flag_of,
+    option_of,
+)
 from ..structure.coupling import ATTENTION, HIDDEN, LAYER, QUERY
 
 C = TypeVar("C", bound=Component)
@@ -116,7 +127,9 @@ class _Given:
     def refuse(self, name: str, reason: str) -> None:
         """Raise when the user gave ``name``, which has no effect because of ``reason``."""
         if self.has(name):
-            raise SettingsError(f"{self.flag(name)} has no effect {reason}; leave it out")
+            flag, negated = self.flag(name), getattr(self.settings, name) is False
+            flag = f"--no-{flag[2:]}" if negated and type(self.settings).model_fields[name].default is True else flag
+            raise SettingsError(f"{flag} has no effect {reason}; leave it out")
 
     def create(self, field: str, registry: Registry[C], name: str) -> C:
         """The component ``name``, which ``field`` chooses, with the settings that methods and the user give for it."""
@@ -253,9 +266,9 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
 def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together.
 
-    Perplexity on Python's help topics is measured when nothing is named.
+    The size is always measured; perplexity on Python's help topics, when nothing is named. ``--metrics size`` alone
+    measures nothing else.
     """
-    given = _Given(settings)
     wanted: dict[str, dict[str, Any]] = {"size": {}}
     if settings.perplexity is not None:
         wanted["perplexity"] = {"text": settings.perplexity}
@@ -263,23 +276,30 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
         wanted["tasks"] = {"names": settings.tasks}
     if settings.speed:
         wanted["speed"] = {}
-    for name in settings.metrics or ():
+    size_alone = settings.metrics == ("size",) and wanted.keys() == {"size"} and not settings.kl
+    for name in () if size_alone else settings.metrics or ():
         if name in wanted:
             raise SettingsError(f"--metrics names '{name}', which is measured already; leave it out")
         wanted[name] = {}
-    if len(wanted) == 1 or settings.kl:
+    if settings.kl or (wanted.keys() == {"size"} and not size_alone):
         wanted.setdefault("perplexity", {})
     given = _Given(settings, wanted)
     for name, reason in (("perplexity", "without --perplexity"), ("tasks", "without --tasks"), ("speed", "")):
         if name not in wanted:
             given.unused_shorthands(name, reason)
-    if "tasks" in wanted and settings.tasks is None and not given.settings.model_dump()["settings"].get("tasks"):
-        raise SettingsError("metric tasks needs the names of tasks; give them with --tasks")
     # The table shows built-in metrics in this order, then the others as named.
     order = [name for name in ("size", "perplexity", "tasks", "speed") if name in wanted]
     metrics = tuple(given.create(name, catalog.metrics, name) for name in dict.fromkeys([*order, *wanted]))
     given.check_all_used()
     return EvaluateJob(metrics)
+
+
+def page_job(settings: PageSettings, catalog: Catalog) -> tuple[ReportSection, ...]:
+    """The sections of a page. Raises `SettingsError` for settings that are wrong or of no section."""
+    given = _Given(settings)
+    sections = tuple(given.create("sections", catalog.sections, name) for name in catalog.sections)
+    given.check_all_used()
+    return sections
 
 
 def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
@@ -288,3 +308,10 @@ def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
     exporter = given.create("to", catalog.exporters, settings.to)
     given.check_all_used()
     return exporter
+
+
+def generate_job(settings: GenerateSettings) -> GenerateSettings:
+    """``settings``. Raises `SettingsError` for those that have no effect together."""
+    if settings.temperature == 0:
+        _Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
+    return settings

@@ -149,6 +149,15 @@ def _weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def check_work_dir(work_dir: Path) -> None:
+    """Raise `OutputError` for a directory that is neither new, nor empty, nor that of a recovery job."""
+    try:
+        if work_dir.exists() and not (work_dir / _IDENTITY).is_file() and any(work_dir.iterdir()):
+            raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
+    except OSError as error:
+        raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None
+
+
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     """Create ``work_dir`` for this job. Raises `OutputError` if it exists and belongs to another one."""
     file = work_dir / _IDENTITY
@@ -162,8 +171,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
                     "delete it or choose another directory"
                 )
             return
-        if work_dir.exists() and any(work_dir.iterdir()):
-            raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
+        check_work_dir(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(identity, indent=2) + "\n")
     except json.JSONDecodeError:

@@ -91,7 +91,7 @@ class BlockSection(ReportSection):
         if layer is None:
             layer = graph.num_layers // 2
         if layer >= graph.num_layers:
-            raise SettingsError(f"layer = {layer}: the model has the layers 0-{graph.num_layers - 1}")
+            raise SettingsError(f"{self.label()}: layer {layer}: the model has the layers 0-{graph.num_layers - 1}")
         path = f"{graph.layers}.{layer}."
         groups = [g for g in graph.groups if g.spans and (g.layer is None or g.layer == layer)]
         names = [n for n in graph.shapes if n.startswith(path)]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
-from ..errors import first_line
+from ..errors import SettingsError, first_line
 from .base import ReportSection, ReportSubject
 from .templates import rendered
 
@@ -25,14 +25,19 @@ class Page:
 
 
 def report_page(subject: ReportSubject, sections: Iterable[ReportSection]) -> Page:
-    """The page about ``subject``, with ``sections`` in the order that they declare."""
+    """The page about ``subject``, with ``sections`` in the order that they declare.
+
+    Raises `SettingsError` where a section cannot use a setting for this model.
+    """
     parts, styles, warnings = [], [], []
     for section in sorted(sections, key=lambda one: (one.order, one.name)):
-        # Sections of plugins may raise anything; the page is made without them.
+        # Sections of plugins may raise anything; the page is made without them. Settings are the user's to correct.
         try:
             part, style = section.render(subject), section.style()
             if part is not None and not isinstance(part, str):
                 raise TypeError(f"it returned {type(part).__name__}, expected HTML text or None")
+        except SettingsError:
+            raise
         except Exception as error:
             warnings.append(f"{section.label()} is left out: {first_line(error)}")
             continue

@@ -82,6 +82,13 @@ class PluginName:
         return "".join(part.capitalize() for part in (*self.word.split("-"), kind))
 
 
+def kind_named(word: str) -> Kind:
+    """One of `KINDS`. Raises `UnknownNameError`."""
+    if word not in KINDS:
+        raise UnknownNameError("kind of plugin", word, KINDS)
+    return KINDS[word]
+
+
 def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
     """Path in the package → text. The same arguments give the same bytes.
 
@@ -89,8 +96,7 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
     """
     from jinja2 import Environment, StrictUndefined
 
-    if kind not in KINDS:
-        raise UnknownNameError("kind of plugin", kind, KINDS)
+    adds = kind_named(kind)
     if model is not None and kind != "family":
         raise LlmprunerError(f"a {kind} works for all models; leave the model out")
     model = model or ModelFacts()
@@ -98,7 +104,7 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     folder = resources.files("llmpruner.scaffold") / "templates"
-    values = {"name": name, "model": model, "version": __version__, "kind": KINDS[kind], "cls": name.class_of(kind)}
+    values = {"name": name, "model": model, "version": __version__, "kind": adds, "cls": name.class_of(kind)}
     files = {
         path.format(module=name.module, kind=kind): environment.from_string(
             (folder / template.format(kind=kind)).read_text(encoding="utf-8")

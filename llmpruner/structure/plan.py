@@ -77,8 +77,8 @@ class Target(Frozen):
     to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
     in scope to remove, as LLM-Pruner counts.
 
-    ``settings``: of the budget. ``measured``: the budget's measurement on the machine that made the plan; it is used
-    instead of measuring again, so that the plan is the same on any machine.
+    ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan, from which
+    the cost before and after the cut is computed wherever the plan is replayed, without measuring again.
     """
 
     by: Literal["ratio", "parameters", "units"]

@@ -218,6 +218,27 @@ def test_a_checkpoint_that_brings_its_own_code_needs_a_package(run, tmp_path):
     assert done.code == 2 and "does not know model type 'alien'" in done.err and "--import PACKAGE" in done.err
 
 
+@pytest.mark.parametrize("kind", ["criterion", "strategy"])
+def test_a_criterion_and_a_strategy_from_the_command_line(run, tmp_path, kind):
+    package = tmp_path / "out"
+    done = run("new-plugin", "my-own", "--kind", kind, "-o", package)
+    assert done.code == 0 and f"{KINDS[kind].title} my-own" in done.out
+    written = {str(f.relative_to(package)): f.read_text() for f in package.rglob("*") if f.is_file()}
+    assert written == render(PluginName("my-own"), kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("taylor", "criterion", "a criterion 'taylor' exists already in llmpruner; choose another"),
+        ("lora", "strategy", "a recovery strategy 'lora' exists already in llmpruner; choose another"),
+        ("giraffe", "familly", "unknown kind of plugin 'familly'; did you mean family?"),
+    ],
+)
+def test_kinds_and_names_of_a_kind_that_are_refused(refused, name, kind, message):
+    assert message in refused("new-plugin", name, "--kind", kind, "-o", "{tmp}/out")
+
+
 def test_an_existing_directory_is_left_alone(run, tmp_path):
     (tmp_path / "kept.txt").write_text("kept")
     done = run("new-plugin", "giraffe", "-o", tmp_path)

@@ -60,7 +60,7 @@ def test_the_tokenizer_comes_from_the_source_or_from_where_it_is_said(pruned: tu
     assert "without" not in line
     for folder in ("named", "own"):
         assert len(MetaReader().read_tokenizer(tmp_path / folder)) == 84
-    with pytest.raises(SettingsError, match=r"exporter meta: tokenizer = .*nowhere"):
+    with pytest.raises(SettingsError, match=r"exporter meta: tokenizer .*nowhere"):
         MetaExporter(tokenizer=tmp_path / "nowhere")
 
 

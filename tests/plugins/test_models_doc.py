@@ -40,7 +40,7 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     (tmp_path / "sharegpt.json").write_text(json.dumps([{"id": "1", "conversations": CONVERSATION}] * 4))
     run = Run(monkeypatch, capsys)
     told = commands()
-    assert {words[1] for words in told} == {"convert", "prune", "recover", "discover"}
+    assert {words[1] for words in told} == {"convert", "prune", "export", "recover", "discover"}
     for words in told:
         extra = [*TINY.get(words[1], ())]
         if words[1] == "prune" and "--layers" not in words and "layer" not in words:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
-from llmpruner import PlanError, SelectionError, UnsupportedModelError
+import llmpruner
+from llmpruner import PlanError, PruningPlan, SelectionError, UnsupportedModelError
 from llmpruner.budgets import cached_bytes
 from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.costs import CutCost, savings
@@ -20,7 +20,6 @@ from llmpruner.budgets.open import open_budget
 from llmpruner.budgets.sizes import counts
 from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import Scores
-from llmpruner.importance.magnitude import L1
 from llmpruner.loading.model import Model
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
@@ -29,13 +28,15 @@ from llmpruner.oracle.rules import with_rules
 from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.oracle.verify import random_plan
 from llmpruner.plugins.builtin import llmpruner_budgets
-from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.recipes.pipeline import make_plan
 from llmpruner.selection.base import Demand
 from llmpruner.selection.normalize import normalize
+from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.selection.select import select
 from llmpruner.selection.uniform import Uniform
-from llmpruner.structure.plan import PruningPlan, Target
+from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
+from llmpruner.testing.jobs import cut_by, small_job
 
 ALL = (0, 1, 2, 3)
 CONTEXT = 24
@@ -99,11 +100,6 @@ def settings_of(budget: str) -> dict[str, int]:
     return {"context": CONTEXT} if budget in ("macs", "latency") else {}
 
 
-def target_of(budget: str, graph, ratio: float) -> Target:
-    measured = table(graph) if budget == "latency" else None
-    return Target(by="ratio", amount=ratio, budget=budget, settings=settings_of(budget), measured=measured)
-
-
 def subject(loaded, groups=None):
     return BudgetSubject(loaded.model, loaded.graph, groups or loaded.graph.groups, loaded.family)
 
@@ -162,37 +158,38 @@ def test_bytes_follow_the_type_of_every_parameter(gqa):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", [Uniform(), GlobalRanking()], ids=lambda made: made.name)
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, steps):
-    graph, ratio = gqa.graph, 0.3
-    target = target_of(budget, graph, ratio)
-    settings = PruneSettings(
-        target=target, kinds=kinds, layers=ALL, allocation=allocation, normalization="cost", steps=steps
-    )
+def test_every_budget_is_met_within_one_step(gqa, monkeypatch, budget, kinds, allocation, steps):
+    monkeypatch.setattr(Latency, "measure", lambda self, subject: table(subject.graph))
+    graph = gqa.graph
+    little = kinds == ("attention",) and budget in ("decoder", "parameters", "bytes", "latency")
+    job = small_job(
+        amount=0.1 if little else 0.3, budget=BUDGETS[budget](**settings_of(budget)), kinds=kinds,
+        allocation=allocation, normalization="cost", steps=steps,
+    )  # fmt: skip
     if budget == "kv-cache" and not {"attention", "layer"} & set(kinds):
         with pytest.raises(SelectionError, match=rf"{kinds[0]} units save nothing of the KV cache per token; choose"):
-            make_plan(gqa, L1(), settings)
+            make_plan(gqa, job)
         return
-    if budget in ("decoder", "parameters", "bytes", "latency") and kinds == ("attention",):
-        settings = replace(settings, target=target.model_copy(update={"amount": 0.1}))
     groups = graph.of_kinds(kinds)
     cost = cost_for(gqa, budget, groups)
-    made = make_plan(gqa, L1(), settings)
-    dense, after = cost.remaining(), cost.remaining(*counts(graph, made.kept))
+    made, used = make_plan(gqa, job)
+    left = counts(graph, made.kept)
+    dense, after = cost.remaining(), cost.remaining(*left)
+    assert (used.remaining(), used.remaining(*left)) == (dense, after)
     if budget != "latency":
-        pruned = apply_plan(gqa, made)
+        pruned = cut_by(gqa, made)
         assert after == real(budget, pruned.model, pruned.graph)
-    goal = dense * (1 - settings.target.amount)
+    goal = dense * (1 - job.amount)
     # The steepest piece of a latency table is 2.5 times as steep as its mean.
     step = min(max(savings(cost, g)) for g in groups if any(savings(cost, g)))
     assert abs(cost.value(after) - cost.value(round(goal))) <= step * (2.5 if budget == "latency" else 1)
 
 
 def test_what_saves_nothing_stays_whole(gqa):
-    settings = PruneSettings(target=target_of("kv-cache", gqa.graph, 0.25), kinds=("mlp", "attention"), layers=ALL)
-    made = make_plan(gqa, L1(), settings)
+    made = llmpruner.plan(gqa, ratio=0.25, budget="kv-cache", kinds="mlp,attention", importance="l1")
     assert {(c.kind, len(c.kept)) for c in made.cuts.values()} == {("attention", 3)}
 
 
@@ -284,7 +281,7 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
         measure()
 
 
-def test_a_budget_is_opened_with_what_was_measured_before(gqa, monkeypatch):
+def test_a_budget_is_measured_once_before_its_cost_is_known(gqa, monkeypatch):
     measured = []
     monkeypatch.setattr(
         Latency, "measure", lambda self, subject: measured.append(self.settings) or table(subject.graph)
@@ -293,8 +290,7 @@ def test_a_budget_is_opened_with_what_was_measured_before(gqa, monkeypatch):
     mlps = subject(gqa, scope.groups(gqa.graph))
     found, cost = open_budget(Latency(context=9), mlps, scope)
     assert found == table(gqa.graph) and [settings.context for settings in measured] == [9]
-    again, same = open_budget(Latency(context=9), mlps, scope, found)
-    assert again == found and len(measured) == 1 and same.remaining() == cost.remaining()
+    assert cost.value(cost.remaining()) == pytest.approx(4 * 2.0 + 3.0)
     assert open_budget(Macs(), mlps, scope)[0] is None
     with pytest.raises(SelectionError, match="mlp units save nothing of the KV cache per token"):
         open_budget(BUDGETS["kv-cache"](), mlps, scope)
@@ -319,8 +315,8 @@ def test_the_context_is_a_setting_of_the_budget(gqa):
 def test_a_target_records_what_applies_to_it(gqa):
     assert Target(by="ratio", amount=0.3).model_dump() == {"by": "ratio", "amount": 0.3, "budget": "decoder"}
     assert Target(by="units", amount=0.3).model_dump() == {"by": "units", "amount": 0.3}
-    target = target_of("macs", gqa.graph, 0.3)
-    made = make_plan(gqa, L1(), PruneSettings(target=target))
+    target = Target(by="ratio", amount=0.3, budget="macs", settings={"context": CONTEXT})
+    made = llmpruner.plan(gqa, ratio=0.3, budget="macs", context=CONTEXT, importance="l1")
     assert PruningPlan.parse(made.to_json(), "plan").target == target
     assert json.loads(made.to_json())["target"]["settings"] == {"context": CONTEXT}
     counted = [Target(by=by, amount=1, budget="macs").counted_in for by in ("ratio", "parameters", "units")]

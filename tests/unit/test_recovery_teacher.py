@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from llmpruner.loading.options import LoadOptions
 from llmpruner_llama.family import LlamaFamily
 
-from llmpruner import Catalog, ModelError, OutputError, RecoverSettings, fit
+import llmpruner
+from llmpruner import Catalog, LoadSettings, ModelError, OutputError, RecoverSettings, fit
 from llmpruner.errors import SettingsError
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.loading.dense import load_dense
 from llmpruner.loading.model import load_model
 from llmpruner.models.surgery import cut
-from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
+from llmpruner.recipes.pipeline import save
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import Examples, tokenise
 from llmpruner.recovery.run import recover
-from llmpruner.structure.plan import Target
 from llmpruner.testing import RecoveryConformance, host_with
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "llmpruner-distil"
@@ -72,9 +71,7 @@ def pruned(tmp_path, monkeypatch, catalog):
 
 
 def prune(catalog, source, target):
-    loaded = load_model(str(source), catalog)
-    settings = PruneSettings(Target(by="ratio", amount=0.2), layers=(0, 1))
-    save(apply_plan(loaded, make_plan(loaded, catalog.criteria["l1"](), settings)), target)
+    llmpruner.prune(source, ratio=0.2, importance="l1", output=target, catalog=catalog)
 
 
 def run(loaded, catalog, strategy, work_dir, settings=SETTINGS, **options):
@@ -132,11 +129,11 @@ def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalo
 
 
 def test_settings_of_a_strategy_are_checked(catalog):
-    with pytest.raises(SettingsError, match="recovery strategy distil: temperature = 0 is refused"):
+    with pytest.raises(SettingsError, match="recovery strategy distil: temperature 0: expected a number above 0"):
         catalog.strategies["distil"](temperature=0)
     with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: none"):
         catalog.strategies["full"](rank=4)
-    with pytest.raises(SettingsError, match="recovery strategy lora: rank = 0 is refused"):
+    with pytest.raises(SettingsError, match="recovery strategy lora: rank 0: expected at least 1"):
         catalog.strategies["lora"](rank=0)
 
 
@@ -183,7 +180,7 @@ def test_the_dense_model_is_found_from_any_folder_by_its_dtype_and_structure(pru
     dense = load_dense(pruned, catalog)
     expected = dense_model().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in dense.state_dict().items())
-    half = load_model(pruned.ref, catalog, LoadOptions(dtype="bfloat16"))
+    half = load_model(pruned.ref, catalog, LoadSettings(dtype="bfloat16"))
     assert load_dense(half, catalog).dtype == torch.bfloat16
 
 

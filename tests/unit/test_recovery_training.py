@@ -224,6 +224,7 @@ def test_experts_are_skipped_with_a_note(tmp_path):
             "attention",
             2,
             (Span(f"{path}.self_attn.o_proj.weight", 1, Role.CONSUMES, wide),),
+            layer=0,
         ),
     ]
     graph = graph_of(model, lambda: groups)

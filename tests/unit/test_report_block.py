@@ -10,7 +10,7 @@ from llmpruner.report.block import Band, BlockSection, _box
 
 SHAPES = {"layers.0.gate_up": (4, 12, 8), "layers.0.down": (4, 8, 6), "layers.0.norm": (8,), "head": (16, 8)}
 MLP = CoupledGroup(
-    "mlp", "mlp", 6,
+    "layers.0.mlp", "mlp", 6,
     (
         Span("layers.0.gate_up", 1, Role.PRODUCES, Blocks(6)),
         Span("layers.0.gate_up", 1, Role.PRODUCES, Blocks(6, start=6)),
@@ -18,7 +18,7 @@ MLP = CoupledGroup(
     ),
     layer=0,
 )  # fmt: skip
-EXPERT = CoupledGroup("expert", "expert", 4, (Span("layers.0.gate_up", 0, Role.PRODUCES, Blocks(4)),), layer=0)
+EXPERT = CoupledGroup("layers.0.expert", "expert", 4, (Span("layers.0.gate_up", 0, Role.PRODUCES, Blocks(4)),), layer=0)
 HIDDEN = CoupledGroup("hidden", "hidden", 8, (Span("layers.0.norm", 0, Role.NORM, Blocks(8)),))
 GRAPH = CouplingGraph((MLP, EXPERT, HIDDEN), SHAPES, "layers", ties={"head": "embedding"})
 
@@ -53,12 +53,12 @@ def test_the_layer_is_the_middle_one_unless_it_is_chosen():
     assert "layers.1.up" in BlockSection().render(subject)
     chosen = BlockSection(layer=0).render(subject)
     assert "layers.0.up" in chosen and "layers.1.up" not in chosen
-    with pytest.raises(SettingsError, match="layer = 3: the model has the layers 0-2"):
+    with pytest.raises(SettingsError, match="layer 3: the model has the layers 0-2"):
         BlockSection(layer=3).render(subject)
 
 
 def test_names_from_the_model_are_escaped():
     shapes = {"layers.0.<b>": (6, 8)}
-    group = CoupledGroup("mlp", "<i>", 6, (Span("layers.0.<b>", 0, Role.PRODUCES, Blocks(6)),), layer=0)
+    group = CoupledGroup("layers.0.mlp", "<i>", 6, (Span("layers.0.<b>", 0, Role.PRODUCES, Blocks(6)),), layer=0)
     drawn = BlockSection().render(ReportSubject("title", CouplingGraph((group,), shapes, "layers")))
     assert "<b>&lt;i&gt;</b>" in drawn and "layers.0.&lt;b&gt;" in drawn and "<i>" not in drawn

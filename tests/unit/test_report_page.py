@@ -25,7 +25,15 @@ from llmpruner.report.groups import GroupsSection, kind_rows
 from llmpruner.report.page import report_page
 from llmpruner.report.plan import Cell, LayerRow, PlanSection, cut_tables
 from llmpruner.structure.kept import restrict
-from llmpruner.structure.plan import BaseRef, Estimation, PruningPlan, Selection, Target, cuts_of, structure_of
+from llmpruner.structure.plan import (
+    BaseRef,
+    EstimationRecord,
+    PruningPlan,
+    SelectionRecord,
+    Target,
+    cuts_of,
+    structure_of,
+)
 
 VOID = {"meta", "wbr", "br", "hr", "img", "link"}
 
@@ -77,8 +85,8 @@ def plan_of(loaded, kept):
     plan = PruningPlan(
         base=BaseRef(model="tiny", structure=structure_of(loaded.graph)),
         family="llama",
-        estimation=Estimation(criterion="l1", reduction="sum"),
-        selection=Selection(kinds=("mlp",), layers=(0,), allocation="uniform"),
+        estimation=EstimationRecord(criterion="l1", reduction="sum"),
+        selection=SelectionRecord(kinds=("mlp",), layers=(0,), allocation="uniform"),
         target=Target(by="units", amount=0.5),
         seed=0,
         cuts=cuts_of(loaded.graph, kept),
