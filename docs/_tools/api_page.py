@@ -10,8 +10,7 @@ from typing import Any
 from docstrings import class_section, document, markdown
 from settings_table import table as settings_table
 
-from llmpruner import api, keywords, settings
-from llmpruner.evaluation import Evaluation, Evaluations
+from llmpruner import Evaluation, Evaluations, api, keywords, settings
 from llmpruner.loading.model import Model, Structure
 from llmpruner.oracle.verify import Verdict
 from llmpruner.structure.outcome import BudgetOutcome, Outcome

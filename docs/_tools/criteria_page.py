@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from docstrings import document, markdown
 from installed import own_host
@@ -19,7 +19,7 @@ from llmpruner.importance import reductions
 from llmpruner.importance.base import ImportanceCriterion
 from llmpruner.plugins.registry import Registry
 from llmpruner.selection import normalize
-from llmpruner.settings import PruneSettings
+from llmpruner.settings import PruneSettings, Reduction
 
 CATALOG = Catalog(own_host())
 KINDS = (
@@ -127,7 +127,7 @@ def _facts(cls: type[ImportanceCriterion]) -> str:
 
 
 def _reductions() -> list[str]:
-    return [markdown(document(reductions)), "", f"{_names(reductions.REDUCTION_NAMES)}.", ""]
+    return [markdown(document(reductions)), "", f"{_names(get_args(Reduction))}.", ""]
 
 
 def _normalizations() -> list[str]:
@@ -138,7 +138,7 @@ def _compensations() -> list[str]:
     return [*_components(CATALOG.compensations), *_module(repair), *_module(least_squares)]
 
 
-LISTED = {"reductions": reductions.REDUCTION_NAMES, "normalizations": normalize.NORMALIZATIONS}
+LISTED = {"reductions": get_args(Reduction), "normalizations": normalize.NORMALIZATIONS}
 SPECIAL = {
     "methods": _methods,
     "criteria": _criteria,

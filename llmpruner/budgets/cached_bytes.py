@@ -1,8 +1,8 @@
 """Bytes of key/value cache: how many each layer adds per token, and how many of them each unit saves.
 
-The shapes of weights do not tell what an architecture caches: heads, one shared head, or a latent vector. So the model
-reads a few tokens, whole and with one step of each group cut, and the bytes of the tensors in its cache are counted.
-That they are proportional to the units kept is checked on an uneven cut without one layer.
+Shapes of weights do not determine what an architecture caches (heads, one shared head, or a latent vector). So the
+bytes of the tensors in the cache are counted after processing a few tokens, for the whole model and with one step of
+each group cut. An uneven cut without one layer checks that they are proportional to the units kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..structure.architecture import Follows
 
 _FEW, _MORE, _MOST = 2, 3, 6
-"""Numbers of tokens that are read to see the cache grow: fewer than any sliding window holds."""
+"""Numbers of tokens for which the cache is measured; smaller than any sliding window."""
 
 
 class CacheCost(Cost):
@@ -62,33 +62,33 @@ class CacheCost(Cost):
 
 
 def measure_cache(subject: BudgetSubject) -> CacheCost:
-    """Bytes per token in the cache of the model, and what its groups save of them.
+    """Bytes per token in the cache of the model, and the bytes that a unit of each group saves.
 
-    Raises `UnsupportedModelError` where the cache does not grow by the token or is not proportional to the units.
+    Raises `UnsupportedModelError` where the cache does not grow with every token or is not proportional to the units.
     """
     model, graph, groups = subject.model, subject.graph, subject.groups
     family = with_rules(subject.family, model, {g.kind for g in groups})
     dense = bytes_per_token(model, graph)
     if not sum(dense):
-        raise _unknown(model, "does not grow with what it reads")
+        raise _unknown(model, "does not grow with the tokens")
     queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
     per_unit: dict[tuple[str, int], Fraction] = {}
     for together in subject.progress.track(_rounds(queues), "key/value cache"):
         cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)
-        left = bytes_per_token(cut, graph)
+        after = bytes_per_token(cut, graph)
         for queue in together:
             layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
             for layer in layers:
-                if left[layer] != dense[layer]:
-                    lost = Fraction(dense[layer] - left[layer], queue.removed_after(1))
-                    per_unit[queue.group.name, layer] = lost
+                if after[layer] != dense[layer]:
+                    saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
+                    per_unit[queue.group.name, layer] = saved
     cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
     _check(subject, family, queues, cost)
     return cost
 
 
 def _rounds(queues: Sequence[Queue]) -> Sequence[list[Queue]]:
-    """Queues that are cut in one trial: of one kind, one per layer, so that each layer shows what its group saves."""
+    """Queues for each trial cut: of one kind, one per layer, so that the change in a layer is that of one group."""
     seen: Counter[tuple[str, int | None]] = Counter()
     rounds: dict[tuple[str, int, bool], list[Queue]] = {}
     for queue in queues:
@@ -99,7 +99,7 @@ def _rounds(queues: Sequence[Queue]) -> Sequence[list[Queue]]:
 
 
 def _check(subject: BudgetSubject, family: Follows, queues: Sequence[Queue], cost: CacheCost) -> None:
-    """Compare ``cost`` of an uneven cut with what a model cut like this caches."""
+    """Raise `UnsupportedModelError` unless ``cost`` of an uneven cut equals the measured bytes of the cut model."""
     model, graph = subject.model, subject.graph
     kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
     whole = next((g for g in subject.groups if g.kind == LAYER), None)
@@ -119,7 +119,7 @@ def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
         raise _unknown(model, "has more parts than the decoder has layers")
     grown = [b - a for a, b in zip(few, more, strict=True)]
     if any(c - a != (_MOST - _FEW) * g for a, c, g in zip(few, most, grown, strict=True)):
-        raise _unknown(model, "does not grow evenly with what it reads")
+        raise _unknown(model, "does not grow by the same amount with every token")
     return grown + [0] * (graph.num_layers - len(grown))
 
 
@@ -127,9 +127,9 @@ def _cached(model: PreTrainedModel, count: int) -> list[int]:
     cached = CachedModel(model)
     cached.process(sample_tokens(model, count))
     for layer in cached.cache.layers:
-        # A class of a model's own may compress: a few tokens would not show how it grows.
+        # A class outside transformers' cache module may compress, which a few tokens would not show.
         if type(layer).__module__ != cache_utils.__name__:
-            raise _unknown(model, f"is a {type(layer).__name__}, which may grow by other than the token")
+            raise _unknown(model, f"is a {type(layer).__name__}, which may not grow with every token")
     return [sum(t.nbytes for t in _tensors(vars(layer))) for layer in cached.cache.layers]
 
 

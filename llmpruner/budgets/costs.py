@@ -1,6 +1,6 @@
-"""Cost: what a budget counts, as a whole number that depends on how many units each group keeps. Imports no torch.
+"""Cost: the function from numbers of kept units to what a budget counts. Imports no torch.
 
-A cost is arithmetic on counts, so that allocations can try thousands of choices. Each budget has its own, beside it.
+A cost is arithmetic on counts, so that allocations can evaluate thousands of selections.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from .sizes import counts
 
 
 class Cost(ABC):
-    """The cost of a model as a function of the units that its groups keep. ``label``: what is counted; ``unit``: of the
-    numbers that `number` formats."""
+    """The cost of a model as a function of the number of units that its groups keep. ``label``: name of the cost;
+    ``unit``: of the numbers that `number` formats."""
 
     label: str
     unit: str
 
     @abstractmethod
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
-        """The cost of a model with ``kept`` units (group name → number of units; missing groups keep all) and without
-        the decoder layers ``gone`` (their numbers). A whole number, so that rounding errors never look like savings."""
+        """The cost of the model with ``kept`` units (group name → number; missing groups keep all) and without the
+        decoder layers ``gone`` (their numbers). An integer, so that rounding errors cannot be taken for savings."""
 
     def value(self, amount: int) -> float:
         """``amount`` in units of ``unit``."""
@@ -36,20 +36,21 @@ class Cost(ABC):
 
 
 class CutCost(Cost):
-    """``cost`` of a model that was cut already, as a function of the groups and layer numbers that it has now.
+    """The cost of a cut model, from ``cost`` of the model before the cut.
 
-    ``graph``: of the model before the cut; ``cut``: group name → units that it kept.
+    ``graph``: before the cut; ``cut``: group name → kept units. The arguments of `remaining` are in groups and layer
+    numbers of the cut model.
     """
 
     def __init__(self, cost: Cost, graph: CouplingGraph, cut: Mapping[str, Sequence[int]]) -> None:
         self.label, self.unit, self._cost = cost.label, cost.unit, cost
         self._kept, self._gone = counts(graph, cut)
         self._numbers = {new: old for old, new in layer_numbers(graph, cut).items()}
-        left = restrict(graph, cut).by_name
+        present = restrict(graph, cut).by_name
         self._groups = {
-            new: (old, self._kept.get(old, graph.by_name[old].units), left[new].units)
+            new: (old, self._kept.get(old, graph.by_name[old].units), present[new].units)
             for old, new in renamed(graph, cut).items()
-            if not left[new].modules
+            if not present[new].modules
         }
 
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
@@ -67,8 +68,8 @@ class CutCost(Cost):
 
 
 def savings(cost: Cost, group: CoupledGroup) -> list[float]:
-    """What each unit of ``group`` saves, in the cost's unit: of layers what each costs itself, of other units the mean
-    over the group, from all of them down to as few as may be kept."""
+    """The saving of each unit of ``group``, in the cost's unit: for layers, of each one; for other units, the mean over
+    all units that may be removed."""
     whole = cost.remaining()
     if group.modules:
         return [cost.value(whole - cost.remaining(gone=(unit,))) for unit in range(group.units)]
@@ -83,7 +84,7 @@ def saving_units(
     cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None]
 ) -> dict[str, frozenset[int] | None]:
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
-    and without groups of which none does. Raises `SelectionError` when nothing is left.
+    and without groups that have no others. Raises `SelectionError` when no unit saves any.
     """
     found: dict[str, frozenset[int] | None] = {}
     for group in groups:

@@ -10,8 +10,8 @@ from .costs import Cost
 
 
 class KvCache(Budget):
-    """Bytes that the key/value cache grows by with every token, counted in the cache of the model itself: whole, and
-    with units of each group removed. The same on every machine, so that nothing is recorded."""
+    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
+    with units of each group removed. The same on every machine, so they are not recorded in plans."""
 
     name = "kv-cache"
     summary = "bytes of key/value cache per token"

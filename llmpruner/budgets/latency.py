@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Latency(Budget):
-    """Milliseconds to decode one token while ``context`` tokens are in the cache, measured on this machine: whole, and
-    with fewer units of each kind of group."""
+    """Milliseconds to decode one token while ``context`` tokens are in the cache, measured on this machine for the
+    whole model and with fewer units of each kind of group."""
 
     name = "latency"
     summary = "milliseconds per decoded token, measured on this machine"
@@ -42,7 +42,7 @@ class Latency(Budget):
         return measure_latency(subject, self.settings.context).model_dump(mode="json")
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
-        """``measured``: a `LatencyTable` as JSON values. Raises `PlanError` when it is none, or of another model."""
+        """``measured``: a `LatencyTable` as JSON values. Raises `PlanError` when it is invalid or of another model."""
         from .latency_cost import LatencyCost, LatencyTable
 
         try:

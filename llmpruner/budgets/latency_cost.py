@@ -1,4 +1,4 @@
-"""Measured latencies, as a plan records them, and the time per token of a cut model that follows from them."""
+"""Measured latencies, as recorded in plans, and the time per token of a cut model computed from them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .sizes import enclosing
 
 
 class Timing(Frozen):
-    """How long decoder layers of one shape take for one token, or everything outside of the layers.
+    """Time per token of one decoder layer, for layers of equal shape; or of everything outside the layers.
 
-    ``layers``: numbers of the layers that this holds for; none for what is outside. ``ms``: milliseconds per token
-    while nothing is cut. ``groups``: name of a group, without its layer → (units kept, ms), from most units to fewest.
+    ``layers``: numbers of the layers; empty for the time outside. ``ms``: milliseconds while nothing is cut.
+    ``groups``: name of a group, without its layer → (units kept, ms), from most units to fewest.
     """
 
     layers: Units
@@ -38,15 +38,16 @@ class LatencyTable(Frozen):
 
 
 class LatencyCost(Cost):
-    """Time per token, put together from measured layers; counted in whole picoseconds.
+    """Time per token in whole picoseconds, computed from measured layers.
 
-    With T(l) the time of layer l, T₀ that of everything outside the layers, and S(l, g) what group g of layer l saves:
+    With T(l) the time of layer l, T₀ that of everything outside the layers, and S(l, g) the saving by group g of layer
+    l:
 
         Σ over layers l:  R(l) · max(T(l) − Σ over g: S(l, g) · Q(g), 0)   +   R₀ · T₀
 
-    S is interpolated linearly between the measured numbers of units. Q(g) is the share that is left of the units which
-    g's own units lie in, 1 for most groups: query heads save nothing more where their KV head is removed. R is the
-    product of the measured ratios of groups that cut every layer (hidden channels).
+    S is interpolated linearly between the measured numbers of units. Q(g) is the kept share of the units that contain
+    the units of g (the KV heads of query heads, which save nothing more after their KV head is removed), 1 for most
+    groups. R is the product of the measured ratios of groups that cut every layer (hidden channels).
     """
 
     label, unit = "Latency per token", "ms per token"

@@ -1,4 +1,4 @@
-"""Opening a budget: what a model costs, and the measurement which that took."""
+"""Opening a budget: the cost of a model, and the measurement that it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .costs import Cost, saving_units
 
 
 def open_budget(budget: Budget, subject: BudgetSubject, scope: Scope) -> tuple[Mapping[str, Any] | None, Cost]:
-    """What the budget measured on this machine (None where it needs no measurement), and the cost of ``subject``.
+    """The result of `Budget.measure` (None where it measures nothing), and the cost of ``subject``.
 
     Raises `SelectionError` when no unit in ``scope`` saves any of the cost, and whatever the budget raises.
     """

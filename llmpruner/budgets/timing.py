@@ -1,7 +1,7 @@
 """Timing decoder layers while the model decodes, with all units and with fewer of one kind of group at a time.
 
-Layers are timed in passes through the whole model: a layer that runs alone stays in the caches of the processor, and
-is faster than in a model. The cut and the whole model take turns, so that whatever slows the machine slows both.
+Layers are timed in passes through the whole model, as a layer that runs alone stays in the processor's caches and is
+faster. The cut and the whole model run alternately, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LEVELS = (0.75, 0.5, 0.25, 0.0)
-"""Shares of a group's units that are kept in trials; the last stands for as few as may be kept."""
+"""Shares of a group's units that are kept in trials; 0 means as few as may be kept."""
 RUNS, WARM_UP, SAMPLE = 9, 2, 4
-"""Passes that are timed, passes before them that are not, and layers of one shape that are timed together."""
+"""Numbers of timed passes, of passes before them that are not timed, and of layers of one shape cut in one trial."""
 
 Stopwatch: TypeAlias = "Callable[[CachedModel, torch.Tensor, str], list[float]]"
-"""(cached model, next token, path of the list of layers) → ms of every layer, and last of everything else."""
+"""(cached model, next token, path of the list of layers) → ms of every layer, then of everything else."""
 
 
 def measure_latency(subject: BudgetSubject, context: int, stopwatch: Stopwatch | None = None) -> LatencyTable:
@@ -44,16 +44,16 @@ def measure_latency(subject: BudgetSubject, context: int, stopwatch: Stopwatch |
     model, graph, groups = subject.model, subject.graph, subject.groups
     check_context(model.config, context)
     family = with_rules(subject.family, model, {g.kind for g in groups})
-    race = _Race(model, graph, context, stopwatch or decode_one)
+    comparison = _Comparison(model, graph, context, stopwatch or decode_one)
     alike = _alike(model, graph, groups)
     queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
-    dense = race.run(model)[0]
+    dense = comparison.run(model)[0]
     # Positions in a list of times: the layers of each shape, then everything else.
     places = [*alike, [graph.num_layers]]
     shares: list[dict[str, dict[int, float]]] = [{} for _ in places]
     for trial in subject.progress.track(_trials(queues, alike), "latency"):
         kept = {queue.group.name: queue.kept_after(steps) for queue, steps in trial}
-        whole, part = race.run(cut_copy(model, graph, kept, family))
+        whole, part = comparison.run(cut_copy(model, graph, kept, family))
         dense += whole
         for place, found in zip(places, shares, strict=True):
             for group in (queue.group for queue, _ in trial if queue.group.layer in (None, *place)):
@@ -90,8 +90,8 @@ def _timing(layers: Sequence[int], ms: float, shares: Mapping[str, Mapping[int, 
 
 
 def falling(levels: Mapping[int, float]) -> dict[int, float]:
-    """The nearest shares to ``levels`` (units kept → share of the whole model's time) that never rise as fewer units
-    are kept and are at most 1, most units first: isotonic regression by pooling adjacent violators (Barlow et al.,
+    """The nearest shares to ``levels`` (units kept → share of the whole model's time) that do not increase with fewer
+    units and are at most 1, most units first: isotonic regression by pooling adjacent violators (Barlow et al.,
     1972)."""
     pools: list[tuple[float, list[int]]] = []
     for units in sorted(levels, reverse=True):
@@ -103,8 +103,8 @@ def falling(levels: Mapping[int, float]) -> dict[int, float]:
     return {units: share for share, members in pools for units in members}
 
 
-class _Race:
-    """Decodes with the whole model and a cut one, in turns."""
+class _Comparison:
+    """Times the whole model and a cut one, alternately."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, context: int, stopwatch: Stopwatch) -> None:
         self._path, self._stopwatch = graph.layers, stopwatch
@@ -113,7 +113,7 @@ class _Race:
         self._whole.process(self._prompt)
 
     def run(self, other: PreTrainedModel) -> tuple[list[list[float]], list[list[float]]]:
-        """Times of the whole model and of ``other``: of each a list per pass, as a `Stopwatch` returns it."""
+        """Times of the whole model and of ``other``: for each pass, the list that a `Stopwatch` returns."""
         cut = CachedModel(other)
         cut.process(self._prompt)
         models = [self._whole.fork(), cut]
@@ -127,7 +127,7 @@ class _Race:
 
 
 def decode_one(cached: CachedModel, token: torch.Tensor, path: str) -> list[float]:
-    """Milliseconds that each layer in the list of layers at ``path`` takes for ``token``, and last everything else.
+    """Milliseconds for ``token`` of each layer in the list of layers at ``path``, then of everything else.
 
     Raises `UnsupportedModelError` for a model that does not run each layer exactly once.
     """
@@ -164,7 +164,7 @@ class _Clock:
 
 
 class _CudaClock(_Clock):
-    """CUDA events, so that the host does not wait for the device after each layer, which it would not do untimed."""
+    """CUDA events, so that timing does not make the host wait for the device after each layer."""
 
     def now(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -177,13 +177,13 @@ class _CudaClock(_Clock):
 
 
 def _alike(model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> list[list[int]]:
-    """Layer numbers, in one list where shapes, groups and per-layer entries of the configuration are the same."""
+    """Lists of layer numbers with equal shapes, groups and per-layer entries of the configuration."""
     entries = per_layer_lists(model.config.get_text_config(), graph.num_layers).values()
     own: list[list[Any]] = [[str(values[n]) for values in entries] for n in range(graph.num_layers)]
     for name, shape in graph.shapes.items():
-        if graph.is_decoder(name):
-            number, _, rest = name.removeprefix(graph.layers + ".").partition(".")
-            own[int(number)].append((rest, shape))
+        number = graph.layer_of(name)
+        if number is not None:
+            own[number].append((name.removeprefix(f"{graph.layers}.{number}."), shape))
     for group in groups:
         if group.layer is not None:
             own[group.layer].append((local_name(group), group.units, group.minimum))
@@ -194,7 +194,7 @@ def _alike(model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[Couple
 
 
 def _trials(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[list[tuple[Queue, int]]]:
-    """Trials, each a list of queues with the number of steps that are cut of them."""
+    """Trials, each a list of (queue, number of steps to cut)."""
     found: dict[tuple[tuple[str, int], ...], list[tuple[Queue, int]]] = {}
     for together in _together(queues, alike):
         for level in LEVELS:
@@ -205,7 +205,7 @@ def _trials(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[lis
 
 
 def _together(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[list[Queue]]:
-    """For every name of a group, the queues of `SAMPLE` layers in the middle of each shape's list."""
+    """For every local name of a group, the queues of the middle `SAMPLE` layers of each shape."""
     found: dict[str, list[Queue]] = {}
     for members in alike:
         names: dict[str, list[Queue]] = {}
@@ -219,8 +219,7 @@ def _together(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[l
 
 
 def _fastest(passes: Sequence[Sequence[float]], at: Sequence[int]) -> float:
-    """For each position in ``at`` the smallest time over all passes (other work on the machine only adds to a time),
-    averaged over the positions."""
+    """The mean over positions ``at`` of the smallest time over all passes, as other load only adds to a time."""
     return statistics.fmean(min(times[n] for times in passes) for n in at)
 
 

@@ -1,4 +1,4 @@
-"""Budgets of weights: their number in the decoder, their number in all, and their bytes. Imports no torch."""
+"""Budgets of weights: parameters of the decoder, all parameters, and bytes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class WeightCost(Cost):
-    """Σ w(p) · elements(p) over parameters p: the number of elements that remain of each, times ``weights[p]`` (1 to
-    count parameters, the bytes of one element to count bytes)."""
+    """Σ weights[p] · elements(p) over parameters p, with elements(p) the number of remaining elements, and weights[p] 1
+    to count parameters or the bytes of an element to count bytes."""
 
     def __init__(
         self, sizes: SizeModel, weights: Mapping[str, int], label: str = "parameters", unit: str = "parameters"

@@ -12,6 +12,7 @@ from rich.tree import Tree
 
 from ..errors import CouplingError, SettingsError
 from ..files import check_new_file
+from ..report.groups import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
 from .console import RichProgress, count, note, out, print_json, table, warning_line
@@ -77,8 +78,7 @@ def _show(model: str, found: Structure) -> None:
         f"[bold]{model}[/]: family {found.family.name}, {graph.num_layers} layers, "
         f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
     )
-    columns = ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder")
-    table("Coupled groups", columns, _summary(graph))
+    table("Coupled groups", KIND_COLUMNS, kind_rows(graph))
     for kind in graph.kinds:
         out.print(_tree(graph, graph.of_kinds([kind])[0]))
 
@@ -97,22 +97,6 @@ def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
 def _exit_unless_proved(verdicts: Sequence[Verdict]) -> None:
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
-
-
-def _summary(graph: CouplingGraph) -> list[tuple[str, str, str, str, str]]:
-    rows = []
-    for kind in graph.kinds:
-        groups = graph.of_kinds([kind])
-        units = sorted({g.units for g in groups})
-        cost = sorted({graph.parameters_per_unit(g) for g in groups})
-        inside = sum(g.units * graph.parameters_per_unit(g) for g in groups) / graph.decoder_parameters
-        share = f"{inside:.1%}" if kind != "hidden" else "all"
-        rows.append((kind, str(len(groups)), _range(units), _range(cost), share))
-    return rows
-
-
-def _range(values: list[int]) -> str:
-    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:

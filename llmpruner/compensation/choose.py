@@ -1,9 +1,8 @@
-"""Choosing units during a compensation: when its walk comes to a layer, on what the dense model computes there.
+"""Choosing units during a compensation, layer by layer, from the inputs of weights in the dense model.
 
-A compensation runs the dense model over all of the calibration text anyway, so that a criterion which looks at the
-inputs of weights needs no run of its own. Allocation needs scores earlier, but where every group gives the same share,
-scores from a little text are enough: how many units are removed hardly depends on them, and which ones is chosen later
-on all of the text.
+A compensation runs the dense model over all of the calibration text, so a criterion of weights and their inputs needs
+no further run. Allocation needs scores before, but where every group loses the same share, scores from part of the text
+are enough for the numbers of units; which units are removed is decided later, on all of the text.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 
 
 def can_wait(criterion: ImportanceCriterion, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> bool:
-    """Whether units of ``groups`` can be chosen layer by layer during a compensation: ``criterion`` looks only at the
-    weights that read units and at the inputs of these weights, and every group lies in one layer and shares none of the
-    weights that read it with another group."""
+    """Whether units of ``groups`` can be chosen layer by layer during a compensation: ``criterion`` needs only the
+    weights that read units and the inputs of these weights, and every group is in one layer and shares no weights that
+    read it with another group."""
     readers_only = criterion.roles is not None and set(criterion.roles) == {Role.CONSUMES}
     if not (readers_only and criterion.signals & _INPUTS and criterion.signals <= {Signal.WEIGHT, *_INPUTS}):
         return False
@@ -52,8 +51,8 @@ def _readers(group: CoupledGroup) -> set[str]:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Ranks units by ``criterion``, as estimation does (``reduction``, ``seed``), and keeps as many of each group as
-    were planned, in multiples of ``round_to``."""
+    """Ranks units by ``criterion`` (``reduction``, ``seed``: as for `estimate`), and keeps the planned number of each
+    group, in multiples of ``round_to``."""
 
     criterion: ImportanceCriterion
     reduction: str = "sum"
@@ -68,8 +67,8 @@ class Chooser:
     def choose(
         self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, layer: int, inputs: Mapping[str, InputStats]
     ) -> dict[str, tuple[int, ...]]:
-        """Group name → units that are kept, for the groups of ``kept`` in ``layer``. ``inputs``: parameter → statistics
-        of its inputs in the dense model."""
+        """Group name → kept units, for the groups of ``kept`` in ``layer``. ``inputs``: parameter → statistics of its
+        inputs in the dense model."""
         groups = [group for name in kept if (group := graph.by_name[name]).layer == layer]
         scores = estimate_from(inputs, model, graph, groups, self.criterion, reduction=self.reduction, seed=self.seed)
         return self._keep(groups, kept, scores)
@@ -82,7 +81,7 @@ class Chooser:
         calibration: CalibrationSet,
         progress: Progress,
     ) -> dict[str, tuple[int, ...]]:
-        """What `choose` returns for each layer, of all layers at once, without a compensation."""
+        """The results of `choose` for all layers, without a compensation."""
         groups = [graph.by_name[name] for name in kept]
         scores = estimate(
             model, graph, groups, self.criterion, calibration,

@@ -1,4 +1,4 @@
-"""The weights of a layer that read removed units, found by the roles of spans alone."""
+"""The weights of a layer that read removed units, found by the roles of spans."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter, which products sum over;
-    ``kept``: int64 indices on it that are kept, ascending. ``from_stream``: whether its inputs are channels of the
-    residual stream, with a norm over them, and not units inside the layer."""
+    """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter; ``kept``: its kept indices,
+    int64, ascending. ``from_stream``: whether the inputs are normed channels of the residual stream instead of units
+    inside the layer."""
 
     parameter: str
     axis: int
@@ -47,8 +47,8 @@ def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Cons
 
 
 def stream_writers(graph: CouplingGraph, layer: int) -> Sequence[str]:
-    """The weights whose outputs ``layer`` adds to the residual stream: those that read the units inside it (the output
-    projection of attention, the down projection of an MLP)."""
+    """The weights whose outputs ``layer`` adds to the residual stream: those that read the units inside it (output
+    projection of attention, down projection of an MLP)."""
     return tuple(
         dict.fromkeys(
             span.parameter
@@ -70,7 +70,7 @@ def matrix_of(model: nn.Module, consumer: Consumer, slot: int | None) -> torch.T
 
 
 def zero_inputs(model: nn.Module, consumer: Consumer) -> None:
-    """Set the weights of a consumer to zero that read removed inputs."""
+    """Set the weights of a consumer for removed inputs to zero."""
     parameter = model.get_parameter(consumer.parameter).data
     gone = torch.ones(parameter.shape[consumer.axis], dtype=torch.bool)
     gone[consumer.kept] = False

@@ -1,7 +1,7 @@
-"""Fitters: what is accumulated over the calibration tokens for one weight matrix, and how its new values follow.
+"""Fitters: accumulate sums over the calibration tokens for one weight matrix, and compute its new values.
 
-X (tokens × in) are the inputs of the matrix W (out × in) and b (out,) its bias; K are the inputs that it keeps, R those
-that are removed.
+X (tokens × in) are the inputs of the matrix W (out × in) and b (out,) its bias; K are the kept inputs, R the removed
+ones.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class WeightFitter:
-    """Fits W_K to targets by ridge regression on X_K, and b with it: as the weight of one more input that is always 1.
+    """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
 
-    ``use``: a product of the matrix with some inputs, for its sizes, device and bias.
+    ``use``: a product with the matrix, for its sizes, device and bias.
     """
 
     def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
@@ -41,8 +41,8 @@ class WeightFitter:
         self.equations.add(inputs, target)
 
     def write(self, model: PreTrainedModel, slot: int | None) -> tuple[int, float | None]:
-        """Replace W_K and b in ``model`` (of expert ``slot``) by the fitted ones and W_R by zeros. Returns the rows
-        fitted on, and the ridge (None where the old values fit better)."""
+        """Replace W_K and b in ``model`` (of expert ``slot``) by the fitted values and W_R by zeros. Returns the number
+        of tokens in the fit, and the ridge (None where the old values fit better)."""
         matrix = matrix_of(model, self.consumer, slot)
         old = matrix.index_select(1, self.kept).float()
         if self.bias is not None:
@@ -57,10 +57,7 @@ class WeightFitter:
 
 
 class BiasFitter:
-    """Adds W_R · mean(X_R) to b. Raises `UnsupportedModelError` where there is no bias.
-
-    Has the same methods as `WeightFitter`.
-    """
+    """Adds W_R · mean(X_R) to b. Raises `UnsupportedModelError` where there is no bias. Methods: as `WeightFitter`."""
 
     def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
         if use.bias is None:
@@ -76,7 +73,7 @@ class BiasFitter:
         self.rows += len(use.inputs)
 
     def write(self, model: PreTrainedModel, slot: int | None) -> tuple[int, float | None]:
-        """Change b in ``model``, and set W_R to zero. Returns the rows that the mean is over, and None."""
+        """Change b in ``model``, and set W_R to zero. Returns the number of tokens in the mean, and None."""
         matrix = matrix_of(model, self.consumer, slot)
         lost = self.total / max(self.rows, 1)
         lost[self.consumer.kept.to(lost.device)] = 0

@@ -1,11 +1,11 @@
-"""Ridge regression from sums over tokens, with the ridge chosen on tokens that were held out.
+"""Ridge regression from sums over tokens, with the ridge chosen on held-out tokens.
 
 For inputs X (n × in), targets T (n × out) and old weights W₀ (out × in) the fit is
 
     W = argmin ‖X Wᵀ − T‖² + λ‖W − W₀‖²  =  (TᵀX + λW₀)(XᵀX + λI)⁻¹,
 
-so that in directions of the input space without data the old weights are kept. λ is a share, one of `RIDGES`, of
-the mean diagonal of XᵀX. Sums over tokens are float32; systems are solved in float64.
+which keeps the old weights in directions of the input space without data. λ is one of `RIDGES` times the mean diagonal
+of XᵀX. Sums over tokens are float32; systems are solved in float64.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ class NormalEquations:
         return self._fit.rows + self._held.rows
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of each call is held out:
-        neighbouring tokens are alike, so that single rows would have their neighbours among those fitted on."""
+        """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of the rows of each call is held out; single
+        rows would be similar to their neighbours in the fit."""
         split = len(inputs) - len(inputs) // _HELD_OUT
         inputs, targets = inputs.float(), targets.float()
         self._fit.add(inputs[:split], targets[:split])
         self._held.add(inputs[split:], targets[split:])
 
     def solve(self, old_OI: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), float32, and the ridge they were fitted with, on all rows; the old weights and None
-        where no ridge gives a smaller error on the held-out rows. ``old_OI``: (out, in)."""
+        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
+        gives a smaller error on the held-out rows."""
         old = old_OI.T.double()
         if self._fit.rows == 0 or self._held.rows == 0:
             return old_OI.float(), None

@@ -6,10 +6,10 @@ from .base import Compensation, Repaired, RepairTask
 
 
 class NoCompensation(Compensation):
-    """Leaves all weights as they are."""
+    """Changes no weights."""
 
     name = "none"
-    summary = "weights stay as they are"
+    summary = "weights do not change"
     reads_text = False
 
     def repair(self, task: RepairTask) -> Repaired:

@@ -9,9 +9,9 @@ from .base import Compensation, Repaired, RepairTask
 
 
 class Refit(Compensation):
-    """Fits every weight matrix that loses inputs again, on the inputs that it keeps, by ridge regression against the
-    dense model (`llmpruner.compensation.least_squares`), with its bias where it has one; layer after layer, each on the
-    outputs of the layers before it that were compensated already (`llmpruner.compensation.repair`)."""
+    """Fits every weight matrix that loses inputs again, with its bias where it has one, on the kept inputs, by ridge
+    regression against the dense model (`llmpruner.compensation.least_squares`). Layers are fitted in order, each on the
+    outputs of compensated layers (`llmpruner.compensation.repair`)."""
 
     name = "refit"
     summary = "weights that read removed units are fitted again by least squares against the dense model"
@@ -22,8 +22,8 @@ class Refit(Compensation):
             0.5,
             ge=0,
             le=1,
-            description="Target of each fit: 0 keeps what the layer computes from its own input in the pruned model; "
-            "1 also adds all that its residual stream differs by from the dense model's.",
+            description="Target of each fit: 0 is the output of the uncut layer in the pruned model; 1 also adds the "
+            "whole difference of the hidden states from the dense model's.",
         )
 
     settings: Settings

@@ -1,18 +1,18 @@
-"""The walk that fits weights again: layer after layer, each on the outputs of layers that were compensated already.
+"""Fitting weights layer by layer, each layer on the outputs of the compensated layers before it.
 
-Two sequences of hidden states, each (rows, length, hidden size) in float32, go through the decoder: h of the dense
-model and ĥ of the pruned one. In each layer every weight matrix W (out × in) that loses inputs is fitted to a target
-for the outputs that it has on ĥ. With x its inputs there, removed ones included, and y = W x + b, the target is
+Hidden states (samples, length, hidden size) in float32 of two models are run through the decoder: h of the dense model
+and ĥ of the pruned one. In each layer, every weight matrix W (out × in) that loses inputs is fitted to a target. With x
+its inputs from ĥ, removed ones included, and y = W x + b, the target is
 
-    y + (mix / c) · d   without the removed channels of the residual stream in d,
+    y + (mix / c) · d   with d zero in removed channels of the residual stream,
 
-where the layer adds c times the outputs of such matrices to the residual stream, and d is how far the pruned model is
-from the dense one after them: for the matrices that are used last, the difference of the hidden states after the layer
-with W as it was; for others ĥ lacks h − ĥ + c · (y_dense − y), with y_dense the outputs in the dense model. Where the
-layer's output is no such sum the target is y. A matrix that reads removed channels of the residual stream itself has
-the target y_dense.
+where the layer adds c times the outputs of such matrices to the residual stream, and d is the difference of the dense
+from the pruned model after these matrices: for the matrices that are used last, the difference of the hidden states
+after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the dense model. If
+the layer's output is not such a sum, the target is y. The target of a matrix that reads removed channels of the
+residual stream is y_dense.
 
-No shape changes here: removed units are set to zero, so that the cut afterwards changes no output.
+Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 _DIRECT = 2e-2
-"""Largest relative residual with which a layer's output counts as its input plus a multiple of its writers' outputs."""
+"""Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
+outputs."""
 
 
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[WeightFitter | BiasFitter], *, mix: float = 0.0) -> Repaired:
-    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and set to zero what reads or, with
-    a norm over it, produces them; experts and vocabulary rows that are removed as a whole are left to the cut.
+    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
+    experts are not silenced.
 
-    ``fitter``: how a matrix is fitted to its targets. ``mix``: in the targets, see above; 0 keeps what each layer
-    computes from its own input, 1 also adds what the layers before it lost. Where ``task.chooser`` is given, it decides
-    which units of a layer are kept when the walk comes to it; ``task.kept`` then only says how many.
+    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. With ``task.chooser``, the units
+    to keep are chosen again in each layer, in the numbers of ``task.kept``.
 
-    Raises `UnsupportedModelError` for a decoder that cannot be walked layer by layer, and for a matrix that ``fitter``
+    Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
     cannot fit.
     """
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
@@ -62,7 +62,7 @@ def repair(task: RepairTask, fitter: type[WeightFitter | BiasFitter], *, mix: fl
 
 
 class _Repair:
-    """``dense`` and ``pruned``: h and ĥ before the layer at hand, batch by batch."""
+    """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor per batch."""
 
     def __init__(
         self, task: RepairTask, walk: ForwardWalk, fitter: type[WeightFitter | BiasFitter], mix: float
@@ -89,7 +89,7 @@ class _Repair:
         return Repaired(self.kept, self.fits)
 
     def _dense_after(self, number: int, consumers: Mapping[str, Consumer]) -> list[torch.Tensor]:
-        """h after the layer. With a chooser, it ranks the layer's units by what the weights read on the way."""
+        """h after the layer. With a chooser, also chooses the layer's units by the inputs of its weights."""
         if self.chooser is None or not consumers:
             return [self.walk.run(number, batch, hidden) for batch, hidden in self._with(self.dense)]
         with WatchInputs(self.model, consumers, gram=self.chooser.gram) as watched:
@@ -103,7 +103,7 @@ class _Repair:
 
     def _layer(self, number: int, consumers: Mapping[str, Consumer], after: list[torch.Tensor]) -> None:
         if not consumers and self.pruned is self.dense:
-            # Nothing was cut so far: h and ĥ are the same.
+            # No unit was removed so far: h and ĥ are the same.
             self.pruned = after
             return
         scale = self._scale(number) if consumers else None
@@ -120,7 +120,7 @@ class _Repair:
         for stage in stages:
             pruned_after = self._fit(stage, producers, original)
         for consumer in consumers.values():
-            # Experts that no token reached, and weights in products that cannot be watched, were not fitted.
+            # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
             zero_inputs(self.model, consumer)
         fitted = {fit.parameter for fit in self.fits}
         self.fits += [Fit(name, None, 0, None) for name in consumers if name not in fitted]
@@ -144,11 +144,11 @@ class _Repair:
     def _order(
         self, number: int, consumers: Mapping[str, Consumer]
     ) -> tuple[list[torch.Tensor], list[dict[str, Consumer]]]:
-        """The biases of the consumers, and the consumers in the order in which the layer uses them; those that read
-        the same inputs are fitted together and share a dictionary."""
+        """The biases of the consumers, and the consumers in order of use; those that read the same inputs are fitted
+        together, and are in one dictionary."""
         uses: dict[str, WatchedProduct] = {}
 
-        # Inputs are compared by address: all are kept until the end, so that no address is used twice.
+        # Inputs are compared by address; all are kept until the end, so that no address is used twice.
         def seen(use: WatchedProduct) -> None:
             uses.setdefault(use.parameter, use)
 
@@ -162,8 +162,8 @@ class _Repair:
         return hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0)
 
     def _fit(self, stage: _Stage, producers: _ProducerRows, original: _Originals) -> list[torch.Tensor] | None:
-        """Fit the weights of one stage. Returns ĥ after the layer where it follows from the new weights without running
-        the layer again (see `_Stage.is_simple`), else None."""
+        """Fit the weights of one stage. Returns ĥ after the layer if it can be computed without running the layer again
+        (see `_Stage.is_simple`), else None."""
         fitters: dict[tuple[str, int | None], WeightFitter | BiasFitter] = {}
         last: list[tuple[torch.Tensor, torch.Tensor]] = []
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
@@ -176,7 +176,7 @@ class _Repair:
             for use in pruned.uses:
                 consumer = stage.consumers[use.parameter]
                 if consumer.from_stream and use.slot is not None:
-                    # In the dense model other tokens are routed to the expert: no outputs to compare row by row.
+                    # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
                 key = use.parameter, use.slot
                 target = self._target(stage, consumer, use, dense_outputs.get(key), position, pruned.output)
@@ -207,8 +207,8 @@ class _Repair:
         position: int,
         output: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The target (tokens, out) for the rows of ``use``, as the module describes it. ``dense``: the outputs of the
-        same rows in the dense model, y_dense; ``output``: ĥ after the layer, with this weight as it was."""
+        """The target (tokens, out) for the rows of ``use``, see the module. ``dense``: y_dense for the same rows;
+        ``output``: ĥ after the layer, with the old weight."""
         own = use.outputs.float()
         if consumer.from_stream:
             assert dense is not None
@@ -224,11 +224,11 @@ class _Repair:
                 - self.pruned[position]
                 + stage.factor * (dense - own).view_as(self.dense[position])
             )
-        # The removed channels of the residual stream do not exist after the cut: a difference there cannot be undone.
+        # Differences in removed channels of the residual stream cannot be compensated.
         return own + self.mix / stage.factor * self._without_removed_channels(difference).flatten(0, -2)
 
     def _watch(self, stage: _Stage, batch: Batch, hidden: torch.Tensor, *, whole: bool) -> _Watched:
-        """Run the layer; without ``whole`` only until all consumers of this stage were used."""
+        """Run the layer; without ``whole``, only until all consumers of this stage were used."""
         watched = _Watched()
         waiting = set(stage.consumers)
 
@@ -245,8 +245,8 @@ class _Repair:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``after``: h after the layer,
-    batch by batch, for the stage that is used last; None for others."""
+    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``after``: for the stage that
+    is used last, h after the layer, one tensor per batch; None for others."""
 
     number: int
     consumers: Mapping[str, Consumer]
@@ -259,7 +259,7 @@ class _Stage:
 
     @property
     def is_simple(self) -> bool:
-        """Whether the stage is one matrix, used last, whose outputs are added to the residual stream as they are."""
+        """Whether the stage is one matrix, used last, whose outputs times `factor` are added to the hidden states."""
         (consumer, *others) = self.consumers.values()
         return self.after is not None and self.scale is not None and not others and not consumer.from_stream
 
@@ -283,10 +283,9 @@ def _outputs(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tens
 
 
 class _ProducerRows:
-    """The rows of one layer's weights that produce removed units with a norm over them.
+    """The rows of one layer's weights that produce removed units over which a norm is computed.
 
-    Such units are set to zero where they are produced: the norm mixes them with the others, so that zeros in what reads
-    them would not be enough.
+    The norm depends on such units, so they must be silenced where they are produced.
     """
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
@@ -310,7 +309,7 @@ class _ProducerRows:
 
 
 class _Originals:
-    """Copies of parameters of one layer, from before anything in it was changed."""
+    """Copies of parameters of one layer with their original values."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._pairs = [(p, p.detach().clone()) for p in {id(p): p for p in parameters}.values()]

@@ -1,8 +1,8 @@
-"""Trials: the divergence of the model after a cut from the model as it is.
+"""Trials: the divergence of the model after a cut from the current model.
 
-Every trial cuts a copy that shares the weights it keeps whole, so that whatever can be cut can be tried. Weights that
-read removed units are fitted again in the trial, each from the Gram matrix of its inputs in the uncut model: a simpler
-fit than the compensation's, enough to tell cuts that a fit can compensate from those that it cannot.
+Every trial cuts a copy that shares the weights that are not cut. Weights that read removed units are fitted again in
+the trial, each from the Gram matrix of its inputs in the uncut model. This fit is simpler than the compensation's, but
+distinguishes cuts that a fit can compensate from others.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 _TRIED, _FITTED = 2048, 16384
-"""Tokens that trials are measured on, and the most tokens, other ones, that weights are fitted on."""
+"""Number of tokens for the divergence, and maximum number of other tokens for the fit."""
 _RIDGE = 0.03
 """λ as a share of the mean diagonal of the Gram matrix."""
 
 
 class Trials:
-    """Measures cuts of ``groups``, with weights fitted again if ``refit``. Memory beyond the model: the logits of 2,048
-    tokens and, with ``refit``, a Gram matrix (in, in) in float32 for every weight that reads their units."""
+    """Measures cuts of ``groups``; with ``refit``, after fitting weights again. Memory beyond the model: the logits of
+    2,048 tokens and, with ``refit``, a Gram matrix (in, in) in float32 for every weight that reads the units."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Trials:
 
     @torch.no_grad()
     def loss(self, kept: Kept) -> float:
-        """Mean KL divergence per token, in nats, of the model cut to ``kept`` from the model as it is."""
+        """Mean KL divergence per token, in nats, of the model cut to ``kept`` from the current model."""
         layers = {self.graph.by_name[name].layer for name in kept}
         fitted = {
             name: self._fit(consumer)
@@ -100,15 +100,15 @@ class Trials:
         return found
 
     def _fit(self, consumer: Consumer) -> nn.Parameter:
-        """The parameter with zeros for removed inputs and, for the kept ones K, the weights that best reproduce its
-        outputs on all inputs: (W G + λ W)_K (G_KK + λ I)⁻¹, with G the Gram matrix of all inputs."""
+        """The parameter with zeros for removed inputs and, for the kept ones K, the least-squares fit of its outputs on
+        all inputs: (W G + λ W)_K (G_KK + λ I)⁻¹, with G the Gram matrix of all inputs."""
         key = consumer.kept.numpy().tobytes()
         known = self._fitted.setdefault(consumer.parameter, [])
         for had, weight in known:
             if had == key:
                 return weight
         fitted = nn.Parameter(self._solve(consumer), requires_grad=False)
-        # A search compares the current choice with one other at a time: older fits are not asked for again.
+        # A search compares the current selection with one other at a time, so older fits are not needed again.
         known[:] = [*known[-1:], (key, fitted)]
         return fitted
 

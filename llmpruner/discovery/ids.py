@@ -1,7 +1,7 @@
 """Identities of axis indices, and the ties between them.
 
-Every index of every parameter axis gets an identity (a number from 0 up). Propagation ties identities that can
-only be removed together and marks those that cannot be removed at all; connected components are the units.
+Every index of every parameter axis gets an identity (a number from 0). Propagation ties identities that can only be
+removed together, and marks those that cannot be removed; the connected components are the units.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Identities:
         return ids
 
     def tie(self, left: Ids, right: Ids, reason: str) -> Ids:
-        """Make index *i* of both removable only together; returns the identities of the common axis.
+        """Tie index *i* of both axes, so that they are removed together; returns the identities of the common axis.
 
-        ``reason`` is kept where one side cannot be removed, which blocks the other.
+        Where one side cannot be removed, the other is blocked with ``reason``.
         """
         if left is right:
             return left
@@ -81,11 +81,11 @@ class Identities:
         self.mark(ids, Mark.BLOCKED, reason)
 
     def need_equal_blocks(self, ids: Ids, blocks: int) -> None:
-        """``ids`` lie in this many blocks, each of which must keep the same number."""
+        """``ids`` form this many equal blocks, each of which must keep the same number of units."""
         self._blocks.append((ids, blocks))
 
     def need_at_least(self, ids: Ids, minimum: int) -> None:
-        """This many of ``ids`` are chosen at a time."""
+        """At least this many of ``ids`` must stay."""
         self._minimum.append((ids[ids >= 0], minimum))
 
     def components(self) -> Components:
@@ -112,8 +112,8 @@ class Identities:
 @dataclass(frozen=True)
 class Components:
     """``label``: identity → root of its component. ``marked[mark][root]``: whether any member has the mark;
-    ``element[mark][id]``: whether this identity has. ``blocks``: root → number of blocks that stay equal.
-    ``minimum``: root → how many units like it must stay."""
+    ``element[mark][id]``: whether this identity has. ``reasons``: root → why it is blocked. ``blocks``: root → number
+    of equal blocks. ``minimum``: root → how many such units must stay."""
 
     label: Ids
     marked: dict[Mark, npt.NDArray[np.bool_]]
@@ -124,7 +124,7 @@ class Components:
 
 
 def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
-    """Smallest member of the component of every node: hooking and pointer jumping, vectorised."""
+    """Smallest member of the component of every node, by hooking and pointer jumping."""
     label = np.arange(count, dtype=np.int64)
     if not edges:
         return label

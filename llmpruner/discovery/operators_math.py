@@ -1,4 +1,4 @@
-"""Index arithmetic of operators that compute: element by element, contractions, reductions, norms, attention."""
+"""Rules for operators that compute: element-wise operators, contractions, reductions, norms, attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Index arithmetic of operators that move elements: views, slices, concatenations, repetitions, indexing."""
+"""Rules for operators that rearrange elements: views, slices, concatenations, repetitions, indexing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .propagate import Origin, Propagation, Value, operator_name, rule, uniform,
 
 
 def regroup(run: Propagation, axes: Sequence[Ids], shape: Sequence[int]) -> list[Ids]:
-    """Axes after a view to ``shape``: the smallest runs of axes with equal products are merged, then split."""
+    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
     result: list[Ids] = []
     i = j = 0
     while i < len(axes) or j < len(shape):

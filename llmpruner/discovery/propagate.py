@@ -33,10 +33,10 @@ class Tag:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known about a tensor: the identities along each axis.
+    """The abstract value of a tensor: the identities along each axis.
 
-    ``selects``: for a tensor of indices, the identities of the axis it indexes. ``offset``: what was added to
-    a weight. ``numbers``: the content of a constant of integers.
+    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
+    a weight. ``numbers``: the values of an integer constant.
     """
 
     axes: tuple[Ids, ...]
@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the index arithmetic of ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
+    """Register the rule for ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -94,7 +94,7 @@ class Propagation:
     where: str = ""
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
-        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under (ties)."""
+        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under, for tied parameters."""
         signature = program.graph_signature
         inputs: list[Any] = []
         for node in program.graph.nodes:
@@ -179,7 +179,7 @@ class Propagation:
         return result
 
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Block everything an operator without a rule touches, unless it only computes constants."""
+        """Block all operands of an operator without a rule; those of constants have no identities."""
         operands = _tensors([args, kwargs])
         reason = f"operator {name} is not understood ({self.where})"
         for value in operands:
@@ -194,7 +194,7 @@ class Propagation:
         return Origin.CONSTANT if constant else Origin.ACTIVATION
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
-        """A value of the shape of ``meta`` whose axes hold no identities."""
+        """A value of the shape of ``meta`` whose axes have no identities."""
         if isinstance(meta, list | tuple):
             return [self.opaque(m, origin) for m in meta]
         if isinstance(meta, torch.Tensor):
@@ -240,7 +240,7 @@ class Propagation:
             self.ids.block(b, reason)
 
     def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
-        """Axes after a reduction; what is reduced cannot be cut."""
+        """Axes after a reduction; blocks the reduced ones."""
         dims = range(value.ndim) if dims is None else dims
         gone = {d % value.ndim for d in dims} if value.ndim else set()
         axes = []

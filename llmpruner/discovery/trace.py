@@ -1,4 +1,4 @@
-"""A shallow, weightless copy of a model, and its graph of ATen operators."""
+"""Exporting a model without weights, with one layer of every kind, to a graph of ATen operators."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Trace:
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only.
 
-    Attention is traced in its eager form and experts in their batched form, which write the index arithmetic
-    out as ordinary operators. Raises `UnsupportedModelError` when the model cannot be built or exported.
+    Attention is traced in its eager and experts in their batched implementation, which consist of ordinary operators.
+    Raises `UnsupportedModelError` when the model cannot be built or exported.
     """
     config = copy.deepcopy(config)
     for part in _configs(config):
@@ -78,27 +78,27 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
 
 
 def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedProgram, int]:
-    """`torch.export` of the logits for a batch of token ids, without a cache; and the number of streams."""
+    """`torch.export` of the logits for a batch of token ids, without a cache; and ``Trace.streams``."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
     streams = [1]
-    handed_on: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
 
     def count(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
         wide = {id(v) for v in given if v.ndim > 2 and v.shape[-1] == given[0].shape[-1]}
-        streams.append(max(len(wide), len({id(v) for v in given} & handed_on.keys())))
+        streams.append(max(len(wide), len({id(v) for v in given} & outputs.keys())))
 
-    def hand_on(_module: nn.Module, _args: Any, output: Any) -> None:
-        # Keeping the tensors keeps their ids from being used again.
-        handed_on.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        # The tensors are kept so that their ids are not used again.
+        outputs.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
 
     handles = []
     for layer in model.get_submodule(layers).children():
         handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
-        handles.append(layer.register_forward_hook(hand_on))
+        handles.append(layer.register_forward_hook(keep))
     with torch.no_grad(), quiet_transformers():
         try:
             with _without_graph():
@@ -201,7 +201,7 @@ def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 
 def _place(error: BaseException, model: nn.Module) -> str:
-    """Where in ``model`` an error of its forward pass was raised: the statement, and the path of the module."""
+    """The statement and the path of the module in ``model`` where an error of its forward pass was raised."""
     paths = {id(module): path for path, module in model.named_modules()}
     statement, inside = "", ""
     for frame, line in traceback.walk_tb(error.__traceback__):

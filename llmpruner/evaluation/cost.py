@@ -1,4 +1,4 @@
-"""What a model costs: parameters, memory, arithmetic, and time."""
+"""Costs of a model: parameters, memory, arithmetic, and time."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
-    """Parameters, bytes and arithmetic of ``model``, from shapes alone (meta tensors will do).
+    """Parameters, bytes and multiply-accumulate operations of ``model``, which may be on the meta device.
 
-    ``graph``: the coupling graph of this model (after a cut, of the cut one), which gives the widths of attention.
+    ``graph``: the coupling graph of this model (after a cut, of the cut one), for the widths of attention.
     ``context``: tokens in the cache when operations are counted.
     """
     prefix = decoder_layers(model) + "."
@@ -48,11 +48,11 @@ def speed(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Speed:
-    """Tokens per second at batch size 1, on random tokens: reading a prompt, and greedy decoding with the
-    cache.
+    """Tokens per second at batch size 1, on random tokens: of processing a prompt (prefill), and of greedy decoding
+    with the cache.
 
-    The first of ``runs + 1`` runs warms up and is not counted. A run reads ``prompt_tokens`` tokens, then decodes
-    ``new_tokens`` tokens, each timed by itself.
+    A run processes ``prompt_tokens`` tokens, then decodes ``new_tokens`` tokens; the two are timed separately. The
+    first of ``runs + 1`` runs is not counted.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -90,7 +90,7 @@ def _measurement(values: list[float]) -> Measurement:
 
 
 class _PeakMemory:
-    """Peak memory in bytes since this was created: of CUDA's allocator or, on Linux, the resident set."""
+    """Peak memory in bytes since its creation: of CUDA's allocator or, on Linux, of the resident set."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

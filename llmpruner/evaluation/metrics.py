@@ -1,4 +1,4 @@
-"""The built-in metrics. Their settings are here; what measures is in `cost`, `perplexity` and `tasks`."""
+"""The built-in metrics and their settings; the measurements are in `cost`, `perplexity` and `tasks`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SizeMetric(Metric):
-    """Computed from shapes alone, in no time; see `llmpruner.evaluation.cost.size`."""
+    """Computed from shapes alone; see `llmpruner.evaluation.cost.size`."""
 
     name = "size"
     summary = "parameters, bytes of the weights, and multiply-accumulate operations per decoded token"
@@ -48,7 +48,7 @@ class SizeMetric(Metric):
 
 
 class PerplexityMetric(Metric):
-    """Perplexity on one text, and with ``kl`` the divergence from the first model on it; see
+    """Perplexity on one text, with ``kl`` also the divergence from the first model; see
     `llmpruner.evaluation.perplexity.perplexity`."""
 
     name = "perplexity"
@@ -57,8 +57,8 @@ class PerplexityMetric(Metric):
     class Settings(ComponentSettings):
         text: str = Field(
             PYDOC,
-            description=f"A .txt, .json, .jsonl or .parquet file, a data set, or '{PYDOC}', a text that every Python "
-            "brings.",
+            description=f"A .txt, .json, .jsonl or .parquet file, a data set, or '{PYDOC}', the text of Python's "
+            "help().",
         )
         window: int = Field(512, ge=2, description="Tokens per window; windows do not overlap.")
         tokens: int | None = Field(
@@ -111,7 +111,7 @@ class SpeedMetric(Metric):
     """Timed on random tokens at batch size 1; see `llmpruner.evaluation.cost.speed`."""
 
     name = "speed"
-    summary = "tokens per second of reading a prompt and of decoding, and peak memory, at batch size 1"
+    summary = "tokens per second of prefill and of decoding, and peak memory, at batch size 1"
 
     class Settings(ComponentSettings):
         prompt_tokens: int = Field(256, ge=1, description="Tokens of the prompt.")
@@ -175,7 +175,7 @@ class TasksMetric(Metric):
             batch_size=settings.batch_size,
             num_fewshot=settings.num_fewshot,
             seed=settings.seed,
-            # lm-eval draws its own bars, or none.
+            # lm-eval has its own progress bars.
             progress=subject.progress is not QUIET,
         )
 
@@ -189,7 +189,7 @@ class TasksMetric(Metric):
 
 
 def _higher_is_better(metric: str) -> bool | None:
-    """Of a metric as lm-eval names it; None where its name does not tell."""
+    """For a name of a metric of lm-eval; None for unknown ones."""
     if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         return False
     return True if metric.startswith(("acc", "exact_match", "f1")) else None

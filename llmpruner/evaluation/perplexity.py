@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text, by one fixed protocol."""
+"""Perplexity of a model on a text."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
 
-    The whole text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default:
-    all) are cut into windows of ``window`` tokens that do not overlap; a last window that is not full is left
-    out. Every token but the first of its window is predicted from those before it in the window. The result
-    is the exponential of the mean negative log-likelihood, accumulated in double precision.
+    The text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default: all) are split
+    into windows of ``window`` tokens that do not overlap; an incomplete last window is left out. Every token but the
+    first of its window is predicted from those before it in the window. The result is the exponential of the mean
+    negative log-likelihood, accumulated in float64.
 
-    ``autocast`` computes in bfloat16; logits are turned to float32 either way. With a ``reference`` the result has
-    the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has fewer tokens than
-    asked for, `ModelError` when what the model predicts is not a number or is over another vocabulary than the
-    reference's.
+    ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
+    has the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has too few
+    tokens, `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     if window < 2 or batch_size < 1:
         raise DataError(

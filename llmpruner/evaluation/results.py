@@ -1,4 +1,4 @@
-"""What is measured of one model, as frozen values that turn into JSON."""
+"""Results of the measurements of one model, as frozen values with a JSON form."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parameters (tied ones once), the part of them below the decoder layers, bytes of the weights in memory,
-    and multiply-accumulate operations to decode one token with ``context`` tokens in the cache."""
+    """Parameters (tied ones once), those in the decoder layers, bytes of the weights in memory, and multiply-accumulate
+    operations to decode one token with ``context`` tokens in the cache."""
 
     parameters: int
     decoder_parameters: int
@@ -51,8 +51,8 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second at batch size 1. ``peak_bytes``: the most memory that the process (CUDA: the allocator)
-    held while measuring, other models in it included; None where the system does not report it."""
+    """Tokens per second at batch size 1. ``peak_bytes``: peak memory of the process (CUDA: of the allocator) while
+    measuring, including other models; None where the system does not report it."""
 
     prefill: Measurement
     decode: Measurement
@@ -63,8 +63,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of one model. ``results``: metric → JSON values by name, which may hold infinite numbers.
-    ``rows``: the numbers of a table, in the order of the metrics. Built-in metrics are typed attributes, too."""
+    """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
+    ``rows``: the table's rows, in the order of the metrics. Built-in metrics are also typed attributes."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
@@ -72,7 +72,7 @@ class Evaluation:
 
     @property
     def size(self) -> Size | None:
-        """None where it was not measured, as for the other three."""
+        """None where it was not measured, as for `perplexity` and `speed`."""
         found = self.results.get("size")
         return None if found is None else Size(**found)
 
@@ -95,15 +95,15 @@ class Evaluation:
         return Speed(**{**found, **spread})
 
     def as_json(self) -> dict[str, Any]:
-        """``name``, the built-in metrics (null, for tasks ``{}``, where one was not measured), and the other metrics by
-        name. A number that is not finite becomes null, as JSON has none."""
+        """``name``, the built-in metrics (null, for tasks ``{}``, where not measured), and the other metrics by name.
+        Numbers that are not finite become null."""
         builtin: dict[str, Any] = {"size": None, "perplexity": None, "tasks": {}, "speed": None}
         plain: dict[str, Any] = finite({"name": self.name, **builtin, **self.results})
         return plain
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None for every number in it that is not finite."""
+    """``value`` with None in place of all numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

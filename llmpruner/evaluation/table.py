@@ -13,7 +13,7 @@ from .results import Evaluation
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One quantity over all models; None where a model lacks it. ``higher_is_better``: None for neither. ``errors``:
+    """One quantity for all models; None for models without it. ``higher_is_better``: None for neither. ``errors``:
     standard errors, None where not known."""
 
     label: str
@@ -23,7 +23,7 @@ class Line:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The values for people, ``-`` where there is none."""
+        """The formatted values, ``-`` for None."""
         return tuple(self._cell(*pair) for pair in zip(self.values, self.errors, strict=True))
 
     def _cell(self, value: float | None, error: float | None) -> str:
@@ -60,8 +60,7 @@ class Evaluations(tuple[Evaluation, ...]):
 
 
 def side_by_side(evaluations: Sequence[Evaluation]) -> list[Line]:
-    """The rows of ``evaluations`` by label, in the order in which the labels first occur; labels for which no model
-    has a value are left out."""
+    """The rows of ``evaluations`` by label, in the order of first occurrence, without labels that have no value."""
     rows = [{row.label: row for row in evaluation.rows} for evaluation in evaluations]
     lines = []
     for label in dict.fromkeys(label for of_one in rows for label in of_one):

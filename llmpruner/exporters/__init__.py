@@ -1,1 +1,1 @@
-"""Export: a checkpoint written for other runtimes."""
+"""Export: writing checkpoints in the formats of other runtimes."""

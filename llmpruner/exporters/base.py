@@ -1,4 +1,4 @@
-"""Exporter: writes a checkpoint in the form that another runtime reads."""
+"""Exporter: writes a checkpoint in the format of another runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ExportSource(Protocol):
-    """The loaded checkpoint. ``tokenizer``: None where it brings none. ``record``: its ``llmpruner.json``, None for a
+    """The loaded checkpoint. ``tokenizer``: None where it has none. ``record``: its ``llmpruner.json``, None for a
     dense model."""
 
     @property
@@ -36,9 +36,9 @@ class ExportSource(Protocol):
 
 @dataclass(frozen=True)
 class ExportTask:
-    """``source``: the checkpoint, a directory. ``directory``: new and empty; it gets its final name when
-    `Exporter.export` returns, and is removed when it raises. ``load``: loads the source; called when `loaded` or
-    `model` is first read, so that an exporter which streams tensors from ``source`` needs no memory for the model."""
+    """``source``: the directory of the checkpoint. ``directory``: new and empty; renamed to its final name when
+    `Exporter.export` returns, and removed when it raises. ``load``: loads the source; called when `loaded` or `model`
+    is first read, so that an exporter which streams tensors from ``source`` needs no memory for the model."""
 
     source: Path
     directory: Path
@@ -56,7 +56,7 @@ class ExportTask:
 
 
 class Exporter(Component):
-    """Writes one format. What is written must be checked, by loading or by comparing outputs, before it returns.
+    """Writes one format. `export` must check what it wrote, by loading it or by comparing outputs.
 
     ::
 
@@ -81,8 +81,8 @@ class Exporter(Component):
     kind: ClassVar[str] = "exporter"
 
     def export(self, task: ExportTask) -> str:
-        """Write into ``task.directory``; returns one line that says what loads the result.
+        """Write into ``task.directory``; returns one line on how to load the result.
 
-        Raises `UnsupportedModelError` for a model that the format cannot hold.
+        Raises `UnsupportedModelError` for a model that cannot be represented in the format.
         """
         raise NotImplementedError

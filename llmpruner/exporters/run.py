@@ -1,4 +1,4 @@
-"""One export: written aside, checked by its exporter, and renamed when it is whole."""
+"""One export: to a temporary directory, which is renamed after the exporter has checked it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def export(
     load: Callable[[], ExportSource],
     progress: Progress = QUIET,
 ) -> str:
-    """Write the checkpoint ``source`` to the new ``directory`` in the exporter's format; returns one line that says
-    what loads the result.
+    """Write the checkpoint ``source`` to the new ``directory`` in the exporter's format; returns one line on how to
+    load the result.
 
     ``load``: loads the source; called only by exporters that need the model in memory.
 
     Raises `OutputError` when ``directory`` exists or cannot be written, `PluginError` when the exporter wrote nothing,
-    and whatever the exporter raises; nothing is then left at ``directory`` or beside it.
+    and whatever the exporter raises; no files remain then.
     """
     with new_directory(directory) as partial:
         line = exporter.export(ExportTask(source, partial, load, progress))

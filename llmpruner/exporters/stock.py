@@ -7,8 +7,8 @@ from .base import Exporter, ExportTask
 
 
 class StockExporter(Exporter):
-    """For models in other formats (GGUF, Meta's, adapters on a base model), and for pruned ones whose layers have one
-    width. A pruned model of different widths per layer is refused."""
+    """For models in other formats (GGUF, Meta's, adapters on a base model), and pruned ones whose layers have one
+    width. Raises `UnsupportedModelError` for a pruned model of different widths per layer."""
 
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
@@ -18,7 +18,7 @@ class StockExporter(Exporter):
         from ..checkpoints.save import dummy_logits, gives_logits, save_checkpoint, vocabulary_files
 
         loaded, model = task.loaded, task.model
-        # save_checkpoint makes its directory itself.
+        # save_checkpoint creates its directory.
         written = task.directory / "stock"
         save_checkpoint(
             model,

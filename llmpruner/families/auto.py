@@ -14,13 +14,12 @@ AUTO = "auto"
 
 
 class AutoFamily(ModelFamily):
-    """Any decoder: its structure is discovered by tracing, and every cut is proved on a small model. The family of
-    every model that no other one matches."""
+    """Any decoder: its structure is discovered by tracing, and every cut is verified on a small model. The catalog
+    uses it when no other family matches."""
 
     name = AUTO
-    summary = "any decoder: structure is discovered by tracing, and every cut is proved on a small model"
+    summary = "any decoder: structure is discovered by tracing, and every cut is verified on a small model"
 
     def matches(self, config: PreTrainedConfig) -> bool:
-        """Never: the catalog takes this family when no other one matches."""
         del config
         return False

@@ -1,7 +1,7 @@
-"""Chat formats: the text in which a model is asked, and the text in which it is trained on conversations.
+"""Chat formats: prompts for one instruction, and the training text of examples.
 
-The tokenizer's chat template is used wherever there is one, unless the family has a format of its own
-(`ModelFamily.has_own_format`). A family without one has Stanford Alpaca's where the tokenizer has no template.
+The tokenizer's chat template is used if it has one, unless the family has its own format
+(`ModelFamily.has_own_format`); without either, Stanford Alpaca's format.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from .family import ModelFamily
 
 _TODAY = datetime.date(2024, 7, 26)
-"""The date for templates that print today's: prompts, and with them results and the identity of an interrupted
-recovery, must not change at midnight."""
+"""The date for templates that print the current one, so that results, and the identity of an interrupted recovery, do
+not depend on the day."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 class Prompt(NamedTuple):
-    """``has_special_tokens``: the text holds its special tokens (beginning of sequence, roles) already, so it is
-    tokenised with ``add_special_tokens=False``."""
+    """``has_special_tokens``: the text contains its special tokens (beginning of sequence, roles), so it is tokenised
+    with ``add_special_tokens=False``."""
 
     text: str
     has_special_tokens: bool
@@ -44,10 +44,10 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TrainingText:
-    """The text of one training example, as turns that follow one another.
+    """The text of one training example: the texts of all turns joined.
 
-    ``has_special_tokens``: the text holds its special tokens already and is tokenised with
-    ``add_special_tokens=False``. Otherwise the tokenizer adds its own, and every answer gets an end-of-sequence token.
+    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and every answer gets an
+    end-of-sequence token.
     """
 
     turns: tuple[Turn, ...]
@@ -55,7 +55,7 @@ class TrainingText:
 
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: str = "") -> Prompt:
-    """What a model reads in order to answer ``instruction``. ``input``: what the instruction is about, if apart.
+    """The prompt for ``instruction``. ``input``: the text that the instruction refers to, if it is separate.
 
     Raises `DataError` when the tokenizer's chat template fails.
     """
@@ -65,13 +65,13 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: st
 
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
-    """An example in the format of its model.
+    """An example in the chat format of the model.
 
     Every assistant turn of a conversation is an answer. There is one text for each example, except where a chat
-    template shows earlier turns differently once others follow (Qwen3's leaves out their reasoning): then there is one
-    for each answer, in the form in which the model is asked for it.
+    template renders earlier turns differently once others follow (Qwen3's leaves out their reasoning): then there is
+    one for each answer, with the prompt that the model would get for it.
 
-    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it has no place for.
+    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support.
     """
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
@@ -85,13 +85,13 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
 
 
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items (characters, tokens) both begin with."""
+    """The number of equal items (characters, tokens) at the start of both."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _uses_template(family: ModelFamily, tokenizer: Any) -> bool:
     template: Any = getattr(tokenizer, "chat_template", None)
-    # A dict holds templates for several purposes by name.
+    # A dict of templates by name.
     return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
 
 
@@ -107,14 +107,14 @@ def _messages(example: Instruction | Conversation) -> list[dict[str, str]]:
 
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[TrainingText]:
-    """The conversation from its start to each answer is rendered twice: up to where the model has to answer, with the
-    generation prompt, and with the answer. What the second adds to the first is the answer with what closes it."""
+    """For each answer, the conversation up to it is rendered twice: without the answer but with the generation prompt,
+    and with the answer. The difference is the answer with its closing tokens."""
     answers: list[tuple[str, int]] = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             asked = _render(tokenizer, messages[:number], add_generation_prompt=True)
             answered = _render(tokenizer, messages[: number + 1])
-            # The generation prompt may hold more than the template puts before an answer (the start of a reasoning).
+            # The generation prompt may contain text that is not before the answer (the start of a reasoning).
             answers.append((answered, common_start(asked, answered)))
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]

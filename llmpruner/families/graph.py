@@ -16,11 +16,10 @@ if TYPE_CHECKING:
 
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
-    """The coupling graph of a dense model: the family's groups, checked against the shapes of an instance that
-    is built on the meta device, which takes no memory for weights.
+    """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
+    Raises `CouplingError` where the family's groups contradict them.
 
-    Where the family's groups come from discovery, adjusted or not, ``blocked`` lists the axes that discovery found no
-    units on and that no group owns.
+    If the family's groups are discovered, ``blocked`` lists the axes without units that no group owns.
     """
     with collect_blocked() as blocked:
         graph = graph_of(meta_model(config), lambda: family.coupled_groups(config))

@@ -1,7 +1,7 @@
-"""Criteria of a forward pass: weights together with their inputs.
+"""Criteria that need a forward pass: of weights and their inputs.
 
-W is a weight matrix (d_out, d_in), x_j the input channel j, and means run over all calibration tokens. All of them
-score the weights that read a unit (the down projection for an MLP channel, the output projection for a head).
+W is a weight matrix (d_out, d_in), x_j its input channel j, and E the mean over all calibration tokens. Scores are
+those of the weights that read a unit (the down projection for an MLP channel, the output projection for a head).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _READERS = frozenset({Role.CONSUMES})
 
 
 class OfInputs(ImportanceCriterion):
-    """Scores weights by their inputs, and parameters that are in no product with zero."""
+    """Scores weights by their inputs, and parameters that are not used in matrix products by zero."""
 
     needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
     roles = _READERS
@@ -69,7 +69,7 @@ class Fluctuation(OfInputs):
 
 
 class ActivationNorm(OfInputs):
-    """E[x_j²]: the mean square of a unit's activation, whatever weights read it (Minitron; Muralidharan et al., 2024,
+    """E[x_j²]: the mean square of a unit's activation, independent of weights (Minitron; Muralidharan et al., 2024,
     §2.2)."""
 
     name = "activation"
@@ -80,8 +80,8 @@ class ActivationNorm(OfInputs):
 
 
 class Pca(ImportanceCriterion):
-    """Σ_k λ_k v_jk² over the leading principal components v_k of the inputs, which hold a ``share`` of their energy Σλ:
-    how much of a channel lies in the subspace that pruning by PCA keeps of the hidden width (SliceGPT; Ashkboos et al.,
+    """Σ_k λ_k v_jk² over the leading principal components v_k of the inputs, whose eigenvalues λ_k sum to a ``share``
+    of the total: the mean square of a channel within the subspace that pruning by PCA keeps (SliceGPT; Ashkboos et al.,
     2024).
     """
 
@@ -91,9 +91,7 @@ class Pca(ImportanceCriterion):
     roles = _READERS
 
     class Settings(ComponentSettings):
-        share: float = Field(
-            0.99, gt=0, le=1, description="Share of the inputs' energy that the leading components hold."
-        )
+        share: float = Field(0.99, gt=0, le=1, description="Share of the inputs' energy in the leading components.")
 
     settings: Settings
 
@@ -104,7 +102,7 @@ class Pca(ImportanceCriterion):
             return signals.weight.new_zeros(signals.weight.shape)
         values, vectors = torch.linalg.eigh(signals.inputs.gram.double())
         values = values.clamp_min(0)
-        # In ascending order: the smallest, which hold no more than the rest of the energy, are dropped.
+        # Eigenvalues are in ascending order: the smallest are dropped, up to the rest of the energy.
         rest = (1 - self.settings.share) * values.sum(-1, keepdim=True)
         leading = values * (values.cumsum(-1) > rest)
         energy: torch.Tensor = (vectors.square() * leading[..., None, :]).sum(-1).float()

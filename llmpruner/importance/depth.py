@@ -1,4 +1,4 @@
-"""Criteria for whole layers: how much a layer changes the residual stream."""
+"""Criteria for layers: how much a layer changes the hidden states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BlockInfluence(ImportanceCriterion):
     al., 2024, eq. 1)."""
 
     name = "block-influence"
-    summary = "for layers: 1 − mean cosine between the stream before and after (ShortGPT, eq. 1)"
+    summary = "for layers: 1 − mean cosine of the hidden states before and after (ShortGPT, eq. 1)"
     needs = frozenset({Signal.STREAM})
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
@@ -27,7 +27,7 @@ class AngularDistance(ImportanceCriterion):
     """E[arccos cos(h_l, h_l+1)]/π over tokens: the angular distance of Gromov et al. (2024, eq. 7) for n = 1."""
 
     name = "angular"
-    summary = "for layers: mean angle between the stream before and after, in units of π (Gromov et al., eq. 7)"
+    summary = "for layers: mean angle between the hidden states before and after, in units of π (Gromov et al., eq. 7)"
     needs = frozenset({Signal.STREAM})
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:

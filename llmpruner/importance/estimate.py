@@ -1,8 +1,8 @@
-"""Estimation: signals → a saliency of every weight → one score for each unit.
+"""Estimation: from signals to a saliency of every weight, and to one score for each unit.
 
-All span arithmetic is here, so that a criterion works for every layout. For one span, the saliencies at the
-indices that a unit owns are summed, over these indices and over all other axes; the spans of a group are then reduced
-(sum, mean, max, prod or last) to one score for each unit.
+Criteria do not depend on the layout of parameters. For one span, the saliencies are summed over the indices that a unit
+owns and over all other axes; the spans of a group are then reduced (sum, mean, max, prod or last) to one score for each
+unit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def estimate(
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone.
 
-    Memory beyond the model: that of `walk_signals` or `stream_statistics`, by what the criterion needs.
+    Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
 
     Raises `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not
     finite, or a calibration set is needed and missing.
@@ -81,7 +81,7 @@ def estimate_from(
     reduction: str = "sum",
     seed: int = 0,
 ) -> Scores:
-    """`estimate` for a criterion of weights and ``inputs``, where these have been measured (parameter → statistics)."""
+    """`estimate` for a criterion of weights and inputs, from measured ``inputs`` (parameter → statistics)."""
     uses, where = _uses(graph, groups, criterion), positions(graph)
     stream = (
         (name, signals_of(model, name, where[name], None, inputs.get(name), None, criterion.signals, seed))
@@ -92,8 +92,8 @@ def estimate_from(
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One span of a group on a parameter; of a group of whole modules, one parameter of one module. ``number``: among
-    the group's spans, or among the parameters of its modules."""
+    """One span of a group; for a group of modules, one parameter of a module. ``number``: among the group's spans, or
+    among the parameters of its modules."""
 
     group: CoupledGroup
     number: int
@@ -137,7 +137,7 @@ def _layers(
     progress: Progress,
 ) -> Scores:
     if calibration is None:
-        raise ModelError(f"criterion {criterion.name} measures the model at work and needs a calibration set")
+        raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
     blocks = Signal.STREAM_BLOCKS in criterion.signals
     stream = stream_statistics(model, graph.layers, calibration, progress, blocks=blocks)
     values = criterion.score_layers(stream).double().cpu()
@@ -147,7 +147,7 @@ def _layers(
 def _uses(
     graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion
 ) -> dict[str, list[_Use]]:
-    """Parameter → the spans that are scored; tied parameters once, under the name they are stored by."""
+    """Parameter → the spans that are scored; tied parameters are under the name they are stored by."""
     uses: dict[str, list[_Use]] = {}
     where = positions(graph)
     for group in groups:

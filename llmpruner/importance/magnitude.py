@@ -1,10 +1,10 @@
-"""Criteria of weights w alone; sums run over what a unit owns."""
+"""Criteria of weights w alone; sums are over the weights that a unit owns."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..engine.signals import ParameterSignals, Signal
+from ..engine.signals import ParameterSignals
 from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ class Random(ImportanceCriterion):
 
     name = "random"
     summary = "uniform random numbers: the baseline"
-    needs = frozenset({Signal.WEIGHT})
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         import torch
@@ -30,18 +29,16 @@ class L1(ImportanceCriterion):
 
     name = "l1"
     summary = "sum of absolute weights, Σ|w|"
-    needs = frozenset({Signal.WEIGHT})
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         return signals.weight.abs()
 
 
 class L2(ImportanceCriterion):
-    """Σw², the squared norm, as the code of LLM-Pruner sums it; within one span it ranks as the norm does."""
+    """Σw², the squared norm, as in the code of LLM-Pruner; within one span the ranking is that of the norm."""
 
     name = "l2"
     summary = "sum of squared weights, Σw²"
-    needs = frozenset({Signal.WEIGHT})
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         return signals.weight.square()

@@ -1,8 +1,8 @@
 """Optimal Brain Surgeon on the Gram matrix of a weight's inputs.
 
-Units are removed one after another, always the one whose removal costs least, and after each the weights of those that
-remain are fitted again. With the weight W (d_out, d_in), its inputs X, H = E[xxᵀ] + λI and the columns u of a unit, its
-removal costs the squared error E_u and changes W and H⁻¹ to
+Units are removed one after another, always the one whose removal increases the error least, and after each the weights
+of the remaining ones are fitted again. With the weight W (d_out, d_in), its inputs x, H = E[xxᵀ] + λI and the columns u
+of a unit, its removal increases the squared error of the output by E_u and changes W and H⁻¹ to
 
     E_u = tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ),   W ← W − W_u [(H⁻¹)_uu]⁻¹ (H⁻¹)_u:,   H⁻¹ ← H⁻¹ − (H⁻¹)_:u [(H⁻¹)_uu]⁻¹ (H⁻¹)_u:
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     import torch
 
 _STEPS = 1024
-"""Of more units than this, several are removed between two evaluations of E_u."""
+"""Maximum evaluations of E_u: with more units, several are removed after each."""
 
 
 class OptimalBrainSurgeon(ImportanceCriterion):
-    """A unit's score is the sum of E_u over the units removed up to and including it: the error of the output that has
-    built up by then."""
+    """A unit's score is the sum of E_u over the units removed up to and including it: the accumulated error of the
+    output."""
 
     name = "obs"
-    summary = "greedy removal of the unit whose loss the others make up best (OBS on the Gram matrix, SlimGPT)"
+    summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"
     needs = frozenset({Signal.WEIGHT, Signal.GRAM})
     roles = frozenset({Role.CONSUMES})
 
@@ -46,7 +46,8 @@ class OptimalBrainSurgeon(ImportanceCriterion):
     settings: Settings
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        """Where units are no columns (experts, layers): ``W²·E[x²]``, the cost of removal when nothing is fitted."""
+        """For units that are not columns (experts, layers): ``W²·E[x²]``, the error without an update of other
+        weights."""
         if signals.inputs is None:
             return signals.weight.new_zeros(signals.weight.shape)
         return signals.weight.square() * signals.inputs.second_moment

@@ -23,7 +23,7 @@ Variant = Literal["element1", "element2", "mix", "vector"]
 
 
 class Taylor(ImportanceCriterion):
-    """The importance of LLM-Pruner (Ma et al., 2023) in its four variants; sums run over what a unit owns.
+    """The importance of LLM-Pruner (Ma et al., 2023) in four variants; sums are over the weights that a unit owns.
 
     ``element1``: Σ|g·w| (first order, per weight). ``element2``: Σ½w²·E[g²] (second order, per weight).
     ``mix``: Σ|g·w − ½w²·E[g²]|. ``vector``: |Σ g·w| per row or column (first order, for the whole vector).
@@ -56,10 +56,8 @@ class Taylor(ImportanceCriterion):
         return self.settings.variant == "vector"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        import torch
-
         weight = signals.weight
-        value = torch.zeros_like(weight) if signals.grad is None else weight * signals.grad
+        value = weight.new_zeros(weight.shape) if signals.grad is None else weight * signals.grad
         if signals.grad_sq is not None:
             value = value - 0.5 * weight.square() * signals.grad_sq
         return value

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Best(Method):
-    """Output energy of the weights that read units, on 163,840 tokens (131,072 where the model writes them, which takes
-    longer than reading), then a least-squares fit of these weights. Where nothing but whole layers may be removed, the
-    angular distance between their inputs and outputs, which says more about a layer than its weights do."""
+    """Output energy of the weights that read units, on 163,840 tokens (131,072 where the model generates them, which
+    takes longer than reading), then a least-squares fit of these weights. For layers alone, the angular distance
+    between their inputs and outputs, which predicts the loss better than weights do."""
 
     name = "best"
-    summary = "one forward pass chooses, then weights that read removed units are fitted again (the default)"
+    summary = "units chosen by one forward pass, then weights that read removed units are fitted again (the default)"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         return {
@@ -33,7 +33,7 @@ class Fast(Method):
     """The criteria of `Best` on 8,192 tokens, without compensation."""
 
     name = "fast"
-    summary = "one forward pass over a few thousand tokens chooses; no compensation"
+    summary = "units chosen by one forward pass over a few thousand tokens; no compensation"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         del writes
@@ -41,8 +41,8 @@ class Fast(Method):
 
 
 class LlmPruner(Method):
-    """First-order Taylor importance per weight on ten samples, without compensation, as LLM-Pruner (Ma, Fang, Wang,
-    2023) chooses what to remove; its recovery is `llmpruner recover`."""
+    """The selection of LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples,
+    without compensation. Its recovery is `llmpruner recover`."""
 
     name = "llm-pruner"
     summary = "the paper's: first-order Taylor importance on ten samples; no compensation"
@@ -54,10 +54,10 @@ class LlmPruner(Method):
 
 
 class ByHand(Method):
-    """What naming a criterion without a method means: that criterion on ten samples of 64 tokens, as in LLM-Pruner, and
-    no compensation. Not registered, as it has no criterion of its own."""
+    """The defaults for ``--importance`` without ``--method``: ten samples of 64 tokens, as in LLM-Pruner, and no
+    compensation. Not registered, as it sets no criterion."""
 
-    summary = "the criterion that is named, on ten samples; no compensation"
+    summary = "the given criterion on ten samples; no compensation"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         del asked, writes

@@ -1,10 +1,10 @@
-"""How declared groups differ from those that discovery finds, parameter by parameter."""
+"""Comparing declared groups with discovered ones, parameter by parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..structure.coupling import CoupledGroup, Role, Span
+from ..structure.coupling import CoupledGroup, Role, Span, runs
 
 Slot = tuple[str, int]
 """A parameter (or buffer) and one of its axes."""
@@ -12,8 +12,8 @@ Slot = tuple[str, int]
 
 def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> tuple[str, ...]:
     """One line for each parameter in which a declared group differs from the discovered group of the same name: a span
-    that is missing, one that discovery does not have, or other indices, roles or offsets. What differs alike in several
-    layers is reported for the first, with the number of others. Groups of one name alone are not compared."""
+    that is missing, one that discovery does not have, or other indices, roles or offsets. A difference that occurs in
+    several layers is reported once, with the number of the others. Groups without a counterpart are not compared."""
     found = {group.name: group for group in discovered}
     lines: dict[str, list[str]] = {}
     for group in declared:
@@ -83,12 +83,7 @@ def _values(values: Iterable[object]) -> str:
 
 
 def _runs(indices: set[int]) -> str:
-    """``{0, 1, 2, 7}`` as ``0…2, 7``; after four runs, how many indices there are in all."""
-    runs: list[list[int]] = []
-    for index in sorted(indices):
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}…{run[-1]}" for run in runs[:4])
-    return f"{shown}, … ({len(indices)} indices)" if len(runs) > 4 else shown
+    """``{0, 1, 2, 7}`` as ``0…2, 7``; after four runs, the total number of indices."""
+    found = runs(sorted(indices))
+    shown = ", ".join(str(first) if first == last else f"{first}…{last}" for first, last in found[:4])
+    return f"{shown}, … ({len(indices)} indices)" if len(found) > 4 else shown

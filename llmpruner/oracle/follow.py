@@ -23,7 +23,7 @@ MAX_TRIALS = 160
 _AUTOMATIC = frozenset(
     ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
 )
-"""Attributes that surgery sets itself."""
+"""Attributes that `surgery.cut` sets."""
 
 
 @dataclass(frozen=True, order=True)
@@ -93,7 +93,7 @@ def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Seque
 def _module(model: nn.Module, path: str) -> nn.Module | None:
     try:
         return model.get_submodule(path)
-    except AttributeError:  # layers of another type lack it
+    except AttributeError:  # a layer of another type without this module
         return None
 
 
@@ -103,7 +103,7 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
         owner, attribute = vars(module).get("config"), attribute.partition(".")[2]
     value = getattr(owner, attribute, None)
     if type(value) is not int or not _counts(value, group):
-        return  # it belongs to another group of this kind
+        return  # it counts units of another group of this kind
     if owner is not module and module is not model and not vars(module).get("_config_is_own"):
         owner = module.config = copy.deepcopy(owner)
         object.__setattr__(module, "_config_is_own", True)
@@ -133,8 +133,8 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
 def tables(
     model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup], batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors passed by name to the modules that ``groups`` cut, the same for all ``batches`` of token ids (so
-    they hold no activations), with an axis that may number units."""
+    """Tensors passed by name to modules near the parameters of ``groups`` that are equal for all ``batches`` of token
+    ids, and so no activations, with an axis whose size is a multiple of the number of units."""
     found: dict[FollowTable, None] = {}
     for group in groups:
         for path, module in _nearby(model, graph, group):

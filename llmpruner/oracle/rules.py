@@ -1,4 +1,4 @@
-"""What must follow a cut in models of one architecture, found once on a small one."""
+"""The rules of `oracle.follow` for models of one architecture, found once on a small model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ..structure.architecture import Architecture, Follows
 
 _FOUND: dict[tuple[object, str], Verdict] = {}
-"""Verdicts of this process by architecture and kind. All sizes of one architecture shrink to the same small model, so
-that what was found for it holds for all."""
+"""Verdicts of this process by architecture and kind. They hold for all sizes of one architecture, which are reduced to
+the same small model."""
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: Architecture | None = None) -> tuple[Rule, ...]:
-    """What must follow cuts of ``kinds`` in models of the architecture of ``config``, found on a small one; at most
-    once in a process for each architecture and kind.
+    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found on a small model at most once
+    in a process for each architecture and kind.
 
     ``family``: declares the groups; None: they are discovered. Raises `UnsupportedModelError` when a kind cannot be cut
-    there exactly, or the small model has none.
+    exactly, or the small model has no units of it.
     """
     wanted = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
@@ -50,7 +50,7 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: Architectur
 
 
 def with_rules(family: Follows, model: PreTrainedModel, kinds: Collection[str]) -> Follows:
-    """``family``, or where it leaves to discovery what must follow a cut, the rules for cuts of ``kinds``."""
+    """``family``, or if its rules are discovered, the rules for cuts of ``kinds``."""
     if not getattr(family, "is_discovered", False):
         return family
     return Follower(rules_of(stock_config(model), set(kinds) - {LAYER}, cast("Architecture", family)))

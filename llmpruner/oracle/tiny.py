@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 LAYERS = 3
 HEADS = (5, 3), (4, 2)
-"""Numbers of heads, and of key/value heads where these are fewer, to be tried in this order: odd ones first, because no
-other size is a multiple of them; some classes take even ones only."""
+"""Numbers of heads, and of key/value heads where these are fewer, in the order of trials: odd ones first, because no
+other size is a multiple of them; some classes accept even ones only."""
 HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
@@ -61,7 +61,7 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
 
 
 def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedConfig:
-    """The first of some tiny configurations whose model can be built and run.
+    """The first `tiny_config`, over `HEADS`, whose model can be built and run.
 
     Raises `UnsupportedModelError` with the first reason when none can.
     """
@@ -78,7 +78,7 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
 
 
 def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
-    """Equal for configurations whose small models are equal, whatever their sizes."""
+    """A key that is equal for configurations with equal small models."""
     texts = []
     for heads in HEADS:
         try:
@@ -99,8 +99,8 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
-    """A float32 model on the CPU whose weights are random enough for any mistake to show: no parameter is
-    zero or one, biases and norms included, nor is any saved buffer of one value (the selection bias of experts)."""
+    """A float32 model on the CPU with random weights that make every error visible: no parameter is constant, biases
+    and norms included, nor is any saved buffer (the selection bias of experts)."""
     config = copy.deepcopy(config)
     generator = torch.Generator().manual_seed(seed)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -123,7 +123,7 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
         saved = model.state_dict(keep_vars=True).keys()
         for name, buffer in model.named_buffers():
             if name in saved and buffer.is_floating_point() and buffer.numel() > 1 and len(buffer.unique()) == 1:
-                # What is positive (a variance) stays so.
+                # Positive values (variances) stay positive.
                 buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator).abs())
     return cast("PreTrainedModel", model.eval())
 
@@ -148,8 +148,8 @@ def _shrink(config: PreTrainedConfig, layers: int, few: tuple[int, int]) -> dict
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Numbers of query and of key/value heads, equal where a configuration has no number of the latter (which some
-    classes call otherwise than transformers does); None for a model without heads."""
+    """Numbers of query and of key/value heads, which are equal where the configuration has no field for the latter
+    (also under other names than in transformers); None for a model without heads."""
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, list):
         heads = heads[0] if heads else None
@@ -201,7 +201,7 @@ def _shrink_attention(
 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
-    """Heads of a state space fill the expanded hidden size exactly."""
+    """In state space models, number and size of heads must multiply to the expanded hidden size."""
     names = [n for n in ("mamba_n_heads", "mamba_num_heads") if _is_size(values.get(n))]
     expand = values.get("mamba_expand", values.get("expand"))
     for name in names:
@@ -244,7 +244,7 @@ def _shrink_layers(config: PreTrainedConfig, values: dict[str, Any], layers: int
         return
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     chosen = _show_all([tuple(map(str, column)) for column in zip(*lists.values(), strict=True)], count, layers)
-    # What is derived from a period cannot be chosen: the first layers, as many as show every kind of it.
+    # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
     chosen = sorted({*chosen, *range(shown)})
@@ -260,7 +260,7 @@ def _shrink_layers(config: PreTrainedConfig, values: dict[str, Any], layers: int
 
 
 def _show_all(kinds: Iterable[tuple[str, ...]], count: int, layers: int) -> list[int]:
-    """Numbers of the first layers that show every kind, in order; at least ``layers`` of them."""
+    """Numbers of the first layers of every kind, in order, with further first layers up to ``layers`` in all."""
     first = {kind: n for n, kind in reversed(list(enumerate(kinds)))}
     chosen = set(first.values())
     chosen.update(n for n in range(count) if n < layers and len(chosen | {n}) <= max(layers, len(first)))

@@ -1,4 +1,4 @@
-"""The oracle: on a small random model, cutting units must equal silencing them."""
+"""The oracle: checks on a small random model that cutting units equals silencing them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOLERANCE = 2e-4
 """Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
 layers stays ten times below it, a wrong index far above."""
 VISIBLE = 1e-3
-"""A cut that changes the dense model's logits by less proves nothing."""
+"""Smallest change of the dense model's logits by silencing; with less, agreement would not be evidence."""
 
 VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
@@ -47,10 +47,11 @@ class Verdict:
     """The result of the oracle for one kind of unit.
 
     ``verdict``: *verified*; *failed* (the cut model runs and its outputs are wrong); *refused* (the cut model cannot
-    run, or nothing was proved: see ``reason``). ``difference``: largest difference of logits relative to the largest
-    logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: attributes that had
-    to follow the cut. ``skipped``: checks that were not possible, each with the reason. ``differences``: how the
-    declared groups of a kind that is not verified differ from those that discovery finds, a line for each parameter.
+    run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
+    largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
+    attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
+    ``differences``: for a kind that is not verified, one line for each parameter in which the declared groups differ
+    from the discovered ones.
     """
 
     kind: str
@@ -74,7 +75,7 @@ def verify(
     seed: int = 0,
     shrink: bool = True,
 ) -> list[Verdict]:
-    """Try every kind of unit of ``source`` on a small random model of the architecture of ``config``.
+    """Check every kind of unit of ``source`` on a small random model of the architecture of ``config``.
 
     ``source``: a family; groups of exactly ``config`` (then pass ``shrink=False``); or None for discovery.
     One verdict per kind, in order of appearance. Raises `UnsupportedModelError` when the small model cannot be
@@ -98,11 +99,11 @@ def verify(
 
 
 def _with_differences(verdicts: Sequence[Verdict], graph: CouplingGraph, config: PreTrainedConfig) -> list[Verdict]:
-    """``verdicts``; those that are not *verified* with how the groups of ``graph`` differ from discovered ones."""
+    """``verdicts``, with ``differences`` of the groups of ``graph`` from discovered ones where not *verified*."""
     try:
         discovered = discover_groups(config)
     except UnsupportedModelError as error:
-        nothing = f"the groups were compared with nothing: {error}"
+        nothing = f"the groups were not compared with discovered ones: {error}"
         return [v if v.verdict == VERIFIED else replace(v, differences=(nothing,)) for v in verdicts]
     return [
         v if v.verdict == VERIFIED else replace(v, differences=differences(graph.of_kinds([v.kind]), discovered))
@@ -112,7 +113,7 @@ def _with_differences(verdicts: Sequence[Verdict], graph: CouplingGraph, config:
 
 @dataclass
 class _Record:
-    """What has been done so far for one kind of unit; the fields of `Verdict` of the same names."""
+    """The results so far for one kind of unit, as in the fields of `Verdict`."""
 
     checks: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -138,7 +139,7 @@ class Oracle:
         groups = [g for g in every if g.units > g.minimum]
         record = _Record(skipped=list(self.skipped))
         if len(groups) < len(every):
-            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: they have no unit to spare")
+            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
 
         def verdict(name: str, difference: float, where: str = "", reason: str = "") -> Verdict:
             return Verdict(
@@ -155,14 +156,13 @@ class Oracle:
             )
 
         if not groups:
-            return verdict(REFUSED, 0.0, reason="no group has a unit to spare")
+            return verdict(REFUSED, 0.0, reason="no unit can be removed from any group")
         try:
             self._try(kind, groups, record)
         except Disagreement as found:
             return verdict(FAILED, found.difference, found.where, str(found))
-        except Exception as error:  # the cut model may fail in any way; that is the verdict
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-            return verdict(REFUSED, 0.0, reason=reason)
+        except Exception as error:  # the cut model may raise anything
+            return verdict(REFUSED, 0.0, reason=f"{type(error).__name__}: {first_line(error)[:200]}")
         return verdict(VERIFIED, record.difference)
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
@@ -201,7 +201,7 @@ class Oracle:
                 for name, model in self.models.items():
                     self._compare(model, name, kept, chosen, strict=False)
                 self._generate(kept, chosen)
-            except Exception as error:  # a wrong trial may raise anything
+            except Exception as error:  # a model cut with the wrong rules may raise anything
                 first.append(error)
                 return False
             return True
@@ -219,8 +219,8 @@ class Oracle:
         return found
 
     def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:
-        """Check generation with a cache. Returns why it cannot be checked, where the dense or the silenced model does
-        not generate the same with a cache as without."""
+        """Check generation with a cache. Returns why it cannot be checked (the dense or the silenced model does not
+        give the same logits with a cache as without), else an empty string."""
         if self.no_cache:
             return f"the dense model {self.no_cache}"
         dense = self.models["eager"]
@@ -245,7 +245,7 @@ class Oracle:
         model = self._cut(dense, kept, follows)
         expected, reference, mode = self._reference(dense, kept)
         if strict and distance(expected, self.dense[implementation]) < VISIBLE:
-            raise LlmprunerError("silencing the units changes no logit, so nothing is proved")
+            raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
         difference = distance(logits(model, self.tokens), expected)
         if not difference <= TOLERANCE:
             where = first_difference(model, reference, self.tokens, mode)
@@ -284,7 +284,7 @@ def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
-    """Kept units: in every group another number of them (``uneven``), or as even as the groups allow."""
+    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for group in groups:
@@ -301,7 +301,7 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
             units += sorted(block * per_block + int(i) for i in order)
         kept[group.name] = units
     if not kept:
-        raise LlmprunerError("no group has a unit to spare")
+        raise LlmprunerError("no unit can be removed from any group")
     return kept
 
 
@@ -360,7 +360,7 @@ def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Te
 
 
 def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> float:
-    """How far logits with a key/value cache are from those of full forwards. Raises what generation raises."""
+    """`distance` of logits with a key/value cache from those of full forward passes. Raises what generation raises."""
     with torch.no_grad(), quiet_transformers():
         output = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps,
@@ -375,13 +375,13 @@ def _why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
     """Why generation of ``model`` with a cache cannot be compared with generation without; empty when it can."""
     try:
         difference = cached_difference(model, tokens)
-    except Exception as error:  # a class that was never meant to generate may raise anything
+    except Exception as error:  # classes without support for generation raise anything
         return f"cannot generate with a cache ({type(error).__name__}: {first_line(error)[:160]})"
     return "" if difference <= TOLERANCE else f"gives other logits with a cache ({difference:.0e})"
 
 
 def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """Save, load, and compare logits."""
+    """`distance` of the logits after saving and loading from those before."""
     expected = logits(model, tokens)
     with tempfile.TemporaryDirectory() as parent:
         directory = Path(parent) / "pruned"
@@ -391,8 +391,8 @@ def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float
 
 
 def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
-    """One model per implementation: plain loops first, then the fused kernels that the class has; and the
-    implementations that it lacks, with the reason."""
+    """One model per implementation: eager, and the fused kernels that the class has; and one line for each
+    implementation that it lacks, with the reason."""
     models = {"eager": _instance(config, seed, "eager", "eager")}
     try:
         return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []

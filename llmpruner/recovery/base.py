@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecoveryJob:
-    """What a strategy is given.
+    """The inputs of a strategy.
 
-    ``examples``: rows of ``input_ids`` and ``labels``, lists of integers of one length, not padded; a label is the
-    token at its own place, or −100 where nothing is to be learnt. ``graph``: the coupled groups of the pruned model, to
-    choose parameters by their role instead of by name. ``settings``: what all strategies share, from
-    ``learning_rate`` to ``seed``; a strategy's own settings are its ``self.settings``. ``work_dir``: exists, and is
-    kept until the result is saved; checkpoints of the training go there, to resume from. ``on_step``: to be called
+    ``examples``: rows of ``input_ids`` and ``labels``, lists of integers of equal length, not padded; a label is the
+    token at the same position, or −100 for tokens that are not trained on. ``graph``: the coupled groups of the pruned
+    model, to choose parameters by their role instead of by name. ``settings``: those that all strategies share, from
+    ``learning_rate`` to ``seed``; a strategy's own settings are its ``self.settings``. ``work_dir``: an existing
+    directory for the state of the training, to resume from; kept until the result is saved. ``on_step``: to be called
     after each optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
     `teacher`.
     """
@@ -51,15 +51,15 @@ class RecoveryJob:
     @cached_property
     def _teacher(self) -> PreTrainedModel:
         if self.load_teacher is None:
-            raise ModelError("the dense model is not known to this recovery, and its strategy needs one")
+            raise ModelError("the recovery strategy needs the dense model, which is not known here")
         dense = self.load_teacher()
         return dense.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a strategy returns. ``model``: as `RecoveryStrategy.train` says. ``losses``: of every optimizer step, those
-    before an interruption included. ``notes``: what the user should know, one line each."""
+    """The result of a strategy. ``model``: see `RecoveryStrategy.train`. ``losses``: of every optimizer step, including
+    those before an interruption. ``notes``: messages for the user, one line each."""
 
     model: Any
     losses: tuple[float, ...]
@@ -70,7 +70,7 @@ class TrainingResult:
 class RecoveryStrategy(Component):
     """Trains a pruned model.
 
-    A strategy with a loss of its own hands it to the training loop that the built-in ones use::
+    A strategy with its own loss can pass it to the training loop of the built-in ones::
 
         class Imitation(RecoveryStrategy):
             name = "imitation"
@@ -93,12 +93,11 @@ class RecoveryStrategy(Component):
     """Whether `train` returns a peft model, whose adapters can be saved alone."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        """Train ``job.model``, in place or wrapped, and return it: a plain transformers model with the names and shapes
-        of parameters that it had, or a peft model, whose adapters are then merged (or saved alone, with
-        ``--no-merge``).
+        """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes
+        of parameters, or a peft model, whose adapters are then merged (or saved alone, with ``--no-merge``).
 
-        The same job gives the same result: every random number is drawn from ``job.settings.seed``. An exception of
-        ``job.on_step`` ends the training; run again with the same ``work_dir``, it ends as if it had not been
-        interrupted.
+        The same job must give the same result: random numbers depend on ``job.settings.seed`` alone. An exception from
+        ``job.on_step`` must end the training; training again with the same ``work_dir`` must give the same result as
+        without the interruption.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Examples for recovery: read from a source, put into the format of the model, and tokenised with labels."""
+"""Examples for recovery: read from a source, formatted for the model, and tokenised with labels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ..settings import LossOn
 
 IGNORED = -100
-"""The label of a token that is not trained on (the convention of PyTorch's cross entropy and of transformers)."""
+"""The label of tokens that are not trained on (the convention of PyTorch's cross entropy and of transformers)."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What is trained on, as text. ``source``: where it was read, for messages and records."""
+    """The training text. ``source``: the source of the data, for messages and records."""
 
     texts: tuple[TrainingText, ...]
     source: str
@@ -40,11 +40,11 @@ class Examples:
 def load_examples(
     source: str, family: ModelFamily, tokenizer: Any, *, limit: int | None = None, seed: int = 0
 ) -> Examples:
-    """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and put it into the format of the
-    model (see `llmpruner.families.chat`).
+    """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and format it for the model (see
+    `llmpruner.families.chat`).
 
-    ``limit`` draws that many examples at random, by ``seed``; otherwise all are used in their order. Raises `DataError`
-    with the place of the first example that is malformed, or that the model's format has no place for.
+    ``limit``: number of examples to draw at random, by ``seed``; None: all, in order. Raises `DataError` with the place
+    of the first example that is malformed, or that the model's format does not support.
     """
     numbered = list(enumerate(read_examples(source), start=1))
     if limit is not None:
@@ -60,13 +60,13 @@ def load_examples(
 
 
 def tokenise(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of every text, cut to its first ``cutoff`` tokens.
+    """``input_ids`` and ``labels`` of every text, truncated to ``cutoff`` tokens.
 
-    A label is its token, or `IGNORED`: with ``loss_on="answers"``, that of every token that has no character of an
-    answer. Texts without a label to predict are left out; raises `DataError` when that is all of them.
+    A label is its token; with ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer. Texts
+    without tokens to train on are left out. Raises `DataError` when that is all of them.
     """
     rows = [_encode(text, tokenizer, cutoff, loss_on) for text in examples.texts]
-    # The first token of a text is predicted from nothing.
+    # The first token of a text is not predicted.
     rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
     if not rows:
         raise DataError(f"{examples.source}: no example has an answer within the first {cutoff} tokens")
@@ -81,8 +81,8 @@ def _encode(text: TrainingText, tokenizer: Any, cutoff: int, loss_on: LossOn) ->
 
 
 def _encode_turns(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Turn after turn. A token that has characters of prompt and answer belongs to the answer, as the model has to
-    write it. Gives the token ids, and for each whether it belongs to an answer."""
+    """Tokenised turn by turn: the token ids, and for each whether it belongs to an answer. A token with characters of
+    prompt and answer belongs to the answer, as the model has to generate it."""
     ids: list[int] = []
     answered: list[bool] = []
     for number, turn in enumerate(text.turns):
@@ -97,8 +97,8 @@ def _encode_turns(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[b
 
 
 def _encode_whole(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """All turns as one text, as some tokenizers begin a text differently from what follows a special token. Gives the
-    same as `_encode_turns`."""
+    """As `_encode_turns`, but tokenised as one text, because some tokenizers treat the start of a text differently from
+    text after a special token."""
     special = not text.has_special_tokens
     eos = tokenizer.eos_token or ""
     joined = ""

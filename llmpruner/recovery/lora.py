@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters on the linear layers that own coupled units (Hu et al., 2021; LLM-Pruner, section 3.3)."""
+"""LoRA: low-rank adapters on the linear layers of coupled groups (Hu et al., 2021; LLM-Pruner, section 3.3)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LoraStrategy(RecoveryStrategy):
 
         rank: int = Field(8, ge=1, description="Rank of the adapters.")
         alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
-        dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of what the adapters read, while training.")
+        dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
 
     settings: Settings
 
@@ -64,9 +64,8 @@ class LoraStrategy(RecoveryStrategy):
 
 
 def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], list[str]]:
-    """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group (so not the embeddings
-    and the language model head); and the weights of fused experts, of shape (experts, out, in), which belong to one but
-    get no adapters.
+    """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group; and the names of
+    stacked weights of experts, of shape (experts, out, in), which belong to one but get no adapters.
 
     Raises `UnsupportedModelError` when there is no such module.
     """

@@ -1,4 +1,4 @@
-"""The recover stage: from a pruned model and instruction data to the same model, trained."""
+"""The recover stage: training a pruned model on instruction data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError, PluginError
+from ..files import write_text
 from ..settings import RecoverSettings, option_of
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 from .examples import Examples, load_examples, tokenise
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 _IDENTITY = "job.json"
 _NOT_SHARED = {"data", "strategy", "limit", "merge", "settings"}
-"""Fields of `RecoverSettings` that a job states otherwise: by its examples, its strategy, or not at all."""
+"""Fields of `RecoverSettings` that are not shared by strategies, or recorded separately."""
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """``model``: of the class that it had before; a peft model where adapters were not merged. ``losses``: of every
-    optimizer step, as `TrainingResult.losses`. ``seconds``: of this run, without those before an interruption.
-    ``examples``: how many were trained on. ``fingerprint``: `Examples.fingerprint`."""
+    """``model``: of the same class as before; a peft model where adapters were not merged. ``losses``: see
+    `TrainingResult`. ``seconds``: of this run, without those before an interruption. ``examples``: their number.
+    ``fingerprint``: `Examples.fingerprint`."""
 
     model: Any
     strategy: RecoveryStrategy
@@ -44,7 +45,7 @@ class RecoveryResult:
     notes: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
-        """How the model was trained, as JSON values, for ``llmpruner.json``."""
+        """The training as JSON values, for ``llmpruner.json``."""
         return {
             "strategy": self.strategy.name,
             "strategy_settings": self.strategy.record(),
@@ -72,13 +73,13 @@ def recover(
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
-    ``graph``: the coupling graph of ``model`` as it is now. ``settings``: their ``strategy`` and the settings for it
-    have no effect, as ``strategy`` comes with its own. ``examples``: instead of those that ``settings.data`` names.
-    ``load_teacher``: loads the dense model, for strategies that ask for it. ``on_step``: called after each optimizer
-    step with its number from 1, the number of steps, and its loss.
+    ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
+    effect, as ``strategy`` has its own. ``examples``: used instead of ``settings.data``. ``load_teacher``: loads the
+    dense model, for strategies that need it. ``on_step``: called after each optimizer step with its number from 1, the
+    number of steps, and its loss.
 
-    When ``work_dir`` holds the state of the same job, training continues from it. The directory stays; delete it once
-    the result is saved. Raises `OutputError` when it holds anything else, `DataError` for data that cannot be used, and
+    When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
+    result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
     `ModelError` when the training diverges.
     """
     if examples is None:
@@ -120,15 +121,14 @@ def shared_settings(settings: RecoverSettings) -> dict[str, Any]:
 
 
 def merge_adapters(model: Any) -> Any:
-    """The plain model of a peft model, with the adapters added to its weights, in their dtype; any other model as it
-    is."""
+    """The base model of a peft model, with the adapters added to its weights; any other model unchanged."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
 def _identity(
     model: PreTrainedModel, rows: list[dict[str, list[int]]], strategy: RecoveryStrategy, settings: RecoverSettings
 ) -> dict[str, Any]:
-    """Everything that the result depends on, as JSON values."""
+    """All that the result depends on, as JSON values."""
     return {
         "strategy": strategy.name,
         "strategy settings": strategy.record(),
@@ -139,8 +139,8 @@ def _identity(
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter, which is enough to tell
-    two models apart."""
+    """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter, which is enough to
+    distinguish models."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -159,7 +159,7 @@ def check_work_dir(work_dir: Path) -> None:
 
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
-    """Make ``work_dir`` that of this job, or check that it is already. Raises `OutputError`."""
+    """Create ``work_dir`` for this job. Raises `OutputError` if it exists and belongs to another one."""
     file = work_dir / _IDENTITY
     try:
         if file.is_file():
@@ -173,9 +173,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
             return
         check_work_dir(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(identity, indent=2) + "\n")
-        partial.rename(file)
+        write_text(file, json.dumps(identity, indent=2) + "\n")
     except json.JSONDecodeError:
         raise OutputError(f"{file} is damaged; delete {work_dir} and start again") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The training loop that strategies share: transformers' Trainer, without output, seeded and resumable."""
+"""The training loop of strategies: transformers' Trainer, without output, seeded and resumable."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Loss = Callable[[Any, Batch], torch.Tensor]
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
     """Train the parameters of ``model`` that require gradients, in place, and return the loss of every optimizer step.
 
-    ``loss(model, batch)`` gives a scalar with gradients: the mean over the *trained tokens* of a micro batch. The
-    micro batches of a step are weighted by how many of these they have, so that the loss of a step, its gradients and
-    the number that is reported are the mean over all trained tokens of the step, whatever ``micro_batch_size`` is.
-    ``batch`` holds tensors of shape (examples, tokens), dtype int64, on the model's device: ``input_ids``,
-    ``attention_mask`` (0 on padding) and ``labels`` (−100 on padding and where nothing is to be learnt). The logits at
-    place t predict the token at t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at ``logits[:, :-1]``.
-    By default it is the model's own loss: the cross entropy of the next token, in nats.
+    ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro batch. Micro
+    batches are weighted by their numbers of trained tokens, so that the loss of a step and its gradients are the mean
+    over all trained tokens of the step, independent of ``micro_batch_size``. ``batch`` contains tensors of shape
+    (examples, tokens), dtype int64, on the model's device: ``input_ids``, ``attention_mask`` (0 on padding) and
+    ``labels`` (−100 on padding and for tokens that are not trained on). The logits at position t predict the token at
+    t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at ``logits[:, :-1]``. By default it is the model's own
+    loss: the cross entropy of the next token, in nats.
 
-    Continues from the newest complete checkpoint in ``job.work_dir``. The result is then the same as without the
-    interruption, because optimizer, schedule, order of the data and random state are restored. Raises `ModelError` when
-    the loss is not finite.
+    Continues from the newest complete checkpoint in ``job.work_dir``, with the optimizer, schedule, order of the data
+    and random state restored, so that the result is the same as without the interruption. Raises `ModelError` when the
+    loss is not finite.
     """
     config = model.config
     use_cache = getattr(config, "use_cache", None)
@@ -63,8 +63,8 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
 
 
 def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
-    """Pads a batch to its longest example, on the tokenizer's side. A tokenizer without a padding token pads with any
-    other, as padding is masked."""
+    """Pads a batch to its longest example, on the tokenizer's padding side. Without a padding token, another token is
+    used, as padding is masked."""
     if tokenizer.pad_token is None:
         # A copy, as the tokenizer is saved with the model.
         tokenizer = copy.deepcopy(tokenizer)
@@ -73,8 +73,8 @@ def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
 
 
 def latest_checkpoint(work_dir: Path) -> str | None:
-    """Path of the newest checkpoint that is complete; None when there is none. A checkpoint is complete when the state
-    of the trainer, the last file that is written, can be read."""
+    """Path of the newest complete checkpoint; None when there is none. A checkpoint is complete when
+    ``trainer_state.json``, which is written last, can be read."""
     complete = []
     for folder in work_dir.glob("checkpoint-*"):
         state = folder / "trainer_state.json"
@@ -87,7 +87,7 @@ def latest_checkpoint(work_dir: Path) -> str | None:
 
 
 def steps(settings: RecoverSettings, examples: int) -> int:
-    """Optimizer steps of a training on so many examples; the last batch of an epoch may be smaller than the others."""
+    """Number of optimizer steps; the last batch of an epoch may be smaller than the others."""
     if settings.max_steps is not None:
         return settings.max_steps
     return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
@@ -117,7 +117,7 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         optim="adamw_torch",
         logging_steps=1,
-        # The filter replaces a NaN by the mean of the losses before it.
+        # The filter would replace NaN by the mean of earlier losses.
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=max(1, min(50, total // 10)),
@@ -133,14 +133,14 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer that takes a loss, and whose checkpoints hold tensors alone, as the configuration of an unevenly pruned
+    """A Trainer with a custom loss, and with checkpoints of tensors alone, as the configuration of an unevenly pruned
     model cannot be saved."""
 
     loss: Loss | None = None
 
     def use_loss(self, loss: Loss) -> None:
         self.loss = loss
-        # What `compute_loss` returns is divided by the trained tokens of the whole step already.
+        # `compute_loss` already divides by the trained tokens of the whole step.
         self.model_accepts_loss_kwargs = True
 
     def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[Any, Any]:
@@ -162,7 +162,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if isinstance(model, PreTrainedModel):
             safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         else:
-            # peft looks the configuration of the base model up by its name, on the hub too; there is no need.
+            # Without the name, peft does not look up the configuration of the base model on the hub.
             adapters: Any = model
             names = {key: config.base_model_name_or_path for key, config in adapters.peft_config.items()}
             for adapter in adapters.peft_config.values():

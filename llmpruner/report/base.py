@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportSubject:
-    """What a page is about. ``graph``: the coupled groups of the model as it is. ``record``: its ``llmpruner.json``,
-    empty for a dense model."""
+    """The model that a page is about. ``graph``: its current coupled groups. ``record``: its ``llmpruner.json``, empty
+    for a dense model."""
 
     title: str
     graph: CouplingGraph
@@ -23,7 +23,7 @@ class ReportSubject:
 
 
 class ReportSection(Component):
-    """Renders one section. Sections of all plugins stand on the page by `order`, then by name.
+    """Renders one section. Sections are on the page in the order of `order`, then of names.
 
     ::
 
@@ -35,8 +35,8 @@ class ReportSection(Component):
                 rows = "".join(f"<li>{escape(a)} is {escape(b)}</li>" for a, b in subject.graph.ties.items())
                 return f"<h2>Tied parameters</h2><ul>{rows}</ul>" if rows else None
 
-    Tables belong into ``<div class="scroll">``, so that they scroll by themselves on narrow screens. The page defines
-    colours for light and dark: the CSS variables ``--text``, ``--dim``, ``--page``, ``--box`` and ``--line``.
+    Put tables into ``<div class="scroll">``, so that they scroll on narrow screens. The page defines colours for light
+    and dark mode: the CSS variables ``--text``, ``--dim``, ``--page``, ``--box`` and ``--line``.
     """
 
     kind: ClassVar[str] = "report section"
@@ -44,10 +44,10 @@ class ReportSection(Component):
     """The built-in sections have 10 to 30."""
 
     def render(self, subject: ReportSubject) -> str | None:
-        """HTML that starts with an ``<h2>`` and needs nothing from the network, with everything that comes from the
-        model escaped; None when there is nothing to show."""
+        """HTML that starts with an ``<h2>``, uses no network, and has all text from the model escaped; None when there
+        is nothing to show."""
         raise NotImplementedError
 
     def style(self) -> str:
-        """CSS for the head of the page, its selectors limited to this section. None is needed."""
+        """CSS for the head of the page, with selectors for this section only; empty by default."""
         return ""

@@ -1,5 +1,5 @@
-"""The section ``block``, a drawing of one decoder layer: every parameter is a rectangle, and every coupled axis an edge
-in the colour of its group."""
+"""The section ``block``: a drawing of one decoder layer, with a rectangle for every parameter and a coloured edge for
+every coupled axis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..errors import SettingsError
-from ..structure.coupling import CoupledGroup, CouplingGraph, Role, Span
+from ..structure.coupling import CoupledGroup, CouplingGraph, Role, Span, runs
 from .base import ReportSection, ReportSubject
 from .templates import rendered
 
@@ -25,15 +25,15 @@ COLOURS = {
 }
 _OTHER = "#777777"
 _STEP, _LEAST = 10, 18
-"""Pixels per factor of two, and of an axis of one index."""
+"""Pixels per factor of two, and for an axis of size 1."""
 _VERBS = {Role.PRODUCES: "produced", Role.CONSUMES: "consumed"}
 _MOST_RUNS = 24
-"""Bands drawn of one unit whose indices lie apart."""
+"""Maximum bands for a unit with several runs of indices."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """A run of one unit's indices, in per cent of the axis."""
+    """A run of one unit's indices, in percent of the axis."""
 
     start: float
     width: float
@@ -53,7 +53,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Box:
-    """One parameter. Width and height in pixels grow with the logarithm of columns and rows."""
+    """One parameter. Width and height, in pixels, are linear in the logarithm of columns and rows."""
 
     name: str
     shape: str
@@ -64,7 +64,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Row:
-    """A span as a line of the table below the drawing."""
+    """A span as a row of the table below the drawing."""
 
     kind: str
     colour: str
@@ -75,7 +75,7 @@ class Row:
 
 
 class BlockSection(ReportSection):
-    """Every rectangle is a parameter; a legend names the cost of one unit of each group."""
+    """A drawing, a legend with the parameters per unit of each group, and a table of spans."""
 
     name = "block"
     summary = "drawing of one decoder layer: its parameters and their coupled axes"
@@ -137,8 +137,8 @@ def _edge(group: CoupledGroup, span: Span, shape: Sequence[int]) -> Edge:
     place = span.axis - max(len(shape) - 2, 0)
     side = ("left", "top")[place] if place >= 0 else "bottom"
     size = shape[span.axis]
-    runs = _runs(sorted(span.index.of(group.units // 2)))[:_MOST_RUNS]
-    bands = tuple(Band(100 * first / size, 100 * (last - first + 1) / size) for first, last in runs)
+    found = runs(sorted(span.index.of(group.units // 2)))[:_MOST_RUNS]
+    bands = tuple(Band(100 * first / size, 100 * (last - first + 1) / size) for first, last in found)
     row = _row(group, span)
     return Edge(side, group.kind, row.colour, f"{row.kind}: {row.verb} along axis {row.axis}, {row.indices}", bands)
 
@@ -150,17 +150,6 @@ def _joined(one: Edge, other: Edge) -> Edge:
 def _row(group: CoupledGroup, span: Span) -> Row:
     verb = _VERBS.get(span.role, "normalised")
     return Row(group.kind, _colour(group), span.parameter, span.axis, verb, str(span.index))
-
-
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of every run of consecutive indices."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index - 1:
-            runs[-1] = runs[-1][0], index
-        else:
-            runs.append((index, index))
-    return runs
 
 
 def _pixels(size: int) -> int:

@@ -1,4 +1,4 @@
-"""The section ``groups``: what can be removed from the model, by kind of coupled group."""
+"""The section ``groups``: the coupled groups of a model by kind."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .templates import rendered
 
 
 class KindRow(NamedTuple):
-    """One kind of coupled group, as text. ``units``: per group; ``cost``: parameters per unit. Both are ranges where
-    groups differ. ``share``: of the decoder's parameters that all units of the kind own together."""
+    """One kind of coupled group, as text. ``units``: per group; ``cost``: parameters per unit; both are ranges where
+    groups differ. ``share``: of the decoder's parameters, that all units of the kind own together."""
 
     kind: str
     groups: str
@@ -24,13 +24,13 @@ KIND_COLUMNS = ("Kind", "Groups", "Units", "Parameters per unit", "Share of deco
 
 
 def kind_rows(graph: CouplingGraph) -> list[KindRow]:
-    """One row per kind, in the graph's order. Units of different kinds may own the same parameters, so that shares add
-    up to more than the whole."""
+    """One row per kind, in the graph's order. Units of different kinds may own the same parameters, so shares may sum
+    to more than 100 %."""
     rows = []
     for kind in graph.kinds:
         groups = graph.of_kinds([kind])
         owned = sum(group.units * graph.parameters_per_unit(group) for group in groups)
-        # Hidden channels own parameters outside of the decoder, too, and its square matrices by rows and by columns.
+        # Hidden channels also own parameters outside of the decoder, and square matrices twice, by rows and columns.
         share = "all" if kind == HIDDEN else f"{owned / graph.decoder_parameters:.1%}"
         units, costs = {group.units for group in groups}, {graph.parameters_per_unit(group) for group in groups}
         rows.append(KindRow(kind, str(len(groups)), _range(units), _range(costs), share))

@@ -1,23 +1,20 @@
-"""The section ``plan``: how much of every layer was kept."""
+"""The section ``plan``: the units that every layer kept."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..structure.plan import GroupCut, PruningPlan
 from .base import ReportSection, ReportSubject
 from .templates import rendered
-
-if TYPE_CHECKING:
-    from ..structure.plan import GroupCut
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Units of one kind in one layer, or in the whole model. ``gone``: the units that were removed, where they are
-    layers."""
+    """Units of one kind in one layer, or in the whole model. ``gone``: for layers, the removed ones."""
 
     kept: int
     units: int
@@ -25,13 +22,13 @@ class Cell:
 
     @property
     def share(self) -> float:
-        """Per cent that were kept."""
+        """Percentage of kept units."""
         return 100 * self.kept / self.units
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Consecutive layers that were cut alike. ``cells``: one per kind; None where nothing of the kind was cut."""
+    """Consecutive layers with equal cuts. ``cells``: one per kind; None where no unit of the kind was removed."""
 
     first: int
     last: int
@@ -40,8 +37,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class CutTable:
-    """One plan. ``whole``: kind → what was cut of groups that belong to no single layer. Layers have the numbers that
-    they had before the cut."""
+    """The cuts of one plan. ``whole``: kind → units, for groups across layers. Layer numbers are before the cut."""
 
     whole: Mapping[str, Cell]
     kinds: tuple[str, ...]
@@ -50,8 +46,6 @@ class CutTable:
 
 def cut_tables(record: Mapping[str, Any]) -> list[CutTable]:
     """One table per plan in ``record``, in the order in which they were applied. Raises `PlanError`."""
-    from ..structure.plan import PruningPlan  # takes long to import, and --help has no use for it
-
     texts = [json.dumps(plan) for plan in record.get("plans") or ()]
     plans = [PruningPlan.parse(text, f"plan {number} of the record") for number, text in enumerate(texts, 1)]
     return [_table(plan.cuts) for plan in plans]

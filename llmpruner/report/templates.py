@@ -1,4 +1,4 @@
-"""The Jinja templates of this package."""
+"""Rendering the Jinja templates of this package."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 
 def rendered(template: str, **values: Any) -> str:
-    """The template of that file name with ``values``, which are escaped for HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # takes 30 ms, and --help has no use for it
+    """The template of that file name, rendered with ``values``, which are escaped for HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader = PackageLoader("llmpruner.report", ".")
     environment = Environment(

@@ -1,17 +1,16 @@
-"""A plugin package on disk: templates filled in, written aside, renamed."""
+"""Rendering and writing a plugin package."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from .. import __version__
-from ..errors import LlmprunerError, OutputError, UnknownNameError
+from ..errors import LlmprunerError, UnknownNameError
+from ..files import new_directory
 from .model import ModelFacts
 
 FILES = {
@@ -24,13 +23,12 @@ FILES = {
     "src/{module}/{kind}.py": "{kind}.py.j2",
     "tests/test_{kind}.py": "test_{kind}.py.j2",
 }
-"""Path in the package → template, both with the names of the module and of the kind to be filled in."""
+"""Path in the package → template, both with placeholders for the names of the module and of the kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a package adds. ``title``: what readers call it; ``base``: the class that it derives from; ``hook``: the
-    hook that gives it."""
+    """What a package adds. ``title``: name in texts; ``base``: its base class; ``hook``: the hook that returns it."""
 
     word: str
     title: str
@@ -50,19 +48,19 @@ KINDS = {
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 PREFIX = "llmpruner-"
 LONGEST = 30
-"""Characters of a name: no line of the package gets longer than its formatter allows."""
+"""Maximum length of a name, so that no line of the package is longer than its formatter allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class PluginName:
-    """The one word that all names of a plugin come from."""
+    """The word that all names in a plugin package are derived from."""
 
     word: str
 
     def __post_init__(self) -> None:
         if self.word.startswith(PREFIX):
             short = self.word.removeprefix(PREFIX)
-            raise LlmprunerError(f"'{self.word}': leave '{PREFIX}' out, it is put before the name; write '{short}'")
+            raise LlmprunerError(f"'{self.word}': leave '{PREFIX}' out, it is added to the name; write '{short}'")
         if not _NAME.fullmatch(self.word):
             raise LlmprunerError(
                 f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, "
@@ -94,8 +92,7 @@ def kind_named(word: str) -> Kind:
 def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
     """Path in the package → text. The same arguments give the same bytes.
 
-    ``kind``: one of `KINDS`. ``model``: what a family is for; other kinds work for all models and take none.
-    Raises `UnknownNameError` for another kind.
+    ``kind``: one of `KINDS`. ``model``: of a family; other kinds take none. Raises `UnknownNameError` for another kind.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -121,19 +118,9 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
-    """Write ``files`` beside ``directory``, then rename: the package is whole or not there. Raises `OutputError`."""
-    parent = directory.resolve().parent
-    aside = None
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+    """Write ``files`` to the new ``directory``, completely or not at all. Raises `OutputError`."""
+    with new_directory(directory) as partial:
         for path, text in files.items():
-            file = aside / path
+            file = partial / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        aside.chmod(0o755)
-        aside.rename(directory)
-    except OSError as error:
-        raise OutputError(f"cannot write {directory}: {error.strerror or error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What allocations share: the amount asked for, and single steps that bring a choice closer to it."""
+"""Functions for allocations: the requested amount, and single steps towards it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .base import AllocationTask, Taken
 
 
 def target_of(task: AllocationTask) -> int:
-    """The amount that ``task`` asks for. Raises `SelectionError` when all steps of all queues remove less."""
+    """The requested amount of ``task``. Raises `SelectionError` when all steps of all queues remove less."""
     target, cost = task.demand.amount or 0, task.meter.cost
     most = task.meter.removed({queue.group.name: len(queue.steps) for queue in task.queues})
     if target > most:
@@ -30,11 +30,12 @@ def take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) 
 
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
-    """Add single steps to ``taken`` until the amount asked for is as near as one step allows, and return it.
+    """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
+    return ``taken``.
 
-    Every queue in turn gives one step if it fits, over and over until none fits: what a coarse unit leaves open (a KV
-    head is worth hundreds of MLP channels) is filled with finer ones. Last, one step beyond the amount is taken if
-    that ends nearer to it.
+    One step of every queue in turn is taken if it fits, until none fits: the remainder after coarse units (a KV head
+    has the parameters of hundreds of MLP channels) is filled with finer ones. Finally, one step beyond the amount is
+    taken if that is nearer to it.
     """
     target = target_of(task)
     moved = True

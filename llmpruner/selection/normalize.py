@@ -1,4 +1,4 @@
-"""Normalization: scores of different groups made comparable, so that one ranking can go over all of them."""
+"""Normalization: making scores of different groups comparable for one ranking."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ def normalize(
     how: str,
     cost: Cost | None = None,
 ) -> dict[str, torch.Tensor]:
-    """``scores`` (group name → tensor of shape (units,)), made comparable between groups. ``how``, with s the scores of
-    one group:
+    """Normalized ``scores`` (group name → tensor of shape (units,)). ``how``, with s the scores of one group:
 
     - ``none``: s as it is;
     - ``mean``, ``max``, ``sum``: s divided by the mean, maximum or sum of abs(s);
     - ``zscore``: (s − mean) / standard deviation, as in FLAP (An et al., 2024);
     - ``parameters``: s divided by the number of parameters that are removed with one unit;
-    - ``cost``: s divided by what each unit saves of ``cost`` (default: the decoder's parameters).
+    - ``cost``: s divided by the amount of ``cost`` that each unit saves (default: the decoder's parameters).
 
-    The order within a group never changes, except under ``cost`` of layers that save unlike amounts. Raises
+    The order within a group does not change, except under ``cost`` for layers of different costs. Raises
     `UnknownNameError` for another name.
     """
     if how not in NORMALIZATIONS:
@@ -46,7 +45,7 @@ def normalize(
 
 
 def _per_saving(values: torch.Tensor, saved: Sequence[float]) -> torch.Tensor:
-    # What saves nothing is never removed for it; any finite score will do.
+    # Units that save nothing are not removed; any finite score will do.
     return values / values.new_tensor([amount if amount > 0 else 1.0 for amount in saved])
 
 

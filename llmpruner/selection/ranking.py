@@ -11,10 +11,10 @@ from .base import Allocation, AllocationTask, Taken
 
 
 class GlobalRanking(Allocation):
-    """All steps of all groups in one order, lowest score first; the longest prefix that removes no more than what is
-    asked for is taken, and `top_up` closes the gap.
+    """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
+    requested amount, then `top_up`.
 
-    Scores of different groups must be comparable for this; `llmpruner.selection.normalize` makes them so.
+    Scores of different groups must be comparable (`llmpruner.selection.normalize`).
     """
 
     name = "global"

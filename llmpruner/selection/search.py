@@ -1,4 +1,4 @@
-"""Shares by search: moved between groups as long as the divergence of the whole cut model falls."""
+"""Shares by search: moved between groups while the divergence of the cut model decreases."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from .base import Allocation, AllocationTask, Demand, Taken
 from .uniform import Uniform
 
 Removed = Callable[[Taken], int]
-"""Amount that a choice removes: of the cost, or units where the demand is in units."""
+"""Removal steps → removed amount of the cost, or number of units where the demand is in units."""
 
 
 class Search(Allocation):
-    """Equal shares, then moved from groups in which a little more raises the divergence much to groups in which it
-    raises it little, at an unchanged amount in all.
+    """Equal shares, then moved from groups where further cuts increase the divergence much to groups where they
+    increase it little, with the total amount unchanged.
 
-    With D(t) the divergence of the model cut to a choice t from the model as it is (KL, nats per token), a round
+    With D(t) the divergence of the model after the steps t from the current model (KL, nats per token), a round
     measures for every group the marginal loss (D(t + p steps) − D(t)) / (amount that these p steps save), then moves
-    all shares at once towards groups of low marginal loss. The move is kept only if D falls; otherwise its reach is
-    halved and it is tried again. So cuts of several groups are judged in combination, at the amount that is asked for,
-    as in the searches of ZipLM (Kurtic et al., 2023) and Týr-the-Pruner (Li et al., 2024). Never worse than `Uniform`
-    by the loss that is measured.
+    all shares at once towards groups of low marginal loss. The move is kept only if D decreases; otherwise its reach is
+    halved and it is tried again. So cuts of several groups are evaluated in combination, at the requested amount, as in
+    the searches of ZipLM (Kurtic et al., 2023) and Týr-the-Pruner (Li et al., 2024). The measured loss is never higher
+    than that of `Uniform`.
     """
 
     name = "search"
-    summary = "equal shares, moved to where cuts raise the divergence least in combination (minutes more)"
+    summary = "equal shares, moved to where cuts increase the divergence least in combination (minutes more)"
     measures = True
 
     class Settings(ComponentSettings):
-        rounds: int = Field(3, ge=1, description="Moves at most; each measures every group once.")
+        rounds: int = Field(3, ge=1, description="Maximum number of moves; each measures every group once.")
         probe: float = Field(
             0.05, gt=0, le=1, description="Share of a group's steps that is added to measure its marginal loss."
         )
-        reach: float = Field(4.0, ge=0.5, description="How far the first move goes in one group at most, in probes.")
+        reach: float = Field(4.0, ge=0.5, description="Maximum change in one group by the first move, in probes.")
 
     settings: Settings
 
@@ -73,8 +73,8 @@ class Search(Allocation):
     def _marginal(
         self, queue: Queue, taken: Taken, now: float, removed: Removed, loss: Callable[[Taken], float]
     ) -> float:
-        """Rise of the loss per amount saved with one probe more from ``queue``; with one less where all its steps are
-        taken. Infinite where that saves nothing."""
+        """Increase of the loss per saved amount with one more probe from ``queue``, or with one less where all its
+        steps are taken. Infinite where that saves nothing."""
         name, steps = queue.group.name, self._probe(queue)
         other = {**taken, name: min(taken[name] + steps, len(queue.steps))}
         if other == taken:
@@ -91,8 +91,8 @@ class Search(Allocation):
         goal: int,
         removed: Removed,
     ) -> Taken:
-        """Take more where the marginal loss is below a level and less where it is above, in proportion to the distance,
-        at most ``reach`` probes. The level is the highest at which no more than ``goal`` is removed."""
+        """More steps where the marginal loss is below a level and fewer where it is above, in proportion to the
+        distance, at most ``reach`` probes. The level is the highest at which at most ``goal`` is removed."""
         finite = [slope for slope in slopes.values() if slope != float("inf")]
         if not finite:
             return taken

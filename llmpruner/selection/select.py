@@ -33,13 +33,13 @@ def select(
     loss: Callable[[Kept], float] | None = None,
     progress: Progress = QUIET,
 ) -> Kept:
-    """Group name → units that are kept; groups that keep all are left out, so that the result is empty when the demand
-    is less than half a unit. Deterministic: equal scores are ordered by unit number.
+    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit.
+    Deterministic: equal scores are ordered by unit number.
 
-    ``scores``: of each group, a tensor (units,). ``allocation``: decides how many units each group gives; which ones
-    follows from the scores. ``cost``: what ``demand.amount`` is an amount of (default: the decoder's parameters); units
-    that save nothing of it are kept. ``loss``: for an allocation that measures, the divergence of the model cut to a
-    choice from the model as it is. Raises `SelectionError` when the demand cannot be met.
+    ``allocation``: decides how many units each group loses; the scores decide which. ``cost``: of ``demand.amount``
+    (default: the decoder's parameters); units that save nothing of it are kept. ``loss``: for an allocation that
+    measures, kept units → divergence of the cut model from the current one. Raises `SelectionError` when the demand
+    cannot be met.
     """
     if allocation.measures and loss is None:
         raise SelectionError(f"{allocation.label()} measures the model on calibration text, and none is given")

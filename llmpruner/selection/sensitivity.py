@@ -1,4 +1,4 @@
-"""Shares by measurement: the divergence that cuts of each group cause alone."""
+"""Shares by the divergence that cuts of each group alone cause."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Sensitivity(Allocation):
-    """The shares with the smallest sum of the divergences that the groups cause when each is cut alone.
+    """The shares with the smallest sum of the divergences that cuts of each group alone cause.
 
-    The divergence Dᵍ(n) of the model with n steps of group g removed, and nothing else, from the model as it is (KL,
-    nats per token) is measured at a few n and interpolated along the lower convex hull of these points. Steps are then
-    ranked over all groups by divergence per amount saved, ΔDᵍ / Δsaved, lowest first. What cuts of several groups do
-    in combination is not seen; `Search` measures that.
+    The divergence Dᵍ(n) of the model with n steps of group g removed from the current model (KL, nats per token) is
+    measured at a few n and interpolated along the lower convex hull of these points. Steps are then ranked over all
+    groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first. Effects of cuts of several groups in combination
+    are not measured; `Search` does that.
     """
 
     name = "sensitivity"
-    summary = "shares by the divergence that cuts of each group cause alone"
+    summary = "shares by the divergence that cuts of each group alone cause"
     measures = True
 
     class Settings(ComponentSettings):
         levels: Annotated[
             tuple[Share, ...],
             BeforeValidator(names_of),
-            Field(description="Shares of a group's steps at which the divergence is measured, besides all of them."),
+            Field(description="Shares of a group's steps at which the divergence is measured, in addition to 1."),
         ] = (0.25, 0.5)
 
     settings: Settings
@@ -53,9 +53,9 @@ class Sensitivity(Allocation):
 
 
 def _per_saving(queue: Queue, points: Sequence[tuple[int, float]], meter: Meter) -> Iterator[float]:
-    """For every step, the rise of the divergence over what the step saves. ``points``: (steps, divergence).
+    """For every step, the increase of the divergence per saved amount. ``points``: (steps, divergence).
 
-    On the lower convex hull of the points, so that the values never fall and a ranking takes a group's steps in their
+    On the lower convex hull of the points, so that the values never decrease and a ranking takes a group's steps in
     order.
     """
     hull: list[tuple[int, float]] = []

@@ -9,9 +9,9 @@ from .base import Allocation, AllocationTask, Taken
 class Uniform(Allocation):
     """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023).
 
-    s is the largest share that removes no more than the amount asked for, found by bisection and rounded to whole
-    steps in each group. What rounding left open is filled with the steps between s and the next larger share, lowest
-    score first, and then with any steps (`top_up`).
+    s is the largest share that removes at most the requested amount, found by bisection and rounded to whole steps in
+    each group. The remainder from rounding is filled with the steps between s and the next larger share, lowest score
+    first, and then with any steps (`top_up`).
     """
 
     name = "uniform"

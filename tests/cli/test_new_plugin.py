@@ -251,6 +251,6 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match="No space left on device"):
+    with pytest.raises(OutputError, match="no space left on the device"):
         write(tmp_path / "out", render(PluginName("giraffe"), ModelFacts()))
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,7 @@ def test_where_nothing_can_be_compared_the_verdict_says_so(monkeypatch: pytest.M
 
     monkeypatch.setattr(discovery, "trace", untraceable)
     (mlp,) = verify(groups, BIASED, kinds=["mlp"], shrink=False)
-    assert mlp.differences == ("the groups were compared with nothing: it cannot be traced",)
+    assert mlp.differences == ("the groups were not compared with discovered ones: it cannot be traced",)
 
 
 REVERSED = Explicit(tuple((39 - unit,) for unit in range(40)))

@@ -15,9 +15,10 @@ from pydantic import Field
 
 from llmpruner import ComponentSettings, DataError, Metric, MetricSubject, ModelError, PluginError, Row, build_graph
 from llmpruner.errors import SettingsError
-from llmpruner.evaluation import Evaluation, Evaluations, Measurement, PerplexityResult, Size
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
+from llmpruner.evaluation.results import Evaluation, Measurement, PerplexityResult, Size
 from llmpruner.evaluation.run import evaluate
+from llmpruner.evaluation.table import Evaluations
 
 
 class Largest(Metric):
