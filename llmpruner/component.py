@@ -72,4 +72,4 @@ def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: 
         if found.kind == "extra_forbidden":
             known = ", ".join(model.model_fields) or "none"
             raise SettingsError(f"{owner} has no setting '{found.key}'; it has: {known}") from error
-        raise SettingsError(f"{owner}: {found.key} {found.value}: {found.expected}") from error
+        raise SettingsError(f"{owner}: {found.key} = {found.value} is refused: {found.expected}") from error

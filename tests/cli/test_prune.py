@@ -157,7 +157,7 @@ def test_mistakes_about_budgets_are_one_line(refused, dense):
             "mlp units save nothing of the KV cache per token; choose others with --kinds",
         ),
         ((*ratio, "--budget", "latency", "--context", 512), "beyond the model's 512 positions; give at most 501"),
-        ((*ratio, "--budget", "macs", "--context", 0), "budget macs: context 0: expected at least 1"),
+        ((*ratio, "--budget", "macs", "--context", 0), "budget macs: context = 0 is refused: expected at least 1"),
     ):
         # What a model caches is counted in its cache.
         assert message in refused("plan", dense, *options, read="kv-cache" in options)

@@ -538,7 +538,11 @@ WRONG = {
     },
     "settings of another sort": (component(Metric, Settings=dict), "Zoo", "its Settings is no subclass of Component"),
     "a required setting": (component(Metric, Settings=Required), "Zoo", "its setting 'power' has no default; every"),
-    "a default out of bounds": (component(Metric, Settings=Refused), "Zoo", "power -1.0: expected a number above 0"),
+    "a default out of bounds": (
+        component(Metric, Settings=Refused),
+        "Zoo",
+        "power = -1.0 is refused: expected a number above",
+    ),
     "arguments": (component(Metric, __init__=needs_more), "Zoo", "it cannot be created without arguments: TypeError"),
 }
 
@@ -602,7 +606,7 @@ def test_a_component_is_created_by_name_with_settings():
         "power": 2.0, "limit": None, "norm": "mean", "layers": []
     }  # fmt: skip
     assert catalog.create(catalog.metrics, "power").settings.power == 1.0
-    with pytest.raises(SettingsError, match=r"metric power: power 9: expected at most 4"):
+    with pytest.raises(SettingsError, match=r"metric power: power = 9 is refused: expected at most 4"):
         catalog.create(catalog.metrics, "power", {"power": 9})
     with pytest.raises(SettingsError, match="metric power has no setting 'colour'; it has: power, limit, norm, layers"):
         catalog.create("metric", "power", {"colour": "red"})
