@@ -28,7 +28,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "family": (("discover", DENSE, "--family", "lama"), "family 'lama'; did you mean llama"),
     "variant": (
         ("plan", DENSE, *FIFTH, "--importance", "taylor", "--variant", "element3"),
-        "criterion taylor: variant = 'element3' is refused: expected one of element1, element2, mix, vector; did you",
+        "criterion taylor: variant = 'element3' is refused: expected one of element1, element2, mix, vector",
     ),
     "reduction": (
         ("plan", DENSE, *FIFTH, "--reduction", "summ"),
