@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..evaluation.table import Evaluations
 from ..files import check_new_directory
 from ..settings import DEMO
 from .console import RichProgress, count, out, table
@@ -56,7 +57,6 @@ def demo(
     perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
     """
     from .. import api
-    from ..evaluation.table import Evaluations
 
     started = time.monotonic()
     check_new_directory(output)

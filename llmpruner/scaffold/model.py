@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, UnsupportedModelError
+from transformers import CONFIG_MAPPING
+
+from ..errors import ModelError, UnsupportedModelError, first_line
+from ..loading.model import load_structure
+from ..models.quiet import quiet_transformers
+from ..oracle.tiny import small_config
+from ..oracle.verify import VERIFIED, verify
 from ..settings import LoadSettings
+from .package import ModelFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,35 +28,12 @@ _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map"
 """Values of a configuration that describe where it comes from, and that no constructor needs."""
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """Facts for the templates.
-
-    ``types``: model types; empty when no model was named. ``config_class``, ``config_module``: where the configuration
-    class is imported from; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``:
-    the installed family that understands the model already. ``package``, ``requires``: the package that
-    registers the architecture, and its distribution. ``kinds``: the kinds of units that can be removed.
-    """
-
-    types: tuple[str, ...] = ()
-    config_class: str = ""
-    config_module: str = ""
-    config_values: Mapping[str, Any] = field(default_factory=dict)
-    extends: str | None = None
-    package: str | None = None
-    requires: str | None = None
-    kinds: tuple[str, ...] = ()
-
-
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
     ``package`` is imported.
 
     Raises `ModelError` when there is no such model, `UnsupportedModelError` when its structure cannot be discovered.
     """
-    from ..models.quiet import quiet_transformers
-    from ..oracle.tiny import small_config
-
     distribution = _import(package) if package else None
     with quiet_transformers():
         config = read_config(source, catalog)
@@ -69,8 +52,6 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
 
 def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
     """The kinds of units that discovery finds, all of which must pass the oracle, as the family's tests will ask."""
-    from ..oracle.verify import VERIFIED, verify
-
     verdicts = verify(None, small, shrink=False)
     for verdict in verdicts:
         if verdict.verdict != VERIFIED:
@@ -82,8 +63,6 @@ def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
 
 def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
     """The dense configuration of a model, or the default one of a model type."""
-    from transformers import CONFIG_MAPPING
-
     catalog.register_models()
     if source in CONFIG_MAPPING and not Path(source).exists():
         default: PreTrainedConfig = CONFIG_MAPPING[source]()
@@ -94,15 +73,11 @@ def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
             f"'{source}' is neither a model directory nor a model type that transformers knows; "
             "--import PACKAGE names the package that registers it"
         )
-    from ..loading.model import load_structure
-
     return load_structure(source, catalog, LoadSettings(family="auto")).config
 
 
 def _refuse_unknown_code(directory: Path) -> None:
     """A plugin must find the model's classes again, in any process: a checkpoint's own files are no place for them."""
-    from transformers import CONFIG_MAPPING
-
     file = directory / "config.json"
     if not file.is_file():
         return
@@ -123,8 +98,7 @@ def _import(package: str) -> str:
     try:
         importlib.import_module(package)
     except Exception as error:  # third-party code raises anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ModelError(f"--import {package}: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"--import {package}: {type(error).__name__}: {first_line(error)}") from error
     top = package.partition(".")[0]
     found = metadata.packages_distributions().get(top)
     if not found:
