@@ -45,8 +45,8 @@ def new_plugin(
         typer.Option("--output", "-o", help="Directory to write; must not exist. By default ./llmpruner-NAME."),
     ] = None,
 ) -> None:
-    """Write a plugin package: for a model family, with tests that prove every cut and pass as they are; or with an
-    importance criterion or a recovery strategy to start from."""
+    """Write a plugin package with tests: for a model family, whose every cut they verify; or with an importance
+    criterion or a recovery strategy to start from."""
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
     adds = kind_named(kind)

@@ -1,4 +1,4 @@
-"""What a scaffold must know of a model: its type, a small configuration to test with, and where its code is."""
+"""Facts about a model for its plugin package: its type, a small configuration for tests, and where its code is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
-"""Values of a configuration that describe where it comes from, and that no constructor needs."""
+"""Values of a configuration about its origin, which constructors do not need."""
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
@@ -51,7 +51,8 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
 
 
 def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
-    """The kinds of units that discovery finds, all of which must pass the oracle, as the family's tests will ask."""
+    """The kinds of units that discovery finds. Raises `UnsupportedModelError` if the oracle does not verify them all,
+    as the family's tests would fail."""
     verdicts = verify(None, small, shrink=False)
     for verdict in verdicts:
         if verdict.verdict != VERIFIED:
@@ -77,7 +78,8 @@ def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
 
 
 def _refuse_unknown_code(directory: Path) -> None:
-    """A plugin must find the model's classes again, in any process: a checkpoint's own files are no place for them."""
+    """Raise `ModelError` for a model type whose classes are not in an installed package, where a plugin can import
+    them."""
     file = directory / "config.json"
     if not file.is_file():
         return
@@ -110,14 +112,14 @@ def _import(package: str) -> str:
 
 
 def _relative(config: PreTrainedConfig, catalog: Catalog) -> str | None:
-    """The family that understands ``config`` already: the new one must extend it, or every model would have two."""
+    """The family that matches ``config`` already, which the new one must extend."""
     if not any(cls().matches(config) for cls in catalog.families.values()):
         return None
     return catalog.family_for(config).name
 
 
 def _public_module(cls: type[Any]) -> str:
-    """The shortest package that offers ``cls`` under its name."""
+    """The shortest package path that exports ``cls`` under its name."""
     parts = cls.__module__.split(".")
     for length in range(1, len(parts)):
         module = ".".join(parts[:length])
@@ -127,13 +129,13 @@ def _public_module(cls: type[Any]) -> str:
 
 
 def _arguments(small: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments that build ``small``, as JSON values: those that differ from the defaults, where they suffice."""
+    """Arguments that build ``small``, as JSON values: those that differ from the defaults if they suffice, else all."""
     cls, every = type(small), _meaning(small)
     for leave_out in (_defaults(cls), {}):
         given = {n: v for n, v in sorted(every.items()) if n not in leave_out or leave_out[n] != v}
         try:
             rebuilt = cls(**given)
-        except Exception:  # third-party constructors raise anything; all values at once may fit better
+        except Exception:  # third-party constructors raise anything
             continue
         if _meaning(rebuilt) == every:
             return given
@@ -148,6 +150,6 @@ def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of a configuration as its file would hold them, where tuples are lists and all keys text."""
+    """The values of a configuration as in its file, where tuples are lists and keys are strings."""
     values: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
     return {name: value for name, value in values.items() if name not in _PROVENANCE}

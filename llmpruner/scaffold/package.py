@@ -87,10 +87,10 @@ class PluginName:
 class ModelFacts:
     """Facts for the templates.
 
-    ``types``: model types; empty when no model was named. ``config_class``, ``config_module``: where the configuration
-    class is imported from; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``:
-    the installed family that understands the model already. ``package``, ``requires``: the package that
-    registers the architecture, and its distribution. ``kinds``: the kinds of units that can be removed.
+    ``types``: model types; empty without a model. ``config_class``, ``config_module``: the configuration class and its
+    module; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``: the installed
+    family that matches the model already. ``package``, ``requires``: the package that registers the architecture, and
+    its distribution. ``kinds``: the kinds of units that can be removed.
     """
 
     types: tuple[str, ...] = ()
