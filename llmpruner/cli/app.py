@@ -43,14 +43,12 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
             bool,
             typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version),
         ] = False,
-        debug: Annotated[
-            bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")
-        ] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
         del version, debug
         ctx.obj = Catalog(host)
         show_warnings()
-        # Hooks are called when their components are first looked up, so what is broken is known at the end.
+        # Hooks are called when their components are first looked up, so failures are known at the end.
         ctx.call_on_close(lambda: _warn(host))
 
     for module in (demo, plugins, discover, prune, recover, evaluate, generate, export, new_plugin, doctor):
@@ -71,7 +69,7 @@ def _version(value: bool) -> None:
 
 
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
-    """Add the commands and groups of every plugin. What Typer cannot build, and what has a name that exists already, is
+    """Add the commands and groups of every plugin. Those that Typer cannot build, or whose name exists already, are
     left out and recorded in ``host.broken``."""
     owner = dict.fromkeys(_names(app), "llmpruner")
     for answer in host.call(_HOOK, lambda: {"app": typer.Typer()}, returns=False):
@@ -85,7 +83,7 @@ def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
                     for name in names:
                         if name in owner:
                             raise DuplicateNameError(f"command '{name}' exists already in {owner[name]}")
-                except Exception as error:  # Typer raises various things for a function that is no command
+                except Exception as error:  # Typer raises various errors for a function that is no command
                     host.record(plugin, f"{type(error).__name__}: {error}", _HOOK, _function(command))
                     continue
                 owner.update(dict.fromkeys(names, host.package_of(plugin)))

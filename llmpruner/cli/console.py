@@ -1,4 +1,4 @@
-"""What the terminal shows: results on standard output, everything else on standard error."""
+"""Output to the terminal: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ err = Console(stderr=True)
 
 
 class _Lines(logging.Handler):
-    """Shows what the library logs, one line each."""
+    """Shows log records of the library as warnings, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning_line(record.getMessage())
 
 
 def show_warnings() -> None:
-    """Let warnings of the library reach the terminal."""
+    """Show warnings of the library on the terminal."""
     logger = logging.getLogger("llmpruner")
     if not any(isinstance(handler, _Lines) for handler in logger.handlers):
         logger.addHandler(_Lines())
@@ -49,7 +49,7 @@ def warning_line(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """A step of the work, for a person who waits."""
+    """Print a line about the current step of the work."""
     err.print(f"[dim]•[/] {escape(message)}", soft_wrap=True)
 
 
@@ -75,7 +75,6 @@ class RichProgress(Progress):
 
     @contextlib.contextmanager
     def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
-        """A bar that is moved by ``step(number, total, loss)``."""
         columns = (*Bar.get_default_columns(), TextColumn("{task.fields[detail]}"))
         with Bar(*columns, console=err, transient=True) as bar:
             task = bar.add_task(label, total=None, detail="")

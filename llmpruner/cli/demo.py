@@ -1,4 +1,4 @@
-"""``llmpruner demo``: the whole way on a real model, without a hub and without a corpus."""
+"""``llmpruner demo``: all stages on a real model, without a hub and without a corpus."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..evaluation.table import Evaluations
 from ..files import check_new_directory
 from ..settings import DEMO
 from .console import RichProgress, count, out, table
@@ -21,7 +22,7 @@ from .prune import show_plan
 
 PROMPT = "Give three tips for staying healthy."
 SAMPLES = 32
-"""Of calibration text: an eighth of what the default method takes, for the demo has minutes."""
+"""Calibration samples: an eighth of the default method's, to save time."""
 MEASURE: dict[str, Any] = {"perplexity": "pydoc", "window": 512, "tokens": 10240, "autocast": True, "speed": True}
 MEASURE["settings"] = {"speed": {"runs": 3}}
 RECOVERY: dict[str, Any] = {
@@ -32,9 +33,8 @@ RECOVERY: dict[str, Any] = {
     "loss_on": "answers",
     "autocast": True,
 }
-"""Fewer and larger steps than the paper's: the demo has two minutes and two hundred examples, not hours and fifty
-thousand. On answers alone, since in so few steps a model learns to repeat the prompts; and no larger, since a
-compensated model has little to win and can forget."""
+"""Fewer steps with a higher learning rate than the paper's: for two minutes and two hundred examples instead of hours
+and fifty thousand. The loss is on answers alone, as in few steps a model learns to repeat prompts."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -56,7 +56,6 @@ def demo(
     perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
     """
     from .. import api
-    from ..evaluation.table import Evaluations
 
     started = time.monotonic()
     check_new_directory(output)

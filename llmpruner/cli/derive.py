@@ -1,6 +1,6 @@
-"""Command-line options from settings models: flags, types, help and defaults come from the fields.
+"""Command-line options derived from settings models: flags, types, help and defaults are those of the fields.
 
-Values are passed on as text, so that one place, the settings model, checks them and one line says what is wrong.
+Values are passed on as text, so that the settings model checks them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def takes(**models: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of settings models. Under each model's name it receives the values that the user gave:
-    a dictionary, without those left at their defaults."""
+    """A decorator that adds the options of settings models to a command. For each name in ``models``, the command gets
+    a dictionary of the values that the user gave."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters
         kept = [p for name, p in own.items() if name not in models]
         derived = {name: [_parameter(model, field) for field in model.model_fields] for name, model in models.items()}
         every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))]
-        # Options that must be given come first, as Python wants them.
+        # Python requires parameters without defaults first.
         every.sort(key=lambda p: p.default is not Parameter.empty)
 
         def run(**values: Any) -> None:
@@ -92,7 +92,7 @@ def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
 
 
 def _shown(field: FieldInfo) -> str:
-    """The default for people; empty where there is none worth showing."""
+    """The default for ``--help``; empty for None, False and empty values."""
     value = field.default
     if value is None or value is False or field.is_required() or value == {}:
         return ""

@@ -38,14 +38,14 @@ def discover(
         bool,
         typer.Option(
             "--verify",
-            help="Prove it: on a small random model of this architecture, cutting must equal silencing, for each kind.",
+            help="Verify that a cut equals silencing, for each kind, on a small random model of this architecture.",
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with a drawing of one block to this file.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of --verify; 0 unless given.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the coupled groups of a model: what must be removed together. Reads no weights."""
+    """Show the coupled groups of a model: parameters that must be removed together. Reads no weights."""
     from .. import api
 
     for name in ("dtype", "device"):
@@ -69,7 +69,8 @@ def discover(
     else:
         _show(model, found)
         _show_verdicts(verdicts)
-    _exit_unless_proved(verdicts)
+    if any(verdict.verdict == "failed" for verdict in verdicts):
+        raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
 
 
 def _show(model: str, found: Structure) -> None:
@@ -92,11 +93,6 @@ def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
         lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
         for line in (*lines, *verdict.differences, *(f"not checked: {what}" for what in verdict.skipped)):
             out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
-
-
-def _exit_unless_proved(verdicts: Sequence[Verdict]) -> None:
-    if any(verdict.verdict == "failed" for verdict in verdicts):
-        raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:

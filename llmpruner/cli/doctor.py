@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -36,14 +37,14 @@ PROBES = {
     "datasets": "datasets",
     "lm-eval": "lm_eval.models.huggingface",
 }
-"""Distribution → the module whose import shows that it works with the versions around it."""
+"""Distribution → the module whose import shows whether it works with the other installed versions."""
 
 INCOMPATIBLE = (
     ("torch", "<2.6", "transformers refuses to read .bin checkpoints; upgrade torch or convert them to safetensors"),
     ("peft", "<0.18", "it imports cache classes that transformers 5 no longer has; upgrade peft"),
     ("lm-eval", "<0.4.10", "it looks for model classes that transformers 5 no longer has; upgrade lm-eval"),
 )
-"""Distribution, versions, and what does not work: what a version range alone would not explain."""
+"""Distribution, versions, and what does not work with them."""
 
 HUB_TIMEOUT = 3.0
 LITTLE_MEMORY, LITTLE_DISK = 4 << 30, 10 << 30
@@ -51,7 +52,7 @@ LITTLE_MEMORY, LITTLE_DISK = 4 << 30, 10 << 30
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. ``status``: ok, warning (something is limited), broken, or absent (optional, not installed)."""
+    """One result. ``status``: ok, warning (with limitations), broken, or absent (optional, not installed)."""
 
     section: str
     name: str
@@ -80,7 +81,7 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
 
 
 def checks(host: PluginHost) -> Iterator[Check]:
-    """Everything that is examined, in the order shown."""
+    """All checks, in the order shown."""
     yield Check("python", "llmpruner", OK, __version__)
     yield Check("python", platform.python_implementation(), OK, f"{platform.python_version()} on {platform.system()}")
     for section in (_packages, _imports, _devices, _memory, _hub):
@@ -89,7 +90,7 @@ def checks(host: PluginHost) -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    """Every dependency against the range that the installed metadata states."""
+    """Every dependency against the version range in the installed metadata."""
     try:
         stated = metadata.requires("llmpruner") or []
     except metadata.PackageNotFoundError:
@@ -126,15 +127,15 @@ def _incompatible(name: str, version: str) -> Iterator[Check]:
 
 
 def _imports() -> Iterator[Check]:
-    """Versions may fit and yet not work together; importing them shows it."""
+    """Imports of distributions, which may not work together although their versions fit."""
     for distribution, module in PROBES.items():
         try:
             metadata.version(distribution)
         except metadata.PackageNotFoundError:
-            continue  # said above
+            continue  # reported by `_packages`
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever a broken installation raises is the finding
+        except Exception as error:  # broken installations raise anything
             yield Check("imports", module, BROKEN, _text(error))
         else:
             yield Check("imports", module, OK, "")
@@ -143,24 +144,22 @@ def _imports() -> Iterator[Check]:
 def _devices() -> Iterator[Check]:
     try:
         import torch
-    except Exception:  # said above, under imports
+    except Exception:  # reported by `_imports`
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    yield _device("cpu", f"{torch.get_num_threads()} threads, {capability}")
+    yield _device(torch, "cpu", f"{torch.get_num_threads()} threads, {capability}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
-            yield _device(f"cuda:{number}", f"{properties.name}, {size(properties.total_memory)}")
+            yield _device(torch, f"cuda:{number}", f"{properties.name}, {size(properties.total_memory)}")
     elif torch.version.cuda:
         yield Check("devices", "cuda", WARNING, f"torch is built for CUDA {torch.version.cuda}, but sees no GPU")
     if torch.backends.mps.is_available():
-        yield _device("mps", "Apple GPU")
+        yield _device(torch, "mps", "Apple GPU")
 
 
-def _device(name: str, what: str) -> Check:
-    """Compute on it, in float32 and in bfloat16: what a device claims is not always what it does."""
-    import torch
-
+def _device(torch: Any, name: str, what: str) -> Check:
+    """Computes a matrix product in float32 and in bfloat16, as reported support is not always correct."""
     for dtype in (torch.float32, torch.bfloat16):
         try:
             square = torch.ones(8, 8, device=name, dtype=dtype)
@@ -178,7 +177,7 @@ def _memory() -> Iterator[Check]:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        yield Check("memory", "RAM", WARNING, "this system does not tell its size")
+        yield Check("memory", "RAM", WARNING, "this system does not report its size")
     else:
         yield Check("memory", "RAM", WARNING if total < LITTLE_MEMORY else OK, size(total))
     cache = _constant("HF_HUB_CACHE")
@@ -193,7 +192,7 @@ def _memory() -> Iterator[Check]:
 
 
 def _hub() -> Iterator[Check]:
-    """One short request, and none where the user works offline. Not reaching a hub breaks nothing."""
+    """One short request; none if HF_HUB_OFFLINE is set. Without access, local models still work."""
     if _constant("HF_HUB_OFFLINE"):
         yield Check("hub", "access", OK, "HF_HUB_OFFLINE is set: only local and cached models")
         return
@@ -203,7 +202,7 @@ def _hub() -> Iterator[Check]:
     try:
         urlopen(Request(str(endpoint), method="HEAD"), timeout=HUB_TIMEOUT).close()
     except HTTPError:
-        pass  # it answers
+        pass  # the hub is reachable
     except (OSError, ValueError) as error:
         detail = f"{endpoint} does not answer ({_text(error)}); local models work, HF_HUB_OFFLINE=1 saves the waiting"
         yield Check("hub", "access", WARNING, detail)
@@ -235,7 +234,7 @@ def _plugins(host: PluginHost) -> Iterator[Check]:
 
 
 def _offers(catalog: Catalog) -> Iterator[Check]:
-    """What each plugin offers, and where its code is."""
+    """The components of each plugin, and where its code is."""
     host = catalog.host
     registries = tuple(catalog.registries)
     for name, plugin in sorted(host.manager.list_name_plugin()):

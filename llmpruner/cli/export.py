@@ -25,11 +25,11 @@ def export(
     settings: dict[str, Any],
     options: dict[str, Any],
 ) -> None:
-    """Write a checkpoint in the format of another runtime; verified before it is called done."""
+    """Write a checkpoint in the format of another runtime, and verify it."""
     from .. import api
 
-    told = api.export(
+    line = api.export(
         model, output=output, load=settings_from(LoadSettings, options), progress=RichProgress(),
         catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
-    out.print(f"[bold green]✓[/] {output}: {told}", highlight=False)
+    out.print(f"[bold green]✓[/] {output}: {line}", highlight=False)

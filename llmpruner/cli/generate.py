@@ -26,7 +26,7 @@ def generate(
     options: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """Let models continue one prompt, one after the other."""
+    """Generate the continuation of a prompt by one or several models."""
     from .. import api
 
     shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(ctx)}

@@ -10,7 +10,6 @@ import typer
 from ..errors import LlmprunerError, SettingsError
 from ..files import check_new_directory
 from ..plugins.catalog import KINDS as CATALOG
-from ..scaffold.model import describe
 from ..scaffold.package import KINDS, PluginName, kind_named, render, write
 from .console import note, out
 from .options import catalog_of
@@ -46,8 +45,8 @@ def new_plugin(
         typer.Option("--output", "-o", help="Directory to write; must not exist. By default ./llmpruner-NAME."),
     ] = None,
 ) -> None:
-    """Write a plugin package: for a model family, with tests that prove every cut and pass as they are; or with an
-    importance criterion or a recovery strategy to start from."""
+    """Write a plugin package with tests: for a model family, whose every cut they verify; or with an importance
+    criterion or a recovery strategy to start from."""
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
     adds = kind_named(kind)
@@ -64,6 +63,8 @@ def new_plugin(
     directory = check_new_directory(output or Path(plugin.distribution))
     facts = None
     if source is not None:
+        from ..scaffold.model import describe
+
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts, kind=kind))

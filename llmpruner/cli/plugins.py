@@ -24,7 +24,7 @@ def list_plugins(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List everything that plugins offer, with the package each comes from; or one of them, with its settings."""
+    """List the components of all plugins with their packages; or show one component with its settings."""
     catalog = catalog_of(ctx)
     if name is not None:
         _show(catalog, name, as_json=as_json)

@@ -35,7 +35,8 @@ def plan(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what would go, layer by layer, and what would be left: a dry run. The plan can be reviewed and replayed."""
+    """Show the units that would be kept in each layer, without changing the model. The plan can be reviewed and
+    replayed."""
     from .. import api
 
     if output is not None:
@@ -68,18 +69,18 @@ def prune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove the least important structures and write an ordinary Hugging Face directory.
+    """Remove the least important units and write an ordinary Hugging Face directory.
 
-    By default one forward pass over text that the model writes chooses what goes, and least squares fits again the
-    weights that read it: no training and no corpus. `--method llm-pruner` is the method of LLM-Pruner (Ma, Fang, Wang,
-    NeurIPS 2023).
+    By default the units are chosen by one forward pass over text that the model generates, and the weights that read
+    removed units are fitted again by least squares, without training or a corpus. `--method llm-pruner` is the method
+    of LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023).
     """
     from .. import api
 
     started = time.monotonic()
     if plan_file is not None and settings:
         flag = flag_of(PruneSettings, min(settings))
-        raise SettingsError(f"{flag} has no effect beside --plan, which says everything; leave it out")
+        raise SettingsError(f"{flag} has no effect beside --plan, which sets everything; leave it out")
     pruned = api.prune(
         model, plan=plan_file, output=output, need_tokenizer=not no_tokenizer,
         load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings,
@@ -97,7 +98,7 @@ def prune(
 
 
 def show_plan(made: PruningPlan, outcome: Outcome) -> None:
-    """Layer by layer, how many units of each kind stay; then the sums."""
+    """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
     cuts = made.cuts.values()
     inner = list(dict.fromkeys(c.kind for c in cuts if c.layer is not None))
     rows = []

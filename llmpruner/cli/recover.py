@@ -28,7 +28,7 @@ def recover(
 ) -> None:
     """Restore quality of a pruned model by a short training (LoRA, as in LLM-Pruner).
 
-    Interrupted, the same command goes on where it stopped: its state is kept in OUTPUT.recovery until it is done.
+    After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished.
     """
     from .. import api
 

@@ -14,7 +14,6 @@ class BiasShift(Compensation):
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"
 
     def repair(self, task: RepairTask) -> Repaired:
-        from .fitters import BiasFitter
-        from .repair import repair
+        from . import fitters, repair
 
-        return repair(task, BiasFitter)
+        return repair.repair(task, fitters.BiasFitter)

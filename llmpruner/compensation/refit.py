@@ -29,7 +29,6 @@ class Refit(Compensation):
     settings: Settings
 
     def repair(self, task: RepairTask) -> Repaired:
-        from .fitters import WeightFitter
-        from .repair import repair
+        from . import fitters, repair
 
-        return repair(task, WeightFitter, mix=self.settings.mix)
+        return repair.repair(task, fitters.WeightFitter, mix=self.settings.mix)

@@ -14,26 +14,25 @@ class StockExporter(Exporter):
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
 
     def export(self, task: ExportTask) -> str:
-        from ..checkpoints.load import load_pruned
-        from ..checkpoints.save import dummy_logits, gives_logits, save_checkpoint, vocabulary_files
+        from ..checkpoints import load, save
 
         loaded, model = task.loaded, task.model
-        # save_checkpoint creates its directory.
+        # `save_checkpoint` creates its directory.
         written = task.directory / "stock"
-        save_checkpoint(
+        save.save_checkpoint(
             model,
             written,
             record=loaded.record,
             tokenizer=loaded.tokenizer,
             family=loaded.family,
-            extra_files=vocabulary_files(loaded.tokenizer),
+            extra_files=save.vocabulary_files(loaded.tokenizer),
             stock_only=True,
         )
         for file in written.iterdir():
             file.rename(task.directory / file.name)
         written.rmdir()
         task.progress.status("Comparing the outputs of the written checkpoint")
-        again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
-        if not gives_logits(dummy_logits(model), again):
+        again = load.load_pruned(task.directory, dtype=model.dtype, device=model.device)
+        if not save.gives_logits(save.dummy_logits(model), again):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ..component import Component
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.coupling import CoupledGroup, CouplingGraph
 from ..structure.kept import renamed
 
 if TYPE_CHECKING:
@@ -74,12 +74,9 @@ class ModelFamily(Component):
         exactly in this architecture.
         """
         if self.is_discovered:
-            from ..checkpoints.shim import stock_config
-            from ..oracle.follow import apply
-            from ..oracle.rules import rules_of
+            from ..oracle.rules import with_rules
 
-            kinds = {graph.by_name[name].kind for name in kept} - {LAYER}
-            apply(model, graph, kept, rules_of(stock_config(model), kinds, self))
+            with_rules(self, model, {graph.by_name[name].kind for name in kept}).follow(model, graph, kept)
         else:
             names = renamed(graph, kept)
             self.refresh(model, {names[name]: len(units) for name, units in kept.items() if name in names})

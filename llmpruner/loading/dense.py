@@ -19,16 +19,16 @@ _PATH = "base_path"
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
-    """What ``llmpruner.json`` keeps beside the plans so that `load_dense` finds a local model from any folder: its
-    absolute path. Plans hold nothing of the machine, so there the reference stands as it was given. Empty for a model
-    that is not local, and for one that was pruned before, whose record has the path."""
+    """The entry of ``llmpruner.json`` with the absolute path of a local model, by which `load_dense` finds it from any
+    folder; plans contain only the reference that the user gave. Empty for a model that is not local, and for one that
+    was pruned before, whose record has the path."""
     return {_PATH: loaded.path} if loaded.record is None and loaded.path is not None else {}
 
 
 def load_dense(pruned: Model, catalog: Catalog, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the dense model, in the dtype and on the device of ``pruned``.
 
-    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or is another by now.
+    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
     """
     if not pruned.plans:
         raise ModelError(f"'{pruned.ref}' was not pruned by llmpruner, so no dense model is known for it")

@@ -1,4 +1,4 @@
-"""Opening models: their structure without weights, and with weights."""
+"""Opening models, with and without weights."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 @dataclass(frozen=True)
 class Structure:
-    """A model's structure without its weights.
+    """A model without its weights.
 
-    ``ref``: as the user named it. ``config``: of the dense model that the first of ``plans`` starts from. ``plans``:
-    what was cut already. ``graph``: the coupled groups of what is left. ``record``: its ``llmpruner.json``. ``path``:
-    the absolute path of local files, None for a hub id and the demo model.
+    ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model,
+    before all cuts. ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``. ``path``: the
+    absolute path of local files, None for a hub id and the demo model.
     """
 
     ref: str
@@ -71,9 +71,9 @@ class Structure:
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Structure):
-    """A structure with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``:
-    None where the checkpoint brings none. ``outcome``: what the last cut in this process left. ``form``: in which form
-    this process saved it last (`llmpruner.save`)."""
+    """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
+    where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
+    last `llmpruner.save` in this process."""
 
     model: PreTrainedModel
     tokenizer: Any | None
@@ -101,10 +101,10 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
 def load_model(
     text: str, catalog: Catalog, options: LoadSettings | None = None, structure: Structure | None = None
 ) -> Model:
-    """A model, pruned or not, ready for any stage: weights on ``options.device``, in evaluation mode.
+    """A model, pruned or not, with weights on ``options.device``, in evaluation mode.
 
-    ``structure``: where `load_structure` has been asked already. Raises `ModelError` (or `UnsupportedModelError`,
-    `CheckpointError`) with what is wrong.
+    ``structure``: the result of `load_structure`, if it was called before. Raises `ModelError`,
+    `UnsupportedModelError` or `CheckpointError`.
     """
     options = options or LoadSettings()
     base = adapter_base(Path(text))
@@ -121,7 +121,7 @@ def load_model(
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
-    """Whether a local model has a tokenizer; a hub model is taken to have one, as finding out would fetch files."""
+    """Whether a local model has a tokenizer; True for a hub model, as a check would download files."""
     base = adapter_base(Path(text))
     if base is not None:
         return brings_tokenizer(base, catalog)
@@ -137,7 +137,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
     try:
         values = dict(record["base_config"])
         if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
-            # Pruned from a model whose code came with its checkpoint; a copy lies in this one.
+            # Pruned from a model with code in its checkpoint, of which this one contains a copy.
             if not options.trust_remote_code:
                 raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
             pruned_class(ref.location)
@@ -191,11 +191,11 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
 
 
 def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Compare what transformers reports with what a checkpoint must have, as it fills gaps with random numbers.
+    """Check that a checkpoint was complete: transformers initializes missing tensors randomly.
 
-    ``info``: the loading info of ``from_pretrained``. Raises `ModelError` for tensors that are missing or misshapen,
-    and for those that a module of the model has no use for (a bias that its configuration denies). Tensors of modules
-    that the model does not have (a second head, buffers of older versions) are left out with a warning.
+    ``info``: the loading info of ``from_pretrained``. Raises `ModelError` for tensors that are missing or have another
+    shape, and for those of modules of the model that do not use them (a bias without ``bias`` in the configuration).
+    Tensors of modules that the model does not have (a second head, buffers of older versions) give a warning.
     """
     missing, wrong = sorted(map(str, info["missing_keys"])), sorted(map(str, info["mismatched_keys"]))
     unexpected = sorted(map(str, info["unexpected_keys"]))
@@ -221,7 +221,7 @@ def _gguf(ref: Reference) -> dict[str, Any]:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """The weights are dequantised by now; a model still marked as quantised can neither be trained nor saved."""
+    """Remove the marks of quantisation from a dequantised model, which prevent training and saving."""
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -238,7 +238,7 @@ def _read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedCon
         and not any((ref.directory / f).is_file() for f in _TOKENIZER_FILES)
     ):
         return None
-    # The dense configuration tells the tokenizer's class; that of a pruned checkpoint would need its remote code.
+    # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = _gguf(ref) or {"config": config}
     with _one_line(ref), quiet_transformers():
         return AutoTokenizer.from_pretrained(
@@ -267,7 +267,7 @@ def _check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> No
 
 @contextlib.contextmanager
 def _one_line(ref: Reference) -> Iterator[None]:
-    """Turn what transformers raises for a model that is missing or damaged into one line."""
+    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
     try:
         yield
     except LlmprunerError:

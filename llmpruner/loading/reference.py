@@ -1,4 +1,4 @@
-"""Where the files of a model are: a hub id, a directory, a ``.gguf`` file, ``demo``, or what a reader recognises."""
+"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 @dataclass(frozen=True)
 class Reference:
-    """``text``: as the user named the model. ``location``: a directory or a hub id. ``reader``: reads it; None for
-    transformers itself."""
+    """``text``: as the user gave it. ``location``: a directory or a hub id. ``reader``: for its format; None for those
+    of transformers."""
 
     text: str
     location: str
@@ -36,15 +36,15 @@ class Reference:
 
     @property
     def local_path(self) -> str | None:
-        """The absolute path of a local model, which resolves wherever a later command runs; None for a hub id."""
+        """The absolute path of a local model; None for a hub id and the demo model."""
         if not self.directory.exists() or self.text == DEMO:
             return None
         return str((self.directory / (self.gguf_file or "")).resolve())
 
 
 def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:
-    """Raises `ModelError` when ``text`` names a path that is not there, `SettingsError` for a ``revision`` of local
-    files."""
+    """The location of the model ``text``. Raises `ModelError` for a path that does not exist, `SettingsError` for a
+    ``revision`` of local files."""
     found = _resolve(text, catalog)
     if revision is not None and found.directory.exists():
         raise SettingsError(f"--revision has no effect: '{text}' is local, not a hub model; leave it out")

@@ -1,4 +1,4 @@
-"""Calling one hook, so that an implementation or a wrapper that fails costs only itself."""
+"""Calling one hook, without implementations or wrappers that fail."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BUILTIN = "builtin"
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome of one call. ``plugin``: whose implementation was called; None where a hook has nothing but wrappers.
-    ``wrappers``: the plugins whose wrappers were called around it. ``result``: what came out, as one list; empty for a
-    hook that returns nothing. ``arguments``: what was passed."""
+    """The result of one call. ``plugin``: whose implementation was called; None where a hook has only wrappers.
+    ``wrappers``: the plugins whose wrappers were called around it. ``result``: all returned elements in one list; empty
+    for a hook that returns nothing. ``arguments``: those of the call."""
 
     plugin: str | None
     wrappers: tuple[str, ...]
@@ -27,7 +27,7 @@ class Answer:
 
 
 class WrongResult(Exception):
-    """A hook returned something else than a list."""
+    """A hook did not return a list."""
 
 
 class HookCalls:
@@ -40,39 +40,38 @@ class HookCalls:
         self._manager, self._hook, self._arguments, self._returns = manager, hook, arguments, returns
         found = getattr(manager.hook, hook).get_hookimpls()
         self._plugins = {i.plugin_name: i.plugin for i in found}
-        # pluggy keeps wrappers in this order: the first is the innermost.
+        # The order in pluggy: the first is the innermost.
         self._wrappers = tuple(dict.fromkeys(i.plugin_name for i in found if i.wrapper or i.hookwrapper))
-        givers = self._plugins.keys() - {*self._wrappers}
-        self._givers = sorted(givers, key=lambda name: (name != BUILTIN, name))
+        implementing = self._plugins.keys() - {*self._wrappers}
+        self._implementing = sorted(implementing, key=lambda name: (name != BUILTIN, name))
 
     def answers(self) -> list[Answer]:
         """The answers of all implementations that do not fail, the built-in one first, then by the plugin's name."""
         while self._plugins:
             wrappers = self._wrappers
-            answers = [self._answer(giver) for giver in self._givers or (None,)]
-            # Where a wrapper failed: again without it, so that it has an effect on all results or on none.
+            answers = [self._answer(plugin) for plugin in self._implementing or (None,)]
+            # If a wrapper failed, all are called again without it, so that it has an effect on all results or on none.
             if self._wrappers == wrappers:
                 return [answer for answer in answers if answer is not None]
         return []
 
-    def _answer(self, giver: str | None) -> Answer | None:
-        """The answer of one implementation, without wrappers that fail; None when it fails itself."""
-        outcome = self._try(giver, self._wrappers)
+    def _answer(self, plugin: str | None) -> Answer | None:
+        """The answer of one implementation, without wrappers that fail; None when the implementation fails."""
+        outcome = self._try(plugin, self._wrappers)
         if self._wrappers and not isinstance(outcome, Answer):
-            outcome = self._try(giver, ())
+            outcome = self._try(plugin, ())
             if isinstance(outcome, Answer):
-                return self._without_failing_wrappers(giver, outcome)
+                return self._without_failing_wrappers(plugin, outcome)
         if isinstance(outcome, Answer):
             return outcome
-        self._fail(giver, outcome)
+        self._fail(plugin, outcome)
         return None
 
-    def _without_failing_wrappers(self, giver: str | None, answer: Answer) -> Answer:
-        """``answer``: that of the implementation alone. Wrappers are added from the inside out, and one that makes the
-        call fail is dropped."""
+    def _without_failing_wrappers(self, plugin: str | None, answer: Answer) -> Answer:
+        """The answer with all wrappers that do not fail, tried from the innermost. ``answer``: without wrappers."""
         working: tuple[str, ...] = ()
         for wrapper in self._wrappers:
-            outcome = self._try(giver, (*working, wrapper))
+            outcome = self._try(plugin, (*working, wrapper))
             if isinstance(outcome, Answer):
                 answer, working = outcome, (*working, wrapper)
             else:
@@ -84,30 +83,30 @@ class HookCalls:
         reason = str(error) if isinstance(error, WrongResult) else f"it raised {type(error).__name__}: {error}"
         self.failed.append((str(plugin), reason))
 
-    def _try(self, giver: str | None, wrappers: Sequence[str]) -> Answer | BaseException:
+    def _try(self, plugin: str | None, wrappers: Sequence[str]) -> Answer | BaseException:
         arguments = self._arguments()
         inside = f", inside the wrappers of {', '.join(wrappers)}" if wrappers else ""
-        self._trace(f"{self._hook} of {giver}{inside}")
+        self._trace(f"{self._hook} of {plugin}{inside}")
         try:
-            return Answer(giver, tuple(wrappers), self._call(giver, wrappers, arguments), arguments)
+            return Answer(plugin, tuple(wrappers), self._call(plugin, wrappers, arguments), arguments)
         except (Exception, SystemExit) as error:
-            self._trace(f"{self._hook} of {giver}{inside} failed: {type(error).__name__}: {error}")
+            self._trace(f"{self._hook} of {plugin}{inside} failed: {type(error).__name__}: {error}")
             return error
 
-    def _call(self, giver: str | None, wrappers: Sequence[str], arguments: Mapping[str, Any]) -> list[Any]:
-        """Through pluggy: the hook without all plugins but these."""
-        absent = [plugin for name, plugin in self._plugins.items() if name not in (giver, *wrappers)]
+    def _call(self, plugin: str | None, wrappers: Sequence[str], arguments: Mapping[str, Any]) -> list[Any]:
+        """Call the hook for these plugins alone."""
+        absent = [other for name, other in self._plugins.items() if name not in (plugin, *wrappers)]
         with warnings.catch_warnings():
-            # pluggy warns of an old-style wrapper that raises; it is recorded like any other.
+            # pluggy warns of an old-style wrapper that raises; the failure is recorded.
             warnings.simplefilter("ignore", pluggy.PluggyTeardownRaisedWarning)
             results = self._manager.subset_hook_caller(self._hook, absent)(**arguments)
         if not self._returns:
             return []
-        if giver is not None and not results:
-            # pluggy leaves None out of its results; a wrapper may have emptied them, too.
+        if plugin is not None and not results:
+            # pluggy leaves None out of its results; or a wrapper has emptied them.
             if not wrappers:
                 raise WrongResult("it returned None; expected a list of classes")
-            self._call(giver, (), self._arguments())
+            self._call(plugin, (), self._arguments())
         return _joined(results)
 
     def _trace(self, line: str) -> None:

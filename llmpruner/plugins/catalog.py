@@ -1,4 +1,4 @@
-"""Everything that plugins offer, checked, by kind and name."""
+"""The catalog: the components of all plugins, checked, by kind and name."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ T = TypeVar("T")
 
 
 class Kind(cached_property[Registry[T]], Generic[T]):
-    """A kind of component, as an attribute of `Catalog`: the `Registry` of all classes that plugins give for it, which
-    are collected when the attribute is first read.
+    """A kind of component, as an attribute of `Catalog`: the `Registry` of its classes, which are collected when the
+    attribute is first read.
 
-    ``name``: what messages call it. ``hook``: gives the classes. ``base``: their base class.
+    ``name``: in messages. ``hook``: returns the classes. ``base``: their base class.
     """
 
     attrname: str
@@ -48,7 +48,7 @@ class Kind(cached_property[Registry[T]], Generic[T]):
 
 
 class Catalog:
-    """All that the plugins of a host offer. The first block below is the one list of all kinds (see `KINDS`)."""
+    """The components of all plugins of a host."""
 
     families = Kind("family", "llmpruner_model_families", ModelFamily)
     criteria = Kind("criterion", "llmpruner_importance_criteria", ImportanceCriterion)
@@ -68,16 +68,16 @@ class Catalog:
 
     @property
     def registries(self) -> tuple[Registry[Any], ...]:
-        """Of every kind; calls the hooks that were not called yet."""
+        """The registries of all kinds; calls the hooks that were not called before."""
         return tuple(getattr(self, kind.attrname) for kind in KINDS.values())
 
     @property
     def broken(self) -> tuple[BrokenPlugin, ...]:
-        """What was left out so far. Hooks that nothing has asked for yet are not called for it."""
+        """What was left out of plugins so far; calls no hooks."""
         return self.host.broken
 
     def registry(self, kind: str) -> Registry[Any]:
-        """By the name of a kind, ``budget`` say. Raises `UnknownNameError`."""
+        """The registry of a kind by name, such as ``budget``. Raises `UnknownNameError`."""
         if kind not in KINDS:
             raise UnknownNameError("kind", kind, KINDS)
         registry: Registry[Any] = getattr(self, KINDS[kind].attrname)
@@ -90,19 +90,19 @@ class Catalog:
     def create(self, kind: Registry[Any] | str, name: str, values: Mapping[str, Any] | None = None) -> Any:
         """The component ``name`` with the settings ``values``. ``kind``: a registry of this catalog, or its name.
 
-        Raises `UnknownNameError`, `DuplicateNameError`, and `SettingsError` for what its ``Settings`` refuse.
+        Raises `UnknownNameError`, `DuplicateNameError`, and `SettingsError` for invalid settings.
         """
         registry = self.registry(kind) if isinstance(kind, str) else kind
         return registry[name](**(values or {}))
 
     def register_models(self) -> None:
-        """Let every family make its own model classes known to transformers."""
+        """Call `ModelFamily.register_models` of every family."""
         for cls in self.families.values():
             cls().register_models()
 
     def family_for(self, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
-        """The family of a model: ``name`` when given, else the single most special one that matches, else ``auto``,
-        which discovers the structure.
+        """The family of a model: ``name`` when given, else the one that matches and is not extended by another that
+        matches, else ``auto``, which discovers the structure.
 
         Raises `UnsupportedModelError` when several match, or none and the built-in plugin is blocked.
         """
@@ -139,11 +139,11 @@ KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in vars(Catalog).values(
 
 
 def _collect(host: PluginHost, kind: Kind[T]) -> Registry[T]:
-    """The classes of one kind. What cannot be used is recorded in ``host.broken``."""
+    """The registry of one kind. Invalid classes are recorded in ``host.broken``."""
     registry: Registry[T] = Registry(kind.name, kind.base)
     for answer in host.call(kind.hook):
         for cls in answer.result:
-            plugin = _giver(host, answer, cls)
+            plugin = _plugin_of(host, answer, cls)
             problem = problem_of(cls, kind.base)
             if problem is None:
                 registry.add(cls, plugin, host.package_of(plugin))
@@ -154,8 +154,8 @@ def _collect(host: PluginHost, kind: Kind[T]) -> Registry[T]:
     return registry
 
 
-def _giver(host: PluginHost, answer: Answer, cls: Any) -> str:
-    """The plugin that gave a class: the one that was called, or a wrapper if the class is of the wrapper's package."""
+def _plugin_of(host: PluginHost, answer: Answer, cls: Any) -> str:
+    """The plugin of a class: the one that was called, or a wrapper if the class is of the wrapper's package."""
     plugins = [answer.plugin] if answer.plugin is not None else []
     plugins += answer.wrappers
     return next((p for p in plugins if _package(host.manager.get_plugin(p)) == _package(cls)), plugins[0])
@@ -168,7 +168,7 @@ def _package(thing: Any) -> str:
 
 
 def _ancestors(family: ModelFamily, families: Mapping[str, ModelFamily]) -> set[str]:
-    """The names of the families that ``family`` extends, directly or not."""
+    """The names of the families that ``family`` extends, directly or indirectly."""
     found: set[str] = set()
     parent = family.extends
     while parent is not None and parent not in found:

@@ -29,7 +29,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class SettingFacts:
-    """One setting of a component. ``type``: ``int``, ``float | none``, or the values that it can have: ``mean | max``.
+    """One setting of a component. ``type``: ``int``, ``float | none``, or the possible values: ``mean | max``.
     ``default``: a JSON value. ``bounds``: ``> 0, ≤ 1``; empty where there are none."""
 
     key: str
@@ -41,7 +41,7 @@ class SettingFacts:
 
 @dataclass(frozen=True)
 class ComponentFacts:
-    """One component. ``package``: the distribution of the plugin that gives it. ``module``: where its class is."""
+    """One component. ``package``: the distribution of its plugin. ``module``: of its class."""
 
     kind: str
     name: str
@@ -69,14 +69,14 @@ def describe(catalog: Catalog, name: str) -> list[ComponentFacts]:
 
 
 def summary_of(cls: type[Any]) -> str:
-    """One line that says what a component is: its own summary or, without one, the first line of its docstring; what a
-    base class has is the last resort."""
+    """A one-line description of a component: its own summary, else the first line of its docstring, else the summary of
+    a base class."""
     text = vars(cls).get("summary") or cls.__doc__ or getattr(cls, "summary", "")
     return next(iter(str(text).strip().splitlines()), "").strip()
 
 
 def settings_of(cls: type[Any]) -> tuple[SettingFacts, ...]:
-    """The settings of a component, in the order of the source. Raises `PluginError` for a type without JSON values."""
+    """The settings of a component, in order of definition. Raises `PluginError` for a type without JSON values."""
     model: type[ComponentSettings] = getattr(cls, "Settings", ComponentSettings)
     try:
         schema = model.model_json_schema(by_alias=False)
@@ -103,6 +103,6 @@ def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
-    """Those of the alternatives of a union included: ``int | None`` keeps its bounds in the part that is an integer."""
+    """The bounds in ``schema`` and in the alternatives of a union, such as those of ``int`` in ``int | None``."""
     parts = [schema, *schema.get("anyOf", ())]
     return ", ".join(text.format(part[key]) for part in parts for key, text in _BOUNDS.items() if key in part)

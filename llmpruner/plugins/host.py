@@ -1,4 +1,4 @@
-"""Loading plugins, and what was left out of them."""
+"""Loading plugins, and recording what is left out of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .manager import HookManager
 
 @dataclass(frozen=True, slots=True)
 class BrokenPlugin:
-    """What was left out of the plugin ``name``: the class ``item`` that ``hook`` gave; with ``item`` None, all that
-    ``hook`` gives; with ``hook`` None, the whole plugin."""
+    """What was left out of the plugin ``name``: the class ``item`` that ``hook`` returned; if ``item`` is None, all of
+    ``hook``; if ``hook`` is None, the whole plugin."""
 
     name: str
     package: str
@@ -35,7 +35,7 @@ class BrokenPlugin:
 
 @dataclass
 class PluginHost:
-    """A plugin manager, the package that each plugin comes from, and a record of what was left out.
+    """A plugin manager, the package of each plugin, and a record of what was left out.
 
     ``packages``: plugin → distribution, for those that were loaded; a program may register others with ``manager``.
     ``blocked``: the plugins that ``LLMPRUNER_BLOCK`` left out.
@@ -54,9 +54,8 @@ class PluginHost:
     ) -> list[Answer]:
         """Call a hook for one plugin after the other: the built-ins first, then by name, each inside all wrappers.
 
-        An implementation or a wrapper that raises, or returns something else than a list, is recorded in `broken`; the
-        answers are what the others give. ``arguments``: makes the arguments of one call. ``returns``: False for a
-        hook whose result means nothing.
+        An implementation or a wrapper that raises, or does not return a list, is left out and recorded in `broken`.
+        ``arguments``: returns the arguments of one call. ``returns``: False for a hook without a result.
         """
         calls = HookCalls(self.manager, hook, arguments, returns)
         answers = calls.answers()
@@ -67,13 +66,13 @@ class PluginHost:
     def record(
         self, plugin: str, reason: str, hook: str | None = None, item: str | None = None, package: str | None = None
     ) -> None:
-        """Note what was left out of a plugin, as `BrokenPlugin` holds it."""
+        """Record what was left out of a plugin; see `BrokenPlugin`."""
         line = shorten(reason, 400, placeholder=" …")
         self._recorded.append(BrokenPlugin(plugin, package or self.package_of(plugin), line, hook, item))
 
     @property
     def broken(self) -> tuple[BrokenPlugin, ...]:
-        """What was left out so far: when plugins were loaded, and when hooks were called. Each thing once."""
+        """What was left out so far when plugins were loaded and hooks were called, without repetitions."""
         refused = [(self.manager.get_name(plugin), hook, reason) for plugin, hook, reason in self.manager.refused]
         unable = [BrokenPlugin(name, self.package_of(name), reason, hook) for name, hook, reason in refused if name]
         return tuple(dict.fromkeys([*unable, *self._recorded]))
@@ -114,7 +113,7 @@ def _load(host: PluginHost, entry: metadata.EntryPoint, package: str) -> None:
         reason = f"its name is taken by a plugin of {host.package_of(entry.name)}"
         host.record(entry.name, reason, package=package)
         return
-    # Whatever a third party's import raises, SystemExit included, must not take the application down.
+    # Imports of plugins may raise anything, including SystemExit, which must not end the application.
     try:
         if host.manager.register(entry.load(), entry.name) is None:
             raise TypeError(f"{entry.value} is None; expected a module or an object with hooks")

@@ -1,4 +1,4 @@
-"""pluggy's plugin manager, except that an implementation that cannot be called does not cost the whole plugin."""
+"""pluggy's plugin manager, but leaving out single invalid implementations instead of whole plugins."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 HOOKS: dict[str, Callable[..., Any]] = {
     name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")
 }
-"""Every hook with its specification, in the order of the source."""
+"""Name of every hook → its specification, in order of definition."""
 
 
 class HookManager(pluggy.PluginManager):
-    """Knows the hooks of `hookspecs`.
-
-    ``refused``: implementations that were left out at registration, each as (plugin, hook, reason).
-    """
+    """A plugin manager with the hooks of `hookspecs`. ``refused``: implementations that were left out at registration,
+    each as (plugin, hook, reason)."""
 
     def __init__(self) -> None:
         super().__init__(hookspecs.PROJECT)
@@ -33,7 +31,7 @@ class HookManager(pluggy.PluginManager):
         self.add_hookspecs(hookspecs)
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> HookimplOpts | None:
-        """The options of an implementation, None for what is none; pluggy asks it of every attribute of a plugin.
+        """The options of an implementation, None for other attributes; pluggy calls it for all attributes of a plugin.
 
         Raises `TypeError` for a plugin that cannot be used at all.
         """
@@ -59,14 +57,14 @@ class HookManager(pluggy.PluginManager):
         self.refused.append((plugin, hook, "the function is not marked with @hookimpl"))
 
     def _wrong_wrapper(self, plugin: Any, name: str, hook: str, options: HookimplOpts) -> str | None:
-        """Why a wrapper cannot be called; None when it can, or is none."""
+        """Why a wrapper cannot be called; None when it can, or when the function is no wrapper."""
         if not _wraps(options):
             return None
         if options.get("wrapper") and options.get("hookwrapper"):
             return "the function is marked both wrapper and hookwrapper; keep wrapper"
         if not inspect.isgeneratorfunction(getattr(plugin, name)):
             return "the function is marked as a wrapper and does not yield"
-        # A hook is called for one plugin at a time by leaving out the others, which would leave out their wrappers.
+        # A hook is called for one plugin by leaving out the others, and with them their wrappers.
         for other in dir(plugin):
             found = super().parse_hookimpl_opts(plugin, other)
             if found and (found.get("specname") or other) == hook and not _wraps(found):

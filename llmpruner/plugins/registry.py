@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Registered(Generic[T]):
-    """A class, the plugin that gave it, and the package of that plugin."""
+    """A class, its plugin, and the package of the plugin."""
 
     cls: type[T]
     plugin: str
@@ -26,9 +26,8 @@ class Registered(Generic[T]):
 class Registry(Mapping[str, type[T]], Generic[T]):
     """Classes by name, in the order of their names.
 
-    Looking up an unknown name raises `UnknownNameError` with near misses. A name that several classes have is not
-    iterated over; it is ``in`` the registry, so that whoever asks for it gets the `DuplicateNameError` that names
-    their packages.
+    Looking up an unknown name raises `UnknownNameError`. A name of several classes is ``in`` the registry but left out
+    of iteration; looking it up raises `DuplicateNameError`.
     """
 
     def __init__(self, kind: str, base: type[T]) -> None:
@@ -37,13 +36,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         self._found: dict[str, list[Registered[T]]] = {}
 
     def add(self, cls: type[T], plugin: str, package: str) -> None:
-        """Enter a class without a `problem_of`. The same class is entered once, whoever gives it."""
+        """Add a class that `problem_of` accepts; a class that several plugins return is added once."""
         entries = self._found.setdefault(name_of(cls), [])
         if all(entry.cls is not cls for entry in entries):
             entries.append(Registered(cls, plugin, package))
 
     def duplicates(self) -> Iterator[tuple[Registered[T], str]]:
-        """Every class that shares its name with another, and the message about it."""
+        """Every class that shares its name with another, and the error message."""
         for name, entries in sorted(self._found.items()):
             if len(entries) > 1:
                 yield from ((entry, self._duplicate(name)) for entry in entries)
@@ -83,8 +82,8 @@ def name_of(cls: Any) -> str:
 
 
 def problem_of_name(cls: Any) -> str | None:
-    """What is wrong with the name of a component class: users write it as ``--importance NAME``, in lists with
-    commas, as ``NAME.key=value`` and as ``NAME:reference``."""
+    """Why the name of a component class is invalid, None when it is valid: users write names in lists with commas, as
+    ``NAME.key=value`` and as ``NAME:reference``."""
     name = getattr(cls, "name", "")
     if isinstance(name, str) and name == name.lower() and re.fullmatch(r"[^\s,.=:]+", name):
         return None
@@ -104,7 +103,7 @@ def problem_of(cls: Any, base: type) -> str | None:
     required = [key for key, field in settings.model_fields.items() if field.is_required()]
     if required:
         return f"its setting '{required[0]}' has no default; every setting needs one"
-    # Third-party code: whatever it raises.
+    # Third-party code may raise anything.
     try:
         cls()
     except (Exception, SystemExit) as error:

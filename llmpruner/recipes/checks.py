@@ -1,4 +1,4 @@
-"""What can be refused once the structure of a model is known, before its weights are read or text is written."""
+"""Checks of a job against the structure of a model, before weights are read or text is generated."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
         if group.name in allowed
     ]
     wanted = demand(job, cost, cost, groups, scope, job.steps)
-    # What can be given at all does not depend on scores; allocations that measure are stood in for by equal shares.
+    # The largest amount does not depend on scores, so equal shares replace allocations that measure.
     allocation = Uniform() if job.allocation.measures else job.allocation
     if not any(allocation.allocate(AllocationTask(queues, wanted, Meter(cost, queues))).values()):
         rounded = job.round_to > 1
@@ -63,8 +63,8 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
 
 
 def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> None:
-    """Raise for a plan that was made for another model, and for what it names and is not there: components and
-    calibration text."""
+    """Raise for a plan that was made for another model, or that needs a component or calibration text that does not
+    exist."""
     plan.check(structure.graph)
     catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
     if plan.compensation is None:
@@ -95,7 +95,7 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
 
 
 def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:
-    """The cost of the model as it is now, from its shapes."""
+    """The cost of the current model, from its shapes."""
     model = meta_model(structure.config)
     if structure.plans:
         graph = build_graph(structure.family, structure.config)

@@ -1,7 +1,7 @@
-"""From settings to jobs: components chosen and created, methods filled in, and options without effect refused.
+"""From settings to jobs: creating components, filling in the defaults of methods, refusing options without effect.
 
-A job is all that a stage reads, so an option that does not change the job has no effect; `PruneSettings` and its like
-are what the user gave, and nothing reads them afterwards. Nothing here looks at a model.
+Stages read jobs alone, not settings, so an option that does not change the job has no effect. Jobs do not depend on the
+model.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ _AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
     "unit_ratio": "units",
 }
 _UNROUNDED = {ATTENTION, QUERY, LAYER}
-"""Kinds whose kept number is never rounded: heads and layers are counts, not widths."""
+"""Kinds whose numbers are not rounded: heads and layers are counts, not widths."""
 
 
 @dataclass(frozen=True)
 class CalibrationJob:
-    """Which text is read. ``fixed_length``: whether the user chose the length; a default gives way to the model's
-    positions."""
+    """The calibration text to read. ``fixed_length``: whether the user gave the length; a default is limited to the
+    model's positions."""
 
     text: CalibrationText
     samples: int
@@ -64,10 +64,10 @@ class CalibrationJob:
 
 @dataclass(frozen=True)
 class PruneJob:
-    """Everything that a plan and a cut depend on, besides the model.
+    """All that a plan and a cut depend on, besides the model.
 
     ``by``, ``amount``: a share (``ratio``) of ``budget``, total ``parameters`` to remain, or a share of ``units``.
-    ``calibration``: None when nothing reads text.
+    ``calibration``: None when no component reads text.
     """
 
     by: Literal["ratio", "parameters", "units"]
@@ -85,7 +85,7 @@ class PruneJob:
     calibration: CalibrationJob | None
     seed: int
     fixed_reduction: bool = False
-    """Whether the user chose the reduction."""
+    """Whether the user gave the reduction."""
 
     @property
     def scores_read_text(self) -> bool:
@@ -109,7 +109,7 @@ class EvaluateJob:
 
 
 class _Given:
-    """What the user gave, and which of the component settings among it have been used."""
+    """The settings that the user gave, and a record of the component settings that were used."""
 
     def __init__(self, settings: Settings, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self.settings = settings
@@ -125,14 +125,14 @@ class _Given:
         return flag_of(type(self.settings), name)
 
     def refuse(self, name: str, reason: str) -> None:
-        """Raise when the user gave ``name``, which has no effect because of ``reason``."""
+        """Raise `SettingsError` if the user gave ``name``, which has no effect for ``reason``."""
         if self.has(name):
             flag, negated = self.flag(name), getattr(self.settings, name) is False
             flag = f"--no-{flag[2:]}" if negated and type(self.settings).model_fields[name].default is True else flag
             raise SettingsError(f"{flag} has no effect {reason}; leave it out")
 
     def create(self, field: str, registry: Registry[C], name: str) -> C:
-        """The component ``name``, which ``field`` chooses, with the settings that methods and the user give for it."""
+        """The component ``name``, which ``field`` selects, with the settings of the method and of the user for it."""
         return self.configured(field, registry[name])
 
     def configured(self, field: str, cls: type[C]) -> C:
@@ -147,12 +147,12 @@ class _Given:
         return self.use(cls(**values))
 
     def use(self, component: C) -> C:
-        """``component``, whose settings have been used."""
+        """``component``; records that its settings were used."""
         self._used.setdefault(component.name, []).append(component.kind)
         return component
 
     def unused_shorthands(self, field: str, reason: str) -> None:
-        """Refuse the options that set something of the component ``field``, where there is none."""
+        """Refuse the shorthand options for settings of the component that ``field`` selects, where there is none."""
         for option, _ in self._shorthands(field):
             self.refuse(option, reason)
 
@@ -171,7 +171,7 @@ class _Given:
 
 
 def method_of(settings: PruneSettings, catalog: Catalog) -> Method:
-    """The method that the user named; by default ``best``, or what naming a criterion alone means."""
+    """The method that the user gave; else `ByHand` if the user gave a criterion, else ``best``."""
     if settings.method is not None:
         return catalog.methods[settings.method]()
     return ByHand() if settings.importance is not None else catalog.methods["best"]()
@@ -256,7 +256,7 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     given = _Given(settings)
     strategy = given.create("strategy", catalog.strategies, settings.strategy)
     if settings.max_steps is not None:
-        given.refuse("epochs", "with --max-steps, which says when training stops")
+        given.refuse("epochs", "with --max-steps, which sets the number of steps")
     if not strategy.adapters:
         given.refuse("merge", f"with {strategy.label()}, which trains no adapters")
     given.check_all_used()
@@ -287,7 +287,7 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     for name, reason in (("perplexity", "without --perplexity"), ("tasks", "without --tasks"), ("speed", "")):
         if name not in wanted:
             given.unused_shorthands(name, reason)
-    # The table shows built-in metrics in this order, then the others as named.
+    # The table has the built-in metrics in this order, then the others in the given order.
     order = [name for name in ("size", "perplexity", "tasks", "speed") if name in wanted]
     metrics = tuple(given.create(name, catalog.metrics, name) for name in dict.fromkeys([*order, *wanted]))
     given.check_all_used()

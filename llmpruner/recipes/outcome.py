@@ -1,4 +1,4 @@
-"""Counting what a plan leaves of a model."""
+"""The size of a model before and after a plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def outcome_of(model: Model, plan: PruningPlan, cost: Cost | None) -> Outcome:
-    """``model``: before the cut. ``cost``: of the plan's budget; None where parameters and bytes say it all."""
+    """The `Outcome` of a plan. ``model``: before the cut. ``cost``: of the plan's budget; None to leave it out."""
     graph = model.graph
     groups = [graph.by_name[name] for name in plan.cuts]
     total, decoder = parameters_after(graph, plan.kept)

@@ -1,7 +1,4 @@
-"""The stages of a prune in one readable file: calibrate → estimate → select → compensate → cut → save.
-
-Every stage takes a small frozen value and returns the next; this module only strings them together.
-"""
+"""The stages of pruning in sequence: calibrate → estimate → select → compensate → cut → save."""
 
 from __future__ import annotations
 
@@ -57,13 +54,13 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 GRADIENT_TOKENS = 16384
-"""Calibration tokens for scores that need gradients, or that a compensation computes again on all of the text."""
+"""Calibration tokens for scores that need gradients, or that are computed again during the compensation."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan that may still be open: with a ``chooser``, how many units of each group go is final and which ones is
-    not. ``calibration``: the text that chooser and compensation read; None where neither does."""
+    """A plan that may be preliminary: with a ``chooser``, the number of units to remove from each group is final, but
+    the units are not. ``calibration``: the text of chooser and compensation; None where neither reads text."""
 
     plan: PruningPlan
     calibration: CalibrationSet | None = None
@@ -73,23 +70,23 @@ class Draft:
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
-    """The kinds and layers that may be cut; by default all layers but the family's protected share at both ends."""
+    """The kinds and layers that may be cut; by default `default_layers`."""
     chosen = numbers_of(job.layers, structure.graph.num_layers)
     return Scope(job.kinds, chosen if chosen is not None else default_layers(structure))
 
 
 def default_layers(structure: Structure) -> tuple[int, ...]:
-    """All layers but the family's protected share at both ends."""
+    """All layers except the family's protected shares of the first and last ones."""
     count = structure.graph.num_layers
     first, last = (round(share * count) for share in structure.family.protected_layers)
     return tuple(range(first, count - last))
 
 
 def make_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> tuple[PruningPlan, Cost]:
-    """Estimate and select; returns the cost of the budget, too. The model is not changed; with more than one step a
-    copy of it is cut on the way.
+    """Estimate and select; returns the plan and the cost of the budget. The model is not changed; with several steps,
+    copies of it are cut.
 
-    To make a plan only to apply it, `draft_plan` and `apply_draft` give the same and may save a walk through the model.
+    To make and apply a plan, `draft_plan` and `apply_draft` give the same result with fewer passes through the model.
     """
     draft = draft_plan(model, job, progress)
     assert draft.cost is not None
@@ -100,9 +97,9 @@ def make_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> tuple[
 
 
 def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> Draft:
-    """`make_plan`, which may leave it to a compensation which units go.
+    """As `make_plan`, but the units may be chosen again during the compensation.
 
-    The budget is opened first: it may have to be measured, and may turn out to be one that nothing in scope saves.
+    The budget is opened first: it may have to be measured, and is refused if no unit in scope saves any of it.
     """
     scope = scope_of(job, model)
     network, graph = model.model, model.graph
@@ -137,7 +134,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> Draft
 
 
 def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress = QUIET) -> Model:
-    """Compensate, if the plan says so, and cut, in place. Calibration text is read or written again.
+    """Compensate, if the plan has a compensation, and cut, in place. Calibration text is read or generated again.
 
     Raises `PlanError` when the plan was made for another model, `DataError` when its calibration text has changed.
     """
@@ -145,7 +142,7 @@ def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Prog
 
 
 def apply_draft(model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET) -> Model:
-    """`apply_plan` for a plan that may be open. The last of the ``plans`` of what is returned is the final one."""
+    """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
     plan = draft.plan
     plan.check(model.graph)
     if plan.compensation is not None:
@@ -158,7 +155,7 @@ def apply_draft(model: Model, draft: Draft, catalog: Catalog, progress: Progress
 def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
     """Write the model as an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoints.save`).
 
-    ``notes``: further provenance (recovery settings, say), kept in ``llmpruner.json`` beside the plans.
+    ``notes``: further JSON values for ``llmpruner.json``, beside the plans.
     """
     record = {
         **(model.record or {}),
@@ -179,7 +176,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
 
 
 def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> CalibrationSet | None:
-    """The calibration set of a job; None when nothing reads text."""
+    """The calibration set of a job; None when no component reads text."""
     if job.calibration is None:
         return None
     text = job.calibration.text
@@ -191,7 +188,7 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
 
 
 def length_for(calibration: CalibrationJob, structure: Structure) -> int:
-    """Tokens per sample: a default is no more than the model has positions for."""
+    """Tokens per sample; a default is limited to the model's positions."""
     limit = getattr(structure.config.get_text_config(), "max_position_embeddings", None)
     return calibration.length if calibration.fixed_length else min(calibration.length, limit or calibration.length)
 
@@ -199,9 +196,9 @@ def length_for(calibration: CalibrationJob, structure: Structure) -> int:
 def demand(
     job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, step: int = 1
 ) -> Demand:
-    """What must be removed in step number ``step`` so that its share of the amount is reached after it.
+    """What must be removed in step number ``step``, so that ``step / job.steps`` of the amount is removed after it.
 
-    ``whole``: the cost of the dense model; ``now``: of what earlier steps left. Raises `SelectionError`.
+    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`.
     """
     if job.by == "units":
         units = {
@@ -296,7 +293,7 @@ def _compensate(
     if calibration is None and how.calibration is not None and how.samples and how.length:
         text = parse_calibration(how.calibration, catalog.sources, how.sources)
         calibration = text.sample(model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed)
-        # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
+        # Generated text depends on rounding, so that it may differ on another machine.
         if not text.writes and calibration.fingerprint != how.fingerprint:
             raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
     task = RepairTask(model.model, model.graph, plan.kept, calibration, draft.chooser, progress)
@@ -306,7 +303,7 @@ def _compensate(
 
 
 def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
-    """The cost of a plan's budget, from what the plan recorded."""
+    """The cost of a plan's budget, with the measurement in the plan."""
     target, groups = plan.target, [model.graph.by_name[name] for name in plan.cuts]
     budget = catalog.create(catalog.budgets, target.counted_in, target.settings)
     return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), target.measured)
@@ -317,8 +314,8 @@ def _with_units(graph: CouplingGraph, plan: PruningPlan, kept: Kept) -> PruningP
 
 
 def _chooser(job: PruneJob, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> Chooser | None:
-    """Ranks units during the compensation; None where the ranking before the allocation is final, because the
-    allocation, or a further step, depends on which units go."""
+    """For ranking units again during the compensation; None where the first ranking is final, because the allocation,
+    or a further step, depends on the units."""
     if not (job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1):
         return None
     chooser = Chooser(job.criterion, job.reduction, job.round_to, job.seed)
@@ -326,8 +323,8 @@ def _chooser(job: PruneJob, graph: CouplingGraph, groups: Sequence[CoupledGroup]
 
 
 def _scored_on(calibration: CalibrationSet | None, job: PruneJob, chooser: Chooser | None) -> CalibrationSet | None:
-    """A compensation takes all of the text, and so do final scores of a forward pass: a ranking on little text depends
-    on that text. Gradients cost more, and take fewer tokens; so do scores that are computed again."""
+    """The part of the calibration set for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
+    more time, and for scores that are computed again."""
     if calibration is None or not job.compensation.ranks_again:
         return calibration
     gradients = job.criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
@@ -343,7 +340,7 @@ def _loss(
     calibration: CalibrationSet | None,
     progress: Progress,
 ) -> Callable[[Kept], float] | None:
-    """What a measuring allocation minimises; None for the others, which look at scores alone."""
+    """The loss for an allocation that measures; None for others."""
     if not job.allocation.measures or calibration is None:
         return None
     refit = job.compensation.ranks_again
@@ -351,6 +348,6 @@ def _loss(
 
 
 def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
-    """The scope in the layer numbers of the model after the cut."""
+    """The scope with the layer numbers of the model after the cut."""
     numbers = layer_numbers(graph, kept)
     return Scope(scope.kinds, tuple(numbers[n] for n in scope.layers if n in numbers))

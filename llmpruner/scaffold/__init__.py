@@ -1,1 +1,1 @@
-"""Packages that ``llmpruner new-plugin`` writes: a family, criterion or strategy with its tests and CI."""
+"""The plugin packages that ``llmpruner new-plugin`` writes, with tests and CI."""

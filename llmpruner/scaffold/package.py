@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import new_directory
-from .model import ModelFacts
 
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",
@@ -80,6 +81,26 @@ class PluginName:
     def class_of(self, kind: str) -> str:
         """Name of the class: ``MyModelFamily`` of a family ``my-model``."""
         return "".join(part.capitalize() for part in (*self.word.split("-"), kind))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts for the templates.
+
+    ``types``: model types; empty without a model. ``config_class``, ``config_module``: the configuration class and its
+    module; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``: the installed
+    family that matches the model already. ``package``, ``requires``: the package that registers the architecture, and
+    its distribution. ``kinds``: the kinds of units that can be removed.
+    """
+
+    types: tuple[str, ...] = ()
+    config_class: str = ""
+    config_module: str = ""
+    config_values: Mapping[str, Any] = field(default_factory=dict)
+    extends: str | None = None
+    package: str | None = None
+    requires: str | None = None
+    kinds: tuple[str, ...] = ()
 
 
 def kind_named(word: str) -> Kind:

@@ -1,4 +1,4 @@
-"""What every importance criterion must get right."""
+"""Conformance tests for importance criteria."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 
 class CriterionConformance:
-    """Everything a criterion must get right, with each value of each of its `Literal` settings.
+    """Tests for a criterion, with each value of each of its `Literal` settings.
 
     ``criterion``: the class under test. `loaded` is a tiny LLaMA with every kind of unit; override it for a criterion
-    that scores what this model does not have (experts, say).
+    of other units, such as experts.
     """
 
     criterion: ClassVar[type[ImportanceCriterion]]
 
     def loaded(self) -> Model:
-        """The model that units are scored on; random, and the same at every call."""
+        """The model whose units are scored; random, but the same at every call."""
         return tiny_llama()
 
     def test_an_entry_point_registers_it(self) -> None:
@@ -51,7 +51,7 @@ class CriterionConformance:
         check_registered(Catalog(host).criteria, host, self.criterion)
 
     def test_it_says_what_it_is(self) -> None:
-        """Name and summary, settings with defaults and descriptions, and which signals it needs."""
+        """It has a name, a summary, settings with defaults and descriptions, and a set of signals."""
         cls = self.criterion
         check_named("criterion", cls)
         check_settings("criterion", cls)
@@ -66,18 +66,18 @@ class CriterionConformance:
             )
 
     def test_every_saliency_is_a_finite_tensor(self) -> None:
-        """Of the parameter's shape, or of one score per unit; with signs, if the criterion says that it has them."""
+        """Its shape is that of the parameter, or (units,); it has negative values if the criterion is ``signed``."""
         for criterion in self._instances():
             calls = self._observe(criterion)
             for call in calls:
                 _check_finite(criterion, call)
             if criterion.signed:
                 assert any(bool((call.returned < 0).any()) for call in calls), (
-                    f"{label(criterion)} says that its saliencies are signed, and none of any parameter is negative"
+                    f"{label(criterion)} is signed, but none of its saliencies is negative"
                 )
 
     def test_it_gets_what_it_needs_and_nothing_else(self) -> None:
-        """Signals that it did not ask for are None; those that it asked for, it reads: each costs time and memory."""
+        """Signals that it does not need are None; those that it needs are read, as each takes time and memory."""
         for criterion in self._instances():
             calls = self._observe(criterion)
             for call in calls:
@@ -89,7 +89,7 @@ class CriterionConformance:
             assert not idle, f"{label(criterion)} asks for {', '.join(idle)}, and reads it of no parameter"
 
     def test_it_leaves_the_model_as_it_was(self) -> None:
-        """A criterion is shown the model's own tensors: changing them in place would change what is pruned."""
+        """A criterion gets the tensors of the model; changing them in place would change the pruned model."""
         for criterion in self._instances():
             loaded = self.loaded()
             before = copy.deepcopy(loaded.model.state_dict())
@@ -98,7 +98,7 @@ class CriterionConformance:
             assert not change, f"{label(criterion)} changes the model: {change}"
 
     def test_the_same_seed_gives_the_same_scores(self) -> None:
-        """Whatever the state of the global random generators: a criterion draws from ``signals.generator`` alone."""
+        """Random numbers must be from ``signals.generator``, not from global generators."""
         for first, again in zip(self._instances(), self._instances(), strict=True):
             loaded = self.loaded()
             runs = []
@@ -122,7 +122,7 @@ class CriterionConformance:
                 )
 
     def test_it_tells_units_apart(self) -> None:
-        """Where all units score alike, the choice between them means nothing."""
+        """Not all units of a group may have equal scores."""
         for criterion in self._instances():
             loaded = self.loaded()
             for name, values in self._scores(loaded, criterion, scorable(loaded.graph, criterion)).items():
@@ -185,7 +185,7 @@ def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torc
 
 
 def _silenced(loaded: Model, kept: Mapping[str, Sequence[int]]) -> tuple[PreTrainedModel, Any]:
-    """A copy of the model whose removed units contribute nothing, at full size, and a context to run it in."""
+    """A copy of the model with removed units silenced, and a context to run it in."""
     model, graph = copy.deepcopy(loaded.model), loaded.graph
     for path in removed_modules(graph, kept):
         model.get_submodule(path).register_forward_hook(_skip)

@@ -1,4 +1,4 @@
-"""What every model family must get right."""
+"""Conformance tests for model families."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 class FamilyConformance:
-    """Everything a family must get right, on the small model of `config`.
+    """Tests for a family, on the small model of `config`.
 
     ``family``: the class under test. ``loads_elsewhere``: whether a pruned model must load with transformers alone
     where llmpruner is not installed (it must, unless transformers itself lacks the model class).
@@ -52,11 +52,11 @@ class FamilyConformance:
     loads_elsewhere: ClassVar[bool] = True
 
     def config(self) -> PreTrainedConfig:
-        """A small configuration: two to four layers, and no two widths alike where the architecture allows."""
+        """A small configuration: two to four layers, with different widths as far as the architecture allows."""
         raise NotImplementedError
 
     def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """A random instance. Weights must be large enough for mistakes to show in the logits."""
+        """A random instance. Weights must be large enough for errors to change the logits."""
         return random_instance(config, 0)
 
     def loaded(self) -> Model:
@@ -68,8 +68,8 @@ class FamilyConformance:
         assert self.family().matches(self.config())
 
     def test_every_cut_equals_silencing(self) -> None:
-        """Each kind, cut evenly and unevenly, eager and sdpa, with cached generation, saved and loaded again. A check
-        that the model does not allow is a warning."""
+        """For each kind, cut evenly and unevenly, in eager and sdpa attention, with cached generation, after saving and
+        loading. Checks that are not possible for the model give a warning."""
         verdicts = verify(self.family(), self.config(), shrink=False)
         assert verdicts, "the family has no coupled groups"
         for skipped in dict.fromkeys(line for v in verdicts for line in v.skipped):
@@ -83,7 +83,7 @@ class FamilyConformance:
         assert not wrong, "\n".join(wrong)
 
     def test_declared_groups_agree_with_discovery(self) -> None:
-        """Where discovery finds a group of the same name, it finds the same indices, roles and offsets."""
+        """Groups of the same name have the same indices, roles and offsets."""
         config = self.config()
         try:
             discovered = discover_groups(config)
@@ -93,7 +93,7 @@ class FamilyConformance:
         assert not found, "\n".join(found)
 
     def test_checkpoints_may_name_its_model_class(self) -> None:
-        """A class outside transformers is imported for a checkpoint only from packages that an entry point names."""
+        """A class outside transformers must be in a package that an entry point names."""
         base = base_of(self.build(self.config()))
         package = base.__module__.partition(".")[0]
         assert package in packages_of_models(), (
@@ -118,7 +118,7 @@ class FamilyConformance:
                     assert group.units == 1 or len(set(values.tolist())) > 1, f"{where}: all units score alike"
 
     def test_a_pruned_model_loads_in_fresh_processes(self, tmp_path: Path) -> None:
-        """With llmpruner, and where it is not installed: the same logits, and cached generation as without cache."""
+        """With and without llmpruner, it gives the same logits, and generates the same with and without a cache."""
         self.test_checkpoints_may_name_its_model_class()
         expected, directories = [], [tmp_path / "even", tmp_path / "uneven"]
         for directory in directories:
@@ -128,17 +128,17 @@ class FamilyConformance:
             ids = torch.randint(vocabulary // 2, vocabulary, (2, 7), generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
                 expected.append(pruned.model.eval()(input_ids=ids).logits)
-        for who in ("llmpruner", "stranger") if self.loads_elsewhere else ("llmpruner",):
+        for loader in ("llmpruner", "transformers") if self.loads_elsewhere else ("llmpruner",):
             for directory, logits, found in zip(
-                directories, expected, run_probes(directories, who, ids.tolist()), strict=True
+                directories, expected, run_probes(directories, loader, ids.tolist()), strict=True
             ):
-                where = f"the {directory.name} model, loaded as {who}"
+                where = f"the {directory.name} model, loaded by {loader}"
                 difference = float((torch.tensor(found["logits"]) - logits).abs().max())
                 assert difference <= 1e-5 * (1 + float(logits.abs().max())), f"{where}: logits differ by {difference}"
                 assert found["cached"] == found["plain"], f"{where}: cached generation differs"
 
     def _pruned(self, *, uneven: bool) -> Model:
-        """A quarter of the decoder's parameters gone, or another number of units of every group."""
+        """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
         made, _ = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(loaded, groups)))
@@ -149,7 +149,7 @@ class FamilyConformance:
         return cut_by(loaded, made)
 
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
-        """LoRA finds its targets in the coupled groups of the pruned model, trains them, and merges."""
+        """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
         loaded = self.loaded()
         pruned = pruned_by(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
@@ -162,7 +162,7 @@ class FamilyConformance:
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
 
     def test_lm_eval_gets_an_answer(self) -> None:
-        """lm-evaluation-harness sees the pruned model as an ordinary one: one request, one log-likelihood."""
+        """lm-evaluation-harness computes a log-likelihood with the pruned model."""
         from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
 

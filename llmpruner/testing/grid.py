@@ -1,4 +1,4 @@
-"""Instances of a component that between them try every value of its settings that can be listed."""
+"""Instances of a component for every value of its settings of type `Literal` or `bool`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ C = TypeVar("C", bound=Component)
 
 
 def settings_grid(cls: type[C]) -> list[C]:
-    """``cls`` with its defaults, and once with each other value of each setting of type `Literal` or `bool`, the
-    remaining settings at their defaults."""
+    """Instances of ``cls``: with its defaults, and with each other value of each setting of type `Literal` or `bool`,
+    one at a time."""
     grid = [cls()]
     for key, field in cls.Settings.model_fields.items():
         default = field.get_default(call_default_factory=True)
@@ -31,7 +31,7 @@ def _values(annotation: Any) -> tuple[Any, ...]:
 
 
 def changed(component: Component) -> str:
-    """The settings that differ from their defaults, as ``key=value``, with commas between them."""
+    """The settings that differ from their defaults, as ``key=value, key=value``."""
     defaults = type(component).Settings().model_dump()
     values = component.settings.model_dump()
     return ", ".join(f"{key}={value}" for key, value in values.items() if value != defaults.get(key))

@@ -1,4 +1,4 @@
-"""Plugin hosts for tests, and checks of what an entry point must have brought."""
+"""Plugin hosts for tests, and checks of registered components."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..plugins.registry import Registry, problem_of_name
 
 
 def host_with(*plugins: Any, entry_points: bool = False) -> PluginHost:
-    """A fresh host with the built-ins and ``plugins``; with ``entry_points`` also everything installed.
+    """A new host with the built-ins and ``plugins``; with ``entry_points`` also all installed plugins.
 
-    A plugin is a module or object with hooks, or simply a component class: a family, a criterion, a metric …
-    Raises `PluginError` for a function among ``plugins`` that this version cannot call as a hook.
+    A plugin is a module or object with hooks, or a component class: a family, a criterion, a metric … Raises
+    `PluginError` for hook functions that this version cannot call.
     """
     host = plugin_manager(entry_points=entry_points)
     names = [getattr(plugin, "__name__", type(plugin).__name__) for plugin in plugins]
     for name, plugin in zip(names, plugins, strict=True):
-        host.manager.register(_giving(plugin) if isinstance(plugin, type) else plugin, name)
+        host.manager.register(_plugin_with(plugin) if isinstance(plugin, type) else plugin, name)
     for broken in host.broken:
         if broken.name in names:
             raise PluginError(str(broken))
@@ -29,7 +29,7 @@ def host_with(*plugins: Any, entry_points: bool = False) -> PluginHost:
 
 
 def _kind_of(cls: type) -> Kind[Any]:
-    """Raises `TypeError` for a class that is no component."""
+    """The kind of a component class. Raises `TypeError` for any other class."""
     for kind in KINDS.values():
         if issubclass(cls, kind.base):
             return kind
@@ -37,20 +37,20 @@ def _kind_of(cls: type) -> Kind[Any]:
     raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a subclass of {names}")
 
 
-def _giving(cls: type) -> Any:
-    """A plugin whose one hook returns ``cls``."""
+def _plugin_with(cls: type) -> Any:
+    """A plugin with one hook, which returns ``cls``."""
     hook = _kind_of(cls).hook
 
-    def give(self: Any) -> list[type]:
+    def implementation(self: Any) -> list[type]:
         del self
         return [cls]
 
-    give.__name__ = hook
-    return type(cls.__name__, (), {hook: hookimpl(give)})()
+    implementation.__name__ = hook
+    return type(cls.__name__, (), {hook: hookimpl(implementation)})()
 
 
 def check_registered(registry: Registry[Any], host: PluginHost, cls: type) -> None:
-    """Raises `AssertionError` unless a plugin of ``host`` gives ``cls`` under its name."""
+    """Raises `AssertionError` unless ``registry``, of ``host``, contains ``cls`` under its name."""
     name = getattr(cls, "name", "")
     broken = "".join(f"; {plugin}" for plugin in host.broken)
     assert name in registry, (
@@ -69,12 +69,12 @@ def check_named(kind: str, cls: Any) -> None:
     assert problem is None, f"{kind} {cls.__name__}: {problem}"
     summary = getattr(cls, "summary", "")
     assert isinstance(summary, str) and summary.strip() and "\n" not in summary, (
-        f"{kind} '{cls.name}' has the summary {summary!r}; expected one line that says what it does"
+        f"{kind} '{cls.name}' has the summary {summary!r}; expected one line"
     )
 
 
 def check_settings(kind: str, cls: type[Component]) -> None:
-    """Raises `AssertionError` unless the settings of ``cls`` have defaults and descriptions and take nothing else."""
+    """Raises `AssertionError` unless all settings of ``cls`` have defaults and descriptions, and others are refused."""
     name = cls.name
     assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
     for key, field in cls.Settings.model_fields.items():

@@ -1,4 +1,4 @@
-"""Small pruning jobs for tests, around a criterion that need not be registered."""
+"""Small pruning jobs for tests."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from ..structure.plan import PruningPlan
 
 
 def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> PruneJob:
-    """A fifth of the decoder's MLP parameters, by ``criterion`` (default: l1) on one sample of four tokens that the
-    model writes, in equal shares and without compensation. ``changes``: other fields of `PruneJob`."""
+    """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
+    by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob` to
+    replace."""
     text = CalibrationText("self", (Part(SelfWritten(), ""),))
     values: dict[str, Any] = {
         "by": "ratio",
@@ -43,11 +44,11 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
 
 
 def pruned_by(model: Model, job: PruneJob) -> Model:
-    """``model``, cut in place as ``job`` says."""
+    """``model``, cut in place by the plan of ``job``."""
     plan, _ = make_plan(model, job)
     return cut_by(model, plan)
 
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
-    """``model``, cut in place as ``plan`` says, with the built-in components alone."""
+    """``model``, cut in place by ``plan``, with the built-in components alone."""
     return apply_plan(model, plan, Catalog(plugin_manager(entry_points=False)))

@@ -1,4 +1,4 @@
-"""What every recovery strategy must get right."""
+"""Conformance tests for recovery strategies."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _STEPS, _INTERRUPTED_AT = 6, 4
 
 
 class RecoveryConformance:
-    """Everything a recovery strategy must get right, on a tiny LLaMA whose layers were cut unevenly.
+    """Tests for a recovery strategy, on a tiny LLaMA whose layers were cut unevenly.
 
-    ``strategy``: the class under test; it is created without settings, and may ask for the dense model. ``resumes``:
-    whether an interrupted run continues where it stopped; one that starts again must still end the same.
+    ``strategy``: the class under test; it is created without settings, and may load the dense model. ``resumes``:
+    whether an interrupted run continues where it stopped; if not, it must still end with the same result.
     """
 
     strategy: ClassVar[type[RecoveryStrategy]]
     resumes: ClassVar[bool] = True
 
     def settings(self) -> RecoverSettings:
-        """Six steps that change weights visibly. Override what your strategy needs otherwise."""
+        """Six steps that clearly change weights. Override it for other needs."""
         return RecoverSettings(
             data=_DATA,
             max_steps=_STEPS,
@@ -68,7 +68,7 @@ class RecoveryConformance:
         check_named("recovery strategy", self.strategy)
 
     def test_its_settings_have_defaults_and_descriptions(self) -> None:
-        """A strategy can be created without settings, and ``llmpruner plugins NAME`` has a line for each of them."""
+        """A strategy can be created without settings, and each setting has a description."""
         name = self.strategy.name
         for key, field in self.strategy.Settings.model_fields.items():
             assert not field.is_required(), f"strategy '{name}': its setting '{key}' has no default"
@@ -93,7 +93,7 @@ class RecoveryConformance:
         bad = sorted(n for n, p in after.items() if not bool(torch.isfinite(p).all()))
         assert not bad, f"strategy '{name}' leaves values that are not finite in parameter '{bad[0]}'"
         assert first_change(before, after), f"strategy '{name}': after one step every parameter is what it was"
-        assert result.trainable_parameters > 0, f"strategy '{name}' says that it trained no parameters"
+        assert result.trainable_parameters > 0, f"strategy '{name}' reports no trained parameters"
         assert len(result.losses) == 1 and all(isfinite(loss) for loss in result.losses), (
             f"strategy '{name}' took one step and returns the losses {result.losses}; expected one finite number"
         )
@@ -118,7 +118,7 @@ class RecoveryConformance:
         )
 
     def test_the_same_seed_gives_the_same_model(self, tmp_path: Path) -> None:
-        """Whatever the state of the global random generators."""
+        """Independent of the state of global random generators."""
         runs = []
         for number in range(2):
             scramble(number)
@@ -132,7 +132,7 @@ class RecoveryConformance:
         )
 
     def test_an_interrupted_run_ends_as_an_uninterrupted_one(self, tmp_path: Path) -> None:
-        """The same job, started again in the same directory, gives the same model and the whole loss curve."""
+        """The same job, started again in the same directory, gives the same model and all losses."""
         name = self.strategy.name
         whole = self._run(self.loaded(), tmp_path / "whole", self.settings())
         assert len(whole.losses) == _STEPS, f"strategy '{name}' returns {len(whole.losses)} losses of {_STEPS} steps"
@@ -152,7 +152,7 @@ class RecoveryConformance:
         )
         assert not self.resumes or steps[0] > 1, (
             f"strategy '{name}' starts again at step 1 after an interruption; keep its state in job.work_dir, "
-            "or say resumes = False"
+            "or set resumes = False"
         )
 
     def _run(

@@ -1,4 +1,4 @@
-"""A wrapper around a criterion that records what it is shown, what it reads of that, and what it returns."""
+"""A wrapper around a criterion that records its arguments, the attributes that it reads, and its results."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ FIELDS = {
     Signal.STREAM: "stream",
     Signal.STREAM_BLOCKS: "stream",
 }
-"""Signal → the attribute that a criterion reads it by."""
+"""Signal → the attribute that contains it."""
 
 _FREE = frozenset({Signal.WEIGHT})
-"""Costs nothing, so that every criterion sees it."""
+"""Available to every criterion."""
 _IMPLIED = {Signal.GRAM: {Signal.INPUT_STATS}, Signal.PRODUCT_GRAD: {Signal.PRODUCT}}
-"""Signals that come with others."""
+"""Signal → signals that are measured with it."""
 
 
 @dataclass
 class Call:
-    """One call of a criterion. ``parameter``: of the model, or ``the layers``. ``shown``: the signals that it could
-    read. ``read``: the attributes that it read. ``returned``: its result, of shape ``expected``."""
+    """One call of a criterion. ``parameter``: its name, or ``the layers``. ``shown``: the signals in the arguments.
+    ``read``: the attributes that were read. ``returned``: the result. ``expected``: its shape."""
 
     parameter: str
     shown: dict[Signal, Any]
@@ -50,7 +50,7 @@ class Call:
 
 
 class Spy(ImportanceCriterion):
-    """Passes every call on to another criterion, and keeps those that returned a tensor as `calls`."""
+    """Passes every call on to another criterion, and records those that returned a tensor as `calls`."""
 
     def __init__(self, inner: ImportanceCriterion, model: PreTrainedModel) -> None:
         self.inner, self.model = inner, model
@@ -121,13 +121,13 @@ class Spy(ImportanceCriterion):
         return result
 
     def _parameter(self, weight: torch.Tensor) -> str:
-        """Criteria are not told names; no two parameters of a random model are equal."""
+        """The name of a parameter, found by its values, as no two parameters of a random model are equal."""
         parameters: list[tuple[str, torch.Tensor]] = list(self.model.named_parameters())
         return next(name for name, p in parameters if p.shape == weight.shape and torch.equal(p, weight))
 
 
 class _Reader:
-    """Signals that remember which of them were read."""
+    """A proxy of signals that records the attributes that are read."""
 
     def __init__(self, shown: Any, read: set[str]) -> None:
         self._shown, self._read = shown, read
@@ -139,20 +139,20 @@ class _Reader:
 
 
 def label(criterion: ImportanceCriterion) -> str:
-    """A criterion with the settings that differ from their defaults, as failures name it."""
+    """The name of a criterion with the settings that differ from their defaults, for messages."""
     settings = changed(criterion)
     return f"criterion '{criterion.name}'" + (f" ({settings})" if settings else "")
 
 
 def unasked(criterion: ImportanceCriterion, call: Call) -> list[str]:
-    """Fields of signals that the criterion sees without having asked."""
+    """Fields of signals that the criterion gets but does not need."""
     asked = criterion.signals | _FREE
     asked = asked.union(*(_IMPLIED.get(signal, ()) for signal in asked))
     return sorted(FIELDS[signal] for signal, value in call.shown.items() if signal not in asked and value is not None)
 
 
 def unread(criterion: ImportanceCriterion, calls: list[Call]) -> list[str]:
-    """Fields of signals that the criterion asked for and read in none of its calls."""
+    """Fields of signals that the criterion needs but does not read in any call."""
     read = {name for call in calls for name in call.read}
     return sorted(FIELDS[signal] for signal in criterion.signals - _FREE if FIELDS[signal] not in read)
 

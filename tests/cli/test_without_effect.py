@@ -109,7 +109,7 @@ def test_settings_of_components_are_checked_in_every_command(refused, command):
 def test_every_option_of_a_prune_is_refused_beside_a_plan(refused, option):
     flag = flag_of(PruneSettings, option)
     line = refused("prune", DENSE, "--plan", "{tmp}/plan.json", flag, "1", *OUT)
-    assert line == f"{flag} has no effect beside --plan, which says everything; leave it out"
+    assert line == f"{flag} has no effect beside --plan, which sets everything; leave it out"
 
 
 @pytest.mark.parametrize("missing", ["{tmp}/nowhere", "nobody/nothing"])

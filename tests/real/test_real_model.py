@@ -45,7 +45,7 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
     )
     removed = 1 - pruned.graph.decoder_parameters / 106_202_880
     assert abs(removed - 0.2) < 1728 / 106_202_880
-    found = run_probe(tmp_path / "out", "stranger", IDS)
+    found = run_probe(tmp_path / "out", "transformers", IDS)
     with torch.no_grad():
         expected = pruned.model(torch.tensor(IDS)).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)

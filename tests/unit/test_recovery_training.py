@@ -23,9 +23,10 @@ from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
+from llmpruner.recovery.adapters import adapter_targets
 from llmpruner.recovery.examples import Examples
 from llmpruner.recovery.full import FullStrategy
-from llmpruner.recovery.lora import LoraStrategy, adapter_targets
+from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import latest_checkpoint, micro_batch, steps
 

@@ -136,7 +136,7 @@ def test_a_section_that_fails_is_left_out_and_named(pruned):
     page = report_page(pruned, [Raises(), Wrong(), GroupsSection()])
     assert page.warnings == (
         "report section raises is left out: no",
-        "report section wrong is left out: it gave int, expected HTML text or None",
+        "report section wrong is left out: it returned int, expected HTML text or None",
     )
     assert re.findall(r"<h2>([^<]*)</h2>", page.html) == ["Coupled groups"]
 
