@@ -33,6 +33,8 @@ class Line:
             return bytes_text(value)
         if 1e5 <= value < math.inf:
             return count_text(value)
+        if value >= 1e3 and float(value).is_integer():
+            return f"{value:,.0f}"
         digits = 4 if value < 10 else 2
         return f"{value:.{digits}f}" + (f" ± {error:.4f}" if error is not None else "")
 

@@ -257,6 +257,8 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     strategy = given.create("strategy", catalog.strategies, settings.strategy)
     if settings.max_steps is not None:
         given.refuse("epochs", "with --max-steps, which sets the number of steps")
+    if settings.micro_batch_size > settings.batch_size:
+        given.refuse("micro_batch_size", f"beyond the {settings.batch_size} examples of --batch-size")
     if not strategy.adapters:
         given.refuse("merge", f"with {strategy.label()}, which trains no adapters")
     given.check_all_used()
@@ -270,10 +272,11 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     measures nothing else.
     """
     wanted: dict[str, dict[str, Any]] = {"size": {}}
-    if settings.perplexity is not None:
-        wanted["perplexity"] = {"text": settings.perplexity}
-    if settings.tasks is not None:
-        wanted["tasks"] = {"names": settings.tasks}
+    for name, key in (("perplexity", "text"), ("tasks", "names")):
+        if getattr(settings, name) is not None:
+            if key in settings.settings.get(name, {}):
+                raise SettingsError(f"--{name} and --set {name}.{key} give the same; leave one out")
+            wanted[name] = {key: getattr(settings, name)}
     if settings.speed:
         wanted["speed"] = {}
     size_alone = settings.metrics == ("size",) and wanted.keys() == {"size"} and not settings.kl

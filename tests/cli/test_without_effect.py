@@ -51,6 +51,14 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[object, ...], str]] = {
     "no merge": (
         (*RECOVER, "--strategy", "full", "--no-merge"), "--no-merge has no effect with recovery strategy full"
     ),
+    "micro batch": (
+        (*RECOVER, "--batch-size", 2, "--micro-batch-size", 4),
+        "--micro-batch-size has no effect beyond the 2 examples of --batch-size",
+    ),
+    "a text twice": (
+        ("evaluate", DENSE, "--perplexity", "pydoc", "--set", "perplexity.text=pydoc"),
+        "--perplexity and --set perplexity.text give the same",
+    ),
     "epochs": ((*RECOVER, "--epochs", 1, "--max-steps", 2), "--epochs has no effect with --max-steps"),
     "limit": (("evaluate", DENSE, "--limit", 3), "--limit has no effect without --tasks"),
     "seed of tasks": (("evaluate", DENSE, "--seed", 3), "--seed has no effect without --tasks"),
