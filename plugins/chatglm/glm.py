@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from transformers import GlmConfig, PreTrainedConfig, PreTrainedModel
 
 CHAT_FORMAT = "chat_format"
-"""Where `ChatGLMReader` leaves what the converted configuration could not say: which prompts the model was tuned on."""
+"""Attribute that `ChatGLMReader` adds to a converted configuration: `ROUNDS` for prompts of ChatGLM2, `ROLES` for those
+of ChatGLM3."""
 ROUNDS = "rounds"
 ROLES = "roles"
+LATER_KEY = "multi_query_group_num"
+"""A key of the released ``config.json`` from ChatGLM2 on; all generations have one model type."""
 
 
 class GlmFamily(ModelFamily):
@@ -69,17 +72,17 @@ class GlmFamily(ModelFamily):
         return groups
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        """Query heads per KV head follow the projections, because eager attention repeats keys by them."""
+        """Set the number of query heads per KV head, by which eager attention repeats keys."""
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
-        """GLM-4's; its tokenizer puts ``[gMASK]<sop>`` in front."""
+        """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
         return f"<|user|>\n{_query(instruction, input)}<|assistant|>"
 
     def format_system(self, system: str) -> str:
-        """A turn of its own, in the form of the others."""
+        """A turn with the role ``<|system|>``."""
         return f"<|system|>{self.answer_separator}{system}"
 
 
@@ -98,7 +101,7 @@ class ChatGLM2Family(GlmFamily):
         return self.format_chat((), _query(instruction, input))
 
     def format_system(self, system: str) -> str:
-        """The format has no system turns."""
+        """Plain text before the first round, as the format has no system turns."""
         return f"{system}\n\n"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
@@ -122,8 +125,8 @@ class ChatGLM3Family(GlmFamily):
         return self.format_chat((), _query(instruction, input))
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer. The blank after each line break stands for the one
-        that the released tokenizer puts in front of every message."""
+        """A query after earlier rounds of question and answer. The blank after each line break is the one that the
+        released tokenizer adds before every message."""
         rounds = "".join(f"<|user|>\n {q}<|assistant|>\n {a}" for q, a in history)
         return f"{rounds}<|user|>\n {query}<|assistant|>"
 

@@ -6,10 +6,12 @@ from pydantic import Field, FilePath
 
 from llmpruner import ComponentSettings, Exporter, ExportTask
 
+from .meta_files import TOKENIZER
+
 
 class MetaExporter(Exporter):
-    """LLaMA in Meta's format, streamed from the source: one shard is in memory at a time. MLPs of one width and removed
-    layers fit; attention and the residual stream must be whole."""
+    """LLaMA in Meta's format, with one shard in memory at a time. The format can represent MLPs of one pruned width and
+    fewer layers, but not pruned attention or hidden channels."""
 
     name = "meta"
     summary = "Meta's LLaMA format: params.json, consolidated.NN.pth and tokenizer.model"
@@ -23,18 +25,10 @@ class MetaExporter(Exporter):
     settings: Settings
 
     def export(self, task: ExportTask) -> str:
-        from .meta_check import check_written
-        from .meta_tokenizer import TOKENIZER
-        from .meta_writer import meta_params, open_source, write_files
+        from .meta_check import write_and_check
 
-        shards = self.settings.shards
-        tensors, config = open_source(task.source)
-        params = meta_params(tensors, config, shards)
-        own = task.source / TOKENIZER
+        shards, own = self.settings.shards, task.source / TOKENIZER
         tokenizer = self.settings.tokenizer or (own if own.is_file() else None)
-        task.progress.status("Writing Meta's format")
-        write_files(tensors, params, task.directory, shards, tokenizer)
-        task.progress.status("Reading it back")
-        check_written(task.directory, tensors, config)
+        write_and_check(task, shards, tokenizer)
         bare = "" if tokenizer else f"; without {TOKENIZER}, as the source has none (--set meta.tokenizer=PATH)"
         return f"Meta's llama code loads it with model-parallel size {shards}, and llmpruner does{bare}"

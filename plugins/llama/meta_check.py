@@ -1,4 +1,4 @@
-"""Whether files in Meta's format hold the model that they were written from."""
+"""Writing a checkpoint in Meta's format, and comparing it with its source."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmpruner import CheckpointError
+from llmpruner import CheckpointError, ExportTask
 
+from .meta_convert import config_of, tokenizer_in
+from .meta_files import TOKENIZER
 from .meta_format import MetaTensors
-from .meta_reader import MetaReader, config_of
-from .meta_tokenizer import TOKENIZER
-from .meta_writer import stored_name
+from .meta_writer import meta_params, open_source, stored_name, write_files
 from .tensors import TensorSource
 
 if TYPE_CHECKING:
@@ -24,12 +24,22 @@ _FIELDS = (
 )
 
 
+def write_and_check(task: ExportTask, shards: int, tokenizer: Path | None) -> None:
+    """Write ``task.source`` to ``task.directory`` in Meta's format, and check it. ``tokenizer``: file to copy."""
+    tensors, config = open_source(task.source)
+    params = meta_params(tensors, config, shards)
+    task.progress.status("Writing Meta's format")
+    write_files(tensors, params, task.directory, shards, tokenizer)
+    task.progress.status("Reading it back")
+    check_written(task.directory, tensors, config)
+
+
 def check_written(directory: Path, source: TensorSource, config: LlamaConfig) -> None:
     """Read ``directory`` back and compare it with ``source``: the sizes and rotary settings of the configuration, and
     every tensor bit by bit, one at a time. Raises `CheckpointError` for the first difference."""
     written = MetaTensors(directory)
-    # The reader would otherwise look for a tokenizer in the folder above, too.
-    tokenizer = MetaReader().read_tokenizer(directory) if (directory / TOKENIZER).is_file() else None
+    # Only in ``directory``: `tokenizer_in` also searches its parent.
+    tokenizer = tokenizer_in(directory) if (directory / TOKENIZER).is_file() else None
     again = config_of(written, tokenizer)
     for field in _FIELDS:
         ours, theirs = getattr(again, field), getattr(config, field)

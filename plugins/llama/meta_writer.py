@@ -1,4 +1,4 @@
-"""Writing a model back to Meta's official format, as far as that can hold it."""
+"""Writing a model in Meta's official format, as far as the format can represent it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers import AutoConfig
 
 from llmpruner import CheckpointError, UnsupportedModelError
 
-from .meta_format import PARAMS, Placement, placements, to_neighbours
+from .meta_files import PARAMS, TOKENIZER
+from .meta_format import Placement, placements, to_neighbours
 from .meta_params import MetaParams
-from .meta_tokenizer import TOKENIZER
 from .output import new_directory
 from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
 
@@ -29,10 +30,9 @@ _EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), o
 def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shards: int = 1) -> None:
     """Write ``model`` to ``target`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
 
-    MLPs that were cut to one width and layers that were removed fit; attention must be whole. ``tokenizer``:
-    one that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none.
-    Raises `UnsupportedModelError` with the reason when the format cannot hold the model, `OutputError` when ``target``
-    exists.
+    The format can represent MLPs of one pruned width and fewer layers, but not pruned attention. ``tokenizer``: one
+    that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none. Raises
+    `UnsupportedModelError` when the format cannot represent the model, `OutputError` when ``target`` exists.
     """
     file = None if tokenizer is None else _tokenizer_file(tokenizer)
     tensors = ModelTensors(model)
@@ -47,7 +47,7 @@ def convert_to_meta(
     """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`. One shard is in
     memory at a time.
 
-    ``tokenizer``: the ``tokenizer.model`` to bring along, True for the one in ``source``, None for none.
+    ``tokenizer``: the ``tokenizer.model`` to copy, True for the one in ``source``, None for none.
     """
     tensors, config = open_source(source)
     place = source / TOKENIZER if tokenizer is True else tokenizer
@@ -58,10 +58,8 @@ def convert_to_meta(
 
 
 def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
-    """The weights and the configuration of a Hugging Face checkpoint. Raises `CheckpointError` when it is none, and
-    `UnsupportedModelError` when it is no LLaMA."""
-    from transformers import AutoConfig
-
+    """The weights and the configuration of a Hugging Face checkpoint. Raises `CheckpointError` for another directory,
+    and `UnsupportedModelError` for a model that is not LLaMA."""
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} is no Hugging Face checkpoint: it has no config.json")
     kind = read_json(source / "config.json").get("model_type")
@@ -75,8 +73,8 @@ def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
 
 
 def meta_params(source: TensorSource, config: LlamaConfig, shards: int) -> MetaParams:
-    """What ``params.json`` will hold. Raises `UnsupportedModelError` when the format cannot hold the model in so many
-    shards, `CheckpointError` when a tensor is missing."""
+    """The content of ``params.json``. Raises `UnsupportedModelError` when the format cannot represent the model in
+    ``shards`` files, `CheckpointError` when a tensor is missing."""
     if EMBEDDING not in source.specs:
         raise CheckpointError(f"the weights are incomplete: {EMBEDDING} is missing")
     width = _check(source, config)
@@ -105,8 +103,8 @@ def write_files(source: TensorSource, params: MetaParams, directory: Path, shard
 
 
 def stored_name(source: TensorSource, name: str) -> str:
-    """Where ``source`` stores the tensor ``name``: Meta's format has no tied embeddings, so a tied head is written from
-    the embedding."""
+    """The name of the tensor ``name`` in ``source``: that of the embedding for a tied head, as Meta's format has no
+    tied embeddings."""
     return EMBEDDING if name == HEAD and HEAD not in source.specs else name
 
 
@@ -115,13 +113,13 @@ def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) 
         tensor = to_neighbours(tensor, placement.heads)
     if placement.axis is not None:
         tensor = tensor.chunk(shards, placement.axis)[number]
-    # torch.save would write the whole storage behind a view.
+    # torch.save would write the whole storage of a view.
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.contiguous().clone()
 
 
 def _check(source: TensorSource, config: LlamaConfig) -> int:
-    """The width of all MLPs. Raises `UnsupportedModelError` for whatever Meta's code would build differently."""
+    """The width of all MLPs. Raises `UnsupportedModelError` for models that Meta's code cannot build."""
     specs = source.specs
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if config.hidden_act != "silu" or getattr(config, "sliding_window", None):

@@ -1,4 +1,4 @@
-"""What Vicuna adds to LLaMA: its name, its conversation format, and its delta weights."""
+"""The families of Vicuna: LLaMA with a conversation format and delta weights."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
     def format_conversation(
         self, exchanges: Sequence[tuple[str, str]], system: str | None = None
     ) -> list[tuple[str, str]]:
-        """Exchanges (question, answer) as pairs (prompt, answer) that joined are Vicuna's training text. A system
-        message takes the place of Vicuna's own."""
+        """(prompt, answer) pairs of Vicuna's training text. ``system`` replaces Vicuna's system message."""
         template = self.template if system is None else replace(self.template, system=system)
         turns = [turn for question, answer in exchanges for turn in (Turn("human", question), Turn("gpt", answer))]
         return template.exchanges(turns)
