@@ -11,7 +11,6 @@ from ..component import ComponentSettings
 from ..errors import PlanError
 from .base import Budget, BudgetSubject
 from .costs import Cost
-from .latency_cost import LatencyCost, LatencyTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,6 +43,8 @@ class Latency(Budget):
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
         """``measured``: a `LatencyTable` as JSON values. Raises `PlanError` when it is invalid or of another model."""
+        from .latency_cost import LatencyCost, LatencyTable
+
         try:
             table = LatencyTable.model_validate(measured)
         except ValidationError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..structure.plan import GroupCut, PruningPlan
 from .base import ReportSection, ReportSubject
 from .templates import rendered
+
+if TYPE_CHECKING:
+    from ..structure.plan import GroupCut
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class CutTable:
 
 def cut_tables(record: Mapping[str, Any]) -> list[CutTable]:
     """One table per plan in ``record``, in the order in which they were applied. Raises `PlanError`."""
+    from ..structure.plan import PruningPlan  # slow to import, and not needed for --help
+
     texts = [json.dumps(plan) for plan in record.get("plans") or ()]
     plans = [PruningPlan.parse(text, f"plan {number} of the record") for number, text in enumerate(texts, 1)]
     return [_table(plan.cuts) for plan in plans]

@@ -120,5 +120,5 @@ def test_a_device_that_computes_wrongly(monkeypatch):
 
     real = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *a, dtype, **k: real(*a, dtype=dtype, **k) * (dtype is torch.float32))
-    found = doctor._device("cpu", "a cpu")
+    found = doctor._device(torch, "cpu", "a cpu")
     assert (found.status, found.detail) == ("warning", "a cpu; bfloat16 gives wrong results")
