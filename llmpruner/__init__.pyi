@@ -24,7 +24,6 @@ from .compensation.base import Repaired as Repaired
 from .compensation.base import RepairTask as RepairTask
 from .component import Component as Component
 from .component import ComponentSettings as ComponentSettings
-from .data.conversations import read_sharegpt as read_sharegpt
 from .data.documents import read_documents as read_documents
 from .data.documents import read_text as read_text
 from .data.source import CalibrationSource as CalibrationSource

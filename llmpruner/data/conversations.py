@@ -113,17 +113,16 @@ def example(record: Record) -> Example:
     raise DataError(f"{where}: {_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
-def read_sharegpt(sentences: Any, where: str, *, keep_leading_answer: bool = False) -> list[tuple[Speaker, str]]:
+def read_sharegpt(sentences: Any, where: str) -> list[tuple[Speaker, str]]:
     """The turns of ``[{"from": "human" or "gpt", "value": text}, …]`` (ShareGPT's form), as (speaker, text).
 
-    An answer before the first question is left out, unless ``keep_leading_answer``. ``where``: the place of the record,
-    for messages. Raises `DataError` for another form, without an answer, or when two successive turns are of one
-    speaker.
+    An answer before the first question is left out. ``where``: the place of the record, for messages. Raises
+    `DataError` for another form, without an answer, or when two successive turns are of one speaker.
     """
     if not isinstance(sentences, list) or not sentences:
         raise DataError(f"{where}: 'conversations' must be a list of {{'from', 'value'}}")
     turns = [_sharegpt_turn(sentence, where) for sentence in sentences]
-    return _in_turn(turns, "human", "gpt", where, keep_leading_answer=keep_leading_answer)
+    return _in_turn(turns, "human", "gpt", where)
 
 
 def _conversation(entries: Any, field: str, where: str, fields: Mapping[str, Any]) -> Conversation:
@@ -175,13 +174,11 @@ def _sharegpt_turn(sentence: Any, where: str) -> tuple[Speaker, str]:
     return _SPEAKERS[speaker], value
 
 
-def _in_turn(
-    turns: list[tuple[Side, str]], asks: Side, answers: Side, where: str, *, keep_leading_answer: bool = False
-) -> list[tuple[Side, str]]:
-    """The turns from the first question on (with ``keep_leading_answer``: all). Raises `DataError` unless turns of the
-    roles ``asks`` and ``answers`` alternate and there is an answer."""
+def _in_turn(turns: list[tuple[Side, str]], asks: Side, answers: Side, where: str) -> list[tuple[Side, str]]:
+    """The turns from the first question on. Raises `DataError` unless turns of the roles ``asks`` and ``answers``
+    alternate and there is an answer."""
     first = 2
-    if turns and turns[0][0] != asks and not keep_leading_answer:
+    if turns and turns[0][0] != asks:
         turns, first = turns[1:], 3
         if turns and turns[0][0] != asks:
             raise DataError(

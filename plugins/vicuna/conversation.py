@@ -23,11 +23,10 @@ class Turn(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a conversation's text. ``speaker``: of its turn, None before the first turn. ``answer``: whether the
-    assistant generates it, from the blank after its name to the closing text of the turn."""
+    """A part of a conversation's text. ``answer``: whether the assistant generates it, from the blank after its name to
+    the closing text of the turn."""
 
     text: str
-    speaker: Speaker | None = None
     answer: bool = False
 
 
@@ -58,10 +57,10 @@ class Template:
 
     def _turn(self, turn: Turn) -> list[Piece]:
         side = 0 if turn.speaker == "human" else 1
-        name = Piece(f"{self.before}{self.names[side]}:", turn.speaker)
+        name = Piece(f"{self.before}{self.names[side]}:")
         if not turn.text:
             return [name]
-        return [name, Piece(f" {turn.text}{self.closing[side]}", turn.speaker, answer=side == 1)]
+        return [name, Piece(f" {turn.text}{self.closing[side]}", answer=side == 1)]
 
     def render(self, turns: Sequence[Turn]) -> str:
         return "".join(piece.text for piece in self.pieces(turns))
@@ -120,7 +119,3 @@ V0_ONE_SHOT_FIRST = Template(
     example=_RENEWABLE,
 )
 """For the weights v0, in the release of v1.1 (FastChat 00d9e667)."""
-V0_TRAINING = Template("v0-training", _CURIOUS_HUMAN, "\n\n", _V0_NAMES, ("\n", "\n"), before="### ", stop="###")
-"""The training text of the weights v0 (FastChat f34f28c), which differs from all its prompts."""
-
-TEMPLATES = {t.name: t for t in (V1_1, V0_ZERO_SHOT, V0_ONE_SHOT, V0_FIRST, V0_ONE_SHOT_FIRST, V0_TRAINING)}

@@ -152,11 +152,9 @@ def test_bad_files_are_refused_with_file_and_line(tmp_path, content, message):
         read_examples(str(tmp_path / "a.jsonl"))
 
 
-def test_sharegpt_turns_keep_a_leading_answer_only_on_request():
+def test_an_answer_before_the_first_question_is_left_out():
     turns = sharegpt(("gpt", "Hi!"), ("human", "a"), ("assistant", "b"), ("user", "c"))
-    asked = [("human", "a"), ("gpt", "b"), ("human", "c")]
-    assert read_sharegpt(turns, "here") == asked
-    assert read_sharegpt(turns, "here", keep_leading_answer=True) == [("gpt", "Hi!"), *asked]
+    assert read_sharegpt(turns, "here") == [("human", "a"), ("gpt", "b"), ("human", "c")]
 
 
 @pytest.mark.parametrize(
