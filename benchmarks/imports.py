@@ -1,4 +1,4 @@
-"""How the import graph stands: circles of files, and imports inside functions.
+"""The state of the import graph: circles of files, and imports inside functions.
 
     python -m benchmarks.imports [CHECKOUT]
 

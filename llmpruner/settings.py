@@ -169,7 +169,7 @@ class LoadSettings(Settings):
     ] = "auto"
     device: Annotated[str, Field(description="cpu, cuda, cuda:1, mps …")] = "cpu"
     revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
-    trust_remote_code: Annotated[bool, Field(description="Run model code that a checkpoint brings.")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run model code that is part of a checkpoint.")] = False
 
 
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
@@ -379,7 +379,7 @@ class EvaluateSettings(Settings):
         str | None,
         Field(
             description="Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that "
-            "every Python brings; pydoc is the default when nothing else is named."
+            "is part of every Python; pydoc is the default when nothing else is named."
         ),
         Option(metavar="TEXT"),
     ] = None

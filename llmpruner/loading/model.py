@@ -203,7 +203,7 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
     unused = [key for key in unexpected if key.rpartition(".")[0] in modules]
     for keys, what in (
         (missing, "lacks tensor"),
-        (wrong, "has in another shape than its configuration says the tensor"),
+        (wrong, "has in another shape than its configuration gives the tensor"),
         (unused, "has, for a module of the model that does not use it, the tensor"),
     ):
         if keys:
@@ -261,7 +261,7 @@ def _check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> No
         expected = graph.shapes.get(name)
         if expected is None or tuple(parameter.shape) != expected:
             raise ModelError(
-                f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration says {expected}"
+                f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration gives {expected}"
             )
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
     """Raise for kinds and layers that the model does not have, for text that cannot be read, and for an amount or a
-    rounding that its groups cannot give. ``tokenizer``: whether the model brings one."""
+    rounding that its groups cannot give. ``tokenizer``: whether the model has one."""
     scope = scope_of(job, structure)
     groups = scope.groups(structure.graph)
     check_accepted(job.criterion, groups, structure.graph)

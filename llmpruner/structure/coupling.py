@@ -148,7 +148,7 @@ class CoupledGroup:
     removed, the groups of the remaining layers are renumbered by this rule, so that their names are those of a model
     with fewer layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
     their number; unit ``u`` of every span belongs to unit ``u`` of the others. ``layer``: the decoder layer that all
-    spans lie in, None for groups across layers.
+    spans are in, None for groups across layers.
 
     ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
@@ -209,7 +209,7 @@ def _check_name(name: str, layer: int | None) -> None:
     numbered = _IN_A_LAYER.match(name)
     if layer is not None and (numbered is None or int(numbered[1]) != layer):
         raise CouplingError(
-            f"group '{name}' lies in layer {layer}, so its name must be 'layers.{layer}.WORD', such as "
+            f"group '{name}' is in layer {layer}, so its name must be 'layers.{layer}.WORD', such as "
             f"'layers.{layer}.mlp': removing other layers renumbers it"
         )
     if layer is None and numbered is not None:

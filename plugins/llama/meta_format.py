@@ -118,7 +118,7 @@ class MetaTensors:
         dim, rows, found = self.params.dim, first.shape[0], len(self._paths)
         if first.shape[1] != dim or dim % rows:
             raise CheckpointError(
-                f"{self._paths[0]}: {name} has shape {first.shape}, but {PARAMS} says dim {dim}: "
+                f"{self._paths[0]}: {name} has shape {first.shape}, but {PARAMS} has dim {dim}: "
                 "the two belong to different models"
             )
         if dim // rows != found:
@@ -158,7 +158,7 @@ class MetaTensors:
         params, vocabulary = self.params, self.vocabulary
         if params.vocab_size not in (-1, vocabulary):
             raise CheckpointError(
-                f"{self.directory}: {PARAMS} says vocab_size {params.vocab_size}, the embedding has {vocabulary} rows"
+                f"{self.directory}: {PARAMS} has vocab_size {params.vocab_size}, the embedding has {vocabulary} rows"
             )
         width = self.specs["model.layers.0.mlp.gate_proj.weight"].shape[0]
         if width != params.ffn_width:
