@@ -272,7 +272,7 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("llmpruner.models.decoding.DynamicCache", Other)
-        with pytest.raises(UnsupportedModelError, match="is a Compressed, which may grow by other than the token"):
+        with pytest.raises(UnsupportedModelError, match="is a Compressed, which may not grow with every token"):
             measure()
     # No layer caches less than three heads, whatever is left of it.
     honest = cached_bytes.bytes_per_token
