@@ -98,7 +98,7 @@ class RecoveryConformance:
             f"strategy '{name}' took one step and returns the losses {result.losses}; expected one finite number"
         )
         assert calls == [(1, 1, result.losses[0])], (
-            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {calls}"
+            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; called {calls}"
         )
 
     def test_it_leaves_an_ordinary_checkpoint(self, tmp_path: Path) -> None:
