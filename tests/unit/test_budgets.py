@@ -259,7 +259,7 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(DynamicCache, "update", lambda self, keys, values, *_a, **_k: (keys, values))
-        with pytest.raises(UnsupportedModelError, match="does not grow with what it reads"):
+        with pytest.raises(UnsupportedModelError, match="does not grow with the tokens"):
             measure()
 
     class Compressed(type(DynamicCache(config=gqa.model.config).layers[0])):

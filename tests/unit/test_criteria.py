@@ -136,7 +136,7 @@ def test_the_ridge_of_obs_is_a_setting_above_zero():
         OptimalBrainSurgeon(ridge=ridge).score_units(signals, columns(1), index).max() for ridge in (0.01, 1)
     )
     assert float(large) > float(small)
-    with pytest.raises(SettingsError, match="criterion obs: ridge 0: expected a number above 0"):
+    with pytest.raises(SettingsError, match="criterion obs: ridge = 0 is refused: expected a number above 0"):
         OptimalBrainSurgeon(ridge=0)
 
 

@@ -12,8 +12,8 @@ from llmpruner.data.written import self_generated
 from llmpruner.errors import SettingsError
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1, L2, Random
-from llmpruner.importance.reductions import REDUCTION_NAMES
 from llmpruner.importance.taylor import Taylor, Variant
+from llmpruner.settings import Reduction
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_magnitude(gqa, criterion, power):
         "prod": spans.prod(0),
         "last": spans[-1],
     }
-    assert set(reduced) == set(REDUCTION_NAMES)
+    assert set(reduced) == set(get_args(Reduction))
     for name, expected in reduced.items():
         scores = estimate(gqa.model, gqa.graph, [group], criterion, None, reduction=name)
         torch.testing.assert_close(scores.by_group[group.name], expected, rtol=1e-5, atol=0)
