@@ -79,9 +79,9 @@ class RecoveryConformance:
         """One step changes parameters, keeps all names and shapes, and is reported with its loss."""
         loaded = self.loaded()
         before = {name: p.detach().clone() for name, p in loaded.model.state_dict().items()}
-        calls: list[tuple[int, int, float]] = []
+        seen: list[tuple[int, int, float]] = []
         settings = self.settings().model_copy(update={"max_steps": 1})
-        result = self._run(loaded, tmp_path, settings, lambda *step: calls.append(step))
+        result = self._run(loaded, tmp_path, settings, lambda *step: seen.append(step))
         name = self.strategy.name
         after = result.model.state_dict()
         assert type(result.model) is type(loaded.model), (
@@ -97,8 +97,8 @@ class RecoveryConformance:
         assert len(result.losses) == 1 and all(isfinite(loss) for loss in result.losses), (
             f"strategy '{name}' took one step and returns the losses {result.losses}; expected one finite number"
         )
-        assert calls == [(1, 1, result.losses[0])], (
-            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {calls}"
+        assert seen == [(1, 1, result.losses[0])], (
+            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {seen}"
         )
 
     def test_it_leaves_an_ordinary_checkpoint(self, tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
     if kind not in ("llama", "mistral"):
         what_to_do = f"; {_EVENLY}" if str(kind).startswith("llmpruner") else ""
         raise UnsupportedModelError(
-            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json has the model_type '{kind}'{what_to_do}"
+            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, "
+            f"and config.json has the model_type '{kind}'{what_to_do}"
         )
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     return HuggingFaceTensors(source), config

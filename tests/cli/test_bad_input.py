@@ -1,5 +1,5 @@
 """Every mistake: exit code 2, one line that names the thing, nothing written, and no weights read where settings and
-structure tell."""
+structure show it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ KNOWN_LATE = {
     "an empty prompt",
     *(what for what in MISTAKES if what.startswith("weights")),
 }
-"""What neither settings nor structure tell: data sets are looked up when they are read, texts are counted in tokens."""
+"""What neither settings nor structure show: data sets are looked up when they are read, texts are counted in tokens."""
 
 
 @pytest.mark.parametrize("what", MISTAKES)
@@ -292,7 +292,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("what", ADAPTERS)
 def test_a_damaged_adapter(refused, shared, tmp_path, what):
-    """The command line and `load_pruned` say the same."""
+    """The command line and `load_pruned` give the same message."""
     content, message = (text.replace("BASE", f"{shared}/dense") for text in ADAPTERS[what])
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(content)

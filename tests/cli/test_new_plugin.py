@@ -44,7 +44,7 @@ def run_tests(package: Path, site: Path, choose: str = QUICK) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """An architecture that nothing knows, installed as a package of its own."""
+    """An architecture without a plugin, installed as a package of its own."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(MADE_UP, folder / "source")
     install(folder / "site", folder / "source")
@@ -64,7 +64,7 @@ def test_a_plugin_for_a_model_type_passes_its_own_tests(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plugin_for_an_architecture_that_nothing_knows(run, site, tmp_path, monkeypatch):
+def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(site))
     package = tmp_path / "llmpruner-odd"
     done = run("new-plugin", "odd", "--from", "made_up", "--import", "made_up", "-o", package)
@@ -85,8 +85,8 @@ def test_a_plugin_for_an_architecture_that_nothing_knows(run, site, tmp_path, mo
 
 
 def check_style(package: Path, cache: Path) -> None:
-    """ruff and mypy, as the package's own CI runs them. llmpruner is read from this checkout; what mypy finds in it is
-    another test's business."""
+    """ruff and mypy, as the package's own CI runs them. llmpruner is read from this checkout; errors of
+    mypy in it do not count."""
     environment = {**os.environ, "MYPYPATH": str(Path(llmpruner.__file__).parents[1])}
     for command in (
         ["ruff", "check", "--no-cache"],
@@ -149,7 +149,7 @@ def test_kinds_that_are_refused():
         render(PluginName("a"), ModelFacts(), kind="criterion")
 
 
-def test_without_a_model_the_tests_say_what_is_missing(run, tmp_path):
+def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
     package = tmp_path / "llmpruner-bare"
     assert run("new-plugin", "bare", "-o", package).code == 0
     files = {str(f.relative_to(package)) for f in package.rglob("*") if f.is_file()}
@@ -210,7 +210,7 @@ def test_models_that_are_refused(run, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_brings_its_own_code_needs_a_package(run, tmp_path):
+def test_a_checkpoint_with_model_code_needs_a_package(run, tmp_path):
     (tmp_path / "model").mkdir()
     values = {"model_type": "alien", "auto_map": {"AutoConfig": "configuration_alien.AlienConfig"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "packages" / "llmpruner-outside"
 
 @pytest.fixture(autouse=True)
 def outside(tmp_path_factory, monkeypatch):
-    """What an installer leaves behind: the package on the path, and its entry point."""
+    """The package as it is installed: on the path, with its entry point."""
     site = tmp_path_factory.mktemp("site")
     info = site / "llmpruner_outside-1.0.dist-info"
     info.mkdir()

@@ -1,4 +1,4 @@
-"""``plugins``, ``discover`` and ``plan``: what is there, and what would go."""
+"""``plugins``, ``discover`` and ``plan``: what can be chosen, what is found, and what would be removed."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_discover_shows_axes_that_it_found_no_units_on(run, tmp_path):
 
 
 class Forgetful(ModelFamily):
-    """Llama's groups, without what the MLP reads its units with."""
+    """Llama's groups without the spans of down_proj."""
 
     name = "forgetful"
 
@@ -250,7 +250,7 @@ def test_verify_shows_what_was_not_checked_and_which_parameter_is_wrong(dense, m
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory, shared):
-    """A type of model that no plugin knows."""
+    """A type of model without a plugin."""
     folder = tmp_path_factory.mktemp("qwen")
     config = Qwen2Config(
         vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -262,7 +262,7 @@ def qwen(tmp_path_factory, shared):
     return folder
 
 
-def test_a_model_that_no_plugin_knows_needs_no_option(run, qwen, tmp_path):
+def test_a_model_without_a_plugin_needs_no_option(run, qwen, tmp_path):
     done = run("prune", qwen, "--ratio", 0.2, "--samples", 2, "--length", 16, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     told = [line for line in done.err.splitlines() if "no plugin knows" in line]
@@ -273,7 +273,7 @@ def test_a_model_that_no_plugin_knows_needs_no_option(run, qwen, tmp_path):
 
 
 @pytest.mark.parametrize("options", [("--family", "auto"), ()], ids=["auto is asked for", "a pruned one"])
-def test_what_is_asked_for_is_not_told(run, qwen, dense, pruned, options):
+def test_no_notice_on_discovery_when_it_is_asked_for_or_recorded(run, qwen, dense, pruned, options):
     assert "no plugin knows" not in run("discover", qwen if options else pruned, *options).err
 
 

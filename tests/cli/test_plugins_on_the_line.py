@@ -88,7 +88,7 @@ def test_an_installed_command_runs(run, installed):
     assert "example-hello" in run("--help").out
 
 
-def test_a_blocked_plugin_says_nothing(run, installed, monkeypatch):
+def test_a_blocked_plugin_prints_nothing(run, installed, monkeypatch):
     monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,example")
     result = run("plugins", "--json")
     assert result.err == ""

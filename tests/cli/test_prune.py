@@ -27,7 +27,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_result_loads_and_has_the_size_that_was_said(run, dense, tmp_path, choice):
+def test_the_result_loads_and_has_the_size_that_was_printed(run, dense, tmp_path, choice):
     found = run("prune", dense, "--ratio", 0.25, *CHOICES[choice], "-o", tmp_path / "out", "--json").json()
     model = load_pruned(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == found["result"]["parameters_after"]

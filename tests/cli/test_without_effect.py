@@ -142,7 +142,7 @@ def test_what_is_not_asked_for_is_not_measured(run, dense, tmp_path, options, me
 
 @pytest.fixture
 def hollow(shared, tmp_path):
-    """The model ``dense`` without its weights: what is refused there, was refused before they are read."""
+    """The model ``dense`` without its weights: a refusal here is one before weights are read."""
     shutil.copytree(shared / "dense", tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
     return tmp_path / "hollow"
 

@@ -36,7 +36,7 @@ class Careful(ModelFamily):
 
 
 class Renames(ModelFamily):
-    """Calls its heads something that discovery has never heard of."""
+    """Gives its heads a kind of its own."""
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
         groups = [g for g in super().coupled_groups(config) if g.kind == "attention"]
@@ -81,7 +81,7 @@ def test_a_kind_that_small_models_lack_is_refused() -> None:
         rules.rules_of(SMALL, ["gadget"])
 
 
-def test_chatglm_needs_nothing_refreshed_and_says_so() -> None:
+def test_chatglm_declares_all_that_follows_a_cut() -> None:
     assert not ChatGLMFamily().is_discovered
 
 
@@ -114,7 +114,7 @@ def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.Monk
 
 
 class Spectral(composed.MLP):
-    """An MLP whose channels pass through an operator that discovery does not know."""
+    """An MLP whose channels pass through an operator that discovery has no rule for."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(torch.special.bessel_j0(self.up(x)))

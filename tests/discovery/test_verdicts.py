@@ -45,7 +45,7 @@ def test_a_refused_verdict_names_the_parameter() -> None:
     assert layer.differences == ()
 
 
-def test_where_nothing_can_be_compared_the_verdict_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_names_what_could_not_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = Forgetful().coupled_groups(BIASED)
 
     def untraceable(config: PreTrainedConfig) -> None:

@@ -141,7 +141,7 @@ def test_hidden_channels_of_chatglm_are_not_offered() -> None:
     assert graph.layers == "transformer.layers"
 
 
-def test_later_generations_win_over_glm_by_what_their_config_says() -> None:
+def test_later_generations_win_over_glm_by_their_config() -> None:
     catalog = Catalog(plugin_manager())
     assert catalog.family_for(tiny_config("chatglm")).name == "chatglm"
     assert catalog.family_for(tiny_config("glm")).name == catalog.family_for(tiny_config("glm4")).name == "glm"

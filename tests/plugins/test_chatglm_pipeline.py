@@ -115,7 +115,7 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
 
 
 def assert_scores_agree(model: Any, tokenizer: Any) -> None:
-    """lm-eval's log-likelihood of a continuation is what the model's own logits say."""
+    """lm-eval's log-likelihood of a continuation is that of the model's own logits."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

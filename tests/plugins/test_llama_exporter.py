@@ -52,7 +52,7 @@ def test_what_is_read_back_is_the_pruned_model_that_was_never_loaded(pruned: tup
     assert torch.equal(logits(read(tmp_path / "meta"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
 
 
-def test_the_tokenizer_comes_from_the_source_or_from_where_it_is_said(pruned: tuple[Path, Any], tmp_path: Path) -> None:
+def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tuple[Path, Any], tmp_path: Path) -> None:
     source, _ = pruned
     export(source, MetaExporter(tokenizer=TOKENIZER), tmp_path / "named", never)
     (source / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())

@@ -149,5 +149,5 @@ def test_the_tokenizer_of_a_folder_goes_back(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UnsupportedModelError, match=r"config\.json says 'gpt2'"):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json has the model_type 'gpt2'"):
         convert_to_meta(tmp_path, tmp_path / "meta")

@@ -1,4 +1,4 @@
-"""Tiny models with structure in their activations, for tests of what a forward pass tells."""
+"""Tiny models with structure in their activations, for tests of criteria that run the model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int = 96) -> CalibrationSet:
-    """Sequences in which neighbours have to do with one another: a step of one to three from token to token."""
+    """Sequences in which adjacent tokens depend on each other: a step of one to three from token to token."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(3, vocabulary, (samples, 1), generator=generator)
     steps = torch.randint(1, 4, (samples, length - 1), generator=generator)
@@ -63,8 +63,8 @@ def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int =
 
 
 def make(name: str, seed: int = 0) -> Model:
-    """The model ``name`` of `CASES`; its weights that are made of few directions make units alike, so that others can
-    say what a cut one said."""
+    """The model ``name`` of `CASES`; its weights have rank 12, so that units are correlated and the rest can replace a
+    cut one."""
     from llmpruner import Catalog, plugin_manager
 
     model_type, changes = CASES[name]
@@ -86,3 +86,19 @@ def make(name: str, seed: int = 0) -> Model:
 
 def layers_of(loaded: Model) -> Any:
     return loaded.model.get_submodule(loaded.graph.layers)
+
+
+def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states before the first layer and after each, in a plain forward pass."""
+    states: list[torch.Tensor] = []
+    layers = layers_of(loaded)
+    first = layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    rest = [
+        layer.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, (tuple, list)) else out))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        loaded.model(input_ids=ids, use_cache=False)
+    for handle in [first, *rest]:
+        handle.remove()
+    return states

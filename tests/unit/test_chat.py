@@ -50,7 +50,7 @@ def tokenizer(template=None):
 
 
 class Slow:
-    """A tokenizer that cannot tell where in the text a token stands."""
+    """A tokenizer that gives no offsets."""
 
     is_fast = False
 
@@ -167,7 +167,7 @@ def test_a_template_that_prints_the_date_prints_the_same_every_day(call):
     assert chat_prompt(FAMILY, chosen, "x").text.startswith("26 Jul 2024<s>")
 
 
-def test_the_fingerprint_tells_rendered_text_from_plain():
+def test_the_fingerprint_of_rendered_text_differs_from_that_of_plain():
     turns = (Turn("a", "b"),)
     plain, rendered = (Examples((TrainingText(turns, special),), "here") for special in (False, True))
     assert plain.fingerprint != rendered.fingerprint

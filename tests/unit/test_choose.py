@@ -75,8 +75,8 @@ def test_criteria_of_anything_else_cannot(criterion):
 
 
 @pytest.mark.parametrize("kinds", ["hidden", "layer", "mlp+hidden", "attention+query"])
-def test_units_that_share_weights_with_others_or_lie_in_all_layers_cannot(kinds):
-    """Query heads lie in KV heads, so that the same weights read both."""
+def test_units_that_share_weights_with_others_or_are_in_all_layers_cannot(kinds):
+    """Query heads are parts of KV heads, so that the same weights read both."""
     loaded = make("llama-gqa")
     assert not can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
 

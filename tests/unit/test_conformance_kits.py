@@ -214,16 +214,16 @@ class Steady(RecoveryStrategy):
             self.step(job)
             if step > done:
                 state.write_text(f"{step} " * step)
-                self.tell(job, step)
+                self.report(job, step)
         return self.result(job)
 
     def start(self, job: Any, done: int) -> None:
-        """Nothing: the steps that were done are cheap to do again."""
+        """Nothing to restore."""
 
     def step(self, job: Any) -> None:
         job.model.lm_head.weight.data += 0.01
 
-    def tell(self, job: Any, step: int) -> None:
+    def report(self, job: Any, step: int) -> None:
         job.on_step and job.on_step(step, job.settings.max_steps, 1.0)
 
     def result(self, job: Any) -> TrainingResult:
@@ -239,13 +239,13 @@ def results(**changes: Any) -> type[RecoveryStrategy]:
 
 
 def twice(self: Any, job: Any, done: int) -> None:
-    """What an interrupted run had done is done once more on top."""
+    """Repeats the steps of the interrupted run."""
     job.model.lm_head.weight.data += 0.01 * done
 
 
 def forget(self: Any, job: Any, step: int) -> None:
     (job.work_dir / "steps.txt").unlink()
-    Steady.tell(self, job, step)
+    Steady.report(self, job, step)
 
 
 def from_global_generator(self: Any, job: Any) -> None:
@@ -268,7 +268,7 @@ def infinite(self: Any, job: Any) -> None:
 
 def swallow(self: Any, job: Any, step: int) -> None:
     try:
-        Steady.tell(self, job, step)
+        Steady.report(self, job, step)
     except KeyboardInterrupt:
         return
 
@@ -281,15 +281,15 @@ WRONG_STRATEGIES = [
     (TRAINS, wrong(step=lambda self, job: None), "after one step every parameter is what it was"),
     (TRAINS, wrong(step=widen), "must keep names and shapes; it changes those of 'lm_head.weight'"),
     (TRAINS, wrong(step=infinite), "not finite in parameter 'lm_head.weight'"),
-    (TRAINS, wrong(tell=lambda *_: None), r"must call job.on_step\(1, 1, 1\) after its only step; it called \[\]"),
+    (TRAINS, wrong(report=lambda *_: None), r"must call job.on_step\(1, 1, 1\) after its only step; it called \[\]"),
     (TRAINS, results(losses=()), r"returns the losses \(\); expected one finite number"),
     (TRAINS, results(trainable_parameters=0), "reports no trained parameters"),
     (TRAINS, results(model=torch.nn.Linear(1, 1)), "turns a LlamaForCausalLM into a Linear"),
     (ORDINARY, wrong(step=hide), "neither a tensor nor a plain attribute of a module"),
     (AGAIN, wrong(step=from_global_generator), "run twice with one seed: parameter 'lm_head.weight' differs by up to"),
     (RESUMES, wrong(start=twice), "interrupted and run again: parameter 'lm_head.weight' differs by up to 4"),
-    (RESUMES, wrong(tell=forget), "starts again at step 1 after an interruption; keep its state in job.work_dir"),
-    (RESUMES, wrong(tell=swallow), "goes on when job.on_step raises KeyboardInterrupt at step 4"),
+    (RESUMES, wrong(report=forget), "starts again at step 1 after an interruption; keep its state in job.work_dir"),
+    (RESUMES, wrong(report=swallow), "goes on when job.on_step raises KeyboardInterrupt at step 4"),
     (RESUMES, results(losses=(1.0,)), "returns 1 losses of 6 steps"),
 ]  # fmt: skip
 
@@ -337,7 +337,7 @@ class FamilyCase(FamilyConformance):
 
 
 @pytest.mark.parametrize("check", ["test_every_cut_equals_silencing", "test_declared_groups_agree_with_discovery"])
-def test_a_wrong_family_is_told_the_parameter(check):
+def test_the_parameter_that_a_family_has_wrong_is_named(check):
     with pytest.raises(
         AssertionError, match=r"model\.layers\.0\.mlp\.up_proj\.bias axis 0: missing; discovery finds 0:40"
     ):

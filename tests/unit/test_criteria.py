@@ -221,7 +221,7 @@ def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
 
 @pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name != "random"], ids=label)
 def test_a_kv_group_of_large_heads_comes_first(llama, criterion):
-    """Planted: the values of KV head 1, which only its own query heads carry on, and what o_proj reads from them."""
+    """Planted: the values of KV head 1, which only its own query heads use, and what o_proj reads from them."""
     attention = layers_of(llama)[2].self_attn
     with torch.no_grad():
         attention.v_proj.weight[8:16] *= 30

@@ -50,5 +50,5 @@ def test_an_unknown_name_offers_near_misses_and_lists_all():
     assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x'. Known: none."
 
 
-def test_a_missing_extra_says_how_to_get_it():
+def test_the_message_on_a_missing_extra_names_the_command():
     assert str(MissingExtraError("peft", "recover")) == "peft is not installed; run: pip install 'llmpruner[recover]'"

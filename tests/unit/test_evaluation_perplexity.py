@@ -31,7 +31,7 @@ def test_agrees_with_one_window_after_the_other():
     assert (result.windows, result.window, result.tokens) == (windows, 16, windows * 16)
 
 
-def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
+def test_a_uniform_prediction_has_the_vocabulary_as_its_perplexity():
     model = tiny_models.llama()
     with torch.no_grad():
         model.lm_head.weight.zero_()

@@ -38,7 +38,7 @@ class Largest(Metric):
 
 
 class Distance(Metric):
-    """Asks for the reference."""
+    """Needs the reference model."""
 
     name = "distance"
     needs_reference = True

@@ -40,7 +40,7 @@ def measured(loaded, kinds, stopwatch=by_size, context=12):
     return measure_latency(subject, context, stopwatch)
 
 
-def test_the_table_says_what_was_measured(gqa):
+def test_the_table_describes_its_measurement(gqa):
     table = measured(gqa, ["mlp", "attention", "layer"])
     assert (table.dtype, table.context, table.device.split(",")[0]) == ("float32", 12, "cpu")
     inner, outer = table.timings
@@ -59,7 +59,7 @@ def test_layers_of_other_sizes_have_their_own_measurement(gqa):
     assert [timing.groups["mlp"][0][0] for timing in table.timings[:2]] == [72, 38]
 
 
-def test_the_cost_is_what_the_stopwatch_says_of_the_cut_model(gqa):
+def test_the_cost_is_the_measured_time_of_the_cut_model(gqa):
     """On a machine whose time is proportional to weights, what is cut within layers adds up exactly."""
     graph, kinds = gqa.graph, ["mlp", "attention", "query", "layer"]
     cost = LatencyCost(graph, graph.of_kinds(kinds), measured(gqa, kinds))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import boundaries, layers_of, make, tokens
 
 from llmpruner import Catalog, SelectionError
 from llmpruner.importance.estimate import estimate
@@ -91,14 +91,7 @@ def test_reap_scores_nothing_but_experts():
 @pytest.mark.parametrize("length", [1, 2])
 def test_streamline_finds_the_block_that_changes_the_stream_least(length):
     loaded = make("llama-gqa")
-    states = []
-    layers = layers_of(loaded)
-    handles = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(lambda _, __, out: states.append(out)))
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
+    states = boundaries(loaded, CALIBRATION.input_ids)
     blocks = {
         tuple(range(start, start + length)): float(
             torch.cosine_similarity(states[start].double(), states[start + length].double(), dim=-1).mean()

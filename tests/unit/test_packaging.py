@@ -1,4 +1,4 @@
-"""What pyproject.toml promises is what is there."""
+"""pyproject.toml agrees with the package."""
 
 from __future__ import annotations
 

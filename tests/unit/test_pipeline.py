@@ -63,7 +63,7 @@ def test_a_malformed_plan_names_the_place(plan, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_a_plan_of_another_version_asks_for_a_new_one(plan, version):
+def test_a_plan_of_another_version_is_refused(plan, version):
     old = {**json.loads(plan.to_json()), "schema_version": version, "gone": 1}
     with pytest.raises(PlanError, match=f"^p is a plan of version {version}, and this .* reads version 2; make a new"):
         PruningPlan.parse(json.dumps(old), "p")

@@ -163,7 +163,7 @@ def test_every_hook_is_that_of_one_kind_or_adds_commands():
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_hook_gives_all_results_of_all_plugins_and_says_so(name):
+def test_a_hook_gives_all_results_of_all_plugins(name):
     assert not HOOKS[name].llmpruner_spec["firstresult"] and not HOOKS[name].llmpruner_spec["historic"]
     for part in ("Returns:", "Called:", "Errors:"):
         assert part in (inspect.getdoc(HOOKS[name]) or ""), f"{name} needs a paragraph '{part}'"

@@ -107,7 +107,7 @@ def test_a_transposed_weight_is_shown_as_out_by_in_and_with_its_bias():
     torch.testing.assert_close(product.outputs, product.inputs @ product.weight.T + bias)
 
 
-def test_router_weights_that_cannot_be_told_are_an_error_of_their_own():
+def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own():
     """Llama 4 multiplies them with the inputs, and calls its experts with nothing else."""
     loaded = make("llama4")
     name = next(n for n, _ in loaded.model.named_parameters() if n.endswith("1.feed_forward.experts.down_proj"))
@@ -216,7 +216,7 @@ def test_sums_of_one_name_have_one_shape():
         signals_of(loaded, [name], lambda p: {"rows": p.inputs[:, 0]}, Signal.PRODUCT)
 
 
-def test_positions_tell_layers_and_kinds():
+def test_positions_have_layers_and_kinds():
     graph = make("mixtral").graph
     where = positions(graph)
     assert where["model.layers.2.mlp.experts.down_proj"] == Position(
@@ -246,7 +246,7 @@ class Recording(ImportanceCriterion):
         self.axes.append((axis.kind, axis.role, axis.axis, axis.position.layer, tuple(index_UK.shape)))
 
 
-def test_a_criterion_is_told_kind_role_and_layer_of_every_axis():
+def test_a_criterion_gets_kind_role_and_layer_of_every_axis():
     loaded = make("llama-gqa")
     criterion = Recording()
     estimate(loaded.model, loaded.graph, loaded.graph.groups, criterion, None)
@@ -259,7 +259,7 @@ def test_a_criterion_is_told_kind_role_and_layer_of_every_axis():
     assert criterion.saliencies == len(loaded.graph.shapes) < len(criterion.axes)
 
 
-def test_a_criterion_is_not_told_names():
+def test_a_criterion_gets_no_names():
     loaded = make("llama-gqa")
     found = shown(loaded.model, loaded.graph.layers, ["model.layers.1.mlp.down_proj.weight"])
     values = [getattr(found[0], f.name) for f in fields(Product)]

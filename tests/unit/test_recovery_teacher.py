@@ -168,7 +168,7 @@ def test_the_teacher_is_loaded_once_and_only_on_request(pruned, tmp_path):
     assert not any(p.requires_grad for p in job.teacher().parameters())
 
 
-def test_a_job_without_a_dense_model_says_so(pruned, catalog, tmp_path):
+def test_a_job_without_a_dense_model_is_an_error(pruned, catalog, tmp_path):
     with pytest.raises(ModelError, match="the dense model is not known to this recovery"):
         recover(
             pruned.model, pruned.tokenizer, pruned.graph, pruned.family, catalog.strategies["distil"](), SETTINGS,

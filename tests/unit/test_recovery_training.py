@@ -256,7 +256,7 @@ def test_a_strategy_must_return_a_training_result(tmp_path):
         run(*pruned(), tmp_path / "work", Odd())
 
 
-def test_the_record_says_how_it_was_trained(tmp_path):
+def test_the_record_has_the_training_settings(tmp_path):
     settings = RecoverSettings(data="elsewhere", batch_size=4, max_steps=2, cutoff=32, rank=3, limit=5)
     result = run(*pruned(), tmp_path / "work", LoraStrategy(rank=4), settings)
     record = result.record()

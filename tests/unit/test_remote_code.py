@@ -1,4 +1,4 @@
-"""Checkpoints that bring their own model code: it runs where the user allows it, and nothing asks on the terminal."""
+"""Checkpoints with model code of their own: it runs where the user allows it, without a question on the terminal."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_groups_by_kind_with_their_share():
     assert '<tr><th scope="row">mlp</th><td class="number">2</td><td class="number">4 to 6</td>' in html
 
 
-def test_the_plan_tells_kept_of_total_for_layers_and_kinds(pruned):
+def test_the_plan_shows_kept_of_total_for_layers_and_kinds(pruned):
     (table,) = cut_tables(pruned.record)
     assert (table.whole, table.kinds) == ({"hidden": Cell(48, 64)}, ("mlp", "attention"))
     assert table.rows == (

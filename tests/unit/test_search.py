@@ -35,7 +35,7 @@ def choose(graph, kinds, demand, loss, allocation):
 
 
 def lost(graph, kept):
-    """Group → share of its units that went."""
+    """Group → share of its units that were removed."""
     return {name: 1 - len(units) / graph.by_name[name].units for name, units in kept.items()}
 
 
@@ -118,7 +118,7 @@ def test_more_rounds_of_the_search_measure_more_and_end_nearer_to_the_best(gqa):
 
 
 @pytest.mark.parametrize(("probe", "reach", "most"), [(0.05, 1, 5), (0.05, 4, 20), (0.1, 1, 10)])
-def test_a_move_of_the_search_goes_as_far_as_its_settings_say(gqa, probe, reach, most):
+def test_the_settings_of_the_search_limit_its_moves(gqa, probe, reach, most):
     kept, _, _ = counted(gqa.graph, Search(rounds=1, probe=probe, reach=reach))
     assert 0.6 * most <= max(abs(units - 72) for units in kept) <= most
 
@@ -159,7 +159,7 @@ def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
 def test_a_unit_with_a_copy_costs_nothing_once_weights_are_fitted(gqa, kind):
-    """Two equal units: the weights of the one that is kept can stand for both."""
+    """Two equal units: new weights of the one that is kept replace both."""
     group = gqa.graph.of_kinds([kind])[0]
     last = group.units - 1
     with torch.no_grad():

@@ -6,7 +6,7 @@ from math import isnan, pi
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import boundaries, layers_of, make, tokens
 
 from llmpruner.engine.inputs import input_statistics
 from llmpruner.engine.stream import stream_statistics
@@ -75,7 +75,7 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_experts_are_averaged_over_all_tokens(name):
-    """A token that goes elsewhere is a zero: what an expert adds to the output is what counts."""
+    """A token routed elsewhere counts as zero: its part of the output is zero."""
     loaded = make(name)
     experts = next(m for n, m in layers_of(loaded)[1].named_modules() if n.endswith("experts"))
     parameter = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
@@ -107,7 +107,7 @@ def test_gram_matrices_are_made_only_when_asked_for():
     assert statistics(loaded, [name], gram=False)[name].gram is None
 
 
-def test_layers_behind_the_last_wanted_are_not_run():
+def test_layers_after_the_last_wanted_are_not_run():
     loaded = make("llama-gqa")
     stream = input_statistics(
         loaded.model, loaded.graph.layers, ["model.layers.0.mlp.down_proj.weight"], CALIBRATION, Progress(), gram=False
@@ -117,24 +117,11 @@ def test_layers_behind_the_last_wanted_are_not_run():
     assert list(stream) == []
 
 
-def boundaries(loaded) -> list[torch.Tensor]:
-    """Hidden states before every layer and after the last, in float64."""
-    states: list[torch.Tensor] = []
-    layers = layers_of(loaded)
-    handles = [layer.register_forward_pre_hook(lambda _, args: states.append(args[0])) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(lambda _, __, out: states.append(out)))
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return [state.double() for state in states]
-
-
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", at_once)
     loaded = make("llama-gqa")
-    states = boundaries(loaded)
+    states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
     single = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress())
     blocks = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress(), blocks=True)
     assert single.cosine.shape == (1, 3) and blocks.angle.shape == (3, 3)

@@ -1,4 +1,4 @@
-"""Settings for those in no hurry about quality."""
+"""A method with another default where the model writes its calibration text."""
 
 from llmpruner import Method
 
