@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench gpu-check docs clean
+.PHONY: demo test test-fast lint bench gpu-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -25,6 +25,9 @@ lint: .venv/ready
 
 test: lint  ## everything that CI checks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not real"
 
 bench: .venv/ready  ## slow measurements; results are committed under benchmarks/
 	$(BIN)/python -m benchmarks

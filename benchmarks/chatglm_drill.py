@@ -73,7 +73,7 @@ LOGITS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 who, folder, file, ids = sys.argv[1], sys.argv[2], sys.argv[3], torch.tensor([eval(sys.argv[4])])[0]
-if who == "stranger":
+if who == "transformers":
     from importlib.util import find_spec
     if any(map(find_spec, ("llmpruner", "llmpruner_chatglm"))):
         raise SystemExit("llmpruner can be imported where it should be missing")
@@ -85,7 +85,7 @@ else:
     model = load_pruned(folder)
 with torch.no_grad():
     logits = model.eval()(ids).logits
-if who == "stranger":
+if who == "transformers":
     save_file({"logits": logits}, file)
 else:
     print(float((logits - load_file(file)["logits"]).abs().max()), float(logits.abs().max()))
@@ -192,7 +192,7 @@ def make_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def stranger(folder: Path) -> Path:
+def other_environment(folder: Path) -> Path:
     """The interpreter of a virtual environment that sees the installed packages, and no editable llmpruner: a folder
     that a ``.pth`` file names joins the path without its own ``.pth`` files."""
     venv.create(folder, with_pip=False, symlinks=True)
@@ -205,8 +205,8 @@ def stranger(folder: Path) -> Path:
 def difference(folder: Path, python: Path, work: Path) -> dict[str, float]:
     """Greatest difference between the logits of `load_pruned` and of transformers alone, and the greatest logit."""
     file = work / "logits.safetensors"
-    # -I: no PYTHONPATH may lead the stranger to llmpruner.
-    for interpreter, who in (([str(python), "-I"], "stranger"), ([sys.executable], "llmpruner")):
+    # -I: no PYTHONPATH may make llmpruner importable.
+    for interpreter, who in (([str(python), "-I"], "transformers"), ([sys.executable], "llmpruner")):
         command = [*interpreter, "-c", LOGITS, who, str(folder), str(file), json.dumps(IDS)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=work, check=False)
         if done.returncode:
@@ -289,7 +289,7 @@ def main() -> None:
     for name in arguments.models.split(","):
         with tempfile.TemporaryDirectory(dir=arguments.work) as work:
             os.environ["HF_HOME"] = f"{work}/home"
-            found = drill(name, Path(work), stranger(Path(work) / "stranger"))
+            found = drill(name, Path(work), other_environment(Path(work) / "other"))
             # Where things lay on this machine is nobody's business.
             results["models"][name] = json.loads(json.dumps(found).replace(work, "$WORK"))
         RESULTS.write_text(as_json(results))

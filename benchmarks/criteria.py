@@ -1,7 +1,7 @@
 """Which criteria know what a unit is worth: rank correlation with the truth, by brute force.
 
     LLMPRUNER_DATA=… python -m benchmarks.criteria              train, silence every unit once, score, compare
-    LLMPRUNER_DATA=… python -m benchmarks.criteria --render     only write the table of docs/criteria.md again
+    LLMPRUNER_DATA=… python -m benchmarks.criteria --render     only write the table of docs/criteria-measured.md again
 
 A tiny LLaMA (grouped-query attention) learns WikiText-2 byte by byte. The truth about a unit is by how much the loss on
 held-out text rises when it alone is silenced. Writes ``benchmarks/results/criteria.json``.
@@ -24,7 +24,7 @@ import torch
 from .measure import as_json, machine
 
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
-PAGE = Path(__file__).parents[1] / "docs" / "criteria.md"
+PAGE = Path(__file__).parents[1] / "docs" / "criteria-measured.md"
 SEEDS = (0, 1, 2)
 LENGTH = 128
 TRAIN = {"steps": 500, "batch": 32, "rate": 3e-3}
@@ -86,7 +86,7 @@ def _model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmpruner import Catalog, build_graph, plugin_manager
-    from llmpruner.loading.model import LoadedModel
+    from llmpruner.loading.model import Model
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
@@ -95,7 +95,7 @@ def _model() -> Any:
     torch.manual_seed(0)
     family = Catalog(plugin_manager()).family_for(config)
     graph = build_graph(family, config)
-    return LoadedModel("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
+    return Model("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
 
 
 def _train(model: Any, ids: torch.Tensor) -> None:
@@ -157,10 +157,11 @@ def _silenced(model: Any, group: Any, unit: int) -> Iterator[None]:
 
 def _criteria() -> Iterator[tuple[str, Any]]:
     from llmpruner import Catalog, plugin_manager
+    from llmpruner.testing import settings_grid
 
     for name, cls in Catalog(plugin_manager(entry_points=False)).criteria.items():
-        for variant in cls.variants or (None,):
-            yield name if variant is None else f"{name} {variant}", cls(variant)
+        for criterion in settings_grid(cls):
+            yield f"{name} {criterion.record().get('variant', '')}".strip(), criterion
 
 
 def _correlations(
@@ -168,11 +169,10 @@ def _correlations(
 ) -> dict[str, dict[str, float]]:
     """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
     from llmpruner.data.calibration import CalibrationSet
-    from llmpruner.engine.signals import Signal
     from llmpruner.importance.estimate import estimate
 
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
-    kinds = ["layer"] if Signal.STREAM in criterion.signals else loaded.graph.kinds
+    kinds = [kind for kind in loaded.graph.kinds if criterion.accepts(kind)]
     found = {}
     for kind in kinds:
         groups = loaded.graph.of_kinds([kind])

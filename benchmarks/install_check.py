@@ -32,6 +32,7 @@ EXTRAS = ["pytest>=8", "build"]
 SHIPPED = (
     "llmpruner/py.typed",
     "llmpruner/demo/instructions.jsonl",
+    "llmpruner/report/page.html.j2",
     "llmpruner/report/block.html.j2",
     "llmpruner/scaffold/templates/pyproject.toml.j2",
     "llmpruner/scaffold/templates/test.yml.j2",
@@ -42,7 +43,7 @@ SHIPPED = (
 )
 PACKAGES = {
     "qwen": ["--from", "qwen2"],
-    "neo": ["--from", "gpt_neox", "--spans"],
+    "neo": ["--from", "gpt_neox"],
     "odd": ["--from", "made_up", "--import", "made_up"],
 }
 """Name of a generated plugin → how it is asked for: two types without plugins, and one that nothing knows."""

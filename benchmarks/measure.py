@@ -9,7 +9,11 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+TOKENS, WINDOW = 20480, 512
+"""Of the text that perplexity is measured on."""
 
 
 def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
@@ -32,6 +36,23 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
         "peak_mib": round(usage.ru_maxrss / 1024),
         "output": output,
     }
+
+
+def data_folder() -> Path:
+    root = os.environ.get("LLMPRUNER_DATA")
+    if not root:
+        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
+    return next(f for f in (Path(root) / "data", Path(root)) if (f / "wikitext2_unk_test.txt").is_file())
+
+
+def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str, float]:
+    """Perplexity of ``model`` and, with ``kl``, its divergence from the dense one."""
+    file = work / "evaluation.json"
+    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
+    models = ("demo", model, "--kl") if kl else (model,)
+    run("evaluate", *models, "--perplexity", str(text), *options, "--json", str(file))
+    found: dict[str, float] = json.loads(file.read_text())[-1]["perplexity"]
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -122,7 +122,7 @@ def run_step(name: str, paths: list[Path], shards: int) -> None:
     if name == "make-meta":
         make_meta(*paths, shards)
     elif name == "convert":
-        from llmpruner_llama import convert_to_huggingface
+        from llmpruner_llama.meta_convert import convert_to_huggingface
 
         convert_to_huggingface(*paths, tokenizer=False)
     elif name == "delta":

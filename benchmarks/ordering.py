@@ -2,7 +2,7 @@
 
     LLMPRUNER_DATA=… python -m benchmarks.ordering
 
-Everything but the criterion is the preset ``--method llm-pruner``: ten samples of 64 tokens, no repair. Results are
+Everything but the criterion is that of ``--method llm-pruner``: ten samples of 64 tokens, no compensation. Results are
 kept in ``results/ordering.json``, so an interrupted run goes on where it stopped; ``benchmarks.quality`` puts them
 into ``docs/quality.md``.
 """
@@ -14,8 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .measure import as_json, machine, run
-from .quality import data_folder, measured
+from .measure import as_json, data_folder, machine, measured, run
 
 RESULTS = Path(__file__).parent / "results" / "ordering.json"
 SEEDS = (0, 1, 2)

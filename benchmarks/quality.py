@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .measure import machine, run
+from . import ordering
+from .measure import TOKENS, WINDOW, data_folder, machine, measured, run
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
@@ -35,7 +35,6 @@ TEXTS = {
     "self-generated": "self",
 }
 TASKS = "piqa,arc_easy,openbookqa"
-TOKENS, WINDOW = 20480, 512
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,6 @@ def points_of(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(points, key=lambda e: (e["row"]["ratio"], e["row"]["text"], e["row"]["method"]))
 
 
-def data_folder() -> Path:
-    root = os.environ.get("LLMPRUNER_DATA")
-    if not root:
-        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
-    return next(f for f in (Path(root) / "data", Path(root)) if (f / "wikitext2_unk_test.txt").is_file())
-
-
 def read_results() -> dict[str, dict[str, Any]]:
     if not RESULTS.is_file():
         return {}
@@ -127,16 +119,6 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
         _task_files(data, work / "tasks")
         run("evaluate", model, *options, "--json", str(report), timeout=7200)
         found["tasks"] = json.loads(report.read_text())[0]["tasks"]
-    return found
-
-
-def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str, float]:
-    """Perplexity of ``model`` and, with ``kl``, its divergence from the dense one."""
-    file = work / "evaluation.json"
-    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
-    models = ("demo", model, "--kl") if kl else (model,)
-    run("evaluate", *models, "--perplexity", str(text), *options, "--json", str(file))
-    found: dict[str, float] = json.loads(file.read_text())[-1]["perplexity"]
     return found
 
 
@@ -190,9 +172,9 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/quality.py; do not edit. -->",
         "",
         "SmolLM2-135M-Instruct, MLP channels of layers 3-26, no training. *Ratio*: share of the decoder's parameters "
-        f"that went. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 products; "
-        "WikiText-2 test (unknown words as `<unk>`) and the answers of an instruction set, neither of them ever seen "
-        "in calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
+        f"that was removed. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 "
+        "products; WikiText-2 test (unknown words as `<unk>`) and answers to instructions, neither of them used "
+        "for calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
         f"Dense: {dense['perplexity']:.2f} and {dense['perplexity_instructions']:.2f}. Seconds: the whole `prune` "
         "command.",
         "",
@@ -240,14 +222,12 @@ def _tasks(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def _ordering() -> list[str]:
-    from . import ordering
-
     results = ordering.read()
     if not results:
         return []
     text = (
         "The paper's criteria at 20 %, all else as `--method llm-pruner` has it (ten samples of 64 tokens of "
-        "WikiText-2 validation, no repair), WikiText-2 perplexity:"
+        "WikiText-2 validation, no compensation), WikiText-2 perplexity:"
     )
     return ["", text, "", *ordering.table(results)]
 

@@ -206,7 +206,9 @@ def prune(words: list[str], output: Path) -> dict[str, Any]:
             return {"exit": code, "reason": " ".join(errors.getvalue().rpartition("error:")[2].split())}
         plan = json.loads(shown.getvalue())["plan"]
         kept = {group: cut["kept"] for group, cut in plan["cuts"].items()}
-        return {"exit": code, "target": plan["target"], "kept": kept, "tensors": digests(output)}
+        # Plans of later versions record a budget's settings and measurements in other fields.
+        target = {key: plan["target"].get(key) for key in ("by", "amount", "budget")}
+        return {"exit": code, "target": target, "kept": kept, "tensors": digests(output)}
     finally:
         shutil.rmtree(output, ignore_errors=True)
 

@@ -1,12 +1,13 @@
 """Discovery and the oracle on every causal language model that the installed transformers knows.
 
     python benchmarks/support_matrix.py                 all types, two processes at a time, restartable
-    python benchmarks/support_matrix.py llama gpt2      these types again
-    python benchmarks/support_matrix.py --time-limit 60 give up on a type after so many seconds
+    python benchmarks/support_matrix.py llama gpt2      these types again, with their variants
+    python benchmarks/support_matrix.py --time-limit 60 give up on a configuration after so many seconds
     python benchmarks/support_matrix.py --render        only write docs/support-matrix.md again
 
-Every type runs in a process of its own with limits on time and memory, on a small random instance of its default
-configuration. Results are JSON lines; an interrupted run goes on where it stopped.
+Every configuration runs in a process of its own with limits on time and memory, as a small random instance: the default
+one of every type, and the `VARIANTS` of types whose options change the structure. Results are JSON lines; an
+interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -62,12 +63,63 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
 """What the default configuration of a type leaves open, without which no model can be built from it."""
 
 
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "bloom": {
+        "residual after the norm": {"apply_residual_connection_post_layernorm": True},
+        "untied": {"tie_word_embeddings": False},
+    },
+    "cohere": {"norms on queries and keys": {"use_qk_norm": True}},
+    "falcon": {
+        "new decoder, 8 KV heads": {
+            "new_decoder_architecture": True, "hidden_size": 4096, "num_attention_heads": 64, "num_kv_heads": 8,
+        },
+        "new decoder, multi-head": {"new_decoder_architecture": True},
+        "multi-head, sequential": {"multi_query": False, "parallel_attn": False, "bias": True},
+        "multi-head, ALiBi": {"multi_query": False, "alibi": True},
+    },
+    "glm": {"multi-head, no biases": {"num_key_value_heads": 32, "attention_bias": False}},
+    "gpt2": {"untied": {"tie_word_embeddings": False}},
+    "gpt_bigcode": {"multi-head": {"multi_query": False}},
+    "gpt_neox": {
+        "sequential": {"use_parallel_residual": False},
+        "no attention biases, tied": {"attention_bias": False, "tie_word_embeddings": True},
+    },
+    "gptj": {"tied": {"tie_word_embeddings": True}},
+    "llama": {
+        "8 KV heads": {"num_key_value_heads": 8},
+        "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    },
+    "mistral": {"multi-head": {"num_key_value_heads": 32}},
+    "mixtral": {"multi-head, tied": {"num_key_value_heads": 32, "tie_word_embeddings": True}},
+    "opt": {"norms after": {"do_layer_norm_before": False}, "no biases": {"enable_bias": False}},
+    "phi": {"8 KV heads": {"num_key_value_heads": 8}, "norms on queries and keys": {"qk_layernorm": True}},
+    "phi3": {
+        "8 KV heads": {"num_key_value_heads": 8},
+        "tied, half rotary": {"tie_word_embeddings": True, "partial_rotary_factor": 0.5},
+    },
+    "qwen2": {
+        "4 KV heads": {"num_key_value_heads": 4},
+        "4 KV heads, tied, sliding windows": {
+            "num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": True, "max_window_layers": 16,
+        },
+    },
+    "qwen3_moe": {"some layers dense": {"decoder_sparse_step": 2, "mlp_only_layers": [1]}},
+    "stablelm": {"parallel, norms on queries and keys": {"use_parallel_residual": True, "qk_layernorm": True}},
+    "starcoder2": {"multi-head, no biases": {"num_key_value_heads": 24, "use_bias": False}},
+}  # fmt: skip
+"""Type → what else it may be → how that configuration differs from the default one."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="model types to run again; all that have no result yet otherwise")
+    parser.add_argument("types", nargs="*", help="model types to run again; whatever has no result yet otherwise")
     parser.add_argument("--render", action="store_true", help="write the page from the results and stop")
     parser.add_argument(
-        "--time-limit", type=int, default=TIME_LIMIT, metavar="SECONDS", help="for each type (default: %(default)s)"
+        "--time-limit",
+        type=int,
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help="for each configuration (default: %(default)s)",
     )
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -84,8 +136,16 @@ def all_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def examine(model_type: str) -> dict[str, Any]:
-    """Build, run, discover and verify one type; what stops it is the result."""
+Case = tuple[str, str]
+"""A model type, and the name of a variant of it; empty for the default configuration."""
+
+
+def all_cases(types: Iterable[str]) -> list[Case]:
+    return [(model_type, variant) for model_type in types for variant in ("", *VARIANTS.get(model_type, {}))]
+
+
+def examine(model_type: str, variant: str) -> dict[str, Any]:
+    """Build, run, discover and verify one configuration; what stops it is the result."""
     import torch
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
@@ -96,10 +156,11 @@ def examine(model_type: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    result: dict[str, Any] = {"type": model_type, "stage": "build"}
+    result: dict[str, Any] = {"type": model_type, "variant": variant, "stage": "build"}
+    options = {**INCOMPLETE.get(model_type, {}), **(VARIANTS[model_type][variant] if variant else {})}
     started = time.monotonic()
     try:
-        small = small_config(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})))
+        small = small_config(CONFIG_MAPPING[model_type](**options))
         model = random_instance(small)
         result["parameters"] = model.num_parameters()
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
@@ -121,6 +182,7 @@ def examine(model_type: str) -> dict[str, Any]:
                 "where": v.where,
                 "reason": v.reason,
                 "checks": list(v.checks),
+                "skipped": list(v.skipped),
                 "follows": [str(f) for f in v.follows],
             }
             for v in verdicts
@@ -145,51 +207,57 @@ def blocked(config: Any) -> list[list[Any]]:
 def run(types: list[str], time_limit: int) -> None:
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     results = read()
-    todo = types or [t for t in all_types() if t not in results]
+    todo = all_cases(types) or [case for case in all_cases(all_types()) if case not in results]
     lock = Lock()
 
-    def one(model_type: str) -> None:
-        result = {**in_process(model_type, time_limit), "time_limit": time_limit}
+    def one(case: Case) -> None:
+        result = {**in_process(case, time_limit), "time_limit": time_limit}
         with lock:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
             kinds = {v["kind"]: v["verdict"] for v in result.get("verdicts", [])}
-            print(f"{model_type}: {kinds or result.get('reason', '')[:120]}", flush=True)
+            print(f"{label(result)}: {kinds or result.get('reason', '')[:120]}", flush=True)
 
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(one, todo))
 
 
-def in_process(model_type: str, time_limit: int) -> dict[str, Any]:
+def in_process(case: Case, time_limit: int) -> dict[str, Any]:
     """`examine` in a process of its own, forked from one that has imported everything already."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=child, args=(model_type, sender))
+    process = CONTEXT.Process(target=child, args=(case, sender))
     process.start()
     sender.close()
+    stopped: dict[str, Any] = {"type": case[0], "variant": case[1]}
     try:
         if receiver.poll(time_limit):
             result: dict[str, Any] = receiver.recv()
             return result
-        return {"type": model_type, "stage": "time limit", "reason": f"not finished within {time_limit} s"}
+        return {**stopped, "stage": "time limit", "reason": f"not finished within {time_limit} s"}
     except EOFError:
         process.join()
-        return {"type": model_type, "stage": "crash", "reason": f"the process ended with status {process.exitcode}"}
+        return {**stopped, "stage": "crash", "reason": f"the process ended with status {process.exitcode}"}
     finally:
         process.kill()
         process.join()
 
 
-def child(model_type: str, sender: Connection) -> None:
+def child(case: Case, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    sender.send(examine(model_type))
+    sender.send(examine(*case))
 
 
-def read() -> dict[str, dict[str, Any]]:
-    """The latest result of every type."""
+def read() -> dict[Case, dict[str, Any]]:
+    """The latest result of every configuration."""
     if not RESULTS.is_file():
         return {}
     lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    return {r["type"]: r for r in map(json.loads, lines)}
+    return {(r["type"], r.get("variant", "")): r for r in map(json.loads, lines)}
+
+
+def label(result: Mapping[str, Any]) -> str:
+    variant = result.get("variant")
+    return f"{result['type']} ({variant})" if variant else str(result["type"])
 
 
 def limits(results: Iterable[Mapping[str, Any]]) -> str:
@@ -212,13 +280,15 @@ def verdicts(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {v["kind"]: v for v in result.get("verdicts", [])}
 
 
-def render(results: Mapping[str, Mapping[str, Any]]) -> str:
+def render(results: Mapping[Case, Mapping[str, Any]]) -> str:
     import torch
     import transformers
 
-    known = [results[t] for t in all_types() if t in results]
+    known = [results[t, ""] for t in all_types() if (t, "") in results]
+    variants = [results[case] for case in all_cases(all_types()) if case[1] and case in results]
     runnable = [r for r in known if "has" in r]
-    silent = [(r["type"], v) for r in runnable for v in r.get("verdicts", []) if v["verdict"] == "failed"]
+    everything = [r for r in (*known, *variants) if "has" in r]
+    silent = [v for r in everything for v in r.get("verdicts", []) if v["verdict"] == "failed"]
     lines = [
         "# Support matrix",
         "",
@@ -243,24 +313,31 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
             whose = "that have them" if kind in PARTS else "in which they are found"
             lines.append(f"- {kind}: verified in {good} of {of} types {whose} ({good / of:.1%}).")
     required = [
-        t for t in REQUIRED if any(verdicts(results.get(t, {})).get(k, {}).get("verdict") != "verified" for k in PARTS)
+        t
+        for t in REQUIRED
+        if any(verdicts(results.get((t, ""), {})).get(k, {}).get("verdict") != "verified" for k in PARTS)
     ]
     lines += [
         f"- Silent failures: {len(silent)}.",
         f"- Of {len(REQUIRED)} widely used types, those without verified MLP channels and attention: "
         f"{', '.join(required) or 'none'}.",
         "",
-        "| type | " + " | ".join(KINDS) + " | largest difference |",
-        "|---|" + "---|" * (len(KINDS) + 1),
-        *(row(r) for r in runnable),
+        *table(runnable),
+        "",
+        "## Variants",
+        "",
+        f"Other configurations of types whose options change the structure ({sum(map(is_verified, variants))} of "
+        f"{len(variants)} with verified MLP channels and attention).",
+        "",
+        *table(r for r in variants if "has" in r),
         "",
         "## Why not",
         "",
-        "What is there and is not verified, with the reason.",
+        "Kinds that are found and not verified, with the reason.",
         "",
         "| type | kind | reason |",
         "|---|---|---|",
-        *(line for r in runnable for line in reasons(r)),
+        *(line for r in everything for line in reasons(r)),
         "",
         "## Not counted",
         "",
@@ -268,16 +345,21 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "| type | reason |",
         "|---|---|",
-        *(f"| {r['type']} | {plain(r.get('reason', ''))} |" for r in known if "has" not in r),
+        *(f"| {label(r)} | {plain(r.get('reason', ''))} |" for r in (*known, *variants) if "has" not in r),
         "",
         "## What follows a cut",
         "",
         "Attributes and arguments that the oracle found must follow; `*` is the number of the layer.",
         "",
-        *(f"- `{what}` ({kind}): {', '.join(types)}" for (what, kind), types in follows(runnable).items()),
+        *(f"- `{what}` ({kind}): {', '.join(types)}" for (what, kind), types in follows(everything).items()),
         "",
     ]
     return "\n".join(lines)
+
+
+def table(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    head = ["| type | " + " | ".join(KINDS) + " | largest difference |", "|---|" + "---|" * (len(KINDS) + 1)]
+    return [*head, *map(row, results)]
 
 
 def row(result: Mapping[str, Any]) -> str:
@@ -286,20 +368,20 @@ def row(result: Mapping[str, Any]) -> str:
     differences = [
         v["difference"] for v in found.values() if v["verdict"] == "verified" and v["difference"] is not None
     ]
-    return f"| {result['type']} | {' | '.join(cells)} | {f'{max(differences):.0e}' if differences else ''} |"
+    return f"| {label(result)} | {' | '.join(cells)} | {f'{max(differences):.0e}' if differences else ''} |"
 
 
 def reasons(result: Mapping[str, Any]) -> list[str]:
     found = verdicts(result)
     lines = [
-        f"| {result['type']} | {v['kind']} | {v['verdict']}: {plain(v['reason'])}{where(v)} |"
+        f"| {label(result)} | {v['kind']} | {v['verdict']}: {plain(v['reason'])}{where(v)} |"
         for v in found.values()
         if v["verdict"] != "verified"
     ]
     for kind in result["has"]:
         if kind not in found:
             why = result.get("reason") or why_blocked(result, PARTS[kind])
-            lines.append(f"| {result['type']} | {kind} | not found: {plain(why)} |")
+            lines.append(f"| {label(result)} | {kind} | not found: {plain(why)} |")
     return lines
 
 
@@ -320,7 +402,7 @@ def follows(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], list[
     for result in results:
         for kind, verdict in verdicts(result).items():
             for what in verdict["follows"]:
-                found.setdefault((what, kind), []).append(result["type"])
+                found.setdefault((what, kind), []).append(label(result))
     return dict(sorted(found.items()))
 
 

@@ -1,7 +1,6 @@
 """llmpruner: structural pruning of large language models.
 
-The public names stand in ``__init__.pyi``. Each is loaded on first use, so that ``import llmpruner`` is light: no torch
-is imported.
+``__init__.pyi`` lists the public names. Each is loaded on first use, so that ``import llmpruner`` imports no torch.
 """
 
 import lazy_loader

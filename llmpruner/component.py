@@ -1,4 +1,4 @@
-"""Component: the base of everything that a hook gives. Imports no torch."""
+"""Component: the base class of everything that hooks return. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import SettingsError
+from .validation import refusal
 
 
 class ComponentSettings(BaseModel):
-    """Settings of one component: declare fields with types, defaults, and ``Field(description=…)`` with bounds.
+    """Base class of a component's settings: fields with types, and ``Field(default, description=…)`` with bounds.
 
-    They are reachable as ``--set NAME.key=value``, as keywords in Python, and are recorded in plans and job records.
+    They are set by ``--set NAME.key=value`` or by keywords in Python, and recorded in plans and job records.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Component:
-    """A class with a name, one line that says what it is, and settings of its own.
+    """A class with a name, a one-line summary, and settings.
 
     ::
 
@@ -36,12 +37,12 @@ class Component:
             def saliency(self, signals):
                 return signals.weight.abs() ** self.settings.power
 
-    An instance is made with settings, given as keywords or as an instance of ``Settings``, and keeps no other state
+    An instance is created from settings, as keywords or as an instance of ``Settings``, and keeps no other state
     between calls.
     """
 
     kind: ClassVar[str] = "component"
-    """What messages call it: "criterion", "budget" …; set by the base class of each kind."""
+    """The kind in messages: "criterion", "budget" …; set by the base class of each kind."""
     name: ClassVar[str] = ""
     """Unique among components of its kind, over all plugins; lower case, no blanks."""
     summary: ClassVar[str] = ""
@@ -49,7 +50,7 @@ class Component:
     Settings: ClassVar[type[ComponentSettings]] = ComponentSettings
 
     def __init__(self, settings: ComponentSettings | None = None, /, **values: Any) -> None:
-        """Raises `SettingsError` for a key that ``Settings`` does not have, or a value that it refuses."""
+        """Raises `SettingsError` for a key that ``Settings`` does not have, or a value that is invalid for it."""
         self.settings = settings if settings is not None else validated(self.Settings, values, self.label())
 
     @classmethod
@@ -63,13 +64,12 @@ class Component:
 
 
 def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: str) -> ComponentSettings:
-    """An instance of ``model``. ``owner``: whose settings these are, for the message of a `SettingsError`."""
+    """An instance of ``model``. ``owner``: the component, for messages. Raises `SettingsError`."""
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
+        found = refusal(error)
+        if found.kind == "extra_forbidden":
             known = ", ".join(model.model_fields) or "none"
-            raise SettingsError(f"{owner} has no setting '{key}'; it has: {known}") from error
-        raise SettingsError(f"{owner}: {key} = {first.get('input')!r} is refused: {first['msg']}") from error
+            raise SettingsError(f"{owner} has no setting '{found.key}'; it has: {known}") from error
+        raise SettingsError(f"{owner}: {found.key} = {found.value} is refused: {found.expected}") from error

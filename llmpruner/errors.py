@@ -1,11 +1,11 @@
-"""Everything that llmpruner raises on purpose.
+"""The exceptions of llmpruner.
 
-LlmprunerError                  one clear line; the CLI prints it and exits with code 2
+LlmprunerError                  the message is one line; the CLI prints it and exits with code 2
 ├── PluginError                 a plugin is broken, or breaks the rules of a hook
 │   ├── DuplicateNameError      two plugins use one name
 │   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
 ├── ModelError                  a model cannot be found, read or used
-│   └── UnsupportedModelError   it is readable, but its structure is not understood
+│   └── UnsupportedModelError   it is readable, but not understood, or not representable in the output format
 ├── CouplingError               a family's groups contradict the model's parameters
 ├── DataError                   calibration, recovery or evaluation data is missing or malformed
 ├── SettingsError               an option is unknown, out of bounds, or without effect
@@ -23,13 +23,13 @@ from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class where it has none."""
+    """The first line of an exception's message, or the name of its class where the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 
 class LlmprunerError(Exception):
-    """Base of the tree. The message is one line that says what is wrong, what was expected, what to do."""
+    """Base class. The message is one line: what is wrong, what was expected, what to do."""
 
 
 class PluginError(LlmprunerError):
@@ -41,12 +41,12 @@ class DuplicateNameError(PluginError):
 
 
 class UnknownNameError(PluginError):
-    """A name that nothing is registered under."""
+    """No component of that name is registered; the message lists the nearest and all known names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
         super().__init__(f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}.")
 
 
@@ -55,7 +55,8 @@ class ModelError(LlmprunerError):
 
 
 class UnsupportedModelError(ModelError):
-    """The model can be read, but its structure is not understood well enough to be cut exactly."""
+    """The model can be read, but its structure is not understood well enough to be cut exactly, or it cannot be
+    represented in the output format."""
 
 
 class CouplingError(LlmprunerError):

@@ -1,4 +1,4 @@
-"""Writing files and directories that are whole or not there."""
+"""Writing files and directories completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .errors import OutputError, first_line
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8. A regular file is written beside its name and renamed, so that it is replaced only as a
-    whole; a symbolic link keeps pointing where it does; a device or pipe is written to. Raises `OutputError`."""
+    """Write ``text`` as UTF-8. A regular file is written under a temporary name and renamed, so that a failure leaves
+    the old content; a symbolic link keeps its target; a device or pipe is written to. Raises `OutputError`."""
     try:
         real = path.resolve(strict=False)
         if real.exists() and not real.is_file():
@@ -35,43 +35,58 @@ def _replace(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def exists(path: Path) -> bool:
+    """As `Path.exists`; False for what no file system takes as a name, such as one of 300 characters."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def check_new_directory(path: Path) -> Path:
     """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
-    if path.exists() or path.is_symlink():
-        raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
-    _check_parent(path)
+    with _unwritable(path):
+        if path.exists() or path.is_symlink():
+            raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
+        _check_parent(path)
     return path
 
 
 def check_new_file(path: Path) -> Path:
     """``path``, once it is sure that a file can be written there. Raises `OutputError`."""
-    if path.is_dir():
-        raise OutputError(f"'{path}' is a directory; name the file to write")
-    if path.exists():
-        if not os.access(path, os.W_OK):
+    with _unwritable(path):
+        if path.is_dir():
+            raise OutputError(f"'{path}' is a directory; name the file to write")
+        if not path.exists():
+            _check_parent(path)
+        elif not os.access(path, os.W_OK):
             raise OutputError(f"'{path}' cannot be written: permission denied")
-    else:
-        _check_parent(path)
     return path
 
 
 def _check_parent(path: Path) -> None:
-    """Whether ``path`` can be created is found by creating it: permissions, name length and free inodes decide."""
+    """Tries to create a directory beside ``path``, as permissions, name length and free inodes matter."""
     parent = path.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
-    # The longest name that is written beside it later.
+    # The temporary name that writing uses, which is longer than the final one.
     trial = parent / f".{path.name}.{os.getpid()}.partial"
+    trial.mkdir()
+    trial.rmdir()
+
+
+@contextmanager
+def _unwritable(path: Path) -> Iterator[None]:
+    """What the system refuses about ``path``, a name that is too long as well, as an `OutputError`."""
     try:
-        trial.mkdir()
-        trial.rmdir()
+        yield
     except OSError as error:
         raise OutputError(f"'{path}' cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """A new directory beside ``directory`` that is renamed to it at the end, and removed when anything fails.
+    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """

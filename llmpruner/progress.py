@@ -1,25 +1,31 @@
-"""Progress as the stages see it: a plain interface, so that libraries stay silent and the CLI can draw bars."""
+"""The interface by which stages report progress; the command line implements it with progress bars."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 class Progress:
-    """Says nothing. The command line passes one that draws."""
+    """Shows nothing; subclasses override what they show."""
 
     def track(self, items: Sequence[T], label: str) -> Iterable[T]:
-        """``items``, with the passage through them shown under ``label``."""
+        """Iterates over ``items`` and shows how many were processed, under ``label``."""
         del label
         return items
 
     def status(self, label: str) -> None:
-        """A stage of unknown length begins."""
+        """Shows ``label``, for a stage of unknown length."""
         del label
+
+    @contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        """Yields a function ``step(number, total, loss)`` to call after each step; ``number`` counts from 1."""
+        del label
+        yield lambda number, total, loss: None
 
 
 QUIET = Progress()
-"""Shows nothing; it keeps no state."""

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import SettingsError
+from .validation import refusal
 
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -27,10 +28,10 @@ _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 @dataclass(frozen=True)
 class Option:
-    """How a field reads on the command line. ``flags``: its names, where they are not the field's own. ``panel``: of
-    ``--help``. ``metavar``: what stands for the value. ``sets``: ``field.key`` where the option is short for a setting
-    of the component that ``field`` chooses, or of the metric of that name; the component declares default and
-    bounds."""
+    """The command-line option of a field. ``flags``: its names, by default derived from the field's. ``panel``: its
+    section in ``--help``. ``metavar``: the placeholder of its value. ``sets``: ``field.key`` for a shorthand: it sets
+    ``key`` of the component that ``field`` selects, or of the metric named ``field``; the component declares default
+    and bounds."""
 
     panel: str | None = None
     flags: tuple[str, ...] = ()
@@ -39,9 +40,9 @@ class Option:
 
 
 class Settings(BaseModel):
-    """Frozen; an unknown name is an error. `model_fields_set` says which fields the user gave."""
+    """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 S = TypeVar("S", bound=Settings)
@@ -53,12 +54,13 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
     try:
         return model(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        if first["type"] == "extra_forbidden":
+        found = refusal(error)
+        name = found.key.partition(".")[0]
+        if found.kind == "extra_forbidden":
             raise SettingsError(f"unknown setting '{name}'; known: {', '.join(model.model_fields)}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"{flag_of(model, name)} {first.get('input')!s}: {message}") from error
+        if found.kind == "missing":
+            raise SettingsError(f"{flag_of(model, name)} must be given") from error
+        raise SettingsError(f"{flag_of(model, name)} {found.value}: {found.expected}") from error
 
 
 def option_of(model: type[Settings], name: str) -> Option:
@@ -109,7 +111,7 @@ def _layers(value: Any) -> Any:
 
 
 def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
-    """The numbers that ``--layers`` names in a model of ``count`` layers; None stays None.
+    """The layer numbers that ``--layers`` selects in a model of ``count`` layers; None for None.
 
     Raises `SettingsError` for a layer that the model does not have.
     """
@@ -167,7 +169,7 @@ class LoadSettings(Settings):
     ] = "auto"
     device: Annotated[str, Field(description="cpu, cuda, cuda:1, mps …")] = "cpu"
     revision: Annotated[str | None, Field(description="Branch, tag or commit of a hub model.")] = None
-    trust_remote_code: Annotated[bool, Field(description="Run model code that a checkpoint brings.")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run model code that is part of a checkpoint.")] = False
 
 
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
@@ -186,7 +188,8 @@ class PruneSettings(Settings):
         Field(
             description="What --ratio is a share of: decoder (its parameters), parameters (all of them), bytes (of all "
             "weights), macs (multiply-accumulate operations per token), kv-cache (its bytes per token) or latency (per "
-            "decoded token, measured on this machine). All kinds compete under it; what saves nothing of it stays."
+            "decoded token, measured on this machine). Units of all --kinds are compared by it; those that save none "
+            "of it are kept."
         ),
         Option(_WHAT),
     ] = "decoder"
@@ -213,7 +216,7 @@ class PruneSettings(Settings):
     kinds: Annotated[
         Names,
         Field(
-            description="What may go, comma-separated. mlp: MLP channels; attention: KV heads with their query heads "
+            description="What may be removed, comma-separated. mlp: MLP channels; attention: KV heads with query heads "
             "(both together are the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels "
             "of the residual stream (the paper's channel-wise pruning); layer: whole layers. The default keeps most "
             "quality on models with few KV heads."
@@ -223,8 +226,8 @@ class PruneSettings(Settings):
     layers: Annotated[
         Annotated[str, BeforeValidator(_layers)] | None,
         Field(
-            description="Layers whose units may go: 3-26, 0,5,7-9 or all. By default the family protects both ends (the "
-            "first and last 10 %, as the paper protects the ends of LLaMA)."
+            description="Layers that may lose units: 3-26, 0,5,7-9 or all. By default the family protects both ends "
+            "(the first and last 10 %, as the paper protects the ends of LLaMA)."
         ),
         Option(_WHAT),
     ] = None
@@ -234,9 +237,9 @@ class PruneSettings(Settings):
     method: Annotated[
         str | None,
         Field(
-            description="Defaults for all that follows. best (the default): chosen by one forward pass and compensated "
-            "by least squares; fast: no compensation; llm-pruner: the paper's, first-order Taylor on ten samples, no "
-            "compensation."
+            description="Defaults of the options below. best (the default): units chosen by one forward pass, weights "
+            "compensated by least squares; fast: no compensation; llm-pruner: the paper's, first-order Taylor on ten "
+            "samples, no compensation."
         ),
         Option(_HOW),
     ] = None
@@ -259,7 +262,10 @@ class PruneSettings(Settings):
     ] = None
     reduction: Annotated[
         Reduction,
-        Field(description=f"How the parameters of a unit make one score: {', '.join(get_args(Reduction))}."),
+        Field(
+            description="How the scores of a unit's parameters are combined to one score: "
+            f"{', '.join(get_args(Reduction))}."
+        ),
         Option(_HOW),
     ] = "sum"
     allocation: Annotated[
@@ -274,8 +280,8 @@ class PruneSettings(Settings):
     normalize: Annotated[
         Normalization,
         Field(
-            description="How scores of different groups become comparable under --allocation global: none, mean, max, "
-            "sum, zscore, parameters (per parameter removed), cost (per share of the --budget removed)."
+            description="How scores of different groups are normalized for --allocation global: none, mean, max, sum, "
+            "zscore, parameters (per parameter removed), cost (per amount of the --budget removed)."
         ),
         Option(_HOW),
     ] = "none"
@@ -326,7 +332,9 @@ class RecoverSettings(Settings):
         ),
     ]
     strategy: Annotated[str, Field(description="Recovery strategy; see `llmpruner plugins`.")] = "lora"
-    limit: Annotated[int | None, Field(ge=1, description="Use so many examples, drawn by the seed.")] = None
+    limit: Annotated[int | None, Field(ge=1, description="Number of examples to draw at random; all by default.")] = (
+        None
+    )
     merge: Annotated[bool, Field(description="Add the adapters to the weights, or save them alone.")] = True
     rank: Annotated[int | None, Field(description="Rank of the LoRA adapters."), Option(sets="strategy.rank")] = None
     alpha: Annotated[
@@ -337,9 +345,7 @@ class RecoverSettings(Settings):
     ] = None
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
     epochs: Annotated[float, Field(gt=0, description="Passes over the data.")] = 2.0
-    max_steps: Annotated[
-        int | None, Field(ge=1, description="Stop after so many optimizer steps, whatever the epochs.")
-    ] = None
+    max_steps: Annotated[int | None, Field(ge=1, description="Number of optimizer steps, instead of --epochs.")] = None
     batch_size: Annotated[int, Field(ge=1, description="Examples per optimizer step.")] = 64
     micro_batch_size: Annotated[
         int, Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size.")
@@ -347,7 +353,7 @@ class RecoverSettings(Settings):
     cutoff: Annotated[int, Field(ge=2, description="Tokens per example; longer ones are cut.")] = 256
     warmup_steps: Annotated[
         int,
-        Field(ge=0, description="At most so many; runs shorter than a thousand steps warm up over a tenth of theirs."),
+        Field(ge=0, description="Warm-up steps; at most a tenth of all steps."),
     ] = 100
     loss_on: Annotated[LossOn, Field(description="all: the whole text, as the paper; answers: the answers alone.")] = (
         "all"
@@ -373,7 +379,7 @@ class EvaluateSettings(Settings):
         str | None,
         Field(
             description="Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that "
-            "every Python brings; pydoc is the default when nothing else is named."
+            "is part of every Python; pydoc is the default when nothing else is named."
         ),
         Option(metavar="TEXT"),
     ] = None
@@ -384,13 +390,14 @@ class EvaluateSettings(Settings):
     ] = None
     tokens: Annotated[
         int | None,
-        Field(description="Use the first so many tokens of the text; all by default."),
+        Field(description="Number of tokens to use, from the start of the text; all by default."),
         Option(sets="perplexity.tokens"),
     ] = None
     kl: Annotated[
         bool,
         Field(
-            description="KL divergence from the first MODEL on the text of the perplexity, too (both are in memory)."
+            description="Also the KL divergence from the first MODEL on the text of the perplexity (both models are in "
+            "memory)."
         ),
         Option(sets="perplexity.kl"),
     ] = False
@@ -404,7 +411,7 @@ class EvaluateSettings(Settings):
     ] = None
     include_path: Annotated[
         Path | None,
-        Field(description="Folder of further lm-eval task files (offline data, say)."),
+        Field(description="Folder with additional lm-eval task files, such as for offline data."),
         Option(sets="tasks.include_path"),
     ] = None
     batch_size: Annotated[
@@ -432,3 +439,16 @@ class GenerateSettings(Settings):
     max_new_tokens: Annotated[int, Field(ge=1, description="Tokens to write at most.")] = 64
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above 0 samples.")] = 0.0
     seed: Seed = 0
+
+
+class PageSettings(Settings):
+    """What an HTML page about a model shows."""
+
+    settings: Set = {}
+
+
+class ExportSettings(Settings):
+    """In which format a checkpoint is written."""
+
+    to: Annotated[str, Field(description="Exporter; see `llmpruner plugins`.")]
+    settings: Set = {}

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph, plugin_manager
-from llmpruner.loading.model import LoadedModel
+from llmpruner.loading.model import Model
 
 
 def llama_config(**changes) -> LlamaConfig:
@@ -45,18 +45,18 @@ def catalog() -> Catalog:
 
 
 @pytest.fixture(params=["gqa", "mha", "tied"])
-def loaded(request, catalog) -> LoadedModel:
+def loaded(request, catalog) -> Model:
     """A tiny llama: grouped-query, multi-head, or with tied embeddings."""
     changes = {"gqa": {}, "mha": {"num_key_value_heads": 8}, "tied": {"tie_word_embeddings": True}}[request.param]
     return make_loaded(catalog, llama_config(**changes))
 
 
 @pytest.fixture
-def gqa(catalog) -> LoadedModel:
+def gqa(catalog) -> Model:
     return make_loaded(catalog, llama_config())
 
 
-def make_loaded(catalog: Catalog, config: LlamaConfig, seed: int = 0) -> LoadedModel:
+def make_loaded(catalog: Catalog, config: LlamaConfig, seed: int = 0) -> Model:
     family = catalog.family_for(config)
     graph = build_graph(family, config)
-    return LoadedModel("tiny", config, family, graph, model=random_llama(copy.deepcopy(config), seed), tokenizer=None)
+    return Model("tiny", config, family, graph, model=random_llama(copy.deepcopy(config), seed), tokenizer=None)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import typer
+from installed import own_host
 from rich.text import Text
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
-from llmpruner import plugin_manager
 from llmpruner.cli.app import HELP, build_app
 
 GENERAL = "Options"
@@ -21,8 +21,8 @@ _TYPES = {int: "INTEGER", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
 @dataclass(frozen=True)
-class Told:
-    """One argument or option as a reader sees it. ``names``: ``--output`` and ``-o``; an argument has none."""
+class Shown:
+    """One argument or option as ``--help`` has it. ``names``: ``--output`` and ``-o``; an argument has none."""
 
     names: tuple[str, ...]
     value: str
@@ -33,12 +33,8 @@ class Told:
 
 
 def application() -> typer.Typer:
-    """What ``pip install llmpruner`` gives: the core and its own plugins, whatever else is installed here."""
-    host = plugin_manager()
-    for name, _ in host.manager.list_name_plugin():
-        if host.package_of(name) != "llmpruner":
-            host.manager.unregister(name=name)
-    return build_app(host)
+    """The command line with llmpruner's own plugins."""
+    return build_app(own_host())
 
 
 def commands(app: typer.Typer, prefix: str = "") -> Iterator[tuple[str, CommandInfo]]:
@@ -51,20 +47,22 @@ def commands(app: typer.Typer, prefix: str = "") -> Iterator[tuple[str, CommandI
         yield from commands(group.typer_instance, f"{prefix}{group.name} ")
 
 
-def parameters(callback: Callable[..., Any]) -> list[Told]:
+def parameters(callback: Callable[..., Any]) -> list[Shown]:
     """Arguments and options of a command; what Typer passes by itself is left out."""
     found = (_parameter(p) for p in signature(callback, eval_str=True).parameters.values())
     return [p for p in found if p is not None]
 
 
-def _parameter(parameter: Parameter) -> Told | None:
-    kind, *told = get_args(parameter.annotation) or (parameter.annotation,)
-    info = next((t for t in told if isinstance(t, (OptionInfo, ArgumentInfo))), None)
+def _parameter(parameter: Parameter) -> Shown | None:
+    kind, *marks = get_args(parameter.annotation) or (parameter.annotation,)
+    info = next((mark for mark in marks if isinstance(mark, (OptionInfo, ArgumentInfo))), None)
     if info is None:
         return None
     kind = next((k for k in (kind, *get_args(kind)) if isinstance(k, type) and k in (*_TYPES, bool)), kind)
     required = parameter.default is Parameter.empty
     default = None if required or parameter.default is None else _text(parameter.default)
+    if isinstance(info.show_default, str):
+        default = info.show_default
     if isinstance(info, OptionInfo):
         # Inside Annotated, Typer takes the first name for a default.
         declared = [d for d in (info.default, *(info.param_decls or ())) if isinstance(d, str)]
@@ -73,7 +71,7 @@ def _parameter(parameter: Parameter) -> Told | None:
         default = None if kind is bool else default
     else:
         names, value = (), info.metavar or parameter.name.upper()
-    return Told(names, value, info.help or "", info.rich_help_panel or GENERAL, default, required)
+    return Shown(names, value, info.help or "", info.rich_help_panel or GENERAL, default, required)
 
 
 def _value(kind: Any) -> str:
@@ -88,7 +86,7 @@ def _text(default: Any) -> str:
 
 def render() -> str:
     app = application()
-    told = list(commands(app))
+    found = list(commands(app))
     lines = [
         "# Command line",
         "",
@@ -96,14 +94,14 @@ def render() -> str:
         "",
         "| command | what it does |",
         "|---|---|",
-        *(f"| [`{name}`](#{name}) | {_paragraphs(command)[0]} |" for name, command in told),
+        *(f"| [`{name}`](#{name}) | {_paragraphs(command)[0]} |" for name, command in found),
         "",
         "Every command takes `--help`. `llmpruner --version` shows the version; `--debug`, anywhere on the line, shows "
         "tracebacks. Exit codes: 0 for success, 2 for a mistake that can be mended (one line says how), 1 for anything "
         "else.",
         "",
     ]
-    for name, command in told:
+    for name, command in found:
         lines += _section(name, command)
     return "\n".join(lines)
 
@@ -113,7 +111,7 @@ def _section(name: str, command: CommandInfo) -> list[str]:
     found = parameters(command.callback)
     arguments = [p for p in found if not p.names]
     options = [p for p in found if p.names]
-    usage = ["llmpruner", name, *(p.value if p.required else f"[{p.value}]" for p in arguments)]
+    usage = ["llmpruner", name, *(p.value if p.required else f"[{p.value.strip('[]')}]" for p in arguments)]
     usage += [f"{p.names[0]} {p.value}" for p in options if p.required]
     if len(options) > sum(p.required for p in options):
         usage.append("[OPTIONS]")
@@ -129,7 +127,7 @@ def _section(name: str, command: CommandInfo) -> list[str]:
     return lines
 
 
-def _option(option: Told) -> str:
+def _option(option: Shown) -> str:
     names = ", ".join(f"`{name} {option.value}`" if option.value else f"`{name}`" for name in option.names)
     default = f" *Default:* `{option.default}`." if option.default is not None else ""
     return f"- {names}: {_plain(option.help)}{' *Required.*' if option.required else ''}{default}"

@@ -1,78 +1,159 @@
-"""What the core offers for --importance, --method, --compensate and the rest, from its classes and tables."""
+"""What the built-in plugins offer for --importance, --method, --compensate and the rest, from their classes."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 from docstrings import document, markdown
+from installed import own_host
+from settings_table import table
 
+from llmpruner import Catalog
 from llmpruner.compensation import least_squares, repair
+from llmpruner.component import Component
 from llmpruner.engine.signals import Signal
 from llmpruner.importance import reductions
 from llmpruner.importance.base import ImportanceCriterion
-from llmpruner.methods.presets import METHODS
-from llmpruner.plugins import builtin
+from llmpruner.plugins.registry import Registry
 from llmpruner.selection import normalize
-from llmpruner.selection.allocate import ALLOCATIONS
-from llmpruner.selection.search import MEASURED
+from llmpruner.settings import PruneSettings, Reduction
+
+CATALOG = Catalog(own_host())
+KINDS = (
+    ("methods", "Methods", "`--method` fills in what is not given."),
+    ("criteria", "Criteria", "`--importance` chooses what a unit's score is computed from."),
+    ("reductions", "Reductions", "`--reduction` makes one score of the scores of a unit's spans."),
+    ("budgets", "Budgets", "`--budget` says what `--ratio` is a share of."),
+    ("allocations", "Allocations", "`--allocation` decides how many units each group loses."),
+    ("normalizations", "Normalizations", "`--normalize` makes scores of different groups comparable."),
+    ("compensations", "Compensations", "`--compensate` adapts the weights that consume removed units."),
+    ("sources", "Calibration sources", "`--calibration` names the text that is measured and fitted on."),
+    ("strategies", "Recovery strategies", "`recover --strategy` chooses what is trained."),
+    ("metrics", "Metrics", "`evaluate` measures `size` always, and the others by their options or `--metrics`."),
+    ("exporters", "Exporters", "`export --to` chooses the format."),
+)
 
 
 def criteria() -> dict[ModuleType, list[type[ImportanceCriterion]]]:
     """The built-in criteria by the module that explains their symbols."""
     found: dict[ModuleType, list[type[ImportanceCriterion]]] = {}
-    for cls in builtin.llmpruner_importance_criteria():
-        found.setdefault(inspect.getmodule(cls) or builtin, []).append(cls)
+    for cls in _own(CATALOG.criteria):
+        found.setdefault(inspect.getmodule(cls) or reductions, []).append(cls)
     return found
 
 
+_NAMES = {cls.__name__: name for registry in CATALOG.registries for name, cls in registry.items()}
+"""Class → name, for docstrings that refer to other components."""
+
+
 def render() -> str:
-    lines = ["# Criteria, methods and repairs", "", INTRODUCTION, "", "## Methods", ""]
-    lines += ["| `--method` | what it is | criterion | repair | calibration |", "|---|---|---|---|---|"]
-    for m in METHODS.values():
-        criterion = f"`{m.importance}`" + (f" (`{m.variant}`)" if m.variant else "")
-        amount = f"{m.samples} × {m.length} tokens"
-        if m.written:
-            amount += ", written by the model {} × {}".format(*m.written)
-        lines.append(f"| `{m.name}` | {m.summary} | {criterion} | `{m.compensate}` | {amount} |")
-    lines += ["", "## Criteria", ""]
-    for module, classes in criteria().items():
-        lines += _module(module)
-        for cls in classes:
-            lines += _criterion(cls)
-    lines += ["## Reductions", "", markdown(document(reductions)), "", _names(reductions.REDUCTION_NAMES), ""]
-    lines += ["## Allocations", ""]
-    lines += [f"- `{name}`: {markdown(document(function))}" for name, function in (ALLOCATIONS | MEASURED).items()]
-    lines += ["", "## Normalizations", "", markdown(document(normalize)), ""]
-    lines += [markdown(document(normalize.normalize)), "", _names(normalize.NORMALIZATIONS), ""]
-    lines += ["## Repairs", "", *_module(repair), markdown(document(repair.repair)), "", *_module(least_squares)]
-    return "\n".join(lines)
+    lines = ["# Criteria and other components", "", INTRODUCTION, "", "| | |", "|---|---|"]
+    for attribute, title, _ in KINDS:
+        names = LISTED.get(attribute) or [cls.name for cls in _own(getattr(CATALOG, attribute))]
+        lines.append(f"| [{title}](#{title.lower().replace(' ', '-')}) | {_names(names)} |")
+    for attribute, title, text in KINDS:
+        lines += ["", f"## {title}", "", text, ""]
+        lines += SPECIAL[attribute]() if attribute in SPECIAL else _components(getattr(CATALOG, attribute))
+    return "\n".join(lines) + "\n"
 
 
 INTRODUCTION = (
-    "Written from the source: what each name stands for, its equation and where it comes from. "
-    "[Criteria in use](../concepts/criteria.md) explains how they work together."
+    "What llmpruner itself brings, with equations, sources and settings. A setting is given as "
+    "`--set NAME.key=value`, in Python as `settings={NAME: {key: value}}`; some have an option of their own, too. "
+    "`llmpruner plugins` lists what other packages add, and `llmpruner plugins NAME` shows the settings of one. "
+    "[Importance](../concepts/importance.md), [Allocation](../concepts/allocation.md) and "
+    "[Compensation](../concepts/compensation.md) explain how these work together; "
+    "[Criteria, measured](../criteria-measured.md) compares criteria with the measured effect of removing units."
 )
 
 
-def _criterion(cls: type[ImportanceCriterion]) -> list[str]:
-    needs = sorted({s for v in cls.variants or (None,) for s in cls(v).signals}, key=list(Signal).index)
-    roles = "every span" if cls.roles is None else f"the spans with role {', '.join(f'`{r.value}`' for r in cls.roles)}"
-    fact = f"Sees {', '.join(f'`{s.value}`' for s in needs)}; scores {'layers' if Signal.STREAM in needs else roles}."
-    if cls.variants:
-        fact += f" Variants: {_names(cls.variants)} The first is the default."
-    return [f"#### {cls.name}", "", markdown(document(cls)), "", f"*{fact}*", ""]
+def _own(registry: Registry[Any]) -> list[type[Component]]:
+    return [cls for _, cls in registry.items()]
+
+
+def _components(registry: Registry[Any]) -> list[str]:
+    return [line for cls in _own(registry) for line in _component(cls)]
+
+
+def _component(cls: type[Component], facts: str = "") -> list[str]:
+    """Name, docstring (or summary), facts, and a table of settings."""
+    text = re.sub(r"`(\w+)`", lambda found: f"`{_NAMES.get(found[1], found[1])}`", document(cls) or f"{cls.summary}.")
+    lines = [f"### {cls.name}", "", markdown(text[0].upper() + text[1:]), ""]
+    lines += [f"*{facts}*", ""] if facts else []
+    return lines + ([*table(cls.Settings), ""] if cls.Settings.model_fields else [])
+
+
+def _methods() -> list[str]:
+    """What each method fills in when nothing but an amount is given."""
+    lines = [
+        "| `--method` | criterion | compensation | samples × tokens | where the model writes them |",
+        "|---|---|---|---|---|",
+    ]
+    for cls in _own(CATALOG.methods):
+        read, written = (cls().defaults(PruneSettings(ratio=0.2), writes=writes) for writes in (False, True))
+        lines.append(
+            f"| `{cls.name}` | `{read['importance']}` | `{read['compensate']}` | {_amount(read)} | {_amount(written)} |"
+        )
+    return [*lines, "", *_components(CATALOG.methods)]
+
+
+def _amount(defaults: Any) -> str:
+    return f"{defaults['samples']} × {defaults['length']}"
+
+
+def _criteria() -> list[str]:
+    lines: list[str] = []
+    for module, classes in criteria().items():
+        lines += _module(module)
+        for cls in classes:
+            lines += [line.replace("### ", "#### ", 1) for line in _component(cls, _facts(cls))]
+    return lines
+
+
+def _facts(cls: type[ImportanceCriterion]) -> str:
+    variants = [cls()]
+    if "variant" in cls.Settings.model_fields:
+        choices = getattr(cls.Settings.model_fields["variant"].annotation, "__args__", ())
+        variants = [cls(variant=choice) for choice in choices]
+    needs = sorted({signal for one in variants for signal in one.signals}, key=list(Signal).index)
+    shown = ", ".join(f"`{signal.value}`" for signal in needs)
+    if any(signal in needs for signal in (Signal.STREAM, Signal.STREAM_BLOCKS)):
+        return f"Signals: {shown}. Scores layers."
+    roles = "every span" if cls.roles is None else f"spans with role {', '.join(f'`{r.value}`' for r in cls.roles)}"
+    return f"Signals: {shown}. Scores {roles}."
+
+
+def _reductions() -> list[str]:
+    return [markdown(document(reductions)), "", f"{_names(get_args(Reduction))}.", ""]
+
+
+def _normalizations() -> list[str]:
+    return [markdown(document(normalize)), "", markdown(document(normalize.normalize)), ""]
+
+
+def _compensations() -> list[str]:
+    return [*_components(CATALOG.compensations), *_module(repair), *_module(least_squares)]
+
+
+LISTED = {"reductions": get_args(Reduction), "normalizations": normalize.NORMALIZATIONS}
+SPECIAL = {
+    "methods": _methods,
+    "criteria": _criteria,
+    "reductions": _reductions,
+    "normalizations": _normalizations,
+    "compensations": _compensations,
+}
 
 
 def _module(module: ModuleType) -> list[str]:
     """The docstring of a module under its own first words, equations as they stand."""
-    text = document(module)
-    title = re.split(r"[:,.\n]", text)[0]
-    body = markdown(text.removeprefix(f"{title}.").strip()).replace("```python", "```text")
-    return [f"### {title}", "", *([body, ""] if body else [])]
+    title, text = re.split(r"[:;,.\n]\s*", document(module), maxsplit=1)
+    body = markdown(text[:1].upper() + text[1:]).replace("```python", "```text")
+    return [f"### {title}", "", *([body, ""] if body.strip() else [])]
 
 
 def _names(names: Any) -> str:
-    return ", ".join(f"`{name}`" for name in names) + "."
+    return ", ".join(f"`{name}`" for name in names)

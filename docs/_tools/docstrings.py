@@ -1,4 +1,4 @@
-"""Docstrings as Markdown, and what Python itself forgets: the docstrings of attributes."""
+"""Docstrings and signatures as Markdown, with those of attributes, which Python does not keep."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 _CODE = re.compile(r"``(.+?)``|`(.+?)`", re.S)
@@ -20,8 +22,13 @@ def markdown(text: str) -> str:
         elif block.startswith("    "):
             blocks.append(block)
         else:
-            joined = " ".join(line.strip() for line in block.splitlines())
-            blocks.append(_escaped(re.sub(r"::$", ":", joined)))
+            # A line that begins a list item stays a line of its own.
+            parts = re.split(r"\n(?=- )", block)
+            joined = [" ".join(line.strip() for line in part.splitlines()) for part in parts]
+            lists = len(joined) > 1 and not joined[0].startswith("- ")
+            text = joined[0] + "\n\n" * lists + "\n".join(joined[1:]) if lists else "\n".join(joined)
+            # A bare ``::`` only announces the block after it.
+            blocks += [_escaped(re.sub(r"::$", ":", text))] if text != "::" else []
     return "\n\n".join(_fenced(block) if block.startswith("    ") else block for block in blocks)
 
 
@@ -47,17 +54,33 @@ def document(thing: Any) -> str:
 
 
 def attributes(cls: type) -> dict[str, tuple[str, str]]:
-    """Public attributes of a class, in order: name → (declaration, docstring)."""
+    """Public attributes that a class declares, in order: name → (declaration, docstring). Without those that a base
+    class documents (``kind``, ``settings``)."""
+    inherited = {name for base in cls.__mro__[1:] if base.__module__ != "builtins" for name in _documented(base)}
+    return {name: told for name, told in _declared(cls).items() if name not in inherited or told[1]}
+
+
+def _documented(cls: type) -> Iterator[str]:
+    try:
+        declared = _declared(cls)
+    except (OSError, TypeError):  # a class without source
+        return
+    yield from (name for name, (_, text) in declared.items() if text)
+
+
+def _declared(cls: type) -> dict[str, tuple[str, str]]:
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     found: dict[str, tuple[str, str]] = {}
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id[0] != "_":
-            text = after.value.value if _is_text(after) else ""
-            found[node.target.id] = (ast.unparse(node), inspect.cleandoc(str(text)))
+            name = node.target.id
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and issubclass(cls, str):
-            text = after.value.value if _is_text(after) else ""
-            found[node.targets[0].id] = (ast.unparse(node), inspect.cleandoc(str(text)))
+            name = node.targets[0].id
+        else:
+            continue
+        text = after.value.value if _is_text(after) else ""
+        found[name] = (ast.unparse(node), inspect.cleandoc(str(text)))
     return found
 
 
@@ -67,26 +90,70 @@ def _is_text(node: ast.stmt | None) -> Any:
 
 def methods(cls: type) -> dict[str, Any]:
     """Public methods and properties that the class itself defines, in order."""
+    kinds = (property, cached_property, classmethod, staticmethod)
     return {
         name: member
         for name, member in vars(cls).items()
-        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
+        if not name.startswith(("_", "model_")) and (inspect.isfunction(member) or isinstance(member, kinds))
     }
+
+
+def is_property(member: Any) -> bool:
+    return isinstance(member, property | cached_property)
+
+
+def function_of(member: Any) -> Any:
+    """The function that a method or property is made of."""
+    if isinstance(member, property):
+        return member.fget
+    if isinstance(member, cached_property):
+        return member.func
+    return getattr(member, "__func__", member)
 
 
 def signature_of(member: Any, name: str) -> str:
     """How a function or a property reads in code: one line, or one per parameter where that is too long."""
-    if isinstance(member, property):
-        returns = inspect.signature(member.fget).return_annotation
-        return f"{name}: {returns}  # property"
-    signature = inspect.signature(member)
+    signature = inspect.signature(function_of(member))
+    if is_property(member):
+        return f"{name}: {signature.return_annotation}  # property"
+    decorator = f"@{type(member).__name__}\n" if isinstance(member, classmethod | staticmethod) else ""
     line = f"def {name}{_unquoted(signature)}"
-    if len(line) <= 100:
-        return line
-    inside = "".join(f"    {_unquoted(p)},\n" for p in signature.parameters.values())
-    return f"def {name}(\n{inside}) -> {signature.return_annotation}"
+    if len(line) <= 88:
+        return decorator + line
+    inside = "".join(f"    {_unquoted(p)},\n" for p in _with_marks(signature))
+    return f"{decorator}def {name}(\n{inside}) -> {signature.return_annotation}"
+
+
+def _with_marks(signature: inspect.Signature) -> Iterator[Any]:
+    """The parameters, with the ``*`` before the first that is keyword-only."""
+    marked = False
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            marked = True
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not marked:
+            marked = True
+            yield "*"
+        yield parameter
+
+
+def class_section(cls: type, *, level: int = 3, imported: str | None = None) -> Iterator[str]:
+    """A class with its docstring, attributes, methods and properties. ``imported``: how to import it."""
+    yield from ("", f"{'#' * level} {cls.__name__}", "")
+    if imported:
+        yield from (f"`{imported}`", "")
+    yield from (markdown(document(cls)), "")
+    for declaration, text in attributes(cls).values():
+        yield f"- `{declaration}`" + (f": {markdown(text)}" if text else "")
+    for name, member in methods(cls).items():
+        yield from ("", f"{'#' * (level + 1)} {cls.__name__}.{name}", "", *function_lines(member, name))
+
+
+def function_lines(member: Any, name: str) -> list[str]:
+    """A function, method or property: its signature in a block, then its docstring."""
+    text = re.sub(r"^(Returns|Called|Errors):", r"*\1:*", markdown(document(function_of(member))), flags=re.M)
+    return ["```python", signature_of(member, name), "```", *(["", text] if text else [])]
 
 
 def _unquoted(thing: Any) -> str:
-    """Annotations are text in modules that postpone them; their quotes would say nothing."""
+    """Without the quotes of annotations that a module postpones."""
     return re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(thing))

@@ -1,44 +1,72 @@
-"""The hook reference: every hook, the class it returns, and what a class hands over."""
+"""The hook reference: every hook, the class it returns, and what a class is given or gives back."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from docstrings import attributes, document, markdown, methods, signature_of
+import structure_page
+from docstrings import attributes, class_section, document, function_lines, function_of, is_property, markdown, methods
 
 import llmpruner
-from llmpruner.checkpoints.reader import CheckpointReader
-from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, StreamStats
-from llmpruner.families.family import ModelFamily
-from llmpruner.importance.base import ImportanceCriterion
+from llmpruner.budgets.base import BudgetSubject
+from llmpruner.budgets.costs import Cost
+from llmpruner.compensation.base import Fit, Repaired, RepairTask
+from llmpruner.component import Component, ComponentSettings
+from llmpruner.data.source import SampleTask
+from llmpruner.evaluation.base import MetricSubject, Row
+from llmpruner.exporters.base import ExportTask
 from llmpruner.plugins import hookspecs
-from llmpruner.recovery.base import RecoveryJob, RecoverySettings, RecoveryStrategy, TrainingResult
+from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.manager import HOOKS
+from llmpruner.recovery.base import RecoveryJob, TrainingResult
+from llmpruner.recovery.training import fit
+from llmpruner.report.base import ReportSubject
+from llmpruner.selection.base import AllocationTask, Demand, Meter
+from llmpruner.structure.queues import Queue
 
+_GIVEN: dict[str, tuple[type, ...]] = {
+    "allocation": (AllocationTask, Demand, Meter, Queue),
+    "budget": (BudgetSubject, Cost),
+    "compensation": (RepairTask, Repaired, Fit),
+    "calibration source": (SampleTask,),
+    "recovery strategy": (RecoveryJob, TrainingResult),
+    "metric": (MetricSubject, Row),
+    "exporter": (ExportTask,),
+    "report section": (ReportSubject,),
+}
+"""Kind of component → the classes that it is given or gives back."""
 CLASSES: dict[str, tuple[type, ...]] = {
-    "llmpruner_model_families": (ModelFamily,),
-    "llmpruner_importance_criteria": (ImportanceCriterion, Signal, ParameterSignals, InputStats, StreamStats),
-    "llmpruner_recovery_strategies": (RecoveryStrategy, RecoveryJob, RecoverySettings, TrainingResult),
-    "llmpruner_checkpoint_readers": (CheckpointReader,),
+    **{kind.hook: (kind.base, *_GIVEN.get(kind.name, ())) for kind in KINDS.values()},
     "llmpruner_commands": (),
 }
-"""Hook → the class it returns, then those that class is handed or hands back."""
+"""Hook → the class that it returns, then those that this class is given or gives back."""
+SHARED = (Component, ComponentSettings)
+FUNCTIONS = {"llmpruner_recovery_strategies": (fit,)}
+"""Hook → functions that implementations share."""
+LINKS = {
+    "llmpruner_model_families": "Spans, groups and layouts are on the page [Structure and signals](structure.md).",
+    "llmpruner_importance_criteria": "What a criterion is shown is on the page "
+    "[Structure and signals](structure.md#signals).",
+}
 
 
 def hooks() -> dict[str, Any]:
     """Every hookspec by name, in the order of the source."""
-    return {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
+    return HOOKS
 
 
 def promise() -> list[str]:
     """One line for each thing that a plugin may rely on while `HOOK_VERSION` stays: names, arguments and defaults."""
     lines = [f"{name}{_arguments(spec)}" for name, spec in hooks().items()]
-    for cls in (cls for classes in CLASSES.values() for cls in classes):
+    given = [*SHARED, *(cls for classes in CLASSES.values() for cls in classes), *structure_page.CLASSES]
+    for cls in given:
         lines += [f"{cls.__name__}.{name}" for name in attributes(cls)]
         for name, member in methods(cls).items():
-            lines.append(f"{cls.__name__}.{name}" + ("" if isinstance(member, property) else _arguments(member)))
+            lines.append(f"{cls.__name__}.{name}" + ("" if is_property(member) else _arguments(function_of(member))))
+    functions = [function for several in FUNCTIONS.values() for function in several]
+    lines += [f"{function.__name__}{_arguments(function)}" for function in (*functions, *structure_page.FUNCTIONS)]
     return lines
 
 
@@ -55,28 +83,17 @@ def render() -> str:
     for name, spec in hooks().items():
         first, _, _ = document(spec).partition("\n")
         lines.append(f"| [`{name}`](#{name}) | {markdown(first).rstrip('.')} |")
+    lines += ["", "## What all classes share", "", *(line for cls in SHARED for line in _class(cls))]
     for name, spec in hooks().items():
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            *_member(spec, name),
-            *(line for cls in CLASSES.get(name, ()) for line in _class(cls)),
-        ]
+        lines += ["", f"## {name}", "", *function_lines(spec, name)]
+        lines += ["", LINKS[name]] if name in LINKS else []
+        lines += [line for cls in CLASSES.get(name, ()) for line in _class(cls)]
+        for function in FUNCTIONS.get(name, ()):
+            lines += ["", f"### {function.__name__}", "", f"`from llmpruner import {function.__name__}`", ""]
+            lines += function_lines(function, function.__name__)
     return "\n".join(lines) + "\n"
 
 
 def _class(cls: type) -> Iterator[str]:
-    yield from ("", f"### {cls.__name__}", "")
-    if cls.__name__ in llmpruner.__all__:
-        yield from (f"`from llmpruner import {cls.__name__}`", "")
-    yield from (markdown(document(cls)), "")
-    for declaration, text in attributes(cls).values():
-        yield f"- `{declaration}`" + (f": {markdown(text)}" if text else "")
-    for name, member in methods(cls).items():
-        yield from ("", f"#### {cls.__name__}.{name}", "", *_member(member, name))
-
-
-def _member(member: Any, name: str) -> list[str]:
-    text = re.sub(r"^(Returns|Called|Errors):", r"*\1:*", markdown(document(member)), flags=re.M)
-    return ["```python", signature_of(member, name), "```", "", text]
+    public = cls.__name__ in llmpruner.__all__
+    return class_section(cls, imported=f"from llmpruner import {cls.__name__}" if public else None)

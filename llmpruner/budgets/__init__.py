@@ -1,1 +1,1 @@
-"""Budgets: what the amount to remove is a share of."""
+"""Budgets: the costs of a model that the amount to remove can be a share of."""

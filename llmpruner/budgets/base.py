@@ -1,4 +1,4 @@
-"""Budget: what the amount to remove is a share of."""
+"""Budget: a cost of a model that the amount to remove can be a share of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..component import Component
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..structure.architecture import Follows
     from ..structure.coupling import CoupledGroup, CouplingGraph
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BudgetSubject:
-    """The model whose cost is counted, as it is now. ``groups``: those that may lose units. ``family``: makes what is
-    no parameter follow a trial cut."""
+    """The model whose cost is counted. ``groups``: those that may lose units. ``family``: for trial cuts, updates the
+    attributes of modules."""
 
     model: PreTrainedModel
     graph: CouplingGraph
@@ -30,20 +30,27 @@ class BudgetSubject:
 
 
 class Budget(Component):
-    """Counts something that a model costs, as a function of how many units each group keeps."""
+    """Counts a cost of a model as a function of the number of units that each group keeps."""
 
     kind: ClassVar[str] = "budget"
+    from_shapes: ClassVar[bool] = False
+    """Whether `cost` reads shapes alone, so that it works for a model on the meta device and an amount that cannot be
+    reached is refused before weights are read."""
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise for settings that the configuration of the model shows to be impossible, before its weights are read.
+        Nothing by default."""
 
     def measure(self, subject: BudgetSubject) -> Mapping[str, Any] | None:
-        """JSON values that must be measured on this machine before the cost is known; None when shapes tell it.
+        """JSON values measured on this machine that `cost` needs; None when it needs none.
 
-        They are recorded in the plan, so that a replayed plan is met without measuring again.
+        They are recorded in the plan, so that replaying it does not measure again.
         """
         del subject
         return None
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
-        """The cost. ``measured``: what `measure` returned, here or when the plan was made.
+        """The cost. ``measured``: the result of `measure`, now or when the plan was made.
 
         Raises `UnsupportedModelError` where it cannot be known for this model.
         """

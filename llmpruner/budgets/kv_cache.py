@@ -1,132 +1,23 @@
-"""The key/value cache: how many bytes each layer adds per token, and how many of them go with a unit.
-
-No shape of a weight tells what an architecture caches: heads, one shared head, or a latent. So the model reads a few
-tokens, whole and with one step of each group cut, and the tensors in its cache are counted. That the bytes are
-proportional to the units kept is checked on an uneven cut with a layer missing, and not assumed.
-"""
+"""The budget of key/value cache. Imports no torch."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from transformers import cache_utils
-
-from ..errors import UnsupportedModelError
-from ..models.decoding import Reading, sample_tokens
-from ..models.surgery import cut_copy
-from ..oracle.rules import with_rules
-from ..progress import Progress
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
-from ..structure.queues import Queue, build_queue
-from .costs import CacheCost
-from .sizes import counts
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.architecture import Follows
-
-_FEW, _MORE, _MOST = 2, 3, 6
-"""Tokens read to see the cache grow: fewer than any window holds."""
+from .base import Budget, BudgetSubject
+from .costs import Cost
 
 
-def measure_cache(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    family: Follows,
-    progress: Progress | None = None,
-) -> CacheCost:
-    """What the cache of ``model`` takes, and what ``groups`` save of it.
+class KvCache(Budget):
+    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
+    with units of each group removed. The same on every machine, so they are not recorded in plans."""
 
-    Raises `UnsupportedModelError` where the cache does not grow by the token or is not proportional to the units.
-    """
-    family = with_rules(family, model, {g.kind for g in groups})
-    dense = bytes_per_token(model, graph)
-    if not sum(dense):
-        raise _unknown(model, "does not grow with what it reads")
-    queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
-    per_unit: dict[tuple[str, int], Fraction] = {}
-    for together in (progress or Progress()).track(_rounds(queues), "key/value cache"):
-        cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)
-        left = bytes_per_token(cut, graph)
-        for queue in together:
-            layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
-            for layer in layers:
-                if left[layer] != dense[layer]:
-                    lost = Fraction(dense[layer] - left[layer], queue.removed_after(1))
-                    per_unit[queue.group.name, layer] = lost
-    cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
-    _check(model, graph, groups, queues, family, cost)
-    return cost
+    name = "kv-cache"
+    summary = "bytes of key/value cache per token"
 
+    def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
+        del measured
+        from .cached_bytes import measure_cache
 
-def _rounds(queues: Sequence[Queue]) -> Sequence[list[Queue]]:
-    """Queues that can be tried together: of one kind, one per layer, so that each layer shows what its own saves."""
-    seen: Counter[tuple[str, int | None]] = Counter()
-    rounds: dict[tuple[str, int, bool], list[Queue]] = {}
-    for queue in queues:
-        place = queue.group.kind, queue.group.layer
-        rounds.setdefault((queue.group.kind, seen[place], queue.group.layer is None), []).append(queue)
-        seen[place] += 1
-    return list(rounds.values())
-
-
-def _check(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    queues: Sequence[Queue],
-    family: Follows,
-    cost: CacheCost,
-) -> None:
-    """Compare what ``cost`` says of an uneven cut with what such a model caches."""
-    kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
-    whole = next((g for g in groups if g.kind == LAYER), None)
-    if whole is not None and whole.units > 1:
-        kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
-    if not kept:
-        return
-    cut = cut_copy(model, graph, kept, family)
-    if sum(bytes_per_token(cut, graph)) != cost.remaining(*counts(graph, kept)):
-        raise _unknown(model, "is not proportional to the units that are kept")
-
-
-def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
-    """Bytes that each decoder layer's cache grows by with every token, windows not yet full."""
-    few, more, most = (_cached(model, count) for count in (_FEW, _MORE, _MOST))
-    if len(most) > graph.num_layers:
-        raise _unknown(model, "has more parts than the decoder has layers")
-    grown = [b - a for a, b in zip(few, more, strict=True)]
-    if any(c - a != (_MOST - _FEW) * g for a, c, g in zip(few, most, grown, strict=True)):
-        raise _unknown(model, "does not grow evenly with what it reads")
-    return grown + [0] * (graph.num_layers - len(grown))
-
-
-def _cached(model: PreTrainedModel, count: int) -> list[int]:
-    reading = Reading(model)
-    reading.read(sample_tokens(model, count))
-    for layer in reading.cache.layers:
-        # A class of a model's own may compress: a few tokens would not show how it grows.
-        if type(layer).__module__ != cache_utils.__name__:
-            raise _unknown(model, f"is a {type(layer).__name__}, which may grow by other than the token")
-    return [sum(t.nbytes for t in _tensors(vars(layer))) for layer in reading.cache.layers]
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _unknown(model: PreTrainedModel, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the key/value cache of this {model.config.model_type} model {why}, so it cannot be a budget; choose another "
-        "--budget"
-    )
+        return measure_cache(subject)

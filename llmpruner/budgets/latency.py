@@ -1,230 +1,54 @@
-"""Latency: decoder layers timed while the whole model decodes, with all units and with fewer of one group at a time.
-
-Layers are timed where they stand, in passes through the whole model, because one layer alone would stay in the caches
-of the processor and look faster than it is. Cut and whole model take turns, so that what slows the machine slows both.
-"""
+"""The budget of time per decoded token. Imports no torch."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
+from pydantic import Field, ValidationError
 
-from ..errors import SelectionError, UnsupportedModelError
-from ..models.decoding import Reading, sample_tokens
-from ..models.modeling_llmpruner import per_layer_lists
-from ..models.surgery import cut_copy
-from ..oracle.rules import with_rules
-from ..progress import Progress
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
-from ..structure.plan import LatencyTable, Timing
-from ..structure.queues import Queue, build_queue
-from .costs import local_name
+from ..component import ComponentSettings
+from ..errors import PlanError
+from .base import Budget, BudgetSubject
+from .costs import Cost
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.architecture import Follows
-
-LEVELS = (0.75, 0.5, 0.25, 0.0)
-"""Shares of a group's units that stay; of the last, as few as may stay."""
-RUNS, WARM_UP, SAMPLE = 9, 2, 4
-
-Stopwatch: TypeAlias = "Callable[[Reading, torch.Tensor, str], list[float]]"
-"""A reading, the next token, the path of the layers → ms of every layer, and last of everything else."""
+    from transformers import PreTrainedConfig
 
 
-def measure_latency(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    family: Follows,
-    context: int,
-    progress: Progress | None = None,
-    stopwatch: Stopwatch | None = None,
-) -> LatencyTable:
-    """Time one token at a time while ``context`` tokens are in the cache, whole and at `LEVELS` of every kind of group.
+class Latency(Budget):
+    """Milliseconds to decode one token while ``context`` tokens are in the cache, measured on this machine for the
+    whole model and with fewer units of each kind of group."""
 
-    Layers of equal shape share a measurement. Raises `SelectionError` for a context that the model cannot read,
-    `UnsupportedModelError` when its layers cannot be timed one by one.
-    """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and context + RUNS + WARM_UP > limit:
-        raise SelectionError(
-            f"--context {context} and the tokens that are timed after it are beyond the model's {limit} positions; "
-            f"give at most {limit - RUNS - WARM_UP}"
-        )
-    progress, stopwatch = progress or Progress(), stopwatch or decode_one
-    family = with_rules(family, model, {g.kind for g in groups})
-    race = _Race(model, graph, context, stopwatch)
-    alike = _alike(model, graph, groups)
-    queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
-    dense = race.run(model)[0]
-    # Where times stand in a pass: the layers of each class, then everything else.
-    places = [*alike, [graph.num_layers]]
-    shares: list[dict[str, dict[int, float]]] = [{} for _ in places]
-    for trial in progress.track(_trials(queues, alike), "latency"):
-        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in trial}
-        whole, part = race.run(cut_copy(model, graph, kept, family))
-        dense += whole
-        for place, found in zip(places, shares, strict=True):
-            for group in (queue.group for queue, _ in trial if queue.group.layer in (None, *place)):
-                at = place if group.layer is None else [q.group.layer for q, _ in trial if q.group.layer in place]
-                share = _fastest(part, at) / _fastest(whole, at)
-                found.setdefault(local_name(group), {})[len(kept[group.name])] = share
-    return LatencyTable(
-        device=_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        context=context,
-        timings=tuple(
-            _timing(place if place in alike else [], _fastest(dense, place), found)
-            for place, found in zip(places, shares, strict=True)
-        ),
-    )
+    name = "latency"
+    summary = "milliseconds per decoded token, measured on this machine"
 
+    class Settings(ComponentSettings):
+        context: int = Field(512, ge=1, description="Tokens in the key/value cache.")
 
-def _timing(layers: Sequence[int], ms: float, shares: Mapping[str, Mapping[int, float]]) -> Timing:
-    groups = {
-        name: tuple((units, round(ms * share, 6)) for units, share in falling(levels).items())
-        for name, levels in shares.items()
-    }
-    return Timing(layers=tuple(layers), ms=round(ms, 6), groups=groups)
+    settings: Settings
 
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raises `SelectionError` for a context that the model cannot read."""
+        from .timing import check_context
 
-def falling(levels: Mapping[int, float]) -> dict[int, float]:
-    """``levels`` (units kept → share of the time), most units first, as the nearest shares that never rise while units
-    go nor are above 1: isotonic regression by pooling adjacent violators (Barlow et al. 1972)."""
-    pools: list[tuple[float, list[int]]] = []
-    for units in sorted(levels, reverse=True):
-        pools.append((min(levels[units], 1.0), [units]))
-        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
-            (fast, few), (slow, many) = pools.pop(), pools.pop()
-            mean = (fast * len(few) + slow * len(many)) / (len(few) + len(many))
-            pools.append((mean, many + few))
-    return {units: share for share, members in pools for units in members}
+        check_context(config, self.settings.context)
 
+    def measure(self, subject: BudgetSubject) -> Mapping[str, Any]:
+        """A `LatencyTable` as JSON values. Raises `SelectionError` for a context that the model cannot read, and
+        `UnsupportedModelError` when its layers cannot be timed one by one."""
+        from .timing import measure_latency
 
-class _Race:
-    """Decodes with the whole model and a cut one in turns."""
+        return measure_latency(subject, self.settings.context).model_dump(mode="json")
 
-    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, context: int, stopwatch: Stopwatch) -> None:
-        self._path, self._stopwatch = graph.layers, stopwatch
-        self._prompt, self._token = sample_tokens(model, context), sample_tokens(model, 1)
-        self._whole = Reading(model)
-        self._whole.read(self._prompt)
+    def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
+        """``measured``: a `LatencyTable` as JSON values. Raises `PlanError` when it is invalid or of another model."""
+        from .latency_cost import LatencyCost, LatencyTable
 
-    def run(self, other: PreTrainedModel) -> tuple[list[list[float]], list[list[float]]]:
-        """Times of the whole model and of ``other``, one list per pass as a `Stopwatch` gives it."""
-        cut = Reading(other)
-        cut.read(self._prompt)
-        readings = [self._whole.again(), cut]
-        times: tuple[list[list[float]], list[list[float]]] = ([], [])
-        for run in range(-WARM_UP, RUNS):
-            for reading, kept in zip(readings, times, strict=True):
-                measured = self._stopwatch(reading, self._token, self._path)
-                if run >= 0:
-                    kept.append(measured)
-        return times
-
-
-def decode_one(reading: Reading, token: torch.Tensor, path: str) -> list[float]:
-    """Milliseconds that each layer of the list ``path`` takes to read ``token``, and last everything else."""
-    layers: Any = reading.model.get_submodule(path)
-    clock = _CudaClock() if reading.model.device.type == "cuda" else _Clock()
-    marks: list[Any] = []
-
-    def mark(*_: Any) -> None:
-        marks.append(clock.now())
-
-    handles = [h for x in layers for h in (x.register_forward_pre_hook(mark), x.register_forward_hook(mark))]
-    try:
-        begin = clock.now()
-        reading.read(token)
-        end = clock.now()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(marks) != 2 * len(layers):
-        raise UnsupportedModelError(
-            f"a {reading.model.config.model_type} model does not run each of its layers once, so they cannot be timed "
-            "one by one; choose another --budget"
-        )
-    each = [clock.between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True)]
-    return [*each, max(clock.between(begin, end) - sum(each), 1e-6)]
-
-
-class _Clock:
-    def now(self) -> Any:
-        return time.perf_counter()
-
-    def between(self, begin: Any, end: Any) -> float:
-        return float(end - begin) * 1e3
-
-
-class _CudaClock(_Clock):
-    """Marks in the stream of work, so that nothing waits between layers that would not wait without the clock."""
-
-    def now(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-
-def _alike(model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> list[list[int]]:
-    """Layer numbers, together where shapes, groups and what the configuration says of a layer are the same."""
-    said = per_layer_lists(model.config.get_text_config(), graph.num_layers).values()
-    own: list[list[Any]] = [[str(values[n]) for values in said] for n in range(graph.num_layers)]
-    for name, shape in graph.shapes.items():
-        if graph.is_decoder(name):
-            number, _, rest = name.removeprefix(graph.layers + ".").partition(".")
-            own[int(number)].append((rest, shape))
-    for group in groups:
-        if group.layer is not None:
-            own[group.layer].append((local_name(group), group.units, group.minimum))
-    classes: dict[str, list[int]] = {}
-    for layer, facts in enumerate(own):
-        classes.setdefault(repr(facts), []).append(layer)
-    return list(classes.values())
-
-
-def _trials(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[list[tuple[Queue, int]]]:
-    """What is cut together: queues and how many steps of each they give."""
-    found: dict[tuple[tuple[str, int], ...], list[tuple[Queue, int]]] = {}
-    for together in _together(queues, alike):
-        for level in LEVELS:
-            steps = [(queue, queue.steps_for(queue.group.units * (1 - level))) for queue in together]
-            trial = [(queue, number) for queue, number in steps if number]
-            found.setdefault(tuple((queue.group.name, number) for queue, number in trial), trial)
-    return [trial for trial in found.values() if trial]
-
-
-def _together(queues: Sequence[Queue], alike: Sequence[Sequence[int]]) -> list[list[Queue]]:
-    """For every name of a group, the queues of `SAMPLE` layers in the middle of each class."""
-    found: dict[str, list[Queue]] = {}
-    for members in alike:
-        names: dict[str, list[Queue]] = {}
-        for queue in queues:
-            if queue.group.layer in members:
-                names.setdefault(local_name(queue.group), []).append(queue)
-        for name, same in names.items():
-            first = max(len(same) - SAMPLE, 0) // 2
-            found.setdefault(name, []).extend(same[first : first + SAMPLE])
-    return [*found.values(), *([q] for q in queues if q.group.layer is None)]
-
-
-def _fastest(passes: Sequence[Sequence[float]], at: Sequence[int]) -> float:
-    """The fastest pass, mean over the places ``at``: whatever else a machine does can only add to a time."""
-    return statistics.fmean(min(times[n] for times in passes) for n in at)
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+        try:
+            table = LatencyTable.model_validate(measured)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{part}: " for part in first["loc"])
+            raise PlanError(f"the recorded latencies are no latency table: {where}{first['msg']}") from error
+        return LatencyCost(subject.graph, subject.groups, table)

@@ -1,5 +1,4 @@
-"""How many elements of each parameter remain when groups keep so many units: arithmetic on counts, without index
-sets."""
+"""Sizes of parameters as a function of the number of units that each group keeps. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ from ..structure.kept import kept_indices, layer_numbers, surviving_units
 
 
 class SizeModel:
-    """Sizes of every parameter of a graph, tied ones included, as a function of the units kept per group.
+    """Sizes of every parameter of a graph, tied ones included, as a function of the number of units kept per group.
 
     ``kept``, in all methods: group name → number of units kept, as if no other group lost any; missing groups keep
-    all. Exact where groups own disjoint indices of an axis, and where one group's units are nested in another's with
-    equal numbers per block (query heads in KV heads), which are the overlaps that groups can have.
+    all. Exact for groups that own disjoint indices of an axis, and for a group whose units are nested in another's with
+    equal numbers per block (query heads in KV heads); groups do not overlap otherwise.
     """
 
     def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> None:
@@ -27,25 +26,24 @@ class SizeModel:
             name: [_Axis(name, a, size, owners.get((name, a), [])) for a, size in enumerate(shape)]
             for name, shape in graph.shapes.items()
         }
-        prefix = graph.layers + "."
-        self.layer_of = {n: int(n[len(prefix) :].split(".")[0]) for n in self._axes if n.startswith(prefix)}
-        """Parameter → number of its decoder layer, for those that are in one."""
+        self.layer_of = {name: graph.layer_of(name) for name in graph.shapes}
+        """Parameter → number of its decoder layer, None outside the decoder layers."""
 
     def elements(self, name: str, kept: Mapping[str, int]) -> int:
-        """Elements that remain of parameter ``name``."""
+        """Number of remaining elements of parameter ``name``."""
         return prod(axis.size(kept) for axis in self._axes[name])
 
     def size(self, name: str, axis: int, kept: Mapping[str, int]) -> int:
-        """Indices that remain of one axis of parameter ``name``."""
+        """Remaining size of one axis of parameter ``name``."""
         return self._axes[name][axis].size(kept)
 
     def owned(self, name: str, axis: int, group: CoupledGroup, kept: Mapping[str, int]) -> int:
-        """Indices that remain of those which ``group`` and the groups nested in it own."""
+        """Number of remaining indices of one axis among those that ``group`` and the groups nested in it own."""
         return self._axes[name][axis].owned(group, kept)
 
 
 class _Axis:
-    """One axis of one parameter: a size, less what each cluster of overlapping groups gives up."""
+    """One axis of one parameter, with the clusters of overlapping groups that own its indices."""
 
     def __init__(self, parameter: str, axis: int, size: int, groups: Sequence[CoupledGroup]) -> None:
         self._size = size
@@ -81,7 +79,7 @@ def _owned(group: CoupledGroup, parameter: str, axis: int) -> set[int]:
 
 
 def enclosing(groups: Collection[CoupledGroup]) -> dict[str, tuple[CoupledGroup, ...]]:
-    """Group name → the groups whose units its own units lie in: a query head in its KV head."""
+    """Group name → the groups whose units contain its units: for query heads, their KV heads."""
     blocked = [g for g in groups if g.blocks > 1]
     found = {}
     for inner in blocked:
@@ -96,7 +94,8 @@ def enclosing(groups: Collection[CoupledGroup]) -> dict[str, tuple[CoupledGroup,
 
 
 def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:
-    """What a choice of units is in numbers: (group name → units kept, as `SizeModel` counts them; layers removed)."""
+    """From ``kept`` (group name → kept units) to (group name → number of kept units, as `SizeModel` counts them;
+    numbers of the removed layers)."""
     axes = kept_indices(graph, kept)
     found: dict[str, int] = {}
     for name in kept:
@@ -104,7 +103,7 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
         if group.modules:
             continue
         units = surviving_units(graph, kept, group, axes)
-        # Blocks that went as a whole are counted where they were cut.
+        # A block without remaining units was removed by the enclosing group, whose number of units counts that.
         per_block = group.units // group.blocks
         found[name] = len(units) * group.blocks // len({u // per_block for u in units})
     return found, set(range(graph.num_layers)) - set(layer_numbers(graph, kept))

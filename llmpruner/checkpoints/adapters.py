@@ -1,13 +1,16 @@
-"""Checkpoints of peft adapters, and the models they belong to."""
+"""Checkpoints of peft adapters."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from ..errors import CheckpointError, MissingExtraError, first_line
-from ..files import new_directory
+from ..files import exists, new_directory
 from .record import read_json
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ _ADAPTER_FILE = "adapter_config.json"
 
 
 def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | None) -> None:
-    """Write the adapters of a peft model alone; ``base`` is the model they are loaded onto.
+    """Write the adapters of a peft model alone; ``base``: reference of the base model, stored with them.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
@@ -31,10 +34,10 @@ def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | Non
 
 
 def adapter_base(path: Path) -> str | None:
-    """The model that the peft adapter in directory ``path`` belongs to: a folder inside ``path``, or what the adapter
-    names; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    """Reference of the base model of the peft adapter in directory ``path``: a folder inside ``path``, or as its
+    configuration names it; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
     file = path / _ADAPTER_FILE
-    if not file.is_file():
+    if not exists(file):
         return None
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -43,18 +46,34 @@ def adapter_base(path: Path) -> str | None:
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
-    """``model`` with the peft adapter in directory ``path`` upon it, as a peft model in evaluation mode.
+    """``model`` with the peft adapter in directory ``path``, as a peft model in evaluation mode.
 
     Raises `CheckpointError` when the adapter is damaged or belongs to another model.
     """
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise MissingExtraError("peft", "recover") from error
     load: Callable[..., Any] = PeftModel.from_pretrained
     # A damaged adapter can raise anything, from the parser of its configuration to torch.
     try:
-        return load(model, str(path)).eval()
+        with warnings.catch_warnings():
+            # peft only warns of missing tensors, and initializes them randomly.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = load(model, str(path)).eval()
+        unknown = _stored(path) - get_peft_model_state_dict(adapted).keys()
+        if unknown:
+            raise ValueError(f"the model has no place for its tensor {min(unknown)}")
+        return adapted
     except Exception as error:
         base = model.config.name_or_path
         raise CheckpointError(f"the adapter in {path} does not fit '{base}': {first_line(error)}") from error
+
+
+def _stored(path: Path) -> set[str]:
+    """Names of the tensors of an adapter; empty for an adapter in an older format than safetensors."""
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        return set()
+    with safe_open(file, framework="pt") as tensors:
+        return set(tensors.keys())

@@ -1,4 +1,4 @@
-"""Loading a checkpoint that llmpruner wrote, without remote code."""
+"""Loading a checkpoint that llmpruner wrote; code in the checkpoint does not run unless the caller allows it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..errors import CheckpointError, first_line
 from ..models.modeling_llmpruner import MODEL_TYPE_PREFIX, base_class, pruned_model
 from ..models.quiet import quiet_transformers
+from ..models.remote import ALLOW, pruned_class
 from .adapters import adapter_base, with_adapter
 
 if TYPE_CHECKING:
@@ -24,25 +25,35 @@ def load_pruned(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter upon one. No remote code runs.
+    """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter for one.
 
-    ``path``: a directory or a hub id. ``dtype``: as saved unless given. Any stock checkpoint loads as well.
-    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or misshapen.
+    ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: as saved unless given.
+    ``trust_remote_code``: whether code in the checkpoint may run. Only a model whose class is in neither transformers
+    nor an installed plugin needs it; for all others llmpruner's own code is used.
+    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or of another shape.
     """
     base = adapter_base(Path(path))
     if base is not None:
-        model = load_pruned(base, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        model = load_pruned(
+            base,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
         return cast("PreTrainedModel", with_adapter(model, Path(path)))
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
 
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+    options["trust_remote_code"] = trust_remote_code
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_transformers():
-            model, info = _model_class(path).from_pretrained(str(path), **options)
+            model, info = _model_class(path, trust_remote_code).from_pretrained(str(path), **options)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -51,9 +62,14 @@ def load_pruned(
     return cast("PreTrainedModel", model.to(device).eval())
 
 
-def _model_class(path: str | Path) -> Any:
-    """The class that loads ``path``: a pruned one by its record, else AutoModel's choice."""
+def _model_class(path: str | Path, trust_remote_code: bool) -> Any:
+    """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))
-    if str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+    if not str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        return AutoModelForCausalLM
+    try:
         return pruned_model(base_class(config["llmpruner"]))
-    return AutoModelForCausalLM
+    except ValueError as error:
+        if trust_remote_code:
+            return pruned_class(path)
+        raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error

@@ -1,29 +1,30 @@
-"""CheckpointReader: how a plugin makes one more checkpoint format loadable."""
+"""CheckpointReader: loads checkpoints of one more format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..component import Component
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-class CheckpointReader:
-    """Reads one checkpoint format into an ordinary transformers model. Created without arguments, stateless."""
+class CheckpointReader(Component):
+    """Reads one checkpoint format into a transformers model. Keeps no state but its settings."""
 
-    name: ClassVar[str] = ""
-    """Unique over all plugins; shown in errors and by ``llmpruner plugins``."""
+    kind: ClassVar[str] = "checkpoint reader"
     family: ClassVar[str | None] = None
-    """The family that models of this format belong to; None to let the configuration decide."""
+    """Name of the family of models in this format; None to find it by the configuration."""
 
     def recognises(self, path: Path) -> bool:
-        """Whether ``path`` (which exists) is of this format. Must be cheap: look at names, not at weights."""
+        """Whether ``path`` (which exists) is of this format. Must be fast: look at names, not at weights."""
         raise NotImplementedError
 
     def read_config(self, path: Path) -> PreTrainedConfig:
-        """The configuration alone."""
+        """The configuration. Reads no weights."""
         raise NotImplementedError
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -31,5 +32,5 @@ class CheckpointReader:
         raise NotImplementedError
 
     def read_tokenizer(self, path: Path) -> Any | None:
-        """The tokenizer, or None when the checkpoint brings none."""
+        """The tokenizer, or None when the checkpoint has none."""
         raise NotImplementedError

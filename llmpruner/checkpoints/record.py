@@ -1,4 +1,4 @@
-"""``llmpruner.json``: what a checkpoint says of how it was made."""
+"""``llmpruner.json``: the record of how a checkpoint was made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECORD_FILE = "llmpruner.json"
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote to ``llmpruner.json``; None for a model that llmpruner did not write."""
+    """The JSON object in ``llmpruner.json``; None where there is no such file. Raises `CheckpointError`."""
     file = Path(path) / RECORD_FILE
     return read_json(file) if file.is_file() else None
 

@@ -1,4 +1,4 @@
-"""The record of how a cut model differs from the model that its stored configuration states."""
+"""The record of how a cut model differs from the model of its stored configuration, found by comparing the two."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ..models.empty import base_of, empty_model
 from ..models.modeling_llmpruner import (
     LAYERS,
     RECORD_VERSION,
-    Dropped,
     apply_record,
     derive_lists,
     drop_layers,
@@ -32,10 +31,10 @@ _PLAIN = (*_NUMBERS, str, type(None))
 
 
 def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance without weights of the pruned class that is resized to ``model``.
+    """An instance, without weights, of the pruned class with the shapes and attributes of ``model``.
 
-    ``config``: the stock configuration that ``model`` was cut from, less the removed layers. It need not be able to
-    say which layers these are: the instance is built with all of them, and loses the same ones.
+    ``config``: the stock configuration that ``model`` was cut from, less the removed layers. It need not state which
+    layers these are: the instance is built with all of them, and the same ones are removed from it.
     """
     base = base_of(model)
     record = {
@@ -56,7 +55,7 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 
 
 def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance of ``config`` with the layers that ``model`` has, at their full size, without weights."""
+    """An instance of ``config``, without weights, with the layers that ``model`` has, at their full size."""
     layers = vars(model).get(LAYERS)
     if not layers:
         return empty_model(base_of(model), config)
@@ -66,30 +65,20 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
-    """What must be done to an instance of ``config`` to make it ``model``, found by comparing the two.
+    """The record that turns an instance of ``config`` into ``model`` (see `modeling_llmpruner.apply_record`).
 
-    Raises `CheckpointError` when ``model`` has parameters that the instance lacks, or lacks some without a
-    `Dropped` in their place.
+    Raises `CheckpointError` when one of the two has a parameter that the other lacks.
     """
-    record: dict[str, Any] = {
-        "dropped": {
-            path: {"returns": module.returns, "layer_idx": module.layer_idx}
-            for path, module in model.named_modules()
-            if type(module).__name__ == Dropped.__name__
-        }
-    }
     built = uncut_model(model, config)
-    apply_record(built, record)
     before, after = tensor_shapes(built), tensor_shapes(model)
     # A cut buffer is saved even where the class itself computes it.
     before |= {name: () for name, _ in built.named_buffers() if name not in before and name in after}
     for name in sorted(before.keys() ^ after.keys()):
         whose = "configuration" if name in before else "model"
         raise CheckpointError(f"only the {whose} has the parameter '{name}'; they must describe the same layers")
-    record["layers"] = vars(model).get(LAYERS)
-    record["shapes"] = {name: list(shape) for name, shape in after.items() if before[name] != shape}
-    apply_record(built, {"shapes": record["shapes"]})
-    record |= _differences(model, built)
+    shapes = {name: list(shape) for name, shape in after.items() if before[name] != shape}
+    apply_record(built, {"shapes": shapes})
+    record = {"layers": vars(model).get(LAYERS), "shapes": shapes, **_differences(model, built)}
     return {key: value for key, value in record.items() if value}
 
 
@@ -101,7 +90,7 @@ def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
     for path, module in model.named_modules():
         if path not in modules:
             continue
-        # A class that exchanged modules while it ran will do so again: the mode it is in is its own affair.
+        # A class that replaced modules while it ran will do so again: which mode it is in need not be stored.
         kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
         ours, theirs = plain_attributes(module, kinds), vars(modules[path])
         changed = {n: v for n, v in ours.items() if n in theirs and theirs[n] != v}
@@ -122,17 +111,17 @@ def _plain_values(config: Any) -> dict[str, Any]:
 
 
 def _module_of(model: PreTrainedModel) -> str | None:
-    """Where the base class is defined, unless transformers exports it."""
+    """The module that defines the base class; None where transformers exports it."""
     base = base_of(model)
     if getattr(transformers, base.__name__, None) is base:
         return None
-    # A base class that was itself loaded from a checkpoint keeps the name it has where it is installed.
+    # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
     earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
     return earlier.get("module") or base.__module__
 
 
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of ``model`` as a plain, unquantised one of its base class."""
+    """The configuration of ``model`` as an unquantised one of its base class, without records of cuts."""
     config = copy.deepcopy(model.config)
     derive_lists(config.get_text_config())
     if hasattr(model, "pruned_base"):

@@ -1,7 +1,7 @@
-"""Can a stock configuration state a cut model?
+"""Finding a stock configuration that represents a cut model exactly.
 
-Candidates are proposed from the sizes that changed; one counts only when the model built from it has the same
-tensors, the same attributes and, as the caller checks, the same outputs.
+Candidates are derived from the sizes that changed. One is accepted when the model built from it has the same tensors
+and attributes; the caller also compares outputs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..models.empty import base_of, empty_model, meta_model
 
 if TYPE_CHECKING:
@@ -32,36 +33,36 @@ Axis = tuple[int, int]
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 HEADS = ("num_attention_heads", "num_key_value_heads")
-"""transformers' common names for sizes; configurations with other names map them (``attribute_map``)."""
+"""Common names of sizes in transformers; configurations with other names map them (``attribute_map``)."""
 
 MAX_CANDIDATES = 24
 _REFUSALS = (
     *(ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError),
     StrictDataclassError,
 )
-"""How constructors refuse sizes."""
+"""The exceptions of constructors that refuse sizes."""
 _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
 
 
 def stock_model(
     model: PreTrainedModel, config: PreTrainedConfig, family: StatesConfigs | None = None
 ) -> PreTrainedModel | None:
-    """An instance without weights of a class of transformers that is exactly ``model``, or None.
+    """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
 
-    ``config``: the stock configuration that ``model`` was cut from. Outputs are not compared here.
+    ``config``: the stock configuration that ``model`` was cut from. Outputs are not compared.
     """
     try:
         reference = empty_model(base_of(model), config)
     except _REFUSALS:
-        return None  # the layers that are left cannot be stated
+        return None  # no configuration has the remaining layers
     for candidate, moved in _candidates(model, reference, config):
-        for stated in (candidate, *(family.stock_configs(candidate) if family else ())):
-            built = _rebuild(stated)
+        for other in (candidate, *(family.stock_configs(candidate) if family else ())):
+            built = _rebuild(other)
             if built is None:
                 continue
             try:
                 stock = meta_model(built)
-            except _REFUSALS:
+            except (*_REFUSALS, UnsupportedModelError):
                 continue
             if type(stock).__module__.startswith("transformers.") and is_same(model, stock, moved):
                 return stock
@@ -69,12 +70,12 @@ def stock_model(
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, Shape]:
-    """Name → shape of everything in the state dict, tied parameters under each of their names."""
+    """Name → shape of all tensors in the state dict, with tied parameters under each of their names."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
-    """Public attributes of ``module`` that are of one of ``kinds``, or tuples or lists of them."""
+    """Public attributes of ``module`` whose values are of one of ``kinds``, or tuples or lists of them."""
 
     def is_plain(value: Any) -> bool:
         return isinstance(value, kinds) or (
@@ -89,10 +90,10 @@ def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, An
 
 
 def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -> bool:
-    """Same tensors, same numbers on every module, same fixed buffers.
+    """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers.
 
-    ``moved``: configuration size → new sizes. A module of the cut model may still hold the old size (nothing
-    reads it, or the cut would have been wrong); the outputs are compared later all the same.
+    ``moved``: old size in the configuration → new sizes. An attribute of the cut model may still have an old size that
+    nothing reads; the caller compares outputs.
     """
     if tensor_shapes(model) != tensor_shapes(other):
         return False
@@ -110,7 +111,7 @@ def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -
 
 
 def same_buffers(model: nn.Module, other: nn.Module) -> bool:
-    """Whether the buffers that are not saved agree, up to the rounding of a cast to 16 bits."""
+    """Whether the non-persistent buffers are equal, up to the rounding of a cast to 16 bits."""
     names = tensor_shapes(model).keys()
     others = dict(other.named_buffers())
     for name, buffer in model.named_buffers():
@@ -127,7 +128,7 @@ def same_buffers(model: nn.Module, other: nn.Module) -> bool:
 
 
 def changed_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> Counter[Axis]:
-    """How often each change of an axis size occurs over the tensors of both."""
+    """How many axes of the tensors in both changed from each size to each other size."""
     axes: Counter[Axis] = Counter()
     for name, shape in after.items():
         old = before.get(name, shape)
@@ -137,7 +138,7 @@ def changed_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> Cou
 
 
 def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
-    """Attribute of a text configuration → values that would explain some of the changed axes, likeliest first."""
+    """Attribute of a text configuration → values that explain some of the changed axes, most frequent first."""
     head_dim = head_size(config)
     options: dict[str, Counter[int]] = {}
     for name in (*WIDTHS, *EXPERTS, *HEADS):
@@ -155,7 +156,8 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
         options[name] = votes
     query, key = (options.get(name, Counter[int]()) for name in HEADS)
     if isinstance(getattr(config, HEADS[1], None), int):
-        # Fused projections show no axis of key/value heads alone: whole groups go, so the share is the same.
+        # Fused projections have no axis of key/value heads alone: heads are removed with their key/value head, so the
+        # share is the same.
         for heads in query:
             shared, rest = divmod(heads * config.num_key_value_heads, config.num_attention_heads)
             if not rest:
@@ -164,13 +166,13 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
 
 
 def head_size(config: PreTrainedConfig) -> int:
-    stated = getattr(config, "head_dim", None)
-    heads = getattr(config, "num_attention_heads", None) or 1  # a state space has none
-    return int(stated or max(1, config.hidden_size // heads))
+    """``head_dim``, else the hidden size divided by the number of heads (1 for state space models)."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return int(getattr(config, "head_dim", None) or max(1, config.hidden_size // heads))
 
 
 def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
-    """Combinations of ``options``, the likeliest first, each also with attributes left as they are."""
+    """Combinations of ``options``, the likeliest first; each attribute may also keep its value."""
     ranked = [[*values, *({getattr(config, name)} - set(values))] for name, values in options.items()]
     for values in islice(product(*ranked), MAX_CANDIDATES):
         yield {n: v for n, v in zip(options, values, strict=True) if v != getattr(config, n)}
@@ -180,11 +182,11 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrained
     """A copy with new sizes, not validated: stock classes refuse some sizes that they compute correctly."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
-    stated = head_size(text)
+    head_dim = head_size(text)
     for name, value in sizes.items():
         setattr(text, name, value)
     if hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
-        text.head_dim = stated
+        text.head_dim = head_dim
     return changed
 
 
@@ -215,7 +217,7 @@ def _candidates(
 
 
 def _is_uniform(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> bool:
-    """Whether like parameters (the same name but for numbers, the same old shape) were all cut alike."""
+    """Whether parameters of one name, apart from numbers, and one old shape have one new shape."""
     seen: dict[tuple[str, Shape], Shape] = {}
     for name, shape in after.items():
         key = re.sub(r"\d+", "*", name), before[name]
@@ -225,7 +227,7 @@ def _is_uniform(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> bool
 
 
 def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConfig) -> dict[str, float]:
-    """Floats of ``config`` (norm epsilons) → the one new value of the modules that lost the old one."""
+    """Floats of ``config`` (norm epsilons) → their new value, where all modules that changed it have the same."""
     values: dict[float, set[float]] = {}
     modules = dict(model.named_modules())
     for path, module in reference.named_modules():
@@ -235,8 +237,8 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
             new = vars(modules[path]).get(name)
             if isinstance(old, float) and isinstance(new, float) and new != old:
                 values.setdefault(old, set()).add(new)
-    stated = {n: v for n, v in config.to_dict().items() if isinstance(v, float)}
-    return {n: next(iter(values[v])) for n, v in stated.items() if len(values.get(v, ())) == 1}
+    floats = {n: v for n, v in config.to_dict().items() if isinstance(v, float)}
+    return {n: next(iter(values[v])) for n, v in floats.items() if len(values.get(v, ())) == 1}
 
 
 def _followed(ours: Any, theirs: Any, moved: Mapping[int, set[int]]) -> bool:
@@ -256,9 +258,9 @@ def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
 def per_layer_sizes(
     model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig, layers: str
 ) -> dict[int, dict[str, int]]:
-    """transformers' ``per_layer_config``: layer → sizes that differ from ``config``.
+    """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``.
 
-    Each layer's sizes are verified by building one such layer. Empty unless they state all layers.
+    Each layer's sizes are verified by building one such layer. Empty unless they represent all layers.
     """
     before, after = tensor_shapes(reference), tensor_shapes(model)
     outside = {n for n in after if not n.startswith(layers + ".")}
@@ -266,7 +268,7 @@ def per_layer_sizes(
         return {}
     text = config.get_text_config()
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
-        # The convention numbers the layers of the configuration that it stands in.
+        # ``per_layer_config`` numbers the layers of the configuration that contains it.
         return {}
     known: dict[Any, dict[str, int] | None] = {}
     sizes: dict[int, dict[str, int]] = {}
@@ -299,13 +301,13 @@ def _layer_sizes(
     before: Mapping[str, Shape],
     after: Mapping[str, Shape],
 ) -> dict[str, int] | None:
-    """Sizes that make the only layer of a model with this ``config`` have the shapes ``after``, if any do."""
+    """Sizes with which the only layer of a model of ``config`` has the shapes ``after``; None if there are none."""
     text = config.get_text_config()
     for sizes in choices(text, size_options(text, changed_axes(before, after))):
         try:
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
         except _REFUSALS:
-            continue  # the class refuses these sizes
+            continue
         if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
             return sizes
     return None

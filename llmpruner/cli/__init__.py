@@ -1,4 +1,4 @@
-"""The command line. `main` is the one place where a handled error becomes one line and exit code 2."""
+"""The command line. `main` turns every `LlmprunerError` into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .console import error_line
 
 
 def main() -> None:
-    """Entry point of the ``llmpruner`` command. ``--debug`` may stand anywhere and shows tracebacks."""
+    """Entry point of the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:

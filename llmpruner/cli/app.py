@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+import typer.main
+from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
-from ..plugins.host import BrokenPlugin, PluginHost, plugin_manager
-from . import demo, discover, doctor, evaluate, generate, new_plugin, plugins, prune, recover
-from .console import warning_line
+from ..plugins.host import PluginHost, plugin_manager
+from . import demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, recover
+from .console import show_warnings, warning_line
 
+_HOOK = "llmpruner_commands"
 HELP = """
 Structural pruning of large language models: smaller, faster, still ordinary models.
 
@@ -40,20 +43,23 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
             bool,
             typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version),
         ] = False,
-        debug: Annotated[
-            bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere on the line.")
-        ] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
         del version, debug
-        # Whoever asks what is wrong must get an answer even if no catalog can be made.
-        ctx.obj = host if ctx.invoked_subcommand == "doctor" else Catalog(host)
-        for broken in host.broken:
-            warning_line(str(broken))
+        ctx.obj = Catalog(host)
+        show_warnings()
+        # Hooks are called when their components are first looked up, so failures are known at the end.
+        ctx.call_on_close(lambda: _warn(host))
 
-    for module in (demo, plugins, discover, prune, recover, evaluate, generate, new_plugin, doctor):
+    for module in (demo, plugins, discover, prune, recover, evaluate, generate, export, new_plugin, doctor):
         module.add_commands(app)
     _add_plugin_commands(app, host)
     return app
+
+
+def _warn(host: PluginHost) -> None:
+    for broken in dict.fromkeys(host.broken):
+        warning_line(str(broken))
 
 
 def _version(value: bool) -> None:
@@ -63,26 +69,31 @@ def _version(value: bool) -> None:
 
 
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
+    """Add the commands and groups of every plugin. Those that Typer cannot build, or whose name exists already, are
+    left out and recorded in ``host.broken``."""
     owner = dict.fromkeys(_names(app), "llmpruner")
-    for impl in host.manager.hook.llmpruner_commands.get_hookimpls():
-        own = typer.Typer()
-        package = host.package_of(impl.plugin_name)
-        try:
-            host.call(impl, app=own)
-        except Exception as error:
-            reason = f"llmpruner_commands raised {type(error).__name__}: {error}"
-            host.broken.append(BrokenPlugin(impl.plugin_name, package, reason))
-            continue
-        for name in _names(own):
-            if name in owner:
-                raise DuplicateNameError(f"command '{name}' of {package} exists already in {owner[name]}")
-            owner[name] = package
-        app.registered_commands += own.registered_commands
-        app.registered_groups += own.registered_groups
+    for answer in host.call(_HOOK, lambda: {"app": typer.Typer()}, returns=False):
+        plugin, own = answer.plugin or answer.wrappers[0], answer.arguments["app"]
+        for kind in ("registered_commands", "registered_groups"):
+            for command in getattr(own, kind):
+                alone = typer.Typer()
+                getattr(alone, kind).append(command)
+                try:
+                    names = _names(alone)
+                    for name in names:
+                        if name in owner:
+                            raise DuplicateNameError(f"command '{name}' exists already in {owner[name]}")
+                except Exception as error:  # Typer raises various errors for a function that is no command
+                    host.record(plugin, f"{type(error).__name__}: {error}", _HOOK, _function(command))
+                    continue
+                owner.update(dict.fromkeys(names, host.package_of(plugin)))
+                getattr(app, kind).append(command)
 
 
 def _names(app: typer.Typer) -> list[str]:
-    commands = [
-        c.name or (c.callback.__name__.replace("_", "-") if c.callback else "") for c in app.registered_commands
-    ]
-    return commands + [str(g.name) for g in app.registered_groups]
+    """The names of the commands and groups of an application, as they are typed."""
+    return list(typer.main.get_group(app).commands)
+
+
+def _function(command: CommandInfo | TyperInfo) -> str:
+    return getattr(command.callback, "__name__", "a group")

@@ -1,9 +1,10 @@
-"""What the terminal shows: results on standard output, everything else on standard error."""
+"""Output to the terminal: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -13,12 +14,30 @@ from rich.progress import Progress as Bar
 from rich.progress import TextColumn, track
 from rich.table import Table
 
+from ..evaluation.table import bytes_text as size
+from ..evaluation.table import count_text as count
 from ..progress import Progress
+
+__all__ = ["RichProgress", "count", "err", "error_line", "note", "out", "print_json", "size", "table", "warning_line"]
 
 T = TypeVar("T")
 
 out = Console()
 err = Console(stderr=True)
+
+
+class _Lines(logging.Handler):
+    """Shows log records of the library as warnings, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning_line(record.getMessage())
+
+
+def show_warnings() -> None:
+    """Show warnings of the library on the terminal."""
+    logger = logging.getLogger("llmpruner")
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())
 
 
 def error_line(message: str) -> None:
@@ -30,7 +49,7 @@ def warning_line(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """A step of the work, for a person who waits."""
+    """Print a line about the current step of the work."""
     err.print(f"[dim]•[/] {escape(message)}", soft_wrap=True)
 
 
@@ -48,19 +67,6 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     out.print(grid)
 
 
-def count(value: float) -> str:
-    """``106,202,880`` as ``106.20 M``."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:,.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
-
-
 class RichProgress(Progress):
     """Bars and notes on standard error."""
 
@@ -69,7 +75,6 @@ class RichProgress(Progress):
 
     @contextlib.contextmanager
     def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
-        """A bar that is moved by ``step(number, total, loss)``."""
         columns = (*Bar.get_default_columns(), TextColumn("{task.fields[detail]}"))
         with Bar(*columns, console=err, transient=True) as bar:
             task = bar.add_task(label, total=None, detail="")

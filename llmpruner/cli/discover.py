@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.tree import Tree
 
-from ..errors import CouplingError, PlanError
-from ..files import write_text
-from ..loading.options import LoadOptions
-from ..report.block import block_page
+from ..errors import CouplingError, SettingsError
+from ..files import check_new_file
+from ..report.groups import KIND_COLUMNS, kind_rows
+from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
-from .console import count, note, out, print_json, table
-from .options import Family, Json, Model, RemoteCode, Revision, Seed, catalog_of, new_file
+from .console import RichProgress, count, note, out, print_json, table, warning_line
+from .derive import takes
+from .options import Json, ModelName, catalog_of
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedConfig
+    from ..loading.model import Structure
     from ..oracle.verify import Verdict
 
 
@@ -27,93 +28,71 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(discover)
 
 
+@takes(options=LoadSettings, page=PageSettings)
 def discover(
     ctx: typer.Context,
-    model: Model,
-    family: Family = None,
-    revision: Revision = None,
-    trust_remote_code: RemoteCode = False,
+    model: ModelName,
+    options: dict[str, Any],
+    page: dict[str, Any],
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Prove it: on a small random model of this architecture, cutting must equal silencing, for each kind.",
+            help="Verify that a cut equals silencing, for each kind, on a small random model of this architecture.",
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Draw one block, with its coupled axes, into this page.")] = None,
-    seed: Seed = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a drawing of one block to this file.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of --verify; 0 unless given.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the coupled groups of a model: what must be removed together. Reads no weights."""
-    options = LoadOptions(family=family, revision=revision, trust_remote_code=trust_remote_code)
-    from ..loading.model import load_config
+    """Show the coupled groups of a model: parameters that must be removed together. Reads no weights."""
+    from .. import api
 
-    loaded = load_config(model, catalog_of(ctx), options)
+    for name in ("dtype", "device"):
+        if name in options:
+            raise SettingsError(f"--{name} has no effect on discover, which reads no weights; leave it out")
+    if seed is not None and not verify:
+        raise SettingsError("--seed has no effect without --verify; leave it out")
+    if page and html is None:
+        raise SettingsError("--set has no effect without --html, whose sections have settings; leave it out")
     if html is not None:
-        _draw(html, f"{model} ({loaded.family.name})", loaded.graph)
-    verdicts = _verify(loaded, seed) if verify else []
+        check_new_file(html)
+    found = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
+    if html is not None:
+        for warning in api.write_page(found, html, catalog=catalog_of(ctx), **page):
+            warning_line(warning)
+        note(f"written to {html}")
+    verdicts = api.verify(found, seed=seed or 0, progress=RichProgress()) if verify else []
     if as_json:
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
-        print_json({"model": model, "family": loaded.family.name, **_graph_json(loaded.graph), **proof})
-        _exit_unless_proved(verdicts)
-        return
-    graph = loaded.graph
-    out.print(
-        f"[bold]{model}[/]: family {loaded.family.name}, {graph.num_layers} layers, "
-        f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
-    )
-    table(
-        "Coupled groups",
-        ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder"),
-        _summary(graph),
-    )
-    for kind in graph.kinds:
-        out.print(_tree(graph, graph.of_kinds([kind])[0]))
-    if verify:
-        rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
-        table("On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2)
-        for verdict in verdicts:
-            if verdict.reason:
-                out.print(f"{verdict.kind}: {verdict.reason} {verdict.where}", highlight=False, markup=False)
-    _exit_unless_proved(verdicts)
-
-
-def _verify(loaded: LoadedConfig, seed: int) -> list[Verdict]:
-    from ..models.quiet import quiet_transformers
-    from ..oracle.verify import verify
-
-    if loaded.plans:
-        raise PlanError(f"'{loaded.ref}' is pruned already; verify the model that it was pruned from")
-    note("cutting and silencing a small random model")
-    with quiet_transformers():
-        return verify(loaded.family, loaded.config, seed=seed)
-
-
-def _exit_unless_proved(verdicts: list[Verdict]) -> None:
+        print_json({"model": model, "family": found.family.name, **_graph_json(found.graph), **proof})
+    else:
+        _show(model, found)
+        _show_verdicts(verdicts)
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
 
 
-def _draw(path: Path, title: str, graph: CouplingGraph) -> None:
-    page = block_page(title, graph, graph.num_layers // 2)
-    write_text(new_file(path), page)
-    note(f"drawn in {path}")
-
-
-def _summary(graph: CouplingGraph) -> list[tuple[str, str, str, str, str]]:
-    rows = []
+def _show(model: str, found: Structure) -> None:
+    graph = found.graph
+    out.print(
+        f"[bold]{model}[/]: family {found.family.name}, {graph.num_layers} layers, "
+        f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
+    )
+    table("Coupled groups", KIND_COLUMNS, kind_rows(graph))
     for kind in graph.kinds:
-        groups = graph.of_kinds([kind])
-        units = sorted({g.units for g in groups})
-        cost = sorted({graph.parameters_per_unit(g) for g in groups})
-        inside = sum(g.units * graph.parameters_per_unit(g) for g in groups) / graph.decoder_parameters
-        share = f"{inside:.1%}" if kind != "hidden" else "all"
-        rows.append((kind, str(len(groups)), _range(units), _range(cost), share))
-    return rows
+        out.print(_tree(graph, graph.of_kinds([kind])[0]))
 
 
-def _range(values: list[int]) -> str:
-    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,} to {values[-1]:,}"
+def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
+    if not verdicts:
+        return
+    rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
+    table("On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2)
+    for verdict in verdicts:
+        lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
+        for line in (*lines, *verdict.differences, *(f"not checked: {what}" for what in verdict.skipped)):
+            out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:

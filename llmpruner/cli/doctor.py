@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -20,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from .. import __version__
-from ..errors import LlmprunerError
+from ..errors import LlmprunerError, first_line
 from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost
 from .console import err, print_json, size, table
@@ -36,14 +37,14 @@ PROBES = {
     "datasets": "datasets",
     "lm-eval": "lm_eval.models.huggingface",
 }
-"""Distribution → the module whose import shows that it works with the versions around it."""
+"""Distribution → the module whose import shows whether it works with the other installed versions."""
 
 INCOMPATIBLE = (
     ("torch", "<2.6", "transformers refuses to read .bin checkpoints; upgrade torch or convert them to safetensors"),
     ("peft", "<0.18", "it imports cache classes that transformers 5 no longer has; upgrade peft"),
     ("lm-eval", "<0.4.10", "it looks for model classes that transformers 5 no longer has; upgrade lm-eval"),
 )
-"""Distribution, versions, and what does not work: what a version range alone would not explain."""
+"""Distribution, versions, and what does not work with them."""
 
 HUB_TIMEOUT = 3.0
 LITTLE_MEMORY, LITTLE_DISK = 4 << 30, 10 << 30
@@ -51,7 +52,7 @@ LITTLE_MEMORY, LITTLE_DISK = 4 << 30, 10 << 30
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. ``status``: ok, warning (something is limited), broken, or absent (optional, not installed)."""
+    """One result. ``status``: ok, warning (with limitations), broken, or absent (optional, not installed)."""
 
     section: str
     name: str
@@ -65,7 +66,7 @@ def add_commands(app: typer.Typer) -> None:
 
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     """Examine this installation: versions, plugins, devices, memory, hub. Exits with 1 when something is broken."""
-    host: PluginHost = ctx.obj.host if isinstance(ctx.obj, Catalog) else ctx.obj
+    host: PluginHost = ctx.obj.host
     found = list(checks(host))
     count = Counter(check.status for check in found)
     if as_json:
@@ -80,7 +81,7 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
 
 
 def checks(host: PluginHost) -> Iterator[Check]:
-    """Everything that is examined, in the order shown."""
+    """All checks, in the order shown."""
     yield Check("python", "llmpruner", OK, __version__)
     yield Check("python", platform.python_implementation(), OK, f"{platform.python_version()} on {platform.system()}")
     for section in (_packages, _imports, _devices, _memory, _hub):
@@ -89,7 +90,7 @@ def checks(host: PluginHost) -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    """Every dependency against the range that the installed metadata states."""
+    """Every dependency against the version range in the installed metadata."""
     try:
         stated = metadata.requires("llmpruner") or []
     except metadata.PackageNotFoundError:
@@ -126,16 +127,16 @@ def _incompatible(name: str, version: str) -> Iterator[Check]:
 
 
 def _imports() -> Iterator[Check]:
-    """Versions may fit and yet not work together; importing them shows it."""
+    """Imports of distributions, which may not work together although their versions fit."""
     for distribution, module in PROBES.items():
         try:
             metadata.version(distribution)
         except metadata.PackageNotFoundError:
-            continue  # said above
+            continue  # reported by `_packages`
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever a broken installation raises is the finding
-            yield Check("imports", module, BROKEN, _line(error))
+        except Exception as error:  # broken installations raise anything
+            yield Check("imports", module, BROKEN, _text(error))
         else:
             yield Check("imports", module, OK, "")
 
@@ -143,31 +144,29 @@ def _imports() -> Iterator[Check]:
 def _devices() -> Iterator[Check]:
     try:
         import torch
-    except Exception:  # said above, under imports
+    except Exception:  # reported by `_imports`
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    yield _device("cpu", f"{torch.get_num_threads()} threads, {capability}")
+    yield _device(torch, "cpu", f"{torch.get_num_threads()} threads, {capability}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)
-            yield _device(f"cuda:{number}", f"{properties.name}, {size(properties.total_memory)}")
+            yield _device(torch, f"cuda:{number}", f"{properties.name}, {size(properties.total_memory)}")
     elif torch.version.cuda:
         yield Check("devices", "cuda", WARNING, f"torch is built for CUDA {torch.version.cuda}, but sees no GPU")
     if torch.backends.mps.is_available():
-        yield _device("mps", "Apple GPU")
+        yield _device(torch, "mps", "Apple GPU")
 
 
-def _device(name: str, what: str) -> Check:
-    """Compute on it, in float32 and in bfloat16: what a device claims is not always what it does."""
-    import torch
-
+def _device(torch: Any, name: str, what: str) -> Check:
+    """Computes a matrix product in float32 and in bfloat16, as reported support is not always correct."""
     for dtype in (torch.float32, torch.bfloat16):
         try:
             square = torch.ones(8, 8, device=name, dtype=dtype)
             works = bool(((square @ square) == 8).all())
             reason = "gives wrong results"
         except (RuntimeError, TypeError, AssertionError) as error:
-            works, reason = False, _line(error)
+            works, reason = False, _text(error)
         if not works:
             status = BROKEN if dtype == torch.float32 else WARNING
             return Check("devices", name, status, f"{what}; {str(dtype).removeprefix('torch.')} {reason}")
@@ -178,7 +177,7 @@ def _memory() -> Iterator[Check]:
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        yield Check("memory", "RAM", WARNING, "this system does not tell its size")
+        yield Check("memory", "RAM", WARNING, "this system does not report its size")
     else:
         yield Check("memory", "RAM", WARNING if total < LITTLE_MEMORY else OK, size(total))
     cache = _constant("HF_HUB_CACHE")
@@ -193,7 +192,7 @@ def _memory() -> Iterator[Check]:
 
 
 def _hub() -> Iterator[Check]:
-    """One short request, and none where the user works offline. Not reaching a hub breaks nothing."""
+    """One short request; none if HF_HUB_OFFLINE is set. Without access, local models still work."""
     if _constant("HF_HUB_OFFLINE"):
         yield Check("hub", "access", OK, "HF_HUB_OFFLINE is set: only local and cached models")
         return
@@ -203,9 +202,9 @@ def _hub() -> Iterator[Check]:
     try:
         urlopen(Request(str(endpoint), method="HEAD"), timeout=HUB_TIMEOUT).close()
     except HTTPError:
-        pass  # it answers
+        pass  # the hub is reachable
     except (OSError, ValueError) as error:
-        detail = f"{endpoint} does not answer ({_line(error)}); local models work, HF_HUB_OFFLINE=1 saves the waiting"
+        detail = f"{endpoint} does not answer ({_text(error)}); local models work, HF_HUB_OFFLINE=1 saves the waiting"
         yield Check("hub", "access", WARNING, detail)
         return
     yield Check("hub", "access", OK, f"{endpoint} answers")
@@ -235,9 +234,9 @@ def _plugins(host: PluginHost) -> Iterator[Check]:
 
 
 def _offers(catalog: Catalog) -> Iterator[Check]:
-    """What each plugin offers, and where its code is."""
+    """The components of each plugin, and where its code is."""
     host = catalog.host
-    registries = (catalog.families, catalog.criteria, catalog.strategies, catalog.readers)
+    registries = tuple(catalog.registries)
     for name, plugin in sorted(host.manager.list_name_plugin()):
         if plugin is None or name not in host.packages:
             continue
@@ -253,6 +252,6 @@ def _offers(catalog: Catalog) -> Iterator[Check]:
         yield Check("plugins", name, OK, f"{host.package_of(name)}: {what} ({where or module})")
 
 
-def _line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text}"[:300]
+def _text(error: BaseException) -> str:
+    """Class and first line, at most 300 characters."""
+    return f"{type(error).__name__}: {first_line(error)}"[:300]

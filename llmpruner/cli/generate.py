@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from ..errors import DataError
-from ..loading.options import LoadOptions
-from .console import out, print_json
-from .options import Json, Models, Seed, load_options, open_model, spliced
+from ..settings import GenerateSettings, LoadSettings, settings_from
+from .console import RichProgress, out, print_json
+from .derive import takes
+from .options import Json, ModelNames, catalog_of
 
 
 def add_commands(app: typer.Typer) -> None:
     app.command()(generate)
 
 
-@spliced(options=load_options)
+@takes(settings=GenerateSettings, options=LoadSettings)
 def generate(
     ctx: typer.Context,
-    models: Models,
-    options: LoadOptions,
+    models: ModelNames,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue, or to answer with --chat.")],
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the family's instruction format.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above 0 samples.")] = 0.0,
-    seed: Seed = 0,
+    settings: dict[str, Any],
+    options: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """Let models continue one prompt, one after the other."""
-    from ..models import generation
+    """Generate the continuation of a prompt by one or several models."""
+    from .. import api
 
-    answers: dict[str, str] = {}
-    for model in models:
-        loaded = open_model(ctx, model, options)
-        if loaded.tokenizer is None:
-            raise DataError(f"model '{model}' brings no tokenizer, so it cannot read a prompt")
-        answers[model] = generation.generate(
-            loaded.model, loaded.tokenizer, loaded.family.format_prompt(prompt) if chat else prompt,
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        )  # fmt: skip
+    shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(ctx)}
+    load = settings_from(LoadSettings, options)
+    found = [api.discover(model, **shared, **options) for model in models]
+    answers = {each.ref: api.generate(each, prompt, load=load, **shared, **settings) for each in found}
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
         return

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ..errors import LlmprunerError
-from ..scaffold.model import ModelFacts, describe
-from ..scaffold.package import PluginName, render, write
+from ..errors import LlmprunerError, SettingsError
+from ..files import check_new_directory
+from ..plugins.catalog import KINDS as CATALOG
+from ..scaffold.package import KINDS, PluginName, kind_named, render, write
 from .console import note, out
-from .options import catalog_of, new_directory
+from .options import catalog_of
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -20,13 +21,14 @@ def add_commands(app: typer.Typer) -> None:
 
 def new_plugin(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the family; the package is llmpruner-NAME.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of what it adds; the package is llmpruner-NAME.")],
+    kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(KINDS)}.", metavar="KIND")] = "family",
     source: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="The model it is for: a directory, a hub id, or a model type (qwen2).",
+            help="Of a family: the model it is for, as a directory, a hub id, or a model type (qwen2).",
         ),
     ] = None,
     package: Annotated[
@@ -34,8 +36,8 @@ def new_plugin(
         typer.Option(
             "--import",
             metavar="PACKAGE",
-            help="Installed package that registers the architecture with AutoConfig and AutoModelForCausalLM, where "
-            "transformers lacks it.",
+            help="Of a family: installed package that registers the architecture with AutoConfig and "
+            "AutoModelForCausalLM, where transformers lacks it.",
         ),
     ] = None,
     output: Annotated[
@@ -43,21 +45,32 @@ def new_plugin(
         typer.Option("--output", "-o", help="Directory to write; must not exist. By default ./llmpruner-NAME."),
     ] = None,
 ) -> None:
-    """Write a plugin package for a model family, with tests that prove every cut and pass as they are."""
+    """Write a plugin package with tests: for a model family, whose every cut they verify; or with an importance
+    criterion or a recovery strategy to start from."""
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
-    if name in catalog.families:
-        raise LlmprunerError(f"a family '{name}' exists already in {catalog.families.package_of(name)}; choose another")
+    adds = kind_named(kind)
+    registry = catalog.registry(next(known.name for known in CATALOG.values() if known.hook == adds.hook))
+    if name in registry:
+        raise LlmprunerError(
+            f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"
+        )
+    for option, value in (("--from", source), ("--import", package)):
+        if value is not None and kind != "family":
+            raise SettingsError(f"{option} has no effect with --kind {kind}, which works for all models; leave it out")
     if source is None and package:
         raise LlmprunerError("--import needs a model; name it with --from MODEL")
-    directory = new_directory(output or Path(plugin.distribution))
-    facts = ModelFacts()
+    directory = check_new_directory(output or Path(plugin.distribution))
+    facts = None
     if source is not None:
+        from ..scaffold.model import describe
+
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
-    write(directory, render(plugin, facts))
-    lines = [f"{directory}: family {name}" + "".join(f" for model type {model_type}" for model_type in facts.types)]
-    if facts.kinds:
+    write(directory, render(plugin, facts, kind=kind))
+    types = "".join(f" for model type {model_type}" for model_type in facts.types) if facts else ""
+    lines = [f"{directory}: {adds.title} {name}{types}"]
+    if facts and facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")
     lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")
     out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

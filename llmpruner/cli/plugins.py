@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Annotated
+
 import typer
 
 from ..plugins.catalog import Catalog
-from .console import print_json, table
+from ..plugins.describe import describe, summary_of
+from .console import out, print_json, table
 from .options import Json, catalog_of
 
 
@@ -13,30 +17,37 @@ def add_commands(app: typer.Typer) -> None:
     app.command(name="plugins")(list_plugins)
 
 
-def list_plugins(ctx: typer.Context, as_json: Json = False) -> None:
-    """List families, criteria, strategies and readers, each with the package it comes from."""
-    rows = _rows(catalog_of(ctx))
-    broken = [{"plugin": b.name, "package": b.package, "reason": b.reason} for b in catalog_of(ctx).broken]
-    if as_json:
-        print_json({"plugins": rows, "broken": broken, "blocked": catalog_of(ctx).host.blocked})
+def list_plugins(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show one component with its settings.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the components of all plugins with their packages; or show one component with its settings."""
+    catalog = catalog_of(ctx)
+    if name is not None:
+        _show(catalog, name, as_json=as_json)
         return
-    cells = [(r["kind"], r["name"], r["package"], r["summary"]) for r in rows]
-    table(None, ("Kind", "Name", "Package", "What it is"), cells, left=4)
+    rows = [
+        {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": summary_of(cls)}
+        for registry in catalog.registries
+        for key, cls in registry.items()
+    ]
+    broken = [{"plugin": b.name, **{k: v for k, v in asdict(b).items() if k != "name"}} for b in catalog.broken]
+    if as_json:
+        print_json({"plugins": rows, "broken": broken, "blocked": catalog.host.blocked})
+        return
+    table(None, ("Kind", "Name", "Package", "What it is"), [tuple(row.values()) for row in rows], left=4)
 
 
-def _rows(catalog: Catalog) -> list[dict[str, str]]:
-    rows = []
-    for registry in (catalog.families, catalog.criteria, catalog.strategies, catalog.readers):
-        for name, cls in registry.items():
-            summary = getattr(cls, "summary", "") or (cls.__doc__ or "").strip().split("\n")[0]
-            variants = getattr(cls, "variants", ())
-            summary += f" [variants: {', '.join(variants)}]" if variants else ""
-            rows.append(
-                {
-                    "kind": registry.kind,
-                    "name": name,
-                    "package": registry.package_of(name),
-                    "summary": summary,
-                }
-            )
-    return rows
+def _show(catalog: Catalog, name: str, *, as_json: bool) -> None:
+    found = describe(catalog, name)
+    if as_json:
+        print_json([asdict(fact) for fact in found])
+        return
+    for fact in found:
+        out.print(f"[bold]{fact.name}[/], {fact.kind} of {fact.package} ({fact.module}): {fact.summary}")
+        rows = [(f"{fact.name}.{s.key}", f"{s.type} {s.bounds}", s.default, s.description) for s in fact.settings]
+        if rows:
+            table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), rows, left=4)

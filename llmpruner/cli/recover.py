@@ -2,151 +2,47 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import time
+from typing import Any
 
 import typer
 
-from ..errors import DataError, UnknownNameError
-from ..loading.options import LoadOptions
-from ..recovery.base import RecoverySettings
-from .console import RichProgress, note, out, print_json
-from .evaluate import Autocast
-from .options import Json, Model, Output, Seed, catalog_of, load_options, new_directory, open_model, spliced
-
-if TYPE_CHECKING:
-    from ..loading.model import LoadedModel
-    from ..recovery.run import RecoveryResult
-
-DEFAULTS = RecoverySettings()
-LOSSES = ("all", "answers")
+from ..settings import LoadSettings, RecoverSettings, settings_from
+from .console import RichProgress, out, print_json
+from .derive import takes
+from .options import Json, ModelName, Output, catalog_of
 
 
 def add_commands(app: typer.Typer) -> None:
     app.command()(recover)
 
 
-def recovery_settings(
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapters.")] = DEFAULTS.rank,
-    alpha: Annotated[int, typer.Option(min=1, help="Scale of the adapters: α / rank.")] = DEFAULTS.alpha,
-    dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout before the adapters.")] = DEFAULTS.dropout,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = DEFAULTS.learning_rate,
-    epochs: Annotated[float, typer.Option(min=0.0, help="Passes over the data.")] = DEFAULTS.epochs,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per optimizer step.")] = DEFAULTS.batch_size,
-    micro_batch_size: Annotated[
-        int,
-        typer.Option(min=1, help="Examples in memory at once; gradients accumulate up to the batch size."),
-    ] = DEFAULTS.micro_batch_size,
-    cutoff: Annotated[int, typer.Option(min=2, help="Tokens per example; longer ones are cut.")] = DEFAULTS.cutoff,
-    loss_on: Annotated[
-        str, typer.Option(help="all: the whole text, as the paper; answers: the answers alone.")
-    ] = DEFAULTS.loss_on,
-    autocast: Autocast = False,
-    seed: Seed = 0,
-) -> RecoverySettings:
-    """The training settings; the defaults are the paper's."""
-    if loss_on not in LOSSES:
-        raise UnknownNameError("loss", loss_on, LOSSES)
-    where: Literal["all", "answers"] = "answers" if loss_on == "answers" else "all"
-    return replace(
-        DEFAULTS,
-        rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate, epochs=epochs, max_steps=max_steps,
-        batch_size=batch_size, micro_batch_size=micro_batch_size, cutoff=cutoff, loss_on=where, autocast=autocast,
-        seed=seed,
-    )  # fmt: skip
-
-
-@spliced(settings=recovery_settings, options=load_options)
+@takes(settings=RecoverSettings, options=LoadSettings)
 def recover(
     ctx: typer.Context,
-    model: Model,
+    model: ModelName,
     output: Output,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Alpaca-style .json or .jsonl (instruction, input, output; or text), or the name of a data set."
-        ),
-    ],
-    settings: RecoverySettings,
-    options: LoadOptions,
-    strategy: Annotated[str, typer.Option(help="Recovery strategy; see `llmpruner plugins`.")] = "lora",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many examples, drawn by the seed.")] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge/--no-merge", help="Add the adapters to the weights, or save them alone.")
-    ] = True,
+    settings: dict[str, Any],
+    options: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """Give quality back to a pruned model by a short training (LoRA, as in LLM-Pruner).
+    """Restore quality of a pruned model by a short training (LoRA, as in LLM-Pruner).
 
-    Interrupted, the same command goes on where it stopped: its state is kept in OUTPUT.recovery until it is done.
+    After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished.
     """
-    chosen = catalog_of(ctx).strategies[strategy]()
-    new_directory(output)
-    loaded = open_model(ctx, model, options)
-    if loaded.tokenizer is None:
-        raise DataError(f"model '{model}' brings no tokenizer, so it cannot be trained on text")
-    work_dir = output.with_name(output.name + ".recovery")
-    result = run_recovery(loaded, chosen, data, settings, work_dir, merge=merge, limit=limit)
-    kind = save_recovered(loaded, result, settings, output)
-    shutil.rmtree(work_dir)
+    from .. import api
+
+    started = time.monotonic()
+    recovered = api.recover(
+        model, output=output, load=settings_from(LoadSettings, options), progress=RichProgress(),
+        catalog=catalog_of(ctx), **settings,
+    )  # fmt: skip
+    record = recovered.record["recovery"][-1] if recovered.record else {}
+    seconds = round(time.monotonic() - started, 1)
     if as_json:
-        said = {"model": model, **recovery_record(result, settings), "output": str(output), "checkpoint": kind}
-        print_json({**said, "seconds": round(result.seconds, 1)})
+        result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
+        print_json({**result, "seconds": seconds})
         return
-    losses = f"loss {result.losses[0]:.3f} → {result.losses[-1]:.3f}, " if result.losses else ""
-    out.print(
-        f"[bold green]✓[/] {output}: {result.examples} examples, {len(result.losses)} steps, {losses}"
-        f"{result.seconds:.0f} s"
-    )
-
-
-def run_recovery(
-    loaded: LoadedModel,
-    strategy: Any,
-    data: str,
-    settings: RecoverySettings,
-    work_dir: Path,
-    *,
-    merge: bool = True,
-    limit: int | None = None,
-) -> RecoveryResult:
-    """Train with a progress bar; the loaded model's weights change."""
-    from ..recovery import run
-
-    with RichProgress().counter("Recovering") as step:
-        result = run.recover(
-            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, data, strategy, settings, work_dir,
-            merge=merge, limit=limit, on_step=step,
-        )  # fmt: skip
-    for remark in result.notes:
-        note(remark)
-    return result
-
-
-def save_recovered(loaded: LoadedModel, result: RecoveryResult, settings: RecoverySettings, output: Path) -> str:
-    """A whole model where adapters are merged, the adapters alone where not. Returns ``stock``, ``shim`` (as
-    `pipeline.save` does) or ``adapter``."""
-    from ..checkpoints.adapters import save_adapter
-    from ..recipes.pipeline import save
-
-    if hasattr(result.model, "peft_config"):
-        save_adapter(result.model, output, base=loaded.ref, tokenizer=loaded.tokenizer)
-        return "adapter"
-    history = [*((loaded.record or {}).get("recovery", [])), recovery_record(result, settings)]
-    return save(replace(loaded, model=result.model), output, notes={"recovery": history})
-
-
-def recovery_record(result: RecoveryResult, settings: RecoverySettings) -> dict[str, Any]:
-    """What was trained and on what, as ``llmpruner.json`` keeps it."""
-    return {
-        "strategy": result.strategy,
-        "settings": asdict(settings),
-        "data": result.source,
-        "fingerprint": result.fingerprint,
-        "examples": result.examples,
-        "trainable_parameters": result.trainable_parameters,
-        "losses": list(result.losses),
-    }
+    curve = record["losses"]
+    losses = f"loss {curve[0]:.3f} → {curve[-1]:.3f}, " if curve else ""
+    out.print(f"[bold green]✓[/] {output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")

@@ -1,1 +1,1 @@
-"""Compensation: weights that read removed units are fitted again, in closed form."""
+"""Compensation: adapting the weights that read removed units, in closed form."""

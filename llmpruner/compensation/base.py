@@ -1,4 +1,4 @@
-"""Compensation: how weights that read removed units are adapted before the cut, without training."""
+"""Compensation: adapts the weights that read removed units before the cut, without training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one weight was fitted. ``slot``: which expert of a stacked parameter, None for one matrix. ``rows``: rows of
-    inputs (tokens) that it was fitted on. ``ridge``: as a share of the mean diagonal of XᵀX; None: left unchanged."""
+    """How one weight was fitted. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
+    number of tokens in the fit. ``ridge``: as a share of the mean diagonal of XᵀX; None: weights are unchanged."""
 
     parameter: str
     slot: int | None
@@ -31,7 +31,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Repaired:
-    """The outcome. ``kept``: group name → units that stay, as planned or as a `Chooser` ranked them anew."""
+    """The result. ``kept``: group name → kept units, as planned or as a `Chooser` ranked them again."""
 
     kept: dict[str, Sequence[int]]
     fits: Sequence[Fit] = ()
@@ -39,11 +39,11 @@ class Repaired:
 
 @dataclass(frozen=True)
 class RepairTask:
-    """What a compensation works on.
+    """The inputs of a compensation.
 
-    ``model``: the dense model, changed in place; no shape may change. ``kept``: group name → units that stay.
-    ``calibration``: token ids, None for a compensation that reads no text. ``chooser``: ranks the units of a layer anew
-    when the walk comes to it; None when ``kept`` is final.
+    ``model``: the dense model, changed in place; no shape may change. ``kept``: group name → kept units.
+    ``calibration``: token ids, None for a compensation that reads no text. ``chooser``: ranks the units of each layer
+    again; None when ``kept`` is final.
     """
 
     model: PreTrainedModel
@@ -55,7 +55,7 @@ class RepairTask:
 
 
 class Compensation(Component):
-    """Changes the weights that read removed units so that the outputs of each layer stay near the dense model's."""
+    """Changes the weights that read removed units to keep the outputs of each layer near the dense model's."""
 
     kind: ClassVar[str] = "compensation"
     reads_text: ClassVar[bool] = True
@@ -64,6 +64,6 @@ class Compensation(Component):
     """Whether it uses ``task.chooser``."""
 
     def repair(self, task: RepairTask) -> Repaired:
-        """Change ``task.model`` in place. Runs without gradients. The caller cuts afterwards, so what removed units
-        contribute through the changed weights is lost."""
+        """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the
+        changed weights that read them."""
         raise NotImplementedError

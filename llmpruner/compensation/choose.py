@@ -1,8 +1,8 @@
-"""Choosing while repairing: which units of a layer go can wait until the repair walks the dense model through it.
+"""Choosing units during a compensation, layer by layer, from the inputs of weights in the dense model.
 
-A repair takes the dense model through the calibration text anyway, so a criterion of inputs gets what it looks at for
-nothing there. Allocation needs scores earlier, but where every group gives the same share, those of a little text do:
-they hardly bear on how many units go, and which ones is settled later, on all of it.
+A compensation runs the dense model over all of the calibration text, so a criterion of weights and their inputs needs
+no further run. Allocation needs scores before, but where every group loses the same share, scores from part of the text
+are enough for the numbers of units; which units are removed is decided later, on all of the text.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 
 
 def can_wait(criterion: ImportanceCriterion, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> bool:
-    """Whether a walk through the layers tells ``criterion`` all that it asks of ``groups``: it looks at nothing but the
-    weights that read units and their inputs, and every group lies in one layer, with readers of its own."""
+    """Whether units of ``groups`` can be chosen layer by layer during a compensation: ``criterion`` needs only the
+    weights that read units and the inputs of these weights, and every group is in one layer and shares no weights that
+    read it with another group."""
     readers_only = criterion.roles is not None and set(criterion.roles) == {Role.CONSUMES}
     if not (readers_only and criterion.signals & _INPUTS and criterion.signals <= {Signal.WEIGHT, *_INPUTS}):
         return False
@@ -50,7 +51,8 @@ def _readers(group: CoupledGroup) -> set[str]:
 
 @dataclass(frozen=True)
 class Chooser:
-    """Ranks units by ``criterion``, as estimation does (``reduction``, ``seed``), and keeps as many as were planned."""
+    """Ranks units by ``criterion`` (``reduction``, ``seed``: as for `estimate`), and keeps the planned number of each
+    group, in multiples of ``round_to``."""
 
     criterion: ImportanceCriterion
     reduction: str = "sum"
@@ -59,12 +61,14 @@ class Chooser:
 
     @property
     def gram(self) -> bool:
+        """Whether the criterion needs Gram matrices of inputs."""
         return Signal.GRAM in self.criterion.signals
 
     def choose(
         self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, layer: int, inputs: Mapping[str, InputStats]
     ) -> dict[str, tuple[int, ...]]:
-        """Group name → units that stay, for the groups of ``kept`` in ``layer``. ``inputs``: what its weights read."""
+        """Group name → kept units, for the groups of ``kept`` in ``layer``. ``inputs``: parameter → statistics of its
+        inputs in the dense model."""
         groups = [group for name in kept if (group := graph.by_name[name]).layer == layer]
         scores = estimate_from(inputs, model, graph, groups, self.criterion, reduction=self.reduction, seed=self.seed)
         return self._keep(groups, kept, scores)
@@ -77,7 +81,7 @@ class Chooser:
         calibration: CalibrationSet,
         progress: Progress,
     ) -> dict[str, tuple[int, ...]]:
-        """What `choose` gives layer by layer, without a repair."""
+        """The results of `choose` for all layers, without a compensation."""
         groups = [graph.by_name[name] for name in kept]
         scores = estimate(
             model, graph, groups, self.criterion, calibration,

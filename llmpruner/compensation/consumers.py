@@ -1,4 +1,4 @@
-"""Which weights of a layer read cut units, and what they should say: read from the roles of spans alone."""
+"""The weights of a layer that read removed units, found by the roles of spans."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A weight of one layer with cut inputs. ``axis``: the one that is summed over; ``kept``: its indices that stay.
-
-    ``from_stream``: whether its inputs are the residual stream itself, whose lost channels no other output of the
-    pruned model can say: such a weight is fitted to the dense model's outputs.
-    """
+    """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter; ``kept``: its kept indices,
+    int64, ascending. ``from_stream``: whether the inputs are normed channels of the residual stream instead of units
+    inside the layer."""
 
     parameter: str
     axis: int
@@ -48,8 +46,9 @@ def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Cons
     return found
 
 
-def writers_of(graph: CouplingGraph, layer: int) -> Sequence[str]:
-    """The weights through which the sub-layers of ``layer`` speak: those that read its inner units."""
+def stream_writers(graph: CouplingGraph, layer: int) -> Sequence[str]:
+    """The weights whose outputs ``layer`` adds to the residual stream: those that read the units inside it (output
+    projection of attention, down projection of an MLP)."""
     return tuple(
         dict.fromkeys(
             span.parameter
@@ -62,7 +61,7 @@ def writers_of(graph: CouplingGraph, layer: int) -> Sequence[str]:
 
 
 def matrix_of(model: nn.Module, consumer: Consumer, slot: int | None) -> torch.Tensor:
-    """The (out, in) matrix of a consumer, as a view: of expert ``slot`` where it is a stack of them."""
+    """The matrix (out, in) of a consumer, as a view: of expert ``slot`` where the parameter stacks several."""
     parameter = model.get_parameter(consumer.parameter).data
     axis = consumer.axis
     if slot is not None:
@@ -70,8 +69,8 @@ def matrix_of(model: nn.Module, consumer: Consumer, slot: int | None) -> torch.T
     return parameter if axis == 1 else parameter.T
 
 
-def silence_inputs(model: nn.Module, consumer: Consumer) -> None:
-    """Set the weights of a consumer to zero that read what goes."""
+def zero_inputs(model: nn.Module, consumer: Consumer) -> None:
+    """Set the weights of a consumer for removed inputs to zero."""
     parameter = model.get_parameter(consumer.parameter).data
     gone = torch.ones(parameter.shape[consumer.axis], dtype=torch.bool)
     gone[consumer.kept] = False

@@ -1,10 +1,11 @@
-"""Ridge regression from sums over tokens, with the ridge chosen on tokens that were held out.
+"""Ridge regression from sums over tokens, with the ridge chosen on held-out tokens.
 
 For inputs X (n × in), targets T (n × out) and old weights W₀ (out × in) the fit is
 
     W = argmin ‖X Wᵀ − T‖² + λ‖W − W₀‖²  =  (TᵀX + λW₀)(XᵀX + λI)⁻¹,
 
-so that directions in which there are no data keep their old weights. λ is given as a share of the mean diagonal of XᵀX.
+which keeps the old weights in directions of the input space without data. λ is one of `RIDGES` times the mean diagonal
+of XᵀX. Sums over tokens are float32; systems are solved in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _HELD_OUT = 8
 
 @dataclass
 class _Sums:
-    """XᵀX (in × in, its lower triangle), XᵀT (in × out), ‖T‖² and n."""
+    """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``energy``: ‖T‖²; ``rows``: n."""
 
     gram: torch.Tensor
     cross: torch.Tensor
@@ -39,14 +40,17 @@ class _Sums:
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor) -> float:
-        """Mean squared error of the fit, summed over the outputs."""
+        """Squared error of the fit, summed over the outputs and averaged over the rows."""
         gram, cross = both_triangles(self.gram).to(weight_IO.dtype), self.cross.to(weight_IO.dtype)
         fitted = (weight_IO * (gram @ weight_IO - 2 * cross)).sum()
         return (float(fitted) + self.energy) / max(self.rows, 1)
 
 
 class NormalEquations:
-    """Collects rows of inputs and targets; one row in eight is held out until the ridge is chosen."""
+    """Sums over rows of inputs and targets; one row in eight is held out until the ridge is chosen.
+
+    ``width``, ``out``: the numbers of inputs and outputs. Memory: 2 · width · (width + out) float32.
+    """
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self._fit = _Sums.zeros(width, out, device)
@@ -57,16 +61,16 @@ class NormalEquations:
         return self._fit.rows + self._held.rows
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """``inputs`` (n, in) and ``targets`` (n, out). The rows held out are the last ones of each call: neighbouring
-        tokens are alike, and rows picked one by one would have their neighbours among the fitted."""
+        """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of the rows of each call is held out; single
+        rows would be similar to their neighbours in the fit."""
         split = len(inputs) - len(inputs) // _HELD_OUT
         inputs, targets = inputs.float(), targets.float()
         self._fit.add(inputs[:split], targets[:split])
         self._held.add(inputs[split:], targets[split:])
 
     def solve(self, old_OI: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), in float32, and the ridge they were fitted with; the old ones and None where nothing
-        fits better on held-out rows."""
+        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
+        gives a smaller error on the held-out rows."""
         old = old_OI.T.double()
         if self._fit.rows == 0 or self._held.rows == 0:
             return old_OI.float(), None
@@ -80,9 +84,10 @@ class NormalEquations:
 
 
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The fit (in, out), float64, for one ridge."""
     gram = sums.gram.double()
     strength = ridge * float(gram.diagonal().mean())
-    # An input that is always zero leaves the Gram matrix singular; the smallest number keeps it solvable.
+    # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
     # Reads the lower triangle alone.
     factor = torch.linalg.cholesky(gram)

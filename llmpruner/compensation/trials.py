@@ -1,8 +1,8 @@
-"""Trials: the model as it would be after a cut, measured against itself as it is.
+"""Trials: the divergence of the model after a cut from the current model.
 
-Every trial is a real cut of a copy that shares the weights it does not lose, so anything that can be cut can be tried.
-Weights that read cut units are fitted again from one pass over the calibration text, each for itself: what the repair
-does later is better, but this is what tells a cut that can be made good for from one that cannot.
+Every trial cuts a copy that shares the weights that are not cut. Weights that read removed units are fitted again in
+the trial, each from the Gram matrix of its inputs in the uncut model. This fit is simpler than the compensation's, but
+distinguishes cuts that a fit can compensate from others.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 _TRIED, _FITTED = 2048, 16384
-"""Tokens that trials are measured on, and at most so many others that weights are fitted to."""
+"""Number of tokens for the divergence, and maximum number of other tokens for the fit."""
 _RIDGE = 0.03
+"""λ as a share of the mean diagonal of the Gram matrix."""
 
 
 class Trials:
-    """Measures cuts of ``groups``. With ``refit``, memory beyond the model: a Gram matrix for every weight that reads
-    their units, kept on the model's device."""
+    """Measures cuts of ``groups``; with ``refit``, after fitting weights again. Memory beyond the model: the logits of
+    2,048 tokens and, with ``refit``, a Gram matrix (in, in) in float32 for every weight that reads the units."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class Trials:
     def _measure(
         self, groups: Sequence[CoupledGroup], ids: torch.Tensor, source: str, progress: Progress
     ) -> dict[str, torch.Tensor]:
-        """Parameter → XᵀX of its inputs, for what reads the inner units of layers."""
+        """Parameter → mean outer product of its inputs (in, in), for the weights that read units inside layers."""
         emptied = {g.name: tuple(range(max(g.minimum, 1))) for g in groups if g.layer is not None and not g.modules}
         layers = range(self.graph.num_layers)
         wanted = [name for layer in layers for name in self._consumers(emptied, layer)]
@@ -78,7 +79,7 @@ class Trials:
 
     @torch.no_grad()
     def loss(self, kept: Kept) -> float:
-        """Mean KL divergence per token from the model as it is, in nats, after a cut to ``kept``."""
+        """Mean KL divergence per token, in nats, of the model cut to ``kept`` from the current model."""
         layers = {self.graph.by_name[name].layer for name in kept}
         fitted = {
             name: self._fit(consumer)
@@ -99,15 +100,15 @@ class Trials:
         return found
 
     def _fit(self, consumer: Consumer) -> nn.Parameter:
-        """The weight with zeros for the inputs that go, and the others fitted to what it said with all of them:
-        (WG + λW)ₖ(G + λI)ₖₖ⁻¹."""
+        """The parameter with zeros for removed inputs and, for the kept ones K, the least-squares fit of its outputs on
+        all inputs: (W G + λ W)_K (G_KK + λ I)⁻¹, with G the Gram matrix of all inputs."""
         key = consumer.kept.numpy().tobytes()
         known = self._fitted.setdefault(consumer.parameter, [])
         for had, weight in known:
             if had == key:
                 return weight
         fitted = nn.Parameter(self._solve(consumer), requires_grad=False)
-        # The share at hand and the one tried now: a search looks at no others.
+        # A search compares the current selection with one other at a time, so older fits are not needed again.
         known[:] = [*known[-1:], (key, fitted)]
         return fitted
 

@@ -1,4 +1,4 @@
-"""Instruction data in one normal form, whatever convention its records follow, before any model formats it."""
+"""Instruction data: records in the usual forms as objects of three types, independent of a model's chat format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One task with its answer. ``input``: what the task is about, apart from it as formats treat it apart; may be
+    """One task with its answer. ``input``: the text that the task refers to, where it is a separate field; else
     empty."""
 
     instruction: str
@@ -41,8 +41,8 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """At most one system message, at the head; then questions (``user``) and answers (``assistant``) in turn, from a
-    question to an answer."""
+    """Alternating questions (``user``) and answers (``assistant``), ending with an answer, after an optional system
+    message."""
 
     messages: tuple[Message, ...]
 
@@ -52,14 +52,15 @@ class Conversation:
 
     @property
     def exchanges(self) -> list[tuple[str, str]]:
-        """Every question with its answer."""
+        """(question, answer) pairs, in their order."""
         turns = [message.content for message in self.messages if message.role != "system"]
         return list(zip(turns[::2], turns[1::2], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Text that no template is put around. ``completion`` follows ``prompt`` directly; free text has no prompt."""
+    """Text to train on without a chat format: ``completion`` directly after ``prompt``, which is empty for plain
+    text."""
 
     completion: str
     prompt: str = ""
@@ -69,8 +70,8 @@ Example = Instruction | Conversation | Completion
 
 
 def read_examples(source: str) -> list[Example]:
-    """The records of a source (see `llmpruner.data.documents`) in normal form, in their order. Raises `DataError`
-    with the place of the first bad record, or when there is none."""
+    """The records of a source (see `llmpruner.data.documents`) as examples, in order. Raises `DataError` with the
+    place of the first malformed record, or when there is no record."""
     found = [example(record) for record in read_records(source)]
     if not found:
         raise DataError(f"{source} has no examples")
@@ -78,7 +79,7 @@ def read_examples(source: str) -> list[Example]:
 
 
 def example(record: Record) -> Example:
-    """One record in normal form, by the first of these that its fields fit; other fields are ignored.
+    """One record as an example, of the first of these forms whose fields it has; other fields are ignored.
 
     - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`;
     - ``messages``, a list of ``{"role", "content"}`` (OpenAI): a `Conversation`;
@@ -86,9 +87,9 @@ def example(record: Record) -> Example:
     - ``prompt`` and ``completion`` (TRL): as two strings a `Completion`, as two lists of messages a `Conversation`;
     - ``text``: a `Completion` without a prompt.
 
-    A conversation may begin with a system message, or have it in a field ``system``. A turn before the first question
-    and a question that nobody answered are left out. A field that is null counts as absent, as tables fill up rows
-    with nulls. Raises `DataError` with the place of the record when it has another form.
+    A system message is the first message of a conversation or in a field ``system``. An answer before the first
+    question and a last question without an answer are left out. A field that is null counts as absent. Raises
+    `DataError` with the place of a record of another form.
     """
     where = record.place
     if not isinstance(record.value, Mapping):
@@ -112,16 +113,16 @@ def example(record: Record) -> Example:
     raise DataError(f"{where}: {_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
-def read_sharegpt(sentences: Any, where: str, *, keep_leading_answer: bool = False) -> list[tuple[Speaker, str]]:
-    """The turns of ``[{"from": "human" or "gpt", "value": text}, …]``, as (speaker, text).
+def read_sharegpt(sentences: Any, where: str) -> list[tuple[Speaker, str]]:
+    """The turns of ``[{"from": "human" or "gpt", "value": text}, …]`` (ShareGPT's form), as (speaker, text).
 
-    A turn before the first question is dropped, unless ``keep_leading_answer``. ``where`` is the place for messages.
-    Raises `DataError` when the form is another one, nobody answers, or the two sides do not take turns.
+    An answer before the first question is left out. ``where``: the place of the record, for messages. Raises
+    `DataError` for another form, without an answer, or when two successive turns are of one speaker.
     """
     if not isinstance(sentences, list) or not sentences:
         raise DataError(f"{where}: 'conversations' must be a list of {{'from', 'value'}}")
     turns = [_sharegpt_turn(sentence, where) for sentence in sentences]
-    return _in_turn(turns, "human", "gpt", where, keep_leading_answer=keep_leading_answer)
+    return _in_turn(turns, "human", "gpt", where)
 
 
 def _conversation(entries: Any, field: str, where: str, fields: Mapping[str, Any]) -> Conversation:
@@ -137,7 +138,7 @@ def _conversation(entries: Any, field: str, where: str, fields: Mapping[str, Any
         turns = _in_turn([turn for turn in messages if turn[0] != "system"], "user", "assistant", where)
     system = [text for text in system if text.strip()]
     if len(system) > 1:
-        raise DataError(f"{where}: a system message stands in 'system' and in '{field}'; expected one of them")
+        raise DataError(f"{where}: a system message is in 'system' and in '{field}'; expected one of them")
     answered = turns if turns[-1][0] == "assistant" else turns[:-1]
     return Conversation((*(Message("system", text) for text in system), *(Message(*turn) for turn in answered)))
 
@@ -159,7 +160,7 @@ def _messages(entries: Any, field: str, where: str) -> list[tuple[Role, str]]:
         known = _ROLES.get(role) if isinstance(role, str) else None
         if known is None or (known == "system" and number > 1) or not isinstance(content, str):
             raise DataError(
-                f"{where}: message {number} must be {form}, or a system message at the head; found role {role!r} with "
+                f"{where}: message {number} must be {form}, or a system message as the first; found role {role!r} with "
                 f"content of type {type(content).__name__}"
             )
         found.append((known, content))
@@ -173,21 +174,23 @@ def _sharegpt_turn(sentence: Any, where: str) -> tuple[Speaker, str]:
     return _SPEAKERS[speaker], value
 
 
-def _in_turn(
-    turns: list[tuple[Side, str]], asks: Side, answers: Side, where: str, *, keep_leading_answer: bool = False
-) -> list[tuple[Side, str]]:
-    """The turns from the first question on (from the first of all with ``keep_leading_answer``), checked: the side
-    ``asks`` and the side ``answers`` alternate, and there is an answer."""
+def _in_turn(turns: list[tuple[Side, str]], asks: Side, answers: Side, where: str) -> list[tuple[Side, str]]:
+    """The turns from the first question on. Raises `DataError` unless turns of the roles ``asks`` and ``answers``
+    alternate and there is an answer."""
     first = 2
-    if turns and turns[0][0] != asks and not keep_leading_answer:
+    if turns and turns[0][0] != asks:
         turns, first = turns[1:], 3
         if turns and turns[0][0] != asks:
-            raise DataError(f"{where}: two answers stand before the first question; expected taking turns")
+            raise DataError(
+                f"{where}: two answers come before the first question; expected turns of '{asks}' and '{answers}'"
+            )
     if all(side != answers for side, _ in turns):
-        raise DataError(f"{where}: nobody answers; expected turns of '{asks}' and '{answers}'")
+        raise DataError(f"{where}: there is no answer; expected turns of '{asks}' and '{answers}'")
     for number, ((one, _), (other, _)) in enumerate(pairwise(turns), start=first):
         if one == other:
-            raise DataError(f"{where}: '{one}' speaks twice in a row (turn {number}); expected taking turns")
+            raise DataError(
+                f"{where}: turn {number} is of '{one}' again; expected turns of '{asks}' and '{answers}' in turn"
+            )
     return turns
 
 

@@ -1,11 +1,11 @@
-"""The one reader of data: records, documents and text from files and from the data sets of the ``datasets`` library.
+"""Reading records, documents and text from files and from data sets of the ``datasets`` library.
 
 A *source* is a string that names one of
 
 - a ``.jsonl`` file: one JSON value a line;
 - a ``.json`` file: a list of records, or one record;
 - a ``.parquet`` file: one record a row;
-- any other file of text (``.txt``, ``.md``, …): the whole of it is one record, a string;
+- any other text file (``.txt``, ``.md``, …): one record, a string;
 - ``pydoc``: the topics of Python's ``help()``, one record each; they differ between Python versions;
 - a data set: ``name``, ``name:config`` or ``name:config:split`` (default: the split ``train``).
 
@@ -19,35 +19,36 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
-from ..errors import DataError, MissingExtraError
+from ..errors import DataError, MissingExtraError, first_line
 
 PYDOC = "pydoc"
 TEXT_FIELDS = ("text", "page", "content")
-"""Where the text of a record is looked for; the first of them that holds a string counts."""
+"""Fields for the text of a record; the first that is a string is used."""
 
 _EXPECTED = f"expected a .txt, .json, .jsonl or .parquet file, the name of a data set, or '{PYDOC}'"
 _SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PARQUET_ROWS = 1024
-"""Rows of a Parquet file that are turned into Python objects at once."""
+"""Rows of a Parquet file that are converted to Python objects at once."""
 
 
 class Record(NamedTuple):
-    """What stands at one place of a source. ``value``: a string, or what JSON or a table row holds. ``place``: the
-    file with line, record or row, counted from 1, for messages."""
+    """One record of a source. ``value``: a string, a JSON value, or a table row as a dictionary. ``place``: the file
+    with line, record or row, counted from 1, for messages."""
 
     value: Any
     place: str
 
 
 def read_records(source: str) -> Iterator[Record]:
-    """The records of a source, one after the other, in their order.
+    """Iterates over the records of a source, in order.
 
-    What does not exist is refused by the call; what is malformed, when the reading comes to it. Raises `DataError`,
-    or `MissingExtraError` where the library that reads the source is not installed.
+    Raises `DataError`: for a source that does not exist, at once; for a malformed record, when it is reached. Raises
+    `MissingExtraError` where the library that reads the source is not installed.
     """
     if source == PYDOC:
         return _help_topics()
@@ -59,8 +60,8 @@ def read_records(source: str) -> Iterator[Record]:
 
 
 def read_documents(source: str) -> list[str]:
-    """The text of every record (see `document`), blank ones left out. Raises as `read_records`, and `DataError` when
-    a record has no text or none is left."""
+    """The text of every record (see `document`) except blank ones. Raises as `read_records`, and `DataError` when
+    a record has no text or all are blank."""
     found = [text for text in map(document, read_records(source)) if text.strip()]
     if not found:
         raise DataError(f"{source} holds no text")
@@ -73,7 +74,8 @@ def read_text(source: str) -> str:
 
 
 def document(record: Record) -> str:
-    """The text of one record: a string itself, else the first string among `TEXT_FIELDS`. Raises `DataError`."""
+    """The text of one record: its value if that is a string, else the first string in `TEXT_FIELDS`. Raises
+    `DataError`."""
     value = record.value
     if isinstance(value, str):
         return value
@@ -88,11 +90,11 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document) -> None:
-    """Refuse early what can be refused before long work starts.
+    """Find errors in a source before long work starts.
 
-    ``read`` is what the caller makes of a record; it is tried on the first one. A ``.jsonl`` or ``.parquet`` file is
-    read as far as that, other files whole. Of a data set it is only checked that ``datasets`` is installed, as finding
-    it may take a download. Raises as `read_records` and ``read`` do, and `DataError` when there is no record.
+    ``read``: the function that the caller will apply to every record; it is applied to the first. For a data set, only
+    checks that ``datasets`` is installed, as it may have to be downloaded. Raises as `read_records` and ``read`` do,
+    and `DataError` when there is no record.
     """
     if source != PYDOC and _existing_file(source) is None:
         if find_spec("datasets") is None:
@@ -105,7 +107,7 @@ def check_source(source: str, read: Callable[[Record], object] = document) -> No
 
 
 def _existing_file(source: str) -> Path | None:
-    """The file that ``source`` names; None when it can only be the name of a data set."""
+    """The file that ``source`` names; None for a name of a data set. Raises `DataError` for anything else."""
     if not source.strip():
         raise DataError(f"the source of data has an empty name; {_EXPECTED}")
     path = Path(source)
@@ -118,7 +120,7 @@ def _existing_file(source: str) -> Path | None:
     if is_directory:
         raise DataError(f"{source} is a directory; {_EXPECTED}")
     if exists:
-        raise DataError(f"{source} is not a regular file; write what it gives to a file first")
+        raise DataError(f"{source} is not a regular file; copy its content to a file first")
     name = source.partition(":")[0]
     if Path(name).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):
         raise DataError(f"{source}: no such file; {_EXPECTED}")
@@ -126,8 +128,6 @@ def _existing_file(source: str) -> Path | None:
 
 
 def _help_topics() -> Iterator[Record]:
-    from pydoc_data.topics import topics  # most of a megabyte, for those who read it
-
     for name in sorted(topics):
         yield Record(topics[name], f"{PYDOC}, topic '{name}'")
 
@@ -138,7 +138,7 @@ def _whole_text(path: Path) -> Iterator[Record]:
 
 def _json_lines(path: Path) -> Iterator[Record]:
     try:
-        # Bytes, as JSONL's lines end with \n alone; str.splitlines would split strings at U+2028 and others.
+        # Lines of JSONL end with \n alone; str.splitlines would also split strings at U+2028 and others.
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 place = f"{path}, line {number}"
@@ -172,7 +172,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
                     number += 1
                     yield Record(row, f"{path}, row {number}")
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}, after row {number}: not a readable Parquet file: {_first_line(error)}") from error
+        raise DataError(f"{path}, after row {number}: not a readable Parquet file: {first_line(error)}") from error
 
 
 def _dataset_rows(source: str) -> Iterator[Record]:
@@ -181,13 +181,13 @@ def _dataset_rows(source: str) -> Iterator[Record]:
     except ImportError:
         raise MissingExtraError("datasets", "recover") from None
     name, config, split = [*source.split(":", 2), "", ""][:3]
-    # Offline, no such name, gated, malformed: each is an error of its own, and all mean the same to the user.
+    # datasets raises errors of many types: offline, no such name, gated, malformed.
     try:
         table = datasets.load_dataset(*filter(None, (name, config)), split=split or "train")
     except Exception as error:
         raise DataError(
             f"'{source}' is no file here, and cannot be loaded as a data set (name, name:config or "
-            f"name:config:split): {_first_line(error)}"
+            f"name:config:split): {first_line(error)}"
         ) from error
     for number, row in enumerate(table, start=1):
         yield Record(row, f"data set {source}, row {number}")
@@ -205,7 +205,7 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 
 
 def _decoded(data: bytes, place: str) -> str:
-    """UTF-8 without its byte order mark. A zero byte is refused: text has none, but UTF-16 does."""
+    """UTF-8 text without a byte order mark. Raises `DataError`, also for zero bytes, which UTF-16 has."""
     try:
         text, wrong = data.decode(), data.find(b"\0")
     except UnicodeDecodeError as error:
@@ -216,7 +216,7 @@ def _decoded(data: bytes, place: str) -> str:
 
 
 def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """The JSON value in ``text``, which begins in line ``line`` of the file."""
+    """The JSON value in ``text``, which begins at line ``line`` of the file. Raises `DataError`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -224,12 +224,12 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         hint = "; name it .jsonl if every line is a record" if several else ""
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {line}: JSON beyond what Python reads: {_first_line(error)}") from None
+        raise DataError(f"{path}, line {line}: JSON beyond what Python reads: {first_line(error)}") from None
 
 
 def _checked(record: Record, surrogates: bool) -> Record:
-    """``record``; refused when a string in it is not Unicode. JSON can escape half of a surrogate pair, as programs
-    write that cut a string within an emoji, and tokenizers take no such string."""
+    """``record``. Raises `DataError` when a string in it has half of a surrogate pair, which JSON can escape (programs
+    that cut strings inside an emoji write it) and tokenizers do not accept."""
     if surrogates:
         try:
             json.dumps(record.value, ensure_ascii=False).encode()
@@ -237,8 +237,3 @@ def _checked(record: Record, surrogates: bool) -> Record:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise DataError(f"{record.place}: {half} is half of a surrogate pair, not a character; remove it") from None
     return record
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

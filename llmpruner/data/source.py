@@ -1,4 +1,4 @@
-"""CalibrationSource: where the token sequences come from that importance and compensation are computed on."""
+"""CalibrationSource: provides the token sequences for importance and compensation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleTask:
-    """What a source must give: ``samples`` sequences of ``length`` tokens each, without padding.
+    """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
 
-    ``reference``: what the user named (a file, a data set; for ``NAME:rest`` of a plugin's source, the rest).
-    ``tokenizer``: None where the model brings none.
+    ``reference``: a file or data set; for a plugin's source, the text after ``NAME:``. ``tokenizer``: None where the
+    model has none.
     """
 
     model: PreTrainedModel
@@ -29,15 +29,15 @@ class SampleTask:
 
 
 class CalibrationSource(Component):
-    """Gives calibration samples. ``--calibration`` names one: ``NAME``, or ``NAME:reference``."""
+    """Provides calibration samples; selected by ``--calibration NAME`` or ``NAME:reference``."""
 
     kind: ClassVar[str] = "calibration source"
     writes: ClassVar[bool] = False
-    """Whether the model writes the text itself: slower than reading, and dependent on the machine's arithmetic, so that
-    a replayed plan does not insist on the same tokens."""
+    """Whether the model generates the text. This is slower than reading, and the tokens depend on the machine's
+    arithmetic, so that they may differ when a plan is replayed."""
 
     def check(self, reference: str) -> None:
-        """Raise `DataError` for what can be refused before a model is loaded. Nothing by default."""
+        """Raise `DataError` for errors that can be found before a model is loaded. Checks nothing by default."""
 
     def sample(self, task: SampleTask) -> torch.Tensor:
         """int64 of shape (samples, length). The same task gives the same tokens. Raises `DataError`."""

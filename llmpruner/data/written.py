@@ -1,4 +1,4 @@
-"""Calibration text that the model writes itself."""
+"""Calibration text that the model generates."""
 
 from __future__ import annotations
 
@@ -12,37 +12,44 @@ from ..errors import ModelError
 from ..models.precision import computes_bfloat16_fast
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-_PASSAGE, _ROWS = 64, 128
-"""What a model writes: tokens in one go, and passages at once."""
 
+def self_generated(
+    model: PreTrainedModel,
+    tokenizer: Any | None,
+    samples: int,
+    length: int,
+    seed: int,
+    *,
+    passage: int = 64,
+    batch: int = 128,
+) -> torch.Tensor:
+    """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
+    truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
+    long ones of as many tokens, and take less time.
 
-def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, length: int, seed: int) -> torch.Tensor:
-    """Text sampled from the model itself: passages of at most 64 tokens from BOS, at temperature 1, without truncation
-    of the distribution, one after another until a sample is full. Many short passages are about more than a few long
-    ones of as many tokens, and sooner written.
+    Every passage is an unbiased sample. The random numbers for its tokens are one scrambled Sobol point (Owen, 1998),
+    a coordinate for each token, so that the frequencies of first tokens over all passages are close to the model's
+    probabilities.
 
-    Every passage is a fair sample. The numbers that choose its tokens are one scrambled Sobol point (Owen, 1998), a
-    coordinate for each token, so that together passages begin with every token about as often as the model predicts.
-
-    Returns int64 of shape (samples, length). Deterministic in ``seed``; torch's global generator is not used.
+    ``batch``: passages that are generated at once. Returns int64 of shape (samples, length) on the CPU. Deterministic
+    in ``seed``; torch's global generator is not used. Raises `ModelError` when the model's logits are NaN.
     """
     bos = _first_token(model, tokenizer)
-    parts = -(-length // _PASSAGE)
-    passage, passages = -(-length // parts), samples * parts
+    parts = -(-length // passage)
+    tokens, passages = -(-length // parts), samples * parts
     eos = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=passage - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
+        do_sample=False, max_new_tokens=tokens - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
     )
-    points = torch.quasirandom.SobolEngine(passage - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    points = torch.quasirandom.SobolEngine(tokens - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     written: list[torch.Tensor] = []
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
         # The cache of keys and values grows with the batch.
-        for done in range(0, passages, _ROWS):
-            rows = min(_ROWS, passages - done)
-            # Every sequence has full length: padding would dilute the statistics.
+        for done in range(0, passages, batch):
+            rows = min(batch, passages - done)
+            # The end of a sequence is never drawn: padding after it would distort the statistics.
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
@@ -52,8 +59,11 @@ def self_generated(model: PreTrainedModel, tokenizer: Any | None, samples: int, 
 
 
 class _Draw:
-    """A logits processor that draws a token from each row and leaves nothing else to choose, by the numbers between 0
-    and 1 that stand in ``numbers`` (rows, steps): one for each token. The tokens ``never`` are not drawn."""
+    """A logits processor that draws one token in each row and sets the logits of all others to −∞.
+
+    ``numbers``: (rows, steps) between 0 and 1; the token of a step is the one at which the cumulative probability
+    exceeds the step's number. ``never``: tokens that are not drawn.
+    """
 
     def __init__(self, numbers: torch.Tensor, never: Sequence[int] = ()) -> None:
         self._numbers, self._never = numbers, list(never)
@@ -68,7 +78,7 @@ class _Draw:
                 "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
             )
         drawn_B1 = self._numbers[:, step : step + 1] * total_B1
-        # Below the total, which rounding may reach, and to the right of equal sums: what cannot follow is never drawn.
+        # Below the total, which rounding may reach, and after equal sums, so that no token of probability 0 is drawn.
         drawn_B1 = drawn_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
         tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True)
         return torch.full_like(logits_BV, -torch.inf).scatter_(-1, tokens_B1, 0.0)

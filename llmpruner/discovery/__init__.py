@@ -1,1 +1,1 @@
-"""Discovery: the coupled structure of any decoder, found by tracing it without weights."""
+"""Discovery: finding the coupled groups of any decoder by tracing it without weights."""

@@ -1,9 +1,11 @@
-"""Discovery: from a configuration to named coupled groups over all layers."""
+"""From a configuration to the coupled groups of all layers."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,27 +28,43 @@ from . import operators_math, operators_shape  # noqa: F401  (they register thei
 from .ids import Mark
 from .propagate import Policy, Propagation
 from .trace import Trace, trace
-from .units import Family, Share, families
+from .units import OwnedAxis, UnitSet, unit_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LATENT = "latent"
-"""Channels inside another sub-layer: the low rank of multi-head latent attention, channels of a state space."""
+"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, channels of a state
+space model."""
 
 _CROSS_LAYER = "cross-layer"
-"""Channels that several layers share without being the residual stream; not offered."""
+"""Channels shared by several layers that are not the residual stream; not made a coupled group."""
 
 _ORDER = (ATTENTION, MLP, QUERY, EXPERT, LATENT)
 
 
 @dataclass(frozen=True)
 class Named:
-    """A family with its kind; ``layer`` is the traced layer, None for the residual stream."""
+    """A unit set with its kind. ``layer``: number of the traced layer, None for the residual stream."""
 
     kind: str
     layer: int | None
-    family: Family
+    unit_set: UnitSet
+
+
+_blocked: ContextVar[dict[tuple[str, int], Blocked] | None] = ContextVar("_blocked", default=None)
+
+
+@contextmanager
+def collect_blocked() -> Iterator[Collection[Blocked]]:
+    """Yields a collection that receives the blocked axes of all `discover_groups` calls inside the ``with`` statement:
+    `ModelFamily.coupled_groups` returns groups alone, without the reasons of blocked axes."""
+    collected: dict[tuple[str, int], Blocked] = {}
+    token = _blocked.set(collected)
+    try:
+        yield collected.values()
+    finally:
+        _blocked.reset(token)
 
 
 def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
@@ -54,14 +72,18 @@ def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
 
     Raises `UnsupportedModelError` when the model cannot be traced.
     """
-    return discover_graph(config).groups
+    graph = discover_graph(config)
+    collected = _blocked.get()
+    if collected is not None:
+        collected.update({(b.parameter, b.axis): b for b in graph.blocked})
+    return graph.groups
 
 
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
-    """As `discover_groups`, with the shapes and, for every axis that is not offered, the reason."""
+    """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
     found, reasons, traced = _named(trace(config))
     if any(n.layer is None and n.kind != HIDDEN for n in found) and _is_shallow(traced):
-        # Something couples several layers: what was seen in one layer does not stand for the others.
+        # Something couples several layers, so one traced layer does not represent the others.
         found, reasons, traced = _named(trace(config, shallow=False))
     found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
     model = meta_model(config)
@@ -90,55 +112,55 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str], Trac
     rigid, reasons = _pass(traced, Policy(), canonical)
     found = [_name(f, traced) for f in rigid if f.units > 1]
     elastic, _ = _pass(traced, Policy(elastic=True), canonical)
-    for family in elastic:
-        if family.blocks > 1 and family.units > family.blocks:
-            named = _name(family, traced)
-            if named.layer is not None and Mark.ROUTED in family.marks:
+    for unit_set in elastic:
+        if unit_set.blocks > 1 and unit_set.units > unit_set.blocks:
+            named = _name(unit_set, traced)
+            if named.layer is not None and Mark.ROUTED in unit_set.marks:
                 found.append(named)
-            elif named.layer is not None and Mark.ATTENDS in family.marks:
+            elif named.layer is not None and Mark.ATTENDS in unit_set.marks:
                 found.append(replace(named, kind=QUERY))
-    offered = {(s.parameter, s.axis) for n in found for s in n.family.shares}
+    offered = {(s.parameter, s.axis) for n in found for s in n.unit_set.owned}
     return _latent(found), {slot: reason for slot, reason in reasons.items() if slot not in offered}, traced
 
 
 def _pass(
     traced: Trace, policy: Policy, canonical: Mapping[str, str]
-) -> tuple[list[Family], dict[tuple[str, int], str]]:
+) -> tuple[list[UnitSet], dict[tuple[str, int], str]]:
     run = Propagation(policy)
     run.run(traced.program, canonical)
-    usable, reasons = families(run)
+    usable, reasons = unit_sets(run)
     return [f for f in usable if _has_an_end(f)], reasons
 
 
-def _has_an_end(family: Family) -> bool:
-    """Whether something reads the units: what nothing reads cannot be silenced, so not be checked either."""
-    return Mark.ROUTED in family.marks or any(s.role is Role.CONSUMES for s in family.shares)
+def _has_an_end(unit_set: UnitSet) -> bool:
+    """Whether a weight consumes the units, or a router chooses them: others cannot be silenced, and so not checked."""
+    return Mark.ROUTED in unit_set.marks or any(s.role is Role.CONSUMES for s in unit_set.owned)
 
 
-def _name(family: Family, traced: Trace) -> Named:
-    numbers = {_layer_of(s.parameter, traced.layers) for s in family.shares}
+def _name(unit_set: UnitSet, traced: Trace) -> Named:
+    numbers = {_layer_of(s.parameter, traced.layers) for s in unit_set.owned}
     if len(numbers) > 1 or None in numbers:
         outside = None in numbers
-        return Named(HIDDEN if outside else _CROSS_LAYER, None, family)
+        return Named(HIDDEN if outside else _CROSS_LAYER, None, unit_set)
     (layer,) = numbers
-    if Mark.ROUTED in family.marks:
-        return Named(EXPERT, layer, family)
-    if Mark.ATTENDS in family.marks or all(s.rows.shape[1] > 1 for s in family.shares):
-        return Named(ATTENTION, layer, family)
-    return Named(MLP, layer, family)
+    if Mark.ROUTED in unit_set.marks:
+        return Named(EXPERT, layer, unit_set)
+    if Mark.ATTENDS in unit_set.marks or all(s.rows.shape[1] > 1 for s in unit_set.owned):
+        return Named(ATTENTION, layer, unit_set)
+    return Named(MLP, layer, unit_set)
 
 
 def _latent(found: list[Named]) -> list[Named]:
-    """Tell MLP channels from channels inside an attention module."""
+    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
     attention = {
-        (n.layer, _common_module(n.family)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.family.marks
+        (n.layer, _common_module(n.unit_set)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.unit_set.marks
     }
-    # Where a block is one flat module, nothing tells its parts from each other.
+    # Where a whole layer is one flat module, the paths do not separate its parts.
     attention = {(layer, path) for layer, path in attention if not path.endswith(f".{layer}")}
     return [
         replace(n, kind=LATENT)
         if n.kind == MLP
-        and any(n.layer == at and f"{_common_module(n.family)}.".startswith(f"{path}.") for at, path in attention)
+        and any(n.layer == at and f"{_common_module(n.unit_set)}.".startswith(f"{path}.") for at, path in attention)
         else n
         for n in found
     ]
@@ -149,8 +171,8 @@ def _layer_of(parameter: str, layers: str) -> int | None:
     return int(parameter[len(prefix) :].split(".", maxsplit=1)[0]) if parameter.startswith(prefix) else None
 
 
-def _common_module(family: Family) -> str:
-    paths = [s.parameter.split(".")[:-1] for s in family.shares]
+def _common_module(unit_set: UnitSet) -> str:
+    paths = [s.parameter.split(".")[:-1] for s in unit_set.owned]
     common = paths[0]
     for path in paths[1:]:
         common = [a for n, a in enumerate(common[: len(path)]) if common[: n + 1] == path[: n + 1]]
@@ -169,19 +191,19 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
         members = sorted(by_layer.get(real[number], []), key=lambda n: _ORDER.index(n.kind))
         for name, named in zip(_names(members, traced), members, strict=True):
             spans, buffers = (
-                tuple(replace(s, parameter=_renumber(s.parameter, traced.layers, number)) for s in _spans(shares, {}))
-                for shares in (named.family.shares, named.family.buffers)
+                tuple(replace(s, parameter=_renumber(s.parameter, traced.layers, number)) for s in _spans(owned, {}))
+                for owned in (named.unit_set.owned, named.unit_set.buffers)
             )
             yield _group(f"layers.{number}.{name}", named, spans, buffers, number)
     streams = [n for n in found if n.layer is None]
-    for position, named in enumerate(sorted(streams, key=lambda n: -n.family.units)):
+    for position, named in enumerate(sorted(streams, key=lambda n: -n.unit_set.units)):
         spans, buffers = (
             tuple(
                 replace(span, parameter=name)
-                for span in _spans(shares, tied)
+                for span in _spans(owned, tied)
                 for name in _everywhere(span.parameter, traced)
             )
-            for shares in (named.family.shares, named.family.buffers)
+            for owned in (named.unit_set.owned, named.unit_set.buffers)
         )
         yield _group(HIDDEN if position == 0 else f"{HIDDEN}.{position}", named, spans, buffers, None)
 
@@ -189,41 +211,41 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
 def _group(
     name: str, named: Named, spans: tuple[Span, ...], buffers: tuple[Span, ...], layer: int | None
 ) -> CoupledGroup:
-    family = named.family
-    blocks = family.blocks if family.units % family.blocks == 0 else 1
-    # As many experts as are chosen at a time must be left even where all come from one block.
-    minimum = blocks * (family.minimum if Mark.ROUTED in family.marks else 1)
-    multiple = _alignment(family)
-    return CoupledGroup(name, named.kind, family.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
+    unit_set = named.unit_set
+    blocks = unit_set.blocks if unit_set.units % unit_set.blocks == 0 else 1
+    # As many experts as are chosen at a time must stay, even where all of them come from one block.
+    minimum = blocks * (unit_set.minimum if Mark.ROUTED in unit_set.marks else 1)
+    multiple = _alignment(unit_set)
+    return CoupledGroup(name, named.kind, unit_set.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
 
 
-def _alignment(family: Family) -> int:
-    """Grouped matrix products over experts need rows of 16 bytes: 8 numbers of 16 bits."""
-    if not any(s.rank == 3 and s.axis > 0 for s in family.shares):
+def _alignment(unit_set: UnitSet) -> int:
+    """Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits."""
+    if not any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
         return 1
-    return next(n for n in (8, 4, 2, 1) if family.units % n == 0)
+    return next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
 
 
-def _spans(shares: Iterable[Share], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
-    for share in shares:
-        names = tied.get(share.parameter, [share.parameter])
+def _spans(owned: Iterable[OwnedAxis], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
+    for each in owned:
+        names = tied.get(each.parameter, [each.parameter])
         for name in names:
-            role = share.role
-            if len(names) > 1 and share.axis == 1:
-                # A table that is both embedding and head produces in one place and consumes in the other.
+            role = each.role
+            if len(names) > 1 and each.axis == 1:
+                # A tied parameter produces as embedding and consumes as head.
                 role = Role.PRODUCES if name == names[0] else Role.CONSUMES
-            for index in share.index_maps():
-                yield Span(name, share.axis, role, index, share.offset)
+            for index in each.index_maps():
+                yield Span(name, each.axis, role, index, each.offset)
 
 
 def _names(members: Sequence[Named], traced: Trace) -> list[str]:
-    """Short names within a layer: the kind, with the module where several groups share a kind."""
+    """Names within a layer: the kind, with the module where several groups are of one kind."""
     count = Counter(n.kind for n in members)
     names: list[str] = []
     for named in members:
         name = "experts" if named.kind == EXPERT else named.kind
         if count[named.kind] > 1:
-            module = _common_module(named.family).removeprefix(f"{traced.layers}.{named.layer}").strip(".")
+            module = _common_module(named.unit_set).removeprefix(f"{traced.layers}.{named.layer}").strip(".")
             name = f"{name}.{module}" if module else name
         while name in names:
             stem, _, number = name.rpartition("#")
@@ -239,7 +261,7 @@ def _renumber(parameter: str, layers: str, number: int) -> str:
 
 
 def _everywhere(parameter: str, traced: Trace) -> list[str]:
-    """The parameter in every real layer that its traced layer stands for."""
+    """The names of the parameter in all real layers that its traced layer represents."""
     layer = _layer_of(parameter, traced.layers)
     if layer is None:
         return [parameter]
@@ -247,7 +269,7 @@ def _everywhere(parameter: str, traced: Trace) -> list[str]:
 
 
 def _aliases(model: PreTrainedModel) -> dict[int, list[str]]:
-    """Parameters by identity, each with all the names it is stored under."""
+    """``id`` of each parameter → all its names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -1,7 +1,7 @@
 """Identities of axis indices, and the ties between them.
 
-Every index of every parameter axis gets an identity (a number from 0 up). Propagation ties identities that can
-only be removed together and marks those that cannot be removed at all; connected components are the units.
+Every index of every parameter axis gets an identity (a number from 0). Propagation ties identities that can only be
+removed together, and marks those that cannot be removed; the connected components are the units.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Ids = npt.NDArray[np.int64]
 FIXED = -1
 """Cannot be removed: a position in the batch or in time, or inside a head."""
 TABLE = -2
-"""One entry per index of a computed constant (ALiBi slopes, sinusoids): it has to follow whatever is cut."""
+"""An index of a computed constant (ALiBi slopes, sinusoids): it is cut along with the axis that it is tied to."""
 FREE = -3
 """A copy of one value; any number of copies will do."""
 
 
 class Mark(str, Enum):
-    """What happens to an identity on its way through the model."""
+    """What a pass through the graph found about an identity."""
 
     BLOCKED = "blocked"
     CONSUMED = "consumed"
-    """A weight contracts it with an activation: zeroing it there silences it."""
+    """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
     RMS = "rms"
     """It is an element of the weight of an RMS norm."""
     LAYER_NORM = "layer norm"
@@ -37,12 +37,8 @@ class Mark(str, Enum):
     ROUTED = "routed"
     """A top-k choice is made among these identities: experts."""
     SOFTMAX = "softmax"
-    """A softmax runs over these identities, which only routing survives."""
+    """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
     VOCABULARY = "vocabulary"
-    NORMED = "normed"
-    """An RMS norm runs over these identities."""
-    TABLE = "table"
-    """A computed table has an entry for it."""
 
 
 @dataclass
@@ -61,9 +57,9 @@ class Identities:
         return ids
 
     def tie(self, left: Ids, right: Ids, reason: str) -> Ids:
-        """Make index *i* of both removable only together; returns the identities of the common axis.
+        """Tie index *i* of both axes, so that they are removed together; returns the identities of the common axis.
 
-        ``reason`` is kept where one side cannot be removed, which blocks the other.
+        Where one side cannot be removed, the other is blocked with ``reason``.
         """
         if left is right:
             return left
@@ -72,7 +68,6 @@ class Identities:
             self._edges.append((left[both], right[both]))
         for mine, other in ((left, right), (right, left)):
             self.mark(mine[other == FIXED], Mark.BLOCKED, reason)
-            self.mark(mine[other == TABLE], Mark.TABLE)
         known = np.where(left >= 0, left, right)
         stuck = (left == FIXED) | (right == FIXED)
         return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))
@@ -86,11 +81,11 @@ class Identities:
         self.mark(ids, Mark.BLOCKED, reason)
 
     def need_equal_blocks(self, ids: Ids, blocks: int) -> None:
-        """``ids`` lie in this many blocks, each of which must keep the same number."""
+        """``ids`` form this many equal blocks, each of which must keep the same number of units."""
         self._blocks.append((ids, blocks))
 
     def need_at_least(self, ids: Ids, minimum: int) -> None:
-        """This many of ``ids`` are chosen at a time."""
+        """At least this many of ``ids`` must stay."""
         self._minimum.append((ids[ids >= 0], minimum))
 
     def components(self) -> Components:
@@ -117,8 +112,8 @@ class Identities:
 @dataclass(frozen=True)
 class Components:
     """``label``: identity → root of its component. ``marked[mark][root]``: whether any member has the mark;
-    ``element[mark][id]``: whether this identity has. ``blocks``: root → number of blocks that stay equal.
-    ``minimum``: root → how many units like it must stay."""
+    ``element[mark][id]``: whether this identity has. ``reasons``: root → why it is blocked. ``blocks``: root → number
+    of equal blocks. ``minimum``: root → how many such units must stay."""
 
     label: Ids
     marked: dict[Mark, npt.NDArray[np.bool_]]
@@ -129,7 +124,7 @@ class Components:
 
 
 def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
-    """Smallest member of the component of every node: hooking and pointer jumping, vectorised."""
+    """Smallest member of the component of every node, by hooking and pointer jumping."""
     label = np.arange(count, dtype=np.int64)
     if not edges:
         return label

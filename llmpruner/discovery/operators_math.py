@@ -1,4 +1,4 @@
-"""Index arithmetic of operators that compute: element by element, contractions, reductions, norms, attention."""
+"""Rules for operators that compute: element-wise operators, contractions, reductions, norms, attention."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def _written(run: Propagation, operands: list[Value]) -> None:
-    """In place: other views of the target see what is written, and only identities of its own carry that on."""
+    """An operator in place also changes other views of its target; what is written there is followed only where the
+    target has identities of its own, and blocked elsewhere."""
     target = operands[0]
     for value in operands[1:]:
         for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
@@ -122,15 +123,13 @@ def _with_scalar(run: Propagation, name: str, args: list[Any], operands: list[Va
         power = {("mean_square", -0.5): "inverse", ("mean_square", 0.5): "root", ("root", -1.0): "inverse"}
         if name == "pow" and number is not None:
             tag = _advance(run, value.tag, power.get((stage, number)))
-        elif (name in ("add", "maximum") and stage == "mean_square") or (
-            name in ("add", "maximum") and stage == "root"
-        ):
+        elif name in ("add", "maximum") and stage in ("mean_square", "root"):
             tag = value.tag
         else:
             tag = _advance(run, value.tag, None)
     if name == "pow" and number == 2 and value.axes and isinstance(args[0], Value):
         tag = Tag("square", value.axes[-1])
-    selects = value.selects if name in ("clamp",) else None
+    selects = value.selects if name == "clamp" else None
     return Value(value.axes, origin, offset, selects, tag)
 
 
@@ -150,7 +149,6 @@ def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None
             return Tag("normed", ids)
         if stage == "normed" and name == "mul" and other.origin is Origin.WEIGHT and other.ndim == 1:
             run.ids.mark(other.axes[-1], Mark.RMS)
-            run.ids.mark(ids, Mark.NORMED)
             run.offsets.append((other.axes[-1], other.offset))
             return None
     for tag in tags:
@@ -326,7 +324,6 @@ def rms_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, An
     ids = x.axes[-1]
     if isinstance(weight, Value) and weight.origin is Origin.WEIGHT and len(args[1]) == 1:
         run.ids.mark(weight.axes[-1], Mark.RMS)
-        run.ids.mark(ids, Mark.NORMED)
         run.offsets.append((weight.axes[-1], weight.offset))
         return Value((*x.axes[:-1], run.tie(ids, weight.axes[-1])))
     for n in range(1, len(args[1]) + 1):
@@ -334,11 +331,6 @@ def rms_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, An
         if isinstance(weight, Value):
             run.tie(x.axes[-n], weight.axes[-n])
     return Value(x.axes)
-
-
-@rule("group_norm", "native_group_norm", "batch_norm")
-def group_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    return run.unknown_operator(node, "group_norm", args, kwargs)
 
 
 @rule("scaled_dot_product_attention")
@@ -367,7 +359,7 @@ def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 @rule("empty", "new_empty", "empty_like")
 def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    """To be written into piece by piece: identities of its own tie it to whatever is written."""
+    """A tensor that is written in parts later: it gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
 

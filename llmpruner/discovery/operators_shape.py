@@ -1,4 +1,4 @@
-"""Index arithmetic of operators that move elements: views, slices, concatenations, repetitions, indexing."""
+"""Rules for operators that rearrange elements: views, slices, concatenations, repetitions, indexing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .propagate import Origin, Propagation, Value, operator_name, rule, uniform,
 
 
 def regroup(run: Propagation, axes: Sequence[Ids], shape: Sequence[int]) -> list[Ids]:
-    """Axes after a view to ``shape``: the smallest runs of axes with equal products are merged, then split."""
+    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
     result: list[Ids] = []
     i = j = 0
     while i < len(axes) or j < len(shape):
@@ -44,7 +44,7 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     size = prod(len(ids) for ids in wide)
     if run.policy.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
         # Keys and values repeated for the query heads that share them, or the choice of a group of experts repeated
-        # for its members: a copy may go as long as every one of them is repeated equally often.
+        # for its members: a copy may be removed as long as each of them is repeated equally often.
         fresh = run.ids.new(size)
         run.ids.need_equal_blocks(fresh, len(wide[0]))
         return fresh
@@ -60,7 +60,7 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
 
 def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
     """Several axes from one. The identities stay on the one axis that they vary along already, or else on the
-    outermost (innermost under the other policy) one, whose slices are then tied into one unit each."""
+    outermost one, whose slices are then tied into one unit each."""
     wide = [n for n, size in enumerate(shape) if size > 1]
     axes = [uniform(size, FREE) for size in shape]
     if not wide:
@@ -74,7 +74,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
     grid = ids.reshape(shape)
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}
     along = [n for n in wide if (rows[n] == rows[n][:, :1]).all()]
-    chosen = along[0] if along else wide[0 if run.policy.split == "first" else -1]
+    chosen = (along or wide)[0]
     block = rows[chosen]
     unit = block[:, 0]
     for column in block.T[1:]:
@@ -95,8 +95,8 @@ def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
     if run.policy.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
-        # Groups of experts, each as good as its best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members
-        # may go as long as all groups keep the same number.
+        # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may be
+        # removed as long as all groups keep the same number.
         run.ids.need_equal_blocks(value.axes[-1], shape[-2])
         axes = [*regroup(run, value.axes[:-1], shape[:-2]), uniform(shape[-2], FIXED), uniform(shape[-1], FREE)]
         return with_axes(value, axes)
@@ -104,7 +104,7 @@ def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
 
 
 def _are_ranked(node: Node) -> bool:
-    """Whether all that happens to a view is that the best along its last axis are taken."""
+    """Whether a view is used for top-k choices along its last axis and nothing else."""
     users = list(node.users)
     return bool(users) and all(operator_name(u.target) == "topk" and u.args[2:3] in ((), (-1,)) for u in users)
 
@@ -160,11 +160,6 @@ def expand(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
         else:
             axes.append(np.repeat(ids, size) if ids[0] >= 0 else uniform(size, FREE))
     return with_axes(value, axes)
-
-
-@rule("broadcast_tensors", "meshgrid")
-def broadcast_tensors(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    return run.unknown_operator(node, "broadcast_tensors", args, kwargs)
 
 
 @rule("repeat", "tile")
@@ -284,15 +279,11 @@ def getitem(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
 
 @rule("flip", "roll", "rot90")
 def flip(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    dims = args[1] if operator_is_flip(node) else (args[2] if len(args) > 2 else [])
     value = args[0]
+    dims = args[1] if operator_name(node.target) == "flip" else args[2] if len(args) > 2 else []
     for d in dims if isinstance(dims, list) else [dims]:
         run.ids.block(value.axes[d], f"reordered ({run.where})")
     return with_axes(value, value.axes)
-
-
-def operator_is_flip(node: Node) -> bool:
-    return "flip" in str(node.target)
 
 
 @rule("constant_pad_nd", "pad")
@@ -342,7 +333,7 @@ def index(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any])
 
 
 def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
-    """Indices ``pick`` choose from an axis: fine where they are known to number the same units."""
+    """The indices ``pick`` choose from the axis ``ids``: tied where they number the same units, blocked otherwise."""
     if pick.selects is not None and len(pick.selects) == len(ids):
         run.tie(ids, pick.selects)
     else:

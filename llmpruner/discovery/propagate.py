@@ -1,4 +1,4 @@
-"""Abstract interpretation of an exported graph: which indices of which axes can only go together."""
+"""Abstract interpretation of an exported graph: which indices of which axes can only be removed together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from ..errors import UnsupportedModelError, first_line
 from .ids import FIXED, FREE, TABLE, Identities, Ids, Mark
 
 
@@ -18,7 +19,7 @@ class Origin(Enum):
     CONSTANT = "constant"
     """Depends on neither parameters nor inputs."""
     WEIGHT = "weight"
-    """A parameter, moved about but not changed, save for a constant added."""
+    """A parameter, transposed, viewed or sliced but not changed, except that a constant may have been added."""
     ACTIVATION = "activation"
 
 
@@ -32,10 +33,10 @@ class Tag:
 
 @dataclass(frozen=True)
 class Value:
-    """What is known about a tensor: the identities along each axis.
+    """The abstract value of a tensor: the identities along each axis.
 
-    ``selects``: for a tensor of indices, the identities of the axis it indexes. ``offset``: what was added to
-    a weight. ``numbers``: the content of a constant of integers.
+    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
+    a weight. ``numbers``: the values of an integer constant.
     """
 
     axes: tuple[Ids, ...]
@@ -56,10 +57,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Policy:
-    """``split``: which axis keeps the identities when a view splits one axis into several.
-    ``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can go."""
+    """``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can be removed."""
 
-    split: str = "first"
     elastic: bool = False
 
 
@@ -68,7 +67,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register the index arithmetic of ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
+    """Register the rule for ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -85,18 +84,17 @@ def uniform(size: int, value: int) -> Ids:
 @dataclass
 class Propagation:
     """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating point
-    ``buffers``, whose entries may belong to units just as well. ``unknown``: operators without a rule."""
+    ``buffers``, whose entries may belong to units just as well. ``where``: the operator at work and its module."""
 
     policy: Policy = field(default_factory=Policy)
     ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
-    unknown: dict[str, int] = field(default_factory=dict)
     where: str = ""
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
-        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under (ties)."""
+        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under, for tied parameters."""
         signature = program.graph_signature
         inputs: list[Any] = []
         for node in program.graph.nodes:
@@ -164,35 +162,39 @@ class Propagation:
         for tagged in _tensors([args, kwargs]):
             if tagged.tag and tagged.tag.stage != "square" and name not in KEEPS_TAG:
                 self.ids.block(tagged.tag.ids, f"a norm without a weight of its own ({self.where})")
-        if name in RULES:
+        if name not in RULES:
+            return self.unknown_operator(node, name, args, kwargs)
+        try:
             result = RULES[name](self, node, args, kwargs)
-        else:
-            result = self.unknown_operator(node, name, args, kwargs)
-        self.check(node, result)
+        except Exception as error:  # a rule that meets arguments it was not written for may raise anything
+            raise UnsupportedModelError(
+                f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        meta = node.meta.get("val")
+        if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
+            raise UnsupportedModelError(
+                f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
+                f"and the rule {result.shape}"
+            )
         return result
 
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Block everything an operator without a rule touches, unless it only computes constants."""
-        operands = list(_tensors([args, kwargs]))
-        origin = self.origin_of(operands)
-        if any((ids >= 0).any() for v in operands for ids in v.axes):
-            self.unknown[name] = self.unknown.get(name, 0) + 1
+        """Block all operands of an operator without a rule; those of constants have no identities."""
+        operands = _tensors([args, kwargs])
+        reason = f"operator {name} is not understood ({self.where})"
         for value in operands:
-            self.forbid(value, f"operator {name} is not understood ({self.where})")
-        return self.opaque(node.meta.get("val"), origin)
-
-    def forbid(self, value: Value, reason: str) -> None:
-        for ids in value.axes:
-            self.ids.block(ids, reason)
-        if value.selects is not None:
-            self.ids.block(value.selects, reason)
+            for ids in value.axes:
+                self.ids.block(ids, reason)
+            if value.selects is not None:
+                self.ids.block(value.selects, reason)
+        return self.opaque(node.meta.get("val"), self.origin_of(operands))
 
     def origin_of(self, operands: Sequence[Value]) -> Origin:
         constant = all(v.origin is Origin.CONSTANT for v in operands)
         return Origin.CONSTANT if constant else Origin.ACTIVATION
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
-        """A value of the shape of ``meta`` whose axes hold no identities."""
+        """A value of the shape of ``meta`` whose axes have no identities."""
         if isinstance(meta, list | tuple):
             return [self.opaque(m, origin) for m in meta]
         if isinstance(meta, torch.Tensor):
@@ -203,11 +205,6 @@ class Propagation:
         if size == 1:
             return uniform(1, FREE)
         return uniform(size, TABLE if origin is Origin.CONSTANT else FIXED)
-
-    def check(self, node: Node, result: Any) -> None:
-        meta = node.meta.get("val")
-        if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
-            raise AssertionError(f"rule for {node.target}: shape {result.shape}, not {tuple(meta.shape)}")
 
     # The building blocks of rules.
 
@@ -243,7 +240,7 @@ class Propagation:
             self.ids.block(b, reason)
 
     def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
-        """Axes after a reduction; what is reduced cannot be cut."""
+        """Axes after a reduction; blocks the reduced ones."""
         dims = range(value.ndim) if dims is None else dims
         gone = {d % value.ndim for d in dims} if value.ndim else set()
         axes = []
@@ -261,12 +258,12 @@ KEEPS_TAG: set[str] = set()
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
-    """``value`` with its elements moved about."""
+    """``value`` after an operator that only moves elements."""
     return replace(value, axes=tuple(axes), tag=None)
 
 
 def with_numbers(value: Any, constant: Any) -> Any:
-    """``value`` with the content of the constant of integers that it stands for."""
+    """``value`` with the numbers of ``constant``, where that is a tensor of integers with values."""
     known = isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long
     return replace(value, numbers=constant.numpy()) if known and isinstance(value, Value) else value
 

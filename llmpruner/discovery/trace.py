@@ -1,20 +1,23 @@
-"""A shallow, weightless copy of a model, and its graph of ATen operators."""
+"""Exporting a model without weights, with one layer of every kind, to a graph of ATen operators."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
+import linecache
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import UnsupportedModelError
+from ..errors import LlmprunerError, UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
@@ -23,14 +26,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 BATCH, TIME = 2, 7
+_TORCH = Path(torch.__file__).parent
 
 
 @dataclass(frozen=True)
 class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
     ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
-    ``streams``: how many tensors a layer is given that are of hidden width or come from the layer before; more
-    than the residual stream alone means that a layer cannot simply be left out."""
+    ``streams``: how many tensors a layer is given that are of hidden width or were returned by the layer before; where
+    it is more than one, the residual stream, a layer cannot be removed by passing its input on."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -42,8 +46,8 @@ class Trace:
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only.
 
-    Attention is traced in its eager form and experts in their batched form, which write the index arithmetic
-    out as ordinary operators. Raises `UnsupportedModelError` when the model cannot be built or exported.
+    Attention is traced in its eager and experts in their batched implementation, which consist of ordinary operators.
+    Raises `UnsupportedModelError` when the model cannot be built or exported.
     """
     config = copy.deepcopy(config)
     for part in _configs(config):
@@ -53,7 +57,9 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
             part.use_cache = False
     try:
         model = meta_model(config)
-    except Exception as error:  # whatever a third-party constructor raises, the answer is the same
+    except LlmprunerError:
+        raise
+    except Exception as error:  # third-party constructors raise anything
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
@@ -72,27 +78,27 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
 
 
 def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedProgram, int]:
-    """`torch.export` of the logits for a batch of token ids, without a cache; and the number of streams."""
+    """`torch.export` of the logits for a batch of token ids, without a cache; and ``Trace.streams``."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
     streams = [1]
-    handed_on: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
 
     def count(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
         wide = {id(v) for v in given if v.ndim > 2 and v.shape[-1] == given[0].shape[-1]}
-        streams.append(max(len(wide), len({id(v) for v in given} & handed_on.keys())))
+        streams.append(max(len(wide), len({id(v) for v in given} & outputs.keys())))
 
-    def hand_on(_module: nn.Module, _args: Any, output: Any) -> None:
-        # Keeping the tensors keeps their ids from being used again.
-        handed_on.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        # The tensors are kept so that their ids are not used again.
+        outputs.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
 
     handles = []
     for layer in model.get_submodule(layers).children():
         handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
-        handles.append(layer.register_forward_hook(hand_on))
+        handles.append(layer.register_forward_hook(keep))
     with torch.no_grad(), quiet_transformers():
         try:
             with _without_graph():
@@ -100,7 +106,7 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
             return program, max(streams)
         except Exception as error:  # export reports unsupported code in many exception types
             name = type(model).__name__
-            raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}") from error
+            raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}{_place(error, model)}") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -108,23 +114,23 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
 
 @contextlib.contextmanager
 def _without_graph() -> Iterator[None]:
-    """Keep the graph that a failing `torch.export` prints (and hands over as ``partial_fx_graph``; nothing turns that
-    off) from standard error. Whatever else is said there still comes out, at the end; errors pass."""
-    said, graph = io.StringIO(), None
+    """Leave out of standard error the graph that a failing `torch.export` prints (and attaches to the exception as
+    ``partial_fx_graph``); no option turns that off. Everything else is printed at the end; exceptions pass."""
+    printed, graph = io.StringIO(), None
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             yield
     except Exception as error:
         graph = getattr(error, "partial_fx_graph", None)
         raise
     finally:
-        rest = said.getvalue() if graph is None else said.getvalue().replace(f"{graph}\n", "")
+        rest = printed.getvalue() if graph is None else printed.getvalue().replace(f"{graph}\n", "")
         sys.stderr.write(rest)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by ones without storage that pretend to be on the CPU: on the meta device, constants
-    that the forward makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
+    """Replace all tensors by fake ones without storage on the CPU: on the meta device, constants that the forward pass
+    makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
@@ -143,7 +149,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Drop every decoder layer that looks like an earlier one; returns kept position → numbers represented."""
+    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns position of each
+    layer that stays → the numbers of those that it represents."""
     modules = model.get_submodule(layers)
     if not isinstance(modules, nn.ModuleList):
         return {}
@@ -191,6 +198,20 @@ def _per_layer_lists(config: PreTrainedConfig, count: int) -> list[tuple[str, li
 def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     text = config.get_text_config()
     return [config] if text is config else [config, text]
+
+
+def _place(error: BaseException, model: nn.Module) -> str:
+    """The statement and the path of the module in ``model`` where an error of its forward pass was raised."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    statement, inside = "", ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        module = paths.get(id(frame.f_locals.get("self")))
+        if module is not None:
+            inside = module or type(model).__name__
+        if inside and not Path(file).is_relative_to(_TORCH):
+            statement = linecache.getline(file, line).strip()
+    return f" (at `{statement}` in {inside})" if inside else ""
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""From connected identities to sets of like units with index maps."""
+"""From connected identities to sets of units with index maps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ Slot = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Share:
-    """What the units own of one axis of a parameter or buffer of ``rank`` axes: ``rows`` of shape (units, k)."""
+class OwnedAxis:
+    """The indices of one axis that units own. ``rows``: (units, k). ``rank``: number of axes of the parameter or
+    buffer."""
 
     parameter: str
     axis: int
@@ -29,7 +30,7 @@ class Share:
     rank: int = 2
 
     def index_maps(self) -> list[IndexMap]:
-        """One map for every run of neighbouring indices that all units have in common."""
+        """One map for every run of columns in which the indices of all units are consecutive."""
         units, width = self.rows.shape
         joined = (np.diff(self.rows, axis=1) == 1).all(axis=0) if width > 1 else np.zeros(0, dtype=bool)
         starts = [0, *(np.flatnonzero(~joined) + 1).tolist(), width]
@@ -40,23 +41,22 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Like units: every one owns the same amount of the same axes, of parameters (``shares``) and ``buffers``."""
+class UnitSet:
+    """Units that each own the same number of indices of the same axes of parameters (``owned``) and ``buffers``."""
 
-    root: int
-    shares: tuple[Share, ...]
-    buffers: tuple[Share, ...]
+    owned: tuple[OwnedAxis, ...]
+    buffers: tuple[OwnedAxis, ...]
     marks: frozenset[Mark]
     blocks: int
     minimum: int
 
     @property
     def units(self) -> int:
-        return int(self.shares[0].rows.shape[0])
+        return int(self.owned[0].rows.shape[0])
 
 
-def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
-    """All sets of like units that can be removed, and for the axes that belong to none, why."""
+def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
+    """All sets of like units that can be removed; and (parameter, axis) → reason, for axes that belong to none."""
     parts = run.ids.components()
     slots = list(run.parameters)
     owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
@@ -70,24 +70,23 @@ def families(run: Propagation) -> tuple[list[Family], dict[Slot, str]]:
     roots, owner, index = roots[open_][order], owner[open_][order], index[open_][order]
     offsets = _offsets(run)
     found = []
-    for (signature, pattern), members in _like(roots, owner, parts).items():
+    for (_, pattern), members in _by_pattern(roots, owner, parts).items():
         matrix = np.stack([index[a:b] for a, b in members])
         matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
-        shares, column = [], 0
+        owned, column = [], 0
         for slot, width in pattern:
             name, axis = slots[slot]
             first = run.parameters[slots[slot]][matrix[0, column]]
             role = _role(parts, int(first))
             rows, rank = matrix[:, column : column + width], sum(n == name for n, _ in slots)
-            shares.append(Share(name, axis, role, rows, offsets.get(int(first), 0.0), rank))
+            owned.append(OwnedAxis(name, axis, role, rows, offsets.get(int(first), 0.0), rank))
             column += width
         root = int(roots[members[0][0]])
         marks = frozenset(m for m in Mark if parts.marked[m][root])
-        del signature
-        own = tuple(s for s in shares if s.parameter not in run.buffers)
+        own = tuple(s for s in owned if s.parameter not in run.buffers)
         if own:
-            buffers = tuple(s for s in shares if s.parameter in run.buffers)
-            found.append(Family(root, own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
+            buffers = tuple(s for s in owned if s.parameter in run.buffers)
+            found.append(UnitSet(own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
     return found, reasons
 
 
@@ -113,24 +112,25 @@ def _reasons(
     return reasons
 
 
-def _like(
+def _by_pattern(
     roots: Ids, owner: Ids, parts: Components
 ) -> dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]]:
-    """Components by pattern, the (slot, count) pairs they own; each as a range of the sorted arrays."""
+    """(number of blocks, pattern) → components, each as a range of the sorted arrays. A pattern is the (slot, count)
+    pairs that a component owns."""
     if not len(roots):
         return {}
     pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])
     sizes = np.diff(np.r_[pair, len(roots)])
-    like: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
+    found: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
     start = 0
     pattern: list[tuple[int, int]] = []
     pair_root, pair_owner = roots[pair].tolist(), owner[pair].tolist()
     for n, (at, size) in enumerate(zip(pair.tolist(), sizes.tolist(), strict=True)):
         pattern.append((pair_owner[n], size))
         if n + 1 == len(pair_root) or pair_root[n + 1] != pair_root[n]:
-            like.setdefault((parts.blocks.get(pair_root[n], 1), tuple(pattern)), []).append((start, at + size))
+            found.setdefault((parts.blocks.get(pair_root[n], 1), tuple(pattern)), []).append((start, at + size))
             start, pattern = at + size, []
-    return like
+    return found
 
 
 def _role(parts: Components, identity: int) -> Role:

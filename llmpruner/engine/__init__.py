@@ -1,1 +1,1 @@
-"""Running a decoder layer by layer, and measuring what happens in it."""
+"""Running a decoder layer by layer, and measuring its inputs, outputs and gradients."""

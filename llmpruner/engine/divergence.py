@@ -9,7 +9,8 @@ from ..errors import ModelError
 
 
 def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
-    """Sum of KL(wanted ‖ logits) over all predictions that have a next token, in nats."""
+    """Sum of KL(wanted ‖ logits) over all positions but the last of each sequence, in nats. Raises `ModelError` for
+    different vocabularies."""
     if wanted_BTV.shape != logits_BTV.shape:
         raise ModelError(
             f"the model predicts {logits_BTV.shape[-1]} tokens and the reference {wanted_BTV.shape[-1]}; KL divergence "

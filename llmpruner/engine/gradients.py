@@ -1,16 +1,17 @@
-"""Walking a decoder layer by layer, forwards and backwards, so that gradients of one layer exist at a time.
+"""Gradients of one layer at a time.
 
-The forward pass keeps the hidden states at every layer boundary (samples × length × hidden size each). The
-backward pass re-runs one layer at a time from its boundary, hands the gradients of its parameters to the
-caller, and drops them. It gives the gradients of plain autograd over the whole model, at the memory of one layer.
+The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
+samples × length × hidden size numbers of the model's dtype. The backward pass runs each layer again, from last to
+first, and computes the gradients of its parameters. They are those of autograd over the whole model, but gradients and
+activations inside layers take the memory of one layer only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import ModelError
 from ..models.decoder import decoder_list
-from .inputs import input_statistics
-from .signals import InputStats, ParameterSignals, Signal
-from .walk import call_layer, check_tokens, first_output, standing_in
+from .inputs import Measured, forward_statistics
+from .position import Position, positions
+from .reduce import Measure, ReduceProducts
+from .signals import InputStats, ParameterSignals, ProductStats, Signal
+from .walk import (
+    Stop,
+    call_layer,
+    check_tokens,
+    eager_experts,
+    expert_configs,
+    first_output,
+    hidden_of,
+    replaced_layers,
+)
+from .watch import WatchProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,48 +44,52 @@ if TYPE_CHECKING:
     from ..progress import Progress
     from ..structure.coupling import CouplingGraph
 
-_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ})
+_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 _LOGIT_ELEMENTS = 1 << 24
 
 
 @dataclass
 class _Batch:
-    """One micro-batch: its boundary states, what else each layer was called with, and the gradient on its way down."""
+    """One micro-batch: the hidden states before each layer and after the last, the other arguments of each layer
+    (``calls``), the further outputs of each layer (``output_rest``), and the gradient of the loss with respect to the
+    hidden states after the layer that backward computes next."""
 
     input_ids: torch.Tensor
     share: float
     """Its share of the calibration set, by which its mean loss counts."""
+    first: int
+    """The number of its first sample."""
     hidden: list[torch.Tensor] = field(default_factory=list)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     output_rest: list[tuple[Any, ...] | None] = field(default_factory=list)
     grad: torch.Tensor | None = None
 
 
-class _Reached(Exception):
-    """Stops a forward pass once the wanted state is there."""
-
-
 class LayerWalk:
-    """The walk over one model and one calibration set.
+    """The forward and backward pass of one model over one calibration set.
 
-    ``layers``: path of the module list of decoder layers. The model's parameters are left without gradients and
-    with the ``requires_grad`` flags they had.
+    ``layers``: path of the module list of decoder layers. ``per_sample``: micro-batches of one sample, so that squared
+    gradients are those of single samples. Gradients and ``requires_grad`` flags of parameters are restored.
     """
 
     def __init__(self, model: PreTrainedModel, layers: str, calibration: CalibrationSet, *, per_sample: bool) -> None:
         self.model = model
         self.path = layers
         self.layers = decoder_list(model, layers)
+        self._experts = expert_configs(model)
         ids = check_tokens(model, calibration)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         # The logits of a micro-batch are the largest tensor of all; their size sets the batch.
         rows = 1 if per_sample else max(1, _LOGIT_ELEMENTS // (ids.shape[1] * vocabulary))
-        self.batches = [_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)]
+        self.batches = [
+            _Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))
+        ]
 
     @torch.no_grad()
     def forward(self) -> float:
-        """Keep the boundaries; return the mean loss (nats per token). Raises `ModelError` when it is not finite."""
+        """Keep the hidden states between layers; return the mean loss (nats per token). Raises `ModelError` when it is
+        not finite."""
         loss = 0.0
         for batch in self.batches:
             with self._recording(batch):
@@ -83,12 +100,19 @@ class LayerWalk:
         return loss
 
     def backward_head(self) -> None:
-        """The gradient of the loss with respect to the last boundary, through final norm and language-model head."""
+        """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
+        head."""
         for batch in self.batches:
             batch.grad = self._head(batch)
 
-    def backward_layer(self, number: int, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
-        """Gradients of layer ``number``'s ``wanted`` parameters (names in the model); moves the walk one layer down."""
+    def backward_layer(
+        self, number: int, wanted: Collection[str], *, squares: bool, reduced: ReduceProducts | None = None
+    ) -> dict[str, _Gradients]:
+        """Gradients of those of the ``wanted`` parameters (names in the model) that are in layer ``number``. Must be
+        called for all layers in turn, from the last.
+
+        ``reduced``: gets the products of this layer, with the gradients of their outputs.
+        """
         layer = self.layers[number]
         prefix = f"{self.path}.{number}."
         parameters = {n: self.model.get_parameter(n) for n in wanted if n.startswith(prefix)}
@@ -98,17 +122,19 @@ class LayerWalk:
                 if batch.grad is None:
                     raise RuntimeError("backward_head comes before backward_layer")
                 hidden = batch.hidden[number].detach().requires_grad_()
-                with torch.enable_grad():
+                with torch.enable_grad(), self._showing(reduced, batch):
                     first = first_output(call_layer(layer, hidden, batch.calls[number]))
-                    torch.autograd.backward(first, batch.grad)
+                # Outside of the watch, which would also record products that a criterion computes.
+                torch.autograd.backward(first, batch.grad)
                 batch.grad = hidden.grad
+                del first  # frees its graph before that of the next micro-batch is built
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
         return sums
 
     def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
-        """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head. Where embeddings and
-        head are tied, theirs is the sum of both uses. The walk must have come down to layer 0."""
+        """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head; for tied embeddings the
+        sum of both uses. `backward_layer` must have been called for all layers before."""
         parameters = {n: self.model.get_parameter(n) for n in wanted}
         sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
         with _requiring_grad(parameters.values()):
@@ -123,12 +149,19 @@ class LayerWalk:
         return sums
 
     @contextlib.contextmanager
+    def _showing(self, reduced: ReduceProducts | None, batch: _Batch) -> Iterator[None]:
+        if reduced is None:
+            yield
+            return
+        watch = WatchProducts(self.model, (), lambda _: None)
+        reduced.next_batch(batch.first, batch.input_ids)
+        with eager_experts(self._experts), reduced.following(watch), watch:
+            yield
+
+    @contextlib.contextmanager
     def _recording(self, batch: _Batch) -> Iterator[None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, torch.Tensor):
-                raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
-            batch.hidden.append(hidden)
+            batch.hidden.append(hidden_of(args, kwargs))
             batch.calls.append((args[1:], dict(kwargs)))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
@@ -146,7 +179,7 @@ class LayerWalk:
             yield
 
     def _head(self, batch: _Batch) -> torch.Tensor | None:
-        """Run everything after the last layer with gradients; return the gradient at the last boundary."""
+        """Run everything after the last layer with gradients; return the gradient of the states after that layer."""
         last = batch.hidden[-1].detach().requires_grad_()
         hidden = [*batch.hidden[1:-1], last]
         with self._stubs(batch, hidden), torch.enable_grad():
@@ -155,30 +188,30 @@ class LayerWalk:
         return last.grad
 
     def _first_boundary(self, batch: _Batch) -> torch.Tensor:
-        """What the embeddings give, with its autograd graph."""
+        """The hidden states before the first layer, with their autograd graph."""
         caught: list[torch.Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
-            raise _Reached
+            caught.append(hidden_of(args, kwargs))
+            raise Stop
 
         handle = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            with torch.enable_grad(), contextlib.suppress(_Reached):
+            with torch.enable_grad(), contextlib.suppress(Stop):
                 self.model(input_ids=batch.input_ids, use_cache=False)
         finally:
             handle.remove()
         return caught[0]
 
     def _stubs(self, batch: _Batch, hidden: list[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        """Layers that return what they once returned instead of computing it."""
+        """While active, layers return their outputs of the forward pass instead of computing them."""
 
         def stub(number: int) -> Any:
             rest = batch.output_rest[number]
             result = hidden[number] if rest is None else (hidden[number], *rest)
             return lambda *_, **__: result
 
-        return standing_in(self.layers, stub)
+        return replaced_layers(self.layers, stub)
 
 
 @dataclass
@@ -211,65 +244,101 @@ def walk_signals(
     calibration: CalibrationSet | None,
     seed: int,
     progress: Progress,
+    measure: Measure | None = None,
 ) -> Iterator[tuple[str, ParameterSignals]]:
-    """Yield every parameter of ``wanted`` once, with the signals a criterion ``needs``. What is yielded is dropped
-    before the next layer is computed, so keep no reference to it."""
+    """Yield every parameter of ``wanted`` once, with the signals in ``needs``. To save memory, keep no reference to
+    them.
+
+    ``measure``: `ImportanceCriterion.measure`, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
+
+    Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see the
+    module), one layer's gradients, and the statistics of the inputs of all layers if they are needed too. Raises
+    `ModelError` without a calibration set, or for values that are not finite.
+    """
+    where = positions(graph)
+
+    def signals(name: str, sums: _Gradients | None, found: Measured | None) -> tuple[str, ParameterSignals]:
+        inputs, products = (found.inputs, found.products) if found else (None, None)
+        return name, signals_of(model, name, where[name], sums, inputs, products, needs, seed)
+
     if set(needs) <= {Signal.WEIGHT}:
         for name in sorted(wanted):
-            yield name, signals_of(model, name, None, None, needs, seed)
+            yield signals(name, None, None)
         return
     if calibration is None:
-        raise ModelError("this criterion measures the model at work and needs a calibration set")
-    found = _inputs(model, graph, wanted, needs, calibration, progress)
+        raise ModelError("this criterion runs the model and needs a calibration set")
+    number_of_samples = len(calibration.input_ids)
+    with_gradients = Signal.PRODUCT_GRAD in needs
+
+    def reduce(names: Collection[str]) -> ReduceProducts:
+        assert measure is not None, "statistics of products need a function that measures them"
+        return ReduceProducts(model, names, where, measure, number_of_samples, gradients=with_gradients)
+
+    products = reduce if Signal.PRODUCT in needs and not with_gradients else None
+    found = _forward(model, graph, wanted, needs, calibration, progress, products)
     if not _GRADIENTS.intersection(needs):
         rest = set(wanted)
-        for name, stats in found:
+        for name, measured in found:
             rest.discard(name)
-            yield name, signals_of(model, name, None, stats, needs, seed)
+            yield signals(name, None, measured)
         for name in sorted(rest):
-            yield name, signals_of(model, name, None, None, needs, seed)
+            yield signals(name, None, None)
         return
-    inputs = dict(found)
+    forward = dict(found)
     squares = Signal.GRAD_SQ in needs
-    outer = {name for name in wanted if not graph.is_decoder(name)}
-    prefix = graph.layers + "."
-    numbers = {int(name[len(prefix) :].split(".")[0]) for name in wanted if name.startswith(prefix)}
-    lowest = 0 if outer else min(numbers)
+    differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ}.intersection(needs) else ()
+    outer = sorted(name for name in wanted if not graph.is_decoder(name))
+    by_layer: dict[int, list[str]] = {}
+    for name in sorted(wanted):
+        if (layer := graph.layer_of(name)) is not None:
+            by_layer.setdefault(layer, []).append(name)
+    lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with _requiring_grad((), freeze=model):
         walk = LayerWalk(model, graph.layers, calibration, per_sample=squares)
         walk.forward()
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
-            for name, sums in walk.backward_layer(number, wanted, squares=squares).items():
-                yield name, signals_of(model, name, sums, inputs.get(name), needs, seed)
-        if outer:
-            for name, sums in walk.backward_outer(outer, squares=squares).items():
-                yield name, signals_of(model, name, sums, inputs.get(name), needs, seed)
+            names = by_layer.get(number, [])
+            reduced = reduce(names) if with_gradients else None
+            sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
+            of_products = reduced.statistics() if reduced else {}
+            for name in names:
+                measured = forward.get(name, Measured(None, None))
+                yield signals(name, sums.get(name), replace(measured, products=of_products.get(name)))
+        sums = walk.backward_outer(outer, squares=squares) if outer and differentiated else {}
+        for name in outer:
+            yield signals(name, sums.get(name), None)
 
 
-def _inputs(
+def _forward(
     model: PreTrainedModel,
     graph: CouplingGraph,
     wanted: Collection[str],
     needs: Collection[Signal],
     calibration: CalibrationSet,
     progress: Progress,
-) -> Iterator[tuple[str, InputStats]]:
-    if _INPUTS.intersection(needs):
+    reduce: Callable[[Collection[str]], ReduceProducts] | None,
+) -> Iterator[tuple[str, Measured]]:
+    inputs = bool(_INPUTS.intersection(needs))
+    if inputs or reduce is not None:
         gram = Signal.GRAM in needs
-        for layer in input_statistics(model, graph.layers, wanted, calibration, progress, gram=gram):
+        for layer in forward_statistics(
+            model, graph.layers, wanted, calibration, progress, inputs=inputs, gram=gram, reduce=reduce
+        ):
             yield from layer.items()
 
 
 def signals_of(
     model: PreTrainedModel,
     name: str,
+    position: Position,
     sums: _Gradients | None,
     inputs: InputStats | None,
+    products: ProductStats | None,
     needs: Collection[Signal],
     seed: int,
 ) -> ParameterSignals:
-    """One parameter as a criterion sees it. Raises `ModelError` when it holds what is not a finite number."""
+    """The signals of one parameter. Raises `ModelError` when its values are not finite."""
     parameter = model.get_parameter(name).detach()
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
@@ -280,6 +349,8 @@ def signals_of(
         grad_sq=sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None,
         generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
         inputs=inputs,
+        products=products,
+        position=position,
     )
 
 
@@ -291,7 +362,7 @@ def _loss(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _requiring_grad(parameters: Any, freeze: nn.Module | None = None) -> Iterator[None]:
-    """``parameters`` require gradients inside; every parameter of ``freeze`` does not."""
+    """While active, ``parameters`` require gradients, and all other parameters of ``freeze`` do not."""
     chosen = list(parameters)
     others = [] if freeze is None else list(freeze.parameters())
     flags = [(p, p.requires_grad) for p in (*chosen, *others)]

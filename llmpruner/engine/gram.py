@@ -1,15 +1,16 @@
-"""Gram matrices XᵀX, summed up over tokens: symmetric, so only about half of the products are computed."""
+"""Gram matrices XᵀX summed over tokens. They are symmetric, so only about half of the products are computed."""
 
 from __future__ import annotations
 
 import torch
 
 _BLOCKS = 4
-"""More of them save little more."""
+"""Column blocks that a Gram matrix is computed in; more blocks save little more."""
 
 
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
-    """Add XᵀX to the lower triangle of ``lower_II``; what stands above it means nothing until `both_triangles`."""
+    """Add XᵀX of ``inputs_NI`` (tokens, d_in) to the lower triangle of ``lower_II`` (d_in, d_in), in place. Elements
+    above the diagonal are left undefined; `both_triangles` fills them in."""
     width = inputs_NI.shape[1]
     step = max(1, -(-width // _BLOCKS))
     for start in range(0, width, step):
@@ -18,5 +19,5 @@ def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
 
 
 def both_triangles(lower: torch.Tensor) -> torch.Tensor:
-    """The whole of symmetric matrices (…, in, in) of which only the lower triangle is known."""
+    """Symmetric matrices (…, d_in, d_in) from their lower triangles."""
     return lower.tril() + lower.tril(-1).mT

@@ -1,18 +1,19 @@
-"""What a forward pass over the calibration set tells about weights and layers, one layer at a time."""
+"""Statistics of the inputs of weights, and sums over their products, from a forward walk through the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from math import pi
 from typing import TYPE_CHECKING
 
 import torch
 
 from .gram import add_gram, both_triangles
-from .signals import InputStats, StreamStats
-from .uses import Use, WatchUses
+from .reduce import ReduceProducts
+from .signals import InputStats, ProductStats
 from .walk import ForwardWalk
+from .watch import WatchedProduct, WatchProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,52 @@ if TYPE_CHECKING:
     from ..progress import Progress
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Statistics of one weight from a forward walk; None where they were not requested."""
+
+    inputs: InputStats | None
+    products: ProductStats | None
+
+
 @torch.no_grad()
+def forward_statistics(
+    model: PreTrainedModel,
+    layers: str,
+    wanted: Collection[str],
+    calibration: CalibrationSet,
+    progress: Progress,
+    *,
+    inputs: bool = True,
+    gram: bool = False,
+    reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
+) -> Iterator[dict[str, Measured]]:
+    """For every decoder layer, statistics of its ``wanted`` parameters, as far as they are used in matrix products.
+
+    ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
+    for the names of one layer's weights.
+
+    Memory: the hidden states of the whole calibration set in float32, the statistics of one layer, and the other
+    arguments of each layer (masks, rotary tables).
+    """
+    walk = ForwardWalk.over(model, layers, calibration)
+    states = walk.take_states()
+    numbers = [number for number in range(len(walk.layers)) if _inside(wanted, layers, number)]
+    for number in progress.track(range(max(numbers, default=-1) + 1), "Measuring inputs"):
+        names = _inside(wanted, layers, number)
+        sums = InputSums(model, gram=gram)
+        watch = WatchProducts(model, names if inputs else (), sums.add)
+        reduced = None if reduce is None else reduce(names)
+        with contextlib.nullcontext() if reduced is None else reduced.following(watch), watch:
+            for position, batch in enumerate(walk.batches):
+                if reduced is not None:
+                    reduced.next_batch(batch.first, batch.input_ids)
+                states[position] = walk.run(number, batch, states[position])
+        of_inputs = sums.statistics(walk.tokens)
+        of_products = {} if reduced is None else reduced.statistics()
+        yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
+
+
 def input_statistics(
     model: PreTrainedModel,
     layers: str,
@@ -31,54 +77,36 @@ def input_statistics(
     *,
     gram: bool,
 ) -> Iterator[dict[str, InputStats]]:
-    """For every decoder layer, the statistics of those of its ``wanted`` parameters that are matrices in use.
-
-    Memory: the hidden states of the whole calibration set, and one layer's statistics.
-    """
-    walk = ForwardWalk.over(model, layers, calibration)
-    tokens = calibration.input_ids.numel()
-    states = [batch.hidden for batch in walk.batches]
-    numbers = [number for number in range(len(walk.layers)) if _inside(wanted, layers, number)]
-    for number in progress.track(range(max(numbers, default=-1) + 1), "Measuring inputs"):
-        with WatchInputs(model, _inside(wanted, layers, number), gram=gram) as watched:
-            states = [walk.run(number, b, hidden) for b, hidden in zip(walk.batches, states, strict=True)]
-        yield watched.statistics(tokens)
+    """`forward_statistics` of inputs alone."""
+    for found in forward_statistics(model, layers, wanted, calibration, progress, gram=gram):
+        yield {name: measured.inputs for name, measured in found.items() if measured.inputs is not None}
 
 
-class WatchInputs(WatchUses):
-    """While active, sums up what the weights ``names`` are multiplied with; ``gram``: outer products too."""
+class InputSums:
+    """Sums over the inputs of weights; ``gram``: of their outer products too."""
 
-    def __init__(self, model: PreTrainedModel, names: Collection[str], *, gram: bool) -> None:
-        super().__init__(model, names, self._add)
+    def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
         self._sums: dict[str, _Sums] = {}
 
-    def _add(self, use: Use) -> None:
-        if use.parameter not in self._sums:
-            self._sums[use.parameter] = _Sums.like(self._model.get_parameter(use.parameter), use, self._gram)
-        self._sums[use.parameter].add(use)
+    def add(self, product: WatchedProduct) -> None:
+        name = product.parameter
+        if name not in self._sums:
+            self._sums[name] = _Sums.like(self._model.get_parameter(name), product, self._gram)
+        self._sums[name].add(product)
 
     def statistics(self, tokens: int) -> dict[str, InputStats]:
-        """Means over ``tokens``, of every weight that was used."""
+        """Means over ``tokens`` calibration tokens, for every weight that was used."""
         return {name: found.finish(tokens) for name, found in self._sums.items()}
 
 
-@torch.no_grad()
-def stream_statistics(
-    model: PreTrainedModel, layers: str, calibration: CalibrationSet, progress: Progress
-) -> list[StreamStats]:
-    """How each layer turns the residual stream."""
-    walk = ForwardWalk.over(model, layers, calibration)
-    states = [batch.hidden for batch in walk.batches]
-    found = []
-    for number in progress.track(range(len(walk.layers)), "Measuring layers"):
-        after = [walk.run(number, b, hidden) for b, hidden in zip(walk.batches, states, strict=True)]
-        cosines = torch.cat(
-            [torch.cosine_similarity(a, b, dim=-1).double().flatten() for a, b in zip(states, after, strict=True)]
-        ).clamp(-1, 1)
-        found.append(StreamStats(float(cosines.mean()), float(cosines.arccos().mean()) / pi))
-        states = after
-    return found
+class WatchInputs(WatchProducts):
+    """While active, sums the inputs of the weights ``names``; ``gram``: their outer products too."""
+
+    def __init__(self, model: PreTrainedModel, names: Collection[str], *, gram: bool) -> None:
+        self._sums = InputSums(model, gram=gram)
+        self.statistics = self._sums.statistics
+        super().__init__(model, names, self._sums.add)
 
 
 def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
@@ -87,27 +115,33 @@ def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
 
 @dataclass
 class _Sums:
-    """Sums over tokens: of inputs (slots, in), of their squares, and of outer products (slots, in, in; their lower
-    triangles)."""
+    """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares
+    (S, d_in), in float64; of outer products (S, d_in, d_in), lower triangles, in float32; and the number of tokens of
+    each matrix (S,).
+    """
 
     axis: int
     dim: int
     total: torch.Tensor
     square: torch.Tensor
+    tokens: torch.Tensor
     outer: torch.Tensor | None
 
     @classmethod
-    def like(cls, parameter: torch.Tensor, use: Use, gram: bool) -> _Sums:
+    def like(cls, parameter: torch.Tensor, product: WatchedProduct, gram: bool) -> _Sums:
         slots = parameter.shape[0] if parameter.dim() == 3 else 1
-        width = use.inputs.shape[1]
+        width = product.inputs.shape[1]
         zeros = torch.zeros(slots, width, dtype=torch.float64, device=parameter.device)
+        tokens = torch.zeros(slots, dtype=torch.int64, device=parameter.device)
         outer = torch.zeros(slots, width, width, device=parameter.device) if gram else None
-        return cls(use.axis, parameter.dim(), zeros, zeros.clone(), outer)
+        return cls(product.axis, parameter.dim(), zeros, zeros.clone(), tokens, outer)
 
-    def add(self, use: Use) -> None:
-        slot, inputs = use.slot or 0, use.inputs.float()
+    def add(self, product: WatchedProduct) -> None:
+        slot, inputs = product.slot or 0, product.inputs.float()
         self.total[slot] += inputs.sum(0, dtype=torch.float64)
         self.square[slot] += inputs.square().sum(0, dtype=torch.float64)
+        # In some models the inputs of every expert are all tokens, with zeros for those that are not routed to it.
+        self.tokens[slot] += len(inputs) if self.dim == 2 else inputs.any(1).sum()
         if self.outer is not None:
             add_gram(self.outer[slot], inputs)
 
@@ -118,8 +152,10 @@ class _Sums:
             shape[0] = self.total.shape[0]
         gram = None if self.outer is None else both_triangles(self.outer) / tokens
         return InputStats(
-            (self.total / tokens).float().view(shape),
-            (self.square / tokens).float().view(shape),
-            self.axis,
-            gram if gram is None or self.dim == 3 else gram[0],
+            mean=(self.total / tokens).float().view(shape),
+            second_moment=(self.square / tokens).float().view(shape),
+            axis=self.axis,
+            gram=gram if gram is None or self.dim == 3 else gram[0],
+            routed=self.tokens if self.dim == 3 else None,
+            all_tokens=bool((self.tokens >= tokens).all()),
         )

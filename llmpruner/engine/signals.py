@@ -1,69 +1,192 @@
-"""What a walk through a model can measure of each parameter and layer."""
+"""The measured values that criteria compute scores from, of parameters, products and layers. Imports no torch.
+
+Shapes: ``rows`` is the number of calibration tokens that a weight is multiplied with in one micro-batch, ``d_in`` and
+``d_out`` are the widths of a weight matrix, ``experts`` the number of matrices in a stacked parameter (one per expert).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
+
+from ..errors import UnsupportedModelError
+from .position import Position
 
 if TYPE_CHECKING:
     import torch
 
 
 class Signal(str, Enum):
-    """What a criterion can ask to see of each parameter."""
+    """The values that a criterion can need. All but `WEIGHT` need a calibration set."""
 
     WEIGHT = "weight"
-    """The parameter itself."""
+    """The parameter itself: `ParameterSignals.weight`."""
     GRAD = "grad"
-    """Gradient of the mean next-token loss over the calibration set."""
+    """Gradient of the mean next-token loss over the calibration set: `ParameterSignals.grad`."""
     GRAD_SQ = "grad_sq"
-    """Mean over the samples of the squared per-sample gradient (the empirical Fisher diagonal)."""
+    """Mean over samples of the squared gradient of one sample's loss, the diagonal of the empirical Fisher information:
+    `ParameterSignals.grad_sq`."""
     INPUT_STATS = "input_stats"
-    """Mean and mean square of what a weight matrix is multiplied with."""
+    """Mean and second moment of the inputs of a weight matrix: `ParameterSignals.inputs`."""
     GRAM = "gram"
-    """Mean outer product of what a weight matrix is multiplied with."""
+    """Mean outer product of the inputs of a weight matrix, with the statistics above: `InputStats.gram`."""
+    PRODUCT = "product"
+    """Sums of what `ImportanceCriterion.measure` returns for every product: `ParameterSignals.products`."""
+    PRODUCT_GRAD = "product_grad"
+    """As `PRODUCT`, with the gradients of each product in `Product.output_grads`."""
     STREAM = "stream"
-    """How a whole layer turns the residual stream; seen by `ImportanceCriterion.score_layer` only."""
+    """Hidden states before and after each layer, compared; for `ImportanceCriterion.score_layers` alone."""
+    STREAM_BLOCKS = "stream_blocks"
+    """As `STREAM`, for blocks of consecutive layers of every length."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputStats:
-    """What a weight matrix is multiplied with, averaged over all calibration tokens (an expert sees a zero for every
-    token that is not given to it). ``mean`` and ``power`` (mean square) broadcast against the weight: size 1 on the
-    axes that are not summed over."""
+    """Statistics of the inputs of a weight matrix, averaged over all calibration tokens; a token that is not routed to
+    an expert counts as a zero for it.
+
+    ``mean`` and ``second_moment`` are float32 and broadcast against the weight: (1, d_in) for a linear layer,
+    (d_in, 1) for a transposed one, (experts, 1, d_in) or (experts, d_in, 1) for a stack.
+    """
 
     mean: torch.Tensor
-    power: torch.Tensor
+    """E[x]."""
+    second_moment: torch.Tensor
+    """E[x²], the mean square."""
     axis: int
-    """The axis of the weight that the inputs run along."""
+    """The input axis of the weight."""
     gram: torch.Tensor | None = None
-    """(…, in, in), with the leading axes of a stack of matrices."""
+    """E[xxᵀ] in float32, (d_in, d_in) or (experts, d_in, d_in); None unless `Signal.GRAM` was asked for."""
+    routed: torch.Tensor | None = None
+    """For a stack: how many calibration tokens were routed to each expert, (experts,), int64. None for one matrix."""
+    all_tokens: bool = True
+    """Whether every calibration token was multiplied with the weight. False for experts with routing."""
 
     @property
     def variance(self) -> torch.Tensor:
-        """Mean square less the square of the mean, shaped like them; rounding never makes it negative."""
-        return (self.power - self.mean.square()).clamp_min(0)
+        """E[x²] − E[x]², shaped like ``mean``; never negative."""
+        return (self.second_moment - self.mean.square()).clamp_min(0)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamStats:
-    """The residual stream before and after a layer, averaged over all calibration tokens."""
+    """Comparison of the hidden states before and after blocks of consecutive layers, averaged over all calibration
+    tokens.
 
-    cosine: float
-    """Mean cosine between a token's hidden states before and after."""
-    angle: float
-    """Mean angle between them, in units of π."""
+    Both tensors are float64 of shape (lengths, layers): element [n − 1, i] compares the hidden states of a token before
+    layer i with those after layer i + n − 1; it is NaN where there is no layer i + n − 1. ``lengths`` is 1 for
+    `Signal.STREAM`, and the number of layers for `Signal.STREAM_BLOCKS`.
+    """
+
+    cosine: torch.Tensor
+    """Mean cosine similarity."""
+    angle: torch.Tensor
+    """Mean angle, in units of π."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T +
+    bias``, with the bias of a linear layer (or GPT-2's Conv1D) or of an expert, where it has one.
+
+    ``inputs`` (rows, d_in), ``outputs`` (rows, d_out) and gradients are float32. They may share memory with the model:
+    copy what is to be kept after the call, and change nothing in place. For an expert, rows are the tokens routed to it
+    (in a model that computes every expert on all tokens, such as Llama 4, all tokens, with zeros for those not routed
+    to it).
+    """
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    weight: torch.Tensor
+    """(d_out, d_in), in the model's dtype; for a stack, the matrix of this expert."""
+    position: Position
+    expert: int | None
+    """Number of the expert in a stacked parameter; None where the parameter is one matrix."""
+    num_samples: int
+    """Number of samples in the calibration set."""
+    output_grads: torch.Tensor | None = None
+    """Gradient, with respect to ``outputs``, of the mean next-token loss of the sample that each row belongs to, (rows,
+    d_out); None unless `Signal.PRODUCT_GRAD` was asked for."""
+    row_samples: torch.Tensor | None = None
+    """As `samples`; None where unknown."""
+    row_gates: torch.Tensor | None = None
+    """As `gates`, for an expert; None where unknown."""
+
+    @property
+    def input_grads(self) -> torch.Tensor:
+        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in): ``output_grads @ weight``."""
+        if self.output_grads is None:
+            raise ValueError("gradients at a product need Signal.PRODUCT_GRAD")
+        return self.output_grads @ self.weight.float()
+
+    @property
+    def samples(self) -> torch.Tensor:
+        """Number of the calibration sample of each row, in the order of calibration, (rows,), int64.
+
+        Raises `UnsupportedModelError` where rows cannot be assigned to tokens (see `gates`).
+        """
+        return _known(self.row_samples, "which calibration token each row of an input belongs to")
+
+    @property
+    def gates(self) -> torch.Tensor:
+        """Router weight of this expert for each row's token, as the model applies it (renormalised over the chosen
+        experts if the model does so), (rows,), float32. Ones where ``expert`` is None.
+
+        Raises `UnsupportedModelError` where the module with the experts is not called with hidden states, the chosen
+        experts and their weights, as in transformers.
+        """
+        if self.expert is None:
+            return self.inputs.new_ones(len(self.inputs))
+        return _known(self.row_gates, "the router weight of each token of an expert")
+
+
+@dataclass(frozen=True, slots=True)
+class ProductStats:
+    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight.
+
+    ``sums``: name → sum, of the shape that ``measure`` returned; for a stack with a leading axis of experts, with zeros
+    for experts that no token was routed to. ``axis``: the input axis of the weight.
+    """
+
+    sums: Mapping[str, torch.Tensor]
+    axis: int
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSignals:
-    """One parameter as a criterion sees it; ``weight`` and gradients have its shape, in float32."""
+    """The signals of one parameter. ``weight`` and gradients have its shape, in float32; signals that the criterion did
+    not ask for are None."""
 
     weight: torch.Tensor
     grad: torch.Tensor | None
     grad_sq: torch.Tensor | None
     generator: torch.Generator
-    """Seeded by the run's seed and the parameter's name; for criteria that draw random numbers."""
+    """For criteria that draw random numbers; seeded by the run's seed and the parameter's name."""
     inputs: InputStats | None = None
-    """None too for a parameter of the decoder that is no matrix, and for all outside it."""
+    """None also for parameters that are not used in a matrix product, and for those outside the decoder layers."""
+    products: ProductStats | None = None
+    """None also for the same parameters as ``inputs``."""
+    position: Position = field(default_factory=Position)
+
+    def over_inputs(self, values: torch.Tensor) -> torch.Tensor:
+        """A saliency of the weight's shape from one value per input channel: each value is divided equally among the
+        weights of the channel, so that their sum is the value.
+
+        ``values``: (d_in,), or (experts, d_in) for a stack. Needs ``inputs`` or ``products``, else raises `ValueError`.
+        """
+        measured = self.inputs or self.products
+        if measured is None:
+            raise ValueError("the input axis of this parameter is unknown, as it is not used in a matrix product")
+        shape = [1] * self.weight.dim()
+        shape[measured.axis] = self.weight.shape[measured.axis]
+        if self.weight.dim() > 2:
+            shape[0] = self.weight.shape[0]
+        return (values.reshape(shape) / (self.weight.numel() / values.numel())).expand_as(self.weight)
+
+
+def _known(values: torch.Tensor | None, what: str) -> torch.Tensor:
+    if values is None:
+        raise UnsupportedModelError(f"{what} is not known for this model; choose another criterion")
+    return values

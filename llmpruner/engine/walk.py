@@ -1,7 +1,8 @@
-"""Running the decoder one layer at a time over a calibration set, forwards.
+"""Running the decoder forwards, one layer at a time, over a calibration set.
 
-Two streams of hidden states can go side by side, the dense model's and the pruned one's, and a layer is needed only
-while it is walked through.
+The caller keeps the hidden states, and may pass those of the dense and of the pruned model through a layer. The other
+arguments of each layer (masks, rotary tables) are recorded once, by running the model with layers that return their
+inputs.
 """
 
 from __future__ import annotations
@@ -26,30 +27,33 @@ if TYPE_CHECKING:
 
 _TOKENS_AT_ONCE = 4096
 _TOLERANCE = 1e-3
-"""Largest relative difference, walked to run whole, in the model's own precision: both compute the same products."""
+"""Largest accepted relative difference of hidden states from those of the whole model, in the model's own precision."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a layer, without the hidden states."""
 
 
 @dataclass
 class Batch:
-    """One micro-batch: hidden states before the first layer, and what else each layer is called with."""
+    """One micro-batch: token ids (samples, length), hidden states before the first layer (samples, length, hidden size)
+    in float32, the other arguments of each layer, and the number of its first sample in the calibration set."""
 
     input_ids: torch.Tensor
     hidden: torch.Tensor
     calls: list[Call]
+    first: int
 
 
 @dataclass
 class ForwardWalk:
-    """The calibration set ready to go through the layers of ``model``, in micro-batches."""
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them."""
 
     layers: nn.ModuleList
     batches: list[Batch]
     products: torch.dtype
-    """What products are computed in; hidden states stay in float32."""
+    """The dtype of matrix products; hidden states are in float32."""
     experts: list[PreTrainedConfig]
-    """Configurations that choose how experts are computed."""
+    """Configurations that select the implementation of experts."""
 
     @property
     def tokens(self) -> int:
@@ -58,29 +62,39 @@ class ForwardWalk:
     @classmethod
     @torch.no_grad()
     def over(cls, model: PreTrainedModel, path: str, calibration: CalibrationSet) -> ForwardWalk:
-        """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers hand more to one another
-        than hidden states."""
+        """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
+        than hidden states, and `ModelError` for hidden states that are not finite."""
         layers = decoder_list(model, path)
         ids = check_tokens(model, calibration)
         products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
-        walk = cls(layers, [], products, _expert_configs(model))
-        with _eager_experts(walk.experts):
+        walk = cls(layers, [], products, expert_configs(model))
+        with eager_experts(walk.experts):
             tuples = _check(model, layers, ids[:1])
         rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
-        walk.batches = [_record(model, layers, part, tuples) for part in torch.split(ids, rows)]
+        walk.batches = [
+            _record(model, layers, part, tuples, number * rows) for number, part in enumerate(torch.split(ids, rows))
+        ]
         return walk
 
+    def take_states(self) -> list[torch.Tensor]:
+        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference to
+        them, so that the caller can free them one by one."""
+        states = [batch.hidden for batch in self.batches]
+        for batch in self.batches:
+            batch.hidden = batch.hidden.new_empty(0)
+        return states
+
     def run(self, number: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (rows, length, hidden size) after layer ``number``, in float32."""
+        """Hidden states (samples, length, hidden size) after layer ``number``, in float32."""
         mixed = self.products != torch.float32
-        with torch.autocast(hidden.device.type, self.products, enabled=mixed), _eager_experts(self.experts):
+        with torch.autocast(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
             return first_output(call_layer(self.layers[number], hidden, batch.calls[number])).float()
 
 
 def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:
-    """The walk must give what the model gives; one sample tells. Returns what `_record` calls ``tuples``.
-
-    In the model's own precision: rounding may send a token to another expert, which would look like a wrong walk.
+    """Raises `UnsupportedModelError` unless running layer by layer gives the hidden states of the model on one sample.
+    Returns the ``tuples`` of `_record`. Computes in the model's own precision, as rounding may route a token to another
+    expert, which would look like an error.
     """
     called: list[int] = []
     outputs: list[Any] = []
@@ -109,7 +123,7 @@ def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> 
             hidden = first_output(call_layer(layer, hidden, batch.calls[number]))
     except LlmprunerError:
         raise
-    except Exception as error:  # the whole model ran: whatever a layer misses now, another would have given it
+    except Exception as error:  # the whole model ran, so a layer lacks a value that another one provides
         raise _not_walkable(model) from error
     difference = float((hidden - whole).float().norm() / whole.float().norm().clamp_min(1e-12))
     if not difference < _TOLERANCE:
@@ -119,20 +133,20 @@ def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> 
 
 def _not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the layers of {type(model).__name__} hand more to one another than hidden states, so they cannot be "
-        "walked one by one; use --importance taylor, l1, l2 or random and --compensate none"
+        f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
+        "run one by one; use --importance taylor, l1, l2 or random and --compensate none"
     )
 
 
-def _expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
+def expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
     configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
     return [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
 
 
 @contextlib.contextmanager
-def _eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
-    """One product for each expert, which can be watched; transformers' faster ones are a single operator, or gather
-    copies of the weights."""
+def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """While active, experts are computed one by one, so that `WatchProducts` observes a product for each: the faster
+    implementations in transformers are a single operator, or copy the weights."""
     chosen = [config._experts_implementation_internal for config in configs]
     for config in configs:
         config._experts_implementation_internal = "eager"
@@ -159,6 +173,14 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
     return layer(hidden, *args, **kwargs)
 
 
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer. Raises `UnsupportedModelError` where there are none."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+    return hidden
+
+
 def first_output(output: Any) -> torch.Tensor:
     tensor = output[0] if isinstance(output, tuple | list) else output
     assert isinstance(tensor, torch.Tensor)
@@ -166,9 +188,9 @@ def first_output(output: Any) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def standing_in(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """``stub(number)`` runs instead of each layer's forward."""
-    # Hooks of other libraries (accelerate's) put a forward of their own on the instance.
+def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """While active, ``stub(number)`` replaces the forward of each layer."""
+    # Other libraries (accelerate) set a forward on the instance.
     own = [vars(layer).get("forward") for layer in layers]
     for number, layer in enumerate(layers):
         layer.forward = stub(number)
@@ -181,18 +203,18 @@ def standing_in(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]
                 layer.forward = forward
 
 
-def _record(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]) -> Batch:
-    """Run the model with layers that only pass their hidden states on, and keep what they are called with.
+def _record(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None], first: int = 0
+) -> Batch:
+    """Run the model with layers that return their hidden states unchanged, and record their other arguments.
 
-    ``tuples``: how many further values each layer returns, None for a bare tensor.
+    ``tuples``: how many further values each layer returns, None for a bare tensor. ``first``: see `Batch`.
     """
-    batch = Batch(ids, torch.empty(0), [])
+    batch = Batch(ids, torch.empty(0), [], first)
 
     def stub(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs.get("hidden_states")
-            if not isinstance(hidden, torch.Tensor):
-                raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+            hidden = hidden_of(args, kwargs)
             if not batch.calls:
                 batch.hidden = hidden.float()
             batch.calls.append((args[1:], kwargs))
@@ -201,7 +223,7 @@ def _record(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tu
 
         return forward
 
-    with standing_in(layers, stub), contextlib.suppress(Enough):
+    with replaced_layers(layers, stub), contextlib.suppress(Stop):
         handle = layers[-1].register_forward_hook(_stop)
         try:
             model(input_ids=ids, use_cache=False)
@@ -210,9 +232,9 @@ def _record(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tu
     return batch
 
 
-class Enough(Exception):
-    """Ends a forward pass once the last layer was called: the logits would be the largest tensor of all."""
+class Stop(Exception):
+    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
 
 
 def _stop(*_: Any) -> None:
-    raise Enough
+    raise Stop

@@ -1,4 +1,4 @@
-"""Metric: one thing that ``llmpruner evaluate`` measures of a model."""
+"""Metric: one measurement of ``llmpruner evaluate``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One number for people. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
-    its standard error, where known."""
+    """One number in the table. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
+    its standard error, if known."""
 
     label: str
     value: float | None
@@ -28,8 +28,8 @@ class Row:
 
 @dataclass(frozen=True)
 class MetricSubject:
-    """The model that is measured, in evaluation mode. ``reference``: the first model of the same call, which is the
-    subject itself for that one; None unless a metric asks for it."""
+    """The model to measure, in evaluation mode. ``reference``: the first model of the same call (for that one, the
+    model itself); None unless a metric needs it."""
 
     name: str
     model: PreTrainedModel
@@ -40,23 +40,41 @@ class MetricSubject:
 
 
 class Metric(Component):
-    """Measures one model at a time; created once for all models of a call."""
+    """Measures one model at a time; created once for all models of a call.
+
+    ::
+
+        class Vocabulary(Metric):
+            name = "vocabulary"
+            summary = "tokens of the vocabulary that a text uses"
+
+            class Settings(ComponentSettings):
+                text: str = Field("The quick brown fox.", description="The text.")
+
+            settings: Settings
+
+            def measure(self, subject):
+                return {"tokens": len(set(subject.tokenizer(self.settings.text)["input_ids"]))}
+    """
 
     kind: ClassVar[str] = "metric"
 
     @property
     def needs_reference(self) -> bool:
-        """Whether ``subject.reference`` must be there, which keeps a second model in memory."""
+        """Whether ``subject.reference`` is needed, which keeps a second model in memory."""
         return False
 
     def prepare(self) -> None:
-        """Read what is needed besides models (texts, tasks), so that mistakes show before any model is loaded. Called
-        once. Raises `DataError`."""
+        """Read data (texts, tasks) and keep it on the instance, so that errors are found before any model is loaded.
+        Called once. Raises `DataError`."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """JSON values by name, as ``evaluate --json`` writes them under the metric's name."""
+        """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
+        is written as null."""
         raise NotImplementedError
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        """What the table shows of ``result``; by default every number in it."""
-        return [Row(f"{self.name} {key}", float(v)) for key, v in result.items() if isinstance(v, (int, float))]
+        """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line of the
+        table, with a column for each model."""
+        numbers = {key: v for key, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return [Row(f"{self.name} {key}", float(value)) for key, value in numbers.items()]

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, memory, arithmetic, and time."""
+"""Costs of a model: parameters, memory, arithmetic, and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.arithmetic import macs_per_token
 from ..models.decoder import decoder_layers
 from ..models.decoding import cache_argument
 from ..progress import Progress
-from .report import Measurement, Size, Speed
+from .results import Measurement, Size, Speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
-    """Parameters, bytes and arithmetic of ``model``, from shapes alone (meta tensors will do).
+    """Parameters, bytes and multiply-accumulate operations of ``model``, which may be on the meta device.
 
-    ``graph`` is the coupling graph of the model as it is; its attention groups say how wide attention is.
+    ``graph``: the coupling graph of this model (after a cut, of the cut one), for the widths of attention.
+    ``context``: tokens in the cache when operations are counted.
     """
     prefix = decoder_layers(model) + "."
     own = dict(model.named_parameters())
@@ -47,10 +48,11 @@ def speed(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Speed:
-    """Tokens per second at batch size 1, on random tokens: reading a prompt, and greedy decoding with the
-    cache.
+    """Tokens per second at batch size 1, on random tokens: of processing a prompt (prefill), and of greedy decoding
+    with the cache.
 
-    One run warms up and is not counted. Decoding is timed after the prompt, ``new_tokens`` steps per run.
+    A run processes ``prompt_tokens`` tokens, then decodes ``new_tokens`` tokens; the two are timed separately. The
+    first of ``runs + 1`` runs is not counted.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -88,7 +90,7 @@ def _measurement(values: list[float]) -> Measurement:
 
 
 class _PeakMemory:
-    """The most memory held since this was created: CUDA's allocator, or on Linux the resident set."""
+    """Peak memory in bytes since its creation: of CUDA's allocator or, on Linux, of the resident set."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,11 +1,9 @@
-"""Perplexity of a model on a text, by one fixed protocol."""
+"""Perplexity of a model on a text."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +12,10 @@ from torch.nn import functional
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
 from ..progress import Progress
-from .report import PerplexityResult
+from .results import PerplexityResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-PYDOC = "pydoc"
-"""Name of the text that ships with every Python: the topics of ``help()``. It differs between Python
-versions."""
 
 
 def perplexity(
@@ -39,15 +32,14 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
 
-    The whole text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default:
-    all) are cut into windows of ``window`` tokens that do not overlap; a last window that is not full is left
-    out. Every token but the first of its window is predicted from those before it in the window. The result
-    is the exponential of the mean negative log-likelihood, accumulated in double precision.
+    The text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default: all) are split
+    into windows of ``window`` tokens that do not overlap; an incomplete last window is left out. Every token but the
+    first of its window is predicted from those before it in the window. The result is the exponential of the mean
+    negative log-likelihood, accumulated in float64.
 
-    ``autocast`` computes in bfloat16; logits are turned to float32 either way. With a ``reference`` the result has
-    the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has fewer tokens than
-    asked for, `ModelError` when what the model predicts is not a number or is over another vocabulary than the
-    reference's.
+    ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
+    has the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has too few
+    tokens, `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     if window < 2 or batch_size < 1:
         raise DataError(
@@ -118,44 +110,3 @@ def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def read_text(source: str) -> str:
-    """The text of a ``.txt`` file, the ``text`` or ``page`` fields of a ``.json`` or ``.jsonl`` file joined
-    by blank lines, or the built-in ``pydoc``. Raises `DataError` when it cannot be read or is empty."""
-    if source == PYDOC:
-        from pydoc_data.topics import topics
-
-        return "\n\n".join(topics[name] for name in sorted(topics))
-    path = Path(source)
-    if not path.is_file():
-        raise DataError(f"{source}: no such file; expected a .txt, .json or .jsonl file, or '{PYDOC}'")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror}") from None
-    if path.suffix in (".json", ".jsonl"):
-        content = "\n\n".join(_documents(path, content))
-    if not content.strip():
-        raise DataError(f"{source} holds no text")
-    return content
-
-
-def _documents(path: Path, content: str) -> list[str]:
-    lines = content.splitlines() if path.suffix == ".jsonl" else [content]
-    documents = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            loaded = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number + error.lineno - 1}: not valid JSON ({error.msg})") from None
-        for record in loaded if isinstance(loaded, list) else [loaded]:
-            text = (record.get("text") or record.get("page")) if isinstance(record, dict) else record
-            if not isinstance(text, str):
-                raise DataError(f"{path}, line {number}: expected a record with a 'text' or 'page' field")
-            documents.append(text)
-    return documents

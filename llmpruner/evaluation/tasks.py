@@ -1,4 +1,4 @@
-"""Benchmark tasks, through the Python interface of lm-evaluation-harness."""
+"""Benchmark tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, MissingExtraError, UnknownNameError
+from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,26 +20,25 @@ if TYPE_CHECKING:
 TASK_GROUPS = {
     "paper": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 }
-"""Names of ours for several tasks; ``paper`` is the zero-shot suite of LLM-Pruner, table 1."""
+"""Names of task lists in addition to the groups of lm-eval; ``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data, ready for any number of models. ``tasks``: lm-eval's own task and group
-    objects."""
+    """Tasks with their data, for any number of models. ``tasks``: lm-eval's task and group objects."""
 
     names: tuple[str, ...]
     tasks: tuple[Any, ...]
 
 
 def load_tasks(names: Sequence[str], *, include_path: Path | None = None, progress: bool = False) -> LoadedTasks:
-    """Find tasks and load their data, so that mistakes show before any model runs.
+    """Find tasks and load their data, before any model is loaded.
 
-    ``names`` are lm-eval's tasks, groups and patterns (``mmlu_*``), or a name of `TASK_GROUPS`.
-    ``include_path`` holds more task files, which win over those of the same name. ``progress`` shows
-    lm-eval's own bars on standard error; otherwise it says nothing.
+    ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or names of `TASK_GROUPS`. ``include_path``: folder of
+    more task files, which are preferred to others of the same name. ``progress``: whether the progress bars and notices
+    of lm-eval are shown on standard error.
 
-    Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be had.
+    Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be loaded.
     """
     with _quiet(progress):
         manager = _manager(names, include_path)
@@ -59,10 +58,10 @@ def evaluate_tasks(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Task → metric → value, with ``<metric>_stderr`` beside each metric that has one.
+    """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error.
 
-    ``tasks``: names, loaded as by `load_tasks`, or what that returned. ``limit`` takes the first so many rows
-    of each. ``num_fewshot`` applies to tasks that do not fix their own number.
+    ``tasks``: names for `load_tasks`, or its result. ``limit``: number of rows per task. ``num_fewshot``: for tasks
+    that do not define their own number.
     """
     if not isinstance(tasks, LoadedTasks):
         tasks = load_tasks(tasks, include_path=include_path, progress=progress)
@@ -84,7 +83,7 @@ def evaluate_tasks(
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
-                # Never consulted, as the tasks are loaded; without it the index is built once more.
+                # Not used for loaded tasks, but avoids building the index again.
                 task_manager=_task_manager()(include_defaults=False),
             )
         finally:
@@ -93,7 +92,8 @@ def evaluate_tasks(
 
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
-    """``tasks`` with our groups and with patterns spelt out, each name once. Raises `UnknownNameError`."""
+    """``tasks`` with names of `TASK_GROUPS` and patterns expanded, each name once. Raises `UnknownNameError`, and
+    `DataError` when there is none."""
     names: dict[str, None] = {}
     for task in (member for name in tasks for member in TASK_GROUPS.get(name, (name,))):
         matches = matching(known, task)
@@ -106,7 +106,7 @@ def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 class UnknownTaskError(UnknownNameError):
-    """As its base, without listing the thousands of tasks that are known."""
+    """As its base class, but the message does not list the thousands of known tasks."""
 
     def __init__(self, name: str, known: Sequence[str]) -> None:
         super().__init__("task", name, [*known, *TASK_GROUPS])
@@ -124,7 +124,7 @@ def _task_manager() -> Any:
 
 @cache
 def builtin_manager() -> Any:
-    """lm-eval's index of its own tasks. Reading their ten thousand files takes seconds; it is done once."""
+    """lm-eval's index of its own tasks, cached, as reading their ten thousand files takes seconds."""
     return _task_manager()()
 
 
@@ -140,14 +140,13 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
 
 
 def _load(manager: Any, name: str) -> list[Any]:
-    """The task objects of one name, their data loaded."""
-    # Datasets come through three libraries with errors of their own; to the user each means the same.
+    """The task objects of one name, with their data loaded."""
+    # The libraries that load data raise errors of many types.
     try:
         loaded = manager.load([name])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"the data of task '{name}' cannot be loaded: {reason}; without the hub, give task files "
+            f"the data of task '{name}' cannot be loaded: {first_line(error)}; without the hub, give task files "
             "that read local data with --include-path"
         ) from error
     return [*loaded.get("groups", {}).values()] or [*loaded["tasks"].values()]
@@ -167,7 +166,7 @@ def _quiet(progress: bool) -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    # Bars and notices of lm-eval and datasets have no common switch, but all go to standard error.
+    # Bars and notices of lm-eval and datasets have no common setting, but all go to standard error.
     silence = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     try:
         with silence:

@@ -1,1 +1,1 @@
-"""Model families: the structure and the text format of one architecture each."""
+"""Model families: coupled groups and text formats, one architecture each."""

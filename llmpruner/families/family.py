@@ -1,11 +1,12 @@
-"""ModelFamily: everything that llmpruner needs to know about one kind of model, and nothing about the stages."""
+"""ModelFamily: what the stages need to know about one model architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..component import Component
+from ..structure.coupling import CoupledGroup, CouplingGraph
 from ..structure.kept import renamed
 
 if TYPE_CHECKING:
@@ -14,38 +15,37 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 
-class ModelFamily:
-    """What a plugin gives for one model architecture.
+class ModelFamily(Component):
+    """The base class of model families.
 
-    The smallest useful family is two lines, because structure is discovered automatically::
+    A minimal family has two lines, because its structure is discovered::
 
         class MyFamily(ModelFamily):
             name = "my-model"
             model_types = ("my_model",)
 
-    Override `coupled_groups` to declare the structure instead, and `refresh` when modules store counts that
-    must follow a cut. A family is created without arguments and keeps no state.
+    Override `coupled_groups` to declare the structure, or to adjust what ``super().coupled_groups(config)`` discovers.
+    Override `refresh` to update the counts that modules store; if it is not overridden, the attributes that must change
+    with a cut are found on a small model. A family keeps no state but its settings.
     """
 
-    name: ClassVar[str] = ""
-    """What ``--family`` takes; lower case, unique over all plugins."""
+    kind: ClassVar[str] = "family"
     model_types: ClassVar[tuple[str, ...]] = ()
-    """The ``model_type`` values of ``config.json`` that this family understands."""
+    """The ``model_type`` values of ``config.json`` that this family matches."""
     extends: ClassVar[str | None] = None
-    """Name of the family this one specialises; when both match a model, this one wins."""
+    """Name of the family this one specialises; when both match a model, this one is used."""
     protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
-    """Share of layers at either end that are left alone unless the user selects layers: the first and last
-    three of 30, as LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
-
+    """Shares of the first and of the last layers that keep all units unless the user selects layers: three each of 30.
+    LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
     answer_separator: ClassVar[str | None] = None
-    """What stands between prompt and answer in training text; None: a blank, unless either side brings white space."""
+    """Text between prompt and answer in `training_pair`; None: a blank, unless one of them has white space there."""
 
     def register_models(self) -> None:
-        """Make model classes that transformers lacks known to its auto classes. Called before a model is loaded, as
-        often as one is; must be safe to call twice. Nothing to do by default."""
+        """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded, so
+        repeated calls must have no further effect. Does nothing by default."""
 
     def matches(self, config: PreTrainedConfig) -> bool:
-        """Whether this family understands ``config``. Must be cheap, and false when in doubt."""
+        """Whether this family is for models of ``config``. Must be fast, and False when in doubt."""
         return config.model_type in self.model_types
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
@@ -55,63 +55,82 @@ class ModelFamily:
         """
         from ..discovery.groups import discover_groups
 
-        groups: Sequence[CoupledGroup] = discover_groups(config)
-        return groups
+        return discover_groups(config)
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        """Set attributes that must follow a cut. Parameters are already cut when this is called.
+        """Update attributes of modules after a cut, such as the number of heads. A family whose modules have no such
+        attributes overrides it with a docstring alone, which avoids the search for them.
 
-        ``counts``: group name → units kept, for every group that lost units (layers already renumbered).
-        Attributes changed here are found by comparison and saved with the checkpoint.
+        ``model``: after the cut of parameters; changed in place. ``counts``: group name → units kept, for every group
+        that lost units, with renumbered layers. Changed attributes are saved with the checkpoint.
         """
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        """Make everything that is no parameter follow a cut; surgery calls it last. ``graph``: before the cut.
+        """Update attributes of modules and tables after a cut. ``model``: after the cut of parameters, changed in
+        place. ``graph``: before the cut. ``kept``: group name → units kept.
 
-        A family that declares nothing has found on a small model what must follow (head counts, slopes); any other
-        is asked to `refresh`. Raises `UnsupportedModelError` when a kind of unit cannot be cut in this architecture.
+        If `refresh` is not overridden, the attributes and tables (head counts, slopes) are found on a small model, once
+        in a process for each architecture and kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut
+        exactly in this architecture.
         """
         if self.is_discovered:
-            from ..checkpoints.shim import stock_config
-            from ..oracle.follow import apply
-            from ..oracle.rules import rules_of
+            from ..oracle.rules import with_rules
 
-            kinds = {graph.by_name[name].kind for name in kept} - {LAYER}
-            apply(model, graph, kept, rules_of(stock_config(model), kinds))
+            with_rules(self, model, {graph.by_name[name].kind for name in kept}).follow(model, graph, kept)
         else:
             names = renamed(graph, kept)
             self.refresh(model, {names[name]: len(units) for name, units in kept.items() if name in names})
 
     @property
     def is_discovered(self) -> bool:
-        """Whether structure and what follows a cut are both left to discovery."""
-        cls = type(self)
-        return cls.refresh is ModelFamily.refresh and cls.coupled_groups is ModelFamily.coupled_groups
+        """Whether `refresh` is not overridden, so that the attributes to update are found on a small model."""
+        return type(self).refresh is ModelFamily.refresh
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
-        """Other stock configurations that may describe a uniformly cut model that its own class refuses.
+        """Configurations of other stock classes for a uniformly cut model that its own class cannot represent.
 
-        ``config`` is the candidate that was refused or did not fit. Whatever is returned is verified against
-        the real shapes before it is used.
+        ``config``: the candidate of its own class. The results are verified against the real shapes.
         """
         del config
         return ()
 
+    @property
+    def has_own_format(self) -> bool:
+        """Whether the family overrides `format_prompt` or `format_conversation`, which are then used instead of the
+        tokenizer's chat template."""
+        cls = type(self)
+        overrides_prompt = cls.format_prompt is not ModelFamily.format_prompt
+        return overrides_prompt or cls.format_conversation is not ModelFamily.format_conversation
+
     def format_text(self, text: str) -> str:
-        """Free text as the model reads it, for data without prompts: unchanged, unless a model needs a frame."""
+        """Training text without a chat format: unchanged, unless a model needs special tokens before it."""
         return text
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt that recovery trains on and ``generate --chat`` uses: Alpaca's, unless overridden."""
+        """The prompt for one instruction, for recovery and ``generate --chat``; used if it is overridden or the
+        tokenizer has no chat template. The default is Stanford Alpaca's format."""
         return alpaca_prompt(instruction, input)
 
-    def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
-        """Questions with their answers as recovery trains on them: (prompt, answer) pairs whose texts follow one
-        another. An answer that brings its own end-of-sequence token gets no second one."""
-        return [self.training_pair(question, answer) for question, answer in exchanges]
+    def format_system(self, system: str) -> str:
+        """The text of a system message, before the first prompt of a conversation."""
+        return f"{system}\n\n"
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """A conversation as training text: (prompt, answer) pairs, whose texts are joined in order.
+
+        ``exchanges``: (question, answer) pairs. ``system``: the system message. The caller adds an end-of-sequence
+        token to every answer that does not end with one.
+        """
+        pairs = [self.training_pair(question, answer) for question, answer in exchanges]
+        if system is not None:
+            pairs[0] = (self.format_system(system) + pairs[0][0], pairs[0][1])
+        return pairs
 
     def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
-        """Prompt and answer as recovery joins them, with `answer_separator` at the head of the answer."""
+        """The prompt for one instruction, and the answer with `answer_separator` before it; joined, they are the
+        training text of an instruction."""
         prompt = self.format_prompt(instruction, input)
         gap = self.answer_separator
         if gap is None:

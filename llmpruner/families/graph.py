@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..discovery.groups import collect_blocked
 from ..models.decoder import graph_of
 from ..models.empty import meta_model
 from ..structure.coupling import CouplingGraph
@@ -14,6 +16,14 @@ if TYPE_CHECKING:
 
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
-    """The coupling graph of a dense model: the family's groups, checked against the shapes of an instance that
-    is built on the meta device, so that it costs no memory whatever the size."""
-    return graph_of(meta_model(config), lambda: family.coupled_groups(config))
+    """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
+    Raises `CouplingError` where the family's groups contradict them.
+
+    If the family's groups are discovered, ``blocked`` lists the axes without units that no group owns.
+    """
+    with collect_blocked() as blocked:
+        graph = graph_of(meta_model(config), lambda: family.coupled_groups(config))
+    owned = {(span.parameter, span.axis) for group in graph.groups for span in group.spans}
+    if any(group.modules for group in graph.groups):
+        owned.add((graph.layers, 0))
+    return replace(graph, blocked=tuple(b for b in blocked if (b.parameter, b.axis) not in owned))

@@ -1,1 +1,1 @@
-"""Importance: how much each unit matters."""
+"""Importance: scores of units."""

@@ -1,8 +1,8 @@
-"""Estimation: signals → saliency per weight → one score per unit.
+"""Estimation: from signals to a saliency of every weight, and to one score for each unit.
 
-All span arithmetic is here, so that a criterion works for every layout. For one span, the saliencies of the
-indices that a unit owns are summed, over these indices and over all other axes; a group's spans are then reduced
-(sum, mean, max, prod or last) to one score per unit.
+Criteria do not depend on the layout of parameters. For one span, the saliencies are summed over the indices that a unit
+owns and over all other axes; the spans of a group are then reduced (sum, mean, max, prod or last) to one score for each
+unit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.gradients import signals_of, walk_signals
-from ..engine.inputs import stream_statistics
+from ..engine.position import UnitAxis, positions
 from ..engine.signals import InputStats, ParameterSignals, Signal
+from ..engine.stream import stream_statistics
 from ..errors import ModelError, SelectionError
-from ..progress import Progress
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..progress import QUIET, Progress
+from ..structure.coupling import CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
 from .reductions import reduce_spans
 
@@ -35,6 +36,14 @@ class Scores:
     by_group: Mapping[str, torch.Tensor]
 
 
+def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
+    """Raise `SelectionError` for units that ``criterion`` does not score."""
+    refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
+    if refused is not None:
+        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind)) or "none of this model's"
+        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units; use --kinds {kinds}")
+
+
 def estimate(
     model: PreTrainedModel,
     graph: CouplingGraph,
@@ -44,16 +53,21 @@ def estimate(
     *,
     reduction: str = "sum",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Scores:
-    """Score every unit of ``groups``. Peak memory beyond the model is one layer's gradients and one micro-batch.
+    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone.
 
-    Raises `ModelError` when weights or scores are not finite.
+    Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
+
+    Raises `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not
+    finite, or a calibration set is needed and missing.
     """
-    if Signal.STREAM in criterion.signals:
-        return _layers(model, graph, groups, criterion, calibration, progress or Progress())
+    check_accepted(criterion, groups, graph)
+    if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        return _layers(model, graph, groups, criterion, calibration, progress)
     uses = _uses(graph, groups, criterion)
-    stream = walk_signals(model, graph, uses, criterion.signals, calibration, seed, progress or Progress())
+    needs = criterion.signals
+    stream = walk_signals(model, graph, uses, needs, calibration, seed, progress, criterion.measure)
     return _score(graph, groups, criterion, uses, stream, reduction)
 
 
@@ -67,31 +81,44 @@ def estimate_from(
     reduction: str = "sum",
     seed: int = 0,
 ) -> Scores:
-    """`estimate` for a criterion of weights and ``inputs``, where these have been measured (parameter → statistics)."""
-    uses = _uses(graph, groups, criterion)
-    stream = ((name, signals_of(model, name, None, inputs.get(name), criterion.signals, seed)) for name in uses)
+    """`estimate` for a criterion of weights and inputs, from measured ``inputs`` (parameter → statistics)."""
+    uses, where = _uses(graph, groups, criterion), positions(graph)
+    stream = (
+        (name, signals_of(model, name, where[name], None, inputs.get(name), None, criterion.signals, seed))
+        for name in uses
+    )
     return _score(graph, groups, criterion, uses, stream, reduction)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """One span of a group; for a group of modules, one parameter of a module. ``number``: among the group's spans, or
+    among the parameters of its modules."""
+
+    group: CoupledGroup
+    number: int
+    axis: UnitAxis
 
 
 def _score(
     graph: CouplingGraph,
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
-    uses: Mapping[str, Sequence[tuple[CoupledGroup, int]]],
+    uses: Mapping[str, Sequence[_Use]],
     stream: Iterable[tuple[str, ParameterSignals]],
     reduction: str,
 ) -> Scores:
     partial: dict[tuple[str, int], torch.Tensor] = {}
     for name, signals in stream:
         saliency: torch.Tensor | None = None
-        for group, key in uses[name]:
-            whole = _whole_units(criterion, signals, group, key)
-            if whole is None:
+        for use in uses[name]:
+            index = _index(use, signals.weight)
+            scores = criterion.score_units(signals, use.axis, index)
+            if scores is None:
                 saliency = criterion.saliency(signals) if saliency is None else saliency
-                whole = _per_unit(saliency, group, key, criterion.signed)
-            partial[group.name, key] = whole
-    scores = {group.name: _reduce(graph, group, partial, reduction) for group in groups}
-    return _finite(scores, criterion)
+                scores = _per_unit(saliency, use, index, criterion.signed)
+            partial[use.group.name, use.number] = scores.double().cpu()
+    return _finite({group.name: _reduce(graph, group, partial, reduction) for group in groups}, criterion)
 
 
 def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) -> Scores:
@@ -109,28 +136,32 @@ def _layers(
     calibration: CalibrationSet | None,
     progress: Progress,
 ) -> Scores:
-    other = next((group for group in groups if group.kind != LAYER), None)
-    if other is not None:
-        raise SelectionError(f"criterion {criterion.name} scores whole layers, not '{other.kind}'; use --kinds layer")
     if calibration is None:
-        raise ModelError(f"criterion {criterion.name} measures the model at work and needs a calibration set")
-    streams = stream_statistics(model, graph.layers, calibration, progress)
-    values = torch.tensor([criterion.score_layer(stream) for stream in streams], dtype=torch.float64)
+        raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
+    blocks = Signal.STREAM_BLOCKS in criterion.signals
+    stream = stream_statistics(model, graph.layers, calibration, progress, blocks=blocks)
+    values = criterion.score_layers(stream).double().cpu()
     return _finite({group.name: values for group in groups}, criterion)
 
 
 def _uses(
     graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion
-) -> dict[str, list[tuple[CoupledGroup, int]]]:
-    """Parameter → the (group, span number) that read it; tied parameters once, under the name they are stored by."""
-    uses: dict[str, list[tuple[CoupledGroup, int]]] = {}
+) -> dict[str, list[_Use]]:
+    """Parameter → the spans that are scored; tied parameters are under the name they are stored by."""
+    uses: dict[str, list[_Use]] = {}
+    where = positions(graph)
     for group in groups:
-        scored = {span for span in group.spans if criterion.roles is None or span.role in criterion.roles}
-        for number, span in enumerate(group.spans):
-            if span.parameter not in graph.ties and span in (scored or group.spans):
-                uses.setdefault(span.parameter, []).append((group, number))
+        stored = [(n, span) for n, span in enumerate(group.spans) if span.parameter not in graph.ties]
+        found = [
+            (span.parameter, _Use(group, n, UnitAxis(group.kind, span.role, span.axis, where[span.parameter])))
+            for n, span in stored
+        ]
+        scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
+        for name, use in scored or found:
+            uses.setdefault(name, []).append(use)
         for number, name in enumerate(_module_parameters(graph, group)):
-            uses.setdefault(name, []).append((group, number))
+            axis = UnitAxis(group.kind, None, 0, where[name])
+            uses.setdefault(name, []).append(_Use(group, number, axis))
     return uses
 
 
@@ -138,30 +169,23 @@ def _module_parameters(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
     return [p for m in group.modules for p in graph.shapes if p.startswith(m + ".") and p not in graph.ties]
 
 
-def _whole_units(
-    criterion: ImportanceCriterion, signals: ParameterSignals, group: CoupledGroup, number: int
-) -> torch.Tensor | None:
-    if group.modules:
-        return None
-    span = group.spans[number]
-    scores = criterion.score_units(signals, span.axis, _index(group, number, signals.weight.device))
-    return None if scores is None else scores.double().cpu()
+def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
+    """The indices on the axis that each unit owns, (units, width)."""
+    if use.group.modules:
+        return torch.arange(weight.shape[0] if weight.dim() else 1, device=weight.device)[None]
+    units = use.group.units
+    owned = use.group.spans[use.number].indices(range(units))
+    return torch.tensor(owned, device=weight.device).view(units, -1)
 
 
-def _index(group: CoupledGroup, number: int, device: torch.device) -> torch.Tensor:
-    owned = group.spans[number].indices(range(group.units))
-    return torch.tensor(owned, device=device).view(group.units, -1)
-
-
-def _per_unit(saliency: torch.Tensor, group: CoupledGroup, number: int, signed: bool) -> torch.Tensor:
-    if group.modules:
+def _per_unit(saliency: torch.Tensor, use: _Use, index_UK: torch.Tensor, signed: bool) -> torch.Tensor:
+    if use.group.modules:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
-        return (per_index if signed else saliency).abs().sum(dtype=torch.float64).cpu()
-    span = group.spans[number]
-    others = [axis for axis in range(saliency.dim()) if axis != span.axis]
+        return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
+    others = [axis for axis in range(saliency.dim()) if axis != use.axis.axis]
     values = saliency if signed else saliency.abs()
     per_index = values.sum(others, dtype=torch.float64) if others else values.double()
-    return per_index.abs()[_index(group, number, per_index.device)].sum(1).cpu()
+    return per_index.abs()[index_UK].sum(1)
 
 
 def _reduce(
@@ -175,4 +199,4 @@ def _reduce(
         [partial[group.name, n] for n, name in enumerate(names) if name.startswith(module + ".")]
         for module in group.modules
     ]
-    return torch.stack([reduce_spans(torch.stack(values), reduction) for values in of_module])
+    return torch.cat([reduce_spans(torch.stack(values), reduction) for values in of_module])

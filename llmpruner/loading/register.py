@@ -1,4 +1,4 @@
-"""Making pruned checkpoints ordinary for everything that goes through transformers' auto classes."""
+"""Registering pruned model types with transformers' auto classes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..plugins.host import plugin_manager
 def register() -> None:
     """Let AutoConfig and AutoModelForCausalLM load pruned checkpoints without remote code.
 
-    Covers every model type that transformers, or a family of an installed plugin, knows now. Classes are
-    built when a checkpoint is read. Safe to call twice.
+    For the model types of transformers and of the families of installed plugins. Classes are built when a checkpoint
+    is read. Repeated calls have no further effect.
     """
     catalog = Catalog(plugin_manager())
     catalog.register_models()

@@ -1,1 +1,1 @@
-"""Methods: named sets of settings for a prune."""
+"""Methods: named sets of settings for pruning."""

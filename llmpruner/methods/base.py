@@ -1,4 +1,4 @@
-"""Method: a named set of settings for a prune."""
+"""Method: a named set of settings for pruning."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class Method(Component):
-    """Fills in what the user left open; whatever the user gives wins over it."""
+    """Provides defaults for settings that the user does not give."""
 
     kind: ClassVar[str] = "method"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        """Values by name of `PruneSettings`. ``asked``: what the user gave. ``writes``: whether the model writes the
-        calibration text itself, which takes longer than reading it."""
+        """Field of `PruneSettings` → value. ``asked``: the user's settings. ``writes``: whether the model generates the
+        calibration text, which takes longer than reading it."""
         raise NotImplementedError

@@ -1,74 +1,71 @@
-"""Presets for ``--method``: complete ways to prune, each with the reason why it is offered.
-
-A preset is only a set of defaults: every option that the user gives wins over it.
-"""
+"""The built-in methods. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..structure.coupling import LAYER
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..settings import PruneSettings
 
 
-@dataclass(frozen=True)
-class Method:
-    """Defaults of ``plan`` and ``prune``. ``samples`` × ``length``: calibration tokens; ``written``: the same where the
-    model writes them, which takes longer than reading; None: as many.
-    ``of_layers``: the criterion where nothing but whole layers may go, whose weights say little about them; None: the
-    same one."""
+class Best(Method):
+    """Output energy of the weights that read units, on 163,840 tokens (131,072 where the model generates them, which
+    takes longer than reading), then a least-squares fit of these weights. For layers alone, the angular distance
+    between their inputs and outputs, which predicts the loss better than weights do."""
 
-    name: str
-    summary: str
-    importance: str
-    variant: str | None
-    compensate: str
-    samples: int
-    length: int
-    of_layers: str | None = None
-    written: tuple[int, int] | None = None
+    name = "best"
+    summary = "units chosen by one forward pass, then weights that read removed units are fitted again (the default)"
 
-    def amount(self, *, writes: bool) -> tuple[int, int]:
-        """(samples, length)"""
-        return self.written if writes and self.written else (self.samples, self.length)
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        return {
+            "importance": _of_inputs(asked),
+            "compensate": "refit",
+            "samples": 256 if writes else 320,
+            "length": 512,
+        }
 
 
-BEST = Method(
-    "best",
-    "one forward pass chooses, then the weights that read cut units are fitted again (the default)",
-    importance="energy",
-    variant=None,
-    compensate="refit",
-    samples=320,
-    length=512,
-    of_layers="angular",
-    written=(256, 512),
-)
-FAST = Method(
-    "fast",
-    "one forward pass over a few thousand tokens, no repair",
-    importance="energy",
-    variant=None,
-    compensate="none",
-    samples=64,
-    length=128,
-    of_layers="angular",
-)
-LLM_PRUNER = Method(
-    "llm-pruner",
-    "the paper's: first-order Taylor on ten samples, no repair",
-    importance="taylor",
-    variant="element1",
-    compensate="none",
-    samples=10,
-    length=64,
-)
-BY_HAND = Method(
-    "",
-    "what naming a criterion without a method means: that criterion on ten samples, as in the paper, and no repair",
-    importance="",
-    variant=None,
-    compensate="none",
-    samples=10,
-    length=64,
-)
-METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in (BEST, FAST, LLM_PRUNER)})
+class Fast(Method):
+    """The criteria of `Best` on 8,192 tokens, without compensation."""
+
+    name = "fast"
+    summary = "units chosen by one forward pass over a few thousand tokens; no compensation"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        del writes
+        return {"importance": _of_inputs(asked), "compensate": "none", "samples": 64, "length": 128}
+
+
+class LlmPruner(Method):
+    """The selection of LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples,
+    without compensation. Its recovery is `llmpruner recover`."""
+
+    name = "llm-pruner"
+    summary = "the paper's: first-order Taylor importance on ten samples; no compensation"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        del writes
+        taylor = {"settings": {"taylor": {"variant": "element1"}}} if asked.importance in (None, "taylor") else {}
+        return {"importance": "taylor", **taylor, **_TEN_SAMPLES}
+
+
+class ByHand(Method):
+    """The defaults for ``--importance`` without ``--method``: ten samples of 64 tokens, as in LLM-Pruner, and no
+    compensation. Not registered, as it sets no criterion."""
+
+    summary = "the given criterion on ten samples; no compensation"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        del asked, writes
+        return _TEN_SAMPLES
+
+
+_TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length": 64}
+
+
+def _of_inputs(asked: PruneSettings) -> str:
+    return "angular" if asked.kinds == (LAYER,) else "energy"

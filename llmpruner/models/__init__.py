@@ -1,1 +1,1 @@
-"""transformers models in memory: built without weights, cut, silenced, copied, run."""
+"""Operations on transformers models: building without weights, cutting, silencing, copying, generating."""

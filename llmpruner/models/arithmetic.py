@@ -19,12 +19,12 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
     """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache.
 
     One per weight of every linear layer, the language model head included (also where it is tied to the
-    embedding, which itself is a look-up); of expert weights, the share of experts that a token visits; and
+    embedding, which itself is a look-up); of expert weights, the share of experts that a token is routed to; and
     for attention, ``context`` products per channel for the scores and again for the values.
     """
     weights = sum(
-        parameter.numel() if visited is None else parameter.numel() // parameter.shape[0] * visited
-        for _, parameter, visited in multiplied(model)
+        parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed
+        for _, parameter, routed in multiplied(model)
     )
     width = sum(
         span.index.width * group.units
@@ -35,8 +35,8 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
 
 
 def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """The parameters that every token is multiplied by: (name, parameter, for weights of experts, stacked along the
-    first axis, how many of them a token visits)."""
+    """The parameters that tokens are multiplied by: (name, parameter, experts). ``experts``: for weights of experts,
+    which are stacked along the first axis, how many of them a token is routed to; None for all others."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue

@@ -1,4 +1,4 @@
-"""Where the decoder layers of a model are, and its coupling graph."""
+"""The coupling graph of a model, and the path of its decoder layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]]) -> CouplingGraph:
-    """``groups`` checked against the parameters and buffers of ``model``."""
+    """The coupling graph of ``groups()`` and the shapes of ``model``. Raises `CouplingError` where they contradict."""
     names: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     ties: dict[str, str] = {}
@@ -29,11 +29,10 @@ def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]
 
 
 def decoder_layers(model: Any) -> str:
-    """Path of the module list that holds the decoder layers: the longest list of like modules with parameters.
-
-    Raises `UnsupportedModelError` when there is none.
+    """Path of the module list of the decoder layers: of as many modules as the configuration has layers, else the
+    longest. Raises `UnsupportedModelError` when there is none.
     """
-    # In a model of several modalities only the language model's own layers count.
+    # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")
     lists = [
@@ -51,6 +50,7 @@ def decoder_layers(model: Any) -> str:
 
 
 def decoder_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    """The module at ``path``. Raises `UnsupportedModelError` unless it is a list of layers."""
     modules = model.get_submodule(path)
     if not isinstance(modules, nn.ModuleList):
         raise UnsupportedModelError(f"'{path}' of {type(model).__name__} is not a list of layers")

@@ -1,4 +1,4 @@
-"""Cut copies of a model at work: for costs that shapes cannot tell."""
+"""Running a model with its key/value cache, for costs that cannot be computed from shapes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from ..errors import LlmprunerError, UnsupportedModelError
+from ..errors import LlmprunerError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Reading:
-    """A model with the cache of what it has read so far."""
+class CachedModel:
+    """A model with the key/value cache of the tokens that it has processed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -26,15 +26,16 @@ class Reading:
             self.cache = DynamicCache(config=model.config)
 
     @torch.inference_mode()
-    def read(self, tokens: torch.Tensor) -> None:
-        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot go on from a cache."""
+    def process(self, tokens: torch.Tensor) -> None:
+        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot continue from a
+        cache."""
         options = {cache_argument(self.model): self.cache}
         with _in_one_line(self.model):
             self.model(input_ids=tokens.to(self.model.device), use_cache=True, **options)
 
     @torch.inference_mode()
-    def again(self) -> Reading:
-        """Another reading that goes on from here."""
+    def fork(self) -> CachedModel:
+        """The same model with a copy of the cache."""
         other = copy.copy(self)
         other.cache = copy.deepcopy(self.cache)
         return other
@@ -47,19 +48,18 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
     except LlmprunerError:
         raise
     except Exception as error:  # caches and forward passes of any architecture may raise anything
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:160]}"
         raise UnsupportedModelError(
-            f"a {model.config.model_type} model does not read with a key/value cache, so what it costs there cannot be "
-            f"measured ({reason}); choose another --budget"
+            f"a {model.config.model_type} model does not run with a key/value cache, so its cost cannot be measured "
+            f"({type(error).__name__}: {first_line(error)[:160]}); choose another --budget"
         ) from error
 
 
 def sample_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """Ids of shape (1, count), always the same."""
+    """Random token ids of shape (1, count), the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(int(model.config.get_text_config().vocab_size), (1, count), generator=generator)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What ``forward`` calls its key/value cache; transformers is renaming it."""
+    """Name of the argument of ``forward`` for the key/value cache, which transformers is renaming."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,36 +1,46 @@
-"""Models without weights, and transformers without chatter."""
+"""Models without weights: parameters on the meta device, where they take no memory."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from .quiet import quiet_transformers
+from .remote import register_model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance without weights: parameters on the meta device, small buffers (rotary tables) real."""
-    with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    model.tie_weights()
-    return cast("PreTrainedModel", model.eval())
+    """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)
+    with their values.
+
+    Raises `ModelError` when the class is code of a checkpoint that may not run, `UnsupportedModelError` when there is
+    no class, and whatever the class's constructor raises.
+    """
+    register_model_class(config)
+    return _without_weights(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config)
 
 
 def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The class of ``model``, or the one it resizes when it is a pruned model itself."""
+    """The class of ``model``; where that is a pruned class, the dense class that it resizes."""
     base: type[PreTrainedModel] = getattr(model, "pruned_base", type(model))
     return base
 
 
 def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance of ``model_class`` with parameters on the meta device and real buffers."""
+    """An instance of ``model_class`` with parameters on the meta device and buffers with their values."""
+    return _without_weights(model_class, config)
+
+
+def _without_weights(build: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False), quiet_transformers():
-        model = model_class(copy.deepcopy(config))
+        model = build(copy.deepcopy(config))
     model.tie_weights()
     return model.eval()

@@ -1,4 +1,4 @@
-"""Text from a model: greedy unless a temperature is given, with the key/value cache."""
+"""Text generation: greedy unless a temperature is given, with the key/value cache."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ def generate(
     tokenizer: Any,
     prompt: str,
     *,
+    add_special_tokens: bool = True,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
     """The continuation of ``prompt``, without the prompt and without special tokens.
 
+    ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
     A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
     the end-of-sequence token. Raises `DataError` for a prompt without tokens, or a negative temperature.
     """
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt, add_special_tokens=add_special_tokens, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise DataError("the prompt is empty")
@@ -48,8 +50,8 @@ def generate(
         **(sampling or {"do_sample": False}),
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    # What the call leaves open, transformers takes from the model: a checkpoint's own sampling settings and
-    # repetition penalty would change what greedy means.
+    # transformers takes values that the call does not give from the model's own configuration, whose repetition penalty
+    # and sampling settings would change the result.
     model.generation_config = config
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():

@@ -1,10 +1,10 @@
 """Pruned language models whose layers differ in size, as ordinary Hugging Face models.
 
-A copy of this file lies in every checkpoint whose shapes no stock configuration can state, so that
+Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
 ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs nothing but torch and
-transformers. Where llmpruner is installed, the same file serves its ``load_pruned`` and ``register``.
+transformers. ``load_pruned`` and ``register`` of llmpruner use the same file.
 
-``config.json`` is the configuration of the uniform model it was cut from, with the model type
+``config.json`` is the configuration of the uniform model that was cut, with the model type
 ``llmpruner_<base type>`` and a record of what differs::
 
     "llmpruner": {
@@ -14,12 +14,11 @@ transformers. Where llmpruner is installed, the same file serves its ``load_prun
       "shapes": {tensor: [size, …]},      parameters and buffers of the state dict
       "attributes": {module: {name: value}},
       "configs": {module: {name: value}}, for modules that read sizes from their own copy of the configuration
-      "dropped": {module: {"returns": n, "layer_idx": i}},
       "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
     }
 
-There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when asked
-for. The module of a base class outside transformers is copied beside this file, with what it imports
+There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
+used. The module of a base class outside transformers is copied beside this file, with what it imports
 relatively, and imported at the end of the copy; such a module may import only torch and transformers.
 """
 
@@ -47,44 +46,19 @@ CODE_NAME = "modeling_llmpruner"
 RECORD_VERSION = 1
 SLICED = "sliced_argument"
 LAYERS = "layers_kept"
-"""Attribute of a model that lost layers: its record of them."""
+"""Attribute of a model from which layers were removed: the record of `drop_layers`."""
 
 _DERIVING = "deriving_class"
 _COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _LAST = re.compile(r"layer_end_index$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""How configurations speak of layers: how many there are, how many at the start, up to which, and which."""
-
-
-class Dropped(nn.Module):
-    """Stands where a sub-layer was removed; its residual update is zero.
-
-    ``returns``: 0 for a bare tensor, n for a tuple of n values. ``layer_idx``: set for attention, which must
-    still feed the key/value cache, or the cache forgets how many tokens it has seen.
-    """
-
-    def __init__(self, returns: int = 0, layer_idx: int | None = None) -> None:
-        super().__init__()
-        self.returns = returns
-        self.layer_idx = layer_idx
-
-    def forward(self, hidden_states: torch.Tensor, *_: Any, **options: Any) -> Any:
-        # transformers renamed the argument of attention from past_key_values to cache.
-        cache = options.get("cache", options.get("past_key_values"))
-        if cache is not None and self.layer_idx is not None:
-            batch, length = hidden_states.shape[:2]
-            placeholder = hidden_states.new_zeros(batch, 1, length, 1)
-            cache.update(placeholder, placeholder, self.layer_idx)
-        update = torch.zeros_like(hidden_states)
-        return (update, *[None] * (self.returns - 1)) if self.returns else update
+"""Attributes of configurations that hold a number of layers, a number of first layers, the number of a last layer, and
+lists of layer numbers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
-    for path, arguments in record.get("dropped", {}).items():
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Dropped(**arguments))
     resized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, shape in record.get("shapes", {}).items():
         _resize(model, name, tuple(shape), resized)
@@ -104,10 +78,11 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``; what counts layers follows.
+    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and update the numbers and counts of
+    layers in modules and configuration.
 
-    What it takes to do the same to a new instance is remembered as ``model.layers_kept``: a configuration may be
-    unable to say which layers stayed, because it derives their types from a period or counts from the end.
+    ``model.layers_kept`` records what is needed to do the same to a new instance: a configuration cannot always state
+    which layers stayed, because it derives their types from a period or counts from the end.
     """
     layers: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
@@ -126,14 +101,14 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 
 def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:
-    """Let ``config`` state all the layers that a model had before ``record`` of `drop_layers`, in place."""
+    """Restore the values of ``config`` from before `drop_layers` made ``record``, in place."""
     for name, value in record["config"].items():
         setattr(config.get_text_config(), name, value)
     return config
 
 
 def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
-    """Make what ``config`` says of its ``count`` layers true of those ``kept``; returns what it said before."""
+    """Change what ``config`` states of its ``count`` layers to hold for those ``kept``; returns the values before."""
     before: dict[str, Any] = {}
     lists = per_layer_lists(config, count)
     for name, value in [(n, v) for n, v in vars(config).items() if not n.startswith("_")]:
@@ -156,20 +131,20 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
     for name, value in lists.items():
         new = [value[n] for n in kept]
         if list(getattr(config, name)) != new:
-            # Derived from a period that holds no longer: a class of its own lets this configuration state it.
+            # Derived from a period that no longer applies: a subclass overrides the property with a fixed value.
             cls = type(config)
             config.__class__ = type(cls.__name__, (cls,), {name: new, "__module__": cls.__module__, _DERIVING: cls})
     return before
 
 
 def derive_lists(config: PreTrainedConfig) -> None:
-    """Let ``config`` derive again what `drop_layers` made it state."""
+    """Undo the class of its own that `drop_layers` gave ``config``: lists are derived from a period again."""
     while _DERIVING in vars(type(config)):
         config.__class__ = vars(type(config))[_DERIVING]
 
 
 def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]]:
-    """What ``config`` states or derives for each of its ``count`` layers."""
+    """The fields and properties of ``config`` that are lists with an entry for each of its ``count`` layers."""
     derived = [n for c in type(config).__mro__ for n, v in vars(c).items() if isinstance(v, property) and "layer" in n]
     values = {n: v for n, v in vars(config).items() if not (n.startswith("_") or "token" in n or _NUMBERED.search(n))}
     values |= {name: getattr(config, name) for name in derived}
@@ -177,8 +152,8 @@ def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]
 
 
 def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept: Sequence[int]) -> None:
-    """From now on pass ``module`` only the ``kept`` of every ``units`` entries of an argument along ``axis``:
-    what the rest of the model computes for all heads (ALiBi slopes) reaches the heads it belongs to."""
+    """From now on ``module`` is given only the ``kept`` of every ``units`` entries of an argument along ``axis``: of
+    what the rest of the model computes for all heads (ALiBi slopes), the entries of the heads that stay."""
     earlier = getattr(module, SLICED, None)
     if earlier is None:
         module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
@@ -205,7 +180,7 @@ def _resize(
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     old = table[leaf]
-    # Tied parameters are one object and must stay one. The old one is kept, lest its id be reused.
+    # Tied parameters are one object and must stay one. Keeping the old one prevents that its id is used again.
     if id(old) not in resized:
         if len(shape) != old.ndim or any(n > m for n, m in zip(shape, old.shape, strict=True)):
             raise ValueError(f"the pruned shape of {name} {shape} does not fit into {tuple(old.shape)}")
@@ -217,8 +192,8 @@ def _resize(
 
 
 def follow_shape(module: nn.Module, leaf: str) -> None:
-    """Make the sizes that torch and transformers modules store agree with ``leaf``, a parameter or buffer that was
-    cut. A buffer is saved from now on: computed anew, it would have an entry for every unit again."""
+    """Update the sizes that torch and transformers modules store to the shape of ``leaf``, a parameter or buffer that
+    was cut. A buffer becomes persistent: if it were computed again, it would have entries for all units."""
     module._non_persistent_buffers_set.discard(leaf)
     shape = tuple(getattr(module, leaf).shape)
     if isinstance(module, nn.Linear) and leaf == "weight":
@@ -235,14 +210,14 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Show stock code the uniform model of all layers that is resized, not what is left of it.
+    """Let ``config`` describe the uniform model with all layers, before it is resized, for code of transformers.
 
-    ``per_layer_config`` is hidden too: code that reads the global sizes would warn.
+    ``per_layer_config`` is taken out too: code that reads the global sizes would warn.
     """
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
-    left = {name: getattr(text, name) for name in layers["config"]}
+    pruned = {name: getattr(text, name) for name in layers["config"]}
     cls = type(text)
     overrides = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     config.per_layer_config = None
@@ -253,13 +228,13 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     finally:
         if _DERIVING in vars(cls):
             text.__class__ = cls
-        for name, value in left.items():
+        for name, value in pruned.items():
             setattr(text, name, value)
         config.per_layer_config = overrides
 
 
 class PrunedConfigMixin:
-    """A stock configuration with a record of what was cut; saving it also saves the code that reads it."""
+    """A stock configuration with a record of the cut; saving it also saves the code of its class."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = base_class(self.llmpruner)  # type: ignore[attr-defined]
@@ -276,7 +251,7 @@ class PrunedConfigMixin:
 
 
 class PrunedModelMixin:
-    """A stock model resized as its configuration records."""
+    """A stock model, resized according to the record in its configuration."""
 
     pruned_base: type[PreTrainedModel]
 
@@ -289,16 +264,16 @@ class PrunedModelMixin:
         apply_record(self, config.llmpruner)  # type: ignore[arg-type]
 
     def _get_static_cache_init_shape(self) -> None:
-        """Layers have no common shape: a static cache takes each from the first keys and values."""
+        """None: layers have no common shape, so a static cache takes each from the first keys and values."""
 
 
 def pruned_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """``PrunedXConfig`` for ``XConfig``; always the same class."""
+    """``PrunedXConfig`` for ``XConfig``; the same class at every call."""
     return _pruned(PrunedConfigMixin, stock, {"model_type": MODEL_TYPE_PREFIX + stock.model_type})
 
 
 def pruned_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """``PrunedXForCausalLM`` for ``XForCausalLM``; always the same class."""
+    """``PrunedXForCausalLM`` for ``XForCausalLM``; the same class at every call."""
     members = {"config_class": pruned_config(base.config_class), "pruned_base": base}
     return _pruned(PrunedModelMixin, base, members)
 
@@ -318,7 +293,7 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
     """The class that a record resizes. Raises `ValueError` when it cannot be found.
 
     A module named by a checkpoint is imported only when it belongs to transformers or to an installed plugin,
-    or has been imported already: a checkpoint must not choose what runs.
+    or has been imported already, so that a checkpoint cannot run other code.
     """
     name: str = record["base"]
     module: str | None = record.get("module")
@@ -334,13 +309,14 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
 
 
 def _may_import(module: str) -> bool:
-    package = module.partition(".")[0]
-    # The second group holds packages of model classes that a plugin names: never loaded for their own sake.
-    plugins = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
-    return module in sys.modules or package in {
-        "transformers",
-        *(e.module.partition(".")[0] for e in plugins),
-    }
+    return module in sys.modules or module.partition(".")[0] in packages_of_models()
+
+
+def packages_of_models() -> set[str]:
+    """Packages from which a checkpoint may import its model class: transformers, installed plugins (entry points of the
+    group ``llmpruner``), and entry points of the group ``llmpruner.models``, which hold model classes alone."""
+    entries = (*metadata.entry_points(group="llmpruner"), *metadata.entry_points(group="llmpruner.models"))
+    return {"transformers", *(entry.module.partition(".")[0] for entry in entries)}
 
 
 def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
@@ -365,7 +341,7 @@ def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
 
 
 class _OnDemand:
-    """Stands for a pruned model type until a configuration of that type is read, which builds the classes."""
+    """Registered for a pruned model type; builds the classes when a configuration of that type is read."""
 
     model_type: str
 
@@ -377,7 +353,7 @@ class _OnDemand:
 
 
 def register(model_types: Iterable[str]) -> None:
-    """Let AutoConfig and AutoModelForCausalLM read the pruned kind of each model type without remote code."""
+    """Register the pruned variant of each model type with AutoConfig and AutoModelForCausalLM."""
     for model_type in model_types:
         name = MODEL_TYPE_PREFIX + model_type
         AutoConfig.register(name, type("PrunedConfig", (_OnDemand,), {"model_type": name}), exist_ok=True)

@@ -1,4 +1,4 @@
-"""Whether products in bfloat16 are faster than in float32 on a device."""
+"""Whether matrix products in bfloat16 are faster than in float32 on a device."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import nn
 
 
 def computes_bfloat16_fast(model: nn.Module) -> bool:
-    """Whether this device has units for bfloat16 products, and the model is in float32 so that they would help."""
+    """Whether the model is in float32, and its device multiplies faster in bfloat16."""
     parameter = next(model.parameters())
     if parameter.dtype != torch.float32:
         return False
     if parameter.device.type == "cpu":
-        return _bfloat16_pays(_processor())
+        return _is_bfloat16_faster(_processor())
     return parameter.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _processor() -> Mapping[str, Any]:
-    """What torch knows of this processor. Older versions tell less of it."""
+    """What torch reports of this processor: older versions report less."""
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}
 
 
-def _bfloat16_pays(cpu: Mapping[str, Any]) -> bool:
-    """Intel's vectors are slower in bfloat16 than in float32; only its tiles (AMX) are faster."""
+def _is_bfloat16_faster(cpu: Mapping[str, Any]) -> bool:
+    """True with AMX tiles, or AVX-512 BF16 other than Intel's, which is slower than float32."""
     vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
     return bool(cpu.get("amx_bf16")) or vectors

@@ -1,4 +1,4 @@
-"""transformers without warnings and progress bars."""
+"""Turning off the warnings and progress bars of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars; errors still come through as exceptions."""
+    """Silence the warnings and progress bars of transformers."""
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -26,7 +26,7 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_gguf() -> Iterator[None]:
-    """`quiet_transformers` for reading a GGUF file: its bar over the tensors is tqdm's own, which asks nobody."""
+    """`quiet_transformers` for reading a GGUF file, whose progress bar ignores the setting of transformers."""
     own = vars(reader).get("tqdm")
     with quiet_transformers():
         if own is not None:

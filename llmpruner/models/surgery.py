@@ -1,7 +1,10 @@
-"""Applying a plan to a model: one cut per parameter (or buffer) and axis, and its exact mirror image, silencing.
+"""Applying a plan to a model: removing units (`cut`), or setting to zero what they contribute (`silence`).
 
-``kept`` maps group names to the units that stay; a group that is not named keeps everything. All functions change
-the model in place and work on the meta device too.
+To *cut* units is to remove their indices from all tensors, which changes shapes. To *silence* them is to set weights to
+zero so that they contribute nothing, without changing shapes. Both give the same outputs, up to rounding.
+
+``kept`` maps group names to the units that stay; a group that is not named keeps all. Functions work on the meta device
+too.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, remo
 from .modeling_llmpruner import drop_layers, follow_shape
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from ..structure.architecture import Follows
@@ -30,11 +32,11 @@ _EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:
-    """Remove every unit that ``kept`` leaves out, and return the coupling graph of what remains.
+    """Remove all units that ``kept`` leaves out, in place, and return the coupling graph of the cut model.
 
-    Parameters (also where they are tied) and buffers are replaced, sizes stored by linear, embedding and norm
-    modules follow, RMS norms over cut units are rescaled so that the result equals the silenced model, removed
-    layers are deleted and the rest renumbered; then ``family.follow`` sets what else must follow.
+    Replaces parameters (tied ones stay tied) and buffers, updates the sizes that linear, embedding and norm modules
+    store, rescales RMS norms over cut units so that the result equals the silenced model, deletes removed layers and
+    renumbers the others; then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``.
     """
     check_kept(graph, kept)
     for group in graph.groups:
@@ -54,10 +56,10 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
 
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    """Set to zero what the removed units contribute, and change no shape: the reference that a cut must equal.
+    """Silence all units that ``kept`` leaves out, in place: the reference for a cut.
 
-    Units are silenced where they are consumed; units with a norm over them where they are produced. A layer
-    cannot be silenced by zeros in general; groups of modules are refused with `PlanError`.
+    The weights that consume the units are set to zero; where a norm is computed over the units, the weights that
+    produce them. Raises `PlanError` for groups of modules, as zeros do not silence a layer in general.
     """
     check_kept(graph, kept)
     for name, units in kept.items():
@@ -128,8 +130,8 @@ def cut_copy(
     family: Follows,
     instead: Mapping[str, nn.Parameter] | None = None,
 ) -> PreTrainedModel:
-    """A copy of ``model`` cut to ``kept``. It shares the weights that stay whole, so it takes only the memory of what
-    is left of the others. ``instead``: parameters, by name, that stand in for the model's own before the cut."""
+    """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
+    ones. ``instead``: parameters, by name, that replace the model's own before the cut."""
     # Norms over cut units are rescaled in place.
     rescaled = {span.parameter for group in graph.groups for span in group.spans_with(Role.NORM)}
     shared = {id(p): p for name, p in model.named_parameters() if name not in rescaled}

@@ -1,1 +1,1 @@
-"""The oracle: on a small random model, cutting units must equal silencing them."""
+"""The oracle: checks on a small random model that cutting units equals silencing them."""

@@ -1,4 +1,4 @@
-"""What a trace cannot show: attributes and tables that must follow a cut, found by trying on a small model."""
+"""Attributes and tables that must follow a cut, which a trace does not show: found by trying on a small model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models.modeling_llmpruner import slice_argument
 from ..structure.coupling import CoupledGroup, CouplingGraph
-from ..structure.kept import Kept, renamed
+from ..structure.kept import Kept, layer_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,12 +23,12 @@ MAX_TRIALS = 160
 _AUTOMATIC = frozenset(
     ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
 )
-"""Attributes that surgery sets itself."""
+"""Attributes that `surgery.cut` sets."""
 
 
 @dataclass(frozen=True, order=True)
 class Follow:
-    """``attribute`` of the modules ``path`` keeps its proportion to the units of ``kind``.
+    """``attribute`` of the modules at ``path`` is scaled with the number of units of ``kind``.
 
     ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the
     module's own copy of the configuration, which is made when it is set.
@@ -44,8 +44,8 @@ class Follow:
 
 @dataclass(frozen=True, order=True)
 class FollowTable:
-    """An argument of the modules ``path`` has an entry per unit along ``axis`` (ALiBi slopes): only the entries
-    of the units that stay are passed on."""
+    """An argument of the modules at ``path`` has an entry for each unit along ``axis`` (ALiBi slopes): only the entries
+    of the units that stay are passed to the module."""
 
     kind: str
     path: str
@@ -60,7 +60,7 @@ Rule = Follow | FollowTable
 
 
 class Follower:
-    """Applies rules that are known already."""
+    """Applies rules that were found before."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules = tuple(rules)
@@ -70,14 +70,13 @@ class Follower:
 
 
 def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
-    """Make everything in ``rules`` follow what ``kept`` leaves. ``graph``: before the cut; ``model``: after it."""
-    names = renamed(graph, kept)
-    remaining = range(len(model.get_submodule(graph.layers)))
-    for old, units in kept.items():
-        group = graph.by_name[old]
-        if old not in names or group.modules or len(units) == group.units:
+    """Apply ``rules`` for the units in ``kept``. ``graph``: before the cut; ``model``: after it."""
+    numbers = layer_numbers(graph, kept)
+    for name, units in kept.items():
+        group = graph.by_name[name]
+        if group.modules or len(units) == group.units:
             continue
-        layers = remaining if group.layer is None else [int(names[old].split(".")[1])]
+        layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
         for rule in rules:
             if rule.kind != group.kind:
                 continue
@@ -94,7 +93,7 @@ def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Seque
 def _module(model: nn.Module, path: str) -> nn.Module | None:
     try:
         return model.get_submodule(path)
-    except AttributeError:  # layers of another type lack it
+    except AttributeError:  # a layer of another type without this module
         return None
 
 
@@ -104,7 +103,7 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
         owner, attribute = vars(module).get("config"), attribute.partition(".")[2]
     value = getattr(owner, attribute, None)
     if type(value) is not int or not _counts(value, group):
-        return  # it belongs to another group of this kind
+        return  # it counts units of another group of this kind
     if owner is not module and module is not model and not vars(module).get("_config_is_own"):
         owner = module.config = copy.deepcopy(owner)
         object.__setattr__(module, "_config_is_own", True)
@@ -114,14 +113,14 @@ def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group
 def _counts(value: int, group: CoupledGroup) -> bool:
     """Whether ``value`` may count the units of ``group``, or for units in blocks those of one block."""
     if group.layer is None:
-        # The hidden size is large enough that only itself is meant; heads also multiply other sizes.
+        # Only the hidden size itself is that large; numbers of heads are factors of other sizes too.
         return value == group.units
     return any(size > 1 and value % size == 0 for size in (group.units, group.units // group.blocks))
 
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
-    """Attributes near what ``groups`` cut whose values are multiples of the number of their units, or for
-    groups in blocks of the number in a block."""
+    """Attributes of the modules that ``groups`` cut, and of those around them, whose values are multiples of the number
+    of units, or for groups in blocks of the number in a block."""
     found: dict[Follow, None] = {}
     for group in groups:
         for path, module in _nearby(model, graph, group):
@@ -134,8 +133,8 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
 def tables(
     model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup], batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors passed by name to the modules that ``groups`` cut, the same for all ``batches`` of token ids (so
-    they hold no activations), with an axis that may number units."""
+    """Tensors passed by name to modules near the parameters of ``groups`` that are equal for all ``batches`` of token
+    ids, and so no activations, with an axis whose size is a multiple of the number of units."""
     found: dict[FollowTable, None] = {}
     for group in groups:
         for path, module in _nearby(model, graph, group):
@@ -157,7 +156,7 @@ def tables(
                     for axis, size in enumerate(value.shape):
                         if size % group.units == 0:
                             found.setdefault(FollowTable(group.kind, _pattern(graph, path), name, axis))
-        break  # one layer shows what every layer is given
+        break  # every layer is given the same
     return sorted(found)
 
 
@@ -200,7 +199,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 def find(found: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
     """The fewest of ``found`` with which a cut model agrees with its reference; None when none do.
 
-    Tries none, then all, then growing subsets; what turns out to be needless is left out again.
+    Tries none, then all, then growing subsets; rules that prove needless are removed again.
     """
     if agrees(()):
         return ()

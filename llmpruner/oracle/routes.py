@@ -1,4 +1,4 @@
-"""The reference for removed experts: the whole model, with routers that cannot choose them."""
+"""The reference for removed experts: the whole model, with routers that cannot select them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class ClosedRoutes(TorchFunctionMode):
-    """Make routers never choose the removed experts: minus infinity in their logits, and again where the top k
-    are taken, because a bias may have been added to a sigmoid in between."""
+    """While active, routers do not select the removed experts: their logits are minus infinity, as are their scores in
+    top-k selections, as a sigmoid and a bias may have been applied in between."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A small model of the same architecture: its configuration shrunk by what its numbers mean."""
+"""A small model of the same architecture: its configuration with smaller numbers, by what each of them means."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from transformers import AutoModelForCausalLM
 from ..errors import UnsupportedModelError
 from ..models.modeling_llmpruner import per_layer_lists
 from ..models.quiet import quiet_transformers
+from ..models.remote import register_model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LAYERS = 3
+HEADS = (5, 3), (4, 2)
+"""Numbers of heads, and of key/value heads where these are fewer, in the order of trials: odd ones first, because no
+other size is a multiple of them; some classes accept even ones only."""
 HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
@@ -26,6 +30,7 @@ POSITIONS = 256
 _WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden")
 _EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
 _TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
+_SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _RANK = re.compile(r"rank$|_lora|low_rank")
 _TOKEN = re.compile(r"token_id$|_token$|token_index$")
 _LENGTH = re.compile(
@@ -40,8 +45,9 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
     key/value heads where they are shared; odd, so that other sizes are no multiples of them. What is equal in
     ``config`` stays equal, and flags stay as they are.
     """
+    register_model_class(config)  # the small configuration has lost the reference to the code of its class
     if getattr(config, "is_heterogeneous", False):
-        # Sizes that differ between layers are read as what they are globally.
+        # Sizes that differ between layers are replaced by the global ones.
         config = copy.deepcopy(config)
         config.per_layer_config = None
     values = _shrink(config, layers, heads)
@@ -55,12 +61,12 @@ def tiny_config(config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int
 
 
 def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedConfig:
-    """The first of some tiny configurations whose model can be built and run.
+    """The first `tiny_config`, over `HEADS`, whose model can be built and run.
 
     Raises `UnsupportedModelError` with the first reason when none can.
     """
     reasons: list[UnsupportedModelError] = []
-    for heads in ((5, 3), (4, 2)):
+    for heads in HEADS:
         try:
             small = tiny_config(config, layers, heads)
             _run(random_instance(small))
@@ -69,6 +75,17 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
         else:
             return small
     raise reasons[0]
+
+
+def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
+    """A key that is equal for configurations with equal small models."""
+    texts = []
+    for heads in HEADS:
+        try:
+            texts.append(tiny_config(config, heads=heads).to_json_string(use_diff=False))
+        except UnsupportedModelError as error:
+            texts.append(str(error))
+    return type(config), *texts
 
 
 def _run(model: PreTrainedModel) -> None:
@@ -82,14 +99,16 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
-    """A float32 model on the CPU whose weights are random enough for any mistake to show: no parameter is
-    zero or one, biases and norms included, nor is any saved buffer of one value (the selection bias of experts)."""
+    """A float32 model on the CPU with random weights that make every error visible: no parameter is constant, biases
+    and norms included, nor is any saved buffer (the selection bias of experts)."""
     config = copy.deepcopy(config)
     generator = torch.Generator().manual_seed(seed)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
+            )
         except Exception as error:
             raise UnsupportedModelError(
                 f"a small {config.model_type} cannot be built: {type(error).__name__}: {str(error)[:160]}"
@@ -104,7 +123,7 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
         saved = model.state_dict(keep_vars=True).keys()
         for name, buffer in model.named_buffers():
             if name in saved and buffer.is_floating_point() and buffer.numel() > 1 and len(buffer.unique()) == 1:
-                # What is positive (a variance) stays so.
+                # Positive values (variances) stay positive.
                 buffer.add_(0.3 * torch.randn(buffer.shape, generator=generator).abs())
     return cast("PreTrainedModel", model.eval())
 
@@ -129,12 +148,15 @@ def _shrink(config: PreTrainedConfig, layers: int, few: tuple[int, int]) -> dict
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Numbers of query and of key/value heads, which are equal where the configuration has no field for the latter
+    (also under other names than in transformers); None for a model without heads."""
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, list):
         heads = heads[0] if heads else None
     if not isinstance(heads, int) or heads < 1:
         return None
-    shared = getattr(config, "num_key_value_heads", None)
+    own = {name: value for name, value in vars(config).items() if _SHARED.search(name) and _is_size(value)}
+    shared = getattr(config, "num_key_value_heads", None) or next(iter(own.values()), None)
     if not isinstance(shared, int) or shared < 1 or heads % shared:
         shared = heads
     return heads, shared
@@ -160,7 +182,7 @@ def _shrink_attention(
         meaning = names.get(name, name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             continue
-        if re.search(r"kv_heads|key_value_heads|query_groups", meaning):
+        if _SHARED.search(meaning):
             values[name] = few_shared if value == shared else few if value == heads else min(value, few_shared)
         elif re.search(r"heads$|n_head$", meaning) and not re.search("mamba|mixer|ssm", meaning):
             values[name] = few if value == heads else min(value, 4)
@@ -179,7 +201,7 @@ def _shrink_attention(
 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
-    """Heads of a state space fill the expanded hidden size exactly."""
+    """In state space models, number and size of heads must multiply to the expanded hidden size."""
     names = [n for n in ("mamba_n_heads", "mamba_num_heads") if _is_size(values.get(n))]
     expand = values.get("mamba_expand", values.get("expand"))
     for name in names:
@@ -222,7 +244,7 @@ def _shrink_layers(config: PreTrainedConfig, values: dict[str, Any], layers: int
         return
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     chosen = _show_all([tuple(map(str, column)) for column in zip(*lists.values(), strict=True)], count, layers)
-    # What is derived from a period cannot be chosen: the first layers, as many as show every kind of it.
+    # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
     chosen = sorted({*chosen, *range(shown)})
@@ -238,7 +260,7 @@ def _shrink_layers(config: PreTrainedConfig, values: dict[str, Any], layers: int
 
 
 def _show_all(kinds: Iterable[tuple[str, ...]], count: int, layers: int) -> list[int]:
-    """Numbers of the first layers that show every kind, in order; at least ``layers`` of them."""
+    """Numbers of the first layers of every kind, in order, with further first layers up to ``layers`` in all."""
     first = {kind: n for n, kind in reversed(list(enumerate(kinds)))}
     chosen = set(first.values())
     chosen.update(n for n in range(count) if n < layers and len(chosen | {n}) <= max(layers, len(first)))

@@ -1,11 +1,11 @@
-"""The oracle: on a small random model, cutting units must equal silencing them."""
+"""The oracle: checks on a small random model that cutting units equals silencing them."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ import torch
 from ..checkpoints.load import load_pruned
 from ..checkpoints.save import save_checkpoint
 from ..discovery.groups import discover_groups
-from ..errors import LlmprunerError
+from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.decoder import graph_of
 from ..models.quiet import quiet_transformers
 from ..models.surgery import cut, silence
 from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept, removed_modules
+from .compare import differences
 from .follow import Follower, Rule, candidates, find, tables
 from .routes import ClosedRoutes
 from .tiny import random_instance, small_config
@@ -36,18 +37,21 @@ TOLERANCE = 2e-4
 """Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
 layers stays ten times below it, a wrong index far above."""
 VISIBLE = 1e-3
-"""A cut that changes the dense model's logits by less proves nothing."""
+"""Smallest change of the dense model's logits by silencing; with less, agreement would not be evidence."""
 
 VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the oracle says about one kind of unit.
+    """The result of the oracle for one kind of unit.
 
-    ``verdict``: *verified*; *failed* (the cut model runs and silently disagrees); *refused* (the cut model
-    cannot run, or nothing was proved: see ``reason``). ``difference``: largest difference of logits relative to
-    the largest logit, over ``checks``. ``follows``: attributes that had to follow the cut.
+    ``verdict``: *verified*; *failed* (the cut model runs and its outputs are wrong); *refused* (the cut model cannot
+    run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
+    largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
+    attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
+    ``differences``: for a kind that is not verified, one line for each parameter in which the declared groups differ
+    from the discovered ones.
     """
 
     kind: str
@@ -59,6 +63,8 @@ class Verdict:
     reason: str = ""
     checks: tuple[str, ...] = ()
     follows: tuple[Rule, ...] = ()
+    skipped: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 def verify(
@@ -69,7 +75,7 @@ def verify(
     seed: int = 0,
     shrink: bool = True,
 ) -> list[Verdict]:
-    """Try every kind of unit of ``source`` on a small random model of the architecture of ``config``.
+    """Check every kind of unit of ``source`` on a small random model of the architecture of ``config``.
 
     ``source``: a family; groups of exactly ``config`` (then pass ``shrink=False``); or None for discovery.
     One verdict per kind, in order of appearance. Raises `UnsupportedModelError` when the small model cannot be
@@ -86,7 +92,33 @@ def verify(
     family = None if source is None or isinstance(source, Sequence) or source.is_discovered else source
     wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]
     oracle = Oracle(small, graph, family, seed)
-    return [oracle.judge(kind) for kind in wanted]
+    verdicts = [oracle.judge(kind) for kind in wanted]
+    if source is None or all(v.verdict == VERIFIED for v in verdicts):
+        return verdicts
+    return _with_differences(verdicts, graph, small)
+
+
+def _with_differences(verdicts: Sequence[Verdict], graph: CouplingGraph, config: PreTrainedConfig) -> list[Verdict]:
+    """``verdicts``, with ``differences`` of the groups of ``graph`` from discovered ones where not *verified*."""
+    try:
+        discovered = discover_groups(config)
+    except UnsupportedModelError as error:
+        nothing = f"the groups were not compared with discovered ones: {error}"
+        return [v if v.verdict == VERIFIED else replace(v, differences=(nothing,)) for v in verdicts]
+    return [
+        v if v.verdict == VERIFIED else replace(v, differences=differences(graph.of_kinds([v.kind]), discovered))
+        for v in verdicts
+    ]
+
+
+@dataclass
+class _Record:
+    """The results so far for one kind of unit, as in the fields of `Verdict`."""
+
+    checks: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    difference: float = 0.0
+    follows: tuple[Rule, ...] = ()
 
 
 class Oracle:
@@ -94,34 +126,46 @@ class Oracle:
 
     def __init__(self, config: PreTrainedConfig, graph: CouplingGraph, family: Architecture | None, seed: int) -> None:
         self.config, self.graph, self.family, self.seed = config, graph, family, seed
-        self.models = dict(_instances(config, seed))
+        self.models, self.skipped = _instances(config, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.generates = _generates(self.models["eager"], self.tokens)
+        self.no_cache = _why_no_generation(self.models["eager"], self.tokens)
+        """Why generation cannot be checked; empty when it can."""
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
-        groups = [g for g in self.graph.of_kinds([kind]) if g.units > g.minimum]
-        units = max((g.units for g in self.graph.of_kinds([kind])), default=0)
-        summary = (kind, len(self.graph.of_kinds([kind])), units)
-        if not groups:
-            return Verdict(*summary, REFUSED, 0.0, reason="no group has a unit to spare")
-        state: dict[str, Any] = {"checks": [], "difference": 0.0, "follows": ()}
-        try:
-            self._try(kind, groups, state)
-        except Disagreement as found:
-            return Verdict(
-                *summary, FAILED, found.difference, found.where, str(found), tuple(state["checks"]), state["follows"]
-            )
-        except Exception as error:  # the cut model may fail in any way; that is the verdict
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
-            return Verdict(
-                *summary, REFUSED, 0.0, reason=reason, checks=tuple(state["checks"]), follows=state["follows"]
-            )
-        return Verdict(*summary, VERIFIED, state["difference"], checks=tuple(state["checks"]), follows=state["follows"])
+        every = self.graph.of_kinds([kind])
+        groups = [g for g in every if g.units > g.minimum]
+        record = _Record(skipped=list(self.skipped))
+        if len(groups) < len(every):
+            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
 
-    def _try(self, kind: str, groups: Sequence[CoupledGroup], state: dict[str, Any]) -> None:
+        def verdict(name: str, difference: float, where: str = "", reason: str = "") -> Verdict:
+            return Verdict(
+                kind,
+                len(every),
+                max((g.units for g in every), default=0),
+                name,
+                difference,
+                where,
+                reason,
+                tuple(record.checks),
+                record.follows,
+                tuple(record.skipped),
+            )
+
+        if not groups:
+            return verdict(REFUSED, 0.0, reason="no unit can be removed from any group")
+        try:
+            self._try(kind, groups, record)
+        except Disagreement as found:
+            return verdict(FAILED, found.difference, found.where, str(found))
+        except Exception as error:  # the cut model may raise anything
+            return verdict(REFUSED, 0.0, reason=f"{type(error).__name__}: {first_line(error)[:200]}")
+        return verdict(VERIFIED, record.difference)
+
+    def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
         plans = {
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
@@ -130,22 +174,23 @@ class Oracle:
         if kind == LAYER and len(types) == self.graph.num_layers:
             plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
         if self.family is None and kind != LAYER:
-            state["follows"] = self._follows(groups, plans["uneven"])
+            record.follows = self._follows(groups, plans["uneven"])
         for name, kept in plans.items():
             for implementation, dense in self.models.items():
-                difference = self._compare(dense, implementation, kept, state["follows"], strict=name == "uneven")
-                state["difference"] = max(state["difference"], difference)
-                state["checks"].append(f"{name} {implementation}")
-        kept = plans["uneven"]
-        dense = self.models["eager"]
-        if self._generate(kept, state["follows"]):
-            state["checks"].append("cached generation")
+                difference = self._compare(dense, implementation, kept, record.follows, strict=name == "uneven")
+                record.difference = max(record.difference, difference)
+                record.checks.append(f"{name} {implementation}")
+        why_not = self._generate(plans["uneven"], record.follows)
+        if why_not:
+            record.skipped.append(f"cached generation: {why_not}")
+        else:
+            record.checks.append("cached generation")
         for name, kept in plans.items():
-            model = self._cut(dense, kept, state["follows"])
+            model = self._cut(self.models["eager"], kept, record.follows)
             difference = round_trip_difference(model, self.tokens)
             if not difference <= TOLERANCE:
                 raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
-        state["checks"].append("save and load")
+        record.checks.append("save and load")
 
     def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
         first: list[Exception] = []
@@ -156,7 +201,7 @@ class Oracle:
                 for name, model in self.models.items():
                     self._compare(model, name, kept, chosen, strict=False)
                 self._generate(kept, chosen)
-            except Exception as error:  # a wrong trial may raise anything
+            except Exception as error:  # a model cut with the wrong rules may raise anything
                 first.append(error)
                 return False
             return True
@@ -173,19 +218,21 @@ class Oracle:
             raise silent[0] if silent and isinstance(first[0], Disagreement) else first[0]
         return found
 
-    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> bool:
-        """Check generation with a cache; false where the silenced model itself has none that is exact."""
-        if not self.generates:
-            return False
+    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:
+        """Check generation with a cache. Returns why it cannot be checked (the dense or the silenced model does not
+        give the same logits with a cache as without), else an empty string."""
+        if self.no_cache:
+            return f"the dense model {self.no_cache}"
         dense = self.models["eager"]
         _, reference, mode = self._reference(dense, kept)
         with mode:
-            if not _generates(reference, self.tokens):
-                return False
+            why_not = _why_no_generation(reference, self.tokens)
+        if why_not:
+            return f"the model with silenced units {why_not}"
         difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
         if not difference <= TOLERANCE:
             raise Disagreement("generation with a cache differs from generation without", difference, "")
-        return True
+        return ""
 
     def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
         model = copy.deepcopy(dense)
@@ -198,7 +245,7 @@ class Oracle:
         model = self._cut(dense, kept, follows)
         expected, reference, mode = self._reference(dense, kept)
         if strict and distance(expected, self.dense[implementation]) < VISIBLE:
-            raise LlmprunerError("silencing the units changes no logit, so nothing is proved")
+            raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
         difference = distance(logits(model, self.tokens), expected)
         if not difference <= TOLERANCE:
             where = first_difference(model, reference, self.tokens, mode)
@@ -237,7 +284,7 @@ def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
-    """Kept units: in every group another number of them (``uneven``), or as even as the groups allow."""
+    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for group in groups:
@@ -254,13 +301,13 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
             units += sorted(block * per_block + int(i) for i in order)
         kept[group.name] = units
     if not kept:
-        raise LlmprunerError("no group has a unit to spare")
+        raise LlmprunerError("no unit can be removed from any group")
     return kept
 
 
 def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
-    """As many of a model's layers, of ``types``, an attention layer among them where it has one: without, nothing
-    in the cache of transformers counts the tokens, and generation raises."""
+    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
+    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
     attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
     if not attention or set(attention) & set(layers):
         return layers
@@ -313,7 +360,7 @@ def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Te
 
 
 def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> float:
-    """How far logits with a key/value cache are from those of full forwards. Raises what generation raises."""
+    """`distance` of logits with a key/value cache from those of full forward passes. Raises what generation raises."""
     with torch.no_grad(), quiet_transformers():
         output = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps,
@@ -324,16 +371,17 @@ def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int =
     return distance(cached, full[:, tokens.shape[1] - 1 : -1])
 
 
-def _generates(model: PreTrainedModel, tokens: torch.Tensor) -> bool:
-    """Whether a reference model generates with a cache as it does without; many classes cannot generate."""
+def _why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
+    """Why generation of ``model`` with a cache cannot be compared with generation without; empty when it can."""
     try:
-        return cached_difference(model, tokens) <= TOLERANCE
-    except Exception:  # a class that was never meant to generate may raise anything
-        return False
+        difference = cached_difference(model, tokens)
+    except Exception as error:  # classes without support for generation raise anything
+        return f"cannot generate with a cache ({type(error).__name__}: {first_line(error)[:160]})"
+    return "" if difference <= TOLERANCE else f"gives other logits with a cache ({difference:.0e})"
 
 
 def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """Save, load, and compare logits."""
+    """`distance` of the logits after saving and loading from those before."""
     expected = logits(model, tokens)
     with tempfile.TemporaryDirectory() as parent:
         directory = Path(parent) / "pruned"
@@ -342,14 +390,15 @@ def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float
         return distance(logits(loaded, tokens), expected)
 
 
-def _instances(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, PreTrainedModel]]:
-    """One model per implementation: plain loops first, then the fused kernels that the class has."""
-    yield "eager", _instance(config, seed, "eager", "eager")
+def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
+    """One model per implementation: eager, and the fused kernels that the class has; and one line for each
+    implementation that it lacks, with the reason."""
+    models = {"eager": _instance(config, seed, "eager", "eager")}
     try:
-        yield "sdpa", _instance(config, seed, "sdpa", None)
-    except LlmprunerError:
-        # The class has no sdpa path; its experts may still have fused kernels.
-        yield "fused experts", _instance(config, seed, "eager", None)
+        return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
+    except LlmprunerError as error:
+        # Where attention has no fused kernel, experts may have one.
+        return {**models, "fused experts": _instance(config, seed, "eager", None)}, [f"sdpa attention: {error}"]
 
 
 def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str | None) -> PreTrainedModel:

@@ -1,1 +1,1 @@
-"""Hooks, the plugins that implement them, and the catalog of what they offer."""
+"""Hooks, the plugins that implement them, and the catalog of their components."""

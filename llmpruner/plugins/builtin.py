@@ -1,42 +1,46 @@
-"""The built-in components: an ordinary plugin that is always there."""
+"""The built-in components: a plugin like any other, named ``builtin``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..budgets.base import Budget
+from ..budgets.kv_cache import KvCache
+from ..budgets.latency import Latency
+from ..budgets.macs import Macs
+from ..budgets.weights import AllParameters, DecoderParameters, WeightBytes
 from ..compensation.base import Compensation
+from ..compensation.bias import BiasShift
+from ..compensation.none import NoCompensation
+from ..compensation.refit import Refit
+from ..data.self_written import SelfWritten
 from ..data.source import CalibrationSource
+from ..data.text import TextSource
 from ..evaluation.base import Metric
-from ..export.base import Exporter
+from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
+from ..exporters.base import Exporter
+from ..exporters.stock import StockExporter
+from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
 from ..importance.base import ImportanceCriterion
 from ..importance.depth import AngularDistance, BlockInfluence
-from ..importance.elimination import Elimination
 from ..importance.magnitude import L1, L2, Random
+from ..importance.obs import OptimalBrainSurgeon
 from ..importance.taylor import Taylor
 from ..methods.base import Method
+from ..methods.presets import Best, Fast, LlmPruner
 from ..recovery.base import RecoveryStrategy
 from ..recovery.full import FullStrategy
 from ..recovery.lora import LoraStrategy
 from ..report.base import ReportSection
+from ..report.block import BlockSection
+from ..report.groups import GroupsSection
+from ..report.plan import PlanSection
 from ..selection.base import Allocation
+from ..selection.ranking import GlobalRanking
+from ..selection.search import Search
+from ..selection.sensitivity import Sensitivity
+from ..selection.uniform import Uniform
 from .hookspecs import hookimpl
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-
-class AutoFamily(ModelFamily):
-    """Any decoder: structure is discovered by tracing, and every cut proved on a small model. Choose it by name."""
-
-    name = "auto"
-
-    def matches(self, config: PreTrainedConfig) -> bool:
-        """Never: a family is not guessed."""
-        del config
-        return False
 
 
 @hookimpl
@@ -47,7 +51,7 @@ def llmpruner_model_families() -> list[type[ModelFamily]]:
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
-    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, Elimination]
+    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
     return [*weights, Taylor, *forward, BlockInfluence, AngularDistance]
 
 
@@ -58,39 +62,39 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
-    return []
+    return [Uniform, GlobalRanking, Sensitivity, Search]
 
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Budget]]:
-    return []
+    return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache, Latency]
 
 
 @hookimpl
 def llmpruner_compensations() -> list[type[Compensation]]:
-    return []
+    return [Refit, BiasShift, NoCompensation]
 
 
 @hookimpl
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
-    return []
+    return [SelfWritten, TextSource]
 
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
-    return []
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric]
 
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return []
+    return [StockExporter]
 
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[ReportSection]]:
-    return []
+    return [GroupsSection, PlanSection, BlockSection]
 
 
 @hookimpl
 def llmpruner_methods() -> list[type[Method]]:
-    return []
+    return [Best, Fast, LlmPruner]

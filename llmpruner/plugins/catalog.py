@@ -1,98 +1,130 @@
-"""Finding plugins and choosing among them.
-
-There is no global plugin manager: `plugin_manager` makes one, `Catalog` reads its hooks once, checks what they
-return, and answers every later question.
-"""
+"""The catalog: the components of all plugins, checked, by kind and name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from reprlib import repr as short_repr
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
+from ..budgets.base import Budget
 from ..checkpoints.reader import CheckpointReader
-from ..errors import ModelError, UnsupportedModelError
+from ..compensation.base import Compensation
+from ..component import Component
+from ..data.source import CalibrationSource
+from ..errors import ModelError, UnknownNameError, UnsupportedModelError
+from ..evaluation.base import Metric
+from ..exporters.base import Exporter
+from ..families.auto import AUTO
 from ..families.family import ModelFamily
 from ..importance.base import ImportanceCriterion
+from ..methods.base import Method
 from ..recovery.base import RecoveryStrategy
+from ..report.base import ReportSection
+from ..selection.base import Allocation
+from .calls import Answer
 from .host import BrokenPlugin, PluginHost
-from .registry import Registry, T
+from .registry import Registry, problem_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+T = TypeVar("T")
+
+
+class Kind(cached_property[Registry[T]], Generic[T]):
+    """A kind of component, as an attribute of `Catalog`: the `Registry` of its classes, which are collected when the
+    attribute is first read.
+
+    ``name``: in messages. ``hook``: returns the classes. ``base``: their base class.
+    """
+
+    attrname: str
+
+    def __init__(self, name: str, hook: str, base: type[T]) -> None:
+        super().__init__(lambda catalog: _collect(catalog.host, self))
+        self.name, self.hook, self.base = name, hook, base
+
 
 class Catalog:
-    """All that the plugins of a host offer, checked."""
+    """The components of all plugins of a host."""
+
+    families = Kind("family", "llmpruner_model_families", ModelFamily)
+    criteria = Kind("criterion", "llmpruner_importance_criteria", ImportanceCriterion)
+    allocations = Kind("allocation", "llmpruner_allocations", Allocation)
+    budgets = Kind("budget", "llmpruner_budgets", Budget)
+    compensations = Kind("compensation", "llmpruner_compensations", Compensation)
+    sources = Kind("calibration source", "llmpruner_calibration_sources", CalibrationSource)
+    strategies = Kind("recovery strategy", "llmpruner_recovery_strategies", RecoveryStrategy)
+    metrics = Kind("metric", "llmpruner_metrics", Metric)
+    exporters = Kind("exporter", "llmpruner_exporters", Exporter)
+    readers = Kind("checkpoint reader", "llmpruner_checkpoint_readers", CheckpointReader)
+    sections = Kind("report section", "llmpruner_report_sections", ReportSection)
+    methods = Kind("method", "llmpruner_methods", Method)
 
     def __init__(self, host: PluginHost) -> None:
         self.host = host
-        self.families: Registry[ModelFamily] = self._collect("family", "llmpruner_model_families", ModelFamily)
-        self.criteria: Registry[ImportanceCriterion] = self._collect(
-            "criterion", "llmpruner_importance_criteria", ImportanceCriterion
-        )
-        self.strategies: Registry[RecoveryStrategy] = self._collect(
-            "recovery strategy", "llmpruner_recovery_strategies", RecoveryStrategy
-        )
-        self.readers: Registry[CheckpointReader] = self._collect(
-            "checkpoint reader", "llmpruner_checkpoint_readers", CheckpointReader
-        )
 
-    def _collect(self, kind: str, hook: str, base: type[T]) -> Registry[T]:
-        registry: Registry[T] = Registry(kind)
-        impls = getattr(self.host.manager.hook, hook).get_hookimpls()
-        for impl in sorted(impls, key=lambda i: (i.plugin_name != "builtin", i.plugin_name)):
-            package = self.host.package_of(impl.plugin_name)
-            try:
-                classes = list(self.host.call(impl))
-            except Exception as error:
-                self.host.broken.append(
-                    BrokenPlugin(impl.plugin_name, package, f"{hook} raised {type(error).__name__}: {error}")
-                )
-                continue
-            for cls in classes:
-                registry.add(cls, base, package)
+    @property
+    def registries(self) -> tuple[Registry[Any], ...]:
+        """The registries of all kinds; calls the hooks that were not called before."""
+        return tuple(getattr(self, kind.attrname) for kind in KINDS.values())
+
+    @property
+    def broken(self) -> tuple[BrokenPlugin, ...]:
+        """What was left out of plugins so far; calls no hooks."""
+        return self.host.broken
+
+    def registry(self, kind: str) -> Registry[Any]:
+        """The registry of a kind by name, such as ``budget``. Raises `UnknownNameError`."""
+        if kind not in KINDS:
+            raise UnknownNameError("kind", kind, KINDS)
+        registry: Registry[Any] = getattr(self, KINDS[kind].attrname)
         return registry
 
-    @cached_property
-    def broken(self) -> tuple[BrokenPlugin, ...]:
-        return tuple(self.host.broken)
+    @overload
+    def create(self, kind: Registry[T], name: str, values: Mapping[str, Any] | None = None) -> T: ...
+    @overload
+    def create(self, kind: str, name: str, values: Mapping[str, Any] | None = None) -> Component: ...
+    def create(self, kind: Registry[Any] | str, name: str, values: Mapping[str, Any] | None = None) -> Any:
+        """The component ``name`` with the settings ``values``. ``kind``: a registry of this catalog, or its name.
+
+        Raises `UnknownNameError`, `DuplicateNameError`, and `SettingsError` for invalid settings.
+        """
+        registry = self.registry(kind) if isinstance(kind, str) else kind
+        return registry[name](**(values or {}))
 
     def register_models(self) -> None:
-        """Let every family make its own model classes known to transformers."""
+        """Call `ModelFamily.register_models` of every family."""
         for cls in self.families.values():
             cls().register_models()
 
     def family_for(self, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
-        """The family of a model: ``name`` when given, else the single most special one that matches.
+        """The family of a model: ``name`` when given, else the one that matches and is not extended by another that
+        matches, else ``auto``, which discovers the structure.
 
-        Raises `UnsupportedModelError` when none or several match.
+        Raises `UnsupportedModelError` when several match, or none and the built-in plugin is blocked.
         """
         if name is not None:
             return self.families[name]()
-        matches = [family for family in (cls() for cls in self.families.values()) if family.matches(config)]
-        extended = {ancestor for family in matches for ancestor in self._ancestors(family)}
+        families = {family.name: family for family in (cls() for cls in self.families.values())}
+        matches = [family for family in families.values() if family.matches(config)]
+        extended = {ancestor for family in matches for ancestor in _ancestors(family, families)}
         left = [family for family in matches if family.name not in extended]
         if len(left) == 1:
             return left[0]
-        if not left:
-            known = sorted({t for cls in self.families.values() for t in cls.model_types})
+        if left:
+            names = ", ".join(f"{f.name} ({self.families.package_of(f.name)})" for f in left)
             raise UnsupportedModelError(
-                f"no family understands model type '{config.model_type}' (known: {', '.join(known)}); "
-                "--family auto discovers any decoder's structure, --family NAME chooses one, or install a plugin"
+                f"several families match model type '{config.model_type}': {names}; choose with --family"
             )
-        names = ", ".join(f"{f.name} ({self.families.package_of(f.name)})" for f in left)
+        if AUTO in families:
+            return families[AUTO]
         raise UnsupportedModelError(
-            f"several families match model type '{config.model_type}': {names}; choose with --family"
+            f"no family matches model type '{config.model_type}', and the built-in family that discovers structure is "
+            "blocked by LLMPRUNER_BLOCK"
         )
-
-    def _ancestors(self, family: ModelFamily) -> Iterable[str]:
-        parent, seen = family.extends, {family.name}
-        while parent is not None and parent not in seen:
-            yield parent
-            seen.add(parent)
-            parent = self.families[parent].extends if parent in self.families else None
 
     def reader_for(self, path: Path) -> CheckpointReader | None:
         """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""
@@ -100,3 +132,46 @@ class Catalog:
         if len(found) > 1:
             raise ModelError(f"several readers recognise {path}: {', '.join(r.name for r in found)}")
         return found[0] if found else None
+
+
+KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in vars(Catalog).values() if isinstance(kind, Kind)}
+"""Every kind of component by name, in the order in which they are listed."""
+
+
+def _collect(host: PluginHost, kind: Kind[T]) -> Registry[T]:
+    """The registry of one kind. Invalid classes are recorded in ``host.broken``."""
+    registry: Registry[T] = Registry(kind.name, kind.base)
+    for answer in host.call(kind.hook):
+        for cls in answer.result:
+            plugin = _plugin_of(host, answer, cls)
+            problem = problem_of(cls, kind.base)
+            if problem is None:
+                registry.add(cls, plugin, host.package_of(plugin))
+            else:
+                host.record(plugin, problem, kind.hook, getattr(cls, "__name__", short_repr(cls)))
+    for entry, message in registry.duplicates():
+        host.record(entry.plugin, message, kind.hook, entry.cls.__name__)
+    return registry
+
+
+def _plugin_of(host: PluginHost, answer: Answer, cls: Any) -> str:
+    """The plugin of a class: the one that was called, or a wrapper if the class is of the wrapper's package."""
+    plugins = [answer.plugin] if answer.plugin is not None else []
+    plugins += answer.wrappers
+    return next((p for p in plugins if _package(host.manager.get_plugin(p)) == _package(cls)), plugins[0])
+
+
+def _package(thing: Any) -> str:
+    """The top-level package of a module, of a class, or of the class of an object."""
+    module = getattr(thing, "__module__", None) or getattr(thing, "__name__", "")
+    return str(module).partition(".")[0]
+
+
+def _ancestors(family: ModelFamily, families: Mapping[str, ModelFamily]) -> set[str]:
+    """The names of the families that ``family`` extends, directly or indirectly."""
+    found: set[str] = set()
+    parent = family.extends
+    while parent is not None and parent not in found:
+        found.add(parent)
+        parent = families[parent].extends if parent in families else None
+    return found - {family.name}

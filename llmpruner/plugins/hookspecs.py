@@ -1,21 +1,24 @@
 """The hooks of llmpruner: the complete list of what a plugin can add.
 
 A plugin is any installed package with an entry point in the group ``llmpruner`` that names a module (or object)
-with functions marked ``@llmpruner.hookimpl``. Hooks return *classes*, each with a name, a summary, and settings that
-users reach as ``--set NAME.key=value``. Order of installation never matters: names must be unique within a kind. Two
-classes of one name are both listed as broken, and choosing that name is an error that names both packages.
+with functions marked ``@llmpruner.hookimpl``. Hooks return *classes*, each with a name, a summary, and settings for
+``--set NAME.key=value``. A name is lower case, without blanks, commas, dots, colons and equals signs, and unique within
+its kind. Every setting has a default, so that the class can be created without arguments. The order of installation has
+no effect: two classes of one name are both listed as broken, and selecting that name is an error that names both
+packages.
 
-A plugin that cannot be imported is left out. A hook that raises, a class of the wrong kind, or a hook that this
-version does not know costs that one thing: a line on standard error names it, and the command goes on. Hooks are
-called through pluggy, so that wrappers (``@hookimpl(wrapper=True)``) see and may change what others return.
+A plugin that cannot be imported is left out. So are single hooks that raise or that this version does not know, and
+classes of the wrong kind, with a line on standard error; the command continues. Hooks are called through pluggy, for
+one plugin at a time: a wrapper (``@hookimpl(wrapper=True)``) is called around each implementation, and gets and may
+change the list with its result. A plugin cannot both implement and wrap a hook.
 
-Packages whose model classes a pruned checkpoint may import, beside transformers and the plugins themselves, are named
-by entry points in the group ``llmpruner.models``; such a package is imported only when a checkpoint needs it.
+Packages whose model classes a pruned checkpoint may import, in addition to transformers and the plugins, are named by
+entry points in the group ``llmpruner.models``; such a package is imported only when a checkpoint needs it.
 
-The promise: while `HOOK_VERSION` stays the same, everything on this list keeps its name, its arguments and its
-meaning, and so do the public names of the classes that hooks return or are handed. Hooks, methods with a default and
-fields may be added without a new version. Whatever is to go is first deprecated, with a warning, for one minor
-release at least. Everything else that is not exported by ``llmpruner`` may change at any time.
+Stability: while `HOOK_VERSION` stays the same, everything on this list keeps its name, its arguments and its meaning,
+and so do the public names of the classes that hooks return or get. Hooks, methods with a default and fields may be
+added without a new version. Removals are announced by a deprecation warning for at least one minor release. Everything
+else that is not exported by ``llmpruner`` may change at any time.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from ..compensation.base import Compensation
     from ..data.source import CalibrationSource
     from ..evaluation.base import Metric
-    from ..export.base import Exporter
+    from ..exporters.base import Exporter
     from ..families.family import ModelFamily
     from ..importance.base import ImportanceCriterion
     from ..methods.base import Method
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
 
 PROJECT = "llmpruner"
 HOOK_VERSION = 2
-"""Raised when a plugin that kept to the list above might have to change."""
+"""Increased when plugins may have to change."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -51,11 +54,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def llmpruner_model_families() -> Sequence[type[ModelFamily]]:
-    """Model families: the coupling rules of one architecture each.
+    """Model families: the coupled groups of one architecture each.
 
-    Returns: a list of `ModelFamily` subclasses; an empty list when there is nothing to add. A model is given to
-    the one family whose ``matches`` says yes, after families that another match extends are set aside; where none
-    matches, structure is discovered; two left is an error that asks for ``--family``.
+    Returns: a list of `ModelFamily` subclasses; an empty list when there is nothing to add. The family of a model is
+    the one whose ``matches`` returns True and that no other match extends; if there are several, the error asks for
+    ``--family``; if there is none, the structure is discovered.
 
     Called: once, when a command first looks for a family. The classes are created without arguments whenever a model is
     matched.
@@ -73,15 +76,15 @@ def llmpruner_importance_criteria() -> Sequence[type[ImportanceCriterion]]:
 
     Called: once, when a command first looks for a criterion. A criterion is created when chosen, with its settings.
 
-    Errors: a criterion that raises stops the command with its error; one that gives a score which is no finite
-    number stops it with `ModelError`.
+    Errors: a criterion that raises stops the command with its error; scores that are not finite stop it with
+    `ModelError`.
     """
     raise NotImplementedError
 
 
 @hookspec
 def llmpruner_allocations() -> Sequence[type[Allocation]]:
-    """Allocations for ``--allocation``: how many units each group gives up.
+    """Allocations for ``--allocation``: how many units each group loses.
 
     Returns: a list of `Allocation` subclasses.
 
@@ -94,7 +97,7 @@ def llmpruner_allocations() -> Sequence[type[Allocation]]:
 
 @hookspec
 def llmpruner_budgets() -> Sequence[type[Budget]]:
-    """Budgets for ``--budget``: what ``--ratio`` is a share of.
+    """Budgets for ``--budget``: the costs that ``--ratio`` can be a share of.
 
     Returns: a list of `Budget` subclasses.
 
@@ -120,12 +123,12 @@ def llmpruner_compensations() -> Sequence[type[Compensation]]:
 
 @hookspec
 def llmpruner_calibration_sources() -> Sequence[type[CalibrationSource]]:
-    """Sources for ``--calibration``: where token sequences come from.
+    """Sources for ``--calibration``: providers of token sequences.
 
     Returns: a list of `CalibrationSource` subclasses.
 
     Called: once, when a command first looks for a source. A part of ``--calibration`` that is no file and equals the
-    name of a source, alone or before a colon, chooses it; anything else is a file or a data set.
+    name of a source, alone or before a colon, selects it; anything else is a file or a data set.
 
     Errors: one that raises stops the command with its error.
     """
@@ -139,9 +142,9 @@ def llmpruner_recovery_strategies() -> Sequence[type[RecoveryStrategy]]:
     Returns: a list of `RecoveryStrategy` subclasses.
 
     Called: once, when a command first looks for a strategy. A strategy is created when chosen, with its settings;
-    settings that all strategies share come with the job.
+    settings that all strategies share are in the job.
 
-    Errors: a strategy that raises stops the command with its error; what it left in the job's ``work_dir`` stays.
+    Errors: a strategy that raises stops the command with its error; files in the job's ``work_dir`` are kept.
     """
     raise NotImplementedError
 
@@ -167,18 +170,18 @@ def llmpruner_exporters() -> Sequence[type[Exporter]]:
 
     Called: once, when a command first looks for an exporter.
 
-    Errors: one that raises stops the command with its error, and what it wrote is removed.
+    Errors: one that raises stops the command with its error, and its output is removed.
     """
     raise NotImplementedError
 
 
 @hookspec
 def llmpruner_checkpoint_readers() -> Sequence[type[CheckpointReader]]:
-    """Readers for checkpoint formats that ``from_pretrained`` does not know (Meta's own, say).
+    """Readers for checkpoint formats that ``from_pretrained`` does not support, such as Meta's.
 
     Returns: a list of `CheckpointReader` subclasses.
 
-    Called: once, when a command first opens a model. Readers are then asked in turn whether they recognise a path.
+    Called: once, when a command first opens a model. ``recognises`` of every reader is then called with its path.
 
     Errors: two readers that recognise one path are an error that names both; one that raises stops the command with
     its error.
@@ -201,13 +204,14 @@ def llmpruner_report_sections() -> Sequence[type[ReportSection]]:
 
 @hookspec
 def llmpruner_methods() -> Sequence[type[Method]]:
-    """Methods for ``--method``: named sets of settings for a prune.
+    """Methods for ``--method``: named sets of settings for pruning.
 
     Returns: a list of `Method` subclasses.
 
     Called: once, when a command first looks for a method.
 
-    Errors: a method that gives an unknown setting, or a value that is out of bounds, is an error that names it.
+    Errors: a method that returns an unknown setting, or a value out of bounds, stops the command with an error that
+    names it.
     """
     raise NotImplementedError
 

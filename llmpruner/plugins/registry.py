@@ -1,52 +1,111 @@
-"""Checked classes by name."""
+"""The checked classes of one kind, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from reprlib import repr as short_repr
 from typing import Any, Generic, TypeVar
 
-from ..errors import DuplicateNameError, PluginError, UnknownNameError
+from ..component import ComponentSettings
+from ..errors import DuplicateNameError, UnknownNameError
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Registered(Generic[T]):
+    """A class, its plugin, and the package of the plugin."""
+
+    cls: type[T]
+    plugin: str
+    package: str
+
+
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """Checked classes by name, with the package each comes from. Looking up an unknown name offers near misses."""
+    """Classes by name, in the order of their names.
 
-    def __init__(self, kind: str) -> None:
+    Looking up an unknown name raises `UnknownNameError`. A name of several classes is ``in`` the registry but left out
+    of iteration; looking it up raises `DuplicateNameError`.
+    """
+
+    def __init__(self, kind: str, base: type[T]) -> None:
         self.kind = kind
-        self._classes: dict[str, type[T]] = {}
-        self._packages: dict[str, str] = {}
+        self.base = base
+        self._found: dict[str, list[Registered[T]]] = {}
 
-    def add(self, cls: Any, base: type[T], package: str) -> None:
-        if not (isinstance(cls, type) and issubclass(cls, base)):
-            raise PluginError(f"{package} registers {cls!r} as a {self.kind}; expected a subclass of {base.__name__}")
-        name = getattr(cls, "name", "")
-        if not (isinstance(name, str) and name and name == name.strip().lower()):
-            raise PluginError(
-                f"{self.kind} {cls.__name__} of {package} has the name {name!r}; expected lower case text"
-            )
-        if name in self._classes:
-            raise DuplicateNameError(
-                f"two {self.kind} classes are named '{name}': {self._classes[name].__name__} of "
-                f"{self._packages[name]} and {cls.__name__} of {package}; block one with LLMPRUNER_BLOCK"
-            )
-        self._classes[name] = cls
-        self._packages[name] = package
+    def add(self, cls: type[T], plugin: str, package: str) -> None:
+        """Add a class that `problem_of` accepts; a class that several plugins return is added once."""
+        entries = self._found.setdefault(name_of(cls), [])
+        if all(entry.cls is not cls for entry in entries):
+            entries.append(Registered(cls, plugin, package))
+
+    def duplicates(self) -> Iterator[tuple[Registered[T], str]]:
+        """Every class that shares its name with another, and the error message."""
+        for name, entries in sorted(self._found.items()):
+            if len(entries) > 1:
+                yield from ((entry, self._duplicate(name)) for entry in entries)
+
+    def _duplicate(self, name: str) -> str:
+        classes = " and ".join(f"{entry.cls.__name__} of {entry.package}" for entry in self._found[name])
+        count = {2: "two"}.get(len(self._found[name]), "several")
+        return f"{count} {self.kind} classes are named '{name}': {classes}; block one with LLMPRUNER_BLOCK"
+
+    def _entry(self, name: str) -> Registered[T]:
+        if name not in self._found:
+            raise UnknownNameError(self.kind, name, self)
+        if len(self._found[name]) > 1:
+            raise DuplicateNameError(self._duplicate(name))
+        return self._found[name][0]
 
     def package_of(self, name: str) -> str:
-        return self._packages[name]
+        return self._entry(name).package
 
     def __getitem__(self, name: str) -> type[T]:
-        if name not in self._classes:
-            raise UnknownNameError(self.kind, name, self._classes)
-        return self._classes[name]
+        return self._entry(name).cls
 
     def __contains__(self, name: object) -> bool:
-        return name in self._classes
+        return name in self._found
 
-    def __iter__(self) -> Any:
-        return iter(sorted(self._classes))
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, entries in sorted(self._found.items()) if len(entries) == 1)
 
     def __len__(self) -> int:
-        return len(self._classes)
+        return sum(1 for _ in self)
+
+
+def name_of(cls: Any) -> str:
+    """The name of a component class; empty where it has none."""
+    name = getattr(cls, "name", "")
+    return name if isinstance(name, str) else ""
+
+
+def problem_of_name(cls: Any) -> str | None:
+    """Why the name of a component class is invalid, None when it is valid: users write names in lists with commas, as
+    ``NAME.key=value`` and as ``NAME:reference``."""
+    name = getattr(cls, "name", "")
+    if isinstance(name, str) and name == name.lower() and re.fullmatch(r"[^\s,.=:]+", name):
+        return None
+    return f"it has the name {name!r}; expected lower case text without blanks, commas, dots, colons and equals signs"
+
+
+def problem_of(cls: Any, base: type) -> str | None:
+    """Why ``cls`` cannot be used as a component of the kind of ``base``; None when it can."""
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        return f"{short_repr(cls)} is no subclass of {base.__name__}"
+    wrong_name = problem_of_name(cls)
+    if wrong_name:
+        return wrong_name
+    settings = getattr(cls, "Settings", ComponentSettings)
+    if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
+        return "its Settings is no subclass of ComponentSettings"
+    required = [key for key, field in settings.model_fields.items() if field.is_required()]
+    if required:
+        return f"its setting '{required[0]}' has no default; every setting needs one"
+    # Third-party code may raise anything.
+    try:
+        cls()
+    except (Exception, SystemExit) as error:
+        return f"it cannot be created without arguments: {type(error).__name__}: {error}"
+    return None

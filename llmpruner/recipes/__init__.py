@@ -1,1 +1,1 @@
-"""The stages of a prune strung together."""
+"""Running the stages of pruning in sequence."""

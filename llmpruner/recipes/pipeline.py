@@ -1,7 +1,4 @@
-"""The whole story in one readable file: load → discover → estimate → select → cut → save.
-
-Every stage takes a small frozen value and returns the next; this module only strings them together.
-"""
+"""The stages of pruning in sequence: calibrate → estimate → select → compensate → cut → save."""
 
 from __future__ import annotations
 
@@ -10,360 +7,347 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .. import __version__
-from ..budgets.costs import CutCost
+from ..budgets.base import BudgetSubject
+from ..budgets.costs import Cost, CutCost
 from ..budgets.open import open_budget
-from ..checkpoints.save import save_checkpoint
+from ..checkpoints.save import save_checkpoint, vocabulary_files
+from ..compensation.base import RepairTask
 from ..compensation.choose import Chooser, can_wait
-from ..compensation.repair import repair
 from ..compensation.trials import Trials
-from ..data.calibration import SELF, calibration_set, sources_of
+from ..data.calibration import CalibrationSet, parse_calibration
 from ..engine.signals import Signal
-from ..errors import DataError, SelectionError, UnknownNameError
+from ..errors import DataError, SelectionError
 from ..importance.estimate import Scores, estimate
+from ..loading.dense import base_record
 from ..models.surgery import cut
-from ..progress import Progress
+from ..progress import QUIET, Progress
 from ..selection.base import Demand
 from ..selection.normalize import normalize
-from ..selection.search import MEASURED
 from ..selection.select import select
+from ..settings import layer_numbers as numbers_of
 from ..structure.kept import compose, layer_numbers, renamed, surviving_units
-from ..structure.plan import BaseRef, Compensation, Estimation, PruningPlan, Selection, Target, cuts_of, structure_of
+from ..structure.plan import (
+    BaseRef,
+    CompensationRecord,
+    EstimationRecord,
+    PruningPlan,
+    SelectionRecord,
+    Target,
+    cuts_of,
+    structure_of,
+)
 from ..structure.scope import Scope
+from .jobs import CalibrationJob, PruneJob
+from .outcome import outcome_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..budgets.costs import Cost
-    from ..compensation.choose import Chooser
-    from ..data.calibration import CalibrationSet
-    from ..importance.base import ImportanceCriterion
-    from ..loading.model import LoadedConfig, LoadedModel
-    from ..selection.base import Demand
+    from ..loading.model import Model, Structure
+    from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
-    from ..structure.scope import Scope
 
-
-COMPENSATIONS = ("refit", "bias", "none")
-_FEWER_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """What to remove, how to choose it, and how to make good for it. ``layers``: decoder layers whose units may go;
-    None protects the family's default at both ends. ``compensate``: one of `COMPENSATIONS`."""
-
-    target: Target
-    kinds: tuple[str, ...] = ("mlp",)
-    layers: tuple[int, ...] | None = None
-    reduction: str = "sum"
-    allocation: str = "uniform"
-    normalization: str = "none"
-    steps: int = 1
-    round_to: int = 1
-    compensate: str = "none"
-    mix: float = 0.5
-    calibration: str = "self"
-    samples: int = 10
-    length: int = 64
-    seed: int = 0
+GRADIENT_TOKENS = 16384
+"""Calibration tokens for scores that need gradients, or that are computed again during the compensation."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan that may still be open: with a ``chooser``, how many units of each group go is settled, and which ones is
-    not. ``calibration``: what chooser and repair read; None where there is neither, or it is to be read again."""
+    """A plan that may be preliminary: with a ``chooser``, the number of units to remove from each group is final, but
+    the units are not. ``calibration``: the text of chooser and compensation; None where neither reads text."""
 
     plan: PruningPlan
     calibration: CalibrationSet | None = None
     chooser: Chooser | None = None
+    cost: Cost | None = None
+    """Of the budget; None for a plan that is replayed."""
 
 
-def make_plan(
-    loaded: LoadedModel,
-    criterion: ImportanceCriterion,
-    settings: PruneSettings,
-    progress: Progress | None = None,
-    calibration: CalibrationSet | None = None,
-) -> PruningPlan:
-    """Estimate and select. The loaded model is not changed; with more than one step a copy of it is cut on the way.
-
-    To make a plan only to apply it, `draft_plan` and `apply_draft` give the same and may save a walk through the model.
-
-    ``calibration``: what `calibrate` gave for the same settings, where the caller needs it again.
-    """
-    draft = draft_plan(loaded, criterion, settings, progress, calibration)
-    if draft.chooser is None or draft.calibration is None:
-        return draft.plan
-    chosen = draft.chooser.choose_all(
-        loaded.model, loaded.graph, draft.plan.kept, draft.calibration, progress or Progress()
-    )
-    return _settled(loaded, draft.plan, chosen)
+def scope_of(job: PruneJob, structure: Structure) -> Scope:
+    """The kinds and layers that may be cut; by default `default_layers`."""
+    chosen = numbers_of(job.layers, structure.graph.num_layers)
+    return Scope(job.kinds, chosen if chosen is not None else default_layers(structure))
 
 
-def draft_plan(
-    loaded: LoadedModel,
-    criterion: ImportanceCriterion,
-    settings: PruneSettings,
-    progress: Progress | None = None,
-    calibration: CalibrationSet | None = None,
-) -> Draft:
-    """`make_plan`, which may leave to a repair which units go."""
-    progress = progress or Progress()
-    scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
-    model, graph = loaded.model, loaded.graph
-    if settings.compensate not in COMPENSATIONS:
-        raise UnknownNameError("compensation", settings.compensate, COMPENSATIONS)
-    target, whole = open_budget(settings.target, model, graph, scope, loaded.family, progress)
-    calibration = calibration or calibrate(loaded, criterion, settings, progress)
-    chooser = _chooser(loaded, criterion, settings, scope.groups(graph))
-    scored_on = _scored_on(calibration, criterion, settings, chooser)
-    kept: dict[str, tuple[int, ...]] = {}
-    for step in range(1, settings.steps + 1):
-        groups = scope.groups(graph)
-        scores = estimate(
-            model, graph, groups, criterion, scored_on,
-            reduction=settings.reduction, seed=settings.seed, progress=progress,
-        )  # fmt: skip
-        cost = CutCost(whole, loaded.graph, kept) if kept else whole
-        ranked = normalize(graph, graph.by_name, scores.by_group, settings.normalization, cost)
-        demand = _demand(whole, cost, groups, scope, target, step, settings.steps)
-        chosen = select(
-            graph, groups, Scores(ranked), scope, demand,
-            cost=cost, allocation=settings.allocation, round_to=settings.round_to,
-            loss=_loss(loaded, model, graph, groups, settings, calibration, progress), progress=progress,
-        )  # fmt: skip
-        names = renamed(loaded.graph, kept)
-        survivors = {name: surviving_units(loaded.graph, kept, loaded.graph.by_name[name]) for name in names}
-        kept = compose(kept, chosen, names, survivors)
-        if step < settings.steps:
-            model = copy.deepcopy(loaded.model)
-            graph = cut(model, loaded.graph, kept, loaded.family)
-            scope = _rescope(scope, loaded, kept, settings)
-    if not kept:
-        raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    plan = PruningPlan(
-        base=BaseRef(
-            model=loaded.ref,
-            revision=getattr(loaded.config, "_commit_hash", None),
-            structure=structure_of(loaded.graph),
-        ),
-        family=loaded.family.name,
-        estimation=_estimation(criterion, settings, calibration),
-        selection=Selection(
-            kinds=settings.kinds,
-            layers=settings.layers or default_layers(loaded),
-            allocation=settings.allocation,
-            normalization=settings.normalization,
-            steps=settings.steps,
-            round_to=settings.round_to,
-        ),
-        compensation=_compensation(settings, calibration),
-        target=target,
-        seed=settings.seed,
-        cuts=cuts_of(loaded.graph, kept),
-    )
-    return Draft(plan, calibration, chooser)
-
-
-def _settled(loaded: LoadedModel, plan: PruningPlan, kept: Kept) -> PruningPlan:
-    return plan.model_copy(update={"cuts": cuts_of(loaded.graph, kept)})
-
-
-def measured(loaded: LoadedModel, settings: PruneSettings, progress: Progress | None = None) -> PruneSettings:
-    """``settings`` with what their budget had to measure. `make_plan` does the same; ask first where long work comes
-    before it, so that a budget to which nothing can give is refused at once."""
-    scope = Scope(settings.kinds, settings.layers or default_layers(loaded))
-    target, _ = open_budget(settings.target, loaded.model, loaded.graph, scope, loaded.family, progress)
-    return replace(settings, target=target)
-
-
-def apply_plan(
-    loaded: LoadedModel,
-    plan: PruningPlan,
-    progress: Progress | None = None,
-    calibration: CalibrationSet | None = None,
-) -> LoadedModel:
-    """Repair what reads cut units, if the plan says so, and cut, in place. ``calibration``: as for `make_plan`; read
-    or written again where it is not at hand.
-
-    Raises `PlanError` when the plan was made for another model, `DataError` when its calibration text is another now.
-    """
-    return apply_draft(loaded, Draft(plan, calibration), progress)
-
-
-def apply_draft(loaded: LoadedModel, draft: Draft, progress: Progress | None = None) -> LoadedModel:
-    """`apply_plan` for a plan that may be open. The last of the ``plans`` of what is returned is the settled one."""
-    plan = draft.plan
-    plan.check(loaded.graph)
-    if plan.compensation is not None:
-        plan = _compensate(loaded, draft, plan.compensation, progress)
-    graph = cut(loaded.model, loaded.graph, plan.kept, loaded.family)
-    return replace(loaded, graph=graph, plans=(*loaded.plans, plan))
-
-
-def _compensate(loaded: LoadedModel, draft: Draft, how: Compensation, progress: Progress | None) -> PruningPlan:
-    plan, calibration = draft.plan, draft.calibration
-    if calibration is None:
-        calibration = calibration_set(
-            how.calibration, loaded.model, loaded.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
-        )
-    # What a model writes depends on the last bit of its arithmetic, so on another machine it may write other text.
-    if SELF not in sources_of(how.calibration) and calibration.fingerprint != how.fingerprint:
-        raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
-    repaired = repair(
-        loaded.model, loaded.graph, plan.kept, calibration,
-        method=how.method, mix=how.mix, chooser=draft.chooser, progress=progress,
-    )  # fmt: skip
-    return _settled(loaded, plan, repaired.kept)
-
-
-def save(loaded: LoadedModel, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
-    """Write the model as an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoint`).
-
-    ``notes``: further provenance (recovery settings, say), kept in ``llmpruner.json`` beside the plans.
-    """
-    record = {
-        **(loaded.record or {}),
-        **(notes or {}),
-        "llmpruner": __version__,
-        "plans": [plan.model_dump(mode="json") for plan in loaded.plans],
-        "base_config": {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"},
-    }
-    return save_checkpoint(
-        loaded.model,
-        directory,
-        record=record,
-        tokenizer=loaded.tokenizer,
-        family=loaded.family,
-        extra_files=_vocabulary(loaded.tokenizer),
-    )
-
-
-def _vocabulary(tokenizer: Any) -> list[Path]:
-    """The SentencePiece model of a tokenizer: a fast tokenizer does not save it, and other formats need it."""
-    file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
-    return [file] if file.name == "tokenizer.model" and file.is_file() else []
-
-
-def default_layers(loaded: LoadedConfig) -> tuple[int, ...]:
-    """All layers but the family's protected share at both ends."""
-    count = loaded.graph.num_layers
-    first, last = (round(share * count) for share in loaded.family.protected_layers)
+def default_layers(structure: Structure) -> tuple[int, ...]:
+    """All layers except the family's protected shares of the first and last ones."""
+    count = structure.graph.num_layers
+    first, last = (round(share * count) for share in structure.family.protected_layers)
     return tuple(range(first, count - last))
 
 
-def calibrate(
-    loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, progress: Progress
-) -> CalibrationSet | None:
-    """The calibration set that these settings need; None when neither criterion nor compensation looks at text."""
-    if criterion.signals <= {Signal.WEIGHT} and settings.compensate == "none" and settings.allocation not in MEASURED:
+def make_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> tuple[PruningPlan, Cost]:
+    """Estimate and select; returns the plan and the cost of the budget. The model is not changed; with several steps,
+    copies of it are cut.
+
+    To make and apply a plan, `draft_plan` and `apply_draft` give the same result with fewer passes through the model.
+    """
+    draft = draft_plan(model, job, progress)
+    assert draft.cost is not None
+    if draft.chooser is None or draft.calibration is None:
+        return draft.plan, draft.cost
+    chosen = draft.chooser.choose_all(model.model, model.graph, draft.plan.kept, draft.calibration, progress)
+    return _with_units(model.graph, draft.plan, chosen), draft.cost
+
+
+def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> Draft:
+    """As `make_plan`, but the units may be chosen again during the compensation.
+
+    The budget is opened first: it may have to be measured, and is refused if no unit in scope saves any of it.
+    """
+    scope = scope_of(job, model)
+    network, graph = model.model, model.graph
+    whole, measured = _open(model, job, scope, progress)
+    calibration = calibrate(model, job, progress)
+    chooser = _chooser(job, graph, scope.groups(graph))
+    scored_on = _scored_on(calibration, job, chooser)
+    kept: dict[str, tuple[int, ...]] = {}
+    for step in range(1, job.steps + 1):
+        groups = scope.groups(graph)
+        scores = estimate(
+            network, graph, groups, job.criterion, scored_on,
+            reduction=job.reduction, seed=job.seed, progress=progress,
+        )  # fmt: skip
+        cost = CutCost(whole, model.graph, kept) if kept else whole
+        ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
+        chosen = select(
+            graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,
+            cost=cost, round_to=job.round_to,
+            loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,
+        )  # fmt: skip
+        names = renamed(model.graph, kept)
+        survivors = {name: surviving_units(model.graph, kept, model.graph.by_name[name]) for name in names}
+        kept = compose(kept, chosen, names, survivors)
+        if step < job.steps:
+            network = copy.deepcopy(model.model)
+            graph = cut(network, model.graph, kept, model.family)
+            scope = _renumbered(scope_of(job, model), model.graph, kept)
+    if not kept:
+        raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
+    return Draft(_plan(model, job, kept, calibration, measured), calibration, chooser, whole)
+
+
+def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress = QUIET) -> Model:
+    """Compensate, if the plan has a compensation, and cut, in place. Calibration text is read or generated again.
+
+    Raises `PlanError` when the plan was made for another model, `DataError` when its calibration text has changed.
+    """
+    return apply_draft(model, Draft(plan), catalog, progress)
+
+
+def apply_draft(model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET) -> Model:
+    """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
+    plan = draft.plan
+    plan.check(model.graph)
+    if plan.compensation is not None:
+        plan = _compensate(model, draft, plan.compensation, catalog, progress)
+    outcome = outcome_of(model, plan, draft.cost or _recorded_cost(model, plan, catalog, progress))
+    graph = cut(model.model, model.graph, plan.kept, model.family)
+    return replace(model, graph=graph, plans=(*model.plans, plan), outcome=outcome)
+
+
+def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
+    """Write the model as an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoints.save`).
+
+    ``notes``: further JSON values for ``llmpruner.json``, beside the plans.
+    """
+    record = {
+        **(model.record or {}),
+        **(notes or {}),
+        **base_record(model),
+        "llmpruner": __version__,
+        "plans": [plan.model_dump(mode="json") for plan in model.plans],
+        "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
+    }
+    return save_checkpoint(
+        model.model,
+        directory,
+        record=record,
+        tokenizer=model.tokenizer,
+        family=model.family,
+        extra_files=vocabulary_files(model.tokenizer),
+    )
+
+
+def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> CalibrationSet | None:
+    """The calibration set of a job; None when no component reads text."""
+    if job.calibration is None:
         return None
-    writing = SELF in sources_of(settings.calibration)
-    progress.status("The model writes its calibration text" if writing else f"Reading {settings.calibration}")
-    return calibration_set(
-        settings.calibration, loaded.model, loaded.tokenizer,
-        samples=settings.samples, length=settings.length, seed=settings.seed,
+    text = job.calibration.text
+    progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
+    return text.sample(
+        model.model, model.tokenizer,
+        samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
     )  # fmt: skip
 
 
-def _loss(
-    loaded: LoadedModel,
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    settings: PruneSettings,
-    calibration: CalibrationSet | None,
-    progress: Progress,
-) -> Callable[[Kept], float] | None:
-    """What a measured allocation goes by; None for the others, which look at scores alone."""
-    if settings.allocation not in MEASURED or calibration is None:
-        return None
-
-    refit = settings.compensate == "refit"
-    return Trials(model, graph, groups, loaded.family, calibration, refit=refit, progress=progress).loss
+def length_for(calibration: CalibrationJob, structure: Structure) -> int:
+    """Tokens per sample; a default is limited to the model's positions."""
+    limit = getattr(structure.config.get_text_config(), "max_position_embeddings", None)
+    return calibration.length if calibration.fixed_length else min(calibration.length, limit or calibration.length)
 
 
-def _chooser(
-    loaded: LoadedModel, criterion: ImportanceCriterion, settings: PruneSettings, groups: Sequence[CoupledGroup]
-) -> Chooser | None:
-    """What settles which units go after the allocation; None where the allocation does."""
-    # Other allocations, and further steps, turn on which units go.
-    if settings.compensate != "refit" or settings.allocation != "uniform" or settings.steps > 1:
-        return None
-    chooser = Chooser(criterion, settings.reduction, settings.round_to, settings.seed)
-    return chooser if can_wait(criterion, loaded.graph, groups) else None
-
-
-def _scored_on(
-    calibration: CalibrationSet | None,
-    criterion: ImportanceCriterion,
-    settings: PruneSettings,
-    chooser: Chooser | None,
-) -> CalibrationSet | None:
-    """What a repair reads, scores that have the last word read too: a ranking on little text is one for that text.
-    Gradients cost more, and take fewer tokens."""
-    if calibration is None or settings.compensate != "refit":
-        return calibration
-    gradients = criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
-    return calibration.first(_FEWER_TOKENS) if chooser or gradients else calibration
-
-
-def _estimation(
-    criterion: ImportanceCriterion, settings: PruneSettings, calibration: CalibrationSet | None
-) -> Estimation:
-    looks = not criterion.signals <= {Signal.WEIGHT} or settings.allocation in MEASURED
-    used = calibration if looks else None
-    return Estimation(
-        criterion=criterion.name,
-        variant=criterion.variant,
-        reduction=settings.reduction,
-        calibration=used.source if used else None,
-        fingerprint=used.fingerprint if used else None,
-    )
-
-
-def _compensation(settings: PruneSettings, calibration: CalibrationSet | None) -> Compensation | None:
-    if settings.compensate == "none" or calibration is None:
-        return None
-    return Compensation(
-        method=cast("Literal['refit', 'bias']", settings.compensate),
-        mix=settings.mix,
-        calibration=calibration.source,
-        fingerprint=calibration.fingerprint,
-        samples=settings.samples,
-        length=settings.length,
-    )
-
-
-def _demand(
-    whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, target: Target, step: int, steps: int
+def demand(
+    job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, step: int = 1
 ) -> Demand:
-    """What step number ``step`` of ``steps`` must remove so that its share of the target is reached after it.
-    ``whole``: the cost of the dense model; ``now``: of what is left of it."""
-    if target.by == "units":
-        if steps > 1:
-            raise SelectionError("--unit-ratio goes in one step; use --ratio for iterative pruning")
+    """What must be removed in step number ``step``, so that ``step / job.steps`` of the amount is removed after it.
+
+    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`.
+    """
+    if job.by == "units":
         units = {
-            g.name: target.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))
+            g.name: job.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))
             for g in groups
         }
         return Demand(units=units)
-    dense = whole.remaining()
-    if target.by == "ratio":
-        goal = round(dense * (1 - target.amount * (step / steps)))
-        return Demand(amount=now.remaining() - goal)
-    gone = dense - round(target.amount)
+    dense, steps = whole.remaining(), job.steps
+    if job.by == "ratio":
+        return Demand(amount=now.remaining() - round(dense * (1 - job.amount * (step / steps))))
+    gone = dense - round(job.amount)
     if gone <= 0:
-        raise SelectionError(f"--target-params {target.amount:,.0f} is not below the model's {dense:,} parameters")
+        raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
     return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))))
 
 
-def _rescope(scope: Scope, loaded: LoadedModel, kept: Mapping[str, Any], settings: PruneSettings) -> Scope:
-    """The scope in the layer numbers of the model after the cut."""
-    numbers = layer_numbers(loaded.graph, kept)
-    chosen = settings.layers or default_layers(loaded)
-    return Scope(scope.kinds, tuple(numbers[n] for n in chosen if n in numbers))
+def _open(model: Model, job: PruneJob, scope: Scope, progress: Progress) -> tuple[Cost, Mapping[str, Any] | None]:
+    subject = BudgetSubject(model.model, model.graph, scope.groups(model.graph), model.family, progress)
+    measured, cost = open_budget(job.budget, subject, scope)
+    return cost, measured
+
+
+def _plan(
+    model: Model,
+    job: PruneJob,
+    kept: Kept,
+    calibration: CalibrationSet | None,
+    measured: Mapping[str, Any] | None,
+) -> PruningPlan:
+    scored = calibration if job.scores_read_text else None
+    return PruningPlan(
+        base=BaseRef(
+            model=model.ref,
+            revision=getattr(model.config, "_commit_hash", None),
+            structure=structure_of(model.graph),
+        ),
+        family=model.family.name,
+        estimation=EstimationRecord(
+            criterion=job.criterion.name,
+            settings=job.criterion.record(),
+            reduction=job.reduction,
+            calibration=scored.source if scored else None,
+            sources=job.calibration.text.record() if scored and job.calibration else {},
+            fingerprint=scored.fingerprint if scored else None,
+        ),
+        selection=SelectionRecord(
+            kinds=job.kinds,
+            layers=scope_of(job, model).layers,
+            allocation=job.allocation.name,
+            settings=job.allocation.record(),
+            normalization=job.normalization,
+            steps=job.steps,
+            round_to=job.round_to,
+        ),
+        compensation=_compensation(job, calibration),
+        target=_target(job, measured),
+        seed=job.seed,
+        cuts=cuts_of(model.graph, kept),
+    )
+
+
+def _target(job: PruneJob, measured: Mapping[str, Any] | None) -> Target:
+    if job.by != "ratio":
+        return Target(by=job.by, amount=job.amount)
+    recorded = None if measured is None else dict(measured)
+    return Target(
+        by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record(), measured=recorded
+    )
+
+
+def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> CompensationRecord | None:
+    if job.compensation.name == "none":
+        return None
+    text = calibration if job.compensation.reads_text else None
+    samples, length = text.input_ids.shape if text is not None else (None, None)
+    return CompensationRecord(
+        name=job.compensation.name,
+        settings=job.compensation.record(),
+        calibration=text.source if text else None,
+        sources=job.calibration.text.record() if text and job.calibration else {},
+        fingerprint=text.fingerprint if text else None,
+        samples=samples,
+        length=length,
+    )
+
+
+def _compensate(
+    model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress
+) -> PruningPlan:
+    plan, calibration = draft.plan, draft.calibration
+    compensation = catalog.compensations[how.name](**how.settings)
+    if calibration is None and how.calibration is not None and how.samples and how.length:
+        text = parse_calibration(how.calibration, catalog.sources, how.sources)
+        calibration = text.sample(model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed)
+        # Generated text depends on rounding, so that it may differ on another machine.
+        if not text.writes and calibration.fingerprint != how.fingerprint:
+            raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
+    task = RepairTask(model.model, model.graph, plan.kept, calibration, draft.chooser, progress)
+    with torch.no_grad():
+        repaired = compensation.repair(task)
+    return _with_units(model.graph, plan, repaired.kept)
+
+
+def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
+    """The cost of a plan's budget, with the measurement in the plan."""
+    target, groups = plan.target, [model.graph.by_name[name] for name in plan.cuts]
+    budget = catalog.create(catalog.budgets, target.counted_in, target.settings)
+    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), target.measured)
+
+
+def _with_units(graph: CouplingGraph, plan: PruningPlan, kept: Kept) -> PruningPlan:
+    return plan.model_copy(update={"cuts": cuts_of(graph, kept)})
+
+
+def _chooser(job: PruneJob, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> Chooser | None:
+    """For ranking units again during the compensation; None where the first ranking is final, because the allocation,
+    or a further step, depends on the units."""
+    if not (job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1):
+        return None
+    chooser = Chooser(job.criterion, job.reduction, job.round_to, job.seed)
+    return chooser if can_wait(job.criterion, graph, groups) else None
+
+
+def _scored_on(calibration: CalibrationSet | None, job: PruneJob, chooser: Chooser | None) -> CalibrationSet | None:
+    """The part of the calibration set for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
+    more time, and for scores that are computed again."""
+    if calibration is None or not job.compensation.ranks_again:
+        return calibration
+    gradients = job.criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
+    return calibration.first(GRADIENT_TOKENS) if chooser or gradients else calibration
+
+
+def _loss(
+    model: Model,
+    network: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    job: PruneJob,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+) -> Callable[[Kept], float] | None:
+    """The loss for an allocation that measures; None for others."""
+    if not job.allocation.measures or calibration is None:
+        return None
+    refit = job.compensation.ranks_again
+    return Trials(network, graph, groups, model.family, calibration, refit=refit, progress=progress).loss
+
+
+def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
+    """The scope with the layer numbers of the model after the cut."""
+    numbers = layer_numbers(graph, kept)
+    return Scope(scope.kinds, tuple(numbers[n] for n in scope.layers if n in numbers))

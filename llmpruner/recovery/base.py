@@ -1,11 +1,16 @@
-"""RecoveryStrategy: how quality is given back to a pruned model."""
+"""RecoveryStrategy: a training that restores the quality of a pruned model. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..component import Component
+from ..errors import ModelError
+from ..settings import RecoverSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -13,48 +18,48 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 
-@dataclass(frozen=True, slots=True)
-class RecoverySettings:
-    """The settings of one recovery run; the defaults are the paper's (LLM-Pruner, section 4.1)."""
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    learning_rate: float = 1e-4
-    epochs: float = 2.0
-    max_steps: int | None = None
-    batch_size: int = 64
-    micro_batch_size: int = 4
-    cutoff: int = 256
-    warmup_steps: int = 100
-    """At most; runs shorter than a thousand steps warm up over a tenth of their steps."""
-    loss_on: Literal["all", "answers"] = "all"
-    seed: int = 0
-    autocast: bool = False
-    """Compute in bfloat16 under autocast while weights stay in their dtype."""
-
-
 @dataclass(frozen=True)
 class RecoveryJob:
-    """What a strategy works on. ``examples``: rows of ``input_ids`` and ``labels`` (int lists of one length,
-    −100 is not trained on), already truncated. ``graph``: the coupled groups of the pruned model, to choose
-    parameters by role instead of by name. ``work_dir``: kept between runs of the same job; put trainer
-    checkpoints there and resume from them. ``on_step``: called after each optimizer step with its number from
-    1, the number of steps, and its loss."""
+    """The inputs of a strategy.
+
+    ``examples``: rows of ``input_ids`` and ``labels``, lists of integers of equal length, not padded; a label is the
+    token at the same position, or −100 for tokens that are not trained on. ``graph``: the coupled groups of the pruned
+    model, to choose parameters by their role instead of by name. ``settings``: those that all strategies share, from
+    ``learning_rate`` to ``seed``; a strategy's own settings are its ``self.settings``. ``work_dir``: an existing
+    directory for the state of the training, to resume from; kept until the result is saved. ``on_step``: to be called
+    after each optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
+    `teacher`.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     examples: Sequence[Mapping[str, list[int]]]
     graph: CouplingGraph
-    settings: RecoverySettings
+    settings: RecoverSettings
     work_dir: Path
     on_step: Callable[[int, int, float], None] | None = None
+    load_teacher: Callable[[], PreTrainedModel] | None = None
+
+    def teacher(self) -> PreTrainedModel:
+        """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
+        without gradients. Loaded by the first call; later ones return the same object.
+
+        Raises `ModelError` when it cannot be found.
+        """
+        return self._teacher
+
+    @cached_property
+    def _teacher(self) -> PreTrainedModel:
+        if self.load_teacher is None:
+            raise ModelError("the recovery strategy needs the dense model, which is not known here")
+        dense = self.load_teacher()
+        return dense.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a strategy gives back. ``losses``: mean loss per token of every optimizer step, those before an
-    interruption included. ``notes``: what the user should know, one line each."""
+    """The result of a strategy. ``model``: see `RecoveryStrategy.train`. ``losses``: of every optimizer step, including
+    those before an interruption. ``notes``: messages for the user, one line each."""
 
     model: Any
     losses: tuple[float, ...]
@@ -62,19 +67,37 @@ class TrainingResult:
     notes: tuple[str, ...] = ()
 
 
-class RecoveryStrategy:
-    """Trains a pruned model. Created without arguments, stateless.
+class RecoveryStrategy(Component):
+    """Trains a pruned model.
 
-    `train` returns the model to be saved with its loss curve: a plain transformers model, or a peft model
-    whose adapters the core merges (or saves alone, with ``--no-merge``).
+    A strategy with its own loss can pass it to the training loop of the built-in ones::
+
+        class Imitation(RecoveryStrategy):
+            name = "imitation"
+            summary = "trains every parameter on the squared difference of the logits from the dense model's"
+
+            def train(self, job):
+                teacher = job.teacher()
+
+                def loss(model, batch):
+                    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+                    difference = model(**inputs).logits - teacher(**inputs).logits
+                    return difference[:, :-1][batch["labels"][:, 1:] != -100].square().mean()
+
+                job.model.requires_grad_(True)
+                return TrainingResult(job.model, fit(job.model, job, loss), job.model.num_parameters())
     """
 
-    name: ClassVar[str] = ""
-    """What ``recover --strategy`` takes; unique over all plugins."""
-    summary: ClassVar[str] = ""
-    """One line for ``--help`` and ``llmpruner plugins``."""
+    kind: ClassVar[str] = "recovery strategy"
+    adapters: ClassVar[bool] = False
+    """Whether `train` returns a peft model, whose adapters can be saved alone."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        """Train ``job.model``, in place or wrapped. Same job, same result: take every random number from
-        ``job.settings.seed``."""
+        """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes
+        of parameters, or a peft model, whose adapters are then merged (or saved alone, with ``--no-merge``).
+
+        The same job must give the same result: random numbers depend on ``job.settings.seed`` alone. An exception from
+        ``job.on_step`` must end the training; training again with the same ``work_dir`` must give the same result as
+        without the interruption.
+        """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The recover stage: examples in, a plain model that was trained on them out."""
+"""The recover stage: training a pruned model on instruction data."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.instructions import Examples, load_examples, tokenise
 from ..errors import OutputError, PluginError
-from .base import RecoveryJob, RecoverySettings, RecoveryStrategy, TrainingResult
+from ..files import write_text
+from ..settings import RecoverSettings, option_of
+from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+from .examples import Examples, load_examples, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,17 +22,20 @@ if TYPE_CHECKING:
     from ..families.family import ModelFamily
     from ..structure.coupling import CouplingGraph
 
-_FINGERPRINT = "job.json"
+_IDENTITY = "job.json"
+_NOT_SHARED = {"data", "strategy", "limit", "merge", "settings"}
+"""Fields of `RecoverSettings` that are not shared by strategies, or recorded separately."""
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """``model``: plain, of the class it had before; a peft model when adapters were not merged. ``losses``:
-    per optimizer step. ``seconds``: of this run, without what an interrupted one had spent. ``examples``:
-    trained on."""
+    """``model``: of the same class as before; a peft model where adapters were not merged. ``losses``: see
+    `TrainingResult`. ``seconds``: of this run, without those before an interruption. ``examples``: their number.
+    ``fingerprint``: `Examples.fingerprint`."""
 
     model: Any
-    strategy: str
+    strategy: RecoveryStrategy
+    settings: RecoverSettings
     losses: tuple[float, ...]
     seconds: float
     examples: int
@@ -39,82 +44,103 @@ class RecoveryResult:
     trainable_parameters: int
     notes: tuple[str, ...]
 
+    def record(self) -> dict[str, Any]:
+        """The training as JSON values, for ``llmpruner.json``."""
+        return {
+            "strategy": self.strategy.name,
+            "strategy_settings": self.strategy.record(),
+            "settings": shared_settings(self.settings),
+            "data": self.source,
+            "fingerprint": self.fingerprint,
+            "examples": self.examples,
+            "trainable_parameters": self.trainable_parameters,
+            "losses": list(self.losses),
+        }
+
 
 def recover(
     model: PreTrainedModel,
     tokenizer: Any,
     graph: CouplingGraph,
     family: ModelFamily,
-    source: str | Examples,
     strategy: RecoveryStrategy,
-    settings: RecoverySettings,
+    settings: RecoverSettings,
     work_dir: Path,
     *,
-    merge: bool = True,
-    limit: int | None = None,
+    examples: Examples | None = None,
+    load_teacher: Callable[[], PreTrainedModel] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> RecoveryResult:
-    """Train ``model`` (in place) with ``strategy`` on ``source``, a file, a dataset's name, or loaded
-    examples.
+    """Train ``model``, in place, with ``strategy``.
 
-    ``graph`` is the coupling graph of ``model`` as it is now. Everything is drawn from ``settings.seed``.
-    When ``work_dir`` holds the state of the same job, training continues from it; the state of another job
-    there is an `OutputError`. The directory stays; delete it once the result is saved.
+    ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
+    effect, as ``strategy`` has its own. ``examples``: used instead of ``settings.data``. ``load_teacher``: loads the
+    dense model, for strategies that need it. ``on_step``: called after each optimizer step with its number from 1, the
+    number of steps, and its loss.
+
+    When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
+    result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
+    `ModelError` when the training diverges.
     """
-    if isinstance(source, str):
-        source = load_examples(source, family, limit=limit, seed=settings.seed)
-    rows = tokenise(source, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on)
-    _claim(work_dir, _job_identity(model, rows, strategy, settings))
+    if examples is None:
+        examples = load_examples(settings.data, family, tokenizer, limit=settings.limit, seed=settings.seed)
+    rows = tokenise(examples, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on)
+    _claim(work_dir, _identity(model, rows, strategy, settings))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
-    result = strategy.train(RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step))
+    job = RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step, load_teacher)
+    result = strategy.train(job)
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
-    trained = merge_adapters(result.model) if merge else result.model
+    trained = merge_adapters(result.model) if settings.merge else result.model
     if not hasattr(trained, "peft_config"):
         trained.requires_grad_(True)
         for name in frozen:
             trained.get_parameter(name).requires_grad_(False)
-    left_out = len(source.rows) - len(rows)
-    notes = (
-        (*result.notes, f"{left_out} examples had nothing to train on and were left out") if left_out else result.notes
-    )
+    left_out = len(examples.texts) - len(rows)
+    notes = (f"{left_out} examples had nothing to train on and were left out",) if left_out else ()
     return RecoveryResult(
         trained.eval(),
-        strategy.name,
+        strategy,
+        settings,
         result.losses,
         seconds,
         len(rows),
-        source.source,
-        source.fingerprint,
+        examples.source,
+        examples.fingerprint,
         result.trainable_parameters,
-        notes,
+        (*result.notes, *notes),
     )
 
 
+def shared_settings(settings: RecoverSettings) -> dict[str, Any]:
+    """The settings that all strategies share, as JSON values."""
+    of_strategy = {name for name in RecoverSettings.model_fields if option_of(RecoverSettings, name).sets}
+    return settings.model_dump(mode="json", exclude=_NOT_SHARED | of_strategy)
+
+
 def merge_adapters(model: Any) -> Any:
-    """The plain model with its peft adapters added to the weights, in their dtype; anything else as it is."""
+    """The base model of a peft model, with the adapters added to its weights; any other model unchanged."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def _job_identity(
-    model: PreTrainedModel,
-    rows: list[dict[str, list[int]]],
-    strategy: RecoveryStrategy,
-    settings: RecoverySettings,
+def _identity(
+    model: PreTrainedModel, rows: list[dict[str, list[int]]], strategy: RecoveryStrategy, settings: RecoverSettings
 ) -> dict[str, Any]:
+    """All that the result depends on, as JSON values."""
     return {
         "strategy": strategy.name,
-        "settings": asdict(settings),
+        "strategy settings": strategy.record(),
+        "settings": shared_settings(settings),
         "examples": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "model": _weights_fingerprint(model),
     }
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """Names, shapes, dtypes, and 64 weights of every parameter: tells two models apart at the cost of no full
-    pass."""
+    """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter, which is enough to
+    distinguish models."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
@@ -123,11 +149,21 @@ def _weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
-    record = work_dir / _FINGERPRINT
+def check_work_dir(work_dir: Path) -> None:
+    """Raise `OutputError` for a directory that is neither new, nor empty, nor that of a recovery job."""
     try:
-        if record.is_file():
-            found = json.loads(record.read_text())
+        if work_dir.exists() and not (work_dir / _IDENTITY).is_file() and any(work_dir.iterdir()):
+            raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
+    except OSError as error:
+        raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None
+
+
+def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
+    """Create ``work_dir`` for this job. Raises `OutputError` if it exists and belongs to another one."""
+    file = work_dir / _IDENTITY
+    try:
+        if file.is_file():
+            found = json.loads(file.read_text())
             changed = [key for key, value in identity.items() if found.get(key) != value]
             if changed:
                 raise OutputError(
@@ -135,13 +171,10 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
                     "delete it or choose another directory"
                 )
             return
-        if work_dir.exists() and any(work_dir.iterdir()):
-            raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
+        check_work_dir(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps(identity, indent=2) + "\n")
-        partial.rename(record)
+        write_text(file, json.dumps(identity, indent=2) + "\n")
     except json.JSONDecodeError:
-        raise OutputError(f"{record} is damaged; delete {work_dir} and start again") from None
+        raise OutputError(f"{file} is damaged; delete {work_dir} and start again") from None
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None

@@ -1,30 +1,44 @@
-"""The training loop that the built-in strategies share: transformers' Trainer, quiet, seeded and
-resumable."""
+"""The training loop of strategies: transformers' Trainer, without output, seeded and resumable."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..data.instructions import collator_for
 from ..errors import ModelError
 from ..models.quiet import quiet_transformers
-from .base import RecoveryJob, RecoverySettings
+from ..settings import RecoverSettings
+from .base import RecoveryJob
+from .examples import IGNORED
+
+Batch = Mapping[str, torch.Tensor]
+Loss = Callable[[Any, Batch], torch.Tensor]
 
 
-def fit(model: Any, job: RecoveryJob) -> tuple[float, ...]:
-    """Train the parameters of ``model`` that require gradients, in place, and return the loss of every step.
+def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
+    """Train the parameters of ``model`` that require gradients, in place, and return the loss of every optimizer step.
 
-    Continues from the newest complete checkpoint in ``job.work_dir``; the result is then the same as without
-    the interruption, because optimizer, schedule, data order and random state are restored. Raises
-    `ModelError` when the loss is not finite.
+    ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro batch. Micro
+    batches are weighted by their numbers of trained tokens, so that the loss of a step and its gradients are the mean
+    over all trained tokens of the step, independent of ``micro_batch_size``. ``batch`` contains tensors of shape
+    (examples, tokens), dtype int64, on the model's device: ``input_ids``, ``attention_mask`` (0 on padding) and
+    ``labels`` (−100 on padding and for tokens that are not trained on). The logits at position t predict the token at
+    t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at ``logits[:, :-1]``. By default it is the model's own
+    loss: the cross entropy of the next token, in nats.
+
+    Continues from the newest complete checkpoint in ``job.work_dir``, with the optimizer, schedule, order of the data
+    and random state restored, so that the result is the same as without the interruption. Raises `ModelError` when the
+    loss is not finite.
     """
     config = model.config
     use_cache = getattr(config, "use_cache", None)
@@ -36,6 +50,8 @@ def fit(model: Any, job: RecoveryJob) -> tuple[float, ...]:
             data_collator=collator_for(job.tokenizer),
             callbacks=[_Watch(job)],
         )
+        if loss is not None:
+            trainer.use_loss(loss)
         trainer.remove_callback(PrinterCallback)
         try:
             trainer.train(resume_from_checkpoint=latest_checkpoint(job.work_dir))
@@ -46,8 +62,19 @@ def fit(model: Any, job: RecoveryJob) -> tuple[float, ...]:
     return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
+def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
+    """Pads a batch to its longest example, on the tokenizer's padding side. Without a padding token, another token is
+    used, as padding is masked."""
+    if tokenizer.pad_token is None:
+        # A copy, as the tokenizer is saved with the model.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
 def latest_checkpoint(work_dir: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the trainer's state is the last file of each."""
+    """Path of the newest complete checkpoint; None when there is none. A checkpoint is complete when
+    ``trainer_state.json``, which is written last, can be read."""
     complete = []
     for folder in work_dir.glob("checkpoint-*"):
         state = folder / "trainer_state.json"
@@ -59,16 +86,15 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     return max(complete)[1] if complete else None
 
 
-def steps(settings: RecoverySettings, examples: int) -> int:
-    """Optimizer steps of a run; the last batch of an epoch may be smaller than the others."""
+def steps(settings: RecoverSettings, examples: int) -> int:
+    """Number of optimizer steps; the last batch of an epoch may be smaller than the others."""
     if settings.max_steps is not None:
         return settings.max_steps
     return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
 
 
-def micro_batch(settings: RecoverySettings) -> int:
-    """The largest micro batch allowed that divides the batch, so that accumulation gives exactly the
-    batch."""
+def micro_batch(settings: RecoverSettings) -> int:
+    """The largest number of examples within ``micro_batch_size`` that divides ``batch_size``."""
     sizes = range(1, min(settings.micro_batch_size, settings.batch_size) + 1)
     return max(size for size in sizes if settings.batch_size % size == 0)
 
@@ -91,7 +117,7 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         dataloader_pin_memory=not on_cpu,
         optim="adamw_torch",
         logging_steps=1,
-        # The filter would replace a NaN by the mean of the losses before it.
+        # The filter would replace NaN by the mean of earlier losses.
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=max(1, min(50, total // 10)),
@@ -107,7 +133,26 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """A Trainer whose checkpoints hold only tensors: a model pruned unevenly has no config to save."""
+    """A Trainer with a custom loss, and with checkpoints of tensors alone, as the configuration of an unevenly pruned
+    model cannot be saved."""
+
+    loss: Loss | None = None
+
+    def use_loss(self, loss: Loss) -> None:
+        self.loss = loss
+        # `compute_loss` already divides by the trained tokens of the whole step.
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[Any, Any]:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, count if self.loss is None else sum(_trained_tokens(batch) for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self.loss(model, inputs) * (_trained_tokens(inputs) / num_items_in_batch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         del _internal_call
@@ -117,7 +162,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if isinstance(model, PreTrainedModel):
             safetensors.torch.save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
         else:
-            # The name of the base model makes peft look its config up, on the hub if need be.
+            # Without the name, peft does not look up the configuration of the base model on the hub.
             adapters: Any = model
             names = {key: config.base_model_name_or_path for key, config in adapters.peft_config.items()}
             for adapter in adapters.peft_config.values():
@@ -129,8 +174,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
                     adapters.peft_config[key].base_model_name_or_path = name
 
 
+def _trained_tokens(batch: Batch) -> int:
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Reports every step, and stops a run that has diverged."""
+    """Reports the loss of every step, and stops when it is not finite."""
 
     def __init__(self, job: RecoveryJob) -> None:
         self.job = job

@@ -1,1 +1,1 @@
-"""Pictures of models and results, as pages that need nothing but a browser."""
+"""Self-contained HTML pages about models."""

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReportSubject:
-    """What a page is about. ``graph``: the coupled groups of the model as it is. ``record``: its ``llmpruner.json``,
-    empty for a dense model."""
+    """The model that a page is about. ``graph``: its current coupled groups. ``record``: its ``llmpruner.json``, empty
+    for a dense model."""
 
     title: str
     graph: CouplingGraph
@@ -23,11 +23,31 @@ class ReportSubject:
 
 
 class ReportSection(Component):
-    """Renders one section. Sections of all plugins stand on the page by `order`, then by name."""
+    """Renders one section. Sections are on the page in the order of `order`, then of names.
+
+    ::
+
+        class Ties(ReportSection):
+            name = "ties"
+            summary = "parameters that share storage"
+
+            def render(self, subject):
+                rows = "".join(f"<li>{escape(a)} is {escape(b)}</li>" for a, b in subject.graph.ties.items())
+                return f"<h2>Tied parameters</h2><ul>{rows}</ul>" if rows else None
+
+    Put tables into ``<div class="scroll">``, so that they scroll on narrow screens. The page defines colours for light
+    and dark mode: the CSS variables ``--text``, ``--dim``, ``--page``, ``--box`` and ``--line``.
+    """
 
     kind: ClassVar[str] = "report section"
     order: ClassVar[int] = 100
+    """The built-in sections have 10 to 30."""
 
     def render(self, subject: ReportSubject) -> str | None:
-        """HTML that starts with an ``<h2>`` and needs nothing from the network; None when there is nothing to show."""
+        """HTML that starts with an ``<h2>``, uses no network, and has all text from the model escaped; None when there
+        is nothing to show."""
         raise NotImplementedError
+
+    def style(self) -> str:
+        """CSS for the head of the page, with selectors for this section only; empty by default."""
+        return ""

@@ -1,13 +1,19 @@
-"""One decoder block as a picture: every parameter a rectangle, every coupled axis an edge in its group's colour."""
+"""The section ``block``: a drawing of one decoder layer, with a rectangle for every parameter and a coloured edge for
+every coupled axis."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from math import log2
 
-from ..structure.coupling import CoupledGroup, CouplingGraph, Role, Span
+from pydantic import Field
+
+from ..component import ComponentSettings
+from ..errors import SettingsError
+from ..structure.coupling import CoupledGroup, CouplingGraph, Role, Span, runs
+from .base import ReportSection, ReportSubject
+from .templates import rendered
 
 COLOURS = {
     "mlp": "#d1495b",
@@ -19,13 +25,15 @@ COLOURS = {
 }
 _OTHER = "#777777"
 _STEP, _LEAST = 10, 18
+"""Pixels per factor of two, and for an axis of size 1."""
 _VERBS = {Role.PRODUCES: "produced", Role.CONSUMES: "consumed"}
 _MOST_RUNS = 24
+"""Maximum bands for a unit with several runs of indices."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """A run of one unit's indices, in per cent of the axis."""
+    """A run of one unit's indices, in percent of the axis."""
 
     start: float
     width: float
@@ -33,8 +41,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Edge:
-    """A coloured side of a rectangle: left for rows, top for columns, bottom for the stack that matrices lie in.
-    ``bands``: where one unit lies along it."""
+    """A coloured side of a rectangle: left for rows, top for columns, bottom for the stacking axis of a 3-D parameter.
+    ``bands``: the indices of one unit along it."""
 
     side: str
     kind: str
@@ -45,7 +53,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Box:
-    """One parameter, its size in pixels a logarithm of its shape."""
+    """One parameter. Width and height, in pixels, are linear in the logarithm of columns and rows."""
 
     name: str
     shape: str
@@ -56,7 +64,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Row:
-    """A span in words, for those who cannot point at an edge."""
+    """A span as a row of the table below the drawing."""
 
     kind: str
     colour: str
@@ -66,27 +74,44 @@ class Row:
     indices: str
 
 
-def block_page(title: str, graph: CouplingGraph, layer: int) -> str:
-    """A complete HTML page for decoder layer ``layer``, with a legend that says what one unit of each group costs."""
-    from jinja2 import Environment
+class BlockSection(ReportSection):
+    """A drawing, a legend with the parameters per unit of each group, and a table of spans."""
 
-    path = f"{graph.layers}.{layer}."
-    groups = [g for g in graph.groups if g.spans and (g.layer is None or g.layer == layer)]
-    names = [n for n in graph.shapes if n.startswith(path)]
-    outside = [n for n in graph.shapes if not graph.is_decoder(n)]
-    shown = {*names, *outside}
-    template = (resources.files("llmpruner.report") / "block.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
-        title=title,
-        legend=[(_colour(g), g.kind, f"{g.units:,} units", f"{graph.parameters_per_unit(g):,}") for g in groups],
-        parts=[
-            (f"Decoder layer {layer} of {graph.num_layers}", [_box(graph, groups, n, n[len(path) :]) for n in names]),
-            ("Outside the layers", [_box(graph, groups, n, n) for n in outside]),
-        ],
-        stacked=any(len(graph.shapes[n]) > 2 for n in names),
-        rows=[_row(g, s) for g in groups for s in g.spans if s.parameter in shown],
-    )
+    name = "block"
+    summary = "drawing of one decoder layer: its parameters and their coupled axes"
+    order = 30
+
+    class Settings(ComponentSettings):
+        layer: int | None = Field(None, ge=0, description="Decoder layer that is drawn; by default the middle one.")
+
+    settings: Settings
+
+    def render(self, subject: ReportSubject) -> str:
+        graph, layer = subject.graph, self.settings.layer
+        if layer is None:
+            layer = graph.num_layers // 2
+        if layer >= graph.num_layers:
+            raise SettingsError(f"{self.label()}: layer {layer}: the model has the layers 0-{graph.num_layers - 1}")
+        path = f"{graph.layers}.{layer}."
+        groups = [g for g in graph.groups if g.spans and (g.layer is None or g.layer == layer)]
+        names = [n for n in graph.shapes if n.startswith(path)]
+        outside = [n for n in graph.shapes if not graph.is_decoder(n)]
+        shown = {*names, *outside}
+        return rendered(
+            "block.html.j2",
+            layer=layer,
+            layers=graph.num_layers,
+            legend=[(_colour(g), g.kind, f"{g.units:,} units", f"{graph.parameters_per_unit(g):,}") for g in groups],
+            parts=[
+                ("In the layer", [_box(graph, groups, n, n[len(path) :]) for n in names]),
+                ("Outside the layers", [_box(graph, groups, n, n) for n in outside]),
+            ],
+            stacked=any(len(graph.shapes[n]) > 2 for n in names),
+            rows=[_row(g, s) for g in groups for s in g.spans if s.parameter in shown],
+        )
+
+    def style(self) -> str:
+        return rendered("block.css.j2")
 
 
 def _colour(group: CoupledGroup) -> str:
@@ -112,8 +137,8 @@ def _edge(group: CoupledGroup, span: Span, shape: Sequence[int]) -> Edge:
     place = span.axis - max(len(shape) - 2, 0)
     side = ("left", "top")[place] if place >= 0 else "bottom"
     size = shape[span.axis]
-    runs = _runs(sorted(span.index.of(group.units // 2)))[:_MOST_RUNS]
-    bands = tuple(Band(100 * first / size, 100 * (last - first + 1) / size) for first, last in runs)
+    found = runs(sorted(span.index.of(group.units // 2)))[:_MOST_RUNS]
+    bands = tuple(Band(100 * first / size, 100 * (last - first + 1) / size) for first, last in found)
     row = _row(group, span)
     return Edge(side, group.kind, row.colour, f"{row.kind}: {row.verb} along axis {row.axis}, {row.indices}", bands)
 
@@ -125,17 +150,6 @@ def _joined(one: Edge, other: Edge) -> Edge:
 def _row(group: CoupledGroup, span: Span) -> Row:
     verb = _VERBS.get(span.role, "normalised")
     return Row(group.kind, _colour(group), span.parameter, span.axis, verb, str(span.index))
-
-
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of every run of neighbours."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index - 1:
-            runs[-1] = runs[-1][0], index
-        else:
-            runs.append((index, index))
-    return runs
 
 
 def _pixels(size: int) -> int:

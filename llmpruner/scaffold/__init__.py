@@ -1,1 +1,1 @@
-"""What ``llmpruner new-plugin`` writes: a package of its own with a family, its tests and its CI."""
+"""The plugin packages that ``llmpruner new-plugin`` writes, with tests and CI."""

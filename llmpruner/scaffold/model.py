@@ -1,17 +1,23 @@
-"""What a scaffold must know of a model: its type, a small configuration to test with, and where its code is."""
+"""Facts about a model for its plugin package: its type, a small configuration for tests, and where its code is."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, UnsupportedModelError
-from ..loading.options import LoadOptions
-from .source import literal
+from transformers import CONFIG_MAPPING
+
+from ..errors import ModelError, UnsupportedModelError, first_line
+from ..loading.model import load_structure
+from ..models.quiet import quiet_transformers
+from ..oracle.tiny import small_config
+from ..oracle.verify import VERIFIED, verify
+from ..settings import LoadSettings
+from .package import ModelFacts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,27 +25,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
-"""What `to_diff_dict` writes and a constructor need not be told."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """Facts for the templates, as source text where the templates print them.
-
-    ``types``: model types; empty when no model was named. ``config_class``, ``config_module``: where the configuration
-    class is imported from; ``config_values``: name → source of each argument of the small configuration. ``extends``:
-    the installed family that understands the model already. ``package``, ``requires``: the package that
-    registers the architecture, and its distribution. ``kinds``: the kinds of units that can be removed.
-    """
-
-    types: tuple[str, ...] = ()
-    config_class: str = ""
-    config_module: str = ""
-    config_values: tuple[tuple[str, str], ...] = ()
-    extends: str | None = None
-    package: str | None = None
-    requires: str | None = None
-    kinds: tuple[str, ...] = ()
+"""Values of a configuration about its origin, which constructors do not need."""
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
@@ -48,9 +34,6 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
 
     Raises `ModelError` when there is no such model, `UnsupportedModelError` when its structure cannot be discovered.
     """
-    from ..models.quiet import quiet_transformers
-    from ..oracle.tiny import small_config
-
     distribution = _import(package) if package else None
     with quiet_transformers():
         config = read_config(source, catalog)
@@ -68,9 +51,8 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
 
 
 def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
-    """The kinds of units that discovery finds, all of which must pass the oracle, as the family's tests will ask."""
-    from ..oracle.verify import VERIFIED, verify
-
+    """The kinds of units that discovery finds. Raises `UnsupportedModelError` if the oracle does not verify them all,
+    as the family's tests would fail."""
     verdicts = verify(None, small, shrink=False)
     for verdict in verdicts:
         if verdict.verdict != VERIFIED:
@@ -82,8 +64,6 @@ def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
 
 def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
     """The dense configuration of a model, or the default one of a model type."""
-    from transformers import CONFIG_MAPPING
-
     catalog.register_models()
     if source in CONFIG_MAPPING and not Path(source).exists():
         default: PreTrainedConfig = CONFIG_MAPPING[source]()
@@ -94,15 +74,12 @@ def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
             f"'{source}' is neither a model directory nor a model type that transformers knows; "
             "--import PACKAGE names the package that registers it"
         )
-    from ..loading.model import load_config
-
-    return load_config(source, catalog, LoadOptions(family="auto")).config
+    return load_structure(source, catalog, LoadSettings(family="auto")).config
 
 
 def _refuse_unknown_code(directory: Path) -> None:
-    """A plugin must find the model's classes again, in any process: a checkpoint's own files are no place for them."""
-    from transformers import CONFIG_MAPPING
-
+    """Raise `ModelError` for a model type whose classes are not in an installed package, where a plugin can import
+    them."""
     file = directory / "config.json"
     if not file.is_file():
         return
@@ -123,8 +100,7 @@ def _import(package: str) -> str:
     try:
         importlib.import_module(package)
     except Exception as error:  # third-party code raises anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise ModelError(f"--import {package}: {type(error).__name__}: {reason}") from error
+        raise ModelError(f"--import {package}: {type(error).__name__}: {first_line(error)}") from error
     top = package.partition(".")[0]
     found = metadata.packages_distributions().get(top)
     if not found:
@@ -136,14 +112,14 @@ def _import(package: str) -> str:
 
 
 def _relative(config: PreTrainedConfig, catalog: Catalog) -> str | None:
-    """The family that understands ``config`` already: the new one must extend it, or every model would have two."""
+    """The family that matches ``config`` already, which the new one must extend."""
     if not any(cls().matches(config) for cls in catalog.families.values()):
         return None
     return catalog.family_for(config).name
 
 
 def _public_module(cls: type[Any]) -> str:
-    """The shortest package that offers ``cls`` under its name."""
+    """The shortest package path that exports ``cls`` under its name."""
     parts = cls.__module__.split(".")
     for length in range(1, len(parts)):
         module = ".".join(parts[:length])
@@ -152,17 +128,17 @@ def _public_module(cls: type[Any]) -> str:
     return cls.__module__
 
 
-def _arguments(small: PreTrainedConfig) -> tuple[tuple[str, str], ...]:
-    """Arguments that build ``small``, as source: those that differ from the defaults, where they suffice."""
+def _arguments(small: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments that build ``small``, as JSON values: those that differ from the defaults if they suffice, else all."""
     cls, every = type(small), _meaning(small)
     for leave_out in (_defaults(cls), {}):
-        given = {n: v for n, v in every.items() if n not in leave_out or leave_out[n] != v}
+        given = {n: v for n, v in sorted(every.items()) if n not in leave_out or leave_out[n] != v}
         try:
             rebuilt = cls(**given)
-        except Exception:  # third-party constructors raise anything; all values at once may fit better
+        except Exception:  # third-party constructors raise anything
             continue
         if _meaning(rebuilt) == every:
-            return tuple((name, literal(value)) for name, value in sorted(given.items()))
+            return given
     raise UnsupportedModelError(f"a small {small.model_type} configuration cannot be rebuilt from its values")
 
 
@@ -174,4 +150,6 @@ def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name not in _PROVENANCE}
+    """The values of a configuration as in its file, where tuples are lists and keys are strings."""
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return {name: value for name, value in values.items() if name not in _PROVENANCE}

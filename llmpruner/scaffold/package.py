@@ -1,48 +1,74 @@
-"""A plugin package on disk: templates filled in, written aside, renamed."""
+"""Rendering and writing a plugin package."""
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
-from ..errors import LlmprunerError, OutputError
-from .model import ModelFacts
+from ..errors import LlmprunerError, UnknownNameError
+from ..files import new_directory
 
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",
     "README.md": "README.md.j2",
+    "LICENSE": "LICENSE.j2",
     ".gitignore": "gitignore.j2",
     ".github/workflows/test.yml": "test.yml.j2",
     "src/{module}/__init__.py": "init.py.j2",
-    "src/{module}/family.py": "family.py.j2",
-    "tests/test_family.py": "test_family.py.j2",
+    "src/{module}/{kind}.py": "{kind}.py.j2",
+    "tests/test_{kind}.py": "test_{kind}.py.j2",
 }
-"""Path in the package → template."""
+"""Path in the package → template, both with placeholders for the names of the module and of the kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a package adds. ``title``: name in texts; ``base``: its base class; ``hook``: the hook that returns it."""
+
+    word: str
+    title: str
+    base: str
+    hook: str
+
+
+KINDS = {
+    kind.word: kind
+    for kind in (
+        Kind("family", "model family", "ModelFamily", "llmpruner_model_families"),
+        Kind("criterion", "importance criterion", "ImportanceCriterion", "llmpruner_importance_criteria"),
+        Kind("strategy", "recovery strategy", "RecoveryStrategy", "llmpruner_recovery_strategies"),
+    )
+}
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 PREFIX = "llmpruner-"
+LONGEST = 30
+"""Maximum length of a name, so that no line of the package is longer than its formatter allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class PluginName:
-    """The one word that all names of a plugin come from."""
+    """The word that all names in a plugin package are derived from."""
 
     word: str
 
     def __post_init__(self) -> None:
         if self.word.startswith(PREFIX):
             short = self.word.removeprefix(PREFIX)
-            raise LlmprunerError(f"'{self.word}': leave '{PREFIX}' out, it is put before the name; write '{short}'")
+            raise LlmprunerError(f"'{self.word}': leave '{PREFIX}' out, it is added to the name; write '{short}'")
         if not _NAME.fullmatch(self.word):
             raise LlmprunerError(
                 f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, "
                 "a letter first, as in 'my-model'"
             )
+        if len(self.word) > LONGEST:
+            raise LlmprunerError(f"'{self.word}' is too long for a plugin; expected at most {LONGEST} characters")
 
     @property
     def distribution(self) -> str:
@@ -52,42 +78,70 @@ class PluginName:
     def module(self) -> str:
         return self.distribution.replace("-", "_")
 
-    @property
-    def family(self) -> str:
-        return "".join(part.capitalize() for part in self.word.split("-")) + "Family"
+    def class_of(self, kind: str) -> str:
+        """Name of the class: ``MyModelFamily`` of a family ``my-model``."""
+        return "".join(part.capitalize() for part in (*self.word.split("-"), kind))
 
 
-def render(name: PluginName, model: ModelFacts) -> dict[str, str]:
-    """Path in the package → text. The same name and model give the same bytes."""
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts for the templates.
+
+    ``types``: model types; empty without a model. ``config_class``, ``config_module``: the configuration class and its
+    module; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``: the installed
+    family that matches the model already. ``package``, ``requires``: the package that registers the architecture, and
+    its distribution. ``kinds``: the kinds of units that can be removed.
+    """
+
+    types: tuple[str, ...] = ()
+    config_class: str = ""
+    config_module: str = ""
+    config_values: Mapping[str, Any] = field(default_factory=dict)
+    extends: str | None = None
+    package: str | None = None
+    requires: str | None = None
+    kinds: tuple[str, ...] = ()
+
+
+def kind_named(word: str) -> Kind:
+    """One of `KINDS`. Raises `UnknownNameError`."""
+    if word not in KINDS:
+        raise UnknownNameError("kind of plugin", word, KINDS)
+    return KINDS[word]
+
+
+def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
+    """Path in the package → text. The same arguments give the same bytes.
+
+    ``kind``: one of `KINDS`. ``model``: of a family; other kinds take none. Raises `UnknownNameError` for another kind.
+    """
     from jinja2 import Environment, StrictUndefined
 
+    adds = kind_named(kind)
+    if model is not None and kind != "family":
+        raise LlmprunerError(f"a {kind} works for all models; leave the model out")
+    model = model or ModelFacts()
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     folder = resources.files("llmpruner.scaffold") / "templates"
-    values = {"name": name, "model": model, "version": __version__}
-    return {
-        path.format(module=name.module): environment.from_string(
-            (folder / template).read_text(encoding="utf-8")
+    values = {"name": name, "model": model, "version": __version__, "kind": adds, "cls": name.class_of(kind)}
+    files = {
+        path.format(module=name.module, kind=kind): environment.from_string(
+            (folder / template.format(kind=kind)).read_text(encoding="utf-8")
         ).render(values)
         for path, template in FILES.items()
     }
+    files[f"src/{name.module}/py.typed"] = ""
+    if model.config_values:
+        files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
+    return files
 
 
 def write(directory: Path, files: dict[str, str]) -> None:
-    """Write ``files`` beside ``directory``, then rename: the package is whole or not there. Raises `OutputError`."""
-    parent = directory.resolve().parent
-    aside = None
-    try:
-        aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
+    """Write ``files`` to the new ``directory``, completely or not at all. Raises `OutputError`."""
+    with new_directory(directory) as partial:
         for path, text in files.items():
-            file = aside / path
+            file = partial / path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        aside.chmod(0o755)
-        aside.rename(directory)
-    except OSError as error:
-        raise OutputError(f"cannot write {directory}: {error.strerror or error}") from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Selection: from scores and an amount to the units that stay."""
+"""Selection: from scores and an amount to the units to keep."""

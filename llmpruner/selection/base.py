@@ -1,4 +1,4 @@
-"""Allocation: how many units each coupled group gives up."""
+"""Allocation: how many units each coupled group loses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from ..structure.coupling import LAYER
 from ..structure.queues import Queue
 
 Taken = dict[str, int]
-"""Group name → removal steps taken from its queue."""
+"""Group name → number of removal steps taken from the group's queue, in order."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What must be removed: an ``amount`` of the budget, or numbers of units (``units``: group name → how many)."""
+    """What must be removed: an ``amount`` of a cost, as in `Cost.remaining`; or ``units``: group name → number of
+    units, which need not be whole."""
 
     amount: int | None = None
     units: Mapping[str, float] | None = None
 
 
 class Meter:
-    """Counts how much of a cost a choice of steps removes."""
+    """Computes the amount of a cost that removal steps save."""
 
     def __init__(self, cost: Cost, queues: Sequence[Queue]) -> None:
         self.cost, self._queues = cost, queues
         self._dense = cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
-        """The amount of the cost that goes with ``taken`` steps of each queue; missing groups give none."""
+        """The amount of the cost that ``taken`` steps of each queue remove; missing groups lose none."""
         kept: dict[str, int] = {}
         gone: set[int] = set()
         for queue in self._queues:
@@ -46,12 +47,11 @@ class Meter:
 
 @dataclass(frozen=True)
 class AllocationTask:
-    """What an allocation decides on.
+    """The inputs of an allocation.
 
     ``queues``: the removal steps of every group in scope, least important first, each with its mean score.
-    ``demand``: what must go. ``meter``: counts what a choice removes. ``loss``: for allocations that measure, the mean
-    KL divergence per token (nats) of the model cut to a choice from the dense model, on calibration text; None for
-    others.
+    ``demand``: what must be removed. ``meter``: computes the removed amount. ``loss``: for allocations that measure,
+    the mean KL divergence per token, in nats, of the cut model from the current one on calibration text; else None.
     """
 
     queues: Sequence[Queue]
@@ -62,10 +62,10 @@ class AllocationTask:
 
 
 class Allocation(Component):
-    """Decides how many removal steps each group gives so that the demand is met.
+    """Decides how many removal steps are taken from each group so that the demand is met.
 
-    `llmpruner.selection.allocate` has what implementations share: `target_of` refuses a demand that cannot be met,
-    `top_up` closes the last gap with single steps.
+    `llmpruner.selection.allocate` has functions for implementations: `target_of` refuses a demand that cannot be met,
+    `take_if_it_fits` takes one step, `top_up` adds single steps up to the requested amount.
     """
 
     kind: ClassVar[str] = "allocation"
@@ -74,7 +74,7 @@ class Allocation(Component):
     compares_groups: ClassVar[bool] = False
     """Whether scores of different groups are compared, so that ``--normalize`` has an effect."""
     equal_shares: ClassVar[bool] = False
-    """Whether how many units a group gives hardly depends on scores; a compensation may then rank units anew."""
+    """Whether the numbers of units hardly depend on scores, so that a compensation may rank the units again."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""

@@ -1,19 +1,21 @@
-"""How scores of different groups become comparable, before one ranking goes over all of them."""
+"""Normalization: making scores of different groups comparable for one ranking."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from ..budgets.costs import Cost, parameter_cost, savings
+from ..budgets.costs import Cost, savings
+from ..budgets.weights import parameter_cost
 from ..errors import UnknownNameError
+from ..settings import Normalization
 
 if TYPE_CHECKING:
     import torch
 
     from ..structure.coupling import CoupledGroup, CouplingGraph
 
-NORMALIZATIONS = ("none", "mean", "max", "sum", "zscore", "parameters", "cost")
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 
 def normalize(
@@ -23,10 +25,17 @@ def normalize(
     how: str,
     cost: Cost | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Scores by group, divided by the ``mean``, ``max`` or ``sum`` of the group's magnitudes, standardised
-    (``zscore``, as FLAP does), or divided by the ``parameters`` that go with one unit, or by what it saves of the
-    budget (``cost``; of the decoder's parameters where there is none). Order within a group never changes, except of
-    layers that save unlike amounts."""
+    """Normalized ``scores`` (group name → tensor of shape (units,)). ``how``, with s the scores of one group:
+
+    - ``none``: s as it is;
+    - ``mean``, ``max``, ``sum``: s divided by the mean, maximum or sum of abs(s);
+    - ``zscore``: (s − mean) / standard deviation, as in FLAP (An et al., 2024);
+    - ``parameters``: s divided by the number of parameters that are removed with one unit;
+    - ``cost``: s divided by the amount of ``cost`` that each unit saves (default: the decoder's parameters).
+
+    The order within a group does not change, except under ``cost`` for layers of different costs. Raises
+    `UnknownNameError` for another name.
+    """
     if how not in NORMALIZATIONS:
         raise UnknownNameError("normalization", how, NORMALIZATIONS)
     if how == "cost":
@@ -36,7 +45,7 @@ def normalize(
 
 
 def _per_saving(values: torch.Tensor, saved: Sequence[float]) -> torch.Tensor:
-    # What saves nothing is never removed for it; any finite score will do.
+    # Units that save nothing are not removed; any finite score will do.
     return values / values.new_tensor([amount if amount > 0 else 1.0 for amount in saved])
 
 

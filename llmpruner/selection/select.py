@@ -1,19 +1,19 @@
-"""Selection: scores and a demand → the units that stay."""
+"""Selection: from scores and a demand to the units that are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..budgets.costs import Cost, parameter_cost, saving_units
-from ..errors import SelectionError, UnknownNameError
-from ..progress import Progress
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..budgets.costs import Cost, saving_units
+from ..budgets.weights import parameter_cost
+from ..errors import SelectionError
+from ..progress import QUIET, Progress
+from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.kept import removed_layers
 from ..structure.queues import build_queue, kept_units
 from ..structure.scope import Scope
-from .allocate import ALLOCATIONS
-from .base import Demand, Meter, Taken
-from .search import MEASURED
+from .base import Allocation, AllocationTask, Demand, Meter, Taken
 
 if TYPE_CHECKING:
     from ..importance.estimate import Scores
@@ -26,21 +26,23 @@ def select(
     scores: Scores,
     scope: Scope,
     demand: Demand,
+    allocation: Allocation,
     *,
     cost: Cost | None = None,
-    allocation: str = "uniform",
     round_to: int = 1,
     loss: Callable[[Kept], float] | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Kept:
-    """Choose what stays. Deterministic: equal scores are ordered by unit number.
+    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit.
+    Deterministic: equal scores are ordered by unit number.
 
-    ``cost``: what ``demand.amount`` is of; None for the decoder's parameters. What saves nothing of it stays.
-    ``loss``: how far a cut leaves the model from what it was, for an ``allocation`` in `MEASURED`.
-    Empty when the demand is less than half a unit. Raises `SelectionError` when it cannot be reached.
+    ``allocation``: decides how many units each group loses; the scores decide which. ``cost``: of ``demand.amount``
+    (default: the decoder's parameters); units that save nothing of it are kept. ``loss``: for an allocation that
+    measures, kept units → divergence of the cut model from the current one. Raises `SelectionError` when the demand
+    cannot be met.
     """
-    if allocation not in (*ALLOCATIONS, *MEASURED):
-        raise UnknownNameError("allocation", allocation, (*ALLOCATIONS, *MEASURED))
+    if allocation.measures and loss is None:
+        raise SelectionError(f"{allocation.label()} measures the model on calibration text, and none is given")
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
@@ -50,26 +52,15 @@ def select(
         for g in groups
         if g.name in allowed
     ]
-    meter = Meter(cost, queues)
 
     def chosen(taken: Taken) -> Kept:
         return _without_removed_layers(graph, kept_units(queues, taken))
 
-    if allocation in ALLOCATIONS:
-        return chosen(ALLOCATIONS[allocation](queues, demand, meter))
-    if loss is None:
-        raise SelectionError(f"allocation {allocation} measures the model, and needs a loss to do so")
-    measure = loss
-    taken = MEASURED[allocation](queues, demand, meter, lambda taken: measure(chosen(taken)), progress or Progress())
-    return chosen(taken)
+    measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
+    return chosen(allocation.allocate(AllocationTask(queues, demand, Meter(cost, queues), measured, progress)))
 
 
 def _without_removed_layers(graph: CouplingGraph, kept: Mapping[str, tuple[int, ...]]) -> Kept:
-    """Cuts inside a layer that goes as a whole say nothing."""
-    gone = {
-        unit
-        for name, units in kept.items()
-        if (group := graph.by_name[name]).kind == LAYER
-        for unit in set(range(group.units)) - set(units)
-    }
+    """``kept`` without the groups inside layers that are removed."""
+    gone = removed_layers(graph, kept)
     return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}

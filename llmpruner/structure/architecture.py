@@ -1,4 +1,4 @@
-"""What stages ask of an architecture, as protocols: `llmpruner.ModelFamily` provides all of it."""
+"""Protocols for the parts of `llmpruner.ModelFamily` that lower packages use."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
 
 
 class Follows(Protocol):
-    """Updates what is no parameter after a cut, such as the number of heads that an attention module stores."""
+    """Updates module attributes after a cut, such as the number of heads that an attention module stores."""
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        """``model``: already cut. ``graph``: before the cut. ``kept``: group name → units kept."""
+        """``model``: after the cut; changed in place. ``graph``: before the cut. ``kept``: group name → units kept."""
 
 
 class StatesConfigs(Protocol):
-    """Proposes stock configurations for a uniformly cut model that its own configuration class refuses."""
+    """Proposes configurations of other stock classes for a uniformly cut model that its own class cannot represent."""
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
-        """Candidates for ``config``; whoever asks verifies them against the real shapes."""
+        """Candidates for ``config``; the caller verifies them against the real shapes."""
 
 
 class Architecture(Follows, Protocol):
-    """The coupled groups of an architecture and what follows a cut of them."""
+    """The coupled groups of an architecture, and the update of module attributes after a cut."""
 
     @property
     def is_discovered(self) -> bool:
-        """Whether what follows a cut is found by trying on a small model."""
+        """Whether the attributes to update after a cut are found by trials on a small model, not set by the family."""
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
         """The coupled groups of a model of this configuration."""

@@ -1,12 +1,13 @@
 """Units, spans and coupled groups: the structure of a model as plain data.
 
 A *unit* is the smallest thing that can be removed (an MLP channel, a key/value head with its query heads, a
-hidden channel, a layer). A *coupled group* is a set of like units together with the *spans* they own. A span
-says which indices of one axis of one parameter each unit owns. Nothing here imports torch or knows a model.
+hidden channel, a layer). A *coupled group* is a set of units of one kind together with the *spans* they own. A span
+lists which indices of one axis of one parameter each unit owns. Imports no torch.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +24,17 @@ QUERY = "query"
 HIDDEN = "hidden"
 LAYER = "layer"
 EXPERT = "expert"
-VOCABULARY = "vocabulary"
+
+_IN_A_LAYER = re.compile(r"layers\.(\d+)\.(?=.)")
 
 
 class Role(str, Enum):
-    """What a span does with the activation of its units."""
+    """How the parameter of a span is used with the activations of its units."""
 
     PRODUCES = "produces"
-    """The out axis of a projection, its bias, or the columns of an embedding."""
+    """The output axis of a projection, its bias, or the columns of an embedding."""
     CONSUMES = "consumes"
-    """The in axis of a projection."""
+    """The input axis of a projection."""
     NORM = "norm"
     """The weight of an RMS norm over the units: cutting N units to N' rescales it by √(N/N') and the
     norm's epsilon by N/N', which keeps the result equal to the model with the units silenced."""
@@ -90,6 +92,17 @@ class Explicit:
 IndexMap = Blocks | Explicit
 
 
+def runs(indices: Iterable[int]) -> list[tuple[int, int]]:
+    """First and last of every run of consecutive numbers in ``indices``, which must be in ascending order."""
+    found: list[tuple[int, int]] = []
+    for index in indices:
+        if found and found[-1][1] == index - 1:
+            found[-1] = found[-1][0], index
+        else:
+            found.append((index, index))
+    return found
+
+
 def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
     """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular."""
     width = len(rows[0]) if rows else 0
@@ -128,13 +141,23 @@ class Span:
 
 @dataclass(frozen=True)
 class CoupledGroup:
-    """Like units that can be removed one by one, each with everything that must go with it.
+    """Units of one kind that can be removed one by one, each with all parameters that must be removed with it.
 
-    ``blocks``: the units lie in this many equal consecutive blocks, and each block must keep the same number
+    ``name``: unique in a graph, and the key of the group in plans. A group inside decoder layer N is named
+    ``layers.N.WORD`` (``layers.3.attention``) and has ``layer=N``; no other name begins like that. When layers are
+    removed, the groups of the remaining layers are renumbered by this rule, so that their names are those of a model
+    with fewer layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
+    their number; unit ``u`` of every span belongs to unit ``u`` of the others. ``layer``: the decoder layer that all
+    spans are in, None for groups across layers.
+
+    ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
     a multiple of it (kernels that need aligned rows). ``modules``: for groups of whole modules (layers,
-    sub-layers), the module path that each unit is; such a group has no spans. ``buffers``: spans of buffers with
-    entries for the units (the selection bias of experts); they are cut along, and neither scored nor counted.
+    sub-layers), the module path of each unit; such a group has no spans. ``buffers``: spans of buffers with
+    an entry for each unit (the selection bias of experts); they are cut with the parameters, and neither scored nor
+    counted.
+
+    Raises `CouplingError` where one of these rules is broken.
     """
 
     name: str
@@ -149,6 +172,7 @@ class CoupledGroup:
     buffers: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_name(self.name, self.layer)
         if self.units < 1:
             raise CouplingError(f"group '{self.name}' has no units")
         if bool(self.spans) == bool(self.modules):
@@ -163,23 +187,39 @@ class CoupledGroup:
                     f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
                 )
 
+    def in_layer(self, layer: int) -> str:
+        """The name of this group after its layer is renumbered to ``layer``."""
+        return self.name if self.layer is None else f"layers.{layer}.{self.name.removeprefix(f'layers.{self.layer}.')}"
+
     @cached_property
     def is_normalized(self) -> bool:
-        """Whether a norm runs over the units, so that silencing must happen where they are produced."""
+        """Whether a norm is computed over the units, so that they must be silenced where they are produced."""
         return any(s.role in (Role.NORM, Role.LAYER_NORM) for s in self.spans)
 
     @property
     def cut_spans(self) -> tuple[Span, ...]:
-        """Everything that is cut: the spans of parameters, then those of buffers."""
+        """All spans: those of parameters, then those of buffers."""
         return self.spans + self.buffers
 
     def spans_with(self, *roles: Role) -> Iterator[Span]:
         return (s for s in self.spans if s.role in roles)
 
 
+def _check_name(name: str, layer: int | None) -> None:
+    numbered = _IN_A_LAYER.match(name)
+    if layer is not None and (numbered is None or int(numbered[1]) != layer):
+        raise CouplingError(
+            f"group '{name}' is in layer {layer}, so its name must be 'layers.{layer}.WORD', such as "
+            f"'layers.{layer}.mlp': removing other layers renumbers it"
+        )
+    if layer is None and numbered is not None:
+        raise CouplingError(f"group '{name}' is named after layer {numbered[1]}; give it layer={numbered[1]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """An axis that discovery does not offer for pruning, and why."""
+    """An axis on which discovery found no removable units. ``reason``: one line; where an operator is the reason, it
+    names the operator and the path of the module that applies it."""
 
     parameter: str
     axis: int
@@ -188,10 +228,11 @@ class Blocked:
 
 @dataclass(frozen=True)
 class CouplingGraph:
-    """All coupled groups of a model, with the shapes they are cut from.
+    """All coupled groups of a model, with the shapes of its tensors.
 
     ``shapes``: every parameter, tied ones included. ``ties``: parameter → the parameter it shares storage with.
     ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
+    ``blocked``: axes without removable units, where the groups come from discovery.
     ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
     """
 
@@ -223,7 +264,7 @@ class CouplingGraph:
             raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
         owned: Sequence[int]
         if isinstance(span.index, Blocks) and span.index.step >= span.index.width:
-            # Disjoint by construction, so the ends say it all: models have millions of indices.
+            # Disjoint by construction, so the first and last unit suffice; checking millions of indices is slow.
             owned = [*span.index.of(0), *span.index.of(group.units - 1)] if group.units > 1 else span.index.of(0)
         else:
             owned = span.indices(range(group.units))
@@ -246,8 +287,7 @@ class CouplingGraph:
 
     @cached_property
     def num_layers(self) -> int:
-        prefix = self.layers + "."
-        return 1 + max(int(p[len(prefix) :].split(".")[0]) for p in self.shapes if p.startswith(prefix))
+        return 1 + max(n for p in self.shapes if (n := self.layer_of(p)) is not None)
 
     def of_kinds(self, kinds: Iterable[str]) -> tuple[CoupledGroup, ...]:
         wanted = set(kinds)
@@ -255,6 +295,10 @@ class CouplingGraph:
 
     def is_decoder(self, parameter: str) -> bool:
         return parameter.startswith(self.layers + ".")
+
+    def layer_of(self, parameter: str) -> int | None:
+        """Number of the decoder layer that a parameter is in; None outside the decoder layers."""
+        return int(parameter[len(self.layers) + 1 :].split(".", 1)[0]) if self.is_decoder(parameter) else None
 
     @cached_property
     def total_parameters(self) -> int:
@@ -265,7 +309,7 @@ class CouplingGraph:
         return sum(prod(s) for p, s in self.shapes.items() if self.is_decoder(p) and p not in self.ties)
 
     def parameters_per_unit(self, group: CoupledGroup) -> int:
-        """Parameters that leave with one unit while everything else stays (mean over units for modules)."""
+        """Number of parameters that removing one unit alone removes (for modules, the mean over units)."""
         if group.modules:
             own = (prod(s) for p, s in self.shapes.items() if p.startswith(tuple(m + "." for m in group.modules)))
             return sum(own) // group.units

@@ -1,7 +1,7 @@
 """Which units stay: ``kept`` maps group names to the units that stay; a group that is not named keeps everything.
 
-Index arithmetic alone, without tensors: which indices of each axis remain, what the groups and names of the cut model
-are, and how many parameters are left.
+Index arithmetic without tensors: which indices of each axis remain, the groups and names of the cut model, and its
+number of parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
-    """Numbers of the layers that go as a whole."""
+    """Numbers of the decoder layers that are removed."""
     return {
         unit
         for name, units in kept.items()
@@ -40,13 +40,8 @@ def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
     return total, decoder
 
 
-def compose(
-    first: Mapping[str, Sequence[int]],
-    second: Mapping[str, Sequence[int]],
-    names: Mapping[str, str],
-    survivors: Mapping[str, Sequence[int]],
-) -> dict[str, tuple[int, ...]]:
-    """One ``kept`` for two cuts in a row, in units of the original model.
+def compose(first: Kept, second: Kept, names: Mapping[str, str], survivors: Kept) -> dict[str, tuple[int, ...]]:
+    """One ``kept`` for two successive cuts, in units of the original model.
 
     ``names``: original group name → its name after the first cut. ``survivors``: original group name → its units
     that remained after the first cut, in order.
@@ -121,7 +116,7 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
         )
         per_block = group.units // group.blocks
         blocks = len({u // per_block for u in units})
-        # So many in every block: blocks that went take theirs along.
+        # The minimum is shared equally by the blocks; removed blocks no longer need their share.
         minimum = -(-group.minimum * blocks // group.blocks)
         groups.append(
             replace(
@@ -147,8 +142,8 @@ def surviving_units(
     group: CoupledGroup,
     axes: Mapping[tuple[str, int], list[int]] | None = None,
 ) -> list[int]:
-    """The units of ``group`` that remain: kept, and not taken away by another group that owns the same indices
-    (a query head goes with its KV head)."""
+    """The units of ``group`` that remain: kept, and not removed with a unit of another group that owns the same
+    indices (a query head is removed with its KV head)."""
     units = list(kept.get(group.name, range(group.units)))
     axes = kept_indices(graph, kept) if axes is None else axes
     for span in group.spans:
@@ -163,7 +158,7 @@ def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
     """Old group name → name after the cut, for the groups that remain (removed layers renumber the others)."""
     numbers = layer_numbers(graph, kept)
     return {
-        g.name: g.name if g.layer is None else g.name.replace(f"layers.{g.layer}.", f"layers.{numbers[g.layer]}.", 1)
+        g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer])
         for g in graph.groups
         if g.layer is None or g.layer in numbers
     }
@@ -219,7 +214,7 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
 
 
 def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
-    """Where a module or parameter path is after the cut; None when it is gone."""
+    """A module or parameter path after the cut; None when it was removed."""
     for old, new in moves.items():
         if path == old or path.startswith(old + "."):
             return None if new is None else new + path[len(old) :]

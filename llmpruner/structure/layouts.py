@@ -1,7 +1,7 @@
-"""Span builders for the layouts that language models really use.
+"""Functions that build the spans of common parameter layouts.
 
-Every builder returns spans for one coupled group; a family strings them together. ``biases=True`` adds the
-bias of each producing projection. Weights are ``[out, in]`` as in ``torch.nn.Linear``.
+Each returns the spans of one coupled group. ``bias=True`` adds the bias of each producing projection. Weights have the
+shape (out, in), as in ``torch.nn.Linear``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) 
 
 
 def packed_gated_mlp(gate_up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """As `gated_mlp`, with gate rows ``0…F−1`` and up rows ``F…2F−1`` packed in one projection."""
+    """As `gated_mlp`, with F = ``width`` gate rows ``0…F−1`` and up rows ``F…2F−1`` in one projection."""
     return (
         *produces(gate_up, Blocks(width), bias=bias),
         *produces(gate_up, Blocks(width, start=width), bias=bias),
@@ -96,9 +96,12 @@ def hidden_channels(
     norms: Sequence[str],
     biased: Collection[str] = (),
 ) -> tuple[Span, ...]:
-    """The residual stream of a model with RMS norms. ``embeddings`` produce along their columns, ``consumers``
-    read it (lm_head included), ``producers`` write it, those in ``biased`` with a
-    bias, ``norms`` are the norm modules over it."""
+    """The channels of the residual stream in a model with RMS norms; all arguments but ``width`` are module paths.
+
+    ``embeddings``: (vocabulary, hidden). ``consumers``: projections whose inputs are hidden states, ``lm_head``
+    included. ``producers``: projections whose outputs are added to the residual stream; those in ``biased`` have a
+    bias. ``norms``: RMS norms over the hidden states.
+    """
     channel = Blocks(width)
     return (
         *(Span(f"{m}.weight", 1, Role.PRODUCES, channel) for m in embeddings),

@@ -1,7 +1,7 @@
-"""PruningPlan: what goes and why, as one small JSON file that can be reviewed, diffed and replayed.
+"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
 
-A plan is the only thing surgery reads. It holds no time of day and nothing of the machine, so the same command
-gives the same bytes; only a budget of latency brings in the machine, and then the plan says what was measured there.
+A cut needs nothing else but the model. A plan contains no timestamps and no facts about the machine, so that the same
+command gives the same bytes; the exception is a budget that is measured on the machine, which records the measurement.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,26 +25,20 @@ from pydantic import (
 
 from ..errors import PlanError
 from ..files import write_text
-from .coupling import CouplingGraph
+from .coupling import CouplingGraph, runs
 from .kept import check_kept
 
 if TYPE_CHECKING:
     from .kept import Kept
 
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _MOST_UNITS: Final = 100_000_000
 
 
 def _pack(units: Sequence[int]) -> str:
-    """``0-4,7``: runs of consecutive units, so that a person can read and diff them."""
-    runs: list[list[int]] = []
-    for unit in units:
-        if runs and unit == runs[-1][1] + 1:
-            runs[-1][1] = unit
-        else:
-            runs.append([unit, unit])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+    """``0-4,7`` for ``(0, 1, 2, 3, 4, 7)``, which is easier to read and to diff."""
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(units))
 
 
 def _unpack(value: Any) -> Any:
@@ -53,7 +48,7 @@ def _unpack(value: Any) -> Any:
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
         start, stop = int(first), int(last or first) + 1
-        # No model is that wide, and spelling the run out would take the memory that it claims.
+        # No model is that wide, and expanding such a range could exhaust memory.
         if stop - start > _MOST_UNITS:
             raise ValueError(f"'{run}' is more than {_MOST_UNITS:,} units")
         units += range(start, stop)
@@ -64,7 +59,7 @@ Units = Annotated[tuple[int, ...], BeforeValidator(_unpack), PlainSerializer(_pa
 
 
 class Frozen(BaseModel):
-    """Strict, immutable: an unknown key is an error, not a surprise."""
+    """Immutable; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,87 +72,79 @@ class BaseRef(Frozen):
     structure: str
 
 
-Budget = Literal["decoder", "parameters", "bytes", "macs", "kv-cache", "latency"]
-BUDGETS: Final[tuple[Budget, ...]] = get_args(Budget)
-
-
-class Timing(Frozen):
-    """How long decoder layers of one shape, or everything outside of the layers, take for one token.
-
-    ``layers``: whom it stands for; none for what is outside. ``ms``: milliseconds per token while nothing is cut.
-    ``groups``: name of a group, without its layer → (units kept, ms), from most units to fewest.
-    """
-
-    layers: Units
-    ms: float
-    groups: dict[str, tuple[tuple[int, float], ...]] = {}
-
-
-class LatencyTable(Frozen):
-    """What was measured for a budget of latency: one token at a time while ``context`` tokens are in the cache."""
-
-    device: str
-    dtype: str
-    context: int
-    timings: tuple[Timing, ...]
-
-
 class Target(Frozen):
-    """How much was asked for. ``ratio``: share of ``budget`` to remove; ``parameters``: total parameters to be left;
-    ``units``: share of the units of every selected group, as the paper counts.
+    """The requested amount. ``by``: the meaning of ``amount``: ``ratio``, the share of ``budget`` (a registered name)
+    to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
+    in scope to remove, as LLM-Pruner counts.
 
-    ``context``: tokens in the cache, for the budgets that depend on it. ``latency``: what was measured; a target that
-    brings it is met without measuring again, and so gives the same plan on any machine.
+    ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan, from which
+    the cost before and after the cut is computed wherever the plan is replayed, without measuring again.
     """
 
     by: Literal["ratio", "parameters", "units"]
     amount: float
-    budget: Budget = "decoder"
-    context: int | None = None
-    latency: LatencyTable | None = None
+    budget: str = "decoder"
+    settings: dict[str, Any] = {}
+    measured: dict[str, Any] | None = None
+
+    @property
+    def counted_in(self) -> str:
+        """The name of the budget that costs are counted by: ``budget`` for a ratio, ``parameters`` for a number of
+        parameters, ``decoder`` for a share of units (where the cost is used by ``--normalize cost`` alone)."""
+        return {"ratio": self.budget, "parameters": "parameters", "units": "decoder"}[self.by]
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        of_budget = self.by == "ratio"
-        return {name: value for name, value in values.items() if value is not None and (of_budget or name != "budget")}
+        unused = {name for name in ("settings", "measured") if not values[name]}
+        return {n: v for n, v in values.items() if n not in unused and (self.by == "ratio" or n != "budget")}
 
 
-class Estimation(Frozen):
-    """How importance was measured."""
+class EstimationRecord(Frozen):
+    """How importance was measured. ``settings``: of the criterion. ``calibration``: the value of ``--calibration``;
+    ``sources``: source name → settings, for calibration sources that have settings; ``fingerprint``: SHA-256 of the
+    tokens. None or empty where neither scores nor allocation read text."""
 
     criterion: str
-    variant: str | None = None
+    settings: dict[str, Any] = {}
     reduction: str
     calibration: str | None = None
+    sources: dict[str, dict[str, Any]] = {}
     fingerprint: str | None = None
 
 
-class Selection(Frozen):
-    """How importance became a choice."""
+class SelectionRecord(Frozen):
+    """How units were selected by their scores. ``settings``: of the allocation."""
 
     kinds: tuple[str, ...]
     layers: Units
     allocation: str
+    settings: dict[str, Any] = {}
     normalization: str = "none"
     steps: int = 1
     round_to: int = 1
 
 
-class Compensation(Frozen):
-    """How what reads cut units is repaired before the cut. ``method``: ``refit`` or ``bias``; ``mix``: see
-    `llmpruner.compensation.repair`; the calibration text is drawn with the plan's seed."""
+class CompensationRecord(Frozen):
+    """How the weights that read removed units are adapted before the cut: ``name`` of the compensation and its
+    ``settings``.
 
-    method: Literal["refit", "bias"]
-    mix: float
-    calibration: str
-    fingerprint: str
-    samples: int
-    length: int
+    ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the shape of the
+    calibration tokens, which are drawn with the seed of the plan. All are None or empty for a compensation that reads
+    no text.
+    """
+
+    name: str
+    settings: dict[str, Any] = {}
+    calibration: str | None = None
+    sources: dict[str, dict[str, Any]] = {}
+    fingerprint: str | None = None
+    samples: int | None = None
+    length: int | None = None
 
 
 class GroupCut(Frozen):
-    """One group that loses units."""
+    """One group that loses units: ``units`` before the cut, and which of them are ``kept``."""
 
     kind: str
     layer: int | None = None
@@ -166,14 +153,15 @@ class GroupCut(Frozen):
 
 
 class PruningPlan(Frozen):
-    """What goes and why. ``cuts``: group name → what stays of it; groups that keep everything are left out."""
+    """What is removed, and how that was chosen. ``cuts``: group name → its cut; groups that keep all units are left
+    out. ``compensation``: None where weights are left as they are."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     base: BaseRef
     family: str
-    estimation: Estimation
-    selection: Selection
-    compensation: Compensation | None = None
+    estimation: EstimationRecord
+    selection: SelectionRecord
+    compensation: CompensationRecord | None = None
     target: Target
     seed: int
     cuts: dict[str, GroupCut]
@@ -191,16 +179,29 @@ class PruningPlan(Frozen):
             )
         check_kept(graph, self.kept)
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks: how many units of each kind every layer keeps."""
+        kinds = list(dict.fromkeys(cut.kind for cut in self.cuts.values()))
+        cells: dict[str, dict[str, str]] = {}
+        for cut in self.cuts.values():
+            row = cells.setdefault("all layers" if cut.layer is None else str(cut.layer), {})
+            row[cut.kind] = f"{len(cut.kept):,} of {cut.units:,}"
+        head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
+        lines = [(layer, "".join(f"<td>{row.get(kind, 'all')}</td>" for kind in kinds)) for layer, row in cells.items()]
+        rows = "".join(f"<tr><th>{layer}</th>{row}</tr>" for layer, row in lines)
+        title = f"units kept of {escape(self.base.model)} ({self.target.by} {self.target.amount:g})"
+        return f"<table><caption>{title}</caption><tr><th>layer</th>{head}</tr>{rows}</table>"
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write beside ``path``, then rename; an existing file is replaced only as a whole."""
+        """Write the JSON to ``path``; on failure an existing file keeps its content. Raises `OutputError`."""
         write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
-        """Raises `PlanError` with the first thing that is wrong."""
+        """Raises `PlanError`, as `parse` does, or when the file cannot be read."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -209,22 +210,30 @@ class PruningPlan(Frozen):
 
     @classmethod
     def parse(cls, text: str, name: str) -> PruningPlan:
+        """The plan in ``text``; ``name``: of the file, for messages. Raises `PlanError` with the first error, or when
+        the plan has another version."""
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
+            first, *_ = found = error.errors()
+            version = next((each["input"] for each in found if each["loc"] == ("schema_version",)), SCHEMA_VERSION)
+            if version != SCHEMA_VERSION:
+                raise PlanError(
+                    f"{name} is a plan of version {version}, and this llmpruner reads version {SCHEMA_VERSION}; make a "
+                    "new plan with `llmpruner plan`"
+                ) from error
             where = ".".join(str(part) for part in first["loc"])
             raise PlanError(f"{name} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
 
 
 def structure_of(graph: CouplingGraph) -> str:
-    """SHA-256 over parameter names and shapes: what two models must share for a plan to fit both."""
+    """SHA-256 over parameter names and shapes. A plan applies to models with the same value."""
     lines = sorted(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
-    """The plan's record of ``kept``, in the graph's order, without groups that lose nothing."""
+    """``kept`` as the ``cuts`` of a plan: in the graph's order, without groups that keep all units."""
     return {
         group.name: GroupCut(kind=group.kind, layer=group.layer, units=group.units, kept=tuple(kept[group.name]))
         for group in graph.groups

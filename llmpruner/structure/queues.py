@@ -1,4 +1,4 @@
-"""What may go, in which order: every group's units as a queue of removal steps that keep its constraints."""
+"""The order in which the units of a group are removed, in steps after each of which its constraints hold."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .coupling import ATTENTION, LAYER, QUERY, CoupledGroup
 
 @dataclass(frozen=True)
 class Queue:
-    """The removal steps of one group, least important first. A step is the smallest removal after which the group's
-    constraints hold again; ``scores`` is the mean importance of each step's units."""
+    """The removal steps of one group, least important first. ``steps``: the units of each step, which is the smallest
+    removal after which the group's constraints hold. ``scores``: mean importance of each step's units."""
 
     group: CoupledGroup
     steps: tuple[tuple[int, ...], ...]
@@ -34,7 +34,7 @@ class Queue:
         return tuple(unit for unit in range(self.group.units) if unit not in gone)
 
     def steps_for(self, units: float) -> int:
-        """How many steps remove the number of units nearest to ``units`` (the smaller of two that are as near)."""
+        """How many steps remove the number of units nearest to ``units`` (the smaller number on a tie)."""
         above = min(bisect_left(self._totals, units), len(self.steps))
         below = max(above - 1, 0)
         return above if self._totals[above] - units < units - self._totals[below] else below
@@ -43,10 +43,10 @@ class Queue:
 def build_queue(
     group: CoupledGroup, scores: Sequence[float], *, allowed: Collection[int] | None = None, round_to: int = 1
 ) -> Queue:
-    """Order the units of ``group`` by ``scores`` (ties by unit number) into steps.
+    """The units of ``group`` in ascending order of ``scores`` (ties by unit number), divided into steps.
 
-    ``allowed``: the units that may go (None: all). ``round_to``: the kept number must be a multiple of it, besides
-    the group's own ``multiple``, ``minimum`` and ``blocks``.
+    ``allowed``: the units that may be removed (None: all). ``round_to``: the kept number must be a multiple of it, in
+    addition to the group's own ``multiple``, ``minimum`` and ``blocks``.
     """
     per_block = group.units // group.blocks
     columns: list[list[int]] = []
@@ -55,7 +55,7 @@ def build_queue(
         free = [u for u in units if allowed is None or u in allowed]
         columns.append(sorted(free, key=lambda u: (scores[u], u)))
     rows = list(zip(*columns, strict=False))
-    # Rounding is for the widths that kernels see; heads and layers are counts.
+    # Rounding aligns the widths of matrix products; heads and layers are counts, not widths.
     multiple = lcm(1 if group.kind in (ATTENTION, QUERY, LAYER) else round_to, group.multiple)
     steps: list[tuple[int, ...]] = []
     pending: list[int] = []
@@ -73,5 +73,5 @@ def build_queue(
 
 
 def kept_units(queues: Sequence[Queue], taken: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Group name → kept units after ``taken`` steps of each queue; groups that lose nothing are left out."""
+    """Group name → kept units after ``taken`` steps of each queue, without groups that keep all units."""
     return {q.group.name: q.kept_after(taken[q.group.name]) for q in queues if taken.get(q.group.name)}

@@ -1,24 +1,32 @@
-"""What may be cut: kinds of groups and decoder layers."""
+"""Scope: the kinds of groups and the decoder layers that may be cut."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
-from ..errors import SelectionError, UnknownNameError
-from .coupling import LAYER, CoupledGroup, CouplingGraph
+from ..errors import SelectionError, UnknownNameError, UnsupportedModelError
+from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, CoupledGroup, CouplingGraph
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What may be cut: kinds of groups, and decoder layers (numbers in the graph at hand)."""
+    """The kinds of groups and the numbers of the decoder layers that may be cut."""
 
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
 
     def groups(self, graph: CouplingGraph) -> tuple[CoupledGroup, ...]:
-        """The groups in scope. Raises `UnknownNameError` for a kind that the model does not have."""
+        """The groups in scope. Raises `UnsupportedModelError` for a kind that discovery did not find, with the reason,
+        and `UnknownNameError` for any other that the model does not have."""
         for kind in self.kinds:
             if kind not in graph.kinds:
+                why = _why_not(graph, kind)
+                if why:
+                    raise UnsupportedModelError(
+                        f"this model has no {kind} units that can be removed exactly "
+                        f"(it has: {', '.join(graph.kinds) or 'none'}); discovery could not follow {why}"
+                    )
                 raise UnknownNameError("kind of group in this model:", kind, graph.kinds)
         inside = set(self.layers)
         found = tuple(g for g in graph.of_kinds(self.kinds) if g.layer is None or g.layer in inside)
@@ -27,4 +35,18 @@ class Scope:
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
+        """The units of ``group`` that may be removed: for the group of decoder layers, ``layers``; else None: all."""
         return frozenset(self.layers) if group.kind == LAYER else None
+
+
+def _why_not(graph: CouplingGraph, kind: str) -> str:
+    """The most frequent reason of blocked axes outside the decoder layers (for hidden channels) or inside them (for
+    the other usual kinds), with the first such axis; empty when there is none."""
+    if kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
+        return ""
+    blocked = [b for b in graph.blocked if graph.is_decoder(b.parameter) != (kind == HIDDEN) and " in " in b.reason]
+    if not blocked:
+        return ""
+    reason, _ = Counter(b.reason for b in blocked).most_common(1)[0]
+    first = next(b for b in blocked if b.reason == reason)
+    return f"{first.parameter} axis {first.axis}: {reason}"

@@ -1,6 +1,6 @@
-"""What plugin authors test with: conformance classes for pytest, tiny models, and plugin hosts.
+"""Test tools for plugin authors: conformance classes for pytest, tiny models, and plugin hosts.
 
-Subclass, say what is tested, and run pytest::
+Subclass the conformance classes, and run pytest::
 
     from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance
 
@@ -16,15 +16,17 @@ Subclass, say what is tested, and run pytest::
     class TestMyStrategy(RecoveryConformance):
         strategy = MyStrategy
 
-Every failure names the parameter, unit, module or kind that disagrees. For tests of your own there are `tiny_llama`
-(a model with every kind of unit), `letters` (a tokenizer that fits it) and `host_with` (a plugin manager that holds
-given plugins); ``from llmpruner.testing.fixtures import plugin_host`` gives the last as a pytest fixture.
+Failures name the parameter, unit, module or kind. For your own tests, use `tiny_llama` (a model with every kind of
+unit), `letters` (a tokenizer for it), `settings_grid` (instances of a component with each value of its settings of type
+Literal or bool) and `host_with` (a plugin host with given plugins); ``from llmpruner.testing.fixtures import
+plugin_host`` imports the last as a pytest fixture.
 """
 
 from __future__ import annotations
 
 from .criterion import CriterionConformance
 from .family import FamilyConformance
+from .grid import settings_grid
 from .hosts import host_with
 from .probe import run_probe
 from .recovery import RecoveryConformance
@@ -37,5 +39,6 @@ __all__ = [
     "host_with",
     "letters",
     "run_probe",
+    "settings_grid",
     "tiny_llama",
 ]

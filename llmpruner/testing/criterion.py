@@ -1,4 +1,4 @@
-"""What every importance criterion must get right."""
+"""Conformance tests for importance criteria."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ import torch
 
 from ..data.calibration import CalibrationSet
 from ..engine.signals import Signal
-from ..errors import UnknownNameError
 from ..importance.base import ImportanceCriterion
 from ..importance.estimate import estimate
 from ..models.surgery import silence
+from ..oracle.routes import ClosedRoutes
 from ..oracle.verify import TOLERANCE, distance, first_difference, logits
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
-from ..recipes.pipeline import PruneSettings, apply_plan, make_plan
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..recipes.pipeline import make_plan
+from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from ..structure.kept import removed_modules
-from ..structure.plan import Target
-from .hosts import check_named, check_registered
+from .grid import settings_grid
+from .hosts import check_named, check_registered, check_settings
+from .jobs import cut_by, small_job
 from .spy import Call, Spy, label, unasked, unread
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..loading.model import LoadedModel
+    from ..loading.model import Model
 
 
 class CriterionConformance:
-    """Everything a criterion must get right, in each of its variants, on a tiny LLaMA with every kind of unit.
+    """Tests for a criterion, with each value of each of its `Literal` settings.
 
-    ``criterion``: the class under test.
+    ``criterion``: the class under test. `loaded` is a tiny LLaMA with every kind of unit; override it for a criterion
+    of other units, such as experts.
     """
 
     criterion: ClassVar[type[ImportanceCriterion]]
 
-    def loaded(self) -> LoadedModel:
-        """The model that units are scored on; random, and the same at every call."""
+    def loaded(self) -> Model:
+        """The model whose units are scored; random, but the same at every call."""
         return tiny_llama()
 
     def test_an_entry_point_registers_it(self) -> None:
@@ -49,44 +51,34 @@ class CriterionConformance:
         check_registered(Catalog(host).criteria, host, self.criterion)
 
     def test_it_says_what_it_is(self) -> None:
-        """Name, summary, variants, and what it needs, as ``llmpruner plugins`` and ``--variant`` use them."""
+        """It has a name, a summary, settings with defaults and descriptions, and a set of signals."""
         cls = self.criterion
         check_named("criterion", cls)
-        variants = cls.variants
-        assert isinstance(variants, tuple) and all(isinstance(v, str) and v and v == v.strip() for v in variants), (
-            f"criterion '{cls.name}' has the variants {variants!r}; expected a tuple of names"
-        )
-        assert len(set(variants)) == len(variants), f"criterion '{cls.name}' has two variants of one name: {variants}"
-        assert cls().variant == (variants[0] if variants else None), (
-            f"criterion '{cls.name}' chooses the variant {cls().variant!r} by default; expected the first"
-        )
-        try:
-            cls("no-such-variant")
-        except UnknownNameError:
-            pass
-        else:
-            raise AssertionError(f"criterion '{cls.name}' accepts the variant 'no-such-variant'")
-        for criterion in self._variants():
+        check_settings("criterion", cls)
+        for criterion in self._instances():
             asked = criterion.signals
             assert isinstance(asked, frozenset) and asked <= set(Signal), (
                 f"{label(criterion)} needs {asked!r}; expected a frozenset of Signal"
             )
             assert isinstance(criterion.signed, bool), f"{label(criterion)}: signed must be True or False"
+            assert scorable(self.loaded().graph, criterion), (
+                f"{label(criterion)} scores no unit of the model that it is tested on; override loaded()"
+            )
 
     def test_every_saliency_is_a_finite_tensor(self) -> None:
-        """Of the parameter's shape, or of one score per unit; with signs, if the criterion says that it has them."""
-        for criterion in self._variants():
+        """Its shape is that of the parameter, or (units,); it has negative values if the criterion is ``signed``."""
+        for criterion in self._instances():
             calls = self._observe(criterion)
             for call in calls:
                 _check_finite(criterion, call)
             if criterion.signed:
                 assert any(bool((call.returned < 0).any()) for call in calls), (
-                    f"{label(criterion)} says that its saliencies are signed, and none of any parameter is negative"
+                    f"{label(criterion)} is signed, but none of its saliencies is negative"
                 )
 
     def test_it_gets_what_it_needs_and_nothing_else(self) -> None:
-        """Signals that it did not ask for are None; those that it asked for, it reads: each costs time and memory."""
-        for criterion in self._variants():
+        """Signals that it does not need are None; those that it needs are read, as each takes time and memory."""
+        for criterion in self._instances():
             calls = self._observe(criterion)
             for call in calls:
                 extra = unasked(criterion, call)
@@ -97,8 +89,8 @@ class CriterionConformance:
             assert not idle, f"{label(criterion)} asks for {', '.join(idle)}, and reads it of no parameter"
 
     def test_it_leaves_the_model_as_it_was(self) -> None:
-        """What a criterion is shown is the model itself; changing it in place would change what is pruned."""
-        for criterion in self._variants():
+        """A criterion gets the tensors of the model; changing them in place would change the pruned model."""
+        for criterion in self._instances():
             loaded = self.loaded()
             before = copy.deepcopy(loaded.model.state_dict())
             self._scores(loaded, criterion, scorable(loaded.graph, criterion))
@@ -106,8 +98,8 @@ class CriterionConformance:
             assert not change, f"{label(criterion)} changes the model: {change}"
 
     def test_the_same_seed_gives_the_same_scores(self) -> None:
-        """Whatever the state of the global random generators: a criterion draws from ``signals.generator`` alone."""
-        for first, again in zip(self._variants(), self._variants(), strict=True):
+        """Random numbers must be from ``signals.generator``, not from global generators."""
+        for first, again in zip(self._instances(), self._instances(), strict=True):
             loaded = self.loaded()
             runs = []
             for number, criterion in enumerate((first, first, again)):
@@ -118,7 +110,7 @@ class CriterionConformance:
 
     def test_a_unit_scores_alike_alone(self) -> None:
         """The units of every kind get the same scores whether or not other kinds are scored beside them."""
-        for criterion in self._variants():
+        for criterion in self._instances():
             loaded = self.loaded()
             together = self._scores(loaded, criterion, scorable(loaded.graph, criterion))
             for kind in dict.fromkeys(group.kind for group in scorable(loaded.graph, criterion)):
@@ -130,8 +122,8 @@ class CriterionConformance:
                 )
 
     def test_it_tells_units_apart(self) -> None:
-        """Units that all score alike leave the choice to chance."""
-        for criterion in self._variants():
+        """Not all units of a group may have equal scores."""
+        for criterion in self._instances():
             loaded = self.loaded()
             for name, values in self._scores(loaded, criterion, scorable(loaded.graph, criterion)).items():
                 assert len(values) == 1 or len(set(values.tolist())) > 1, (
@@ -140,23 +132,24 @@ class CriterionConformance:
 
     def test_what_it_chooses_can_be_cut(self) -> None:
         """Plan and cut half the units of every kind: the logits equal those of the model with these units silenced."""
-        for criterion in self._variants():
+        for criterion in self._instances():
             for kind in dict.fromkeys(group.kind for group in scorable(self.loaded().graph, criterion)):
                 loaded = self.loaded()
-                target = Target(by="units", amount=0.5)
-                plan = make_plan(loaded, criterion, PruneSettings(target=target, kinds=(kind,), samples=1, length=4))
-                reference = _silenced(loaded, plan.kept)
-                cut = apply_plan(loaded, plan).model
+                plan, _ = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
+                reference, mode = _silenced(loaded, plan.kept)
+                cut = cut_by(loaded, plan).model
                 tokens = torch.arange(3, 90).view(3, 29)
-                if not distance(logits(cut, tokens), logits(reference, tokens)) <= TOLERANCE:
-                    where = first_difference(cut, reference, tokens, nullcontext())
+                with mode:
+                    expected = logits(reference, tokens)
+                if not distance(logits(cut, tokens), expected) <= TOLERANCE:
+                    where = first_difference(cut, reference, tokens, mode)
                     raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
 
-    def _variants(self) -> list[ImportanceCriterion]:
-        return [self.criterion(variant) for variant in self.criterion.variants or (None,)]
+    def _instances(self) -> list[ImportanceCriterion]:
+        return settings_grid(self.criterion)
 
     def _scores(
-        self, loaded: LoadedModel, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
+        self, loaded: Model, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
     ) -> Mapping[str, torch.Tensor]:
         tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
         return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
@@ -169,8 +162,8 @@ class CriterionConformance:
 
 
 def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[CoupledGroup, ...]:
-    """The groups that a criterion scores: of layers alone when it watches the residual stream."""
-    return graph.of_kinds([LAYER]) if Signal.STREAM in criterion.signals else graph.groups
+    """The groups whose units a criterion scores."""
+    return tuple(group for group in graph.groups if criterion.accepts(group.kind))
 
 
 def _check_finite(criterion: ImportanceCriterion, call: Call) -> None:
@@ -191,16 +184,17 @@ def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torc
             )
 
 
-def _silenced(loaded: LoadedModel, kept: Mapping[str, Sequence[int]]) -> PreTrainedModel:
-    """A copy of the model whose removed units contribute nothing, at full size."""
-    model = copy.deepcopy(loaded.model)
-    for path in removed_modules(loaded.graph, kept):
+def _silenced(loaded: Model, kept: Mapping[str, Sequence[int]]) -> tuple[PreTrainedModel, Any]:
+    """A copy of the model with removed units silenced, and a context to run it in."""
+    model, graph = copy.deepcopy(loaded.model), loaded.graph
+    for path in removed_modules(graph, kept):
         model.get_submodule(path).register_forward_hook(_skip)
-    silence(model, loaded.graph, {n: u for n, u in kept.items() if not loaded.graph.by_name[n].modules})
-    return model
+    experts = {n: u for n, u in kept.items() if graph.by_name[n].kind == EXPERT}
+    silence(model, graph, {n: u for n, u in kept.items() if n not in experts and not graph.by_name[n].modules})
+    return model, ClosedRoutes(model, graph, experts) if experts else nullcontext()
 
 
 def _skip(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """The output of a layer that is not there: its input."""
+    """The output of a removed layer: its input."""
     del module
     return args[0] if isinstance(output, torch.Tensor) else (args[0], *output[1:])

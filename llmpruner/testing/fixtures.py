@@ -1,4 +1,4 @@
-"""Pytest fixtures for plugin authors; import what you use into a test module or ``conftest.py``."""
+"""Pytest fixtures for plugin authors, to be imported in a test module or ``conftest.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .hosts import host_with
 
 @pytest.fixture
 def plugin_host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PluginHost]:
-    """`host_with`, where the environment of whoever runs the tests neither blocks nor traces a plugin."""
+    """`host_with`, without the environment variables that block or trace plugins."""
     for variable in ("LLMPRUNER_BLOCK", "LLMPRUNER_TRACE"):
         monkeypatch.delenv(variable, raising=False)
     return host_with

@@ -1,64 +1,61 @@
-"""Plugin managers for tests: with given plugins, and what an entry point must have brought."""
+"""Plugin hosts for tests, and checks of registered components."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoints.reader import CheckpointReader
-from ..families.family import ModelFamily
-from ..importance.base import ImportanceCriterion
+from ..component import Component, ComponentSettings
+from ..errors import PluginError, SettingsError
+from ..plugins.catalog import KINDS, Kind
 from ..plugins.hookspecs import hookimpl
 from ..plugins.host import PluginHost, plugin_manager
-from ..plugins.registry import Registry
-from ..recovery.base import RecoveryStrategy
-
-_HOOKS: dict[type, str] = {
-    ModelFamily: "llmpruner_model_families",
-    ImportanceCriterion: "llmpruner_importance_criteria",
-    RecoveryStrategy: "llmpruner_recovery_strategies",
-    CheckpointReader: "llmpruner_checkpoint_readers",
-}
+from ..plugins.registry import Registry, problem_of_name
 
 
 def host_with(*plugins: Any, entry_points: bool = False) -> PluginHost:
-    """A fresh host with the built-ins and ``plugins``; with ``entry_points`` also everything installed.
+    """A new host with the built-ins and ``plugins``; with ``entry_points`` also all installed plugins.
 
-    A plugin is a module or object with hooks, or simply a family, criterion, strategy or reader class. Raises pluggy's
-    `PluginValidationError` for a hook that llmpruner does not have.
+    A plugin is a module or object with hooks, or a component class: a family, a criterion, a metric … Raises
+    `PluginError` for hook functions that this version cannot call.
     """
     host = plugin_manager(entry_points=entry_points)
-    for plugin in plugins:
-        name = getattr(plugin, "__name__", type(plugin).__name__)
-        host.manager.register(_giving(plugin) if isinstance(plugin, type) else plugin, name)
-    host.manager.check_pending()
+    names = [getattr(plugin, "__name__", type(plugin).__name__) for plugin in plugins]
+    for name, plugin in zip(names, plugins, strict=True):
+        host.manager.register(_plugin_with(plugin) if isinstance(plugin, type) else plugin, name)
+    for broken in host.broken:
+        if broken.name in names:
+            raise PluginError(str(broken))
     return host
 
 
-def _giving(cls: type) -> Any:
-    """A plugin whose one hook returns ``cls``."""
-    hook = next((hook for base, hook in _HOOKS.items() if issubclass(cls, base)), None)
-    if hook is None:
-        names = ", ".join(base.__name__ for base in _HOOKS)
-        raise TypeError(
-            f"{cls.__name__} is no plugin; expected a module or object with hooks, or a subclass of {names}"
-        )
+def _kind_of(cls: type) -> Kind[Any]:
+    """The kind of a component class. Raises `TypeError` for any other class."""
+    for kind in KINDS.values():
+        if issubclass(cls, kind.base):
+            return kind
+    names = ", ".join(kind.base.__name__ for kind in KINDS.values())
+    raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a subclass of {names}")
 
-    def give(self: Any) -> list[type]:
+
+def _plugin_with(cls: type) -> Any:
+    """A plugin with one hook, which returns ``cls``."""
+    hook = _kind_of(cls).hook
+
+    def implementation(self: Any) -> list[type]:
         del self
         return [cls]
 
-    give.__name__ = hook
-    return type(cls.__name__, (), {hook: hookimpl(give)})()
+    implementation.__name__ = hook
+    return type(cls.__name__, (), {hook: hookimpl(implementation)})()
 
 
 def check_registered(registry: Registry[Any], host: PluginHost, cls: type) -> None:
-    """Raises `AssertionError` unless a plugin of ``host`` gives ``cls`` under its name."""
+    """Raises `AssertionError` unless ``registry``, of ``host``, contains ``cls`` under its name."""
     name = getattr(cls, "name", "")
-    hook = next(hook for base, hook in _HOOKS.items() if issubclass(cls, base))
     broken = "".join(f"; {plugin}" for plugin in host.broken)
     assert name in registry, (
         f"no installed plugin gives the {registry.kind} '{name}': expected an entry point in the group 'llmpruner' "
-        f"that names a module whose {hook} returns {cls.__name__}{broken}"
+        f"that names a module whose {KINDS[registry.kind].hook} returns {cls.__name__}{broken}"
     )
     assert registry[name] is cls, (
         f"the {registry.kind} '{name}' is {registry[name].__qualname__} of {registry.package_of(name)}, "
@@ -67,11 +64,24 @@ def check_registered(registry: Registry[Any], host: PluginHost, cls: type) -> No
 
 
 def check_named(kind: str, cls: Any) -> None:
-    """Raises `AssertionError` unless ``cls`` says in words that fit a table what it is."""
-    name, summary = getattr(cls, "name", ""), getattr(cls, "summary", "")
-    assert isinstance(name, str) and name and name == name.lower() and not set(name) & set(" \t\n,"), (
-        f"{kind} {cls.__name__} has the name {name!r}; expected lower case text without blanks and commas"
-    )
+    """Raises `AssertionError` unless ``cls`` has a valid name and a summary of one line."""
+    problem = problem_of_name(cls)
+    assert problem is None, f"{kind} {cls.__name__}: {problem}"
+    summary = getattr(cls, "summary", "")
     assert isinstance(summary, str) and summary.strip() and "\n" not in summary, (
-        f"{kind} '{name}' has the summary {summary!r}; expected one line that says what it does"
+        f"{kind} '{cls.name}' has the summary {summary!r}; expected one line"
     )
+
+
+def check_settings(kind: str, cls: type[Component]) -> None:
+    """Raises `AssertionError` unless all settings of ``cls`` have defaults and descriptions, and others are refused."""
+    name = cls.name
+    assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
+    for key, field in cls.Settings.model_fields.items():
+        assert not field.is_required(), f"{kind} '{name}': setting '{key}' has no default"
+        assert field.description, f"{kind} '{name}': setting '{key}' has no description"
+    try:
+        cls(no_such_setting=1)
+    except SettingsError:
+        return
+    raise AssertionError(f"{kind} '{name}' accepts a setting that it does not have")

@@ -1,4 +1,4 @@
-"""Loading a checkpoint where nothing is left of the process that wrote it."""
+"""Loading checkpoints in another process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 _PROBE = """
 import json, sys, torch
-who, ids, *directories = sys.argv[1:]
-if who == "stranger":
+loader, ids, *directories = sys.argv[1:]
+if loader == "transformers":
     class Block:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0].startswith("llmpruner"):
@@ -35,19 +35,19 @@ for directory in directories:
 """
 
 
-def run_probe(directory: Path, who: str, ids: list[list[int]]) -> dict[str, Any]:
+def run_probe(directory: Path, loader: str, ids: list[list[int]]) -> dict[str, Any]:
     """`run_probes` of one checkpoint."""
-    return run_probes([directory], who, ids)[0]
+    return run_probes([directory], loader, ids)[0]
 
 
-def run_probes(directories: Sequence[Path], who: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in one fresh process, as ``llmpruner`` or as a ``stranger`` without it.
+def run_probes(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
+    """Load checkpoints in one new process, by ``llmpruner`` or by ``transformers`` alone.
 
-    ``ids``: token ids, (batch, time). Returns, for each checkpoint, its ``logits`` and what it generates ``cached`` and
-    ``plain`` (without a cache). Raises `AssertionError` with the process's last words.
+    ``ids``: token ids, (batch, time). Returns, for each checkpoint, its ``logits`` and the tokens that it generates
+    with a cache (``cached``) and without (``plain``). Raises `AssertionError` with the last line of standard error.
     """
-    command = [sys.executable, "-c", _PROBE, who, json.dumps(ids), *map(str, directories)]
+    command = [sys.executable, "-c", _PROBE, loader, json.dumps(ids), *map(str, directories)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
-        raise AssertionError(f"loading as {who} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines()[-len(directories) :]]

@@ -1,7 +1,8 @@
-"""What every recovery strategy must get right."""
+"""Conformance tests for recovery strategies."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from math import isfinite
@@ -11,40 +12,49 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..checkpoints.load import load_pruned
-from ..data.instructions import Examples, Turn
+from ..families.chat import TrainingText, Turn
 from ..models.surgery import cut
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
 from ..recipes.pipeline import save
-from ..recovery.base import RecoverySettings, RecoveryStrategy
+from ..recovery.base import RecoveryStrategy
+from ..recovery.examples import Examples
 from ..recovery.run import recover
+from ..settings import RecoverSettings
 from .hosts import check_named, check_registered
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
-    from ..loading.model import LoadedModel
+    from ..loading.model import Model
     from ..recovery.run import RecoveryResult
 
+_DATA = "twelve lines of letters"
 _STEPS, _INTERRUPTED_AT = 6, 4
 
 
 class RecoveryConformance:
-    """Everything a recovery strategy must get right, on a tiny LLaMA whose layers were cut unevenly.
+    """Tests for a recovery strategy, on a tiny LLaMA whose layers were cut unevenly.
 
-    ``strategy``: the class under test. ``resumes``: whether an interrupted run goes on where it stopped; one that
-    starts again from the beginning must still end the same.
+    ``strategy``: the class under test; it is created without settings, and may load the dense model. ``resumes``:
+    whether an interrupted run continues where it stopped; if not, it must still end with the same result.
     """
 
     strategy: ClassVar[type[RecoveryStrategy]]
     resumes: ClassVar[bool] = True
 
-    def settings(self) -> RecoverySettings:
-        """Six steps that change weights visibly. Override what your strategy needs otherwise."""
-        return RecoverySettings(
-            max_steps=_STEPS, batch_size=4, micro_batch_size=2, learning_rate=5e-3, warmup_steps=0, cutoff=32
+    def settings(self) -> RecoverSettings:
+        """Six steps that clearly change weights. Override it for other needs."""
+        return RecoverSettings(
+            data=_DATA,
+            max_steps=_STEPS,
+            batch_size=4,
+            micro_batch_size=2,
+            learning_rate=5e-3,
+            warmup_steps=0,
+            cutoff=32,
         )
 
-    def loaded(self) -> LoadedModel:
+    def loaded(self) -> Model:
         """The pruned model that is trained; the same at every call."""
         loaded = tiny_llama()
         kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
@@ -57,13 +67,21 @@ class RecoveryConformance:
     def test_it_says_what_it_is(self) -> None:
         check_named("recovery strategy", self.strategy)
 
+    def test_its_settings_have_defaults_and_descriptions(self) -> None:
+        """A strategy can be created without settings, and each setting has a description."""
+        name = self.strategy.name
+        for key, field in self.strategy.Settings.model_fields.items():
+            assert not field.is_required(), f"strategy '{name}': its setting '{key}' has no default"
+            assert field.description, f"strategy '{name}': its setting '{key}' has no description"
+        json.dumps(self.strategy().record())
+
     def test_it_trains(self, tmp_path: Path) -> None:
         """One step changes parameters, keeps all names and shapes, and is reported with its loss."""
         loaded = self.loaded()
         before = {name: p.detach().clone() for name, p in loaded.model.state_dict().items()}
-        told: list[tuple[int, int, float]] = []
-        settings = replace(self.settings(), max_steps=1)
-        result = self._run(loaded, tmp_path, settings, lambda *step: told.append(step))
+        seen: list[tuple[int, int, float]] = []
+        settings = self.settings().model_copy(update={"max_steps": 1})
+        result = self._run(loaded, tmp_path, settings, lambda *step: seen.append(step))
         name = self.strategy.name
         after = result.model.state_dict()
         assert type(result.model) is type(loaded.model), (
@@ -75,18 +93,18 @@ class RecoveryConformance:
         bad = sorted(n for n, p in after.items() if not bool(torch.isfinite(p).all()))
         assert not bad, f"strategy '{name}' leaves values that are not finite in parameter '{bad[0]}'"
         assert first_change(before, after), f"strategy '{name}': after one step every parameter is what it was"
-        assert result.trainable_parameters > 0, f"strategy '{name}' says that it trained no parameters"
+        assert result.trainable_parameters > 0, f"strategy '{name}' reports no trained parameters"
         assert len(result.losses) == 1 and all(isfinite(loss) for loss in result.losses), (
             f"strategy '{name}' took one step and returns the losses {result.losses}; expected one finite number"
         )
-        assert told == [(1, 1, result.losses[0])], (
-            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {told}"
+        assert seen == [(1, 1, result.losses[0])], (
+            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {seen}"
         )
 
     def test_it_leaves_an_ordinary_checkpoint(self, tmp_path: Path) -> None:
         """The trained model is saved as any other, and gives equal logits when loaded again."""
         loaded = self.loaded()
-        result = self._run(loaded, tmp_path / "work", replace(self.settings(), max_steps=1))
+        result = self._run(loaded, tmp_path / "work", self.settings().model_copy(update={"max_steps": 1}))
         save(replace(loaded, model=result.model), tmp_path / "saved")
         again = load_pruned(tmp_path / "saved")
         change = first_change(result.model.state_dict(), again.state_dict())
@@ -100,11 +118,13 @@ class RecoveryConformance:
         )
 
     def test_the_same_seed_gives_the_same_model(self, tmp_path: Path) -> None:
-        """Whatever the state of the global random generators."""
+        """Independent of the state of global random generators."""
         runs = []
         for number in range(2):
             scramble(number)
-            runs.append(self._run(self.loaded(), tmp_path / str(number), replace(self.settings(), max_steps=2)))
+            runs.append(
+                self._run(self.loaded(), tmp_path / str(number), self.settings().model_copy(update={"max_steps": 2}))
+            )
         change = first_change(*(run.model.state_dict() for run in runs))
         assert not change, f"strategy '{self.strategy.name}' run twice with one seed: {change}"
         assert runs[0].losses == runs[1].losses, (
@@ -112,7 +132,7 @@ class RecoveryConformance:
         )
 
     def test_an_interrupted_run_ends_as_an_uninterrupted_one(self, tmp_path: Path) -> None:
-        """The same job, started again in the same directory, gives the same model and the whole loss curve."""
+        """The same job, started again in the same directory, gives the same model and all losses."""
         name = self.strategy.name
         whole = self._run(self.loaded(), tmp_path / "whole", self.settings())
         assert len(whole.losses) == _STEPS, f"strategy '{name}' returns {len(whole.losses)} losses of {_STEPS} steps"
@@ -132,22 +152,22 @@ class RecoveryConformance:
         )
         assert not self.resumes or steps[0] > 1, (
             f"strategy '{name}' starts again at step 1 after an interruption; keep its state in job.work_dir, "
-            "or say resumes = False"
+            "or set resumes = False"
         )
 
     def _run(
         self,
-        loaded: LoadedModel,
+        loaded: Model,
         work_dir: Path,
-        settings: RecoverySettings,
+        settings: RecoverSettings,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> RecoveryResult:
         words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
-        rows = tuple((Turn(f"{words[n % 6]} ", f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}"),) for n in range(12))
-        strategy = self.strategy()
+        turns = [Turn(f"{words[n % 6]} ", f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}") for n in range(12)]
         return recover(
-            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, Examples(rows, "twelve lines of letters"),
-            strategy, settings, work_dir, on_step=on_step,
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, self.strategy(), settings, work_dir,
+            examples=Examples(tuple(TrainingText((turn,)) for turn in turns), settings.data),
+            load_teacher=lambda: tiny_llama().model, on_step=on_step,
         )  # fmt: skip
 
 

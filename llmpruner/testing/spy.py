@@ -1,4 +1,4 @@
-"""Watching a criterion at work: what it is shown, what it reads of that, and what it returns."""
+"""A wrapper around a criterion that records its arguments, the attributes that it reads, and its results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..engine.signals import InputStats, ParameterSignals, Signal, StreamStats
+from ..engine.position import UnitAxis
+from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats
+from ..errors import LlmprunerError
 from ..importance.base import ImportanceCriterion
+from .grid import changed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
 FIELDS = {
@@ -19,18 +24,23 @@ FIELDS = {
     Signal.GRAD_SQ: "grad_sq",
     Signal.INPUT_STATS: "inputs",
     Signal.GRAM: "gram",
+    Signal.PRODUCT: "products",
+    Signal.PRODUCT_GRAD: "output_grads",
     Signal.STREAM: "stream",
+    Signal.STREAM_BLOCKS: "stream",
 }
-"""Signal → the attribute that a criterion reads it by."""
+"""Signal → the attribute that contains it."""
 
 _FREE = frozenset({Signal.WEIGHT})
-"""Costs nothing, so that every criterion sees it."""
+"""Available to every criterion."""
+_IMPLIED = {Signal.GRAM: {Signal.INPUT_STATS}, Signal.PRODUCT_GRAD: {Signal.PRODUCT}}
+"""Signal → signals that are measured with it."""
 
 
 @dataclass
 class Call:
-    """One call of a criterion. ``parameter``: of the model, or which layer. ``shown``: the signals with what belongs
-    to them. ``returned``: what came back; ``expected``: its shape."""
+    """One call of a criterion. ``parameter``: its name, or ``the layers``. ``shown``: the signals in the arguments.
+    ``read``: the attributes that were read. ``returned``: the result. ``expected``: its shape."""
 
     parameter: str
     shown: dict[Signal, Any]
@@ -40,12 +50,12 @@ class Call:
 
 
 class Spy(ImportanceCriterion):
-    """Stands before another criterion and keeps its `calls`."""
+    """Passes every call on to another criterion, and records those that returned a tensor as `calls`."""
 
     def __init__(self, inner: ImportanceCriterion, model: PreTrainedModel) -> None:
         self.inner, self.model = inner, model
-        self.variant = inner.variant
-        self.roles = inner.roles  # type: ignore[misc]
+        self.name = inner.name  # type: ignore[misc]
+        self.settings = inner.settings
         self.calls: list[Call] = []
 
     @property
@@ -56,23 +66,35 @@ class Spy(ImportanceCriterion):
     def signed(self) -> bool:
         return self.inner.signed
 
+    def accepts(self, kind: str) -> bool:
+        return self.inner.accepts(kind)
+
+    def counts(self, axis: UnitAxis) -> bool:
+        return self.inner.counts(axis)
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        where, read = f"a product in layer {product.position.layer}", set[str]()
+        shown: dict[Signal, Any] = {Signal.PRODUCT_GRAD: product.output_grads}
+        found: Mapping[str, torch.Tensor] = self._ask("measure", Call(where, shown, ()), _Reader(product, read))
+        if "input_grads" in read:
+            read.add(FIELDS[Signal.PRODUCT_GRAD])
+        self.calls += [Call(f"{where}, '{name}'", shown, (), read, value) for name, value in found.items()]
+        return found
+
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         call = self._call(signals, tuple(signals.weight.shape))
         result: torch.Tensor = self._ask("saliency", call, _Reader(signals, call.read))
-        _check_tensor(self.inner, "saliency", call)
-        return result
+        return self._keep("saliency", call, result)
 
-    def score_units(self, signals: ParameterSignals, axis: int, index_UK: torch.Tensor) -> torch.Tensor | None:
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
         call = self._call(signals, (len(index_UK),))
         result: torch.Tensor | None = self._ask("score_units", call, _Reader(signals, call.read), axis, index_UK)
-        if result is not None:
-            _check_tensor(self.inner, "score_units", call)
-        return result
+        return None if result is None else self._keep("score_units", call, result)
 
-    def score_layer(self, stream: StreamStats) -> float:
-        call = Call(f"layer {len(self.calls)}", {Signal.STREAM: stream}, (), {"stream"})
-        self.calls.append(call)
-        return float(self._ask("score_layer", call, stream))
+    def score_layers(self, stream: StreamStats) -> torch.Tensor:
+        shown = {signal: stream for signal in self.signals if FIELDS[signal] == "stream"}
+        call = Call("the layers", shown, (stream.cosine.shape[1],), {"stream"})
+        return self._keep("score_layers", call, self._ask("score_layers", call, stream))
 
     def _call(self, signals: ParameterSignals, expected: tuple[int, ...]) -> Call:
         gram = None if signals.inputs is None else signals.inputs.gram
@@ -82,25 +104,30 @@ class Spy(ImportanceCriterion):
 
     def _ask(self, method: str, call: Call, *arguments: Any) -> Any:
         try:
-            call.returned = getattr(self.inner, method)(*arguments)
+            return getattr(self.inner, method)(*arguments)
+        except LlmprunerError:
+            raise
         except Exception as error:
-            unasked = sorted(FIELDS[s] for s in set(call.shown) - self.inner.signals - _FREE)
-            hint = f"; not asked for and so None: {', '.join(unasked)}" if unasked else ""
+            missing = sorted(FIELDS[s] for s in set(call.shown) - self.inner.signals - _FREE)
+            hint = f"; not asked for and so None: {', '.join(missing)}" if missing else ""
             raise AssertionError(
                 f"{label(self.inner)}: {method} of '{call.parameter}' raises {type(error).__name__}: {error}{hint}"
             ) from error
-        if call.returned is not None:
-            self.calls.append(call)
-        return call.returned
+
+    def _keep(self, method: str, call: Call, result: torch.Tensor) -> torch.Tensor:
+        _check_tensor(self.inner, method, call, result)
+        call.returned = result
+        self.calls.append(call)
+        return result
 
     def _parameter(self, weight: torch.Tensor) -> str:
-        """Criteria are not told names; no two parameters of a random model are equal."""
+        """The name of a parameter, found by its values, as no two parameters of a random model are equal."""
         parameters: list[tuple[str, torch.Tensor]] = list(self.model.named_parameters())
         return next(name for name, p in parameters if p.shape == weight.shape and torch.equal(p, weight))
 
 
 class _Reader:
-    """Signals that remember which of them were read."""
+    """A proxy of signals that records the attributes that are read."""
 
     def __init__(self, shown: Any, read: set[str]) -> None:
         self._shown, self._read = shown, read
@@ -112,26 +139,25 @@ class _Reader:
 
 
 def label(criterion: ImportanceCriterion) -> str:
-    """A criterion with its variant, as failures name it."""
-    return f"criterion '{criterion.name}'" + (f" ({criterion.variant})" if criterion.variant else "")
+    """The name of a criterion with the settings that differ from their defaults, for messages."""
+    settings = changed(criterion)
+    return f"criterion '{criterion.name}'" + (f" ({settings})" if settings else "")
 
 
 def unasked(criterion: ImportanceCriterion, call: Call) -> list[str]:
-    """Fields of signals that the criterion sees without having asked."""
+    """Fields of signals that the criterion gets but does not need."""
     asked = criterion.signals | _FREE
-    if Signal.GRAM in asked:
-        asked |= {Signal.INPUT_STATS}  # the outer products come with the other statistics
+    asked = asked.union(*(_IMPLIED.get(signal, ()) for signal in asked))
     return sorted(FIELDS[signal] for signal, value in call.shown.items() if signal not in asked and value is not None)
 
 
 def unread(criterion: ImportanceCriterion, calls: list[Call]) -> list[str]:
-    """Fields of signals that the criterion asked for and read in none of its calls."""
+    """Fields of signals that the criterion needs but does not read in any call."""
     read = {name for call in calls for name in call.read}
     return sorted(FIELDS[signal] for signal in criterion.signals - _FREE if FIELDS[signal] not in read)
 
 
-def _check_tensor(criterion: ImportanceCriterion, method: str, call: Call) -> None:
-    value = call.returned
+def _check_tensor(criterion: ImportanceCriterion, method: str, call: Call, value: Any) -> None:
     where = f"{label(criterion)}: {method} of '{call.parameter}'"
     assert isinstance(value, torch.Tensor) and value.is_floating_point(), (
         f"{where} is {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, "

@@ -1,4 +1,4 @@
-"""Models and a tokenizer that are built in milliseconds."""
+"""A tiny model and a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ..families.graph import build_graph
-from ..loading.model import LoadedModel
+from ..loading.model import Model
 from ..oracle.tiny import random_instance
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def tiny_llama(seed: int = 0) -> LoadedModel:
-    """A random LLaMA that has every kind of unit: 3 layers, each of 3 KV heads with 2 query heads and 40 MLP channels,
-    48 hidden channels. No weight is zero, so that every mistake shows; the same ``seed`` gives the same weights."""
+def tiny_llama(seed: int = 0) -> Model:
+    """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
+    48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=48,
@@ -38,11 +38,11 @@ def tiny_llama(seed: int = 0) -> LoadedModel:
     )
     family = Catalog(plugin_manager()).families["llama"]()
     graph = build_graph(family, config)
-    return LoadedModel("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
+    return Model("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
 
 
 def letters() -> Any:
-    """A tokenizer of single letters, whose ids any vocabulary of 60 tokens has."""
+    """A tokenizer of single letters, with ids below 60."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{chr(97 + n): 20 + n for n in range(26)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -52,10 +52,10 @@ def letters() -> Any:
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:
-    """The first parameter of two state dicts that differs, and by how much; empty when none does."""
+    """The first difference of two state dicts as text; empty when there is none."""
     for name in (*before, *after):
         if name not in before or name not in after:
-            return f"parameter '{name}' is there only {'after' if name in after else 'before'}"
+            return f"parameter '{name}' exists only {'after' if name in after else 'before'}"
         one, other = before[name], after[name]
         if one.shape != other.shape:
             return f"parameter '{name}' has shape {tuple(one.shape)} and {tuple(other.shape)}"
@@ -66,7 +66,7 @@ def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.T
 
 
 def scramble(seed: int) -> None:
-    """Put every global random generator into another state; what is drawn from them must not matter."""
+    """Seed all global random generators, on which results must not depend."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from llmpruner import ATTENTION, LAYER, MLP, CoupledGroup, ModelFamily, layouts
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .configuration_chatglm import ChatGLMConfig
 
 
 class ChatGLMFamily(ModelFamily):
-    """ChatGLM-6B, the first generation. Its hidden channels run through LayerNorms, which no cut can leave as they
-    were, so they are not offered. Modules read their head counts off the weights: nothing has to be refreshed."""
+    """ChatGLM-6B, the first generation. Its hidden channels cannot be cut exactly, because of LayerNorms over them."""
 
     name = "chatglm"
+    summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
     answer_separator: ClassVar[str] = ""
 
     def register_models(self) -> None:
-        """Make `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer` know ``model_type: chatglm``."""
+        """Register ``model_type: chatglm`` with the auto classes of transformers."""
         from .registration import register
 
         register()
@@ -46,12 +48,15 @@ class ChatGLMFamily(ModelFamily):
         groups.append(CoupledGroup("layers", LAYER, config.num_layers, modules=tuple(layers)))
         return groups
 
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        """Nothing to set: modules compute numbers of heads from the shapes of their weights."""
+
     def format_prompt(self, instruction: str, input: str = "") -> str:
-        """The bare query, as the released model was tuned on, and the two tokens after which it answers."""
+        """The query alone, as the released model was tuned, and the two tokens before an answer."""
         return f"{_query(instruction, input)}[gMASK]<sop>"
 
     def format_text(self, text: str) -> str:
-        """Free text as the model would write it, as an answer to nothing: in a context there is nothing to learn."""
+        """Text as the answer to an empty context, as the context is not trained on."""
         return f"[gMASK]<sop>{text}"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:

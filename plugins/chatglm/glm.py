@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from transformers import GlmConfig, PreTrainedConfig, PreTrainedModel
 
 CHAT_FORMAT = "chat_format"
-"""Where `ChatGLMReader` leaves what the converted configuration could not say: which prompts the model was tuned on."""
+"""Attribute that `ChatGLMReader` adds to a converted configuration: `ROUNDS` for prompts of ChatGLM2, `ROLES` for those
+of ChatGLM3."""
 ROUNDS = "rounds"
 ROLES = "roles"
+LATER_KEY = "multi_query_group_num"
+"""A key of the released ``config.json`` from ChatGLM2 on; all generations have one model type."""
 
 
 class GlmFamily(ModelFamily):
     """GLM-4 in transformers' own format (``glm`` and ``glm4``, which adds norms after each sub-layer)."""
 
     name = "glm"
+    summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
     answer_separator: ClassVar[str] = "\n"
 
@@ -68,20 +72,25 @@ class GlmFamily(ModelFamily):
         return groups
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        """Query heads per KV head follow the projections, because eager attention repeats keys by them."""
+        """Set the number of query heads per KV head, by which eager attention repeats keys."""
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
-        """GLM-4's; its tokenizer puts ``[gMASK]<sop>`` in front."""
+        """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
         return f"<|user|>\n{_query(instruction, input)}<|assistant|>"
+
+    def format_system(self, system: str) -> str:
+        """A turn with the role ``<|system|>``."""
+        return f"<|system|>{self.answer_separator}{system}"
 
 
 class ChatGLM2Family(GlmFamily):
     """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
 
     name = "chatglm2"
+    summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
     answer_separator = " "
 
@@ -90,6 +99,10 @@ class ChatGLM2Family(GlmFamily):
 
     def format_prompt(self, instruction: str, input: str = "") -> str:
         return self.format_chat((), _query(instruction, input))
+
+    def format_system(self, system: str) -> str:
+        """Plain text before the first round, as the format has no system turns."""
+        return f"{system}\n\n"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
         """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
@@ -101,6 +114,7 @@ class ChatGLM3Family(GlmFamily):
     """ChatGLM3-6B, converted to GLM: prompts with a special token per role."""
 
     name = "chatglm3"
+    summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
     extends = "glm"
     answer_separator = "\n "
 
@@ -111,8 +125,8 @@ class ChatGLM3Family(GlmFamily):
         return self.format_chat((), _query(instruction, input))
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer. The blank after each line break stands for the one
-        that the released tokenizer puts in front of every message."""
+        """A query after earlier rounds of question and answer. The blank after each line break is the one that the
+        released tokenizer adds before every message."""
         rounds = "".join(f"<|user|>\n {q}<|assistant|>\n {a}" for q, a in history)
         return f"{rounds}<|user|>\n {query}<|assistant|>"
 

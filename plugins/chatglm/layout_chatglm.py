@@ -1,8 +1,8 @@
-"""Who sees whom in ChatGLM-6B, and at which positions. Imports torch alone: it is copied into checkpoints.
+"""Attention mask and positions of ChatGLM-6B. Imports torch alone: it is copied into checkpoints.
 
-A sequence is ``context… <sop> answer…``. Tokens of the context all see each other, the answer is causal. Every token
-has two positions: its place in the context, which stays at that of ``[gMASK]`` (else ``[MASK]``) from ``<sop>`` on, and
-its place in the answer, which is 0 in the context and counts from 1 at ``<sop>``.
+A sequence is ``context… <sop> answer…``. Attention is bidirectional in the context and causal in the answer. Every
+token has two positions: that in the context, which is that of ``[gMASK]`` (else ``[MASK]``) from ``<sop>`` on, and that
+in the answer, which is 0 in the context and counts from 1 at ``<sop>``.
 Shapes: B batch, T new tokens, S keys.
 """
 
@@ -18,11 +18,11 @@ from .configuration_chatglm import ChatGLMConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of every row lie, as column numbers; each tensor is ``[B]``.
+    """The columns of the parts of every row; each tensor is ``[B]``.
 
     ``start``: first token that is not padding. ``sop``: the ``<sop>`` token. ``mask``: the position of ``[gMASK]``,
-    counted from ``start``. A row without ``<sop>`` is read as the continuation of an empty context: causal, position 0;
-    looking ahead in it would make every score of plain text worthless.
+    counted from ``start``. A row without ``<sop>`` is the continuation of an empty context, with causal attention, so
+    that the likelihood of plain text is valid.
     """
 
     start: torch.Tensor
@@ -55,7 +55,7 @@ class Layout:
         return torch.stack((position, block), dim=1).clamp_min(0)
 
     def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Column numbers ``[T]`` and ``[S]`` → bool ``[B, 1, T, S]``: which key each query may look at."""
+        """Columns ``[T]`` of queries and ``[S]`` of keys → bool ``[B, 1, T, S]``, True where a query may attend."""
         causal = keys[None, None, None, :] <= queries[None, None, :, None]
         return causal | (keys < self.sop[:, None])[:, None, None, :]
 
@@ -68,8 +68,8 @@ def _first(found: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
 def visibility(
     attention_mask: torch.Tensor | None, layout: Layout, queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    """Bool ``[B, 1, T, S]``, True where a query may look. A query that may look nowhere (padding) looks everywhere, so
-    that no attention function divides by zero; nothing ever looks at it."""
+    """Bool ``[B, 1, T, S]``, True where a query may attend. Queries of padding attend to all keys, so that no attention
+    function divides by zero; no other query attends to them."""
     if attention_mask is not None and attention_mask.dim() == 4:
         visible = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
         visible = nn.functional.pad(visible, (0, keys.shape[0] - visible.shape[-1]), value=False)

@@ -23,18 +23,17 @@ from .layout_chatglm import Layout, visibility
 # transformers renamed `past_key_values` to `cache`; this file works under either name.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _MASKED = -10000.0
-# The residual scale α = √(2·28). The released code takes it from the depth of the 6B model whatever `num_layers` says,
-# which is what lets layers go without rescaling the others.
+# The residual scale α = √(2·28), constant in the released code, so that it does not change when layers are removed.
 _ALPHA = (2 * 28) ** 0.5
 
 
 def rotary_embedding(
     position_ids: torch.Tensor, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine ``[B, 1, 2, T, D/2]`` of both positions; each position turns one half of the head.
+    """Cosine and sine ``[B, 1, 2, T, D/2]`` of both positions; each position rotates one half of the head.
 
-    The inverse frequencies were rounded to fp16 in training, so they are here; they are recomputed because that is
-    cheap and a buffer would have to survive meta devices and dtype casts.
+    The inverse frequencies are rounded to fp16, as in training. They are recomputed instead of stored, as a buffer
+    would be changed by meta devices and dtype casts.
     """
     dim = head_dim // 2
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
@@ -45,11 +44,11 @@ def rotary_embedding(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn ``x`` ``[B, N, T, D]``: its first half by the first position, its second half by the second."""
+    """Rotate ``x`` ``[B, N, T, D]``: its first half by the first position, its second half by the second."""
     parts = torch.stack(x.chunk(2, dim=-1), dim=2)
     left, right = parts.chunk(2, dim=-1)
-    turned = parts * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat(turned.unbind(2), dim=-1)
+    rotated = parts * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat(rotated.unbind(2), dim=-1)
 
 
 def eager_attention(
@@ -61,7 +60,7 @@ def eager_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may look."""
+    """Attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may attend."""
     del module, kwargs
     scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
@@ -72,7 +71,7 @@ def eager_attention(
 
 class ChatGLMAttention(nn.Module):
     """Self-attention. Rows of ``query_key_value`` are query, key, value of head 0, then of head 1, …; the number of
-    heads is read off the projection, so that layers may differ."""
+    heads is computed from its shape, so that layers may differ."""
 
     is_causal = False
 
@@ -122,8 +121,7 @@ class ChatGLMMLP(nn.Module):
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
-    """One layer. Each sub-layer is added to its own *normalised* input, scaled by α: a sub-layer that is removed adds
-    zero, it is not skipped."""
+    """One layer. The output of each sub-layer is added to its own *normalised* input, scaled by α."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
         super().__init__()
@@ -195,8 +193,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
 
         ``attention_mask``: ``[B, S]`` with 0 on padding, or the released tokenizer's bool ``[B, 1, T, S]``, **True
-        where hidden**. ``position_ids`` ``[B, 2, T]`` override what follows from the input; ids of one dimension, which
-        generic callers count up, say nothing here and are ignored.
+        where masked**. ``position_ids`` ``[B, 2, T]`` override the positions of the input; one-dimensional ones, which
+        generic callers pass, are ignored.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -229,7 +227,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None, past: int, batch: int
     ) -> Layout:
         if cache is not None and past:
-            # Later tokens cannot tell where the context ended: the cache that holds it remembers.
+            # The end of the context is not in later tokens, so it is stored in the cache.
             layout = getattr(cache, "chatglm_layout", None)
             return Layout.without_context(batch, self.device) if layout is None else layout
         if input_ids is None:
@@ -242,7 +240,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
 
 def _key_columns(cache: Cache | None, length: int, device: torch.device) -> torch.Tensor:
-    # A static cache returns all its slots; those not yet filled come after every query, so they are never visible.
+    # A static cache returns all its slots; the empty ones are after every query, and so never visible.
     slots = getattr(cache.layers[0], "max_cache_len", length) if cache is not None and cache.layers else length
     return torch.arange(slots, device=device)
 
@@ -286,8 +284,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
-        """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; −100 is not trained on, and neither is
-        what comes before ``<sop>``, which the model sees while it would predict it."""
+        """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
+        are those before ``<sop>``, as attention to them is bidirectional."""
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         output = self.transformer(
             input_ids,
@@ -322,7 +320,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             kwargs["attention_mask"] = (~mask[:, 0, -1]).long()
         return super().generate(*args, **kwargs)
 
-    # GenerationMixin numbers positions 0, 1, 2, …; these ones follow from the input ids, unless the caller gives them.
+    # GenerationMixin would pass positions 0, 1, 2, …; here they depend on the input ids, or are given.
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
         return None
@@ -358,7 +356,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        # A static cache would turn the mask into a causal one here; the forward pass knows the layout and does better.
+        # With a static cache, transformers would replace the mask by a causal one.
         inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=None, **kwargs)
         return {**inputs, "attention_mask": attention_mask}
 

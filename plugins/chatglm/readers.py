@@ -1,213 +1,75 @@
-"""Readers of the original ChatGLM checkpoints: 6B into the plugin's own class, later ones into transformers' GLM."""
+"""Readers of the released ChatGLM checkpoints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpruner import CheckpointReader, ModelError, UnsupportedModelError
+from llmpruner import CheckpointReader
 
-from .glm import CHAT_FORMAT, ROLES, ROUNDS
-from .weights import fill, read_json
+from .glm import LATER_KEY
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_ORIGINAL_TYPE = "chatglm"
-# Present from ChatGLM2 on, and the only sure sign: all generations share one model type.
-_LATER_KEY = "multi_query_group_num"
-
 
 def _peek(path: Path) -> dict[str, Any]:
-    """``config.json`` of an original checkpoint, empty when ``path`` is none. Never raises."""
+    """``config.json`` of a checkpoint in a released format, empty for any other. Never raises."""
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) and values.get("model_type") == _ORIGINAL_TYPE else {}
+    return values if isinstance(values, dict) and values.get("model_type") == "chatglm" else {}
 
 
 class ChatGLM6BReader(CheckpointReader):
     """ChatGLM-6B (the first generation) as released, and as this plugin saves it."""
 
     name = "chatglm-6b"
+    summary = "ChatGLM-6B, the first generation, as released and as it is saved after pruning"
 
     def recognises(self, path: Path) -> bool:
         values = _peek(path)
-        return bool(values) and _LATER_KEY not in values
+        return bool(values) and LATER_KEY not in values
 
     def read_config(self, path: Path) -> PreTrainedConfig:
-        from .configuration_chatglm import ChatGLMConfig
-        from .registration import register
+        from .released import read_6b_config
 
-        register()
-        values = read_json(path / "config.json")
-        try:
-            # The released auto_map names files that do not work with current transformers; saving writes a new one.
-            config = ChatGLMConfig.from_dict({k: v for k, v in values.items() if k != "auto_map"})
-        except (TypeError, ValueError) as error:
-            raise UnsupportedModelError(f"{path}: {str(error).splitlines()[0]}") from error
-        config.name_or_path = str(path)
-        return config
+        return read_6b_config(path)
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-        return _with_generation_config(fill(self.read_config(path), path, self._convert, dtype), path)
+        from .released import read_6b_model
+
+        return read_6b_model(path, dtype)
 
     def read_tokenizer(self, path: Path) -> Any | None:
-        from .tokenization_chatglm import VOCABULARY_FILE, ChatGLMTokenizer
-        from .tokenizers import one_line
+        from .released import read_6b_tokenizer
 
-        if not (path / VOCABULARY_FILE).is_file():
-            return None
-        with one_line(path / VOCABULARY_FILE):
-            return ChatGLMTokenizer.from_pretrained(path)
-
-    @staticmethod
-    def _convert(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        if not name.endswith("rotary_emb.inv_freq"):
-            yield name, tensor
+        return read_6b_tokenizer(path)
 
 
 class ChatGLMReader(CheckpointReader):
-    """ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format, read into `GlmForCausalLM`.
-
-    Queries, keys and values are stored in one projection, one after the other; all else only has other names.
-    """
+    """ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format, read into `GlmForCausalLM`."""
 
     name = "chatglm-original"
+    summary = "ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format"
 
     def recognises(self, path: Path) -> bool:
-        return _LATER_KEY in _peek(path)
+        return LATER_KEY in _peek(path)
 
     def read_config(self, path: Path) -> PreTrainedConfig:
-        from .tokenizers import chat_format, role_stops
+        from .released import read_later_config
 
-        style = chat_format(path)
-        config = glm_config(read_json(path / "config.json"), path, interpolate=style == ROUNDS)
-        if style is not None:
-            setattr(config, CHAT_FORMAT, style)
-        if style == ROLES:
-            # A turn ends where the next role begins.
-            own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-            config.eos_token_id = [*own, *role_stops(path)]
-        config.name_or_path = str(path)
-        return config
+        return read_later_config(path)
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-        config = self.read_config(path)
-        sizes = [config.num_attention_heads * config.head_dim, *[config.num_key_value_heads * config.head_dim] * 2]
+        from .released import read_later_model
 
-        def convert(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-            if name.endswith("rotary_pos_emb.inv_freq"):
-                return
-            if ".query_key_value." in name and tensor.shape[0] == sum(sizes):
-                for letter, part in zip("qkv", tensor.split(sizes), strict=True):
-                    yield glm_name(name).replace("query_key_value", f"{letter}_proj"), part
-            else:
-                yield glm_name(name), tensor
-
-        return _with_generation_config(fill(config, path, convert, dtype), path)
+        return read_later_model(path, dtype)
 
     def read_tokenizer(self, path: Path) -> Any | None:
         from .tokenizers import read_glm_tokenizer
 
         return read_glm_tokenizer(path)
-
-
-_NAMES = (
-    ("transformer.embedding.word_embeddings.", "model.embed_tokens."),
-    ("transformer.encoder.final_layernorm.", "model.norm."),
-    ("transformer.encoder.layers.", "model.layers."),
-    ("transformer.output_layer.", "lm_head."),
-    (".self_attention.dense.", ".self_attn.o_proj."),
-    (".self_attention.", ".self_attn."),
-    (".mlp.dense_h_to_4h.", ".mlp.gate_up_proj."),
-    (".mlp.dense_4h_to_h.", ".mlp.down_proj."),
-)
-
-
-def glm_name(original: str) -> str:
-    """The name in `GlmForCausalLM` of a parameter of ChatGLM2/3; the caller splits ``query_key_value``."""
-    for old, new in _NAMES:
-        original = original.replace(old, new)
-    return original
-
-
-def glm_config(values: Mapping[str, Any], path: Path, *, interpolate: bool = False) -> PreTrainedConfig:
-    """`GlmConfig` for the original ``config.json`` of ChatGLM2, ChatGLM3 or GLM-4.
-
-    ``interpolate``: read ``rope_ratio`` as ChatGLM2-6B-32K does, which divides positions by it; all later models
-    multiply the base of the rotary embedding by it.
-    Raises `UnsupportedModelError` for variants that GLM cannot express, `ModelError` when a field is missing.
-    """
-    from transformers import GlmConfig
-
-    _refuse_variants(values, path)
-    try:
-        heads = values["num_attention_heads"]
-        grouped = values.get("multi_query_attention", True)
-        return GlmConfig(
-            vocab_size=values["padded_vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["ffn_hidden_size"],
-            num_hidden_layers=values["num_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=values[_LATER_KEY] if grouped else heads,
-            head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
-            hidden_act="silu",
-            attention_bias=values.get("add_qkv_bias", False),
-            attention_dropout=values.get("attention_dropout", 0.0),
-            max_position_embeddings=values["seq_length"],
-            rms_norm_eps=values.get("layernorm_epsilon", 1e-5),
-            rope_parameters=_rope(values.get("rope_ratio", 1), interpolate),
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-            pad_token_id=values.get("pad_token_id", 0),
-            eos_token_id=values.get("eos_token_id", 2),
-            bos_token_id=values.get("bos_token_id"),
-            use_cache=values.get("use_cache", True),
-            dtype=values.get("torch_dtype") or values.get("dtype"),
-            architectures=["GlmForCausalLM"],
-        )
-    except KeyError as error:
-        raise ModelError(f"{path}/config.json lacks {error}, which every ChatGLM2, ChatGLM3 and GLM-4 has") from None
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}/config.json: {' '.join(str(error).split())}") from error
-
-
-def _rope(ratio: float, interpolate: bool) -> dict[str, Any]:
-    if interpolate and ratio != 1:
-        return {"rope_type": "linear", "factor": float(ratio), "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
-
-
-def _refuse_variants(values: Mapping[str, Any], path: Path) -> None:
-    """GLM has RMS norms before each sub-layer and at the end, biases on queries, keys and values only, half of each
-    head rotated. Every released model is like that; the original code could do more."""
-    refused = {
-        "it is quantized; use the 16-bit release": values.get("quantization_bit", 0),
-        "it carries a P-tuning prefix (pre_seq_len)": values.get("pre_seq_len"),
-        "it has biases on all projections (add_bias_linear)": values.get("add_bias_linear", False),
-        "it uses LayerNorm (rmsnorm is false)": not values.get("rmsnorm", True),
-        "it has no final norm (post_layer_norm is false)": not values.get("post_layer_norm", True),
-        "its residuals start after the norm (apply_residual_connection_post_layernorm)": values.get(
-            "apply_residual_connection_post_layernorm", False
-        ),
-        "it has other rotary embeddings (original_rope is false)": not values.get("original_rope", True),
-    }
-    for reason, applies in refused.items():
-        if applies:
-            raise UnsupportedModelError(f"{path} cannot be read as GLM: {reason}")
-
-
-def _with_generation_config(model: PreTrainedModel, path: Path) -> PreTrainedModel:
-    from transformers import GenerationConfig
-
-    if (path / "generation_config.json").is_file():
-        own = GenerationConfig.from_dict(read_json(path / "generation_config.json"))
-        if isinstance(model.config.eos_token_id, list):
-            own.eos_token_id = model.config.eos_token_id
-        model.generation_config = own
-    return model

@@ -21,8 +21,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """SentencePiece over ``ice_text.model``, where a line break is ``<n>``, a tab ``<|tab|>`` and 2 to 80 blanks are
     one ``<|blank_k|>``.
 
-    A prompt is followed by ``[gMASK] <sop>``, after which the model answers; text that holds ``<sop>`` already is left
-    as it is. Padding goes to the left. ``num_image_tokens``: ids reserved before the text's (20000 in old releases).
+    ``[gMASK] <sop>`` is added to prompts that do not contain ``<sop>``. Padding is on the left. ``num_image_tokens``:
+    ids reserved before those of text (20000 in old releases).
     """
 
     vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": VOCABULARY_FILE}

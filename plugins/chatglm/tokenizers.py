@@ -1,4 +1,4 @@
-"""Tokenizers of ChatGLM2, ChatGLM3 and original-format GLM-4 as ordinary fast tokenizers, which load anywhere."""
+"""Tokenizers of ChatGLM2, ChatGLM3 and original-format GLM-4 as fast tokenizers of transformers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import SpmConverter, TikTokenConverter, import_protobuf
+
 from llmpruner import CheckpointError, LlmprunerError
 
 from .glm import ROLES, ROUNDS
@@ -15,8 +21,8 @@ from .weights import read_json
 
 VOCABULARY_FILE = "tokenizer.model"
 
-# Ids follow the SentencePiece vocabulary in this order. The released tokenizers write "sop" and "eop" without brackets
-# and never look for them in text; a fast tokenizer does, and would find "sop" in "philosophy".
+# Ids are after the SentencePiece vocabulary, in this order. The released tokenizers name "sop" and "eop" without
+# brackets and do not search text for them; a fast tokenizer does, and would find "sop" in "philosophy".
 _MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _STOPS = ("<|user|>", "<|observation|>")
@@ -29,8 +35,8 @@ _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 def chat_format(directory: Path) -> str | None:
-    """Which prompts the model was tuned on, told by its tokenizer: role tokens came with ChatGLM3. None for GLM-4,
-    whose prompts are the family's own, and where there is no tokenizer to ask."""
+    """`ROLES` for a tokenizer with role tokens (ChatGLM3), `ROUNDS` without; None for GLM-4, and where there is no
+    tokenizer."""
     vocabulary = directory / VOCABULARY_FILE
     if not vocabulary.is_file() or _is_tiktoken(vocabulary):
         return None
@@ -42,7 +48,7 @@ def chat_format(directory: Path) -> str | None:
 
 
 def role_stops(directory: Path) -> list[int]:
-    """Ids of the role tokens after which a ChatGLM3 must stop: it would go on as the user."""
+    """Ids of the role tokens at which generation by ChatGLM3 must stop, as a turn of another role starts."""
     first = _sentencepiece(directory / VOCABULARY_FILE).get_piece_size() + len(_MARKS)
     return [first + _ROLES.index(token) for token in _STOPS]
 
@@ -61,7 +67,7 @@ def read_glm_tokenizer(directory: Path) -> Any | None:
 
 @contextlib.contextmanager
 def one_line(file: Path) -> Iterator[None]:
-    """Turn whatever a tokenizer library raises for a damaged vocabulary into one line."""
+    """Convert exceptions of tokenizer libraries for a damaged vocabulary to `CheckpointError` with one line."""
     try:
         yield
     except LlmprunerError:
@@ -77,15 +83,11 @@ def _is_tiktoken(file: Path) -> bool:
 
 
 def _sentencepiece(file: Path) -> Any:
-    import sentencepiece
-
     with one_line(file):
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
 def _from_sentencepiece(directory: Path) -> Any:
-    from transformers.convert_slow_tokenizer import SpmConverter, import_protobuf
-
     processor = _sentencepiece(directory / VOCABULARY_FILE)
     proto = import_protobuf().ModelProto.FromString(processor.serialized_model_proto())
     pieces = {piece.piece: number for number, piece in enumerate(proto.pieces)}
@@ -101,8 +103,6 @@ def _from_sentencepiece(directory: Path) -> Any:
 
 
 def _from_tiktoken(directory: Path) -> Any:
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
     file = directory / "tokenizer_config.json"
     stored = read_json(file).get("added_tokens_decoder", {}) if file.is_file() else {}
     special = [stored[key]["content"] for key in sorted(stored, key=int)] or list(_GLM4_TOKENS)
@@ -115,10 +115,6 @@ def _from_tiktoken(directory: Path) -> Any:
 
 
 def _fast(tokenizer: Any, special: Sequence[str], eos: str, names: dict[str, str]) -> Any:
-    from tokenizers import AddedToken
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     start = ("[gMASK]", "<sop>")
     tokenizer.post_processor = TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Reading weights tensor by tensor from safetensors or ``.bin`` files, in any number of shards; no code is run."""
+"""Reading weights tensor by tensor from safetensors or ``.bin`` files, without running pickled code."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import CheckpointError, ModelError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 
-# What torch's restricted unpickler says when it meets a function or class, or a pickle that torch did not write.
+# Messages of torch's restricted unpickler for functions and classes, and for pickles that torch did not write.
 _NOT_TENSORS = re.compile(r"unsupported (global|operand|class)|trying to (access|call)", re.IGNORECASE)
 
-Tensors = Iterator[tuple[str, "torch.Tensor"]]
+Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights, safetensors before ``.bin``.
+    """The weight files, safetensors preferred to ``.bin``.
 
     Raises `ModelError` when there are none, `CheckpointError` when a shard is missing.
     """
@@ -52,12 +53,12 @@ def _indexed(index: Path) -> list[str]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index} is damaged: it has no 'weight_map'")
-    # A name with a directory in it would reach outside the checkpoint.
+    # Without directories, which may be outside the checkpoint.
     return sorted({Path(name).name for name in names.values()})
 
 
 def _numbered(directory: Path, suffix: str) -> list[str]:
-    """Shards that no index lists: ``…-00001-of-00007.bin`` tells how many there must be."""
+    """Names of all shards where there is no index, from the number in ``…-00001-of-00007.bin``."""
     found = [m for m in (_SHARD.fullmatch(p.name) for p in sorted(directory.glob(f"*{suffix}"))) if m]
     if not found:
         return []
@@ -79,16 +80,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(file: Path) -> Tensors:
-    """Name and tensor of everything in ``file``, one at a time; a tensor may be backed by the file.
+    """Name and tensor of everything in ``file``, one at a time; a tensor may be mapped from the file.
 
-    Raises `CheckpointError` when the file is damaged, or holds anything but tensors.
+    Raises `CheckpointError` when the file is damaged, or contains anything but tensors.
     """
     return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
 
 
 def _safetensors(file: Path) -> Tensors:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -98,8 +97,6 @@ def _safetensors(file: Path) -> Tensors:
 
 
 def _pickled(file: Path) -> Tensors:
-    import torch
-
     # Files from before torch 1.6 are plain pickles, which cannot be mapped into memory.
     mapped = zipfile.is_zipfile(file)
     # A damaged pickle can raise anything.
@@ -110,7 +107,7 @@ def _pickled(file: Path) -> Tensors:
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and _NOT_TENSORS.search(str(error)):
             raise CheckpointError(
-                f"{file} holds pickled code besides tensors, which is never run; ask for a safetensors version"
+                f"{file} holds pickled code besides tensors, which is never run; use a safetensors version"
             ) from error
         raise CheckpointError(f"{file} is damaged or truncated ({_line(error)}); download it again") from error
     if not isinstance(tensors, dict):
@@ -133,9 +130,6 @@ def fill(
     ``convert``: stored name and tensor → the model's parameters that it holds (none for what is not needed).
     ``dtype``: None keeps what is stored. Raises `CheckpointError` when a parameter is missing, unknown or misshapen.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
@@ -146,8 +140,8 @@ def fill(
             for name, part in convert(stored, tensor):
                 if expected.get(name) != tuple(part.shape):
                     raise CheckpointError(
-                        f"{file}: '{stored}' gives {name} {tuple(part.shape)}, the configuration says "
-                        f"{expected.get(name, 'that there is none')}"
+                        f"{file}: '{stored}' gives {name} {tuple(part.shape)}, the configuration has "
+                        f"{expected.get(name, 'none of that name')}"
                     )
                 # A copy: a view would keep the whole tensor, or its file, in memory.
                 found[name] = part.detach().to(dtype or part.dtype, copy=True)
@@ -157,8 +151,6 @@ def fill(
 def _assign(
     model: PreTrainedModel, found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], directory: Path
 ) -> PreTrainedModel:
-    import torch
-
     tied = model.all_tied_weights_keys
     for target, source in tied.items():
         # Checkpoints of tied models store one of the two, or both.

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 from llmpruner import hookimpl
 
+from .commands import add_commands
+from .exporter import MetaExporter
 from .family import LlamaFamily
-from .meta_reader import MetaReader, convert_to_huggingface
+from .meta_reader import MetaReader
 
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["LlamaFamily", "MetaReader", "convert_to_huggingface"]
+__all__ = ["LlamaFamily", "MetaExporter", "MetaReader"]
 
 
 @hookimpl
@@ -26,7 +28,10 @@ def llmpruner_checkpoint_readers() -> list[type]:
 
 
 @hookimpl
-def llmpruner_commands(app: typer.Typer) -> None:
-    from .commands import add_commands
+def llmpruner_exporters() -> list[type]:
+    return [MetaExporter]
 
+
+@hookimpl
+def llmpruner_commands(app: typer.Typer) -> None:
     add_commands(app)

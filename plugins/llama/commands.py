@@ -10,6 +10,9 @@ import typer
 
 from llmpruner import LlmprunerError, ModelError
 
+from .deltas import delta_family
+from .meta_reader import MetaReader
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,18 +48,14 @@ def convert(
 ) -> None:
     """Convert LLaMA between Meta's and Hugging Face's formats, or add delta weights to it.
 
-    Reads and writes one tensor at a time, so that a few GiB of memory are enough for any size.
+    Reads and writes one tensor at a time, which takes a few GiB of memory for any size.
     """
-    from .meta_reader import MetaReader, convert_to_huggingface
-
     if (base is None) != (delta is None) or (source is None) == (delta is None):
         raise LlmprunerError("give either a SOURCE to convert, or both --base and --delta")
     for path in (source, base, delta):
         if path is not None and not path.is_dir():
             raise ModelError(f"model directory '{path}' does not exist")
     if base is not None and delta is not None:
-        from .deltas import delta_family
-
         if to is not Format.HF:
             raise LlmprunerError("a delta is applied to Hugging Face's format; convert the result with --to meta after")
         delta_family(ctx.obj, family).apply_delta(base, delta, output, _torch_dtype(dtype))
@@ -71,6 +70,8 @@ def convert(
     elif source is not None:
         if (source / "config.json").is_file():
             raise ModelError(f"{source} is in Hugging Face's format already; use --to meta for the other direction")
+        from .meta_convert import convert_to_huggingface
+
         convert_to_huggingface(source, output, _torch_dtype(dtype), tokenizer=not no_tokenizer)
     typer.echo(f"wrote {output}")
 

@@ -1,4 +1,4 @@
-"""Weights that are published as a difference from LLaMA's, which could not be redistributed itself."""
+"""Delta weights: weights that are published as the difference from LLaMA's."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 
 class DeltaFamily:
-    """Mixed into a `ModelFamily` whose official releases are deltas; ``convert --delta`` finds it."""
+    """Base class of a `ModelFamily` for ``convert --delta``, whose official releases are deltas."""
 
     def apply_delta(self, base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
         """Write ``base`` plus ``delta`` to ``target`` as a Hugging Face checkpoint.
 
-        Raises `CheckpointError` when the two do not belong together, and then writes nothing.
+        Raises `CheckpointError` when ``delta`` is for another base, and writes nothing then.
         """
         raise NotImplementedError
 
 
 def delta_family(catalog: Catalog, name: str | None) -> DeltaFamily:
-    """The family that applies a delta: ``name`` when given, else the only one there is.
+    """The family that applies a delta: ``name`` when given, else the only one that defines ``apply_delta`` itself.
 
-    A family that inherits how it is done from another does not count on its own.
+    Raises `PluginError` when there is none or several, `UnknownNameError` for another ``name``.
     """
     able = {
         family: cls

@@ -15,6 +15,7 @@ class LlamaFamily(ModelFamily):
     """LLaMA 1, 2 and 3, and every model that shares its ``model_type``."""
 
     name = "llama"
+    summary = "LLaMA 1, 2 and 3, and every model of their type"
     model_types = ("llama",)
 
     def coupled_groups(self, config: LlamaConfig) -> Sequence[CoupledGroup]:
@@ -63,14 +64,14 @@ class LlamaFamily(ModelFamily):
         return groups
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        """Query heads per KV head follow the projections, because eager attention repeats keys by them."""
+        """Set the number of query heads per KV head, by which eager attention repeats keys."""
         del counts
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
-        """A LLaMA whose hidden size is no multiple of its heads is a Mistral without a sliding window."""
+        """Mistral without a sliding window: as LLaMA, but the hidden size need not be a multiple of the heads."""
         from transformers import MistralConfig
 
         if config.model_type != "llama" or config.attention_bias or config.mlp_bias:

@@ -10,19 +10,17 @@ import torch
 
 from llmpruner import CheckpointError
 
+from .meta_files import PARAMS, SHARDS
 from .meta_params import MetaParams
 from .tensors import TensorFiles, TensorSpec
-
-PARAMS = "params.json"
-SHARDS = "consolidated.*.pth"
 
 _IGNORED = "rope.freqs"
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a tensor is. ``meta`` and ``name``: what Meta and Hugging Face call it. ``axis``: the one it is
-    split on over the shards, None when every shard has all of it. ``heads``: how many heads' rotary
+    """The storage of a tensor. ``meta`` and ``name``: its names in Meta's and Hugging Face's format. ``axis``: the axis
+    that is split over the shards, None when every shard has all of it. ``heads``: the number of heads whose rotary
     dimensions it produces, 0 for none."""
 
     meta: str
@@ -53,8 +51,8 @@ def placements(params: MetaParams, *, tied: bool, embedding_axis: int = 1) -> It
 
 
 def to_rotate_half(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of each head from Meta's order, where the two of a rotated pair are neighbours, to transformers',
-    where they are half a head apart. ``weight``: (heads · head_dim, in)."""
+    """Reorder the rows of each head from Meta's order, where rotated pairs are adjacent, to transformers', where they
+    are half a head apart. ``weight``: (heads · head_dim, in)."""
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -66,8 +64,8 @@ def to_neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
 class MetaTensors:
     """The weights of a folder in Meta's format, merged over its shards; a `TensorSource`.
 
-    Everything that can be checked without reading values is checked when it is made: raises `CheckpointError`
-    for a missing file, shard or tensor, and for shapes that contradict ``params.json``.
+    Creation raises `CheckpointError` for a missing file, shard or tensor, and for shapes that contradict
+    ``params.json``; it reads no values.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -90,7 +88,7 @@ class MetaTensors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the weights are stored in."""
+        """The dtype of the stored weights."""
         return self.specs["model.embed_tokens.weight"].dtype
 
     def read(self, name: str) -> torch.Tensor:
@@ -103,7 +101,7 @@ class MetaTensors:
         return to_rotate_half(tensor, placement.heads) if placement.heads else tensor
 
     def read_own(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        """The tensor in memory of its own, so that it may outlive the mapped file; ``dtype`` None: as stored."""
+        """The tensor in its own memory instead of the mapped file; ``dtype`` None: as stored."""
         tensor = self.read(name)
         if dtype not in (None, tensor.dtype):
             return tensor.to(dtype)
@@ -112,7 +110,7 @@ class MetaTensors:
         return tensor.clone() if mapped else tensor
 
     def _check_count(self) -> None:
-        """The query projection is split by rows, so that its height tells how many shards there should be."""
+        """Compare the number of shards with that computed from the query projection, which is split by rows."""
         name = "layers.0.attention.wq.weight"
         first = self._shards[0].get(name)
         if first is None or len(first.shape) != 2:
@@ -120,7 +118,7 @@ class MetaTensors:
         dim, rows, found = self.params.dim, first.shape[0], len(self._paths)
         if first.shape[1] != dim or dim % rows:
             raise CheckpointError(
-                f"{self._paths[0]}: {name} has shape {first.shape}, but {PARAMS} says dim {dim}: "
+                f"{self._paths[0]}: {name} has shape {first.shape}, but {PARAMS} has dim {dim}: "
                 "the two belong to different models"
             )
         if dim // rows != found:
@@ -160,7 +158,7 @@ class MetaTensors:
         params, vocabulary = self.params, self.vocabulary
         if params.vocab_size not in (-1, vocabulary):
             raise CheckpointError(
-                f"{self.directory}: {PARAMS} says vocab_size {params.vocab_size}, the embedding has {vocabulary} rows"
+                f"{self.directory}: {PARAMS} has vocab_size {params.vocab_size}, the embedding has {vocabulary} rows"
             )
         width = self.specs["model.layers.0.mlp.gate_proj.weight"].shape[0]
         if width != params.ffn_width:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmpruner import CheckpointError, OutputError
+from transformers import LlamaConfig
+
+from llmpruner import CheckpointError, UnsupportedModelError
 
 from .tensors import read_json
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
 
 _SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants of ``use_scaled_rope`` in Meta's Llama 3.1 code."""
@@ -45,7 +44,7 @@ class MetaParams:
 
     @classmethod
     def read(cls, path: Path) -> MetaParams:
-        """Raises `CheckpointError` when a field is missing or makes no sense."""
+        """Raises `CheckpointError` when a field is missing or invalid."""
         values = read_json(path)
 
         def count(key: str, default: int | None = None) -> int:
@@ -84,24 +83,24 @@ class MetaParams:
 
     @classmethod
     def of(cls, config: LlamaConfig, width: int) -> MetaParams:
-        """For a model with this configuration whose MLPs are all ``width`` wide.
+        """For a model of ``config`` whose MLPs all have the width ``width``.
 
-        Any width fits: with ``multiple_of`` 1, Meta's formula is int(m · int(8·dim/3)), and
-        m = (width + ½) / int(8·dim/3) solves it. Raises `OutputError` for rotary scaling that does not fit.
+        Any width can be represented: with ``multiple_of`` 1, Meta's formula is int(m · int(8·dim/3)), and
+        m = (width + ½) / int(8·dim/3) solves it. Raises `UnsupportedModelError` for other rotary scaling than Meta's.
         """
         dim = config.hidden_size
         multiple_of, multiplier = 256, None
         if ffn_width(dim, multiple_of, multiplier) != width:
             multiple_of, multiplier = 1, (width + 0.5) / ffn_width(dim, 1, None)
             if ffn_width(dim, multiple_of, multiplier) != width:
-                raise OutputError(f"Meta's format cannot express an MLP of width {width} with dim {dim}")
+                raise UnsupportedModelError(f"Meta's format cannot express an MLP of width {width} with dim {dim}")
         rope = dict(config.rope_parameters)
         kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta", 10000.0))
         factor = None
         if kind == "llama3" and {k: rope.get(k) for k in _SCALED_ROPE} == _SCALED_ROPE:
             factor = float(rope["factor"])
         elif kind != "default":
-            raise OutputError(f"Meta's format cannot express rotary scaling of type '{kind}' with {rope}")
+            raise UnsupportedModelError(f"Meta's format cannot express rotary scaling of type '{kind}' with {rope}")
         return cls(
             dim=dim,
             n_layers=config.num_hidden_layers,
@@ -138,7 +137,7 @@ class MetaParams:
 
     @property
     def max_positions(self) -> int:
-        """The trained context. The format does not store it; each release is known by what it does store."""
+        """The trained context, which the format does not store, from the fields that identify each release."""
         if self.max_seq_len is not None:
             return self.max_seq_len
         if self.rope_scaling_factor is not None:
@@ -150,9 +149,7 @@ class MetaParams:
         return 2048 if self.norm_eps < 1e-5 else 4096  # Llama 1, Llama 2
 
     def to_config(self, vocabulary: int, *, tied: bool, bos: int, eos: int, dtype: Any) -> LlamaConfig:
-        """The same model as transformers describes it; ``vocabulary``: rows of the embedding."""
-        from transformers import LlamaConfig
-
+        """The configuration in transformers; ``vocabulary``: rows of the embedding."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_scaling_factor is not None:
             rope |= {"rope_type": "llama3", "factor": self.rope_scaling_factor, **_SCALED_ROPE}

@@ -1,4 +1,4 @@
-"""What Meta ships as ``tokenizer.model``: SentencePiece (Llama 1 and 2) or tiktoken (Llama 3)."""
+"""Meta's ``tokenizer.model``: SentencePiece (Llama 1 and 2) or tiktoken (Llama 3)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import binascii
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+from tokenizers import processors
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
 from llmpruner import CheckpointError
 
-TOKENIZER = "tokenizer.model"
+from .meta_files import TOKENIZER
 
 _BEGIN, _END, _END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 _SPECIAL_TOKENS = 256
@@ -17,11 +22,11 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-"""How Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
+"""The pattern by which Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """``tokenizer.model`` in the folder or, as Meta's download script leaves it, beside the folder."""
+    """``tokenizer.model`` in the folder or in its parent, where Meta's download script puts it; None without one."""
     for folder in (directory, directory.absolute().parent):
         if (folder / TOKENIZER).is_file():
             return folder / TOKENIZER
@@ -29,7 +34,7 @@ def find_tokenizer(directory: Path) -> Path | None:
 
 
 def read_tokenizer(path: Path, *, scaled_rope: bool = False) -> Any:
-    """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, which name more special tokens.
+    """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, with more named special tokens.
 
     Raises `CheckpointError` when the file is neither of the two kinds.
     """
@@ -42,21 +47,18 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def _sentencepiece(path: Path) -> Any:
-    from sentencepiece import SentencePieceProcessor
-    from transformers import LlamaTokenizer
-
     try:
         SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
         raise CheckpointError(
             f"{path} is neither a SentencePiece model nor a tiktoken file: download it again"
         ) from None
-    # from_pretrained is given the folder, where it finds tokenizer.model by name.
+    # from_pretrained finds tokenizer.model in the folder by name.
     return LlamaTokenizer.from_pretrained(str(path.parent), local_files_only=True, add_bos_token=True)
 
 
 def _tiktoken_ranks(path: Path, *, first_only: bool = False) -> dict[bytes, int] | None:
-    """Token bytes → rank, from lines "base64 rank"; None when the file is not of this kind."""
+    """Token bytes → rank, from lines "base64 rank"; None for a file of another kind."""
     ranks: dict[bytes, int] = {}
     with path.open("rb") as file:
         for line in file:
@@ -80,12 +82,8 @@ def _special_tokens(scaled_rope: bool) -> list[str]:
 
 
 def _tiktoken(path: Path, ranks: dict[bytes, int], special: list[str]) -> Any:
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
     class Converter(TikTokenConverter):
-        # tiktoken's own loader caches by path, and would miss that the file has changed.
+        # tiktoken's own loader caches by path, even when the file has changed.
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
             del tiktoken_url

@@ -1,4 +1,4 @@
-"""Writing a model back to Meta's official format, as far as that can hold it."""
+"""Writing a model in Meta's official format, as far as the format can represent it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from transformers import AutoConfig
 
-from llmpruner import CheckpointError, OutputError
+from llmpruner import CheckpointError, UnsupportedModelError
 
-from .meta_format import PARAMS, Placement, placements, to_neighbours
+from .meta_files import PARAMS, TOKENIZER
+from .meta_format import Placement, placements, to_neighbours
 from .meta_params import MetaParams
-from .meta_tokenizer import TOKENIZER
 from .output import new_directory
 from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
-_EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _REFUSED = "Meta's format cannot hold this model"
 _EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), or whole layers (--kinds layer)"
 
@@ -29,55 +30,83 @@ _EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), o
 def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shards: int = 1) -> None:
     """Write ``model`` to ``target`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
 
-    MLPs that were cut to one width and layers that were removed fit; attention must be whole. ``tokenizer``:
-    one that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none.
-    Raises `OutputError` with the reason when the format cannot hold the model.
+    The format can represent MLPs of one pruned width and fewer layers, but not pruned attention. ``tokenizer``: one
+    that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none. Raises
+    `UnsupportedModelError` when the format cannot represent the model, `OutputError` when ``target`` exists.
     """
     file = None if tokenizer is None else _tokenizer_file(tokenizer)
-    _write(ModelTensors(model), model.config, file, target, shards)
+    tensors = ModelTensors(model)
+    params = meta_params(tensors, model.config, shards)
+    with new_directory(target) as stage:
+        write_files(tensors, params, stage, shards, file)
 
 
 def convert_to_meta(
     source: Path, target: Path, shards: int = 1, *, tokenizer: Path | Literal[True] | None = True
 ) -> None:
-    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`.
+    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`. One shard is in
+    memory at a time.
 
-    ``tokenizer``: the ``tokenizer.model`` to bring along, True for the one in ``source``, None for none.
+    ``tokenizer``: the ``tokenizer.model`` to copy, True for the one in ``source``, None for none.
     """
-    from transformers import AutoConfig
+    tensors, config = open_source(source)
+    place = source / TOKENIZER if tokenizer is True else tokenizer
+    file = None if place is None else _tokenizer_file(place)
+    params = meta_params(tensors, config, shards)
+    with new_directory(target) as stage:
+        write_files(tensors, params, stage, shards, file)
 
+
+def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
+    """The weights and the configuration of a Hugging Face checkpoint. Raises `CheckpointError` for another directory,
+    and `UnsupportedModelError` for a model that is not LLaMA."""
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source} is no Hugging Face checkpoint: it has no config.json")
     kind = read_json(source / "config.json").get("model_type")
     if kind not in ("llama", "mistral"):
         what_to_do = f"; {_EVENLY}" if str(kind).startswith("llmpruner") else ""
-        raise OutputError(
-            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and config.json says '{kind}'{what_to_do}"
+        raise UnsupportedModelError(
+            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, "
+            f"and config.json has the model_type '{kind}'{what_to_do}"
         )
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    place = source / TOKENIZER if tokenizer is True else tokenizer
-    file = None if place is None else _tokenizer_file(place)
-    _write(HuggingFaceTensors(source), config, file, target, shards)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    return HuggingFaceTensors(source), config
 
 
-def _write(source: TensorSource, config: LlamaConfig, tokenizer: Path | None, target: Path, shards: int) -> None:
+def meta_params(source: TensorSource, config: LlamaConfig, shards: int) -> MetaParams:
+    """The content of ``params.json``. Raises `UnsupportedModelError` when the format cannot represent the model in
+    ``shards`` files, `CheckpointError` when a tensor is missing."""
+    if EMBEDDING not in source.specs:
+        raise CheckpointError(f"the weights are incomplete: {EMBEDDING} is missing")
     width = _check(source, config)
-    params = replace(MetaParams.of(config, width), vocab_size=source.specs[_EMBEDDING].shape[0])
-    tied = "lm_head.weight" not in source.specs
+    params = replace(MetaParams.of(config, width), vocab_size=source.specs[EMBEDDING].shape[0])
     if shards < 1 or params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
-        raise OutputError(
+        raise UnsupportedModelError(
             f"{_REFUSED} in {shards} shards: {params.n_kv_heads} KV heads, {params.vocab_size} tokens and an "
             f"MLP of width {params.ffn_width} must all divide by the number of shards"
         )
-    with new_directory(target) as stage:
-        for number in range(shards):
-            state = {}
-            for placement in placements(params, tied=False):
-                # Meta's format has no tied embeddings: the head is written out.
-                name = "model.embed_tokens.weight" if tied and placement.name == "lm_head.weight" else placement.name
-                state[placement.meta] = _part(source.read(name), placement, number, shards)
-            torch.save(state, stage / f"consolidated.{number:02}.pth")
-        (stage / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, stage / TOKENIZER)
+    for placement in placements(params, tied=stored_name(source, HEAD) == EMBEDDING):
+        if placement.name not in source.specs:
+            raise CheckpointError(f"the weights are incomplete: {placement.name} is missing")
+    return params
+
+
+def write_files(source: TensorSource, params: MetaParams, directory: Path, shards: int, tokenizer: Path | None) -> None:
+    """Write all files of the format into ``directory``; ``tokenizer``: the file to copy, if any."""
+    for number in range(shards):
+        state = {}
+        for placement in placements(params, tied=False):
+            state[placement.meta] = _part(source.read(stored_name(source, placement.name)), placement, number, shards)
+        torch.save(state, directory / f"consolidated.{number:02}.pth")
+    (directory / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, directory / TOKENIZER)
+
+
+def stored_name(source: TensorSource, name: str) -> str:
+    """The name of the tensor ``name`` in ``source``: that of the embedding for a tied head, as Meta's format has no
+    tied embeddings."""
+    return EMBEDDING if name == HEAD and HEAD not in source.specs else name
 
 
 def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:
@@ -85,31 +114,31 @@ def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) 
         tensor = to_neighbours(tensor, placement.heads)
     if placement.axis is not None:
         tensor = tensor.chunk(shards, placement.axis)[number]
-    # torch.save would write the whole storage behind a view.
+    # torch.save would write the whole storage of a view.
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.contiguous().clone()
 
 
 def _check(source: TensorSource, config: LlamaConfig) -> int:
-    """The width of all MLPs. Raises `OutputError` for whatever Meta's code would build differently."""
+    """The width of all MLPs. Raises `UnsupportedModelError` for models that Meta's code cannot build."""
     specs = source.specs
     layers, hidden = config.num_hidden_layers, config.hidden_size
     if config.hidden_act != "silu" or getattr(config, "sliding_window", None):
-        raise OutputError(f"{_REFUSED}: its activation or attention is not LLaMA's")
-    if specs[_EMBEDDING].shape[1] != hidden:
-        raise OutputError(
-            f"{_REFUSED}: hidden channels were pruned ({specs[_EMBEDDING].shape[1]} of {hidden} are left), and "
+        raise UnsupportedModelError(f"{_REFUSED}: its activation or attention is not LLaMA's")
+    if specs[EMBEDDING].shape[1] != hidden:
+        raise UnsupportedModelError(
+            f"{_REFUSED}: hidden channels were pruned ({specs[EMBEDDING].shape[1]} of {hidden} are left), and "
             "there head_dim is dim / n_heads; prune MLP channels or layers instead"
         )
     biases = sorted(name for name in specs if name.endswith(".bias"))
     if biases:
-        raise OutputError(f"{_REFUSED}: it has biases ({biases[0]})")
+        raise UnsupportedModelError(f"{_REFUSED}: it has biases ({biases[0]})")
     for n in range(layers):
         for m, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             name = f"model.layers.{n}.self_attn.{m}_proj.weight"
             rows = specs[name].shape[0] if name in specs else 0
             if hidden % config.num_attention_heads or rows != heads * (hidden // config.num_attention_heads):
-                raise OutputError(
+                raise UnsupportedModelError(
                     f"{_REFUSED}: heads were pruned (layer {n}: {rows} rows in {m}_proj), and there head_dim "
                     "is dim / n_heads in every layer; prune MLP channels or layers instead"
                 )
@@ -117,7 +146,7 @@ def _check(source: TensorSource, config: LlamaConfig) -> int:
         specs[name].shape[0] for n in range(layers) if (name := f"model.layers.{n}.mlp.gate_proj.weight") in specs
     ]
     if len(widths) != layers or len(set(widths)) != 1:
-        raise OutputError(
+        raise UnsupportedModelError(
             f"{_REFUSED}: there all MLPs have one width, here they have {min(widths, default=0)} to "
             f"{max(widths, default=0)}; {_EVENLY}"
         )

@@ -1,4 +1,4 @@
-"""Writing checkpoints: aside and then renamed, and one tensor at a time."""
+"""Writing checkpoints, completely or not at all, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from llmpruner import OutputError
 from .tensors import TensorSource, TensorSpec
 
 SHARD_BYTES = 5_000_000_000
-"""Largest weight file; what transformers splits at as well."""
+"""Maximum size of a weight file, as in transformers."""
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes ``target`` when the block ends and vanishes when it raises.
+    """Yields a temporary directory, which is renamed to ``target`` at the end and removed when the block raises.
 
-    Raises `OutputError` when ``target`` exists with something in it, or the disk refuses.
+    Raises `OutputError` when ``target`` exists and is not an empty directory, or cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"output {target} exists already: choose another, or remove it")
@@ -56,8 +56,8 @@ def write_safetensors(
 ) -> None:
     """Write all tensors of ``source`` to ``directory`` as ``model*.safetensors``; ``dtype`` None: as stored.
 
-    The library's own writer wants all tensors of a file at once. The format is a header with the offsets,
-    which are known beforehand, and then the bytes, so that here one tensor is in memory at a time.
+    One tensor is in memory at a time, unlike with the library's own writer: the format is a header with the offsets,
+    which are known beforehand, followed by the bytes.
     """
     specs = {name: TensorSpec(s.shape, dtype or s.dtype) for name, s in source.specs.items()}
     files = _split(specs, shard_bytes)
@@ -89,7 +89,7 @@ def _split(specs: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:
 
 
 def _write_file(path: Path, specs: Mapping[str, TensorSpec], source: TensorSource) -> None:
-    # Wider types first keeps every tensor aligned to its own size.
+    # In the order of element sizes, so that every tensor is aligned.
     names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -1,4 +1,4 @@
-"""Reading PyTorch and safetensors files one tensor at a time, mapped into memory, never unpickling code."""
+"""Reading PyTorch and safetensors files one tensor at a time, mapped into memory, without unpickling code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from llmpruner import CheckpointError
 
 READ_BUDGET = 256 << 20
-"""Bytes read before files are closed and opened anew. Mapped pages count as resident until then."""
+"""Bytes read before files are closed and opened again, as mapped pages count as resident memory until then."""
 
 _SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 _TORCH = ("pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -25,14 +25,14 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor is, without its values."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class TensorSource(Protocol):
-    """A checkpoint with Hugging Face's parameter names, of which only the tensor being read is in memory."""
+    """A checkpoint with Hugging Face's parameter names, read one tensor at a time."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
@@ -47,7 +47,8 @@ class _OpenFile:
 
 
 class TensorFiles:
-    """Checkpoint files, opened on first use. Raises `CheckpointError` for what is damaged or no tensors."""
+    """Checkpoint files, opened on first use. Methods raise `CheckpointError` for files that are damaged or contain
+    anything but tensors."""
 
     def __init__(self) -> None:
         self._open: dict[Path, _OpenFile] = {}
@@ -57,7 +58,7 @@ class TensorFiles:
         return self._file(path).specs
 
     def read(self, path: Path, name: str) -> torch.Tensor:
-        """The tensor, possibly a view into the mapped file: keep it no longer than needed."""
+        """The tensor, which may be mapped from the file; keep no reference to it."""
         if self._bytes > READ_BUDGET:
             self._open.clear()
             self._bytes = 0
@@ -109,10 +110,8 @@ def _first_line(error: Exception) -> str:
 
 
 class HuggingFaceTensors:
-    """The weights of a Hugging Face directory: safetensors if it has them, else ``.bin`` files.
-
-    Rotary tables, which old checkpoints store as buffers, are left out: they follow from the configuration.
-    """
+    """The weights of a Hugging Face directory: safetensors if it has them, else ``.bin`` files. Rotary tables, which
+    old checkpoints store as buffers, are left out."""
 
     def __init__(self, directory: Path) -> None:
         self._files = TensorFiles()

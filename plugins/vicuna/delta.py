@@ -16,6 +16,7 @@ from llmpruner_llama.meta_format import MetaTensors
 from llmpruner_llama.meta_reader import MetaReader
 from llmpruner_llama.output import new_directory, write_safetensors
 from llmpruner_llama.tensors import HuggingFaceTensors, TensorSource, TensorSpec
+from transformers import AutoConfig
 
 from llmpruner import CheckpointError, ModelError
 
@@ -36,7 +37,7 @@ _TOKENIZER_EXTRAS = (
 
 
 class DeltaTensors:
-    """The sum of a base and a delta; a `TensorSource`. Raises `CheckpointError` when they do not fit."""
+    """The sum of a base and a delta; a `TensorSource`. Raises `CheckpointError` for a delta of another base."""
 
     def __init__(self, base: TensorSource, delta: TensorSource, names: tuple[Path, Path]) -> None:
         self._base, self._delta = base, delta
@@ -72,9 +73,9 @@ class DeltaTensors:
 def apply_delta(base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Write ``base`` + ``delta`` to ``target``, with the delta's configuration and tokenizer.
 
-    ``base``: LLaMA in Hugging Face's or Meta's format. The sum is taken in float16, whatever ``dtype`` it
-    is stored in then (None: float16). One tensor of each is in memory at a time. Raises `CheckpointError`
-    when the delta is for another base, or something is missing or damaged; nothing is written then.
+    ``base``: LLaMA in Hugging Face's or Meta's format. The sum is computed in float16, and stored in ``dtype`` (None:
+    float16). One tensor of each is in memory at a time. Raises `CheckpointError` when the delta is for another base, or
+    files are missing or damaged; nothing is written then.
     """
     tokenizer = [delta / name for name in _TOKENIZER if (delta / name).is_file()]
     if not tokenizer:
@@ -100,14 +101,12 @@ def apply_delta(base: Path, delta: Path, target: Path, dtype: torch.dtype | None
 
 
 def _config(directory: Path) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
     if MetaReader().recognises(directory):
         return MetaReader().read_config(directory)
     if not (directory / "config.json").is_file():
         raise ModelError(f"{directory} is no model directory: it has neither config.json nor params.json")
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}/config.json is damaged: {str(error).splitlines()[0]}") from error
     if config.model_type != "llama":

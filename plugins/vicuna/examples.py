@@ -1,4 +1,4 @@
-"""The worked examples that Vicuna v0's prompts begin with (FastChat, Apache-2.0)."""
+"""The example conversations at the start of Vicuna v0's prompts (FastChat, Apache-2.0)."""
 
 from __future__ import annotations
 

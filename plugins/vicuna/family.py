@@ -1,8 +1,9 @@
-"""What Vicuna adds to LLaMA: its name, its conversation format, and its delta weights."""
+"""The families of Vicuna: LLaMA with a conversation format and delta weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -21,6 +22,7 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
     """Vicuna v1.1, v1.3 and v1.5."""
 
     name = "vicuna"
+    summary = "Vicuna v1.1, v1.3 and v1.5: LLaMA with a conversation format"
     extends = "llama"
     version: ClassVar[Version] = "v1"
     template: ClassVar[Template] = V1_1
@@ -31,10 +33,13 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
     def format_prompt(self, instruction: str, input: str = "") -> str:
         return self.template.prompt(f"{instruction}\n{input}" if input else instruction)
 
-    def format_conversation(self, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Exchanges (question, answer) as pairs (prompt, answer) that joined are Vicuna's training text."""
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> list[tuple[str, str]]:
+        """(prompt, answer) pairs of Vicuna's training text. ``system`` replaces Vicuna's system message."""
+        template = self.template if system is None else replace(self.template, system=system)
         turns = [turn for question, answer in exchanges for turn in (Turn("human", question), Turn("gpt", answer))]
-        return self.template.exchanges(turns)
+        return template.exchanges(turns)
 
     def apply_delta(self, base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
         from .delta import apply_delta
@@ -46,5 +51,6 @@ class VicunaV0Family(VicunaFamily):
     """Vicuna v0, the first release: another conversation format, and one more token."""
 
     name = "vicuna-v0"
+    summary = "Vicuna v0, the first release: another conversation format, and one more token"
     version = "v0"
     template = V0_ZERO_SHOT

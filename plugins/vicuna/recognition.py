@@ -1,7 +1,4 @@
-"""Telling Vicuna from LLaMA, whose configuration it shares: by name, or by its generation settings.
-
-Nothing is inferred from sizes or ids. A checkpoint that carries neither needs ``--family``.
-"""
+"""Recognising Vicuna, which has the configuration of LLaMA, by its name or chat template; others need ``--family``."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from .conversation import V0_ZERO_SHOT, V1_1, Template
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from .conversation import Template
 
 Version = Literal["v0", "v1"]
 
@@ -21,9 +18,9 @@ _V0 = re.compile(r"(^|[-_.])v0([-_.]|$)")
 
 
 def version_of(config: PreTrainedConfig) -> Version | None:
-    """Which Vicuna this is, ``v1`` for v1.1 and everything after; None when nothing says that it is one.
+    """The version of Vicuna, ``v1`` for v1.1 and later; None for other models.
 
-    Asked in turn: the name it was loaded by, the name it was saved by, and its chat template.
+    Found by the name in the reference, else the name in saved configurations, else the chat template.
     """
     place = str(getattr(config, "name_or_path", "") or "")
     by_name = _version_in_name(_own_name(place))
@@ -38,7 +35,7 @@ def version_of(config: PreTrainedConfig) -> Version | None:
 
 
 def _own_name(place: str) -> str:
-    """The last part of a path or hub id; of a folder in the hub's cache, the repository's."""
+    """The last part of a path or hub id; for a folder in the hub's cache, the name of the repository."""
     parts = [part for part in re.split(r"[/\\]", place) if part]
     cached = [part for part in parts if part.startswith("models--")]
     return (cached or parts or [""])[-1].rpartition("--")[2].lower()
@@ -51,8 +48,6 @@ def _version_in_name(name: str) -> Version | None:
 
 
 def _version_in_template(directory: Path) -> Version | None:
-    from .conversation import V0_ZERO_SHOT, V1_1
-
     template = _read(directory / "tokenizer_config.json").get("chat_template")
     file = directory / "chat_template.jinja"
     if file.is_file():
@@ -65,7 +60,7 @@ def _version_in_template(directory: Path) -> Version | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What is damaged says nothing here; loading the checkpoint will report it."""
+    """The JSON object in a file, empty if it cannot be read; loading the checkpoint will report that."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -74,10 +69,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def chat_template(template: Template) -> str:
-    """``template`` as a chat template of transformers, beginning with the beginning-of-sequence token.
-
-    A system message of the user's takes the place of the official one.
-    """
+    """``template`` as a chat template of transformers, starting with the beginning-of-sequence token. A system message
+    replaces the official one."""
     human, assistant = (f"{template.before}{name}:" for name in template.names)
     return (
         "{% if messages and messages[0]['role'] == 'system' %}"

@@ -13,6 +13,7 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import llmpruner
 from llmpruner.cli import console, main
 
 TEXT = (
@@ -57,6 +58,33 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
+@pytest.fixture
+def refused(run, shared, tmp_path) -> Callable[..., str]:
+    """``refused("plan", …)``: run a command that is a mistake, in which ``{models}`` and ``{tmp}`` are folders; returns
+    the message. Exit code 2, one line, nothing written, and no weights read unless ``read``."""
+
+    def refused(*arguments: object, read: bool = False) -> str:
+        places = {"models": shared, "tmp": tmp_path}
+        filled = [str(a).format(**places) if isinstance(a, str) else a for a in arguments]
+        before = listing(tmp_path), listing(shared)
+        result = run(*filled)
+        assert (listing(tmp_path), listing(shared)) == before
+        assert result.code == 2, (result.out, result.err)
+        assert result.out == ""
+        lines = [line for line in result.err.splitlines() if not line.startswith("•")]
+        assert len([line for line in lines if line.strip()]) == 1, result.err
+        (line,) = (line for line in lines if line.strip())
+        assert line.startswith("error: ")
+        assert read or "• loading" not in result.err
+        return line.removeprefix("error: ")
+
+    return refused
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests read and never write: models ``dense``, ``other`` (wider), ``bare`` (no tokenizer) and ``nan``,
@@ -83,17 +111,9 @@ def dense(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def pruned(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     """A model whose layers differ: layers 1 and 2 lost a quarter of their MLP channels."""
-    from llmpruner import Catalog, plugin_manager
-    from llmpruner.loading.model import load_model
-    from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-    from llmpruner.structure.plan import Target
-
-    catalog = Catalog(plugin_manager())
-    loaded = load_model(str(shared / "dense"), catalog)
-    settings = PruneSettings(target=Target(by="units", amount=0.25), layers=(1, 2))
-    plan = make_plan(loaded, catalog.criteria["l1"](), settings)
     folder = tmp_path_factory.mktemp("pruned") / "model"
-    assert save(apply_plan(loaded, plan), folder) == "shim"
+    model = llmpruner.prune(shared / "dense", unit_ratio=0.25, layers=[1, 2], importance="l1", output=folder)
+    assert model.form == "shim"
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 
@@ -15,7 +14,7 @@ from llmpruner.cli import demo
 def small(monkeypatch, dense):
     monkeypatch.setattr(demo, "DEMO", str(dense))
     monkeypatch.setattr(demo, "SAMPLES", 2)
-    monkeypatch.setattr(demo, "RECOVERY", replace(demo.RECOVERY, max_steps=2, cutoff=512))
+    monkeypatch.setattr(demo, "RECOVERY", {**demo.RECOVERY, "max_steps": 2, "cutoff": 512})
     return dense
 
 
@@ -27,7 +26,7 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     options = re.sub(r".* demo (.*) -o …$", r"\1", told).split()
     assert options == ["--ratio", "0.3", "--samples", "2", "--seed", "3"]
     plan = run("prune", small, *options, "-o", tmp_path / "by_hand", "--json").json()["plan"]
-    assert plan["compensation"]["method"] == "refit"
+    assert plan["compensation"]["name"] == "refit"
     record = json.loads((tmp_path / "demo" / "recovered" / "llmpruner.json").read_text())
     assert record["plans"] == [plan] and len(record["recovery"][0]["losses"]) == 2
     header = next(line for line in shown.out.splitlines() if "dense" in line).split()

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from llmpruner import ModelFamily, hookimpl, plugin_manager
 from llmpruner.cli import doctor
 from llmpruner.cli.app import build_app
-from llmpruner.plugins.host import BrokenPlugin
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +81,7 @@ def test_a_dependency_that_cannot_be_imported(run, monkeypatch):
 def test_blocked_and_broken_plugins(monkeypatch):
     monkeypatch.setenv("LLMPRUNER_BLOCK", "vicuna")
     host = plugin_manager()
-    host.broken.append(BrokenPlugin("bad", "llmpruner-bad", "ImportError: nothing there"))
+    host.record("bad", "ImportError: nothing there", package="llmpruner-bad")
     found = {c.name: c for c in doctor.checks(host) if c.section == "plugins"}
     assert found["vicuna"].status == "warning" and "LLMPRUNER_BLOCK" in found["vicuna"].detail
     assert (found["bad"].status, found["bad"].detail) == ("broken", "from llmpruner-bad: ImportError: nothing there")
@@ -102,8 +101,9 @@ def test_two_families_of_one_name_are_a_finding_and_no_crash():
     host.manager.register(Plugin(), "twin")
     done = CliRunner().invoke(build_app(host), ["doctor", "--json"])
     assert done.exit_code == 1
-    (found,) = [c for c in json.loads(done.stdout)["checks"] if c["name"] == "catalog"]
-    assert "two family classes are named 'llama'" in found["detail"]
+    found = {c["name"]: c["detail"] for c in json.loads(done.stdout)["checks"] if c["status"] == "broken"}
+    assert set(found) == {"llama", "twin"}
+    assert "two family classes are named 'llama': LlamaFamily of llmpruner and Twin of in-process" in found["twin"]
 
 
 def test_a_hub_that_does_not_answer_is_no_failure(run, monkeypatch):
@@ -120,5 +120,5 @@ def test_a_device_that_computes_wrongly(monkeypatch):
 
     real = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *a, dtype, **k: real(*a, dtype=dtype, **k) * (dtype is torch.float32))
-    found = doctor._device("cpu", "a cpu")
+    found = doctor._device(torch, "cpu", "a cpu")
     assert (found.status, found.detail) == ("warning", "a cpu; bfloat16 gives wrong results")

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from llmpruner import OutputError
+import llmpruner
+from llmpruner import LlmprunerError, OutputError, UnknownNameError
 from llmpruner.scaffold.model import ModelFacts
-from llmpruner.scaffold.package import PluginName, render, write
-from llmpruner.scaffold.source import literal
+from llmpruner.scaffold.package import KINDS, PluginName, render, write
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package"
-QUICK = "recognises or cut_equals or agree or found"
+LONG = "abcdefghij-abcdefghij-abcdefgh"
+QUICK = "recognises or cut_equals or agree or found or may_name"
 """Tests of a generated package that take seconds; benchmarks/install_check.py runs all."""
 
 
@@ -27,10 +28,15 @@ def install(site: Path, *sources: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_tests(package: Path, site: Path) -> str:
+def first(folder: Path) -> str:
+    """A search path that begins with ``folder``."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def run_tests(package: Path, site: Path, choose: str = QUICK) -> str:
     """The last line of a package's own tests, run where it is installed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", QUICK]
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choose]
+    environment = {**os.environ, "PYTHONPATH": first(site), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()[-1]
@@ -38,7 +44,7 @@ def run_tests(package: Path, site: Path) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """An architecture that nothing knows, installed as a package of its own."""
+    """An architecture without a plugin, installed as a package of its own."""
     folder = tmp_path_factory.mktemp("site")
     shutil.copytree(MADE_UP, folder / "source")
     install(folder / "site", folder / "source")
@@ -54,41 +60,108 @@ def test_a_plugin_for_a_model_type_passes_its_own_tests(run, tmp_path):
     code = (package / "src" / "llmpruner_neo" / "family.py").read_text()
     assert 'model_types = ("gpt_neox",)' in code
     install(tmp_path / "site", package)
-    assert run_tests(package, tmp_path / "site").startswith("4 passed")
+    assert run_tests(package, tmp_path / "site").startswith("5 passed")
 
 
 @pytest.mark.slow
-def test_a_plugin_for_an_architecture_that_nothing_knows(run, site, tmp_path, monkeypatch):
+def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(site))
     package = tmp_path / "llmpruner-odd"
     done = run("new-plugin", "odd", "--from", "made_up", "--import", "made_up", "-o", package)
     assert done.code == 0, done.err
     project = (package / "pyproject.toml").read_text()
-    assert 'dependencies = ["llmpruner>=' in project and ', "made-up"]' in project
+    assert '  "llmpruner>=' in project and '  "made-up",\n' in project
     assert '[project.entry-points."llmpruner.models"]\nodd = "made_up"' in project
     install(tmp_path / "site", package)
     shutil.copytree(site, tmp_path / "site", dirs_exist_ok=True)
-    assert run_tests(package, tmp_path / "site").startswith("4 passed")
+    assert run_tests(package, tmp_path / "site").startswith("5 passed")
     # A pruned checkpoint names the module of its class: importing it is for the plugin to allow.
     may = "from llmpruner.models.modeling_llmpruner import _may_import as may"
     code = f"{may}; print(may('made_up.x'), may('antigravity'))"
     for folder, expected in ((tmp_path / "site", "True False"), (site, "False False")):
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        environment = {**os.environ, "PYTHONPATH": first(folder)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr
 
 
-def test_without_a_model_the_tests_say_what_is_missing(run, tmp_path):
+def check_style(package: Path, cache: Path) -> None:
+    """ruff and mypy, as the package's own CI runs them. llmpruner is read from this checkout; errors of
+    mypy in it do not count."""
+    environment = {**os.environ, "MYPYPATH": str(Path(llmpruner.__file__).parents[1])}
+    for command in (
+        ["ruff", "check", "--no-cache"],
+        ["ruff", "format", "--check", "--no-cache"],
+        ["mypy", "--follow-imports=silent", "--cache-dir", cache],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=package, env=environment, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
+    odd = ModelFacts(
+        types=("made_up",),
+        config_class="MadeUpConfig",
+        config_module="made_up",
+        config_values={"hidden_size": 8},
+        extends="llama",
+        package="made_up",
+        requires="made-up",
+        kinds=("mlp",),
+    )
+    packages = {
+        "bare": render(PluginName("bare")),
+        "odd": render(PluginName(LONG), odd),
+        **{kind: render(PluginName(LONG), kind=kind) for kind in ("criterion", "strategy")},
+    }
+    for name, files in packages.items():
+        write(tmp_path / name, files)
+        check_style(tmp_path / name, tmp_path / "mypy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["criterion", "strategy"])
+def test_a_criterion_and_a_strategy_pass_their_own_tests(kind, tmp_path):
+    package = tmp_path / f"llmpruner-my-{kind}"
+    write(package, render(PluginName(f"my-{kind}"), kind=kind))
+    install(tmp_path / "site", package)
+    passed = run_tests(package, tmp_path / "site", choose="")
+    assert int(passed.split()[0]) >= 7 and "failed" not in passed and "skipped" not in passed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_a_whole_package(kind):
+    files = render(PluginName("my-own"), kind=kind)
+    assert {"LICENSE", "README.md", "src/llmpruner_my_own/py.typed", f"tests/test_{kind}.py"} <= files.keys()
+    project = files["pyproject.toml"]
+    assert 'license-files = ["LICENSE"]' in project and '"Typing :: Typed",' in project
+    assert 'my-own = "llmpruner_my_own"' in project
+    assert f"class MyOwn{kind.capitalize()}(" in files[f"src/llmpruner_my_own/{kind}.py"]
+    assert "run: ruff check" in files[".github/workflows/test.yml"]
+
+
+def test_kinds_that_are_refused():
+    with pytest.raises(UnknownNameError, match="unknown kind of plugin 'familly'; did you mean family"):
+        render(PluginName("a"), kind="familly")
+    with pytest.raises(LlmprunerError, match="a criterion works for all models"):
+        render(PluginName("a"), ModelFacts(), kind="criterion")
+
+
+def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
     package = tmp_path / "llmpruner-bare"
     assert run("new-plugin", "bare", "-o", package).code == 0
     files = {str(f.relative_to(package)) for f in package.rglob("*") if f.is_file()}
     assert files == {
         ".github/workflows/test.yml",
         ".gitignore",
+        "LICENSE",
         "README.md",
         "pyproject.toml",
         "src/llmpruner_bare/__init__.py",
         "src/llmpruner_bare/family.py",
+        "src/llmpruner_bare/py.typed",
         "tests/test_family.py",
     }
     assert "pytest.skip(" in (package / "tests" / "test_family.py").read_text()
@@ -108,6 +181,7 @@ def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_pat
         ("a--b", "cannot name a plugin"),
         ("1st", "cannot name a plugin"),
         ("a_b", "cannot name a plugin"),
+        (LONG + "i", "is too long for a plugin; expected at most 30"),
         ("../up", "cannot name a plugin"),
         ("llmpruner-own", "leave 'llmpruner-' out"),
         ("llama", "a family 'llama' exists already in llmpruner"),
@@ -136,12 +210,33 @@ def test_models_that_are_refused(run, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_brings_its_own_code_needs_a_package(run, tmp_path):
+def test_a_checkpoint_with_model_code_needs_a_package(run, tmp_path):
     (tmp_path / "model").mkdir()
     values = {"model_type": "alien", "auto_map": {"AutoConfig": "configuration_alien.AlienConfig"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))
     done = run("new-plugin", "alien", "--from", tmp_path / "model", "-o", tmp_path / "out")
     assert done.code == 2 and "does not know model type 'alien'" in done.err and "--import PACKAGE" in done.err
+
+
+@pytest.mark.parametrize("kind", ["criterion", "strategy"])
+def test_a_criterion_and_a_strategy_from_the_command_line(run, tmp_path, kind):
+    package = tmp_path / "out"
+    done = run("new-plugin", "my-own", "--kind", kind, "-o", package)
+    assert done.code == 0 and f"{KINDS[kind].title} my-own" in done.out
+    written = {str(f.relative_to(package)): f.read_text() for f in package.rglob("*") if f.is_file()}
+    assert written == render(PluginName("my-own"), kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("taylor", "criterion", "a criterion 'taylor' exists already in llmpruner; choose another"),
+        ("lora", "strategy", "a recovery strategy 'lora' exists already in llmpruner; choose another"),
+        ("giraffe", "familly", "unknown kind of plugin 'familly'; did you mean family?"),
+    ],
+)
+def test_kinds_and_names_of_a_kind_that_are_refused(refused, name, kind, message):
+    assert message in refused("new-plugin", name, "--kind", kind, "-o", "{tmp}/out")
 
 
 def test_an_existing_directory_is_left_alone(run, tmp_path):
@@ -156,11 +251,6 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match="No space left on device"):
+    with pytest.raises(OutputError, match="no space left on the device"):
         write(tmp_path / "out", render(PluginName("giraffe"), ModelFacts()))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_source_is_wrapped_as_a_formatter_would():
-    assert literal({"a": [1, None, "b"]}) == '{"a": [1, None, "b"]}'
-    assert literal(["x" * 50, "y" * 50]) == f'[\n    "{"x" * 50}",\n    "{"y" * 50}",\n]'

@@ -1,12 +1,19 @@
-"""``plugins``, ``discover`` and ``plan``: what is there, and what would go."""
+"""``plugins``, ``discover`` and ``plan``: what can be chosen, what is found, and what would be removed."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
+
+from llmpruner import ModelFamily, Verdict, hookimpl, plugin_manager
+from llmpruner.cli.app import build_app
 
 DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
 CRITERIA = ["random", "l1", "l2", "taylor:element1", "taylor:element2", "taylor:mix", "taylor:vector"]
@@ -26,7 +33,23 @@ def test_plugins_as_a_table(run):
     result = run("plugins")
     assert result.code == 0 and result.err == ""
     line = next(line for line in result.out.splitlines() if " taylor " in line)
-    assert "criterion" in line and "llmpruner" in line and "element1, element2, mix, vector" in line
+    assert "criterion" in line and "llmpruner" in line and "Taylor expansion" in line
+
+
+def test_plugins_shows_what_a_component_can_be_set_to(run):
+    (taylor,) = run("plugins", "taylor", "--json").json()
+    (variant,) = taylor["settings"]
+    assert (taylor["kind"], variant["key"], variant["default"]) == ("criterion", "variant", "element1")
+    assert variant["type"] == "element1 | element2 | mix | vector"
+    shown = run("plugins", "lora")
+    assert shown.code == 0 and "recovery strategy of llmpruner" in shown.out
+    line = next(line for line in shown.out.splitlines() if "lora.rank" in line)
+    assert "int" in line and "8" in line and "≥ 1" in line and "Rank" in line
+
+
+def test_a_component_that_does_not_exist_has_near_misses(run):
+    missed = run("plugins", "tailor")
+    assert missed.code == 2 and missed.err.startswith("error: unknown component 'tailor'; did you mean taylor")
 
 
 def test_discover_as_json(run, dense):
@@ -86,13 +109,14 @@ def test_kinds(run, dense, kinds, amount):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_every_criterion_with_every_reduction(run, dense, criterion):
     name, _, variant = criterion.partition(":")
-    options = [*(("--variant", variant) if variant else ()), "--samples", 2, "--length", 16]
+    options = ["--variant", variant, "--samples", 2, "--length", 16] if variant else []
     for reduction in REDUCTIONS:
         found = run(
             "plan", dense, "--ratio", 0.2, "--importance", name, *options, "--reduction", reduction, "--json"
         ).json()  # fmt: skip
         made = found["plan"]["estimation"]
-        assert (made["criterion"], made["variant"], made["reduction"]) == (name, variant or None, reduction)
+        assert (made["criterion"], made["reduction"]) == (name, reduction)
+        assert made["settings"] == ({"variant": variant} if variant else {})
         assert (made["calibration"] == "self") == (name == "taylor")
         assert abs(found["result"]["decoder_removed"] * DECODER - 0.2 * DECODER) <= MLP_UNIT / 2
 
@@ -181,6 +205,76 @@ def test_discover_shows_buffers_like_parameters(run, tmp_path):
     owned = {"buffer": bias, "axis": 0, "role": "produces", "index": "0:8"}
     assert groups["layers.1.experts"]["buffers"] == [owned]
     assert not any(group["buffers"] for group in groups.values() if group["kind"] != "expert")
+
+
+def test_discover_shows_axes_that_it_found_no_units_on(run, tmp_path):
+    GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=64).save_pretrained(tmp_path)
+    blocked = run("discover", tmp_path, "--json").json()["blocked"]
+    assert {"parameter": "transformer.wte.weight", "axis": 0, "reason": "rows are looked up by number"} in blocked
+
+
+class Forgetful(ModelFamily):
+    """Llama's groups without the spans of down_proj."""
+
+    name = "forgetful"
+
+    def coupled_groups(self, config):
+        return [
+            replace(g, spans=tuple(s for s in g.spans if not (g.kind == "mlp" and "down_proj" in s.parameter)))
+            for g in super().coupled_groups(config)
+        ]
+
+
+def test_verify_shows_what_was_not_checked_and_which_parameter_is_wrong(dense, monkeypatch):
+    class Plugin:
+        @hookimpl
+        def llmpruner_model_families(self):
+            return [Forgetful]
+
+    host = plugin_manager()
+    host.manager.register(Plugin(), "forgetful")
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    command = ["discover", str(dense), "--family", "forgetful", "--verify"]
+    shown = CliRunner().invoke(build_app(host), [*command, "--json"])
+    verdicts = {v["kind"]: v for v in json.loads(shown.stdout)["verdicts"]}
+    assert verdicts["mlp"]["verdict"] == "refused" and verdicts["layer"]["verdict"] == "verified"
+    (difference,) = verdicts["mlp"]["differences"]
+    assert "group layers.0.mlp: model.layers.0.mlp.down_proj.weight axis 1: missing" in difference
+    (skipped,) = verdicts["layer"]["skipped"]
+    assert skipped.startswith("sdpa attention: ")
+    found = [Verdict(**verdict) for verdict in verdicts.values()]
+    monkeypatch.setattr("llmpruner.api.verify", lambda *arguments, **options: found)
+    table = " ".join(CliRunner().invoke(build_app(host), command).stdout.split())
+    assert f"mlp: {difference}" in table and f"layer: not checked: {skipped.strip()}" in table
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory, shared):
+    """A type of model without a plugin."""
+    folder = tmp_path_factory.mktemp("qwen")
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    for file in (shared / "dense").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_a_model_without_a_plugin_needs_no_option(run, qwen, tmp_path):
+    done = run("prune", qwen, "--ratio", 0.2, "--samples", 2, "--length", 16, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if "no plugin knows" in line]
+    assert told == ["• no plugin knows model type 'qwen2': its structure is discovered"]
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
+    assert record["plans"][0]["family"] == "auto"
+    assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 2).code == 0
+
+
+@pytest.mark.parametrize("options", [("--family", "auto"), ()], ids=["auto is asked for", "a pruned one"])
+def test_no_notice_on_discovery_when_it_is_asked_for_or_recorded(run, qwen, dense, pruned, options):
+    assert "no plugin knows" not in run("discover", qwen if options else pruned, *options).err
 
 
 def test_discover_draws_a_block(run, dense, tmp_path):

@@ -13,7 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from llmpruner import DuplicateNameError, LlmprunerError, hookimpl, plugin_manager
+from llmpruner import ImportanceCriterion, LlmprunerError, hookimpl, plugin_manager
+from llmpruner.cli import doctor
 from llmpruner.cli.app import build_app
 
 PACKAGES = Path(__file__).parents[1] / "packages"
@@ -43,7 +44,7 @@ def installed(site, monkeypatch):
 
 
 def test_installed_packages_in_another_process(site):
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "llmpruner", "plugins", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
@@ -87,7 +88,7 @@ def test_an_installed_command_runs(run, installed):
     assert "example-hello" in run("--help").out
 
 
-def test_a_blocked_plugin_says_nothing(run, installed, monkeypatch):
+def test_a_blocked_plugin_prints_nothing(run, installed, monkeypatch):
     monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,example")
     result = run("plugins", "--json")
     assert result.err == ""
@@ -132,16 +133,90 @@ def test_a_command_registered_in_process():
     assert isinstance(mistake.exception, LlmprunerError)
 
 
-def test_a_command_that_exists_is_refused():
-    with pytest.raises(DuplicateNameError, match="command 'prune' of in-process exists already in llmpruner"):
-        app_with(greeter=Greeter("prune"))
-    with pytest.raises(DuplicateNameError, match="command 'hi' of in-process exists already in in-process"):
-        app_with(one=Greeter("hi"), two=Greeter("hi"))
+class Other:
+    """A command whose name is taken, a group that Typer cannot make, and a command."""
+
+    @hookimpl
+    def llmpruner_commands(self, app: typer.Typer) -> None:
+        @app.command(name="prune")
+        def prune_roses() -> None:
+            raise AssertionError
+
+        app.add_typer(typer.Typer(cls=object), name="strange")
+
+        @app.command()
+        def fine() -> None:
+            typer.echo("fine")
+
+
+def test_a_command_that_cannot_be_costs_only_itself():
+    app = app_with(other=Other())
+    done = CliRunner().invoke(app, ["fine"])
+    assert (done.exit_code, done.stdout) == (0, "fine\n")
+    taken, strange = done.stderr.splitlines()
+    assert taken.startswith("warning: plugin 'other' (in-process): prune_roses of llmpruner_commands was skipped: ")
+    assert taken.endswith("command 'prune' exists already in llmpruner")
+    assert "a group of llmpruner_commands was skipped: AssertionError: " in strange
+    assert "--ratio" in CliRunner().invoke(app, ["prune", "--help"]).stdout
+
+
+def test_of_two_commands_of_one_name_the_first_stays():
+    app = app_with(one=Greeter("hi"), two=Greeter("hi"))
+    done = CliRunner().invoke(app, ["hi"])
+    assert done.stdout == "hello, you\n" and "plugin 'two'" in done.stderr and "command 'hi' exists" in done.stderr
 
 
 def test_a_hook_that_raises_costs_only_its_own_commands():
     result = CliRunner().invoke(app_with(clumsy=Clumsy(), greeter=Greeter()), ["greet"])
     assert result.exit_code == 0 and result.stdout == "hello, you\n"
-    assert (
-        "plugin 'clumsy' (in-process) is broken and was skipped: llmpruner_commands raised ValueError" in result.stderr
-    )
+    assert "plugin 'clumsy' (in-process): llmpruner_commands was skipped: it raised ValueError" in result.stderr
+
+
+class Mixed:
+    """A plugin of which one criterion can be used, one cannot, and one hook raises."""
+
+    @hookimpl
+    def llmpruner_importance_criteria(self):
+        class Nameless(ImportanceCriterion):
+            """Has no name."""
+
+        class Useful(ImportanceCriterion):
+            """Its docstring stands in for a summary."""
+
+            name = "useful"
+
+        return [Nameless, Useful]
+
+    @hookimpl
+    def llmpruner_metrics(self):
+        raise OSError("no metrics today")
+
+
+def test_plugins_lists_what_was_left_out_by_hook_and_class():
+    done = CliRunner().invoke(app_with(mixed=Mixed()), ["plugins", "--json"])
+    shown = json.loads(done.stdout)
+    (useful,) = (row for row in shown["plugins"] if row["name"] == "useful")
+    assert useful == {
+        "kind": "criterion",
+        "name": "useful",
+        "package": "in-process",
+        "summary": "Its docstring stands in for a summary.",
+    }
+    left_out = {(row["plugin"], row["hook"], row["item"]) for row in shown["broken"]}
+    assert left_out == {
+        ("mixed", "llmpruner_importance_criteria", "Nameless"),
+        ("mixed", "llmpruner_metrics", None),
+    }
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_doctor_works_whatever_plugins_do(monkeypatch):
+    monkeypatch.setattr(doctor, "PROBES", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    app = app_with(mixed=Mixed(), other=Other(), clumsy=Clumsy())
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)["checks"]
+    broken = [check["name"] for check in found if check["status"] == "broken"]
+    assert sorted(broken) == ["clumsy", "mixed", "mixed", "other", "other"]
+    assert any(check["section"] == "plugins" and check["status"] == "ok" for check in found)

@@ -20,18 +20,18 @@ def llmpruner(*arguments, **environment) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it(tmp_path):
-    message = f"model directory '{tmp_path}/none' does not exist"
-    plain = llmpruner("discover", tmp_path / "none")
-    assert (plain.returncode, plain.stdout, plain.stderr) == (2, "", f"error: {message}\n")
+def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
+    plain = llmpruner("plugins", "tailor")
+    assert (plain.returncode, plain.stdout, plain.stderr.count("\n")) == (2, "", 1)
+    message = plain.stderr.removeprefix("error: ")
     for debug in (
-        llmpruner("--debug", "discover", tmp_path / "none"),
-        llmpruner("discover", tmp_path / "none", "--debug"),
-        llmpruner("discover", tmp_path / "none", LLMPRUNER_DEBUG="1"),
+        llmpruner("--debug", "plugins", "tailor"),
+        llmpruner("plugins", "tailor", "--debug"),
+        llmpruner("plugins", "tailor", LLMPRUNER_DEBUG="1"),
     ):
         assert debug.returncode == 1
         assert "Traceback (most recent call last)" in debug.stderr
-        assert debug.stderr.rstrip().endswith(f"ModelError: {message}")
+        assert debug.stderr.endswith(f"UnknownNameError: {message}")
 
 
 def test_help_takes_less_than_half_a_second():

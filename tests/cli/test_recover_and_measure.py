@@ -104,6 +104,7 @@ def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
     rows = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in rows] == [str(dense), str(pruned)]
     assert [row["size"]["decoder_parameters"] for row in rows] == [30_976, 30_976 - 2 * 12 * 96]
+    assert "50,208" in next(line for line in result.out.splitlines() if " parameters" in line)
     header = next(line for line in result.out.splitlines() if "dense" in line)
     assert header.index(str(dense)) < header.index(str(pruned))
     ids = AutoTokenizer.from_pretrained(dense)((shared / "text.txt").read_text(), add_special_tokens=False).input_ids

@@ -13,7 +13,7 @@ from llmpruner.discovery.groups import discover_graph, discover_groups
 
 
 def facts(groups: Sequence[CoupledGroup]) -> dict[str, object]:
-    """Everything a group says, whatever the order of its spans and however its maps are written."""
+    """All values of a group, with spans in one order and maps in one form."""
     return {
         g.name: (
             g.kind,

@@ -50,7 +50,7 @@ def test_the_number_of_dense_layers_follows(tmp_path: Path) -> None:
 
 
 def test_types_derived_from_a_period_stay_with_their_layers() -> None:
-    """The period would call the layers left 'mamba mamba mamba': masks and caches would be wrong."""
+    """By the period, the layers left would all be of type 'mamba', with wrong masks and caches."""
     model, config = shortened("jamba", [0, 2, 4])
     assert config.layers_block_type[4] == "attention"
     assert model.config.layers_block_type == ["mamba", "mamba", "attention"]

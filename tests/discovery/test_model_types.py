@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, FalconConfig
 
+from llmpruner.oracle.tiny import tiny_config
 from llmpruner.oracle.verify import VERIFIED, verify
 
 REQUIRED = (
@@ -25,6 +26,14 @@ def test_alibi_slopes_stay_with_their_heads() -> None:
     (verdict,) = verify(None, CONFIG_MAPPING["bloom"](), kinds=["attention"])
     assert verdict.verdict == VERIFIED, verdict.reason
     assert "transformer.h.*(alibi)" in [str(f) for f in verdict.follows]
+
+
+def test_key_value_heads_are_shrunk_whatever_a_configuration_calls_them() -> None:
+    config = FalconConfig(new_decoder_architecture=True, hidden_size=4096, num_attention_heads=64, num_kv_heads=8)
+    small = tiny_config(config)
+    assert (small.num_attention_heads, small.num_kv_heads) == (6, 3)
+    (verdict,) = verify(None, config, kinds=["attention"])
+    assert (verdict.verdict, verdict.units) == (VERIFIED, 3), verdict.reason
 
 
 @pytest.mark.slow

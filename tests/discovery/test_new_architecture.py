@@ -1,4 +1,4 @@
-"""A model that discovery has never seen, and two hundred of its relatives."""
+"""A model that discovery has never seen, and two hundred random ones of the same parts."""
 
 from __future__ import annotations
 

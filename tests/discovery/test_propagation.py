@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from llmpruner.discovery.groups import families
 from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
 from llmpruner.discovery.operators_shape import regroup
-from llmpruner.discovery.propagate import Policy, Propagation
+from llmpruner.discovery.propagate import RULES, Policy, Propagation
+from llmpruner.discovery.units import unit_sets
+from llmpruner.errors import UnsupportedModelError
 
 
 def test_components_of_a_random_graph_agree_with_a_search() -> None:
@@ -87,10 +90,30 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
     run.run(program, {"up.weight": "up.weight", "down.weight": "down.weight"})
-    found, reasons = families(run)
-    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.shares)
+    found, reasons = unit_sets(run)
+    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.owned)
     assert reason in reasons["up.weight", 0]
     assert ("down.weight", 1) in reasons
+
+
+def fails(*_: Any) -> Any:
+    raise IndexError("no such axis")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (fails, "IndexError: no such axis"),
+        (lambda run, node, args, kwargs: args[0], r"shape \(2, 6\), and the rule \(2, 4\)"),
+    ],
+)
+def test_a_rule_that_does_not_fit_names_operator_and_module(
+    rule: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = torch.export.export(Odd(True), (torch.randn(2, 4),), strict=False)
+    monkeypatch.setitem(RULES, "linear", rule)
+    with pytest.raises(UnsupportedModelError, match=f"^discovery cannot follow operator linear in up: .*{message}"):
+        Propagation().run(program, {"up.weight": "up.weight", "down.weight": "down.weight"})
 
 
 class Assembled(nn.Module):
@@ -126,7 +149,7 @@ class Turned(nn.Module):
 def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
     run = Propagation()
     run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {n: n for n, _ in model.named_parameters()})
-    (heads,) = [f for f in families(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.shares)]
-    rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.shares}
+    (heads,) = [f for f in unit_sets(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.owned)]
+    rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.owned}
     assert rows["heads.weight", 0] == [list(range(u * 4, u * 4 + 4)) for u in range(3)]
     assert rows["out.weight", 1] == [list(range(u * consumed, (u + 1) * consumed)) for u in range(3)]

@@ -1,4 +1,4 @@
-"""A trace that fails says so in its error, and nowhere else."""
+"""A trace that fails raises an error with the reason, and prints nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmpruner.oracle.tiny import small_config
 
 
 class Guessing(nn.Module):
-    """What it does next depends on its weights, as in a loop over the experts that were chosen."""
+    """Its control flow depends on its weights, as in a loop over the experts that were chosen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,8 +33,9 @@ class Guessing(nn.Module):
 def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     with pytest.raises(UnsupportedModelError, match=r"Guessing cannot be traced: .*data-dependent") as caught:
         export(Guessing(), "layers")
-    # torch still hands the graph over, so the test watches what it means to watch.
+    # torch still hands the graph over, so that the test covers what it is for.
     assert "def forward" in caught.value.__cause__.partial_fx_graph
+    assert str(caught.value).endswith("(at `for row in (hidden > 0).nonzero():` in Guessing)")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "a warning of the model's own\n")
 

@@ -91,7 +91,7 @@ def _environment(site: Path) -> dict[str, str]:
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(site),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])),
         "TUTORIAL": str(TUTORIAL),
         "COLUMNS": "100",
         "OMP_NUM_THREADS": "1",

@@ -80,7 +80,7 @@ def test_broken_links_are_noticed(tmp_path):
 
 
 def typed(page: Path) -> list[list[str]]:
-    """The commands of llmpruner in fenced blocks; those that leave something to imagine (…) are no commands."""
+    """The commands of llmpruner in fenced blocks; those with … are left out."""
     blocks = [found[0] for found in FENCE.finditer(page.read_text(encoding="utf-8"))]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     told = [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?llmpruner [a-z]", line)]

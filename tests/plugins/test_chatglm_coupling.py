@@ -15,12 +15,13 @@ from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, Glm
 from transformers import DynamicCache
 
 from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
-from llmpruner.budgets.open import cost_of
+from llmpruner.budgets.base import BudgetSubject
+from llmpruner.budgets.kv_cache import KvCache
+from llmpruner.budgets.macs import Macs
 from llmpruner.budgets.sizes import counts
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut, silence
-from llmpruner.structure.plan import Target
 
 FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
 KINDS = [("chatglm", k) for k in (MLP, ATTENTION)] + [
@@ -140,7 +141,7 @@ def test_hidden_channels_of_chatglm_are_not_offered() -> None:
     assert graph.layers == "transformer.layers"
 
 
-def test_later_generations_win_over_glm_by_what_their_config_says() -> None:
+def test_later_generations_win_over_glm_by_their_config() -> None:
     catalog = Catalog(plugin_manager())
     assert catalog.family_for(tiny_config("chatglm")).name == "chatglm"
     assert catalog.family_for(tiny_config("glm")).name == catalog.family_for(tiny_config("glm4")).name == "glm"
@@ -158,6 +159,13 @@ def test_prompts_of_each_generation() -> None:
     assert third.format_prompt("你好") == "<|user|>\n 你好<|assistant|>"
     assert third.format_chat([("a", "b")], "c") == "<|user|>\n a<|assistant|>\n b<|user|>\n c<|assistant|>"
     assert GlmFamily().format_prompt("hi") == "<|user|>\nhi<|assistant|>"
+    for family, expected in (
+        (first, "Be brief.\n\nhi[gMASK]<sop>"),
+        (second, "Be brief.\n\n[Round 1]\n\n问：hi\n\n答："),
+        (third, "<|system|>\n Be brief.<|user|>\n hi<|assistant|>"),
+        (GlmFamily(), "<|system|>\nBe brief.<|user|>\nhi<|assistant|>"),
+    ):
+        assert family.format_conversation([("hi", "ho")], "Be brief.")[0][0] == expected
 
 
 def test_the_plugin_imports_no_torch() -> None:
@@ -169,18 +177,16 @@ def test_the_plugin_imports_no_torch() -> None:
 def test_what_is_counted_is_what_the_cut_model_costs(kind: str, kinds: tuple[str, ...]) -> None:
     model, family = tiny_model(kind), FAMILIES[kind]
     graph = build_graph(family, model.config)
-    costs = {
-        budget: cost_of(Target(by="ratio", amount=0.2, budget=budget, context=9), model, graph, graph.groups, family)
-        for budget in ("macs", "kv-cache")
-    }
+    subject = BudgetSubject(model, graph, graph.groups, family)
+    macs, cache = (budget.cost(subject, None) for budget in (Macs(context=9), KvCache()))
     plan = {**random_plan(graph, kinds, uniform=False), "layers": [0, 2]}
     pruned = deepcopy(model)
     left = cut(pruned, graph, plan, family)
-    for subject, shape, numbers in ((model, graph, ({}, ())), (pruned, left, counts(graph, plan))):
-        assert costs["macs"].remaining(*numbers) == macs_per_token(subject, shape, context=9)
-        cached = [tensor for layer in cached_prompt(subject, kind) for tensor in (layer.keys, layer.values)]
+    for counted, shape, numbers in ((model, graph, ({}, ())), (pruned, left, counts(graph, plan))):
+        assert macs.remaining(*numbers) == macs_per_token(counted, shape, context=9)
+        cached = [tensor for layer in cached_prompt(counted, kind) for tensor in (layer.keys, layer.values)]
         tokens = cached[0].shape[0] * cached[0].shape[2]
-        assert costs["kv-cache"].remaining(*numbers) * tokens == sum(tensor.nbytes for tensor in cached)
+        assert cache.remaining(*numbers) * tokens == sum(tensor.nbytes for tensor in cached)
 
 
 def cached_prompt(model: Any, kind: str) -> list[Any]:

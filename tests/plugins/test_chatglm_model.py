@@ -133,7 +133,7 @@ def test_loss_is_of_the_labelled_tokens_shifted_by_one() -> None:
 
 
 def test_the_context_is_not_trained_on() -> None:
-    """It sees itself: predicting it would be copying."""
+    """Its attention is bidirectional: each token sees the one that it would predict."""
     model = tiny_model("chatglm")
     ids, mask = prompts("chatglm")
     answers = torch.where(torch.arange(8) >= 6, ids, -100)

@@ -14,14 +14,10 @@ from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from llmpruner import Catalog, plugin_manager
+import llmpruner
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.loading.model import load_model
+from llmpruner.families.chat import chat_prompt
 from llmpruner.models.generation import generate
-from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-from llmpruner.recovery.base import RecoverySettings
-from llmpruner.recovery.run import recover
-from llmpruner.structure.plan import Target
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 12
 
@@ -86,19 +82,17 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     source = tmp_path / "original"
     source.mkdir()
     CASES[family](source)
-    catalog = Catalog(plugin_manager())
-    loaded = load_model(str(source), catalog)
+    loaded = llmpruner.load(source)
     assert loaded.family.name == family
     assert loaded.tokenizer is not None
     dense = loaded.graph.decoder_parameters
 
-    settings = PruneSettings(Target(by="ratio", amount=0.2), layers=(0, 1, 2), samples=4, length=12)
-    plan = make_plan(loaded, catalog.criteria["taylor"](), settings)
-    pruned = apply_plan(loaded, plan)
+    pruned = llmpruner.prune(
+        loaded, ratio=0.2, importance="taylor", layers="all", samples=4, length=12, output=tmp_path / "pruned"
+    )
     assert pruned.graph.decoder_parameters == pytest.approx(0.8 * dense, rel=0.02)
-    save(pruned, tmp_path / "pruned")
 
-    again = load_model(str(tmp_path / "pruned"), catalog)
+    again = llmpruner.load(tmp_path / "pruned")
     assert again.family.name == family
     ids = torch.tensor([again.tokenizer("quick brown fox")["input_ids"]])
     with torch.no_grad():
@@ -107,20 +101,21 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     row = {"instruction": "What jumps over the dog?", "output": "The quick brown fox"}
     data.write_text(json.dumps([row] * 8))
-    job = RecoverySettings(rank=4, learning_rate=1e-2, max_steps=4, batch_size=4, micro_batch_size=4, warmup_steps=0)
-    strategy = catalog.strategies["lora"]()
-    result = recover(
-        again.model, again.tokenizer, again.graph, again.family, str(data), strategy, job, tmp_path / "work"
-    )
-    assert result.losses[-1] < result.losses[0]
+    recovered = llmpruner.recover(
+        again, data=str(data), rank=4, learning_rate=1e-2, max_steps=4, batch_size=4, warmup_steps=0,
+        work_dir=tmp_path / "work",
+    )  # fmt: skip
+    (training,) = recovered.record["recovery"]
+    assert training["losses"][-1] < training["losses"][0]
 
-    assert perplexity(result.model, again.tokenizer, WORDS, window=32).perplexity > 1
-    assert isinstance(generate(result.model, again.tokenizer, "fox", chat=True, family=again.family), str)
-    assert_scores_agree(result.model, again.tokenizer)
+    assert perplexity(recovered.model, again.tokenizer, WORDS, window=32).perplexity > 1
+    asked = chat_prompt(again.family, again.tokenizer, "fox")
+    assert isinstance(generate(recovered.model, again.tokenizer, asked.text), str) and not asked.has_special_tokens
+    assert_scores_agree(recovered.model, again.tokenizer)
 
 
 def assert_scores_agree(model: Any, tokenizer: Any) -> None:
-    """lm-eval's log-likelihood of a continuation is what the model's own logits say."""
+    """lm-eval's log-likelihood of a continuation is that of the model's own logits."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

@@ -1,4 +1,4 @@
-"""Original checkpoints in every shape they come in, and what is said of damaged ones."""
+"""Original checkpoints in every shape they come in, and the messages for damaged ones."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_rope_ratio_and_generation_config_are_taken_over(tmp_path: Path) -> None
 
 
 def test_chatglm2_with_long_context_divides_positions(tmp_path: Path) -> None:
-    """Position interpolation: token 3r stands where token 3 of the short model stands."""
+    """Position interpolation: token 3r has the position of token 3 of the short model."""
     shutil.copytree(DATA / "chatglm2", tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rope_ratio": 4}))
@@ -173,14 +173,12 @@ class Boom:
         ("code in a zip", CheckpointError, "pickled code besides tensors, which is never run"),
         ("no dictionary", CheckpointError, "holds a list; expected named tensors"),
         ("missing tensor", CheckpointError, "1 of .* parameters are in none of the weight files"),
-        ("unknown tensor", CheckpointError, "the configuration says that there is none"),
-        ("misshapen tensor", CheckpointError, "the configuration says"),
+        ("unknown tensor", CheckpointError, "the configuration has none of that name"),
+        ("misshapen tensor", CheckpointError, "the configuration has"),
         ("damaged index", CheckpointError, r"index\.json is damaged"),
     ],
 )
-def test_damage_is_told_in_one_line(
-    checkpoint: tuple[Path, Any], how: str, error: type[LlmprunerError], message: str
-) -> None:
+def test_damage_is_one_line(checkpoint: tuple[Path, Any], how: str, error: type[LlmprunerError], message: str) -> None:
     directory, reader = checkpoint
     break_it(directory, reader, how)
     with pytest.raises(error, match=message) as caught:

@@ -50,7 +50,7 @@ save_file({k: v.contiguous() for k, v in results.items()}, outputs)
 """
 
 
-def as_a_stranger(directory: Path, work: Path, kind: str, *text: str) -> dict[str, torch.Tensor]:
+def without_llmpruner(directory: Path, work: Path, kind: str, *text: str) -> dict[str, torch.Tensor]:
     ids, mask = prompts(kind)
     save_file({"ids": ids, "mask": mask}, work / "inputs.safetensors")
     arguments = [
@@ -93,7 +93,7 @@ def test_pruned_chatglm_loads_without_llmpruner(plan: dict[str, Any], tied: bool
     cut(model, build_graph(family, model.config), {k: list(v) for k, v in plan.items()}, family)
     directory = tmp_path / "pruned"
     save_checkpoint(model, directory, record={}, family=family)
-    expect(model, "chatglm", as_a_stranger(directory, tmp_path, "chatglm"))
+    expect(model, "chatglm", without_llmpruner(directory, tmp_path, "chatglm"))
     loaded = load_pruned(directory, attn_implementation="eager")
     assert type(loaded).__module__.startswith("llmpruner")
     ids, mask = prompts("chatglm")
@@ -109,7 +109,7 @@ def test_pruned_glm_loads_without_llmpruner(tmp_path: Path) -> None:
     plan = {"layers.0.mlp": list(range(24)), "layers.1.attention": [0, 3], "layers.2.query": [0, 2, 4, 6]}
     cut(model, build_graph(family, model.config), plan, family)
     assert save_checkpoint(model, tmp_path / "pruned", record={}, family=family) == "shim"
-    expect(model, kind, as_a_stranger(tmp_path / "pruned", tmp_path, kind))
+    expect(model, kind, without_llmpruner(tmp_path / "pruned", tmp_path, kind))
 
 
 def test_save_pretrained_alone_makes_a_checkpoint_that_loads_anywhere(tmp_path: Path) -> None:
@@ -122,6 +122,6 @@ def test_save_pretrained_alone_makes_a_checkpoint_that_loads_anywhere(tmp_path: 
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     text = "The quick  fox\nover it"
-    results = as_a_stranger(directory, tmp_path, "chatglm", text)
+    results = without_llmpruner(directory, tmp_path, "chatglm", text)
     expect(model, "chatglm", results)
     assert results["tokens"].tolist() == tokenizer(text)["input_ids"]

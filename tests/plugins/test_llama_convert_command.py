@@ -74,7 +74,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "no tokenizer": ((DATA / "mha" / "1shard",), "--no-tokenizer"),
     "Hugging Face already": ((BASE,), "is in Hugging Face's format already"),
     "Meta already": ((DATA / "mha" / "1shard", "--to", "meta"), "is in Meta's format already"),
-    "no model to Meta": ((VICUNA, "--to", "meta"), "config.json cannot be read"),
+    "no model to Meta": ((VICUNA, "--to", "meta"), "it has no config.json"),
     "type to Meta": ((BASE, "--to", "meta", "--dtype", "float32"), "leave --dtype out"),
     "delta to Meta": (("--base", BASE, "--delta", DELTA, "--to", "meta"), "convert the result with --to meta"),
     "delta for another base": (("--base", VICUNA / "delta_v1" / "base", "--delta", DELTA), "is no delta for"),

@@ -46,7 +46,7 @@ class TestVicuna(FamilyConformance):
 
 
 class TestVicunaV0(FamilyConformance):
-    """Of a vocabulary that one more token made odd, as v0's is."""
+    """With an odd vocabulary size, as v0's 32,001."""
 
     family = VicunaV0Family
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from llama_cases import copy_of, resave, set_param
-from llmpruner_llama import MetaReader, convert_to_huggingface
+from llmpruner_llama import MetaReader
+from llmpruner_llama.meta_convert import convert_to_huggingface
 
 from llmpruner import CheckpointError, LlmprunerError, OutputError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from llama_cases import DATA, LAYOUTS, MODELS, copy_of, logits, read, resave, set_param, tokens_of
-from llmpruner_llama import MetaReader, convert_to_huggingface, tensors
+from llmpruner_llama import MetaReader, tensors
+from llmpruner_llama.meta_convert import convert_to_huggingface
 from llmpruner_llama.meta_format import MetaTensors, to_neighbours, to_rotate_half
 from llmpruner_llama.output import write_safetensors
 from llmpruner_llama.tensors import HuggingFaceTensors

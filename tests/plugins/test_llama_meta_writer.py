@@ -13,7 +13,7 @@ from llmpruner_llama import LlamaFamily, MetaReader
 from llmpruner_llama.meta_params import ffn_width
 from llmpruner_llama.meta_writer import convert_to_meta, write_meta
 
-from llmpruner import CheckpointError, OutputError, build_graph
+from llmpruner import CheckpointError, UnsupportedModelError, build_graph
 from llmpruner.models.surgery import cut
 from llmpruner.structure.kept import Kept
 
@@ -116,7 +116,7 @@ REFUSED: list[tuple[str, Kept, int, str]] = [
 
 @pytest.mark.parametrize(("name", "kept", "shards", "reason"), REFUSED)
 def test_refused_with_the_reason(name: str, kept: Kept, shards: int, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=reason) as caught:
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
         write_meta(pruned(name, kept), None, tmp_path / "meta", shards=shards)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -125,7 +125,7 @@ def test_refused_with_the_reason(name: str, kept: Kept, shards: int, reason: str
 def test_other_rotary_scaling_is_refused(tmp_path: Path) -> None:
     model = read(DATA / "mha" / "1shard")
     model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(OutputError, match="rotary scaling of type 'linear'"):
+    with pytest.raises(UnsupportedModelError, match="rotary scaling of type 'linear'"):
         write_meta(model, None, tmp_path / "meta")
 
 
@@ -149,5 +149,5 @@ def test_the_tokenizer_of_a_folder_goes_back(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(OutputError, match=r"config\.json says 'gpt2'"):
+    with pytest.raises(UnsupportedModelError, match=r"config\.json has the model_type 'gpt2'"):
         convert_to_meta(tmp_path, tmp_path / "meta")

@@ -13,7 +13,8 @@ import sentencepiece
 import tiktoken
 import torch
 from llama_cases import DATA, TOKENIZER, copy_of, set_param
-from llmpruner_llama import MetaReader, convert_to_huggingface
+from llmpruner_llama import MetaReader
+from llmpruner_llama.meta_convert import convert_to_huggingface
 from llmpruner_llama.meta_tokenizer import _PATTERN, find_tokenizer, read_tokenizer, stop_tokens
 from llmpruner_llama.meta_writer import write_meta
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM

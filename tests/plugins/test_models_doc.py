@@ -39,9 +39,9 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     shutil.copyfile(TOKENIZER, tmp_path / "path" / "to" / "tokenizer.model")
     (tmp_path / "sharegpt.json").write_text(json.dumps([{"id": "1", "conversations": CONVERSATION}] * 4))
     run = Run(monkeypatch, capsys)
-    told = commands()
-    assert {words[1] for words in told} == {"convert", "prune", "recover", "discover"}
-    for words in told:
+    typed = commands()
+    assert {words[1] for words in typed} == {"convert", "prune", "export", "recover", "discover"}
+    for words in typed:
         extra = [*TINY.get(words[1], ())]
         if words[1] == "prune" and "--layers" not in words and "layer" not in words:
             # Models of two or three layers have no middle.
@@ -53,7 +53,7 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert code == 0, f"{' '.join(words)}: {err}"
 
 
-def test_the_document_says_what_was_measured() -> None:
+def test_the_document_has_the_committed_results() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "chatglm_drill.json").read_text())
     table = DOCUMENT.partition("<!-- drill:begin -->\n")[2].partition("\n<!-- drill:end -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]

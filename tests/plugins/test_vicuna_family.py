@@ -41,7 +41,7 @@ def test_by_name(name: str, family: str) -> None:
     assert family_of(name) == family
 
 
-def test_sizes_ids_and_common_settings_say_nothing(tmp_path: Path) -> None:
+def test_sizes_ids_and_common_settings_identify_no_vicuna(tmp_path: Path) -> None:
     LlamaConfig(vocab_size=32001, pad_token_id=0).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(LLAMA_2))
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "USER: {{ messages }} ASSISTANT:"}')
@@ -65,7 +65,7 @@ def test_by_its_chat_template(template: object, family: str, place: str, tmp_pat
     assert family_of(str(tmp_path)) == family
 
 
-def test_damaged_files_say_nothing(tmp_path: Path) -> None:
+def test_damaged_files_identify_no_vicuna(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe")
     assert family_of(str(tmp_path)) == "llama"

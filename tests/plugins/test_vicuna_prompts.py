@@ -1,29 +1,29 @@
-"""Vicuna's prompts to the character, and what of them is trained on (tests/data/vicuna, made with FastChat)."""
+"""Vicuna's prompts and labels against those of FastChat (tests/data/vicuna)."""
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from llmpruner_vicuna.conversation import (
-    TEMPLATES,
     V0_FIRST,
     V0_ONE_SHOT,
     V0_ONE_SHOT_FIRST,
     V0_ZERO_SHOT,
     V1_1,
+    Template,
     Turn,
 )
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 from llmpruner_vicuna.recognition import chat_template
-from llmpruner_vicuna.training import encode, first_training_text, read_turns, training_text
 
-from llmpruner import DataError
-from llmpruner.data.instructions import load_examples, tokenise
+from llmpruner.data.conversations import read_sharegpt
+from llmpruner.families.chat import chat_prompt
+from llmpruner.recovery.examples import load_examples, tokenise
 
 DATA = Path(__file__).parents[1] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -38,9 +38,13 @@ OFFICIAL = {
 RENDERED = [(c, t) for c, case in PROMPTS.items() for t, text in case["prompts"].items() if isinstance(text, dict)]
 
 
+def turns_of(conversation: str) -> list[Turn]:
+    return [Turn(*turn) for turn in read_sharegpt(PROMPTS[conversation]["conversations"], conversation)]
+
+
 @pytest.mark.parametrize(("conversation", "template"), RENDERED)
 def test_prompts_to_the_character(conversation: str, template: str) -> None:
-    turns = read_turns(PROMPTS[conversation])
+    turns = turns_of(conversation)
     expected = PROMPTS[conversation]["prompts"][template]
     ours = OFFICIAL[template]
     assert ours.render(turns) == expected["full"]
@@ -55,38 +59,10 @@ def test_every_official_template_is_in_the_data() -> None:
 
 
 @pytest.mark.parametrize("conversation", PROMPTS)
-def test_supervised_characters(conversation: str) -> None:
-    case = PROMPTS[conversation]
-    training = training_text(read_turns(case))
+def test_the_answers_are_the_text_with_loss(conversation: str) -> None:
+    answers = [answer for _, answer in V1_1.exchanges(turns_of(conversation))]
     for version in ("v1.1 HEAD", "v1.1 @00d9e667"):
-        assert [list(span) for span in training.spans] == case["train"][version]["char_spans"]
-    first = first_training_text(read_turns(case, keep_leading_answer=True))
-    assert first.text == case["train"]["v0 @f34f28c"]["text"]
-    assert [list(span) for span in first.spans] == case["train"]["v0 @f34f28c"]["char_spans"]
-
-
-class WordTokenizer:
-    """BOS and one token per word, to which the blank before it belongs; ``</s>`` is a token."""
-
-    bos_token_id = 0
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[Any]]:
-        words = [match.span() for match in re.finditer(r"</s>| ?(?:(?!</s>)[^ ])+| ", text)]
-        return {"input_ids": list(range(len(words) + 1)), "offset_mapping": [(0, 0), *words]}
-
-
-@pytest.mark.parametrize("conversation", PROMPTS)
-def test_supervised_characters_after_truncation(conversation: str) -> None:
-    training = training_text(read_turns(PROMPTS[conversation]))
-    offsets = WordTokenizer()(training.text)["offset_mapping"]
-    _, labels = encode(WordTokenizer(), training, 48)
-    spans: list[list[int]] = []
-    for (start, end), label in zip(offsets, labels, strict=False):
-        if label >= 0 and spans and spans[-1][1] == start:
-            spans[-1][1] = end
-        elif label >= 0:
-            spans.append([start, end])
-    assert spans == PROMPTS[conversation]["train"]["v1.1 HEAD truncated at 48 words-tokens"]["char_spans"]
+        assert answers == PROMPTS[conversation]["train"][version]["span_texts"]
 
 
 @cache
@@ -94,42 +70,6 @@ def tokenizer(legacy: bool) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(DATA / "tokenizer", legacy=legacy)
-
-
-@pytest.mark.parametrize(("conversation", "version"), [(c, v) for c, case in MASKS.items() for v in case])
-def test_ids_and_labels(conversation: str, version: str) -> None:
-    training = training_text(read_turns(PROMPTS[conversation]))
-    chosen = tokenizer("legacy=False" not in version)
-    whole = len(encode(chosen, training)[0])
-    limit = whole - 6 if version.endswith("full-6") else 256
-    ids, labels = encode(chosen, training, limit, supervise_bos=version.startswith("00d9e667"))
-    assert ids == MASKS[conversation][version]["input_ids"]
-    assert labels == MASKS[conversation][version]["labels"]
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({}, "'conversations' must be a list"),
-        ({"id": "x7", "conversations": []}, "conversation 'x7': 'conversations' must be"),
-        ({"conversations": [{"from": "human"}]}, "found from 'human'"),
-        ({"conversations": [{"from": "alien", "value": "a"}]}, "found from 'alien'"),
-        ({"conversations": ["a"]}, "found from None"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "nobody answers"),
-        ({"conversations": [{"from": "gpt", "value": "a"}]}, "nobody answers"),
-        (
-            {"conversations": [{"from": s, "value": "a"} for s in ("human", "gpt", "gpt")]},
-            r"'gpt' speaks twice in a row \(turn 3\)",
-        ),
-        (
-            {"conversations": [{"from": s, "value": "a"} for s in ("gpt", "gpt", "human", "gpt")]},
-            "two answers stand before the first question",
-        ),
-    ],
-)
-def test_malformed_conversations(record: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_turns(record)
 
 
 def test_the_families_prompt_and_train_with_their_template() -> None:
@@ -147,13 +87,28 @@ def test_the_families_prompt_and_train_with_their_template() -> None:
     assert [b for _, b in exchanges] == expected["train"]["v1.1 HEAD"]["span_texts"]
 
 
-@pytest.mark.parametrize("name", ["v1.1", "v0-zero-shot"])
+def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:
+    templated = copy.deepcopy(tokenizer(False))
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    expected = PROMPTS["one_turn"]["prompts"]["head/vicuna_v1.1"]
+    assert chat_prompt(VicunaFamily(), templated, "What is pruning?") == (expected["generation"], False)
+    (tmp_path / "data.json").write_text(json.dumps([PROMPTS["one_turn"]]))
+    (text,) = load_examples(str(tmp_path / "data.json"), VicunaFamily(), templated).texts
+    assert "".join(a + b for a, b in text.turns) == expected["full"]
+    assert not text.has_special_tokens
+
+
+def test_a_system_message_takes_the_place_of_the_official_one() -> None:
+    ((prompt, answer),) = VicunaFamily().format_conversation([("What is pruning?", "Less.")], "Be brief.")
+    assert (prompt, answer) == ("Be brief. USER: What is pruning? ASSISTANT:", " Less.</s>")
+
+
+@pytest.mark.parametrize("template", [V1_1, V0_ZERO_SHOT], ids=lambda t: t.name)
 @pytest.mark.parametrize("conversation", PROMPTS)
-def test_chat_templates_render_the_same(name: str, conversation: str) -> None:
-    turns = read_turns(PROMPTS[conversation])
+def test_chat_templates_render_the_same(template: Template, conversation: str) -> None:
+    turns = turns_of(conversation)
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
-    template = TEMPLATES[name]
 
     def render(messages: list[dict[str, Any]], **options: Any) -> str:
         text: str = tokenizer(False).apply_chat_template(
@@ -168,11 +123,13 @@ def test_chat_templates_render_the_same(name: str, conversation: str) -> None:
     assert own == "<s>" + template.render(turns).replace(template.system, "Be brief.")
 
 
-@pytest.mark.parametrize("version", ["HEAD legacy=True max_length=256", "HEAD legacy=False max_length=256"])
+@pytest.mark.parametrize("version", [v for v in MASKS["one_turn"] if v.startswith("HEAD")])
 @pytest.mark.parametrize("conversation", PROMPTS)
 def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, version: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([PROMPTS[conversation]]))
-    examples = load_examples(str(tmp_path / "data.json"), VicunaFamily())
-    (row,) = tokenise(examples, tokenizer("True" in version), cutoff=256, loss_on="answers")
-    assert row["input_ids"] == MASKS[conversation][version]["input_ids"]
-    assert row["labels"] == MASKS[conversation][version]["labels"]
+    chosen = tokenizer("legacy=True" in version)
+    expected = MASKS[conversation][version]
+    examples = load_examples(str(tmp_path / "data.json"), VicunaFamily(), chosen)
+    cutoff = len(expected["input_ids"]) if version.endswith("full-6") else 256
+    (row,) = tokenise(examples, chosen, cutoff=cutoff, loss_on="answers")
+    assert row == {"input_ids": expected["input_ids"], "labels": expected["labels"]}

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from llmpruner import Catalog, plugin_manager
-from llmpruner.loading.model import LoadedModel, load_model
+from llmpruner.loading.model import Model, load_model
 
 
 def pytest_collection_modifyitems(items):
@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def real() -> LoadedModel:
+def real() -> Model:
     return load_model("demo", Catalog(plugin_manager()))

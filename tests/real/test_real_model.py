@@ -11,11 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmpruner.importance.magnitude import L1
-from llmpruner.importance.taylor import Taylor
+import llmpruner
 from llmpruner.models.surgery import cut, silence
-from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan, save
-from llmpruner.structure.plan import Target
 from llmpruner.testing import run_probe
 
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
@@ -42,13 +39,13 @@ def test_a_cut_equals_silencing(real, kinds):
 
 
 def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path):
-    settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=("mlp", "attention"), samples=2, length=32)
     loaded = replace(real, model=copy.deepcopy(real.model))
-    pruned = apply_plan(loaded, make_plan(loaded, Taylor(), settings))
+    pruned = llmpruner.prune(
+        loaded, ratio=0.2, kinds="mlp,attention", importance="taylor", samples=2, length=32, output=tmp_path / "out"
+    )
     removed = 1 - pruned.graph.decoder_parameters / 106_202_880
     assert abs(removed - 0.2) < 1728 / 106_202_880
-    save(pruned, tmp_path / "out")
-    found = run_probe(tmp_path / "out", "stranger", IDS)
+    found = run_probe(tmp_path / "out", "transformers", IDS)
     with torch.no_grad():
         expected = pruned.model(torch.tensor(IDS)).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
@@ -56,9 +53,9 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
 
 
 def test_layers_leave_a_stock_checkpoint(real, tmp_path):
-    settings = PruneSettings(target=Target(by="ratio", amount=0.2), kinds=("layer",))
     loaded = replace(real, model=copy.deepcopy(real.model))
-    assert save(apply_plan(loaded, make_plan(loaded, L1(), settings)), tmp_path / "out") == "stock"
+    pruned = llmpruner.prune(loaded, ratio=0.2, kinds="layer", importance="l1", output=tmp_path / "out")
+    assert pruned.form == "stock"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 24)
     assert "auto_map" not in config

@@ -13,7 +13,6 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner import ATTENTION, MLP, Blocks, CoupledGroup, Role, Span, build_graph, layouts
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.empty import meta_model
-from llmpruner.models.modeling_llmpruner import Dropped
 from llmpruner.models.surgery import cut
 
 LAYERS = 3
@@ -41,17 +40,6 @@ class Case:
     form: str
     model_class: str
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def cut_dropped() -> Any:
-    """Whole sub-layers gone: attention of the first layer, MLP of the second."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    model.model.layers[0].self_attn = Dropped(returns=2, layer_idx=0)
-    model.model.layers[1].mlp = Dropped()
-    return model
 
 
 def every_layer(kind: str, kept: Sequence[int], layers: int = LAYERS) -> dict[str, Sequence[int]]:
@@ -206,7 +194,6 @@ def cut_mixtral_uniform() -> Any:
 
 
 OTHERS: dict[str, tuple[Callable[[], Any], str, str]] = {
-    "dropped": (cut_dropped, *SHIM),
     "qwen2": (cut_qwen2, "shim", "PrunedQwen2ForCausalLM"),
     "gemma2": (cut_gemma2, "shim", "PrunedGemma2ForCausalLM"),
     "glm": (cut_glm, "shim", "PrunedGlmForCausalLM"),

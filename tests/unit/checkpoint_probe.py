@@ -1,4 +1,4 @@
-"""Loads checkpoints in a fresh process and prints how far each way of using them is from the truth.
+"""Loads checkpoints in a fresh process and prints how far their logits are from the expected ones.
 
     python checkpoint_probe.py MODE DIRECTORY…
 

@@ -1,4 +1,4 @@
-"""Tiny models with structure in their activations, for tests of what a forward pass tells."""
+"""Tiny models with structure in their activations, for tests of criteria that run the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.families.graph import build_graph
-from llmpruner.loading.model import LoadedModel
+from llmpruner.loading.model import Model
 from llmpruner.oracle.tiny import random_instance
 
 SMALL = {
@@ -38,6 +38,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", SMALL | {"residual_multiplier": 0.4}),
     "gemma2": ("gemma2", SMALL | {"sliding_window": 16}),
     "mixtral": ("mixtral", SMALL | EXPERTS),
+    "qwen2_moe": (
+        "qwen2_moe",
+        SMALL
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": []},
+    ),
     "glm": ("glm", SMALL),
     "gpt_oss": ("gpt_oss", SMALL | EXPERTS | {"sliding_window": 16}),
     "llama4": (
@@ -48,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int = 96) -> CalibrationSet:
-    """Sequences in which neighbours have to do with one another: a step of one to three from token to token."""
+    """Sequences in which adjacent tokens depend on each other: a step of one to three from token to token."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(3, vocabulary, (samples, 1), generator=generator)
     steps = torch.randint(1, 4, (samples, length - 1), generator=generator)
@@ -56,9 +62,9 @@ def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int =
     return CalibrationSet(3 + (ids - 3) % (vocabulary - 3), "steps")
 
 
-def make(name: str, seed: int = 0) -> LoadedModel:
-    """The model ``name`` of `CASES`; its weights that are made of few directions make units alike, so that others can
-    say what a cut one said."""
+def make(name: str, seed: int = 0) -> Model:
+    """The model ``name`` of `CASES`; its weights have rank 12, so that units are correlated and the rest can replace a
+    cut one."""
     from llmpruner import Catalog, plugin_manager
 
     model_type, changes = CASES[name]
@@ -75,8 +81,24 @@ def make(name: str, seed: int = 0) -> LoadedModel:
                 few = few @ torch.randn(*parameter.shape[:-2], 12, parameter.shape[-1], generator=generator)
                 scale = parameter.std() / few.std()
                 parameter.mul_(0.3).add_(few, alpha=0.95 * float(scale))
-    return LoadedModel("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+    return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
 
 
-def layers_of(loaded: LoadedModel) -> Any:
+def layers_of(loaded: Model) -> Any:
     return loaded.model.get_submodule(loaded.graph.layers)
+
+
+def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states before the first layer and after each, in a plain forward pass."""
+    states: list[torch.Tensor] = []
+    layers = layers_of(loaded)
+    first = layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    rest = [
+        layer.register_forward_hook(lambda _, __, out: states.append(out[0] if isinstance(out, (tuple, list)) else out))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        loaded.model(input_ids=ids, use_cache=False)
+    for handle in [first, *rest]:
+        handle.remove()
+    return states

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
-from llmpruner import SelectionError, UnsupportedModelError
-from llmpruner.budgets import kv_cache
+import llmpruner
+from llmpruner import PlanError, PruningPlan, SelectionError, UnsupportedModelError
+from llmpruner.budgets import cached_bytes
+from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.costs import CutCost, savings
-from llmpruner.budgets.open import cost_of
+from llmpruner.budgets.latency import Latency
+from llmpruner.budgets.macs import Macs
+from llmpruner.budgets.open import open_budget
 from llmpruner.budgets.sizes import counts
 from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import Scores
-from llmpruner.importance.magnitude import L1
-from llmpruner.loading.model import LoadedModel
+from llmpruner.loading.model import Model
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut, cut_copy
 from llmpruner.oracle.rules import with_rules
 from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.oracle.verify import random_plan
-from llmpruner.recipes.pipeline import PruneSettings, apply_plan, make_plan
+from llmpruner.plugins.builtin import llmpruner_budgets
+from llmpruner.recipes.pipeline import make_plan
 from llmpruner.selection.base import Demand
 from llmpruner.selection.normalize import normalize
+from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.selection.select import select
-from llmpruner.structure.plan import BUDGETS, LatencyTable, PruningPlan, Target, Timing
+from llmpruner.selection.uniform import Uniform
+from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
+from llmpruner.testing.jobs import cut_by, small_job
 
 ALL = (0, 1, 2, 3)
 CONTEXT = 24
+BUDGETS = {cls.name: cls for cls in llmpruner_budgets()}
 KINDS = [("mlp",), ("attention",), ("mlp", "attention", "layer"), ("hidden",)]
 
 
@@ -53,7 +60,7 @@ def bytes_of_a_cached_token(model) -> int:
 
 
 def real(budget: str, model, graph) -> int:
-    """What the model itself says, by other means than the costs."""
+    """The cost of the model itself, counted by other means than `Cost`."""
     own = dict(model.named_parameters())
     return {
         "decoder": lambda: sum(p.numel() for n, p in own.items() if n.startswith(graph.layers + ".")),
@@ -64,11 +71,11 @@ def real(budget: str, model, graph) -> int:
     }[budget]()
 
 
-def table(graph) -> LatencyTable:
-    """Measured nowhere: two classes of layers, bends, and a flat piece."""
+def table(graph) -> dict[str, object]:
+    """A made-up measurement: two shapes of layers, bends, and a flat piece."""
 
-    def points(units: int, *shares: tuple[float, float]) -> tuple[tuple[int, float], ...]:
-        return tuple((max(round(units * kept), 1), ms) for kept, ms in shares)
+    def points(units: int, *shares: tuple[float, float]) -> list[tuple[int, float]]:
+        return [(max(round(units * kept), 1), ms) for kept, ms in shares]
 
     units = {g.kind: g.units for g in graph.groups}
     inside = {
@@ -77,31 +84,32 @@ def table(graph) -> LatencyTable:
         "hidden": points(units["hidden"], (0.75, 1.6), (0.5, 1.1), (0.25, 0.8), (0.01, 0.3)),
     }
     outside = {"hidden": points(units["hidden"], (0.75, 2.4), (0.5, 1.7), (0.25, 1.1), (0.01, 0.5))}
-    return LatencyTable(
-        device="none",
-        dtype="float32",
-        context=CONTEXT,
-        timings=(
-            Timing(layers=(0, 3), ms=2.0, groups=inside),
-            Timing(
-                layers=(1, 2), ms=2.0, groups={k: v for k, v in inside.items() if k != "mlp"} | {"mlp": ((1, 1.0),)}
-            ),
-            Timing(layers=(), ms=3.0, groups=outside),
-        ),
-    )
+    return {
+        "device": "none",
+        "dtype": "float32",
+        "context": CONTEXT,
+        "timings": [
+            {"layers": "0,3", "ms": 2.0, "groups": inside},
+            {"layers": "1-2", "ms": 2.0, "groups": inside | {"mlp": [(1, 1.0)]}},
+            {"layers": "", "ms": 3.0, "groups": outside},
+        ],
+    }
 
 
-def target_of(budget: str, graph, ratio: float) -> Target:
-    measured = table(graph) if budget == "latency" else None
-    return Target(by="ratio", amount=ratio, budget=budget, context=CONTEXT, latency=measured)
+def settings_of(budget: str) -> dict[str, int]:
+    return {"context": CONTEXT} if budget in ("macs", "latency") else {}
+
+
+def subject(loaded, groups=None):
+    return BudgetSubject(loaded.model, loaded.graph, groups or loaded.graph.groups, loaded.family)
 
 
 def cost_for(loaded, budget, groups=None):
-    groups = loaded.graph.groups if groups is None else groups
-    return cost_of(target_of(budget, loaded.graph, 0.2), loaded.model, loaded.graph, groups, loaded.family)
+    measured = table(loaded.graph) if budget == "latency" else None
+    return BUDGETS[budget](**settings_of(budget)).cost(subject(loaded, groups), measured)
 
 
-def check_counts(loaded: LoadedModel) -> None:
+def check_counts(loaded: Model) -> None:
     """Costs before and after uneven cuts of everything at once, a whole layer included, are those of the models."""
     graph, family = loaded.graph, loaded.family
     exact = [b for b in BUDGETS if b != "latency"]
@@ -136,7 +144,7 @@ def test_costs_of_other_architectures(catalog, model_type):
     family = catalog.family_for(config, "auto")
     graph, model = build_graph(family, config), random_instance(config)
     family = with_rules(family, model, graph.kinds)
-    check_counts(LoadedModel("tiny", config, family, graph, model=model, tokenizer=None))
+    check_counts(Model("tiny", config, family, graph, model=model, tokenizer=None))
 
 
 def test_bytes_follow_the_type_of_every_parameter(gqa):
@@ -150,37 +158,38 @@ def test_bytes_follow_the_type_of_every_parameter(gqa):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", [Uniform(), GlobalRanking()], ids=lambda made: made.name)
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, steps):
-    graph, ratio = gqa.graph, 0.3
-    target = target_of(budget, graph, ratio)
-    settings = PruneSettings(
-        target=target, kinds=kinds, layers=ALL, allocation=allocation, normalization="cost", steps=steps
-    )
+def test_every_budget_is_met_within_one_step(gqa, monkeypatch, budget, kinds, allocation, steps):
+    monkeypatch.setattr(Latency, "measure", lambda self, subject: table(subject.graph))
+    graph = gqa.graph
+    little = kinds == ("attention",) and budget in ("decoder", "parameters", "bytes", "latency")
+    job = small_job(
+        amount=0.1 if little else 0.3, budget=BUDGETS[budget](**settings_of(budget)), kinds=kinds,
+        allocation=allocation, normalization="cost", steps=steps,
+    )  # fmt: skip
     if budget == "kv-cache" and not {"attention", "layer"} & set(kinds):
         with pytest.raises(SelectionError, match=rf"{kinds[0]} units save nothing of the KV cache per token; choose"):
-            make_plan(gqa, L1(), settings)
+            make_plan(gqa, job)
         return
-    if budget in ("decoder", "parameters", "bytes", "latency") and kinds == ("attention",):
-        settings = replace(settings, target=target.model_copy(update={"amount": 0.1}))
     groups = graph.of_kinds(kinds)
     cost = cost_for(gqa, budget, groups)
-    made = make_plan(gqa, L1(), settings)
-    dense, after = cost.remaining(), cost.remaining(*counts(graph, made.kept))
+    made, used = make_plan(gqa, job)
+    left = counts(graph, made.kept)
+    dense, after = cost.remaining(), cost.remaining(*left)
+    assert (used.remaining(), used.remaining(*left)) == (dense, after)
     if budget != "latency":
-        pruned = apply_plan(gqa, made)
+        pruned = cut_by(gqa, made)
         assert after == real(budget, pruned.model, pruned.graph)
-    goal = dense * (1 - settings.target.amount)
+    goal = dense * (1 - job.amount)
     # The steepest piece of a latency table is 2.5 times as steep as its mean.
     step = min(max(savings(cost, g)) for g in groups if any(savings(cost, g)))
     assert abs(cost.value(after) - cost.value(round(goal))) <= step * (2.5 if budget == "latency" else 1)
 
 
 def test_what_saves_nothing_stays_whole(gqa):
-    settings = PruneSettings(target=target_of("kv-cache", gqa.graph, 0.25), kinds=("mlp", "attention"), layers=ALL)
-    made = make_plan(gqa, L1(), settings)
+    made = llmpruner.plan(gqa, ratio=0.25, budget="kv-cache", kinds="mlp,attention", importance="l1")
     assert {(c.kind, len(c.kept)) for c in made.cuts.values()} == {("attention", 3)}
 
 
@@ -191,7 +200,7 @@ def test_layers_that_save_nothing_stay(gqa):
     scope = Scope(("layer",), ALL)
     scores = Scores({"layers": torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)})
     groups = scope.groups(graph)
-    kept = select(graph, groups, scores, scope, Demand(amount=cost.remaining() // 3), cost=cost)
+    kept = select(graph, groups, scores, scope, Demand(amount=cost.remaining() // 3), Uniform(), cost=cost)
     assert kept == {"layers": (0, 2, 3)}
 
 
@@ -217,7 +226,7 @@ def test_the_cost_of_what_is_left_continues_that_of_the_whole(catalog, budget):
     )  # fmt: skip
     family = catalog.family_for(config)
     graph, model = build_graph(family, config), random_instance(config)
-    whole = cost_for(LoadedModel("tiny", config, family, graph, model=model, tokenizer=None), budget)
+    whole = cost_for(Model("tiny", config, family, graph, model=model, tokenizer=None), budget)
     first = {"layers.0.attention": [1], "layers": [0, 1, 3], "layers.3.mlp": range(60), "hidden": range(48)}
     second = {"layers.0.query": [0, 2], "layers.2.mlp": range(30), "layers": [0, 2]}
     now = CutCost(whole, graph, first)
@@ -246,11 +255,11 @@ def test_a_copy_shares_what_is_not_cut(gqa):
 
 def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
     def measure():
-        return kv_cache.measure_cache(gqa.model, gqa.graph, gqa.graph.groups, gqa.family)
+        return cached_bytes.measure_cache(subject(gqa))
 
     with monkeypatch.context() as patch:
         patch.setattr(DynamicCache, "update", lambda self, keys, values, *_a, **_k: (keys, values))
-        with pytest.raises(UnsupportedModelError, match="does not grow with what it reads"):
+        with pytest.raises(UnsupportedModelError, match="does not grow with the tokens"):
             measure()
 
     class Compressed(type(DynamicCache(config=gqa.model.config).layers[0])):
@@ -263,17 +272,52 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("llmpruner.models.decoding.DynamicCache", Other)
-        with pytest.raises(UnsupportedModelError, match="is a Compressed, which may grow by other than the token"):
+        with pytest.raises(UnsupportedModelError, match="is a Compressed, which may not grow with every token"):
             measure()
     # No layer caches less than three heads, whatever is left of it.
-    honest = kv_cache.bytes_per_token
-    monkeypatch.setattr(kv_cache, "bytes_per_token", lambda *a: [max(size, 3 * 64) for size in honest(*a)])
+    honest = cached_bytes.bytes_per_token
+    monkeypatch.setattr(cached_bytes, "bytes_per_token", lambda *a: [max(size, 3 * 64) for size in honest(*a)])
     with pytest.raises(UnsupportedModelError, match="is not proportional to the units that are kept"):
         measure()
 
 
-def test_plans_from_before_there_were_budgets_still_load(gqa):
-    values = json.loads(make_plan(gqa, L1(), PruneSettings(target=Target(by="ratio", amount=0.3))).to_json())
-    values["target"] = {"by": "ratio", "amount": 0.3}
-    target = PruningPlan.parse(json.dumps(values), "old").target
-    assert (target.budget, target.context, target.latency) == ("decoder", None, None)
+def test_a_budget_is_measured_once_before_its_cost_is_known(gqa, monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        Latency, "measure", lambda self, subject: measured.append(self.settings) or table(subject.graph)
+    )
+    scope = Scope(("mlp",), ALL)
+    mlps = subject(gqa, scope.groups(gqa.graph))
+    found, cost = open_budget(Latency(context=9), mlps, scope)
+    assert found == table(gqa.graph) and [settings.context for settings in measured] == [9]
+    assert cost.value(cost.remaining()) == pytest.approx(4 * 2.0 + 3.0)
+    assert open_budget(Macs(), mlps, scope)[0] is None
+    with pytest.raises(SelectionError, match="mlp units save nothing of the KV cache per token"):
+        open_budget(BUDGETS["kv-cache"](), mlps, scope)
+
+
+def test_recorded_latencies_of_another_form_are_refused(gqa):
+    for measured, message in (
+        (None, "no latency table: Input should be"),
+        (table(gqa.graph) | {"context": "long"}, "no latency table: context: Input should be a valid integer"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Latency().cost(subject(gqa), measured)
+
+
+def test_the_context_is_a_setting_of_the_budget(gqa):
+    """2 · context · 64 attention channels in each of 4 layers."""
+    assert Macs().settings.context == 512
+    costs = [Macs(context=context).cost(subject(gqa), None).remaining() for context in (1, 11)]
+    assert costs[1] - costs[0] == 2 * 10 * 64 * 4
+
+
+def test_a_target_records_what_applies_to_it(gqa):
+    assert Target(by="ratio", amount=0.3).model_dump() == {"by": "ratio", "amount": 0.3, "budget": "decoder"}
+    assert Target(by="units", amount=0.3).model_dump() == {"by": "units", "amount": 0.3}
+    target = Target(by="ratio", amount=0.3, budget="macs", settings={"context": CONTEXT})
+    made = llmpruner.plan(gqa, ratio=0.3, budget="macs", context=CONTEXT, importance="l1")
+    assert PruningPlan.parse(made.to_json(), "plan").target == target
+    assert json.loads(made.to_json())["target"]["settings"] == {"context": CONTEXT}
+    counted = [Target(by=by, amount=1, budget="macs").counted_in for by in ("ratio", "parameters", "units")]
+    assert counted == ["macs", "parameters", "decoder"]

@@ -1,4 +1,4 @@
-"""Calibration text: written by the model, or read from files, always reproducible, never silently short."""
+"""Calibration text: written by the model, read from files or given by a plugin; reproducible, never silently short."""
 
 from __future__ import annotations
 
@@ -9,9 +9,40 @@ from itertools import pairwise
 import pytest
 import torch
 
-from llmpruner import DataError, ModelError
-from llmpruner.data.calibration import calibration_set, read_documents, sources_of
+from llmpruner import DataError, ModelError, PluginError
+from llmpruner.component import ComponentSettings
+from llmpruner.data.calibration import parse_calibration
+from llmpruner.data.self_written import SelfWritten
+from llmpruner.data.source import CalibrationSource
+from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
+from llmpruner.errors import SettingsError
+
+
+class Counting(CalibrationSource):
+    """A source as a plugin may add it: the numbers from ``start``."""
+
+    name = "counting"
+
+    class Settings(ComponentSettings):
+        start: int = 0
+
+    settings: Settings
+
+    def sample(self, task):
+        first = self.settings.start + int(task.reference or 0)
+        return torch.arange(first, first + task.samples * task.length).view(task.samples, task.length)
+
+
+SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, Counting)}
+
+
+def calibration_set(text, model, tokenizer, **amount):
+    return parse_calibration(text, SOURCES).sample(model, tokenizer, **amount)
+
+
+def parts_of(text):
+    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES).parts]
 
 
 class Words:
@@ -41,8 +72,20 @@ def test_written_samples_are_made_of_passages(gqa, length, starts):
     assert len({tuple(row[start : start + 8]) for row in ids.tolist() for start in starts}) > 6 * len(starts)
 
 
+def test_passages_are_as_long_as_the_setting_says_and_their_number_at_once_changes_nothing(gqa):
+    amount = {"samples": 5, "length": 24, "seed": 3}
+    bos = gqa.model.config.bos_token_id
+
+    def written(**settings):
+        return parse_calibration("self", SOURCES, {"self": settings}).sample(gqa.model, None, **amount).input_ids
+
+    assert (written(passage=8) == bos).all(0).nonzero().flatten().tolist() == [0, 8, 16]
+    assert torch.equal(written(passage=8, batch=2), written(passage=8))
+    assert torch.equal(written(passage=64, batch=128), written())
+
+
 def test_tokens_are_drawn_as_the_model_predicts_them():
-    """Shares of 20,000 draws within four standard errors; what cannot follow is never drawn."""
+    """Shares of 20,000 draws within four standard errors; tokens of probability 0 are never drawn."""
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf])
     draw = _Draw(torch.rand(20000, 2, generator=torch.Generator().manual_seed(0)))
     chosen = draw(torch.zeros(20000, 2), logits.expand(20000, 6)).argmax(-1)
@@ -52,7 +95,7 @@ def test_tokens_are_drawn_as_the_model_predicts_them():
 
 
 @pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1.0, 4)], ids=["lowest", "rounded up"])
-def test_the_ends_of_the_range_draw_tokens_that_can_follow(number, token):
+def test_the_ends_of_the_range_draw_tokens_with_a_probability(number, token):
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf]])
     assert _Draw(torch.tensor([[number]]))(torch.zeros(1, 1), logits).argmax(-1).tolist() == [token]
 
@@ -88,7 +131,6 @@ def test_files_are_sampled_reproducibly(gqa, tmp_path):
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 50)
     rows = [{"text": "alpha beta gamma " * 20}, {"page": "delta epsilon " * 20}, {"text": "  "}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    assert read_documents(str(tmp_path / "a.jsonl")) == [rows[0]["text"], rows[1]["page"]]
     for name in ("a.txt", "a.jsonl"):
         sets = [
             calibration_set(str(tmp_path / name), gqa.model, Words(), samples=4, length=16, seed=s) for s in (0, 0, 1)
@@ -125,13 +167,13 @@ def test_windows_do_not_overlap_while_there_is_text(gqa, tmp_path, documents):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, "does not exist"),
+        ("missing.txt", None, "no such file"),
         ("empty.txt", "  \n", "holds no text"),
         ("bad.jsonl", '{"text": "a"}\nnot json', "line 2: not valid JSON"),
         ("field.jsonl", '{"body": "a"}', "line 1: expected an object with one of the fields text, page"),
-        ("list.json", '{"text": "a"}', "must hold a list"),
+        ("list.json", '"a"', "expected a JSON list of records"),
         ("short.txt", "too short", "too short for 4 samples of 16 tokens"),
-        ("bytes.txt", b"\xff\xfe\x00", "as UTF-8"),
+        ("bytes.txt", b"\xff\xfe\x00", "not UTF-8 text"),
     ],
 )
 def test_bad_data_is_one_clear_line(gqa, tmp_path, name, content, message):
@@ -151,15 +193,16 @@ def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):
     mixed = calibration_set(parts, gqa.model, Numbers(), samples=8, length=16, seed=0)
     assert mixed.input_ids.shape == (8, 16) and mixed.source == parts
     alone = [
-        calibration_set(p, gqa.model, Numbers(), samples=3, length=16, seed=0).input_ids for p in sources_of(parts)
+        calibration_set(part.strip(), gqa.model, Numbers(), samples=3, length=16, seed=0).input_ids
+        for part in parts.split(",")
     ]
     for number, row in enumerate(mixed.input_ids):
         assert torch.equal(row, alone[number % 3][number // 3])
     comma = tmp_path / "a,b.jsonl"
     comma.write_text((tmp_path / "a.jsonl").read_text())
-    assert sources_of(str(comma)) == [str(comma)]
+    assert parts_of(str(comma)) == [("text", str(comma))]
     with pytest.raises(DataError, match="names an empty source"):
-        sources_of("self,")
+        parse_calibration("self,", SOURCES)
     with pytest.raises(DataError, match="2 samples cannot be shared by 3 sources"):
         calibration_set(parts, gqa.model, Numbers(), samples=2, length=16, seed=0)
 
@@ -167,5 +210,59 @@ def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):
 def test_impossible_requests(gqa):
     with pytest.raises(DataError, match="beyond the model's 128 positions"):
         calibration_set("self", gqa.model, None, samples=1, length=129, seed=0)
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(DataError, match="at least 1 sample of 2 tokens, got 0 × 8"):
+        calibration_set("self", gqa.model, None, samples=0, length=8, seed=0)
+    with pytest.raises(ModelError, match=r"no tokenizer, so it cannot be calibrated on 'somewhere.txt'; use 'self'"):
         calibration_set("somewhere.txt", gqa.model, None, samples=1, length=8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("self", [("self", "")]),
+        ("counting:7, a.txt", [("counting", "7"), ("text", "a.txt")]),
+        ("counting:a:b", [("counting", "a:b")]),
+        ("wikitext:name:test", [("text", "wikitext:name:test")]),
+        ("text:name", [("text", "text:name")]),
+        ("text", [("text", "text")]),
+    ],
+)
+def test_a_part_names_a_source_a_file_or_a_data_set(text, parts):
+    assert parts_of(text) == parts
+
+
+def test_a_file_is_read_even_if_it_has_the_name_of_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("counting", "counting:7"):
+        (tmp_path / name).write_text("text")
+        assert parts_of(f"{name}, self") == [("text", name), ("self", "")]
+
+
+def test_what_is_wrong_with_a_part_is_found_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": 1}')
+    for text, message in {
+        f"self,{tmp_path}/a.jsonl": "line 1: expected an object with one of the fields text",
+        "missing.txt": "missing.txt: no such file",
+        "x" * 5000: "no such file|File name too long",
+        "self:more": "--calibration self:more: the model writes this text",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            parse_calibration(text, SOURCES).check()
+    parse_calibration("self,counting", SOURCES).check()
+
+
+def test_settings_reach_their_source_and_are_recorded(gqa):
+    text = parse_calibration("counting:5, counting", SOURCES, {"counting": {"start": "2"}})
+    assert text.record() == {"counting": {"start": 2}} and not text.writes
+    assert text.sample(gqa.model, None, samples=2, length=3, seed=0).input_ids.tolist() == [[7, 8, 9], [2, 3, 4]]
+    assert parse_calibration("self,a.txt", SOURCES).writes
+    with pytest.raises(SettingsError, match="calibration source counting has no setting 'end'; it has: start"):
+        parse_calibration("counting", SOURCES, {"counting": {"end": 2}})
+
+
+def test_a_source_that_gives_something_else_is_named(gqa, monkeypatch):
+    monkeypatch.setattr(Counting, "sample", lambda self, task: torch.zeros(2, 3))
+    with pytest.raises(
+        PluginError, match=r"calibration source counting gave torch.float32 of shape \(2, 3\); expected"
+    ):
+        calibration_set("counting", gqa.model, None, samples=2, length=4, seed=0)

@@ -1,4 +1,4 @@
-"""What saving and loading refuse, keep, and leave behind."""
+"""What saving and loading refuse and keep, and what is on disk after a failure."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ print(type(model).__name__, distance(model), distance(again), "custom_plugin" in
 
 
 def test_base_class_outside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code goes along; even a uniform cut of it is no stock checkpoint."""
+    """Its code is copied too; even a uniform cut of it is no stock checkpoint."""
     import importlib
 
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""Which units go may wait until the repair walks the dense model through their layer; the choice is the same."""
+"""Units can be chosen during the compensation, layer by layer, and the choice is the same as estimation's."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
+from llmpruner.compensation.base import RepairTask
+from llmpruner.compensation.bias import BiasShift
 from llmpruner.compensation.choose import Chooser, can_wait
-from llmpruner.compensation.repair import repair
+from llmpruner.compensation.none import NoCompensation
+from llmpruner.compensation.refit import Refit
 from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
 from llmpruner.importance.depth import BlockInfluence
-from llmpruner.importance.elimination import Elimination
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
+from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.importance.taylor import Taylor
 from llmpruner.oracle.verify import random_plan
 from llmpruner.progress import Progress
-from llmpruner.recipes.pipeline import PruneSettings, apply_draft, apply_plan, draft_plan, make_plan
-from llmpruner.structure.plan import Target
+from llmpruner.recipes.pipeline import apply_draft, calibrate, draft_plan, make_plan
+from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.structure.queues import build_queue
+from llmpruner.testing.jobs import cut_by, small_job
 
 CALIBRATION = tokens(24, 32, seed=0)
-SETTINGS = PruneSettings(
-    target=Target(by="ratio", amount=0.3), layers=(0, 1, 2), samples=6, length=24, compensate="refit", seed=3
-)
+JOB = small_job(OutputEnergy(), amount=0.3, layers="0-2", compensation=Refit(), seed=3)
+JOB = replace(JOB, calibration=replace(JOB.calibration, samples=6, length=24))
 WAITS = [
     *(("llama-gqa", kind) for kind in ("mlp", "attention", "query")),
     *((name, "mlp+attention") for name in ("llama-mha", "gpt2", "gemma2", "phi", "glm")),
@@ -36,8 +39,8 @@ WAITS = [
 
 @pytest.fixture(autouse=True)
 def little_is_enough(monkeypatch):
-    """Scores before the repair see another text than the choice, as they do at full size."""
-    monkeypatch.setattr("llmpruner.recipes.pipeline._FEWER_TOKENS", 48)
+    """Scores before the compensation are of other text than those of the choice, as they are at full size."""
+    monkeypatch.setattr("llmpruner.recipes.pipeline.GRADIENT_TOKENS", 48)
 
 
 def groups_of(loaded, kinds: str):
@@ -57,7 +60,9 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("criterion", [OutputEnergy(), WandaSp(), Fluctuation(), Elimination()], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "criterion", [OutputEnergy(), WandaSp(), Fluctuation(), OptimalBrainSurgeon()], ids=lambda c: c.name
+)
 def test_criteria_of_inputs_can_wait(criterion):
     loaded = make("llama-gqa")
     assert can_wait(criterion, loaded.graph, groups_of(loaded, "mlp"))
@@ -70,19 +75,19 @@ def test_criteria_of_anything_else_cannot(criterion):
 
 
 @pytest.mark.parametrize("kinds", ["hidden", "layer", "mlp+hidden", "attention+query"])
-def test_units_that_a_layer_does_not_settle_alone_cannot(kinds):
-    """Query heads lie in key/value heads: what a choice of both costs turns on where they overlap."""
+def test_units_that_share_weights_with_others_or_are_in_all_layers_cannot(kinds):
+    """Query heads are parts of KV heads, so that the same weights read both."""
     loaded = make("llama-gqa")
     assert not can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
 
 
 @pytest.mark.parametrize(("name", "kinds"), WAITS)
-def test_the_walk_of_the_repair_chooses_what_estimation_would(name, kinds):
+def test_the_compensation_chooses_what_estimation_would(name, kinds):
     loaded = make(name)
     kept = plan_for(loaded, kinds)
     assert can_wait(OutputEnergy(), loaded.graph, groups_of(loaded, kinds))
     chooser = Chooser(OutputEnergy())
-    found = repair(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser=chooser).kept
+    found = Refit().repair(RepairTask(copied(loaded).model, loaded.graph, kept, CALIBRATION, chooser)).kept
     scores = estimate(loaded.model, loaded.graph, groups_of(loaded, kinds), OutputEnergy(), CALIBRATION).by_group
     for group in (loaded.graph.by_name[name] for name in kept):
         queue = build_queue(group, scores[group.name].tolist())
@@ -92,17 +97,17 @@ def test_the_walk_of_the_repair_chooses_what_estimation_would(name, kinds):
     assert chooser.choose_all(loaded.model, loaded.graph, kept, CALIBRATION, Progress()) == found
 
 
-@pytest.mark.parametrize("criterion", [OutputEnergy(), Elimination()], ids=lambda c: c.name)
+@pytest.mark.parametrize("criterion", [OutputEnergy(), OptimalBrainSurgeon()], ids=lambda c: c.name)
 @pytest.mark.parametrize("round_to", [1, 4])
-def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, criterion, round_to):
-    settings = replace(SETTINGS, round_to=round_to)
+def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, catalog, criterion, round_to):
+    job = replace(JOB, criterion=criterion, round_to=round_to)
     before = copy.deepcopy(gqa.model)
-    plan = make_plan(gqa, criterion, settings)
-    draft = draft_plan(gqa, criterion, settings)
+    plan, _ = make_plan(gqa, job)
+    draft = draft_plan(gqa, job)
     assert same(gqa.model, before)
     assert draft.chooser is not None
     assert draft.plan.cuts != plan.cuts, "a little text ranks otherwise, or this test shows nothing"
-    at_once, replayed = apply_draft(copied(gqa), draft), apply_plan(copied(gqa), plan)
+    at_once, replayed = apply_draft(copied(gqa), draft, catalog), cut_by(copied(gqa), plan)
     assert at_once.plans[-1] == plan
     assert same(at_once.model, replayed.model)
     assert all(len(cut.kept) % round_to == 0 for cut in plan.cuts.values())
@@ -110,10 +115,8 @@ def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, criterio
 
 def test_the_choice_reads_all_of_the_text(gqa):
     """The units of a plan are those that its whole calibration text ranks highest."""
-    from llmpruner.recipes.pipeline import calibrate
-
-    plan = make_plan(gqa, OutputEnergy(), SETTINGS)
-    text = calibrate(gqa, OutputEnergy(), SETTINGS, Progress())
+    plan, _ = make_plan(gqa, JOB)
+    text = calibrate(gqa, JOB)
     groups = [gqa.graph.by_name[name] for name in plan.cuts]
     scores = estimate(gqa.model, gqa.graph, groups, OutputEnergy(), text).by_group
     for name, cut in plan.cuts.items():
@@ -124,12 +127,16 @@ def test_the_choice_reads_all_of_the_text(gqa):
 @pytest.mark.parametrize(
     "change",
     [
-        {"compensate": "none"}, {"compensate": "bias"}, {"allocation": "global"}, {"steps": 2}, {"kinds": ("hidden",)},
+        {"compensation": NoCompensation()},
+        {"compensation": BiasShift()},
+        {"allocation": GlobalRanking()},
+        {"steps": 2},
+        {"kinds": ("hidden",)},
     ],
-    ids=str,
-)  # fmt: skip
-def test_other_plans_are_settled_before_the_repair(gqa, change):
-    settings = replace(SETTINGS, **change)
-    draft = draft_plan(gqa, OutputEnergy(), settings)
+    ids=lambda change: "{}".format(*change),
+)
+def test_other_plans_are_final_before_the_compensation(gqa, change):
+    job = replace(JOB, **change)
+    draft = draft_plan(gqa, job)
     assert draft.chooser is None
-    assert make_plan(gqa, OutputEnergy(), settings) == draft.plan
+    assert make_plan(gqa, job)[0] == draft.plan

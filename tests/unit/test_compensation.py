@@ -1,4 +1,4 @@
-"""Weights that read cut units are fitted again: nearer to the dense model, and nothing else is touched."""
+"""Weights that read removed units are fitted again: nearer to the dense model, and nothing else is changed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import torch
 from criteria_cases import make, tokens
 
 from llmpruner import UnsupportedModelError
+from llmpruner.compensation.base import RepairTask
+from llmpruner.compensation.bias import BiasShift
 from llmpruner.compensation.consumers import consumers_of
 from llmpruner.compensation.least_squares import NormalEquations
-from llmpruner.compensation.repair import repair
+from llmpruner.compensation.none import NoCompensation
+from llmpruner.compensation.refit import Refit
+from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.oracle.verify import random_plan
 from llmpruner.structure.coupling import LAYER, Role
@@ -59,9 +63,10 @@ def cut_copy(loaded, kept, model=None):
     return model
 
 
-def repaired(loaded, kept, **options):
+def repaired(loaded, kept, compensation=Refit):
     model = copy.deepcopy(loaded.model)
-    return model, repair(model, loaded.graph, kept, CALIBRATION, **options).fits
+    made = compensation() if isinstance(compensation, type) else compensation
+    return model, made.repair(RepairTask(model, loaded.graph, kept, CALIBRATION)).fits
 
 
 def skipping(model, loaded, kept):
@@ -86,7 +91,7 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(name, kinds):
     after = cut_copy(loaded, kept, model)
     assert divergence(after, dense) < 0.9 * plain
     assert any(fit.ridge is not None for fit in fits)
-    # The oracle: what is cut says nothing already.
+    # The oracle: removed units contribute nothing already before the cut.
     reference = logits(skipping(model, loaded, kept))
     assert float((logits(after) - reference).abs().max()) < 2e-4 * (1 + float(reference.abs().max()))
 
@@ -94,7 +99,7 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(name, kinds):
 @pytest.mark.parametrize(
     ("name", "kinds"), [("llama-gqa", "mlp+attention+hidden"), ("gpt2", "mlp"), ("mixtral", "mlp")]
 )
-def test_nothing_but_consumers_and_silenced_rows_changes(name, kinds):
+def test_nothing_but_consumers_and_zeroed_rows_changes(name, kinds):
     loaded = make(name)
     kept = plan_for(loaded, kinds)
     model, _ = repaired(loaded, kept)
@@ -158,7 +163,7 @@ def test_a_single_cut_is_the_least_squares_fit():
 
 
 def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
-    """With hidden channels cut, the queries are fitted first; what gate and up should say comes from a dense model
+    """With hidden channels cut, the queries are fitted first; the targets of gate and up come from a dense model
     whose queries are still its own."""
     loaded = make("llama-gqa")
     kept = plan_for(loaded, "hidden")
@@ -192,14 +197,14 @@ def test_consumers_in_use_order_are_told_apart_although_memory_is_used_again():
     assert of_layer == ["1.self_attn.o_proj.weight", "1.mlp.down_proj.weight"]
 
 
-def test_a_weight_without_a_watched_product_is_reported_and_silenced(monkeypatch):
+def test_a_weight_without_a_watched_product_is_reported_and_zeroed(monkeypatch):
     loaded = make("llama-gqa")
     kept = {"layers.1.mlp": list(range(30))}
     model = copy.deepcopy(loaded.model)
     mlp = model.model.layers[1].mlp
     mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
-    monkeypatch.setattr("llmpruner.engine.uses._PRODUCTS", {})
-    (fit,) = repair(model, loaded.graph, kept, CALIBRATION).fits
+    monkeypatch.setattr("llmpruner.engine.watch._PRODUCTS", {})
+    (fit,) = Refit().repair(RepairTask(model, loaded.graph, kept, CALIBRATION)).fits
     assert (fit.parameter, fit.rows, fit.ridge) == ("model.layers.1.mlp.down_proj.weight", 0, None)
     assert not bool(mlp.down_proj.weight[:, 30:].any())
 
@@ -215,7 +220,7 @@ def test_experts_are_fitted_one_by_one():
 def test_bias_compensation_moves_the_mean():
     loaded = make("gpt2")
     kept = {"layers.0.mlp": list(range(30))}
-    model, (fit,) = repaired(loaded, kept, method="bias")
+    model, (fit,) = repaired(loaded, kept, BiasShift)
     rows: list[torch.Tensor] = []
     project = loaded.model.transformer.h[0].mlp.c_proj
     handle = project.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, 1)))
@@ -235,7 +240,33 @@ def test_bias_compensation_moves_the_mean():
 def test_bias_compensation_needs_a_bias():
     loaded = make("llama-gqa")
     with pytest.raises(UnsupportedModelError, match=r"down_proj.weight' has no bias.*--compensate refit or none"):
-        repaired(loaded, {"layers.0.mlp": list(range(30))}, method="bias")
+        repaired(loaded, {"layers.0.mlp": list(range(30))}, BiasShift)
+
+
+def test_mix_moves_the_target_towards_the_dense_hidden_states():
+    """Where layer 0 lost a unit and layer 1 another: without mix, layer 1 keeps what it computes from its own input."""
+    loaded = make("llama-gqa")
+    kept = {f"layers.{n}.mlp": list(range(30)) for n in (0, 1)}
+    downs = [repaired(loaded, kept, Refit(mix=mix))[0].model.layers for mix in (0, 0.5, 1)]
+    first, second = ([layers[n].mlp.down_proj.weight for layers in downs] for n in (0, 1))
+    assert torch.equal(first[0], first[1]) and torch.equal(first[1], first[2])
+    assert Refit().settings.mix == 0.5
+    without, half, whole = (float((weight - second[0]).detach().norm()) for weight in second)
+    assert without == 0 < half < whole
+
+
+def test_mix_is_a_share():
+    with pytest.raises(SettingsError, match=r"compensation refit: mix = 1\.5 is refused: expected at most 1"):
+        Refit(mix=1.5)
+
+
+def test_no_compensation_changes_nothing_and_reads_no_text():
+    loaded = make("llama-gqa")
+    kept = {"layers.1.mlp": list(range(30))}
+    model = copy.deepcopy(loaded.model)
+    done = NoCompensation().repair(RepairTask(model, loaded.graph, kept, None))
+    assert (done.kept, done.fits, NoCompensation.reads_text) == (kept, (), False)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
 
 
 def test_half_precision_models_are_repaired():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pluggy
 import pytest
 import torch
+from pydantic import Field
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import (
     Catalog,
@@ -17,16 +18,19 @@ from llmpruner import (
     ModelError,
     ModelFamily,
     ParameterSignals,
+    PluginError,
     RecoveryStrategy,
     Signal,
     TrainingResult,
     hookimpl,
 )
+from llmpruner.component import ComponentSettings
 from llmpruner.importance.magnitude import L1
+from llmpruner.oracle.tiny import random_instance
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
-from llmpruner.testing import CriterionConformance, RecoveryConformance, host_with, tiny_llama
+from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, host_with, tiny_llama
 from llmpruner.testing.fixtures import plugin_host
 from llmpruner.testing.spy import FIELDS
 
@@ -83,11 +87,27 @@ def saliency(function: Any, *needs: Signal) -> type[ImportanceCriterion]:
     return broken(saliency=lambda self, signals: function(signals), needs=frozenset(needs or (Signal.WEIGHT,)))
 
 
+def of_products(need: Signal, value: Any = lambda product: product.inputs.sum(0)) -> type[ImportanceCriterion]:
+    return broken(
+        needs=frozenset({Signal.WEIGHT, need}),
+        measure=lambda self, product: {"it": value(product)},
+        saliency=lambda self, s: s.weight.abs() if s.products is None else s.over_inputs(s.products.sums["it"]),
+    )
+
+
+class Required(ComponentSettings):
+    power: float = Field(description="A setting that users would have to give.")
+
+
+class Undescribed(ComponentSettings):
+    power: float = 1.0
+
+
 class Counting(Good):
     """Remembers how many parameters it has seen."""
 
-    def __init__(self, variant: str | None = None) -> None:
-        super().__init__(variant)
+    def __init__(self, *settings: Any, **values: Any) -> None:
+        super().__init__(*settings, **values)
         self.seen = 0
 
     def saliency(self, signals: ParameterSignals) -> Any:
@@ -119,18 +139,22 @@ BROKEN_CRITERIA = [
     ("test_an_entry_point_registers_it", broken(name="l1"), r"'l1' is L1 of llmpruner, not Broken of test_conf"),
     (NAMED, broken(name="Good Idea"), "has the name 'Good Idea'; expected lower case"),
     (NAMED, broken(summary=""), "'good' has the summary ''; expected one line"),
-    (NAMED, broken(variants=["a"]), r"has the variants \['a'\]; expected a tuple"),
-    (NAMED, broken(variants=("a", "a")), "two variants of one name"),
-    (NAMED, broken(__init__=lambda self, variant=None: setattr(self, "variant", variant)), "accepts the variant"),
+    (NAMED, broken(Settings=Undescribed), "setting 'power' has no description"),
+    (NAMED, broken(Settings=Required), "setting 'power' has no default"),
+    (NAMED, broken(__init__=lambda self, **values: setattr(self, "settings", None)), "accepts a setting that it does"),
+    (NAMED, broken(kinds=frozenset({"expert"})), "scores no unit of the model that it is tested on"),
     (NAMED, broken(needs={"weight"}), r"needs \{'weight'\}; expected a frozenset of Signal"),
     (NAMED, broken(signed=1), "signed must be True or False"),
     (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency of '[\w.]+' has shape \(.*\), expected \(.*\)"),
     (SALIENCY, saliency(lambda s: s.weight.numpy()), "is ndarray, not a tensor"),
     (SALIENCY, saliency(lambda s: s.weight > 0), "is torch.bool, not a tensor of floating-point"),
     (SALIENCY, saliency(lambda s: s.weight.abs().requires_grad_()), "still carries a graph"),
-    (SALIENCY, broken(signed=True), "says that its saliencies are signed, and none of any parameter is negative"),
+    (SALIENCY, broken(signed=True), "is signed, but none of its saliencies is negative"),
     (NEEDS, saliency(lambda s: s.weight * s.grad), r"saliency of '[\w.]+' raises TypeError.*so None: .*grad"),
     (NEEDS, saliency(lambda s: s.weight.abs(), Signal.WEIGHT, Signal.GRAD_SQ), "asks for grad_sq, and reads it of no"),
+    (NEEDS, of_products(Signal.PRODUCT_GRAD), "asks for output_grads, and reads it of no"),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.output_grads.sum(0)), "of 'a product in layer 0' raises Attr"),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.inputs.sum(0) / 0), "criterion good gives group .* not a fin"),
     (KEPT, saliency(lambda s: s.weight.abs_()), r"changes the model: parameter '[\w.]+'"),
     (SEEDED, saliency(lambda s: torch.rand(s.weight.shape)), r"other scores when run again: group '.*', unit 0 scores"),
     (SEEDED, Counting, r"other scores when run again: group '.*', unit \d+ scores"),
@@ -190,16 +214,16 @@ class Steady(RecoveryStrategy):
             self.step(job)
             if step > done:
                 state.write_text(f"{step} " * step)
-                self.tell(job, step)
+                self.report(job, step)
         return self.result(job)
 
     def start(self, job: Any, done: int) -> None:
-        """Nothing: the steps that were done are cheap to do again."""
+        """Nothing to restore."""
 
     def step(self, job: Any) -> None:
         job.model.lm_head.weight.data += 0.01
 
-    def tell(self, job: Any, step: int) -> None:
+    def report(self, job: Any, step: int) -> None:
         job.on_step and job.on_step(step, job.settings.max_steps, 1.0)
 
     def result(self, job: Any) -> TrainingResult:
@@ -215,13 +239,13 @@ def results(**changes: Any) -> type[RecoveryStrategy]:
 
 
 def twice(self: Any, job: Any, done: int) -> None:
-    """What an interrupted run had done is done once more on top."""
+    """Repeats the steps of the interrupted run."""
     job.model.lm_head.weight.data += 0.01 * done
 
 
 def forget(self: Any, job: Any, step: int) -> None:
     (job.work_dir / "steps.txt").unlink()
-    Steady.tell(self, job, step)
+    Steady.report(self, job, step)
 
 
 def from_global_generator(self: Any, job: Any) -> None:
@@ -244,7 +268,7 @@ def infinite(self: Any, job: Any) -> None:
 
 def swallow(self: Any, job: Any, step: int) -> None:
     try:
-        Steady.tell(self, job, step)
+        Steady.report(self, job, step)
     except KeyboardInterrupt:
         return
 
@@ -253,19 +277,19 @@ TRAINS, ORDINARY = "test_it_trains", "test_it_leaves_an_ordinary_checkpoint"
 AGAIN, RESUMES = "test_the_same_seed_gives_the_same_model", "test_an_interrupted_run_ends_as_an_uninterrupted_one"
 WRONG_STRATEGIES = [
     ("test_an_entry_point_registers_it", Steady, r"no installed plugin gives the recovery strategy 'steady'.*Steady"),
-    (NAMED, wrong(summary="two\nlines"), "expected one line that says what it does"),
+    (NAMED, wrong(summary="two\nlines"), "expected one line"),
     (TRAINS, wrong(step=lambda self, job: None), "after one step every parameter is what it was"),
     (TRAINS, wrong(step=widen), "must keep names and shapes; it changes those of 'lm_head.weight'"),
     (TRAINS, wrong(step=infinite), "not finite in parameter 'lm_head.weight'"),
-    (TRAINS, wrong(tell=lambda *_: None), r"must call job.on_step\(1, 1, 1\) after its only step; it called \[\]"),
+    (TRAINS, wrong(report=lambda *_: None), r"must call job.on_step\(1, 1, 1\) after its only step; it called \[\]"),
     (TRAINS, results(losses=()), r"returns the losses \(\); expected one finite number"),
-    (TRAINS, results(trainable_parameters=0), "says that it trained no parameters"),
+    (TRAINS, results(trainable_parameters=0), "reports no trained parameters"),
     (TRAINS, results(model=torch.nn.Linear(1, 1)), "turns a LlamaForCausalLM into a Linear"),
     (ORDINARY, wrong(step=hide), "neither a tensor nor a plain attribute of a module"),
     (AGAIN, wrong(step=from_global_generator), "run twice with one seed: parameter 'lm_head.weight' differs by up to"),
     (RESUMES, wrong(start=twice), "interrupted and run again: parameter 'lm_head.weight' differs by up to 4"),
-    (RESUMES, wrong(tell=forget), "starts again at step 1 after an interruption; keep its state in job.work_dir"),
-    (RESUMES, wrong(tell=swallow), "goes on when job.on_step raises KeyboardInterrupt at step 4"),
+    (RESUMES, wrong(report=forget), "starts again at step 1 after an interruption; keep its state in job.work_dir"),
+    (RESUMES, wrong(report=swallow), "goes on when job.on_step raises KeyboardInterrupt at step 4"),
     (RESUMES, results(losses=(1.0,)), "returns 1 losses of 6 steps"),
 ]  # fmt: skip
 
@@ -282,6 +306,66 @@ def test_a_wrong_strategy_is_caught(tmp_path, check, cls, message):
 @pytest.mark.parametrize("check", [TRAINS, ORDINARY, AGAIN, RESUMES])
 def test_the_pattern_of_the_wrong_ones_is_right(tmp_path, check):
     run(RecoveryConformance, "strategy", Steady, check, tmp_path)
+
+
+class WithoutBias(ModelFamily):
+    """Forgets that its MLP has biases."""
+
+    name = "without-bias"
+    model_types = ("llama",)
+
+    def coupled_groups(self, config):
+        return [
+            dataclasses.replace(g, spans=tuple(s for s in g.spans if not s.parameter.endswith("up_proj.bias")))
+            for g in super().coupled_groups(config)
+        ]
+
+
+class FamilyCase(FamilyConformance):
+    __test__ = False
+    family = WithoutBias
+
+    def config(self):
+        return LlamaConfig(
+            hidden_size=48,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            vocab_size=96,
+            mlp_bias=True,
+        )
+
+
+@pytest.mark.parametrize("check", ["test_every_cut_equals_silencing", "test_declared_groups_agree_with_discovery"])
+def test_the_parameter_that_a_family_has_wrong_is_named(check):
+    with pytest.raises(
+        AssertionError, match=r"model\.layers\.0\.mlp\.up_proj\.bias axis 0: missing; discovery finds 0:40"
+    ):
+        getattr(FamilyCase(), check)()
+
+
+@pytest.mark.parametrize(
+    "check", ["test_checkpoints_may_name_its_model_class", "test_a_pruned_model_loads_in_fresh_processes"]
+)
+def test_a_model_class_that_no_entry_point_names_is_noticed(check, tmp_path, monkeypatch):
+    def far_away(self, config):
+        model = random_instance(config)
+        model.__class__ = type("FarForCausalLM", (type(model),), {"__module__": "far_away.modeling"})
+        return model
+
+    monkeypatch.setattr(FamilyCase, "build", far_away)
+    written = r'\[project\.entry-points\."llmpruner\.models"\]\nfar_away = "far_away"'
+    with pytest.raises(AssertionError, match=written):
+        getattr(FamilyCase(), check)(*([tmp_path] if "processes" in check else []))
+
+
+def test_a_check_that_was_not_possible_is_a_warning(monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    monkeypatch.setattr(FamilyCase, "family", ModelFamily)
+    with pytest.warns(
+        UserWarning, match="attention, mlp, hidden, layer: not checked: sdpa attention: a small llama cannot be built"
+    ):
+        FamilyCase().test_every_cut_equals_silencing()
 
 
 def test_a_host_with_given_plugins(plugin_host, monkeypatch):
@@ -313,5 +397,5 @@ def test_a_host_refuses_what_is_no_plugin():
         def llmpruner_importance_criterions(self):
             return []
 
-    with pytest.raises(pluggy.PluginValidationError, match="unknown hook 'llmpruner_importance_criterions'"):
+    with pytest.raises(PluginError, match=r"criterions was skipped: .*; did you mean llmpruner_importance_criteria"):
         host_with(Misspelt())

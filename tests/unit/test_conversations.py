@@ -93,20 +93,20 @@ MALFORMED = {
     "unknown role": ({"messages": CHAT + chat(("tool", "x"))}, "here: message 5 must be .*found role 'tool'"),
     "parts": ({"messages": [{"role": "user", "content": [{}]}]}, "message 1 must .*'user' with content of type list"),
     "no message": ({"messages": ["x"]}, "message 1 must be .*found role None"),
-    "system later": ({"messages": CHAT + chat(("system", "x"))}, "message 5 must be .*system message at the head"),
-    "two system messages": ({"messages": chat(("system", "a"), ("system", "b")) + CHAT}, "message 2 must be .*head"),
+    "system later": ({"messages": CHAT + chat(("system", "x"))}, "message 5 must be .*system message as the first"),
+    "two system messages": ({"messages": chat(("system", "a"), ("system", "b")) + CHAT}, "message 2 must be .*first"),
     "system twice": (
-        {"messages": chat(("system", "a")) + CHAT, "system": "b"}, "stands in 'system' and in 'messages'; expected one"
+        {"messages": chat(("system", "a")) + CHAT, "system": "b"}, "is in 'system' and in 'messages'; expected one"
     ),
     "system of another type": ({"messages": CHAT, "system": 1}, "'system' must be text, found int"),
     "two questions": (
-        {"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, r"'user' speaks twice in a row \(turn 2\)"
+        {"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, "turn 2 is of 'user' again"
     ),
     "two answers after the leading one": (
-        {"conversations": sharegpt(("gpt", "a")) + SHAREGPT + sharegpt(("gpt", "b"))}, r"'gpt' .* row \(turn 6\)"
+        {"conversations": sharegpt(("gpt", "a")) + SHAREGPT + sharegpt(("gpt", "b"))}, "turn 6 is of 'gpt' again"
     ),
-    "nobody answers": ({"messages": chat(("system", "s"), ("user", "a"))}, "nobody answers; expected turns of 'user'"),
-    "sharegpt: nobody asks": ({"conversations": sharegpt(("gpt", "a"))}, "here: nobody answers"),
+    "no answer": ({"messages": chat(("system", "s"), ("user", "a"))}, "no answer; expected turns of 'user' and"),
+    "sharegpt: nobody asks": ({"conversations": sharegpt(("gpt", "a"))}, "here: there is no answer"),
     "sharegpt: empty": ({"conversations": []}, "'conversations' must be a list of {'from', 'value'}"),
     "sharegpt: unknown side": ({"conversations": sharegpt(("alien", "a"))}, "found from 'alien'"),
 }  # fmt: skip
@@ -152,11 +152,9 @@ def test_bad_files_are_refused_with_file_and_line(tmp_path, content, message):
         read_examples(str(tmp_path / "a.jsonl"))
 
 
-def test_sharegpt_turns_keep_a_leading_answer_only_on_request():
+def test_an_answer_before_the_first_question_is_left_out():
     turns = sharegpt(("gpt", "Hi!"), ("human", "a"), ("assistant", "b"), ("user", "c"))
-    asked = [("human", "a"), ("gpt", "b"), ("human", "c")]
-    assert read_sharegpt(turns, "here") == asked
-    assert read_sharegpt(turns, "here", keep_leading_answer=True) == [("gpt", "Hi!"), *asked]
+    assert read_sharegpt(turns, "here") == [("human", "a"), ("gpt", "b"), ("human", "c")]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +164,9 @@ def test_sharegpt_turns_keep_a_leading_answer_only_on_request():
         ([{"from": "human"}], "found from 'human'"),
         (["a"], "found from None"),
         (sharegpt(("system", "a"), ("human", "b"), ("gpt", "c")), "found from 'system'"),
-        (sharegpt(("human", "a")), "nobody answers; expected turns of 'human' and 'gpt'"),
-        (sharegpt(("human", "a"), ("gpt", "b"), ("gpt", "c")), r"'gpt' speaks twice in a row \(turn 3\)"),
-        (sharegpt(("gpt", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")), "two answers stand before the first"),
+        (sharegpt(("human", "a")), "there is no answer; expected turns of 'human' and 'gpt'"),
+        (sharegpt(("human", "a"), ("gpt", "b"), ("gpt", "c")), "turn 3 is of 'gpt' again"),
+        (sharegpt(("gpt", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")), "two answers come before the first"),
     ],
 )
 def test_sharegpt_turns_of_another_form_are_refused(sentences, message):

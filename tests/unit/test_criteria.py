@@ -10,16 +10,21 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
+from llmpruner.engine.position import Position, UnitAxis
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
-from llmpruner.importance.elimination import Elimination
+from llmpruner.errors import SettingsError
 from llmpruner.importance.estimate import estimate
+from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.selection.normalize import NORMALIZATIONS, normalize
 from llmpruner.structure.coupling import Role
+from llmpruner.testing import settings_grid
+from llmpruner.testing.criterion import scorable
+from llmpruner.testing.spy import label
 
 CALIBRATION = tokens(8, 24)
 CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
-ALL = [(name, variant) for name, cls in CRITERIA.items() for variant in cls.variants or (None,)]
-OF_UNITS = [(name, variant) for name, variant in ALL if Signal.STREAM not in CRITERIA[name]().signals]
+ALL = [criterion for cls in CRITERIA.values() for criterion in settings_grid(cls)]
+OF_UNITS = [criterion for criterion in ALL if criterion.accepts("mlp")]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +89,11 @@ def test_a_transposed_weight_scores_alike(name):
     torch.testing.assert_close(scores_of(loaded, CRITERIA[name](), group.name), expected, rtol=1e-3, atol=1e-7)
 
 
-def elimination_problem(units: int, width: int = 1, out: int = 5, seed: int = 0):
+def columns(axis: int) -> UnitAxis:
+    return UnitAxis("mlp", Role.CONSUMES, axis, Position())
+
+
+def obs_problem(units: int, width: int = 1, out: int = 5, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     inside = units * width
     x = torch.randn(200, inside, generator=generator) @ torch.randn(inside, inside, generator=generator)
@@ -109,8 +118,8 @@ def refit_error(weight: torch.Tensor, hessian: torch.Tensor, gone: list[int]) ->
 
 @pytest.mark.parametrize("width", [1, 3])
 def test_obs_is_the_error_after_the_best_repair(width):
-    signals, hessian, index = elimination_problem(6, width)
-    scores = Elimination().score_units(signals, 1, index)
+    signals, hessian, index = obs_problem(6, width)
+    scores = OptimalBrainSurgeon().score_units(signals, columns(1), index)
     order = scores.argsort().tolist()
     gone: list[int] = []
     for unit in order:
@@ -121,29 +130,51 @@ def test_obs_is_the_error_after_the_best_repair(width):
         gone += index[unit].tolist()
 
 
+def test_the_ridge_of_obs_is_a_setting_above_zero():
+    signals, _, index = obs_problem(6)
+    small, large = (
+        OptimalBrainSurgeon(ridge=ridge).score_units(signals, columns(1), index).max() for ridge in (0.01, 1)
+    )
+    assert float(large) > float(small)
+    with pytest.raises(SettingsError, match="criterion obs: ridge = 0 is refused: expected a number above 0"):
+        OptimalBrainSurgeon(ridge=0)
+
+
+def test_the_share_of_pca_is_a_setting(llama):
+    """With all the energy, the components add up to the mean square of every channel."""
+    group, path = "layers.1.mlp", "model.layers.1.mlp.down_proj"
+    whole = scores_of(llama, CRITERIA["pca"](share=1.0), group)
+    torch.testing.assert_close(whole, inputs_of(llama, path).square().mean(0), rtol=1e-3, atol=1e-7)
+    assert bool((scores_of(llama, CRITERIA["pca"](share=0.5), group) < whole).all())
+
+
 def test_obs_prefers_a_unit_that_others_can_replace():
     """Two inputs that are nearly one: each is large, and either can go. No sum over weights can see that."""
-    signals, _, index = elimination_problem(5)
+    signals, _, index = obs_problem(5)
     x = torch.randn(500, 5, generator=torch.Generator().manual_seed(3))
     x[:, 4] = x[:, 1] + 0.01 * x[:, 4]
     gram = x.T @ x / len(x)
     stats = InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram)
     weight = torch.ones(3, 5)
     weight[:, [1, 4]] = 3.0
-    scores = Elimination().score_units(ParameterSignals(weight, None, None, signals.generator, stats), 1, index)
+    scores = OptimalBrainSurgeon().score_units(
+        ParameterSignals(weight, None, None, signals.generator, stats), columns(1), index
+    )
     energy = CRITERIA["energy"]().saliency(ParameterSignals(weight, None, None, signals.generator, stats)).sum(0)
     assert int(scores.argmin()) in (1, 4)
     assert int(energy.argmin()) not in (1, 4)
 
 
 def test_obs_of_a_stack_removes_units_of_one_number_together():
-    first, one, index = elimination_problem(4, seed=1)
-    second, other, _ = elimination_problem(4, seed=2)
+    first, one, index = obs_problem(4, seed=1)
+    second, other, _ = obs_problem(4, seed=2)
     stack = InputStats(
         torch.zeros(2, 1, 4), torch.ones(2, 1, 4), 2, torch.stack([first.inputs.gram, second.inputs.gram])
     )
     weight = torch.stack([first.weight, second.weight])
-    scores = Elimination().score_units(ParameterSignals(weight, None, None, first.generator, stack), 2, index)
+    scores = OptimalBrainSurgeon().score_units(
+        ParameterSignals(weight, None, None, first.generator, stack), columns(2), index
+    )
     unit = int(scores.argmin())
     together = [refit_error(weight[0], one, [u]) + refit_error(weight[1], other, [u]) for u in range(4)]
     assert unit == together.index(min(together))
@@ -161,7 +192,7 @@ def test_depth_criteria(llama):
 
 
 def test_depth_criteria_score_layers_alone(llama):
-    with pytest.raises(SelectionError, match="block-influence scores whole layers, not 'mlp'; use --kinds layer"):
+    with pytest.raises(SelectionError, match="block-influence does not score 'mlp' units; use --kinds layer"):
         scores_of(llama, CRITERIA["block-influence"](), "layers.1.mlp")
 
 
@@ -172,12 +203,11 @@ def test_a_calibration_set_is_asked_for(llama, name):
         estimate(llama.model, llama.graph, [group], CRITERIA[name](), None)
 
 
-@pytest.mark.parametrize(("name", "variant"), [c for c in OF_UNITS if c[0] not in ("random", "activation", "pca")])
-def test_a_kv_group_counts_its_own_query_heads_alone(llama, name, variant):
+@pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name not in ("random", "activation", "pca")], ids=label)
+def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
     """Planted: what o_proj reads from the two query heads of KV head 1. Only that group's score may change, with
     everything else that is measured, inputs and gradients, as good as constant: the last layer, a tiny plant."""
     group = "layers.2.attention"
-    criterion = CRITERIA[name](variant)
     weight = layers_of(llama)[2].self_attn.o_proj.weight
     before = scores_of(llama, criterion, group)
     with torch.no_grad():
@@ -185,34 +215,32 @@ def test_a_kv_group_counts_its_own_query_heads_alone(llama, name, variant):
     after = scores_of(llama, criterion, group)
     change = (after / before - 1).abs()
     assert int(change.argmax()) == 1
-    if not {Signal.GRAD, Signal.GRAD_SQ} & criterion.signals and name != "obs":
+    if not {Signal.GRAD, Signal.GRAD_SQ} & criterion.signals and criterion.name != "obs":
         torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "variant"), [c for c in OF_UNITS if c[0] != "random"])
-def test_a_kv_group_of_large_heads_comes_first(llama, name, variant):
-    """Planted: the values of KV head 1, which only its own query heads carry on, and what o_proj reads from them."""
+@pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name != "random"], ids=label)
+def test_a_kv_group_of_large_heads_comes_first(llama, criterion):
+    """Planted: the values of KV head 1, which only its own query heads use, and what o_proj reads from them."""
     attention = layers_of(llama)[2].self_attn
     with torch.no_grad():
         attention.v_proj.weight[8:16] *= 30
         attention.o_proj.weight[:, 16:32] *= 30
-    scores = scores_of(llama, CRITERIA[name](variant), "layers.2.attention")
+    scores = scores_of(llama, criterion, "layers.2.attention")
     assert scores.tolist().index(max(scores.tolist())) == 1
 
 
 @pytest.mark.parametrize("model", ["llama-gqa", "gpt2", "phi", "gemma2", "mixtral", "gpt_oss", "glm"])
 def test_every_criterion_scores_every_kind(model):
     loaded = make(model)
-    for name, variant in ALL:
-        criterion = CRITERIA[name](variant)
-        kinds = ["layer"] if Signal.STREAM in criterion.signals else loaded.graph.kinds
-        groups = loaded.graph.of_kinds(kinds)
+    for criterion in ALL:
+        groups = scorable(loaded.graph, criterion)
         scores = estimate(loaded.model, loaded.graph, groups, criterion, tokens(2, 12)).by_group
         for group in groups:
             values = scores[group.name]
             assert values.shape == (group.units,)
             assert bool(values.isfinite().all())
-            assert len(set(values.tolist())) > 1, f"{name} {variant} on {model} {group.name}: all alike"
+            assert len(set(values.tolist())) > 1, f"{label(criterion)} on {model} {group.name}: all alike"
 
 
 def test_readers_alone_count_where_there_are_any(llama):

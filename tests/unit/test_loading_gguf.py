@@ -57,7 +57,7 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
 
-def test_only_for_as_long_as_it_takes():
+def test_progress_bars_are_restored_after_an_error():
     own = reader.tqdm
     with pytest.raises(KeyError), quiet_gguf():
         assert reader.tqdm is logging.tqdm and not logging.is_progress_bar_enabled()

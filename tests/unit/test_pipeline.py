@@ -9,39 +9,43 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmpruner import PlanError, SelectionError
-from llmpruner.importance.activation import OutputEnergy
+import llmpruner
+from llmpruner import PlanError, PruningPlan, SelectionError
 from llmpruner.importance.estimate import estimate
-from llmpruner.importance.magnitude import L1
-from llmpruner.importance.taylor import Taylor
-from llmpruner.recipes.pipeline import PruneSettings, apply_plan, default_layers, draft_plan, make_plan, save
-from llmpruner.structure.plan import PruningPlan, Target
+from llmpruner.recipes.pipeline import default_layers, make_plan
+from llmpruner.testing.jobs import small_job
 
-RATIO = Target(by="ratio", amount=0.3)
+LITTLE_TEXT = {"samples": 2, "length": 12}
+
+
+@pytest.fixture
+def plan(gqa) -> PruningPlan:
+    return llmpruner.plan(gqa, ratio=0.3, importance="l1")
 
 
 def test_the_same_seed_gives_the_same_bytes(loaded):
-    settings = PruneSettings(target=RATIO, kinds=("mlp", "attention"), samples=3, length=16, seed=7)
-    first = make_plan(loaded, Taylor(), settings).to_json()
-    assert make_plan(loaded, Taylor(), settings).to_json() == first
-    assert make_plan(loaded, Taylor(), replace(settings, seed=8)).to_json() != first
+    first, again, other = (
+        llmpruner.plan(
+            loaded, ratio=0.3, kinds="mlp,attention", importance="taylor", samples=3, length=16, seed=seed
+        ).to_json()
+        for seed in (7, 7, 8)
+    )
+    assert again == first != other
 
 
-def test_a_plan_survives_its_file(gqa, tmp_path):
-    made = make_plan(gqa, L1(), PruneSettings(target=RATIO))
-    made.save(tmp_path / "plan.json")
-    assert PruningPlan.load(tmp_path / "plan.json") == made
+def test_a_plan_survives_its_file(plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    assert PruningPlan.load(tmp_path / "plan.json") == plan
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_a_plan_for_another_model_is_refused(gqa, loaded):
-    made = make_plan(gqa, L1(), PruneSettings(target=RATIO))
+def test_a_plan_fits_every_model_of_its_structure_and_no_other(gqa, plan, loaded):
     if loaded.graph.shapes == gqa.graph.shapes:
-        made.check(loaded.graph)
+        plan.check(loaded.graph)
         return
     before = copy.deepcopy(loaded.model.state_dict())
     with pytest.raises(PlanError, match=r"this plan was made for 'tiny' .* make a new plan"):
-        apply_plan(loaded, made)
+        llmpruner.prune(loaded, plan=plan)
     assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
 
 
@@ -50,23 +54,38 @@ def test_a_plan_for_another_model_is_refused(gqa, loaded):
     [
         ({"unknown": 1}, "unknown: Extra inputs"),
         ({"seed": "x"}, "seed: Input should be a valid integer"),
-        ({"schema_version": 2}, "schema_version"),
     ],
 )
-def test_a_malformed_plan_says_where(gqa, tmp_path, change, message):
-    values = json.loads(make_plan(gqa, L1(), PruneSettings(target=RATIO)).to_json())
-    (tmp_path / "plan.json").write_text(json.dumps({**values, **change}))
+def test_a_malformed_plan_names_the_place(plan, tmp_path, change, message):
+    (tmp_path / "plan.json").write_text(json.dumps({**json.loads(plan.to_json()), **change}))
     with pytest.raises(PlanError, match=f"is not a pruning plan: {message}"):
         PruningPlan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_plan_of_another_version_is_refused(plan, version):
+    old = {**json.loads(plan.to_json()), "schema_version": version, "gone": 1}
+    with pytest.raises(PlanError, match=f"^p is a plan of version {version}, and this .* reads version 2; make a new"):
+        PruningPlan.parse(json.dumps(old), "p")
+
+
+def test_a_plan_records_the_settings_that_it_replays_with(gqa):
+    made = llmpruner.plan(gqa, ratio=0.3, importance="taylor", samples=3, length=16, compensate="refit")
+    values = json.loads(made.to_json())
+    assert values["estimation"]["settings"] == {"variant": "element1"}
+    assert values["selection"]["allocation"] == "uniform"
+    written = {"self": {"passage": 64, "batch": 128}}
+    assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
+    recorded = {name: values["compensation"][name] for name in ("name", "settings", "calibration", "samples", "length")}
+    assert recorded == {"name": "refit", "settings": {"mix": 0.5}, "calibration": "self", "samples": 3, "length": 16}
+
+
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)
 def test_several_steps_reach_the_same_amount_and_replay(gqa, kinds):
-    settings = PruneSettings(target=RATIO, kinds=kinds, layers=(0, 1, 2, 3), steps=3, samples=2, length=12)
     original = copy.deepcopy(gqa.model.state_dict())
-    made = make_plan(gqa, Taylor(), settings)
+    made = llmpruner.plan(gqa, ratio=0.3, kinds=kinds, importance="taylor", steps=3, **LITTLE_TEXT)
     assert all(torch.equal(original[name], tensor) for name, tensor in gqa.model.state_dict().items())
-    pruned = apply_plan(gqa, made)
+    pruned = llmpruner.prune(gqa, plan=made)
     removed = 1 - pruned.graph.decoder_parameters / 123392
     unit = 0.25 if kinds == ("layer",) else 0.02
     assert abs(removed - 0.3) < unit
@@ -75,29 +94,31 @@ def test_several_steps_reach_the_same_amount_and_replay(gqa, kinds):
 
 
 def test_steps_measure_again(gqa):
-    base = PruneSettings(
-        target=Target(by="ratio", amount=0.4), kinds=("mlp",), layers=(0, 1, 2, 3), samples=2, length=12
+    once, often = (
+        llmpruner.plan(gqa, ratio=0.4, importance="taylor", steps=steps, **LITTLE_TEXT).cuts for steps in (1, 4)
     )
-    assert make_plan(gqa, Taylor(), base).cuts != make_plan(gqa, Taylor(), replace(base, steps=4)).cuts
+    assert once != often
 
 
-def test_less_than_one_unit_is_said(gqa):
+def test_less_than_one_unit_is_refused(gqa):
+    with pytest.raises(SelectionError, match="less than one unit of the selected groups; ask for more"):
+        llmpruner.plan(gqa, ratio=1e-5, importance="l1")
+    # By the stages, too, for budgets and allocations whose demand is known only while they run.
     with pytest.raises(SelectionError, match="less than one unit"):
-        make_plan(gqa, L1(), PruneSettings(target=Target(by="ratio", amount=1e-5)))
+        make_plan(gqa, small_job(amount=1e-5))
 
 
 def test_total_parameters(gqa):
     total = gqa.graph.total_parameters
     with pytest.raises(SelectionError, match="is not below the model's"):
-        make_plan(gqa, L1(), PruneSettings(target=Target(by="parameters", amount=total * 2)))
-    made = make_plan(gqa, L1(), PruneSettings(target=Target(by="parameters", amount=total * 0.8)))
+        llmpruner.plan(gqa, target_params=total * 2, importance="l1")
     unit = gqa.graph.parameters_per_unit(gqa.graph.by_name["layers.0.mlp"])
-    assert abs(apply_plan(gqa, made).graph.total_parameters - total * 0.8) <= unit
+    pruned = llmpruner.prune(gqa, target_params=total * 0.8, importance="l1")
+    assert abs(pruned.graph.total_parameters - total * 0.8) <= unit
 
 
 def test_a_share_of_units_is_the_papers_amount(gqa):
-    settings = PruneSettings(target=Target(by="units", amount=0.25), kinds=("mlp", "attention"), layers=(1, 2))
-    cuts = make_plan(gqa, L1(), settings).cuts
+    cuts = llmpruner.plan(gqa, unit_ratio=0.25, kinds="mlp,attention", layers="1-2", importance="l1").cuts
     assert {(c.kind, len(c.kept)) for c in cuts.values()} == {("mlp", 72), ("attention", 3)}
     assert {c.layer for c in cuts.values()} == {1, 2}
 
@@ -107,17 +128,12 @@ def test_both_ends_are_protected(gqa):
     assert default_layers(wide) == tuple(range(3, 27))
 
 
-def test_a_saved_model_can_be_pruned_again(gqa, tmp_path, catalog):
-    from llmpruner.loading.model import load_model
-
-    once = apply_plan(gqa, make_plan(gqa, L1(), PruneSettings(target=RATIO, kinds=("mlp",))))
-    save(once, tmp_path / "once")
-    loaded = load_model(str(tmp_path / "once"), catalog)
+def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):
+    once = llmpruner.prune(gqa, ratio=0.3, importance="l1", output=tmp_path / "once")
+    loaded = llmpruner.load(tmp_path / "once")
     assert loaded.graph == once.graph
-    settings = PruneSettings(target=RATIO, kinds=("layer", "attention"), layers=(0, 1, 2, 3))
-    twice = apply_plan(loaded, make_plan(loaded, L1(), settings))
-    save(twice, tmp_path / "twice")
-    again = load_model(str(tmp_path / "twice"), catalog)
+    twice = llmpruner.prune(loaded, ratio=0.3, kinds="layer,attention", importance="l1", output=tmp_path / "twice")
+    again = llmpruner.load(tmp_path / "twice")
     assert len(again.plans) == 2
     ids = torch.arange(8)[None]
     with torch.no_grad():
@@ -127,18 +143,16 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path, catalog):
 @pytest.mark.parametrize(
     ("criterion", "compensate", "kinds", "tokens"),
     [
-        (OutputEnergy(), "refit", ("mlp", "hidden"), 96),
-        (OutputEnergy(), "refit", ("mlp",), 32),
-        (Taylor(), "refit", ("mlp",), 32),
-        (Taylor(), "none", ("mlp",), 96),
+        ("energy", "refit", ("mlp", "hidden"), 96),
+        ("energy", "refit", ("mlp",), 32),
+        ("taylor", "refit", ("mlp",), 32),
+        ("taylor", "none", ("mlp",), 96),
     ],
-    ids=["inputs", "inputs that the repair sees again", "gradients", "no repair"],
+    ids=["of inputs", "computed again by the compensation", "of gradients", "without compensation"],
 )
-def test_scores_that_have_the_last_word_see_the_text_of_the_repair(
-    gqa, monkeypatch, criterion, compensate, kinds, tokens
-):
-    """Gradients cost more, and have to do with less."""
-    monkeypatch.setattr("llmpruner.recipes.pipeline._FEWER_TOKENS", 32)
+def test_final_scores_of_inputs_read_all_of_the_text(gqa, monkeypatch, criterion, compensate, kinds, tokens):
+    """Gradients, and scores that are computed again on all of the text, read less where a compensation follows."""
+    monkeypatch.setattr("llmpruner.recipes.pipeline.GRADIENT_TOKENS", 32)
     seen = []
 
     def spy(*arguments, **options):
@@ -146,6 +160,5 @@ def test_scores_that_have_the_last_word_see_the_text_of_the_repair(
         return estimate(*arguments, **options)
 
     monkeypatch.setattr("llmpruner.recipes.pipeline.estimate", spy)
-    settings = PruneSettings(target=RATIO, kinds=kinds, samples=6, length=16, compensate=compensate)
-    draft_plan(gqa, criterion, settings)
+    llmpruner.plan(gqa, ratio=0.3, importance=criterion, kinds=kinds, samples=6, length=16, compensate=compensate)
     assert seen == [tokens]

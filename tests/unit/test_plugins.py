@@ -1,14 +1,18 @@
-"""Finding plugins, checking what they give, and choosing among families."""
+"""Finding plugins, calling their hooks, checking what they give, and choosing among families."""
 
 from __future__ import annotations
 
-import ast
 import inspect
+import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import typer
+from pydantic import Field
 from transformers import BertConfig, LlamaConfig
+from typer.testing import CliRunner
 
 from llmpruner import (
     Catalog,
@@ -16,83 +20,115 @@ from llmpruner import (
     DuplicateNameError,
     ImportanceCriterion,
     ModelFamily,
-    PluginError,
     RecoveryStrategy,
     UnknownNameError,
     UnsupportedModelError,
     hookimpl,
     plugin_manager,
 )
-from llmpruner.plugins import hookspecs
+from llmpruner.budgets.base import Budget
+from llmpruner.cli.app import build_app
+from llmpruner.compensation.base import Compensation
+from llmpruner.component import ComponentSettings
+from llmpruner.data.source import CalibrationSource
+from llmpruner.errors import SettingsError
+from llmpruner.evaluation.base import Metric
+from llmpruner.exporters.base import Exporter
+from llmpruner.methods.base import Method
+from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.describe import SettingFacts, describe, summary_of
+from llmpruner.plugins.host import BrokenPlugin
+from llmpruner.plugins.manager import HOOKS
+from llmpruner.report.base import ReportSection
+from llmpruner.selection.base import Allocation
 
-TESTS = Path(__file__).parents[1]
-HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("llmpruner_")}
-
-
-class Giraffe(ModelFamily):
-    name = "giraffe"
-    model_types = ("llama",)
-
-
-class TallGiraffe(Giraffe):
-    name = "tall-giraffe"
-    extends = "giraffe"
-
-
-class Constant(ImportanceCriterion):
-    """One for each."""
-
-    name = "constant"
+COMMANDS = "llmpruner_commands"
+METRICS = "llmpruner_metrics"
 
 
-class Sleep(RecoveryStrategy):
-    name = "sleep"
+def component(base: type, name: str = "zoo", **members) -> type:
+    return type(name.title(), (base,), {"name": name, **members})
 
 
-class Stone(CheckpointReader):
-    name = "stone"
-
-    def recognises(self, path):
-        return path.suffix == ".stone"
-
-
-class Plugin:
-    """Everything at once, as a test registers it in-process."""
+class Zoo:
+    """A plugin that uses every hook: a component named zoo of every kind, and a command."""
 
     @hookimpl
     def llmpruner_model_families(self):
-        return [Giraffe]
+        return [component(ModelFamily, model_types=("llama",))]
 
     @hookimpl
     def llmpruner_importance_criteria(self):
-        return [Constant]
+        return [component(ImportanceCriterion)]
+
+    @hookimpl
+    def llmpruner_allocations(self):
+        return (component(Allocation),)
+
+    @hookimpl
+    def llmpruner_budgets(self):
+        return [component(Budget)]
+
+    @hookimpl
+    def llmpruner_compensations(self):
+        return [component(Compensation)]
+
+    @hookimpl
+    def llmpruner_calibration_sources(self):
+        return [component(CalibrationSource)]
 
     @hookimpl
     def llmpruner_recovery_strategies(self):
-        return (Sleep,)
+        return [component(RecoveryStrategy)]
+
+    @hookimpl
+    def llmpruner_metrics(self):
+        yield component(Metric)
+
+    @hookimpl
+    def llmpruner_exporters(self):
+        return [component(Exporter)]
 
     @hookimpl
     def llmpruner_checkpoint_readers(self):
-        return [Stone]
+        return [component(CheckpointReader, recognises=lambda self, path: path.suffix == ".zoo")]
+
+    @hookimpl
+    def llmpruner_report_sections(self):
+        return [component(ReportSection)]
+
+    @hookimpl
+    def llmpruner_methods(self):
+        return [component(Method)]
+
+    @hookimpl
+    def llmpruner_commands(self, app):
+        app.command("feed")(lambda: None)
 
 
-def catalog_with(**plugins) -> Catalog:
-    host = plugin_manager()
-    for name, plugin in plugins.items():
-        host.manager.register(plugin, name)
+def plugin(function, hook: str = METRICS, **options):
+    """A plugin with one hook, whose body is ``function`` (without self). ``options``: of `hookimpl`."""
+    return type("Plugin", (), {hook: staticmethod(hookimpl(specname=hook, **options)(function))})()
+
+
+def giving(*classes, hook: str = METRICS):
+    return plugin(lambda: list(classes), hook)
+
+
+def catalog_with(*, entry_points: bool = False, **plugins) -> Catalog:
+    host = plugin_manager(entry_points=entry_points)
+    for name, one in plugins.items():
+        host.manager.register(one, name)
     return Catalog(host)
 
 
-def giving(*classes, hook="llmpruner_model_families"):
-    """A plugin with one hook that returns ``classes``."""
-    namespace = {hook: hookimpl(lambda self: list(classes))}
-    namespace[hook].__name__ = hook
-    return type("Giving", (), namespace)()
+def names(catalog: Catalog) -> set[tuple[str, str]]:
+    return {(registry.kind, name) for registry in catalog.registries for name in registry}
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Put a package with one entry point where Python finds it: what an installer leaves behind, without one."""
+    """Put a package with one entry point on the path, as an installer would."""
     monkeypatch.syspath_prepend(str(tmp_path))
     installed: list[str] = []
 
@@ -118,26 +154,60 @@ def llmpruner_importance_criteria():
     return [Mine]
 """
 
+# Every hook
 
-def test_a_plugin_registered_in_process():
-    catalog = catalog_with(zoo=Plugin())
-    found = {
-        "giraffe": catalog.families,
-        "constant": catalog.criteria,
-        "sleep": catalog.strategies,
-        "stone": catalog.readers,
-    }
-    for name, registry in found.items():
-        assert registry.package_of(name) == "in-process"
+
+def test_every_hook_is_that_of_one_kind_or_adds_commands():
+    assert sorted(HOOKS) == sorted([COMMANDS, *(kind.hook for kind in KINDS.values())])
+    assert set(HOOKS) <= set(vars(Zoo)), "the plugin of these tests uses every hook"
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_gives_all_results_of_all_plugins(name):
+    assert not HOOKS[name].llmpruner_spec["firstresult"] and not HOOKS[name].llmpruner_spec["historic"]
+    for part in ("Returns:", "Called:", "Errors:"):
+        assert part in (inspect.getdoc(HOOKS[name]) or ""), f"{name} needs a paragraph '{part}'"
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_plugin_gives_a_component_of_each_kind(kind):
+    catalog = catalog_with(zoo=Zoo())
+    registry = catalog.registry(kind.name)
+    assert issubclass(registry["zoo"], kind.base) and registry.package_of("zoo") == "in-process"
+    assert registry is getattr(catalog, kind.attrname)
+    assert type(catalog.create(kind.name, "zoo")) is registry["zoo"]
     assert catalog.broken == ()
-    assert isinstance(catalog.reader_for(Path("a.stone")), Stone)
-    assert catalog.reader_for(Path("a.wood")) is None
+    assert getattr(kind.base, "kind", kind.name) == kind.name
 
 
-def test_each_manager_starts_afresh():
-    catalog_with(zoo=Plugin())
-    assert "giraffe" not in Catalog(plugin_manager()).families
-    assert list(Catalog(plugin_manager(entry_points=False)).families) == ["auto"]
+def test_a_plugin_gives_a_command():
+    (answer,) = plugin_and_host(Zoo()).call(COMMANDS, lambda: {"app": typer.Typer()}, returns=False)
+    assert (answer.plugin, answer.result) == ("one", [])
+    assert [command.name for command in answer.arguments["app"].registered_commands] == ["feed"]
+
+
+def plugin_and_host(one):
+    return catalog_with(one=one).host
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_hook_is_called_once_and_only_when_its_kind_is_asked_for(kind):
+    calls = []
+    catalog = catalog_with(one=plugin(lambda: calls.append(1) or [], kind.hook))
+    for other in KINDS.values():
+        if other is not kind:
+            list(getattr(catalog, other.attrname))
+    assert calls == []
+    assert len(catalog.registries) == len(KINDS) and len(catalog.registries) == len(KINDS)
+    assert calls == [1]
+
+
+def test_each_host_starts_afresh():
+    catalog_with(zoo=Zoo())
+    assert list(catalog_with().families) == ["auto"]
+
+
+# Plugins that are installed
 
 
 def test_installed_plugins_are_found_by_their_entry_points(install):
@@ -148,55 +218,93 @@ def test_installed_plugins_are_found_by_their_entry_points(install):
     assert catalog.families.package_of("llama") == "llmpruner"
 
 
-BREAKS = {
+WHOLE = {
     "an exception": ("raise RuntimeError('no such luck')", "RuntimeError: no such luck"),
     "an exit": ("raise SystemExit('bye')", "SystemExit: bye"),
     "a missing module": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such"),
     "bad syntax": ("def (:", "SyntaxError: "),
-    "a misspelt hook": ("@hookimpl\ndef llmpruner_model_familys(): return []", "unknown hook 'llmpruner_model_f"),
-    "another argument": ("@hookimpl\ndef llmpruner_commands(app, door): pass", "{'door'} are declared in the hookimpl"),
-    "a hook that raises": (
-        "@hookimpl\ndef llmpruner_model_families(): raise ValueError('not today')",
-        "llmpruner_model_families raised ValueError: not today",
-    ),
-    "a hook that returns nothing": (
-        "@hookimpl\ndef llmpruner_model_families(): pass", "llmpruner_model_families raised TypeError"
-    ),
-}  # fmt: skip
+    "a hook that is no function": ("llmpruner_metrics = [1, 2]", "TypeError: llmpruner_metrics is [1, 2]; expected a"),
+}
 
 
-@pytest.mark.parametrize("what", BREAKS)
-def test_a_broken_plugin_is_named_and_skipped(install, what):
-    code, reason = BREAKS[what]
-    install("a-bad-plugin", code)
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_plugin_that_cannot_be_loaded_is_named_and_skipped(install, what):
+    code, reason = WHOLE[what]
+    install("a-bad-plugin", CRITERION.format(name="half") + code)
     install("good-plugin", CRITERION.format(name="good"))
     catalog = Catalog(plugin_manager())
     (broken,) = catalog.broken
-    assert (broken.name, broken.package) == ("a-bad-plugin", "a-bad-plugin")
+    assert (broken.name, broken.package, broken.hook) == ("a-bad-plugin", "a-bad-plugin", None)
     assert reason in broken.reason and "\n" not in str(broken)
     assert str(broken).startswith("plugin 'a-bad-plugin' (a-bad-plugin) is broken and was skipped: ")
-    assert "good" in catalog.criteria and "llama" in catalog.families and "taylor" in catalog.criteria
+    assert "half" not in catalog.criteria and {"good", "taylor"} <= {*catalog.criteria}
 
 
-def test_a_broken_plugin_is_gone_as_a_whole(install):
-    install("bad-plugin", CRITERION.format(name="half") + "@hookimpl\ndef llmpruner_model_familys(): return []")
+FAMILIES = "@hookimpl\ndef llmpruner_model_families():"
+PARTS = {
+    "a hook that raises": (f"{FAMILIES} raise ValueError('not today')", "it raised ValueError: not today"),
+    "an exit": (f"{FAMILIES} raise SystemExit(3)", "it raised SystemExit: 3"),
+    "nothing returned": (f"{FAMILIES} pass", "it returned None; expected a list of classes"),
+    "a class": (f"{FAMILIES} return ModelFamily", "ModelFamily'>; expected a list of classes"),
+    "a text": (f"{FAMILIES} return 'llama'", "it returned 'llama'; expected a list of classes"),
+    "a generator that raises": (f"{FAMILIES}\n    yield ModelFamily\n    1 / 0", "it raised ZeroDivisionError: div"),
+    "an argument that the hook lacks": (
+        "@hookimpl\ndef llmpruner_model_families(config, *, door): return []",
+        "the hook has no argument config or door; it has: none",
+    ),
+    "no decorator": ("def llmpruner_model_families(): return []", "the function is not marked with @hookimpl"),
+    "a wrapper that does not yield": (
+        "@hookimpl(wrapper=True)\ndef llmpruner_model_families(): return []",
+        "the function is marked as a wrapper and does not yield",
+    ),
+    "two sorts of wrapper": (
+        "@hookimpl(wrapper=True, hookwrapper=True)\ndef llmpruner_model_families(): yield",
+        "the function is marked both wrapper and hookwrapper; keep wrapper",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_a_hook_that_fails_costs_that_hook_alone(install, what):
+    code, reason = PARTS[what]
+    install("a-bad-plugin", CRITERION.format(name="rest") + code)
     catalog = Catalog(plugin_manager())
-    assert "half" not in catalog.criteria and len(catalog.broken) == 1
+    assert {"rest", "taylor"} <= {*catalog.criteria} and {"auto", "llama"} <= {*catalog.families}
+    (broken,) = catalog.broken
+    assert (broken.name, broken.package, broken.hook) == ("a-bad-plugin", "a-bad-plugin", "llmpruner_model_families")
+    assert str(broken).startswith("plugin 'a-bad-plugin' (a-bad-plugin): llmpruner_model_families was skipped: ")
+    assert reason in broken.reason
 
 
-def test_one_name_in_two_packages(install):
-    install("first-plugin", CRITERION.format(name="same"))
-    install("second-plugin", CRITERION.format(name="same"))
-    with pytest.raises(
-        DuplicateNameError, match=r"'same'.* of first-plugin and .* of second-plugin; .*LLMPRUNER_BLOCK"
-    ):
-        Catalog(plugin_manager())
+def test_a_hook_of_another_version_costs_that_hook_alone(install):
+    unknown = "@hookimpl({})\ndef llmpruner_{}(): return []\n"
+    code = unknown.format("", "metric") + unknown.format("", "zebra") + unknown.format("optionalhook=True", "later")
+    install("a-plugin", CRITERION.format(name="rest") + code)
+    catalog = Catalog(plugin_manager())
+    assert "rest" in catalog.criteria
+    first, second = catalog.broken
+    assert first.hook == "llmpruner_metric"
+    assert first.reason.endswith("(hooks 2) has no such hook; did you mean llmpruner_metrics?")
+    assert second.hook == "llmpruner_zebra"
 
 
-def test_the_name_of_a_builtin_is_taken(install):
-    install("my-plugin", CRITERION.format(name="taylor"))
-    with pytest.raises(DuplicateNameError, match="'taylor': Taylor of llmpruner and Mine of my-plugin"):
-        Catalog(plugin_manager())
+def test_arguments_may_be_left_out_or_have_defaults():
+    def add(app, colour="red"):
+        app.command("feed")(lambda: None)
+
+    host = catalog_with(fewer=plugin(lambda: None, COMMANDS), more=plugin(add, COMMANDS)).host
+    answers = host.call(COMMANDS, lambda: {"app": typer.Typer()}, returns=False)
+    assert [len(answer.arguments["app"].registered_commands) for answer in answers] == [0, 1]
+    assert host.broken == ()
+
+
+def test_a_plugin_that_pluggy_cannot_hold_is_skipped_as_a_whole(install):
+    code = "class Unhashable:\n    __hash__ = None\n    @hookimpl\n    def llmpruner_metrics(self): return []\n"
+    install("a-plugin", code + "import sys; sys.modules[__name__] = Unhashable()")
+    catalog = Catalog(plugin_manager())
+    assert list(catalog.metrics) == list(catalog_with().metrics)
+    (broken,) = catalog.broken
+    assert broken.hook is None and broken.reason == "TypeError: unhashable type: 'Unhashable'"
 
 
 def test_two_packages_with_one_entry_point_name(install):
@@ -204,43 +312,359 @@ def test_two_packages_with_one_entry_point_name(install):
     install("b-plugin", CRITERION.format(name="two"), entry="zoo")
     catalog = Catalog(plugin_manager())
     assert "one" in catalog.criteria and "two" not in catalog.criteria
-    (broken,) = catalog.broken
-    assert str(broken).startswith("plugin 'zoo' (b-plugin)") and broken.reason.endswith("taken by a plugin of a-plugin")
+    assert catalog.broken == (BrokenPlugin("zoo", "b-plugin", "its name is taken by a plugin of a-plugin"),)
+
+
+def test_blocking_leaves_a_plugin_out_before_it_is_imported(install, monkeypatch):
+    install("good-plugin", "raise RuntimeError('must not be imported')")
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "vicuna, good-plugin")
+    catalog = Catalog(plugin_manager())
+    assert "vicuna" not in catalog.families and "llama" in catalog.families
+    assert sorted(catalog.host.blocked) == ["good-plugin", "vicuna"] and catalog.broken == ()
+
+
+def test_blocking_the_built_ins_leaves_exactly_the_others(monkeypatch):
+    every = Catalog(plugin_manager())
+    own = {
+        (r.kind, name) for r in every.registries for name, c in r.items() if c.__module__.split(".")[0] == "llmpruner"
+    }
+    assert ("criterion", "taylor") in own and ("family", "llama") not in own
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
+    host = plugin_manager()
+    assert names(Catalog(host)) == names(every) - own
+    assert host.blocked == ["builtin"] and host.broken == ()
+    listed = json.loads(CliRunner().invoke(build_app(host), ["plugins", "--json"]).stdout)["plugins"]
+    assert {(row["kind"], row["name"]) for row in listed} == names(every) - own
+
+
+def test_tracing_prints_each_call_with_its_plugin_and_its_result(monkeypatch, capsys):
+    def show():
+        return catalog_with(zoo=Zoo(), bad=plugin(lambda: 1 / 0)).metrics
+
+    show()
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("LLMPRUNER_TRACE", "1")
+    show()
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    start = next(n for n, line in enumerate(lines) if "llmpruner_metrics of zoo" in line)
+    assert any("finish llmpruner_metrics --> [<generator" in line for line in lines[start : start + 3])
+    assert any("llmpruner_metrics of bad failed: ZeroDivisionError: division by zero" in line for line in lines)
+
+
+# Wrappers
+
+
+def without_zoo(results):
+    return [[cls for cls in result if cls.name != "zoo"] for result in results]
+
+
+def new_wrapper():
+    return without_zoo((yield))
+
+
+def old_wrapper():
+    outcome = yield
+    outcome.force_result(without_zoo(outcome.get_result()))
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (Constant, r"registers <class .*Constant'> as a family; expected a subclass of ModelFamily"),
-        (Giraffe(), r"registers <.*Giraffe object.*> as a family; expected a subclass of ModelFamily"),
-        ("giraffe", r"registers 'giraffe' as a family; expected a subclass of ModelFamily"),
-        (type("NoName", (ModelFamily,), {}), r"family NoName of in-process has the name ''; expected lower case"),
-        (type("Upper", (ModelFamily,), {"name": "Upper"}), r"has the name 'Upper'; expected lower case text"),
-    ],
+    "wrapper", [plugin(new_wrapper, wrapper=True), plugin(old_wrapper, hookwrapper=True)], ids=["new", "old"]
 )
-def test_what_is_no_family(given, message):
-    with pytest.raises(PluginError, match=message):
-        catalog_with(zoo=giving(given))
+def test_a_wrapper_changes_what_others_give(wrapper):
+    catalog = catalog_with(one=giving(component(Metric), component(Metric, "other")), wrapper=wrapper)
+    assert "zoo" not in catalog.metrics and "other" in catalog.metrics
+    assert catalog.broken == ()
 
 
-def test_blocking(install, monkeypatch):
-    install("good-plugin", "raise RuntimeError('must not be imported')")
-    monkeypatch.setenv("LLMPRUNER_BLOCK", "vicuna, good-plugin")
-    host = plugin_manager()
-    catalog = Catalog(host)
-    assert "vicuna" not in catalog.families and "llama" in catalog.families
-    assert sorted(host.blocked) == ["good-plugin", "vicuna"] and catalog.broken == ()
+def test_a_wrapper_may_take_everything_out():
+    def nothing():
+        yield
+        return []
+
+    catalog = catalog_with(
+        one=giving(component(Metric)), empty=plugin(lambda: None), wrapper=plugin(nothing, wrapper=True)
+    )
+    assert list(catalog.metrics) == []
+    assert [broken.name for broken in catalog.broken] == ["empty"]
 
 
-def test_tracing(monkeypatch, capsys):
-    Catalog(plugin_manager())
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("LLMPRUNER_TRACE", "1")
-    Catalog(plugin_manager())
-    out, err = capsys.readouterr()
-    assert out == ""
-    line = next(line for line in err.splitlines() if "llmpruner_model_families of llama" in line)
-    assert "LlamaFamily" in line
+def test_a_wrapper_may_answer_for_an_implementation_that_raises():
+    def rescue():
+        try:
+            return (yield)
+        except ZeroDivisionError:
+            return [[component(Metric, "rescued")]]
+
+    catalog = catalog_with(one=plugin(lambda: 1 / 0), wrapper=plugin(rescue, wrapper=True))
+    assert "rescued" in catalog.metrics and catalog.broken == ()
+
+
+def test_what_a_wrapper_adds_is_its_own_and_there_once():
+    extra = component(CheckpointReader, "extra")
+
+    def add():
+        return [*(yield), [extra]]
+
+    alone = plugin(add, "llmpruner_checkpoint_readers", wrapper=True)
+    extra_criterion = component(ImportanceCriterion, "extra")
+
+    def add_criterion():
+        return [*(yield), [extra_criterion]]
+
+    wrapper = plugin(add_criterion, "llmpruner_importance_criteria", wrapper=True)
+    catalog = catalog_with(zoo=Zoo(), wrapper=wrapper, alone=alone)
+    assert catalog.criteria.package_of("extra") == "in-process" and catalog.criteria.package_of("taylor") == "llmpruner"
+    assert "extra" in catalog_with(alone=alone).readers, "where nothing is there to wrap"
+    assert catalog.broken == ()
+
+
+def raises_before():
+    raise ValueError("broken wrapper")
+    yield
+
+
+def raises_after():
+    yield
+    raise ValueError("broken wrapper")
+
+
+def yields_twice():
+    yield
+    yield
+
+
+def returns_none():
+    yield
+
+
+def returns_classes():
+    yield
+    return [component(Metric)]
+
+
+BROKEN_WRAPPERS = {
+    "raises before": (plugin(raises_before, wrapper=True), "it raised ValueError: broken wrapper"),
+    "raises after": (plugin(raises_after, wrapper=True), "it raised ValueError: broken wrapper"),
+    "old, raises before": (plugin(raises_before, hookwrapper=True), "it raised ValueError: broken wrapper"),
+    "old, raises after": (plugin(raises_after, hookwrapper=True), "it raised ValueError: broken wrapper"),
+    "yields twice": (plugin(yields_twice, wrapper=True), "it raised RuntimeError: wrap_controller"),
+    "returns None": (plugin(returns_none, wrapper=True), "it returned None; expected what it was given, a list"),
+    "returns classes": (plugin(returns_classes, wrapper=True), "expected a list of classes"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_WRAPPERS)
+@pytest.mark.filterwarnings("error")
+def test_a_broken_wrapper_is_named_and_the_result_without_it_is_used(what):
+    wrapper, reason = BROKEN_WRAPPERS[what]
+    given = giving(component(Metric), component(Metric, "other"))
+    good = plugin(new_wrapper, wrapper=True)
+    catalog = catalog_with(one=given, bad=plugin(lambda: 1 / 0), wrapper=wrapper, sound=good)
+    assert "other" in catalog.metrics and "zoo" not in catalog.metrics
+    found = {broken.name: broken for broken in catalog.broken}
+    assert set(found) == {"bad", "wrapper"} and len(catalog.broken) == 2
+    assert found["wrapper"].hook == METRICS and reason in found["wrapper"].reason
+    assert found["bad"].reason == "it raised ZeroDivisionError: division by zero"
+
+
+def test_a_wrapper_that_fails_around_one_plugin_has_no_effect_on_any():
+    def picky():
+        results = yield
+        if any(cls.name == "last" for result in results for cls in result):
+            raise ValueError("not that one")
+        return without_zoo(results)
+
+    first, last = giving(component(Metric)), giving(component(Metric, "last"))
+    catalog = catalog_with(a=first, b=last, wrapper=plugin(picky, wrapper=True))
+    assert {"zoo", "last"} <= {*catalog.metrics}
+    assert [(broken.name, broken.reason) for broken in catalog.broken] == [
+        ("wrapper", "it raised ValueError: not that one")
+    ]
+
+
+def test_a_plugin_implements_a_hook_or_wraps_it():
+    class Both:
+        @hookimpl
+        def llmpruner_metrics(self):
+            return [component(Metric)]
+
+        @hookimpl(wrapper=True, specname=METRICS)
+        def around(self):
+            return (yield)
+
+    catalog = catalog_with(both=Both())
+    assert "zoo" in catalog.metrics
+    (broken,) = catalog.broken
+    assert broken.hook == METRICS and "give the wrapper an entry point of its own" in broken.reason
+
+
+def test_every_call_of_commands_gets_an_application_of_its_own():
+    def add(app):
+        app.command("feed")(lambda: None)
+
+    broken_wrapper = plugin(raises_after, COMMANDS, wrapper=True)
+    host = catalog_with(one=plugin(add, COMMANDS), wrapper=broken_wrapper).host
+    (answer,) = host.call(COMMANDS, lambda: {"app": typer.Typer()}, returns=False)
+    assert [command.name for command in answer.arguments["app"].registered_commands] == ["feed"]
+    assert [broken.name for broken in host.broken] == ["wrapper"]
+
+
+# Classes
+
+
+class Required(ComponentSettings):
+    power: float
+
+
+class Refused(ComponentSettings):
+    power: float = Field(-1.0, gt=0, validate_default=True)
+
+
+def needs_more(self, more):
+    del more
+
+
+WRONG = {
+    "another kind": (component(Budget), "Zoo", "is no subclass of Metric"),
+    "an instance": (component(Metric)(), "<test_plugins", "is no subclass of Metric"),
+    "a text": ("zoo", "'zoo'", "'zoo' is no subclass of Metric"),
+    "no name": (type("Nameless", (Metric,), {}), "Nameless", "has the name ''; expected lower case text without"),
+    "no text": (type("Number", (Metric,), {"name": 3}), "Number", "has the name 3; expected"),
+    **{
+        f"the name {name!r}": (type("Odd", (Metric,), {"name": name}), "Odd", f"has the name {name!r}; expected")
+        for name in ("Zoo", "the zoo", "zoo,", "zoo.power", "zoo=1", "zoo:", " zoo")
+    },
+    "settings of another sort": (component(Metric, Settings=dict), "Zoo", "its Settings is no subclass of Component"),
+    "a required setting": (component(Metric, Settings=Required), "Zoo", "its setting 'power' has no default; every"),
+    "a default out of bounds": (
+        component(Metric, Settings=Refused),
+        "Zoo",
+        "power = -1.0 is refused: expected a number above",
+    ),
+    "arguments": (component(Metric, __init__=needs_more), "Zoo", "it cannot be created without arguments: TypeError"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_class_that_cannot_be_used_is_left_out_alone(what):
+    given, item, reason = WRONG[what]
+    catalog = catalog_with(one=giving(given, component(Metric, "right")))
+    assert "right" in catalog.metrics and "zoo" not in catalog.metrics
+    (broken,) = catalog.broken
+    assert (broken.name, broken.hook) == ("one", METRICS) and broken.item.startswith(item)
+    assert reason in broken.reason
+    assert str(broken).startswith(f"plugin 'one' (in-process): {broken.item} of llmpruner_metrics was skipped: ")
+
+
+def test_one_name_in_two_packages(install):
+    install("first-plugin", CRITERION.format(name="same"))
+    install("second-plugin", CRITERION.format(name="same"))
+    catalog = Catalog(plugin_manager())
+    assert "same" not in list(catalog.criteria) and "taylor" in list(catalog.criteria)
+    message = "two criterion classes are named 'same': Mine of first-plugin and Mine of second-plugin; block one with "
+    with pytest.raises(DuplicateNameError, match=message):
+        catalog.criteria["same"]
+    with pytest.raises(DuplicateNameError, match=message):
+        catalog.create("criterion", "same")
+    assert [(b.name, b.hook, b.item) for b in catalog.broken] == [
+        (name, "llmpruner_importance_criteria", "Mine") for name in ("first-plugin", "second-plugin")
+    ]
+    assert all(broken.reason.startswith(message) for broken in catalog.broken)
+
+
+def test_the_name_of_a_built_in_is_taken_like_any_other():
+    catalog = catalog_with(a=giving(component(ImportanceCriterion, "taylor"), hook="llmpruner_importance_criteria"))
+    with pytest.raises(DuplicateNameError, match="Taylor of llmpruner and Taylor of in-process"):
+        catalog.criteria["taylor"]
+    assert "l1" in catalog.criteria
+
+
+def test_one_class_given_twice_is_one():
+    shared = component(Metric)
+    catalog = catalog_with(a=giving(shared), b=giving(shared))
+    assert catalog.metrics["zoo"] is shared and catalog.broken == ()
+
+
+class Power(Metric):
+    """Its summary is shown instead of this."""
+
+    name = "power"
+    summary = "a metric with settings"
+
+    class Settings(ComponentSettings):
+        power: float = Field(1.0, gt=0, le=4, description="The power.")
+        limit: int | None = Field(None, ge=1, description="Rows.")
+        norm: Literal["mean", "max"] = Field("mean", description="How rows are joined.")
+        layers: tuple[int, ...] = ()
+
+
+def test_a_component_is_created_by_name_with_settings():
+    catalog = catalog_with(one=giving(Power))
+    assert catalog.create("metric", "power", {"power": "2"}).record() == {
+        "power": 2.0, "limit": None, "norm": "mean", "layers": []
+    }  # fmt: skip
+    assert catalog.create(catalog.metrics, "power").settings.power == 1.0
+    with pytest.raises(SettingsError, match=r"metric power: power = 9 is refused: expected at most 4"):
+        catalog.create(catalog.metrics, "power", {"power": 9})
+    with pytest.raises(SettingsError, match="metric power has no setting 'colour'; it has: power, limit, norm, layers"):
+        catalog.create("metric", "power", {"colour": "red"})
+    with pytest.raises(UnknownNameError, match="unknown metric 'powr'; did you mean power"):
+        catalog.create("metric", "powr")
+    with pytest.raises(UnknownNameError, match="unknown kind 'metrics'; did you mean metric"):
+        catalog.create("metrics", "power")
+
+
+def test_a_description_holds_every_setting():
+    (facts,) = describe(catalog_with(one=giving(Power)), "power")
+    assert (facts.kind, facts.name, facts.package) == ("metric", "power", "in-process")
+    assert (facts.module, facts.summary) == (__name__, "a metric with settings")
+    assert facts.settings == (
+        SettingFacts("power", "float", 1.0, "> 0, ≤ 4", "The power."),
+        SettingFacts("limit", "int | none", None, "≥ 1", "Rows."),
+        SettingFacts("norm", "mean | max", "mean", "", "How rows are joined."),
+        SettingFacts("layers", "list of int", [], "", ""),
+    )
+
+
+def test_a_description_covers_every_kind_that_has_the_name():
+    catalog = catalog_with(zoo=Zoo())
+    assert [facts.kind for facts in describe(catalog, "zoo")] == list(KINDS)
+    with pytest.raises(UnknownNameError, match="unknown component 'tailor'; did you mean taylor"):
+        describe(catalog, "tailor")
+
+
+def test_the_summary_of_a_component_is_that_of_its_base_class_only_if_nothing_else_is_there():
+    class Cube(Power):
+        """The third power.
+
+        More about it."""
+
+    assert summary_of(Cube) == "The third power."
+    assert summary_of(type("Plain", (Power,), {})) == summary_of(Power) == "a metric with settings"
+
+
+def test_every_installed_component_has_a_summary(catalog):
+    bare = [f"{r.kind} {name}" for r in catalog.registries for name, cls in r.items() if not cls.summary.strip()]
+    assert bare == []
+
+
+# Families
+
+
+class Giraffe(ModelFamily):
+    name = "giraffe"
+    model_types = ("llama",)
+
+
+class TallGiraffe(Giraffe):
+    name = "tall-giraffe"
+    extends = "giraffe"
+
+
+def family(*classes):
+    return giving(*classes, hook="llmpruner_model_families")
 
 
 @pytest.mark.parametrize(
@@ -254,13 +678,13 @@ def test_vicuna_wins_over_llama_which_it_extends(catalog, path, family):
 
 def test_the_users_choice_wins(catalog):
     assert catalog.family_for(LlamaConfig(name_or_path="vicuna-7b"), "llama").name == "llama"
-    assert catalog.family_for(LlamaConfig(), "vicuna").name == "vicuna"
+    assert catalog.family_for(LlamaConfig(), "auto").name == "auto"
     with pytest.raises(UnknownNameError, match="unknown family 'vicunia'; did you mean vicuna"):
         catalog.family_for(LlamaConfig(), "vicunia")
 
 
 def test_two_families_of_one_rank_are_both_named():
-    catalog = catalog_with(zoo=Plugin())
+    catalog = catalog_with(entry_points=True, zoo=family(Giraffe))
     message = r"several families match model type 'llama': giraffe \(in-process\), llama \(llmpruner\); .*--family"
     with pytest.raises(UnsupportedModelError, match=message):
         catalog.family_for(LlamaConfig())
@@ -268,42 +692,20 @@ def test_two_families_of_one_rank_are_both_named():
 
 
 @pytest.mark.parametrize("order", [(Giraffe, TallGiraffe), (TallGiraffe, Giraffe)])
-def test_neither_order_nor_installation_chooses(order, monkeypatch):
-    monkeypatch.setenv("LLMPRUNER_BLOCK", "llama,vicuna")
+def test_neither_order_nor_installation_chooses(order):
     first, second = order
-    catalog = catalog_with(one=giving(first), two=giving(second))
+    catalog = catalog_with(one=family(first), two=family(second))
     assert catalog.family_for(LlamaConfig()).name == "tall-giraffe"
 
 
-def test_no_family(catalog):
-    with pytest.raises(UnsupportedModelError, match=r"no family understands model type 'bert' \(known: .*llama"):
-        catalog.family_for(BertConfig())
+def test_what_no_family_matches_is_discovered(catalog, monkeypatch):
+    assert catalog.family_for(BertConfig()).name == "auto"
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
+    with pytest.raises(UnsupportedModelError, match="no family matches model type 'bert', and the built-in family"):
+        Catalog(plugin_manager()).family_for(BertConfig())
 
 
-def test_hooks_are_the_five_that_the_design_names():
-    assert sorted(HOOKS) == [
-        "llmpruner_checkpoint_readers",
-        "llmpruner_commands",
-        "llmpruner_importance_criteria",
-        "llmpruner_model_families",
-        "llmpruner_recovery_strategies",
-    ]
-
-
-@pytest.mark.parametrize("name", sorted(HOOKS))
-def test_every_hook_is_documented_and_used_by_a_test(name):
-    text = inspect.getdoc(HOOKS[name]) or ""
-    assert len(text.splitlines()) > 2, f"{name} needs a docstring that says what to return and what an error does"
-    options = HOOKS[name].llmpruner_spec
-    assert not options["firstresult"] and not options["historic"]
-    assert any(implements(file, name) for file in TESTS.rglob("*.py")), f"no test implements {name}"
-
-
-def implements(file: Path, hook: str) -> bool:
-    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    return any(
-        isinstance(node, ast.FunctionDef)
-        and node.name == hook
-        and any(ast.unparse(decorator).endswith("hookimpl") for decorator in node.decorator_list)
-        for node in nodes
-    )
+def test_one_reader_may_recognise_a_path():
+    catalog = catalog_with(zoo=Zoo())
+    assert catalog.reader_for(Path("a.zoo")).name == "zoo"
+    assert catalog.reader_for(Path("a.wood")) is None

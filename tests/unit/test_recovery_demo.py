@@ -3,7 +3,7 @@ import re
 from importlib.resources import files
 
 from llmpruner import ModelFamily
-from llmpruner.data.instructions import load_examples
+from llmpruner.recovery.examples import load_examples
 
 PATH = files("llmpruner") / "demo" / "instructions.jsonl"
 
@@ -15,7 +15,7 @@ def records():
 def test_the_demo_instructions_are_complete_and_distinct():
     rows = records()
     assert len(rows) >= 160
-    assert len(load_examples(str(PATH), ModelFamily()).rows) == len(rows)
+    assert len(load_examples(str(PATH), ModelFamily(), None).texts) == len(rows)
     assert len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
     assert all(set(row) == {"instruction", "input", "output"} for row in rows)
     assert all(row["output"] and row["output"] == row["output"].strip() for row in rows)

@@ -13,18 +13,20 @@ from llmpruner import (
     ModelError,
     OutputError,
     PluginError,
-    RecoverySettings,
+    RecoverSettings,
     RecoveryStrategy,
     Role,
     Span,
     UnsupportedModelError,
 )
-from llmpruner.data.instructions import Examples, Turn
+from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
+from llmpruner.recovery.adapters import adapter_targets
+from llmpruner.recovery.examples import Examples
 from llmpruner.recovery.full import FullStrategy
-from llmpruner.recovery.lora import LoraStrategy, adapter_targets
+from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import latest_checkpoint, micro_batch, steps
 
@@ -32,13 +34,16 @@ pytest.importorskip("peft")
 
 FAMILY = LlamaFamily()
 EXAMPLES = Examples(
-    tuple((Turn(f"Question {n}: what is the capital?\n", "Paris is the capital of France."),) for n in range(12)),
+    tuple(
+        TrainingText((Turn(f"Question {n}: what is the capital?\n", "Paris is the capital of France."),))
+        for n in range(12)
+    ),
     "here",
 )
-SETTINGS = RecoverySettings(
-    batch_size=4, micro_batch_size=2, epochs=2, learning_rate=5e-3, warmup_steps=0, dropout=0.1, cutoff=48
+SETTINGS = RecoverSettings(
+    data="here", batch_size=4, micro_batch_size=2, epochs=2, learning_rate=5e-3, warmup_steps=0, cutoff=48
 )
-STRATEGIES = [LoraStrategy(), FullStrategy()]
+STRATEGIES = [LoraStrategy(dropout=0.1), FullStrategy()]
 
 
 def pruned(tied=False):
@@ -50,7 +55,8 @@ def pruned(tied=False):
 
 
 def run(model, graph, work_dir, strategy, settings=SETTINGS, **options):
-    return recover(model, tiny_models.tokenizer(), graph, FAMILY, EXAMPLES, strategy, settings, work_dir, **options)
+    tokenizer = tiny_models.tokenizer()
+    return recover(model, tokenizer, graph, FAMILY, strategy, settings, work_dir, examples=EXAMPLES, **options)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
@@ -109,26 +115,28 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
-    settings = RecoverySettings(batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
     first, again = (run(*pruned(), tmp_path / name, LoraStrategy(), settings).losses for name in ("a", "b"))
-    other = RecoverySettings(batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32, seed=1)
+    other = RecoverSettings(data="here", batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32, seed=1)
     assert first == again != run(*pruned(), tmp_path / "c", LoraStrategy(), other).losses
 
 
 def test_another_job_does_not_continue_from_a_work_dir(tmp_path):
-    settings = RecoverySettings(batch_size=4, max_steps=1, cutoff=32)
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
     run(*pruned(), tmp_path / "work", LoraStrategy(), settings)
     with pytest.raises(OutputError, match=r"another recovery job \(settings differ\)"):
         run(
             *pruned(),
             tmp_path / "work",
             LoraStrategy(),
-            RecoverySettings(batch_size=4, max_steps=2, cutoff=32),
+            RecoverSettings(data="here", batch_size=4, max_steps=2, cutoff=32),
         )
     with pytest.raises(OutputError, match=r"another recovery job \(model differ\)"):
         model = tiny_models.llama(seed=3)
         run(model, build_graph(FAMILY, model.config), tmp_path / "work", LoraStrategy(), settings)
-    with pytest.raises(OutputError, match=r"another recovery job \(strategy differ\)"):
+    with pytest.raises(OutputError, match=r"another recovery job \(strategy settings differ\)"):
+        run(*pruned(), tmp_path / "work", LoraStrategy(rank=4), settings)
+    with pytest.raises(OutputError, match=r"another recovery job \(strategy, strategy settings differ\)"):
         run(*pruned(), tmp_path / "work", FullStrategy(), settings)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
@@ -137,9 +145,9 @@ def test_another_job_does_not_continue_from_a_work_dir(tmp_path):
 
 
 def test_unmerged_adapters_reproduce_the_merged_model(tmp_path):
-    settings = RecoverySettings(batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
     merged = run(*pruned(), tmp_path / "a", LoraStrategy(), settings).model
-    adapted = run(*pruned(), tmp_path / "b", LoraStrategy(), settings, merge=False).model
+    adapted = run(*pruned(), tmp_path / "b", LoraStrategy(), settings.model_copy(update={"merge": False})).model
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
@@ -150,14 +158,16 @@ def test_unmerged_adapters_reproduce_the_merged_model(tmp_path):
 
 def test_merging_keeps_the_dtype(tmp_path):
     model, graph = pruned(tied=True)
-    settings = RecoverySettings(batch_size=4, max_steps=1, cutoff=32)
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
     result = run(model.bfloat16(), graph, tmp_path / "work", LoraStrategy(), settings)
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
 
 
 def test_autocast_trains_to_nearly_the_same_loss(tmp_path):
-    settings = RecoverySettings(batch_size=4, max_steps=2, cutoff=32, autocast=True)
-    full = run(*pruned(), tmp_path / "a", LoraStrategy(), RecoverySettings(batch_size=4, max_steps=2, cutoff=32))
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=2, cutoff=32, autocast=True)
+    full = run(
+        *pruned(), tmp_path / "a", LoraStrategy(), RecoverSettings(data="here", batch_size=4, max_steps=2, cutoff=32)
+    )
     half = run(*pruned(), tmp_path / "b", LoraStrategy(), settings)
     assert half.losses == pytest.approx(full.losses, rel=1e-2) and half.losses != full.losses
     assert {p.dtype for p in half.model.parameters()} == {torch.float32}
@@ -215,11 +225,12 @@ def test_experts_are_skipped_with_a_note(tmp_path):
             "attention",
             2,
             (Span(f"{path}.self_attn.o_proj.weight", 1, Role.CONSUMES, wide),),
+            layer=0,
         ),
     ]
     graph = graph_of(model, lambda: groups)
     assert adapter_targets(model, graph) == ([f"{path}.self_attn.o_proj"], [experts])
-    settings = RecoverySettings(batch_size=4, max_steps=1, cutoff=32)
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
     result = run(model, graph, tmp_path / "work", LoraStrategy(), settings)
     assert "1 parameters of experts get no adapters" in result.notes[0]
     with pytest.raises(UnsupportedModelError, match="nothing to adapt"):
@@ -245,19 +256,41 @@ def test_a_strategy_must_return_a_training_result(tmp_path):
         run(*pruned(), tmp_path / "work", Odd())
 
 
+def test_the_record_has_the_training_settings(tmp_path):
+    settings = RecoverSettings(data="elsewhere", batch_size=4, max_steps=2, cutoff=32, rank=3, limit=5)
+    result = run(*pruned(), tmp_path / "work", LoraStrategy(rank=4), settings)
+    record = result.record()
+    assert json.loads(json.dumps(record)) == record
+    assert record.pop("settings") == {
+        "learning_rate": 1e-4, "epochs": 2.0, "max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "cutoff": 32,
+        "warmup_steps": 100, "loss_on": "all", "autocast": False, "seed": 0,
+    }  # fmt: skip
+    assert record == {
+        "strategy": "lora",
+        "strategy_settings": {"rank": 4, "alpha": 16, "dropout": 0.05},
+        "data": "here",
+        "fingerprint": EXAMPLES.fingerprint,
+        "examples": 12,
+        "trainable_parameters": result.trainable_parameters,
+        "losses": list(result.losses),
+    }
+
+
 @pytest.mark.parametrize(("micro", "batch", "expected"), [(4, 64, 4), (4, 6, 3), (8, 4, 4), (4, 7, 1)])
 def test_micro_batches_divide_the_batch(micro, batch, expected):
-    assert micro_batch(RecoverySettings(batch_size=batch, micro_batch_size=micro)) == expected
+    assert micro_batch(RecoverSettings(data="here", batch_size=batch, micro_batch_size=micro)) == expected
 
 
 def test_the_number_of_steps_agrees_with_the_trainer(tmp_path):
     for batch, epochs in ((5, 1.0), (8, 1.5), (64, 2.0)):
-        settings = RecoverySettings(batch_size=batch, epochs=epochs, cutoff=16)
+        settings = RecoverSettings(data="here", batch_size=batch, epochs=epochs, cutoff=16)
         result = run(*pruned(), tmp_path / f"{batch}", LoraStrategy(), settings)
-        assert len(result.losses) == steps(settings, len(EXAMPLES.rows))
+        assert len(result.losses) == steps(settings, len(EXAMPLES.texts))
 
 
 def test_training_prints_nothing(tmp_path, capfd):
-    run(*pruned(), tmp_path / "work", LoraStrategy(), RecoverySettings(batch_size=4, max_steps=1, cutoff=32))
+    run(
+        *pruned(), tmp_path / "work", LoraStrategy(), RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
+    )
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""

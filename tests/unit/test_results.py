@@ -9,13 +9,13 @@ from benchmarks import quality
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_says_what_was_measured():
+def test_the_readme_has_the_committed_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text.partition(quality.BEGIN)[2].partition(quality.END)[0]
     assert table.strip() == quality.overview(quality.read_results()).strip()
 
 
-def test_so_does_the_page_of_quality():
+def test_the_page_of_quality_has_the_committed_results():
     assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == quality.page(quality.read_results())
 
 

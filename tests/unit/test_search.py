@@ -1,4 +1,4 @@
-"""Measured allocations spend the budget where it hurts least, and what they measure is the cut model itself."""
+"""Allocations that measure remove most where the loss rises least, and what they measure is the cut model itself."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import pytest
 import torch
 from torch.nn import functional
 
+import llmpruner
 from llmpruner import SelectionError
 from llmpruner.compensation.trials import Trials
 from llmpruner.data.calibration import CalibrationSet
+from llmpruner.errors import SettingsError
 from llmpruner.importance.estimate import Scores
 from llmpruner.models.surgery import cut
 from llmpruner.progress import Progress
-from llmpruner.recipes.pipeline import PruneSettings, make_plan
 from llmpruner.selection.base import Demand
+from llmpruner.selection.search import Search
 from llmpruner.selection.select import select
+from llmpruner.selection.sensitivity import Sensitivity
 from llmpruner.structure.kept import parameters_after
-from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
 
-MEASURED = ("sensitivity", "search")
+MEASURED = (Sensitivity(), Search())
+EACH = pytest.mark.parametrize("allocation", MEASURED, ids=lambda made: made.name)
 
 
 def choose(graph, kinds, demand, loss, allocation):
     scope = Scope(kinds, tuple(range(graph.num_layers)))
     groups = scope.groups(graph)
     scores = Scores({g.name: torch.arange(g.units, dtype=torch.float64) for g in groups})
-    return select(graph, groups, scores, scope, demand, allocation=allocation, loss=loss)
+    return select(graph, groups, scores, scope, demand, allocation, loss=loss)
 
 
 def lost(graph, kept):
-    """Group → share of its units that went."""
+    """Group → share of its units that were removed."""
     return {name: 1 - len(units) / graph.by_name[name].units for name, units in kept.items()}
 
 
@@ -40,7 +43,7 @@ def quadratic(graph, weights):
     return lambda kept: sum(weights[name] * share**2 for name, share in lost(graph, kept).items())
 
 
-@pytest.mark.parametrize("allocation", MEASURED)
+@EACH
 @pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("layer", "mlp"), ("hidden",)], ids="+".join)
 def test_the_amount_is_hit_within_one_unit(gqa, kinds, allocation):
     graph = gqa.graph
@@ -51,8 +54,8 @@ def test_the_amount_is_hit_within_one_unit(gqa, kinds, allocation):
     assert abs(removed - target) <= min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
 
 
-@pytest.mark.parametrize("allocation", MEASURED)
-def test_shares_go_where_they_hurt_least(gqa, allocation):
+@EACH
+def test_shares_go_where_the_loss_rises_least(gqa, allocation):
     """For losses aᵢsᵢ² under Σsᵢ = S the best shares are sᵢ = S/(aᵢ Σ1/aⱼ), with a loss of S²/Σ1/aⱼ."""
     graph = gqa.graph
     weights = {f"layers.{layer}.mlp": weight for layer, weight in enumerate((1.0, 2.0, 4.0, 8.0))}
@@ -66,8 +69,8 @@ def test_shares_go_where_they_hurt_least(gqa, allocation):
     assert shares == sorted(shares, reverse=True)
 
 
-def test_search_sees_what_only_shows_in_company(gqa):
-    """Cutting layers 0 and 1 together is ruin; alone, each is cheaper than the others."""
+def test_search_sees_what_cuts_cost_in_combination(gqa):
+    """Cutting layers 0 and 1 together costs most; alone, each costs less than the others."""
     graph = gqa.graph
 
     def loss(kept):
@@ -87,12 +90,45 @@ def test_search_is_never_worse_than_equal_shares(gqa):
         return sum(abs(share - 0.25) for share in lost(graph, kept).values())
 
     demand = Demand(units={f"layers.{layer}.mlp": 24.0 for layer in range(4)})
-    assert loss(choose(graph, ("mlp",), demand, loss, "search")) == 0.0
+    assert loss(choose(graph, ("mlp",), demand, loss, Search())) == 0.0
 
 
-def test_without_a_loss_there_is_nothing_to_go_by(gqa):
-    with pytest.raises(SelectionError, match="allocation search measures the model"):
-        choose(gqa.graph, ("mlp",), Demand(amount=1000), None, "search")
+@EACH
+def test_without_a_loss_they_are_refused(gqa, allocation):
+    with pytest.raises(SelectionError, match=f"allocation {allocation.name} measures the model on calibration text"):
+        choose(gqa.graph, ("mlp",), Demand(amount=1000), None, allocation)
+
+
+def counted(graph, allocation):
+    """How many units each group keeps, the loss of that, and how many times ``allocation`` measured."""
+    weights = {f"layers.{layer}.mlp": weight for layer, weight in enumerate((1.0, 2.0, 4.0, 8.0))}
+    loss, calls = quadratic(graph, weights), []
+
+    def measure(kept):
+        calls.append(kept)
+        return loss(kept)
+
+    kept = choose(graph, ("mlp",), Demand(units=dict.fromkeys(weights, 24.0)), measure, allocation)
+    return [len(kept.get(name, range(96))) for name in weights], loss(kept), len(calls)
+
+
+def test_more_rounds_of_the_search_measure_more_and_end_nearer_to_the_best(gqa):
+    (_, one, few), (_, three, many) = (counted(gqa.graph, Search(rounds=rounds)) for rounds in (1, 3))
+    assert few < many and three < one
+
+
+@pytest.mark.parametrize(("probe", "reach", "most"), [(0.05, 1, 5), (0.05, 4, 20), (0.1, 1, 10)])
+def test_the_settings_of_the_search_limit_its_moves(gqa, probe, reach, most):
+    kept, _, _ = counted(gqa.graph, Search(rounds=1, probe=probe, reach=reach))
+    assert 0.6 * most <= max(abs(units - 72) for units in kept) <= most
+
+
+def test_sensitivity_measures_each_group_at_the_levels_and_in_full(gqa):
+    """Besides once without a cut. Settings come as text from the command line."""
+    assert Sensitivity(levels="0.1, 0.5,0.9").settings.levels == (0.1, 0.5, 0.9)
+    assert [counted(gqa.graph, Sensitivity(levels=levels))[2] for levels in ((), (0.5,), (0.1, 0.5, 0.9))] == [5, 9, 17]
+    with pytest.raises(SettingsError, match=r"allocation sensitivity: levels\.0 1\.5: expected a number below 1"):
+        Sensitivity(levels=(1.5,))
 
 
 def trials(loaded, kinds, *, refit, rows=24):
@@ -122,8 +158,8 @@ def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention"])
-def test_what_others_can_say_is_no_loss_once_they_are_fitted(gqa, kind):
-    """Two units that say the same: the one that stays can say it alone."""
+def test_a_unit_with_a_copy_costs_nothing_once_weights_are_fitted(gqa, kind):
+    """Two equal units: new weights of the one that is kept replace both."""
     group = gqa.graph.of_kinds([kind])[0]
     last = group.units - 1
     with torch.no_grad():
@@ -136,16 +172,11 @@ def test_what_others_can_say_is_no_loss_once_they_are_fitted(gqa, kind):
     assert plain > 1e-3 and fitted < 0.02 * plain
 
 
-@pytest.mark.parametrize("allocation", MEASURED)
-def test_the_same_plan_twice_and_it_says_how(gqa, allocation):
-    from llmpruner.plugins.builtin import llmpruner_importance_criteria
-
-    criterion = next(c for c in llmpruner_importance_criteria() if c.name == "l2")()
-    settings = PruneSettings(
-        Target(by="ratio", amount=0.2), kinds=("mlp", "attention"), allocation=allocation, samples=8, length=16
-    )
-    one, other = (make_plan(gqa, criterion, settings) for _ in range(2))
-    assert one == other and one.selection.allocation == allocation
+@EACH
+def test_plans_repeat_and_record_the_allocation(gqa, allocation):
+    by_norm = {"ratio": 0.2, "kinds": "mlp,attention", "importance": "l2"}
+    one, other = (llmpruner.plan(gqa, **by_norm, allocation=allocation.name, samples=8, length=16) for _ in range(2))
+    assert one == other and one.selection.allocation == allocation.name
+    assert one.selection.settings == allocation.record() != {}
     assert one.estimation.fingerprint is not None
-    uniform = make_plan(gqa, criterion, PruneSettings(settings.target, kinds=settings.kinds))
-    assert one.cuts != uniform.cuts
+    assert one.cuts != llmpruner.plan(gqa, **by_norm).cuts

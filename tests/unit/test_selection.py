@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, Span, UnknownNameError
-from llmpruner.budgets.costs import parameter_cost
 from llmpruner.budgets.sizes import counts
+from llmpruner.budgets.weights import parameter_cost
 from llmpruner.importance.estimate import Scores
 from llmpruner.selection.base import Demand
+from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.selection.select import select
+from llmpruner.selection.uniform import Uniform
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.queues import build_queue
 from llmpruner.structure.scope import Scope
@@ -23,13 +25,13 @@ def scores_for(groups, seed=0):
     return Scores({g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups})
 
 
-def choose(graph, kinds, demand, layers=ALL, **options):
+def choose(graph, kinds, demand, layers=ALL, allocation=Uniform, **options):
     scope = Scope(kinds, layers)
     groups = scope.groups(graph)
-    return select(graph, groups, scores_for(groups), scope, demand, **options)
+    return select(graph, groups, scores_for(groups), scope, demand, allocation(), **options)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", [Uniform, GlobalRanking], ids=lambda cls: cls.name)
 @pytest.mark.parametrize(
     "kinds",
     [("mlp",), ("mlp", "attention"), ("mlp", "query", "attention"), ("hidden",), ("layer", "mlp")],
@@ -52,7 +54,7 @@ def test_uniform_takes_the_least_important_of_every_group(gqa):
     scope = Scope(("mlp",), (1, 2))
     groups = scope.groups(gqa.graph)
     scores = scores_for(groups)
-    kept = select(gqa.graph, groups, scores, scope, Demand(units={g.name: 24.0 for g in groups}))
+    kept = select(gqa.graph, groups, scores, scope, Demand(units={g.name: 24.0 for g in groups}), Uniform())
     for group in groups:
         order = scores.by_group[group.name].argsort(stable=True)
         assert set(kept[group.name]) == set(order[24:].tolist())
@@ -64,7 +66,7 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
     groups = scope.groups(gqa.graph)
     scores = scores_for(groups)
     unit = gqa.graph.parameters_per_unit(groups[0])
-    kept = select(gqa.graph, groups, scores, scope, Demand(amount=50 * unit), allocation="global")
+    kept = select(gqa.graph, groups, scores, scope, Demand(amount=50 * unit), GlobalRanking())
     everything = sorted((float(s), g.name, u) for g in groups for u, s in enumerate(scores.by_group[g.name]))
     gone = {(name, unit) for name, units in kept.items() for unit in set(range(96)) - set(units)}
     assert gone == {(name, unit) for _, name, unit in everything[:50]}
@@ -91,7 +93,7 @@ def test_ties_are_broken_by_unit_number():
     assert queue.steps == ((2,), (0,), (1,))
 
 
-def test_what_cannot_be_reached_is_said_with_what_can(gqa):
+def test_a_demand_that_cannot_be_met_is_refused_with_the_most_that_can(gqa):
     with pytest.raises(SelectionError, match=r"cannot remove [\d,]+ parameters: .* at most [\d,]+; select more"):
         choose(gqa.graph, ("attention",), Demand(amount=round(0.9 * gqa.graph.decoder_parameters)))
     assert choose(gqa.graph, ("mlp",), Demand(amount=10)) == {}

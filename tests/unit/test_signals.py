@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llmpruner import ModelError, Signal
-from llmpruner.data.calibration import calibration_set
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.data.written import self_generated
 from llmpruner.engine.gradients import walk_signals
 from llmpruner.progress import Progress
 
@@ -16,7 +17,7 @@ BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
 
 
 def calibrate(loaded, samples=5):
-    return calibration_set("self", loaded.model, None, samples=samples, length=17, seed=0)
+    return CalibrationSet(self_generated(loaded.model, None, samples, 17, 0), "self")
 
 
 def stored(graph):

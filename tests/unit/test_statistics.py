@@ -1,14 +1,15 @@
-"""What a layer is multiplied with, and how it turns the stream: equal to plain forward hooks."""
+"""Statistics of the inputs of weights and of the residual stream equal those of plain forward hooks."""
 
 from __future__ import annotations
 
-from math import pi
+from math import isnan, pi
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import boundaries, layers_of, make, tokens
 
-from llmpruner.engine.inputs import input_statistics, stream_statistics
+from llmpruner.engine.inputs import input_statistics
+from llmpruner.engine.stream import stream_statistics
 from llmpruner.progress import Progress
 
 CALIBRATION = tokens(6, 16)
@@ -62,19 +63,19 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
         assert stats.axis == axis
         for actual, expected in (
             (stats.mean, x.mean(0).view(shape)),
-            (stats.power, x.square().mean(0).view(shape)),
+            (stats.second_moment, x.square().mean(0).view(shape)),
             (stats.variance, x.var(0, correction=0).view(shape)),
             (stats.gram, x.T @ x / len(x)),
         ):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
-        assert (stats.power * loaded.model.get_parameter(parameter)).shape == loaded.model.get_parameter(
+        assert (stats.second_moment * loaded.model.get_parameter(parameter)).shape == loaded.model.get_parameter(
             parameter
         ).shape
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_experts_are_averaged_over_all_tokens(name):
-    """A token that goes elsewhere is a zero: what an expert adds to the output is what counts."""
+    """A token routed elsewhere counts as zero: its part of the output is zero."""
     loaded = make(name)
     experts = next(m for n, m in layers_of(loaded)[1].named_modules() if n.endswith("experts"))
     parameter = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
@@ -85,9 +86,11 @@ def test_experts_are_averaged_over_all_tokens(name):
         loaded.model.set_experts_implementation("eager")
         loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
     handle.remove()
-    count, width = 4, stats.power.shape[stats.axis]
+    count, width = 4, stats.second_moment.shape[stats.axis]
     assert stats.gram.shape == (count, width, width)
-    torch.testing.assert_close(stats.gram.diagonal(dim1=-2, dim2=-1), stats.power.flatten(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        stats.gram.diagonal(dim1=-2, dim2=-1), stats.second_moment.flatten(1), rtol=1e-4, atol=1e-6
+    )
     (args, _), total = seen[0], CALIBRATION.input_ids.numel()
     if name == "mixtral":
         hidden, chosen = args[0], args[1]
@@ -104,7 +107,7 @@ def test_gram_matrices_are_made_only_when_asked_for():
     assert statistics(loaded, [name], gram=False)[name].gram is None
 
 
-def test_layers_behind_the_last_wanted_are_not_run():
+def test_layers_after_the_last_wanted_are_not_run():
     loaded = make("llama-gqa")
     stream = input_statistics(
         loaded.model, loaded.graph.layers, ["model.layers.0.mlp.down_proj.weight"], CALIBRATION, Progress(), gram=False
@@ -114,16 +117,39 @@ def test_layers_behind_the_last_wanted_are_not_run():
     assert list(stream) == []
 
 
-def test_the_turn_of_the_stream():
+@pytest.mark.parametrize("at_once", [32, 4096])
+def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, monkeypatch):
+    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", at_once)
     loaded = make("llama-gqa")
-    states = []
-    for layer in layers_of(loaded):
-        layer.register_forward_hook(lambda _, args, out: states.append((args[0], out)))
-    found = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress())
-    states.clear()
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    for stats, (before, after) in zip(found, states, strict=True):
-        cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
-        assert stats.cosine == pytest.approx(float(cosine.mean()), abs=1e-5)
-        assert stats.angle == pytest.approx(float(cosine.arccos().mean()) / pi, abs=1e-4)
+    states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
+    single = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress())
+    blocks = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress(), blocks=True)
+    assert single.cosine.shape == (1, 3) and blocks.angle.shape == (3, 3)
+    torch.testing.assert_close(blocks.cosine[:1], single.cosine)
+    torch.testing.assert_close(blocks.angle[:1], single.angle)
+    for length in (1, 2, 3):
+        for start in range(3):
+            found = float(blocks.cosine[length - 1, start]), float(blocks.angle[length - 1, start])
+            if start + length > 3:
+                assert all(isnan(value) for value in found)
+                continue
+            cosine = torch.cosine_similarity(states[start], states[start + length], dim=-1)
+            assert found[0] == pytest.approx(float(cosine.mean()), abs=1e-5)
+            assert found[1] == pytest.approx(float(cosine.arccos().mean()) / pi, abs=1e-4)
+
+
+@pytest.mark.parametrize(("name", "each"), [("mixtral", 2), ("gpt_oss", 2), ("llama4", 1)])
+def test_tokens_routed_to_each_expert_are_counted(name, each):
+    loaded = make(name)
+    experts = next(m for n, m in layers_of(loaded)[1].named_modules() if n.endswith("experts"))
+    parameter = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
+    stats = statistics(loaded, [parameter], gram=False)[parameter]
+    assert stats.routed.shape == (4,) and not stats.all_tokens
+    assert int(stats.routed.sum()) == each * CALIBRATION.input_ids.numel()
+
+
+def test_one_matrix_gets_all_tokens():
+    loaded = make("llama-gqa")
+    name = "model.layers.1.mlp.down_proj.weight"
+    stats = statistics(loaded, [name])[name]
+    assert stats.routed is None and stats.all_tokens

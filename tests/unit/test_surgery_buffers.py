@@ -25,37 +25,37 @@ def model() -> nn.Module:
 
 
 def graph(*buffers: Span, shape: tuple[int, ...] = (6,)) -> CouplingGraph:
-    group = CoupledGroup("g", "mlp", 3, (WEIGHT,), 0, buffers=buffers)
+    group = CoupledGroup("layers.0.mlp", "mlp", 3, (WEIGHT,), 0, buffers=buffers)
     return CouplingGraph((group,), {"layers.0.weight": (4, 6)}, "layers", buffers={"layers.0.table": shape})
 
 
 def test_the_entries_of_the_units_that_stay() -> None:
     tiny = model()
-    remaining = cut(tiny, graph(BUFFER), {"g": [0, 2]})
+    remaining = cut(tiny, graph(BUFFER), {"layers.0.mlp": [0, 2]})
     layer = tiny["layers"][0]
     assert layer.table.tolist() == [0.0, 1.0, 4.0, 5.0]
     assert not isinstance(layer.table, nn.Parameter)
     assert layer.weight.shape == (4, 4)
     assert "layers.0.table" in tiny.state_dict(), "computed anew, it would have the entries of all units again"
-    assert remaining == restrict(graph(BUFFER), {"g": [0, 2]})
+    assert remaining == restrict(graph(BUFFER), {"layers.0.mlp": [0, 2]})
     assert remaining.buffers == {"layers.0.table": (4,)}
     assert remaining.groups[0].buffers == (replace(BUFFER, index=Blocks(2, width=2)),)
-    cut(tiny, remaining, {"g": [1]})
+    cut(tiny, remaining, {"layers.0.mlp": [1]})
     assert layer.table.tolist() == [4.0, 5.0]
 
 
 def test_an_untouched_buffer_stays_as_it_was() -> None:
     tiny = model()
-    cut(tiny, graph(), {"g": [0, 2]})
+    cut(tiny, graph(), {"layers.0.mlp": [0, 2]})
     assert tiny["layers"][0].table.tolist() == list(range(6))
     assert "layers.0.table" not in tiny.state_dict()
 
 
 def test_units_under_a_norm_are_silenced_in_buffers_too() -> None:
     norm = Span("layers.0.weight", 1, Role.NORM, Blocks(3, width=2))
-    group = CoupledGroup("g", "hidden", 3, (norm,), 0, buffers=(BUFFER,))
+    group = CoupledGroup("layers.0.hidden", "hidden", 3, (norm,), 0, buffers=(BUFFER,))
     tiny = model()
-    silence(tiny, replace(graph(), groups=(group,)), {"g": [0, 2]})
+    silence(tiny, replace(graph(), groups=(group,)), {"layers.0.hidden": [0, 2]})
     assert tiny["layers"][0].table.tolist() == [0.0, 1.0, 0.0, 0.0, 4.0, 5.0]
 
 
@@ -63,7 +63,7 @@ def test_buffers_do_not_count() -> None:
     with_buffer, without = graph(BUFFER), replace(graph(), buffers={})
     assert structure_of(with_buffer) == structure_of(without)
     assert with_buffer.total_parameters == with_buffer.decoder_parameters == 24
-    assert parameters_after(with_buffer, {"g": [0]}) == (8, 8)
+    assert parameters_after(with_buffer, {"layers.0.mlp": [0]}) == (8, 8)
     assert with_buffer.parameters_per_unit(with_buffer.groups[0]) == without.parameters_per_unit(without.groups[0])
 
 

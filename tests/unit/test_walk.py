@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criteria_cases import CASES, layers_of, make, tokens
+from criteria_cases import CASES, boundaries, layers_of, make, tokens
 from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.data.calibration import CalibrationSet
-from llmpruner.engine.walk import ForwardWalk, standing_in
+from llmpruner.engine.walk import ForwardWalk, replaced_layers
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
 from llmpruner.oracle.tiny import random_instance, small_config
@@ -19,20 +19,6 @@ from llmpruner.oracle.tiny import random_instance, small_config
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
-
-
-def boundaries(loaded, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The hidden states after each layer of a plain forward pass."""
-    found: list[torch.Tensor] = []
-    handles = [
-        layer.register_forward_hook(lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out))
-        for layer in layers_of(loaded)
-    ]
-    with torch.no_grad():
-        loaded.model(input_ids=ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
@@ -51,7 +37,7 @@ def test_the_walk_gives_the_models_own_hidden_states(name):
     loaded = make(name)
     calibration = tokens(4, 16)
     _, found = walked(loaded, calibration)
-    for mine, own in zip(found, boundaries(loaded, calibration.input_ids), strict=True):
+    for mine, own in zip(found, boundaries(loaded, calibration.input_ids)[1:], strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
 
 
@@ -65,7 +51,7 @@ def test_micro_batches_make_no_difference(monkeypatch):
 
 
 def test_layers_may_return_tuples():
-    """As many did, with attention weights behind the hidden states."""
+    """As many did, with attention weights after the hidden states."""
     loaded, calibration = make("gpt2"), tokens(4, 16)
     _, before = walked(loaded, calibration)
     for layer in layers_of(loaded):
@@ -132,16 +118,18 @@ def test_layers_that_keep_count_of_one_another_are_refused():
 
     for layer in layers_of(loaded):
         layer.register_forward_hook(later_is_louder)
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM hand more to one another.*--compensate none"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM pass other values than hidden.*--compensate none"
+    ):
         ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
 
 
 @pytest.mark.parametrize("model_type", ["hrm_text", "hy_v4"])
-def test_real_types_that_hand_more_on_are_refused(model_type):
+def test_real_types_whose_layers_pass_more_than_hidden_states_are_refused(model_type):
     """Layers that run again and again, and layers that need what another has computed."""
     config = small_config(CONFIG_MAPPING[model_type]())
     model = random_instance(config)
-    with pytest.raises(UnsupportedModelError, match="cannot be walked one by one"):
+    with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
         ForwardWalk.over(model, decoder_layers(model), tokens(2, 9))
 
 
@@ -159,7 +147,7 @@ def test_a_layer_that_runs_twice_is_refused():
             out, position_embeddings=loaded.model.model.rotary_emb(out, torch.arange(out.shape[1])[None])
         )
     )
-    with pytest.raises(UnsupportedModelError, match="cannot be walked one by one"):
+    with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
         ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
 
 
@@ -181,7 +169,7 @@ def test_damaged_weights_are_not_taken_for_an_odd_model():
 def test_a_forward_that_another_library_put_on_a_layer_is_put_back():
     layers = nn.ModuleList([nn.Identity(), nn.Identity()])
     own = layers[0].forward = lambda x: x + 1
-    with standing_in(layers, lambda number: lambda x: x * number):
+    with replaced_layers(layers, lambda number: lambda x: x * number):
         assert layers[1](torch.tensor(5)) == 5
         assert layers[0](torch.tensor(5)) == 0
     assert layers[0].forward is own

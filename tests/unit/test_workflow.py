@@ -1,4 +1,4 @@
-"""What runs on every push is what is there to be run."""
+"""CI runs targets and scripts that exist, on every supported Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder with odd habits: per KV head value, key and queries lie together; up and gate are packed, up first; its
+"""A decoder of unusual layout: per KV head value, key and queries are adjacent; up and gate are packed, up first; its
 norms multiply by one plus their weight; attention and MLP read the same input."""
 
 import torch

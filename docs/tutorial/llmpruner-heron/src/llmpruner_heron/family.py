@@ -5,6 +5,7 @@ from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, Blocks, CoupledGroup, Model
 
 class HeronFamily(ModelFamily):
     name = "heron"
+    summary = "Heron, the made-up model of the tutorial"
     model_types = ("heron",)
 
     def register_models(self):
@@ -43,13 +44,13 @@ class HeronFamily(ModelFamily):
 
     def _hidden(self, config, blocks):
         """A unit is one channel of the residual stream, all the way from the embedding to the head."""
-        writers = [f"{block}.{module}" for block in blocks for module in ("attention.out", "down")]
+        producers = [f"{block}.{module}" for block in blocks for module in ("attention.out", "down")]
         spans = layouts.hidden_channels(
             config.hidden_size,
             embeddings=["embed"],
             consumers=[*(f"{b}.{module}" for b in blocks for module in ("attention.qkv", "up")), "head"],
-            producers=writers,
-            biased=writers,
+            producers=producers,
+            biased=producers,
             norms=[*(f"{b}.{norm}" for b in blocks for norm in ("norm_1", "norm_2")), "norm"],
         )
         return CoupledGroup("hidden", HIDDEN, config.hidden_size, spans)

@@ -10,6 +10,7 @@ class HeronReader(CheckpointReader):
     """A folder with ``heron.json`` (sizes), ``heron.npz`` (plain arrays) and ``tokenizer.json``."""
 
     name = "heron"
+    summary = "Heron's own format: heron.json, heron.npz and tokenizer.json"
     family = "heron"
 
     def recognises(self, path):

@@ -3,6 +3,7 @@ from llmpruner import ModelFamily, hookimpl
 
 class StableLmFamily(ModelFamily):
     name = "stablelm"
+    summary = "StableLM of Stability AI"
     model_types = ("stablelm",)
 
 

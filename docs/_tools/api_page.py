@@ -1,0 +1,140 @@
+"""The reference of the Python API, from its functions, its classes, and the settings models."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from docstrings import class_section, document, markdown
+from settings_table import table as settings_table
+
+from llmpruner import Evaluation, Evaluations, api, keywords, settings
+from llmpruner.loading.model import Model, Structure
+from llmpruner.oracle.verify import Verdict
+from llmpruner.structure.outcome import BudgetOutcome, Outcome
+from llmpruner.structure.plan import PruningPlan
+
+FUNCTIONS: tuple[Any, ...] = (
+    api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.generate, api.save,
+    api.export,
+)  # fmt: skip
+VALUES = (Structure, Model, PruningPlan, Outcome, BudgetOutcome, Evaluations, Evaluation, Verdict)
+SETTINGS = {
+    name: getattr(settings, name.replace("Keywords", "Settings"))
+    for name in vars(keywords)
+    if name.endswith("Keywords")
+}
+_OWN = {
+    "progress": "shows what is being done; silent by default",
+    "catalog": "the plugins to use; by default everything that is installed",
+    "load": "[LoadSettings](#loadsettings): how a reference is opened; without effect on a loaded model",
+}
+
+
+def render() -> str:
+    lines = [
+        "# Python API",
+        "",
+        INTRODUCTION,
+        "",
+        "```python",
+        EXAMPLE,
+        "```",
+        "",
+        "| function | what it does |",
+        "|---|---|",
+    ]
+    for function in FUNCTIONS:
+        first = re.split(r"(?<=[.:])\s", document(function).replace("\n", " "))[0].rstrip(".:")
+        lines.append(f"| [`{function.__name__}`](#{function.__name__}) | {markdown(first)} |")
+    lines += ["", *_shared()]
+    lines += ["", "## Functions"]
+    for function in FUNCTIONS:
+        lines += _function(function)
+    lines += ["", "## Values"]
+    for cls in VALUES:
+        lines += class_section(cls)
+    lines += ["", "## Settings", "", SETTINGS_TEXT]
+    for model in SETTINGS.values():
+        lines += [
+            "",
+            f"### {model.__name__}",
+            "",
+            markdown(document(model)),
+            "",
+            *map(_as_keywords, settings_table(model, "keyword")),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = (
+    "What the command line calls, as functions of the package `llmpruner`. A model is a reference (a directory, a hub "
+    "id, a `.gguf` file, `demo`) or the `Model` that `load` returned. Settings are keywords, the same as the options "
+    "of the command of the same name; they are typed, so that editors complete and type checkers check them. "
+    "[Prune from Python](../how-to/python.md) shows them at work."
+)
+EXAMPLE = """\
+import llmpruner
+
+model = llmpruner.load("demo")
+plan = llmpruner.plan(model, ratio=0.2, method="best", settings={"refit": {"mix": 0.3}})
+pruned = llmpruner.prune(model, plan=plan, output="pruned")"""
+SETTINGS_TEXT = (
+    "Fields of the settings models are the keywords above. A setting whose default is empty is left to the method, or "
+    "to the component that it belongs to. `settings` holds settings of chosen components by name, as `--set` does: "
+    '`settings={"taylor": {"variant": "mix"}}`; [Criteria and other components](criteria.md) lists them.'
+)
+
+
+def _shared() -> Iterator[str]:
+    yield from ("Keywords that functions share:", "")
+    yield from (f"- `{name}`: {text}." for name, text in _OWN.items())
+
+
+def _function(function: Any) -> Iterator[str]:
+    name = function.__name__
+    signature = inspect.signature(function)
+    yield from ("", f"### {name}", "", "```python", _call(name, signature), "```", "", markdown(document(function)))
+    for parameter in signature.parameters.values():
+        found = re.search(r"(\w+Keywords)", str(parameter.annotation))
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and found:
+            model = SETTINGS[found[1]].__name__
+            yield from ("", f"`**{parameter.name}`: the fields of [{model}](#{model.lower()}).")
+
+
+def _call(name: str, signature: inspect.Signature) -> str:
+    """The signature as it is called, with public names only."""
+    inside, marked = [], False
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not marked:
+            inside.append("*")
+            marked = True
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            inside.append(f"**{parameter.name}")
+        elif parameter.name in _OWN:
+            inside.append(f"{parameter.name}=…")
+        else:
+            default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+            inside.append(f"{parameter.name}: {_plain(parameter.annotation)}{default}")
+    line = f"llmpruner.{name}({', '.join(inside)}) -> {_plain(signature.return_annotation)}"
+    if len(line) <= 88:
+        return line
+    return (
+        f"llmpruner.{name}(\n" + "".join(f"    {p},\n" for p in inside) + f") -> {_plain(signature.return_annotation)}"
+    )
+
+
+def _as_keywords(row: str) -> str:
+    """A row of a table with ``round_to`` where the help of the command line has ``--round-to``."""
+    return re.sub(r"(?<![\w`-])--([a-z][\w-]*)", lambda found: f"`{found[1].replace('-', '_')}`", row)
+
+
+def _plain(annotation: Any) -> str:
+    return (
+        str(annotation)
+        .strip("'")
+        .replace("Sequence[Source]", "Sequence[str | Path | Model]")
+        .replace("Source", "str | Path | Model")
+    )

@@ -1,0 +1,106 @@
+"""The reference of the files that llmpruner writes beside weights: plans, and ``llmpruner.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from docstrings import document, markdown
+from pydantic import BaseModel
+from settings_table import table
+
+from llmpruner.budgets.latency_cost import LatencyTable
+from llmpruner.structure import plan
+from llmpruner.structure.plan import PruningPlan
+
+RECORD = {
+    "llmpruner": "Version of llmpruner that wrote the checkpoint.",
+    "plans": "The plans that were applied, oldest first, each as in a plan file. The first was made for the dense "
+    "model, each later one for what the plans before it leave.",
+    "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows.",
+    "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
+    "model.",
+    "recovery": "The trainings that were run, oldest first; absent where there were none.",
+}
+"""Key → what it is."""
+RECOVERY = {
+    "strategy": "Name of the recovery strategy.",
+    "strategy_settings": "Its settings, as in `--set`.",
+    "settings": "Those settings of [RecoverSettings](api.md#recoversettings) that all strategies share.",
+    "data": "The instruction data, as the user named it.",
+    "fingerprint": "SHA-256 of the data.",
+    "examples": "How many examples were trained on.",
+    "trainable_parameters": "How many parameters were trained.",
+    "losses": "Loss of every optimizer step: mean over its trained tokens, in nats.",
+}
+"""Key of an element of ``recovery`` → what it is."""
+
+
+def render() -> str:
+    lines = ["# Files", "", INTRODUCTION, "", "## The plan", "", *_paragraph(plan), *_models(PruningPlan, 3)]
+    lines += [
+        "",
+        "### Recorded latencies",
+        "",
+        LATENCY,
+        "",
+        *_paragraph(LatencyTable),
+        *table(LatencyTable, "field", links=True),
+    ]
+    for model in _inside(LatencyTable):
+        lines += _model(model, 4)
+    lines += ["", "## llmpruner.json", "", RECORD_TEXT, "", *_keys(RECORD)]
+    lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys(RECOVERY)]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = (
+    "Two files hold how a model was pruned: the plan, which `llmpruner plan -o` writes and `prune --plan` follows, and "
+    "`llmpruner.json` in every checkpoint that llmpruner saves. Both are JSON in UTF-8. Numbers of units and of "
+    "layers are written as text, in runs: `0-4,7`. A plan with an unknown field, or of another version, is refused."
+)
+LATENCY = (
+    "Under `--budget latency`, `measured` of the [target](#target) is a table of times. A plan with such a table is "
+    "followed, or made again, without measuring."
+)
+RECORD_TEXT = (
+    "What a checkpoint keeps of how it was made, so that it can be pruned again, and so that its layers can be built. "
+    "Keyword `notes` of [`save`](api.md#save) adds keys of your own."
+)
+
+
+def _models(model: type[BaseModel], level: int) -> Iterator[str]:
+    yield from table(model, "field", links=True)
+    for inside in _inside(model):
+        yield from _model(inside, level)
+
+
+def _model(model: type[BaseModel], level: int) -> Iterator[str]:
+    yield from ("", f"{'#' * level} {model.__name__}", "", *_paragraph(model), *table(model, "field", links=True))
+
+
+def _inside(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The models that fields of ``model`` hold, at any depth, each once and in order."""
+    found: dict[type[BaseModel], None] = {}
+    for field in model.model_fields.values():
+        for inside in _models_of(field.annotation):
+            found.setdefault(inside)
+            found.update(dict.fromkeys(_inside(inside)))
+    return list(found)
+
+
+def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_of(argument)
+
+
+def _paragraph(thing: Any) -> list[str]:
+    text = document(thing).removeprefix("PruningPlan: ")
+    text = text[:1].upper() + text[1:]
+    return [markdown(text), ""] if text else []
+
+
+def _keys(keys: dict[str, str]) -> list[str]:
+    return ["| field | what it is |", "|---|---|", *(f"| `{key}` | {text} |" for key, text in keys.items())]

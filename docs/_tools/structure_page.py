@@ -1,0 +1,61 @@
+"""The reference of structure and signals: spans, groups, layouts, and what criteria are shown."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from docstrings import class_section, document, function_lines, markdown
+
+import llmpruner
+from llmpruner.engine import position, signals
+from llmpruner.engine.position import Position, UnitAxis
+from llmpruner.engine.signals import InputStats, ParameterSignals, Product, ProductStats, Signal, StreamStats
+from llmpruner.structure import coupling, layouts
+from llmpruner.structure.coupling import Blocked, Blocks, CoupledGroup, CouplingGraph, Explicit, Role, Span, index_map
+
+STRUCTURE = (Role, Span, Blocks, Explicit, CoupledGroup, CouplingGraph, Blocked)
+SIGNALS = (Signal, ParameterSignals, InputStats, Product, ProductStats, StreamStats, Position, UnitAxis)
+CLASSES = (*STRUCTURE, *SIGNALS)
+BUILDERS: tuple[Any, ...] = tuple(
+    function
+    for name, function in vars(layouts).items()
+    if inspect.isfunction(function) and function.__module__ == layouts.__name__ and not name.startswith("_")
+)
+FUNCTIONS = (index_map, *BUILDERS)
+KINDS = ("MLP", "ATTENTION", "QUERY", "HIDDEN", "LAYER", "EXPERT")
+
+
+def render() -> str:
+    lines = [
+        "# Structure and signals",
+        "",
+        INTRODUCTION,
+        "",
+        "## Spans and groups",
+        "",
+        markdown(document(coupling)),
+        "",
+    ]
+    words = ", ".join(f"`{name}` (`{getattr(coupling, name)!r}`)" for name in KINDS)
+    lines += [f"Kinds of units that llmpruner itself knows: {words}. A family may add words of its own.", ""]
+    lines += [line for cls in STRUCTURE for line in _class(cls)]
+    lines += ["", "### index_map", "", "`from llmpruner import index_map`", "", *function_lines(index_map, "index_map")]
+    lines += ["", "## Layouts", "", "`from llmpruner import layouts`", "", markdown(document(layouts))]
+    for function in BUILDERS:
+        lines += ["", f"### layouts.{function.__name__}", "", *function_lines(function, function.__name__)]
+    lines += ["", "## Signals", "", markdown(document(signals)), "", markdown(document(position))]
+    lines += [line for cls in SIGNALS for line in _class(cls)]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = (
+    "For authors of plugins: how a family describes the structure of a model, and what a criterion is shown of it. "
+    "[Units and spans](../concepts/units.md) introduces the terms, [the tutorial](../tutorial/index.md) uses them, "
+    "and [Hooks](hooks.md) has the classes that a plugin gives."
+)
+
+
+def _class(cls: type) -> Any:
+    public = cls.__name__ in llmpruner.__all__
+    return class_section(cls, imported=f"from llmpruner import {cls.__name__}" if public else None)

@@ -1,0 +1,372 @@
+"""The Python API, which the command line calls too.
+
+Every function takes settings as keywords; they are those of the command of the same name, with the same defaults,
+bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
+``demo``), as the `Structure` that `discover` returned, or as the `Model` that `load` returned. Whatever can be refused
+is refused before weights are read.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Unpack
+
+from .checkpoints.adapters import save_adapter
+from .data.conversations import example
+from .data.documents import check_source
+from .errors import DataError, ModelError, PlanError, SettingsError
+from .evaluation.base import MetricSubject
+from .evaluation.run import evaluate as _evaluate
+from .evaluation.table import Evaluations
+from .exporters.run import export as _export
+from .families.auto import AUTO
+from .families.chat import Prompt, chat_prompt
+from .files import check_new_directory, check_new_file, write_text
+from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
+from .loading.dense import load_dense
+from .loading.model import Model, Structure, brings_tokenizer, load_model, load_structure
+from .models.devices import check_device
+from .models.generation import generate as _generate
+from .models.quiet import quiet_transformers
+from .oracle.verify import Verdict
+from .oracle.verify import verify as _verify
+from .plugins.catalog import Catalog
+from .plugins.host import plugin_manager
+from .progress import QUIET, Progress
+from .recipes import pipeline
+from .recipes.checks import check_prune, check_replay
+from .recipes.jobs import evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
+from .recipes.outcome import outcome_of
+from .recovery.run import RecoveryResult, check_work_dir
+from .recovery.run import recover as _recover
+from .report.base import ReportSubject
+from .report.page import report_page
+from .settings import (
+    EvaluateSettings,
+    ExportSettings,
+    GenerateSettings,
+    LoadSettings,
+    PageSettings,
+    PruneSettings,
+    RecoverSettings,
+    settings_from,
+)
+from .structure.outcome import Outcome
+from .structure.plan import PruningPlan
+
+Source = str | Path | Structure
+"""A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
+
+
+def load(
+    model: str | Path,
+    *,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **options: Unpack[LoadKeywords],
+) -> Model:
+    """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default all installed ones.
+
+    Raises `ModelError` when there is no such model, or its checkpoint is damaged.
+    """
+    settings = settings_from(LoadSettings, options)
+    catalog = catalog or Catalog(plugin_manager())
+    return _with_weights(_opened(model, settings, catalog, progress), catalog, settings, progress)
+
+
+def discover(
+    model: Source,
+    *,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **options: Unpack[LoadKeywords],
+) -> Structure:
+    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
+    settings = settings_from(LoadSettings, options)
+    return _opened(model, settings, catalog or Catalog(plugin_manager()), progress)
+
+
+def plan(
+    model: Source,
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> PruningPlan:
+    """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``.
+
+    Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
+    reached.
+    """
+    made, _ = plan_with_outcome(model, load=load, progress=progress, catalog=catalog, **settings)
+    return made
+
+
+def plan_with_outcome(
+    model: Source,
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> tuple[PruningPlan, Outcome]:
+    """`plan`, and the sizes of the model before and after the cut."""
+    catalog = catalog or Catalog(plugin_manager())
+    job = prune_job(settings_from(PruneSettings, settings), catalog)
+    opened = _opened(model, load, catalog, progress)
+    check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
+    loaded = _with_weights(opened, catalog, load, progress)
+    made, cost = pipeline.make_plan(loaded, job, progress)
+    return made, outcome_of(loaded, made, cost)
+
+
+def prune(
+    model: Source,
+    *,
+    plan: PruningPlan | str | Path | None = None,
+    output: str | Path | None = None,
+    need_tokenizer: bool = False,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> Model:
+    """Remove the least important units of a model. A `Model` that is passed in is changed in place.
+
+    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result.
+    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. Raises as `plan` does, `PlanError` for a
+    ``plan`` of another model, and `OutputError` for an ``output`` that exists or cannot be written.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    if plan is not None and settings:
+        raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
+    replayed = PruningPlan.load(Path(plan)) if isinstance(plan, (str, Path)) else plan
+    job = None if replayed is not None else prune_job(settings_from(PruneSettings, settings), catalog)
+    directory = None if output is None else check_new_directory(Path(output))
+    opened = _opened(model, load, catalog, progress)
+    has_tokenizer = _has_tokenizer(opened, catalog)
+    if need_tokenizer and not has_tokenizer:
+        raise ModelError(
+            f"model '{opened.ref}' brings no tokenizer, without which the pruned model can read no text; put its files "
+            "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
+        )
+    if replayed is not None:
+        check_replay(replayed, opened, catalog)
+        draft = pipeline.Draft(replayed)
+        loaded = _with_weights(opened, catalog, load, progress)
+    else:
+        assert job is not None
+        check_prune(job, opened, tokenizer=has_tokenizer)
+        loaded = _with_weights(opened, catalog, load, progress)
+        draft = pipeline.draft_plan(loaded, job, progress)
+    pruned = pipeline.apply_draft(loaded, draft, catalog, progress)
+    if directory is None:
+        return pruned
+    progress.status("saving")
+    return replace(pruned, form=save(pruned, directory))
+
+
+def recover(
+    model: Source,
+    *,
+    output: str | Path | None = None,
+    work_dir: str | Path | None = None,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[RecoverKeywords],
+) -> Model:
+    """Restore quality by a short training on instruction data. A `Model` that is passed in is changed in place.
+
+    ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
+    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved.
+    ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
+    `OutputError` for directories that cannot.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    job = recover_job(settings_from(RecoverSettings, settings), catalog)
+    directory = None if output is None else check_new_directory(Path(output))
+    folder = _work_dir(directory, work_dir)
+    check_work_dir(folder)
+    check_source(job.settings.data, example)
+    opened = _opened(model, load, catalog, progress)
+    if not _has_tokenizer(opened, catalog):
+        raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
+    loaded = _with_weights(opened, catalog, load, progress)
+    trusted = load is not None and load.trust_remote_code
+    with progress.counter("Recovering") as step:
+        result = _recover(
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
+            load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted), on_step=step,
+        )  # fmt: skip
+    for note in result.notes:
+        progress.status(note)
+    recovered = _recovered(loaded, result)
+    if directory is None:
+        return recovered
+    form = save(recovered, directory)
+    if work_dir is None:
+        shutil.rmtree(folder)
+    return replace(recovered, form=form)
+
+
+def evaluate(
+    models: Source | Sequence[Source],
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[EvaluateKeywords],
+) -> Evaluations:
+    """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
+
+    One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    options = settings_from(EvaluateSettings, settings)
+    job = evaluate_job(options, catalog)
+    sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
+    compares = "--kl" if options.kl else next((m.label() for m in job.metrics if m.needs_reference), None)
+    if compares and len(sources) == 1:
+        raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
+    opened = [_opened(source, load, catalog, progress) for source in sources]
+    for each in opened:
+        if not _has_tokenizer(each, catalog):
+            raise DataError(f"model '{each.ref}' brings no tokenizer, so it cannot be evaluated")
+
+    def subject(each: Structure) -> MetricSubject:
+        loaded = _with_weights(each, catalog, load, progress)
+        return MetricSubject(each.ref, loaded.model, loaded.tokenizer, loaded.graph)
+
+    return _evaluate([partial(subject, each) for each in opened], job.metrics, progress)
+
+
+def generate(
+    model: Source,
+    prompt: str,
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[GenerateKeywords],
+) -> str:
+    """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
+    options = generate_job(settings_from(GenerateSettings, settings))
+    catalog = catalog or Catalog(plugin_manager())
+    opened = _opened(model, load, catalog, progress)
+    if not _has_tokenizer(opened, catalog):
+        raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot read a prompt")
+    loaded = _with_weights(opened, catalog, load, progress)
+    asked = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else Prompt(prompt, False)
+    return _generate(
+        loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        seed=options.seed,
+    )  # fmt: skip
+
+
+def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
+    """Write an ordinary Hugging Face directory, whole or not at all.
+
+    ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
+    (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
+    """
+    target = check_new_directory(Path(directory))
+    if hasattr(model.model, "peft_config"):
+        save_adapter(model.model, target, base=model.ref, tokenizer=model.tokenizer)
+        return "adapter"
+    return pipeline.save(model, target, notes=notes)
+
+
+def export(
+    model: str | Path,
+    *,
+    output: str | Path,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[ExportKeywords],
+) -> str:
+    """Write the checkpoint directory ``model`` in the format of the exporter ``to``; returns one line on how to load
+    it."""
+    catalog = catalog or Catalog(plugin_manager())
+    exporter = export_job(settings_from(ExportSettings, settings), catalog)
+    directory = check_new_directory(Path(output))
+    if not Path(model).is_dir():
+        raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
+    return _export(Path(model), exporter, directory, partial(_loaded, model, load, catalog, progress), progress)
+
+
+def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
+    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing."""
+    if structure.plans:
+        raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
+    progress.status("cutting and silencing a small random model")
+    with quiet_transformers():
+        return _verify(structure.family, structure.config, seed=seed)
+
+
+def write_page(
+    structure: Structure,
+    path: str | Path,
+    *,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    catalog: Catalog | None = None,
+) -> list[str]:
+    """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed.
+
+    ``settings``: section name → its settings.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
+    subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
+    page = report_page(subject, sections)
+    write_text(check_new_file(Path(path)), page.html)
+    return list(page.warnings)
+
+
+def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Structure:
+    """The structure of a reference; a structure as it is."""
+    if isinstance(model, Structure):
+        return model
+    structure = load_structure(str(model), catalog, load)
+    if structure.family.name == AUTO and (load is None or load.family is None) and not structure.plans:
+        progress.status(f"no plugin knows model type '{structure.config.model_type}': its structure is discovered")
+    return structure
+
+
+def _with_weights(opened: Structure, catalog: Catalog, load: LoadSettings | None, progress: Progress) -> Model:
+    if isinstance(opened, Model):
+        return opened
+    load = load or LoadSettings()
+    check_device(load.device)
+    progress.status(f"loading {opened.ref}")
+    return load_model(opened.ref, catalog, load, opened)
+
+
+def _loaded(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Model:
+    return _with_weights(_opened(model, load, catalog, progress), catalog, load, progress)
+
+
+def _has_tokenizer(opened: Structure, catalog: Catalog) -> bool:
+    return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, catalog)
+
+
+def _recovered(model: Model, result: RecoveryResult) -> Model:
+    history = [*((model.record or {}).get("recovery", [])), result.record()]
+    return replace(model, model=result.model, record={**(model.record or {}), "recovery": history})
+
+
+def _work_dir(output: Path | None, work_dir: str | Path | None) -> Path:
+    if work_dir is not None:
+        return Path(work_dir)
+    if output is None:
+        raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
+    return output.with_name(output.name + ".recovery")

@@ -1,0 +1,101 @@
+"""Command-line options derived from settings models: flags, types, help and defaults are those of the fields.
+
+Values are passed on as text, so that the settings model checks them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from ..settings import Settings, flag_of, option_of
+
+_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "NAMES"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def takes(**models: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that adds the options of settings models to a command. For each name in ``models``, the command gets
+    a dictionary of the values that the user gave."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        kept = [p for name, p in own.items() if name not in models]
+        derived = {name: [_parameter(model, field) for field in model.model_fields] for name, model in models.items()}
+        every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))]
+        # Python requires parameters without defaults first.
+        every.sort(key=lambda p: p.default is not Parameter.empty)
+
+        def run(**values: Any) -> None:
+            given = {name: _given(values, [p.name for p in fields]) for name, fields in derived.items()}
+            command(**{p.name: values[p.name] for p in kept}, **given)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = {p.name: p.annotation for p in every}
+        run.__signature__ = Signature(every)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def _given(values: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if values[name] is not None and values[name] != []}
+
+
+def _parameter(model: type[Settings], name: str) -> Parameter:
+    field, option = model.model_fields[name], option_of(model, name)
+    kind = _kind(field.annotation)
+    flag = flag_of(model, name)
+    flags = option.flags or ((f"{flag}/--no-{flag[2:]}",) if field.default is True else (flag,))
+    info = typer.Option(
+        *flags,
+        help=_help(field),
+        rich_help_panel=option.panel,
+        metavar=None if kind is bool else option.metavar or _METAVARS.get(kind, "TEXT"),
+        show_default=False,
+    )
+    annotation: Any = bool if kind is bool else list[str] if kind is dict else str
+    required = field.is_required()
+    annotation = annotation if required else annotation | None
+    default = Parameter.empty if required else None
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
+
+
+def _kind(annotation: Any) -> Any:
+    """The plain type of a field: ``int`` of ``Annotated[int, …] | None``."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin is Literal:
+        return str
+    if origin in (Union, type(int | str)):
+        return _kind(next(a for a in get_args(annotation) if a is not type(None)))
+    return origin or annotation
+
+
+def _help(field: FieldInfo) -> str:
+    facts = [f"{_BOUNDS[key]} {value:g}" for key, value in _bounds(field) if value < 2**62]
+    default = _shown(field)
+    facts += [f"default {default}"] if default else []
+    return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
+    limits = [(key, getattr(m, key, None)) for m in field.metadata for key in _BOUNDS]
+    return [(key, value) for key, value in limits if isinstance(value, int | float)]
+
+
+def _shown(field: FieldInfo) -> str:
+    """The default for ``--help``; empty for None, False and empty values."""
+    value = field.default
+    if value is None or value is False or field.is_required() or value == {}:
+        return ""
+    if value is True:
+        return "yes"
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,19 @@
+"""Bias shift: the mean contribution of removed units is added to biases. Imports no torch."""
+
+from __future__ import annotations
+
+from .base import Compensation, Repaired, RepairTask
+
+
+class BiasShift(Compensation):
+    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R, with the mean over the
+    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Weights do not change. Raises
+    `UnsupportedModelError` where a weight has no bias."""
+
+    name = "bias"
+    summary = "the mean contribution of removed units is added to the biases of the weights that read them"
+
+    def repair(self, task: RepairTask) -> Repaired:
+        from . import fitters, repair
+
+        return repair.repair(task, fitters.BiasFitter)

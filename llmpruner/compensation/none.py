@@ -1,0 +1,16 @@
+"""No compensation."""
+
+from __future__ import annotations
+
+from .base import Compensation, Repaired, RepairTask
+
+
+class NoCompensation(Compensation):
+    """Changes no weights."""
+
+    name = "none"
+    summary = "weights do not change"
+    reads_text = False
+
+    def repair(self, task: RepairTask) -> Repaired:
+        return Repaired(dict(task.kept))

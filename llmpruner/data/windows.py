@@ -1,0 +1,83 @@
+"""Windows of tokens from documents."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import DataError
+
+_CHARACTERS_PER_TOKEN = 12
+"""More than the average in any language, so that a piece of text has enough tokens."""
+_ATTEMPTS = 200
+"""Random positions that are tried per window before the text counts as too short."""
+_WINDOWS_PER_PIECE = 8
+"""Windows of text that are tokenized at once."""
+_BETWEEN = "\n\n"
+
+
+def windows(
+    documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int, source: str
+) -> torch.Tensor:
+    """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
+    pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
+
+    Documents are joined in random order, so that short ones are used too. ``tokenizer``: a transformers one; it adds
+    no special tokens here. ``source``: the name of the text, for messages. The same arguments give the same windows.
+    Raises `DataError` when the text has fewer than ``length`` tokens.
+    """
+    rng = random.Random(seed)
+    text = _BETWEEN.join(rng.sample(documents, len(documents)))
+    rounds: list[list[list[int]]] = []
+    for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
+        ids = _tokens(tokenizer, piece)
+        starts = [number * length for number in range(len(ids) // length)]
+        rng.shuffle(starts)
+        for turn, start in enumerate(starts):
+            if turn == len(rounds):
+                rounds.append([])
+            rounds[turn].append(ids[start : start + length])
+    rows = [row for later in rounds for row in later][:samples]
+    rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
+    if len(rows) < samples:
+        raise DataError(
+            f"'{source}' is too short for {samples} samples of {length} tokens; lower --samples or --length"
+        )
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
+    """The text in pieces of about ``size`` characters that start at a word, in random order."""
+    found: list[str] = []
+    start, stop = 0, rng.randrange(1, size + 1) if len(text) > size else size
+    while start < len(text):
+        while stop < len(text) and not text[stop - 1].isspace():
+            stop += 1
+        found.append(text[start:stop])
+        start, stop = stop, stop + size
+    rng.shuffle(found)
+    return found
+
+
+def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
+    """Windows of ``length`` tokens at random positions; fewer than ``samples`` if the text is too short."""
+    span = length * _CHARACTERS_PER_TOKEN
+    rows: list[list[int]] = []
+    for _ in range(samples * _ATTEMPTS):
+        if len(rows) == samples:
+            break
+        start = rng.randrange(max(1, len(text) - span + 1))
+        while 0 < start < len(text) and not text[start - 1].isspace():
+            start += 1
+        ids = _tokens(tokenizer, text[start : start + span])[:length]
+        if len(ids) == length:
+            rows.append(ids)
+    return rows

@@ -1,0 +1,131 @@
+"""Sums of statistics that a criterion computes from each matrix product.
+
+Activations are kept for one micro-batch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import PluginError
+from .position import Position
+from .routing import Routing
+from .signals import Product, ProductStats
+from .watch import WatchedProduct, WatchProducts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Measure = Callable[[Product], Mapping[str, torch.Tensor]]
+
+
+class ReduceProducts:
+    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer.
+
+    ``positions``: of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
+    ``measure`` is called in the backward pass, with the gradient of the outputs, instead of the forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: Collection[str],
+        positions: Mapping[str, Position],
+        measure: Measure,
+        num_samples: int,
+        *,
+        gradients: bool = False,
+    ) -> None:
+        self._model, self._names, self._positions, self._measure = model, names, positions, measure
+        self._num_samples, self._gradients = num_samples, gradients
+        self._routing = Routing(model, names)
+        self._first, self._shape = 0, (0, 0)
+        self._sums: dict[str, dict[str, torch.Tensor]] = {}
+        self._axes: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def following(self, watch: WatchProducts) -> Iterator[None]:
+        """While active, takes the products that ``watch`` observes."""
+        watch.add(self._routing.names, self._routing.rows_of)
+        watch.add(self._names, self._add)
+        with self._routing.following():
+            yield
+
+    def next_batch(self, first: int, ids: torch.Tensor) -> None:
+        """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample."""
+        self._first, self._shape = first, (ids.shape[0], ids.shape[1])
+
+    def statistics(self) -> dict[str, ProductStats]:
+        """Parameter → sums, for every weight for which ``measure`` returned values."""
+        return {name: ProductStats(sums, self._axes[name]) for name, sums in self._sums.items()}
+
+    def _add(self, watched: WatchedProduct) -> None:
+        parameter = self._model.get_parameter(watched.parameter).detach()
+        matrix = parameter if watched.slot is None else parameter[watched.slot]
+        tokens, gates = self._rows(watched)
+        # A later operation may overwrite a tensor before the backward pass reads it.
+        copy = self._gradients
+        product = Product(
+            inputs=watched.inputs.to(torch.float32, copy=copy),
+            outputs=self._with_bias(watched, watched.outputs.to(torch.float32, copy=copy)),
+            weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
+            position=self._positions[watched.parameter],
+            expert=watched.slot,
+            num_samples=self._num_samples,
+            row_samples=None if tokens is None else self._first + tokens // self._shape[1],
+            row_gates=gates,
+        )
+        # The hook must not refer to the graph, which refers to the hook: neither would be freed.
+        parameter_name, axis, slot, samples = watched.parameter, watched.axis, watched.slot, self._shape[0]
+
+        def measure(grad: torch.Tensor) -> None:
+            # The gradient is that of the mean loss over the samples of the micro-batch.
+            self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * samples))
+
+        if self._gradients:
+            watched.on_gradient(measure)
+        else:
+            self._sum(parameter_name, axis, slot, product)
+
+    def _with_bias(self, watched: WatchedProduct, outputs: torch.Tensor) -> torch.Tensor:
+        """``outputs`` with the bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds
+        separately."""
+        path, _, leaf = watched.parameter.rpartition(".")
+        bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
+        if watched.slot is None or not isinstance(bias, torch.Tensor):
+            return outputs
+        return outputs + bias[watched.slot].detach().float()
+
+    def _rows(self, watched: WatchedProduct) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Token numbers within the micro-batch, and router weights, of the rows; None where they are unknown."""
+        if watched.slot is not None:
+            found = self._routing.rows_of(watched)
+            if found is not None:
+                return found
+        samples, length = self._shape
+        shape = watched.leading_shape
+        # Rows of a model that puts time first would be assigned to the wrong samples.
+        if len(watched.inputs) == samples * length and shape[0] in (1, samples, samples * length):
+            return torch.arange(samples * length, device=watched.inputs.device), None
+        return None, None
+
+    @torch.no_grad()
+    def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:
+        self._axes[parameter] = axis
+        sums = self._sums.setdefault(parameter, {})
+        for name, value in self._measure(product).items():
+            if name not in sums:
+                stack = () if slot is None else (self._model.get_parameter(parameter).shape[0],)
+                sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
+            total = sums[name] if slot is None else sums[name][slot]
+            if total.shape != value.shape:
+                raise PluginError(
+                    f"measure returns '{name}' of shape {tuple(value.shape)} for one product with a weight and of "
+                    f"shape {tuple(total.shape)} for another; sums of one name must have one shape"
+                )
+            total += value

@@ -1,0 +1,201 @@
+"""The built-in metrics and their settings; the measurements are in `cost`, `perplexity` and `tasks`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ..component import ComponentSettings
+from ..data.documents import PYDOC, read_text
+from ..errors import DataError
+from ..progress import QUIET
+from ..settings import Names, Seed
+from .base import Metric, MetricSubject, Row
+from .tasks import LoadedTasks, evaluate_tasks, load_tasks
+
+if TYPE_CHECKING:
+    from .results import PerplexityResult
+
+
+class SizeMetric(Metric):
+    """Computed from shapes alone; see `llmpruner.evaluation.cost.size`."""
+
+    name = "size"
+    summary = "parameters, bytes of the weights, and multiply-accumulate operations per decoded token"
+
+    class Settings(ComponentSettings):
+        context: int = Field(512, ge=0, description="Tokens in the cache when operations are counted.")
+
+    settings: Settings
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        from .cost import size
+
+        return asdict(size(subject.model, subject.graph, context=self.settings.context))
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row("parameters", result["parameters"], False),
+            Row("decoder parameters", result["decoder_parameters"], False),
+            Row("weight bytes", result["weight_bytes"], False),
+            Row("MACs per token", result["macs_per_token"], False),
+        ]
+
+
+class PerplexityMetric(Metric):
+    """Perplexity on one text, with ``kl`` also the divergence from the first model; see
+    `llmpruner.evaluation.perplexity.perplexity`."""
+
+    name = "perplexity"
+    summary = "perplexity and bits per byte on a text; with kl also the KL divergence from the first model"
+
+    class Settings(ComponentSettings):
+        text: str = Field(
+            PYDOC,
+            description=f"A .txt, .json, .jsonl or .parquet file, a data set, or '{PYDOC}', the text of Python's "
+            "help().",
+        )
+        window: int = Field(512, ge=2, description="Tokens per window; windows do not overlap.")
+        tokens: int | None = Field(
+            None, ge=2, description="Number of tokens to use, from the start of the text; all by default."
+        )
+        kl: bool = Field(False, description="Also the KL divergence from the first model (both are in memory).")
+        batch_size: int = Field(4, ge=1, description="Windows per batch.")
+        autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
+
+    settings: Settings
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.settings.kl
+
+    @cached_property
+    def text(self) -> str:
+        """The text, read on first use."""
+        return read_text(self.settings.text)
+
+    def prepare(self) -> None:
+        _ = self.text
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        from .perplexity import perplexity
+
+        settings = self.settings
+        found: PerplexityResult = perplexity(
+            subject.model,
+            _tokenizer(self, subject),
+            self.text,
+            window=settings.window,
+            tokens=settings.tokens,
+            batch_size=settings.batch_size,
+            autocast=settings.autocast,
+            reference=subject.reference if settings.kl else None,
+            progress=subject.progress,
+        )
+        return asdict(found)
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row("perplexity", result["perplexity"], False),
+            Row("bits per byte", result["bits_per_byte"], False),
+            Row("KL to the first", result["kl_per_token"], False),
+        ]
+
+
+class SpeedMetric(Metric):
+    """Timed on random tokens at batch size 1; see `llmpruner.evaluation.cost.speed`."""
+
+    name = "speed"
+    summary = "tokens per second of prefill and of decoding, and peak memory, at batch size 1"
+
+    class Settings(ComponentSettings):
+        prompt_tokens: int = Field(256, ge=1, description="Tokens of the prompt.")
+        new_tokens: int = Field(32, ge=1, description="Tokens decoded after it.")
+        runs: int = Field(5, ge=1, description="Repetitions, after one that is not counted.")
+        seed: Seed = 0
+
+    settings: Settings
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        from .cost import speed
+
+        return asdict(speed(subject.model, progress=subject.progress, **dict(self.settings)))
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row("prefill tokens/s", result["prefill"]["median"], True),
+            Row("decode tokens/s", result["decode"]["median"], True),
+            Row("peak memory bytes", result["peak_bytes"], False),
+        ]
+
+
+class TasksMetric(Metric):
+    """Tasks of lm-evaluation-harness; see `llmpruner.evaluation.tasks.evaluate_tasks`."""
+
+    name = "tasks"
+    summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
+
+    class Settings(ComponentSettings):
+        names: Names = Field(
+            ("paper",),
+            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
+            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
+        )
+        limit: int | None = Field(None, ge=1, description="Rows per task; all by default.")
+        num_fewshot: int = Field(0, ge=0, description="Examples shown in each task's prompt.")
+        include_path: Path | None = Field(
+            None, description="Folder with additional lm-eval task files, such as for offline data."
+        )
+        batch_size: int = Field(8, ge=1, description="Rows per batch.")
+        seed: Seed = 0
+
+    settings: Settings
+
+    @cached_property
+    def tasks(self) -> LoadedTasks:
+        """The tasks with their data, loaded on first use."""
+        return load_tasks(self.settings.names, include_path=self.settings.include_path)
+
+    def prepare(self) -> None:
+        _ = self.tasks
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        settings = self.settings
+        subject.progress.status(f"lm-eval: {', '.join(self.tasks.names)}")
+        return evaluate_tasks(
+            subject.model,
+            _tokenizer(self, subject),
+            self.tasks,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            num_fewshot=settings.num_fewshot,
+            seed=settings.seed,
+            # lm-eval has its own progress bars.
+            progress=subject.progress is not QUIET,
+        )
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
+            for task, values in result.items()
+            for name, value in values.items()
+            if not name.endswith("_stderr")
+        ]
+
+
+def _higher_is_better(metric: str) -> bool | None:
+    """For a name of a metric of lm-eval; None for unknown ones."""
+    if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        return False
+    return True if metric.startswith(("acc", "exact_match", "f1")) else None
+
+
+def _tokenizer(metric: Metric, subject: MetricSubject) -> Any:
+    if subject.tokenizer is None:
+        raise DataError(f"model '{subject.name}' brings no tokenizer, so its {metric.name} cannot be measured")
+    return subject.tokenizer

@@ -1,0 +1,113 @@
+"""Results of the measurements of one model, as frozen values with a JSON form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .base import Row
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult:
+    """``tokens``: tokens in the windows. Each window of ``window`` tokens gives ``window − 1`` predictions.
+    ``nll_per_token``: mean negative log-likelihood in nats. ``bits_per_byte`` counts UTF-8 bytes, and is comparable
+    between tokenizers. ``kl_per_token``: mean Kullback-Leibler divergence KL(reference ‖ model) of the predictions, in
+    nats; None without a reference. ``text_sha256``: of the whole text in UTF-8."""
+
+    perplexity: float
+    nll_per_token: float
+    bits_per_byte: float
+    tokens: int
+    windows: int
+    window: int
+    text_sha256: str
+    kl_per_token: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Median of ``runs`` repetitions, with the smallest and the largest of them."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Parameters (tied ones once), those in the decoder layers, bytes of the weights in memory, and multiply-accumulate
+    operations to decode one token with ``context`` tokens in the cache."""
+
+    parameters: int
+    decoder_parameters: int
+    weight_bytes: int
+    macs_per_token: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens per second at batch size 1. ``peak_bytes``: peak memory of the process (CUDA: of the allocator) while
+    measuring, including other models; None where the system does not report it."""
+
+    prefill: Measurement
+    decode: Measurement
+    prompt_tokens: int
+    new_tokens: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
+    ``rows``: the table's rows, in the order of the metrics. Built-in metrics are also typed attributes."""
+
+    name: str
+    results: Mapping[str, Mapping[str, Any]]
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def size(self) -> Size | None:
+        """None where it was not measured, as for `perplexity` and `speed`."""
+        found = self.results.get("size")
+        return None if found is None else Size(**found)
+
+    @property
+    def perplexity(self) -> PerplexityResult | None:
+        found = self.results.get("perplexity")
+        return None if found is None else PerplexityResult(**found)
+
+    @property
+    def tasks(self) -> Mapping[str, Mapping[str, float]]:
+        """Task → metric → value, as lm-eval names them; empty where no task was run."""
+        return self.results.get("tasks", {})
+
+    @property
+    def speed(self) -> Speed | None:
+        found = self.results.get("speed")
+        if found is None:
+            return None
+        spread = {name: Measurement(**found[name]) for name in ("prefill", "decode")}
+        return Speed(**{**found, **spread})
+
+    def as_json(self) -> dict[str, Any]:
+        """``name``, the built-in metrics (null, for tasks ``{}``, where not measured), and the other metrics by name.
+        Numbers that are not finite become null."""
+        builtin: dict[str, Any] = {"size": None, "perplexity": None, "tasks": {}, "speed": None}
+        plain: dict[str, Any] = finite({"name": self.name, **builtin, **self.results})
+        return plain
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in place of all numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

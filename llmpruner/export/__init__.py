@@ -1,1 +1,0 @@
-"""Export: a checkpoint written for other runtimes."""

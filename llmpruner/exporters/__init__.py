@@ -1,0 +1,1 @@
+"""Export: writing checkpoints in the formats of other runtimes."""

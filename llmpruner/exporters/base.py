@@ -1,0 +1,88 @@
+"""Exporter: writes a checkpoint in the format of another runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from ..component import Component
+from ..progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..structure.architecture import StatesConfigs
+
+
+class ExportSource(Protocol):
+    """The loaded checkpoint. ``tokenizer``: None where it has none. ``record``: its ``llmpruner.json``, None for a
+    dense model."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def tokenizer(self) -> Any | None: ...
+
+    @property
+    def family(self) -> StatesConfigs | None: ...
+
+    @property
+    def record(self) -> Mapping[str, Any] | None: ...
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """``source``: the directory of the checkpoint. ``directory``: new and empty; renamed to its final name when
+    `Exporter.export` returns, and removed when it raises. ``load``: loads the source; called when `loaded` or `model`
+    is first read, so that an exporter which streams tensors from ``source`` needs no memory for the model."""
+
+    source: Path
+    directory: Path
+    load: Callable[[], ExportSource]
+    progress: Progress = QUIET
+
+    @cached_property
+    def loaded(self) -> ExportSource:
+        return self.load()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """In evaluation mode."""
+        return self.loaded.model
+
+
+class Exporter(Component):
+    """Writes one format. `export` must check what it wrote, by loading it or by comparing outputs.
+
+    ::
+
+        class Weights(Exporter):
+            name = "weights"
+            summary = "the state dict alone, as PyTorch saves it"
+
+            class Settings(ComponentSettings):
+                file: str = Field("weights.pt", description="Name of the file.")
+
+            settings: Settings
+
+            def export(self, task):
+                state = task.model.state_dict()
+                torch.save(state, task.directory / self.settings.file)
+                written = torch.load(task.directory / self.settings.file, weights_only=True)
+                if any(not torch.equal(written[name], tensor) for name, tensor in state.items()):
+                    raise OutputError("the written weights differ from the model's")
+                return "torch.load reads it"
+    """
+
+    kind: ClassVar[str] = "exporter"
+
+    def export(self, task: ExportTask) -> str:
+        """Write into ``task.directory``; returns one line on how to load the result.
+
+        Raises `UnsupportedModelError` for a model that cannot be represented in the format.
+        """
+        raise NotImplementedError

@@ -1,0 +1,135 @@
+"""Chat formats: prompts for one instruction, and the training text of examples.
+
+The tokenizer's chat template is used if it has one, unless the family has its own format
+(`ModelFamily.has_own_format`); without either, Stanford Alpaca's format.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from ..data.conversations import Completion, Conversation, Example, Instruction
+from ..errors import DataError, first_line
+
+if TYPE_CHECKING:
+    from .family import ModelFamily
+
+_TODAY = datetime.date(2024, 7, 26)
+"""The date for templates that print the current one, so that results, and the identity of an interrupted recovery, do
+not depend on the day."""
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class Prompt(NamedTuple):
+    """``has_special_tokens``: the text contains its special tokens (beginning of sequence, roles), so it is tokenised
+    with ``add_special_tokens=False``."""
+
+    text: str
+    has_special_tokens: bool
+
+
+class Turn(NamedTuple):
+    """A prompt and the answer to it. Text without a prompt has an empty one."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingText:
+    """The text of one training example: the texts of all turns joined.
+
+    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and every answer gets an
+    end-of-sequence token.
+    """
+
+    turns: tuple[Turn, ...]
+    has_special_tokens: bool = False
+
+
+def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: str = "") -> Prompt:
+    """The prompt for ``instruction``. ``input``: the text that the instruction refers to, if it is separate.
+
+    Raises `DataError` when the tokenizer's chat template fails.
+    """
+    if not _uses_template(family, tokenizer):
+        return Prompt(family.format_prompt(instruction, input), False)
+    return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
+
+
+def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
+    """An example in the chat format of the model.
+
+    Every assistant turn of a conversation is an answer. There is one text for each example, except where a chat
+    template renders earlier turns differently once others follow (Qwen3's leaves out their reasoning): then there is
+    one for each answer, with the prompt that the model would get for it.
+
+    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support.
+    """
+    if isinstance(example, Completion):
+        return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
+    if _uses_template(family, tokenizer):
+        return _rendered(tokenizer, _messages(example))
+    if isinstance(example, Instruction):
+        pair = family.training_pair(example.instruction, example.output, example.input)
+        return [TrainingText((Turn(*pair),))]
+    pairs = family.format_conversation(example.exchanges, example.system)
+    return [TrainingText(tuple(Turn(*pair) for pair in pairs))]
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The number of equal items (characters, tokens) at the start of both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _uses_template(family: ModelFamily, tokenizer: Any) -> bool:
+    template: Any = getattr(tokenizer, "chat_template", None)
+    # A dict of templates by name.
+    return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
+
+
+def _question(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{instruction}\n{input}" if input else instruction}
+
+
+def _messages(example: Instruction | Conversation) -> list[dict[str, str]]:
+    if isinstance(example, Instruction):
+        answer = {"role": "assistant", "content": example.output}
+        return [_question(example.instruction, example.input), answer]
+    return [{"role": message.role, "content": message.content} for message in example.messages]
+
+
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[TrainingText]:
+    """For each answer, the conversation up to it is rendered twice: without the answer but with the generation prompt,
+    and with the answer. The difference is the answer with its closing tokens."""
+    answers: list[tuple[str, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = _render(tokenizer, messages[:number], add_generation_prompt=True)
+            answered = _render(tokenizer, messages[: number + 1])
+            # The generation prompt may contain text that is not before the answer (the start of a reasoning).
+            answers.append((answered, common_start(asked, answered)))
+    whole = answers[-1][0]
+    ends = [0, *(len(text) for text, _ in answers)]
+    if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
+        turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
+        return [TrainingText(tuple(turns), True)]
+    return [TrainingText((Turn(text[:start], text[start:]),), True) for text, start in answers]
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    template = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
+    return text

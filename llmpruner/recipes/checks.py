@@ -1,0 +1,104 @@
+"""Checks of a job against the structure of a model, before weights are read or text is generated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..budgets.base import BudgetSubject
+from ..budgets.costs import saving_units
+from ..data.calibration import parse_calibration
+from ..errors import DataError, ModelError, SelectionError, SettingsError
+from ..families.graph import build_graph
+from ..importance.estimate import check_accepted
+from ..models.empty import meta_model
+from ..models.surgery import cut
+from ..selection.base import AllocationTask, Meter
+from ..selection.uniform import Uniform
+from ..structure.queues import build_queue
+from .jobs import PruneJob
+from .pipeline import demand, length_for, scope_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..budgets.costs import Cost
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+    from ..structure.coupling import CoupledGroup, Span
+    from ..structure.plan import PruningPlan
+
+
+def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
+    """Raise for kinds and layers that the model does not have, for text that cannot be read, and for an amount or a
+    rounding that its groups cannot give. ``tokenizer``: whether the model has one."""
+    scope = scope_of(job, structure)
+    groups = scope.groups(structure.graph)
+    check_accepted(job.criterion, groups, structure.graph)
+    if job.fixed_reduction and all(len(_scored(job, group)) == 1 for group in groups if not group.modules):
+        raise SettingsError(
+            f"--reduction has no effect: {job.criterion.label()} scores one span of every group; leave it out"
+        )
+    _check_calibration(job, structure, tokenizer=tokenizer)
+    job.budget.check(structure.config)
+    if not job.budget.from_shapes:
+        return
+    cost = _cost(job, structure, groups)
+    allowed = {group.name: scope.allowed_units(group) for group in groups}
+    if job.by != "units":
+        allowed = saving_units(cost, groups, allowed)
+    queues = [
+        build_queue(group, [0.0] * group.units, allowed=allowed[group.name], round_to=job.round_to)
+        for group in groups
+        if group.name in allowed
+    ]
+    wanted = demand(job, cost, cost, groups, scope, job.steps)
+    # The largest amount does not depend on scores, so equal shares replace allocations that measure.
+    allocation = Uniform() if job.allocation.measures else job.allocation
+    if not any(allocation.allocate(AllocationTask(queues, wanted, Meter(cost, queues))).values()):
+        rounded = job.round_to > 1
+        raise SelectionError(
+            "the amount asked for is less than one unit of the selected groups"
+            + (f" under --round-to {job.round_to}; ask for more, or round less" if rounded else "; ask for more")
+        )
+
+
+def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> None:
+    """Raise for a plan that was made for another model, or that needs a component or calibration text that does not
+    exist."""
+    plan.check(structure.graph)
+    catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
+    if plan.compensation is None:
+        return
+    catalog.create(catalog.compensations, plan.compensation.name, plan.compensation.settings)
+    if plan.compensation.calibration is not None:
+        parse_calibration(plan.compensation.calibration, catalog.sources, plan.compensation.sources).check()
+
+
+def _scored(job: PruneJob, group: CoupledGroup) -> list[Span]:
+    roles = job.criterion.roles
+    return [span for span in group.spans if roles is None or span.role in roles] or list(group.spans)
+
+
+def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
+    if job.calibration is None:
+        return
+    limit = getattr(structure.config.get_text_config(), "max_position_embeddings", None)
+    length = length_for(job.calibration, structure)
+    if limit and length > limit:
+        raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+    for part in job.calibration.text.parts:
+        if not part.source.writes and not tokenizer:
+            raise ModelError(
+                f"'{structure.ref}' brings no tokenizer, so it cannot be calibrated on '{part.reference}'; use 'self'"
+            )
+    job.calibration.text.check()
+
+
+def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:
+    """The cost of the current model, from its shapes."""
+    model = meta_model(structure.config)
+    if structure.plans:
+        graph = build_graph(structure.family, structure.config)
+        for plan in structure.plans:
+            graph = cut(model, graph, plan.kept, structure.family)
+    return job.budget.cost(BudgetSubject(model, structure.graph, groups, structure.family), None)

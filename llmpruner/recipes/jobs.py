@@ -1,0 +1,320 @@
+"""From settings to jobs: creating components, filling in the defaults of methods, refusing options without effect.
+
+Stages read jobs alone, not settings, so an option that does not change the job has no effect. Jobs do not depend on the
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
+
+from ..budgets.base import Budget
+from ..compensation.base import Compensation
+from ..component import Component
+from ..data.calibration import CalibrationText, parse_calibration
+from ..engine.signals import Signal
+from ..errors import SettingsError
+from ..evaluation.base import Metric
+from ..exporters.base import Exporter
+from ..importance.base import ImportanceCriterion
+from ..methods.base import Method
+from ..methods.presets import ByHand
+from ..plugins.catalog import Catalog
+from ..plugins.registry import Registry
+from ..recovery.base import RecoveryStrategy
+from ..report.base import ReportSection
+from ..selection.base import Allocation
+from ..settings import (
+    EvaluateSettings,
+    ExportSettings,
+    GenerateSettings,
+    PageSettings,
+    PruneSettings,
+    RecoverSettings,
+    Settings,
+    flag_of,
+    option_of,
+)
+from ..structure.coupling import ATTENTION, HIDDEN, LAYER, QUERY
+
+C = TypeVar("C", bound=Component)
+
+HOW_MUCH = "say how much to remove with one of --ratio, --target-params or --unit-ratio"
+_AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
+    "ratio": "ratio",
+    "target_params": "parameters",
+    "unit_ratio": "units",
+}
+_UNROUNDED = {ATTENTION, QUERY, LAYER}
+"""Kinds whose numbers are not rounded: heads and layers are counts, not widths."""
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """The calibration text to read. ``fixed_length``: whether the user gave the length; a default is limited to the
+    model's positions."""
+
+    text: CalibrationText
+    samples: int
+    length: int
+    fixed_length: bool
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """All that a plan and a cut depend on, besides the model.
+
+    ``by``, ``amount``: a share (``ratio``) of ``budget``, total ``parameters`` to remain, or a share of ``units``.
+    ``calibration``: None when no component reads text.
+    """
+
+    by: Literal["ratio", "parameters", "units"]
+    amount: float
+    budget: Budget
+    kinds: tuple[str, ...]
+    layers: str | None
+    round_to: int
+    criterion: ImportanceCriterion
+    reduction: str
+    allocation: Allocation
+    normalization: str
+    steps: int
+    compensation: Compensation
+    calibration: CalibrationJob | None
+    seed: int
+    fixed_reduction: bool = False
+    """Whether the user gave the reduction."""
+
+    @property
+    def scores_read_text(self) -> bool:
+        """Whether scores or the allocation depend on calibration text."""
+        return bool(self.criterion.signals - {Signal.WEIGHT}) or self.allocation.measures
+
+
+@dataclass(frozen=True)
+class RecoverJob:
+    """A strategy with its settings, and the settings that all strategies share."""
+
+    strategy: RecoveryStrategy
+    settings: RecoverSettings
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """The metrics to measure, in the order of their columns."""
+
+    metrics: tuple[Metric, ...]
+
+
+class _Given:
+    """The settings that the user gave, and a record of the component settings that were used."""
+
+    def __init__(self, settings: Settings, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.settings = settings
+        self.names = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
+        self._own: Mapping[str, Mapping[str, Any]] = getattr(settings, "settings", {})
+        self._defaults = defaults or {}
+        self._used: dict[str, list[str]] = {}
+
+    def has(self, name: str) -> bool:
+        return name in self.names
+
+    def flag(self, name: str) -> str:
+        return flag_of(type(self.settings), name)
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Raise `SettingsError` if the user gave ``name``, which has no effect for ``reason``."""
+        if self.has(name):
+            flag, negated = self.flag(name), getattr(self.settings, name) is False
+            flag = f"--no-{flag[2:]}" if negated and type(self.settings).model_fields[name].default is True else flag
+            raise SettingsError(f"{flag} has no effect {reason}; leave it out")
+
+    def create(self, field: str, registry: Registry[C], name: str) -> C:
+        """The component ``name``, which ``field`` selects, with the settings of the method and of the user for it."""
+        return self.configured(field, registry[name])
+
+    def configured(self, field: str, cls: type[C]) -> C:
+        values = {**self._defaults.get(cls.name, {}), **self._own.get(cls.name, {})}
+        for option, key in self._shorthands(field):
+            if key not in cls.Settings.model_fields:
+                self.refuse(option, f"with {cls.label()}, which has no setting '{key}'")
+            elif self.has(option):
+                if key in self._own.get(cls.name, {}):
+                    raise SettingsError(f"{self.flag(option)} and --set {cls.name}.{key} give the same; leave one out")
+                values[key] = getattr(self.settings, option)
+        return self.use(cls(**values))
+
+    def use(self, component: C) -> C:
+        """``component``; records that its settings were used."""
+        self._used.setdefault(component.name, []).append(component.kind)
+        return component
+
+    def unused_shorthands(self, field: str, reason: str) -> None:
+        """Refuse the shorthand options for settings of the component that ``field`` selects, where there is none."""
+        for option, _ in self._shorthands(field):
+            self.refuse(option, reason)
+
+    def _shorthands(self, field: str) -> Iterator[tuple[str, str]]:
+        for option in type(self.settings).model_fields:
+            owner, _, key = (option_of(type(self.settings), option).sets or "").partition(".")
+            if owner == field:
+                yield option, key
+
+    def check_all_used(self) -> None:
+        """Raise for ``--set NAME.key`` of a component that is not chosen."""
+        for name in self._own:
+            if name not in self._used:
+                chosen = ", ".join(f"{kinds[0]} {used}" for used, kinds in self._used.items())
+                raise SettingsError(f"--set {name}.… has no effect: '{name}' is not chosen here (chosen: {chosen})")
+
+
+def method_of(settings: PruneSettings, catalog: Catalog) -> Method:
+    """The method that the user gave; else `ByHand` if the user gave a criterion, else ``best``."""
+    if settings.method is not None:
+        return catalog.methods[settings.method]()
+    return ByHand() if settings.importance is not None else catalog.methods["best"]()
+
+
+def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
+    amounts = [name for name in _AMOUNTS if getattr(settings, name) is not None]
+    if len(amounts) != 1:
+        raise SettingsError(HOW_MUCH if not amounts else f"{HOW_MUCH}, not with {len(amounts)} of them")
+    (amount,) = amounts
+    text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
+    method = method_of(settings, catalog)
+    defaults = _defaults(method, settings, writes=text.writes)
+    given = _Given(settings, defaults.pop("settings", {}))
+
+    def chosen(name: str) -> Any:
+        return getattr(settings, name) if given.has(name) else defaults.get(name, getattr(settings, name))
+
+    if amount != "ratio":
+        given.refuse("budget", f"with {given.flag(amount)}: it is what --ratio is a share of")
+        given.unused_shorthands("budget", f"with {given.flag(amount)}")
+    budget_name = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
+    budget = given.create("budget", catalog.budgets, budget_name)
+    criterion = given.create("importance", catalog.criteria, chosen("importance"))
+    allocation = given.create("allocation", catalog.allocations, settings.allocation)
+    compensation = given.create("compensate", catalog.compensations, chosen("compensate"))
+    given.configured("method", type(method))
+    if not allocation.compares_groups:
+        given.refuse("normalize", f"with --allocation {allocation.name}, which compares no scores of different groups")
+    if set(settings.kinds) <= _UNROUNDED:
+        given.refuse("round_to", f"with --kinds {','.join(settings.kinds)}, which are counted and not rounded")
+    if set(settings.kinds) == {HIDDEN}:
+        given.refuse("layers", "with --kinds hidden, whose channels run through all layers")
+    if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
+    if settings.steps > 1 and amount == "unit_ratio":
+        raise SettingsError("--unit-ratio goes in one step; use --ratio for iterative pruning")
+    reads = bool(criterion.signals - {Signal.WEIGHT}) or allocation.measures or compensation.reads_text
+    calibration = None
+    if reads:
+        for part in text.parts:
+            given.use(part.source)
+        calibration = CalibrationJob(text, chosen("samples"), chosen("length"), given.has("length"))
+        if len(text.parts) > calibration.samples:
+            raise SettingsError(
+                f"--samples {calibration.samples} cannot be shared by {len(text.parts)} sources; raise --samples"
+            )
+    else:
+        for name in ("calibration", "samples", "length"):
+            given.refuse(name, f"with {criterion.label()} and --compensate {compensation.name}, which read no text")
+    given.check_all_used()
+    return PruneJob(
+        by=_AMOUNTS[amount],
+        amount=float(getattr(settings, amount)),
+        budget=budget,
+        kinds=settings.kinds,
+        layers=settings.layers,
+        round_to=settings.round_to,
+        criterion=criterion,
+        reduction=settings.reduction,
+        allocation=allocation,
+        normalization=settings.normalize,
+        steps=settings.steps,
+        compensation=compensation,
+        calibration=calibration,
+        seed=settings.seed,
+        fixed_reduction=given.has("reduction"),
+    )
+
+
+def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:
+    defaults = dict(method.defaults(settings, writes=writes))
+    unknown = sorted(defaults.keys() - PruneSettings.model_fields.keys())
+    if unknown:
+        raise SettingsError(f"method {method.name} gives '{unknown[0]}', which is no setting of a prune")
+    return defaults
+
+
+def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
+    given = _Given(settings)
+    strategy = given.create("strategy", catalog.strategies, settings.strategy)
+    if settings.max_steps is not None:
+        given.refuse("epochs", "with --max-steps, which sets the number of steps")
+    if settings.micro_batch_size > settings.batch_size:
+        given.refuse("micro_batch_size", f"beyond the {settings.batch_size} examples of --batch-size")
+    if not strategy.adapters:
+        given.refuse("merge", f"with {strategy.label()}, which trains no adapters")
+    given.check_all_used()
+    return RecoverJob(strategy, settings)
+
+
+def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together.
+
+    The size is always measured; perplexity on Python's help topics, when nothing is named. ``--metrics size`` alone
+    measures nothing else.
+    """
+    wanted: dict[str, dict[str, Any]] = {"size": {}}
+    for name, key in (("perplexity", "text"), ("tasks", "names")):
+        if getattr(settings, name) is not None:
+            if key in settings.settings.get(name, {}):
+                raise SettingsError(f"--{name} and --set {name}.{key} give the same; leave one out")
+            wanted[name] = {key: getattr(settings, name)}
+    if settings.speed:
+        wanted["speed"] = {}
+    size_alone = settings.metrics == ("size",) and wanted.keys() == {"size"} and not settings.kl
+    for name in () if size_alone else settings.metrics or ():
+        if name in wanted:
+            raise SettingsError(f"--metrics names '{name}', which is measured already; leave it out")
+        wanted[name] = {}
+    if settings.kl or (wanted.keys() == {"size"} and not size_alone):
+        wanted.setdefault("perplexity", {})
+    given = _Given(settings, wanted)
+    for name, reason in (("perplexity", "without --perplexity"), ("tasks", "without --tasks"), ("speed", "")):
+        if name not in wanted:
+            given.unused_shorthands(name, reason)
+    # The table has the built-in metrics in this order, then the others in the given order.
+    order = [name for name in ("size", "perplexity", "tasks", "speed") if name in wanted]
+    metrics = tuple(given.create(name, catalog.metrics, name) for name in dict.fromkeys([*order, *wanted]))
+    given.check_all_used()
+    return EvaluateJob(metrics)
+
+
+def page_job(settings: PageSettings, catalog: Catalog) -> tuple[ReportSection, ...]:
+    """The sections of a page. Raises `SettingsError` for settings that are wrong or of no section."""
+    given = _Given(settings)
+    sections = tuple(given.create("sections", catalog.sections, name) for name in catalog.sections)
+    given.check_all_used()
+    return sections
+
+
+def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect."""
+    given = _Given(settings)
+    exporter = given.create("to", catalog.exporters, settings.to)
+    given.check_all_used()
+    return exporter
+
+
+def generate_job(settings: GenerateSettings) -> GenerateSettings:
+    """``settings``. Raises `SettingsError` for those that have no effect together."""
+    if settings.temperature == 0:
+        _Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
+    return settings

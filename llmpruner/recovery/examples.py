@@ -1,0 +1,124 @@
+"""Examples for recovery: read from a source, formatted for the model, and tokenised with labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..data.conversations import read_examples
+from ..errors import DataError
+from ..families.chat import TrainingText, common_start, training_texts
+
+if TYPE_CHECKING:
+    from ..families.family import ModelFamily
+    from ..settings import LossOn
+
+IGNORED = -100
+"""The label of tokens that are not trained on (the convention of PyTorch's cross entropy and of transformers)."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The training text. ``source``: the source of the data, for messages and records."""
+
+    texts: tuple[TrainingText, ...]
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all texts in their order."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            content = [text.turns, "special tokens"] if text.has_special_tokens else text.turns
+            digest.update(json.dumps(content).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def load_examples(
+    source: str, family: ModelFamily, tokenizer: Any, *, limit: int | None = None, seed: int = 0
+) -> Examples:
+    """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and format it for the model (see
+    `llmpruner.families.chat`).
+
+    ``limit``: number of examples to draw at random, by ``seed``; None: all, in order. Raises `DataError` with the place
+    of the first example that is malformed, or that the model's format does not support.
+    """
+    numbered = list(enumerate(read_examples(source), start=1))
+    if limit is not None:
+        random.Random(seed).shuffle(numbered)
+        numbered = numbered[:limit]
+    texts: list[TrainingText] = []
+    for number, example in numbered:
+        try:
+            texts += training_texts(example, family, tokenizer)
+        except DataError as error:
+            raise DataError(f"{source}, example {number}: {error}") from error
+    return Examples(tuple(texts), source)
+
+
+def tokenise(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of every text, truncated to ``cutoff`` tokens.
+
+    A label is its token; with ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer. Texts
+    without tokens to train on are left out. Raises `DataError` when that is all of them.
+    """
+    rows = [_encode(text, tokenizer, cutoff, loss_on) for text in examples.texts]
+    # The first token of a text is not predicted.
+    rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+    if not rows:
+        raise DataError(f"{examples.source}: no example has an answer within the first {cutoff} tokens")
+    return rows
+
+
+def _encode(text: TrainingText, tokenizer: Any, cutoff: int, loss_on: LossOn) -> dict[str, list[int]]:
+    whole = text.has_special_tokens or (len(text.turns) > 1 and tokenizer.is_fast)
+    ids, answered = (_encode_whole if whole else _encode_turns)(text, tokenizer)
+    labels = [token if loss_on == "all" or yes else IGNORED for token, yes in zip(ids, answered, strict=True)]
+    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
+
+
+def _encode_turns(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Tokenised turn by turn: the token ids, and for each whether it belongs to an answer. A token with characters of
+    prompt and answer belongs to the answer, as the model has to generate it."""
+    ids: list[int] = []
+    answered: list[bool] = []
+    for number, turn in enumerate(text.turns):
+        prompt = _ids(tokenizer, turn.prompt, special=number == 0) if turn.prompt else []
+        piece = _ids(tokenizer, turn.prompt + turn.answer, special=number == 0)
+        start = common_start(prompt, piece)
+        if tokenizer.eos_token_id is not None and piece[-1:] != [tokenizer.eos_token_id]:
+            piece.append(tokenizer.eos_token_id)
+        ids += piece
+        answered += [index >= start for index in range(len(piece))]
+    return ids, answered
+
+
+def _encode_whole(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """As `_encode_turns`, but tokenised as one text, because some tokenizers treat the start of a text differently from
+    text after a special token."""
+    special = not text.has_special_tokens
+    eos = tokenizer.eos_token or ""
+    joined = ""
+    answers: list[tuple[int, int]] = []
+    for turn in text.turns:
+        piece = turn.prompt + turn.answer
+        if special and not piece.endswith(eos):
+            piece += eos
+        answers.append((len(joined) + len(turn.prompt), len(joined) + len(piece)))
+        joined += piece
+    if not tokenizer.is_fast:
+        ids = _ids(tokenizer, joined, special=special)
+        spans = [
+            tuple(common_start(_ids(tokenizer, joined[:n], special=special), ids) for n in ends) for ends in answers
+        ]
+        return ids, [any(start <= index < end for start, end in spans) for index in range(len(ids))]
+    encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    return list(encoded["input_ids"]), [any(a < end and start < b for start, end in answers) for a, b in offsets]
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

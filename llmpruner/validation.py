@@ -1,0 +1,59 @@
+"""What pydantic refuses, in plain words: which value, and what was expected instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+_EXPECTED = {
+    "int_parsing": "expected a whole number",
+    "int_parsing_size": "expected a smaller whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "string_type": "expected text",
+    "greater_than": "expected a number above {gt:g}",
+    "greater_than_equal": "expected at least {ge:g}",
+    "less_than": "expected a number below {lt:g}",
+    "less_than_equal": "expected at most {le:g}",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The first thing that is wrong. ``key``: the path of the field, with dots. ``kind``: pydantic's name of the
+    error. ``value``: what was given, as text. ``expected``: half a sentence."""
+
+    key: str
+    kind: str
+    value: str
+    expected: str
+
+
+def refusal(error: ValidationError) -> Refusal:
+    """The first of the errors that pydantic found."""
+    first = error.errors()[0]
+    key, kind, value = ".".join(map(str, first["loc"])), str(first["type"]), first.get("input")
+    context: dict[str, Any] = first.get("ctx", {})
+    if kind == "literal_error":
+        expected = _one_of(re.findall(r"'([^']*)'", context["expected"]), str(value))
+    elif kind in _EXPECTED:
+        expected = _EXPECTED[kind].format(**context)
+    else:
+        expected = str(first["msg"]).removeprefix("Value error, ")
+    given = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return Refusal(key, kind, f"'{given}'" if isinstance(value, (str, list, tuple)) else given, expected)
+
+
+def _one_of(names: list[str], value: str) -> str:
+    near = difflib.get_close_matches(value, names, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"expected one of {', '.join(names)}{hint}"

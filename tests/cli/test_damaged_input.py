@@ -1,0 +1,109 @@
+"""What would make a wrong model or lose a file: incomplete checkpoints, outputs that are no plain files, odd text."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmpruner
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+L2 = ("--ratio", "0.2", "--importance", "l2")
+
+
+def damaged(dense, folder, change):
+    """A copy of the model ``dense`` whose tensors ``change`` edits in place."""
+    shutil.copytree(dense, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(DOWN), f"lacks tensor '{DOWN}'"),
+        (lambda t: (t.pop(DOWN), t.pop("model.norm.weight")), "and 1 more"),
+        (lambda t: t.update({DOWN: torch.zeros(3, 5)}), DOWN),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(48)}), "mlp.up_proj.bias"),
+    ],
+    ids=["missing", "two missing", "another shape", "a bias that the model does not use"],
+)
+def test_an_incomplete_checkpoint_is_refused(run, dense, tmp_path, change, message):
+    model = damaged(dense, tmp_path / "model", change)
+    done = run("prune", model, *L2, "-o", tmp_path / "out")
+    assert done.code == 2 and message in done.err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_tensors_of_modules_that_the_model_lacks_are_named(run, dense, tmp_path):
+    model = damaged(dense, tmp_path / "model", lambda t: t.update({"model.layers.9.extra.weight": torch.zeros(2)}))
+    done = run("plan", model, *L2)
+    assert done.code == 0 and "1 tensors" in done.err and "model.layers.9.extra.weight" in done.err
+
+
+@pytest.mark.parametrize("what", ["missing", "unknown"])
+def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
+    options = ("--data", shared / "data.jsonl", "--max-steps", "1", "--batch-size", "2", "--no-merge")
+    assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    if what == "missing":
+        del tensors[name]
+    else:
+        tensors[name.replace("layers.0", "layers.77")] = tensors[name].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = run(
+        "evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32"
+    )
+    assert done.code == 2 and "does not fit" in done.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes are POSIX")
+@pytest.mark.parametrize("command", ["plan", "evaluate", "discover"])
+def test_an_output_that_is_a_device_stays_one(run, dense, command):
+    arguments = {
+        "plan": (dense, *L2, "-o", "/dev/null"),
+        "evaluate": (dense, "--metrics", "size", "--json", "/dev/null"),
+        "discover": (dense, "--html", "/dev/null"),
+    }[command]
+    assert run(command, *arguments).code == 0
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_symbolic_link_keeps_its_target(run, dense, tmp_path):
+    real = tmp_path / "real.json"
+    real.write_text("old")
+    link = tmp_path / "link.json"
+    link.symlink_to(real)
+    assert run("plan", dense, *L2, "-o", link).code == 0
+    assert link.is_symlink() and json.loads(real.read_text())["cuts"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+def test_a_line_separator_inside_a_string_is_text(run, dense, tmp_path):
+    words = "the quick brown fox jumps over the lazy dog. " * 40
+    text = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": f"{words}\u2028{words}\u2029\u0085{words}"}, ensure_ascii=False) for _ in range(4)]
+    text.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    calibrated = ("--importance", "energy", "--calibration", text, "--samples", "4", "--length", "16")
+    assert run("plan", dense, "--ratio", "0.2", *calibrated).code == 0
+    assert run("evaluate", dense, "--perplexity", text, "--window", "32", "--tokens", "64").code == 0
+    data = tmp_path / "data.jsonl"
+    row = {"instruction": "Say\u2028hello.", "output": "Hello."}
+    data.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    steps = ("--max-steps", "1", "--batch-size", "1")
+    assert run("recover", dense, "--data", data, *steps, "-o", tmp_path / "out").code == 0
+
+
+def test_the_api_refuses_an_incomplete_checkpoint_too(dense, tmp_path):
+    model = damaged(dense, tmp_path / "model", lambda t: t.pop(DOWN))
+    with pytest.raises(llmpruner.ModelError, match="lacks tensor"):
+        llmpruner.load(model)

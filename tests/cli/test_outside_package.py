@@ -1,0 +1,130 @@
+"""A package that adds one component of every kind, used from the command line and from Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import llmpruner
+from llmpruner import Catalog, plugin_manager
+
+SOURCE = Path(__file__).parents[1] / "packages" / "llmpruner-outside"
+
+
+@pytest.fixture(autouse=True)
+def outside(tmp_path_factory, monkeypatch):
+    """The package as it is installed: on the path, with its entry point."""
+    site = tmp_path_factory.mktemp("site")
+    info = site / "llmpruner_outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmpruner-outside\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("[llmpruner]\noutside = llmpruner_outside\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.syspath_prepend(str(SOURCE))
+
+
+def test_each_is_short():
+    for file in SOURCE.rglob("*.py"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        assert file.name == "__init__.py" or len(lines) < 40
+
+
+PRUNES = {
+    "allocation": ["--allocation", "tapered", "--set", "tapered.slope=1", "--importance", "l2", "--layers", "all"],
+    "budget": ["--budget", "matrices", "--importance", "l2"],
+    "compensation": ["--compensate", "keep-norm", "--set", "keep-norm.share=0.5", "--importance", "l2"],
+    "source": ["--calibration", "counting:100", "--set", "counting.step=3", "--samples", "4", "--length", "8"],
+    "criterion": ["--importance", "magnitude", "--set", "magnitude.power=3"],
+    "method": ["--method", "cautious"],
+}
+
+
+@pytest.mark.parametrize("kind", PRUNES)
+def test_a_plan_from_the_command_line(run, dense, kind):
+    plan = run("plan", dense, "--ratio", "0.2", *PRUNES[kind], "--json").json()["plan"]
+    if kind == "allocation":
+        assert plan["selection"]["allocation"] == "tapered" and plan["selection"]["settings"] == {"slope": 1.0}
+        kept = {cut["layer"]: llmpruner.PruningPlan.model_validate(plan).kept for cut in plan["cuts"].values()}
+        widths = [len(kept[layer][f"layers.{layer}.mlp"]) for layer in sorted(kept)]
+        assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+    elif kind == "budget":
+        assert plan["target"]["budget"] == "matrices"
+    elif kind == "compensation":
+        assert plan["compensation"]["name"] == "keep-norm" and plan["compensation"]["settings"] == {"share": 0.5}
+    elif kind == "source":
+        assert plan["estimation"]["calibration"] == "counting:100"
+    elif kind == "criterion":
+        assert plan["estimation"]["criterion"] == "magnitude" and plan["estimation"]["settings"] == {"power": 3.0}
+    else:
+        assert plan["estimation"]["criterion"] == "wanda-sp" and plan["compensation"]["name"] == "refit"
+
+
+def test_a_compensation_changes_the_weights(run, dense, tmp_path):
+    plan = tmp_path / "plan.json"
+    for name, options in {"plain": [], "scaled": ["--compensate", "keep-norm"]}.items():
+        done = run("prune", dense, "--ratio", "0.2", "--importance", "l2", *options, "-o", tmp_path / name)
+        assert done.code == 0, done.err
+    name = "model.layers.1.mlp.down_proj.weight"
+    before = load_file(dense / "model.safetensors")[name]
+    plain, scaled = (load_file(tmp_path / n / "model.safetensors")[name] for n in ("plain", "scaled"))
+    assert torch.allclose(scaled.norm(), before.norm(), rtol=1e-4) and plain.norm() < before.norm()
+    assert not plan.exists()
+
+
+def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tmp_path):
+    done = run("evaluate", dense, "--metrics", "accuracy", "--set", "accuracy.tokens=32", "--json", tmp_path / "e.json")
+    assert done.code == 0 and "next-token accuracy" in done.out
+    assert json.loads((tmp_path / "e.json").read_text())[0]["accuracy"]["tokens"] == 32
+    done = run("export", dense, "--to", "one-file", "--set", "one-file.file=all.safetensors", "-o", tmp_path / "x")
+    assert done.code == 0, done.err
+    assert load_file(tmp_path / "x" / "all.safetensors")["lm_head.weight"].dtype is torch.float16
+    assert run("discover", dense, "--html", tmp_path / "page.html").code == 0
+    assert "<h2>Widths</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_all_of_them_from_python(dense, shared, tmp_path):
+    plan = llmpruner.plan(
+        dense,
+        ratio=0.2,
+        budget="matrices",
+        allocation="tapered",
+        importance="magnitude",
+        compensate="keep-norm",
+        settings={"magnitude": {"power": 2}, "tapered": {"slope": 0.2}},
+    )
+    assert plan.estimation.settings == {"power": 2.0} and plan.compensation.name == "keep-norm"
+    pruned = llmpruner.prune(dense, plan=plan)
+    result = llmpruner.evaluate(pruned, metrics=["accuracy"], settings={"accuracy": {"tokens": 16}})
+    assert result[0].results["accuracy"]["tokens"] == 16
+    assert llmpruner.plan(dense, ratio=0.2, method="cautious", calibration="counting").compensation.samples == 8
+    told = llmpruner.export(dense, to="one-file", output=tmp_path / "x")
+    assert told.endswith("load_file")
+
+
+def test_a_wrong_setting_is_one_line(run, dense):
+    done = run("plan", dense, "--ratio", "0.2", "--importance", "magnitude", "--set", "magnitude.power=-1")
+    assert done.code == 2 and "criterion magnitude: power" in done.err and done.err.count("\n") == 1
+    done = run("plan", dense, "--ratio", "0.2", "--importance", "magnitude", "--set", "magnitude.pover=1")
+    assert done.code == 2 and "has no setting 'pover'; it has: power" in done.err
+    done = run("plan", dense, "--ratio", "0.2", "--set", "magnitude.power=1")
+    assert done.code == 2 and "'magnitude' is not chosen" in done.err
+
+
+def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):
+    everything = {(row["kind"], row["name"]) for row in run("plugins", "--json").json()["plugins"]}
+    built_in = Catalog(plugin_manager(entry_points=False))
+    theirs = {(registry.kind, name) for registry in built_in.registries for name in registry}
+    assert theirs and ("criterion", "taylor") in theirs
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
+    left = {(row["kind"], row["name"]) for row in run("plugins", "--json").json()["plugins"]}
+    assert left == everything - theirs and ("criterion", "magnitude") in left
+
+
+def test_plugins_shows_the_settings_of_one(run):
+    done = run("plugins", "magnitude")
+    assert done.code == 0 and "magnitude.power" in done.out and "llmpruner-outside" in done.out
+    assert "The power." in done.out and "1.0" in done.out

@@ -1,0 +1,166 @@
+"""A family may adjust what discovery finds: what must follow a cut is still found, and reasons are still given."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import composed
+import pytest
+import torch
+from composed import ComposedConfig
+from llmpruner_chatglm import ChatGLMFamily
+from transformers import GPT2Config, PreTrainedConfig
+
+from llmpruner import CoupledGroup, CouplingError, ModelFamily, UnknownNameError, UnsupportedModelError, build_graph
+from llmpruner.models.surgery import cut, silence
+from llmpruner.oracle import rules
+from llmpruner.oracle.tiny import random_instance
+from llmpruner.oracle.verify import VERIFIED, verify
+from llmpruner.structure.kept import renamed, restrict
+from llmpruner.structure.scope import Scope
+
+SMALL = GPT2Config(n_layer=3, n_embd=48, n_head=6, n_inner=40, vocab_size=96, n_positions=64)
+
+
+class Careful(ModelFamily):
+    """Discovery's groups, of which two units must stay, and no MLP."""
+
+    name = "careful"
+    model_types = ("gpt2",)
+
+    def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+        return [replace(g, minimum=2) for g in super().coupled_groups(config) if g.kind != "mlp"]
+
+
+class Renames(ModelFamily):
+    """Gives its heads a kind of its own."""
+
+    def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+        groups = [g for g in super().coupled_groups(config) if g.kind == "attention"]
+        return [replace(g, name=f"layers.{g.layer}.gadget", kind="gadget") for g in groups]
+
+
+@pytest.mark.parametrize(("family", "word"), [(Careful(), "attention"), (Renames(), "gadget")])
+def test_what_must_follow_is_found_for_adjusted_groups(family: ModelFamily, word: str) -> None:
+    graph = build_graph(family, SMALL)
+    kept = {f"layers.0.{word}": [0, 2, 5], f"layers.1.{word}": [1, 3]}
+    silenced, smaller = (random_instance(SMALL) for _ in range(2))
+    silence(silenced, graph, kept)
+    cut(smaller, graph, kept, family)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(ids).logits, silenced(ids).logits, atol=1e-4, rtol=1e-4)
+    assert smaller.transformer.h[0].attn.split_size == 24
+
+
+def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["kinds"])
+        return verify(*arguments, **options)
+
+    monkeypatch.setattr(rules, "verify", counting)
+    monkeypatch.setattr(rules, "_FOUND", {})
+    first = rules.rules_of(SMALL, ["attention"])
+    assert [str(rule) for rule in first] == ["transformer.h.*.attn.split_size"]
+    larger = copy.deepcopy(SMALL)
+    larger.n_layer, larger.n_inner = 12, 400
+    assert rules.rules_of(larger, ["attention"]) == first
+    rules.rules_of(SMALL, ["attention", "mlp"])
+    assert asked == [["attention"], ["mlp"]]
+    rules.rules_of(GPT2Config(reorder_and_upcast_attn=True), ["mlp"])
+    assert asked[2:] == [["mlp"]], "a flag makes another architecture"
+
+
+def test_a_kind_that_small_models_lack_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="cut of gadget units cannot be found: a small gpt2 model has none"):
+        rules.rules_of(SMALL, ["gadget"])
+
+
+def test_chatglm_declares_all_that_follows_a_cut() -> None:
+    assert not ChatGLMFamily().is_discovered
+
+
+def test_reasons_reach_the_graph_of_a_family() -> None:
+    found, adjusted = build_graph(ModelFamily(), SMALL), build_graph(Careful(), SMALL)
+    blocked = {(b.parameter, b.axis): b.reason for b in found.blocked}
+    assert blocked[("transformer.wte.weight", 0)] == "rows are looked up by number"
+    assert found.blocked == adjusted.blocked
+
+
+def test_an_axis_that_the_family_offers_is_not_called_blocked() -> None:
+    class Vocabulary(ModelFamily):
+        def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+            found = super().coupled_groups(config)
+            (hidden,) = (g for g in found if g.kind == "hidden")
+            rows = next(s for s in hidden.spans if s.parameter == "embed.weight")
+            tokens = replace(rows, axis=0, index=replace(rows.index, units=config.vocab_size))
+            return [*found, CoupledGroup("tokens", "tokens", config.vocab_size, (tokens,))]
+
+    config = ComposedConfig()
+    axes = {(b.parameter, b.axis) for b in build_graph(ModelFamily(), config).blocked}
+    assert axes - {(b.parameter, b.axis) for b in build_graph(Vocabulary(), config).blocked} == {("embed.weight", 0)}
+
+
+def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmpruner.discovery.groups.trace", pytest.fail)
+    groups = (CoupledGroup("layers", "layer", 2, modules=("transformer.h.0", "transformer.h.1")),)
+    family = type("Declared", (ModelFamily,), {"coupled_groups": lambda self, config: groups})()
+    assert build_graph(family, SMALL).blocked == ()
+
+
+class Spectral(composed.MLP):
+    """An MLP whose channels pass through an operator that discovery has no rule for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.special.bessel_j0(self.up(x)))
+
+
+def test_a_kind_that_was_not_found_is_refused_with_operator_and_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composed, "MLP", Spectral)
+    graph = build_graph(ModelFamily(), ComposedConfig(mlp="plain"))
+    scope = Scope(("attention", "mlp"), (0, 1))
+    place = (
+        r"layers\.0\.\S+ axis \d: operator special_bessel_j0 is not understood \(special_bessel_j0 in layers\.0\.mlp\)"
+    )
+    with pytest.raises(UnsupportedModelError, match=f"no mlp units .*it has: .*attention.*could not follow {place}"):
+        scope.groups(graph)
+    with pytest.raises(UnknownNameError, match="unknown kind of group in this model: 'mlps'"):
+        Scope(("mlps",), (0,)).groups(graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "message"),
+    [
+        ("block3.mlp", 3, r"must be 'layers\.3\.WORD', such as 'layers\.3\.mlp'"),
+        ("layers.2.mlp", 3, r"must be 'layers\.3\.WORD'"),
+        ("layers.3.", 3, r"must be 'layers\.3\.WORD'"),
+        ("layers.3.mlp", None, r"is named after layer 3; give it layer=3"),
+    ],
+)
+def test_names_are_checked(name: str, layer: int | None, message: str) -> None:
+    with pytest.raises(CouplingError, match=message):
+        CoupledGroup(name, "mlp", 1, modules=("a",), layer=layer)
+
+
+def test_names_follow_the_layers_that_stay() -> None:
+    graph = build_graph(ModelFamily(), replace_layers(SMALL, 12))
+    kept = {"layers": [0, 10, 11], "layers.10.mlp": range(4)}
+    assert {old: new for old, new in renamed(graph, kept).items() if new.endswith("mlp")} == {
+        "layers.0.mlp": "layers.0.mlp", "layers.10.mlp": "layers.1.mlp", "layers.11.mlp": "layers.2.mlp",
+    }  # fmt: skip
+    assert set(restrict(graph, kept).by_name) == set(build_graph(ModelFamily(), replace_layers(SMALL, 3)).by_name)
+
+
+def replace_layers(config: GPT2Config, count: int) -> GPT2Config:
+    changed = copy.deepcopy(config)
+    changed.n_layer = count
+    return changed
+
+
+def test_adjusted_groups_are_verified() -> None:
+    assert [(v.kind, v.verdict) for v in verify(Careful(), SMALL)] == [("attention", VERIFIED), ("layer", VERIFIED)]

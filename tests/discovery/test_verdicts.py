@@ -1,0 +1,117 @@
+"""Verdicts name the parameter that is wrong, and every check that was not possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+from composed import ComposedConfig, ComposedForCausalLM, register
+from transformers import LlamaConfig, PreTrainedConfig
+
+from llmpruner import Blocks, CoupledGroup, Explicit, ModelFamily, Role, Span
+from llmpruner.discovery import groups as discovery
+from llmpruner.discovery.groups import discover_groups
+from llmpruner.errors import UnsupportedModelError
+from llmpruner.oracle.compare import differences
+from llmpruner.oracle.verify import REFUSED, VERIFIED, verify
+
+register()
+BIASED = ComposedConfig(mlp_bias=True, num_hidden_layers=3)
+FOUND = discover_groups(BIASED)
+UP, BIAS, DOWN = (f"layers.0.mlp.{name}" for name in ("up.weight", "up.bias", "down.weight"))
+
+
+def with_spans(group: CoupledGroup, change: Callable[[Span], Span | None]) -> CoupledGroup:
+    return replace(group, spans=tuple(new for span in group.spans if (new := change(span)) is not None))
+
+
+class Forgetful(ModelFamily):
+    """Forgets the biases of the MLP."""
+
+    def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+        return [
+            with_spans(g, lambda s: None if s.parameter.endswith("up.bias") else s)
+            for g in super().coupled_groups(config)
+        ]
+
+
+def test_a_refused_verdict_names_the_parameter() -> None:
+    mlp, layer = verify(Forgetful(), BIASED, kinds=["mlp", "layer"], shrink=False)
+    assert mlp.verdict == REFUSED and layer.verdict == VERIFIED
+    assert mlp.differences == (
+        f"group layers.0.mlp: {BIAS} axis 0: missing; discovery finds 0:40 (and alike in 2 other layers)",
+    )
+    assert layer.differences == ()
+
+
+def test_a_verdict_names_what_could_not_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = Forgetful().coupled_groups(BIASED)
+
+    def untraceable(config: PreTrainedConfig) -> None:
+        raise UnsupportedModelError("it cannot be traced")
+
+    monkeypatch.setattr(discovery, "trace", untraceable)
+    (mlp,) = verify(groups, BIASED, kinds=["mlp"], shrink=False)
+    assert mlp.differences == ("the groups were not compared with discovered ones: it cannot be traced",)
+
+
+REVERSED = Explicit(tuple((39 - unit,) for unit in range(40)))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda s: None if s.parameter == DOWN else s, f"{DOWN} axis 1: missing; discovery finds 0:40"),
+        (
+            lambda s: replace(s, index=REVERSED) if s.parameter == UP else s,
+            f"{UP} axis 0: unit 0 owns 39; discovery finds 0",
+        ),
+        (
+            lambda s: replace(s, role=Role.CONSUMES) if s.parameter == UP else s,
+            f"{UP} axis 0: role consumes; discovery finds produces",
+        ),
+        (
+            lambda s: replace(s, parameter=s.parameter.replace("down", "out")) if s.parameter == DOWN else s,
+            "layers.0.mlp.out.weight axis 1: extra; declared 0:40, and discovery finds that no unit owns any of it",
+        ),
+    ],
+)
+def test_every_sort_of_difference_is_named(change: Callable[[Span], Span | None], line: str) -> None:
+    (group,) = (g for g in FOUND if g.name == "layers.0.mlp")
+    assert f"group layers.0.mlp: {line}" in differences([with_spans(group, change)], FOUND)
+
+
+def test_another_number_of_units_is_named() -> None:
+    (group,) = (g for g in FOUND if g.name == "layers.0.mlp")
+    halves = [replace(s, index=Blocks(20, 2)) for s in group.spans]
+    assert differences([replace(group, units=20, spans=tuple(halves))], FOUND) == (
+        "group layers.0.mlp: 20 units, discovery finds 40",
+    )
+
+
+def test_what_is_written_in_another_way_is_no_difference() -> None:
+    every = [g for g in FOUND if g.spans]
+    explicit = [
+        with_spans(g, lambda s: replace(s, index=Explicit(tuple(tuple(s.index.of(u)) for u in range(s.index.units)))))
+        for g in every
+    ]
+    backwards = [replace(g, spans=g.spans[::-1]) for g in explicit]
+    assert differences(backwards, FOUND) == ()
+
+
+def test_checks_that_are_not_possible_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ComposedForCausalLM, "_supports_sdpa", False)
+    (verdict,) = verify(None, BIASED, kinds=["mlp"], shrink=False)
+    sdpa, generation = verdict.skipped
+    assert sdpa.startswith("sdpa attention: a small composed cannot be built: ValueError")
+    assert generation.startswith("cached generation: the dense model gives other logits with a cache")
+    assert "even sdpa" not in verdict.checks and "cached generation" not in verdict.checks
+
+
+def test_a_model_with_everything_skips_nothing() -> None:
+    config = LlamaConfig(
+        hidden_size=48, intermediate_size=40, num_attention_heads=6, num_hidden_layers=2, vocab_size=96
+    )
+    (verdict,) = verify(None, config, kinds=["mlp"], shrink=False)
+    assert verdict.verdict == VERIFIED and verdict.skipped == ()

@@ -1,0 +1,107 @@
+"""LLaMA exported to Meta's format: streamed, read back, and removed when it cannot be done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import llmpruner_llama
+import pytest
+import torch
+from llama_cases import DATA, TOKENIZER, logits, read, tokens_of
+from llmpruner_llama import MetaExporter, MetaReader, meta_check
+from llmpruner_llama.meta_format import to_rotate_half
+
+from llmpruner import CheckpointError, OutputError, UnsupportedModelError, build_graph, save_checkpoint
+from llmpruner.errors import SettingsError
+from llmpruner.exporters.run import export
+from llmpruner.models.surgery import cut
+
+
+def never() -> Any:
+    raise AssertionError("the model was loaded")
+
+
+def checkpoint(folder: Path, name: str, kept: dict[str, Any]) -> Any:
+    """The golden model, cut and saved in Hugging Face's format."""
+    model = read(DATA / name / "1shard")
+    family = llmpruner_llama.LlamaFamily()
+    cut(model, build_graph(family, model.config), kept, family)
+    save_checkpoint(model, folder, record={}, family=family)
+    return model
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> tuple[Path, Any]:
+    """Both MLPs at 130 of 224 channels."""
+    model = checkpoint(tmp_path / "pruned", "gqa", {f"layers.{n}.mlp": range(130) for n in range(2)})
+    return tmp_path / "pruned", model
+
+
+def test_the_plugin_offers_it_by_name() -> None:
+    assert llmpruner_llama.llmpruner_exporters() == [MetaExporter]
+    assert MetaExporter(shards=2).record() == {"shards": 2, "tokenizer": None}
+
+
+def test_what_is_read_back_is_the_pruned_model_that_was_never_loaded(pruned: tuple[Path, Any], tmp_path: Path) -> None:
+    source, model = pruned
+    line = export(source, MetaExporter(shards=2), tmp_path / "meta", never)
+    assert "model-parallel size 2" in line and "without tokenizer.model" in line
+    names = {"consolidated.00.pth", "consolidated.01.pth", "params.json"}
+    assert {file.name for file in (tmp_path / "meta").iterdir()} == names
+    assert torch.equal(logits(read(tmp_path / "meta"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
+
+
+def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tuple[Path, Any], tmp_path: Path) -> None:
+    source, _ = pruned
+    export(source, MetaExporter(tokenizer=TOKENIZER), tmp_path / "named", never)
+    (source / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    line = export(source, MetaExporter(), tmp_path / "own", never)
+    assert "without" not in line
+    for folder in ("named", "own"):
+        assert len(MetaReader().read_tokenizer(tmp_path / folder)) == 84
+    with pytest.raises(SettingsError, match=r"exporter meta: tokenizer .*nowhere"):
+        MetaExporter(tokenizer=tmp_path / "nowhere")
+
+
+def test_a_model_of_several_widths_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "shim", "gqa", {"layers.0.mlp": range(130)})
+    with pytest.raises(UnsupportedModelError, match=r"layers all have one shape.*--unit-ratio") as caught:
+        export(tmp_path / "shim", MetaExporter(), tmp_path / "meta", never)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["shim"]
+
+
+def test_an_existing_output_and_a_folder_without_a_checkpoint_are_refused(
+    pruned: tuple[Path, Any], tmp_path: Path
+) -> None:
+    source, _ = pruned
+    with pytest.raises(OutputError, match="exists already"):
+        export(source, MetaExporter(), source, never)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty is no Hugging Face checkpoint: it has no config\.json"):
+        export(tmp_path / "empty", MetaExporter(), tmp_path / "meta", never)
+    assert (source / "config.json").is_file() and not (tmp_path / "meta").exists()
+
+
+def test_a_wrong_order_of_rotary_dimensions_is_noticed(
+    pruned: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmpruner_llama import meta_writer
+
+    monkeypatch.setattr(meta_writer, "to_neighbours", to_rotate_half)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight is read back with other values"):
+        export(pruned[0], MetaExporter(), tmp_path / "meta", never)
+    assert not (tmp_path / "meta").exists()
+
+
+def test_a_setting_that_the_format_drops_is_noticed(pruned: tuple[Path, Any], tmp_path: Path) -> None:
+    from llmpruner_llama.meta_writer import convert_to_meta, open_source
+
+    source, _ = pruned
+    convert_to_meta(source, tmp_path / "meta", tokenizer=None)
+    tensors, config = open_source(source)
+    meta_check.check_written(tmp_path / "meta", tensors, config)
+    config.rms_norm_eps = 0.5
+    with pytest.raises(CheckpointError, match=r"does not keep rms_norm_eps: it was 0\.5"):
+        meta_check.check_written(tmp_path / "meta", tensors, config)

@@ -1,0 +1,173 @@
+"""Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
+
+import copy
+import json
+
+import pytest
+import tiny_models
+
+from llmpruner import DataError, ModelFamily, alpaca_prompt
+from llmpruner.data.conversations import Completion, Conversation, Instruction, Message
+from llmpruner.families.chat import TrainingText, Turn, chat_prompt, training_texts
+from llmpruner.recovery.examples import IGNORED, Examples, load_examples, tokenise
+
+FAMILY = ModelFamily()
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '[' + message['role'] + '] ' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+FORGETFUL = (
+    "{% for message in messages %}[{{ message['role'] }}]"
+    "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %} {{ message['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""Like Qwen3's: only the last answer shows its reasoning."""
+REASONING = CHATML.replace("'[assistant] '", "'[assistant] <think>'")
+"""Like DeepSeek-R1's: the generation prompt begins a reasoning, which answers in conversations do not have."""
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+CHAT = (
+    Message("system", "Be brief."),
+    Message("user", "Two rivers?"),
+    Message("assistant", "Elbe, Loire."),
+    Message("user", "The longer?"),
+    Message("assistant", "Elbe."),
+)
+
+
+class Own(ModelFamily):
+    def format_prompt(self, instruction, input=""):
+        return f"Q: {instruction} {input} A:"
+
+
+def tokenizer(template=None):
+    made = copy.deepcopy(tiny_models.tokenizer())
+    made.add_bos_token = True
+    made.chat_template = template
+    return made
+
+
+class Slow:
+    """A tokenizer that gives no offsets."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, **options):
+        assert "return_offsets_mapping" not in options
+        return self._tokenizer(text, **options)
+
+
+def trained(row, chosen):
+    """The stretches of text that are trained on."""
+    stretches, last = [], None
+    for place, label in enumerate(row["labels"]):
+        if label != IGNORED:
+            assert label == row["input_ids"][place]
+            if last != place - 1 or not stretches:
+                stretches.append([])
+            stretches[-1].append(label)
+            last = place
+    return [chosen.decode(ids) for ids in stretches]
+
+
+def rows(example, chosen, loss_on="answers"):
+    return tokenise(
+        Examples(tuple(training_texts(example, FAMILY, chosen)), "here"), chosen, cutoff=512, loss_on=loss_on
+    )
+
+
+def rendered(chat):
+    return "<s>" + "".join(f"[{message.role}] {message.content}</s>\n" for message in chat)
+
+
+def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_family():
+    expected = "<s>[user] Add them.\n2, 2</s>\n[assistant] "
+    assert chat_prompt(FAMILY, tokenizer(CHATML), "Add them.", "2, 2") == (expected, True)
+    assert chat_prompt(FAMILY, tokenizer({"default": CHATML, "tools": ""}), "Add them.", "2, 2") == (expected, True)
+    alpaca = (alpaca_prompt("Add them.", "2, 2"), False)
+    for none in (None, "", {"tools": CHATML}):
+        assert chat_prompt(FAMILY, tokenizer(none), "Add them.", "2, 2") == alpaca
+    assert chat_prompt(Own(), tokenizer(CHATML), "Add them.", "2, 2") == ("Q: Add them. 2, 2 A:", False)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
+def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
+    chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
+    (row,) = rows(Conversation(CHAT), chosen)
+    messages = [{"role": message.role, "content": message.content} for message in CHAT]
+    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(messages)["input_ids"]
+    assert row["input_ids"].count(chosen.bos_token_id) == 1
+    assert trained(row, chosen) == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
+    (everything,) = rows(Conversation(CHAT), chosen, "all")
+    assert everything["labels"] == everything["input_ids"] == row["input_ids"]
+
+
+def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
+    chosen = tokenizer(CHATML)
+    (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, chosen)
+    assert text.turns[0].prompt == chat_prompt(FAMILY, chosen, "Add them.", "2, 2").text
+    assert text == TrainingText((Turn("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
+
+
+def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each_answer():
+    first, second = training_texts(Conversation(CHAT[1:]), FAMILY, tokenizer(FORGETFUL))
+    assert first.turns == (Turn("[user] Two rivers?</s>[assistant]", "<think></think> Elbe, Loire.</s>"),)
+    history = "[user] Two rivers?</s>[assistant] Elbe, Loire.</s>[user] The longer?</s>[assistant]"
+    assert second.turns == (Turn(history, "<think></think> Elbe.</s>"),)
+
+
+def test_a_template_that_changes_its_beginning_for_a_question_gives_every_text_once():
+    template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
+    texts = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
+    assert len(texts) == 2
+    assert all(text.turns[0].prompt + text.turns[0].answer in "chat" + rendered(CHAT) for text in texts)
+
+
+def test_a_generation_prompt_that_goes_on_beyond_the_template_is_cut_where_they_part():
+    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(REASONING))
+    assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
+
+
+def test_text_and_completions_get_no_template():
+    chosen = tokenizer(CHATML)
+    (row,) = rows(Completion(" blue.", prompt="The sky is"), chosen)
+    assert chosen.decode(row["input_ids"]) == "<s>The sky is blue.</s>"
+    assert trained(row, chosen) == [" blue.</s>"]
+
+
+def test_without_a_template_a_system_message_stands_before_the_first_prompt():
+    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer())
+    assert text == TrainingText(
+        (
+            Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire."),
+            Turn(alpaca_prompt("The longer?"), "Elbe."),
+        )
+    )
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
+    plain, system = ([{"role": m.role, "content": m.content} for m in chat] for chat in (CHAT[1:], CHAT))
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"messages": plain}, {"messages": system}]))
+    with pytest.raises(DataError, match=r"a\.json, example 2: the chat template of .*: System role not supported$"):
+        load_examples(str(file), FAMILY, tokenizer(STRICT))
+
+
+@pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+def test_a_template_that_prints_the_date_prints_the_same_every_day(call):
+    chosen = tokenizer("{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + CHATML)
+    assert chat_prompt(FAMILY, chosen, "x").text.startswith("26 Jul 2024<s>")
+
+
+def test_the_fingerprint_of_rendered_text_differs_from_that_of_plain():
+    turns = (Turn("a", "b"),)
+    plain, rendered = (Examples((TrainingText(turns, special),), "here") for special in (False, True))
+    assert plain.fingerprint != rendered.fingerprint

@@ -1,0 +1,230 @@
+"""Several models by several metrics: one model in memory at a time, results as JSON and as a table."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import weakref
+
+import pytest
+import tiny_models
+import torch
+from llmpruner_llama.family import LlamaFamily
+from pydantic import Field
+
+from llmpruner import ComponentSettings, DataError, Metric, MetricSubject, ModelError, PluginError, Row, build_graph
+from llmpruner.errors import SettingsError
+from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
+from llmpruner.evaluation.results import Evaluation, Measurement, PerplexityResult, Size
+from llmpruner.evaluation.run import evaluate
+from llmpruner.evaluation.table import Evaluations
+
+
+class Largest(Metric):
+    """What a plugin could add: a metric with a setting and a text of its own."""
+
+    name = "largest"
+    summary = "the largest weight, to a power"
+
+    class Settings(ComponentSettings):
+        power: float = Field(1.0, gt=0, description="The power.")
+
+    settings: Settings
+
+    def measure(self, subject):
+        largest = subject.model.lm_head.weight.detach().abs().max()
+        return {"weight": float(largest) ** self.settings.power, "finite": True}
+
+
+class Distance(Metric):
+    """Needs the reference model."""
+
+    name = "distance"
+    needs_reference = True
+
+    def measure(self, subject):
+        pairs = zip(subject.model.parameters(), subject.reference.parameters(), strict=True)
+        return {"to first": max(float((a - b).detach().abs().max()) for a, b in pairs)}
+
+
+def subject(name="tiny", model=None, tokenizer=True, **options):
+    model = model or tiny_models.llama(**options)
+    tokenizer = tiny_models.tokenizer() if tokenizer else None
+    return MetricSubject(name, model, tokenizer, build_graph(LlamaFamily(), model.config))
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_models.TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def test_an_outside_metric_with_its_setting_stands_beside_the_built_in_ones():
+    found = evaluate([subject, lambda: subject("other", seed=1)], [SizeMetric(), Largest(power=2)])
+    largest = float(tiny_models.llama().lm_head.weight.detach().abs().max())
+    assert found[0].results["largest"] == {"weight": pytest.approx(largest**2), "finite": True}
+    assert [line.label for line in found.lines][-2:] == ["MACs per token", "largest weight"]
+    assert found.as_json()[1]["largest"]["weight"] == found[1].results["largest"]["weight"] != largest**2
+
+
+def test_built_in_results_are_typed_and_keep_their_layout(text):
+    metrics = [SizeMetric(), PerplexityMetric(text=text, window=16, tokens=64), SpeedMetric(prompt_tokens=8, runs=2)]
+    (found,) = evaluate([subject], metrics)
+    assert isinstance(found.size, Size) and found.size.parameters == sum(
+        p.numel() for p in tiny_models.llama().parameters()
+    )
+    assert isinstance(found.perplexity, PerplexityResult) and found.perplexity.windows == 4
+    assert found.perplexity.kl_per_token is None and found.tasks == {}
+    assert isinstance(found.speed.decode, Measurement) and (found.speed.prompt_tokens, found.speed.decode.runs) == (
+        8,
+        2,
+    )
+    plain = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert list(plain) == ["name", "size", "perplexity", "tasks", "speed"] and plain["tasks"] == {}
+    assert plain["speed"]["decode"]["median"] == found.speed.decode.median
+    assert evaluate([subject], [SizeMetric()])[0].as_json()["speed"] is None
+
+
+def test_the_context_and_the_batch_reach_what_measures(text, monkeypatch):
+    import llmpruner.evaluation.perplexity as heavy
+
+    real, sizes = heavy._predictions, []
+    monkeypatch.setattr(
+        heavy, "_predictions", lambda model, ids, half: sizes.append(len(ids)) or real(model, ids, half)
+    )
+    short, long = (evaluate([subject], [SizeMetric(context=n)])[0].size for n in (1, 100))
+    assert long.macs_per_token > short.macs_per_token
+    evaluate([subject], [PerplexityMetric(text=text, window=16, tokens=64, batch_size=3)])
+    assert sizes == [3, 1]
+
+
+def test_one_model_is_in_memory_at_a_time_unless_a_metric_asks_for_the_first():
+    for metrics, held in (([Largest()], 0), ([Largest(), Distance()], 1)):
+        alive, models = [], []
+
+        def load(seed, alive=alive, models=models):
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in models))
+            loaded = subject(f"seed {seed}", seed=seed)
+            models.append(weakref.ref(loaded.model))
+            return loaded
+
+        found = evaluate([lambda: load(0), lambda: load(1), lambda: load(2)], metrics)
+        assert alive == [0, held, held]
+    distances = [evaluation.results["distance"]["to first"] for evaluation in found]
+    assert distances[0] == 0 and min(distances[1:]) > 0
+
+
+def test_divergence_is_from_the_first_model_and_only_where_it_is_asked_for(text):
+    options = {"text": text, "window": 16, "tokens": 64}
+    models = [subject, lambda: subject("other", seed=1)]
+    first, second = evaluate(models, [PerplexityMetric(**options, kl=True)])
+    assert first.perplexity.kl_per_token == pytest.approx(0, abs=1e-9)
+    assert second.perplexity.kl_per_token > 1e-6
+    plain = evaluate(models, [PerplexityMetric(**options), Distance()])
+    assert [evaluation.perplexity.kl_per_token for evaluation in plain] == [None, None]
+
+
+def test_texts_and_tasks_are_read_before_any_model_is_loaded(tmp_path):
+    def never():
+        raise AssertionError("a model was loaded")
+
+    with pytest.raises(DataError, match=r"nowhere\.txt: no such file"):
+        evaluate([never], [SizeMetric(), PerplexityMetric(text="nowhere.txt")])
+    pytest.importorskip("lm_eval")
+    with pytest.raises(DataError, match="no such directory"):
+        evaluate([never], [TasksMetric(names="piqa", include_path=tmp_path / "none")])
+    for metrics, message in (([], "nothing to measure"), ([Largest(), Largest(power=2)], "'largest' is named twice")):
+        with pytest.raises(SettingsError, match=message):
+            evaluate([never], metrics)
+
+
+def test_a_model_without_a_tokenizer_has_a_size_and_a_speed_but_no_perplexity(text):
+    bare = subject(tokenizer=False)
+    assert evaluate([lambda: bare], [SizeMetric(), SpeedMetric(prompt_tokens=4, new_tokens=1, runs=1)])[0].speed
+    with pytest.raises(DataError, match="model 'tiny' brings no tokenizer, so its perplexity cannot be measured"):
+        evaluate([lambda: bare], [PerplexityMetric(text=text)])
+
+
+def test_a_model_with_nan_is_refused_by_name():
+    damaged = tiny_models.llama()
+    with torch.no_grad():
+        damaged.model.norm.weight[3] = torch.nan
+    with pytest.raises(ModelError, match=r"model 'tiny': parameter 'model\.norm\.weight' holds NaN"):
+        evaluate([lambda: subject(model=damaged)], [SizeMetric()])
+
+
+@pytest.mark.parametrize(("result", "message"), [({"a": torch.ones(1)}, "written as JSON"), (3.0, "values by name")])
+def test_a_metric_whose_result_is_no_json_object_is_named(result, message):
+    class Wrong(Metric):
+        name = "wrong"
+
+        def measure(self, subject):
+            return result
+
+    with pytest.raises(PluginError, match=rf"metric 'wrong'.*{message}"):
+        evaluate([subject], [Wrong()])
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "message"),
+    [
+        (PerplexityMetric, {"window": 1}, "metric perplexity: window = 1 is refused: expected at least 2"),
+        (PerplexityMetric, {"width": 1}, "metric perplexity has no setting 'width'; it has: text, window"),
+        (TasksMetric, {"names": ""}, "metric tasks: names .* at least one name"),
+        (SpeedMetric, {"runs": 0}, "metric speed: runs = 0 is refused: expected at least 1"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(metric, values, message):
+    with pytest.raises(SettingsError, match=message):
+        metric(**values)
+
+
+def scored(name, *rows):
+    return Evaluation(name, {}, rows)
+
+
+def test_the_table_has_a_line_per_label_and_the_numbers_of_people():
+    dense = scored(
+        "dense",
+        Row("parameters", 106_202_880, False),
+        Row("weight bytes", 400 * 2**20, False),
+        Row("perplexity", 25.615, False),
+        Row("KL to the first", None, False),
+        Row("piqa acc", 0.66, True, 0.05),
+    )
+    pruned = scored("pruned", Row("parameters", 90, False), Row("perplexity", math.inf, False), Row("other", 3.0))
+    lines = Evaluations([dense, pruned]).lines
+    assert {line.label: line.cells for line in lines} == {
+        "parameters": ("106.20 M", "90.00"),
+        "weight bytes": ("400.0 MiB", "-"),
+        "perplexity": ("25.61", "inf"),
+        "piqa acc": ("0.6600 ± 0.0500", "-"),
+        "other": ("-", "3.0000"),
+    }
+    assert [line.higher_is_better for line in lines] == [False, False, False, True, None]
+
+
+def test_task_scores_become_rows_with_their_errors():
+    scores = {"piqa": {"acc": 0.5, "acc_stderr": 0.1}, "wiki": {"word_perplexity": 9.0, "brier": 0.2}}
+    assert TasksMetric().rows(scores) == [
+        Row("piqa acc", 0.5, True, 0.1),
+        Row("wiki word_perplexity", 9.0, False),
+        Row("wiki brier", 0.2, None),
+    ]
+
+
+def test_a_number_that_is_not_finite_is_null_in_json_and_kept_in_python():
+    broken = Evaluation("x", {"perplexity": {"perplexity": math.inf}, "own": {"list": [math.nan, 1.0]}})
+    plain = broken.as_json()
+    assert plain["perplexity"] == {"perplexity": None} and plain["own"] == {"list": [None, 1.0]}
+    assert broken.results["perplexity"]["perplexity"] == math.inf
+
+
+def test_a_notebook_shows_an_escaped_table():
+    table = Evaluations([scored("a<b>", Row("size & more", 1.0))])._repr_html_()
+    assert table == (
+        "<table><thead><tr><th></th><th>a&lt;b&gt;</th></tr></thead>"
+        "<tbody><tr><th>size &amp; more</th><td>1.0000</td></tr></tbody></table>"
+    )

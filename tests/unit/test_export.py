@@ -1,0 +1,125 @@
+"""Exports are whole or not there, load their model only when they need it, and stock ones are stock."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoint_cases import INPUT_IDS, cut_llama
+from llmpruner_llama.family import LlamaFamily
+from pydantic import Field
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModelError, load_pruned, save_checkpoint
+from llmpruner.checkpoints import save
+from llmpruner.checkpoints.record import read_record
+from llmpruner.errors import CheckpointError, OutputError
+from llmpruner.exporters.run import export
+from llmpruner.exporters.stock import StockExporter
+
+
+class Names(Exporter):
+    """What a plugin could add."""
+
+    name = "names"
+    summary = "the names of all parameters"
+
+    class Settings(ComponentSettings):
+        file: str = Field("names.txt", description="Where to.")
+
+    settings: Settings
+
+    def export(self, task):
+        (task.directory / self.settings.file).write_text("\n".join(name for name, _ in task.model.named_parameters()))
+        return f"a text editor opens {task.loaded.tokenizer}"
+
+
+def loaded(model, record=None):
+    return lambda: SimpleNamespace(model=model, tokenizer=None, family=LlamaFamily(), record=record)
+
+
+def test_an_outside_exporter_with_its_setting(tmp_path):
+    model = cut_llama("mlp")
+    assert export(tmp_path, Names(file="a.txt"), tmp_path / "out", loaded(model)) == "a text editor opens None"
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.name == "a.txt" and file.read_text().startswith("model.embed_tokens.weight\n")
+
+
+def test_the_model_is_loaded_once_and_only_for_who_reads_it(tmp_path):
+    calls = []
+
+    def load():
+        calls.append(1)
+        return loaded(cut_llama("mlp"))()
+
+    class Copy(Names):
+        def export(self, task):
+            (task.directory / "source").write_text(str(task.source))
+            return ""
+
+    export(tmp_path, Copy(), tmp_path / "copy", load)
+    assert not calls
+    export(tmp_path, Names(), tmp_path / "names", load)
+    assert len(calls) == 1
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path):
+    class Fails(Names):
+        def export(self, task):
+            super().export(task)
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        export(tmp_path, Fails(), tmp_path / "out", loaded(cut_llama("mlp")))
+    assert not list(tmp_path.iterdir())
+
+    class Empty(Names):
+        def export(self, task):
+            return "done"
+
+    with pytest.raises(PluginError, match="exporter names wrote no file"):
+        export(tmp_path, Empty(), tmp_path / "out", loaded(None))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        export(tmp_path, Names(), tmp_path / "out", loaded(None))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_uniform_model_becomes_a_checkpoint_of_transformers(tmp_path):
+    model = cut_llama("mlp-uniform")
+    line = export(tmp_path, StockExporter(), tmp_path / "out", loaded(model, {"plans": []}))
+    assert "LlamaForCausalLM of transformers" in line
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(stock) is LlamaForCausalLM
+    with torch.no_grad():
+        assert torch.equal(stock.eval()(INPUT_IDS).logits, model(INPUT_IDS).logits)
+    assert read_record(tmp_path / "out") == {"plans": []}
+    assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_dense_model_gets_no_record(tmp_path):
+    export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("nothing")))
+    assert read_record(tmp_path / "out") is None and load_pruned(tmp_path / "out")
+
+
+def test_layers_of_different_widths_are_refused_with_the_reason(tmp_path):
+    save_checkpoint(cut_llama("mlp"), tmp_path / "shim", record={})
+    with pytest.raises(UnsupportedModelError, match=r"layers have different widths.*--unit-ratio") as caught:
+        export(tmp_path / "shim", StockExporter(), tmp_path / "out", loaded(load_pruned(tmp_path / "shim")))
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["shim"]
+
+
+def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
+    write = save.save_checkpoint
+
+    def damaged(model, directory, **options):
+        form = write(model, directory, **options)
+        with torch.no_grad():
+            model.lm_head.weight[5] += 1.0
+        return form
+
+    monkeypatch.setattr(save, "save_checkpoint", damaged)
+    with pytest.raises(CheckpointError, match="gives other outputs"):
+        export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("mlp-uniform")))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,68 @@
+"""Methods are settings for a prune: valid ones, that name what exists, for what the user asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from llmpruner.methods.presets import Best, ByHand, Fast, LlmPruner
+from llmpruner.plugins import builtin
+from llmpruner.settings import PruneSettings
+
+MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
+KINDS = ("allocations", "budgets", "compensations", "calibration_sources", "methods")
+
+
+def names(kind):
+    return [cls.name for cls in getattr(builtin, f"llmpruner_{kind}")()]
+
+
+def test_the_built_in_components():
+    assert names("allocations") == ["uniform", "global", "sensitivity", "search"]
+    assert names("budgets") == ["decoder", "parameters", "bytes", "macs", "kv-cache", "latency"]
+    assert names("compensations") == ["refit", "bias", "none"]
+    assert names("calibration_sources") == ["self", "text"]
+    assert names("methods") == ["best", "fast", "llm-pruner"]
+    for kind in KINDS:
+        for cls in getattr(builtin, f"llmpruner_{kind}")():
+            assert cls.summary and "\n" not in cls.summary
+            assert all(field.description for field in cls.Settings.model_fields.values()), cls.name
+
+
+def test_they_are_made_with_all_their_defaults_without_torch():
+    made = "; ".join(f"[cls() for cls in builtin.llmpruner_{kind}()]" for kind in KINDS)
+    code = f"import sys; from llmpruner.plugins import builtin; {made}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "llmpruner.structure.plan"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("asked", [MLP, LAYERS], ids=["mlp", "layer"])
+@pytest.mark.parametrize("method", [Best, Fast, LlmPruner, ByHand])
+def test_defaults_are_settings_that_name_what_exists(method, asked, writes):
+    values = method().defaults(asked, writes=writes)
+    chosen = PruneSettings(ratio=0.2, **values)
+    assert chosen.model_fields_set - {"ratio"} == set(values)
+    assert chosen.compensate in names("compensations")
+    assert chosen.importance in (None, *names("importance_criteria"))
+
+
+def test_best_writes_fewer_samples_than_it_reads():
+    amounts = [Best().defaults(MLP, writes=writes) for writes in (True, False)]
+    assert [(found["samples"], found["length"]) for found in amounts] == [(256, 512), (320, 512)]
+
+
+@pytest.mark.parametrize("method", [Best, Fast])
+def test_whole_layers_are_chosen_by_their_inputs_and_outputs(method):
+    assert [method().defaults(asked, writes=True)["importance"] for asked in (MLP, LAYERS)] == ["energy", "angular"]
+
+
+def test_the_papers_variant_belongs_to_the_papers_criterion():
+    assert LlmPruner().defaults(MLP, writes=True)["settings"] == {"taylor": {"variant": "element1"}}
+    assert "settings" not in LlmPruner().defaults(PruneSettings(ratio=0.2, importance="l2"), writes=True)
+
+
+def test_a_criterion_without_a_method_is_measured_on_ten_samples():
+    assert ByHand().defaults(MLP, writes=True) == {"compensate": "none", "samples": 10, "length": 64}

@@ -1,0 +1,266 @@
+"""Statistics that a criterion makes of products: what it is shown, and how its sums are added up."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import defaultdict
+from dataclasses import fields
+
+import pytest
+import torch
+from criteria_cases import layers_of, make, tokens
+from transformers import CONFIG_MAPPING
+
+from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
+from llmpruner.engine.gradients import walk_signals
+from llmpruner.engine.inputs import forward_statistics
+from llmpruner.engine.position import Position, positions
+from llmpruner.engine.reduce import ReduceProducts
+from llmpruner.errors import PluginError
+from llmpruner.importance.estimate import estimate
+from llmpruner.models.decoder import decoder_layers
+from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.progress import Progress
+
+CALIBRATION = tokens(6, 16)
+
+
+@pytest.fixture(autouse=True)
+def small_micro_batches_in_full_precision(monkeypatch):
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 4 * 16)
+    monkeypatch.setattr("llmpruner.engine.gradients._LOGIT_ELEMENTS", 4 * 16 * 96)
+
+
+def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
+    """Every product with ``names`` in a forward walk."""
+    found: list[Product] = []
+
+    def measure(product: Product) -> dict[str, torch.Tensor]:
+        found.append(product)
+        return {}
+
+    where = defaultdict(Position)
+    list(
+        forward_statistics(
+            model, path, names, calibration, Progress(), inputs=False,
+            reduce=lambda some: ReduceProducts(model, some, where, measure, len(calibration.input_ids)),
+        )
+    )  # fmt: skip
+    return found
+
+
+def signals_of(loaded, names, measure, *needs):
+    walk = walk_signals(loaded.model, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
+    return dict(walk)
+
+
+MIXTURES = [
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe", "phimoe", "glm4_moe",
+    "ernie4_5_moe", "minimax", "minimax_m2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_type):
+    """So rows, router weights, samples and biases belong together."""
+    model = random_instance(small_config(CONFIG_MAPPING[model_type]()))
+    path = decoder_layers(model)
+    layers = model.get_submodule(path)
+    number, experts = next(
+        (n, module)
+        for n, layer in enumerate(layers)
+        for module in layer.modules()
+        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+    )
+    calibration = tokens(3, 9, vocabulary=int(model.get_input_embeddings().weight.shape[0]))
+    returned = []
+    handle = experts.register_forward_hook(lambda _, __, out: returned.append(out.flatten(0, -2)))
+    name = next(n for n, p in model.named_parameters() if p is experts.down_proj)
+    assert name.startswith(f"{path}.{number}.")
+    found = shown(model, path, [name], calibration)
+    handle.remove()
+    of_samples = torch.zeros(3, returned[-1].shape[1])
+    for product in found:
+        of_samples.index_add_(0, product.samples, product.gates[:, None] * product.outputs)
+    expected = returned[-1].view(3, 9, -1).sum(1)
+    torch.testing.assert_close(of_samples, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_rows_of_one_matrix_have_their_sample_and_a_gate_of_one():
+    loaded = make("llama-gqa")
+    found = shown(loaded.model, loaded.graph.layers, ["model.layers.1.mlp.down_proj.weight"])
+    assert torch.equal(torch.cat([p.samples for p in found]), torch.arange(6).repeat_interleave(16))
+    for product in found:
+        assert product.expert is None and product.num_samples == 6
+        assert torch.equal(product.gates, torch.ones(len(product.inputs)))
+        torch.testing.assert_close(product.outputs, product.inputs @ product.weight.T)
+
+
+def test_a_transposed_weight_is_shown_as_out_by_in_and_with_its_bias():
+    loaded = make("gpt2")
+    path = "transformer.h.1.mlp.c_proj"
+    bias = loaded.model.get_submodule(path).bias
+    (product, *_) = shown(loaded.model, loaded.graph.layers, [f"{path}.weight"])
+    assert product.weight.shape == (48, 56)
+    torch.testing.assert_close(product.outputs, product.inputs @ product.weight.T + bias)
+
+
+def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own():
+    """Llama 4 multiplies them with the inputs, and calls its experts with nothing else."""
+    loaded = make("llama4")
+    name = next(n for n, _ in loaded.model.named_parameters() if n.endswith("1.feed_forward.experts.down_proj"))
+    (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
+    assert len(product.samples) == 4 * 16
+    with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
+        _ = product.gates
+
+
+def test_rows_that_are_not_in_the_routers_order_are_not_assigned_to_tokens(monkeypatch):
+    loaded = make("mixtral")
+    experts = layers_of(loaded)[1].mlp.experts
+    own = type(experts).forward
+    monkeypatch.setattr(type(experts), "forward", lambda self, x, chosen, gates: own(self, x.flip(0), chosen, gates))
+    # The hook sees what the module is called with, and the products see it reversed.
+    name = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
+    (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
+    with pytest.raises(UnsupportedModelError, match="which calibration token each row of an input belongs to"):
+        _ = product.samples
+
+
+def squares(product: Product) -> dict[str, torch.Tensor]:
+    return {"square": product.inputs.square().sum(0), "rows": product.inputs.new_full((), len(product.inputs))}
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "gpt_oss"])
+def test_sums_are_added_up_over_micro_batches_and_kept_apart_by_expert(name):
+    loaded = make(name)
+    group = next(g for g in loaded.graph.of_kinds(["mlp"]) if g.layer == 1)
+    reader = next(group.spans_with(Role.CONSUMES)).parameter
+    needs = Signal.INPUT_STATS, Signal.PRODUCT
+    signals = signals_of(loaded, [reader, "model.norm.weight" if name != "gpt2" else "transformer.ln_f.weight"],
+                         squares, *needs)  # fmt: skip
+    found = signals[reader]
+    sums, total = found.products.sums, CALIBRATION.input_ids.numel()
+    assert found.products.axis == found.inputs.axis and sums["square"].dtype == torch.float64
+    width = found.inputs.second_moment.shape[found.inputs.axis]
+    expected = found.inputs.second_moment.double() * total
+    torch.testing.assert_close(sums["square"].flatten(), expected.flatten(), rtol=1e-5, atol=1e-8)
+    if found.inputs.routed is None:
+        assert sums["square"].shape == (width,) and int(sums["rows"]) == total
+    else:
+        assert sums["square"].shape == (4, width)
+        assert torch.equal(sums["rows"], found.inputs.routed.double())
+    (other,) = (s for n, s in signals.items() if n != reader)
+    assert other.products is None and other.inputs is None
+
+
+def test_gradients_at_a_product_make_the_gradient_of_its_weight():
+    """Summed over rows, ∂L/∂W = Gᵀ X; the loss of each sample counts by its share."""
+    loaded = make("mixtral")
+    group = next(g for g in loaded.graph.of_kinds(["mlp"]) if g.layer == 1)
+    names = sorted({span.parameter for span in group.spans})
+    signals = signals_of(
+        loaded, names, lambda p: {"outer": p.output_grads.T @ p.inputs / p.num_samples},
+        Signal.GRAD, Signal.PRODUCT_GRAD,
+    )  # fmt: skip
+    for name in names:
+        found = signals[name]
+        assert found.products.axis == 2
+        torch.testing.assert_close(
+            found.products.sums["outer"].float(), found.grad, rtol=1e-3, atol=1e-5 * float(found.grad.abs().max())
+        )
+
+
+def test_gradients_of_inputs_go_through_this_product_alone():
+    loaded = make("llama-gqa")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def measure(product: Product) -> dict[str, torch.Tensor]:
+        return {"own": product.input_grads.sum(0), "by hand": (product.output_grads @ product.weight).sum(0)}
+
+    sums = signals_of(loaded, [name], measure, Signal.PRODUCT_GRAD)[name].products.sums
+    assert bool(sums["own"].any())
+    assert torch.equal(sums["own"], sums["by hand"])
+
+
+def test_gradients_that_were_not_asked_for_are_an_error():
+    loaded = make("llama-gqa")
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=r"need Signal.PRODUCT_GRAD"):
+        signals_of(loaded, [name], lambda p: {"g": p.input_grads}, Signal.PRODUCT)
+
+
+@pytest.mark.parametrize("need", [Signal.PRODUCT, Signal.PRODUCT_GRAD])
+def test_no_activation_outlives_its_micro_batch(need):
+    loaded = make("llama-gqa")
+    alive: list[tuple[int, weakref.ref]] = []
+
+    def measure(product: Product) -> dict[str, torch.Tensor]:
+        gc.collect()
+        batch = int(product.samples[0])
+        assert {number for number, reference in alive if reference() is not None} <= {batch}
+        alive.append((batch, weakref.ref(product.outputs)))
+        return {}
+
+    names = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
+    signals_of(loaded, names, measure, need)
+    assert {number for number, _ in alive} == {0, 4}, "two micro-batches, of four samples and of two"
+
+
+def test_sums_of_one_name_have_one_shape():
+    loaded = make("llama-gqa")
+    name = "model.layers.1.mlp.down_proj.weight"
+    with pytest.raises(PluginError, match=r"'rows' of shape \(32,\) for one product .* shape \(64,\) for another"):
+        signals_of(loaded, [name], lambda p: {"rows": p.inputs[:, 0]}, Signal.PRODUCT)
+
+
+def test_positions_have_layers_and_kinds():
+    graph = make("mixtral").graph
+    where = positions(graph)
+    assert where["model.layers.2.mlp.experts.down_proj"] == Position(
+        2, frozenset({"mlp"}), frozenset({"expert", "hidden"})
+    )
+    assert where["model.layers.0.self_attn.o_proj.weight"].reads == {"attention", "query"}
+    assert where["model.embed_tokens.weight"] == Position(None, frozenset(), frozenset({"hidden"}))
+    assert where["model.layers.1.input_layernorm.weight"] == Position(1)
+
+
+class Recording(ImportanceCriterion):
+    """Remembers for which axes it was asked, and how often for saliencies."""
+
+    name = "recording"
+    summary = "the absolute weight"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.axes, self.saliencies = [], 0
+
+    def saliency(self, signals):
+        self.saliencies += 1
+        return signals.weight.abs()
+
+    def score_units(self, signals, axis, index_UK):
+        assert axis.position is not None and axis.position == signals.position
+        self.axes.append((axis.kind, axis.role, axis.axis, axis.position.layer, tuple(index_UK.shape)))
+
+
+def test_a_criterion_gets_kind_role_and_layer_of_every_axis():
+    loaded = make("llama-gqa")
+    criterion = Recording()
+    estimate(loaded.model, loaded.graph, loaded.graph.groups, criterion, None)
+    assert ("mlp", Role.PRODUCES, 0, 1, (56, 1)) in criterion.axes
+    assert ("mlp", Role.CONSUMES, 1, 1, (56, 1)) in criterion.axes
+    assert ("attention", Role.CONSUMES, 1, 2, (3, 16)) in criterion.axes
+    assert ("hidden", Role.NORM, 0, 0, (48, 1)) in criterion.axes
+    assert ("hidden", Role.PRODUCES, 1, None, (48, 1)) in criterion.axes
+    assert ("layer", None, 0, 2, (1, 56)) in criterion.axes
+    assert criterion.saliencies == len(loaded.graph.shapes) < len(criterion.axes)
+
+
+def test_a_criterion_gets_no_names():
+    loaded = make("llama-gqa")
+    found = shown(loaded.model, loaded.graph.layers, ["model.layers.1.mlp.down_proj.weight"])
+    values = [getattr(found[0], f.name) for f in fields(Product)]
+    assert not any(isinstance(value, str) for value in values)

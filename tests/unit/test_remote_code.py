@@ -1,0 +1,91 @@
+"""Checkpoints with model code of their own: it runs where the user allows it, without a question on the terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 64,
+}  # fmt: skip
+WRITE = """
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.manual_seed(0)
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+model.save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the copies that transformers makes of a checkpoint's code out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an architecture that only its own files define, with weights and a tokenizer."""
+    folder = tmp_path_factory.mktemp("alien") / "model"
+    folder.mkdir()
+    for name in ("configuration_made_up.py", "modeling_made_up.py"):
+        shutil.copyfile(MADE_UP / name, folder / name)
+    auto_map = {
+        "AutoConfig": "configuration_made_up.MadeUpConfig",
+        "AutoModelForCausalLM": "modeling_made_up.MadeUpForCausalLM",
+    }
+    values = {"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": auto_map, **SIZES}
+    (folder / "config.json").write_text(json.dumps(values))
+    run_python("-c", WRITE, folder)
+    vocabulary = {"<unk>": 0, **{letter: n + 1 for n, letter in enumerate("abcdefgh")}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def run_python(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """A process without standard input, so that a question on the terminal ends it."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == expect, done.stderr
+    assert "[y/N]" not in done.stdout + done.stderr
+    return done
+
+
+def llmpruner(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "llmpruner", *arguments, expect=expect)
+
+
+def test_without_the_flag_one_line_names_it(folder: Path) -> None:
+    *_, last = llmpruner("discover", folder, "--family", "auto", expect=2).stderr.splitlines()
+    assert last.startswith("error: ") and "--trust-remote-code" in last
+
+
+@pytest.mark.slow
+def test_with_the_flag_it_is_discovered_pruned_and_used(folder: Path, tmp_path: Path) -> None:
+    trusted = ("--family", "auto", "--trust-remote-code")
+    graph = json.loads(llmpruner("discover", folder, *trusted, "--json").stdout)
+    assert {group["kind"] for group in graph["groups"]} == {"attention", "mlp", "hidden", "layer"}
+    options = ("--unit-ratio", "0.3", "--layers", "0", "--importance", "l1", "--kinds", "mlp")
+    pruned = tmp_path / "pruned"
+    llmpruner("prune", folder, *trusted, *options, "-o", pruned)
+    assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr
+    llmpruner("generate", pruned, "--trust-remote-code", "-p", "a b", "--max-new-tokens", "3")

@@ -1,0 +1,160 @@
+"""Every product with a weight is seen, whatever it is written as, and told apart by axis and slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from criteria_cases import layers_of, make, tokens
+from torch import nn
+from torch.nn import functional
+
+from llmpruner.engine.walk import ForwardWalk
+from llmpruner.engine.watch import WatchedProduct, WatchProducts
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.square = nn.Parameter(torch.randn(5, 5, generator=generator))
+        self.wide = nn.Parameter(torch.randn(7, 5, generator=generator))
+        self.experts = nn.Parameter(torch.randn(3, 7, 5, generator=generator))
+        self.bias = nn.Parameter(torch.randn(7, generator=generator))
+
+
+@pytest.fixture
+def weights() -> Weights:
+    return Weights()
+
+
+X = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
+ROWS = X.flatten(0, 1)
+
+
+def watch(module: nn.Module, compute) -> list[WatchedProduct]:
+    uses: list[WatchedProduct] = []
+    with torch.no_grad(), WatchProducts(module, [n for n, _ in module.named_parameters()], uses.append):
+        compute(module)
+    return uses
+
+
+PRODUCTS = {
+    "linear": lambda m: functional.linear(X, m.wide),
+    "linear by keyword": lambda m: functional.linear(X, weight=m.wide),
+    "operator": lambda m: X @ m.wide.T,
+    "matmul": lambda m: torch.matmul(X, m.wide.T),
+    "method": lambda m: X.matmul(m.wide.transpose(0, 1)),
+    "mm": lambda m: torch.mm(ROWS, m.wide.T),
+    "view": lambda m: functional.linear(X, m.wide[:]),
+}
+
+
+@pytest.mark.parametrize("how", PRODUCTS)
+def test_a_matrix_is_seen_however_the_product_is_written(weights, how):
+    (use,) = watch(weights, PRODUCTS[how])
+    assert (use.parameter, use.axis, use.slot, use.bias) == ("wide", 1, None, None)
+    torch.testing.assert_close(use.inputs, ROWS)
+    torch.testing.assert_close(use.outputs, ROWS @ weights.wide.detach().T)
+
+
+def test_the_axis_of_a_square_matrix_is_told_by_its_strides(weights):
+    assert [use.axis for use in watch(weights, lambda m: (X @ m.square, X @ m.square.T))] == [0, 1]
+
+
+def test_the_bias_is_what_the_product_adds(weights):
+    (linear,) = watch(weights, lambda m: functional.linear(X, m.wide, m.bias))
+    (keyword,) = watch(weights, lambda m: functional.linear(X, m.wide, bias=m.bias))
+    (added,) = watch(weights, lambda m: torch.addmm(m.bias, ROWS, m.wide.T))
+    for use in (linear, keyword, added):
+        assert use.bias is weights.bias
+        torch.testing.assert_close(use.outputs, ROWS @ weights.wide.detach().T + weights.bias.detach())
+
+
+def test_one_expert_is_a_slot(weights):
+    uses = watch(weights, lambda m: (functional.linear(ROWS, m.experts[2]), ROWS @ m.experts[1].T))
+    assert [(use.parameter, use.axis, use.slot) for use in uses] == [("experts", 2, 2), ("experts", 2, 1)]
+
+
+def test_a_batch_of_experts_is_one_use_each(weights):
+    stack = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+    uses = watch(weights, lambda m: torch.bmm(stack, m.experts.mT))
+    assert [(use.axis, use.slot) for use in uses] == [(2, 0), (2, 1), (2, 2)]
+    for use in uses:
+        torch.testing.assert_close(use.inputs, stack[use.slot])
+        torch.testing.assert_close(use.outputs, stack[use.slot] @ weights.experts[use.slot].detach().T)
+
+
+def test_some_experts_of_a_stack_keep_their_numbers(weights):
+    uses = watch(weights, lambda m: torch.bmm(X, m.experts[1:].mT))
+    assert [use.slot for use in uses] == [1, 2]
+
+
+def test_inputs_that_all_experts_share_are_given_to_each(weights):
+    uses = watch(weights, lambda m: torch.matmul(ROWS, m.experts.mT))
+    assert [use.slot for use in uses] == [0, 1, 2]
+    assert all(torch.equal(use.inputs, ROWS) for use in uses)
+
+
+def test_part_of_the_inputs_is_no_use(weights):
+    """Its columns would be taken for the first ones of the whole matrix."""
+    assert watch(weights, lambda m: functional.linear(X[..., :3], m.wide[:, :3])) == []
+
+
+def test_a_matrix_viewed_as_a_stack_is_no_use(weights):
+    assert watch(weights, lambda m: torch.bmm(X[:1], m.square.view(1, 5, 5))) == []
+
+
+def test_parameters_in_one_storage_are_told_apart():
+    """A checkpoint may be mapped into memory as a whole."""
+    module = nn.Module()
+    flat = torch.arange(40.0)
+    module.first, module.second = nn.Parameter(flat[:20].view(4, 5)), nn.Parameter(flat[20:].view(4, 5))
+    uses = watch(module, lambda m: (functional.linear(X, m.first), functional.linear(X, m.second)))
+    assert [use.parameter for use in uses] == ["first", "second"]
+
+
+def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
+    loaded = make(name)
+    walk = ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+    found: dict[str, list[WatchedProduct]] = {}
+    names = [
+        n
+        for n, p in layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
+        if p.dim() > 1 and "bias" not in n
+    ]
+    with (
+        torch.no_grad(),
+        WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
+    ):
+        walk.run(0, walk.batches[0], walk.batches[0].hidden)
+    assert sorted(found) == sorted(names)
+    return found, loaded.model, 4 * 16
+
+
+def test_gpt2_sums_over_the_first_axis_and_adds_a_bias():
+    found, model, rows = uses_in("gpt2")
+    for name, uses in found.items():
+        (use,) = uses
+        assert (use.axis, use.slot, len(use.inputs)) == (0, None, rows)
+        assert use.bias is model.get_parameter(name.replace("weight", "bias"))
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "each"), [("mixtral", 2, 2), ("gpt_oss", 1, 2), ("llama4", 1, 4)], ids=["linear", "matmul", "bmm"]
+)
+def test_experts_are_seen_in_the_walk(name, axis, each):
+    """``each``: how many experts a token goes to; llama4 shows all of them every token, most as zeros."""
+    found, model, rows = uses_in(name)
+    down = next(uses for parameter, uses in found.items() if parameter.endswith("experts.down_proj"))
+    assert all(use.axis == axis for use in down)
+    assert len({use.slot for use in down}) == len(down) == 4
+    assert sum(len(use.inputs) for use in down) == each * rows
+    parameter = next(
+        p
+        for n, p in model.named_parameters()
+        if n.endswith("0.mlp.experts.down_proj") or n.endswith("0.feed_forward.experts.down_proj")
+    )
+    for use in down:
+        weight = parameter[use.slot].detach()
+        expected = use.inputs.float() @ (weight.T if axis == 2 else weight).float()
+        torch.testing.assert_close(use.outputs.float(), expected, rtol=2e-2, atol=2e-2)
