@@ -200,8 +200,8 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"mean": round(mean(values), 3), "spread": round(pstdev(values), 3)}
 
 
-def render(results: Mapping[str, Any]) -> None:
-    """Put the correlations into the page."""
+def table(results: Mapping[str, Any]) -> str:
+    """The correlations as the page shows them."""
     columns = {
         "MLP channel, within a layer": ("mlp", "within"), "across layers": ("mlp", "across"),
         "KV group": ("attention", "across"), "query head": ("query", "across"),
@@ -212,10 +212,15 @@ def render(results: Mapping[str, Any]) -> None:
         cells = [kinds.get(kind, {}).get(how) for kind, how in columns.values()]
         shown = ["" if c is None else f"{c['mean']:.2f} ± {c['spread']:.2f}" for c in cells]
         lines.append(f"| `{label}` | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def render(results: Mapping[str, Any]) -> None:
+    """Put the correlations into the page."""
     begin, end = "<!-- results:begin -->", "<!-- results:end -->"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{begin}\n{table(results)}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

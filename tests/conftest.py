@@ -39,6 +39,13 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of the kits for plugin authors, whose projects need no such mark, starts two processes."""
+    for item in items:
+        if item.name == "test_a_pruned_model_loads_in_fresh_processes":
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def catalog() -> Catalog:
     return Catalog(plugin_manager())

@@ -49,6 +49,7 @@ def load_pruned(
 
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
     options["trust_remote_code"] = trust_remote_code
+    options["ignore_mismatched_sizes"] = True  # they are an error below, which names the tensor
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:

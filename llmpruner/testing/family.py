@@ -128,10 +128,9 @@ class FamilyConformance:
             ids = torch.randint(vocabulary // 2, vocabulary, (2, 7), generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
                 expected.append(pruned.model.eval()(input_ids=ids).logits)
-        for loader in ("llmpruner", "transformers") if self.loads_elsewhere else ("llmpruner",):
-            for directory, logits, found in zip(
-                directories, expected, run_probes(directories, loader, ids.tolist()), strict=True
-            ):
+        loaders = ("llmpruner", "transformers") if self.loads_elsewhere else ("llmpruner",)
+        for loader, results in run_probes(directories, loaders, ids.tolist()).items():
+            for directory, logits, found in zip(directories, expected, results, strict=True):
                 where = f"the {directory.name} model, loaded by {loader}"
                 difference = float((torch.tensor(found["logits"]) - logits).abs().max())
                 assert difference <= 1e-5 * (1 + float(logits.abs().max())), f"{where}: logits differ by {difference}"

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from llmpruner import build_graph, load_pruned, save_checkpoint
 from llmpruner.models.surgery import cut
 
+pytestmark = pytest.mark.slow
+
 # `llmpruner` cannot be imported in the process that runs this, nor can any plugin.
 STRANGER = """
 import importlib.abc, sys

@@ -114,7 +114,7 @@ def test_record_that_contradicts_the_weights(shim: Path) -> None:
     config = json.loads((shim / "config.json").read_text())
     config["llmpruner"]["shapes"]["model.layers.1.mlp.up_proj.weight"] = [9, 32]
     (shim / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight|cannot be loaded"):
+    with pytest.raises(CheckpointError, match=r"mismatched tensor .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load_pruned(shim)
 
 
@@ -228,6 +228,7 @@ print(type(model).__name__, distance(model), distance(again), "custom_plugin" in
 """
 
 
+@pytest.mark.slow
 def test_base_class_outside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code is copied too; even a uniform cut of it is no stock checkpoint."""
     import importlib

@@ -92,6 +92,7 @@ def test_form(name: str, saved: tuple[Path, dict[str, str]]) -> None:
     assert json.loads((root / name / "llmpruner.json").read_text()) == {"name": name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_fresh_process(name: str, mode: str, probed: dict[str, Any]) -> None:
@@ -108,11 +109,13 @@ def test_fresh_process(name: str, mode: str, probed: dict[str, Any]) -> None:
     assert found["tied"] == tied
 
 
+@pytest.mark.slow
 def test_remote_code_needs_no_llmpruner(probed: dict[str, Any]) -> None:
     assert probed["remote"]["modules"] == []
     assert "llmpruner.loading.register" in probed["registered"]["modules"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_loading_is_quiet(mode: str, probed: dict[str, Any]) -> None:
     assert "per-layer attribute" not in probed[mode]["stderr"]

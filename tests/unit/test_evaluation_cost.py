@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import tiny_models
 import torch
@@ -63,15 +67,13 @@ def test_speed_is_measured_with_its_spread():
     for measured in (result.prefill, result.decode):
         assert 0 < measured.low <= measured.median <= measured.high and measured.runs == 3
     assert (result.prompt_tokens, result.new_tokens) == (16, 4)
-    assert result.peak_bytes is None or result.peak_bytes > sum(p.nbytes for p in model.parameters())
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert result.peak_bytes > sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.parametrize(
     "module", ["llmpruner.evaluation.metrics", "llmpruner.recovery.base", "llmpruner.recovery.lora"]
 )
 def test_light_modules_import_no_torch(module):
-    import subprocess
-    import sys
-
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -80,6 +80,7 @@ def test_loaded_tasks_serve_several_models(task_dir):
         assert result["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 7))
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_refused_before_the_model_runs():
     class Untouchable:
         def __getattr__(self, name):
@@ -109,5 +110,6 @@ def test_names_are_expanded_once():
         expand([], known)
 
 
+@pytest.mark.slow
 def test_the_paper_suite_exists_in_lm_eval():
     assert expand(["paper"], builtin_manager().all_tasks) == list(TASK_GROUPS["paper"])

@@ -13,6 +13,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+pytestmark = pytest.mark.slow
+
 MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -79,7 +81,6 @@ def test_without_the_flag_one_line_names_it(folder: Path) -> None:
     assert last.startswith("error: ") and "--trust-remote-code" in last
 
 
-@pytest.mark.slow
 def test_with_the_flag_it_is_discovered_pruned_and_used(folder: Path, tmp_path: Path) -> None:
     trusted = ("--family", "auto", "--trust-remote-code")
     graph = json.loads(llmpruner("discover", folder, *trusted, "--json").stdout)

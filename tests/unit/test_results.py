@@ -1,30 +1,29 @@
-"""The numbers in README and docs are those of the committed results."""
+"""Tables in README and docs are those that the benchmarks make of the committed results."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from benchmarks import quality
+import pytest
+
+from benchmarks import chatglm_drill, criteria, quality
 
 ROOT = Path(__file__).parents[2]
+TABLES = {
+    "README.md": lambda: quality.overview(quality.read_results()),
+    "docs/index.md": lambda: quality.overview(quality.read_results()),
+    "docs/criteria-measured.md": lambda: criteria.table(json.loads(criteria.RESULTS.read_text(encoding="utf-8"))),
+    "docs/models.md": lambda: chatglm_drill.table(json.loads(chatglm_drill.RESULTS.read_text(encoding="utf-8"))),
+}
 
 
-def test_the_readme_has_the_committed_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition(quality.BEGIN)[2].partition(quality.END)[0]
-    assert table.strip() == quality.overview(quality.read_results()).strip()
+@pytest.mark.parametrize("page", TABLES)
+def test_a_page_shows_what_was_measured(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    begin, end = (chatglm_drill.BEGIN, chatglm_drill.END) if page == "docs/models.md" else (quality.BEGIN, quality.END)
+    assert text.partition(begin)[2].partition(end)[0].strip() == TABLES[page]().strip()
 
 
-def test_the_page_of_quality_has_the_committed_results():
+def test_the_page_of_quality_is_written_by_its_benchmark():
     assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == quality.page(quality.read_results())
-
-
-def test_the_default_method_beats_the_papers_wherever_both_were_measured():
-    done = quality.read_results()
-    pairs = [
-        (entry["perplexity"], other["perplexity"])
-        for entry in done.values()
-        if entry["row"]["method"] == "best"
-        and (other := done.get(quality.Row(**entry["row"] | {"method": "llm-pruner"}).key))
-    ]
-    assert pairs and all(best < paper for best, paper in pairs)
