@@ -129,7 +129,9 @@ def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalo
 
 
 def test_settings_of_a_strategy_are_checked(catalog):
-    with pytest.raises(SettingsError, match="recovery strategy distil: temperature 0: expected a number above 0"):
+    with pytest.raises(
+        SettingsError, match="recovery strategy distil: temperature = 0 is refused: expected a number above 0"
+    ):
         catalog.strategies["distil"](temperature=0)
     with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: none"):
         catalog.strategies["full"](rank=4)

@@ -127,7 +127,7 @@ def test_sensitivity_measures_each_group_at_the_levels_and_in_full(gqa):
     """Besides once without a cut. Settings come as text from the command line."""
     assert Sensitivity(levels="0.1, 0.5,0.9").settings.levels == (0.1, 0.5, 0.9)
     assert [counted(gqa.graph, Sensitivity(levels=levels))[2] for levels in ((), (0.5,), (0.1, 0.5, 0.9))] == [5, 9, 17]
-    with pytest.raises(SettingsError, match=r"allocation sensitivity: levels\.0 1\.5: expected a number below 1"):
+    with pytest.raises(SettingsError, match=r"sensitivity: levels\.0 = 1\.5 is refused: expected a number below 1"):
         Sensitivity(levels=(1.5,))
 
 
