@@ -129,13 +129,11 @@ def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalo
 
 
 def test_settings_of_a_strategy_are_checked(catalog):
-    with pytest.raises(
-        SettingsError, match="recovery strategy distil: temperature = 0 is refused: expected a number above 0"
-    ):
+    with pytest.raises(SettingsError, match="strategy distil: temperature = 0 is refused: expected a number above 0"):
         catalog.strategies["distil"](temperature=0)
     with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: none"):
         catalog.strategies["full"](rank=4)
-    with pytest.raises(SettingsError, match="recovery strategy lora: rank 0: expected at least 1"):
+    with pytest.raises(SettingsError, match="recovery strategy lora: rank = 0 is refused: expected at least 1"):
         catalog.strategies["lora"](rank=0)
 
 
@@ -171,7 +169,7 @@ def test_the_teacher_is_loaded_once_and_only_on_request(pruned, tmp_path):
 
 
 def test_a_job_without_a_dense_model_is_an_error(pruned, catalog, tmp_path):
-    with pytest.raises(ModelError, match="the dense model is not known to this recovery"):
+    with pytest.raises(ModelError, match="needs the dense model, which is not known here"):
         recover(
             pruned.model, pruned.tokenizer, pruned.graph, pruned.family, catalog.strategies["distil"](), SETTINGS,
             tmp_path / "work", examples=EXAMPLES,
