@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..data.documents import PYDOC, read_text
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..progress import QUIET
 from ..settings import Names, Seed
 from .base import Metric, MetricSubject, Row
@@ -80,6 +80,11 @@ class PerplexityMetric(Metric):
         return read_text(self.settings.text)
 
     def prepare(self) -> None:
+        tokens, window = self.settings.tokens, self.settings.window
+        if tokens is not None and tokens < window:
+            raise SettingsError(
+                f"{self.label()}: tokens = {tokens} is refused: expected at least one window of {window}"
+            )
         _ = self.text
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:

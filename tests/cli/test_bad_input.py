@@ -114,6 +114,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--tokens", 10**6),
         "fewer than the 1000000 asked for",
     ),
+    "evaluation: fewer tokens than a window": (
+        ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--tokens", 64),
+        "metric perplexity: tokens = 64 is refused: expected at least one window of 512",
+    ),
     "evaluation: no include path": (
         ("evaluate", DENSE, "--tasks", "piqa", "--include-path", "{tmp}/none"),
         "{tmp}/none: no such directory",
