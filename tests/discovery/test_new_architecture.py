@@ -62,14 +62,9 @@ def random_config(seed: int) -> ComposedConfig:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("batch", range(20))
-def test_random_architectures(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fifth is saved and loaded, too, which takes longer than all other checks together."""
+def test_random_architectures(batch: int) -> None:
     for seed in range(batch * 10, batch * 10 + 10):
         config = random_config(seed)
-        if seed % 5:
-            monkeypatch.setattr("llmpruner.oracle.verify.round_trip_difference", lambda *_: 0.0)
-        else:
-            monkeypatch.undo()
         verdicts = verify(None, config, shrink=False, seed=seed)
         found = {v.kind: v.verdict for v in verdicts}
         expected = {"attention", "mlp", "layer"} | ({"hidden"} if config.norm != "layer" else set())
