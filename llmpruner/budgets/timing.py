@@ -16,6 +16,7 @@ import torch
 from ..errors import SelectionError, UnsupportedModelError
 from ..models.decoding import CachedModel, sample_tokens
 from ..models.modeling_llmpruner import per_layer_lists
+from ..models.positions import positions_of
 from ..models.surgery import cut_copy
 from ..oracle.rules import with_rules
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
@@ -73,8 +74,8 @@ def measure_latency(subject: BudgetSubject, context: int, stopwatch: Stopwatch |
 
 def check_context(config: PreTrainedConfig, context: int) -> None:
     """Raise `SelectionError` for more tokens in the cache than the model has positions for, besides those timed."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and context + RUNS + WARM_UP > limit:
+    limit = positions_of(config)
+    if limit is not None and context + RUNS + WARM_UP > limit:
         raise SelectionError(
             f"--context {context} and the tokens that are timed after it are beyond the model's {limit} positions; "
             f"give at most {limit - RUNS - WARM_UP}"

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import DataError, PluginError
+from ..models.positions import positions_of
 from .source import CalibrationSource, SampleTask
 from .text import TextSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,7 @@ class CalibrationText:
         """
         if samples < 1 or length < 2:
             raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and length > limit:
-            raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+        check_length(model.config, length)
         count = len(self.parts)
         if count > samples:
             raise DataError(f"{samples} samples cannot be shared by {count} sources; raise --samples")
@@ -87,6 +86,13 @@ class CalibrationText:
             share = SampleTask(model, tokenizer, part.reference, -(-samples // count), length, seed)
             shares.append(_checked(part.source.sample(share), share, part.source))
         return CalibrationSet(torch.stack(shares, 1).flatten(0, 1)[:samples], self.text)
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Raise `DataError` for samples of more tokens than the model has positions for."""
+    limit = positions_of(config)
+    if limit is not None and length > limit:
+        raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
 
 
 def _checked(ids: torch.Tensor, task: SampleTask, source: CalibrationSource) -> torch.Tensor:

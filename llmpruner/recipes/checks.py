@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
-from ..data.calibration import parse_calibration
-from ..errors import DataError, ModelError, SelectionError, SettingsError
+from ..data.calibration import check_length, parse_calibration
+from ..errors import ModelError, SelectionError, SettingsError
 from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
@@ -82,10 +82,7 @@ def _scored(job: PruneJob, group: CoupledGroup) -> list[Span]:
 def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
     if job.calibration is None:
         return
-    limit = getattr(structure.config.get_text_config(), "max_position_embeddings", None)
-    length = length_for(job.calibration, structure)
-    if limit and length > limit:
-        raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+    check_length(structure.config, length_for(job.calibration, structure))
     for part in job.calibration.text.parts:
         if not part.source.writes and not tokenizer:
             raise ModelError(

@@ -24,6 +24,7 @@ from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
 from ..importance.estimate import Scores, estimate
 from ..loading.dense import base_record
+from ..models.positions import positions_of
 from ..models.surgery import cut
 from ..progress import QUIET, Progress
 from ..selection.base import Demand
@@ -189,8 +190,8 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
 
 def length_for(calibration: CalibrationJob, structure: Structure) -> int:
     """Tokens per sample; a default is limited to the model's positions."""
-    limit = getattr(structure.config.get_text_config(), "max_position_embeddings", None)
-    return calibration.length if calibration.fixed_length else min(calibration.length, limit or calibration.length)
+    limit = positions_of(structure.config) or calibration.length
+    return calibration.length if calibration.fixed_length else min(calibration.length, limit)
 
 
 def demand(
