@@ -15,12 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from typing_extensions import Unpack
 
+from . import __version__
 from .checkpoints.adapters import save_adapter
 from .data.conversations import example
 from .data.documents import check_source
-from .errors import DataError, ModelError, PlanError, SettingsError
+from .engine.boundaries import DEFAULT_LIMIT
+from .engine.journal import Journal
+from .errors import DataError, LlmprunerError, ModelError, PlanError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
@@ -30,7 +35,7 @@ from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
 from .loading.dense import load_dense
-from .loading.model import Model, Structure, brings_tokenizer, load_model, load_structure
+from .loading.model import Model, Structure, brings_tokenizer, file_bytes, load_model, load_structure, open_streamed
 from .models.devices import check_device
 from .models.generation import generate as _generate
 from .models.quiet import quiet_transformers
@@ -41,8 +46,9 @@ from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .recipes import pipeline
 from .recipes.checks import check_prune, check_replay
-from .recipes.jobs import evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
+from .recipes.jobs import PruneJob, evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
 from .recipes.outcome import outcome_of
+from .recipes.residency import is_streamed
 from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
@@ -55,6 +61,7 @@ from .settings import (
     PageSettings,
     PruneSettings,
     RecoverSettings,
+    RunSettings,
     settings_from,
 )
 from .structure.outcome import Outcome
@@ -96,6 +103,7 @@ def plan(
     model: Source,
     *,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
@@ -105,7 +113,7 @@ def plan(
     Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
     reached.
     """
-    made, _ = plan_with_outcome(model, load=load, progress=progress, catalog=catalog, **settings)
+    made, _ = plan_with_outcome(model, load=load, run=run, progress=progress, catalog=catalog, **settings)
     return made
 
 
@@ -113,6 +121,7 @@ def plan_with_outcome(
     model: Source,
     *,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
@@ -122,8 +131,10 @@ def plan_with_outcome(
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
     check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
-    loaded = _with_weights(opened, catalog, load, progress)
-    made, cost = pipeline.make_plan(loaded, job, progress)
+    run = run or RunSettings()
+    streamed = _reads_layers(opened, job, load, run, catalog)
+    loaded = _with_weights(opened, catalog, load, progress, streamed=streamed)
+    made, cost = pipeline.make_plan(loaded, job, progress, pipeline.Run(run.boundary_memory or DEFAULT_LIMIT))
     return made, outcome_of(loaded, made, cost)
 
 
@@ -134,15 +145,18 @@ def prune(
     output: str | Path | None = None,
     need_tokenizer: bool = False,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Model:
     """Remove the least important units of a model. A `Model` that is passed in is changed in place.
 
-    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result.
-    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. Raises as `plan` does, `PlanError` for a
-    ``plan`` of another model, and `OutputError` for an ``output`` that exists or cannot be written.
+    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; results of
+    finished steps are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption.
+    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: memory, and whether to start anew;
+    without an ``output`` the model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of another model,
+    and `OutputError` for an ``output`` that exists or cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
     if plan is not None and settings:
@@ -159,18 +173,64 @@ def prune(
         )
     if replayed is not None:
         check_replay(replayed, opened, catalog)
-        draft = pipeline.Draft(replayed)
-        loaded = _with_weights(opened, catalog, load, progress)
     else:
         assert job is not None
         check_prune(job, opened, tokenizer=has_tokenizer)
-        loaded = _with_weights(opened, catalog, load, progress)
-        draft = pipeline.draft_plan(loaded, job, progress)
-    pruned = pipeline.apply_draft(loaded, draft, catalog, progress)
-    if directory is None:
-        return pruned
-    progress.status("saving")
-    return replace(pruned, form=save(pruned, directory))
+    run = run or RunSettings()
+    streamed = directory is not None and _reads_layers(opened, job, load, run, catalog)
+    journal = None
+    if directory is not None and not isinstance(opened, Model):
+        journal = _journal(directory, opened, replayed or settings_from(PruneSettings, settings), load, run)
+    loaded = _with_weights(opened, catalog, load, progress, streamed=streamed)
+    how = pipeline.Run(run.boundary_memory or DEFAULT_LIMIT, journal)
+    try:
+        draft = _draft(loaded, replayed, job, progress, how)
+        pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
+        if directory is None:
+            return pruned
+        progress.status("saving")
+        pruned = replace(pruned, form=save(pruned, directory))
+    except LlmprunerError:
+        if journal is not None:
+            journal.remove()
+        raise
+    if journal is not None:
+        journal.remove()
+    return pruned
+
+
+def _draft(
+    model: Model, replayed: PruningPlan | None, job: PruneJob | None, progress: Progress, run: pipeline.Run
+) -> pipeline.Draft:
+    if replayed is not None:
+        return pipeline.Draft(replayed)
+    assert job is not None
+    return pipeline.draft_plan(model, job, progress, run)
+
+
+def _reads_layers(
+    opened: Structure, job: PruneJob | None, load: LoadSettings | None, run: RunSettings, catalog: Catalog
+) -> bool:
+    return not isinstance(opened, Model) and is_streamed(opened, job, load or LoadSettings(), run, catalog)
+
+
+def _journal(
+    output: Path, opened: Structure, what: PruningPlan | PruneSettings, load: LoadSettings | None, run: RunSettings
+) -> Journal:
+    """The journal of a prune. Its run is identified by all that the result depends on."""
+    folder = output.with_name(output.name + ".pruning")
+    if run.restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Journal(
+        folder,
+        {
+            "model": opened.path or opened.ref,
+            "files": file_bytes(opened),
+            "prune": what.model_dump(mode="json"),
+            "load": (load or LoadSettings()).model_dump(mode="json"),
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        },
+    )
 
 
 def recover(
@@ -342,11 +402,16 @@ def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress
     return structure
 
 
-def _with_weights(opened: Structure, catalog: Catalog, load: LoadSettings | None, progress: Progress) -> Model:
+def _with_weights(
+    opened: Structure, catalog: Catalog, load: LoadSettings | None, progress: Progress, *, streamed: bool = False
+) -> Model:
     if isinstance(opened, Model):
         return opened
     load = load or LoadSettings()
     check_device(load.device)
+    if streamed:
+        progress.status(f"{opened.ref} is read layer by layer")
+        return open_streamed(opened.ref, catalog, load, opened)
     progress.status(f"loading {opened.ref}")
     return load_model(opened.ref, catalog, load, opened)
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import SettingsError
 from ..files import check_new_file
-from ..settings import LoadSettings, PruneSettings, flag_of, settings_from
+from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
 from .options import Json, ModelName, Output, catalog_of
@@ -26,12 +26,13 @@ def add_commands(app: typer.Typer) -> None:
     app.command(name="prune")(prune)
 
 
-@takes(settings=PruneSettings, options=LoadSettings)
+@takes(settings=PruneSettings, options=LoadSettings, run=RunSettings)
 def plan(
     ctx: typer.Context,
     model: ModelName,
     settings: dict[str, Any],
     options: dict[str, Any],
+    run: dict[str, Any],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -42,8 +43,9 @@ def plan(
     if output is not None:
         check_new_file(output)
     made, outcome = api.plan_with_outcome(
-        model, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
-    )
+        model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
+        catalog=catalog_of(ctx), **settings,
+    )  # fmt: skip
     if output is not None:
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
@@ -53,13 +55,14 @@ def plan(
         show_plan(made, outcome)
 
 
-@takes(settings=PruneSettings, options=LoadSettings)
+@takes(settings=PruneSettings, options=LoadSettings, run=RunSettings)
 def prune(
     ctx: typer.Context,
     model: ModelName,
     output: Output,
     settings: dict[str, Any],
     options: dict[str, Any],
+    run: dict[str, Any],
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
@@ -83,7 +86,8 @@ def prune(
         raise SettingsError(f"{flag} has no effect beside --plan, which sets everything; leave it out")
     pruned = api.prune(
         model, plan=plan_file, output=output, need_tokenizer=not no_tokenizer,
-        load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings,
+        load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
+        catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None

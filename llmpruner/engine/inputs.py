@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..data.calibration import CalibrationSet
     from ..progress import Progress
+    from .executor import Executor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,7 @@ class Measured:
 
 @torch.no_grad()
 def forward_statistics(
-    model: PreTrainedModel,
-    layers: str,
+    executor: Executor,
     wanted: Collection[str],
     calibration: CalibrationSet,
     progress: Progress,
@@ -47,30 +47,33 @@ def forward_statistics(
     ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
     for the names of one layer's weights.
 
-    Memory: the hidden states of the whole calibration set in float32, the statistics of one layer, and the other
-    arguments of each layer (masks, rotary tables).
+    Weights of the layer are in memory until the next one is asked for. Memory beyond them: the hidden states of the
+    whole calibration set in float32, up to the executor's limit; the statistics of one layer; and the other arguments
+    of each layer (masks, rotary tables).
     """
-    walk = ForwardWalk.over(model, layers, calibration)
-    states = walk.take_states()
-    numbers = [number for number in range(len(walk.layers)) if _inside(wanted, layers, number)]
-    for number in progress.track(range(max(numbers, default=-1) + 1), "Measuring inputs"):
-        names = _inside(wanted, layers, number)
-        sums = InputSums(model, gram=gram)
-        watch = WatchProducts(model, names if inputs else (), sums.add)
-        reduced = None if reduce is None else reduce(names)
-        with contextlib.nullcontext() if reduced is None else reduced.following(watch), watch:
-            for position, batch in enumerate(walk.batches):
-                if reduced is not None:
-                    reduced.next_batch(batch.first, batch.input_ids)
-                states[position] = walk.run(number, batch, states[position])
-        of_inputs = sums.statistics(walk.tokens)
-        of_products = {} if reduced is None else reduced.statistics()
-        yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
+    walk = ForwardWalk.over(executor, calibration)
+    model, states, weights = executor.model, walk.embedded, executor.weights
+    inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
+    count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
+    for number in progress.track(range(count), "Measuring inputs"):
+        names = inside[number]
+        with walk.layer(number):
+            sums = InputSums(model, gram=gram)
+            watch = WatchProducts(model, names if inputs else (), sums.add)
+            reduced = None if reduce is None else reduce(names)
+            with contextlib.nullcontext() if reduced is None else reduced.following(watch), watch:
+                for position, batch in enumerate(walk.batches):
+                    if reduced is not None:
+                        reduced.next_batch(batch.first, batch.input_ids)
+                    states[position] = walk.run(number, batch, states[position])
+            of_inputs = sums.statistics(walk.tokens)
+            of_products = {} if reduced is None else reduced.statistics()
+            # The caller reads the layer's weights too.
+            yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
 
 
 def input_statistics(
-    model: PreTrainedModel,
-    layers: str,
+    executor: Executor,
     wanted: Collection[str],
     calibration: CalibrationSet,
     progress: Progress,
@@ -78,7 +81,7 @@ def input_statistics(
     gram: bool,
 ) -> Iterator[dict[str, InputStats]]:
     """`forward_statistics` of inputs alone."""
-    for found in forward_statistics(model, layers, wanted, calibration, progress, gram=gram):
+    for found in forward_statistics(executor, wanted, calibration, progress, gram=gram):
         yield {name: measured.inputs for name, measured in found.items() if measured.inputs is not None}
 
 
@@ -107,10 +110,6 @@ class WatchInputs(WatchProducts):
         self._sums = InputSums(model, gram=gram)
         self.statistics = self._sums.statistics
         super().__init__(model, names, self._sums.add)
-
-
-def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
-    return sorted(name for name in wanted if name.startswith(f"{layers}.{number}."))
 
 
 @dataclass

@@ -14,8 +14,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
+from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.load import load_pruned
 from ..checkpoints.record import read_record
+from ..checkpoints.shards import ShardFiles
+from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
@@ -73,12 +76,19 @@ class Structure:
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
-    last `llmpruner.save` in this process."""
+    last `llmpruner.save` in this process. ``streamed``: reads the weights when they are needed; None where they are in
+    memory."""
 
     model: PreTrainedModel
     tokenizer: Any | None
     outcome: Outcome | None = None
     form: str | None = None
+    streamed: StreamedWeights | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights of ``model`` come from."""
+        return self.streamed or Weights(self.model, self.graph.layers)
 
 
 def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
@@ -118,6 +128,41 @@ def load_model(
     model = _read_model(ref, structure, options).to(options.device).eval()
     _check_shapes(model, structure.graph, text)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
+
+
+def open_streamed(text: str, catalog: Catalog, options: LoadSettings, structure: Structure) -> Model:
+    """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read part
+    by part when they are needed."""
+    ref = resolve(text, catalog, revision=options.revision)
+    tokenizer = _read_tokenizer(ref, options, structure.config)
+    dtype = _dtype(options, structure.config, ref)
+    lazy = LazyCheckpoint(ref.directory, structure.config, dtype, structure.graph.layers)
+    check_loaded(text, lazy.model, lazy.info)
+    _check_shapes(lazy.model, structure.graph, text)
+    streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
+    return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
+
+
+def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structure: Structure) -> str | None:
+    """Why a model cannot be read layer by layer; None if it can."""
+    if adapter_base(Path(text)) is not None:
+        return "it is an adapter, which is added to a model in memory"
+    ref = resolve(text, catalog, revision=options.revision)
+    if ref.reader is not None or ref.gguf_file or not ref.directory.is_dir() or not ShardFiles.are_in(ref.directory):
+        return "only safetensors files in a folder can be read layer by layer; convert it first"
+    if structure.plans:
+        return "it was pruned before, and is loaded as a whole"
+    if getattr(structure.config, "quantization_config", None) is not None:
+        return "it is quantised"
+    if any(structure.graph.is_decoder(name) for name in structure.graph.ties):
+        return "its layers share parameters"
+    return None
+
+
+def file_bytes(structure: Structure) -> int:
+    """Bytes of a model's local safetensors files; 0 for other models."""
+    path = Path(structure.path or "")
+    return ShardFiles(path).numbytes() if structure.path and ShardFiles.are_in(path) else 0
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:

@@ -1,0 +1,42 @@
+"""What a stage runs a decoder with: where its weights come from, and where hidden states are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..models.decoder import decoder_list
+from .boundaries import DEFAULT_LIMIT, Boundaries
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Executor:
+    """``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in ``folder`` (None: the
+    system's folder of temporary files)."""
+
+    weights: Weights
+    boundary_memory: int | None = DEFAULT_LIMIT
+    folder: Path | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, path: str) -> Executor:
+        """For a model in memory. ``path``: of its module list of decoder layers."""
+        return cls(Weights(model, path))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.weights.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers. Raises `UnsupportedModelError` where they are not a list."""
+        return decoder_list(self.weights.model, self.weights.path)
+
+    def boundaries(self) -> Boundaries:
+        return Boundaries(self.boundary_memory, self.folder)
