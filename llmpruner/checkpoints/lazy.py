@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -54,7 +55,7 @@ class LazyCheckpoint:
         )
         self._layers = layers
         self._empty = dict(self.model.named_parameters(remove_duplicate=False))
-        self._used: dict[int, Any] = {}
+        self._state = self.model.state_dict(keep_vars=True)
         self.info = self._assign()
 
     def part_of(self, name: str) -> int | None:
@@ -68,6 +69,25 @@ class LazyCheckpoint:
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give parameters and persistent buffers the values of `read`, in the dtype of the model."""
+        if not self._options.dtype_plan and all(source in self._plain for source in tensors):
+            # The same as below, without its search for names, which takes long for small parts.
+            for source, tensor in tensors.items():
+                self._set(self._plain[source], tensor)
+        else:
+            self._convert(tensors)
+        if not tensors.keys().isdisjoint(self._sources.get(None, ())):
+            self.model.tie_weights()
+
+    def _set(self, name: str, tensor: torch.Tensor) -> None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        old = module._parameters.get(leaf)
+        if old is None:
+            module._buffers[leaf] = tensor.to(self._state[name].dtype)
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor.to(self._state[name].dtype), requires_grad=False)
+
+    def _convert(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with quiet_transformers():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self._options)
         for error in info.conversion_errors.values():
@@ -76,11 +96,6 @@ class LazyCheckpoint:
             raise CheckpointError(
                 f"{self.files.directory} has {name} of shape {tuple(found)}; its configuration gives {tuple(expected)}"
             )
-        if any(self.part_of(name) is None for name in set(self._empty) - info.missing_keys):
-            self.model.tie_weights()
-        # Each call lists the conversions that it used; saving in the original format applies all of them.
-        self._used |= {id(used): used for used in self.model._weight_conversions}
-        self.model._weight_conversions = list(self._used.values())
 
     def empty(self, part: int | None) -> None:
         """Free the parameters of ``part``: put them back on the meta device."""
@@ -93,7 +108,8 @@ class LazyCheckpoint:
         """Sort the names in the files into parts, and compare them with those of the model."""
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        state = self.model.state_dict(keep_vars=True)
+        state = self._state
+        self._plain: dict[str, str] = {}
         self._sources: dict[int | None, list[str]] = {}
         missing = set(state)
         mismatched: set[tuple[str, Any, Any]] = set()
@@ -110,6 +126,7 @@ class LazyCheckpoint:
                 first, *others = next(c.target_patterns for c in converters if pattern in c.source_patterns)
                 missing -= {target, *(target.replace(first, other) for other in others)}
                 continue
+            self._plain[source] = target
             missing.discard(target)
             if (shape := self.files.shape(source)) != tuple(state[target].shape):
                 mismatched.add((target, shape, tuple(state[target].shape)))

@@ -7,6 +7,7 @@ whole model, is possible anywhere: layers that are not in memory are read when t
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +96,9 @@ class StreamedWeights(Weights):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmpruner-read") if parts.reads_ahead else None
         self._ahead: tuple[int | None, Future[dict[str, torch.Tensor]]] | None = None
         self._last = -1
+        self._names: dict[int | None, list[str]] = {}
+        for name, _ in self.model.named_parameters():
+            self._names.setdefault(self.number(name), []).append(name)
         self._layers: Any = self.model.get_submodule(path)
         for number, layer in enumerate(self._layers):
             layer.forward = self._reading(number, layer.forward)
@@ -143,9 +147,10 @@ class StreamedWeights(Weights):
         self._parts.fill(self._read(part))
         if part in self._kept:
             super().use(self._kept[part])
-        for name, parameter in self.model.named_parameters():
-            if self.number(name) == part:
-                parameter.requires_grad_(False)
+        for name in self._names[part]:
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            if parameter.device != self.device:
                 parameter.data = parameter.data.to(self.device)
 
     def _leave(self, part: int | None) -> None:
@@ -160,5 +165,12 @@ class StreamedWeights(Weights):
             following = part + (1 if part > self._last else -1)
             self._last = part
             if self._thread is not None and 0 <= following < len(self._layers):
-                self._ahead = following, self._thread.submit(self._parts.read, following)
+                self._ahead = following, self._thread.submit(self._fetch, following)
+        return found
+
+    def _fetch(self, part: int) -> dict[str, torch.Tensor]:
+        """`Parts.read`, and one byte of every page, so that files are read from the disk now."""
+        found = self._parts.read(part)
+        for tensor in found.values():
+            tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
         return found

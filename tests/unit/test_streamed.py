@@ -89,11 +89,8 @@ def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
 def test_other_kinds(kinds, dense, tmp_path):
     importance = "angular" if kinds == "layer" else "energy" if kinds == "query" else "l1"
     for streamed in (False, True):
-        options = (
-            {"ratio": 0.1}
-            if kinds == "hidden"
-            else {"calibration": "self", "layers": "all"} | ({"ratio": 0.4} if kinds == "layer" else {})
-        )
+        options = {} if kinds == "hidden" else {"calibration": "self", "layers": "all"}
+        options["ratio"] = 0.4 if kinds == "layer" else 0.1
         prune(
             dense("llama-gqa"), tmp_path / str(streamed), streamed=streamed, kinds=kinds, importance=importance,
             **options,
