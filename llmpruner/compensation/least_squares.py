@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine.gram import add_gram, both_triangles
+from ..engine.gram import add_gram
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
+_BLOCK = 1024
+"""Inputs at a time for which errors are computed in float64."""
 
 
 @dataclass
@@ -40,10 +42,18 @@ class _Sums:
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor) -> float:
-        """Squared error of the fit, summed over the outputs and averaged over the rows."""
-        gram, cross = both_triangles(self.gram).to(weight_IO.dtype), self.cross.to(weight_IO.dtype)
-        fitted = (weight_IO * (gram @ weight_IO - 2 * cross)).sum()
-        return (float(fitted) + self.energy) / max(self.rows, 1)
+        """Squared error of the fit, summed over the outputs and averaged over the rows. A block of inputs at a time is
+        in the dtype of ``weight_IO``."""
+        fitted, width = 0.0, len(self.gram)
+        for start in range(0, width, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            # The rows of the symmetric matrix: left of the diagonal as they are, right of it from the columns.
+            full = self.gram[rows].tril(start)
+            full[:, start:] += self.gram[start:, rows].tril(-1).mT
+            product = full.to(weight_IO.dtype) @ weight_IO
+            product -= 2 * self.cross[rows].to(weight_IO.dtype)
+            fitted += float((product * weight_IO[rows]).sum())
+        return (fitted + self.energy) / max(self.rows, 1)
 
 
 class NormalEquations:
@@ -89,6 +99,7 @@ def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
-    # Reads the lower triangle alone.
-    factor = torch.linalg.cholesky(gram)
-    return torch.cholesky_solve(sums.cross.double() + strength * old_IO, factor)
+    # In place, as these are the largest tensors of a compensation. Reads the lower triangle alone.
+    torch.linalg.cholesky(gram, out=gram)
+    targets = sums.cross.double().add_(old_IO, alpha=strength)
+    return torch.cholesky_solve(targets, gram, out=targets)
