@@ -181,7 +181,8 @@ def prune(
     journal = None
     if directory is not None and not isinstance(opened, Model):
         journal = _journal(directory, opened, replayed or settings_from(PruneSettings, settings), load, run)
-    loaded = _with_weights(opened, catalog, load, progress, streamed=streamed)
+    beside = None if directory is None else directory.resolve().parent
+    loaded = _with_weights(opened, catalog, load, progress, streamed=streamed, beside=beside)
     how = pipeline.Run(run.boundary_memory or DEFAULT_LIMIT, journal)
     try:
         draft = _draft(loaded, replayed, job, progress, how)
@@ -190,6 +191,10 @@ def prune(
             return pruned
         progress.status("saving")
         pruned = replace(pruned, form=save(pruned, directory))
+    except KeyboardInterrupt:
+        if journal is not None and journal.folder.exists():
+            progress.status(f"stopped; the same command goes on with what is done ({journal.folder}), or --restart")
+        raise
     except LlmprunerError:
         if journal is not None:
             journal.remove()
@@ -403,7 +408,13 @@ def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress
 
 
 def _with_weights(
-    opened: Structure, catalog: Catalog, load: LoadSettings | None, progress: Progress, *, streamed: bool = False
+    opened: Structure,
+    catalog: Catalog,
+    load: LoadSettings | None,
+    progress: Progress,
+    *,
+    streamed: bool = False,
+    beside: Path | None = None,
 ) -> Model:
     if isinstance(opened, Model):
         return opened
@@ -411,7 +422,7 @@ def _with_weights(
     check_device(load.device)
     if streamed:
         progress.status(f"{opened.ref} is read layer by layer")
-        return open_streamed(opened.ref, catalog, load, opened)
+        return open_streamed(opened.ref, catalog, load, opened, beside)
     progress.status(f"loading {opened.ref}")
     return load_model(opened.ref, catalog, load, opened)
 

@@ -1,144 +1,110 @@
-"""A model of transformers without weights, which are read from its safetensors files part by part.
+"""A model of transformers without weights, which are read from files part by part.
 
-A part is one decoder layer, or everything outside the layers. Names and layouts in the files may differ from those of
-the model (experts one by one, fused projections); transformers' own conversions are applied to each part.
+A part is one decoder layer, or everything outside the layers. Loading is transformers' own, with everything on disk:
+tensors that are in a safetensors file as the model has them stay there, and others (experts one by one, fused
+projections, files of other formats) are converted one by one into a folder. The hooks by which accelerate then reads
+the weights of single modules are replaced by reading whole parts, whose weights a stage can look at and change.
 """
 
 from __future__ import annotations
 
-import contextlib
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, first_line
-from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
-from .shards import ShardFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 class LazyCheckpoint:
-    """``model``: of ``config``, in ``dtype``, with parameters on the meta device and buffers with their values.
+    """``model``: with parameters on the meta device, and buffers with their values. ``info``: the loading info of
+    ``from_pretrained``.
 
-    ``layers``: path of its decoder layers. A part is the number of a layer, or None for everything outside them.
-    ``info``: ``missing_keys``, ``mismatched_keys`` and ``unexpected_keys``, as in the loading info of
-    ``from_pretrained``; found from the names and shapes in the files. Raises `CheckpointError` for damaged files.
+    ``layers``: path of the decoder layers. Converted tensors are in a temporary folder in ``beside`` (None: where the
+    system has such folders), which is removed with this object.
     """
 
     reads_ahead = True
 
-    def __init__(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: str) -> None:
-        self.files = ShardFiles(directory)
-        self.model: PreTrainedModel = meta_model(config, dtype)
-        self.model.config.name_or_path = str(directory)
-        # Many checkpoints have no generation configuration.
-        with contextlib.suppress(OSError), quiet_transformers():
-            self.model.generation_config = GenerationConfig.from_pretrained(directory)
-        self._mapping = get_model_conversion_mapping(self.model)
-        self._options = LoadStateDictConfig(
-            dtype=dtype, dtype_plan=self.model._get_dtype_plan(dtype), weight_mapping=self._mapping
-        )
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        layers: str,
+        beside: Path | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                dtype=dtype,
+                device_map={"": "disk"},
+                offload_folder=self._folder.name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
+            )
+        self.model: PreTrainedModel = model.eval()
+        self.info: Mapping[str, Any] = info
+        self._stored = _stored(model)
+        remove_hook_from_submodules(model)
+        vars(model).pop("hf_device_map", None)
         self._layers = layers
-        self._empty = dict(self.model.named_parameters(remove_duplicate=False))
-        self._state = self.model.state_dict(keep_vars=True)
-        self.info = self._assign()
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        self._names: dict[int | None, list[str]] = {}
+        for name, _ in model.named_parameters():
+            self._names.setdefault(self.part_of(name), []).append(name)
 
     def part_of(self, name: str) -> int | None:
-        """The part of a parameter or buffer of the model."""
+        """The part of a parameter."""
         prefix = f"{self._layers}."
         return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
-        """The tensors of ``part`` as they are in the files. It may be called in another thread than `fill`."""
-        return self.files.read(self._sources.get(part, ()))
+        """Parameter → value, on the CPU, mapped from its file. Each call maps files anew, so that their pages stop
+        counting as memory of the process when the tensors are freed. Changes in place do not reach the files. It may be
+        called in another thread. Raises `CheckpointError` for a file that is damaged or gone."""
+        try:
+            return {name: self._stored[name] for name in self._names.get(part, ())}
+        except Exception as error:  # safetensors and the system raise what they like
+            raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give parameters and persistent buffers the values of `read`, in the dtype of the model."""
-        if not self._options.dtype_plan and all(source in self._plain for source in tensors):
-            # The same as below, without its search for names, which takes long for small parts.
-            for source, tensor in tensors.items():
-                self._set(self._plain[source], tensor)
-        else:
-            self._convert(tensors)
-        if not tensors.keys().isdisjoint(self._sources.get(None, ())):
+        """Give parameters the values of `read`."""
+        for name, tensor in tensors.items():
+            self._set(name, nn.Parameter(tensor, requires_grad=False))
+        if any(self.part_of(name) is None for name in tensors):
             self.model.tie_weights()
-
-    def _set(self, name: str, tensor: torch.Tensor) -> None:
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        old = module._parameters.get(leaf)
-        if old is None:
-            module._buffers[leaf] = tensor.to(self._state[name].dtype)
-        else:
-            module._parameters[leaf] = nn.Parameter(tensor.to(self._state[name].dtype), requires_grad=False)
-
-    def _convert(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        with quiet_transformers():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self._options)
-        for error in info.conversion_errors.values():
-            raise CheckpointError(f"the weights in {self.files.directory} cannot be converted: {first_line(error)}")
-        for name, found, expected in info.mismatched_keys:
-            raise CheckpointError(
-                f"{self.files.directory} has {name} of shape {tuple(found)}; its configuration gives {tuple(expected)}"
-            )
 
     def empty(self, part: int | None) -> None:
         """Free the parameters of ``part``: put them back on the meta device."""
         for name, parameter in self._empty.items():
             if self.part_of(name) == part:
-                path, _, leaf = name.rpartition(".")
-                self.model.get_submodule(path)._parameters[leaf] = parameter
+                self._set(name, parameter)
 
-    def _assign(self) -> dict[str, Any]:
-        """Sort the names in the files into parts, and compare them with those of the model."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
-        state = self._state
-        self._plain: dict[str, str] = {}
-        self._sources: dict[int | None, list[str]] = {}
-        missing = set(state)
-        mismatched: set[tuple[str, Any, Any]] = set()
-        unexpected: set[str] = set()
-        for source in sorted(self.files.files):
-            target, pattern = rename_source_key(source, renamings, converters, self.model.base_model_prefix, state)
-            if target not in state and source in state:
-                target, pattern = source, None
-            if target not in state:
-                unexpected.add(target)
-                continue
-            self._sources.setdefault(self.part_of(target), []).append(source)
-            if pattern is not None:
-                first, *others = next(c.target_patterns for c in converters if pattern in c.source_patterns)
-                missing -= {target, *(target.replace(first, other) for other in others)}
-                continue
-            self._plain[source] = target
-            missing.discard(target)
-            if (shape := self.files.shape(source)) != tuple(state[target].shape):
-                mismatched.add((target, shape, tuple(state[target].shape)))
-        tied = getattr(self.model, "all_tied_weights_keys", {})
-        missing -= {name for name, stored in tied.items() if stored not in missing}
-        info = _Info(missing, mismatched, unexpected)
-        self.model._adjust_missing_and_unexpected_keys(info)
-        return vars(info)
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        path, _, leaf = name.rpartition(".")
+        self.model.get_submodule(path)._parameters[leaf] = parameter
 
 
-class _Info:
-    """The part of transformers' loading info that it adjusts by the rules of a model class."""
-
-    def __init__(self, missing: set[str], mismatched: set[tuple[str, Any, Any]], unexpected: set[str]) -> None:
-        self.missing_keys, self.mismatched_keys, self.unexpected_keys = missing, mismatched, unexpected
+def _stored(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """accelerate's map from parameters to their values in files, which its hooks on ``model`` share."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            found = getattr(each, "weights_map", None)
+            if found is not None:
+                stored: Mapping[str, torch.Tensor] = getattr(found, "dataset", found)
+                return stored
+    raise CheckpointError("accelerate keeps none of this model's weights on disk")

@@ -17,7 +17,7 @@ from ..checkpoints.adapters import adapter_base, with_adapter
 from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.load import load_pruned
 from ..checkpoints.record import read_record
-from ..checkpoints.shards import ShardFiles
+from ..checkpoints.shards import has_shards, shard_bytes
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
@@ -130,13 +130,19 @@ def load_model(
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
-def open_streamed(text: str, catalog: Catalog, options: LoadSettings, structure: Structure) -> Model:
+def open_streamed(
+    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
+) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read part
-    by part when they are needed."""
+    by part when they are needed. Tensors that are not stored as the model has them are converted into a temporary
+    folder, in ``beside`` or where the system has such folders."""
     ref = resolve(text, catalog, revision=options.revision)
     tokenizer = _read_tokenizer(ref, options, structure.config)
     dtype = _dtype(options, structure.config, ref)
-    lazy = LazyCheckpoint(ref.directory, structure.config, dtype, structure.graph.layers)
+    with _one_line(ref):
+        lazy = LazyCheckpoint(
+            ref.directory, dtype, structure.graph.layers, beside, trust_remote_code=options.trust_remote_code
+        )
     check_loaded(text, lazy.model, lazy.info)
     _check_shapes(lazy.model, structure.graph, text)
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
@@ -148,7 +154,7 @@ def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structu
     if adapter_base(Path(text)) is not None:
         return "it is an adapter, which is added to a model in memory"
     ref = resolve(text, catalog, revision=options.revision)
-    if ref.reader is not None or ref.gguf_file or not ref.directory.is_dir() or not ShardFiles.are_in(ref.directory):
+    if ref.reader is not None or ref.gguf_file or not ref.directory.is_dir() or not has_shards(ref.directory):
         return "only safetensors files in a folder can be read layer by layer; convert it first"
     if structure.plans:
         return "it was pruned before, and is loaded as a whole"
@@ -162,7 +168,7 @@ def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structu
 def file_bytes(structure: Structure) -> int:
     """Bytes of a model's local safetensors files; 0 for other models."""
     path = Path(structure.path or "")
-    return ShardFiles(path).numbytes() if structure.path and ShardFiles.are_in(path) else 0
+    return shard_bytes(path) if structure.path and path.is_dir() else 0
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
