@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import json, os, signal, sys
+import importlib, json, os, signal, sys
 import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 
 for line in sys.stdin:
@@ -27,6 +26,7 @@ for line in sys.stdin:
     os.chdir(job["folder"])
     for number, path in enumerate((os.devnull, job["out"], job["err"])):
         os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
+    importlib.invalidate_caches()
     sys.argv = ["-c", *job["arguments"]]
     exec(job["code"], {"__name__": "__main__"})
     sys.exit()
@@ -47,11 +47,11 @@ def run_fresh(
 ) -> subprocess.CompletedProcess[str]:
     """Run the program ``code`` in a process that has not imported llmpruner: ``python -c CODE ARGUMENTS``.
 
-    ``folder``: to run it in. ``environment``: variables that differ from those of this process. Standard input is
+    ``folder``: to run it in; ``environment``: its variables; both default to those of this process. Standard input is
     empty. On Linux the process is forked from one that has imported transformers, which later calls with the same
     environment share.
     """
-    values = {**os.environ, **(environment or {})}
+    values = dict(os.environ if environment is None else environment)
     # pytest writes the name of the test there.
     values.pop("PYTEST_CURRENT_TEST", None)
     texts = [str(argument) for argument in arguments]
@@ -80,14 +80,20 @@ def run_fresh(
 def _ask(server: subprocess.Popen[str], job: Mapping[str, Any]) -> int:
     """The exit code of ``job``."""
     assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps(job) + "\n")
-    server.stdin.flush()
-    return int(server.stdout.readline())
+    try:
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+    except BaseException:
+        # The answer, if there will be one, must not be taken for that of the next job.
+        server.kill()
+        raise
 
 
 def _server(environment: Mapping[str, str]) -> subprocess.Popen[str]:
     key = frozenset(environment.items())
     if key not in _SERVERS or _SERVERS[key].poll() is not None:
+        _SERVERS.pop(key, None)
         while len(_SERVERS) >= _MOST:
             _end(_SERVERS.pop(next(iter(_SERVERS))))
         _SERVERS[key] = subprocess.Popen(
@@ -98,8 +104,11 @@ def _server(environment: Mapping[str, str]) -> subprocess.Popen[str]:
 
 
 def _end(server: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(OSError):
+    """A server ends with its standard input, and so with the process that started it."""
+    try:
         server.communicate(timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        server.kill()
 
 
 @atexit.register

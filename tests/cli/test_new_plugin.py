@@ -41,7 +41,9 @@ def install(site: Path, *sources: Path) -> None:
 def run_tests(package: Path, site: Path, choose: str = QUICK) -> str:
     """The last line of a package's own tests, run where it is installed."""
     options = ("-q", "-p", "no:cacheprovider", "-k", choose)
-    done = run_fresh(RUN, site, *options, folder=package, environment={"OMP_NUM_THREADS": "1"}, timeout=250)
+    done = run_fresh(
+        RUN, site, *options, folder=package, environment={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def without_llmpruner(directory: Path, work: Path, kind: str, *text: str) -> dic
         *text,
     ]
     # One home for all tests: each has a process of its own, but the one that these are forked from is shared.
-    environment = {"HF_HOME": str(work.parent / "home"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HOME": str(work.parent / "home"), "HF_HUB_OFFLINE": "1"}
     result = run_fresh(STRANGER, *arguments, folder=work, environment=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(work / "outputs.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 def probed(saved: tuple[Path, dict[str, str]]) -> dict[str, Any]:
     """Mode → what `checkpoint_probe.py` found."""
     root, _ = saved
-    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
     code, directories = PROBE.read_text(), [root / name for name in NAMES]
     results = {}
     for mode in MODES:
