@@ -177,6 +177,7 @@ def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
     assert "${{ matrix.python }}" in (package / ".github" / "workflows" / "test.yml").read_text()
 
 
+@pytest.mark.slow
 def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_path):
     package = tmp_path / "llmpruner-alpaca"
     assert run("new-plugin", "alpaca", "--from", dense, "-o", package).code == 0
