@@ -22,6 +22,7 @@ from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
+from ..models.gguf import gguf_parsed_once
 from ..models.quiet import quiet_gguf, quiet_transformers
 from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
 from ..settings import LoadSettings
@@ -122,10 +123,12 @@ def load_model(
         loaded = load_model(base, catalog, options)
         merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
         return replace(loaded, ref=text, model=merged)
-    structure = structure or load_structure(text, catalog, options)
     ref = resolve(text, catalog, revision=options.revision)
-    tokenizer = _read_tokenizer(ref, options, structure.config)
-    model = _read_model(ref, structure, options).to(options.device).eval()
+    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+        structure = structure or load_structure(text, catalog, options)
+        tokenizer = _read_tokenizer(ref, options, structure.config)
+        model = _read_model(ref, structure, options)
+    model = model.to(options.device).eval()
     _check_shapes(model, structure.graph, text)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 

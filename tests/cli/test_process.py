@@ -7,6 +7,8 @@ import resource
 import subprocess
 import sys
 
+import pytest
+
 COMMAND = [sys.executable, "-m", "llmpruner"]
 
 
@@ -50,6 +52,7 @@ def test_version():
     assert llmpruner("--version").stdout.startswith("llmpruner ")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
     hash_seeds = ("1", "2")
     options = ("--ratio", 0.2, "--kinds", "mlp,attention", "--samples", 3, "--length", 16)

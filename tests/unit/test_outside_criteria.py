@@ -170,6 +170,7 @@ def kit(name: str, model: str | None = None) -> type:
 CHECKS = [n for n in vars(CriterionConformance) if n.startswith("test_") and n != "test_an_entry_point_registers_it"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("name", "model"), [("reap", "mixtral"), ("streamline", None), ("ema", None)])
 def test_they_conform(name, model, check):
