@@ -93,14 +93,16 @@ def default_layers(structure: Structure) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Run:
     """How stages run. ``boundary_memory``: bytes of hidden states in memory. ``journal``: keeps results for a run that
-    is interrupted."""
+    is interrupted. ``divided``: see `Executor`."""
 
     boundary_memory: int = DEFAULT_LIMIT
     journal: Journal | None = None
+    divided: int = 1
 
     def executor(self, model: Model) -> Executor:
         """For a stage that runs ``model``."""
-        return Executor(model.weights, self.boundary_memory, None if self.journal is None else self.journal.folder)
+        folder = None if self.journal is None else self.journal.folder
+        return Executor(model.weights, self.boundary_memory, folder, self.divided)
 
 
 def make_plan(
