@@ -321,10 +321,17 @@ class _Forecaster:
 
     def weights(self) -> dict[str, int]:
         """Weights in memory during the stages that run the model."""
+        return {**self.always(), **self.two_layers()}
+
+    def always(self) -> dict[str, int]:
+        """Weights that are in memory all the time."""
         if self.residency.streamed:
-            # The layer in use, and the next one, which is read meanwhile.
-            return {"weights outside the layers": self.outside, "weights of two layers": 2 * self.largest_layer}
+            return {"weights outside the layers": self.outside}
         return {"weights": self.graph.total_parameters * self.item}
+
+    def two_layers(self) -> dict[str, int]:
+        """The layer in use, and the next one, which is read meanwhile."""
+        return {"weights of two layers": 2 * self.largest_layer} if self.residency.streamed else {}
 
     def opening(self) -> Stage:
         # A streamed model has only names and shapes when it is opened.
@@ -376,7 +383,7 @@ class _Forecaster:
         if not work.scored:
             took = None if sample is None else elements * 40 / sample.copy
             return Stage("estimation", {**self.weights(), "scores of one parameter": scoring}, took)
-        memory = dict(self.weights())
+        memory = self.always()
         if work.steps > 1:
             memory["a copy of the model"] = self.graph.total_parameters * self.item
         if work.trials:
@@ -390,13 +397,14 @@ class _Forecaster:
             backward = self.activations(self.micro_backward, backward=True) + arguments
             memory |= largest_of(
                 {"logits and their gradients": head},
-                {"gradients of one layer": arguments, "activations": backward - arguments},
-                {"gradients of one layer": arguments, "scores of one parameter": scoring},
+                {**self.two_layers(), "gradients of one layer": arguments, "activations": backward - arguments},
+                {**self.two_layers(), "gradients of one layer": arguments, "scores of one parameter": scoring},
             )
             if sample is not None:
                 seconds = self.gradient_seconds(sample, elements)
         else:
             memory["hidden states"] = self.in_memory(self.streams(work.scored) * (self.stream_copies()))
+            memory |= self.two_layers()
             memory |= largest_of(
                 {"logits of one sample": self.check_bytes()},
                 {"activations and sums of inputs": self.watched(work.names)},
@@ -410,7 +418,7 @@ class _Forecaster:
 
     def compensation(self) -> tuple[Stage, int]:
         work, sample = self.work, self.sample
-        memory = dict(self.weights())
+        memory = self.weights()
         consumers = list(self.consumers())
         solved = [(w, o, s) for w, o, s in consumers if w and o]
         tokens, micro = work.tokens, self.micro
@@ -430,7 +438,8 @@ class _Forecaster:
             {"logits of one sample": self.check_bytes()},
             {"sums of the fits": sums, "activations": max(rows, self.activations(micro))},
             {"sums of the fits": sums, "solving one fit": solve},
-            {"activations and sums of inputs": self.watched(work.names), "scores": scoring} if work.chooses else {},
+            {"activations and sums of inputs": self.watched(work.names)} if work.chooses else {},
+            {"statistics of one layer": self.statistics(work.names), "scores": scoring} if work.chooses else {},
         )
         seconds = None if sample is None else self.fit_seconds(sample, solved)
         journal = sum(prod(self.graph.shapes[n]) for n in self.consumer_names()) * self.item
@@ -444,11 +453,11 @@ class _Forecaster:
         sample = self.sample
         output = self.graph.total_parameters * self.item
         if self.residency.streamed:
-            # Cut from the dense part, and written from a copy.
-            part = max(self.outside, self.largest_layer)
-            memory = {"weights outside the layers": self.outside, "one part, its cut and a copy": 3 * part}
+            memory = {**self.weights(), "the cut of one layer": self.largest_layer}
+            if any(self.graph.by_name[name].layer is None for name in self.work.kept):
+                memory["the cut of what is outside"] = self.outside
         else:
-            memory = dict(self.weights())
+            memory = self.weights()
         seconds = None if sample is None else _OPENING + output / _READ + 2 * output / sample.copy + self.reading(1)
         return Stage("saving", memory, seconds)
 

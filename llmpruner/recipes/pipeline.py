@@ -249,6 +249,7 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
         return text.sample(
             model.model, model.tokenizer,
             samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
+            progress=progress,
         )  # fmt: skip
 
 
@@ -359,7 +360,7 @@ def _compensate(
         text = parse_calibration(how.calibration, catalog.sources, how.sources)
         with model.weights.outside():
             calibration = text.sample(
-                model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
+                model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed, progress=progress
             )
         # Generated text depends on rounding, so that it may differ on another machine.
         if not text.writes and calibration.fingerprint != how.fingerprint:
