@@ -131,7 +131,9 @@ class Forecast:
 
 
 def size_text(number: float) -> str:
-    """``1.2 GiB`` or ``340 MiB``."""
+    """``1.2 GiB``, ``340 MiB`` or ``1,000 bytes``."""
+    if 0 < number < 1 << 20:
+        return f"{number:,.0f} bytes"
     return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / (1 << 20):.0f} MiB"
 
 
