@@ -31,6 +31,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
         | {"num_key_value_heads": 8, "vocab_size": 32000},
     ),
+    "wide": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16}
+        | {"num_key_value_heads": 8, "vocab_size": 32000},
+    ),
+    "small": (
+        "llama",
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+        | {"vocab_size": 32000},
+    ),
+    "tiny": (
+        "llama",
+        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+        | {"num_key_value_heads": 4, "vocab_size": 8000},
+    ),
     "moe-7b": (
         "olmoe",
         {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_experts": 64}

@@ -46,9 +46,10 @@ from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .recipes import pipeline
 from .recipes.checks import check_prune, check_replay
+from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.jobs import PruneJob, evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
 from .recipes.outcome import outcome_of
-from .recipes.residency import is_streamed
+from .recipes.residency import arranged, is_streamed
 from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
@@ -131,11 +132,10 @@ def plan_with_outcome(
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
     check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
-    run = run or RunSettings()
-    streamed = _reads_layers(opened, job, load, run, catalog)
-    loaded = _with_weights(opened, catalog, load, progress, streamed=streamed)
-    made, cost = pipeline.make_plan(loaded, job, progress, pipeline.Run(run.boundary_memory or DEFAULT_LIMIT))
-    return made, outcome_of(loaded, made, cost)
+    way, expected = _arranged(opened, job, work_of(job, opened, saves=False), load, run, catalog, progress)
+    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed)
+    made, cost = pipeline.make_plan(loaded, job, progress, pipeline.Run(way.boundary_memory, divided=way.divided))
+    return made, replace(outcome_of(loaded, made, cost), forecast=expected)
 
 
 def prune(
@@ -177,16 +177,26 @@ def prune(
         assert job is not None
         check_prune(job, opened, tokenizer=has_tokenizer)
     run = run or RunSettings()
-    streamed = directory is not None and _reads_layers(opened, job, load, run, catalog)
+    if replayed is not None:
+        work = work_of_plan(replayed, catalog, saves=directory is not None)
+    else:
+        assert job is not None
+        work = work_of(job, opened, saves=True)
+    way, expected = _arranged(
+        opened, job, work, load, run, catalog, progress, whole="a result in memory" if directory is None else None
+    )
     journal = None
     if directory is not None and not isinstance(opened, Model):
-        journal = _journal(directory, opened, replayed or settings_from(PruneSettings, settings), load, run)
+        what = replayed or settings_from(PruneSettings, settings)
+        journal = _journal(directory, opened, what, load, run, way.divided)
     beside = None if directory is None else directory.resolve().parent
-    loaded = _with_weights(opened, catalog, load, progress, streamed=streamed, beside=beside)
-    how = pipeline.Run(run.boundary_memory or DEFAULT_LIMIT, journal)
+    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
+    how = pipeline.Run(way.boundary_memory, journal, way.divided)
     try:
         draft = _draft(loaded, replayed, job, progress, how)
         pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
+        if pruned.outcome is not None:
+            pruned = replace(pruned, outcome=replace(pruned.outcome, forecast=expected))
         if directory is None:
             return pruned
         progress.status("saving")
@@ -213,16 +223,43 @@ def _draft(
     return pipeline.draft_plan(model, job, progress, run)
 
 
-def _reads_layers(
-    opened: Structure, job: PruneJob | None, load: LoadSettings | None, run: RunSettings, catalog: Catalog
-) -> bool:
-    return not isinstance(opened, Model) and is_streamed(opened, job, load or LoadSettings(), run, catalog)
+def _arranged(
+    opened: Structure,
+    job: PruneJob | None,
+    work: Work,
+    load: LoadSettings | None,
+    run: RunSettings | None,
+    catalog: Catalog,
+    progress: Progress,
+    *,
+    whole: str | None = None,
+) -> tuple[Residency, Mapping[str, Any] | None]:
+    """How the model is held, and the forecast, which is shown. ``whole``: what needs the model in memory."""
+    load, run = load or LoadSettings(), run or RunSettings()
+    if progress is QUIET and run.max_memory is None:
+        # Nobody would read a forecast, which takes a second.
+        limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
+        return Residency(whole is None and is_streamed(opened, job, load, catalog), limit), None
+    found = arranged(opened, job, work, load, run, catalog, whole=whole)
+    progress.status(str(found))
+    writing = found.stage("writing")
+    if writing is not None and writing.seconds is not None and writing.seconds > SLOW_WRITING:
+        progress.status(
+            f"writing the calibration text takes about {duration(writing.seconds)}; --calibration FILE avoids it"
+        )
+    return found.residency, found.as_json()
 
 
 def _journal(
-    output: Path, opened: Structure, what: PruningPlan | PruneSettings, load: LoadSettings | None, run: RunSettings
+    output: Path,
+    opened: Structure,
+    what: PruningPlan | PruneSettings,
+    load: LoadSettings | None,
+    run: RunSettings,
+    divided: int,
 ) -> Journal:
-    """The journal of a prune. Its run is identified by all that the result depends on."""
+    """The journal of a prune. Its run is identified by all that the result, and the shapes of hidden states, depend
+    on. ``divided``: see `Residency`."""
     folder = output.with_name(output.name + ".pruning")
     if run.restart:
         shutil.rmtree(folder, ignore_errors=True)
@@ -233,6 +270,7 @@ def _journal(
             "files": file_bytes(opened),
             "prune": what.model_dump(mode="json"),
             "load": (load or LoadSettings()).model_dump(mode="json"),
+            "micro-batches divided by": divided,
             "versions": [__version__, torch.__version__, transformers.__version__],
         },
     )

@@ -187,14 +187,16 @@ _MACHINE = "Memory and time"
 
 
 class RunSettings(Settings):
-    """How a long command runs. The result does not depend on it."""
+    """How a long command runs. The result does not depend on it, except where a small ``max_memory`` needs smaller
+    micro-batches: it differs by rounding then."""
 
     max_memory: Annotated[
         Annotated[int, BeforeValidator(_size), Field(gt=0)] | None,
         Field(
             description="Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its "
-            "files layer by layer; what cannot fit is refused beforehand. By default, models larger than half of the "
-            "free memory are read layer by layer."
+            "files layer by layer; if need be, hidden states are kept in a file and, where nothing else fits, "
+            "micro-batches are smaller, which changes results by rounding. What cannot fit is refused beforehand. By "
+            "default, models larger than half of the free memory are read layer by layer."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None
@@ -202,7 +204,7 @@ class RunSettings(Settings):
         Annotated[int, BeforeValidator(_size), Field(ge=0)] | None,
         Field(
             description="Memory for the hidden states of the calibration text between layers; those beyond are kept in "
-            "a file. By default what --max-memory leaves, else 256MiB."
+            "a file. By default 256MiB, or less where --max-memory needs it."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None

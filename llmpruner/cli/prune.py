@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +44,7 @@ def plan(
 
     if output is not None:
         check_new_file(output)
+    started = time.monotonic()
     made, outcome = api.plan_with_outcome(
         model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
         catalog=catalog_of(ctx), **settings,
@@ -50,7 +53,8 @@ def plan(
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
     if as_json:
-        print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json()})
+        taken = _taken(outcome, time.monotonic() - started)
+        print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json(), **taken})
     else:
         show_plan(made, outcome)
 
@@ -94,11 +98,23 @@ def prune(
     seconds = round(time.monotonic() - started, 1)
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
-        print_json({"plan": made.model_dump(mode="json"), "result": result})
+        print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})
         return
     show_plan(made, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
     out.print(f"[bold green]✓[/] {output} in {seconds} s; loads with from_pretrained {needs}")
+
+
+def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """What the run was expected to take, and what it took: bytes of the process at most, and seconds."""
+    used: dict[str, Any] = {"seconds": round(seconds, 1)}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        # Bytes on macOS, KiB elsewhere.
+        unit = 1 if sys.platform == "darwin" else 1024
+        used["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"forecast": None if outcome.forecast is None else {**outcome.forecast, "used": used}}
 
 
 def show_plan(made: PruningPlan, outcome: Outcome) -> None:

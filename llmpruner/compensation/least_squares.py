@@ -93,6 +93,21 @@ class NormalEquations:
         return _ridge(self._fit, old, best).T.float(), best
 
 
+def solve_bytes(width: int, out: int) -> int:
+    """Memory that `NormalEquations.solve` takes beside the sums, with its argument: in float64 the old and the new
+    weights, the Gram matrix and its factor; or, for an error, two sets of weights and the products of a block."""
+    block = min(width, _BLOCK)
+    solving = 16 * width**2 + 28 * width * out
+    return max(solving, 20 * width * out + block * (24 * out + 4 * width))
+
+
+def solve_operations(width: int, out: int) -> tuple[float, float]:
+    """Operations in float64 of `NormalEquations.solve`: those of the factors, and of products and triangular systems
+    (multiply and add: two)."""
+    fits, errors = len(RIDGES) + 1, len(RIDGES) + 1
+    return fits * width**3 / 3, (fits + errors) * 2 * width**2 * out
+
+
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
     """The fit (in, out), float64, for one ridge."""
     gram = sums.gram.double()

@@ -39,4 +39,5 @@ class SelfWritten(CalibrationSource):
         return self_generated(
             task.model, task.tokenizer, task.samples, task.length, task.seed,
             passage=self.settings.passage, batch=self.settings.batch,
+            progress=task.progress,
         )  # fmt: skip

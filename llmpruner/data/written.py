@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from ..errors import ModelError
 from ..models.precision import computes_bfloat16_fast
+from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ def self_generated(
     *,
     passage: int = 64,
     batch: int = 64,
+    progress: Progress = QUIET,
 ) -> torch.Tensor:
     """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
@@ -47,7 +49,7 @@ def self_generated(
     written: list[torch.Tensor] = []
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
         # The cache of keys and values grows with the batch.
-        for done in range(0, passages, batch):
+        for done in progress.track(range(0, passages, batch), "Writing calibration text"):
             rows = min(batch, passages - done)
             # The end of a sequence is never drawn: padding after it would distort the statistics.
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 _GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
-_LOGIT_ELEMENTS = 1 << 24
 
 
 @dataclass
@@ -87,8 +86,7 @@ class LayerWalk:
         with self.weights.outside():
             ids = check_tokens(self.model, calibration)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        # The logits of a micro-batch are the largest tensor of all; their size sets the batch.
-        rows = 1 if per_sample else max(1, _LOGIT_ELEMENTS // (ids.shape[1] * vocabulary))
+        rows = 1 if per_sample else executor.rows_backward(ids.shape[1], vocabulary)
         self.batches = [
             _Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))
         ]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationSet
 
 
-_TOKENS_AT_ONCE = 4096
 _TOLERANCE = 1e-3
 """Largest accepted relative difference of hidden states from those of the whole model, in the model's own precision."""
 
@@ -81,7 +80,7 @@ class ForwardWalk:
         model, layers = self.executor.model, self.layers
         with eager_experts(self.experts):
             tuples = _check(model, layers, ids[:1])
-            rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+            rows = self.executor.rows_forward(ids.shape[1])
             for number, part in enumerate(torch.split(ids, rows)):
                 batch, hidden = record(model, layers, part, tuples, number * rows)
                 self.batches.append(batch)

@@ -148,6 +148,11 @@ def _layers(
     return _finite({group.name: values for group in groups}, criterion)
 
 
+def scored_parameters(graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion) -> set[str]:
+    """The parameters whose signals `estimate` asks for."""
+    return set(_uses(graph, groups, criterion))
+
+
 def _uses(
     graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion
 ) -> dict[str, list[_Use]]:

@@ -168,6 +168,11 @@ def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structu
     return None
 
 
+def dtype_of(structure: Structure, catalog: Catalog, options: LoadSettings) -> torch.dtype:
+    """The dtype that weights will have in memory."""
+    return _dtype(options, structure.config, resolve(structure.ref, catalog, revision=options.revision))
+
+
 def file_bytes(structure: Structure) -> int:
     """Bytes of a model's local safetensors files; 0 for other models."""
     path = Path(structure.path or "")

@@ -93,14 +93,16 @@ def default_layers(structure: Structure) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Run:
     """How stages run. ``boundary_memory``: bytes of hidden states in memory. ``journal``: keeps results for a run that
-    is interrupted."""
+    is interrupted. ``divided``: see `Executor`."""
 
     boundary_memory: int = DEFAULT_LIMIT
     journal: Journal | None = None
+    divided: int = 1
 
     def executor(self, model: Model) -> Executor:
         """For a stage that runs ``model``."""
-        return Executor(model.weights, self.boundary_memory, None if self.journal is None else self.journal.folder)
+        folder = None if self.journal is None else self.journal.folder
+        return Executor(model.weights, self.boundary_memory, folder, self.divided)
 
 
 def make_plan(
@@ -247,6 +249,7 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
         return text.sample(
             model.model, model.tokenizer,
             samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
+            progress=progress,
         )  # fmt: skip
 
 
@@ -357,7 +360,7 @@ def _compensate(
         text = parse_calibration(how.calibration, catalog.sources, how.sources)
         with model.weights.outside():
             calibration = text.sample(
-                model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed
+                model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed, progress=progress
             )
         # Generated text depends on rounding, so that it may differ on another machine.
         if not text.writes and calibration.fingerprint != how.fingerprint:

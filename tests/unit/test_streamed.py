@@ -45,8 +45,11 @@ def no_rounding_to_bfloat16(monkeypatch):
 
 
 def prune(model: Path, output: Path, *, streamed: bool, **settings):
-    run = RunSettings(max_memory=1000, boundary_memory=0) if streamed else RunSettings()
-    return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
+    run = RunSettings(boundary_memory=0) if streamed else RunSettings()
+    with pytest.MonkeyPatch.context() as patch:
+        # Otherwise the size of the free memory decides.
+        patch.setattr("llmpruner.api.is_streamed", lambda *_: streamed)
+        return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -121,6 +124,9 @@ def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
     ],
 )
 def test_what_needs_the_whole_model_is_refused_beforehand(settings, why, dense, tmp_path):
-    with pytest.raises(SettingsError, match=f"--max-memory: .*{why}"):
-        prune(dense("llama-gqa"), tmp_path / "out", streamed=True, **settings)
+    with pytest.raises(SettingsError, match=f"--max-memory 1,000 bytes: .* needs at least .*{why}"):
+        api.prune(
+            str(dense("llama-gqa")), output=tmp_path / "out", run=RunSettings(max_memory=1000),
+            **{"ratio": 0.2, **settings},
+        )  # fmt: skip
     assert list(tmp_path.iterdir()) == []

@@ -45,7 +45,7 @@ def test_the_walk_gives_the_models_own_hidden_states(name):
 def test_micro_batches_make_no_difference(monkeypatch):
     loaded, calibration = make("llama-gqa"), tokens(5, 16)
     _, whole = walked(loaded, calibration)
-    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
     assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
