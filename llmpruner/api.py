@@ -25,7 +25,8 @@ from .data.conversations import example
 from .data.documents import check_source
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
-from .errors import DataError, LlmprunerError, ModelError, PlanError, SettingsError
+from .engine.ranks import Ranks
+from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
@@ -127,14 +128,16 @@ def plan_with_outcome(
     **settings: Unpack[PruneKeywords],
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
     check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
     run = run or RunSettings()
-    streamed = _reads_layers(opened, job, load, run, catalog)
+    streamed = ranks.from_first(lambda: _reads_layers(opened, job, load, run, catalog))
     loaded = _with_weights(opened, catalog, load, progress, streamed=streamed)
-    made, cost = pipeline.make_plan(loaded, job, progress, pipeline.Run(run.boundary_memory or DEFAULT_LIMIT))
+    how = pipeline.Run(run.boundary_memory or DEFAULT_LIMIT, ranks=ranks)
+    made, cost = pipeline.make_plan(loaded, job, progress, how)
     return made, outcome_of(loaded, made, cost)
 
 
@@ -157,13 +160,17 @@ def prune(
     ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: memory, and whether to start anew;
     without an ``output`` the model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of another model,
     and `OutputError` for an ``output`` that exists or cannot be written.
+
+    Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
+    they share the work, the first one writes ``output``, and each has the result. Raises `ProcessError` when one ends.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     if plan is not None and settings:
         raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
     replayed = PruningPlan.load(Path(plan)) if isinstance(plan, (str, Path)) else plan
     job = None if replayed is not None else prune_job(settings_from(PruneSettings, settings), catalog)
-    directory = None if output is None else check_new_directory(Path(output))
+    directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     opened = _opened(model, load, catalog, progress)
     has_tokenizer = _has_tokenizer(opened, catalog)
     if need_tokenizer and not has_tokenizer:
@@ -177,19 +184,21 @@ def prune(
         assert job is not None
         check_prune(job, opened, tokenizer=has_tokenizer)
     run = run or RunSettings()
-    streamed = directory is not None and _reads_layers(opened, job, load, run, catalog)
+    streamed = ranks.from_first(lambda: directory is not None and _reads_layers(opened, job, load, run, catalog))
     journal = None
     if directory is not None and not isinstance(opened, Model):
-        journal = _journal(directory, opened, replayed or settings_from(PruneSettings, settings), load, run)
+        journal = _journal(directory, opened, replayed or settings_from(PruneSettings, settings), load, run, ranks)
     loaded = _with_weights(opened, catalog, load, progress, streamed=streamed)
-    how = pipeline.Run(run.boundary_memory or DEFAULT_LIMIT, journal)
+    how = pipeline.Run(run.boundary_memory or DEFAULT_LIMIT, journal, ranks)
     try:
         draft = _draft(loaded, replayed, job, progress, how)
         pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
         if directory is None:
             return pruned
         progress.status("saving")
-        pruned = replace(pruned, form=save(pruned, directory))
+        pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+    except ProcessError:
+        raise
     except LlmprunerError:
         if journal is not None:
             journal.remove()
@@ -215,11 +224,16 @@ def _reads_layers(
 
 
 def _journal(
-    output: Path, opened: Structure, what: PruningPlan | PruneSettings, load: LoadSettings | None, run: RunSettings
+    output: Path,
+    opened: Structure,
+    what: PruningPlan | PruneSettings,
+    load: LoadSettings | None,
+    run: RunSettings,
+    ranks: Ranks,
 ) -> Journal:
     """The journal of a prune. Its run is identified by all that the result depends on."""
     folder = output.with_name(output.name + ".pruning")
-    if run.restart:
+    if run.restart and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     return Journal(
         folder,
@@ -230,6 +244,7 @@ def _journal(
             "load": (load or LoadSettings()).model_dump(mode="json"),
             "versions": [__version__, torch.__version__, transformers.__version__],
         },
+        ranks,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..models.decoder import decoder_list
 from .boundaries import DEFAULT_LIMIT, Boundaries
+from .ranks import SINGLE, Ranks
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -18,16 +19,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Executor:
     """``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in ``folder`` (None: the
-    system's folder of temporary files)."""
+    system's folder of temporary files). ``ranks``: the processes that the calibration text is spread over."""
 
     weights: Weights
     boundary_memory: int | None = DEFAULT_LIMIT
     folder: Path | None = None
+    ranks: Ranks = SINGLE
 
     @classmethod
-    def of(cls, model: PreTrainedModel, path: str) -> Executor:
+    def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Executor:
         """For a model in memory. ``path``: of its module list of decoder layers."""
-        return cls(Weights(model, path))
+        return cls(Weights(model, path), ranks=ranks)
 
     @property
     def model(self) -> PreTrainedModel:
