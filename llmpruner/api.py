@@ -25,7 +25,8 @@ from .data.conversations import example
 from .data.documents import check_source
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
-from .errors import DataError, LlmprunerError, ModelError, PlanError, SettingsError
+from .engine.ranks import Ranks
+from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
@@ -128,13 +129,17 @@ def plan_with_outcome(
     **settings: Unpack[PruneKeywords],
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
     check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
-    way, expected = _arranged(opened, job, work_of(job, opened, saves=False), load, run, catalog, progress)
+    way, expected = ranks.from_first(
+        lambda: _arranged(opened, job, work_of(job, opened, saves=False), load, run, catalog, progress)
+    )
     loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed)
-    made, cost = pipeline.make_plan(loaded, job, progress, pipeline.Run(way.boundary_memory, divided=way.divided))
+    how = pipeline.Run(way.boundary_memory, divided=way.divided, ranks=ranks)
+    made, cost = pipeline.make_plan(loaded, job, progress, how)
     return made, replace(outcome_of(loaded, made, cost), forecast=expected)
 
 
@@ -157,13 +162,17 @@ def prune(
     ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: memory, and whether to start anew;
     without an ``output`` the model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of another model,
     and `OutputError` for an ``output`` that exists or cannot be written.
+
+    Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
+    they share the work, the first one writes ``output``, and each has the result. Raises `ProcessError` when one ends.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     if plan is not None and settings:
         raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
     replayed = PruningPlan.load(Path(plan)) if isinstance(plan, (str, Path)) else plan
     job = None if replayed is not None else prune_job(settings_from(PruneSettings, settings), catalog)
-    directory = None if output is None else check_new_directory(Path(output))
+    directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     opened = _opened(model, load, catalog, progress)
     has_tokenizer = _has_tokenizer(opened, catalog)
     if need_tokenizer and not has_tokenizer:
@@ -171,39 +180,30 @@ def prune(
             f"model '{opened.ref}' brings no tokenizer, without which the pruned model can read no text; put its files "
             "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
         )
-    if replayed is not None:
-        check_replay(replayed, opened, catalog)
-    else:
-        assert job is not None
-        check_prune(job, opened, tokenizer=has_tokenizer)
+    work = _checked(opened, job, replayed, catalog, tokenizer=has_tokenizer, saves=directory is not None)
     run = run or RunSettings()
-    if replayed is not None:
-        work = work_of_plan(replayed, catalog, saves=directory is not None)
-    else:
-        assert job is not None
-        work = work_of(job, opened, saves=True)
-    way, expected = _arranged(
-        opened, job, work, load, run, catalog, progress, whole="a result in memory" if directory is None else None
-    )
+    whole = "a result in memory" if directory is None else None
+    way, expected = ranks.from_first(lambda: _arranged(opened, job, work, load, run, catalog, progress, whole=whole))
     journal = None
     if directory is not None and not isinstance(opened, Model):
         what = replayed or settings_from(PruneSettings, settings)
-        journal = _journal(directory, opened, what, load, run, way.divided)
+        journal = _journal(directory, opened, what, load, run, way.divided, ranks)
     beside = None if directory is None else directory.resolve().parent
     loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
-    how = pipeline.Run(way.boundary_memory, journal, way.divided)
+    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
     try:
         draft = _draft(loaded, replayed, job, progress, how)
         pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
-        if pruned.outcome is not None:
-            pruned = replace(pruned, outcome=replace(pruned.outcome, forecast=expected))
+        pruned = _with_forecast(pruned, expected)
         if directory is None:
             return pruned
         progress.status("saving")
-        pruned = replace(pruned, form=save(pruned, directory))
+        pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
     except KeyboardInterrupt:
         if journal is not None and journal.folder.exists():
             progress.status(f"stopped; the same command goes on with what is done ({journal.folder}), or --restart")
+        raise
+    except ProcessError:
         raise
     except LlmprunerError:
         if journal is not None:
@@ -212,6 +212,30 @@ def prune(
     if journal is not None:
         journal.remove()
     return pruned
+
+
+def _checked(
+    opened: Structure,
+    job: PruneJob | None,
+    replayed: PruningPlan | None,
+    catalog: Catalog,
+    *,
+    tokenizer: bool,
+    saves: bool,
+) -> Work:
+    """What is to be done, once it is sure that it can be done with this model."""
+    if replayed is not None:
+        check_replay(replayed, opened, catalog)
+        return work_of_plan(replayed, catalog, saves=saves)
+    assert job is not None
+    check_prune(job, opened, tokenizer=tokenizer)
+    return work_of(job, opened, saves=saves)
+
+
+def _with_forecast(pruned: Model, expected: Mapping[str, Any] | None) -> Model:
+    if pruned.outcome is None:
+        return pruned
+    return replace(pruned, outcome=replace(pruned.outcome, forecast=expected))
 
 
 def _draft(
@@ -257,11 +281,12 @@ def _journal(
     load: LoadSettings | None,
     run: RunSettings,
     divided: int,
+    ranks: Ranks,
 ) -> Journal:
     """The journal of a prune. Its run is identified by all that the result, and the shapes of hidden states, depend
     on. ``divided``: see `Residency`."""
     folder = output.with_name(output.name + ".pruning")
-    if run.restart:
+    if run.restart and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     return Journal(
         folder,
@@ -273,6 +298,7 @@ def _journal(
             "micro-batches divided by": divided,
             "versions": [__version__, torch.__version__, transformers.__version__],
         },
+        ranks,
     )
 
 

@@ -62,6 +62,8 @@ def save_checkpoint(
             "layers have different widths; a stock checkpoint needs one width for all layers (prune with --unit-ratio "
             "and --layers all), or load this one with llmpruner"
         )
+    # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
+    shell.should_save_on_this_rank = lambda is_main_process: is_main_process
     text = None if record is None else _json(record)
     with new_directory(directory) as partial:
         if text is not None:

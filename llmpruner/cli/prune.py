@@ -16,6 +16,7 @@ from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
+from .launched import is_first
 from .options import Json, ModelName, Output, catalog_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def plan(
         model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
         catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
-    if output is not None:
+    if output is not None and is_first():
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
     if as_json:

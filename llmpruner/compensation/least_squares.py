@@ -10,11 +10,17 @@ of XᵀX. Sums over tokens are float32; systems are solved in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..engine.gram import add_gram
+
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
@@ -34,6 +40,11 @@ class _Sums:
     @classmethod
     def zeros(cls, width: int, out: int, device: torch.device) -> _Sums:
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, out, device=device))
+
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.gram, self.cross])
+        self.energy, rows = ranks.totals(self.energy, self.rows)
+        self.rows = int(rows)
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         add_gram(self.gram, inputs)
@@ -60,7 +71,12 @@ class NormalEquations:
     """Sums over rows of inputs and targets; one row in eight is held out until the ridge is chosen.
 
     ``width``, ``out``: the numbers of inputs and outputs. Memory: 2 · width · (width + out) float32.
+
+    Several processes that add rows `reduce` their sums, and may each compute some of the `errors`.
     """
+
+    trials = len(RIDGES) + 1
+    """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self._fit = _Sums.zeros(width, out, device)
@@ -72,25 +88,36 @@ class NormalEquations:
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of the rows of each call is held out; single
-        rows would be similar to their neighbours in the fit."""
+        rows would be similar to their neighbours in the fit. With several processes the same rows are held out, as
+        each call has the rows of a whole micro-batch (see `Ranks`)."""
         split = len(inputs) - len(inputs) // _HELD_OUT
         inputs, targets = inputs.float(), targets.float()
         self._fit.add(inputs[:split], targets[:split])
         self._held.add(inputs[split:], targets[split:])
 
-    def solve(self, old_OI: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
-        gives a smaller error on the held-out rows."""
-        old = old_OI.T.double()
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum over all processes, which must all call this."""
+        self._fit.reduce(ranks)
+        self._held.reduce(ranks)
+
+    def error(self, trial: int, old_OI: torch.Tensor) -> float:
+        """The error on the held-out rows in trial number ``trial``; infinite where there are no rows."""
         if self._fit.rows == 0 or self._held.rows == 0:
-            return old_OI.float(), None
-        errors = {ridge: self._held.error(_ridge(self._fit, old, ridge)) for ridge in RIDGES}
-        best = min(errors, key=lambda ridge: errors[ridge])
-        if not errors[best] < self._held.error(old):
+            return inf
+        old = old_OI.T.double()
+        return self._held.error(_ridge(self._fit, old, RIDGES[trial]) if trial < len(RIDGES) else old)
+
+    def solve(self, old_OI: torch.Tensor, errors: Sequence[float] | None = None) -> tuple[torch.Tensor, float | None]:
+        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
+        gives a smaller error on the held-out rows. ``errors``: of all trials, where they are known."""
+        if errors is None:
+            errors = [self.error(trial, old_OI) for trial in range(self.trials)]
+        best = min(range(len(RIDGES)), key=errors.__getitem__)
+        if not errors[best] < errors[-1]:
             return old_OI.float(), None
         self._fit.gram += self._held.gram
         self._fit.cross += self._held.cross
-        return _ridge(self._fit, old, best).T.float(), best
+        return _ridge(self._fit, old_OI.T.double(), RIDGES[best]).T.float(), RIDGES[best]
 
 
 def solve_bytes(width: int, out: int) -> int:

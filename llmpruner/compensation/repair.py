@@ -13,6 +13,9 @@ the layer's output is not such a sum, the target is y. The target of a matrix th
 residual stream is y_dense.
 
 Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
+
+With several processes, each runs its own micro-batches. The first one finds c, the order of the matrices and the units
+of a chooser; sums are reduced, and all have the same weights afterwards (`write_all`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -35,7 +39,7 @@ from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask
 from .consumers import Consumer, consumers_of, matrix_of, stream_writers, zero_inputs
-from .fitters import BiasFitter, WeightFitter
+from .fitters import BiasFitter, Fitter, Matrix, WeightFitter, write_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,7 +76,7 @@ class _Repair:
     ) -> None:
         self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
         self.walk, self.fitter, self.mix, self.progress = walk, fitter, mix, task.progress
-        self.weights, self.journal = walk.executor.weights, task.journal
+        self.weights, self.ranks, self.journal = walk.executor.weights, walk.ranks, task.journal
         self.dense = walk.embedded
         self.removed_channels = _removed_channels(self.graph, self.kept)
         self.pruned: States | None = None
@@ -149,8 +153,9 @@ class _Repair:
                 else:
                     after.append(found)
         if self.chooser is not None:
-            inputs = sums.statistics(self.walk.tokens)
-            self.kept |= self.chooser.choose(self.model, self.graph, self.kept, number, inputs)
+            inputs = sums.statistics(self.walk.tokens, self.ranks)
+            choose = partial(self.chooser.choose, self.model, self.graph, self.kept, number, inputs)
+            self.kept |= self.ranks.from_first(choose)
         return after
 
     def _with(self, states: States) -> Iterator[tuple[Batch, torch.Tensor]]:
@@ -159,8 +164,9 @@ class _Repair:
     def _layer(self, number: int, consumers: Mapping[str, Consumer]) -> None:
         """Fit the weights of one layer, and move h and ĥ to after it."""
         pruned = self._keep_apart()
-        scale = self._scale(number)
-        biases, order = self._order(number, consumers)
+        scale = self.ranks.from_first(lambda: self._scale(number))
+        bias_names, order = self.ranks.from_first(lambda: self._order(number, consumers))
+        biases = [self.model.get_parameter(name) for name in bias_names]
         plans = [
             _Stage(number, {name: consumers[name] for name in names}, scale, last=names is order[-1]) for names in order
         ]
@@ -209,9 +215,9 @@ class _Repair:
         scale = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
         return scale if float((change - scale * total).norm()) < _DIRECT * float(change.norm()) else None
 
-    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[torch.Tensor], list[list[str]]]:
-        """The biases of the consumers, and their names in order of use; those that read the same inputs are fitted
-        together, and are in one list."""
+    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[str], list[list[str]]]:
+        """The names of the biases of the consumers, and of the consumers in order of use; those that read the same
+        inputs are fitted together, and are in one list."""
         uses: dict[str, WatchedProduct] = {}
 
         # Inputs are compared by address; all are kept until the end, so that no address is used twice.
@@ -223,7 +229,7 @@ class _Repair:
             self.walk.run(number, self.walk.batches[0], self.pruned[0])
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
         stages = [[use.parameter for use in same] for _, same in together]
-        return [use.bias for use in uses.values() if use.bias is not None], stages
+        return self._names(number, [use.bias for use in uses.values() if use.bias is not None]), stages
 
     def _without_removed_channels(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0)
@@ -232,12 +238,12 @@ class _Repair:
         """Fit the weights of one stage. ``after``: h after the layer. Returns whether ĥ was moved to after the layer,
         which needs no further run of it where the stage `_Stage.is_simple`."""
         assert self.pruned is not None
-        fitters: dict[tuple[str, int | None], WeightFitter | BiasFitter] = {}
+        fitters: dict[Matrix, Fitter] = {}
         inputs = self.pruned.beside()
         simple = stage.is_simple
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
             pruned = self._watch(stage, batch, hidden, whole=stage.last)
-            dense_outputs: dict[tuple[str, int | None], torch.Tensor] = {}
+            dense_outputs: dict[Matrix, torch.Tensor] = {}
             if stage.needs_dense:
                 with original.swapped_in():
                     dense = self._watch(stage, batch, self.dense[position], whole=False)
@@ -251,7 +257,7 @@ class _Repair:
                 key = use.parameter, use.slot
                 target = self._target(stage, consumer, use, dense_outputs.get(key), position, of_layer, pruned.output)
                 if key not in fitters:
-                    fitters[key] = self.fitter(consumer, use)
+                    fitters[key] = self._fitter(stage, key, use.bias)
                 fitters[key].add(use, target)
             simple = simple and pruned.output is not None and len(pruned.uses) == 1
             if simple and pruned.output is not None:
@@ -259,9 +265,8 @@ class _Repair:
                 # ĥ after the layer, without what the weight adds to it.
                 self.pruned[position] = pruned.output - stage.factor * use.outputs.float().view_as(pruned.output)
                 inputs.append(use.inputs)
-        for (name, slot), fitter in fitters.items():
-            rows, ridge = fitter.write(self.model, slot)
-            self.fits.append(Fit(name, slot, rows, ridge))
+        fitters = self._of_all(stage, fitters)
+        self.fits += write_all(fitters, self.model, self.ranks)
         producers.zero()
         if not simple:
             return False
@@ -272,6 +277,27 @@ class _Repair:
             rest = self.pruned[position]
             self.pruned[position] = rest + stage.factor * _outputs(weight, fitter.bias, values).view_as(rest)
         return True
+
+    def _fitter(self, stage: _Stage, key: Matrix, bias: torch.Tensor | None) -> Fitter:
+        consumer = stage.consumers[key[0]]
+        return self.fitter(consumer, matrix_of(self.model, consumer, key[1]), bias)
+
+    def _of_all(self, stage: _Stage, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
+        """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
+
+        def bias_of(fitter: Fitter) -> str | None:
+            return None if fitter.bias is None else next(iter(self._names(stage.number, [fitter.bias])), None)
+
+        found: dict[Matrix, Fitter] = {}
+        for key, name in self.ranks.merged({key: bias_of(fitter) for key, fitter in fitters.items()}).items():
+            if key not in fitters:
+                bias = None if name is None else self.model.get_parameter(name).data
+                # The bias of one expert is a row of that of all.
+                row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
+                found[key] = self._fitter(stage, key, row)
+            else:
+                found[key] = fitters[key]
+        return found
 
     def _target(
         self,

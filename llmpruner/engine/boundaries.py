@@ -46,6 +46,8 @@ class Boundaries:
             # A view would keep the tensor that it is a view of.
             return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
         if self._file is None:
+            if self._folder is not None:
+                self._folder.mkdir(exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-", buffering=0)  # noqa: SIM115
         unused = self._free.get(size)
         if unused:

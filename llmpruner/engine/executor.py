@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..models.decoder import decoder_list
 from .boundaries import DEFAULT_LIMIT, Boundaries
+from .ranks import SINGLE, Ranks
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -25,17 +26,18 @@ LOGIT_ELEMENTS = 1 << 24
 class Executor:
     """``divided``: micro-batches are this many times smaller than usual, which changes results by rounding.
     ``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in ``folder`` (None: the
-    system's folder of temporary files)."""
+    system's folder of temporary files). ``ranks``: the processes that the calibration text is spread over."""
 
     weights: Weights
     boundary_memory: int | None = DEFAULT_LIMIT
     folder: Path | None = None
     divided: int = 1
+    ranks: Ranks = SINGLE
 
     @classmethod
-    def of(cls, model: PreTrainedModel, path: str) -> Executor:
+    def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Executor:
         """For a model in memory. ``path``: of its module list of decoder layers."""
-        return cls(Weights(model, path))
+        return cls(Weights(model, path), ranks=ranks)
 
     @property
     def model(self) -> PreTrainedModel:

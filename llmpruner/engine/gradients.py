@@ -74,7 +74,8 @@ class _Batch:
 
 
 class LayerWalk:
-    """The forward and backward pass of one model over one calibration set.
+    """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
+    micro-batches, maybe none, and gradients are sums over all of them.
 
     ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. Gradients and
     ``requires_grad`` flags of parameters are restored.
@@ -82,14 +83,14 @@ class LayerWalk:
 
     def __init__(self, executor: Executor, calibration: CalibrationSet, *, per_sample: bool) -> None:
         self.model, self.layers, self.weights = executor.model, executor.layers, executor.weights
-        self._experts = expert_configs(self.model)
+        self._experts, self._ranks = expert_configs(self.model), executor.ranks
         with self.weights.outside():
             ids = check_tokens(self.model, calibration)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         rows = 1 if per_sample else executor.rows_backward(ids.shape[1], vocabulary)
-        self.batches = [
-            _Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))
-        ]
+        self.batches = self._ranks.mine(
+            [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
+        )
         kept = executor.boundaries()
         self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
         """Before each layer, and after the last: a tensor for each micro-batch."""
@@ -104,6 +105,8 @@ class LayerWalk:
             for batch in self.batches:
                 with self._recording(batch):
                     self.model(input_ids=batch.input_ids, use_cache=False)
+            return
+        if not self.batches:
             return
         with self.weights.outside():
             whole, tuples = run_whole(self.model, self.layers, self.batches[0].input_ids[:1])
@@ -128,6 +131,7 @@ class LayerWalk:
                 grad, of_batch = self._head(position)
                 self.grads.append(grad)
                 loss += batch.share * of_batch
+        (loss,) = self._ranks.totals(loss)
         if not isfinite(loss):
             raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
         return loss
@@ -158,6 +162,7 @@ class LayerWalk:
         if number + 1 < len(self.layers):
             # The head needs those after the last layer again.
             self.hidden[number + 1].clear()
+        self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
     def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
@@ -175,6 +180,7 @@ class LayerWalk:
                     torch.autograd.backward(first, down)
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
+        self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
     @contextlib.contextmanager
@@ -269,6 +275,10 @@ class _Gradients:
         zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         return cls(zeros, torch.zeros_like(zeros) if squares else None)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.grad] if self.grad_sq is None else [self.grad, self.grad_sq]
+
     def add(self, parameter: nn.Parameter, share: float) -> None:
         if parameter.grad is None:
             return
@@ -343,7 +353,7 @@ def walk_signals(
             with weights.layer(number):
                 reduced = reduce(names) if with_gradients else None
                 sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
-                of_products = reduced.statistics() if reduced else {}
+                of_products = reduced.statistics(executor.ranks) if reduced else {}
                 for name in names:
                     measured = forward.get(name, Measured(None, None))
                     yield signals(name, sums.pop(name, None), replace(measured, products=of_products.get(name)))

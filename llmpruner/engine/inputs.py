@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .gram import add_gram, both_triangles
+from .ranks import SINGLE, Ranks
 from .reduce import ReduceProducts
 from .signals import InputStats, ProductStats
 from .walk import ForwardWalk
@@ -66,8 +67,8 @@ def forward_statistics(
                     if reduced is not None:
                         reduced.next_batch(batch.first, batch.input_ids)
                     states[position] = walk.run(number, batch, states[position])
-            of_inputs = sums.statistics(walk.tokens)
-            of_products = {} if reduced is None else reduced.statistics()
+            of_inputs = sums.statistics(walk.tokens, walk.ranks)
+            of_products = {} if reduced is None else reduced.statistics(walk.ranks)
             # The caller reads the layer's weights too.
             yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
 
@@ -95,12 +96,19 @@ class InputSums:
     def add(self, product: WatchedProduct) -> None:
         name = product.parameter
         if name not in self._sums:
-            self._sums[name] = _Sums.like(self._model.get_parameter(name), product, self._gram)
+            self._sums[name] = self._zeros(name, product.axis)
         self._sums[name].add(product)
 
-    def statistics(self, tokens: int) -> dict[str, InputStats]:
-        """Means over ``tokens`` calibration tokens, for every weight that was used."""
+    def statistics(self, tokens: int, ranks: Ranks = SINGLE) -> dict[str, InputStats]:
+        """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
+        products; all must call this."""
+        axes = ranks.merged({name: found.axis for name, found in self._sums.items()})
+        self._sums = {name: self._sums.get(name) or self._zeros(name, axis) for name, axis in axes.items()}
+        ranks.sum_(tensor for found in self._sums.values() for tensor in found.tensors)
         return {name: found.finish(tokens) for name, found in self._sums.items()}
+
+    def _zeros(self, name: str, axis: int) -> _Sums:
+        return _Sums.like(self._model.get_parameter(name), axis, self._gram)
 
 
 class WatchInputs(WatchProducts):
@@ -127,13 +135,18 @@ class _Sums:
     outer: torch.Tensor | None
 
     @classmethod
-    def like(cls, parameter: torch.Tensor, product: WatchedProduct, gram: bool) -> _Sums:
+    def like(cls, parameter: torch.Tensor, axis: int, gram: bool) -> _Sums:
         slots = parameter.shape[0] if parameter.dim() == 3 else 1
-        width = product.inputs.shape[1]
+        width = parameter.shape[axis]
         zeros = torch.zeros(slots, width, dtype=torch.float64, device=parameter.device)
         tokens = torch.zeros(slots, dtype=torch.int64, device=parameter.device)
         outer = torch.zeros(slots, width, width, device=parameter.device) if gram else None
-        return cls(product.axis, parameter.dim(), zeros, zeros.clone(), tokens, outer)
+        return cls(axis, parameter.dim(), zeros, zeros.clone(), tokens, outer)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        sums = [self.total, self.square, self.tokens]
+        return sums if self.outer is None else [*sums, self.outer]
 
     def add(self, product: WatchedProduct) -> None:
         slot, inputs = product.slot or 0, product.inputs.float()

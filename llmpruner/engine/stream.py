@@ -31,19 +31,21 @@ def stream_statistics(
     cosine, angle = torch.full((2, lengths, count), nan, dtype=torch.float64)
     before = [walk.embedded]
     for number in progress.track(range(count), "Measuring layers"):
-        cosines: list[list[torch.Tensor]] = [[] for _ in before]
+        # One value for each token of the calibration set, in order; each process fills in its own.
+        cosines = torch.zeros(len(before), walk.tokens, dtype=torch.float64)
         after = walk.states()
         with walk.layer(number):
             for position, batch in enumerate(walk.batches):
                 states = walk.run(number, batch, before[-1][position])
+                first = batch.first * batch.input_ids.shape[1]
+                tokens = slice(first, first + batch.input_ids.numel())
                 for length, earlier in enumerate(reversed(before)):
-                    cosines[length].append(
-                        torch.cosine_similarity(earlier[position], states, dim=-1).double().flatten()
-                    )
+                    cosines[length, tokens] = torch.cosine_similarity(earlier[position], states, dim=-1).flatten()
                 after.append(states)
+        walk.ranks.sum_([cosines])
         before = [*before, after][-lengths:]
         for length, found in enumerate(cosines):
-            of_tokens = torch.cat(found).clamp(-1, 1)
+            of_tokens = found.clamp(-1, 1)
             cosine[length, number - length] = float(of_tokens.mean())
             angle[length, number - length] = float(of_tokens.arccos().mean()) / pi
     return StreamStats(cosine, angle)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..data.calibration import CalibrationSet
+    from .ranks import Ranks
 
 
 _TOLERANCE = 1e-3
@@ -47,7 +48,11 @@ class Batch:
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and a calibration set in micro-batches to run through them."""
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them.
+
+    With several processes, ``batches`` and all hidden states are those of this one (`Ranks.mine`): maybe none, but the
+    first process has the first.
+    """
 
     executor: Executor
     layers: nn.ModuleList
@@ -59,10 +64,12 @@ class ForwardWalk:
     """The dtype of matrix products; hidden states are in float32."""
     experts: list[PreTrainedConfig]
     """Configurations that select the implementation of experts."""
+    tokens: int
+    """In the calibration set, of all processes."""
 
     @property
-    def tokens(self) -> int:
-        return sum(batch.input_ids.numel() for batch in self.batches)
+    def ranks(self) -> Ranks:
+        return self.executor.ranks
 
     @classmethod
     @torch.no_grad()
@@ -73,16 +80,16 @@ class ForwardWalk:
         with executor.weights.outside():
             ids = check_tokens(model, calibration)
             products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
-            walk = cls(executor, layers, [], executor.boundaries().states(), products, expert_configs(model))
-            return walk._embed(ids)
+            states, experts = executor.boundaries().states(), expert_configs(model)
+            return cls(executor, layers, [], states, products, experts, ids.numel())._embed(ids)
 
     def _embed(self, ids: torch.Tensor) -> ForwardWalk:
         model, layers = self.executor.model, self.layers
         with eager_experts(self.experts):
             tuples = _check(model, layers, ids[:1])
             rows = self.executor.rows_forward(ids.shape[1])
-            for number, part in enumerate(torch.split(ids, rows)):
-                batch, hidden = record(model, layers, part, tuples, number * rows)
+            for first, part in self.ranks.mine([(n * rows, part) for n, part in enumerate(torch.split(ids, rows))]):
+                batch, hidden = record(model, layers, part, tuples, first)
                 self.batches.append(batch)
                 self.embedded.append(hidden.float())
         return self
@@ -93,9 +100,10 @@ class ForwardWalk:
 
     def restored(self, file: Path) -> States:
         """Hidden states that `States.dump` wrote in a walk over the same calibration set."""
-        shapes, first = [hidden.shape for hidden in self.embedded], self.embedded[0]
         found = self.states()
-        found.load(file, shapes, first.dtype, first.device)
+        if len(self.embedded):
+            shapes, first = [hidden.shape for hidden in self.embedded], self.embedded[0]
+            found.load(file, shapes, first.dtype, first.device)
         return found
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.cut_weights import CutWeights
 from ..engine.executor import Executor
 from ..engine.journal import Journal
+from ..engine.ranks import SINGLE, Ranks
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
 from ..importance.estimate import Scores, estimate
@@ -93,16 +95,18 @@ def default_layers(structure: Structure) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Run:
     """How stages run. ``boundary_memory``: bytes of hidden states in memory. ``journal``: keeps results for a run that
-    is interrupted. ``divided``: see `Executor`."""
+    is interrupted. ``divided``: see `Executor`. ``ranks``: the processes that share the work; the first one reads or
+    writes text, measures a budget and selects, and all go on with its results."""
 
     boundary_memory: int = DEFAULT_LIMIT
     journal: Journal | None = None
     divided: int = 1
+    ranks: Ranks = SINGLE
 
     def executor(self, model: Model) -> Executor:
         """For a stage that runs ``model``."""
         folder = None if self.journal is None else self.journal.folder
-        return Executor(model.weights, self.boundary_memory, folder, self.divided)
+        return Executor(model.weights, self.boundary_memory, folder, self.divided, self.ranks)
 
 
 def make_plan(
@@ -121,7 +125,7 @@ def make_plan(
     chosen = draft.chooser.choose_all(
         model.model, model.graph, draft.plan.kept, draft.calibration, progress, run.executor(model)
     )
-    return _with_units(model.graph, draft.plan, chosen), draft.cost
+    return _with_units(model.graph, draft.plan, run.ranks.from_first(lambda: chosen)), draft.cost
 
 
 def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run | None = None) -> Draft:
@@ -135,24 +139,26 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     network, graph = model.model, model.graph
     chooser = _chooser(job, graph, scope.groups(graph))
     journal = run.journal
-    calibration = _journaled(journal, model, job, progress)
+    calibration = _journaled(journal, model, job, progress, run.ranks)
     if journal is not None and (earlier := journal.load("plan")) is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
-    whole, measured = _open(model, job, scope, progress)
+    whole, measured = _open(model, job, scope, progress, run.ranks)
     scored_on = _scored_on(calibration, job, chooser)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
         scores = estimate(
             network, graph, groups, job.criterion, scored_on, reduction=job.reduction, seed=job.seed, progress=progress,
-            executor=run.executor(model) if network is model.model else None,
+            executor=run.executor(model) if network is model.model else Executor.of(network, graph.layers, run.ranks),
         )  # fmt: skip
         cost = CutCost(whole, model.graph, kept) if kept else whole
         ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
-        chosen = select(
-            graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,
-            cost=cost, round_to=job.round_to,
-            loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,
+        chosen = run.ranks.from_first(
+            lambda: select(
+                graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
+                cost=cost, round_to=job.round_to,  # noqa: B023
+                loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
+            )
         )  # fmt: skip
         names = renamed(model.graph, kept)
         survivors = {name: surviving_units(model.graph, kept, model.graph.by_name[name]) for name in names}
@@ -169,12 +175,14 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     return Draft(plan, calibration, chooser, whole)
 
 
-def _journaled(journal: Journal | None, model: Model, job: PruneJob, progress: Progress) -> CalibrationSet | None:
+def _journaled(
+    journal: Journal | None, model: Model, job: PruneJob, progress: Progress, ranks: Ranks
+) -> CalibrationSet | None:
     """The calibration set of a job, or of the interrupted run that is continued."""
     earlier = None if journal is None else journal.load("calibration")
     if earlier is not None:
         return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"])
-    made = calibrate(model, job, progress)
+    made = ranks.from_first(lambda: calibrate(model, job, progress))
     if journal is not None and made is not None:
         journal.store("calibration", {"input_ids": made.input_ids.tolist(), "source": made.source})
     return made
@@ -281,9 +289,11 @@ def demand(
     return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))))
 
 
-def _open(model: Model, job: PruneJob, scope: Scope, progress: Progress) -> tuple[Cost, Mapping[str, Any] | None]:
+def _open(
+    model: Model, job: PruneJob, scope: Scope, progress: Progress, ranks: Ranks
+) -> tuple[Cost, Mapping[str, Any] | None]:
     subject = BudgetSubject(model.model, model.graph, scope.groups(model.graph), model.family, progress)
-    measured, cost = open_budget(job.budget, subject, scope)
+    measured, cost = open_budget(job.budget, subject, scope, ranks)
     return cost, measured
 
 
@@ -358,10 +368,17 @@ def _compensate(
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
         text = parse_calibration(how.calibration, catalog.sources, how.sources)
+        sample = partial(
+            text.sample,
+            model.model,
+            model.tokenizer,
+            samples=how.samples,
+            length=how.length,
+            seed=plan.seed,
+            progress=progress,
+        )
         with model.weights.outside():
-            calibration = text.sample(
-                model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed, progress=progress
-            )
+            calibration = run.ranks.from_first(sample)
         # Generated text depends on rounding, so that it may differ on another machine.
         if not text.writes and calibration.fingerprint != how.fingerprint:
             raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
