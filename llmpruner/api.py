@@ -36,7 +36,16 @@ from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
 from .loading.dense import load_dense
-from .loading.model import Model, Structure, brings_tokenizer, file_bytes, load_model, load_structure, open_streamed
+from .loading.model import (
+    Model,
+    Structure,
+    brings_tokenizer,
+    file_bytes,
+    load_model,
+    load_structure,
+    open_streamed,
+    reopened,
+)
 from .models.devices import check_device
 from .models.generation import generate as _generate
 from .models.quiet import quiet_transformers
@@ -209,6 +218,7 @@ def prune(
         if journal is not None:
             journal.remove()
         raise
+    pruned = reopened(pruned, directory, trust_remote_code=load is not None and load.trust_remote_code)
     if journal is not None:
         journal.remove()
     return pruned

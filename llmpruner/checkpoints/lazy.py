@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ..errors import CheckpointError, first_line
 from ..models.quiet import quiet_transformers
+from .load import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ class LazyCheckpoint:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = model_class(directory, trust_remote_code).from_pretrained(
                 str(directory),
                 dtype=dtype,
                 device_map={"": "disk"},

@@ -64,6 +64,10 @@ def repair(task: RepairTask, fitter: type[WeightFitter | BiasFitter], *, mix: fl
     """
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     executor = task.executor or Executor.of(task.model, task.graph.layers)
+    if executor.weights.streamed and task.journal is None:
+        raise ValueError(
+            "changed weights of a model that is read layer by layer are kept in a journal, and there is none"
+        )
     return _Repair(task, ForwardWalk.over(executor, task.calibration), fitter, mix).run()
 
 

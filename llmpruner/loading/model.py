@@ -152,6 +152,16 @@ def open_streamed(
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
 
+def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
+    """``pruned``, whose weights were read from the files of the dense model, with those that it was saved with in
+    ``directory``, which are read layer by layer too. Where this process does not see the directory, ``pruned``."""
+    if pruned.streamed is None or not (directory / "config.json").is_file():
+        return pruned
+    path, beside = pruned.graph.layers, directory.resolve().parent
+    lazy = LazyCheckpoint(directory, pruned.model.dtype, path, beside, trust_remote_code=trust_remote_code)
+    return replace(pruned, model=lazy.model, streamed=StreamedWeights(lazy, path, pruned.streamed.device))
+
+
 def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structure: Structure) -> str | None:
     """Why a model cannot be read layer by layer; None if it can."""
     if adapter_base(Path(text)) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,10 @@ _DIVIDED = (2, 4, 8, 16)
 
 def is_streamed(opened: Structure, job: PruneJob | None, load: LoadSettings, catalog: Catalog) -> bool:
     """Whether weights are read layer by layer without a limit of memory: where the whole model takes more than half of
-    the free memory, and nothing in ``job`` needs it. ``job``: None for a plan that is replayed."""
-    if isinstance(opened, Model) or file_bytes(opened) <= psutil.virtual_memory().available // 2:
+    the free memory, and nothing in ``job`` needs it. ``job``: None for a plan that is replayed. Each process that a
+    launcher started on this machine holds the model."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if isinstance(opened, Model) or file_bytes(opened) * processes <= psutil.virtual_memory().available // 2:
         return False
     return _why_whole(opened, job, load, catalog) is None
 

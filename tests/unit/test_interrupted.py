@@ -58,7 +58,8 @@ def checksums(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, tmp_path, monkeypatch):
     # Otherwise the size of the free memory decides.
-    monkeypatch.setattr("llmpruner.api.is_streamed", lambda *_: streamed)
+    for module in ("api", "recipes.residency"):
+        monkeypatch.setattr(f"llmpruner.{module}.is_streamed", lambda *_: streamed)
     api.prune(str(dense), output=tmp_path / "whole", **SETTINGS)
     out, state = tmp_path / "out", tmp_path / "out.pruning"
     for number in (1, 2):
