@@ -1,6 +1,8 @@
 # Each target sets up .venv by itself. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
+# Files go to the workers in the order of tests/conftest.py, the longest first, not by their numbers of tests.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -24,10 +26,10 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 test: lint  ## everything that CI checks
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS)
 
 test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not slow and not real"
 
 bench: .venv/ready  ## slow measurements; results are committed under benchmarks/
 	$(BIN)/python -m benchmarks

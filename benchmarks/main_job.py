@@ -19,6 +19,8 @@ from .measure import as_json, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "main_job.json"
 SEEDS = (0, 1, 2)
+DENSE = 25.615
+"""The perplexity of the dense model."""
 PRUNE = ("--importance", "taylor", "--kinds", "mlp", "--layers", "3-26", "--ratio", "0.2", "--dtype", "float32")
 RECOVER = ("--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "3e-4", "--epochs", "1", "--autocast")
 
@@ -43,6 +45,8 @@ def measure(data: Path, work: Path) -> dict[str, Any]:
     }
     results["same_plan_twice"] = same_plan(work)
     results["perplexity"] = {"dense": perplexity("demo", test, work)}
+    if abs(results["perplexity"]["dense"] - DENSE) > 1e-3:
+        raise SystemExit(f"the dense model has a perplexity of {results['perplexity']['dense']}; expected {DENSE}")
     for seed in SEEDS:
         out = work / f"seed-{seed}"
         results[f"prune_seed_{seed}"] = prune("demo", out, *PRUNE, "--calibration", validation, "--seed", str(seed))

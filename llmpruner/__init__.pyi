@@ -46,6 +46,7 @@ from .errors import ModelError as ModelError
 from .errors import OutputError as OutputError
 from .errors import PlanError as PlanError
 from .errors import PluginError as PluginError
+from .errors import ProcessError as ProcessError
 from .errors import SelectionError as SelectionError
 from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError

@@ -15,12 +15,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from typing_extensions import Unpack
 
+from . import __version__
 from .checkpoints.adapters import save_adapter
 from .data.conversations import example
 from .data.documents import check_source
-from .errors import DataError, ModelError, PlanError, SettingsError
+from .engine.boundaries import DEFAULT_LIMIT
+from .engine.journal import Journal
+from .engine.ranks import Ranks
+from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
@@ -30,7 +36,16 @@ from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
 from .loading.dense import load_dense
-from .loading.model import Model, Structure, brings_tokenizer, load_model, load_structure
+from .loading.model import (
+    Model,
+    Structure,
+    brings_tokenizer,
+    file_bytes,
+    load_model,
+    load_structure,
+    open_streamed,
+    reopened,
+)
 from .models.devices import check_device
 from .models.generation import generate as _generate
 from .models.quiet import quiet_transformers
@@ -41,8 +56,10 @@ from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .recipes import pipeline
 from .recipes.checks import check_prune, check_replay
-from .recipes.jobs import evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
+from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
+from .recipes.jobs import PruneJob, evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
 from .recipes.outcome import outcome_of
+from .recipes.residency import arranged, is_streamed
 from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
@@ -55,6 +72,7 @@ from .settings import (
     PageSettings,
     PruneSettings,
     RecoverSettings,
+    RunSettings,
     settings_from,
 )
 from .structure.outcome import Outcome
@@ -96,6 +114,7 @@ def plan(
     model: Source,
     *,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
@@ -105,7 +124,7 @@ def plan(
     Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
     reached.
     """
-    made, _ = plan_with_outcome(model, load=load, progress=progress, catalog=catalog, **settings)
+    made, _ = plan_with_outcome(model, load=load, run=run, progress=progress, catalog=catalog, **settings)
     return made
 
 
@@ -113,18 +132,24 @@ def plan_with_outcome(
     model: Source,
     *,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     opened = _opened(model, load, catalog, progress)
     check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
-    loaded = _with_weights(opened, catalog, load, progress)
-    made, cost = pipeline.make_plan(loaded, job, progress)
-    return made, outcome_of(loaded, made, cost)
+    way, expected = ranks.from_first(
+        lambda: _arranged(opened, job, work_of(job, opened, saves=False), load, run, catalog, progress)
+    )
+    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed)
+    how = pipeline.Run(way.boundary_memory, divided=way.divided, ranks=ranks)
+    made, cost = pipeline.make_plan(loaded, job, progress, how)
+    return made, replace(outcome_of(loaded, made, cost), forecast=expected)
 
 
 def prune(
@@ -134,22 +159,29 @@ def prune(
     output: str | Path | None = None,
     need_tokenizer: bool = False,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Model:
     """Remove the least important units of a model. A `Model` that is passed in is changed in place.
 
-    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result.
-    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. Raises as `plan` does, `PlanError` for a
-    ``plan`` of another model, and `OutputError` for an ``output`` that exists or cannot be written.
+    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; results of
+    finished steps are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption.
+    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: memory, and whether to start anew;
+    without an ``output`` the model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of another model,
+    and `OutputError` for an ``output`` that exists or cannot be written.
+
+    Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
+    they share the work, the first one writes ``output``, and each has the result. Raises `ProcessError` when one ends.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     if plan is not None and settings:
         raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
     replayed = PruningPlan.load(Path(plan)) if isinstance(plan, (str, Path)) else plan
     job = None if replayed is not None else prune_job(settings_from(PruneSettings, settings), catalog)
-    directory = None if output is None else check_new_directory(Path(output))
+    directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     opened = _opened(model, load, catalog, progress)
     has_tokenizer = _has_tokenizer(opened, catalog)
     if need_tokenizer and not has_tokenizer:
@@ -157,20 +189,127 @@ def prune(
             f"model '{opened.ref}' brings no tokenizer, without which the pruned model can read no text; put its files "
             "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
         )
+    work = _checked(opened, job, replayed, catalog, tokenizer=has_tokenizer, saves=directory is not None)
+    run = run or RunSettings()
+    whole = "a result in memory" if directory is None else None
+    way, expected = ranks.from_first(lambda: _arranged(opened, job, work, load, run, catalog, progress, whole=whole))
+    journal = None
+    if directory is not None and not isinstance(opened, Model):
+        what = replayed or settings_from(PruneSettings, settings)
+        journal = _journal(directory, opened, what, load, run, way.divided, ranks)
+    beside = None if directory is None else directory.resolve().parent
+    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
+    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
+    try:
+        draft = _draft(loaded, replayed, job, progress, how)
+        pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
+        pruned = _with_forecast(pruned, expected)
+        if directory is None:
+            return pruned
+        progress.status("saving")
+        pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+    except KeyboardInterrupt:
+        if journal is not None and journal.folder.exists():
+            progress.status(f"stopped; the same command goes on with what is done ({journal.folder}), or --restart")
+        raise
+    except ProcessError:
+        raise
+    except LlmprunerError:
+        if journal is not None:
+            journal.remove()
+        raise
+    pruned = reopened(pruned, directory, trust_remote_code=load is not None and load.trust_remote_code)
+    if journal is not None:
+        journal.remove()
+    return pruned
+
+
+def _checked(
+    opened: Structure,
+    job: PruneJob | None,
+    replayed: PruningPlan | None,
+    catalog: Catalog,
+    *,
+    tokenizer: bool,
+    saves: bool,
+) -> Work:
+    """What is to be done, once it is sure that it can be done with this model."""
     if replayed is not None:
         check_replay(replayed, opened, catalog)
-        draft = pipeline.Draft(replayed)
-        loaded = _with_weights(opened, catalog, load, progress)
-    else:
-        assert job is not None
-        check_prune(job, opened, tokenizer=has_tokenizer)
-        loaded = _with_weights(opened, catalog, load, progress)
-        draft = pipeline.draft_plan(loaded, job, progress)
-    pruned = pipeline.apply_draft(loaded, draft, catalog, progress)
-    if directory is None:
+        return work_of_plan(replayed, catalog, saves=saves)
+    assert job is not None
+    check_prune(job, opened, tokenizer=tokenizer)
+    return work_of(job, opened, saves=saves)
+
+
+def _with_forecast(pruned: Model, expected: Mapping[str, Any] | None) -> Model:
+    if pruned.outcome is None:
         return pruned
-    progress.status("saving")
-    return replace(pruned, form=save(pruned, directory))
+    return replace(pruned, outcome=replace(pruned.outcome, forecast=expected))
+
+
+def _draft(
+    model: Model, replayed: PruningPlan | None, job: PruneJob | None, progress: Progress, run: pipeline.Run
+) -> pipeline.Draft:
+    if replayed is not None:
+        return pipeline.Draft(replayed)
+    assert job is not None
+    return pipeline.draft_plan(model, job, progress, run)
+
+
+def _arranged(
+    opened: Structure,
+    job: PruneJob | None,
+    work: Work,
+    load: LoadSettings | None,
+    run: RunSettings | None,
+    catalog: Catalog,
+    progress: Progress,
+    *,
+    whole: str | None = None,
+) -> tuple[Residency, Mapping[str, Any] | None]:
+    """How the model is held, and the forecast, which is shown. ``whole``: what needs the model in memory."""
+    load, run = load or LoadSettings(), run or RunSettings()
+    if progress is QUIET and run.max_memory is None:
+        # Nobody would read a forecast, which takes a second.
+        limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
+        return Residency(whole is None and is_streamed(opened, job, load, catalog), limit), None
+    found = arranged(opened, job, work, load, run, catalog, whole=whole)
+    progress.status(str(found))
+    writing = found.stage("writing")
+    if writing is not None and writing.seconds is not None and writing.seconds > SLOW_WRITING:
+        progress.status(
+            f"writing the calibration text takes about {duration(writing.seconds)}; --calibration FILE avoids it"
+        )
+    return found.residency, found.as_json()
+
+
+def _journal(
+    output: Path,
+    opened: Structure,
+    what: PruningPlan | PruneSettings,
+    load: LoadSettings | None,
+    run: RunSettings,
+    divided: int,
+    ranks: Ranks,
+) -> Journal:
+    """The journal of a prune. Its run is identified by all that the result, and the shapes of hidden states, depend
+    on. ``divided``: see `Residency`."""
+    folder = output.with_name(output.name + ".pruning")
+    if run.restart and ranks.first:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Journal(
+        folder,
+        {
+            "model": opened.path or opened.ref,
+            "files": file_bytes(opened),
+            "prune": what.model_dump(mode="json"),
+            "load": (load or LoadSettings()).model_dump(mode="json"),
+            "micro-batches divided by": divided,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        },
+        ranks,
+    )
 
 
 def recover(
@@ -342,11 +481,22 @@ def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress
     return structure
 
 
-def _with_weights(opened: Structure, catalog: Catalog, load: LoadSettings | None, progress: Progress) -> Model:
+def _with_weights(
+    opened: Structure,
+    catalog: Catalog,
+    load: LoadSettings | None,
+    progress: Progress,
+    *,
+    streamed: bool = False,
+    beside: Path | None = None,
+) -> Model:
     if isinstance(opened, Model):
         return opened
     load = load or LoadSettings()
     check_device(load.device)
+    if streamed:
+        progress.status(f"{opened.ref} is read layer by layer")
+        return open_streamed(opened.ref, catalog, load, opened, beside)
     progress.status(f"loading {opened.ref}")
     return load_model(opened.ref, catalog, load, opened)
 

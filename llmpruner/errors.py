@@ -13,6 +13,7 @@ LlmprunerError                  the message is one line; the CLI prints it and e
 ├── PlanError                   a plan is malformed, or belongs to another model
 ├── CheckpointError             a checkpoint is damaged
 ├── OutputError                 an output exists already, or cannot be written
+├── ProcessError                another process of a run of several has ended
 └── MissingExtraError           an optional dependency is not installed
 """
 
@@ -85,6 +86,10 @@ class CheckpointError(LlmprunerError):
 
 class OutputError(LlmprunerError):
     """An output exists already, or cannot be written."""
+
+
+class ProcessError(LlmprunerError):
+    """Another process of a run of several has ended, or cannot be reached."""
 
 
 class MissingExtraError(LlmprunerError):

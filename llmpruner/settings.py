@@ -172,6 +172,49 @@ class LoadSettings(Settings):
     trust_remote_code: Annotated[bool, Field(description="Run model code that is part of a checkpoint.")] = False
 
 
+def _size(value: Any) -> Any:
+    """``4GiB``, ``500MB`` or a number of bytes."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", value, re.I)
+        if match is None:
+            raise ValueError("expected a size such as 4GiB, 500MB or a number of bytes")
+        base = 1024 if match[3] else 1000
+        return int(float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0))
+    return value
+
+
+_MACHINE = "Memory and time"
+
+
+class RunSettings(Settings):
+    """How a long command runs. The result does not depend on it, except where a small ``max_memory`` needs smaller
+    micro-batches: it differs by rounding then."""
+
+    max_memory: Annotated[
+        Annotated[int, BeforeValidator(_size), Field(gt=0)] | None,
+        Field(
+            description="Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its "
+            "files layer by layer; if need be, hidden states are kept in a file and, where nothing else fits, "
+            "micro-batches are smaller, which changes results by rounding. What cannot fit is refused beforehand. By "
+            "default, models larger than half of the free memory are read layer by layer."
+        ),
+        Option(_MACHINE, metavar="SIZE"),
+    ] = None
+    boundary_memory: Annotated[
+        Annotated[int, BeforeValidator(_size), Field(ge=0)] | None,
+        Field(
+            description="Memory for the hidden states of the calibration text between layers; those beyond are kept in "
+            "a file. By default 256MiB, or less where --max-memory needs it."
+        ),
+        Option(_MACHINE, metavar="SIZE"),
+    ] = None
+    restart: Annotated[
+        bool,
+        Field(description="Start anew instead of continuing an interrupted run of the same command."),
+        Option(_MACHINE),
+    ] = False
+
+
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -39,11 +40,33 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
+LONGEST = [
+    "discovery/test_new_architecture.py",
+    "docs/test_notebooks.py",
+    "cli/test_new_plugin.py",
+    "real/test_real_model.py",
+    "docs/test_tutorial_regular.py",
+    "docs/test_tutorial_odd.py",
+    "docs/test_tutorial_methods.py",
+    "discovery/test_model_types.py",
+    "plugins/test_chatglm_conformance.py",
+    "plugins/test_llama_family.py",
+    "cli/test_readme.py",
+    "unit/test_remote_code.py",
+    "unit/test_checkpoint_roundtrip.py",
+    "unit/test_budgets.py",
+    "unit/test_compensation.py",
+]
+"""Files of over half a minute, longest first: begun last, they would leave the other worker without work."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test of the kits for plugin authors, whose projects need no such mark, starts two processes."""
+    # A test of the kits for plugin authors, whose projects need no such mark, starts two processes.
     for item in items:
         if item.name == "test_a_pruned_model_loads_in_fresh_processes":
             item.add_marker(pytest.mark.slow)
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def load_pruned(
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_transformers():
-            model, info = _model_class(path, trust_remote_code).from_pretrained(str(path), **options)
+            model, info = model_class(path, trust_remote_code).from_pretrained(str(path), **options)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -63,7 +63,7 @@ def load_pruned(
     return cast("PreTrainedModel", model.to(device).eval())
 
 
-def _model_class(path: str | Path, trust_remote_code: bool) -> Any:
+def model_class(path: str | Path, trust_remote_code: bool) -> Any:
     """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))
     if not str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):

@@ -6,8 +6,9 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -15,6 +16,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
 from ..models.quiet import quiet_transformers
 from .record import RECORD_FILE
+from .shards import INDEX, SINGLE, names_in
 from .shim import shim_model, stock_config
 from .stock import same_buffers, stock_model
 
@@ -33,6 +35,7 @@ def save_checkpoint(
     family: StatesConfigs | None = None,
     extra_files: Sequence[Path] = (),
     stock_only: bool = False,
+    parts: StreamedParts | None = None,
 ) -> Literal["stock", "shim"]:
     """Write ``model`` to the new ``directory``; returns the form.
 
@@ -45,25 +48,32 @@ def save_checkpoint(
     ``family``: may propose further stock configurations.
     ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
     ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
+    ``parts``: the weights of ``model`` where they are not in memory; each part is written as a shard.
 
     Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights
     that are not finite and for a model that no configuration and record can state. ``directory`` does not exist then.
     """
-    _check_weights(model)
-    shell, form = _shell(model, family)
+    if parts is None:
+        _check_weights(model)
+    shell, form, of_shell = _shell(model, family, parts)
     if stock_only and form != "stock":
         raise UnsupportedModelError(
             f"no configuration of transformers describes this {type(model).__name__} exactly, as a rule because its "
             "layers have different widths; a stock checkpoint needs one width for all layers (prune with --unit-ratio "
             "and --layers all), or load this one with llmpruner"
         )
+    # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
+    shell.should_save_on_this_rank = lambda is_main_process: is_main_process
     text = None if record is None else _json(record)
     with new_directory(directory) as partial:
         if text is not None:
             (partial / RECORD_FILE).write_text(text, encoding="utf-8")
         with quiet_transformers():
             # Other readers of a stock model expect transformers' original names (experts one by one).
-            shell.save_pretrained(partial, save_original_format=form == "stock")
+            if of_shell is None:
+                shell.save_pretrained(partial, save_original_format=form == "stock")
+            else:
+                _save_parts(shell, of_shell, partial, original=form == "stock")
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         for file in extra_files:
@@ -71,24 +81,76 @@ def save_checkpoint(
     return form
 
 
-def _shell(model: PreTrainedModel, family: StatesConfigs | None) -> tuple[PreTrainedModel, Literal["stock", "shim"]]:
-    """An instance of the class that will be saved, holding the weights of ``model``."""
+class StreamedParts(Protocol):
+    """Weights of a model that are read part by part: the number of a decoder layer, or None for what is outside."""
+
+    @property
+    def numbers(self) -> Sequence[int | None]: ...
+    def number(self, name: str) -> int | None:
+        """The part that a tensor of the state dict is in."""
+
+    def part(self, number: int | None) -> AbstractContextManager[None]:
+        """While active, the model has the weights of a part."""
+
+    def like(self, model: PreTrainedModel) -> StreamedParts:
+        """The same for another model with the same parameters, on the meta device."""
+
+
+def _save_parts(shell: PreTrainedModel, parts: StreamedParts, directory: Path, *, original: bool) -> None:
+    """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
+    names: dict[str, list[str]] = {}
+    size = 0
+    for position, number in enumerate(parts.numbers):
+        aside = directory / "part"
+        with parts.part(number):
+            state = {n: t for n, t in shell.state_dict().items() if parts.number(n) == number}
+            _check_finite(state)
+            shell.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
+        shard = f"model-{position + 1:05}-of-{len(parts.numbers):05}.safetensors"
+        (aside / SINGLE).rename(directory / shard)
+        names[shard] = names_in(directory / shard)
+        size += (directory / shard).stat().st_size
+        if position == 0:
+            for file in aside.iterdir():
+                file.rename(directory / file.name)
+        shutil.rmtree(aside)
+    weight_map = {name: shard for shard, found in names.items() for name in sorted(found)}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shell(
+    model: PreTrainedModel, family: StatesConfigs | None, parts: StreamedParts | None
+) -> tuple[PreTrainedModel, Literal["stock", "shim"], StreamedParts | None]:
+    """An instance of the class that will be saved, with the weights of ``model``."""
     config = stock_config(model)
-    expected = dummy_logits(model)
+    with _outside(parts):
+        expected = dummy_logits(model)
     stock = stock_model(model, config, family)
-    if stock is not None and _fill(stock, model) and gives_logits(expected, stock):
-        return stock, "stock"
+    if stock is not None and _fill(stock, model):
+        of_stock = None if parts is None else parts.like(stock)
+        with _outside(of_stock):
+            if gives_logits(expected, stock):
+                return stock, "stock", of_stock
     pruned = shim_model(model, config)
     if not _fill(pruned, model):
         raise CheckpointError(
             f"{type(model).__name__} has buffers that a checkpoint cannot keep; they must be persistent"
         )
-    if not gives_logits(expected, pruned):
+    of_pruned = None if parts is None else parts.like(pruned)
+    with _outside(of_pruned):
+        same = gives_logits(expected, pruned)
+    if not same:
         raise CheckpointError(
             f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
             "something was changed that is neither a tensor nor a plain attribute of a module"
         )
-    return pruned, "shim"
+    return pruned, "shim", of_pruned
+
+
+def _outside(parts: StreamedParts | None) -> AbstractContextManager[None]:
+    """The weights outside the layers, which also tell the device."""
+    return nullcontext() if parts is None else parts.part(None)
 
 
 def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
@@ -137,9 +199,15 @@ def vocabulary_files(tokenizer: Any | None) -> list[Path]:
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    for name, tensor in model.state_dict().items():
+    state = model.state_dict()
+    for name, tensor in state.items():
         if tensor.is_meta:
             raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
+    _check_finite(state)
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         # Smallest and largest value are NaN where any value is, and need no copy of the tensor.

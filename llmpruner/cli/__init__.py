@@ -8,6 +8,7 @@ import sys
 from ..errors import LlmprunerError
 from .app import build_app
 from .console import error_line
+from .launched import is_first, let_first_print, run_together, shares_work
 
 
 def main() -> None:
@@ -15,9 +16,13 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:
+        if shares_work(arguments):
+            run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
         build_app()(args=arguments, prog_name="llmpruner")
     except LlmprunerError as error:
         if debug:
             raise
-        error_line(str(error))
+        if is_first():
+            error_line(str(error))
+        let_first_print()
         sys.exit(2)

@@ -13,12 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import typer
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 
 from .. import __version__
 from ..errors import LlmprunerError, first_line
@@ -91,6 +87,8 @@ def checks(host: PluginHost) -> Iterator[Check]:
 
 def _packages() -> Iterator[Check]:
     """Every dependency against the version range in the installed metadata."""
+    from packaging.requirements import Requirement
+
     try:
         stated = metadata.requires("llmpruner") or []
     except metadata.PackageNotFoundError:
@@ -121,6 +119,8 @@ def _extra_of(marker: object) -> str | None:
 
 
 def _incompatible(name: str, version: str) -> Iterator[Check]:
+    from packaging.specifiers import SpecifierSet
+
     for package, versions, what in INCOMPATIBLE:
         if package == name and SpecifierSet(versions).contains(version, prereleases=True):
             yield Check("packages", name, BROKEN, f"{version}: {what}")
@@ -193,6 +193,9 @@ def _memory() -> Iterator[Check]:
 
 def _hub() -> Iterator[Check]:
     """One short request; none if HF_HUB_OFFLINE is set. Without access, local models still work."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
     if _constant("HF_HUB_OFFLINE"):
         yield Check("hub", "access", OK, "HF_HUB_OFFLINE is set: only local and cached models")
         return

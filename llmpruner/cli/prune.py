@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +13,10 @@ import typer
 
 from ..errors import SettingsError
 from ..files import check_new_file
-from ..settings import LoadSettings, PruneSettings, flag_of, settings_from
+from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
+from .launched import is_first
 from .options import Json, ModelName, Output, catalog_of
 
 if TYPE_CHECKING:
@@ -26,12 +29,13 @@ def add_commands(app: typer.Typer) -> None:
     app.command(name="prune")(prune)
 
 
-@takes(settings=PruneSettings, options=LoadSettings)
+@takes(settings=PruneSettings, options=LoadSettings, run=RunSettings)
 def plan(
     ctx: typer.Context,
     model: ModelName,
     settings: dict[str, Any],
     options: dict[str, Any],
+    run: dict[str, Any],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,25 +45,29 @@ def plan(
 
     if output is not None:
         check_new_file(output)
+    started = time.monotonic()
     made, outcome = api.plan_with_outcome(
-        model, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
-    )
-    if output is not None:
+        model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
+        catalog=catalog_of(ctx), **settings,
+    )  # fmt: skip
+    if output is not None and is_first():
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
     if as_json:
-        print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json()})
+        taken = _taken(outcome, time.monotonic() - started)
+        print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json(), **taken})
     else:
         show_plan(made, outcome)
 
 
-@takes(settings=PruneSettings, options=LoadSettings)
+@takes(settings=PruneSettings, options=LoadSettings, run=RunSettings)
 def prune(
     ctx: typer.Context,
     model: ModelName,
     output: Output,
     settings: dict[str, Any],
     options: dict[str, Any],
+    run: dict[str, Any],
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
@@ -83,18 +91,31 @@ def prune(
         raise SettingsError(f"{flag} has no effect beside --plan, which sets everything; leave it out")
     pruned = api.prune(
         model, plan=plan_file, output=output, need_tokenizer=not no_tokenizer,
-        load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings,
+        load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
+        catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
-        print_json({"plan": made.model_dump(mode="json"), "result": result})
+        print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})
         return
     show_plan(made, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
     out.print(f"[bold green]✓[/] {output} in {seconds} s; loads with from_pretrained {needs}")
+
+
+def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """What the run was expected to take, and what it took: bytes of the process at most, and seconds."""
+    used: dict[str, Any] = {"seconds": round(seconds, 1)}
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        # Bytes on macOS, KiB elsewhere.
+        unit = 1 if sys.platform == "darwin" else 1024
+        used["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"forecast": None if outcome.forecast is None else {**outcome.forecast, "used": used}}
 
 
 def show_plan(made: PruningPlan, outcome: Outcome) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.calibration import CalibrationSet
+    from ..engine.executor import Executor
+    from ..engine.journal import Journal
     from ..structure.coupling import CouplingGraph
     from ..structure.kept import Kept
     from .choose import Chooser
@@ -43,7 +45,8 @@ class RepairTask:
 
     ``model``: the dense model, changed in place; no shape may change. ``kept``: group name → kept units.
     ``calibration``: token ids, None for a compensation that reads no text. ``chooser``: ranks the units of each layer
-    again; None when ``kept`` is final.
+    again; None when ``kept`` is final. ``executor``: runs the model; None for one in memory. ``journal``: keeps the
+    results of finished layers, for a run that is interrupted.
     """
 
     model: PreTrainedModel
@@ -52,6 +55,8 @@ class RepairTask:
     calibration: CalibrationSet | None
     chooser: Chooser | None = None
     progress: Progress = QUIET
+    executor: Executor | None = None
+    journal: Journal | None = None
 
 
 class Compensation(Component):
@@ -60,6 +65,9 @@ class Compensation(Component):
     kind: ClassVar[str] = "compensation"
     reads_text: ClassVar[bool] = True
     """Whether it needs calibration text."""
+    by_layer: ClassVar[bool] = False
+    """Whether it looks at weights of a layer only inside ``task.executor.weights.layer``, so that the model need not be
+    in memory as a whole."""
     ranks_again: ClassVar[bool] = False
     """Whether it uses ``task.chooser``."""
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.calibration import CalibrationSet
+    from ..engine.executor import Executor
     from ..structure.kept import Kept
 
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
@@ -80,12 +81,13 @@ class Chooser:
         kept: Kept,
         calibration: CalibrationSet,
         progress: Progress,
+        executor: Executor | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """The results of `choose` for all layers, without a compensation."""
         groups = [graph.by_name[name] for name in kept]
         scores = estimate(
             model, graph, groups, self.criterion, calibration,
-            reduction=self.reduction, seed=self.seed, progress=progress,
+            reduction=self.reduction, seed=self.seed, progress=progress, executor=executor,
         )  # fmt: skip
         return self._keep(groups, kept, scores)
 

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 class Consumer:
     """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter; ``kept``: its kept indices,
     int64, ascending. ``from_stream``: whether the inputs are normed channels of the residual stream instead of units
-    inside the layer."""
+    inside the layer. ``shape``: of the parameter."""
 
     parameter: str
     axis: int
     kept: torch.Tensor
     from_stream: bool
+    shape: tuple[int, ...]
 
 
 def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Consumer]:
@@ -42,7 +43,7 @@ def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Cons
             summed = span.axis >= len(shape) - 2 and len(shape) >= 2
             if span.parameter.startswith(prefix) and summed and (span.parameter, span.axis) in stays:
                 index = torch.tensor(stays[span.parameter, span.axis])
-                found[span.parameter] = Consumer(span.parameter, span.axis, index, group.is_normalized)
+                found[span.parameter] = Consumer(span.parameter, span.axis, index, group.is_normalized, shape)
     return found
 
 

@@ -11,27 +11,33 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UnsupportedModelError
+from .base import Fit
 from .consumers import Consumer, matrix_of
 from .least_squares import NormalEquations
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from transformers import PreTrainedModel
 
+    from ..engine.ranks import Ranks
     from ..engine.watch import WatchedProduct
 
 
 class WeightFitter:
     """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
 
-    ``use``: a product with the matrix, for its sizes, device and bias.
+    ``matrix``: W, a view of the parameter. ``bias``: b, None where there is none.
     """
 
-    def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
-        self.consumer = consumer
-        self.bias = use.bias
-        self.kept = consumer.kept.to(use.inputs.device)
-        width = len(self.kept) + (use.bias is not None)
-        self.equations = NormalEquations(width, use.outputs.shape[1], use.inputs.device)
+    trials = NormalEquations.trials
+    """The number of errors that `write` compares."""
+
+    def __init__(self, consumer: Consumer, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.consumer, self.bias = consumer, bias
+        self.kept = consumer.kept.to(matrix.device)
+        width = len(self.kept) + (bias is not None)
+        self.equations = NormalEquations(width, matrix.shape[0], matrix.device)
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32."""
@@ -40,14 +46,18 @@ class WeightFitter:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         self.equations.add(inputs, target)
 
-    def write(self, model: PreTrainedModel, slot: int | None) -> tuple[int, float | None]:
-        """Replace W_K and b in ``model`` (of expert ``slot``) by the fitted values and W_R by zeros. Returns the number
-        of tokens in the fit, and the ridge (None where the old values fit better)."""
-        matrix = matrix_of(model, self.consumer, slot)
-        old = matrix.index_select(1, self.kept).float()
-        if self.bias is not None:
-            old = torch.cat([old, self.bias.float()[:, None]], 1)
-        new, ridge = self.equations.solve(old)
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum over all processes, which must all call this."""
+        self.equations.reduce(ranks)
+
+    def error(self, trial: int, matrix: torch.Tensor) -> float:
+        """Number ``trial`` of the errors that `write` compares."""
+        return self.equations.error(trial, self._old(matrix))
+
+    def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> tuple[int, float | None]:
+        """Replace W_K and b by the fitted values and W_R by zeros. Returns the number of tokens in the fit, and the
+        ridge (None where the old values fit better)."""
+        new, ridge = self.equations.solve(self._old(matrix), errors)
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
@@ -55,26 +65,39 @@ class WeightFitter:
         matrix.index_copy_(1, self.kept, new.to(matrix.dtype))
         return self.equations.rows, ridge
 
+    def _old(self, matrix: torch.Tensor) -> torch.Tensor:
+        old = matrix.index_select(1, self.kept).float()
+        return old if self.bias is None else torch.cat([old, self.bias.float()[:, None]], 1)
+
 
 class BiasFitter:
     """Adds W_R · mean(X_R) to b. Raises `UnsupportedModelError` where there is no bias. Methods: as `WeightFitter`."""
 
-    def __init__(self, consumer: Consumer, use: WatchedProduct) -> None:
-        if use.bias is None:
+    trials = 0
+
+    def __init__(self, consumer: Consumer, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+        if bias is None:
             raise UnsupportedModelError(
                 f"'{consumer.parameter}' has no bias to compensate with; use --compensate refit or none"
             )
-        self.consumer, self.bias, self.rows = consumer, use.bias, 0
-        self.total = torch.zeros(use.inputs.shape[1], dtype=torch.float64, device=use.inputs.device)
+        self.consumer, self.bias, self.rows = consumer, bias, 0
+        self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         del target
         self.total += use.inputs.sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)
 
-    def write(self, model: PreTrainedModel, slot: int | None) -> tuple[int, float | None]:
-        """Change b in ``model``, and set W_R to zero. Returns the number of tokens in the mean, and None."""
-        matrix = matrix_of(model, self.consumer, slot)
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.total])
+        self.rows = int(*ranks.totals(self.rows))
+
+    def error(self, trial: int, matrix: torch.Tensor) -> float:
+        raise NotImplementedError
+
+    def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> tuple[int, float | None]:
+        """Change b, and set W_R to zero. Returns the number of tokens in the mean, and None."""
+        del errors
         lost = self.total / max(self.rows, 1)
         lost[self.consumer.kept.to(lost.device)] = 0
         self.bias += (matrix.double() @ lost).to(self.bias.dtype)
@@ -82,3 +105,33 @@ class BiasFitter:
         stays[self.consumer.kept.to(matrix.device)] = True
         matrix[:, ~stays] = 0
         return self.rows, None
+
+
+Fitter = WeightFitter | BiasFitter
+Matrix = tuple[str, int | None]
+"""Name of a parameter, and the number of the matrix in a stacked one."""
+
+
+def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: Ranks) -> list[Fit]:
+    """`write` of all, in place. ``ranks``: the processes that added rows, each to fitters of the same matrices; errors,
+    and then the fits of different matrices, are computed by different ones, and all get the new weights."""
+    matrices = {key: matrix_of(model, fitter.consumer, key[1]) for key, fitter in fitters.items()}
+    for fitter in fitters.values():
+        fitter.reduce(ranks)
+    tasks = [(key, trial) for key, fitter in fitters.items() for trial in range(fitter.trials)]
+    errors = torch.zeros(len(tasks), dtype=torch.float64)
+    for number, (key, trial) in enumerate(tasks):
+        if ranks.owns(number):
+            errors[number] = fitters[key].error(trial, matrices[key])
+    ranks.sum_([errors])
+    of_matrix: dict[Matrix, list[float]] = {key: [] for key in fitters}
+    for (key, _), error in zip(tasks, errors.tolist(), strict=True):
+        of_matrix[key].append(error)
+    own: dict[Matrix, Fit] = {}
+    for number, (key, fitter) in enumerate(fitters.items()):
+        if ranks.owns(number):
+            own[key] = Fit(*key, *fitter.write(matrices[key], of_matrix[key]))
+    for number, (key, fitter) in enumerate(fitters.items()):
+        ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
+    fits = ranks.merged(own)
+    return [fits[key] for key in fitters]

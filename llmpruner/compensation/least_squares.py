@@ -10,14 +10,22 @@ of XᵀX. Sums over tokens are float32; systems are solved in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..engine.gram import add_gram, both_triangles
+from ..engine.gram import add_gram
+
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
+_BLOCK = 1024
+"""Inputs at a time for which errors are computed in float64."""
 
 
 @dataclass
@@ -33,6 +41,11 @@ class _Sums:
     def zeros(cls, width: int, out: int, device: torch.device) -> _Sums:
         return cls(torch.zeros(width, width, device=device), torch.zeros(width, out, device=device))
 
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.gram, self.cross])
+        self.energy, rows = ranks.totals(self.energy, self.rows)
+        self.rows = int(rows)
+
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         add_gram(self.gram, inputs)
         self.cross.addmm_(inputs.T, targets)
@@ -40,17 +53,30 @@ class _Sums:
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor) -> float:
-        """Squared error of the fit, summed over the outputs and averaged over the rows."""
-        gram, cross = both_triangles(self.gram).to(weight_IO.dtype), self.cross.to(weight_IO.dtype)
-        fitted = (weight_IO * (gram @ weight_IO - 2 * cross)).sum()
-        return (float(fitted) + self.energy) / max(self.rows, 1)
+        """Squared error of the fit, summed over the outputs and averaged over the rows. A block of inputs at a time is
+        in the dtype of ``weight_IO``."""
+        fitted, width = 0.0, len(self.gram)
+        for start in range(0, width, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            # The rows of the symmetric matrix: left of the diagonal as they are, right of it from the columns.
+            full = self.gram[rows].tril(start)
+            full[:, start:] += self.gram[start:, rows].tril(-1).mT
+            product = full.to(weight_IO.dtype) @ weight_IO
+            product -= 2 * self.cross[rows].to(weight_IO.dtype)
+            fitted += float((product * weight_IO[rows]).sum())
+        return (fitted + self.energy) / max(self.rows, 1)
 
 
 class NormalEquations:
     """Sums over rows of inputs and targets; one row in eight is held out until the ridge is chosen.
 
     ``width``, ``out``: the numbers of inputs and outputs. Memory: 2 · width · (width + out) float32.
+
+    Several processes that add rows `reduce` their sums, and may each compute some of the `errors`.
     """
+
+    trials = len(RIDGES) + 1
+    """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self._fit = _Sums.zeros(width, out, device)
@@ -62,25 +88,51 @@ class NormalEquations:
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of the rows of each call is held out; single
-        rows would be similar to their neighbours in the fit."""
+        rows would be similar to their neighbours in the fit. With several processes the same rows are held out, as
+        each call has the rows of a whole micro-batch (see `Ranks`)."""
         split = len(inputs) - len(inputs) // _HELD_OUT
         inputs, targets = inputs.float(), targets.float()
         self._fit.add(inputs[:split], targets[:split])
         self._held.add(inputs[split:], targets[split:])
 
-    def solve(self, old_OI: torch.Tensor) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
-        gives a smaller error on the held-out rows."""
-        old = old_OI.T.double()
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum over all processes, which must all call this."""
+        self._fit.reduce(ranks)
+        self._held.reduce(ranks)
+
+    def error(self, trial: int, old_OI: torch.Tensor) -> float:
+        """The error on the held-out rows in trial number ``trial``; infinite where there are no rows."""
         if self._fit.rows == 0 or self._held.rows == 0:
-            return old_OI.float(), None
-        errors = {ridge: self._held.error(_ridge(self._fit, old, ridge)) for ridge in RIDGES}
-        best = min(errors, key=lambda ridge: errors[ridge])
-        if not errors[best] < self._held.error(old):
+            return inf
+        old = old_OI.T.double()
+        return self._held.error(_ridge(self._fit, old, RIDGES[trial]) if trial < len(RIDGES) else old)
+
+    def solve(self, old_OI: torch.Tensor, errors: Sequence[float] | None = None) -> tuple[torch.Tensor, float | None]:
+        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
+        gives a smaller error on the held-out rows. ``errors``: of all trials, where they are known."""
+        if errors is None:
+            errors = [self.error(trial, old_OI) for trial in range(self.trials)]
+        best = min(range(len(RIDGES)), key=errors.__getitem__)
+        if not errors[best] < errors[-1]:
             return old_OI.float(), None
         self._fit.gram += self._held.gram
         self._fit.cross += self._held.cross
-        return _ridge(self._fit, old, best).T.float(), best
+        return _ridge(self._fit, old_OI.T.double(), RIDGES[best]).T.float(), RIDGES[best]
+
+
+def solve_bytes(width: int, out: int) -> int:
+    """Memory that `NormalEquations.solve` takes beside the sums, with its argument: in float64 the old and the new
+    weights, the Gram matrix and its factor; or, for an error, two sets of weights and the products of a block."""
+    block = min(width, _BLOCK)
+    solving = 16 * width**2 + 28 * width * out
+    return max(solving, 20 * width * out + block * (24 * out + 4 * width))
+
+
+def solve_operations(width: int, out: int) -> tuple[float, float]:
+    """Operations in float64 of `NormalEquations.solve`: those of the factors, and of products and triangular systems
+    (multiply and add: two)."""
+    fits, errors = len(RIDGES) + 1, len(RIDGES) + 1
+    return fits * width**3 / 3, (fits + errors) * 2 * width**2 * out
 
 
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -89,6 +141,7 @@ def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
-    # Reads the lower triangle alone.
-    factor = torch.linalg.cholesky(gram)
-    return torch.cholesky_solve(sums.cross.double() + strength * old_IO, factor)
+    # In place, as these are the largest tensors of a compensation. Reads the lower triangle alone.
+    torch.linalg.cholesky(gram, out=gram)
+    targets = sums.cross.double().add_(old_IO, alpha=strength)
+    return torch.cholesky_solve(targets, gram, out=targets)

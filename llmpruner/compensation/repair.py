@@ -13,27 +13,33 @@ the layer's output is not such a sum, the target is y. The target of a matrix th
 residual stream is y_dense.
 
 Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
+
+With several processes, each runs its own micro-batches. The first one finds c, the order of the matrices and the units
+of a chooser; sums are reduced, and all have the same weights afterwards (`write_all`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from ..engine.inputs import WatchInputs
+from ..engine.boundaries import States
+from ..engine.executor import Executor
+from ..engine.inputs import InputSums
 from ..engine.walk import Batch, ForwardWalk, Stop
 from ..engine.watch import WatchedProduct, WatchProducts
 from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask
 from .consumers import Consumer, consumers_of, matrix_of, stream_writers, zero_inputs
-from .fitters import BiasFitter, WeightFitter
+from .fitters import BiasFitter, Fitter, Matrix, WeightFitter, write_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,74 +63,146 @@ def repair(task: RepairTask, fitter: type[WeightFitter | BiasFitter], *, mix: fl
     cannot fit.
     """
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
-    walk = ForwardWalk.over(task.model, task.graph.layers, task.calibration)
-    return _Repair(task, walk, fitter, mix).run()
+    executor = task.executor or Executor.of(task.model, task.graph.layers)
+    if executor.weights.streamed and task.journal is None:
+        raise ValueError(
+            "changed weights of a model that is read layer by layer are kept in a journal, and there is none"
+        )
+    return _Repair(task, ForwardWalk.over(executor, task.calibration), fitter, mix).run()
 
 
 class _Repair:
-    """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor per batch."""
+    """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor per batch; ``pruned`` is None as long as
+    no unit was removed, when both are the same."""
 
     def __init__(
         self, task: RepairTask, walk: ForwardWalk, fitter: type[WeightFitter | BiasFitter], mix: float
     ) -> None:
         self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
         self.walk, self.fitter, self.mix, self.progress = walk, fitter, mix, task.progress
-        self.dense = [batch.hidden for batch in walk.batches]
+        self.weights, self.ranks, self.journal = walk.executor.weights, walk.ranks, task.journal
+        self.dense = walk.embedded
         self.removed_channels = _removed_channels(self.graph, self.kept)
-        self.pruned = self.dense
+        self.pruned: States | None = None
         if len(self.removed_channels):
-            self.pruned = [self._without_removed_channels(hidden) for hidden in self.dense]
+            self.pruned = self._copied(self.dense)
         self.fits: list[Fit] = []
 
     def run(self) -> Repaired:
         removed = removed_layers(self.graph, self.kept)
         consumers = [consumers_of(self.graph, self.kept, number) for number in range(self.graph.num_layers)]
-        last = max((number for number, found in enumerate(consumers) if found), default=-1)
-        for number in self.progress.track(range(last + 1), "Compensating"):
-            after = self._dense_after(number, consumers[number])
-            if number not in removed:
-                # The chooser may have changed which inputs are kept.
-                self._layer(number, consumers_of(self.graph, self.kept, number), after)
-            self.dense = after
+        count = max((number + 1 for number, found in enumerate(consumers) if found), default=0)
+        done = self._resume()
+        for number in self.progress.track(range(count), "Compensating"):
+            if number < done:
+                continue
+            with self.walk.layer(number):
+                if number in removed:
+                    self._keep_apart()
+                    self.walk.advance(number, self.dense)
+                elif consumers[number]:
+                    self._layer(number, consumers[number])
+                else:
+                    _ProducerRows(self.model, self.graph, self.kept, number).zero()
+                    self.walk.advance(number, self.dense)
+                    if self.pruned is not None:
+                        self.walk.advance(number, self.pruned)
+            self._record(number)
         return Repaired(self.kept, self.fits)
 
-    def _dense_after(self, number: int, consumers: Mapping[str, Consumer]) -> list[torch.Tensor]:
-        """h after the layer. With a chooser, also chooses the layer's units by the inputs of its weights."""
-        if self.chooser is None or not consumers:
-            return [self.walk.run(number, batch, hidden) for batch, hidden in self._with(self.dense)]
-        with WatchInputs(self.model, consumers, gram=self.chooser.gram) as watched:
-            after = [self.walk.run(number, batch, hidden) for batch, hidden in self._with(self.dense)]
-        inputs = watched.statistics(self.walk.tokens)
-        self.kept |= self.chooser.choose(self.model, self.graph, self.kept, number, inputs)
+    def _resume(self) -> int:
+        """The number of layers that an interrupted run finished, whose results are used."""
+        found = None if self.journal is None else self.journal.resume(self.weights)
+        if found is None:
+            return 0
+        state, states = found
+        self.kept = {name: tuple(units) for name, units in state["kept"].items()}
+        self.fits = [Fit(*values) for values in state["fits"]]
+        self.dense = self.walk.restored(states["dense"])
+        self.pruned = self.walk.restored(states["pruned"]) if "pruned" in states else None
+        return int(state["layers"])
+
+    def _record(self, number: int) -> None:
+        if self.journal is not None:
+            state = {
+                "layers": number + 1,
+                "kept": {name: list(units) for name, units in self.kept.items()},
+                "fits": [(fit.parameter, fit.slot, fit.rows, fit.ridge) for fit in self.fits],
+            }
+            states = {"dense": self.dense} if self.pruned is None else {"dense": self.dense, "pruned": self.pruned}
+            self.journal.layer_done(state, states)
+
+    def _copied(self, states: States) -> States:
+        copy = states.beside()
+        for hidden in states:
+            copy.append(self._without_removed_channels(hidden))
+        return copy
+
+    def _keep_apart(self) -> States:
+        """``pruned``, with hidden states of its own from now on."""
+        if self.pruned is None:
+            self.pruned = self._copied(self.dense)
+        return self.pruned
+
+    def _dense_after(self, number: int, consumers: Mapping[str, Consumer], *, in_place: bool) -> States:
+        """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
+        units by the inputs of its weights."""
+        after = self.dense if in_place else self.dense.beside()
+        sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
+        with WatchProducts(self.model, consumers if self.chooser else (), sums.add):
+            for position, (batch, hidden) in enumerate(self._with(self.dense)):
+                found = self.walk.run(number, batch, hidden)
+                if in_place:
+                    after[position] = found
+                else:
+                    after.append(found)
+        if self.chooser is not None:
+            inputs = sums.statistics(self.walk.tokens, self.ranks)
+            choose = partial(self.chooser.choose, self.model, self.graph, self.kept, number, inputs)
+            self.kept |= self.ranks.from_first(choose)
         return after
 
-    def _with(self, states: Sequence[torch.Tensor]) -> Iterator[tuple[Batch, torch.Tensor]]:
+    def _with(self, states: States) -> Iterator[tuple[Batch, torch.Tensor]]:
         return zip(self.walk.batches, states, strict=True)
 
-    def _layer(self, number: int, consumers: Mapping[str, Consumer], after: list[torch.Tensor]) -> None:
-        if not consumers and self.pruned is self.dense:
-            # No unit was removed so far: h and ĥ are the same.
-            self.pruned = after
-            return
-        scale = self._scale(number) if consumers else None
-        producers = _ProducerRows(self.model, self.graph, self.kept, number)
-        biases, order = self._order(number, consumers) if consumers else ([], [])
-        stages = [
-            _Stage(number, found, scale, after if position == len(order) - 1 else None)
-            for position, found in enumerate(order)
+    def _layer(self, number: int, consumers: Mapping[str, Consumer]) -> None:
+        """Fit the weights of one layer, and move h and ĥ to after it."""
+        pruned = self._keep_apart()
+        scale = self.ranks.from_first(lambda: self._scale(number))
+        bias_names, order = self.ranks.from_first(lambda: self._order(number, consumers))
+        biases = [self.model.get_parameter(name) for name in bias_names]
+        plans = [
+            _Stage(number, {name: consumers[name] for name in names}, scale, last=names is order[-1]) for names in order
         ]
+        needs_dense = any(stage.needs_dense for stage in plans)
+        after = self._dense_after(number, consumers, in_place=not needs_dense)
+        # The chooser may have changed which inputs are kept.
+        consumers = consumers_of(self.graph, self.kept, number)
+        producers = _ProducerRows(self.model, self.graph, self.kept, number)
         changed = [*(self.model.get_parameter(name) for name in consumers), *biases, *producers.parameters]
-        original = _Originals(changed if any(stage.needs_dense for stage in stages) else [])
+        original = _Originals(changed if needs_dense else [])
         producers.zero()
-        pruned_after: list[torch.Tensor] | None = None
-        for stage in stages:
-            pruned_after = self._fit(stage, producers, original)
+        moved = False
+        for stage in plans:
+            current = replace(stage, consumers={name: consumers[name] for name in stage.consumers})
+            moved = self._fit(current, after, producers, original)
         for consumer in consumers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
             zero_inputs(self.model, consumer)
         fitted = {fit.parameter for fit in self.fits}
         self.fits += [Fit(name, None, 0, None) for name in consumers if name not in fitted]
-        self.pruned = pruned_after or [self.walk.run(number, b, hidden) for b, hidden in self._with(self.pruned)]
+        if not moved:
+            self.walk.advance(number, pruned)
+        self.dense = after
+        if self.journal is not None:
+            self.journal.keep(number, self.weights, self._names(number, changed))
+
+    def _names(self, number: int, tensors: Sequence[torch.Tensor]) -> list[str]:
+        """The names of those of the ``tensors`` that are parameters of layer ``number``."""
+        changed = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        prefix = f"{self.graph.layers}.{number}."
+        layer = self.model.get_submodule(prefix[:-1])
+        return [prefix + n for n, p in layer.named_parameters() if p.untyped_storage().data_ptr() in changed]
 
     def _scale(self, number: int) -> float | None:
         """c, where the layer's output is its input plus c times the outputs of its writers; None where it is not.
@@ -141,62 +219,89 @@ class _Repair:
         scale = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
         return scale if float((change - scale * total).norm()) < _DIRECT * float(change.norm()) else None
 
-    def _order(
-        self, number: int, consumers: Mapping[str, Consumer]
-    ) -> tuple[list[torch.Tensor], list[dict[str, Consumer]]]:
-        """The biases of the consumers, and the consumers in order of use; those that read the same inputs are fitted
-        together, and are in one dictionary."""
+    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[str], list[list[str]]]:
+        """The names of the biases of the consumers, and of the consumers in order of use; those that read the same
+        inputs are fitted together, and are in one list."""
         uses: dict[str, WatchedProduct] = {}
 
         # Inputs are compared by address; all are kept until the end, so that no address is used twice.
         def seen(use: WatchedProduct) -> None:
             uses.setdefault(use.parameter, use)
 
+        assert self.pruned is not None
         with WatchProducts(self.model, consumers, seen):
             self.walk.run(number, self.walk.batches[0], self.pruned[0])
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
-        stages = [{use.parameter: consumers[use.parameter] for use in same} for _, same in together]
-        return [use.bias for use in uses.values() if use.bias is not None], stages
+        stages = [[use.parameter for use in same] for _, same in together]
+        return self._names(number, [use.bias for use in uses.values() if use.bias is not None]), stages
 
     def _without_removed_channels(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0)
 
-    def _fit(self, stage: _Stage, producers: _ProducerRows, original: _Originals) -> list[torch.Tensor] | None:
-        """Fit the weights of one stage. Returns ĥ after the layer if it can be computed without running the layer again
-        (see `_Stage.is_simple`), else None."""
-        fitters: dict[tuple[str, int | None], WeightFitter | BiasFitter] = {}
-        last: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def _fit(self, stage: _Stage, after: States, producers: _ProducerRows, original: _Originals) -> bool:
+        """Fit the weights of one stage. ``after``: h after the layer. Returns whether ĥ was moved to after the layer,
+        which needs no further run of it where the stage `_Stage.is_simple`."""
+        assert self.pruned is not None
+        fitters: dict[Matrix, Fitter] = {}
+        inputs = self.pruned.beside()
+        simple = stage.is_simple
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
-            pruned = self._watch(stage, batch, hidden, whole=stage.after is not None)
-            dense_outputs: dict[tuple[str, int | None], torch.Tensor] = {}
+            pruned = self._watch(stage, batch, hidden, whole=stage.last)
+            dense_outputs: dict[Matrix, torch.Tensor] = {}
             if stage.needs_dense:
                 with original.swapped_in():
                     dense = self._watch(stage, batch, self.dense[position], whole=False)
                 dense_outputs = {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
+            of_layer = after[position] if stage.last else None
             for use in pruned.uses:
                 consumer = stage.consumers[use.parameter]
                 if consumer.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
                 key = use.parameter, use.slot
-                target = self._target(stage, consumer, use, dense_outputs.get(key), position, pruned.output)
+                target = self._target(stage, consumer, use, dense_outputs.get(key), position, of_layer, pruned.output)
                 if key not in fitters:
-                    fitters[key] = self.fitter(consumer, use)
+                    fitters[key] = self._fitter(stage, key, use.bias)
                 fitters[key].add(use, target)
-            if stage.is_simple and pruned.output is not None and len(pruned.uses) == 1:
+            simple = simple and pruned.output is not None and len(pruned.uses) == 1
+            if simple and pruned.output is not None:
                 (use,) = pruned.uses
-                added = stage.factor * use.outputs.float().view_as(pruned.output)
-                last.append((pruned.output - added, use.inputs))
-        for (name, slot), fitter in fitters.items():
-            rows, ridge = fitter.write(self.model, slot)
-            self.fits.append(Fit(name, slot, rows, ridge))
+                # ĥ after the layer, without what the weight adds to it.
+                self.pruned[position] = pruned.output - stage.factor * use.outputs.float().view_as(pruned.output)
+                inputs.append(use.inputs)
+        fitters = self._of_all(stage, fitters)
+        self.fits += write_all(fitters, self.model, self.ranks)
         producers.zero()
-        if len(last) < len(self.pruned):
-            return None
+        if not simple:
+            return False
         (fitter,) = fitters.values()
         (name,) = stage.consumers
         weight = matrix_of(self.model, stage.consumers[name], None)
-        return [rest + stage.factor * _outputs(weight, fitter.bias, inputs).view_as(rest) for rest, inputs in last]
+        for position, values in enumerate(inputs):
+            rest = self.pruned[position]
+            self.pruned[position] = rest + stage.factor * _outputs(weight, fitter.bias, values).view_as(rest)
+        return True
+
+    def _fitter(self, stage: _Stage, key: Matrix, bias: torch.Tensor | None) -> Fitter:
+        consumer = stage.consumers[key[0]]
+        return self.fitter(consumer, matrix_of(self.model, consumer, key[1]), bias)
+
+    def _of_all(self, stage: _Stage, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
+        """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
+
+        def bias_of(fitter: Fitter) -> str | None:
+            return None if fitter.bias is None else next(iter(self._names(stage.number, [fitter.bias])), None)
+
+        found: dict[Matrix, Fitter] = {}
+        for key, name in self.ranks.merged({key: bias_of(fitter) for key, fitter in fitters.items()}).items():
+            if key not in fitters:
+                bias = None if name is None else self.model.get_parameter(name).data
+                # The bias of one expert is a row of that of all.
+                row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
+                found[key] = self._fitter(stage, key, row)
+            else:
+                found[key] = fitters[key]
+        return found
 
     def _target(
         self,
@@ -205,20 +310,22 @@ class _Repair:
         use: WatchedProduct,
         dense: torch.Tensor | None,
         position: int,
+        after: torch.Tensor | None,
         output: torch.Tensor | None,
     ) -> torch.Tensor:
         """The target (tokens, out) for the rows of ``use``, see the module. ``dense``: y_dense for the same rows;
-        ``output``: ĥ after the layer, with the old weight."""
+        ``after``: h after the layer, for the stage that is used last; ``output``: ĥ after the layer, with the old
+        weight."""
         own = use.outputs.float()
         if consumer.from_stream:
             assert dense is not None
             return dense
         if stage.scale is None:
             return own
-        if stage.after is not None and output is not None:
-            difference = stage.after[position] - output
+        if after is not None and output is not None:
+            difference = after - output
         else:
-            assert dense is not None
+            assert dense is not None and self.pruned is not None
             difference = (
                 self.dense[position]
                 - self.pruned[position]
@@ -245,13 +352,13 @@ class _Repair:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``after``: for the stage that
-    is used last, h after the layer, one tensor per batch; None for others."""
+    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``last``: whether it is used
+    last in the layer."""
 
     number: int
     consumers: Mapping[str, Consumer]
     scale: float | None
-    after: list[torch.Tensor] | None
+    last: bool
 
     @property
     def factor(self) -> float:
@@ -261,12 +368,13 @@ class _Stage:
     def is_simple(self) -> bool:
         """Whether the stage is one matrix, used last, whose outputs times `factor` are added to the hidden states."""
         (consumer, *others) = self.consumers.values()
-        return self.after is not None and self.scale is not None and not others and not consumer.from_stream
+        stacked = len(consumer.shape) > 2
+        return self.last and self.scale is not None and not others and not consumer.from_stream and not stacked
 
     @property
     def needs_dense(self) -> bool:
         from_stream = any(consumer.from_stream for consumer in self.consumers.values())
-        return from_stream or (self.scale is not None and self.after is None)
+        return from_stream or (self.scale is not None and not self.last)
 
 
 @dataclass

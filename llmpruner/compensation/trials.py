@@ -15,6 +15,7 @@ from torch import nn
 
 from ..data.calibration import CalibrationSet
 from ..engine.divergence import divergence
+from ..engine.executor import Executor
 from ..engine.inputs import input_statistics
 from ..engine.walk import check_tokens
 from ..models.precision import computes_bfloat16_fast
@@ -70,7 +71,7 @@ class Trials:
         if not wanted or not len(ids):
             return {}
         part = CalibrationSet(ids, source).first(_FITTED)
-        measured = input_statistics(self.model, self.graph.layers, wanted, part, progress, gram=True)
+        measured = input_statistics(Executor.of(self.model, self.graph.layers), wanted, part, progress, gram=True)
         return {name: found.gram for layer in measured for name, found in layer.items() if found.gram is not None}
 
     def _consumers(self, kept: Kept, layer: int) -> dict[str, Consumer]:

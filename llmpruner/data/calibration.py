@@ -12,6 +12,7 @@ import torch
 
 from ..errors import DataError, PluginError
 from ..models.positions import positions_of
+from ..progress import QUIET, Progress
 from .source import CalibrationSource, SampleTask
 from .text import TextSource
 
@@ -68,7 +69,14 @@ class CalibrationText:
             part.source.check(part.reference)
 
     def sample(
-        self, model: PreTrainedModel, tokenizer: Any | None, *, samples: int, length: int, seed: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any | None,
+        *,
+        samples: int,
+        length: int,
+        seed: int,
+        progress: Progress = QUIET,
     ) -> CalibrationSet:
         """``samples`` sequences of ``length`` tokens, taken from the parts in turn.
 
@@ -83,7 +91,7 @@ class CalibrationText:
             raise DataError(f"{samples} samples cannot be shared by {count} sources; raise --samples")
         shares = []
         for part in self.parts:
-            share = SampleTask(model, tokenizer, part.reference, -(-samples // count), length, seed)
+            share = SampleTask(model, tokenizer, part.reference, -(-samples // count), length, seed, progress)
             shares.append(_checked(part.source.sample(share), share, part.source))
         return CalibrationSet(torch.stack(shares, 1).flatten(0, 1)[:samples], self.text)
 

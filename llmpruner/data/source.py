@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
+from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ class SampleTask:
     samples: int
     length: int
     seed: int
+    progress: Progress = QUIET
 
 
 class CalibrationSource(Component):

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from ..errors import ModelError
 from ..models.precision import computes_bfloat16_fast
+from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,8 @@ def self_generated(
     seed: int,
     *,
     passage: int = 64,
-    batch: int = 128,
+    batch: int = 64,
+    progress: Progress = QUIET,
 ) -> torch.Tensor:
     """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
@@ -47,7 +49,7 @@ def self_generated(
     written: list[torch.Tensor] = []
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
         # The cache of keys and values grows with the batch.
-        for done in range(0, passages, batch):
+        for done in progress.track(range(0, passages, batch), "Writing calibration text"):
             rows = min(batch, passages - done)
             # The end of a sequence is never drawn: padding after it would distort the statistics.
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
@@ -56,6 +58,10 @@ def self_generated(
             ids = model.generate(start, attention_mask=mask, generation_config=config, logits_processor=[draw])
             written.append(ids.cpu())
     return torch.cat(written).view(samples, -1)[:, :length]
+
+
+_ROWS = 8
+"""Rows of the logits for which the next token is drawn at once."""
 
 
 class _Draw:
@@ -71,17 +77,22 @@ class _Draw:
     def __call__(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         vocabulary, step = logits_BV.shape[-1], ids.shape[1] - 1
         never = torch.tensor([t for t in self._never if t < vocabulary], dtype=torch.long, device=logits_BV.device)
-        upto_BV = logits_BV.float().index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
-        total_B1 = upto_BV[:, -1:]
-        if bool(total_B1.isnan().any()):
+        # A few rows at a time stay in the processor's caches.
+        parts = zip(torch.split(logits_BV, _ROWS), torch.split(self._numbers[:, step : step + 1], _ROWS), strict=True)
+        tokens = [self._tokens(logits.float(), numbers, never) for logits, numbers in parts]
+        return torch.full_like(logits_BV, -torch.inf).scatter_(-1, torch.cat(tokens), 0.0)
+
+    def _tokens(self, logits_RV: torch.Tensor, numbers_R1: torch.Tensor, never: torch.Tensor) -> torch.Tensor:
+        upto_RV = logits_RV.index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
+        total_R1 = upto_RV[:, -1:]
+        if bool(total_R1.isnan().any()):
             raise ModelError(
                 "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
             )
-        drawn_B1 = self._numbers[:, step : step + 1] * total_B1
+        drawn_R1 = numbers_R1 * total_R1
         # Below the total, which rounding may reach, and after equal sums, so that no token of probability 0 is drawn.
-        drawn_B1 = drawn_B1.minimum(total_B1.nextafter(torch.zeros_like(total_B1)))
-        tokens_B1 = torch.searchsorted(upto_BV, drawn_B1, right=True)
-        return torch.full_like(logits_BV, -torch.inf).scatter_(-1, tokens_B1, 0.0)
+        drawn_R1 = drawn_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))
+        return torch.searchsorted(upto_RV, drawn_R1, right=True)
 
 
 def _first_token(model: PreTrainedModel, tokenizer: Any | None) -> int:

@@ -1,9 +1,14 @@
 """Gradients of one layer at a time.
 
 The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
-samples × length × hidden size numbers of the model's dtype. The backward pass runs each layer again, from last to
-first, and computes the gradients of its parameters. They are those of autograd over the whole model, but gradients and
-activations inside layers take the memory of one layer only.
+samples × length × hidden size numbers of the model's dtype, up to the executor's limit in memory. The backward pass
+runs each layer again, from last to first, frees the hidden states after it, and computes the gradients of its
+parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
+of one layer only.
+
+A model in memory runs as a whole, and what its layers are called with is recorded; so layers may also share other
+values than hidden states (key/value states of earlier layers). Weights that are read layer by layer need a decoder
+that runs layer by layer; this is checked on one sample.
 """
 
 from __future__ import annotations
@@ -20,20 +25,24 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from ..models.decoder import decoder_list
 from .inputs import Measured, forward_statistics
 from .position import Position, positions
 from .reduce import Measure, ReduceProducts
 from .signals import InputStats, ParameterSignals, ProductStats, Signal
 from .walk import (
+    Call,
     Stop,
     call_layer,
+    check_same,
     check_tokens,
     eager_experts,
     expert_configs,
     first_output,
     hidden_of,
+    not_walkable,
+    record,
     replaced_layers,
+    run_whole,
 )
 from .watch import WatchProducts
 
@@ -43,109 +52,135 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationSet
     from ..progress import Progress
     from ..structure.coupling import CouplingGraph
+    from .executor import Executor
+    from .weights import Weights
 
 _GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
-_LOGIT_ELEMENTS = 1 << 24
 
 
 @dataclass
 class _Batch:
-    """One micro-batch: the hidden states before each layer and after the last, the other arguments of each layer
-    (``calls``), the further outputs of each layer (``output_rest``), and the gradient of the loss with respect to the
-    hidden states after the layer that backward computes next."""
+    """One micro-batch. ``calls``: the arguments of each layer but the hidden states; ``output_rest``: the further
+    outputs of each layer."""
 
     input_ids: torch.Tensor
     share: float
     """Its share of the calibration set, by which its mean loss counts."""
     first: int
     """The number of its first sample."""
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     output_rest: list[tuple[Any, ...] | None] = field(default_factory=list)
-    grad: torch.Tensor | None = None
 
 
 class LayerWalk:
-    """The forward and backward pass of one model over one calibration set.
+    """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
+    micro-batches, maybe none, and gradients are sums over all of them.
 
-    ``layers``: path of the module list of decoder layers. ``per_sample``: micro-batches of one sample, so that squared
-    gradients are those of single samples. Gradients and ``requires_grad`` flags of parameters are restored.
+    ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. Gradients and
+    ``requires_grad`` flags of parameters are restored.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: str, calibration: CalibrationSet, *, per_sample: bool) -> None:
-        self.model = model
-        self.path = layers
-        self.layers = decoder_list(model, layers)
-        self._experts = expert_configs(model)
-        ids = check_tokens(model, calibration)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        # The logits of a micro-batch are the largest tensor of all; their size sets the batch.
-        rows = 1 if per_sample else max(1, _LOGIT_ELEMENTS // (ids.shape[1] * vocabulary))
-        self.batches = [
-            _Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))
-        ]
+    def __init__(self, executor: Executor, calibration: CalibrationSet, *, per_sample: bool) -> None:
+        self.model, self.layers, self.weights = executor.model, executor.layers, executor.weights
+        self._experts, self._ranks = expert_configs(self.model), executor.ranks
+        with self.weights.outside():
+            ids = check_tokens(self.model, calibration)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        rows = 1 if per_sample else executor.rows_backward(ids.shape[1], vocabulary)
+        self.batches = self._ranks.mine(
+            [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
+        )
+        kept = executor.boundaries()
+        self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
+        """Before each layer, and after the last: a tensor for each micro-batch."""
+        self.grads = kept.states()
+        """The gradient of the loss with respect to the hidden states after the layer that backward computes next."""
 
     @torch.no_grad()
-    def forward(self) -> float:
-        """Keep the hidden states between layers; return the mean loss (nats per token). Raises `ModelError` when it is
-        not finite."""
+    def forward(self) -> None:
+        """Keep the hidden states between layers. Raises `UnsupportedModelError` for a decoder that cannot be run layer
+        by layer, where weights are streamed."""
+        if not self.weights.streamed:
+            for batch in self.batches:
+                with self._recording(batch):
+                    self.model(input_ids=batch.input_ids, use_cache=False)
+            return
+        if not self.batches:
+            return
+        with self.weights.outside():
+            whole, tuples = run_whole(self.model, self.layers, self.batches[0].input_ids[:1])
+            for batch in self.batches:
+                recorded, embedded = record(self.model, self.layers, batch.input_ids, tuples)
+                batch.calls = recorded.calls
+                self.hidden[0].append(embedded)
+        for number, layer in enumerate(self.layers):
+            with self.weights.layer(number):
+                for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
+                    output = call_layer(layer, hidden, batch.calls[number])
+                    batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
+                    self.hidden[number + 1].append(first_output(output))
+        check_same(self.model, self.hidden[-1][0][:1], whole)
+
+    def backward_head(self) -> float:
+        """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
+        head; returns the mean loss (nats per token). Raises `ModelError` when it is not finite."""
         loss = 0.0
-        for batch in self.batches:
-            with self._recording(batch):
-                logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
-            loss += batch.share * float(_loss(logits, batch.input_ids))
+        with self.weights.outside():
+            for position, batch in enumerate(self.batches):
+                grad, of_batch = self._head(position)
+                self.grads.append(grad)
+                loss += batch.share * of_batch
+        (loss,) = self._ranks.totals(loss)
         if not isfinite(loss):
             raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
         return loss
-
-    def backward_head(self) -> None:
-        """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
-        head."""
-        for batch in self.batches:
-            batch.grad = self._head(batch)
 
     def backward_layer(
         self, number: int, wanted: Collection[str], *, squares: bool, reduced: ReduceProducts | None = None
     ) -> dict[str, _Gradients]:
         """Gradients of those of the ``wanted`` parameters (names in the model) that are in layer ``number``. Must be
-        called for all layers in turn, from the last.
+        called for all layers in turn, from the last, while the weights of the layer are in memory.
 
         ``reduced``: gets the products of this layer, with the gradients of their outputs.
         """
         layer = self.layers[number]
-        prefix = f"{self.path}.{number}."
-        parameters = {n: self.model.get_parameter(n) for n in wanted if n.startswith(prefix)}
+        parameters = {n: self.model.get_parameter(n) for n in wanted if self.weights.number(n) == number}
         sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
         with _requiring_grad(parameters.values()):
-            for batch in self.batches:
-                if batch.grad is None:
-                    raise RuntimeError("backward_head comes before backward_layer")
-                hidden = batch.hidden[number].detach().requires_grad_()
+            for position, batch in enumerate(self.batches):
+                hidden = self.hidden[number][position].detach().requires_grad_()
                 with torch.enable_grad(), self._showing(reduced, batch):
                     first = first_output(call_layer(layer, hidden, batch.calls[number]))
                 # Outside of the watch, which would also record products that a criterion computes.
-                torch.autograd.backward(first, batch.grad)
-                batch.grad = hidden.grad
+                torch.autograd.backward(first, self.grads[position])
+                assert hidden.grad is not None
+                self.grads[position] = hidden.grad
                 del first  # frees its graph before that of the next micro-batch is built
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
+        if number + 1 < len(self.layers):
+            # The head needs those after the last layer again.
+            self.hidden[number + 1].clear()
+        self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
     def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
         """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head; for tied embeddings the
-        sum of both uses. `backward_layer` must have been called for all layers before."""
+        sum of both uses. `backward_layer` must have been called for all layers before, and the weights outside the
+        layers be in memory."""
         parameters = {n: self.model.get_parameter(n) for n in wanted}
         sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
         with _requiring_grad(parameters.values()):
-            for batch in self.batches:
-                down = batch.grad
-                self._head(batch)
+            for position, batch in enumerate(self.batches):
+                down = self.grads[position]
+                self._head(position)
                 first = self._first_boundary(batch)
                 if first.requires_grad:
                     torch.autograd.backward(first, down)
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
+        self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
     @contextlib.contextmanager
@@ -161,13 +196,18 @@ class LayerWalk:
     @contextlib.contextmanager
     def _recording(self, batch: _Batch) -> Iterator[None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch.hidden.append(hidden_of(args, kwargs))
+            if len(batch.calls) == len(self.layers):
+                raise not_walkable(self.model)
+            self.hidden[len(batch.calls)].append(hidden_of(args, kwargs))
             batch.calls.append((args[1:], dict(kwargs)))
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
             if len(batch.output_rest) == len(self.layers):
-                batch.hidden.append(first_output(output))
+                self.hidden[-1].append(first_output(output))
+                # The first batch runs to the end, to see whether layers run again.
+                if batch is not self.batches[0]:
+                    raise Stop
 
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
@@ -176,16 +216,20 @@ class LayerWalk:
                     layer.register_forward_hook(after),
                 ):
                     stack.callback(handle.remove)
-            yield
+            with contextlib.suppress(Stop):
+                yield
 
-    def _head(self, batch: _Batch) -> torch.Tensor | None:
-        """Run everything after the last layer with gradients; return the gradient of the states after that layer."""
-        last = batch.hidden[-1].detach().requires_grad_()
-        hidden = [*batch.hidden[1:-1], last]
-        with self._stubs(batch, hidden), torch.enable_grad():
+    def _head(self, position: int) -> tuple[torch.Tensor, float]:
+        """Run everything after the last layer with gradients. Returns the gradient of the hidden states after that
+        layer, and the mean loss."""
+        batch = self.batches[position]
+        last = self.hidden[-1][position].detach().requires_grad_()
+        with self._stubs(batch, last), torch.enable_grad():
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
-            torch.autograd.backward(_loss(logits, batch.input_ids))
-        return last.grad
+            loss = _loss(logits, batch.input_ids)
+            torch.autograd.backward(loss)
+        assert last.grad is not None
+        return last.grad, float(loss.detach())
 
     def _first_boundary(self, batch: _Batch) -> torch.Tensor:
         """The hidden states before the first layer, with their autograd graph."""
@@ -203,13 +247,18 @@ class LayerWalk:
             handle.remove()
         return caught[0]
 
-    def _stubs(self, batch: _Batch, hidden: list[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        """While active, layers return their outputs of the forward pass instead of computing them."""
+    def _stubs(self, batch: _Batch, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them; all
+        return their further outputs of the forward pass."""
 
-        def stub(number: int) -> Any:
+        def stub(number: int) -> Callable[..., Any]:
             rest = batch.output_rest[number]
-            result = hidden[number] if rest is None else (hidden[number], *rest)
-            return lambda *_, **__: result
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
+                return hidden if rest is None else (hidden, *rest)
+
+            return forward
 
         return replaced_layers(self.layers, stub)
 
@@ -226,6 +275,10 @@ class _Gradients:
         zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         return cls(zeros, torch.zeros_like(zeros) if squares else None)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.grad] if self.grad_sq is None else [self.grad, self.grad_sq]
+
     def add(self, parameter: nn.Parameter, share: float) -> None:
         if parameter.grad is None:
             return
@@ -237,7 +290,7 @@ class _Gradients:
 
 
 def walk_signals(
-    model: PreTrainedModel,
+    executor: Executor,
     graph: CouplingGraph,
     wanted: Collection[str],
     needs: Collection[Signal],
@@ -255,15 +308,14 @@ def walk_signals(
     module), one layer's gradients, and the statistics of the inputs of all layers if they are needed too. Raises
     `ModelError` without a calibration set, or for values that are not finite.
     """
-    where = positions(graph)
+    where, model, weights = positions(graph), executor.model, executor.weights
 
     def signals(name: str, sums: _Gradients | None, found: Measured | None) -> tuple[str, ParameterSignals]:
         inputs, products = (found.inputs, found.products) if found else (None, None)
         return name, signals_of(model, name, where[name], sums, inputs, products, needs, seed)
 
     if set(needs) <= {Signal.WEIGHT}:
-        for name in sorted(wanted):
-            yield signals(name, None, None)
+        yield from _of_weights(weights, wanted, lambda name: signals(name, None, None))
         return
     if calibration is None:
         raise ModelError("this criterion runs the model and needs a calibration set")
@@ -275,14 +327,13 @@ def walk_signals(
         return ReduceProducts(model, names, where, measure, number_of_samples, gradients=with_gradients)
 
     products = reduce if Signal.PRODUCT in needs and not with_gradients else None
-    found = _forward(model, graph, wanted, needs, calibration, progress, products)
+    found = _forward(executor, wanted, needs, calibration, progress, products)
     if not _GRADIENTS.intersection(needs):
         rest = set(wanted)
         for name, measured in found:
             rest.discard(name)
             yield signals(name, None, measured)
-        for name in sorted(rest):
-            yield signals(name, None, None)
+        yield from _of_weights(weights, rest, lambda name: signals(name, None, None))
         return
     forward = dict(found)
     squares = Signal.GRAD_SQ in needs
@@ -294,25 +345,40 @@ def walk_signals(
             by_layer.setdefault(layer, []).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with _requiring_grad((), freeze=model):
-        walk = LayerWalk(model, graph.layers, calibration, per_sample=squares)
+        walk = LayerWalk(executor, calibration, per_sample=squares)
         walk.forward()
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             names = by_layer.get(number, [])
-            reduced = reduce(names) if with_gradients else None
-            sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
-            of_products = reduced.statistics() if reduced else {}
-            for name in names:
-                measured = forward.get(name, Measured(None, None))
-                yield signals(name, sums.get(name), replace(measured, products=of_products.get(name)))
-        sums = walk.backward_outer(outer, squares=squares) if outer and differentiated else {}
-        for name in outer:
-            yield signals(name, sums.get(name), None)
+            with weights.layer(number):
+                reduced = reduce(names) if with_gradients else None
+                sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
+                of_products = reduced.statistics(executor.ranks) if reduced else {}
+                for name in names:
+                    measured = forward.get(name, Measured(None, None))
+                    yield signals(name, sums.pop(name, None), replace(measured, products=of_products.get(name)))
+        if outer:
+            with weights.outside():
+                sums = walk.backward_outer(outer, squares=squares) if differentiated else {}
+                for name in outer:
+                    yield signals(name, sums.pop(name, None), None)
+
+
+def _of_weights(
+    weights: Weights, names: Collection[str], signals: Callable[[str], tuple[str, ParameterSignals]]
+) -> Iterator[tuple[str, ParameterSignals]]:
+    """``signals`` of each name, layer by layer."""
+    by_part: dict[int | None, list[str]] = {}
+    for name in sorted(names):
+        by_part.setdefault(weights.number(name), []).append(name)
+    for part in sorted(by_part, key=lambda number: -1 if number is None else number):
+        with weights.part(part):
+            for name in by_part[part]:
+                yield signals(name)
 
 
 def _forward(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
+    executor: Executor,
     wanted: Collection[str],
     needs: Collection[Signal],
     calibration: CalibrationSet,
@@ -323,7 +389,7 @@ def _forward(
     if inputs or reduce is not None:
         gram = Signal.GRAM in needs
         for layer in forward_statistics(
-            model, graph.layers, wanted, calibration, progress, inputs=inputs, gram=gram, reduce=reduce
+            executor, wanted, calibration, progress, inputs=inputs, gram=gram, reduce=reduce
         ):
             yield from layer.items()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .gram import add_gram, both_triangles
+from .ranks import SINGLE, Ranks
 from .reduce import ReduceProducts
 from .signals import InputStats, ProductStats
 from .walk import ForwardWalk
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..data.calibration import CalibrationSet
     from ..progress import Progress
+    from .executor import Executor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,7 @@ class Measured:
 
 @torch.no_grad()
 def forward_statistics(
-    model: PreTrainedModel,
-    layers: str,
+    executor: Executor,
     wanted: Collection[str],
     calibration: CalibrationSet,
     progress: Progress,
@@ -47,30 +48,33 @@ def forward_statistics(
     ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
     for the names of one layer's weights.
 
-    Memory: the hidden states of the whole calibration set in float32, the statistics of one layer, and the other
-    arguments of each layer (masks, rotary tables).
+    Weights of the layer are in memory until the next one is asked for. Memory beyond them: the hidden states of the
+    whole calibration set in float32, up to the executor's limit; the statistics of one layer; and the other arguments
+    of each layer (masks, rotary tables).
     """
-    walk = ForwardWalk.over(model, layers, calibration)
-    states = walk.take_states()
-    numbers = [number for number in range(len(walk.layers)) if _inside(wanted, layers, number)]
-    for number in progress.track(range(max(numbers, default=-1) + 1), "Measuring inputs"):
-        names = _inside(wanted, layers, number)
-        sums = InputSums(model, gram=gram)
-        watch = WatchProducts(model, names if inputs else (), sums.add)
-        reduced = None if reduce is None else reduce(names)
-        with contextlib.nullcontext() if reduced is None else reduced.following(watch), watch:
-            for position, batch in enumerate(walk.batches):
-                if reduced is not None:
-                    reduced.next_batch(batch.first, batch.input_ids)
-                states[position] = walk.run(number, batch, states[position])
-        of_inputs = sums.statistics(walk.tokens)
-        of_products = {} if reduced is None else reduced.statistics()
-        yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
+    walk = ForwardWalk.over(executor, calibration)
+    model, states, weights = executor.model, walk.embedded, executor.weights
+    inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
+    count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
+    for number in progress.track(range(count), "Measuring inputs"):
+        names = inside[number]
+        with walk.layer(number):
+            sums = InputSums(model, gram=gram)
+            watch = WatchProducts(model, names if inputs else (), sums.add)
+            reduced = None if reduce is None else reduce(names)
+            with contextlib.nullcontext() if reduced is None else reduced.following(watch), watch:
+                for position, batch in enumerate(walk.batches):
+                    if reduced is not None:
+                        reduced.next_batch(batch.first, batch.input_ids)
+                    states[position] = walk.run(number, batch, states[position])
+            of_inputs = sums.statistics(walk.tokens, walk.ranks)
+            of_products = {} if reduced is None else reduced.statistics(walk.ranks)
+            # The caller reads the layer's weights too.
+            yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
 
 
 def input_statistics(
-    model: PreTrainedModel,
-    layers: str,
+    executor: Executor,
     wanted: Collection[str],
     calibration: CalibrationSet,
     progress: Progress,
@@ -78,7 +82,7 @@ def input_statistics(
     gram: bool,
 ) -> Iterator[dict[str, InputStats]]:
     """`forward_statistics` of inputs alone."""
-    for found in forward_statistics(model, layers, wanted, calibration, progress, gram=gram):
+    for found in forward_statistics(executor, wanted, calibration, progress, gram=gram):
         yield {name: measured.inputs for name, measured in found.items() if measured.inputs is not None}
 
 
@@ -92,12 +96,19 @@ class InputSums:
     def add(self, product: WatchedProduct) -> None:
         name = product.parameter
         if name not in self._sums:
-            self._sums[name] = _Sums.like(self._model.get_parameter(name), product, self._gram)
+            self._sums[name] = self._zeros(name, product.axis)
         self._sums[name].add(product)
 
-    def statistics(self, tokens: int) -> dict[str, InputStats]:
-        """Means over ``tokens`` calibration tokens, for every weight that was used."""
+    def statistics(self, tokens: int, ranks: Ranks = SINGLE) -> dict[str, InputStats]:
+        """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
+        products; all must call this."""
+        axes = ranks.merged({name: found.axis for name, found in self._sums.items()})
+        self._sums = {name: self._sums.get(name) or self._zeros(name, axis) for name, axis in axes.items()}
+        ranks.sum_(tensor for found in self._sums.values() for tensor in found.tensors)
         return {name: found.finish(tokens) for name, found in self._sums.items()}
+
+    def _zeros(self, name: str, axis: int) -> _Sums:
+        return _Sums.like(self._model.get_parameter(name), axis, self._gram)
 
 
 class WatchInputs(WatchProducts):
@@ -107,10 +118,6 @@ class WatchInputs(WatchProducts):
         self._sums = InputSums(model, gram=gram)
         self.statistics = self._sums.statistics
         super().__init__(model, names, self._sums.add)
-
-
-def _inside(wanted: Collection[str], layers: str, number: int) -> list[str]:
-    return sorted(name for name in wanted if name.startswith(f"{layers}.{number}."))
 
 
 @dataclass
@@ -128,13 +135,18 @@ class _Sums:
     outer: torch.Tensor | None
 
     @classmethod
-    def like(cls, parameter: torch.Tensor, product: WatchedProduct, gram: bool) -> _Sums:
+    def like(cls, parameter: torch.Tensor, axis: int, gram: bool) -> _Sums:
         slots = parameter.shape[0] if parameter.dim() == 3 else 1
-        width = product.inputs.shape[1]
+        width = parameter.shape[axis]
         zeros = torch.zeros(slots, width, dtype=torch.float64, device=parameter.device)
         tokens = torch.zeros(slots, dtype=torch.int64, device=parameter.device)
         outer = torch.zeros(slots, width, width, device=parameter.device) if gram else None
-        return cls(product.axis, parameter.dim(), zeros, zeros.clone(), tokens, outer)
+        return cls(axis, parameter.dim(), zeros, zeros.clone(), tokens, outer)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        sums = [self.total, self.square, self.tokens]
+        return sums if self.outer is None else [*sums, self.outer]
 
     def add(self, product: WatchedProduct) -> None:
         slot, inputs = product.slot or 0, product.inputs.float()

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import PluginError
 from .position import Position
+from .ranks import SINGLE, Ranks
 from .routing import Routing
 from .signals import Product, ProductStats
 from .watch import WatchedProduct, WatchProducts
@@ -60,8 +61,25 @@ class ReduceProducts:
         """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample."""
         self._first, self._shape = first, (ids.shape[0], ids.shape[1])
 
-    def statistics(self) -> dict[str, ProductStats]:
-        """Parameter → sums, for every weight for which ``measure`` returned values."""
+    def statistics(self, ranks: Ranks = SINGLE) -> dict[str, ProductStats]:
+        """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
+        observed products; all must call this."""
+        self._axes = ranks.merged(self._axes)
+        own = {(name, of): tensor.shape for name, sums in self._sums.items() for of, tensor in sums.items()}
+        shapes = ranks.merged(own)
+        for (name, of), shape in shapes.items():
+            if own.get((name, of), shape) != shape:
+                raise _shapes_differ(of, own[name, of], shape)
+        # In one order, so that the processes add the same sums to one another.
+        self._sums = {
+            name: {
+                of: self._sums[name][of] if (name, of) in own else self._zeros(name, shape)
+                for (owner, of), shape in shapes.items()
+                if owner == name
+            }
+            for name in self._axes
+        }
+        ranks.sum_(tensor for sums in self._sums.values() for tensor in sums.values())
         return {name: ProductStats(sums, self._axes[name]) for name, sums in self._sums.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
@@ -124,8 +142,15 @@ class ReduceProducts:
                 sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
             total = sums[name] if slot is None else sums[name][slot]
             if total.shape != value.shape:
-                raise PluginError(
-                    f"measure returns '{name}' of shape {tuple(value.shape)} for one product with a weight and of "
-                    f"shape {tuple(total.shape)} for another; sums of one name must have one shape"
-                )
+                raise _shapes_differ(name, value.shape, total.shape)
             total += value
+
+    def _zeros(self, parameter: str, shape: torch.Size) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._model.get_parameter(parameter).device)
+
+
+def _shapes_differ(name: str, shape: torch.Size, other: torch.Size) -> PluginError:
+    return PluginError(
+        f"measure returns '{name}' of shape {tuple(shape)} for one product with a weight and of shape {tuple(other)} "
+        "for another; sums of one name must have one shape"
+    )

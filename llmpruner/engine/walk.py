@@ -16,16 +16,19 @@ import torch
 from torch import nn
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError
-from ..models.decoder import decoder_list
 from ..models.precision import computes_bfloat16_fast
+from .boundaries import States
+from .executor import Executor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..data.calibration import CalibrationSet
+    from .ranks import Ranks
 
 
-_TOKENS_AT_ONCE = 4096
 _TOLERANCE = 1e-3
 """Largest accepted relative difference of hidden states from those of the whole model, in the model's own precision."""
 
@@ -35,54 +38,82 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Batch:
-    """One micro-batch: token ids (samples, length), hidden states before the first layer (samples, length, hidden size)
-    in float32, the other arguments of each layer, and the number of its first sample in the calibration set."""
+    """One micro-batch: token ids (samples, length), the arguments of each layer but the hidden states, and the number
+    of its first sample in the calibration set."""
 
     input_ids: torch.Tensor
-    hidden: torch.Tensor
     calls: list[Call]
     first: int
 
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and a calibration set in micro-batches to run through them."""
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them.
 
+    With several processes, ``batches`` and all hidden states are those of this one (`Ranks.mine`): maybe none, but the
+    first process has the first.
+    """
+
+    executor: Executor
     layers: nn.ModuleList
     batches: list[Batch]
+    embedded: States
+    """Hidden states before the first layer, (samples, length, hidden size) in float32, one tensor for each
+    micro-batch."""
     products: torch.dtype
     """The dtype of matrix products; hidden states are in float32."""
     experts: list[PreTrainedConfig]
     """Configurations that select the implementation of experts."""
+    tokens: int
+    """In the calibration set, of all processes."""
 
     @property
-    def tokens(self) -> int:
-        return sum(batch.input_ids.numel() for batch in self.batches)
+    def ranks(self) -> Ranks:
+        return self.executor.ranks
 
     @classmethod
     @torch.no_grad()
-    def over(cls, model: PreTrainedModel, path: str, calibration: CalibrationSet) -> ForwardWalk:
+    def over(cls, executor: Executor, calibration: CalibrationSet) -> ForwardWalk:
         """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
         than hidden states, and `ModelError` for hidden states that are not finite."""
-        layers = decoder_list(model, path)
-        ids = check_tokens(model, calibration)
-        products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
-        walk = cls(layers, [], products, expert_configs(model))
-        with eager_experts(walk.experts):
-            tuples = _check(model, layers, ids[:1])
-        rows = max(1, _TOKENS_AT_ONCE // ids.shape[1])
-        walk.batches = [
-            _record(model, layers, part, tuples, number * rows) for number, part in enumerate(torch.split(ids, rows))
-        ]
-        return walk
+        model, layers = executor.model, executor.layers
+        with executor.weights.outside():
+            ids = check_tokens(model, calibration)
+            products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
+            states, experts = executor.boundaries().states(), expert_configs(model)
+            return cls(executor, layers, [], states, products, experts, ids.numel())._embed(ids)
 
-    def take_states(self) -> list[torch.Tensor]:
-        """The hidden states before the first layer, one tensor for each micro-batch. The walk keeps no reference to
-        them, so that the caller can free them one by one."""
-        states = [batch.hidden for batch in self.batches]
-        for batch in self.batches:
-            batch.hidden = batch.hidden.new_empty(0)
-        return states
+    def _embed(self, ids: torch.Tensor) -> ForwardWalk:
+        model, layers = self.executor.model, self.layers
+        with eager_experts(self.experts):
+            tuples = _check(model, layers, ids[:1])
+            rows = self.executor.rows_forward(ids.shape[1])
+            for first, part in self.ranks.mine([(n * rows, part) for n, part in enumerate(torch.split(ids, rows))]):
+                batch, hidden = record(model, layers, part, tuples, first)
+                self.batches.append(batch)
+                self.embedded.append(hidden.float())
+        return self
+
+    def states(self) -> States:
+        """An empty sequence for hidden states, beside the others of this walk."""
+        return self.embedded.beside()
+
+    def restored(self, file: Path) -> States:
+        """Hidden states that `States.dump` wrote in a walk over the same calibration set."""
+        found = self.states()
+        if len(self.embedded):
+            shapes, first = [hidden.shape for hidden in self.embedded], self.embedded[0]
+            found.load(file, shapes, first.dtype, first.device)
+        return found
+
+    def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """While active, the weights of a layer are in memory."""
+        return self.executor.weights.layer(number)
+
+    def advance(self, number: int, states: States) -> None:
+        """Replace hidden states before layer ``number`` by those after it."""
+        for position, batch in enumerate(self.batches):
+            states[position] = self.run(number, batch, states[position])
 
     def run(self, number: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (samples, length, hidden size) after layer ``number``, in float32."""
@@ -93,9 +124,28 @@ class ForwardWalk:
 
 def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:
     """Raises `UnsupportedModelError` unless running layer by layer gives the hidden states of the model on one sample.
-    Returns the ``tuples`` of `_record`. Computes in the model's own precision, as rounding may route a token to another
+    Returns the ``tuples`` of `record`. Computes in the model's own precision, as rounding may route a token to another
     expert, which would look like an error.
     """
+    whole, tuples = run_whole(model, layers, ids)
+    try:
+        batch, hidden = record(model, layers, ids, tuples)
+        for number, layer in enumerate(layers):
+            hidden = first_output(call_layer(layer, hidden, batch.calls[number]))
+    except LlmprunerError:
+        raise
+    except Exception as error:  # the whole model ran, so a layer lacks a value that another one provides
+        raise not_walkable(model) from error
+    check_same(model, hidden, whole)
+    return tuples
+
+
+def run_whole(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
+) -> tuple[torch.Tensor, list[int | None]]:
+    """Run the whole model. Returns the hidden states after the last layer, and the ``tuples`` of
+    `record`. Raises `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that are not
+    called one after the other."""
     called: list[int] = []
     outputs: list[Any] = []
 
@@ -111,27 +161,21 @@ def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> 
             stack.callback(layer.register_forward_hook(keep(number)).remove)
         model(input_ids=ids, use_cache=False)
     if called != list(range(len(layers))):
-        raise _not_walkable(model)
+        raise not_walkable(model)
     whole = first_output(outputs[-1])
     if not bool(torch.isfinite(whole).all()):
         raise ModelError("the hidden states of the calibration text are not finite numbers; the weights are damaged")
-    tuples = [len(out) - 1 if isinstance(out, tuple | list) else None for out in outputs]
-    try:
-        batch = _record(model, layers, ids, tuples)
-        hidden = batch.hidden.to(whole.dtype)
-        for number, layer in enumerate(layers):
-            hidden = first_output(call_layer(layer, hidden, batch.calls[number]))
-    except LlmprunerError:
-        raise
-    except Exception as error:  # the whole model ran, so a layer lacks a value that another one provides
-        raise _not_walkable(model) from error
+    return whole, [len(out) - 1 if isinstance(out, tuple | list) else None for out in outputs]
+
+
+def check_same(model: PreTrainedModel, hidden: torch.Tensor, whole: torch.Tensor) -> None:
+    """Raises `UnsupportedModelError` unless ``hidden``, of a walk, equals ``whole``, of `run_whole`."""
     difference = float((hidden - whole).float().norm() / whole.float().norm().clamp_min(1e-12))
     if not difference < _TOLERANCE:
-        raise _not_walkable(model)
-    return tuples
+        raise not_walkable(model)
 
 
-def _not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
+def not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
         "run one by one; use --importance taylor, l1, l2 or random and --compensate none"
@@ -203,20 +247,22 @@ def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., A
                 layer.forward = forward
 
 
-def _record(
+def record(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None], first: int = 0
-) -> Batch:
-    """Run the model with layers that return their hidden states unchanged, and record their other arguments.
+) -> tuple[Batch, torch.Tensor]:
+    """Run the model with layers that return their hidden states unchanged, and record their other arguments. Returns
+    them, and the hidden states before the first layer.
 
     ``tuples``: how many further values each layer returns, None for a bare tensor. ``first``: see `Batch`.
     """
-    batch = Batch(ids, torch.empty(0), [], first)
+    batch = Batch(ids, [], first)
+    before: list[torch.Tensor] = []
 
     def stub(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = hidden_of(args, kwargs)
-            if not batch.calls:
-                batch.hidden = hidden.float()
+            if not before:
+                before.append(hidden)
             batch.calls.append((args[1:], kwargs))
             further = tuples[number]
             return hidden if further is None else (hidden, *(None for _ in range(further)))
@@ -229,7 +275,7 @@ def _record(
             model(input_ids=ids, use_cache=False)
         finally:
             handle.remove()
-    return batch
+    return batch, before[0]
 
 
 class Stop(Exception):

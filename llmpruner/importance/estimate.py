@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..engine.executor import Executor
 from ..engine.gradients import signals_of, walk_signals
 from ..engine.position import UnitAxis, positions
 from ..engine.signals import InputStats, ParameterSignals, Signal
@@ -54,8 +55,10 @@ def estimate(
     reduction: str = "sum",
     seed: int = 0,
     progress: Progress = QUIET,
+    executor: Executor | None = None,
 ) -> Scores:
-    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone.
+    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``executor``: runs
+    ``model``; None for a model in memory.
 
     Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
 
@@ -63,11 +66,12 @@ def estimate(
     finite, or a calibration set is needed and missing.
     """
     check_accepted(criterion, groups, graph)
+    executor = executor or Executor.of(model, graph.layers)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        return _layers(model, graph, groups, criterion, calibration, progress)
+        return _layers(executor, graph, groups, criterion, calibration, progress)
     uses = _uses(graph, groups, criterion)
     needs = criterion.signals
-    stream = walk_signals(model, graph, uses, needs, calibration, seed, progress, criterion.measure)
+    stream = walk_signals(executor, graph, uses, needs, calibration, seed, progress, criterion.measure)
     return _score(graph, groups, criterion, uses, stream, reduction)
 
 
@@ -129,7 +133,7 @@ def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) 
 
 
 def _layers(
-    model: PreTrainedModel,
+    executor: Executor,
     graph: CouplingGraph,
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
@@ -139,9 +143,14 @@ def _layers(
     if calibration is None:
         raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
     blocks = Signal.STREAM_BLOCKS in criterion.signals
-    stream = stream_statistics(model, graph.layers, calibration, progress, blocks=blocks)
+    stream = stream_statistics(executor, calibration, progress, blocks=blocks)
     values = criterion.score_layers(stream).double().cpu()
     return _finite({group.name: values for group in groups}, criterion)
+
+
+def scored_parameters(graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion) -> set[str]:
+    """The parameters whose signals `estimate` asks for."""
+    return set(_uses(graph, groups, criterion))
 
 
 def _uses(

@@ -24,11 +24,12 @@ def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch
     ``weight_SOI``: S matrices in a stack; a unit is removed from all of them at once. ``gram_SII``: E[xxᵀ] of their
     inputs. ``index_UK``: the columns of each unit. ``ridge``: λ as a share of the mean diagonal.
     """
-    weight = weight_SOI.double().clone()
-    hessian = gram_SII.double().clone()
+    weight = weight_SOI.to(torch.float64, copy=True)
+    hessian = gram_SII.to(torch.float64, copy=True)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     diagonal += (ridge * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     inverse = torch.linalg.inv(hessian)
+    del hessian, diagonal
     units, width = index_UK.shape
     scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
     remaining = list(range(units))

@@ -14,11 +14,15 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
+from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.load import load_pruned
 from ..checkpoints.record import read_record
+from ..checkpoints.shards import has_shards, shard_bytes
+from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
+from ..models.gguf import gguf_parsed_once
 from ..models.quiet import quiet_gguf, quiet_transformers
 from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
 from ..settings import LoadSettings
@@ -73,12 +77,19 @@ class Structure:
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
-    last `llmpruner.save` in this process."""
+    last `llmpruner.save` in this process. ``streamed``: reads the weights when they are needed; None where they are in
+    memory."""
 
     model: PreTrainedModel
     tokenizer: Any | None
     outcome: Outcome | None = None
     form: str | None = None
+    streamed: StreamedWeights | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights of ``model`` come from."""
+        return self.streamed or Weights(self.model, self.graph.layers)
 
 
 def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
@@ -112,12 +123,70 @@ def load_model(
         loaded = load_model(base, catalog, options)
         merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
         return replace(loaded, ref=text, model=merged)
-    structure = structure or load_structure(text, catalog, options)
     ref = resolve(text, catalog, revision=options.revision)
-    tokenizer = _read_tokenizer(ref, options, structure.config)
-    model = _read_model(ref, structure, options).to(options.device).eval()
+    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+        structure = structure or load_structure(text, catalog, options)
+        tokenizer = _read_tokenizer(ref, options, structure.config)
+        model = _read_model(ref, structure, options)
+    model = model.to(options.device).eval()
     _check_shapes(model, structure.graph, text)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
+
+
+def open_streamed(
+    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
+) -> Model:
+    """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read part
+    by part when they are needed. Tensors that are not stored as the model has them are converted into a temporary
+    folder, in ``beside`` or where the system has such folders."""
+    ref = resolve(text, catalog, revision=options.revision)
+    tokenizer = _read_tokenizer(ref, options, structure.config)
+    dtype = _dtype(options, structure.config, ref)
+    with _one_line(ref):
+        lazy = LazyCheckpoint(
+            ref.directory, dtype, structure.graph.layers, beside, trust_remote_code=options.trust_remote_code
+        )
+    check_loaded(text, lazy.model, lazy.info)
+    _check_shapes(lazy.model, structure.graph, text)
+    streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
+    return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
+
+
+def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
+    """``pruned``, whose weights were read from the files of the dense model, with those that it was saved with in
+    ``directory``, which are read layer by layer too. Where this process does not see the directory, ``pruned``."""
+    if pruned.streamed is None or not (directory / "config.json").is_file():
+        return pruned
+    path, beside = pruned.graph.layers, directory.resolve().parent
+    lazy = LazyCheckpoint(directory, pruned.model.dtype, path, beside, trust_remote_code=trust_remote_code)
+    return replace(pruned, model=lazy.model, streamed=StreamedWeights(lazy, path, pruned.streamed.device))
+
+
+def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structure: Structure) -> str | None:
+    """Why a model cannot be read layer by layer; None if it can."""
+    if adapter_base(Path(text)) is not None:
+        return "it is an adapter, which is added to a model in memory"
+    ref = resolve(text, catalog, revision=options.revision)
+    if ref.reader is not None or ref.gguf_file or not ref.directory.is_dir() or not has_shards(ref.directory):
+        return "only safetensors files in a folder can be read layer by layer; convert it first"
+    if structure.plans:
+        return "it was pruned before, and is loaded as a whole"
+    if getattr(structure.config, "quantization_config", None) is not None:
+        return "it is quantised"
+    if any(structure.graph.is_decoder(name) for name in structure.graph.ties):
+        return "its layers share parameters"
+    return None
+
+
+def dtype_of(structure: Structure, catalog: Catalog, options: LoadSettings) -> torch.dtype:
+    """The dtype that weights will have in memory."""
+    return _dtype(options, structure.config, resolve(structure.ref, catalog, revision=options.revision))
+
+
+def file_bytes(structure: Structure) -> int:
+    """Bytes of a model's local safetensors files; 0 for other models."""
+    path = Path(structure.path or "")
+    return shard_bytes(path) if structure.path and path.is_dir() else 0
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:

@@ -14,18 +14,20 @@ from .quiet import quiet_transformers
 from .remote import register_model_class
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)
-    with their values.
+    with their values. ``dtype``: of the parameters; None: as ``config`` says.
 
     Raises `ModelError` when the class is code of a checkpoint that may not run, `UnsupportedModelError` when there is
     no class, and whatever the class's constructor raises.
     """
     register_model_class(config)
-    return _without_weights(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config)
+    options = {} if dtype is None else {"dtype": dtype}
+    return _without_weights(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, **options), config)
 
 
 def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:

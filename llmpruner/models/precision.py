@@ -12,11 +12,14 @@ from torch import nn
 def computes_bfloat16_fast(model: nn.Module) -> bool:
     """Whether the model is in float32, and its device multiplies faster in bfloat16."""
     parameter = next(model.parameters())
-    if parameter.dtype != torch.float32:
-        return False
-    if parameter.device.type == "cpu":
+    return parameter.dtype == torch.float32 and multiplies_bfloat16_fast(parameter.device.type)
+
+
+def multiplies_bfloat16_fast(device: str) -> bool:
+    """Whether a type of device multiplies faster in bfloat16 than in float32."""
+    if device == "cpu":
         return _is_bfloat16_faster(_processor())
-    return parameter.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def _processor() -> Mapping[str, Any]:

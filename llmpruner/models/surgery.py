@@ -41,13 +41,12 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     check_kept(graph, kept)
     for group in graph.groups:
         if group.name in kept:
-            _rescale_norms(model, group, len(kept[group.name]))
-    axes = kept_indices(graph, kept)
+            _rescale_epsilons(model, group, len(kept[group.name]))
+    values = CutValues(graph, kept)
     replaced: dict[int, torch.Tensor] = {}
     for name in (*graph.shapes, *graph.buffers):
-        cuts = {axis: index for (parameter, axis), index in axes.items() if parameter == name}
-        if cuts:
-            _replace(model, name, cuts, replaced)
+        if values.changes(name):
+            _replace(model, name, values, replaced)
     _drop_layers(model, graph, kept)
     remaining = restrict(graph, kept)
     if family is not None:
@@ -77,12 +76,35 @@ def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
                 tensor.index_fill_(span.axis, index, 0.0)
 
 
-def _rescale_norms(model: PreTrainedModel, group: CoupledGroup, count: int) -> None:
-    factor = sqrt(group.units / count)
+class CutValues:
+    """The values that the tensors of a model have after a cut to ``kept``."""
+
+    def __init__(self, graph: CouplingGraph, kept: Kept) -> None:
+        self._cuts: dict[str, dict[int, list[int]]] = {}
+        for (name, axis), index in kept_indices(graph, kept).items():
+            self._cuts.setdefault(name, {})[axis] = index
+        self._scales: dict[str, list[tuple[float, float]]] = {}
+        for group in graph.groups:
+            for span in group.spans_with(Role.NORM) if group.name in kept else ():
+                factor = sqrt(group.units / len(kept[group.name]))
+                self._scales.setdefault(span.parameter, []).append((factor, span.offset))
+
+    def changes(self, name: str) -> bool:
+        """Whether a tensor is cut or rescaled."""
+        return name in self._cuts or name in self._scales
+
+    @torch.no_grad()
+    def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, the parameter or buffer ``name`` of the dense model, after the cut."""
+        for axis, index in self._cuts.get(name, {}).items():
+            tensor = tensor.index_select(axis, torch.tensor(index, dtype=torch.long, device=tensor.device))
+        for factor, offset in self._scales.get(name, ()):
+            tensor = tensor.add(offset).mul_(factor).sub_(offset)
+        return tensor.contiguous()
+
+
+def _rescale_epsilons(model: PreTrainedModel, group: CoupledGroup, count: int) -> None:
     for span in group.spans_with(Role.NORM):
-        parameter = model.get_parameter(span.parameter)
-        with torch.no_grad():
-            parameter.add_(span.offset).mul_(factor).sub_(span.offset)
         module = model.get_submodule(span.parameter.rpartition(".")[0])
         for name in _EPSILON_NAMES:
             epsilon = getattr(module, name, None)
@@ -97,7 +119,7 @@ def _tensor(model: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
-def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replaced: dict[int, torch.Tensor]) -> None:
+def _replace(model: nn.Module, name: str, values: CutValues, replaced: dict[int, torch.Tensor]) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     table: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
@@ -106,10 +128,7 @@ def _replace(model: nn.Module, name: str, cuts: Mapping[int, list[int]], replace
         raise PlanError(f"the plan cuts '{name}', which this model does not have")
     if id(old) not in replaced:
         # Keeping the old tensor alive in `replaced` would hold the memory of every cut parameter: keep the new.
-        data = old.data
-        for axis, index in cuts.items():
-            data = data.index_select(axis, torch.tensor(index, dtype=torch.long, device=data.device))
-        data = data.contiguous()
+        data = values.of(name, old.data)
         is_parameter = isinstance(old, nn.Parameter)
         replaced[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad) if is_parameter else data
     table[leaf] = replaced[id(old)]
@@ -132,9 +151,7 @@ def cut_copy(
 ) -> PreTrainedModel:
     """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
     ones. ``instead``: parameters, by name, that replace the model's own before the cut."""
-    # Norms over cut units are rescaled in place.
-    rescaled = {span.parameter for group in graph.groups for span in group.spans_with(Role.NORM)}
-    shared = {id(p): p for name, p in model.named_parameters() if name not in rescaled}
+    shared = {id(p): p for p in model.parameters()}
     shared |= {id(model.get_parameter(name)): parameter for name, parameter in (instead or {}).items()}
     copied = copy.deepcopy(model, shared)
     cut(copied, graph, kept, family)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,7 +262,7 @@ class Oracle:
         silence(
             model, self.graph, {n: u for n, u in kept.items() if n not in routed and not self.graph.by_name[n].modules}
         )
-        mode = ClosedRoutes(model, self.graph, routed)
+        mode = ClosedRoutes(model, self.graph, routed) if routed else nullcontext()
         with mode:
             return logits(model, self.tokens), model, mode
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,16 @@ from ..compensation.base import RepairTask
 from ..compensation.choose import Chooser, can_wait
 from ..compensation.trials import Trials
 from ..data.calibration import CalibrationSet, parse_calibration
+from ..engine.boundaries import DEFAULT_LIMIT
+from ..engine.cut_weights import CutWeights
+from ..engine.executor import Executor
+from ..engine.journal import Journal
+from ..engine.ranks import SINGLE, Ranks
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
 from ..importance.estimate import Scores, estimate
 from ..loading.dense import base_record
+from ..models.empty import meta_model
 from ..models.positions import positions_of
 from ..models.surgery import cut
 from ..progress import QUIET, Progress
@@ -49,10 +56,12 @@ from .outcome import outcome_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..engine.weights import StreamedWeights
     from ..loading.model import Model, Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
+    from ..structure.outcome import Outcome
 
 GRADIENT_TOKENS = 16384
 """Calibration tokens for scores that need gradients, or that are computed again during the compensation."""
@@ -83,44 +92,73 @@ def default_layers(structure: Structure) -> tuple[int, ...]:
     return tuple(range(first, count - last))
 
 
-def make_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> tuple[PruningPlan, Cost]:
+@dataclass(frozen=True)
+class Run:
+    """How stages run. ``boundary_memory``: bytes of hidden states in memory. ``journal``: keeps results for a run that
+    is interrupted. ``divided``: see `Executor`. ``ranks``: the processes that share the work; the first one reads or
+    writes text, measures a budget and selects, and all go on with its results."""
+
+    boundary_memory: int = DEFAULT_LIMIT
+    journal: Journal | None = None
+    divided: int = 1
+    ranks: Ranks = SINGLE
+
+    def executor(self, model: Model) -> Executor:
+        """For a stage that runs ``model``."""
+        folder = None if self.journal is None else self.journal.folder
+        return Executor(model.weights, self.boundary_memory, folder, self.divided, self.ranks)
+
+
+def make_plan(
+    model: Model, job: PruneJob, progress: Progress = QUIET, run: Run | None = None
+) -> tuple[PruningPlan, Cost]:
     """Estimate and select; returns the plan and the cost of the budget. The model is not changed; with several steps,
     copies of it are cut.
 
     To make and apply a plan, `draft_plan` and `apply_draft` give the same result with fewer passes through the model.
     """
-    draft = draft_plan(model, job, progress)
+    run = run or Run()
+    draft = draft_plan(model, job, progress, run)
     assert draft.cost is not None
     if draft.chooser is None or draft.calibration is None:
         return draft.plan, draft.cost
-    chosen = draft.chooser.choose_all(model.model, model.graph, draft.plan.kept, draft.calibration, progress)
-    return _with_units(model.graph, draft.plan, chosen), draft.cost
+    chosen = draft.chooser.choose_all(
+        model.model, model.graph, draft.plan.kept, draft.calibration, progress, run.executor(model)
+    )
+    return _with_units(model.graph, draft.plan, run.ranks.from_first(lambda: chosen)), draft.cost
 
 
-def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> Draft:
-    """As `make_plan`, but the units may be chosen again during the compensation.
+def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run | None = None) -> Draft:
+    """As `make_plan`, but the units may be chosen again during the compensation. An interrupted run's plan and text are
+    used again.
 
     The budget is opened first: it may have to be measured, and is refused if no unit in scope saves any of it.
     """
+    run = run or Run()
     scope = scope_of(job, model)
     network, graph = model.model, model.graph
-    whole, measured = _open(model, job, scope, progress)
-    calibration = calibrate(model, job, progress)
     chooser = _chooser(job, graph, scope.groups(graph))
+    journal = run.journal
+    calibration = _journaled(journal, model, job, progress, run.ranks)
+    if journal is not None and (earlier := journal.load("plan")) is not None:
+        return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
+    whole, measured = _open(model, job, scope, progress, run.ranks)
     scored_on = _scored_on(calibration, job, chooser)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
         scores = estimate(
-            network, graph, groups, job.criterion, scored_on,
-            reduction=job.reduction, seed=job.seed, progress=progress,
+            network, graph, groups, job.criterion, scored_on, reduction=job.reduction, seed=job.seed, progress=progress,
+            executor=run.executor(model) if network is model.model else Executor.of(network, graph.layers, run.ranks),
         )  # fmt: skip
         cost = CutCost(whole, model.graph, kept) if kept else whole
         ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
-        chosen = select(
-            graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,
-            cost=cost, round_to=job.round_to,
-            loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,
+        chosen = run.ranks.from_first(
+            lambda: select(
+                graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
+                cost=cost, round_to=job.round_to,  # noqa: B023
+                loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
+            )
         )  # fmt: skip
         names = renamed(model.graph, kept)
         survivors = {name: surviving_units(model.graph, kept, model.graph.by_name[name]) for name in names}
@@ -131,7 +169,23 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET) -> Draft
             scope = _renumbered(scope_of(job, model), model.graph, kept)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    return Draft(_plan(model, job, kept, calibration, measured), calibration, chooser, whole)
+    plan = _plan(model, job, kept, calibration, measured)
+    if journal is not None:
+        journal.store("plan", plan.model_dump(mode="json"))
+    return Draft(plan, calibration, chooser, whole)
+
+
+def _journaled(
+    journal: Journal | None, model: Model, job: PruneJob, progress: Progress, ranks: Ranks
+) -> CalibrationSet | None:
+    """The calibration set of a job, or of the interrupted run that is continued."""
+    earlier = None if journal is None else journal.load("calibration")
+    if earlier is not None:
+        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"])
+    made = ranks.from_first(lambda: calibrate(model, job, progress))
+    if journal is not None and made is not None:
+        journal.store("calibration", {"input_ids": made.input_ids.tolist(), "source": made.source})
+    return made
 
 
 def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress = QUIET) -> Model:
@@ -142,15 +196,31 @@ def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Prog
     return apply_draft(model, Draft(plan), catalog, progress)
 
 
-def apply_draft(model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET) -> Model:
+def apply_draft(
+    model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET, run: Run | None = None
+) -> Model:
     """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
     plan = draft.plan
     plan.check(model.graph)
     if plan.compensation is not None:
-        plan = _compensate(model, draft, plan.compensation, catalog, progress)
+        plan = _compensate(model, draft, plan.compensation, catalog, progress, run or Run())
     outcome = outcome_of(model, plan, draft.cost or _recorded_cost(model, plan, catalog, progress))
+    if model.streamed is not None:
+        return _cut_streamed(model, model.streamed, plan, outcome)
     graph = cut(model.model, model.graph, plan.kept, model.family)
     return replace(model, graph=graph, plans=(*model.plans, plan), outcome=outcome)
+
+
+def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outcome: Outcome) -> Model:
+    """A model without weights, cut, whose weights are cut when they are read."""
+    network = meta_model(model.config, model.model.dtype)
+    network.generation_config = model.model.generation_config
+    network.config.name_or_path = model.model.config.name_or_path
+    graph = cut(network, model.graph, plan.kept, model.family)
+    weights = CutWeights(network, dense, model.graph, plan.kept)
+    return replace(
+        model, model=network, graph=graph, plans=(*model.plans, plan), outcome=outcome, streamed=weights
+    )  # fmt: skip
 
 
 def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
@@ -173,6 +243,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
         tokenizer=model.tokenizer,
         family=model.family,
         extra_files=vocabulary_files(model.tokenizer),
+        parts=model.streamed if isinstance(model.streamed, CutWeights) else None,
     )
 
 
@@ -182,10 +253,12 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
         return None
     text = job.calibration.text
     progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
-    return text.sample(
-        model.model, model.tokenizer,
-        samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
-    )  # fmt: skip
+    with model.weights.outside():
+        return text.sample(
+            model.model, model.tokenizer,
+            samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
+            progress=progress,
+        )  # fmt: skip
 
 
 def length_for(calibration: CalibrationJob, structure: Structure) -> int:
@@ -216,9 +289,11 @@ def demand(
     return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))))
 
 
-def _open(model: Model, job: PruneJob, scope: Scope, progress: Progress) -> tuple[Cost, Mapping[str, Any] | None]:
+def _open(
+    model: Model, job: PruneJob, scope: Scope, progress: Progress, ranks: Ranks
+) -> tuple[Cost, Mapping[str, Any] | None]:
     subject = BudgetSubject(model.model, model.graph, scope.groups(model.graph), model.family, progress)
-    measured, cost = open_budget(job.budget, subject, scope)
+    measured, cost = open_budget(job.budget, subject, scope, ranks)
     return cost, measured
 
 
@@ -287,17 +362,29 @@ def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> Compensa
 
 
 def _compensate(
-    model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress
+    model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress, run: Run
 ) -> PruningPlan:
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
         text = parse_calibration(how.calibration, catalog.sources, how.sources)
-        calibration = text.sample(model.model, model.tokenizer, samples=how.samples, length=how.length, seed=plan.seed)
+        sample = partial(
+            text.sample,
+            model.model,
+            model.tokenizer,
+            samples=how.samples,
+            length=how.length,
+            seed=plan.seed,
+            progress=progress,
+        )
+        with model.weights.outside():
+            calibration = run.ranks.from_first(sample)
         # Generated text depends on rounding, so that it may differ on another machine.
         if not text.writes and calibration.fingerprint != how.fingerprint:
             raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
-    task = RepairTask(model.model, model.graph, plan.kept, calibration, draft.chooser, progress)
+    task = RepairTask(
+        model.model, model.graph, plan.kept, calibration, draft.chooser, progress, run.executor(model), run.journal
+    )
     with torch.no_grad():
         repaired = compensation.repair(task)
     return _with_units(model.graph, plan, repaired.kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
@@ -25,7 +26,8 @@ class BudgetOutcome:
 @dataclass(frozen=True)
 class Outcome:
     """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights in memory. ``budget``: set
-    when the plan's budget counts something else."""
+    when the plan's budget counts something else. ``forecast``: what the run was expected to take, as JSON values; None
+    where nothing was forecast."""
 
     parameters_before: int
     parameters_after: int
@@ -34,6 +36,7 @@ class Outcome:
     bytes_before: int
     bytes_after: int
     budget: BudgetOutcome | None = None
+    forecast: Mapping[str, Any] | None = None
 
     @property
     def decoder_removed(self) -> float:
@@ -43,6 +46,7 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """JSON values, including the removed shares."""
         values: dict[str, Any] = {**asdict(self), "decoder_removed": self.decoder_removed}
+        del values["forecast"]
         if self.budget is None:
             del values["budget"]
         else:

@@ -170,6 +170,7 @@ def test_mistakes(refused, what, shared, tmp_path):
     assert message.format(models=shared, tmp=tmp_path) in refused(*arguments, read=what in KNOWN_LATE)
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_named_before_any_model_loads(refused):
     pytest.importorskip("lm_eval")
     assert "task 'piqqa'; did you mean" in refused("evaluate", DENSE, "--tasks", "piqqa")

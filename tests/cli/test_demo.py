@@ -18,6 +18,7 @@ def small(monkeypatch, dense):
     return dense
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     shown = run("demo", "-o", tmp_path / "demo", "--ratio", 0.3, "--seed", 3)
     assert shown.code == 0, shown.err

@@ -15,9 +15,19 @@ import llmpruner
 from llmpruner import LlmprunerError, OutputError, UnknownNameError
 from llmpruner.scaffold.model import ModelFacts
 from llmpruner.scaffold.package import KINDS, PluginName, render, write
+from llmpruner.testing.fresh import run_fresh
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
+RUN = """
+import os, sys
+site, *options = sys.argv[1:]
+# Where a process finds packages from its start on, and the processes that it starts.
+sys.path.insert(0, site)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
+import pytest
+sys.exit(pytest.main(options))
+"""
 QUICK = "recognises or cut_equals or agree or found or may_name"
 """Tests of a generated package that take seconds; benchmarks/install_check.py runs all."""
 
@@ -28,16 +38,12 @@ def install(site: Path, *sources: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def first(folder: Path) -> str:
-    """A search path that begins with ``folder``."""
-    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-
-
 def run_tests(package: Path, site: Path, choose: str = QUICK) -> str:
     """The last line of a package's own tests, run where it is installed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choose]
-    environment = {**os.environ, "PYTHONPATH": first(site), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, timeout=250)
+    options = ("-q", "-p", "no:cacheprovider", "-k", choose)
+    done = run_fresh(
+        RUN, site, *options, folder=package, environment={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()[-1]
 
@@ -76,11 +82,14 @@ def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypat
     shutil.copytree(site, tmp_path / "site", dirs_exist_ok=True)
     assert run_tests(package, tmp_path / "site").startswith("5 passed")
     # A pruned checkpoint names the module of its class: importing it is for the plugin to allow.
-    may = "from llmpruner.models.modeling_llmpruner import _may_import as may"
-    code = f"{may}; print(may('made_up.x'), may('antigravity'))"
+    code = """if True:
+        import sys
+        from llmpruner.models.modeling_llmpruner import _may_import
+        sys.path.insert(0, sys.argv[1])
+        print(_may_import("made_up.x"), _may_import("antigravity"))
+    """
     for folder, expected in ((tmp_path / "site", "True False"), (site, "False False")):
-        environment = {**os.environ, "PYTHONPATH": first(folder)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        done = run_fresh(code, folder)
         assert done.stdout.strip() == expected, done.stderr
 
 
@@ -168,6 +177,7 @@ def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
     assert "${{ matrix.python }}" in (package / ".github" / "workflows" / "test.yml").read_text()
 
 
+@pytest.mark.slow
 def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_path):
     package = tmp_path / "llmpruner-alpaca"
     assert run("new-plugin", "alpaca", "--from", dense, "-o", package).code == 0

@@ -225,6 +225,7 @@ class Forgetful(ModelFamily):
         ]
 
 
+@pytest.mark.slow
 def test_verify_shows_what_was_not_checked_and_which_parameter_is_wrong(dense, monkeypatch):
     class Plugin:
         @hookimpl
@@ -262,6 +263,7 @@ def qwen(tmp_path_factory, shared):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_without_a_plugin_needs_no_option(run, qwen, tmp_path):
     done = run("prune", qwen, "--ratio", 0.2, "--samples", 2, "--length", 16, "-o", tmp_path / "out")
     assert done.code == 0, done.err

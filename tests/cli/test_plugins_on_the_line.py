@@ -43,6 +43,7 @@ def installed(site, monkeypatch):
     sys.modules.pop("llmpruner_example", None)
 
 
+@pytest.mark.slow
 def test_installed_packages_in_another_process(site):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "llmpruner", "plugins", "--json"]

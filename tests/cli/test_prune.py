@@ -80,6 +80,7 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
     assert parameters == found["result"]["parameters_after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "criterion", "compensation", "tokens"),
     [

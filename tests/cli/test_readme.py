@@ -16,6 +16,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines if line.startswith("llmpruner ")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_readme_runs(run, shared, dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

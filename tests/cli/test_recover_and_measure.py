@@ -48,6 +48,7 @@ def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
     assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 3).code == 0
 
 
+@pytest.mark.slow
 def test_adapters_alone(run, pruned, shared, tmp_path):
     options = ("--data", shared / "data.jsonl", "--no-merge", *TRAIN)
     assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0

@@ -64,7 +64,7 @@ class Projection(nn.Module):
     def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool) -> None:
         super().__init__()
         self.transposed = transposed
-        # Tests give all weights values of their own; drawing some here takes a quarter of their time (on meta, too).
+        # Not drawn at random: see `ComposedForCausalLM._init_weights`.
         self.weight = nn.Parameter(torch.zeros(inputs, outputs) if transposed else torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
@@ -208,11 +208,16 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ComposedConfig) -> None:
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.zeros(config.vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Tests give all weights values of their own; drawing some here takes a third of their time (on meta, too)."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed

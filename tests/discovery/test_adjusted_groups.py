@@ -56,6 +56,7 @@ def test_what_must_follow_is_found_for_adjusted_groups(family: ModelFamily, word
     assert smaller.transformer.h[0].attn.split_size == 24
 
 
+@pytest.mark.slow
 def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 

@@ -39,6 +39,7 @@ def test_the_selection_bias_belongs_to_the_experts() -> None:
     assert not any(g.buffers for g in graph.groups if g.kind != "expert"), "rotary frequencies belong to no unit"
 
 
+@pytest.mark.slow
 def test_experts_with_a_selection_bias_are_verified() -> None:
     (verdict,) = verify(None, experts(), kinds=["expert"], shrink=False)
     assert verdict.verdict == VERIFIED, verdict
@@ -79,6 +80,7 @@ def test_the_oracle_notices_a_bias_given_to_other_experts() -> None:
     assert oracle.judge("expert").verdict == FAILED
 
 
+@pytest.mark.slow
 def test_groups_of_experts_keep_the_same_number_each() -> None:
     config = experts(n_group=4, topk_group=2)
     group = discover_graph(config).by_name["layers.1.experts"]

@@ -36,6 +36,7 @@ TYPES = {
 TOKENS = torch.randint(40, 128, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_layers_of_every_sort_of_configuration_are_removable(model_type: str) -> None:
     (verdict,) = verify(None, CONFIG_MAPPING[model_type](), kinds=[LAYER])

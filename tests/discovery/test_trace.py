@@ -40,6 +40,7 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     assert (out, err) == ("", "a warning of the model's own\n")
 
 
+@pytest.mark.slow
 def test_a_configuration_that_refuses_another_depth_is_traced_whole():
     found = trace(small_config(CONFIG_MAPPING["prophetnet"]()))
     assert found.stands_for == {n: (n,) for n in range(found.model.config.num_decoder_layers)}

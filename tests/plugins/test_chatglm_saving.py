@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llmpruner import build_graph, load_pruned, save_checkpoint
 from llmpruner.models.surgery import cut
+from llmpruner.testing.fresh import run_fresh
 
 pytestmark = pytest.mark.slow
 
@@ -60,13 +59,9 @@ def without_llmpruner(directory: Path, work: Path, kind: str, *text: str) -> dic
         *(str(work / n) for n in ("inputs.safetensors", "outputs.safetensors", "again")),
         *text,
     ]
-    result = subprocess.run(
-        [sys.executable, "-c", STRANGER, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=work,
-        env={**os.environ, "HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"},
-    )
+    # One home for all tests: each has a process of its own, but the one that these are forked from is shared.
+    environment = {**os.environ, "HF_HOME": str(work.parent / "home"), "HF_HUB_OFFLINE": "1"}
+    result = run_fresh(STRANGER, *arguments, folder=work, environment=environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return load_file(work / "outputs.safetensors")
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import llmpruner
+from llmpruner.data.documents import read_text
+from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
 from llmpruner.testing import run_probe
 
+DATA = os.environ.get("LLMPRUNER_DATA")
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
 
 
@@ -61,22 +66,20 @@ def test_layers_leave_a_stock_checkpoint(real, tmp_path):
     assert "auto_map" not in config
 
 
-def test_two_processes_make_the_same_plan(tmp_path):
-    plans = []
-    for name in ("one.json", "two.json"):
-        command = [
-            sys.executable,
-            "-m",
-            "llmpruner",
-            "plan",
-            "demo",
-            "--ratio",
-            "0.2",
-            "--samples",
-            "2",
-            "--length",
-            "16",
-        ]
-        subprocess.run([*command, "-o", name], cwd=tmp_path, check=True, capture_output=True, timeout=280)
-        plans.append((tmp_path / name).read_bytes())
-    assert plans[0] == plans[1]
+def test_two_processes_make_the_same_plan(real, tmp_path):
+    """This one, after whatever tests ran in it, and a fresh one."""
+    options = ("--ratio", "0.2", "--samples", "2", "--length", "16", "-o", "fresh.json")
+    command = [sys.executable, "-m", "llmpruner", "plan", "demo", *options]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=280)
+    llmpruner.plan(real, ratio=0.2, samples=2, length=16).save(tmp_path / "here.json")
+    assert (tmp_path / "here.json").read_bytes() == (tmp_path / "fresh.json").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DATA is None, reason="LLMPRUNER_DATA does not name the directory of the larger test data")
+def test_its_perplexity_on_wikitext(real):
+    """What a plain loop over the windows, in float64 from the logits on, gives. `benchmarks.main_job` checks ten times
+    as many tokens."""
+    text = read_text(str(Path(DATA) / "data" / "wikitext2_unk_test.txt"))
+    result = perplexity(real.model, real.tokenizer, text, tokens=2048, batch_size=3)
+    assert result.perplexity == pytest.approx(25.4944, abs=1e-3)

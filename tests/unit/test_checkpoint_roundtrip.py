@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import save_file
 
 from llmpruner import save_checkpoint
+from llmpruner.testing.fresh import run_fresh
 
 PROBE = Path(__file__).with_name("checkpoint_probe.py")
 NAMES = [*LLAMA, *OTHERS]
@@ -59,23 +58,13 @@ def probed(saved: tuple[Path, dict[str, str]]) -> dict[str, Any]:
     """Mode → what `checkpoint_probe.py` found."""
     root, _ = saved
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules")}
-    processes = {
-        mode: subprocess.Popen(
-            [sys.executable, str(PROBE), mode, *(str(root / name) for name in NAMES)],
-            env=environment,
-            cwd=root,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for mode in MODES
-    }
+    code, directories = PROBE.read_text(), [root / name for name in NAMES]
     results = {}
-    for mode, process in processes.items():
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, f"{mode}: {err[-3000:]}"
-        results[mode] = json.loads(out.rpartition("RESULT ")[2])
-        results[mode]["stderr"] = err
+    for mode in MODES:
+        done = run_fresh(code, mode, *directories, folder=root, environment=environment, timeout=240)
+        assert done.returncode == 0, f"{mode}: {done.stderr[-3000:]}"
+        results[mode] = json.loads(done.stdout.rpartition("RESULT ")[2])
+        results[mode]["stderr"] = done.stderr
     return results
 
 

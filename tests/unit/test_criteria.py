@@ -230,6 +230,7 @@ def test_a_kv_group_of_large_heads_comes_first(llama, criterion):
     assert scores.tolist().index(max(scores.tolist())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama-gqa", "gpt2", "phi", "gemma2", "mixtral", "gpt_oss", "glm"])
 def test_every_criterion_scores_every_kind(model):
     loaded = make(model)

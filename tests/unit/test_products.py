@@ -13,6 +13,7 @@ from criteria_cases import layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
+from llmpruner.engine.executor import Executor
 from llmpruner.engine.gradients import walk_signals
 from llmpruner.engine.inputs import forward_statistics
 from llmpruner.engine.position import Position, positions
@@ -29,8 +30,8 @@ CALIBRATION = tokens(6, 16)
 @pytest.fixture(autouse=True)
 def small_micro_batches_in_full_precision(monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
-    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 4 * 16)
-    monkeypatch.setattr("llmpruner.engine.gradients._LOGIT_ELEMENTS", 4 * 16 * 96)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 4 * 16)
+    monkeypatch.setattr("llmpruner.engine.executor.LOGIT_ELEMENTS", 4 * 16 * 96)
 
 
 def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
@@ -44,7 +45,7 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     where = defaultdict(Position)
     list(
         forward_statistics(
-            model, path, names, calibration, Progress(), inputs=False,
+            Executor.of(model, path), names, calibration, Progress(), inputs=False,
             reduce=lambda some: ReduceProducts(model, some, where, measure, len(calibration.input_ids)),
         )
     )  # fmt: skip
@@ -52,7 +53,8 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
 
 
 def signals_of(loaded, names, measure, *needs):
-    walk = walk_signals(loaded.model, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
+    executor = Executor.of(loaded.model, loaded.graph.layers)
+    walk = walk_signals(executor, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
     return dict(walk)
 
 

@@ -106,6 +106,7 @@ def test_an_outside_strategy_distils_from_the_dense_model_and_is_recorded(pruned
     assert kept["base_path"] == str(tmp_path / "home" / "dense")
 
 
+@pytest.mark.slow
 def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalog, tmp_path):
     again = load_model(pruned.ref, catalog)
     settings = SETTINGS.model_copy(update={"max_steps": 4})
@@ -142,6 +143,7 @@ def conforming(distil):
     return type("Case", (RecoveryConformance,), {"strategy": distil.Distil})()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check",
     [name for name in vars(RecoveryConformance) if name.startswith("test_") and "entry_point" not in name],

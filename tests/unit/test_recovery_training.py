@@ -86,6 +86,7 @@ def shapes_of(model):
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, strategy):
     whole = run(*pruned(), tmp_path / "whole", strategy)
@@ -114,6 +115,7 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
     assert latest_checkpoint(tmp_path / "none") is None
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
     settings = RecoverSettings(data="here", batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32)
     first, again = (run(*pruned(), tmp_path / name, LoraStrategy(), settings).losses for name in ("a", "b"))
@@ -281,6 +283,7 @@ def test_micro_batches_divide_the_batch(micro, batch, expected):
     assert micro_batch(RecoverSettings(data="here", batch_size=batch, micro_batch_size=micro)) == expected
 
 
+@pytest.mark.slow
 def test_the_number_of_steps_agrees_with_the_trainer(tmp_path):
     for batch, epochs in ((5, 1.0), (8, 1.5), (64, 2.0)):
         settings = RecoverSettings(data="here", batch_size=batch, epochs=epochs, cutoff=16)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from llmpruner.testing.fresh import run_fresh
 
 pytestmark = pytest.mark.slow
 
@@ -51,29 +52,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     values = {"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": auto_map, **SIZES}
     (folder / "config.json").write_text(json.dumps(values))
-    run_python("-c", WRITE, folder)
+    run_python(WRITE, folder)
     vocabulary = {"<unk>": 0, **{letter: n + 1 for n, letter in enumerate("abcdefgh")}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     return folder
 
 
-def run_python(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """A process without standard input, so that a question on the terminal ends it."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    done = run_fresh(code, *arguments, timeout=250)
     assert done.returncode == expect, done.stderr
     assert "[y/N]" not in done.stdout + done.stderr
     return done
 
 
 def llmpruner(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    return run_python("-m", "llmpruner", *arguments, expect=expect)
+    return run_python("from llmpruner.cli import main; main()", *arguments, expect=expect)
 
 
 def test_without_the_flag_one_line_names_it(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from llmpruner import ModelError, Signal
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.data.written import self_generated
+from llmpruner.engine.executor import Executor
 from llmpruner.engine.gradients import walk_signals
 from llmpruner.progress import Progress
 
@@ -39,7 +40,9 @@ def test_gradients_equal_plain_autograd(loaded):
     model.zero_grad()
 
     seen = set()
-    for name, signals in walk_signals(model, loaded.graph, stored(loaded.graph), BOTH, calibration, 0, Progress()):
+    for name, signals in walk_signals(
+        Executor.of(model, loaded.graph.layers), loaded.graph, stored(loaded.graph), BOTH, calibration, 0, Progress()
+    ):
         torch.testing.assert_close(
             signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
         )
@@ -53,7 +56,9 @@ def test_gradients_equal_plain_autograd(loaded):
 
 def test_gradients_of_one_layer_exist_at_a_time(gqa):
     alive: list[tuple[int, weakref.ref]] = []
-    walk = walk_signals(gqa.model, gqa.graph, stored(gqa.graph), BOTH, calibrate(gqa), 0, Progress())
+    walk = walk_signals(
+        Executor.of(gqa.model, gqa.graph.layers), gqa.graph, stored(gqa.graph), BOTH, calibrate(gqa), 0, Progress()
+    )
     for name, signals in walk:
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
         alive.append((layer, weakref.ref(signals.grad)))
@@ -66,7 +71,12 @@ def test_protected_layers_are_not_walked(gqa):
     differentiated = []
     for layer in gqa.model.model.layers:
         layer.register_forward_hook(lambda _, args, __: differentiated.append(args[0].requires_grad))
-    names = [n for n, _ in walk_signals(gqa.model, gqa.graph, wanted, BOTH, calibrate(gqa, 1), 0, Progress())]
+    names = [
+        n
+        for n, _ in walk_signals(
+            Executor.of(gqa.model, gqa.graph.layers), gqa.graph, wanted, BOTH, calibrate(gqa, 1), 0, Progress()
+        )
+    ]
     assert sorted(names) == sorted(wanted)
     assert sum(differentiated) == 2, "layers 3 and 2 are walked back, 1 and 0 are not"
 
@@ -76,6 +86,20 @@ def test_damaged_weights_are_named(gqa):
     with torch.no_grad():
         gqa.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="not a finite number"):
-        list(walk_signals(gqa.model, gqa.graph, stored(gqa.graph), BOTH, calibration, 0, Progress()))
+        list(
+            walk_signals(
+                Executor.of(gqa.model, gqa.graph.layers), gqa.graph, stored(gqa.graph), BOTH, calibration, 0, Progress()
+            )
+        )
     with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
-        list(walk_signals(gqa.model, gqa.graph, stored(gqa.graph), {Signal.WEIGHT}, None, 0, Progress()))
+        list(
+            walk_signals(
+                Executor.of(gqa.model, gqa.graph.layers),
+                gqa.graph,
+                stored(gqa.graph),
+                {Signal.WEIGHT},
+                None,
+                0,
+                Progress(),
+            )
+        )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from criteria_cases import boundaries, layers_of, make, tokens
 
+from llmpruner.engine.executor import Executor
 from llmpruner.engine.inputs import input_statistics
 from llmpruner.engine.stream import stream_statistics
 from llmpruner.progress import Progress
@@ -22,7 +23,9 @@ def full_precision(monkeypatch):
 
 def statistics(loaded, wanted, *, gram=True):
     found = {}
-    for layer in input_statistics(loaded.model, loaded.graph.layers, wanted, CALIBRATION, Progress(), gram=gram):
+    for layer in input_statistics(
+        Executor.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, Progress(), gram=gram
+    ):
         assert not found.keys() & layer.keys()
         found.update(layer)
     return found
@@ -52,7 +55,7 @@ def inputs_of(loaded, names):
 )
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", at_once)
     loaded = make(name)
     wanted = [module.format(n) + ".weight" for module in modules for n in (0, 2)]
     found = statistics(loaded, wanted)
@@ -110,7 +113,11 @@ def test_gram_matrices_are_made_only_when_asked_for():
 def test_layers_after_the_last_wanted_are_not_run():
     loaded = make("llama-gqa")
     stream = input_statistics(
-        loaded.model, loaded.graph.layers, ["model.layers.0.mlp.down_proj.weight"], CALIBRATION, Progress(), gram=False
+        Executor.of(loaded.model, loaded.graph.layers),
+        ["model.layers.0.mlp.down_proj.weight"],
+        CALIBRATION,
+        Progress(),
+        gram=False,
     )
     next(stream)
     layers_of(loaded)[1].forward = None
@@ -119,11 +126,11 @@ def test_layers_after_the_last_wanted_are_not_run():
 
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", at_once)
     loaded = make("llama-gqa")
     states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
-    single = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress())
-    blocks = stream_statistics(loaded.model, loaded.graph.layers, CALIBRATION, Progress(), blocks=True)
+    single = stream_statistics(Executor.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress())
+    blocks = stream_statistics(Executor.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress(), blocks=True)
     assert single.cosine.shape == (1, 3) and blocks.angle.shape == (3, 3)
     torch.testing.assert_close(blocks.cosine[:1], single.cosine)
     torch.testing.assert_close(blocks.angle[:1], single.angle)

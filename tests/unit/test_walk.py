@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.data.calibration import CalibrationSet
+from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk, replaced_layers
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
@@ -22,8 +23,8 @@ def full_precision(monkeypatch):
 
 
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
-    walk = ForwardWalk.over(loaded.model, loaded.graph.layers, calibration)
-    states = [batch.hidden for batch in walk.batches]
+    walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), calibration)
+    states = list(walk.embedded)
     found = []
     with torch.no_grad():
         for number in range(len(walk.layers)):
@@ -44,7 +45,7 @@ def test_the_walk_gives_the_models_own_hidden_states(name):
 def test_micro_batches_make_no_difference(monkeypatch):
     loaded, calibration = make("llama-gqa"), tokens(5, 16)
     _, whole = walked(loaded, calibration)
-    monkeypatch.setattr("llmpruner.engine.walk._TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
     assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
@@ -121,7 +122,7 @@ def test_layers_that_keep_count_of_one_another_are_refused():
     with pytest.raises(
         UnsupportedModelError, match=r"LlamaForCausalLM pass other values than hidden.*--compensate none"
     ):
-        ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
 @pytest.mark.parametrize("model_type", ["hrm_text", "hy_v4"])
@@ -130,12 +131,12 @@ def test_real_types_whose_layers_pass_more_than_hidden_states_are_refused(model_
     config = small_config(CONFIG_MAPPING[model_type]())
     model = random_instance(config)
     with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
-        ForwardWalk.over(model, decoder_layers(model), tokens(2, 9))
+        ForwardWalk.over(Executor.of(model, decoder_layers(model)), tokens(2, 9))
 
 
 def test_layers_that_return_lists_are_walked():
     model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
-    assert len(ForwardWalk.over(model, decoder_layers(model), tokens(2, 9)).batches) == 1
+    assert len(ForwardWalk.over(Executor.of(model, decoder_layers(model)), tokens(2, 9)).batches) == 1
 
 
 def test_a_layer_that_runs_twice_is_refused():
@@ -148,13 +149,15 @@ def test_a_layer_that_runs_twice_is_refused():
         )
     )
     with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
-        ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
 def test_a_token_outside_the_vocabulary_is_named():
     loaded = make("llama-gqa")
     with pytest.raises(ModelError, match="calibration token 96 is outside the model's vocabulary of 96"):
-        ForwardWalk.over(loaded.model, loaded.graph.layers, CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong"))
+        ForwardWalk.over(
+            Executor.of(loaded.model, loaded.graph.layers), CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong")
+        )
 
 
 def test_damaged_weights_are_not_taken_for_an_odd_model():
@@ -162,7 +165,7 @@ def test_damaged_weights_are_not_taken_for_an_odd_model():
     with torch.no_grad():
         layers_of(loaded)[1].mlp.down_proj.weight[3, 5] = float("nan")
     with pytest.raises(ModelError, match="the weights are damaged") as error:
-        ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
     assert not isinstance(error.value, UnsupportedModelError)
 
 

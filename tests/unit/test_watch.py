@@ -8,6 +8,7 @@ from criteria_cases import layers_of, make, tokens
 from torch import nn
 from torch.nn import functional
 
+from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.engine.watch import WatchedProduct, WatchProducts
 
@@ -115,7 +116,7 @@ def test_parameters_in_one_storage_are_told_apart():
 
 def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
     loaded = make(name)
-    walk = ForwardWalk.over(loaded.model, loaded.graph.layers, tokens(4, 16))
+    walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
     found: dict[str, list[WatchedProduct]] = {}
     names = [
         n
@@ -126,7 +127,7 @@ def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
         torch.no_grad(),
         WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
     ):
-        walk.run(0, walk.batches[0], walk.batches[0].hidden)
+        walk.run(0, walk.batches[0], walk.embedded[0])
     assert sorted(found) == sorted(names)
     return found, loaded.model, 4 * 16
 

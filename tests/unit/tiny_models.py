@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,13 @@ TEXT = (
 ) * 4
 
 
-@cache
 def tokenizer() -> Any:
+    """A copy of its own for each caller, as some libraries add a padding token to what they are given."""
+    return copy.deepcopy(_trained())
+
+
+@cache
+def _trained() -> Any:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

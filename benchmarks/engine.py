@@ -1,0 +1,186 @@
+"""Memory and time of the engine: large models on a small machine.
+
+    python -m benchmarks.engine OLD_CHECKOUT [PART …]
+
+``OLD_CHECKOUT``: a checkout of the version to compare with, run by the same interpreter. Parts: ``7b`` (LLaMA-7B's
+shape, random weights: the paper's method, old and new in turn, and ``best``), ``moe`` (OLMoE's shape: half of the
+experts), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old and new in turn). Writes
+``benchmarks/results/engine.json``; parts that are not named keep their results. Needs 45 GB of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .measure import as_json, data_folder, machine
+from .same_results import PACKAGES
+
+RESULTS = Path(__file__).parent / "results" / "engine.json"
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = "4GiB"
+
+
+def main() -> None:
+    old, parts = Path(sys.argv[1]).resolve(), sys.argv[2:] or ["demo", "1b", "moe", "7b"]
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    with tempfile.TemporaryDirectory() as work:
+        for part in parts:
+            found = globals()[f"measure_{part.replace('-', '_')}"](Path(work), old)
+            results[part] = {"machine": machine(), "threads": os.environ.get("OMP_NUM_THREADS"), **found}
+            RESULTS.write_text(as_json(results).replace(str(work), "$WORK").replace(str(old), "OLD_CHECKOUT"))
+
+
+def measure_7b(work: Path, old: Path) -> dict[str, Any]:
+    model = shape(work, "7b")
+    llm_pruner = ("prune", model, "--method", "llm-pruner", "--ratio", "0.2", "--no-tokenizer")
+    found = {"old llm-pruner": command(old, *llm_pruner, "-o", str(work / "old"))}
+    shutil.rmtree(work / "old")
+    found["llm-pruner"] = command(ROOT, *llm_pruner, "-o", str(work / "new"), "--max-memory", LIMIT)
+    found["generates"] = generates(work / "new")
+    shutil.rmtree(work / "new")
+    best = ("prune", model, "--method", "best", "--samples", "16", "--ratio", "0.2", "--no-tokenizer")
+    found["best"] = command(ROOT, *best, "-o", str(work / "best"), "--max-memory", LIMIT)
+    shutil.rmtree(work / "best")
+    shutil.rmtree(model)
+    return found
+
+
+def measure_moe(work: Path, old: Path) -> dict[str, Any]:
+    del old
+    model = shape(work, "moe-7b")
+    half = ("prune", model, "--kinds", "expert", "--importance", "taylor", "--unit-ratio", "0.5", "--layers", "all")
+    found = {
+        "half of the experts": command(ROOT, *half, "-o", str(work / "new"), "--no-tokenizer", "--max-memory", LIMIT)
+    }
+    found["generates"] = generates(work / "new")
+    shutil.rmtree(work / "new")
+    shutil.rmtree(model)
+    return found
+
+
+def measure_1b(work: Path, old: Path) -> dict[str, Any]:
+    del old
+    model = shape(work, "1b")
+    text = work / "calibration.json"
+    units = ("prune", model, "--method", "llm-pruner", "--ratio", "0.2", "--no-tokenizer", "--json")
+    files = (str(text), str(work / "textbook.json"))
+    ours, theirs = [], []
+    for number in range(3):
+        out = work / f"new-{number}"
+        ours.append(command(ROOT, *units, "-o", str(out), "--max-memory", "1GiB"))
+        if number == 0:
+            text.write_text(json.dumps(calibration_of(model)))
+        theirs.append(run(["-m", "benchmarks.textbook", model, *files], ROOT))
+    plan = json.loads((work / "new-0" / "llmpruner.json").read_text())["plans"][0]
+    kept = {str(cut["layer"]): expanded(cut["kept"]) for cut in plan["cuts"].values()}
+    same = kept == json.loads((work / "textbook.json").read_text())
+    shutil.rmtree(model)
+    return {"llm-pruner": ours, "textbook": theirs, "identical units": same, **ratios(ours, theirs)}
+
+
+def measure_demo(work: Path, old: Path) -> dict[str, Any]:
+    text = str(data_folder() / "wikitext2_unk_validation.jsonl")
+    best = ("prune", "demo", "--ratio", "0.2", "--calibration", text)
+    ours, theirs = [], []
+    for number in range(2):
+        theirs.append(command(old, *best, "-o", str(work / f"old-{number}")))
+        ours.append(command(ROOT, *best, "-o", str(work / f"new-{number}")))
+    found = {"best": ours, "old best": theirs, **ratios(ours, theirs)}
+    found["best, text that the model writes"] = command(
+        ROOT, "prune", "demo", "--ratio", "0.2", "-o", str(work / "self")
+    )
+    return json.loads(json.dumps(found).replace(text, "$LLMPRUNER_DATA/wikitext2_unk_validation.jsonl"))  # type: ignore[no-any-return]
+
+
+def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, float]:
+    """Ours by theirs: medians of seconds and CPU seconds, largest peaks."""
+
+    def middle(runs: list[dict[str, Any]], key: str) -> float:
+        return median(run[key] for run in runs)
+
+    return {
+        "seconds ratio": round(middle(ours, "seconds") / middle(theirs, "seconds"), 3),
+        "cpu seconds ratio": round(middle(ours, "cpu_seconds") / middle(theirs, "cpu_seconds"), 3),
+        "peak ratio": round(max(r["peak_gib"] for r in ours) / max(r["peak_gib"] for r in theirs), 3),
+    }
+
+
+def shape(work: Path, name: str) -> str:
+    """A random checkpoint of a shape of `benchmarks.shapes`."""
+    folder = str(work / name)
+    run(["-m", "benchmarks.shapes", name, folder], ROOT)
+    return folder
+
+
+def calibration_of(model: str) -> list[list[int]]:
+    """The text that the model writes for ``--method llm-pruner``, from a plan's own function."""
+    script = (
+        "import json, sys; from llmpruner import api; from llmpruner.data.written import self_generated; "
+        "m = api.load(sys.argv[1]); print(json.dumps(self_generated(m.model, None, 10, 64, 0).tolist()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, model], check=True, capture_output=True, text=True)
+    found: list[list[int]] = json.loads(done.stdout)
+    return found
+
+
+def expanded(kept: str) -> list[int]:
+    """The numbers in ``0-3,7``."""
+    found: list[int] = []
+    for part in kept.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def generates(folder: Path) -> list[int]:
+    """Four tokens of a result, with cache, in a process of its own."""
+    script = (
+        "import sys, torch; from llmpruner import load_pruned; m = load_pruned(sys.argv[1]); "
+        "ids = m.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=4, do_sample=False); print(ids[0, 3:].tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True, text=True)
+    found: list[int] = json.loads(done.stdout)
+    return found
+
+
+def command(checkout: Path, *arguments: str) -> dict[str, Any]:
+    """``llmpruner ARGUMENTS`` with the code of ``checkout``."""
+    return {"command": "llmpruner " + " ".join(arguments), **run(["-m", "llmpruner", *arguments], checkout)}
+
+
+def run(arguments: list[str], checkout: Path) -> dict[str, Any]:
+    """A Python process: seconds, CPU seconds, and GiB of peak resident memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, place in {**PACKAGES, "benchmarks": "benchmarks"}.items():
+            source = ROOT if name == "benchmarks" else checkout
+            (Path(folder) / name).symlink_to(source / place, target_is_directory=True)
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": folder},
+        )
+        assert process.stderr is not None
+        error = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(arguments)} failed with status {status}: {error[-2000:]}")
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Checkpoints of published shapes with random weights, written shard by shard, for measurements of memory and time.
+
+python -m benchmarks.shapes SHAPE DIRECTORY
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from llmpruner.models.empty import meta_model
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "7b": ("llama", {}),  # the defaults of transformers are LLaMA-7B
+    "13b": (
+        "llama",
+        {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    ),
+    "3b": (
+        "llama",
+        {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32},
+    ),
+    "1b": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "vocab_size": 32000},
+    ),
+    "wide": (
+        "llama",
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16}
+        | {"num_key_value_heads": 8, "vocab_size": 32000},
+    ),
+    "small": (
+        "llama",
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
+        | {"vocab_size": 32000},
+    ),
+    "tiny": (
+        "llama",
+        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+        | {"num_key_value_heads": 4, "vocab_size": 8000},
+    ),
+    "moe-7b": (
+        "olmoe",
+        {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_experts": 64}
+        | {"num_experts_per_tok": 8, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 50304},
+    ),
+}
+"""Name → model type and what differs from its defaults."""
+
+_SHARD = 2_000_000_000
+
+
+def config_of(shape: str) -> PreTrainedConfig:
+    """The configuration of one of the `SHAPES`."""
+    model_type, changes = SHAPES[shape]
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**changes, dtype="bfloat16")
+    return config
+
+
+def write_random(config: PreTrainedConfig, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a checkpoint with weights of standard deviation 0.02, norms of one, in shards of at most 2 GB, one of which
+    is in memory at a time. Experts are written one by one, as in published checkpoints."""
+    directory.mkdir(parents=True)
+    model = meta_model(config, dtype)
+    generator = torch.Generator().manual_seed(0)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    files: dict[str, str] = {}
+    total = number = 0
+
+    def flush() -> None:
+        nonlocal number
+        name = f"model-{number:05}.safetensors"
+        save_file(shards[0], directory / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(shards[0], name))
+        shards[0] = {}
+        number += 1
+
+    for name, parameter in model.named_parameters():
+        for own, shape in _published(name, tuple(parameter.shape)):
+            if len(shape) == 1:
+                tensor = torch.ones(shape, dtype=dtype)
+            else:
+                tensor = torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            if sum(t.nbytes for t in shards[0].values()) + tensor.nbytes > _SHARD:
+                flush()
+            shards[0][own] = tensor
+            total += tensor.nbytes
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": files}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+
+
+def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The names and shapes by which a parameter is published: stacked experts one by one."""
+    path, _, leaf = name.rpartition(".")
+    if leaf == "gate_up_proj" and len(shape) == 3:
+        half = (shape[1] // 2, shape[2])
+        return [(f"{path}.{n}.{part}.weight", half) for n in range(shape[0]) for part in ("gate_proj", "up_proj")]
+    if leaf == "down_proj" and len(shape) == 3:
+        return [(f"{path}.{n}.down_proj.weight", shape[1:]) for n in range(shape[0])]
+    return [(name, shape)]
+
+
+if __name__ == "__main__":
+    write_random(config_of(sys.argv[1]), Path(sys.argv[2]))

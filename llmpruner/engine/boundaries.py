@@ -1,0 +1,165 @@
+"""Hidden states between layers: in memory up to a limit, beyond it in a file without a name, which is gone when the
+process ends."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, MutableSequence, Sequence
+from pathlib import Path
+from typing import IO, Any, overload
+
+import torch
+
+GIB = 1 << 30
+DEFAULT_LIMIT = 256 << 20
+"""Bytes of hidden states in memory, unless the caller sets another limit."""
+
+
+class Boundaries:
+    """Keeps tensors for several `States`; together they take at most ``limit`` bytes of memory (None: no limit).
+
+    ``folder``: where the file is created; None for the system's folder of temporary files. The file grows up to the
+    largest amount that was kept in it at one time. Values come back bit for bit, on the device that they were on.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self.limit, self._folder = limit, folder
+        self.in_memory = 0
+        self.in_file = 0
+        self._file: IO[bytes] | None = None
+        self._free: dict[int, list[int]] = {}
+        """Bytes → offsets of the file's unused places of that size."""
+        self._end = 0
+
+    def states(self, tensors: Sequence[torch.Tensor] = ()) -> States:
+        """A new sequence, with ``tensors``."""
+        found = States(self)
+        for tensor in tensors:
+            found.append(tensor)
+        return found
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor | _Place:
+        """What `States` holds for ``tensor``: itself, or where it is in the file."""
+        size = tensor.nbytes
+        if self.limit is None or self.in_memory + size <= self.limit:
+            self.in_memory += size
+            # A view would keep the tensor that it is a view of.
+            return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
+        if self._file is None:
+            if self._folder is not None:
+                self._folder.mkdir(exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-", buffering=0)  # noqa: SIM115
+        unused = self._free.get(size)
+        if unused:
+            offset = unused.pop()
+        else:
+            offset, self._end = self._end, self._end + size
+        self._file.seek(offset)
+        _write(self._file, _bytes(tensor.detach().cpu().contiguous()))
+        self.in_file += size
+        return _Place(offset, tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def read(self, kept: torch.Tensor | _Place) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        assert self._file is not None
+        self._file.seek(kept.offset)
+        return _read(self._file, kept.shape, kept.dtype).to(kept.device)
+
+    def free(self, kept: torch.Tensor | _Place) -> None:
+        if isinstance(kept, torch.Tensor):
+            self.in_memory -= kept.nbytes
+        else:
+            size = kept.dtype.itemsize * torch.Size(kept.shape).numel()
+            self.in_file -= size
+            self._free.setdefault(size, []).append(kept.offset)
+
+
+class _Place:
+    """Where a tensor is in the file."""
+
+    __slots__ = ("device", "dtype", "offset", "shape")
+
+    def __init__(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.offset, self.shape, self.dtype, self.device = offset, shape, dtype, device
+
+
+class States(MutableSequence[torch.Tensor]):
+    """Tensors, one for each micro-batch, of a `Boundaries`. Reading one does not remove it; do not change it in
+    place."""
+
+    def __init__(self, boundaries: Boundaries) -> None:
+        self._boundaries = boundaries
+        self._kept: list[torch.Tensor | _Place] = []
+
+    def beside(self) -> States:
+        """An empty sequence of the same `Boundaries`."""
+        return States(self._boundaries)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, number: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, number: slice) -> States: ...
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            raise TypeError("states are read one by one")
+        return self._boundaries.read(self._kept[number])
+
+    def __setitem__(self, number: Any, tensor: Any) -> None:
+        self._boundaries.free(self._kept[number])
+        self._kept[number] = self._boundaries.keep(tensor)
+
+    def __delitem__(self, number: Any) -> None:
+        self._boundaries.free(self._kept.pop(number))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[number] for number in range(len(self)))
+
+    def insert(self, index: int, value: torch.Tensor) -> None:
+        self._kept.insert(index, self._boundaries.keep(value))
+
+    def dump(self, file: Path) -> None:
+        """Write all tensors to ``file``, whole or not at all; `load` reads them."""
+        aside = file.with_suffix(".partial")
+        with aside.open("wb", buffering=0) as stream:
+            for tensor in self:
+                _write(stream, _bytes(tensor.detach().cpu().contiguous()))
+        aside.replace(file)
+
+    def load(self, file: Path, like: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
+        """Append the tensors of `dump`. ``like``: the shape of each."""
+        with file.open("rb", buffering=0) as stream:
+            for shape in like:
+                self.append(_read(stream, shape, dtype).to(device))
+
+    def clear(self) -> None:
+        while self._kept:
+            del self[-1]
+
+    def __del__(self) -> None:
+        self.clear()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, shared with it."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _read(file: IO[bytes], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    found = torch.empty(tuple(shape), dtype=dtype)
+    view, done = memoryview(_bytes(found)), 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("the file of hidden states is shorter than it should be")
+        done += count
+    return found
+
+
+def _write(file: IO[bytes], data: Any) -> None:
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += file.write(view[done:])

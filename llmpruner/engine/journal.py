@@ -1,0 +1,146 @@
+"""What a killed run needs to go on: a folder with the results of finished steps.
+
+Each step writes files under temporary names and renames them, so that a file is whole or absent. States of hidden
+states are large, so they are written at most every `INTERVAL` seconds; the layers after the last state are done again,
+with the same results.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OutputError, first_line
+from ..files import write_text
+from .ranks import SINGLE, Ranks
+
+if TYPE_CHECKING:
+    from .boundaries import States
+    from .weights import Weights
+
+_RUN = "run.json"
+INTERVAL = 20.0
+"""Seconds between two states of a walk that are written."""
+
+
+class Journal:
+    """The results of one run in ``folder``, which is created with the first result.
+
+    ``run``: JSON values that identify the run. Raises `OutputError` where the folder has results of another run.
+    ``ranks``: the processes that share the run. The first one writes all but hidden states, of which each writes its
+    own; they may have one file system or several. All must call `load`, `layer_done` and `resume` together.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
+        self.folder, self._ranks = folder, ranks
+        self._own = json.dumps(run, sort_keys=True, indent=1)
+        ranks.from_first(self._check)
+        self._written = time.monotonic()
+
+    def _check(self) -> None:
+        folder, own = self.folder, self._own
+        identity = folder / _RUN
+        if identity.is_file():
+            if identity.read_text(encoding="utf-8") != own:
+                raise OutputError(
+                    f"'{folder}' has the results of an interrupted run with other settings; continue that one with its "
+                    "own command, or start anew with --restart, which removes them"
+                )
+        elif folder.exists() and any(folder.iterdir()):
+            raise OutputError(f"'{folder}' is in the way: it is not the folder of an interrupted run; move it away")
+
+    def load(self, name: str) -> Any:
+        """The JSON value that `store` wrote under ``name``; None if there is none."""
+        file = self.folder / f"{name}.json"
+        return self._ranks.from_first(lambda: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+
+    def store(self, name: str, value: Any) -> None:
+        """Write a JSON value."""
+        if not self._ranks.first:
+            return
+        self._create()
+        write_text(self.folder / f"{name}.json", json.dumps(value))
+
+    def keep(self, number: int, weights: Weights, names: Collection[str]) -> None:
+        """Write the changed parameters ``names`` of a layer."""
+        if not self._ranks.first:
+            return
+        self._create()
+        with _one_line(self.folder):
+            weights.keep(names, self._layer(number))
+
+    def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
+        """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
+        enough ago."""
+        if self._ranks.from_first(lambda: time.monotonic() - self._written < INTERVAL):
+            return
+        layers = state["layers"]
+        with _one_line(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            for name, found in states.items():
+                found.dump(self.folder / self._states(name, layers))
+        # A state is complete only when the hidden states of all processes are written.
+        self._ranks.wait()
+        self.store("state", {**state, "states": list(states), "processes": self._ranks.count})
+        self._ranks.wait()
+        for old in self.folder.glob("*.states"):
+            if not old.name.endswith(f"-{layers}.states"):
+                old.unlink(missing_ok=True)
+        self._written = time.monotonic()
+
+    def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
+        """The last state, and the files of its hidden states, which `States.load` reads; None if there is none, or if
+        it is that of another number of processes. The weights of finished layers are used from now on."""
+        state = self.load("state")
+        if state is None or state.get("processes", 1) != self._ranks.count:
+            return None
+        files = {name: self.folder / self._states(name, state["layers"]) for name in state["states"]}
+        missing = sum(not file.is_file() for file in files.values())
+        if any(self._ranks.totals(missing)):
+            return None
+        for number in range(state["layers"]):
+            if (file := self._layer(number)).is_file():
+                weights.use(file)
+        return state, files
+
+    def _states(self, name: str, layers: int) -> str:
+        """The name of the file with hidden states of this process after so many layers."""
+        own = f"{name}-{self._ranks.rank}" if self._ranks.count > 1 else name
+        return f"{own}-{layers}.states"
+
+    def _create(self) -> None:
+        if not (self.folder / _RUN).is_file():
+            with _one_line(self.folder):
+                self.folder.mkdir(exist_ok=True)
+            write_text(self.folder / _RUN, self._own)
+
+    def remove(self) -> None:
+        """Remove the folder, once the results of the run are saved."""
+        if self._ranks.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for file in self.folder.glob(f"*-{self._ranks.rank}-*.states"):
+            file.unlink(missing_ok=True)
+        # The folder is empty here where the first process has another file system.
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _layer(self, number: int) -> Path:
+        return self.folder / f"layer-{number}.safetensors"
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Errors of writing as an `OutputError`."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports a full disk with an exception of its own.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise OutputError(f"{folder} cannot be written: {first_line(error)}") from error

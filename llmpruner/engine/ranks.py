@@ -1,0 +1,220 @@
+"""The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each does, and what they tell one
+another. Imports torch only where there are several.
+
+Whole micro-batches of the calibration text are spread over the processes, so that every product, and every row that a
+fit holds out, is that of one process; only the order differs in which the micro-batches are summed. Sums are reduced in
+their own dtype (float32 for Gram matrices and gradients, else float64), in an order that depends on the number of
+processes alone. What is decided (text, plan, order of a layer's matrices) is decided by the first process and sent to
+the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import LlmprunerError, ProcessError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+ENDED = "another process of this run ended; the same command continues after the last finished step"
+_PATIENCE = timedelta(days=1)
+"""How long a process waits for another, which may write calibration text or measure latency alone. A process that ends
+is noticed at once."""
+
+
+class Ranks:
+    """``rank``: the number of this process; ``count``: of all. With one process, nothing is sent.
+
+    Every method but `mine` and `owns` must be called by all processes, in the same order. They raise `ProcessError`
+    when another process has ended.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None) -> None:
+        self.rank, self.count, self._group, self._store = rank, count, group, store
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """The processes that a launcher started with this one, which wait for each other here the first time; `SINGLE`
+        without a launcher. Raises `ProcessError` where they cannot connect."""
+        global _started
+        if not launched():
+            return SINGLE
+        if _started is None:
+            _started = _connected()
+        return _started
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> Sequence[T]:
+        """The part of ``items`` that this process works on: consecutive ones, as many as the others have or one more.
+        The first process has the first item."""
+        size, more = divmod(len(items), self.count)
+        start = self.rank * size + min(self.rank, more)
+        return items[start : start + size + (self.rank < more)]
+
+    def owns(self, number: int) -> bool:
+        """Whether this process does task ``number`` of tasks that are dealt out in turn."""
+        return number % self.count == self.rank
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """The result of ``make`` in the first process, which alone calls it. Its `LlmprunerError` is raised in all."""
+        if self.count == 1:
+            return make()
+        import torch
+        import torch.distributed as dist
+
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = make()
+            except ProcessError:
+                raise
+            except LlmprunerError as error:
+                # Exceptions are rebuilt from their message, as some need other arguments.
+                box[1] = type(error), str(error)
+        with _noticing():
+            dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
+        value, failed = box
+        if failed is not None:
+            kind, message = failed
+            raise kind.__new__(kind, message)
+        result: T = value
+        return result
+
+    def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes, in place and in its own dtype. Shapes and dtypes must be
+        the same in all."""
+        if self.count == 1:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            whole = tensor.contiguous()
+            with _noticing():
+                dist.all_reduce(whole, group=self._group)
+            if whole is not tensor:
+                tensor.copy_(whole)
+
+    def totals(self, *numbers: float) -> tuple[float, ...]:
+        """The sum of each number over all processes, in float64."""
+        if self.count == 1:
+            return numbers
+        import torch
+
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        self.sum_([sums])
+        return tuple(sums.tolist())
+
+    def copy_from(self, number: int, tensors: Iterable[torch.Tensor]) -> None:
+        """Replace each tensor, in place, by that of the process that owns task ``number``."""
+        if self.count == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            whole = tensor.contiguous()
+            with _noticing():
+                # As bytes: not every backend knows every dtype.
+                dist.broadcast(whole.view(-1).view(torch.uint8), number % self.count, group=self._group)
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.copy_(whole)
+
+    def merged(self, found: Mapping[K, T]) -> dict[K, T]:
+        """The entries of all processes' mappings, in one order for all: those of the first process first. The value of
+        a key is that of the first process that has it."""
+        if self.count == 1:
+            return dict(found)
+        import torch.distributed as dist
+
+        all_found: list[Any] = [None] * self.count
+        with _noticing():
+            dist.all_gather_object(all_found, dict(found), group=self._group)
+        merged: dict[K, T] = {}
+        for each in all_found:
+            for key, value in each.items():
+                merged.setdefault(key, value)
+        return merged
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.totals(0.0)
+
+    def claim(self, what: str) -> bool:
+        """Whether this process is the first to ask for ``what`` in this run. May be called by any of them at any time,
+        also when others have ended."""
+        if self._store is None:
+            return True
+        try:
+            return bool(self._store.add(f"llmpruner/{what}", 1) == 1)
+        except Exception:  # the process with the store ended: the first one, unless a launcher keeps the store
+            return self.rank == 1
+
+    def leave(self) -> None:
+        """Disconnect from the others."""
+        global _started
+        if self.count > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            _started = None
+
+
+SINGLE = Ranks()
+"""A run of one process."""
+
+_started: Ranks | None = None
+
+
+def launched() -> bool:
+    """Whether a launcher started this process together with others."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _connected() -> Ranks:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    backend = "gloo"
+    if torch.cuda.is_available():
+        here, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+        # From now on, "cuda" is the GPU of this process.
+        torch.cuda.set_device(own % here)
+        # NCCL needs a GPU for each process.
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= here:
+            backend = "cpu:gloo,cuda:nccl"
+    try:
+        if dist.is_initialized():  # by the script that calls the API, maybe for another device
+            return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE, backend=backend))
+        store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+        store.set_timeout(_PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ProcessError(f"the processes of this run cannot connect: {first_line(error)}") from error
+    return Ranks(rank, count, store=store)
+
+
+@contextmanager
+def _noticing() -> Iterator[None]:
+    """Failures of the connection to other processes as a `ProcessError`."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, dist.DistError) or any(word in text for word in ("onnect", "peer", "imed out", "NCCL")):
+            raise ProcessError(ENDED) from error
+        raise

@@ -1,0 +1,636 @@
+"""What a prune will take: memory, disk and time, computed from shapes before weights are read.
+
+Memory follows from what the code of each stage allocates; the numbers of a layer's activations and all rates are
+measured on a sample of one layer (`layer_sample`). ``N``: tokens of a micro-batch, ``H``: hidden size, ``V``:
+vocabulary, ``B``: tokens of the calibration set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import TYPE_CHECKING, Any
+
+from ..compensation.choose import can_wait
+from ..compensation.consumers import consumers_of
+from ..compensation.least_squares import solve_bytes, solve_operations
+from ..data.calibration import parse_calibration
+from ..engine.boundaries import DEFAULT_LIMIT, GIB
+from ..engine.executor import LOGIT_ELEMENTS, TOKENS_AT_ONCE
+from ..engine.journal import INTERVAL
+from ..engine.signals import Signal
+from ..importance.estimate import scored_parameters
+from ..structure.kept import parameters_after
+from .layer_sample import LayerSample, gram_operations, layer_parameters
+from .pipeline import GRADIENT_TOKENS, length_for, scope_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.calibration import CalibrationText
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+    from ..structure.coupling import CoupledGroup
+    from ..structure.kept import Kept
+    from ..structure.plan import PruningPlan
+    from .jobs import PruneJob
+
+_F32, _F64 = 4, 8
+LATER = 96 << 20
+"""Bytes of modules that are imported during the work, of the tokenizer, and of the allocator's free lists."""
+SLOW_WRITING = 1800.0
+"""Seconds of writing calibration text beyond which a file is suggested."""
+_READ = 1e9
+"""Bytes per second that weights are read with: from a fast disk, or from pages that the system still holds."""
+_OPENING = 3.0
+"""Seconds for building the model, its tokenizer, and the checks of a save."""
+_STEP = 2e-3
+"""Seconds that transformers adds to one step of generation."""
+_DRAWS = 7
+"""Copies of the logits in float32 while tokens are drawn: of transformers, and of the cumulative probabilities."""
+_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
+
+
+@dataclass(frozen=True)
+class Residency:
+    """How a model is held. ``streamed``: read layer by layer. ``boundary_memory``: bytes of hidden states in memory.
+    ``divided``: micro-batches are this many times smaller than usual."""
+
+    streamed: bool = False
+    boundary_memory: int = DEFAULT_LIMIT
+    divided: int = 1
+
+    def __str__(self) -> str:
+        how = "the model is read layer by layer" if self.streamed else "the model is in memory"
+        return how + (f", micro-batches are {self.divided} times smaller" if self.divided > 1 else "")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``memory``: what → bytes, beside the process and the weights that are always there."""
+
+    name: str
+    memory: Mapping[str, int]
+    seconds: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """``memory``: largest resident bytes of the process; ``disk``: bytes that are written and lie there at one time;
+    ``seconds``: None where no layer could be timed. ``base``: bytes of the process before."""
+
+    residency: Residency
+    base: int
+    stages: tuple[Stage, ...]
+    disk: int
+
+    @property
+    def largest(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.bytes)
+
+    @property
+    def memory(self) -> int:
+        return self.base + self.largest.bytes
+
+    @property
+    def seconds(self) -> float | None:
+        found = [stage.seconds for stage in self.stages]
+        return None if None in found else sum(s for s in found if s is not None)
+
+    def stage(self, name: str) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values: bytes and seconds."""
+        return {
+            "memory": self.memory,
+            "disk": self.disk,
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+            "streamed": self.residency.streamed,
+            "boundary_memory": self.residency.boundary_memory,
+            "micro_batches_divided_by": self.residency.divided,
+            "process": self.base,
+            "stages": {
+                stage.name: {
+                    "memory": dict(sorted(stage.memory.items(), key=lambda item: -item[1])),
+                    "seconds": None if stage.seconds is None else round(stage.seconds, 1),
+                }
+                for stage in self.stages
+            },
+        }
+
+    def __str__(self) -> str:
+        time = "" if self.seconds is None else f" and {duration(self.seconds)}"
+        disk = f", {size_text(self.disk)} of disk" if self.disk else ""
+        return f"needs about {size_text(self.memory)} of memory{disk}{time} ({self.residency})"
+
+
+def size_text(number: float) -> str:
+    """``1.2 GiB``, ``340 MiB`` or ``1,000 bytes``."""
+    if 0 < number < 1 << 20:
+        return f"{number:,.0f} bytes"
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / (1 << 20):.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``3 min`` or ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Calibration text that the model writes: passages of ``tokens`` tokens, ``batch`` at a time."""
+
+    passages: int
+    tokens: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What memory and time of a prune depend on, beside the model and the machine.
+
+    ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
+    parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
+    ``fits``: whether a compensation reads text; ``chooses``: whether units are ranked again in it. ``trials``: runs of
+    cut copies.
+    """
+
+    samples: int = 0
+    length: int = 0
+    written: tuple[Written, ...] = ()
+    signals: frozenset[Signal] = frozenset()
+    names: frozenset[str] = frozenset()
+    scored: int = 0
+    kept: Kept = field(default_factory=dict)
+    fits: bool = False
+    chooses: bool = False
+    steps: int = 1
+    trials: int = 0
+    saves: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def gradients(self) -> bool:
+        return bool(self.signals & _GRADIENTS)
+
+
+def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
+    """The work of making a plan and, with ``saves``, of applying it."""
+    graph = structure.graph
+    groups = scope_of(job, structure).groups(graph)
+    text, samples, length = job.calibration, 0, 0
+    written: tuple[Written, ...] = ()
+    if text is not None:
+        samples, length = text.samples, length_for(text, structure)
+        written = _written(text.text, samples, length)
+    chooses = (
+        job.compensation.ranks_again
+        and job.allocation.equal_shares
+        and job.steps == 1
+        and can_wait(job.criterion, graph, groups)
+    )
+    reads = bool(job.criterion.signals - {Signal.WEIGHT})
+    # A plan that is not applied chooses the units on all of the text.
+    limited = job.compensation.ranks_again and ((chooses and saves) or bool(job.criterion.signals & _GRADIENTS))
+    scored = min(samples, max(1, GRADIENT_TOKENS // max(length, 1))) if limited else samples
+    stream = bool(job.criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS})
+    return Work(
+        samples=samples,
+        length=length,
+        written=written,
+        signals=job.criterion.signals,
+        names=frozenset() if stream else frozenset(scored_parameters(graph, groups, job.criterion)),
+        scored=scored * length if reads else 0,
+        kept=_equal_shares(job, structure, groups),
+        fits=saves and job.compensation.reads_text,
+        chooses=chooses,
+        steps=job.steps,
+        trials=3 * len(groups) if job.allocation.measures else 0,
+        saves=saves,
+    )
+
+
+def work_of_plan(plan: PruningPlan, catalog: Catalog, *, saves: bool) -> Work:
+    """The work of replaying a plan."""
+    how = plan.compensation
+    if how is None or how.calibration is None or not how.samples or not how.length:
+        return Work(kept=plan.kept, saves=saves)
+    text = parse_calibration(how.calibration, catalog.sources, how.sources)
+    written = _written(text, how.samples, how.length)
+    return Work(how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves)
+
+
+def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
+    """The passages of those parts that the model writes, as `self_generated` cuts them."""
+    found = []
+    share = -(-samples // len(text.parts))
+    for part in text.parts:
+        if part.source.writes:
+            passage, batch = (getattr(part.source.settings, key, default) for key, default in _PASSAGES.items())
+            parts = -(-length // passage)
+            found.append(Written(share * parts, -(-length // parts), min(batch, share * parts)))
+    return tuple(found)
+
+
+_PASSAGES = {"passage": 64, "batch": 128}
+
+
+def _equal_shares(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Kept:
+    """The first units of every group, as many as stay with equal shares."""
+    graph = structure.graph
+    saving = sum(graph.parameters_per_unit(group) * group.units for group in groups) or 1
+    if job.by == "units":
+        share = job.amount
+    elif job.by == "ratio":
+        share = job.amount * graph.decoder_parameters / saving
+    else:
+        share = (graph.total_parameters - job.amount) / saving
+    return {g.name: tuple(range(max(g.minimum, ceil(g.units * (1 - min(share, 1)))))) for g in groups}
+
+
+def forecast(
+    structure: Structure,
+    work: Work,
+    dtype: torch.dtype,
+    residency: Residency,
+    sample: LayerSample | None,
+    *,
+    base: int,
+    mixed: bool = False,
+) -> Forecast:
+    """The `Forecast` of a prune. ``base``: resident bytes of the process before it. ``mixed``: whether products of
+    float32 weights are computed in bfloat16. ``sample``: None where no layer could be run; activations are estimated
+    from widths then, and the time is not known."""
+    return _Forecaster(structure, work, dtype.itemsize, residency, sample, mixed).run(base)
+
+
+class _Forecaster:
+    def __init__(
+        self,
+        structure: Structure,
+        work: Work,
+        item: int,
+        residency: Residency,
+        sample: LayerSample | None,
+        mixed: bool,
+    ) -> None:
+        self.graph, self.work, self.item, self.residency, self.sample = structure.graph, work, item, residency, sample
+        config = structure.config.get_text_config()
+        self.vocabulary = int(config.vocab_size)
+        self.hidden = int(config.hidden_size)
+        self.config = config
+        self.product = 2 if mixed else item
+        self.counts = layer_parameters(self.graph)
+        self.largest_layer = max(self.counts) * item
+        self.outside = (self.graph.total_parameters - self.graph.decoder_parameters) * item
+        length = max(work.length, 1)
+        self.micro = length * max(1, min(work.samples, TOKENS_AT_ONCE // residency.divided // length))
+        """Tokens of a micro-batch forwards; with gradients:"""
+        rows = 1 if Signal.GRAD_SQ in work.signals else LOGIT_ELEMENTS // residency.divided
+        rows = rows if rows == 1 else rows // (length * self.vocabulary)
+        self.micro_backward = length * max(1, min(work.samples, rows))
+
+    def run(self, base: int) -> Forecast:
+        work = self.work
+        stages = [self.opening()]
+        if work.written:
+            stages.append(self.writing())
+        if work.signals:
+            stages.append(self.estimation())
+        fit_disk = 0
+        if work.fits:
+            stage, fit_disk = self.compensation()
+            stages.append(stage)
+        if work.saves:
+            stages.append(self.saving())
+        share = parameters_after(self.graph, work.kept)[0] / self.graph.total_parameters
+        output = round(self.graph.total_parameters * self.item * share) if work.saves else 0
+        disk = max(self.estimation_disk(), output + fit_disk if work.fits else output)
+        return Forecast(self.residency, base + LATER, tuple(stages), disk)
+
+    # Weights
+
+    def weights(self) -> dict[str, int]:
+        """Weights in memory during the stages that run the model."""
+        return {**self.always(), **self.two_layers()}
+
+    def always(self) -> dict[str, int]:
+        """Weights that are in memory all the time."""
+        if self.residency.streamed:
+            return {"weights outside the layers": self.outside}
+        return {"weights": self.graph.total_parameters * self.item}
+
+    def two_layers(self) -> dict[str, int]:
+        """The layer in use, and the next one, which is read meanwhile."""
+        return {"weights of two layers": 2 * self.largest_layer} if self.residency.streamed else {}
+
+    def opening(self) -> Stage:
+        # A streamed model has only names and shapes when it is opened.
+        read = 0.0 if self.residency.streamed else self.graph.total_parameters * self.item / _READ
+        return Stage("opening", {} if self.residency.streamed else self.weights(), self.time(_OPENING + read))
+
+    def reading(self, walks: float) -> float:
+        """Seconds of reading the layers in so many walks."""
+        return walks * sum(self.counts) * self.item / _READ if self.residency.streamed else 0.0
+
+    # Stages
+
+    def writing(self) -> Stage:
+        rows = max(part.batch for part in self.work.written)
+        steps = max(part.tokens for part in self.work.written)
+        queries = _number(self.config, "num_attention_heads", 1)
+        heads = _number(self.config, "num_key_value_heads", queries)
+        dim = _number(self.config, "head_dim", self.hidden // queries)
+        # Keys are in the dtype of the rotary tables, values in that of products.
+        one = rows * steps * heads * dim * (self.item + self.product)
+        cache = one * self.graph.num_layers + one  # a step copies those of one layer
+        memory = {
+            **self.weights(),
+            "keys and values": cache,
+            "logits": rows * self.vocabulary * _F32 * _DRAWS,
+            "activations": self.activations(rows),
+        }
+        return Stage("writing", memory, self.writing_seconds())
+
+    def writing_seconds(self) -> float | None:
+        sample = self.sample
+        if sample is None:
+            return None
+        total = 0.0
+        for part in self.work.written:
+            batches = part.passages / part.batch
+            head = 2 * part.batch * self.hidden * self.vocabulary / sample.head
+            # Every copy of the logits is read and written once.
+            draw = part.batch * self.vocabulary * _F32 * _DRAWS / sample.copy
+            step = self.layers(sample.forward.of(part.batch)) + head + draw + _STEP + self.reading(1)
+            total += batches * part.tokens * step
+        return total
+
+    def estimation(self) -> Stage:
+        work, sample = self.work, self.sample
+        largest = max((prod(self.graph.shapes[name]) for name in work.names), default=0)
+        scoring = self.scoring(largest)
+        elements = sum(prod(self.graph.shapes[name]) for name in work.names)
+        if not work.scored:
+            took = None if sample is None else elements * 40 / sample.copy
+            return Stage("estimation", {**self.weights(), "scores of one parameter": scoring}, took)
+        memory = self.always()
+        if work.steps > 1:
+            memory["a copy of the model"] = self.graph.total_parameters * self.item
+        if work.trials:
+            memory["logits of trials"] = 3 * 2048 * self.vocabulary * _F32
+            memory["Gram matrices"] = sum(w * w * s * _F32 for w, _, s in self.consumers())
+        seconds: float | None = None
+        if work.gradients:
+            memory["hidden states"] = self.in_memory(self.between())
+            arguments = self.layer_gradients()
+            head = self.micro_backward * self.vocabulary * (self.item + 3 * _F32)
+            backward = self.activations(self.micro_backward, backward=True) + arguments
+            memory |= largest_of(
+                {"logits and their gradients": head},
+                {**self.two_layers(), "gradients of one layer": arguments, "activations": backward - arguments},
+                {**self.two_layers(), "gradients of one layer": arguments, "scores of one parameter": scoring},
+            )
+            if sample is not None:
+                seconds = self.gradient_seconds(sample, elements)
+        else:
+            memory["hidden states"] = self.in_memory(self.streams(work.scored) * (self.stream_copies()))
+            memory |= self.two_layers()
+            memory |= largest_of(
+                {"logits of one sample": self.check_bytes()},
+                {"activations and sums of inputs": self.watched(work.names)},
+                {"statistics of one layer": self.statistics(work.names), "scores of one parameter": scoring},
+            )
+            if sample is not None:
+                seconds = self.forward_seconds(sample, work.scored, work.names) + elements * 40 / sample.copy
+        if seconds is not None and sample is not None:
+            seconds = seconds * work.steps + work.trials * self.layers(sample.forward.of(2048))
+        return Stage("estimation", memory, seconds)
+
+    def compensation(self) -> tuple[Stage, int]:
+        work, sample = self.work, self.sample
+        memory = self.weights()
+        consumers = list(self.consumers())
+        solved = [(w, o, s) for w, o, s in consumers if w and o]
+        tokens, micro = work.tokens, self.micro
+        # h and ĥ; the inputs of the last matrix; h after the layer where an earlier matrix is fitted too.
+        widest = max((full for _, full in self.read_widths()), default=0)
+        streams = 2 * self.streams(tokens) + tokens * widest * self.product
+        if len(self.read_widths()) > self.graph.num_layers:
+            streams += self.streams(tokens)
+        memory["hidden states"] = self.in_memory(streams)
+        sums = max((2 * s * w * (w + o) * _F32 for w, o, s in solved), default=0)
+        solve = max((solve_bytes(w, o) for w, o, _ in solved), default=0)
+        width = max((w for w, _, _ in solved), default=0)
+        # ĥ before and after the layer, h, y, the target and its difference, squares in float64; all inputs, kept ones.
+        rows = micro * (self.hidden * (6 * _F32 + _F64 + _F32) + widest * self.product + width * (_F32 + self.product))
+        scoring = self.scoring(max((prod(self.graph.shapes[name]) for name in work.names), default=0))
+        memory |= largest_of(
+            {"logits of one sample": self.check_bytes()},
+            {"sums of the fits": sums, "activations": max(rows, self.activations(micro))},
+            {"sums of the fits": sums, "solving one fit": solve},
+            {"activations and sums of inputs": self.watched(work.names)} if work.chooses else {},
+            {"statistics of one layer": self.statistics(work.names), "scores": scoring} if work.chooses else {},
+        )
+        seconds = None if sample is None else self.fit_seconds(sample, solved)
+        journal = sum(prod(self.graph.shapes[n]) for n in self.consumer_names()) * self.item
+        if seconds is None or seconds > INTERVAL:
+            # The states of the last layer that was written, and those that replace them.
+            journal += 4 * self.streams(tokens)
+        beyond = streams - self.in_memory(streams)
+        return Stage("compensation", memory, seconds), journal + beyond
+
+    def saving(self) -> Stage:
+        sample = self.sample
+        output = self.graph.total_parameters * self.item
+        if self.residency.streamed:
+            memory = {**self.weights(), "the cut of one layer": self.largest_layer}
+            if any(self.graph.by_name[name].layer is None for name in self.work.kept):
+                memory["the cut of what is outside"] = self.outside
+        else:
+            memory = self.weights()
+        seconds = None if sample is None else _OPENING + output / _READ + 2 * output / sample.copy + self.reading(1)
+        return Stage("saving", memory, seconds)
+
+    def estimation_disk(self) -> int:
+        if not self.work.scored:
+            return 0
+        streams = self.between() if self.work.gradients else self.streams(self.work.scored) * self.stream_copies()
+        return streams - self.in_memory(streams)
+
+    # Parts of memory
+
+    def streams(self, tokens: int) -> int:
+        """Hidden states of one model in float32."""
+        return tokens * self.hidden * _F32
+
+    def stream_copies(self) -> int:
+        """Sequences of hidden states that are alive in a forward walk."""
+        if Signal.STREAM_BLOCKS in self.work.signals:
+            return self.graph.num_layers + 1
+        return 2 if Signal.STREAM in self.work.signals else 1
+
+    def between(self) -> int:
+        """Hidden states between all layers and the gradients, in the dtype of the model."""
+        return self.work.scored * self.hidden * self.item * (self.graph.num_layers + 2)
+
+    def in_memory(self, streams: int) -> int:
+        return min(streams, self.residency.boundary_memory)
+
+    def activations(self, tokens: int, *, backward: bool = False) -> int:
+        """Largest tensors that are alive while a layer runs, without gradients of weights."""
+        sample = self.sample
+        if sample is None:
+            widths = [shape[0] for name, shape in self.graph.shapes.items() if self.graph.layer_of(name) == 0]
+            return tokens * (4 * self.hidden + 4 * max(widths, default=0)) * _F32 * (3 if backward else 1)
+        if backward:
+            return round(sample.backward_bytes.token * tokens)
+        return round(sample.forward_bytes.of(tokens))
+
+    def layer_gradients(self) -> int:
+        """Float32 sums, the gradients of one micro-batch, and a float32 copy of one, of the largest layer."""
+        by_layer: dict[int | None, list[int]] = {}
+        for name in self.work.names:
+            by_layer.setdefault(self.graph.layer_of(name), []).append(prod(self.graph.shapes[name]))
+        kinds = len(self.work.signals & {Signal.GRAD, Signal.GRAD_SQ})
+        copy = 0 if self.item == _F32 else _F32
+        sums = 1 if kinds == 1 and Signal.GRAD in self.work.signals else 2
+        return max(
+            (sum(found) * (sums * _F32 + self.item) + max(found) * copy for found in by_layer.values()), default=0
+        )
+
+    def scoring(self, elements: int) -> int:
+        """A float32 copy of the weight, its saliency and absolute values, and those in float64 while they are summed;
+        with a Gram matrix, float64 copies of it."""
+        found = elements * ((0 if self.item == _F32 else _F32) + 2 * _F32 + _F64)
+        if Signal.GRAM in self.work.signals:
+            widest = max((full for _, full in self.read_widths()), default=0)
+            found = max(found, 4 * widest**2 * _F64 + 2 * elements * _F64)
+        return found
+
+    def statistics(self, names: Iterable[str]) -> int:
+        """Gram matrices of one layer's inputs, as sums and as means."""
+        if Signal.GRAM not in self.work.signals:
+            return 0
+        by_layer: dict[int | None, int] = {}
+        for name in names:
+            shape = self.graph.shapes[name]
+            if len(shape) > 1:
+                layer = self.graph.layer_of(name)
+                by_layer[layer] = by_layer.get(layer, 0) + shape[-1] ** 2 * _F32 * (shape[0] if len(shape) > 2 else 1)
+        return 3 * max(by_layer.values(), default=0)
+
+    def watched(self, names: Iterable[str]) -> int:
+        """A layer runs while the inputs of its weights are summed: inputs in float32, their squares in float64."""
+        widths = [self.graph.shapes[name][-1] for name in names if len(self.graph.shapes[name]) > 1]
+        widest = max(widths, default=0)
+        inputs = self.micro * widest * (self.product + (0 if self.product == _F32 else _F32) + _F32 + _F64)
+        own = self.micro * self.hidden * 3 * _F32
+        return max(self.activations(self.micro), own + inputs) + self.statistics(names) // 3
+
+    def check_bytes(self) -> int:
+        """The check of a forward walk runs the whole model on one sample."""
+        return self.work.length * self.vocabulary * self.item + self.activations(self.work.length)
+
+    def consumers(self) -> Iterable[tuple[int, int, int]]:
+        """Kept inputs, outputs, and number of matrices, of every weight that is fitted."""
+        for number in range(self.graph.num_layers):
+            for consumer in consumers_of(self.graph, self.work.kept, number).values():
+                shape = consumer.shape
+                out = shape[-1] if consumer.axis == len(shape) - 2 else shape[-2]
+                yield len(consumer.kept), out, shape[0] if len(shape) > 2 else 1
+
+    def consumer_names(self) -> list[str]:
+        layers = range(self.graph.num_layers)
+        return [name for number in layers for name in consumers_of(self.graph, self.work.kept, number)]
+
+    def read_widths(self) -> list[tuple[int, int]]:
+        """Layer and number of inputs, removed ones included, of every weight that is fitted."""
+        return [
+            (number, consumer.shape[consumer.axis])
+            for number in range(self.graph.num_layers)
+            for consumer in consumers_of(self.graph, self.work.kept, number).values()
+        ]
+
+    # Time
+
+    def time(self, seconds: float) -> float | None:
+        return None if self.sample is None else seconds
+
+    def layers(self, seconds: float) -> float:
+        """Of all layers, if the sampled one takes ``seconds``."""
+        assert self.sample is not None
+        return seconds * sum(self.counts) / self.sample.parameters
+
+    def walk_seconds(self, sample: LayerSample, tokens: int) -> float:
+        """One walk forwards."""
+        batches = max(1, ceil(tokens / self.micro))
+        return self.layers(sample.forward.fixed * batches + sample.forward.token * tokens) + self.reading(1)
+
+    def check_seconds(self, sample: LayerSample) -> float:
+        """A walk's check, which runs the model twice on one sample, and once its head."""
+        length = self.work.length
+        head = 2 * length * self.hidden * self.vocabulary / (sample.product32 if self.item == _F32 else sample.head)
+        return 2 * self.layers(sample.plain.of(length)) + head + self.reading(2)
+
+    def forward_seconds(self, sample: LayerSample, tokens: int, names: Iterable[str]) -> float:
+        return self.walk_seconds(sample, tokens) + self.check_seconds(sample) + self.summing(sample, tokens, names)
+
+    def summing(self, sample: LayerSample, tokens: int, names: Iterable[str]) -> float:
+        """Sums of inputs: read three times, in float32 and float64."""
+        widths = [self.graph.shapes[name][-1] for name in names if len(self.graph.shapes[name]) > 1]
+        seconds = sum(widths) * tokens * 2 * (_F32 + _F64) / sample.copy
+        if Signal.GRAM in self.work.signals:
+            seconds += sum(gram_operations(width) for width in widths) * tokens / sample.gram
+        return seconds
+
+    def gradient_seconds(self, sample: LayerSample, elements: int) -> float:
+        tokens, micro = self.work.scored, self.micro_backward
+        batches = max(1, ceil(tokens / micro))
+        rate = sample.product32 if self.item == _F32 else sample.head
+        # Forwards, and backwards with a product for the inputs only: the head gets no gradient.
+        head = 4 * tokens * self.hidden * self.vocabulary / rate + 6 * tokens * self.vocabulary * _F32 / sample.copy
+        forward = self.layers(sample.plain.fixed * batches + sample.plain.token * tokens)
+        backward = self.layers(sample.backward.fixed * batches + sample.backward.token * tokens)
+        sums = elements * _F32 * 2 * batches / sample.copy
+        inputs = self.summing(sample, tokens, self.work.names) if Signal.GRAM in self.work.signals else 0.0
+        return head + forward + backward + sums + inputs + elements * 40 / sample.copy + self.reading(3)
+
+    def fit_seconds(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
+        tokens = self.work.tokens
+        stages = max(1.0, len(solved) / self.graph.num_layers)
+        # h and ĥ once for the last matrix of a layer; both again for every other one.
+        walks = 2 * stages * self.walk_seconds(sample, tokens) - (2 * stages - 1) * self.reading(1)
+        seconds = walks + self.check_seconds(sample)
+        if self.work.chooses:
+            seconds += self.summing(sample, tokens, self.work.names)
+        for width, out, slots in solved:
+            seconds += tokens * gram_operations(width) / sample.gram + tokens * 2 * width * out / sample.product32
+            # The outputs with the new weights.
+            seconds += tokens * 2 * width * out / (sample.head if self.product == 2 else sample.product32)
+            factor, products = solve_operations(width, out)
+            seconds += slots * (factor / sample.factor + products / sample.product64)
+        return seconds
+
+
+def largest_of(*phases: dict[str, int]) -> dict[str, int]:
+    """The phase with the largest sum; phases follow one another."""
+    sums = [sum(phase.values()) for phase in phases]
+    return phases[sums.index(max(sums))]
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    """A field of a configuration; ``default`` where it has none, or one for each layer."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else default

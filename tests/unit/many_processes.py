@@ -1,0 +1,116 @@
+"""Prunes small models in all processes of a launcher, or in one: ``python many_processes.py FOLDER CASE…``.
+
+Every process writes what it has at the end to ``FOLDER/CASE-RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from criteria_cases import make, tokens
+from safetensors.torch import load_file
+
+import llmpruner.engine.gradients
+import llmpruner.engine.walk
+from llmpruner import Model, api
+from llmpruner.engine.journal import Journal
+from llmpruner.engine.ranks import Ranks
+from llmpruner.errors import LlmprunerError
+from llmpruner.recipes import pipeline
+
+BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("llama-gqa", BEST),
+    "experts": ("mixtral", BEST),
+    "experts with biases": ("gpt_oss", BEST | {"samples": 2, "length": 12}),
+    "channels of the residual stream": ("llama-gqa", BEST | {"kinds": "mlp,hidden"}),
+    "biases": ("gpt2", BEST | {"importance": "flap", "compensate": "bias", "allocation": "global"}),
+    "gram": ("llama-gqa", BEST | {"importance": "obs", "kinds": "mlp", "allocation": "sensitivity"}),
+    "taylor": ("llama-gqa", {"method": "llm-pruner", "length": 32, "steps": 2}),
+    "squares": ("mixtral", {"importance": "taylor", "variant": "mix", "samples": 7, "length": 16}),
+    "layers": ("llama-gqa", {"method": "best", "kinds": "layer", "samples": 80, "length": 128, "ratio": 0.35}),
+}
+
+PLANNED = ("best", "taylor")
+"""Cases that also make a plan alone."""
+
+
+def model_of(name: str) -> Model:
+    """One of the models of `make`, with noise: the fit of weights of low rank would amplify rounding."""
+    model = make(name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
+    return model
+
+
+def outcome(case: str) -> dict[str, Any]:
+    """The kept units and the weights after a prune, and the units of a plan alone."""
+    name, settings = CASES[case]
+    settings = {"ratio": 0.2, "calibration": "self", **settings}
+    planned = api.plan(model_of(name), **settings).kept if case in PLANNED else None
+    pruned = api.prune(model_of(name), **settings)
+    return {"plan": planned, "kept": pruned.plans[-1].kept, "weights": pruned.model.state_dict()}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def continued(folder: Path) -> dict[str, Any]:
+    """The weights of a run that was interrupted after its second layer, and continued."""
+    model, output = folder / "model", folder / "output"
+    if int(os.environ.get("RANK", "0")) == 0:
+        model_of("llama-gqa").model.save_pretrained(model)
+    Ranks.current().wait()
+    settings = {"ratio": 0.2, "calibration": "self", "output": output, **BEST}
+    done: list[int] = []
+
+    def once(self: Journal, state: Any, states: Any) -> None:
+        own(self, state, states)
+        done.append(state["layers"])
+        if done == [1, 2]:
+            raise Interrupted
+
+    own = Journal.layer_done
+    with patch.object(Journal, "layer_done", once), patch("llmpruner.engine.journal.INTERVAL", 0.0):
+        with contextlib.suppress(Interrupted):
+            api.prune(model, **settings)
+        api.prune(model, **settings)
+    assert done == [1, 2, 3]
+    assert not (folder / "output.pruning").exists() or not Ranks.current().first
+    return {"weights": load_file(output / "model.safetensors")}
+
+
+def refusal() -> str:
+    """A message that only the first process knows."""
+    try:
+        api.prune(make("llama-gqa"), ratio=0.999, method="llm-pruner", calibration="self", steps=2)
+    except LlmprunerError as error:
+        return str(error)
+    raise AssertionError
+
+
+def prepare() -> None:
+    """Makes text at once, and few tokens at once for gradients, so that there are several micro-batches."""
+    torch.set_num_threads(1)
+    pipeline.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
+    llmpruner.engine.walk.computes_bfloat16_fast = lambda model: False
+    llmpruner.engine.gradients._LOGIT_ELEMENTS = 4 * 32 * 96
+
+
+if __name__ == "__main__":
+    prepare()
+    folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    for each in sys.argv[2:]:
+        found = continued(folder) if each == "continued" else outcome(each)
+        torch.save(found, folder / f"{each}-{rank}.pt")
+    (folder / f"refusal-{rank}.txt").write_text(refusal())

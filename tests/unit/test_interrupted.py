@@ -1,0 +1,133 @@
+"""A prune that is killed goes on when the same command runs again, and ends with the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from criteria_cases import make
+
+from llmpruner import api
+from llmpruner.engine import journal as journal_module
+from llmpruner.engine.journal import Journal
+from llmpruner.errors import LlmprunerError, OutputError
+from llmpruner.progress import Progress
+from llmpruner.settings import RunSettings
+
+SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    make("llama-gqa").model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def every_layer_is_recorded(monkeypatch):
+    monkeypatch.setattr(journal_module, "INTERVAL", 0.0)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler of `Exception` sees it."""
+
+
+class StopAt(Progress):
+    """Ends the run before item ``number`` of the bar ``label``."""
+
+    def __init__(self, label: str, number: int) -> None:
+        self.label, self.number = label, number
+
+    def track(self, items, label):
+        for number, item in enumerate(items):
+            if label == self.label and number == self.number:
+                raise Killed
+            yield item
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, tmp_path, monkeypatch):
+    # Otherwise the size of the free memory decides.
+    for module in ("api", "recipes.residency"):
+        monkeypatch.setattr(f"llmpruner.{module}.is_streamed", lambda *_: streamed)
+    api.prune(str(dense), output=tmp_path / "whole", **SETTINGS)
+    out, state = tmp_path / "out", tmp_path / "out.pruning"
+    for number in (1, 2):
+        with pytest.raises(Killed):
+            api.prune(str(dense), output=out, progress=StopAt("Compensating", number), **SETTINGS)
+        assert not out.exists()
+        assert (state / "state.json").is_file() and (state / "calibration.json").is_file()
+
+    class Counted(Progress):
+        texts = 0
+
+        def status(self, label):
+            self.texts += "writes its calibration" in label
+
+    counted = Counted()
+    api.prune(str(dense), output=out, progress=counted, **SETTINGS)
+    assert counted.texts == 0, "the text of the interrupted run is used"
+    assert checksums(out) == checksums(tmp_path / "whole")
+    assert (out / "llmpruner.json").read_text() == (tmp_path / "whole" / "llmpruner.json").read_text()
+    assert not state.exists()
+
+
+def test_restart_removes_what_was_done(dense, tmp_path):
+    with pytest.raises(Killed):
+        api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Compensating", 2), **SETTINGS)
+    other = {**SETTINGS, "ratio": 0.3}
+    with pytest.raises(OutputError, match=r"results of an interrupted run with other settings.*--restart"):
+        api.prune(str(dense), output=tmp_path / "out", **other)
+    api.prune(str(dense), output=tmp_path / "out", run=RunSettings(restart=True), **other)
+    assert not (tmp_path / "out.pruning").exists()
+
+
+def test_a_folder_of_the_user_is_not_touched(tmp_path):
+    (tmp_path / "out.pruning").mkdir()
+    (tmp_path / "out.pruning" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is in the way"):
+        Journal(tmp_path / "out.pruning", {})
+    assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_refused_run_leaves_no_folder(dense, tmp_path):
+    class Refusing(Progress):
+        def track(self, items, label):
+            if label == "Compensating":
+                raise LlmprunerError("refused")
+            return items
+
+    with pytest.raises(LlmprunerError, match="refused"):
+        api.prune(str(dense), output=tmp_path / "out", progress=Refusing(), **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_kill_minus_nine(dense, tmp_path):
+    """The command itself, killed when its folder has the first layer."""
+    command = [
+        *(sys.executable, "-m", "llmpruner", "prune", str(dense), "-o", str(tmp_path / "out"), "--ratio", "0.2"),
+        *("--samples", "64", "--length", "64", "--method", "best", "--no-tokenizer", "--json"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    state = tmp_path / "out.pruning"
+    while process.poll() is None and not any(state.glob("layer-*.safetensors")):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    command[command.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    subprocess.run(command, check=True, capture_output=True)
+    assert checksums(tmp_path / "out") == checksums(tmp_path / "other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]

@@ -1,0 +1,137 @@
+"""Weights that are read layer by layer give the same plan and the same weights, bit for bit, as a model in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from criteria_cases import make
+from safetensors.torch import load_file
+
+from llmpruner import api
+from llmpruner.checkpoints.load import load_pruned
+from llmpruner.engine.walk import ForwardWalk
+from llmpruner.errors import SettingsError
+from llmpruner.settings import RunSettings
+
+METHODS = {
+    "best": {"method": "best", "samples": 6, "length": 16},
+    "taylor": {"method": "llm-pruner", "samples": 4, "length": 12},
+    "squares": {"importance": "taylor", "variant": "mix", "samples": 3, "length": 8},
+    "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
+    "weights": {"importance": "l2", "compensate": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A folder with the model of one of the `CASES`."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "dense"
+            make(name).model.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_rounding_to_bfloat16(monkeypatch):
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
+
+
+def prune(model: Path, output: Path, *, streamed: bool, **settings):
+    run = RunSettings(boundary_memory=0) if streamed else RunSettings()
+    with pytest.MonkeyPatch.context() as patch:
+        # Otherwise the size of the free memory decides.
+        patch.setattr("llmpruner.api.is_streamed", lambda *_: streamed)
+        return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    records = [json.loads((folder / "llmpruner.json").read_text()) for folder in (one, other)]
+    assert records[0]["plans"] == records[1]["plans"]
+
+
+PAIRS = [
+    *((name, "best") for name in ("gpt2", "gemma2", "gpt_oss", "llama4", "mixtral")),
+    *(("llama-gqa", method) for method in METHODS),
+    ("mixtral", "squares"),
+]
+"""Layouts: separate and fused projections, tied heads, experts one by one in the files, stacked, and with biases."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
+    kinds = {"kinds": "mlp,attention"} if method != "obs" else {}
+    settings = {**METHODS[method], **kinds, "calibration": "self"}
+    if method == "weights":
+        del settings["calibration"]
+    resident = prune(dense(name), tmp_path / "resident", streamed=False, **settings)
+    streamed = prune(dense(name), tmp_path / "streamed", streamed=True, **settings)
+    assert resident.streamed is None and streamed.streamed is not None
+    assert_same(tmp_path / "resident", tmp_path / "streamed")
+    loaded = load_pruned(tmp_path / "streamed")
+    ids = torch.arange(2, 12)[None]
+    with torch.no_grad():
+        expected = load_pruned(tmp_path / "resident")(ids).logits
+        torch.testing.assert_close(loaded(ids).logits, expected)
+        # The result that is returned is read from its files, after the folder of the run is gone.
+        torch.testing.assert_close(streamed.model(ids).logits, expected)
+    assert not (tmp_path / "streamed.pruning").exists()
+
+
+@pytest.mark.parametrize("kinds", ["hidden", "layer", "query"])
+def test_other_kinds(kinds, dense, tmp_path):
+    importance = "angular" if kinds == "layer" else "energy" if kinds == "query" else "l1"
+    for streamed in (False, True):
+        options = {} if kinds == "hidden" else {"calibration": "self", "layers": "all"}
+        options["ratio"] = 0.4 if kinds == "layer" else 0.1
+        prune(
+            dense("llama-gqa"), tmp_path / str(streamed), streamed=streamed, kinds=kinds, importance=importance,
+            **options,
+        )  # fmt: skip
+    assert_same(tmp_path / "False", tmp_path / "True")
+
+
+def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
+    held: set[int] = set()
+    run = ForwardWalk.run
+
+    def watched(walk, number, batch, hidden):
+        names = [name for name, parameter in walk.executor.model.named_parameters() if not parameter.is_meta]
+        held.add(len({walk.executor.weights.number(name) for name in names}))
+        return run(walk, number, batch, hidden)
+
+    monkeypatch.setattr(ForwardWalk, "run", watched)
+    prune(dense("llama-gqa"), tmp_path / "out", streamed=True, **METHODS["best"])
+    assert held == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"steps": 2, "importance": "l2"}, "--steps cuts copies"),
+        ({"allocation": "search"}, "runs copies of the model"),
+        ({"budget": "kv-cache", "kinds": "attention"}, "measures the model"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_beforehand(settings, why, dense, tmp_path):
+    with pytest.raises(SettingsError, match=f"--max-memory 1,000 bytes: .* needs at least .*{why}"):
+        api.prune(
+            str(dense("llama-gqa")), output=tmp_path / "out", run=RunSettings(max_memory=1000),
+            **{"ratio": 0.2, **settings},
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
