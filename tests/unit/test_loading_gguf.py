@@ -73,6 +73,7 @@ def test_the_file_is_parsed_once(gguf_file, catalog, monkeypatch):
 
 
 def test_progress_bars_are_restored_after_an_error():
+    logging.enable_progress_bar()  # whatever tests before this one did
     own = reader.tqdm
     with pytest.raises(KeyError), quiet_gguf():
         assert reader.tqdm is logging.tqdm and not logging.is_progress_bar_enabled()
