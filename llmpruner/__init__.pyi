@@ -93,6 +93,7 @@ from .settings import GenerateSettings as GenerateSettings
 from .settings import LoadSettings as LoadSettings
 from .settings import PruneSettings as PruneSettings
 from .settings import RecoverSettings as RecoverSettings
+from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts
 from .structure.coupling import ATTENTION as ATTENTION
 from .structure.coupling import EXPERT as EXPERT

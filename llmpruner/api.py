@@ -141,6 +141,10 @@ def plan_with_outcome(
     catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
     progress = progress if ranks.first else QUIET
     job = prune_job(settings_from(PruneSettings, settings), catalog)
+    if run is not None and run.restart:
+        raise SettingsError(
+            "--restart has no effect on a plan, which keeps no results of an interrupted run; leave it out"
+        )
     opened = _opened(model, load, catalog, progress)
     check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
     way, expected = ranks.from_first(
@@ -189,6 +193,10 @@ def prune(
             f"model '{opened.ref}' brings no tokenizer, without which the pruned model can read no text; put its files "
             "(tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
         )
+    if run is not None and run.restart and (directory is None or isinstance(opened, Model)):
+        raise SettingsError(
+            "restart has no effect: only a prune of a reference with an output keeps results; leave it out"
+        )
     work = _checked(opened, job, replayed, catalog, tokenizer=has_tokenizer, saves=directory is not None)
     run = run or RunSettings()
     whole = "a result in memory" if directory is None else None
@@ -197,10 +205,14 @@ def prune(
     if directory is not None and not isinstance(opened, Model):
         what = replayed or settings_from(PruneSettings, settings)
         journal = _journal(directory, opened, what, load, run, way.divided, ranks)
+        # The files of a result depend on how the model is held, and free memory may differ when a run is continued.
+        way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
     beside = None if directory is None else directory.resolve().parent
     loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
     how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
     try:
+        if journal is not None:
+            journal.store("way", {"streamed": way.streamed})
         draft = _draft(loaded, replayed, job, progress, how)
         pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
         pruned = _with_forecast(pruned, expected)

@@ -15,7 +15,7 @@ from criteria_cases import make
 from llmpruner import api
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
-from llmpruner.errors import LlmprunerError, OutputError
+from llmpruner.errors import LlmprunerError, OutputError, SettingsError
 from llmpruner.progress import Progress
 from llmpruner.settings import RunSettings
 
@@ -90,6 +90,29 @@ def test_restart_removes_what_was_done(dense, tmp_path):
         api.prune(str(dense), output=tmp_path / "out", **other)
     api.prune(str(dense), output=tmp_path / "out", run=RunSettings(restart=True), **other)
     assert not (tmp_path / "out.pruning").exists()
+
+
+def test_restart_without_a_journal_is_refused(dense, tmp_path):
+    again = RunSettings(restart=True)
+    with pytest.raises(SettingsError, match="--restart has no effect on a plan"):
+        api.plan(str(dense), run=again, **SETTINGS)
+    with pytest.raises(SettingsError, match="restart has no effect: only a prune of a reference"):
+        api.prune(str(dense), run=again, **SETTINGS)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_continued_run_holds_the_model_as_before(streamed, dense, tmp_path, monkeypatch):
+    """Whatever the free memory is by then: the shards of the result depend on it."""
+
+    def decide(choice: bool) -> None:
+        for module in ("api", "recipes.residency"):
+            monkeypatch.setattr(f"llmpruner.{module}.is_streamed", lambda *_: choice)
+
+    decide(streamed)
+    with pytest.raises(Killed):
+        api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Compensating", 1), **SETTINGS)
+    decide(not streamed)
+    assert (api.prune(str(dense), output=tmp_path / "out", **SETTINGS).streamed is not None) == streamed
 
 
 def test_a_folder_of_the_user_is_not_touched(tmp_path):
