@@ -2,7 +2,7 @@
 
 A part is one decoder layer, or everything outside the layers. Loading is transformers' own, with everything on disk:
 tensors that are in a safetensors file as the model has them stay there, and others (experts one by one, fused
-projections, files of other formats) are converted one by one into a folder. The hooks by which accelerate then reads
+projections) are converted one by one into a folder. The hooks by which accelerate then reads
 the weights of single modules are replaced by reading whole parts, whose weights a stage can look at and change.
 """
 
@@ -18,7 +18,9 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from ..errors import CheckpointError, first_line
+from ..models.empty import put_parameters
 from ..models.quiet import quiet_transformers
+from ..structure.coupling import layer_number
 from .load import model_class
 
 if TYPE_CHECKING:
@@ -60,42 +62,30 @@ class LazyCheckpoint:
         self._stored = _stored(model)
         remove_hook_from_submodules(model)
         vars(model).pop("hf_device_map", None)
-        self._layers = layers
-        self._empty = dict(model.named_parameters(remove_duplicate=False))
-        self._names: dict[int | None, list[str]] = {}
-        for name, _ in model.named_parameters():
-            self._names.setdefault(self.part_of(name), []).append(name)
-
-    def part_of(self, name: str) -> int | None:
-        """The part of a parameter."""
-        prefix = f"{self._layers}."
-        return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+        self._tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))
+        self._parts: dict[int | None, dict[str, nn.Parameter]] = {}
+        """Part → its parameters on the meta device; tied ones are under each of their names."""
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._parts.setdefault(layer_number(name, layers), {})[name] = parameter
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         """Parameter → value, on the CPU, mapped from its file. Each call maps files anew, so that their pages stop
         counting as memory of the process when the tensors are freed. Changes in place do not reach the files. It may be
         called in another thread. Raises `CheckpointError` for a file that is damaged or gone."""
         try:
-            return {name: self._stored[name] for name in self._names.get(part, ())}
+            return {name: self._stored[name] for name in self._parts[part] if name not in self._tied}
         except Exception as error:  # safetensors and the system raise what they like
             raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
 
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give parameters the values of `read`."""
-        for name, tensor in tensors.items():
-            self._set(name, nn.Parameter(tensor, requires_grad=False))
-        if any(self.part_of(name) is None for name in tensors):
+    def fill(self, part: int | None, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give the parameters of ``part`` the values of `read`."""
+        put_parameters(self.model, {n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()})
+        if part is None:
             self.model.tie_weights()
 
     def empty(self, part: int | None) -> None:
         """Free the parameters of ``part``: put them back on the meta device."""
-        for name, parameter in self._empty.items():
-            if self.part_of(name) == part:
-                self._set(name, parameter)
-
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
-        path, _, leaf = name.rpartition(".")
-        self.model.get_submodule(path)._parameters[leaf] = parameter
+        put_parameters(self.model, self._parts[part])
 
 
 def _stored(model: nn.Module) -> Mapping[str, torch.Tensor]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..models.empty import put_parameters
 from ..models.surgery import CutValues
 from ..structure.kept import layer_numbers
 from .weights import StreamedWeights
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from ..structure.coupling import CouplingGraph
@@ -41,7 +43,9 @@ class _CutParts:
         self._values = CutValues(graph, kept)
         self._old: dict[int | None, int | None] = {new: old for old, new in layer_numbers(graph, kept).items()}
         self._old[None] = None
-        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        self._parts: dict[int | None, dict[str, nn.Parameter]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._parts.setdefault(dense.number(name), {})[name] = parameter
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         old, dense = self._old[part], self._dense
@@ -53,16 +57,14 @@ class _CutParts:
                 if dense.number(name) == old
             }
 
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def fill(self, part: int | None, tensors: Mapping[str, torch.Tensor]) -> None:
+        # Persistent buffers are among them.
         self.model.load_state_dict(dict(tensors), strict=False, assign=True)
-        if any(self._dense.number(name) is None for name in tensors):
+        if part is None:
             self.model.tie_weights()
 
     def empty(self, part: int | None) -> None:
-        for name, parameter in self._empty.items():
-            if self._dense.number(name) == part:
-                path, _, leaf = name.rpartition(".")
-                self.model.get_submodule(path)._parameters[leaf] = parameter
+        put_parameters(self.model, self._parts[part])
 
     def _renamed(self, name: str, old: int | None, new: int | None) -> str:
         path = self._dense.path

@@ -1,7 +1,7 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
-Each step writes files under temporary names and renames them, so that a file is whole or absent. States of hidden
-states are large, so they are written at most every `INTERVAL` seconds; the layers after the last state are done again,
+Each step writes files under temporary names and renames them, so that a file is whole or absent. Hidden states
+are large, so they are written at most every `INTERVAL` seconds; the layers after the last state are done again,
 with the same results.
 """
 

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints.shards import names_in
+from ..structure.coupling import layer_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,17 +32,15 @@ class Weights:
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         self.model, self.path = model, path
 
-    @contextlib.contextmanager
-    def layer(self, number: int) -> Iterator[None]:
+    def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
         """While active, the parameters of a layer have their values; after it, changes in place are lost unless `keep`
         was called."""
         del number
-        yield
+        return contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self) -> contextlib.AbstractContextManager[None]:
         """While active, the parameters outside the decoder layers have their values."""
-        yield
+        return contextlib.nullcontext()
 
     def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
         """`layer`, or `outside` for None."""
@@ -49,8 +48,7 @@ class Weights:
 
     def number(self, name: str) -> int | None:
         """The number of the layer that a parameter is in; None outside the layers."""
-        prefix = f"{self.path}."
-        return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+        return layer_number(name, self.path)
 
     def keep(self, names: Collection[str], file: Path) -> None:
         """Write the values of parameters, which were changed in place, to ``file``, and use them from now on."""
@@ -75,8 +73,8 @@ class Parts(Protocol):
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]: ...
 
-    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Give parameters and persistent buffers the values of `read`."""
+    def fill(self, part: int | None, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give the parameters of a part the values of `read`."""
 
     def empty(self, part: int | None) -> None:
         """Put the parameters of a part back on the meta device."""
@@ -110,21 +108,19 @@ class StreamedWeights(Weights):
         """All parts."""
         return [None, *range(len(self._layers))]
 
-    @contextlib.contextmanager
-    def layer(self, number: int) -> Iterator[None]:
-        self._enter(number)
-        try:
-            yield
-        finally:
-            self._leave(number)
+    def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
+        return self._holding(number)
+
+    def outside(self) -> contextlib.AbstractContextManager[None]:
+        return self._holding(None)
 
     @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        self._enter(None)
+    def _holding(self, part: int | None) -> Iterator[None]:
         try:
+            self._enter(part)
             yield
         finally:
-            self._leave(None)
+            self._leave(part)
 
     def keep(self, names: Collection[str], file: Path) -> None:
         super().keep(names, file)
@@ -144,10 +140,10 @@ class StreamedWeights(Weights):
         self._held[part] = self._held.get(part, 0) + 1
         if self._held[part] > 1:
             return
-        self._parts.fill(self._read(part))
+        self._parts.fill(part, self._read(part))
         if part in self._kept:
             super().use(self._kept[part])
-        for name in self._names[part]:
+        for name in self._names.get(part, ()):
             parameter = self.model.get_parameter(name)
             parameter.requires_grad_(False)
             if parameter.device != self.device:
@@ -171,6 +167,6 @@ class StreamedWeights(Weights):
     def _fetch(self, part: int) -> dict[str, torch.Tensor]:
         """`Parts.read`, and one byte of every page, so that files are read from the disk now."""
         found = self._parts.read(part)
-        for tensor in found.values():
+        for tensor in filter(torch.numel, found.values()):
             tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from .remote import register_model_class
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -39,6 +40,13 @@ def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
 def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """An instance of ``model_class`` with parameters on the meta device and buffers with their values."""
     return _without_weights(model_class, config)
+
+
+def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give ``model`` other parameters under the names of its own."""
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = parameter
 
 
 def _without_weights(build: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from ..compensation.choose import can_wait
 from ..compensation.consumers import consumers_of
 from ..compensation.least_squares import solve_bytes, solve_operations
 from ..data.calibration import parse_calibration
+from ..data.self_written import SelfWritten
 from ..engine.boundaries import DEFAULT_LIMIT, GIB
 from ..engine.executor import LOGIT_ELEMENTS, TOKENS_AT_ONCE
 from ..engine.journal import INTERVAL
@@ -47,8 +48,8 @@ _OPENING = 3.0
 """Seconds for building the model, its tokenizer, and the checks of a save."""
 _STEP = 2e-3
 """Seconds that transformers adds to one step of generation."""
-_DRAWS = 7
-"""Copies of the logits in float32 while tokens are drawn: of transformers, and of the cumulative probabilities."""
+_LOGITS, _DRAWS = 4, 7
+"""Copies of the logits in float32 in memory while tokens are drawn, and how often they are read and written."""
 _GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 
 
@@ -243,7 +244,8 @@ def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written,
     return tuple(found)
 
 
-_PASSAGES = {"passage": 64, "batch": 128}
+_PASSAGES = {name: SelfWritten.Settings.model_fields[name].default for name in ("passage", "batch")}
+"""Settings of the built-in source, for sources that write text and do not have them."""
 
 
 def _equal_shares(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Kept:
@@ -358,7 +360,7 @@ class _Forecaster:
         memory = {
             **self.weights(),
             "keys and values": cache,
-            "logits": rows * self.vocabulary * _F32 * _DRAWS,
+            "logits": rows * self.vocabulary * _F32 * _LOGITS,
             "activations": self.activations(rows),
         }
         return Stage("writing", memory, self.writing_seconds())
@@ -371,7 +373,6 @@ class _Forecaster:
         for part in self.work.written:
             batches = part.passages / part.batch
             head = 2 * part.batch * self.hidden * self.vocabulary / sample.head
-            # Every copy of the logits is read and written once.
             draw = part.batch * self.vocabulary * _F32 * _DRAWS / sample.copy
             step = self.layers(sample.forward.of(part.batch)) + head + draw + _STEP + self.reading(1)
             total += batches * part.tokens * step

@@ -226,6 +226,13 @@ class Blocked:
     reason: str
 
 
+def layer_number(name: str, layers: str) -> int | None:
+    """The number of the decoder layer that a parameter or buffer is in; None outside the layers. ``layers``: path of
+    their list."""
+    prefix = f"{layers}."
+    return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+
+
 @dataclass(frozen=True)
 class CouplingGraph:
     """All coupled groups of a model, with the shapes of its tensors.
@@ -298,7 +305,7 @@ class CouplingGraph:
 
     def layer_of(self, parameter: str) -> int | None:
         """Number of the decoder layer that a parameter is in; None outside the decoder layers."""
-        return int(parameter[len(self.layers) + 1 :].split(".", 1)[0]) if self.is_decoder(parameter) else None
+        return layer_number(parameter, self.layers)
 
     @cached_property
     def total_parameters(self) -> int:
