@@ -16,36 +16,22 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from llmpruner.models.empty import meta_model
 
+
+def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32000) -> dict[str, int]:
+    return {
+        "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+    }  # fmt: skip
+
+
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "7b": ("llama", {}),  # the defaults of transformers are LLaMA-7B
-    "13b": (
-        "llama",
-        {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
-    ),
-    "3b": (
-        "llama",
-        {"hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26, "num_attention_heads": 32},
-    ),
-    "1b": (
-        "llama",
-        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
-        | {"num_key_value_heads": 8, "vocab_size": 32000},
-    ),
-    "wide": (
-        "llama",
-        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16}
-        | {"num_key_value_heads": 8, "vocab_size": 32000},
-    ),
-    "small": (
-        "llama",
-        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-        | {"vocab_size": 32000},
-    ),
-    "tiny": (
-        "llama",
-        {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-        | {"num_key_value_heads": 4, "vocab_size": 8000},
-    ),
+    "7b": ("llama", _llama(4096, 11008, 32, 32, 32)),
+    "13b": ("llama", _llama(5120, 13824, 40, 40, 40)),
+    "3b": ("llama", _llama(3200, 8640, 26, 32, 32)),
+    "1b": ("llama", _llama(2048, 8192, 16, 32, 8)),
+    "wide": ("llama", _llama(1024, 4096, 12, 16, 8)),
+    "small": ("llama", _llama(768, 2048, 12, 12, 12)),
+    "tiny": ("llama", _llama(512, 1408, 8, 8, 4, vocabulary=8000)),
     "moe-7b": (
         "olmoe",
         {"hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16, "num_experts": 64}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..engine.ranks import ENDED, Ranks, launched
+from ..engine.launch import launched
 from ..errors import LlmprunerError, ProcessError, SettingsError
 from .console import error_line
 
@@ -46,6 +46,8 @@ def let_first_print() -> None:
 def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
     """Run the command, and exit. All but the first process are silent, except that one of them, the first to fail,
     writes the line of an error."""
+    from ..engine.ranks import Ranks
+
     ranks = None
     try:
         ranks = Ranks.current()
@@ -70,6 +72,8 @@ def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
 
 
 def _ended(*_: object) -> NoReturn:
+    from ..engine.ranks import ENDED
+
     raise ProcessError(ENDED)
 
 

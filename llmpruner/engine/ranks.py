@@ -1,5 +1,5 @@
 """The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each does, and what they tell one
-another. Imports torch only where there are several.
+another.
 
 Whole micro-batches of the calibration text are spread over the processes, so that every product, and every row that a
 fit holds out, is that of one process; only the order differs in which the micro-batches are summed. Sums are reduced in
@@ -14,12 +14,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LlmprunerError, ProcessError, first_line
-
-if TYPE_CHECKING:
-    import torch
+from .launch import launched
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -71,8 +73,6 @@ class Ranks:
         """The result of ``make`` in the first process, which alone calls it. Its `LlmprunerError` is raised in all."""
         if self.count == 1:
             return make()
-        import torch
-        import torch.distributed as dist
 
         box: list[Any] = [None, None]
         if self.first:
@@ -97,7 +97,6 @@ class Ranks:
         the same in all."""
         if self.count == 1:
             return
-        import torch.distributed as dist
 
         for tensor in tensors:
             whole = tensor.contiguous()
@@ -110,7 +109,6 @@ class Ranks:
         """The sum of each number over all processes, in float64."""
         if self.count == 1:
             return numbers
-        import torch
 
         sums = torch.tensor(numbers, dtype=torch.float64)
         self.sum_([sums])
@@ -120,8 +118,6 @@ class Ranks:
         """Replace each tensor, in place, by that of the process that owns task ``number``."""
         if self.count == 1:
             return
-        import torch
-        import torch.distributed as dist
 
         for tensor in tensors:
             whole = tensor.contiguous()
@@ -136,7 +132,6 @@ class Ranks:
         a key is that of the first process that has it."""
         if self.count == 1:
             return dict(found)
-        import torch.distributed as dist
 
         all_found: list[Any] = [None] * self.count
         with _noticing():
@@ -165,8 +160,6 @@ class Ranks:
         """Disconnect from the others."""
         global _started
         if self.count > 1:
-            import torch.distributed as dist
-
             dist.destroy_process_group()
             _started = None
 
@@ -177,15 +170,7 @@ SINGLE = Ranks()
 _started: Ranks | None = None
 
 
-def launched() -> bool:
-    """Whether a launcher started this process together with others."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def _connected() -> Ranks:
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
 
     backend = "gloo"
     if torch.cuda.is_available():
@@ -209,7 +194,6 @@ def _connected() -> Ranks:
 @contextmanager
 def _noticing() -> Iterator[None]:
     """Failures of the connection to other processes as a `ProcessError`."""
-    import torch.distributed as dist
 
     try:
         yield
