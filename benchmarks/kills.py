@@ -1,10 +1,11 @@
 """Prunes that are killed at random moments and run again, until they end: the result must have the same bytes.
 
-    python -m benchmarks.kills
+    python -m benchmarks.kills [NAME …]
 
-A random model of the shape ``small`` (`benchmarks.shapes`), in memory and layer by layer: ``--method best`` is killed
-(SIGKILL) ten times, ``--method llm-pruner`` five times, and once each stopped by SIGINT and by a full disk (a limit on
-the size of files). Writes ``benchmarks/results/kills.json``.
+``NAME``: ``best, in memory``, ``best, layer by layer``, ``llm-pruner, in memory`` or ``llm-pruner, layer by layer``;
+the others keep their results. A random model of the shape ``small`` (`benchmarks.shapes`), in memory and layer by
+layer: ``--method best`` is killed (SIGKILL) ten times, ``--method llm-pruner`` five times, and once each stopped by
+SIGINT and by a full disk (a limit on the size of files). Writes ``benchmarks/results/kills.json``.
 """
 
 from __future__ import annotations
@@ -31,20 +32,24 @@ METHODS = {
     "best": ("--method", "best", "--samples", "24", "--length", "256"),
     "llm-pruner": ("--method", "llm-pruner", "--samples", "48", "--length", "256"),
 }
+WAYS = ("in memory", "layer by layer")
 KILLS = {"best": 10, "llm-pruner": 5}
 
 
 def main() -> None:
-    random.seed(0)
-    found: dict[str, Any] = {"machine": machine(), "command": "python -m benchmarks.kills"}
+    chosen = sys.argv[1:] or [f"{method}, {way}" for method in METHODS for way in WAYS]
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / "small"
         write_random(config_of("small"), model)
-        for method, options in METHODS.items():
-            found[f"{method}, in memory"] = killed(model, Path(work), method, options)
-            streamed = (*options, "--max-memory", limit(model, options))
-            found[f"{method}, layer by layer"] = killed(model, Path(work), method, streamed)
-    RESULTS.write_text(as_json(found).replace(str(work), "$WORK"))
+        for name in chosen:
+            method, way = name.split(", ")
+            options = METHODS[method]
+            if way == "layer by layer":
+                options = (*options, "--max-memory", limit(model, options))
+            random.seed(0)
+            found[name] = {"machine": machine(), **killed(model, Path(work), method, options)}
+            RESULTS.write_text(as_json(found).replace(work, "$WORK"))
 
 
 def limit(model: Path, options: tuple[str, ...]) -> str:
