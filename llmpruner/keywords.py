@@ -29,7 +29,9 @@ class PruneKeywords(TypedDict, total=False):
     unit_ratio: float | None
     kinds: str | Sequence[str]
     layers: str | Sequence[int] | None
-    round_to: int
+    shape: Literal["uniform", "free"]
+    round_to: int | None
+    meet: Literal["nearest", "above", "below"]
     method: str | None
     importance: str | None
     variant: str | None

@@ -22,6 +22,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "prod", "last"]
 Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
 LossOn = Literal["all", "answers"]
+Shape = Literal["uniform", "free"]
+Meet = Literal["nearest", "above", "below"]
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
@@ -223,7 +225,7 @@ class PruneSettings(Settings):
 
     ratio: Annotated[
         float | None,
-        Field(gt=0, lt=1, description="Share of the --budget to remove, hit within one unit."),
+        Field(gt=0, lt=1, description="Share of the --budget to remove; the nearest that widths allow (see --meet)."),
         Option(_WHAT),
     ] = None
     budget: Annotated[
@@ -269,14 +271,38 @@ class PruneSettings(Settings):
     layers: Annotated[
         Annotated[str, BeforeValidator(_layers)] | None,
         Field(
-            description="Layers that may lose units: 3-26, 0,5,7-9 or all. By default the family protects both ends "
-            "(the first and last 10 %, as the paper protects the ends of LLaMA)."
+            description="Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with "
+            "free, and for whole layers, all but both ends (the first and last 10 %, as the paper protects the ends of "
+            "LLaMA, or what the family says)."
         ),
         Option(_WHAT),
     ] = None
+    shape: Annotated[
+        Shape,
+        Field(
+            description="uniform: all layers keep the same widths, in multiples that kernels like, so that the result "
+            "is an ordinary model for every runtime; free: every layer keeps its own number of units, which loses a "
+            "little less quality."
+        ),
+        Option(_WHAT),
+    ] = "uniform"
     round_to: Annotated[
-        int, Field(ge=1, description="Kept widths are multiples of this (64 suits most kernels)."), Option(_WHAT)
-    ] = 1
+        int | None,
+        Field(
+            ge=1,
+            description="Kept widths are multiples of this. By default 64 with --shape uniform (32 where hidden states "
+            "have fewer than 1,024 channels), else 1.",
+        ),
+        Option(_WHAT),
+    ] = None
+    meet: Annotated[
+        Meet,
+        Field(
+            description="How an amount is met that whole steps do not give exactly: nearest, above (no less is "
+            "removed) or below (no more is)."
+        ),
+        Option(_WHAT),
+    ] = "nearest"
     method: Annotated[
         str | None,
         Field(

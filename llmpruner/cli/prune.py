@@ -14,6 +14,7 @@ import typer
 from ..errors import SettingsError
 from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
+from ..structure.coupling import runs
 from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
 from .launched import is_first
@@ -122,12 +123,16 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
     """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
     cuts = made.cuts.values()
     inner = list(dict.fromkeys(c.kind for c in cuts if c.layer is not None))
-    rows = []
-    for layer in sorted({c.layer for c in cuts if c.layer is not None}):
-        cells = {c.kind: f"{len(c.kept):,} of {c.units:,}" for c in cuts if c.layer == layer}
-        rows.append((str(layer), *(cells.get(kind, "all") for kind in inner)))
+    kept: dict[int, dict[str, str]] = {}
+    for cut in cuts:
+        if cut.layer is not None:
+            kept.setdefault(cut.layer, {})[cut.kind] = f"{len(cut.kept):,} of {cut.units:,}"
+    rows = [
+        (",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(layers)), *cells)
+        for cells, layers in _alike({n: tuple(row.get(kind, "all") for kind in inner) for n, row in kept.items()})
+    ]
     if rows:
-        table("Units kept", ("Layer", *inner), rows)
+        table("Units kept", ("Layers", *inner), rows)
     for name, group in made.cuts.items():
         if group.layer is None:
             gone = sorted(set(range(group.units)) - set(group.kept))
@@ -142,6 +147,23 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
         texts: Mapping[str, Any] = {"macs": count, "kv-cache": "{:,.0f} bytes".format, "latency": "{:,.3f} ms".format}
         sums.append(_row(budget.label, budget.before, budget.after, texts.get(budget.name, "{:,.4g}".format)))
     table("Result", ("", "Before", "After", "Removed"), sums)
+    _say_what_was_met(made, outcome)
+
+
+def _alike(rows: Mapping[int, tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[int]]]:
+    """Equal rows with their layers, in order of the first ones."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for layer in sorted(rows):
+        found.setdefault(rows[layer], []).append(layer)
+    return list(found.items())
+
+
+def _say_what_was_met(made: PruningPlan, outcome: Outcome) -> None:
+    """Name the asked and the removed share where widths did not allow the asked one."""
+    asked, got = made.target.amount, outcome.decoder_removed if outcome.budget is None else outcome.budget.removed
+    if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
+        shape = "uniform widths give" if made.selection.shape == "uniform" else "whole units give"
+        note(f"asked for {asked:.1%}; {shape} {got:.1%} (--meet chooses nearest, above or below)")
 
 
 def _row(label: str, before: float, after: float, text: Any) -> tuple[str, str, str, str]:

@@ -18,6 +18,7 @@ from ..importance.estimate import Scores, estimate, estimate_from
 from ..progress import Progress
 from ..structure.coupling import CoupledGroup, CouplingGraph, Role
 from ..structure.queues import build_queue
+from ..structure.widths import ANY, Widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,11 +54,11 @@ def _readers(group: CoupledGroup) -> set[str]:
 @dataclass(frozen=True)
 class Chooser:
     """Ranks units by ``criterion`` (``reduction``, ``seed``: as for `estimate`), and keeps the planned number of each
-    group, in multiples of ``round_to``."""
+    group."""
 
     criterion: ImportanceCriterion
     reduction: str = "sum"
-    round_to: int = 1
+    widths: Widths = ANY
     seed: int = 0
 
     @property
@@ -94,6 +95,7 @@ class Chooser:
     def _keep(self, groups: Sequence[CoupledGroup], kept: Kept, scores: Scores) -> dict[str, tuple[int, ...]]:
         chosen = {}
         for group in groups:
-            queue = build_queue(group, scores.by_group[group.name].tolist(), round_to=self.round_to)
+            multiple = self.widths.multiple(group)
+            queue = build_queue(group, scores.by_group[group.name].tolist(), multiple=multiple)
             chosen[group.name] = queue.kept_after(queue.steps_for(group.units - len(kept[group.name])))
         return chosen

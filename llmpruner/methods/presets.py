@@ -42,7 +42,8 @@ class Fast(Method):
 
 class LlmPruner(Method):
     """The selection of LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples,
-    without compensation. Its recovery is `llmpruner recover`."""
+    without compensation, the first and last layers whole, so that widths differ between layers. Its recovery is
+    `llmpruner recover`."""
 
     name = "llm-pruner"
     summary = "the paper's: first-order Taylor importance on ten samples; no compensation"
@@ -50,7 +51,7 @@ class LlmPruner(Method):
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         del writes
         taylor = {"settings": {"taylor": {"variant": "element1"}}} if asked.importance in (None, "taylor") else {}
-        return {"importance": "taylor", **taylor, **_TEN_SAMPLES}
+        return {"importance": "taylor", **taylor, **_TEN_SAMPLES, **_of_paper(asked)}
 
 
 class ByHand(Method):
@@ -65,6 +66,11 @@ class ByHand(Method):
 
 
 _TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length": 64}
+
+
+def _of_paper(asked: PruneSettings) -> Mapping[str, Any]:
+    """The shape of the paper's results, where widths may differ."""
+    return {} if asked.kinds == (LAYER,) else {"shape": "free"}
 
 
 def _of_inputs(asked: PruneSettings) -> str:

@@ -12,11 +12,12 @@ from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
 from ..models.surgery import cut
+from ..selection.alike import allocate_alike
 from ..selection.base import AllocationTask, Meter
 from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
 from .jobs import PruneJob
-from .pipeline import demand, length_for, scope_of
+from .pipeline import demand, length_for, scope_of, widths_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, Span
     from ..structure.plan import PruningPlan
+    from ..structure.widths import Widths
 
 
 def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
@@ -38,6 +40,12 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
         raise SettingsError(
             f"--reduction has no effect: {job.criterion.label()} scores one span of every group; leave it out"
         )
+    widths = widths_of(job, structure)
+    if widths.uniform and len(widths.alike(groups)) == 1 and not isinstance(job.allocation, Uniform):
+        raise SettingsError(
+            f"--allocation {job.allocation.name} has no effect: with --shape uniform, all layers keep the same width, "
+            "and only one kind may be cut; leave it out, or give --shape free"
+        )
     _check_calibration(job, structure, tokenizer=tokenizer)
     job.budget.check(structure.config)
     if not job.budget.from_shapes:
@@ -47,19 +55,25 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
     if job.by != "units":
         allowed = saving_units(cost, groups, allowed)
     queues = [
-        build_queue(group, [0.0] * group.units, allowed=allowed[group.name], round_to=job.round_to)
+        build_queue(group, [0.0] * group.units, allowed=allowed[group.name], multiple=widths.multiple(group))
         for group in groups
         if group.name in allowed
     ]
     wanted = demand(job, cost, cost, groups, scope, job.steps)
     # The largest amount does not depend on scores, so equal shares replace allocations that measure.
     allocation = Uniform() if job.allocation.measures else job.allocation
-    if not any(allocation.allocate(AllocationTask(queues, wanted, Meter(cost, queues))).values()):
-        rounded = job.round_to > 1
-        raise SelectionError(
-            "the amount asked for is less than one unit of the selected groups"
-            + (f" under --round-to {job.round_to}; ask for more, or round less" if rounded else "; ask for more")
-        )
+    task = AllocationTask(queues, wanted, Meter(cost, queues))
+    if not any(allocate_alike(allocation, task, widths.alike(groups)).values()):
+        raise SelectionError(f"the amount asked for is less than one unit of the selected groups{_coarse(widths)}")
+
+
+def _coarse(widths: Widths) -> str:
+    """How widths limit what can be asked for, and what to do."""
+    if widths.uniform:
+        return f" in all layers at once, at widths in multiples of {widths.round_to}; ask for more, or for --shape free"
+    if widths.round_to > 1:
+        return f" under --round-to {widths.round_to}; ask for more, or round less"
+    return "; ask for more"
 
 
 def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> None:

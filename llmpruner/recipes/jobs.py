@@ -30,14 +30,17 @@ from ..settings import (
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
+    Meet,
     PageSettings,
     PruneSettings,
     RecoverSettings,
     Settings,
+    Shape,
     flag_of,
     option_of,
 )
-from ..structure.coupling import ATTENTION, HIDDEN, LAYER, QUERY
+from ..structure.coupling import HIDDEN, LAYER
+from ..structure.widths import COUNTED
 
 C = TypeVar("C", bound=Component)
 
@@ -47,8 +50,6 @@ _AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
     "target_params": "parameters",
     "unit_ratio": "units",
 }
-_UNROUNDED = {ATTENTION, QUERY, LAYER}
-"""Kinds whose numbers are not rounded: heads and layers are counts, not widths."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class PruneJob:
     """All that a plan and a cut depend on, besides the model.
 
     ``by``, ``amount``: a share (``ratio``) of ``budget``, total ``parameters`` to remain, or a share of ``units``.
-    ``calibration``: None when no component reads text.
+    ``shape``, ``round_to``: see `structure.widths`; ``meet``: see `Demand`. ``calibration``: None when no component
+    reads text.
     """
 
     by: Literal["ratio", "parameters", "units"]
@@ -75,7 +77,8 @@ class PruneJob:
     budget: Budget
     kinds: tuple[str, ...]
     layers: str | None
-    round_to: int
+    shape: Shape
+    round_to: int | None
     criterion: ImportanceCriterion
     reduction: str
     allocation: Allocation
@@ -84,6 +87,7 @@ class PruneJob:
     compensation: Compensation
     calibration: CalibrationJob | None
     seed: int
+    meet: Meet = "nearest"
     fixed_reduction: bool = False
     """Whether the user gave the reduction."""
 
@@ -191,9 +195,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     def chosen(name: str) -> Any:
         return getattr(settings, name) if given.has(name) else defaults.get(name, getattr(settings, name))
 
-    if amount != "ratio":
-        given.refuse("budget", f"with {given.flag(amount)}: it is what --ratio is a share of")
-        given.unused_shorthands("budget", f"with {given.flag(amount)}")
+    _refuse_without_effect(given, settings, amount)
     budget_name = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
     budget = given.create("budget", catalog.budgets, budget_name)
     criterion = given.create("importance", catalog.criteria, chosen("importance"))
@@ -202,10 +204,6 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     given.configured("method", type(method))
     if not allocation.compares_groups:
         given.refuse("normalize", f"with --allocation {allocation.name}, which compares no scores of different groups")
-    if set(settings.kinds) <= _UNROUNDED:
-        given.refuse("round_to", f"with --kinds {','.join(settings.kinds)}, which are counted and not rounded")
-    if set(settings.kinds) == {HIDDEN}:
-        given.refuse("layers", "with --kinds hidden, whose channels run through all layers")
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
     if settings.steps > 1 and amount == "unit_ratio":
@@ -230,6 +228,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         budget=budget,
         kinds=settings.kinds,
         layers=settings.layers,
+        shape=chosen("shape"),
         round_to=settings.round_to,
         criterion=criterion,
         reduction=settings.reduction,
@@ -239,8 +238,24 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         compensation=compensation,
         calibration=calibration,
         seed=settings.seed,
+        meet=settings.meet,
         fixed_reduction=given.has("reduction"),
     )
+
+
+def _refuse_without_effect(given: _Given, settings: PruneSettings, amount: str) -> None:
+    """Refuse options that have none with this ``amount`` or these kinds."""
+    if amount == "unit_ratio":
+        given.refuse("meet", "with --unit-ratio, which is rounded to whole units in every group")
+    if amount != "ratio":
+        given.refuse("budget", f"with {given.flag(amount)}: it is what --ratio is a share of")
+        given.unused_shorthands("budget", f"with {given.flag(amount)}")
+    if set(settings.kinds) <= COUNTED:
+        given.refuse("round_to", f"with --kinds {','.join(settings.kinds)}, which are counted and not rounded")
+    if set(settings.kinds) == {LAYER}:
+        given.refuse("shape", "with --kinds layer: the layers that stay keep their widths")
+    if set(settings.kinds) == {HIDDEN}:
+        given.refuse("layers", "with --kinds hidden, whose channels run through all layers")
 
 
 def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:

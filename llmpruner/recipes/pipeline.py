@@ -50,6 +50,7 @@ from ..structure.plan import (
     structure_of,
 )
 from ..structure.scope import Scope
+from ..structure.widths import NARROW, Widths, widths_for
 from .jobs import CalibrationJob, PruneJob
 from .outcome import outcome_of
 
@@ -80,12 +81,23 @@ class Draft:
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
-    """The kinds and layers that may be cut; by default `default_layers`."""
-    chosen = numbers_of(job.layers, structure.graph.num_layers)
-    return Scope(job.kinds, chosen if chosen is not None else default_layers(structure))
+    """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
+    removal of whole layers, `inner_layers`."""
+    count = structure.graph.num_layers
+    chosen = numbers_of(job.layers, count)
+    if chosen is not None:
+        return Scope(job.kinds, chosen)
+    inner = inner_layers(structure)
+    return Scope(job.kinds, tuple(range(count)), inner) if job.shape == "uniform" else Scope(job.kinds, inner)
 
 
-def default_layers(structure: Structure) -> tuple[int, ...]:
+def widths_of(job: PruneJob, structure: Structure) -> Widths:
+    """The widths that a job allows in this model."""
+    config = structure.config.get_text_config(decoder=True)
+    return widths_for(job.shape, job.round_to, int(getattr(config, "hidden_size", 0) or NARROW))
+
+
+def inner_layers(structure: Structure) -> tuple[int, ...]:
     """All layers except the family's protected shares of the first and last ones."""
     count = structure.graph.num_layers
     first, last = (round(share * count) for share in structure.family.protected_layers)
@@ -137,13 +149,13 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     run = run or Run()
     scope = scope_of(job, model)
     network, graph = model.model, model.graph
-    chooser = _chooser(job, graph, scope.groups(graph))
+    chooser = _chooser(job, model, scope.groups(graph))
     journal = run.journal
     calibration = _journaled(journal, model, job, progress, run.ranks)
     if journal is not None and (earlier := journal.load("plan")) is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
     whole, measured = _open(model, job, scope, progress, run.ranks)
-    scored_on = _scored_on(calibration, job, chooser)
+    scored_on, widths = _scored_on(calibration, job, chooser), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
@@ -156,7 +168,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
         chosen = run.ranks.from_first(
             lambda: select(
                 graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
-                cost=cost, round_to=job.round_to,  # noqa: B023
+                cost=cost, widths=widths,  # noqa: B023
                 loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
             )
         )  # fmt: skip
@@ -282,11 +294,11 @@ def demand(
         return Demand(units=units)
     dense, steps = whole.remaining(), job.steps
     if job.by == "ratio":
-        return Demand(amount=now.remaining() - round(dense * (1 - job.amount * (step / steps))))
+        return Demand(amount=now.remaining() - round(dense * (1 - job.amount * (step / steps))), meet=job.meet)
     gone = dense - round(job.amount)
     if gone <= 0:
         raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
-    return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))))
+    return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))), meet=job.meet)
 
 
 def _open(
@@ -327,7 +339,8 @@ def _plan(
             settings=job.allocation.record(),
             normalization=job.normalization,
             steps=job.steps,
-            round_to=job.round_to,
+            shape=job.shape,
+            round_to=widths_of(job, model).round_to,
         ),
         compensation=_compensation(job, calibration),
         target=_target(job, measured),
@@ -401,13 +414,13 @@ def _with_units(graph: CouplingGraph, plan: PruningPlan, kept: Kept) -> PruningP
     return plan.model_copy(update={"cuts": cuts_of(graph, kept)})
 
 
-def _chooser(job: PruneJob, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> Chooser | None:
+def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) -> Chooser | None:
     """For ranking units again during the compensation; None where the first ranking is final, because the allocation,
     or a further step, depends on the units."""
     if not (job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1):
         return None
-    chooser = Chooser(job.criterion, job.reduction, job.round_to, job.seed)
-    return chooser if can_wait(job.criterion, graph, groups) else None
+    chooser = Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
+    return chooser if can_wait(job.criterion, model.graph, groups) else None
 
 
 def _scored_on(calibration: CalibrationSet | None, job: PruneJob, chooser: Chooser | None) -> CalibrationSet | None:
@@ -438,4 +451,8 @@ def _loss(
 def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
     """The scope with the layer numbers of the model after the cut."""
     numbers = layer_numbers(graph, kept)
-    return Scope(scope.kinds, tuple(numbers[n] for n in scope.layers if n in numbers))
+
+    def those(layers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(numbers[n] for n in layers if n in numbers)
+
+    return Scope(scope.kinds, those(scope.layers), None if scope.removable is None else those(scope.removable))

@@ -30,12 +30,12 @@ def take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) 
 
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
-    """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
-    return ``taken``.
+    """Add single steps to ``taken`` until the removed amount meets the requested one, as ``task.demand.meet`` says, as
+    nearly as one step allows, and return ``taken``.
 
     One step of every queue in turn is taken if it fits, until none fits: the remainder after coarse units (a KV head
     has the parameters of hundreds of MLP channels) is filled with finer ones. Finally, one step beyond the amount is
-    taken if that is nearer to it.
+    taken if that is nearer to it (``nearest``), or if the amount is not reached (``above``).
     """
     target = target_of(task)
     moved = True
@@ -51,7 +51,8 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
         for number, q in enumerate(task.queues)
         if taken[q.group.name] < len(q.steps)
     ]
-    nearer = min((entry for entry in over if 0 < entry[0] < gap), default=None)
-    if nearer is not None:
-        taken[nearer[2]] += 1
+    limit = {"nearest": gap, "above": float("inf") if gap > 0 else 0, "below": 0}[task.demand.meet]
+    best = min((entry for entry in over if 0 < entry[0] < limit), default=None)
+    if best is not None:
+        taken[best[2]] += 1
     return taken

@@ -9,6 +9,7 @@ from typing import ClassVar
 from ..budgets.costs import Cost
 from ..component import Component
 from ..progress import QUIET, Progress
+from ..settings import Meet
 from ..structure.coupling import LAYER
 from ..structure.queues import Queue
 
@@ -19,10 +20,12 @@ Taken = dict[str, int]
 @dataclass(frozen=True)
 class Demand:
     """What must be removed: an ``amount`` of a cost, as in `Cost.remaining`; or ``units``: group name → number of
-    units, which need not be whole."""
+    units, which need not be whole. ``meet``: how an amount is met that steps do not give exactly: ``nearest``
+    to it, at least it (``above``) or at most it (``below``)."""
 
     amount: int | None = None
     units: Mapping[str, float] | None = None
+    meet: Meet = "nearest"
 
 
 class Meter:

@@ -57,7 +57,7 @@ class Search(Allocation):
             while reach >= 0.5:
                 moved = self._moved(task.queues, taken, slopes, reach, goal, removed)
                 if task.demand.units is None:
-                    moved = top_up(replace(task, demand=Demand(amount=goal)), moved)
+                    moved = top_up(replace(task, demand=Demand(amount=goal, meet=task.demand.meet)), moved)
                 found = task.loss(moved) if moved != taken else best
                 if found < best:
                     taken, best = moved, found

@@ -13,6 +13,8 @@ from ..structure.coupling import CoupledGroup, CouplingGraph
 from ..structure.kept import removed_layers
 from ..structure.queues import build_queue, kept_units
 from ..structure.scope import Scope
+from ..structure.widths import ANY, Widths
+from .alike import allocate_alike
 from .base import Allocation, AllocationTask, Demand, Meter, Taken
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def select(
     allocation: Allocation,
     *,
     cost: Cost | None = None,
-    round_to: int = 1,
+    widths: Widths = ANY,
     loss: Callable[[Kept], float] | None = None,
     progress: Progress = QUIET,
 ) -> Kept:
@@ -38,8 +40,9 @@ def select(
 
     ``allocation``: decides how many units each group loses; the scores decide which. ``cost``: of ``demand.amount``
     (default: the decoder's parameters); units that save nothing of it are kept. ``loss``: for an allocation that
-    measures, kept units → divergence of the cut model from the current one. Raises `SelectionError` when the demand
-    cannot be met.
+    measures, kept units → divergence of the cut model from the current one. ``widths``: what groups may keep.
+
+    Raises `SelectionError` when the demand cannot be met.
     """
     if allocation.measures and loss is None:
         raise SelectionError(f"{allocation.label()} measures the model on calibration text, and none is given")
@@ -48,7 +51,7 @@ def select(
     if demand.units is None:
         allowed = saving_units(cost, groups, allowed)
     queues = [
-        build_queue(g, scores.by_group[g.name].tolist(), allowed=allowed[g.name], round_to=round_to)
+        build_queue(g, scores.by_group[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
         for g in groups
         if g.name in allowed
     ]
@@ -57,7 +60,8 @@ def select(
         return _without_removed_layers(graph, kept_units(queues, taken))
 
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
-    return chosen(allocation.allocate(AllocationTask(queues, demand, Meter(cost, queues), measured, progress)))
+    task = AllocationTask(queues, demand, Meter(cost, queues), measured, progress)
+    return chosen(allocate_alike(allocation, task, widths.alike(groups)))
 
 
 def _without_removed_layers(graph: CouplingGraph, kept: Mapping[str, tuple[int, ...]]) -> Kept:

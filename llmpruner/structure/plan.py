@@ -114,7 +114,8 @@ class EstimationRecord(Frozen):
 
 
 class SelectionRecord(Frozen):
-    """How units were selected by their scores. ``settings``: of the allocation."""
+    """How units were selected by their scores. ``settings``: of the allocation. ``shape``,
+    ``round_to``: of kept widths."""
 
     kinds: tuple[str, ...]
     layers: Units
@@ -122,6 +123,7 @@ class SelectionRecord(Frozen):
     settings: dict[str, Any] = {}
     normalization: str = "none"
     steps: int = 1
+    shape: Literal["uniform", "free"] = "free"
     round_to: int = 1
 
 

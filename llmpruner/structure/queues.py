@@ -7,9 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from math import lcm
 
-from .coupling import ATTENTION, LAYER, QUERY, CoupledGroup
+from .coupling import CoupledGroup
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,12 @@ class Queue:
 
 
 def build_queue(
-    group: CoupledGroup, scores: Sequence[float], *, allowed: Collection[int] | None = None, round_to: int = 1
+    group: CoupledGroup, scores: Sequence[float], *, allowed: Collection[int] | None = None, multiple: int = 1
 ) -> Queue:
     """The units of ``group`` in ascending order of ``scores`` (ties by unit number), divided into steps.
 
-    ``allowed``: the units that may be removed (None: all). ``round_to``: the kept number must be a multiple of it, in
-    addition to the group's own ``multiple``, ``minimum`` and ``blocks``.
+    ``allowed``: the units that may be removed (None: all). ``multiple``: the kept number is a multiple of it
+    (`Widths.multiple`); the group's ``minimum`` and ``blocks`` hold too.
     """
     per_block = group.units // group.blocks
     columns: list[list[int]] = []
@@ -55,8 +54,6 @@ def build_queue(
         free = [u for u in units if allowed is None or u in allowed]
         columns.append(sorted(free, key=lambda u: (scores[u], u)))
     rows = list(zip(*columns, strict=False))
-    # Rounding aligns the widths of matrix products; heads and layers are counts, not widths.
-    multiple = lcm(1 if group.kind in (ATTENTION, QUERY, LAYER) else round_to, group.multiple)
     steps: list[tuple[int, ...]] = []
     pending: list[int] = []
     left = group.units

@@ -11,10 +11,12 @@ from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, CoupledGroup, Coupl
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The kinds of groups and the numbers of the decoder layers that may be cut."""
+    """The kinds of groups and the numbers of the decoder layers that may be cut. ``removable``: of the layers that may
+    be removed whole; None for all ``layers``."""
 
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
+    removable: tuple[int, ...] | None = None
 
     def groups(self, graph: CouplingGraph) -> tuple[CoupledGroup, ...]:
         """The groups in scope. Raises `UnsupportedModelError` for a kind that discovery did not find, with the reason,
@@ -35,8 +37,11 @@ class Scope:
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
-        """The units of ``group`` that may be removed: for the group of decoder layers, ``layers``; else None: all."""
-        return frozenset(self.layers) if group.kind == LAYER else None
+        """The units of ``group`` that may be removed: for the group of decoder layers, the removable ones; else None:
+        all."""
+        if group.kind != LAYER:
+            return None
+        return frozenset(self.layers if self.removable is None else self.removable)
 
 
 def _why_not(graph: CouplingGraph, kind: str) -> str:

@@ -1,0 +1,71 @@
+"""Which numbers of units a group may keep, and which groups must keep the same number. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import lcm
+
+from .coupling import ATTENTION, EXPERT, LAYER, QUERY, CoupledGroup
+
+ALIGNMENT = 64
+"""Default multiple of kept widths: kernels of matrix products run at full speed at multiples of 64."""
+NARROW = 1024
+"""Models whose hidden states have fewer channels than this are narrow: finer widths, at multiples of 32, suit them."""
+FEWEST_WIDTHS = 8
+"""A default multiple leaves every group at least this many widths to choose from."""
+COUNTED = frozenset({ATTENTION, QUERY, LAYER, EXPERT})
+"""Kinds whose units are counted: heads, layers and experts. The others are widths of matrix products."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """``uniform``: whether groups of the same kind and size in all layers keep the same number of units, so that one
+    number in a configuration describes them. ``round_to``: kept widths are multiples of it. ``adapts``: whether
+    `round_to` is a default, which is halved for groups that it would leave too few widths (`FEWEST_WIDTHS`)."""
+
+    uniform: bool = False
+    round_to: int = 1
+    adapts: bool = False
+
+    def multiple(self, group: CoupledGroup) -> int:
+        """What the kept number of units of ``group`` must be a multiple of, including the group's own multiple."""
+        if group.kind == EXPERT and self.uniform:
+            return lcm(experts_multiple(group.units), group.multiple)
+        if group.kind in COUNTED:
+            return group.multiple
+        own = self.round_to
+        while self.adapts and own > 1 and group.units < FEWEST_WIDTHS * own:
+            own //= 2
+        return lcm(own, group.multiple)
+
+    def alike(self, groups: Iterable[CoupledGroup]) -> list[list[str]]:
+        """The names of the groups, those that must keep the same number of units together, in order of appearance."""
+        found: dict[tuple[object, ...], list[str]] = {}
+        for group in groups:
+            shape = group.in_layer(0), group.kind, group.units, group.blocks, group.multiple, group.minimum
+            key = shape if self.uniform and group.layer is not None else (group.name,)
+            found.setdefault(key, []).append(group.name)
+        return list(found.values())
+
+
+ANY = Widths()
+"""Any number of units in any group."""
+
+
+def widths_for(shape: str, round_to: int | None, hidden_size: int) -> Widths:
+    """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels."""
+    if shape == "free":
+        return Widths(uniform=False, round_to=round_to or 1)
+    return Widths(uniform=True, round_to=round_to or default_alignment(hidden_size), adapts=round_to is None)
+
+
+def default_alignment(hidden_size: int) -> int:
+    """64; 32 for narrow models; less for those too small for any kernel to matter."""
+    return ALIGNMENT if hidden_size >= NARROW else min(32, 2 ** max(0, (hidden_size // 16).bit_length() - 1))
+
+
+def experts_multiple(experts: int) -> int:
+    """The multiple for the number of experts per layer: the largest power of two up to 8 that is at most a quarter of
+    them, so that the experts can be spread evenly over as many devices (expert parallelism)."""
+    return max(n for n in (1, 2, 4, 8) if n == 1 or 4 * n <= experts)
