@@ -21,7 +21,20 @@ RESULTS = Path(__file__).parent / "results" / "main_job.json"
 SEEDS = (0, 1, 2)
 DENSE = 25.615
 """The perplexity of the dense model."""
-PRUNE = ("--importance", "taylor", "--kinds", "mlp", "--layers", "3-26", "--ratio", "0.2", "--dtype", "float32")
+PRUNE = (
+    "--importance",
+    "taylor",
+    "--kinds",
+    "mlp",
+    "--layers",
+    "3-26",
+    "--shape",
+    "free",
+    "--ratio",
+    "0.2",
+    "--dtype",
+    "float32",
+)
 RECOVER = ("--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "3e-4", "--epochs", "1", "--autocast")
 
 
@@ -41,7 +54,7 @@ def measure(data: Path, work: Path) -> dict[str, Any]:
     test, validation = str(data / "wikitext2_unk_test.txt"), str(data / "wikitext2_unk_validation.jsonl")
     results: dict[str, Any] = {
         "machine": machine(),
-        "prune_self": prune("demo", work / "self", "--importance", "taylor", "--ratio", "0.2"),
+        "prune_self": prune("demo", work / "self", "--importance", "taylor", "--shape", "free", "--ratio", "0.2"),
     }
     results["same_plan_twice"] = same_plan(work)
     results["perplexity"] = {"dense": perplexity("demo", test, work)}

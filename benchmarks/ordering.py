@@ -51,7 +51,7 @@ def _perplexity(data: Path, seed: int, *options: str) -> float:
     text = str(data / "wikitext2_unk_validation.jsonl")
     with tempfile.TemporaryDirectory() as work:
         pruned = str(Path(work) / "pruned")
-        where = ("--kinds", "mlp", "--layers", "3-26", "--ratio", "0.2", "--dtype", "float32")
+        where = ("--kinds", "mlp", "--layers", "3-26", "--shape", "free", "--ratio", "0.2", "--dtype", "float32")
         on = ("--calibration", text, "--seed", str(seed), "-o", pruned)
         run("prune", "demo", "--method", "llm-pruner", *options, *where, *on)
         return measured(pruned, data / "wikitext2_unk_test.txt", Path(work), kl=False)["perplexity"]

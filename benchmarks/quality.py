@@ -1,4 +1,4 @@
-"""Quality for size: method × ratio × calibration text on the real model, without training.
+"""Quality for size: shape × method × ratio × calibration text on the real model, without training.
 
     LLMPRUNER_DATA=… python -m benchmarks.quality [--only TEXT] [--ratios 0.1,0.2] [--tasks]
 
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 METHODS = ("best", "fast", "llm-pruner")
+SHAPES = ("uniform", "free")
 TEXTS = {
     "WikiText-2 validation": "wikitext2_unk_validation.jsonl",
     "C4 sample": "c4_sample_300.jsonl",
@@ -39,24 +41,27 @@ TASKS = "piqa,arc_easy,openbookqa"
 
 @dataclass(frozen=True)
 class Row:
-    """One point. ``text``: what the pruned model was calibrated on; the dense model has ratio 0 and no method."""
+    """One point. ``text``: what the pruned model was calibrated on; the dense model has ratio 0 and no method.
+    ``shape``: of the result; free in the results of version 0.1, which knew no other."""
 
     method: str
     ratio: float
     text: str
+    shape: str = "free"
 
     @property
     def key(self) -> str:
-        return f"{self.method} {self.ratio:g} {self.text}"
+        return f"{self.method} {self.ratio:g} {self.text} {self.shape}"
 
 
 def rows(ratios: tuple[float, ...]) -> Iterator[Row]:
     yield Row("dense", 0.0, "")
     # The row that says most comes first, should the run be cut short.
-    for ratio in sorted(ratios, key=lambda r: abs(r - 0.2)):
-        for text in TEXTS:
-            for method in METHODS:
-                yield Row(method, ratio, text)
+    for text in TEXTS:
+        for method in METHODS:
+            for ratio in sorted(ratios, key=lambda r: abs(r - 0.2)):
+                for shape in SHAPES:
+                    yield Row(method, ratio, text, shape)
 
 
 def main() -> None:
@@ -87,7 +92,13 @@ def main() -> None:
 def points_of(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What was measured of pruned models, in the order of the tables."""
     points = [entry for entry in done.values() if entry["row"]["method"] != "dense"]
-    return sorted(points, key=lambda e: (e["row"]["ratio"], e["row"]["text"], e["row"]["method"]))
+    return sorted(
+        points, key=lambda e: (shape_of(e) == "free", e["row"]["ratio"], e["row"]["text"], e["row"]["method"])
+    )
+
+
+def shape_of(entry: dict[str, Any]) -> str:
+    return Row(**entry["row"]).shape
 
 
 def read_results() -> dict[str, dict[str, Any]]:
@@ -103,7 +114,7 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
         model = str(work / "pruned")
         name = TEXTS[row.text]
         text = name if name == "self" else str(data / name)
-        options = ("--method", row.method, "--kinds", "mlp", "--layers", "3-26", "--ratio", str(row.ratio))
+        options = ("--method", row.method, "--shape", row.shape, "--ratio", str(row.ratio))
         done = run("prune", "demo", *options, "--dtype", "float32", "--calibration", text, "-o", model, "--json")
         result = json.loads(done["output"])["result"]
         found |= {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
@@ -150,16 +161,15 @@ def overview(done: dict[str, dict[str, Any]]) -> str:
     dense = done[Row("dense", 0.0, "").key]
     ratios = [ratio for ratio in RATIOS if any(e["row"]["ratio"] == ratio for e in points_of(done))]
     lines = [
-        "| method | calibrated on | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
-        "|---" * (2 + len(ratios)) + "|",
-        "| dense | | " + " | ".join([f"{dense['perplexity']:.2f}"] * len(ratios)) + " |",
+        "| shape | method | calibrated on | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
+        "|---" * (3 + len(ratios)) + "|",
+        "| | dense | | " + " | ".join([f"{dense['perplexity']:.2f}"] * len(ratios)) + " |",
     ]
-    for text in TEXTS:
-        for method in METHODS:
-            found = [done.get(Row(method, ratio, text).key) for ratio in ratios]
-            if any(found):
-                cells = [f"{e['perplexity']:.2f}" if e else "" for e in found]
-                lines.append(f"| {method} | {text} | " + " | ".join(cells) + " |")
+    for shape, text, method in product(SHAPES, TEXTS, METHODS):
+        found = [done.get(Row(method, ratio, text, shape).key) for ratio in ratios]
+        if any(found):
+            cells = [f"{e['perplexity']:.2f}" if e else "" for e in found]
+            lines.append(f"| {shape} | {method} | {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +181,8 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         "",
         "<!-- Written by benchmarks/quality.py; do not edit. -->",
         "",
-        "SmolLM2-135M-Instruct, MLP channels of layers 3-26, no training. *Ratio*: share of the decoder's parameters "
+        "SmolLM2-135M-Instruct, MLP channels, no training. *Shape*: uniform (the default), every layer of one width, "
+        "or free, with layers 0-2 and 27-29 whole. *Ratio*: share of the decoder's parameters that was asked for, then "
         f"that was removed. Perplexity: first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 "
         "products; WikiText-2 test (unknown words as `<unk>`) and answers to instructions, neither of them used "
         "for calibration. KL: mean divergence from the dense model per WikiText-2 token, in nats. "
@@ -180,14 +191,16 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         "",
         "![Perplexity over the share of parameters removed](quality.svg)",
         "",
-        "| method | calibrated on | ratio | WikiText-2 | KL | instructions | seconds | peak MiB | machine |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| shape | method | calibrated on | ratio | removed | WikiText-2 | KL | instructions | seconds | peak MiB | "
+        "machine |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     points = points_of(done)
     for entry in points:
         row, seconds = entry["row"], f"{entry['seconds']:.0f}" + ("†" if entry.get("shared") else "")
         lines.append(
-            f"| {row['method']} | {row['text']} | {row['ratio']:.0%} | {entry['perplexity']:.2f} | "
+            f"| {shape_of(entry)} | {row['method']} | {row['text']} | {row['ratio']:.0%} | "
+            f"{entry['decoder_removed']:.1%} | {entry['perplexity']:.2f} | "
             f"{entry['kl']:.3f} | {entry['perplexity_instructions']:.2f} | {seconds} | {entry['peak_mib']} | "
             f"{entry['machine']['cpu']}, {entry['machine']['cores']} cores |"
         )
@@ -213,7 +226,11 @@ def _tasks(entries: list[dict[str, Any]]) -> list[str]:
     ]
     for entry in entries:
         row, tasks = entry["row"], entry["tasks"]
-        label = "dense" if row["method"] == "dense" else f"{row['method']}, {row['ratio']:.0%}, {row['text']}"
+        label = (
+            "dense"
+            if row["method"] == "dense"
+            else f"{row['method']}, {shape_of(entry)}, {row['ratio']:.0%}, {row['text']}"
+        )
         cells = [f"{tasks[name]['acc']:.3f} ± {tasks[name]['acc_stderr']:.3f}" for name in names]
         mean = sum(tasks[name]["acc"] for name in names) / len(names)
         texts = f"{entry['perplexity']:.2f} | {entry['kl']:.3f} | {entry['perplexity_instructions']:.2f}"
@@ -238,13 +255,14 @@ def _plot(dense: float, points: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     texts = dict(zip(TEXTS, ("-", "--", ":"), strict=True))
     colours = dict(zip(METHODS, ("tab:green", "tab:blue", "tab:red"), strict=True))
-    for method, colour in colours.items():
-        for text, style in texts.items():
-            chosen = [e for e in points if (e["row"]["method"], e["row"]["text"]) == (method, text)]
-            curve = sorted((e["row"]["ratio"], e["perplexity"]) for e in chosen)
-            if curve:
-                x, y = zip((0.0, dense), *curve, strict=True)
-                axes.plot(x, y, style, color=colour, marker="o", markersize=3, label=f"{method}, {text}")
+    markers = dict(zip(SHAPES, ("o", "x"), strict=True))
+    for (method, colour), (text, style), (shape, marker) in product(colours.items(), texts.items(), markers.items()):
+        row = {"method": method, "text": text}
+        chosen = [e for e in points if row.items() <= e["row"].items() and shape_of(e) == shape]
+        curve = sorted((e["decoder_removed"], e["perplexity"]) for e in chosen)
+        if curve:
+            x, y = zip((0.0, dense), *curve, strict=True)
+            axes.plot(x, y, style, color=colour, marker=marker, markersize=4, label=f"{method}, {text}, {shape}")
     axes.set(xlabel="decoder parameters removed", ylabel="perplexity on WikiText-2", yscale="log")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3, which="both")

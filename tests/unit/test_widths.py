@@ -1,0 +1,128 @@
+"""Uniform widths: equal groups of all layers keep the same, aligned number of units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
+from llmpruner.importance.estimate import Scores
+from llmpruner.recipes.checks import check_prune
+from llmpruner.recipes.pipeline import make_plan, save
+from llmpruner.selection.base import Demand
+from llmpruner.selection.ranking import GlobalRanking
+from llmpruner.selection.select import select
+from llmpruner.selection.sensitivity import Sensitivity
+from llmpruner.selection.uniform import Uniform
+from llmpruner.structure.kept import parameters_after
+from llmpruner.structure.scope import Scope
+from llmpruner.structure.widths import Widths, default_alignment, experts_multiple, widths_for
+from llmpruner.testing.jobs import cut_by, small_job
+
+UNIFORM = Widths(uniform=True, round_to=8)
+
+
+def group(units: int, kind: str = "mlp", layer: int = 0, **more) -> CoupledGroup:
+    return CoupledGroup(
+        f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), layer, **more
+    )
+
+
+def chosen(loaded, kinds, ratio, allocation=Uniform, meet="nearest", widths=UNIFORM, loss=None):
+    """Kept units by random scores that grow with the layer, so that free widths would differ; and the removed share."""
+    graph = loaded.graph
+    scope = Scope(kinds, tuple(range(graph.num_layers)))
+    groups = scope.groups(graph)
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        g.name: (1 + (g.layer or 0)) * torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups
+    }
+    demand = Demand(amount=round(ratio * graph.decoder_parameters), meet=meet)
+    kept = select(graph, groups, Scores(scores), scope, demand, allocation(), widths=widths, loss=loss)
+    return kept, 1 - parameters_after(graph, kept)[1] / graph.decoder_parameters
+
+
+@pytest.mark.parametrize("allocation", [Uniform, GlobalRanking], ids=lambda cls: cls.name)
+@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("mlp", "layer")], ids="+".join)
+def test_all_layers_keep_the_same_aligned_number_of_units(loaded, kinds, allocation):
+    kept, removed = chosen(loaded, kinds, 0.3, allocation)
+    graph = loaded.graph
+    assert abs(removed - 0.3) < 0.13
+    for kind in set(kinds) - {"layer"}:
+        widths = {}
+        for g in graph.of_kinds([kind]):
+            widths.setdefault((g.in_layer(0), g.units), set()).add(len(kept.get(g.name, range(g.units))))
+        gone = set(range(graph.num_layers)) - set(kept.get("layers", range(graph.num_layers)))
+        assert gone or all(len(found) == 1 for found in widths.values()), widths
+    assert all(len(units) % 8 == 0 for name, units in kept.items() if graph.by_name[name].kind == "mlp")
+
+
+def test_the_least_important_units_of_each_layer_go(gqa):
+    kept, _ = chosen(gqa, ("mlp",), 0.3)
+    generator = torch.Generator().manual_seed(0)
+    for layer, g in enumerate(gqa.graph.of_kinds(["mlp"])):
+        scores = (1 + layer) * torch.rand(g.units, generator=generator, dtype=torch.float64)
+        assert list(kept[g.name]) == sorted(scores.argsort(descending=True)[: len(kept[g.name])].tolist())
+
+
+@pytest.mark.parametrize("ratio", [0.11, 0.23, 0.34])
+def test_an_amount_is_met_from_above_below_or_nearest(gqa, ratio):
+    below, nearest, above = (chosen(gqa, ("mlp",), ratio, meet=meet)[1] for meet in ("below", "nearest", "above"))
+    assert below <= ratio <= above
+    assert below < above
+    assert nearest == min(below, above, key=lambda share: abs(share - ratio))
+
+
+def test_an_allocation_that_measures_cuts_all_layers_of_a_kind_together(gqa):
+    seen = []
+
+    def loss(kept):
+        seen.append({gqa.graph.by_name[name].kind: len(units) for name, units in kept.items()})
+        assert all(len({len(units) for name, units in kept.items() if f".{kind}" in name}) <= 1 for kind in seen[-1])
+        return float(sum(1 for kind in seen[-1] if kind == "attention"))
+
+    kept, _ = chosen(gqa, ("mlp", "attention"), 0.2, Sensitivity, loss=loss)
+    assert {"mlp"} == {gqa.graph.by_name[name].kind for name in kept}, "heads cost more here"
+    assert len(kept) == gqa.graph.num_layers
+    assert any(found.keys() == {"attention"} for found in seen)
+
+
+def test_groups_of_different_sizes_need_not_agree():
+    groups = [group(64, layer=0), group(64, layer=1), group(32, layer=2), group(4, "attention", 0)]
+    names = [g.name for g in groups]
+    assert UNIFORM.alike(groups) == [names[:2], names[2:3], names[3:]]
+    assert Widths().alike(groups) == [[name] for name in names]
+
+
+def test_multiples():
+    assert [default_alignment(size) for size in (32, 64, 576, 896, 1024, 8192)] == [2, 4, 32, 32, 64, 64]
+    assert [experts_multiple(count) for count in (2, 4, 8, 16, 60, 64, 256)] == [1, 1, 2, 4, 8, 8, 8]
+    default = widths_for("uniform", None, 4096)
+    assert [default.multiple(group(units)) for units in (11008, 512, 256, 6)] == [64, 64, 32, 1]
+    assert default.multiple(group(8, "attention")) == default.multiple(group(32, "query")) == 1
+    assert default.multiple(group(64, "expert")) == 8
+    assert widths_for("uniform", 48, 4096).multiple(group(256)) == 48
+    assert widths_for("free", None, 4096).multiple(group(256, multiple=4)) == 4
+
+
+def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_path):
+    plan, _ = make_plan(gqa, small_job(shape="uniform"))
+    assert {len(cut.kept) for cut in plan.cuts.values()} == {72}  # of 96, in multiples of 4
+    assert len(plan.cuts) == gqa.graph.num_layers
+    pruned = cut_by(gqa, plan)
+    assert save(pruned, tmp_path / "out") == "stock"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, pruned.model(ids).logits, atol=1e-5)
+
+
+def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
+    with pytest.raises(SelectionError, match=r"less than one unit .* in all layers at once, .* or for --shape free"):
+        check_prune(small_job(shape="uniform", amount=0.005), gqa, tokenizer=False)
+    with pytest.raises(SettingsError, match="--allocation global has no effect: with --shape uniform"):
+        check_prune(small_job(shape="uniform", allocation=GlobalRanking()), gqa, tokenizer=False)
+    check_prune(
+        small_job(shape="uniform", allocation=GlobalRanking(), kinds=("mlp", "attention")), gqa, tokenizer=False
+    )
