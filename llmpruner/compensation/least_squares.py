@@ -49,7 +49,7 @@ class _Sums:
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         add_gram(self.gram, inputs)
         self.cross.addmm_(inputs.T, targets)
-        self.energy += float(targets.square().sum(dtype=torch.float64))
+        self.energy += float(targets.square().sum(1).sum(dtype=torch.float64))
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor) -> float:

@@ -245,6 +245,8 @@ class _Repair:
         fitters: dict[Matrix, Fitter] = {}
         inputs = self.pruned.beside()
         simple = stage.is_simple
+        # The weights of removed inputs will be zero.
+        kept = next(iter(stage.consumers.values())).kept.to(self.pruned[0].device)
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
             pruned = self._watch(stage, batch, hidden, whole=stage.last)
             dense_outputs: dict[Matrix, torch.Tensor] = {}
@@ -268,7 +270,7 @@ class _Repair:
                 (use,) = pruned.uses
                 # ĥ after the layer, without what the weight adds to it.
                 self.pruned[position] = pruned.output - stage.factor * use.outputs.float().view_as(pruned.output)
-                inputs.append(use.inputs)
+                inputs.append(use.inputs.index_select(1, kept))
         fitters = self._of_all(stage, fitters)
         self.fits += write_all(fitters, self.model, self.ranks)
         producers.zero()
@@ -276,7 +278,7 @@ class _Repair:
             return False
         (fitter,) = fitters.values()
         (name,) = stage.consumers
-        weight = matrix_of(self.model, stage.consumers[name], None)
+        weight = matrix_of(self.model, stage.consumers[name], None).index_select(1, kept)
         for position, values in enumerate(inputs):
             rest = self.pruned[position]
             self.pruned[position] = rest + stage.factor * _outputs(weight, fitter.bias, values).view_as(rest)

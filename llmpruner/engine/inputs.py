@@ -150,8 +150,9 @@ class _Sums:
 
     def add(self, product: WatchedProduct) -> None:
         slot, inputs = product.slot or 0, product.inputs.float()
-        self.total[slot] += inputs.sum(0, dtype=torch.float64)
-        self.square[slot] += inputs.square().sum(0, dtype=torch.float64)
+        # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
+        self.total[slot] += inputs.sum(0)
+        self.square[slot] += inputs.square().sum(0)
         # In some models the inputs of every expert are all tokens, with zeros for those that are not routed to it.
         self.tokens[slot] += len(inputs) if self.dim == 2 else inputs.any(1).sum()
         if self.outer is not None:

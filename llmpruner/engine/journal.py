@@ -1,8 +1,8 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
 Each step writes files under temporary names and renames them, so that a file is whole or absent. Hidden states
-are large, so they are written at most every `INTERVAL` seconds; the layers after the last state are done again,
-with the same results.
+are large, so they are written at most every `INTERVAL` seconds, and less often where that takes more than `SHARE` of
+the time; the layers after the last state are done again, with the same results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _RUN = "run.json"
 INTERVAL = 20.0
-"""Seconds between two states of a walk that are written."""
+"""Fewest seconds between two states of a walk that are written."""
+SHARE = 0.02
+"""Largest share of the time that is spent on writing them."""
 
 
 class Journal:
@@ -40,7 +42,7 @@ class Journal:
         self.folder, self._ranks = folder, ranks
         self._own = json.dumps(run, sort_keys=True, indent=1)
         ranks.from_first(self._check)
-        self._written = time.monotonic()
+        self._written, self._took = time.monotonic(), 0.0
 
     def _check(self) -> None:
         folder, own = self.folder, self._own
@@ -77,8 +79,9 @@ class Journal:
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
         enough ago."""
-        if self._ranks.from_first(lambda: time.monotonic() - self._written < INTERVAL):
+        if self._ranks.from_first(lambda: time.monotonic() - self._written < max(INTERVAL, self._took / SHARE)):
             return
+        began = time.monotonic()
         layers = state["layers"]
         with _one_line(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -92,6 +95,7 @@ class Journal:
             if not old.name.endswith(f"-{layers}.states"):
                 old.unlink(missing_ok=True)
         self._written = time.monotonic()
+        self._took = self._written - began
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
         """The last state, and the files of its hidden states, which `States.load` reads; None if there is none, or if

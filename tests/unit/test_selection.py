@@ -16,6 +16,7 @@ from llmpruner.selection.uniform import Uniform
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.queues import build_queue
 from llmpruner.structure.scope import Scope
+from llmpruner.structure.widths import Widths
 
 ALL = (0, 1, 2, 3)
 
@@ -73,7 +74,7 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
 
 
 def test_widths_are_rounded(gqa):
-    kept = choose(gqa.graph, ("mlp",), Demand(amount=round(0.2 * gqa.graph.decoder_parameters)), round_to=16)
+    kept = choose(gqa.graph, ("mlp",), Demand(amount=round(0.2 * gqa.graph.decoder_parameters)), widths=Widths(round_to=16))
     assert {len(units) % 16 for units in kept.values()} == {0}
 
 
@@ -84,7 +85,8 @@ def test_query_heads_go_evenly_and_each_group_keeps_its_minimum(gqa):
 
 def test_a_multiple_and_a_minimum_of_the_group_itself_hold():
     spans = (Span("w", 0, Role.PRODUCES, Blocks(30)),)
-    queue = build_queue(CoupledGroup("g", "mlp", 30, spans, multiple=8, minimum=9), [float(u) for u in range(30)])
+    group = CoupledGroup("g", "mlp", 30, spans, multiple=8, minimum=9)
+    queue = build_queue(group, [float(u) for u in range(30)], multiple=Widths().multiple(group))
     assert [30 - queue.removed_after(n) for n in range(len(queue.steps) + 1)] == [30, 24, 16]
 
 
