@@ -34,7 +34,10 @@ def test_each_is_short():
 
 
 PRUNES = {
-    "allocation": ["--allocation", "tapered", "--set", "tapered.slope=1", "--importance", "l2", "--layers", "all"],
+    "allocation": [
+        *("--allocation", "tapered", "--set", "tapered.slope=1", "--importance", "l2"),
+        *("--layers", "all", "--shape", "free"),
+    ],
     "budget": ["--budget", "matrices", "--importance", "l2"],
     "compensation": ["--compensate", "keep-norm", "--set", "keep-norm.share=0.5", "--importance", "l2"],
     "source": ["--calibration", "counting:100", "--set", "counting.step=3", "--samples", "4", "--length", "8"],
@@ -92,6 +95,7 @@ def test_all_of_them_from_python(dense, shared, tmp_path):
         ratio=0.2,
         budget="matrices",
         allocation="tapered",
+        shape="free",
         importance="magnitude",
         compensate="keep-norm",
         settings={"magnitude": {"power": 2}, "tapered": {"slope": 0.2}},

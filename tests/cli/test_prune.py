@@ -18,7 +18,7 @@ CHOICES = {
     "l1": ("--importance", "l1", "--reduction", "max"),
     "l2": ("--importance", "l2", "--reduction", "prod"),
     "element1": TAYLOR,
-    "element2": (*TAYLOR, "--variant", "element2", "--allocation", "global"),
+    "element2": (*TAYLOR, "--variant", "element2", "--allocation", "global", "--shape", "free"),
     "mix": (*TAYLOR, "--variant", "mix", "--reduction", "mean", "--steps", 2),
     "vector": (*TAYLOR, "--variant", "vector", "--kinds", "mlp,attention"),
     "hidden": ("--importance", "l2", "--kinds", "hidden"),
@@ -132,7 +132,8 @@ def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
     # In a model this small only a whole layer takes a time that a clock can see.
     kinds = "layer" if budget == "latency" else "attention,mlp"
     context = ("--context", 32) if budget in ("macs", "latency") else ()
-    options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", kinds, "--layers", "all")
+    free = () if kinds == "layer" else ("--shape", "free")
+    options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", kinds, "--layers", "all", *free)
     found = run("plan", dense, *options, "--importance", "l1", "-o", tmp_path / "plan.json", "--json").json()
     target, result = found["plan"]["target"], found["result"]
     assert target["budget"] == budget and target.get("settings") == ({"context": 32} if context else None)

@@ -31,6 +31,10 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "variant": ((*L2, "--variant", "mix"), "--variant has no effect with criterion l2, which has no setting 'variant'"),
     "rounding of layers": ((*L2, "--kinds", "layer", "--round-to", 8), "--round-to has no effect with --kinds layer"),
+    "shape of layers": ((*L2, "--kinds", "layer", "--shape", "free"), "--shape has no effect with --kinds layer"),
+    "meeting units": (
+        ("plan", DENSE, "--unit-ratio", 0.2, "--meet", "above"), "--meet has no effect with --unit-ratio"
+    ),
     "layers of the stream": ((*L2, "--kinds", "hidden", "--layers", "1"), "--layers has no effect with --kinds hidden"),
     "reduction of layers": (
         ("plan", DENSE, "--ratio", 0.3, "--importance", "angular", "--kinds", "layer", "--reduction", "max"),
@@ -149,14 +153,25 @@ def hollow(shared, tmp_path):
 
 IMPOSSIBLE: dict[str, tuple[tuple[object, ...], str]] = {
     "ratio": (("--ratio", 0.9), "cannot remove 27,878 parameters: the selected kinds and layers can give at most"),
-    "ratio, by measurement": (("--ratio", 0.9, "--allocation", "search"), "cannot remove 27,878 parameters"),
+    "ratio, by measurement": (
+        ("--ratio", 0.9, "--allocation", "search", "--shape", "free"), "cannot remove 27,878 parameters"
+    ),
     "ratio of operations": (("--ratio", 0.9, "--budget", "macs"), "MACs per token: the selected kinds and layers"),
     "number": (("--target-params", "1K"), "the selected kinds and layers can give at most"),
     "rounding": (
-        ("--ratio", 0.01, "--round-to", 32), "less than one unit of the selected groups under --round-to 32"
+        ("--ratio", 0.01, "--round-to", 32, "--shape", "free"),
+        "less than one unit of the selected groups under --round-to 32",
     ),
     "rounding beyond the width": (("--ratio", 0.2, "--round-to", 64), "can give at most 0"),
-    "less than a unit": (("--ratio", 0.0001), "less than one unit of the selected groups; ask for more"),
+    "less than uniform widths can give": (
+        ("--ratio", 0.001), "less than one unit of the selected groups in all layers at once"
+    ),
+    "less than a unit": (
+        ("--ratio", 0.0001, "--shape", "free"), "less than one unit of the selected groups; ask for more"
+    ),
+    "shares that uniform widths do not have": (
+        ("--ratio", 0.2, "--allocation", "global"), "--allocation global has no effect: with --shape uniform"
+    ),
     "units in steps": (("--unit-ratio", 0.2, "--steps", 2), "--unit-ratio goes in one step"),
     "kinds that the model lacks": (("--ratio", 0.2, "--kinds", "expert"), "'expert'"),
     "layers that the model lacks": (("--ratio", 0.2, "--layers", "9"), "the model has the layers 0-3"),

@@ -91,6 +91,7 @@ def test_hidden_channels_scale_every_layer_and_what_is_outside(gqa):
 def test_a_plan_records_the_measurement_and_replays_without_another(gqa, monkeypatch):
     monkeypatch.setattr("llmpruner.budgets.timing.decode_one", by_size)
     settings = {"ratio": 0.25, "budget": "latency", "context": 12, "kinds": "mlp,attention", "importance": "l1"}
+    settings["shape"] = "free"
     first = llmpruner.plan(gqa, **settings)
     assert LatencyTable.model_validate(first.target.measured).context == 12
     assert llmpruner.plan(gqa, **settings).to_json() == first.to_json()

@@ -43,7 +43,9 @@ PRUNE = Command(
         "unit_ratio": (0.25, 0.5),
         "kinds": ("mlp,attention", "layer", "hidden"),
         "layers": ("1-2", "all"),
+        "shape": ("free", "uniform"),
         "round_to": (8, 4),
+        "meet": ("above", "below"),
         "method": ("fast", "best", "llm-pruner"),
         "importance": ("taylor", "l2", "energy", "block-influence"),
         "variant": ("mix", "vector"),
@@ -139,7 +141,7 @@ def outcome(command: Command, given: Mapping[str, Any]) -> Any:
 def test_every_option_is_tried():
     for command in COMMANDS.values():
         assert set(command.values) == set(command.model.model_fields)
-    assert len(PAIRS) == 454
+    assert len(PAIRS) == 497
 
 
 @pytest.mark.parametrize(("name", "one", "other"), PAIRS)

@@ -12,7 +12,7 @@ import torch
 import llmpruner
 from llmpruner import PlanError, PruningPlan, SelectionError
 from llmpruner.importance.estimate import estimate
-from llmpruner.recipes.pipeline import default_layers, make_plan
+from llmpruner.recipes.pipeline import inner_layers, make_plan
 from llmpruner.testing.jobs import small_job
 
 LITTLE_TEXT = {"samples": 2, "length": 12}
@@ -102,7 +102,7 @@ def test_steps_measure_again(gqa):
 
 def test_less_than_one_unit_is_refused(gqa):
     with pytest.raises(SelectionError, match="less than one unit of the selected groups; ask for more"):
-        llmpruner.plan(gqa, ratio=1e-5, importance="l1")
+        llmpruner.plan(gqa, ratio=1e-5, shape="free", importance="l1")
     # By the stages, too, for budgets and allocations whose demand is known only while they run.
     with pytest.raises(SelectionError, match="less than one unit"):
         make_plan(gqa, small_job(amount=1e-5))
@@ -113,7 +113,7 @@ def test_total_parameters(gqa):
     with pytest.raises(SelectionError, match="is not below the model's"):
         llmpruner.plan(gqa, target_params=total * 2, importance="l1")
     unit = gqa.graph.parameters_per_unit(gqa.graph.by_name["layers.0.mlp"])
-    pruned = llmpruner.prune(gqa, target_params=total * 0.8, importance="l1")
+    pruned = llmpruner.prune(gqa, target_params=total * 0.8, shape="free", importance="l1")
     assert abs(pruned.graph.total_parameters - total * 0.8) <= unit
 
 
@@ -125,7 +125,7 @@ def test_a_share_of_units_is_the_papers_amount(gqa):
 
 def test_both_ends_are_protected(gqa):
     wide = replace(gqa, graph=replace(gqa.graph, groups=(), shapes={f"model.layers.{n}.w": (1,) for n in range(30)}))
-    assert default_layers(wide) == tuple(range(3, 27))
+    assert inner_layers(wide) == tuple(range(3, 27))
 
 
 def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):

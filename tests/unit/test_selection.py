@@ -74,7 +74,8 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
 
 
 def test_widths_are_rounded(gqa):
-    kept = choose(gqa.graph, ("mlp",), Demand(amount=round(0.2 * gqa.graph.decoder_parameters)), widths=Widths(round_to=16))
+    demand = Demand(amount=round(0.2 * gqa.graph.decoder_parameters))
+    kept = choose(gqa.graph, ("mlp",), demand, widths=Widths(round_to=16))
     assert {len(units) % 16 for units in kept.values()} == {0}
 
 

@@ -124,7 +124,7 @@ def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
     ("settings", "why"),
     [
         ({"steps": 2, "importance": "l2"}, "--steps cuts copies"),
-        ({"allocation": "search"}, "runs copies of the model"),
+        ({"allocation": "search", "shape": "free"}, "runs copies of the model"),
         ({"budget": "kv-cache", "kinds": "attention"}, "measures the model"),
     ],
 )
