@@ -76,7 +76,7 @@ from .settings import (
     settings_from,
 )
 from .structure.outcome import Outcome
-from .structure.plan import PruningPlan
+from .structure.plan import PruningPlan, original_layers
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -355,7 +355,8 @@ def recover(
     with progress.counter("Recovering") as step:
         result = _recover(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
-            load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted), on_step=step,
+            load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted),
+            layers=original_layers(loaded.plans), on_step=step,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)

@@ -29,6 +29,7 @@ from ..importance.taylor import Taylor
 from ..methods.base import Method
 from ..methods.presets import Best, Fast, LlmPruner
 from ..recovery.base import RecoveryStrategy
+from ..recovery.distil import DistilStrategy
 from ..recovery.full import FullStrategy
 from ..recovery.lora import LoraStrategy
 from ..report.base import ReportSection
@@ -57,7 +58,7 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
 
 @hookimpl
 def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
-    return [LoraStrategy, FullStrategy]
+    return [LoraStrategy, FullStrategy, DistilStrategy]
 
 
 @hookimpl

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 def train_adapters(job: RecoveryJob, *, rank: int, alpha: int, dropout: float) -> TrainingResult:
     """Train LoRA adapters of the modules in `adapter_targets`; returns the peft model. Raises `MissingExtraError`
     without peft, and as `adapter_targets` and `fit` do."""
+    model, notes = with_adapters(job, rank=rank, alpha=alpha, dropout=dropout)
+    losses = fit(model, job)
+    return TrainingResult(model, losses, sum(p.numel() for p in model.parameters() if p.requires_grad), notes)
+
+
+def with_adapters(job: RecoveryJob, *, rank: int, alpha: int, dropout: float) -> tuple[Any, tuple[str, ...]]:
+    """``job.model`` as a peft model with new LoRA adapters, drawn by the job's seed; and notes for the user."""
     try:
         import peft
     except ImportError:
@@ -42,10 +49,8 @@ def train_adapters(job: RecoveryJob, *, rank: int, alpha: int, dropout: float) -
         # peft reads a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model: Any = peft.get_peft_model(job.model, config)
-    losses = fit(model, job)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     notes = (f"{len(skipped)} parameters of experts get no adapters ({skipped[0]}, …)",) if skipped else ()
-    return TrainingResult(model, losses, trainable, notes)
+    return model, notes
 
 
 def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], list[str]]:

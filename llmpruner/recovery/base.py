@@ -28,7 +28,7 @@ class RecoveryJob:
     ``learning_rate`` to ``seed``; a strategy's own settings are its ``self.settings``. ``work_dir``: an existing
     directory for the state of the training, to resume from; kept until the result is saved. ``on_step``: to be called
     after each optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
-    `teacher`.
+    `teacher`. ``layers``: for every decoder layer, its number in the dense model; None where no layer was removed.
     """
 
     model: PreTrainedModel
@@ -39,6 +39,7 @@ class RecoveryJob:
     work_dir: Path
     on_step: Callable[[int, int, float], None] | None = None
     load_teacher: Callable[[], PreTrainedModel] | None = None
+    layers: tuple[int, ...] | None = None
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,

@@ -69,14 +69,15 @@ def recover(
     *,
     examples: Examples | None = None,
     load_teacher: Callable[[], PreTrainedModel] | None = None,
+    layers: tuple[int, ...] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
     ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
     effect, as ``strategy`` has its own. ``examples``: used instead of ``settings.data``. ``load_teacher``: loads the
-    dense model, for strategies that need it. ``on_step``: called after each optimizer step with its number from 1, the
-    number of steps, and its loss.
+    dense model, for strategies that need it. ``layers``: see `RecoveryJob`. ``on_step``: called after each optimizer
+    step with its number from 1, the number of steps, and its loss.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
@@ -88,7 +89,7 @@ def recover(
     _claim(work_dir, _identity(model, rows, strategy, settings))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
-    job = RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step, load_teacher)
+    job = RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step, load_teacher, layers)
     result = strategy.train(job)
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):

@@ -25,7 +25,7 @@ from pydantic import (
 
 from ..errors import PlanError
 from ..files import write_text
-from .coupling import CouplingGraph, runs
+from .coupling import LAYER, CouplingGraph, runs
 from .kept import check_kept
 
 if TYPE_CHECKING:
@@ -232,6 +232,16 @@ def structure_of(graph: CouplingGraph) -> str:
     """SHA-256 over parameter names and shapes. A plan applies to models with the same value."""
     lines = sorted(f"{name} {list(shape)}" for name, shape in graph.shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def original_layers(plans: Sequence[PruningPlan]) -> tuple[int, ...] | None:
+    """For every decoder layer that is left after ``plans``, in order, its number in the dense model; None where no
+    layer was removed."""
+    numbers: tuple[int, ...] | None = None
+    for cut in (cut for plan in plans for cut in plan.cuts.values() if cut.kind == LAYER):
+        before = numbers or tuple(range(cut.units))
+        numbers = tuple(before[unit] for unit in cut.kept)
+    return numbers
 
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:

@@ -96,10 +96,10 @@ def divergence(model, teacher):
 def test_an_outside_strategy_distils_from_the_dense_model_and_is_recorded(pruned, catalog, tmp_path):
     dense = load_model(str(tmp_path / "home" / "dense"), catalog).model
     before = divergence(pruned.model, dense)
-    result = run(pruned, catalog, catalog.strategies["distil"](temperature=1.0), tmp_path / "work")
+    result = run(pruned, catalog, catalog.strategies["imitation"](temperature=1.0), tmp_path / "work")
     assert divergence(result.model, dense) < before
     record = result.record()
-    assert record["strategy"] == "distil" and record["strategy_settings"] == {"temperature": 1.0}
+    assert record["strategy"] == "imitation" and record["strategy_settings"] == {"temperature": 1.0}
     save(replace(pruned, model=result.model), tmp_path / "saved", notes={"recovery": [record]})
     kept = json.loads((tmp_path / "saved" / "llmpruner.json").read_text())
     assert kept["recovery"] == [record]
@@ -110,7 +110,7 @@ def test_an_outside_strategy_distils_from_the_dense_model_and_is_recorded(pruned
 def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalog, tmp_path):
     again = load_model(pruned.ref, catalog)
     settings = SETTINGS.model_copy(update={"max_steps": 4})
-    distil = catalog.strategies["distil"]
+    distil = catalog.strategies["imitation"]
     whole = run(pruned, catalog, distil(), tmp_path / "whole", settings)
 
     def interrupt(step, total, loss):
@@ -130,8 +130,10 @@ def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalo
 
 
 def test_settings_of_a_strategy_are_checked(catalog):
-    with pytest.raises(SettingsError, match="strategy distil: temperature = 0 is refused: expected a number above 0"):
-        catalog.strategies["distil"](temperature=0)
+    with pytest.raises(
+        SettingsError, match="strategy imitation: temperature = 0 is refused: expected a number above 0"
+    ):
+        catalog.strategies["imitation"](temperature=0)
     with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: none"):
         catalog.strategies["full"](rank=4)
     with pytest.raises(SettingsError, match="recovery strategy lora: rank = 0 is refused: expected at least 1"):
@@ -173,7 +175,7 @@ def test_the_teacher_is_loaded_once_and_only_on_request(pruned, tmp_path):
 def test_a_job_without_a_dense_model_is_an_error(pruned, catalog, tmp_path):
     with pytest.raises(ModelError, match="needs the dense model, which is not known here"):
         recover(
-            pruned.model, pruned.tokenizer, pruned.graph, pruned.family, catalog.strategies["distil"](), SETTINGS,
+            pruned.model, pruned.tokenizer, pruned.graph, pruned.family, catalog.strategies["imitation"](), SETTINGS,
             tmp_path / "work", examples=EXAMPLES,
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ from llmpruner import ComponentSettings, RecoveryStrategy, TrainingResult, fit, 
 
 
 class Distil(RecoveryStrategy):
-    name = "distil"
+    name = "imitation"
     summary = "trains every parameter on the KL divergence from the dense model's next-token distributions"
 
     class Settings(ComponentSettings):

@@ -1,0 +1,64 @@
+"""Distillation from the dense model. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..component import ComponentSettings
+from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+
+
+class DistilStrategy(RecoveryStrategy):
+    """Knowledge distillation (Hinton, Vinyals, Dean, 2015): the pruned model is trained to predict what the dense model
+    predicts, for every token of the data. Every token has a target for the whole vocabulary, so that far fewer tokens
+    are needed than for a training on next tokens.
+
+    The loss is the mean over trained tokens of T² · KL(p ‖ q), with the predictions p of the dense and q of the pruned
+    model at temperature T, plus what the settings add to it. The dense model is in memory beside the pruned one; with
+    ``top``, only until its most likely tokens are written to the folder of the training.
+    """
+
+    name = "distil"
+    summary = "trains toward the predictions of the dense model (Hinton et al., 2015)"
+
+    class Settings(ComponentSettings):
+        trains: Literal["all", "touched", "lora"] = Field(
+            "all",
+            description="What is trained: all weights, those whose shape the cut changed (touched), or LoRA adapters "
+            "(lora).",
+        )
+        temperature: float = Field(1.0, gt=0, description="T, by which the logits of both models are divided.")
+        divergence: Literal["forward", "reverse", "mixed"] = Field(
+            "forward", description="forward: KL(p ‖ q); reverse: KL(q ‖ p); mixed: the mean of both."
+        )
+        labels: float = Field(
+            0.0, ge=0, lt=1, description="Weight of the cross entropy of the next token; the divergence has the rest."
+        )
+        hidden: float = Field(
+            0.0,
+            ge=0,
+            description="Weight of the squared differences of the hidden states after every layer, relative to the "
+            "dense model's.",
+        )
+        top: int = Field(
+            0,
+            ge=0,
+            description="Number of the dense model's most likely tokens whose probabilities are kept on disk, with the "
+            "rest as one; 0: it computes all of them in every step.",
+        )
+        rank: int = Field(8, ge=1, description="Rank of the adapters, with trains=lora.")
+        alpha: int = Field(16, ge=1, description="Scale of the adapters, with trains=lora.")
+        dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, with trains=lora.")
+
+    settings: Settings
+
+    @property
+    def adapters(self) -> bool:  # type: ignore[override]
+        return self.settings.trains == "lora"
+
+    def train(self, job: RecoveryJob) -> TrainingResult:
+        from .distillation import train_distilled
+
+        return train_distilled(job, self.settings)
