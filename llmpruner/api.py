@@ -23,6 +23,7 @@ from . import __version__
 from .checkpoints.adapters import save_adapter
 from .data.conversations import example
 from .data.documents import check_source
+from .data.mixture import parse_mixture
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
 from .engine.ranks import Ranks
@@ -346,7 +347,8 @@ def recover(
     directory = None if output is None else check_new_directory(Path(output))
     folder = _work_dir(directory, work_dir)
     check_work_dir(folder)
-    check_source(job.settings.data, example)
+    for part in parse_mixture(job.settings.data):
+        check_source(part.source, example)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")

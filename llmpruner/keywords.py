@@ -63,6 +63,7 @@ class RecoverKeywords(TypedDict, total=False):
     batch_size: int
     micro_batch_size: int
     cutoff: int
+    pack: bool
     warmup_steps: int
     loss_on: Literal["all", "answers"]
     autocast: bool

@@ -397,7 +397,8 @@ class RecoverSettings(Settings):
         str,
         Field(
             description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
-            "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set."
+            "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set. Several, "
+            "with commas between them, are joined; 3*FILE,1*FILE takes examples in these shares."
         ),
     ]
     strategy: Annotated[str, Field(description="Recovery strategy; see `llmpruner plugins`.")] = "lora"
@@ -420,6 +421,13 @@ class RecoverSettings(Settings):
         int, Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size.")
     ] = 4
     cutoff: Annotated[int, Field(ge=2, description="Tokens per example; longer ones are cut.")] = 256
+    pack: Annotated[
+        bool,
+        Field(
+            description="Join examples to rows of --cutoff tokens, so that no time goes into padding; attention sees "
+            "the earlier examples of a row."
+        ),
+    ] = False
     warmup_steps: Annotated[
         int,
         Field(ge=0, description="Warm-up steps; at most a tenth of all steps."),

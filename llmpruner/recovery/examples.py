@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.conversations import read_examples
+from ..data.conversations import Example, read_examples
+from ..data.mixture import mixed, parse_mixture
 from ..errors import DataError
 from ..families.chat import TrainingText, common_start, training_texts
 
@@ -43,29 +45,40 @@ def load_examples(
     """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and format it for the model (see
     `llmpruner.families.chat`).
 
-    ``limit``: number of examples to draw at random, by ``seed``; None: all, in order. Raises `DataError` with the place
-    of the first example that is malformed, or that the model's format does not support.
+    ``source``: one, or several (see `llmpruner.data.mixture`). ``limit``: number of examples to draw at random, by
+    ``seed``; None: all, in order. Raises `DataError` with the place of the first example that is malformed, or that the
+    model's format does not support.
     """
-    numbered = list(enumerate(read_examples(source), start=1))
+    parts = parse_mixture(source)
+    places = mixed([(part, _numbered(part.source)) for part in parts], seed)
     if limit is not None:
-        random.Random(seed).shuffle(numbered)
-        numbered = numbered[:limit]
+        random.Random(seed).shuffle(places)
+        places = places[:limit]
     texts: list[TrainingText] = []
-    for number, example in numbered:
+    for place, example in places:
         try:
             texts += training_texts(example, family, tokenizer)
         except DataError as error:
-            raise DataError(f"{source}, example {number}: {error}") from error
+            raise DataError(f"{place}: {error}") from error
     return Examples(tuple(texts), source)
 
 
-def tokenise(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn) -> list[dict[str, list[int]]]:
-    """``input_ids`` and ``labels`` of every text, truncated to ``cutoff`` tokens.
+def _numbered(source: str) -> list[tuple[str, Example]]:
+    return [(f"{source}, example {number}", found) for number, found in enumerate(read_examples(source), start=1)]
 
-    A label is its token; with ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer. Texts
+
+def tokenise(
+    examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn, pack: bool = False
+) -> list[dict[str, list[int]]]:
+    """``input_ids`` and ``labels`` of every text, truncated to ``cutoff`` tokens; with ``pack``, of rows of ``cutoff``
+    tokens into which all texts are joined, without the rest at the end that fills no row.
+
+    A label is its token; with ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer. Rows
     without tokens to train on are left out. Raises `DataError` when that is all of them.
     """
-    rows = [_encode(text, tokenizer, cutoff, loss_on) for text in examples.texts]
+    rows = [_encode(text, tokenizer, None if pack else cutoff, loss_on) for text in examples.texts]
+    if pack:
+        rows = _packed(rows, cutoff, tokenizer.eos_token_id)
     # The first token of a text is not predicted.
     rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
     if not rows:
@@ -73,7 +86,23 @@ def tokenise(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn
     return rows
 
 
-def _encode(text: TrainingText, tokenizer: Any, cutoff: int, loss_on: LossOn) -> dict[str, list[int]]:
+def _packed(rows: Sequence[dict[str, list[int]]], cutoff: int, eos: int | None) -> list[dict[str, list[int]]]:
+    """Rows of ``cutoff`` tokens; one row where all texts together are shorter. Texts that do not end with ``eos`` get
+    it, so that the model sees where one ends."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for row in rows:
+        ended = eos is None or row["input_ids"][-1:] == [eos]
+        ids += row["input_ids"] if ended else [*row["input_ids"], eos]  # type: ignore[list-item]
+        labels += row["labels"] if ended else [*row["labels"], IGNORED]
+    whole = max(len(ids) - len(ids) % cutoff, min(len(ids), cutoff))
+    return [
+        {"input_ids": ids[start : start + cutoff], "labels": labels[start : start + cutoff]}
+        for start in range(0, whole, cutoff)
+    ]
+
+
+def _encode(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:
     whole = text.has_special_tokens or (len(text.turns) > 1 and tokenizer.is_fast)
     ids, answered = (_encode_whole if whole else _encode_turns)(text, tokenizer)
     labels = [token if loss_on == "all" or yes else IGNORED for token, yes in zip(ids, answered, strict=True)]

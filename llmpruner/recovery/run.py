@@ -85,7 +85,7 @@ def recover(
     """
     if examples is None:
         examples = load_examples(settings.data, family, tokenizer, limit=settings.limit, seed=settings.seed)
-    rows = tokenise(examples, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on)
+    rows = tokenise(examples, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on, pack=settings.pack)
     _claim(work_dir, _identity(model, rows, strategy, settings))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
@@ -99,7 +99,7 @@ def recover(
         trained.requires_grad_(True)
         for name in frozen:
             trained.get_parameter(name).requires_grad_(False)
-    left_out = len(examples.texts) - len(rows)
+    left_out = 0 if settings.pack else len(examples.texts) - len(rows)
     notes = (f"{left_out} examples had nothing to train on and were left out",) if left_out else ()
     return RecoveryResult(
         trained.eval(),

@@ -79,6 +79,7 @@ RECOVER = Command(
         "batch_size": (8, 16),
         "micro_batch_size": (2, 4),
         "cutoff": (64, 128),
+        "pack": (True, False),
         "warmup_steps": (3, 4),
         "loss_on": ("answers", "all"),
         "autocast": (True, False),
@@ -141,7 +142,7 @@ def outcome(command: Command, given: Mapping[str, Any]) -> Any:
 def test_every_option_is_tried():
     for command in COMMANDS.values():
         assert set(command.values) == set(command.model.model_fields)
-    assert len(PAIRS) == 497
+    assert len(PAIRS) == 515
 
 
 @pytest.mark.parametrize(("name", "one", "other"), PAIRS)

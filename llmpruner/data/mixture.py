@@ -1,0 +1,59 @@
+"""Several sources of records as one: ``a.jsonl,b.jsonl``, or with shares ``3*a.jsonl,1*b.jsonl``."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import DataError
+
+T = TypeVar("T")
+
+_PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source. ``share``: how many of its records are taken in proportion to the others'; None where no source has
+    a share, and all records are taken."""
+
+    source: str
+    share: float | None = None
+
+
+def parse_mixture(text: str) -> tuple[Part, ...]:
+    """The sources that ``text`` names. A file that exists is one source, whatever its name.
+
+    Raises `DataError` for an empty name and a share of zero.
+    """
+    if Path(text).is_file():
+        return (Part(text),)
+    found = []
+    for piece in text.split(","):
+        match = _PART.fullmatch(piece.strip())
+        if match is None:
+            raise DataError(f"'{text}' has a source with an empty name; expected SOURCE,SOURCE or 3*SOURCE,1*SOURCE")
+        share = None if match[1] is None else float(match[1])
+        if share == 0:
+            raise DataError(f"'{text}': a share of 0 takes nothing of '{match[2]}'; leave it out")
+        found.append(Part(match[2], share))
+    if any(part.share is not None for part in found):
+        found = [Part(part.source, 1.0 if part.share is None else part.share) for part in found]
+    return tuple(found)
+
+
+def mixed(parts: Sequence[tuple[Part, Sequence[T]]], seed: int) -> list[T]:
+    """The records of all sources, those of each together, in their order. With shares, as many as there can be in these
+    proportions, drawn at random by ``seed``."""
+    shares = [part.share for part, _ in parts]
+    unit = min((len(records) / share for (_, records), share in zip(parts, shares, strict=True) if share), default=0.0)
+    found: list[T] = []
+    for number, (part, records) in enumerate(parts):
+        count = len(records) if part.share is None else max(1, round(part.share * unit))
+        chosen = sorted(random.Random(f"{seed} {number}").sample(range(len(records)), min(count, len(records))))
+        found += [records[index] for index in chosen]
+    return found
