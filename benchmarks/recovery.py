@@ -1,0 +1,94 @@
+"""Recovery strategies in the same time, on the demo model pruned without a corpus, and judged on texts of which no stage
+saw any.
+
+    LLMPRUNER_DATA=… python -m benchmarks.recovery [--minutes 15] [NAME …]
+
+``NAME``: of `WAYS`; the others keep their results. The number of steps of each is what fits into the time, from the
+seconds of its first steps. Writes ``results/recovery.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .measure import as_json, data_folder, machine, measured, run
+from .quality import _instructions
+
+RESULTS = Path(__file__).parent / "results" / "recovery.json"
+PROBE = 4
+"""Steps that are timed before."""
+_MIXED = ("--data", "{c4},{alpaca}", "--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
+WAYS: dict[str, tuple[str, ...]] = {
+    "distil": ("--strategy", "distil", *_MIXED, "--autocast"),
+    "full": ("--strategy", "full", *_MIXED, "--autocast"),
+    "lora, the paper's": ("--strategy", "lora", "--data", "{alpaca}", "--autocast"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("names", nargs="*", default=list(WAYS))
+    arguments = parser.parse_args()
+    data = data_folder()
+    done: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        pruned = Path(os.environ.get("LLMPRUNER_PRUNED", work / "pruned"))
+        if not pruned.is_dir():
+            found = run("prune", "demo", "--ratio", "0.2", "-o", str(pruned))
+            keys = ("command", "seconds", "peak_mib")
+            done["pruned"] = {**{key: found[key] for key in keys}, **judged(str(pruned), data, work)}
+            done["dense"] = judged("demo", data, work)
+            write(done, work, data)
+        for name in arguments.names:
+            done[name] = {
+                "machine": machine(), "minutes": arguments.minutes,
+                **recovered(WAYS[name], pruned, arguments.minutes, data, work),
+            }  # fmt: skip
+            write(done, work, data)
+
+
+def recovered(options: tuple[str, ...], pruned: Path, minutes: float, data: Path, work: Path) -> dict[str, Any]:
+    names = {"c4": data / "c4_sample_300.jsonl", "alpaca": data / "alpaca_en_1k.jsonl"}
+    options = tuple(option.format(**names) for option in options)
+    # The first steps take as long as all others; what is before them is in both runs.
+    short, long = (
+        run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(work / f"probe-{steps}"))["seconds"]
+        for steps in (1, 1 + PROBE)
+    )
+    each = (long - short) / PROBE
+    steps = max(1, int((60 * minutes - short) / each))
+    out = work / "recovered"
+    found = run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(out), timeout=36000)
+    losses = json.loads((out / "llmpruner.json").read_text())["recovery"][-1]["losses"]
+    judgement = judged(str(out), data, work)
+    for folder in (out, work / "probe-1", work / f"probe-{1 + PROBE}"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    return {
+        **{key: found[key] for key in ("command", "seconds", "cpu_seconds", "peak_mib")},
+        "steps": steps, "first and last loss": [losses[0], losses[-1]], **judgement,
+    }  # fmt: skip
+
+
+def judged(model: str, data: Path, work: Path) -> dict[str, float]:
+    text = work / "instructions.txt"
+    text.write_text(_instructions(data), encoding="utf-8")
+    first = measured(model, data / "wikitext2_unk_test.txt", work)
+    second = measured(model, text, work, kl=False)
+    return {"wikitext2": first["perplexity"], "kl": first["kl_per_token"], "instructions": second["perplexity"]}
+
+
+def write(done: dict[str, Any], work: Path, data: Path) -> None:
+    RESULTS.write_text(as_json(done).replace(str(work), "$WORK").replace(str(data), "$LLMPRUNER_DATA"))
+
+
+if __name__ == "__main__":
+    main()
