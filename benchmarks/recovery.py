@@ -1,4 +1,4 @@
-"""Recovery strategies in the same time, on the demo model pruned without a corpus, and judged on texts of which no stage
+"""Recovery strategies in the same time, on the demo model pruned without a corpus, judged on texts of which no stage
 saw any.
 
     LLMPRUNER_DATA=… python -m benchmarks.recovery [--minutes 15] [NAME …]
