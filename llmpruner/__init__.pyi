@@ -1,5 +1,6 @@
 """The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
 
+from .api import bench as bench
 from .api import discover as discover
 from .api import evaluate as evaluate
 from .api import export as export
@@ -10,6 +11,11 @@ from .api import prune as prune
 from .api import recover as recover
 from .api import save as save
 from .api import verify as verify
+from .benching.base import BenchSubject as BenchSubject
+from .benching.base import Runtime as Runtime
+from .benching.base import Session as Session
+from .benching.results import BenchResult as BenchResult
+from .benching.work import Work as Work
 from .budgets.base import Budget as Budget
 from .budgets.base import BudgetSubject as BudgetSubject
 from .budgets.costs import Cost as Cost
@@ -87,6 +93,7 @@ from .selection.base import Allocation as Allocation
 from .selection.base import AllocationTask as AllocationTask
 from .selection.base import Demand as Demand
 from .selection.base import Meter as Meter
+from .settings import BenchSettings as BenchSettings
 from .settings import EvaluateSettings as EvaluateSettings
 from .settings import ExportSettings as ExportSettings
 from .settings import GenerateSettings as GenerateSettings

@@ -89,6 +89,17 @@ class EvaluateKeywords(TypedDict, total=False):
     settings: Mapping[str, Mapping[str, Any]]
 
 
+class BenchKeywords(TypedDict, total=False):
+    """Of `BenchSettings`."""
+
+    runtime: str
+    batch: str | int | Sequence[int]
+    prompt: str | int | Sequence[int]
+    new: int
+    rounds: int
+    settings: Mapping[str, Mapping[str, Any]]
+
+
 class GenerateKeywords(TypedDict, total=False):
     """Of `GenerateSettings`."""
 

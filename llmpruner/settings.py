@@ -92,6 +92,11 @@ def _not_empty(value: Any) -> Any:
     return names
 
 
+def _numbers(value: Any) -> Any:
+    """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
+    return (value,) if isinstance(value, int) else _not_empty(value)
+
+
 def _count(value: Any) -> Any:
     """``5.4B``, ``120M``, ``98000000`` as a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
@@ -144,6 +149,7 @@ def _component_settings(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Same seed, same inputs: same result.")]
 Set = Annotated[
@@ -492,6 +498,27 @@ class EvaluateSettings(Settings):
         Option(sets="perplexity.autocast"),
     ] = False
     seed: Annotated[Seed, Option(sets="tasks.seed")] = 0
+    settings: Set = {}
+
+
+class BenchSettings(Settings):
+    """At which sizes the speed of models is measured, and in what."""
+
+    runtime: Annotated[
+        str,
+        Field(
+            description="The program that runs the models: transformers, transformers-static (a cache of fixed size), "
+            "llama-cpp (.gguf files), vllm; see `llmpruner plugins`."
+        ),
+    ] = "transformers"
+    batch: Annotated[
+        Numbers, Field(description="Numbers of sequences at a time, comma-separated."), Option(metavar="NUMBERS")
+    ] = (1, 4)
+    prompt: Annotated[
+        Numbers, Field(description="Lengths of the prompt in tokens, comma-separated."), Option(metavar="NUMBERS")
+    ] = (128,)
+    new: Annotated[int, Field(ge=1, description="Tokens decoded after the prompt.")] = 32
+    rounds: Annotated[int, Field(ge=1, description="Runs of every model, in turn, after one that is not counted.")] = 5
     settings: Set = {}
 
 

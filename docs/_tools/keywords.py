@@ -14,6 +14,7 @@ MODELS = {
     "PruneKeywords": settings.PruneSettings,
     "RecoverKeywords": settings.RecoverSettings,
     "EvaluateKeywords": settings.EvaluateSettings,
+    "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
     "ExportKeywords": settings.ExportSettings,
 }
@@ -22,6 +23,8 @@ WIDER = {
     "tasks": "str | Sequence[str]",
     "metrics": "str | Sequence[str]",
     "layers": "str | Sequence[int]",
+    "batch": "str | int | Sequence[int]",
+    "prompt": "str | int | Sequence[int]",
     "target_params": "str | float",
     "settings": "Mapping[str, Mapping[str, Any]]",
     "include_path": "str | Path",

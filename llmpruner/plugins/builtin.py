@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..benching.base import Runtime
+from ..benching.runtimes import LlamaCppRuntime, StaticRuntime, TransformersRuntime, VllmRuntime
 from ..budgets.base import Budget
 from ..budgets.kv_cache import KvCache
 from ..budgets.latency import Latency
@@ -88,6 +90,11 @@ def llmpruner_metrics() -> list[type[Metric]]:
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
     return [StockExporter]
+
+
+@hookimpl
+def llmpruner_runtimes() -> list[type[Runtime]]:
+    return [TransformersRuntime, StaticRuntime, LlamaCppRuntime, VllmRuntime]
 
 
 @hookimpl

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
+from ..benching.base import Runtime
 from ..budgets.base import Budget
 from ..compensation.base import Compensation
 from ..component import Component
@@ -27,6 +28,7 @@ from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from ..selection.base import Allocation
 from ..settings import (
+    BenchSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -110,6 +112,17 @@ class EvaluateJob:
     """The metrics to measure, in the order of their columns."""
 
     metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True)
+class BenchJob:
+    """A runtime, and the sizes to measure: every batch size with every length of prompt. ``new``: tokens to decode."""
+
+    runtime: Runtime
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    new: int
+    rounds: int
 
 
 class _Given:
@@ -310,6 +323,14 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     metrics = tuple(given.create(name, catalog.metrics, name) for name in dict.fromkeys([*order, *wanted]))
     given.check_all_used()
     return EvaluateJob(metrics)
+
+
+def bench_job(settings: BenchSettings, catalog: Catalog) -> BenchJob:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect."""
+    given = _Given(settings)
+    runtime = given.create("runtime", catalog.runtimes, settings.runtime)
+    given.check_all_used()
+    return BenchJob(runtime, settings.batch, settings.prompt, settings.new, settings.rounds)
 
 
 def page_job(settings: PageSettings, catalog: Catalog) -> tuple[ReportSection, ...]:
