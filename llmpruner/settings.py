@@ -94,7 +94,10 @@ def _not_empty(value: Any) -> Any:
 
 def _numbers(value: Any) -> Any:
     """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
-    return (value,) if isinstance(value, int) else _not_empty(value)
+    numbers = (value,) if isinstance(value, int) else names_of(value)
+    if not numbers:
+        raise ValueError("expected at least one number")
+    return numbers
 
 
 def _count(value: Any) -> Any:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import llama_cpp
 import numpy as np
 import torch
-from llama_cpp import llama_log_callback
 
 from ..errors import ModelError
 from .base import Session
@@ -56,12 +53,6 @@ class LlamaCppSession(Session):
         for _ in range(count):
             self._process([[self._likeliest(output)] for output in self._outputs])
 
-    def milliseconds(self, step: Callable[[], None]) -> float:
-        begin = time.perf_counter()
-        step()
-        llama_cpp.llama_synchronize(self._context)
-        return (time.perf_counter() - begin) * 1e3
-
     def close(self) -> None:
         llama_cpp.llama_batch_free(self._tokens)
         llama_cpp.llama_free(self._context)
@@ -82,12 +73,17 @@ class LlamaCppSession(Session):
         self._place += len(sequences[0])
         if llama_cpp.llama_decode(self._context, batch):
             raise ModelError("llama.cpp cannot process the tokens: its cache is full")
+        # A device may still compute when the call returns.
+        llama_cpp.llama_synchronize(self._context)
 
     def _likeliest(self, output: int) -> int:
         logits = llama_cpp.llama_get_logits_ith(self._context, output)
         return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
 
 
-@llama_log_callback
-def _SILENT(level: int, text: bytes, data: Any) -> None:
+def _say_nothing(level: int, text: bytes, data: Any) -> None:
     del level, text, data
+
+
+_SILENT = llama_cpp.llama_log_callback(_say_nothing)
+"""llama.cpp keeps the address of what it logs to."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm import LLM, SamplingParams
@@ -40,11 +38,6 @@ class VllmSession(Session):
 
     def decode(self, count: int) -> None:
         self._generate(count + 1)
-
-    def milliseconds(self, step: Callable[[], None]) -> float:
-        begin = time.perf_counter()
-        step()
-        return (time.perf_counter() - begin) * 1e3
 
     def close(self) -> None:
         del self._llm

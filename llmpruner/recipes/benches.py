@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from ..benching.base import BenchSubject
@@ -24,20 +25,14 @@ def bench_subject(
     """``source``: a reference, its structure, or a loaded model. ``find``: opens its structure. Raises `ModelError`
     where nothing is at the reference."""
     if isinstance(source, Model):
-        model, path = source, Path(source.path) if source.path else None
-        return BenchSubject(
-            source.ref, path, load.device, batch, length, find, lambda: model.model.dtype, lambda: model
-        )
+        loaded, path = source, Path(source.path) if source.path else None
+        dtype = loaded.model.dtype
+        return BenchSubject(loaded.ref, path, load.device, batch, length, find, lambda: dtype, lambda: loaded)
     ref = source.ref if isinstance(source, Structure) else str(source)
     place = resolve(ref, catalog, revision=load.revision)
     path = place.directory / (place.gguf_file or "") if place.directory.exists() else None
+    opened = cache(find)
     return BenchSubject(
-        ref,
-        path,
-        load.device,
-        batch,
-        length,
-        find,
-        lambda: dtype_of(find(), catalog, load),
-        lambda: load_model(ref, catalog, load),
-    )
+        ref, path, load.device, batch, length, opened,
+        lambda: dtype_of(opened(), catalog, load), lambda: load_model(ref, catalog, load, opened()),
+    )  # fmt: skip

@@ -107,6 +107,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
     ),
     "evaluation without a tokenizer": (("evaluate", "{models}/bare"), "model '{models}/bare' brings no tokenizer"),
+    "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
+    "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch 'x': expected a whole number"),
+    "bench: no batch": (("bench", DENSE, "--batch", ","), "--batch ',': expected at least one number"),
+    "bench: beyond the positions": (("bench", DENSE, "--prompt", 512), "reads at most 512 tokens, and 544 are asked"),
+    "bench: no GGUF file": (("bench", DENSE, "--runtime", "llama-cpp"), "llama_cpp is not installed"),
     "generation without a tokenizer": (("generate", "{models}/bare", "-p", "x"), "'{models}/bare' brings no tokenizer"),
     "an empty prompt": (("generate", DENSE, "-p", ""), "the prompt is empty"),
     "evaluation: no text": (("evaluate", DENSE, "--perplexity", "no.txt"), "no.txt: no such file"),

@@ -72,6 +72,18 @@ def test_the_file_is_parsed_once(gguf_file, catalog, monkeypatch):
         calls.clear()
 
 
+def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):
+    from llmpruner.benching.gguf_work import gguf_work
+    from llmpruner.benching.torch_session import work_of
+
+    loaded = load_model(str(gguf_file), catalog)
+    (ours, dtype), theirs = gguf_work(gguf_file), work_of(loaded.model, loaded.graph)
+    assert dtype == "f32" and ours.weight_bytes == theirs.weight_bytes
+    assert (ours.body_macs, ours.head_macs, ours.pair_macs) == (theirs.body_macs, theirs.head_macs, theirs.pair_macs)
+    # llama.cpp caches in 16 bits.
+    assert 2 * ours.cache_bytes == theirs.cache_bytes
+
+
 def test_progress_bars_are_restored_after_an_error():
     logging.enable_progress_bar()  # whatever tests before this one did
     own = reader.tqdm
