@@ -8,6 +8,7 @@ from .api import generate as generate
 from .api import load as load
 from .api import plan as plan
 from .api import prune as prune
+from .api import push as push
 from .api import recover as recover
 from .api import save as save
 from .api import verify as verify
@@ -80,6 +81,7 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.host import PluginHost as PluginHost
 from .plugins.host import plugin_manager as plugin_manager
 from .progress import Progress as Progress
+from .publishing.push import Upload as Upload
 from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
@@ -99,6 +101,7 @@ from .settings import ExportSettings as ExportSettings
 from .settings import GenerateSettings as GenerateSettings
 from .settings import LoadSettings as LoadSettings
 from .settings import PruneSettings as PruneSettings
+from .settings import PushSettings as PushSettings
 from .settings import RecoverSettings as RecoverSettings
 from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts

@@ -43,6 +43,7 @@ from .keywords import (
     GenerateKeywords,
     LoadKeywords,
     PruneKeywords,
+    PushKeywords,
     RecoverKeywords,
 )
 from .loading.dense import load_dense
@@ -64,12 +65,24 @@ from .oracle.verify import verify as _verify
 from .plugins.catalog import Catalog
 from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
+from .publishing.push import Upload, send
 from .recipes import pipeline
 from .recipes.benches import bench_subject
 from .recipes.checks import check_prune, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
-from .recipes.jobs import PruneJob, bench_job, evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
+from .recipes.jobs import (
+    PruneJob,
+    bench_job,
+    evaluate_job,
+    export_job,
+    generate_job,
+    page_job,
+    prune_job,
+    push_job,
+    recover_job,
+)
 from .recipes.outcome import outcome_of
+from .recipes.publish import prepare_upload
 from .recipes.residency import arranged, is_streamed
 from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
@@ -83,6 +96,7 @@ from .settings import (
     LoadSettings,
     PageSettings,
     PruneSettings,
+    PushSettings,
     RecoverSettings,
     RunSettings,
     settings_from,
@@ -497,6 +511,29 @@ def export(
     if not Path(model).is_dir():
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
     return _export(Path(model), exporter, directory, partial(_loaded, model, load, catalog, progress), progress)
+
+
+def push(
+    model: str | Path,
+    repo: str,
+    *,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PushKeywords],
+) -> Upload:
+    """Send the checkpoint directory ``model`` to the repository ``repo`` of the Hugging Face Hub, with a model card
+    that is written from its record.
+
+    Nothing is sent unless ``yes`` is given; ``dry_run`` returns what would be. Folders of this machine in the record
+    are left out. Raises `ModelError` for what is no checkpoint of llmpruner, and `OutputError` when the hub refuses.
+    """
+    job = push_job(settings_from(PushSettings, settings))
+    catalog = catalog or Catalog(plugin_manager())
+    upload = prepare_upload(Path(model), repo, job, partial(_opened, model, None, catalog, progress))
+    if job.dry_run:
+        return upload
+    progress.status(f"sending {len(upload.files)} files to {repo}")
+    return replace(upload, url=send(upload, public=job.public))
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:

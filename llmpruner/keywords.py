@@ -114,3 +114,14 @@ class ExportKeywords(TypedDict, total=False):
 
     to: Required[str]
     settings: Mapping[str, Mapping[str, Any]]
+
+
+class PushKeywords(TypedDict, total=False):
+    """Of `PushSettings`."""
+
+    yes: bool
+    dry_run: bool
+    public: bool
+    license: str | None
+    base_model: str | None
+    evaluation: str | Path | None

@@ -546,6 +546,30 @@ class PageSettings(Settings):
     settings: Set = {}
 
 
+class PushSettings(Settings):
+    """What a model card states, and whether it is sent."""
+
+    yes: Annotated[bool, Field(description="Send everything. Without it, nothing leaves this machine.")] = False
+    dry_run: Annotated[bool, Field(description="Show the card and the files, and send nothing.")] = False
+    public: Annotated[bool, Field(description="Make a new repository public; by default it is private.")] = False
+    license: Annotated[
+        str | None,
+        Field(
+            description="Identifier of the licence, such as apache-2.0; by default what the card of the dense model "
+            "states, if it is on this machine."
+        ),
+        Option(metavar="ID"),
+    ] = None
+    base_model: Annotated[
+        str | None,
+        Field(description="Hub id of the dense model, if it was pruned from local files."),
+        Option(metavar="OWNER/NAME"),
+    ] = None
+    evaluation: Annotated[
+        Path | None, Field(description="Figures for the card: a file that `evaluate --json` wrote.")
+    ] = None
+
+
 class ExportSettings(Settings):
     """In which format a checkpoint is written."""
 

@@ -14,12 +14,13 @@ from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, setti
 from llmpruner.benching.results import BenchCase, Measurement, Rate
 from llmpruner.loading.model import Model, Structure
 from llmpruner.oracle.verify import Verdict
+from llmpruner.publishing.push import Upload
 from llmpruner.structure.outcome import BudgetOutcome, Outcome
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench, api.generate,
-    api.save, api.export,
+    api.save, api.export, api.push,
 )  # fmt: skip
 VALUES = (
     Structure,
@@ -33,6 +34,7 @@ VALUES = (
     BenchCase,
     Rate,
     Measurement,
+    Upload,
     Verdict,
 )
 SETTINGS = {

@@ -17,6 +17,7 @@ MODELS = {
     "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
     "ExportKeywords": settings.ExportSettings,
+    "PushKeywords": settings.PushSettings,
 }
 WIDER = {
     "kinds": "str | Sequence[str]",
@@ -28,6 +29,7 @@ WIDER = {
     "target_params": "str | float",
     "settings": "Mapping[str, Mapping[str, Any]]",
     "include_path": "str | Path",
+    "evaluation": "str | Path",
 }
 """Fields whose validators take more than the type that they hold."""
 

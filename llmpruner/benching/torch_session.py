@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 from ..models.arithmetic import macs_per_token, multiplied
 from ..models.clock import clock_of
 from ..models.decoding import CachedModel
+from ..models.stored import stored_bytes
 from .base import Session
 from .work import Work
 
@@ -93,11 +94,3 @@ def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
         routed_bytes=dict(routed),
         cache_bytes=cached,
     )
-
-
-def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that a tensor takes, of quantised ones with their scales."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()

@@ -20,6 +20,7 @@ from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..exporters.base import Exporter
 from ..exporters.stock import StockExporter
+from ..exporters.torchao_weights import TorchAoExporter
 from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
@@ -89,7 +90,7 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return [StockExporter]
+    return [StockExporter, TorchAoExporter]
 
 
 @hookimpl

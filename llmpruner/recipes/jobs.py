@@ -35,6 +35,7 @@ from ..settings import (
     Meet,
     PageSettings,
     PruneSettings,
+    PushSettings,
     RecoverSettings,
     Settings,
     Shape,
@@ -347,6 +348,19 @@ def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
     exporter = given.create("to", catalog.exporters, settings.to)
     given.check_all_used()
     return exporter
+
+
+def push_job(settings: PushSettings) -> PushSettings:
+    """``settings``. Raises `SettingsError` unless they say whether anything is sent."""
+    if settings.yes == settings.dry_run:
+        raise SettingsError(
+            "--yes has no effect beside --dry-run; give one of them"
+            if settings.yes
+            else "nothing is sent without --yes; --dry-run shows the model card and the files"
+        )
+    if settings.dry_run:
+        _Given(settings).refuse("public", "with --dry-run, which sends nothing")
+    return settings
 
 
 def generate_job(settings: GenerateSettings) -> GenerateSettings:

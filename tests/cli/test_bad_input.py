@@ -107,6 +107,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
     ),
     "evaluation without a tokenizer": (("evaluate", "{models}/bare"), "model '{models}/bare' brings no tokenizer"),
+    "push: a dense model": (("push", DENSE, "me/x", "--dry-run"), "has no llmpruner.json, so it was not pruned"),
+    "push: no flag": (("push", DENSE, "me/x"), "nothing is sent without --yes"),
     "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
     "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch 'x': expected a whole number"),
     "bench: no batch": (("bench", DENSE, "--batch", ","), "--batch ',': expected at least one number"),

@@ -14,8 +14,9 @@ import llmpruner
 from llmpruner import BenchSubject, ModelError, Runtime, Session, Work
 from llmpruner.benching.results import measurement
 from llmpruner.benching.run import bench
-from llmpruner.benching.torch_session import StaticSession, TorchSession, stored_bytes, work_of
+from llmpruner.benching.torch_session import StaticSession, TorchSession, work_of
 from llmpruner.families.graph import build_graph
+from llmpruner.models.stored import stored_bytes
 from llmpruner.models.surgery import cut
 
 FAMILY = LlamaFamily()
