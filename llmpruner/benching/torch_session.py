@@ -34,8 +34,8 @@ class TorchSession(Session):
         self._clock = clock_of(model.device)
 
     def start(self, batch: int, length: int) -> None:
-        del batch
-        self._cached = CachedModel(self.model, self._cache(length))
+        del batch, length
+        self._cached = CachedModel(self.model)
 
     def prefill(self, tokens: torch.Tensor) -> None:
         self._logits = self._cached.process(tokens)
@@ -53,22 +53,28 @@ class TorchSession(Session):
         del self.model
         vars(self).pop("_cached", None)
 
-    def _cache(self, length: int) -> Cache | None:
-        """An empty cache; None for one that grows."""
-        del length
-        return None
-
 
 class StaticSession(TorchSession):
-    """With a cache of fixed size. ``compiled``: the model's ``forward`` is compiled."""
+    """With a cache of fixed size. ``compiled``: the model is compiled, again for every shape of tokens and cache."""
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool) -> None:
         super().__init__(model)
+        self._caches: dict[tuple[int, int], Cache] = {}
         if compiled:
             model.compile()
+            # The cache is allocated in the first run, and what is compiled then does not hold for the second.
+            self.warm_up = 3
 
-    def _cache(self, length: int) -> Cache:
-        return StaticCache(config=self.model.config, max_cache_len=length)
+    def start(self, batch: int, length: int) -> None:
+        # A new cache would be compiled for anew.
+        if (batch, length) not in self._caches:
+            self._caches[batch, length] = StaticCache(config=self.model.config, max_cache_len=length)
+        self._caches[batch, length].reset()
+        self._cached = CachedModel(self.model, self._caches[batch, length])
+
+    def close(self) -> None:
+        super().close()
+        self._caches.clear()
 
 
 def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx2 as httpx
 import pytest
 import tiny_models
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
 import llmpruner
 from llmpruner import CheckpointError, DataError, ModelError, OutputError, SettingsError
 from llmpruner.publishing import card, push
+
+httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])
+"""The library by which this version of huggingface_hub sends."""
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
         found = card.licence_of(None, str(tmp_path))
     assert found == card.Licence("other", "own", "https://a.b/c")
     readme.write_text("---\nlicense: [\n---\n")
-    with pytest.raises(CheckpointError, match="the licence cannot be read from .*; give --license"):
+    with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; give --license"):
         card.licence_of(None, str(tmp_path))
 
 
@@ -143,7 +146,7 @@ def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "README.md").write_text("# Mine\n")
     assert llmpruner.push(folder, "me/own", dry_run=True).card == "# Mine\n"
-    with pytest.raises(SettingsError, match="--license has no effect on .*README.md, which is sent as it is"):
+    with pytest.raises(SettingsError, match=r"--license has no effect on .*README.md, which is sent as it is"):
         llmpruner.push(folder, "me/own", dry_run=True, license="mit")
 
 
@@ -209,10 +212,7 @@ def refusal(status: int) -> HfHubHTTPError:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (
-            LocalTokenNotFoundError("x"),
-            "there is no token on this machine; log in with `hf auth login`, or set HF_TOKEN",
-        ),
+        (LocalTokenNotFoundError("x"), "there is no token on this machine; log in with `hf auth login`, or set"),
         (refusal(401), "the token is not valid, or may not write there; log in"),
         (refusal(500), "'me/small' cannot be written: no$"),
         (httpx.ConnectError("unreachable"), "unreachable"),
@@ -246,5 +246,5 @@ def test_a_folder_without_weights_or_plan(folders, tmp_path):
     with pytest.raises(CheckpointError, match="holds no safetensors file"):
         llmpruner.push(tmp_path, "me/x", dry_run=True)
     (tmp_path / "llmpruner.json").write_text(json.dumps({"plans": []}))
-    with pytest.raises(LookupError if False else llmpruner.LlmprunerError):
+    with pytest.raises(CheckpointError, match=r"holds no plan|is damaged"):
         llmpruner.push(tmp_path, "me/x", dry_run=True)
