@@ -39,7 +39,8 @@ def main() -> None:
         for runtime in wanted:
             paths = [gguf_of(model) for model in models] if runtime == "llama-cpp" else models
             file = Path(work) / "bench.json"
-            options = ("--runtime", runtime, *CASES, "--dtype", "bfloat16", "--json", str(file))
+            dtype = () if runtime == "llama-cpp" else ("--dtype", "bfloat16")
+            options = ("--runtime", runtime, *CASES, *dtype, "--json", str(file))
             done = run("bench", *map(str, paths), *options, timeout=7200)
             found = json.loads(file.read_text())
             results[runtime] = {

@@ -67,7 +67,7 @@ from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .publishing.push import Upload, send
 from .recipes import pipeline
-from .recipes.benches import bench_subject
+from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.jobs import (
@@ -441,10 +441,10 @@ def bench(
     """
     catalog, load = catalog or Catalog(plugin_manager()), load or LoadSettings()
     job = bench_job(settings_from(BenchSettings, settings), catalog)
+    check_bench(job, load)
     sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
     if not sources:
         raise SettingsError("nothing to measure: name at least one model")
-    check_device(load.device)
     length = max(job.prompts) + job.new
     subjects = [
         bench_subject(source, catalog, load, partial(_opened, source, load, catalog, progress),

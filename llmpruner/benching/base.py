@@ -114,6 +114,8 @@ class Runtime(Component):
     """
 
     kind: ClassVar[str] = "runtime"
+    through_transformers: ClassVar[bool] = True
+    """Whether `BenchSubject.loaded` or its dtype is used, so that the options by which models are opened apply."""
 
     def check(self, subject: BenchSubject) -> int:
         """The bytes of memory that the model takes, before anything is loaded. Raises `MissingExtraError` or

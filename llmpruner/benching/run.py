@@ -31,9 +31,9 @@ def bench(
 ) -> BenchResult:
     """Measure prefill and decoding of all models, in every case of ``batches`` × ``prompts``.
 
-    In each of ``rounds`` rounds, after those that warm up and are not counted, every model processes the same random tokens once; the
-    order of the models turns from round to round. Raises `ModelError` when the models do not fit into memory together,
-    and what `Runtime.check` raises, before any of them is loaded.
+    In each of ``rounds`` rounds, after those that warm up and are not counted, every model processes the same random
+    tokens once; the order of the models turns from round to round. Raises `ModelError` when the models do not fit into
+    memory together, and what `Runtime.check` raises, before any of them is loaded.
     """
     _check_memory(subjects, [runtime.check(subject) for subject in subjects], device)
     with ExitStack() as stack:

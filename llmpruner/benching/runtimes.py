@@ -62,6 +62,7 @@ class LlamaCppRuntime(Runtime):
 
     name = "llama-cpp"
     summary = "llama.cpp, for .gguf files"
+    through_transformers = False
 
     def check(self, subject: BenchSubject) -> int:
         if find_spec("llama_cpp") is None:

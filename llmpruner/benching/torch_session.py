@@ -65,6 +65,7 @@ class StaticSession(TorchSession):
             # The cache is allocated in the first run, and what is compiled then does not hold for the second.
             self.warm_up = 3
 
+    @torch.inference_mode()
     def start(self, batch: int, length: int) -> None:
         # A new cache would be compiled for anew.
         if (batch, length) not in self._caches:

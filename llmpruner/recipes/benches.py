@@ -7,10 +7,25 @@ from functools import cache
 from pathlib import Path
 
 from ..benching.base import BenchSubject
+from ..errors import SettingsError
 from ..loading.model import Model, Structure, dtype_of, load_model
 from ..loading.reference import resolve
+from ..models.devices import check_device
 from ..plugins.catalog import Catalog
-from ..settings import LoadSettings
+from ..settings import LoadSettings, flag_of
+from .jobs import BenchJob
+
+
+def check_bench(job: BenchJob, load: LoadSettings) -> None:
+    """Raise `LlmprunerError` for a device that cannot be used, and `SettingsError` for options of ``load`` that the
+    runtime does not read, as it opens files by itself."""
+    check_device(load.device)
+    given = sorted(name for name in load.model_fields_set if name != "device")
+    if given and not job.runtime.through_transformers:
+        flag = flag_of(LoadSettings, given[0])
+        raise SettingsError(
+            f"{flag} has no effect with --runtime {job.runtime.name}, which opens files by itself; leave it out"
+        )
 
 
 def bench_subject(

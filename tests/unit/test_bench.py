@@ -204,12 +204,3 @@ def test_a_loaded_model_is_measured_as_it_is(dense):
     assert result.facts["dtypes"] == ["bfloat16", "float32"] and [case.prompt_tokens for case in result.cases] == [4, 8]
     # Halving the bytes doubles the ideal of decoding, and changes no number of operations.
     assert result.cases[0].decode[1].ideal == pytest.approx(0.5) and result.cases[0].prefill[1].ideal == 1
-
-
-def test_a_gguf_file_in_llama_cpp(dense, tmp_path):
-    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    from llmpruner.testing.gguf_file import write_gguf
-
-    file = write_gguf(tmp_path / "a.gguf")
-    result = llmpruner.bench([file, file], runtime="llama-cpp", batch=2, prompt=8, new=3, rounds=1)
-    assert result.facts["dtypes"] == ["f32", "f32"] and result.cases[0].decode[1].speedup.median > 0

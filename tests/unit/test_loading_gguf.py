@@ -7,6 +7,7 @@ import torch
 from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
+import llmpruner
 from llmpruner.loading.model import load_model
 from llmpruner.models.quiet import quiet_gguf
 
@@ -82,6 +83,13 @@ def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, 
     assert (ours.body_macs, ours.head_macs, ours.pair_macs) == (theirs.body_macs, theirs.head_macs, theirs.pair_macs)
     # llama.cpp caches in 16 bits.
     assert 2 * ours.cache_bytes == theirs.cache_bytes
+
+
+def test_it_runs_in_llama_cpp(gguf_file):
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    result = llmpruner.bench([gguf_file, gguf_file], runtime="llama-cpp", batch=[1, 2], prompt=8, new=3, rounds=1)
+    assert result.facts["dtypes"] == ["f32", "f32"] and len(result.cases) == 2
+    assert result.cases[1].decode[1].ideal == 1 and result.cases[1].decode[1].tokens_per_second.median > 0
 
 
 def test_progress_bars_are_restored_after_an_error():
