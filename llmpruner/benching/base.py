@@ -69,11 +69,10 @@ class BenchSubject:
 
 class Session:
     """One model, ready to run. ``vocabulary``: its number of tokens. ``dtype``: of its weights, as the result names
-    it. ``warm_up``: runs in every case before times are steady."""
+    it."""
 
     vocabulary: int
     dtype: str
-    warm_up: int = 1
 
     def start(self, batch: int, length: int) -> None:
         """Prepare an empty cache for ``batch`` sequences of up to ``length`` tokens. Not timed."""

@@ -31,7 +31,7 @@ def bench(
 ) -> BenchResult:
     """Measure prefill and decoding of all models, in every case of ``batches`` × ``prompts``.
 
-    In each of ``rounds`` rounds, after those that warm up and are not counted, every model processes the same random
+    In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
     tokens once; the order of the models turns from round to round. Raises `ModelError` when the models do not fit into
     memory together, and what `Runtime.check` raises, before any of them is loaded.
     """
@@ -76,11 +76,10 @@ def _measured(
     """Case → the times of every model, one per counted round."""
     found: dict[tuple[int, int], list[list[Times]]] = {case: [[] for _ in sessions] for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
-    warm_up = max(session.warm_up for session in sessions)
     steps = [
         (case, number, (place + number) % len(sessions))
         for case in cases
-        for number in range(rounds + warm_up)
+        for number in range(rounds + 1)
         for place in range(len(sessions))
     ]
     for case, number, place in progress.track(steps, "measuring"):
@@ -88,7 +87,7 @@ def _measured(
         generator = torch.Generator().manual_seed(number)
         tokens = torch.randint(vocabulary, case, generator=generator)
         times = timed(sessions[place], tokens, new_tokens)
-        if number >= warm_up:
+        if number:
             found[case][place].append(times)
     return found
 

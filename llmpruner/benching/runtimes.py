@@ -39,21 +39,16 @@ class TransformersRuntime(Runtime):
 
 
 class StaticRuntime(TransformersRuntime):
-    """As `TransformersRuntime`, with a cache of fixed size, which ``torch.compile`` needs."""
+    """As `TransformersRuntime`, with a cache that is allocated once for all tokens."""
 
     name = "transformers-static"
-    summary = "transformers with a cache of fixed size, compiled if asked for"
-
-    class Settings(ComponentSettings):
-        compile: bool = Field(False, description="Compile the model by torch.compile, which takes minutes.")
-
-    settings: Settings
+    summary = "transformers, step by step, with a cache of fixed size"
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         from .torch_session import StaticSession, work_of
 
         loaded = subject.loaded
-        return StaticSession(loaded.model, compiled=self.settings.compile), work_of(loaded.model, loaded.graph)
+        return StaticSession(loaded.model), work_of(loaded.model, loaded.graph)
 
 
 class LlamaCppRuntime(Runtime):

@@ -19,7 +19,7 @@ from .base import Session
 from .work import Work
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..structure.coupling import CouplingGraph
 
@@ -55,27 +55,11 @@ class TorchSession(Session):
 
 
 class StaticSession(TorchSession):
-    """With a cache of fixed size. ``compiled``: the model is compiled, again for every shape of tokens and cache."""
+    """With a cache of fixed size."""
 
-    def __init__(self, model: PreTrainedModel, *, compiled: bool) -> None:
-        super().__init__(model)
-        self._caches: dict[tuple[int, int], Cache] = {}
-        if compiled:
-            model.compile()
-            # The cache is allocated in the first run, and what is compiled then does not hold for the second.
-            self.warm_up = 3
-
-    @torch.inference_mode()
     def start(self, batch: int, length: int) -> None:
-        # A new cache would be compiled for anew.
-        if (batch, length) not in self._caches:
-            self._caches[batch, length] = StaticCache(config=self.model.config, max_cache_len=length)
-        self._caches[batch, length].reset()
-        self._cached = CachedModel(self.model, self._caches[batch, length])
-
-    def close(self) -> None:
-        super().close()
-        self._caches.clear()
+        del batch
+        self._cached = CachedModel(self.model, StaticCache(config=self.model.config, max_cache_len=length))
 
 
 def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:

@@ -75,7 +75,7 @@ def test_bytes_of_a_tensor():
 @pytest.mark.parametrize("static", [False, True])
 def test_a_session_decodes_greedily(static):
     model, _ = small()
-    session = StaticSession(model, compiled=False) if static else TorchSession(model)
+    session = StaticSession(model) if static else TorchSession(model)
     prompt = torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(1))
     for _ in range(2):  # a second start forgets the first
         session.start(2, 12)
@@ -179,13 +179,13 @@ def test_every_option_changes_what_is_run(catalog):
 
     changes = {
         "runtime": "vllm", "batch": "2", "prompt": [7, 9], "new": 3, "rounds": 2,
-        "settings": {"transformers-static": {"compile": True}},
+        "settings": {"vllm": {"eager": True}},
     }  # fmt: skip
     assert set(changes) == set(BenchSettings.model_fields)
     for name, value in changes.items():
-        base = {"runtime": "transformers-static"} if name == "settings" else {}
+        base = {"runtime": "vllm"} if name == "settings" else {}
         assert job(**base, **{name: value}) != job(**base)
-    with pytest.raises(SettingsError, match="has no effect: 'transformers-static' is not chosen"):
+    with pytest.raises(SettingsError, match="has no effect: 'vllm' is not chosen"):
         job(settings=changes["settings"])
 
 
