@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..benching.base import Runtime
+from ..benching.runtimes import LlamaCppRuntime, StaticRuntime, TransformersRuntime, VllmRuntime
 from ..budgets.base import Budget
 from ..budgets.kv_cache import KvCache
 from ..budgets.latency import Latency
@@ -18,6 +20,7 @@ from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..exporters.base import Exporter
 from ..exporters.stock import StockExporter
+from ..exporters.torchao_weights import TorchAoExporter
 from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
@@ -87,7 +90,12 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return [StockExporter]
+    return [StockExporter, TorchAoExporter]
+
+
+@hookimpl
+def llmpruner_runtimes() -> list[type[Runtime]]:
+    return [TransformersRuntime, StaticRuntime, LlamaCppRuntime, VllmRuntime]
 
 
 @hookimpl
