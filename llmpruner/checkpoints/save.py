@@ -164,7 +164,7 @@ def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
             path, _, leaf = name.rpartition(".")
             shell.get_submodule(path)._buffers[leaf] = buffer
     shell.tie_weights()
-    shell.generation_config = _valid_generation_config(model)
+    shell.generation_config = valid_generation_config(model)
     return True
 
 
@@ -215,7 +215,7 @@ def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
 
 
-def _valid_generation_config(model: PreTrainedModel) -> Any:
+def valid_generation_config(model: PreTrainedModel) -> Any:
     """The generation configuration; with ``do_sample`` where published models set sampling options without it, which
     transformers refuses to save."""
     generation = copy.deepcopy(model.generation_config)

@@ -48,7 +48,6 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     sizes = per_layer_sizes(model, uncut_model(model, config), config, decoder_layers(model))
     if sizes:
         values["per_layer_config"] = sizes
-        values["allow_global_per_layer_attribute_access"] = True
     stored = pruned.config_class.from_dict({**values, "llmpruner": record})
     stored._attn_implementation = config._attn_implementation
     return empty_model(pruned, stored)
