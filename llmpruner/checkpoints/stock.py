@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import base_of, empty_model, meta_model
+from ..models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -273,7 +274,8 @@ def _followed(ours: Any, theirs: Any, moved: Mapping[int, set[int]]) -> bool:
 def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """``config`` as it would be read from its file, or None when its class refuses it."""
     try:
-        built: PreTrainedConfig = type(config).from_dict(config.to_dict())
+        with quiet_transformers():
+            built: PreTrainedConfig = type(config).from_dict(config.to_dict())
     except _REFUSALS:
         return None
     built._attn_implementation = config._attn_implementation

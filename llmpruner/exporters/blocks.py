@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -14,11 +13,13 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..checkpoints.shim import stock_config
+from ..checkpoints.stock import HEADS
 from ..errors import UnsupportedModelError
 from ..models.empty import base_of, empty_model
 from ..models.modeling_llmpruner import apply_record
 from ..models.padding import pad
 from ..structure.coupling import ATTENTION, HIDDEN, MLP, QUERY, CoupledGroup, CouplingGraph
+from .configuration_nemotron_nas import NemotronNasConfig
 from .padded import Padded, parameters, whole
 
 if TYPE_CHECKING:
@@ -202,27 +203,26 @@ def width_of(ffn_mult: float, hidden: int) -> int:
 
 
 def read(directory: Path, like: PreTrainedModel) -> PreTrainedModel:
-    """The model in ``directory``, built from nothing but its files, with the dtype and device of ``like``."""
-    values: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    blocks, hidden, heads = values.pop("block_configs"), values["hidden_size"], values["num_attention_heads"]
-    kv_heads = [heads // block["attention"]["n_heads_in_group"] for block in blocks]
-    widths = [width_of(block["ffn"]["ffn_mult"], hidden) for block in blocks]
-    for name in ("auto_map", "architectures", "model_type"):
-        del values[name]
-    config = LlamaConfig(**{**values, "num_key_value_heads": max(kv_heads), "intermediate_size": max(widths)})
+    """The model in ``directory``, built from nothing but its files, with the device of ``like``."""
+    stated: Any = NemotronNasConfig.from_pretrained(directory)
+    hidden, heads = stated.hidden_size, stated.num_attention_heads
+    kv_heads = [heads // block.attention.n_heads_in_group for block in stated.block_configs]
+    widths = [width_of(block.ffn.ffn_mult, hidden) for block in stated.block_configs]
+    unread = ("auto_map", "architectures", "model_type", "block_configs", *HEADS)
+    config = LlamaConfig(**{name: value for name, value in stated.to_dict().items() if name not in unread})
+    config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = heads, max(kv_heads), max(widths)
     model = empty_model(LlamaForCausalLM, config)
     shapes: dict[str, tuple[int, int]] = {}
     attributes = {}
     for n, (number, width) in enumerate(zip(kv_heads, widths, strict=True)):
         path = f"model.layers.{n}"
-        rows = number * values["head_dim"]
-        shapes |= {f"{path}.self_attn.{m}_proj.weight": (rows, hidden) for m in "kv"}
+        shapes |= {f"{path}.self_attn.{m}_proj.weight": (number * stated.head_dim, hidden) for m in "kv"}
         shapes |= {f"{path}.mlp.{m}_proj.weight": (width, hidden) for m in ("gate", "up")}
         shapes[f"{path}.mlp.down_proj.weight"] = (hidden, width)
         attributes[f"{path}.self_attn"] = {"num_key_value_groups": heads // number}
     apply_record(model, {"shapes": shapes, "attributes": attributes})
     state = {n: t for file in sorted(directory.glob("*.safetensors")) for n, t in load_file(file).items()}
-    if values["tie_word_embeddings"]:
+    if stated.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()

@@ -31,3 +31,6 @@ class NemotronNasConfig(LlamaConfig):  # type: ignore[misc]
         if name == "block_configs":
             value = [Block({part: Block(values) for part, values in block.items()}) for block in value]
         super().__setattr__(name, value)
+
+    def validate_architecture(self) -> None:
+        """LLaMA's own check, that heads divide the hidden size, is left out: the size of a head is stated."""

@@ -50,7 +50,8 @@ def whole(source: ExportSource, config: PreTrainedConfig) -> tuple[PreTrainedMod
     that of the dense model, but for widths."""
     wide, graph = meta_model(config), build_graph(source.family, config)
     for plan in source.plans:
-        layers = {name: units for name, units in plan.kept.items() if graph.by_name[name].kind == LAYER}
+        removable = {group.name for group in graph.of_kinds([LAYER])}
+        layers = {name: units for name, units in plan.kept.items() if name in removable}
         if layers:
             graph = cut(wide, graph, layers, source.family)
     return wide, graph
