@@ -57,6 +57,11 @@ class Sizes:
         return max(layer.kv_heads * layer.queries for layer in self.layers)
 
     @property
+    def equal_heads(self) -> bool:
+        """Whether all layers have the same number of key/value heads, which SGLang expects."""
+        return len({layer.kv_heads for layer in self.layers}) == 1
+
+    @property
     def fills_hidden(self) -> bool:
         """Whether the query heads together are as wide as the hidden states, which mlx-lm expects."""
         return self.heads * self.head_dim == self.hidden
@@ -93,26 +98,27 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     return Sizes(model.get_input_embeddings().weight.shape[1], head_dim, tuple(layers))
 
 
-def stated(sizes: Sizes) -> Sizes:
+def stated(sizes: Sizes, *, equal: bool = False) -> Sizes:
     """The smallest sizes, none below ``sizes``, that the format can state: MLP widths in multiples of 256, and one
-    number of query heads for all layers, which the key/value heads of each layer divide."""
-    most_kv = max(layer.kv_heads for layer in sizes.layers)
-    most_queries = max(layer.queries for layer in sizes.layers)
-    best: tuple[int, list[int]] | None = None
+    number of query heads for all layers, which the key/value heads of each layer divide. ``equal``: one number of
+    key/value heads for all layers, too."""
+    layers = sizes.layers
+    most_kv = max(layer.kv_heads for layer in layers)
+    most_queries = max(layer.queries for layer in layers)
+    if equal:
+        layers = tuple(LayerSizes(layer.width, most_kv, most_queries) for layer in layers)
+    possible = {}
     for heads in range(sizes.heads, most_kv * most_queries + 1):
-        kv_heads = [_kv_heads(heads, layer) for layer in sizes.layers]
-        found = [n for n in kv_heads if n is not None]
-        if len(found) < len(kv_heads):
-            continue
-        if best is None or _cost(heads, found) < _cost(*best):
-            best = heads, found
-    assert best is not None  # `most_kv * most_queries` suits every layer
-    heads, numbers = best
-    layers = (
+        numbers = [_kv_heads(heads, layer) for layer in layers]
+        if None not in numbers:
+            possible[heads] = [n for n in numbers if n is not None]
+    # The largest number of heads, of as many groups as the layer with the most, suits every layer.
+    heads = min(possible, key=lambda heads: _cost(heads, possible[heads]))
+    wide = (
         LayerSizes(-(-layer.width // STEP) * STEP, number, heads // number)
-        for layer, number in zip(sizes.layers, numbers, strict=True)
+        for layer, number in zip(layers, possible[heads], strict=True)
     )
-    return Sizes(sizes.hidden, sizes.head_dim, tuple(layers))
+    return Sizes(sizes.hidden, sizes.head_dim, tuple(wide))
 
 
 def _kv_heads(heads: int, layer: LayerSizes) -> int | None:
@@ -209,7 +215,9 @@ def read(directory: Path, like: PreTrainedModel) -> PreTrainedModel:
     kv_heads = [heads // block.attention.n_heads_in_group for block in stated.block_configs]
     widths = [width_of(block.ffn.ffn_mult, hidden) for block in stated.block_configs]
     unread = ("auto_map", "architectures", "model_type", "block_configs", *HEADS)
-    config = LlamaConfig(**{name: value for name, value in stated.to_dict().items() if name not in unread})
+    values = {name: value for name, value in stated.to_dict().items() if name not in unread}
+    # LLaMA's class refuses numbers of heads that do not divide the hidden size, when it is made but not afterwards.
+    config = LlamaConfig(**values, num_attention_heads=1)
     config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = heads, max(kv_heads), max(widths)
     model = empty_model(LlamaForCausalLM, config)
     shapes: dict[str, tuple[int, int]] = {}

@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from ..component import ComponentSettings
 from .base import Exporter, ExportTask
 
 if TYPE_CHECKING:
@@ -30,6 +33,13 @@ class NemotronNasExporter(Exporter):
     name = "nemotron-nas"
     summary = "LLaMA with widths per layer (block_configs), for vLLM, SGLang and mlx-lm"
 
+    class Settings(ComponentSettings):
+        equal_heads: bool = Field(
+            False, description="One number of key/value heads for all layers, by zeros: SGLang needs it."
+        )
+
+    settings: Settings
+
     def export(self, task: ExportTask) -> str:
         from ..checkpoints import save
         from ..errors import CheckpointError
@@ -38,14 +48,14 @@ class NemotronNasExporter(Exporter):
         source, model = task.loaded, task.model
         blocks.check(model)
         sizes = blocks.sizes_of(model)
-        stated = blocks.stated(sizes)
+        stated = blocks.stated(sizes, equal=self.settings.equal_heads)
         task.progress.status("Padding layers to the widths of the format")
         padded = blocks.padded(source, sizes, stated)
         self._write(task.directory, source, padded.model, stated)
         task.progress.status("Comparing the outputs of the written checkpoint")
         if not save.gives_logits(save.dummy_logits(model), blocks.read(task.directory, model)):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
-        return f"vLLM loads it as DeciLMForCausalLM with --trust-remote-code{_limits(stated)}; {padded.cost}"
+        return f"{_readers(stated)} with --trust-remote-code; {padded.cost}"
 
     def _write(self, directory: Path, source: ExportSource, model: PreTrainedModel, sizes: Sizes) -> None:
         import shutil
@@ -70,6 +80,7 @@ class NemotronNasExporter(Exporter):
             shutil.copyfile(file, directory / file.name)
 
 
-def _limits(sizes: Sizes) -> str:
-    """Which other readers of the format this checkpoint is for."""
-    return "" if sizes.fills_hidden else " (mlx-lm does not: its heads fill the hidden size)"
+def _readers(sizes: Sizes) -> str:
+    """Which programs these sizes are for."""
+    others = ["SGLang"] * sizes.equal_heads + ["mlx-lm"] * sizes.fills_hidden
+    return f"vLLM loads it as DeciLMForCausalLM{''.join(f', {name} too' for name in others)}"
