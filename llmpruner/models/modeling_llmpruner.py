@@ -293,15 +293,16 @@ def pruned_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return _pruned(PrunedModelMixin, base, members)
 
 
-_built: dict[type, type[Any]] = {}
-
-
 def _pruned(mixin: type, stock: type, members: dict[str, Any]) -> type[Any]:
-    if stock not in _built:
+    key = f"pruned {stock.__module__}.{stock.__qualname__}"
+    # Classes are kept among the names of the module, not in a table of their own: programs that send a configuration to
+    # another process by value (vLLM) send all that its code refers to, and classes of models cannot be sent.
+    if key not in globals():
         # With the `_auto_class` of a base class, saving would overwrite the code that is written here.
         members = {**members, "_auto_class": None, "__module__": __name__}
-        _built[stock] = type(f"Pruned{stock.__name__}", (mixin, stock), members)
-    return _built[stock]
+        globals()[key] = type(f"Pruned{stock.__name__}", (mixin, stock), members)
+    built: type[Any] = globals()[key]
+    return built
 
 
 def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
