@@ -72,7 +72,7 @@ def check(python: Path, work: Path) -> dict[str, Any]:
     text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
     fast = ("--method", "fast", *text)
     free = ("--shape", "free", "--ratio", "0.3", "--kinds", "mlp,attention")
-    experts = ("--kinds", "expert", "--unit-ratio", "0.5", "--importance", "l2", "--layers", "all")
+    experts = ("--kinds", "expert", "--unit-ratio", "0.5", "--importance", "l2", "--layers", "all", "--no-tokenizer")
     commands = {
         "uniform": prune("demo", work / "uniform", "--ratio", "0.2", *fast),
         "free": prune("demo", work / "free", *free, *fast),

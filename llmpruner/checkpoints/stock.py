@@ -276,6 +276,9 @@ def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
     try:
         with quiet_transformers():
             built: PreTrainedConfig = type(config).from_dict(config.to_dict())
+            if built.is_heterogeneous:
+                # Saving does it too, and may read a size of all layers where the class itself does not.
+                built.validate()
     except _REFUSALS:
         return None
     built._attn_implementation = config._attn_implementation

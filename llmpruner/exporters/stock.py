@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from .padded import Padded
+
 
 class StockExporter(Exporter):
     """For models in other formats (GGUF, Meta's, adapters on a base model), and pruned ones. Where no configuration of
@@ -25,29 +27,36 @@ class StockExporter(Exporter):
 
     def export(self, task: ExportTask) -> str:
         from ..checkpoints import load, save
-        from .padded import padded_forms
 
-        model = task.model
+        model, note = task.model, ""
         try:
             self._write(task, model, task.loaded.record)
-            note = ""
         except UnsupportedModelError:
-            task.progress.status("Padding all layers to one width")
-            for form in padded_forms(task.loaded):
-                try:
-                    # A record would state the widths before padding.
-                    self._write(task, form.model, None)
-                    break
-                except UnsupportedModelError:
-                    continue
-            else:
+            if not task.loaded.plans:
                 raise
-            note = f"; {form.cost}"
+            padded = self._write_padded(task)
+            if padded is None:
+                raise
+            note = f"; {padded.cost}"
         task.progress.status("Comparing the outputs of the written checkpoint")
         again = load.load_pruned(task.directory, dtype=model.dtype, device=model.device)
         if not save.gives_logits(save.dummy_logits(model), again):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"
+
+    def _write_padded(self, task: ExportTask) -> Padded | None:
+        """Write the first padded form that a configuration describes; None if none does."""
+        from .padded import padded_forms
+
+        task.progress.status("Padding all layers to one width")
+        for form in padded_forms(task.loaded):
+            try:
+                # A record would state the widths before padding.
+                self._write(task, form.model, None)
+            except UnsupportedModelError:
+                continue
+            return form
+        return None
 
     def _write(self, task: ExportTask, model: PreTrainedModel, record: Mapping[str, Any] | None) -> None:
         from ..checkpoints import save
