@@ -93,9 +93,12 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         "commands": commands,
         "exports": exports,
         "vllm": {name: served(python, work, *case) for name, case in cases.items()},
-        "transformers alone": {name: alone(python, work, name) for name in ("uniform", "free", "free-stock")},
-        "lm-eval": tasks(work / "uniform", work),
-        "peft": separately(lora, work / "uniform"),
+        "transformers alone": {
+            name: alone(python, work, name)
+            for name in ("uniform", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
+        },
+        "lm-eval": {"uniform": tasks(work, "uniform"), "free": tasks(work, "free", trust=True)},
+        "peft": {name: separately(lora, work / name) for name in ("uniform", "free")},
     }
 
 
@@ -218,16 +221,18 @@ def outside(python: Path, work: Path, name: str, what: str, prompts: list[list[i
     return found
 
 
-def tasks(directory: Path, work: Path) -> dict[str, Any]:
-    """lm-eval's own command on the directory."""
+def tasks(work: Path, name: str, *, trust: bool = False) -> dict[str, Any]:
+    """lm-eval's own command on the directory ``name``. ``trust``: whether code in it may run."""
     data = data_folder()
     script = next(f for f in (data / "mk_tasks.py", data.parent / "mk_tasks.py") if f.is_file())
     subprocess.run([sys.executable, str(script), str(work / "tasks")], check=True, stdout=subprocess.DEVNULL)
-    arguments = ("--model", "hf", "--model_args", f"pretrained={directory},dtype=float32", "--tasks", "arc_easy")
+    model = f"pretrained={work / name},dtype=float32" + ",trust_remote_code=True" * trust
+    arguments = ("--model", "hf", "--model_args", model, "--tasks", "arc_easy")
     limits = ("--include_path", str(work / "tasks"), "--device", "cpu", "--batch_size", "8", "--limit", "20")
-    command = [sys.executable, "-m", "lm_eval", *arguments, *limits, "--output_path", str(work / "lm_eval.json")]
+    reports = work / f"lm_eval-{name}"
+    command = [sys.executable, "-m", "lm_eval", *arguments, *limits, "--output_path", str(reports)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    report = next(work.glob("lm_eval*.json"), None) or next((work / "lm_eval.json").rglob("*.json"))
+    report = next(reports.rglob("*.json"))
     accuracy = json.loads(report.read_text())["results"]["arc_easy"]["acc,none"]
     return {"command": "lm_eval " + " ".join((*arguments, *limits[2:])), "acc": accuracy}
 
@@ -240,14 +245,15 @@ def lora(directory: Path) -> dict[str, Any]:
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    trust = (directory / "modeling_llmpruner.py").exists()
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=trust)
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     ids = tokenizer(PROMPTS[0] + " Paris.", return_tensors="pt").input_ids
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
     for _ in range(3):
         loss = model(input_ids=ids, labels=ids).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
