@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
-from ..structure.kept import Kept, kept_indices, surviving_units
+from ..structure.kept import Kept, kept_indices
+from ..structure.wider import all_survivors
 from .empty import put_parameters
 from .surgery import cut
 
@@ -31,8 +33,9 @@ def pad(
     The weights that consume a padded unit are zero, so that it contributes nothing, whatever its activation is. Raises
     `UnsupportedModelError` for units that zeros do not silence: experts, and units under a norm over all of them.
     """
+    ours, theirs = all_survivors(graph, now), all_survivors(graph, kept)
     for group in graph.groups:
-        if surviving_units(graph, now, group) != surviving_units(graph, kept, group):
+        if ours[group.name] != theirs[group.name]:
             _check(group)
     before, after = kept_indices(graph, now), kept_indices(graph, kept)
     padded = cut(wide, graph, kept, family)
@@ -82,9 +85,9 @@ def _own(model: PreTrainedModel, name: str) -> nn.Parameter:
     return found
 
 
-def _widened(tensor: torch.Tensor, name: str, axis: int, now: object, kept: object) -> torch.Tensor:
+def _widened(tensor: torch.Tensor, name: str, axis: int, now: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
     """``tensor`` with zeros along ``axis`` for the indices ``kept`` that are not in ``now``."""
-    ours, wanted = list(now), list(kept)  # type: ignore[call-overload]
+    ours, wanted = list(now), list(kept)
     if tensor.shape[axis] != len(ours):
         raise UnsupportedModelError(
             f"'{name}' has {tensor.shape[axis]} entries along axis {axis}; its plans leave {len(ours)}"

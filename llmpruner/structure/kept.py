@@ -57,8 +57,8 @@ def compose_all(graph: CouplingGraph, cuts: Sequence[Kept]) -> dict[str, tuple[i
     """One ``kept`` for successive cuts, in units of ``graph``, to which the first of them applies."""
     kept: dict[str, tuple[int, ...]] = {}
     for each in cuts:
-        names = renamed(graph, kept)
-        survivors = {name: surviving_units(graph, kept, graph.by_name[name]) for name in names}
+        names, axes = renamed(graph, kept), kept_indices(graph, kept)
+        survivors = {name: surviving_units(graph, kept, graph.by_name[name], axes) for name in names}
         kept = compose(kept, each, names, survivors)
     return kept
 
