@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
 
-from llmpruner import UnsupportedModelError
+from llmpruner import UnsupportedModelError, build_graph
 from llmpruner.errors import CheckpointError
 from llmpruner.exporters.blocks import LayerSizes, Sizes, multiplier, stated, width_of
 from llmpruner.exporters.nemotron_nas import NemotronNasExporter
 from llmpruner.exporters.run import export
+from llmpruner.families.auto import AutoFamily
+from llmpruner.models.surgery import cut
 
 IDS = torch.tensor([3, 14, 15, 9, 26, 5, 35, 8])
 
@@ -163,6 +167,21 @@ def test_what_the_format_cannot_state_is_refused_with_the_reason(make, reason, t
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
         export(tmp_path, NemotronNasExporter(), tmp_path / "out", make().load)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_groups_that_were_discovered_are_padded_too(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config, family = MistralConfig(**SIZES, sliding_window=None), AutoFamily()
+    model = MistralForCausalLM(copy.deepcopy(config)).eval()
+    kept = {"layers.0.attention": [1], "layers.1.mlp": range(17)}
+    cut(model, build_graph(family, config), kept, family)
+    source = Source(model, family, config, [SimpleNamespace(kept=kept)])
+    export(tmp_path, NemotronNasExporter(), tmp_path / "out", source.load)
+    with torch.no_grad():
+        assert torch.allclose(logits_from_files(tmp_path / "out"), model(IDS[None]).logits[0], atol=1e-5)
 
 
 def test_a_wrong_weight_is_found(tmp_path, monkeypatch):
