@@ -105,7 +105,7 @@ def check(python: Path, work: Path) -> dict[str, Any]:
 def prune(model: str, out: Path, *options: str) -> dict[str, Any]:
     done = run("prune", model, *options, "-o", str(out), "--json")
     found = json.loads(done.pop("output"))
-    return {**done, "checkpoint": found["checkpoint"]}
+    return {**done, "checkpoint": found["result"]["checkpoint"]}
 
 
 def export(model: Path, out: Path, to: str) -> dict[str, Any]:
