@@ -19,8 +19,8 @@ file.
 
 The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
 where transformers does not know it, ``llmpruner_<base type>``. Sizes that belong to one layer are in
-``per_layer_config`` too, by the convention of transformers. A stock class that does not obey it refuses the
-configuration or the weights.
+``per_layer_config`` too, by the convention of transformers. A stock class that does not obey it refuses the weights,
+whose shapes are others.
 
 There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
 used. The module of a base class outside transformers is copied beside this file, with what it imports
@@ -241,10 +241,6 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
 
 class PrunedConfigMixin:
     """A stock configuration with a record of the cut; saving it also saves the code of its class."""
-
-    allow_global_per_layer_attribute_access = True
-    """Code of transformers reads sizes of all layers where it means those before the cut. The file does not say so: the
-    stock class, which would build layers of these sizes, shall refuse it."""
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = base_class(self.llmpruner)  # type: ignore[attr-defined]
