@@ -19,6 +19,7 @@ from ..data.text import TextSource
 from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..exporters.base import Exporter
+from ..exporters.nemotron_nas import NemotronNasExporter
 from ..exporters.stock import StockExporter
 from ..exporters.torchao_weights import TorchAoExporter
 from ..families.auto import AutoFamily
@@ -90,7 +91,7 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return [StockExporter, TorchAoExporter]
+    return [StockExporter, NemotronNasExporter, TorchAoExporter]
 
 
 @hookimpl

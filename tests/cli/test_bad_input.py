@@ -24,6 +24,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "model: no such file": (("discover", "none.gguf"), "model file 'none.gguf' does not exist"),
     "model: no such hub id": (("plan", "nobody/nothing", *FIFTH), "cannot load model 'nobody/nothing'"),
     "model: a folder without one": (("discover", "{tmp}"), "cannot load model '{tmp}'"),
+    "model: quantised": (
+        ("prune", "{models}/packed", *FIFTH, *OUT),
+        "packed' is quantised (gptq), and its packed weights cannot be cut; prune the unquantised model",
+    ),
+    "model: quantised, to plan": (("plan", "{models}/packed", *FIFTH, *L1), "then quantise the result"),
     "criterion": (("plan", DENSE, *FIFTH, "--importance", "telor"), "'telor'; did you mean taylor"),
     "family": (("discover", DENSE, "--family", "lama"), "family 'lama'; did you mean llama"),
     "variant": (
