@@ -17,6 +17,7 @@ from ..data.text import TextSource
 from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..exporters.base import Exporter
+from ..exporters.gguf.exporter import GgufExporter
 from ..exporters.stock import StockExporter
 from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
@@ -87,7 +88,7 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return [StockExporter]
+    return [StockExporter, GgufExporter]
 
 
 @hookimpl
