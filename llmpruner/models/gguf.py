@@ -39,5 +39,5 @@ def pre_tokenizer_of(path: Path) -> str | None:
     """How the tokenizer of a GGUF file splits text, by llama.cpp's name for it; None where the file has none."""
     import gguf
 
-    field = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
+    field = gguf.GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
     return None if field is None else str(field.contents())
