@@ -87,12 +87,12 @@ def random_model(name: str) -> Any:
     return randomised(AutoModelForCausalLM.from_config(CONFIGS[name][1]()))
 
 
-def randomised(model: Any) -> Any:
+def randomised(model: Any, spread: float = 0.2) -> Any:
     """Weights large enough that a wrong order of channels changes logits as much as other weights would."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+            parameter.normal_(1.0 if "norm" in name else 0.0, spread)
     model.tie_weights()
     return model.eval()
 

@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -341,8 +342,17 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
 
 @needs_runtime
 def test_a_wrong_name_of_the_pre_tokenizer_is_found(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    base = Tokenizer(models.BPE())
+    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    base.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    base.train_from_iterator([tiny_models.TEXT], trainers.BpeTrainer(vocab_size=310, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
     with pytest.raises(CheckpointError, match=r"llama\.cpp splits text into other tokens .*--set gguf\.pre"):
-        exported(byte_level_model(), tmp_path, tokenizer=tiny_models.tokenizer(), pre="bloom")
+        exported(byte_level_model(), tmp_path, tokenizer=tokenizer, pre="gpt-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_a_sentencepiece_tokenizer(tmp_path):
@@ -370,7 +380,7 @@ def test_without_a_tokenizer(tmp_path):
 
 def wide_model():
     sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 320, "vocab_size": 300}
-    return randomised(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)))
+    return randomised(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), 0.05)
 
 
 @needs_runtime
