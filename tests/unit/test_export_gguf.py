@@ -27,6 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+import llmpruner
 from llmpruner import save_checkpoint
 from llmpruner.errors import CheckpointError, MissingExtraError, SettingsError, UnsupportedModelError
 from llmpruner.exporters.gguf import check, run, runtime, write
@@ -272,10 +273,23 @@ def test_a_damaged_configuration_is_one_line(tmp_path):
 MISTAKES = {
     "rotary order": ("interleaved", lambda tensor, heads: tensor),
     "scale of queries": ("_scaled_part", lambda architecture: ""),
+    "rotary scaling": ("_add_rope", lambda writer, plan: writer.add_rope_freq_base(plan.rope["rope_theta"])),
+    "rotary factors": ("_rope_factors", lambda model, plan: torch.ones(4)),
+    "base of sliding layers": ("_add_rope", lambda writer, plan: writer.add_rope_freq_base(1e6)),
 }
 
 
-@pytest.mark.parametrize(("mistake", "name"), [("rotary order", "llama"), ("scale of queries", "gemma2")])
+@pytest.mark.parametrize(
+    ("mistake", "name"),
+    [
+        ("rotary order", "llama"),
+        ("scale of queries", "gemma2"),
+        ("rotary scaling", "llama-linear"),
+        ("rotary scaling", "qwen3-yarn"),
+        ("rotary factors", "llama-llama3"),
+        ("base of sliding layers", "gemma3"),
+    ],
+)
 def test_a_wrong_file_is_found_and_removed(mistake, name, tmp_path, monkeypatch):
     function, wrong = MISTAKES[mistake]
     monkeypatch.setattr(write, function, wrong)
@@ -411,6 +425,12 @@ def test_quantising_without_llama_cpp_names_the_extra_before_work(tmp_path, monk
     monkeypatch.setattr(run, "write_gguf", lambda *arguments: pytest.fail("wrote a file"))
     with pytest.raises(MissingExtraError, match=r"llama-cpp-python is not installed; .*llmpruner\[llama-cpp\]"):
         exported(random_model("llama"), tmp_path, quant="q8_0")
+
+
+def test_from_the_python_api(tmp_path):
+    save_checkpoint(randomised(cut_llama("mlp-uniform")), tmp_path / "pruned", record=None)
+    line = llmpruner.export(tmp_path / "pruned", to="gguf", output=tmp_path / "out", settings={"gguf": {"type": "f16"}})
+    assert line.startswith("pruned.gguf (llama, f16, ") and HOW in line
 
 
 def test_the_shorthand_sets_the_type_of_this_exporter_alone(catalog):
