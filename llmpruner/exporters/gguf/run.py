@@ -67,7 +67,8 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
         how = check_logits(task.model, target, quant)
     (task.directory / "Modelfile").write_text(_modelfile(target, vocabulary), encoding="utf-8")
     size = target.stat().st_size / _MEGABYTE
-    return f"{target.name} ({plan.architecture.name}, {_types(target, quant or kind)}, {size:,.1f} MB): {how}"
+    types = kind if quant is None else _types(target, quant)
+    return f"{target.name} ({plan.architecture.name}, {types}, {size:,.1f} MB): {how}"
 
 
 def _skeleton(source: Path) -> PreTrainedModel | None:
@@ -116,12 +117,12 @@ def _vocabulary(task: ExportTask, plan: GgufPlan, pre: str | None) -> Vocabulary
     return found
 
 
-def _types(path: Path, kind: str) -> str:
-    """``kind``; with the numbers of tensors of each type, where there are several besides the float32 of vectors."""
+def _types(path: Path, quant: str) -> str:
+    """``quant``; with the numbers of tensors of each type, where there are several besides the float32 of vectors."""
     counts = Counter(found.name.lower() for found in GgufFile(path).types.values())
     counts.pop("f32", None)
     listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return f"{kind}: {listed}" if len(counts) > 1 else kind
+    return f"{quant}: {listed}" if len(counts) > 1 else quant
 
 
 def _modelfile(path: Path, vocabulary: Vocabulary) -> str:
