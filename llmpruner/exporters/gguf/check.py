@@ -54,9 +54,9 @@ def check_logits(model: PreTrainedModel, path: Path, kind: str) -> str:
 
 def _prompt(model: PreTrainedModel) -> torch.Tensor:
     """Random token numbers: a model that repeats its input would hide mistakes in attention."""
-    config = model.config.get_text_config()
-    length = min(_TOKENS, config.max_position_embeddings)
-    return torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    length = min(_TOKENS, model.config.get_text_config().max_position_embeddings)
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, rows, (length,), generator=torch.Generator().manual_seed(0))
 
 
 def relative_errors(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
