@@ -58,14 +58,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parts = parser.parse_args().parts
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         for part in parts:
-            results[part] = PARTS[part](Path(work))
-            results["machine"] = machine() | {"llama-cpp-python": llama_cpp.__version__}
-            RESULTS.write_text(as_json(results), encoding="utf-8")
-            print(part, as_json(results[part]), flush=True)
-    differing = [name for part in parts for name, row in results[part].items() if row.get("differ")]
+            found[part] = PARTS[part](Path(work))
+            # Another run may have added parts meanwhile.
+            known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+            stated = {"machine": machine() | {"llama-cpp-python": llama_cpp.__version__}}
+            RESULTS.write_text(as_json(known | stated | {part: found[part]}), encoding="utf-8")
+            print(part, as_json(found[part]), flush=True)
+    differing = [name for rows in found.values() for name, row in rows.items() if row.get("differ")]
     if differing:
         sys.exit(f"other text by llama.cpp: {', '.join(differing)}")
 
@@ -95,7 +97,17 @@ def experts(work: Path) -> dict[str, Any]:
             for path, parameter in model.named_parameters():
                 parameter.normal_(1.0 if "norm" in path else 0.0, 0.1)
         model.save_pretrained(work / name)
-        options = ("--kinds", "expert", "--unit-ratio", "0.5", "--layers", "all", "--importance", "l2")
+        options = (
+            "--kinds",
+            "expert",
+            "--unit-ratio",
+            "0.5",
+            "--layers",
+            "all",
+            "--importance",
+            "l2",
+            "--no-tokenizer",
+        )
         run("prune", str(work / name), *options, "-o", str(work / f"{name}-half"))
         rows[name] = same_text(work / f"{name}-half", work)
     return rows
