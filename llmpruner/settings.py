@@ -574,4 +574,9 @@ class ExportSettings(Settings):
     """In which format a checkpoint is written."""
 
     to: Annotated[str, Field(description="Exporter; see `llmpruner plugins`.")]
+    quant: Annotated[
+        str | None,
+        Field(description="Quantise the file of --to gguf: q8_0, q6_k, q5_k_m, q4_k_m … (with llama-cpp-python)."),
+        Option(sets="to.quant"),
+    ] = None
     settings: Set = {}

@@ -19,6 +19,7 @@ from ..data.text import TextSource
 from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..exporters.base import Exporter
+from ..exporters.gguf.exporter import GgufExporter
 from ..exporters.nemotron_nas import NemotronNasExporter
 from ..exporters.stock import StockExporter
 from ..exporters.torchao_weights import TorchAoExporter
@@ -91,7 +92,7 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return [StockExporter, NemotronNasExporter, TorchAoExporter]
+    return [StockExporter, NemotronNasExporter, GgufExporter, TorchAoExporter]
 
 
 @hookimpl

@@ -29,6 +29,7 @@ def gguf_file(tmp_path):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(WORDS)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["<s>", "</s>", "a", "b", "ab", *(f"<{n}>" for n in range(5, WORDS))])
     writer.add_token_types([1] * WORDS)
     writer.add_token_merges(["a b"])
@@ -54,6 +55,7 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     loaded = load_model(str(gguf_file), catalog)
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
+    assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"
     torch.manual_seed(0)
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
