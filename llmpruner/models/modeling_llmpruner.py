@@ -256,6 +256,28 @@ class PrunedConfigMixin:
         with _as_built(self):
             super().validate()  # type: ignore[misc]
 
+    def to_dict(self) -> dict[str, Any]:
+        return self._with_type(super().to_dict())  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self._with_type(super().to_diff_dict())  # type: ignore[misc]
+
+    def _with_type(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The model type is that of the stock class, which refuses weights of other shapes. Where all shapes are those
+        that it expects, it would load the weights and compute something else, so the type is one that is not known."""
+        record = self.llmpruner  # type: ignore[attr-defined]
+        if not record.get("shapes") and not values["model_type"].startswith(MODEL_TYPE_PREFIX):
+            values["model_type"] = MODEL_TYPE_PREFIX + values["model_type"]
+        return values
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if "llmpruner" in values:
+            # Both types are of this class.
+            values["model_type"] = cls.model_type  # type: ignore[attr-defined]
+        return values, rest
+
 
 class PrunedModelMixin:
     """A stock model, resized according to the record in its configuration."""

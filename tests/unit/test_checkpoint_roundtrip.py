@@ -75,8 +75,9 @@ def test_form(name: str, saved: tuple[Path, dict[str, str]]) -> None:
     form = LLAMA[name].form if name in LLAMA else OTHERS[name][1]
     assert forms[name] == form
     config = json.loads((root / name / "config.json").read_text())
-    # That of the stock model, so that tokenizers and configurations are found without remote code.
-    assert not config["model_type"].startswith("llmpruner_")
+    # That of the stock model, which refuses other shapes, so that tokenizers are found without remote code.
+    own = form == "shim" and not config["llmpruner"].get("shapes")
+    assert config["model_type"].startswith("llmpruner_") == own
     assert ("llmpruner" in config) == (form == "shim")
     assert ("auto_map" in config) == (form == "shim")
     assert (root / name / "modeling_llmpruner.py").exists() == (form == "shim")
