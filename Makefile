@@ -6,7 +6,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast lint bench gpu-check docs clean
+.PHONY: demo test test-fast lint bench speed gpu-check export-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -38,8 +38,14 @@ docs: .venv/ready  ## the documentation site, in site/; a warning is an error
 	$(BIN)/python docs/_tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+speed: .venv/ready  ## a 1B model, whole and cut, against the ideal speed-up; needs an idle machine
+	$(BIN)/python -m benchmarks.speed
+
 gpu-check: .venv/ready  ## the same models on a GPU as on the CPU
 	$(BIN)/python -m benchmarks.gpu_check
+
+export-check: .venv/ready  ## pruned models in vLLM: make export-check VLLM=PYTHON of an environment that has it
+	$(BIN)/python -m benchmarks.export_vllm --vllm $(VLLM)
 
 clean:
 	rm -rf .venv demo-output build dist site *.egg-info

@@ -1,5 +1,6 @@
 """The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
 
+from .api import bench as bench
 from .api import discover as discover
 from .api import evaluate as evaluate
 from .api import export as export
@@ -7,9 +8,15 @@ from .api import generate as generate
 from .api import load as load
 from .api import plan as plan
 from .api import prune as prune
+from .api import push as push
 from .api import recover as recover
 from .api import save as save
 from .api import verify as verify
+from .benching.base import BenchSubject as BenchSubject
+from .benching.base import Runtime as Runtime
+from .benching.base import Session as Session
+from .benching.results import BenchResult as BenchResult
+from .benching.work import Work as Work
 from .budgets.base import Budget as Budget
 from .budgets.base import BudgetSubject as BudgetSubject
 from .budgets.costs import Cost as Cost
@@ -74,6 +81,7 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.host import PluginHost as PluginHost
 from .plugins.host import plugin_manager as plugin_manager
 from .progress import Progress as Progress
+from .publishing.push import Upload as Upload
 from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
@@ -87,11 +95,13 @@ from .selection.base import Allocation as Allocation
 from .selection.base import AllocationTask as AllocationTask
 from .selection.base import Demand as Demand
 from .selection.base import Meter as Meter
+from .settings import BenchSettings as BenchSettings
 from .settings import EvaluateSettings as EvaluateSettings
 from .settings import ExportSettings as ExportSettings
 from .settings import GenerateSettings as GenerateSettings
 from .settings import LoadSettings as LoadSettings
 from .settings import PruneSettings as PruneSettings
+from .settings import PushSettings as PushSettings
 from .settings import RecoverSettings as RecoverSettings
 from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts

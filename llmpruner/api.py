@@ -20,6 +20,8 @@ import transformers
 from typing_extensions import Unpack
 
 from . import __version__
+from .benching.results import BenchResult
+from .benching.run import bench as _bench
 from .checkpoints.adapters import save_adapter
 from .data.conversations import example
 from .data.documents import check_source
@@ -35,7 +37,16 @@ from .exporters.run import export as _export
 from .families.auto import AUTO
 from .families.chat import Prompt, chat_prompt
 from .files import check_new_directory, check_new_file, write_text
-from .keywords import EvaluateKeywords, ExportKeywords, GenerateKeywords, LoadKeywords, PruneKeywords, RecoverKeywords
+from .keywords import (
+    BenchKeywords,
+    EvaluateKeywords,
+    ExportKeywords,
+    GenerateKeywords,
+    LoadKeywords,
+    PruneKeywords,
+    PushKeywords,
+    RecoverKeywords,
+)
 from .loading.dense import load_dense
 from .loading.model import (
     Model,
@@ -55,23 +66,38 @@ from .oracle.verify import verify as _verify
 from .plugins.catalog import Catalog
 from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
+from .publishing.push import Upload, send
 from .recipes import pipeline
+from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
-from .recipes.jobs import PruneJob, evaluate_job, export_job, generate_job, page_job, prune_job, recover_job
+from .recipes.jobs import (
+    PruneJob,
+    bench_job,
+    evaluate_job,
+    export_job,
+    generate_job,
+    page_job,
+    prune_job,
+    push_job,
+    recover_job,
+)
 from .recipes.outcome import outcome_of
+from .recipes.publish import prepare_upload
 from .recipes.residency import arranged, is_streamed
 from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
 from .report.page import report_page
 from .settings import (
+    BenchSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     LoadSettings,
     PageSettings,
     PruneSettings,
+    PushSettings,
     RecoverSettings,
     RunSettings,
     settings_from,
@@ -402,6 +428,38 @@ def evaluate(
     return _evaluate([partial(subject, each) for each in opened], job.metrics, progress)
 
 
+def bench(
+    models: Source | Sequence[Source],
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[BenchKeywords],
+) -> BenchResult:
+    """Measure how fast models process prompts and decode, each against the first, and against the speed-up that its
+    sizes allow.
+
+    All models are in memory at the same time, and run in turn. Raises `ModelError` when they do not fit, or when the
+    runtime cannot run one of them, before any is loaded.
+    """
+    catalog, load = catalog or Catalog(plugin_manager()), load or LoadSettings()
+    job = bench_job(settings_from(BenchSettings, settings), catalog)
+    check_bench(job, load)
+    sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
+    if not sources:
+        raise SettingsError("nothing to measure: name at least one model")
+    length = max(job.prompts) + job.new
+    subjects = [
+        bench_subject(source, catalog, load, partial(_opened, source, load, catalog, progress),
+                      batch=max(job.batches), length=length)
+        for source in sources
+    ]  # fmt: skip
+    return _bench(
+        subjects, job.runtime, batches=job.batches, prompts=job.prompts, new_tokens=job.new, rounds=job.rounds,
+        device=load.device, progress=progress,
+    )  # fmt: skip
+
+
 def generate(
     model: Source,
     prompt: str,
@@ -456,6 +514,29 @@ def export(
     if not Path(model).is_dir():
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
     return _export(Path(model), exporter, directory, partial(_loaded, model, load, catalog, progress), progress)
+
+
+def push(
+    model: str | Path,
+    repo: str,
+    *,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PushKeywords],
+) -> Upload:
+    """Send the checkpoint directory ``model`` to the repository ``repo`` of the Hugging Face Hub, with a model card
+    that is written from its record.
+
+    Nothing is sent unless ``yes`` is given; ``dry_run`` returns what would be. Folders of this machine in the record
+    are left out. Raises `ModelError` for what is no checkpoint of llmpruner, and `OutputError` when the hub refuses.
+    """
+    job = push_job(settings_from(PushSettings, settings))
+    catalog = catalog or Catalog(plugin_manager())
+    upload = prepare_upload(Path(model), repo, job, partial(_opened, model, None, catalog, progress))
+    if job.dry_run:
+        return upload
+    progress.status(f"sending {len(upload.files)} files to {repo}")
+    return replace(upload, url=send(upload, public=job.public))
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:

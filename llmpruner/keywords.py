@@ -90,6 +90,17 @@ class EvaluateKeywords(TypedDict, total=False):
     settings: Mapping[str, Mapping[str, Any]]
 
 
+class BenchKeywords(TypedDict, total=False):
+    """Of `BenchSettings`."""
+
+    runtime: str
+    batch: str | int | Sequence[int]
+    prompt: str | int | Sequence[int]
+    new: int
+    rounds: int
+    settings: Mapping[str, Mapping[str, Any]]
+
+
 class GenerateKeywords(TypedDict, total=False):
     """Of `GenerateSettings`."""
 
@@ -103,4 +114,16 @@ class ExportKeywords(TypedDict, total=False):
     """Of `ExportSettings`."""
 
     to: Required[str]
+    quant: str | None
     settings: Mapping[str, Mapping[str, Any]]
+
+
+class PushKeywords(TypedDict, total=False):
+    """Of `PushSettings`."""
+
+    yes: bool
+    dry_run: bool
+    public: bool
+    license: str | None
+    base_model: str | None
+    evaluation: str | Path | None

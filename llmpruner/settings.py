@@ -92,6 +92,14 @@ def _not_empty(value: Any) -> Any:
     return names
 
 
+def _numbers(value: Any) -> Any:
+    """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
+    numbers = (value,) if isinstance(value, int) else names_of(value)
+    if not numbers:
+        raise ValueError("expected at least one number")
+    return numbers
+
+
 def _count(value: Any) -> Any:
     """``5.4B``, ``120M``, ``98000000`` as a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
@@ -144,6 +152,7 @@ def _component_settings(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Same seed, same inputs: same result.")]
 Set = Annotated[
@@ -503,6 +512,27 @@ class EvaluateSettings(Settings):
     settings: Set = {}
 
 
+class BenchSettings(Settings):
+    """At which sizes the speed of models is measured, and in what."""
+
+    runtime: Annotated[
+        str,
+        Field(
+            description="The program that runs the models: transformers, transformers-static (a cache of fixed size), "
+            "llama-cpp (.gguf files), vllm; see `llmpruner plugins`."
+        ),
+    ] = "transformers"
+    batch: Annotated[
+        Numbers, Field(description="Numbers of sequences at a time, comma-separated."), Option(metavar="NUMBERS")
+    ] = (1, 4)
+    prompt: Annotated[
+        Numbers, Field(description="Lengths of the prompt in tokens, comma-separated."), Option(metavar="NUMBERS")
+    ] = (128,)
+    new: Annotated[int, Field(ge=1, description="Tokens decoded after the prompt.")] = 32
+    rounds: Annotated[int, Field(ge=1, description="Runs of every model, in turn, after one that is not counted.")] = 5
+    settings: Set = {}
+
+
 class GenerateSettings(Settings):
     """How text is generated."""
 
@@ -524,8 +554,37 @@ class PageSettings(Settings):
     settings: Set = {}
 
 
+class PushSettings(Settings):
+    """What a model card states, and whether it is sent."""
+
+    yes: Annotated[bool, Field(description="Send everything. Without it, nothing leaves this machine.")] = False
+    dry_run: Annotated[bool, Field(description="Show the card and the files, and send nothing.")] = False
+    public: Annotated[bool, Field(description="Make a new repository public; by default it is private.")] = False
+    license: Annotated[
+        str | None,
+        Field(
+            description="Identifier of the licence, such as apache-2.0; by default what the card of the dense model "
+            "states, if it is on this machine."
+        ),
+        Option(metavar="ID"),
+    ] = None
+    base_model: Annotated[
+        str | None,
+        Field(description="Hub id of the dense model, if it was pruned from local files."),
+        Option(metavar="OWNER/NAME"),
+    ] = None
+    evaluation: Annotated[
+        Path | None, Field(description="Figures for the card: a file that `evaluate --json` wrote.")
+    ] = None
+
+
 class ExportSettings(Settings):
     """In which format a checkpoint is written."""
 
     to: Annotated[str, Field(description="Exporter; see `llmpruner plugins`.")]
+    quant: Annotated[
+        str | None,
+        Field(description="Quantise the file of --to gguf: q8_0, q6_k, q5_k_m, q4_k_m … (with llama-cpp-python)."),
+        Option(sets="to.quant"),
+    ] = None
     settings: Set = {}

@@ -10,17 +10,33 @@ from typing import Any
 from docstrings import class_section, document, markdown
 from settings_table import table as settings_table
 
-from llmpruner import Evaluation, Evaluations, api, keywords, settings
+from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, settings
+from llmpruner.benching.results import BenchCase, Measurement, Rate
 from llmpruner.loading.model import Model, Structure
 from llmpruner.oracle.verify import Verdict
+from llmpruner.publishing.push import Upload
 from llmpruner.structure.outcome import BudgetOutcome, Outcome
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
-    api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.generate, api.save,
-    api.export,
+    api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench, api.generate,
+    api.save, api.export, api.push,
 )  # fmt: skip
-VALUES = (Structure, Model, PruningPlan, Outcome, BudgetOutcome, Evaluations, Evaluation, Verdict)
+VALUES = (
+    Structure,
+    Model,
+    PruningPlan,
+    Outcome,
+    BudgetOutcome,
+    Evaluations,
+    Evaluation,
+    BenchResult,
+    BenchCase,
+    Rate,
+    Measurement,
+    Upload,
+    Verdict,
+)
 SETTINGS = {
     name: getattr(settings, name.replace("Keywords", "Settings"))
     for name in vars(keywords)

@@ -34,6 +34,7 @@ KINDS = (
     ("strategies", "Recovery strategies", "`recover --strategy` chooses what is trained."),
     ("metrics", "Metrics", "`evaluate` measures `size` always, and the others by their options or `--metrics`."),
     ("exporters", "Exporters", "`export --to` chooses the format."),
+    ("runtimes", "Runtimes", "`bench --runtime` chooses the program that runs the models."),
 )
 
 

@@ -10,6 +10,8 @@ import structure_page
 from docstrings import attributes, class_section, document, function_lines, function_of, is_property, markdown, methods
 
 import llmpruner
+from llmpruner.benching.base import BenchSubject, Session
+from llmpruner.benching.work import Work
 from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.costs import Cost
 from llmpruner.compensation.base import Fit, Repaired, RepairTask
@@ -34,6 +36,7 @@ _GIVEN: dict[str, tuple[type, ...]] = {
     "recovery strategy": (RecoveryJob, TrainingResult),
     "metric": (MetricSubject, Row),
     "exporter": (ExportTask,),
+    "runtime": (BenchSubject, Session, Work),
     "report section": (ReportSubject,),
 }
 """Kind of component → the classes that it is given or gives back."""

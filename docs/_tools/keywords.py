@@ -14,17 +14,22 @@ MODELS = {
     "PruneKeywords": settings.PruneSettings,
     "RecoverKeywords": settings.RecoverSettings,
     "EvaluateKeywords": settings.EvaluateSettings,
+    "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
     "ExportKeywords": settings.ExportSettings,
+    "PushKeywords": settings.PushSettings,
 }
 WIDER = {
     "kinds": "str | Sequence[str]",
     "tasks": "str | Sequence[str]",
     "metrics": "str | Sequence[str]",
     "layers": "str | Sequence[int]",
+    "batch": "str | int | Sequence[int]",
+    "prompt": "str | int | Sequence[int]",
     "target_params": "str | float",
     "settings": "Mapping[str, Mapping[str, Any]]",
     "include_path": "str | Path",
+    "evaluation": "str | Path",
 }
 """Fields whose validators take more than the type that they hold."""
 

@@ -7,13 +7,13 @@ faster. The cut and the whole model run alternately, so that other load on the m
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from ..errors import SelectionError, UnsupportedModelError
+from ..models.clock import clock_of
 from ..models.decoding import CachedModel, sample_tokens
 from ..models.modeling_llmpruner import per_layer_lists
 from ..models.positions import positions_of
@@ -133,7 +133,7 @@ def decode_one(cached: CachedModel, token: torch.Tensor, path: str) -> list[floa
     Raises `UnsupportedModelError` for a model that does not run each layer exactly once.
     """
     layers: Any = cached.model.get_submodule(path)
-    clock = _CudaClock() if cached.model.device.type == "cuda" else _Clock()
+    clock = clock_of(cached.model.device)
     marks: list[Any] = []
 
     def mark(*_: Any) -> None:
@@ -154,27 +154,6 @@ def decode_one(cached: CachedModel, token: torch.Tensor, path: str) -> list[floa
         )
     each = [clock.between(a, b) for a, b in zip(marks[::2], marks[1::2], strict=True)]
     return [*each, max(clock.between(begin, end) - sum(each), 1e-6)]
-
-
-class _Clock:
-    def now(self) -> Any:
-        return time.perf_counter()
-
-    def between(self, begin: Any, end: Any) -> float:
-        return float(end - begin) * 1e3
-
-
-class _CudaClock(_Clock):
-    """CUDA events, so that timing does not make the host wait for the device after each layer."""
-
-    def now(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        end.synchronize()
-        return float(begin.elapsed_time(end))
 
 
 def _alike(model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> list[list[int]]:

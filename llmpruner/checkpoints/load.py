@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, first_line
-from ..models.modeling_llmpruner import MODEL_TYPE_PREFIX, base_class, pruned_model
+from ..models.modeling_llmpruner import base_class, pruned_model
 from ..models.quiet import quiet_transformers
 from ..models.remote import ALLOW, pruned_class
 from .adapters import adapter_base, with_adapter
@@ -66,7 +66,7 @@ def load_pruned(
 def model_class(path: str | Path, trust_remote_code: bool) -> Any:
     """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))
-    if not str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+    if "llmpruner" not in config:
         return AutoModelForCausalLM
     try:
         return pruned_model(base_class(config["llmpruner"]))

@@ -59,8 +59,8 @@ def save_checkpoint(
     if stock_only and form != "stock":
         raise UnsupportedModelError(
             f"no configuration of transformers describes this {type(model).__name__} exactly, as a rule because its "
-            "layers have different widths; a stock checkpoint needs one width for all layers (prune with --unit-ratio "
-            "and --layers all), or load this one with llmpruner"
+            "layers have different widths; prune with --shape uniform for a stock checkpoint, or load this one with "
+            "llmpruner"
         )
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
     shell.should_save_on_this_rank = lambda is_main_process: is_main_process
@@ -164,7 +164,7 @@ def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
             path, _, leaf = name.rpartition(".")
             shell.get_submodule(path)._buffers[leaf] = buffer
     shell.tie_weights()
-    shell.generation_config = _valid_generation_config(model)
+    shell.generation_config = valid_generation_config(model)
     return True
 
 
@@ -215,7 +215,7 @@ def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
 
 
-def _valid_generation_config(model: PreTrainedModel) -> Any:
+def valid_generation_config(model: PreTrainedModel) -> Any:
     """The generation configuration; with ``do_sample`` where published models set sampling options without it, which
     transformers refuses to save."""
     generation = copy.deepcopy(model.generation_config)

@@ -48,6 +48,7 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     sizes = per_layer_sizes(model, uncut_model(model, config), config, decoder_layers(model))
     if sizes:
         values["per_layer_config"] = sizes
+        # Configurations check sizes of all layers when they are read, also by programs that want only the tokenizer.
         values["allow_global_per_layer_attribute_access"] = True
     stored = pruned.config_class.from_dict({**values, "llmpruner": record})
     stored._attn_implementation = config._attn_implementation

@@ -18,7 +18,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..models.decoder import decoder_layers
 from ..models.empty import base_of, empty_model, meta_model
+from ..models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,7 +58,9 @@ def stock_model(
     except _REFUSALS:
         return None  # no configuration has the remaining layers
     for candidate, moved in _candidates(model, reference, config):
-        for other in (candidate, *(family.stock_configs(candidate) if family else ())):
+        # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
+        others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
+        for other in (candidate, *others):
             built = _rebuild(other)
             if built is None:
                 continue
@@ -194,7 +198,10 @@ def _candidates(
     model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
     before, after = tensor_shapes(reference), tensor_shapes(model)
-    if before.keys() != after.keys() or not _is_uniform(before, after):
+    if before.keys() != after.keys():
+        return
+    if not _is_uniform(before, after):
+        yield from _per_layer_candidates(model, reference, config)
         return
     text = config.get_text_config()
     options = size_options(text, changed_axes(before, after))
@@ -213,6 +220,25 @@ def _candidates(
         moved: dict[int, set[int]] = {}
         for name, new in {**sizes, **always}.items():
             moved.setdefault(getattr(text, name), set()).add(new)
+        yield candidate, moved
+
+
+def _per_layer_candidates(
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
+) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
+    """Configurations with ``per_layer_config``, for the classes that obey it."""
+    layers = per_layer_sizes(model, reference, config, decoder_layers(model))
+    if not layers:
+        return
+    moved: dict[int, set[int]] = {}
+    for sizes in layers.values():
+        for name, new in sizes.items():
+            moved.setdefault(getattr(config, name), set()).add(new)
+    # A class may read a size of all layers where it means a default; transformers refuses that unless it is allowed.
+    for allowed in (False, True):
+        candidate = copy.deepcopy(config)
+        candidate.per_layer_config = copy.deepcopy(layers)
+        candidate.allow_global_per_layer_attribute_access = allowed
         yield candidate, moved
 
 
@@ -248,7 +274,11 @@ def _followed(ours: Any, theirs: Any, moved: Mapping[int, set[int]]) -> bool:
 def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """``config`` as it would be read from its file, or None when its class refuses it."""
     try:
-        built: PreTrainedConfig = type(config).from_dict(config.to_dict())
+        with quiet_transformers():
+            built: PreTrainedConfig = type(config).from_dict(config.to_dict())
+            if built.is_heterogeneous:
+                # Saving does it too, and may read a size of all layers where the class itself does not.
+                built.validate()
     except _REFUSALS:
         return None
     built._attn_implementation = config._attn_implementation

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
-from . import demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, recover
+from . import bench, demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, push, recover
 from .console import show_warnings, warning_line
 
 _HOOK = "llmpruner_commands"
@@ -51,7 +51,20 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         # Hooks are called when their components are first looked up, so failures are known at the end.
         ctx.call_on_close(lambda: _warn(host))
 
-    for module in (demo, plugins, discover, prune, recover, evaluate, generate, export, new_plugin, doctor):
+    for module in (
+        demo,
+        plugins,
+        discover,
+        prune,
+        recover,
+        evaluate,
+        bench,
+        generate,
+        export,
+        push,
+        new_plugin,
+        doctor,
+    ):
         module.add_commands(app)
     _add_plugin_commands(app, host)
     return app

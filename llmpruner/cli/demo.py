@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,16 +15,20 @@ from rich.markup import escape
 from ..evaluation.table import Evaluations
 from ..files import check_new_directory
 from ..settings import DEMO
+from .bench import show_bench
 from .console import RichProgress, count, out, table
 from .evaluate import show_evaluations
 from .options import catalog_of
 from .prune import show_plan
 
+if TYPE_CHECKING:
+    from ..loading.model import Model
+
 PROMPT = "Give three tips for staying healthy."
 SAMPLES = 32
 """Calibration samples: an eighth of the default method's, to save time."""
-MEASURE: dict[str, Any] = {"perplexity": "pydoc", "window": 512, "tokens": 10240, "autocast": True, "speed": True}
-MEASURE["settings"] = {"speed": {"runs": 3}}
+MEASURE: dict[str, Any] = {"perplexity": "pydoc", "window": 512, "tokens": 10240, "autocast": True}
+SPEED: dict[str, Any] = {"batch": 1, "prompt": 256, "rounds": 3}
 RECOVERY: dict[str, Any] = {
     "learning_rate": 5e-4,
     "batch_size": 8,
@@ -70,11 +74,11 @@ def demo(
     )
     measured, answers = {}, {}
 
-    def look(name: str) -> None:
+    def look(name: str, model: Model) -> None:
         measured[name] = replace(api.evaluate(model, **MEASURE, **shared)[0], name=name)
         answers[name] = api.generate(model, PROMPT, chat=True, max_new_tokens=60, **shared)
 
-    look("dense")
+    look("dense", model)
     out.rule("2. Pruning and compensation")
     model = api.prune(model, ratio=ratio, samples=SAMPLES, seed=seed, output=output / "pruned", **shared)
     assert model.outcome is not None
@@ -82,7 +86,7 @@ def demo(
     out.print(
         f"The same as: llmpruner prune demo --ratio {ratio:g} --samples {SAMPLES} --seed {seed} -o …", style="dim"
     )
-    look("pruned")
+    look("pruned", model)
 
     out.rule("3. Recovery")
     data = resources.files("llmpruner") / "demo" / "instructions.jsonl"
@@ -94,15 +98,18 @@ def demo(
         f"LoRA on {record['examples']} instructions, {len(losses)} steps: loss on answers {losses[0]:.3f} → "
         f"{losses[-1]:.3f}"
     )
-    look("recovered")
+    look("recovered", model)
 
     out.rule("4. Side by side")
     show_evaluations(Evaluations(measured.values()))
     out.print(
         f"[dim]Perplexity: first {MEASURE['tokens']:,} tokens of Python's help topics, windows of {MEASURE['window']}, "
-        "bfloat16 autocast. Speed: batch 1, 256 tokens read, 32 written, medians of 3 runs.[/]"
+        "bfloat16 autocast.[/]"
     )
     table(None, ("", f"“{PROMPT}”"), list(answers.items()), left=2)
+    # Together, as what else the machine does would show in times that are taken minutes apart.
+    del model
+    show_bench(api.bench([DEMO, output / "pruned", output / "recovered"], **SPEED, **shared))
     out.print(f"Files: {escape(str(output / 'pruned'))} and {escape(str(output / 'recovered'))}; both load with")
     out.print(f"  llmpruner generate {escape(str(output / 'recovered'))} --chat --prompt …", highlight=False)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")

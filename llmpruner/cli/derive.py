@@ -98,4 +98,4 @@ def _shown(field: FieldInfo) -> str:
         return ""
     if value is True:
         return "yes"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -15,6 +15,7 @@ from ..errors import SettingsError
 from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
+from ..structure.widths import COUNTED, QUANTISED
 from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
 from .launched import is_first
@@ -148,6 +149,7 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
         sums.append(_row(budget.label, budget.before, budget.after, texts.get(budget.name, "{:,.4g}".format)))
     table("Result", ("", "Before", "After", "Removed"), sums)
     _say_what_was_met(made, outcome)
+    _say_what_cannot_be_quantised(made)
 
 
 def _alike(rows: Mapping[int, tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[int]]]:
@@ -164,6 +166,18 @@ def _say_what_was_met(made: PruningPlan, outcome: Outcome) -> None:
     if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
         shape = "uniform widths give" if made.selection.shape == "uniform" else "whole units give"
         note(f"asked for {asked:.1%}; {shape} {got:.1%} (--meet chooses nearest, above or below)")
+
+
+def _say_what_cannot_be_quantised(made: PruningPlan) -> None:
+    """Name kept widths that formats with few bits refuse, where those of the dense model are none of them."""
+    cuts = [cut for cut in made.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
+    odd = sorted({len(cut.kept) for cut in cuts if len(cut.kept) % QUANTISED})
+    if odd:
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        note(
+            f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; --round-to "
+            f"{QUANTISED}, or a multiple of it, avoids them"
+        )
 
 
 def _row(label: str, before: float, after: float, text: Any) -> tuple[str, str, str, str]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
 
+from ..benching.results import measurement
+from ..benching.timing import timed
+from ..benching.torch_session import TorchSession
 from ..models.arithmetic import macs_per_token
 from ..models.decoder import decoder_layers
-from ..models.decoding import cache_argument
+from ..models.decoding import sample_tokens
 from ..progress import Progress
-from .results import Measurement, Size, Speed
+from .results import Size, Speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,42 +51,20 @@ def speed(
     """Tokens per second at batch size 1, on random tokens: of processing a prompt (prefill), and of greedy decoding
     with the cache.
 
-    A run processes ``prompt_tokens`` tokens, then decodes ``new_tokens`` tokens; the two are timed separately. The
-    first of ``runs + 1`` runs is not counted.
+    A run processes ``prompt_tokens`` tokens and predicts the next one, then decodes ``new_tokens`` tokens; the two are
+    timed separately. The first of ``runs + 1`` runs is not counted.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
+    prompt = sample_tokens(model, prompt_tokens, seed)
     memory = _PeakMemory(model.device)
-    prefill, decode = [], []
-    for run in (progress or Progress()).track(range(runs + 1), "speed"):
-        seconds, more = _timed(model, prompt, new_tokens)
-        if run:
-            prefill.append(prompt_tokens / seconds)
-            decode.append(new_tokens / more)
-    return Speed(_measurement(prefill), _measurement(decode), prompt_tokens, new_tokens, memory.peak())
-
-
-@torch.inference_mode()
-def _timed(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prompt, and for ``new_tokens`` steps after it."""
-    cache = {cache_argument(model): DynamicCache(config=model.config)}
-    started = _now(model.device)
-    logits = model(input_ids=prompt, use_cache=True, **cache).logits
-    between = _now(model.device)
-    for _ in range(new_tokens):
-        logits = model(input_ids=logits[:, -1:].argmax(-1), use_cache=True, **cache).logits
-    return between - started, _now(model.device) - between
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _measurement(values: list[float]) -> Measurement:
-    return Measurement(statistics.median(values), min(values), max(values), len(values))
+    session = TorchSession(model)
+    found = [timed(session, prompt, new_tokens) for _ in (progress or Progress()).track(range(runs + 1), "speed")][1:]
+    return Speed(
+        measurement([prompt_tokens * 1e3 / times.prefill for times in found]),
+        measurement([new_tokens * 1e3 / times.decode for times in found]),
+        prompt_tokens,
+        new_tokens,
+        memory.peak(),
+    )
 
 
 class _PeakMemory:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..benching.results import Measurement
 from .base import Row
 
 
@@ -25,16 +26,6 @@ class PerplexityResult:
     window: int
     text_sha256: str
     kl_per_token: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Median of ``runs`` repetitions, with the smallest and the largest of them."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,15 @@ from ..component import Component
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..structure.architecture import StatesConfigs
+    from ..families.family import ModelFamily
+    from ..structure.plan import PruningPlan
 
 
 class ExportSource(Protocol):
-    """The loaded checkpoint. ``tokenizer``: None where it has none. ``record``: its ``llmpruner.json``, None for a
-    dense model."""
+    """The loaded checkpoint. ``tokenizer``: None where it has none. ``config``: of the dense model, before all cuts.
+    ``plans``: the cuts that were applied. ``record``: its ``llmpruner.json``, None for a dense model."""
 
     @property
     def model(self) -> PreTrainedModel: ...
@@ -28,7 +29,13 @@ class ExportSource(Protocol):
     def tokenizer(self) -> Any | None: ...
 
     @property
-    def family(self) -> StatesConfigs | None: ...
+    def family(self) -> ModelFamily: ...
+
+    @property
+    def config(self) -> PreTrainedConfig: ...
+
+    @property
+    def plans(self) -> Sequence[PruningPlan]: ...
 
     @property
     def record(self) -> Mapping[str, Any] | None: ...

@@ -22,7 +22,7 @@ from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
-from ..models.gguf import gguf_parsed_once
+from ..models.gguf import RECORDED_PRE, gguf_parsed_once, pre_tokenizer_of
 from ..models.quiet import quiet_gguf, quiet_transformers
 from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
 from ..settings import LoadSettings
@@ -310,9 +310,14 @@ def _read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedCon
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = _gguf(ref) or {"config": config}
     with _one_line(ref), quiet_transformers():
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
         )
+    pre = pre_tokenizer_of(ref.directory / ref.gguf_file) if ref.gguf_file else None
+    if pre is not None:
+        # Saved with the tokenizer: transformers does not keep the name, and a GGUF file of the pruned model needs it.
+        tokenizer.init_kwargs[RECORDED_PRE] = pre
+    return tokenizer
 
 
 def _dtype(options: LoadSettings, config: PreTrainedConfig, ref: Reference) -> torch.dtype:

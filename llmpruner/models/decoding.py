@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
@@ -14,24 +14,30 @@ from transformers import DynamicCache
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 class CachedModel:
-    """A model with the key/value cache of the tokens that it has processed."""
+    """A model with the key/value cache of the tokens that it has processed. ``cache``: an empty one; by default one
+    that grows."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, cache: Cache | None = None) -> None:
         self.model = model
         with _in_one_line(model):
-            self.cache = DynamicCache(config=model.config)
+            self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self._cache_argument = cache_argument(model)
+        # As generation does: the head computes the logits of the last token alone.
+        last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"use_cache": True, **({"logits_to_keep": 1} if last else {})}
 
     @torch.inference_mode()
-    def process(self, tokens: torch.Tensor) -> None:
-        """``tokens``: ids of shape (1, n). Raises `UnsupportedModelError` when the model cannot continue from a
-        cache."""
-        options = {cache_argument(self.model): self.cache}
+    def process(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens``: ids of shape (B, n). Returns the logits of the last ones, of shape (B, V). Raises
+        `UnsupportedModelError` when the model cannot continue from a cache."""
+        options = {self._cache_argument: self.cache, **self._options}
         with _in_one_line(self.model):
-            self.model(input_ids=tokens.to(self.model.device), use_cache=True, **options)
+            logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **options).logits
+            return logits[:, -1]
 
     @torch.inference_mode()
     def fork(self) -> CachedModel:
@@ -54,9 +60,9 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
-def sample_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
-    """Random token ids of shape (1, count), the same at every call."""
-    generator = torch.Generator().manual_seed(0)
+def sample_tokens(model: PreTrainedModel, count: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids of shape (1, count), the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(int(model.config.get_text_config().vocab_size), (1, count), generator=generator)
 
 

@@ -1,4 +1,4 @@
-"""Reading a GGUF file once."""
+"""Reading a GGUF file once, and what transformers does not read of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+
+RECORDED_PRE = "gguf_pre"
+"""Key of ``tokenizer_config.json``: the name that the GGUF file of the dense model has for its pre-tokenizer."""
 
 
 @contextlib.contextmanager
@@ -29,3 +33,11 @@ def gguf_parsed_once() -> Iterator[None]:
     finally:
         for name, function in own.items():
             setattr(gguf, name, function)
+
+
+def pre_tokenizer_of(path: Path) -> str | None:
+    """How the tokenizer of a GGUF file splits text, by llama.cpp's name for it; None where the file has none."""
+    import gguf
+
+    field = gguf.GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
+    return None if field is None else str(field.contents())

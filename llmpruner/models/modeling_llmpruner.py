@@ -2,10 +2,10 @@
 
 Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
 ``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs nothing but torch and
-transformers. ``load_pruned`` and ``register`` of llmpruner use the same file.
+transformers; ``AutoModel`` gives the model without its head. ``load_pruned`` and ``register`` of llmpruner use the same
+file.
 
-``config.json`` is the configuration of the uniform model that was cut, with the model type
-``llmpruner_<base type>`` and a record of what differs::
+``config.json`` is the configuration of the uniform model that was cut, with a record of what differs::
 
     "llmpruner": {
       "version": 1,
@@ -16,6 +16,11 @@ transformers. ``load_pruned`` and ``register`` of llmpruner use the same file.
       "configs": {module: {name: value}}, for modules that read sizes from their own copy of the configuration
       "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
     }
+
+The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
+where transformers does not know it, ``llmpruner_<base type>``. Sizes that belong to one layer are in
+``per_layer_config`` too, by the convention of transformers. A stock class that does not obey it refuses the weights,
+whose shapes are others.
 
 There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
 used. The module of a base class outside transformers is copied beside this file, with what it imports
@@ -38,8 +43,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 MODEL_TYPE_PREFIX = "llmpruner_"
 CODE_NAME = "modeling_llmpruner"
@@ -238,16 +244,39 @@ class PrunedConfigMixin:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = base_class(self.llmpruner)  # type: ignore[attr-defined]
-        self.auto_map = {
-            "AutoConfig": f"{CODE_NAME}.{type(self).__name__}",
-            "AutoModelForCausalLM": f"{CODE_NAME}.{pruned_model(base).__name__}",
-        }
+        classes = {"AutoConfig": type(self), "AutoModelForCausalLM": pruned_model(base)}
+        headless = headless_class(base)
+        if headless is not None:
+            classes["AutoModel"] = pruned_model(headless)
+        self.auto_map = {name: f"{CODE_NAME}.{each.__name__}" for name, each in classes.items()}
         write_code(Path(save_directory), base)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def validate(self) -> None:
         with _as_built(self):
             super().validate()  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._with_type(super().to_dict())  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self._with_type(super().to_diff_dict())  # type: ignore[misc]
+
+    def _with_type(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The model type is that of the stock class, which refuses weights of other shapes. Where all shapes are those
+        that it expects, it would load the weights and compute something else, so the type is one that is not known."""
+        record = self.llmpruner  # type: ignore[attr-defined]
+        if not record.get("shapes") and not values["model_type"].startswith(MODEL_TYPE_PREFIX):
+            values["model_type"] = MODEL_TYPE_PREFIX + values["model_type"]
+        return values
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        values, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if "llmpruner" in values:
+            # Both types are of this class.
+            values["model_type"] = cls.model_type  # type: ignore[attr-defined]
+        return values, rest
 
 
 class PrunedModelMixin:
@@ -256,12 +285,15 @@ class PrunedModelMixin:
     pruned_base: type[PreTrainedModel]
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        layers = config.llmpruner.get("layers")
+        record = config.llmpruner
+        if self.pruned_base.__name__ != record["base"]:
+            record = without_head(record, self.pruned_base.base_model_prefix)
+        layers = record.get("layers")
         with _as_built(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
             if layers:
                 drop_layers(self, layers["path"], layers["kept"])
-        apply_record(self, config.llmpruner)  # type: ignore[arg-type]
+        apply_record(self, record)  # type: ignore[arg-type]
 
     def _get_static_cache_init_shape(self) -> None:
         """None: layers have no common shape, so a static cache takes each from the first keys and values."""
@@ -269,7 +301,8 @@ class PrunedModelMixin:
 
 def pruned_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """``PrunedXConfig`` for ``XConfig``; the same class at every call."""
-    return _pruned(PrunedConfigMixin, stock, {"model_type": MODEL_TYPE_PREFIX + stock.model_type})
+    prefix = "" if stock.__module__.startswith("transformers.") else MODEL_TYPE_PREFIX
+    return _pruned(PrunedConfigMixin, stock, {"model_type": prefix + stock.model_type})
 
 
 def pruned_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -278,15 +311,16 @@ def pruned_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return _pruned(PrunedModelMixin, base, members)
 
 
-_built: dict[type, type[Any]] = {}
-
-
 def _pruned(mixin: type, stock: type, members: dict[str, Any]) -> type[Any]:
-    if stock not in _built:
+    key = f"pruned {stock.__module__}.{stock.__qualname__}"
+    # Classes are kept among the names of the module, not in a table of their own: programs that send a configuration to
+    # another process by value (vLLM) send all that its code refers to, and classes of models cannot be sent.
+    if key not in globals():
         # With the `_auto_class` of a base class, saving would overwrite the code that is written here.
         members = {**members, "_auto_class": None, "__module__": __name__}
-        _built[stock] = type(f"Pruned{stock.__name__}", (mixin, stock), members)
-    return _built[stock]
+        globals()[key] = type(f"Pruned{stock.__name__}", (mixin, stock), members)
+    built: type[Any] = globals()[key]
+    return built
 
 
 def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
@@ -306,6 +340,30 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
         source = f"transformers {transformers.__version__}" if module is None else f"an installed plugin ({module})"
         raise ValueError(f"the checkpoint needs the model class {name}, which {source} does not offer")
     return found
+
+
+def headless_class(base: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
+    """The class that ``base`` puts a language model head on, where transformers has it; else None."""
+    # Some model types map to several classes, of which the first is the default.
+    found: Any = MODEL_MAPPING.get(base.config_class, None)
+    headless: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
+    if headless is None or headless is base:
+        return None
+    return headless if headless.base_model_prefix == base.base_model_prefix != "" else None
+
+
+def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a record that is about the model below ``prefix``, with the names that it has there."""
+
+    def inside(values: Mapping[str, Any]) -> dict[str, Any]:
+        start = f"{prefix}."
+        own = {"": values[prefix]} if prefix in values else {}
+        return own | {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+
+    kept = {**record, **{part: inside(record[part]) for part in ("shapes", "attributes", "configs") if part in record}}
+    if "layers" in record:
+        kept["layers"] = {**record["layers"], "path": record["layers"]["path"].removeprefix(f"{prefix}.")}
+    return kept
 
 
 def _may_import(module: str) -> bool:
@@ -340,23 +398,42 @@ def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
         target.write_text(source, encoding="utf-8")
 
 
-class _OnDemand:
-    """Registered for a pruned model type; builds the classes when a configuration of that type is read."""
+class _OnDemand(type):
+    """Stands for the configuration class of a model type in AutoConfig: a file with a record of a cut gives the pruned
+    class, which is built when it is first read; all else is done by the stock class ``stock_name`` of transformers."""
 
-    model_type: str
+    stock_name: str
 
-    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        model_class = pruned_model(base_class(config_dict["llmpruner"]))
+        if "llmpruner" not in config_dict:
+            return cls._stock().from_dict(config_dict, **kwargs)
+        base = base_class(config_dict["llmpruner"])
+        model_class, headless = pruned_model(base), headless_class(base)
         AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
+        if headless is not None:
+            AutoModel.register(model_class.config_class, pruned_model(headless), exist_ok=True)
         return model_class.config_class.from_dict(config_dict, **kwargs)
+
+    def _stock(cls) -> Any:
+        return getattr(transformers, cls.stock_name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._stock()(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls._stock(), name)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls._stock())
 
 
 def register(model_types: Iterable[str]) -> None:
-    """Register the pruned variant of each model type with AutoConfig and AutoModelForCausalLM."""
+    """Let AutoConfig, AutoModel and AutoModelForCausalLM load the pruned variant of each model type."""
     for model_type in model_types:
-        name = MODEL_TYPE_PREFIX + model_type
-        AutoConfig.register(name, type("PrunedConfig", (_OnDemand,), {"model_type": name}), exist_ok=True)
+        stock = CONFIG_MAPPING_NAMES.get(model_type)
+        for name in (MODEL_TYPE_PREFIX + model_type, *((model_type,) if stock else ())):
+            stand_in = _OnDemand("PrunedConfig", (), {"model_type": name, "stock_name": stock or ""})
+            AutoConfig.register(name, stand_in, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

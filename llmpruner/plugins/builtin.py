@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..benching.base import Runtime
+from ..benching.runtimes import LlamaCppRuntime, StaticRuntime, TransformersRuntime, VllmRuntime
 from ..budgets.base import Budget
 from ..budgets.kv_cache import KvCache
 from ..budgets.latency import Latency
@@ -17,7 +19,10 @@ from ..data.text import TextSource
 from ..evaluation.base import Metric
 from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from ..exporters.base import Exporter
+from ..exporters.gguf.exporter import GgufExporter
+from ..exporters.nemotron_nas import NemotronNasExporter
 from ..exporters.stock import StockExporter
+from ..exporters.torchao_weights import TorchAoExporter
 from ..families.auto import AutoFamily
 from ..families.family import ModelFamily
 from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
@@ -88,7 +93,12 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    return [StockExporter]
+    return [StockExporter, NemotronNasExporter, GgufExporter, TorchAoExporter]
+
+
+@hookimpl
+def llmpruner_runtimes() -> list[type[Runtime]]:
+    return [TransformersRuntime, StaticRuntime, LlamaCppRuntime, VllmRuntime]
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
+from ..benching.base import Runtime
 from ..budgets.base import Budget
 from ..checkpoints.reader import CheckpointReader
 from ..compensation.base import Compensation
@@ -59,6 +60,7 @@ class Catalog:
     strategies = Kind("recovery strategy", "llmpruner_recovery_strategies", RecoveryStrategy)
     metrics = Kind("metric", "llmpruner_metrics", Metric)
     exporters = Kind("exporter", "llmpruner_exporters", Exporter)
+    runtimes = Kind("runtime", "llmpruner_runtimes", Runtime)
     readers = Kind("checkpoint reader", "llmpruner_checkpoint_readers", CheckpointReader)
     sections = Kind("report section", "llmpruner_report_sections", ReportSection)
     methods = Kind("method", "llmpruner_methods", Method)

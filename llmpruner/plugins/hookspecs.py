@@ -31,6 +31,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
+    from ..benching.base import Runtime
     from ..budgets.base import Budget
     from ..checkpoints.reader import CheckpointReader
     from ..compensation.base import Compensation
@@ -171,6 +172,19 @@ def llmpruner_exporters() -> Sequence[type[Exporter]]:
     Called: once, when a command first looks for an exporter.
 
     Errors: one that raises stops the command with its error, and its output is removed.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llmpruner_runtimes() -> Sequence[type[Runtime]]:
+    """Programs that run models, for ``llmpruner bench --runtime``.
+
+    Returns: a list of `Runtime` subclasses.
+
+    Called: once, when a command first looks for a runtime.
+
+    Errors: one that raises stops the command with its error.
     """
     raise NotImplementedError
 

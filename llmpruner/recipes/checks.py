@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
 from ..data.calibration import check_length, parse_calibration
-from ..errors import ModelError, SelectionError, SettingsError
+from ..errors import ModelError, SelectionError, SettingsError, UnsupportedModelError
 from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 
 def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None:
-    """Raise for kinds and layers that the model does not have, for text that cannot be read, and for an amount or a
-    rounding that its groups cannot give. ``tokenizer``: whether the model has one."""
+    """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, and
+    for an amount or a rounding that its groups cannot give. ``tokenizer``: whether the model has one."""
+    check_unquantised(structure)
     scope = scope_of(job, structure)
     groups = scope.groups(structure.graph)
     check_accepted(job.criterion, groups, structure.graph)
@@ -76,9 +78,24 @@ def _coarse(widths: Widths) -> str:
     return "; ask for more"
 
 
+def check_unquantised(structure: Structure) -> None:
+    """Raise `UnsupportedModelError` for a checkpoint whose weights are packed (bitsandbytes, GPTQ, AWQ, …): they have
+    neither the shapes of the architecture nor values that can be cut and fitted."""
+    stated: Any = getattr(structure.config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else getattr(stated, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    # transformers itself turns MXFP4 into bfloat16 where there is no kernel for it.
+    if stated is not None and name != "mxfp4":
+        raise UnsupportedModelError(
+            f"'{structure.ref}' is quantised ({name}), and its packed weights cannot be cut; prune the unquantised "
+            "model that it was made from, then quantise the result"
+        )
+
+
 def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> None:
     """Raise for a plan that was made for another model, or that needs a component or calibration text that does not
-    exist."""
+    exist; and for a quantised model."""
+    check_unquantised(structure)
     plan.check(structure.graph)
     catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
     if plan.compensation is None:

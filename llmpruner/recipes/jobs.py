@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
+from ..benching.base import Runtime
 from ..budgets.base import Budget
 from ..compensation.base import Compensation
 from ..component import Component
@@ -27,12 +28,14 @@ from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from ..selection.base import Allocation
 from ..settings import (
+    BenchSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     Meet,
     PageSettings,
     PruneSettings,
+    PushSettings,
     RecoverSettings,
     Settings,
     Shape,
@@ -110,6 +113,17 @@ class EvaluateJob:
     """The metrics to measure, in the order of their columns."""
 
     metrics: tuple[Metric, ...]
+
+
+@dataclass(frozen=True)
+class BenchJob:
+    """A runtime, and the sizes to measure: every batch size with every length of prompt. ``new``: tokens to decode."""
+
+    runtime: Runtime
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    new: int
+    rounds: int
 
 
 class _Given:
@@ -312,6 +326,14 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
     return EvaluateJob(metrics)
 
 
+def bench_job(settings: BenchSettings, catalog: Catalog) -> BenchJob:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect."""
+    given = _Given(settings)
+    runtime = given.create("runtime", catalog.runtimes, settings.runtime)
+    given.check_all_used()
+    return BenchJob(runtime, settings.batch, settings.prompt, settings.new, settings.rounds)
+
+
 def page_job(settings: PageSettings, catalog: Catalog) -> tuple[ReportSection, ...]:
     """The sections of a page. Raises `SettingsError` for settings that are wrong or of no section."""
     given = _Given(settings)
@@ -326,6 +348,19 @@ def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
     exporter = given.create("to", catalog.exporters, settings.to)
     given.check_all_used()
     return exporter
+
+
+def push_job(settings: PushSettings) -> PushSettings:
+    """``settings``. Raises `SettingsError` unless they say whether anything is sent."""
+    if settings.yes == settings.dry_run:
+        raise SettingsError(
+            "--yes has no effect beside --dry-run; give one of them"
+            if settings.yes
+            else "nothing is sent without --yes; --dry-run shows the model card and the files"
+        )
+    if settings.dry_run:
+        _Given(settings).refuse("public", "with --dry-run, which sends nothing")
+    return settings
 
 
 def generate_job(settings: GenerateSettings) -> GenerateSettings:

@@ -53,6 +53,16 @@ def compose(first: Kept, second: Kept, names: Mapping[str, str], survivors: Kept
     return kept
 
 
+def compose_all(graph: CouplingGraph, cuts: Sequence[Kept]) -> dict[str, tuple[int, ...]]:
+    """One ``kept`` for successive cuts, in units of ``graph``, to which the first of them applies."""
+    kept: dict[str, tuple[int, ...]] = {}
+    for each in cuts:
+        names, axes = renamed(graph, kept), kept_indices(graph, kept)
+        survivors = {name: surviving_units(graph, kept, graph.by_name[name], axes) for name in names}
+        kept = compose(kept, each, names, survivors)
+    return kept
+
+
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:
     """Raise `PlanError` unless ``kept`` names known groups, known units, and obeys every group's constraints."""
     for name, units in kept.items():

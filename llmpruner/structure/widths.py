@@ -14,6 +14,8 @@ NARROW = 1024
 """Models whose hidden states have fewer channels than this are narrow: finer widths, at multiples of 32, suit them."""
 FEWEST_WIDTHS = 8
 """A default multiple leaves every group at least this many widths to choose from."""
+QUANTISED = 32
+"""Weights of a row share a scale in blocks of 32 or more in GGUF and in torchao's int4; widths must be multiples."""
 COUNTED = frozenset({ATTENTION, QUERY, LAYER, EXPERT})
 """Kinds whose units are counted: heads, layers and experts. The others are widths of matrix products."""
 

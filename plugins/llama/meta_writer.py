@@ -62,12 +62,15 @@ def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
     and `UnsupportedModelError` for a model that is not LLaMA."""
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} is no Hugging Face checkpoint: it has no config.json")
-    kind = read_json(source / "config.json").get("model_type")
-    if kind not in ("llama", "mistral"):
-        what_to_do = f"; {_EVENLY}" if str(kind).startswith("llmpruner") else ""
+    values = read_json(source / "config.json")
+    if "llmpruner" in values:
+        raise UnsupportedModelError(
+            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and those of this one differ; {_EVENLY}"
+        )
+    if values.get("model_type") not in ("llama", "mistral"):
         raise UnsupportedModelError(
             f"{_REFUSED}: it holds LLaMA whose layers all have one shape, "
-            f"and config.json has the model_type '{kind}'{what_to_do}"
+            f"and config.json has the model_type '{values.get('model_type')}'"
         )
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     return HuggingFaceTensors(source), config

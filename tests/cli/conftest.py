@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,8 @@ def listing(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What tests read and never write: models ``dense``, ``other`` (wider), ``bare`` (no tokenizer) and ``nan``,
-    ``text.txt``, ``data.jsonl``."""
+    """What tests read and never write: models ``dense``, ``other`` (wider), ``bare`` (no tokenizer), ``nan`` and
+    ``packed`` (says that it is quantised), ``text.txt``, ``data.jsonl``."""
     folder = tmp_path_factory.mktemp("shared")
     tokenizer = tiny_tokenizer()
     for name, width in (("dense", 48), ("other", 40), ("bare", 48), ("nan", 48)):
@@ -98,6 +99,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         if name != "bare":
             tokenizer.save_pretrained(folder / name)
+    shutil.copytree(folder / "dense", folder / "packed")
+    config = json.loads((folder / "packed" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (folder / "packed" / "config.json").write_text(json.dumps(config))
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS), encoding="utf-8")
     return folder

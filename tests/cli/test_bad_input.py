@@ -24,6 +24,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "model: no such file": (("discover", "none.gguf"), "model file 'none.gguf' does not exist"),
     "model: no such hub id": (("plan", "nobody/nothing", *FIFTH), "cannot load model 'nobody/nothing'"),
     "model: a folder without one": (("discover", "{tmp}"), "cannot load model '{tmp}'"),
+    "model: quantised": (
+        ("prune", "{models}/packed", *FIFTH, *OUT),
+        "packed' is quantised (gptq), and its packed weights cannot be cut; prune the unquantised model",
+    ),
+    "model: quantised, to plan": (("plan", "{models}/packed", *FIFTH, *L1), "then quantise the result"),
     "criterion": (("plan", DENSE, *FIFTH, "--importance", "telor"), "'telor'; did you mean taylor"),
     "family": (("discover", DENSE, "--family", "lama"), "family 'lama'; did you mean llama"),
     "variant": (
@@ -107,6 +112,17 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
     ),
     "evaluation without a tokenizer": (("evaluate", "{models}/bare"), "model '{models}/bare' brings no tokenizer"),
+    "push: a dense model": (("push", DENSE, "me/x", "--dry-run"), "has no llmpruner.json, so it was not pruned"),
+    "push: no flag": (("push", DENSE, "me/x"), "nothing is sent without --yes"),
+    "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
+    "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch 'x': expected a whole number"),
+    "bench: no batch": (("bench", DENSE, "--batch", ","), "--batch ',': expected at least one number"),
+    "bench: beyond the positions": (("bench", DENSE, "--prompt", 512), "reads at most 512 tokens, and 544 are asked"),
+    "bench: no effect": (
+        ("bench", DENSE, "--runtime", "llama-cpp", "--dtype", "float32"),
+        "--dtype has no effect with --runtime llama-cpp",
+    ),
+    "bench: no GGUF file": (("bench", DENSE, "--runtime", "llama-cpp"), "llama_cpp is not installed"),
     "generation without a tokenizer": (("generate", "{models}/bare", "-p", "x"), "'{models}/bare' brings no tokenizer"),
     "an empty prompt": (("generate", DENSE, "-p", ""), "the prompt is empty"),
     "evaluation: no text": (("evaluate", DENSE, "--perplexity", "no.txt"), "no.txt: no such file"),

@@ -78,6 +78,13 @@ def test_a_compensation_changes_the_weights(run, dense, tmp_path):
     assert not plan.exists()
 
 
+def test_a_runtime_from_the_command_line(run, dense, tmp_path):
+    options = ("--batch", 1, "--prompt", 8, "--new", 2, "--rounds", 1, "--json", tmp_path / "b.json")
+    assert run("bench", dense, dense, "--runtime", "without-cache", *options).code == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["runtime"] == "without-cache" and len(found["cases"][0]["models"]) == 2
+
+
 def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tmp_path):
     done = run("evaluate", dense, "--metrics", "accuracy", "--set", "accuracy.tokens=32", "--json", tmp_path / "e.json")
     assert done.code == 0 and "next-token accuracy" in done.out

@@ -290,3 +290,14 @@ def test_discover_draws_a_block(run, dense, tmp_path):
     assert page.count("self_attn<wbr>.q_proj<wbr>.weight") == 1
     assert "attention: consumed along axis 1" in page
     assert "hidden: normalised along axis 0" in page
+
+
+def test_widths_that_cannot_be_quantised_are_named(run, tmp_path):
+    config = LlamaForCausalLM.config_class(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    options = ("--unit-ratio", 0.25, "--importance", "l1")
+    said = run("plan", tmp_path / "wide", *options, "--shape", "free").err
+    assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --round-to 32" in said
+    assert "quantised" not in run("plan", tmp_path / "wide", *options, "--round-to", 32, "--shape", "free").err

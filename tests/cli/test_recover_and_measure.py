@@ -160,3 +160,38 @@ def test_sampling_follows_the_seed(run, dense):
     options = ("generate", dense, "-p", "The", "--temperature", 1.5, "--max-new-tokens", 12, "--json", "--seed")
     first, again, other = (run(*options, seed).json()["answers"] for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_speed_side_by_side(run, dense, pruned, tmp_path):
+    options = ("--batch", "1,2", "--prompt", 16, "--new", 3, "--rounds", 2, "--json", tmp_path / "b.json")
+    result = run("bench", dense, pruned, *options)
+    assert result.code == 0, result.err
+    titles = [line for line in result.out.splitlines() if line.startswith(("Prefill", "Decoding, 3 tokens"))]
+    assert len(titles) == 2 and result.out.count(str(pruned)) == 4
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["runtime"], found["rounds"], found["new_tokens"]) == ("transformers", 2, 3)
+    assert [case["batch"] for case in found["cases"]] == [1, 2]
+    for case in found["cases"]:
+        first, second = case["models"]
+        assert (first["name"], second["name"]) == (str(dense), str(pruned))
+        for stage in ("prefill", "decode"):
+            assert first[stage]["speedup"]["median"] == first[stage]["ideal"] == 1
+            # Two of four layers lost a quarter of their MLP channels.
+            assert 1 < second[stage]["ideal"] < 1.2
+            speedup = second[stage]["speedup"]["median"]
+            assert second[stage]["share_of_ideal"] == pytest.approx(speedup / second[stage]["ideal"])
+
+
+def test_speed_alone_reads_no_text(run, dense):
+    result = run("evaluate", dense, "--speed", "--set", "speed.prompt_tokens=8", "--set", "speed.runs=1")
+    assert result.code == 0 and "decode tokens/s" in result.out and "perplexity" not in result.out + result.err
+
+
+def test_what_would_be_published_is_shown(run, pruned):
+    before = {path: path.stat().st_mtime_ns for path in pruned.iterdir()}
+    result = run("push", pruned, "me/small", "--dry-run", "--license", "mit")
+    assert result.code == 0, result.err
+    assert result.out.startswith("---\nlibrary_name: transformers\nlicense: mit\n")
+    assert "Files for me/small" in result.out and "modeling_llmpruner.py" in result.out
+    assert "nothing was sent" in result.err
+    assert {path: path.stat().st_mtime_ns for path in pruned.iterdir()} == before

@@ -30,7 +30,7 @@ if MODE == "remote":
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 
 def load(directory: Path, **options: Any) -> Any:
@@ -40,6 +40,21 @@ def load(directory: Path, **options: Any) -> Any:
         return llmpruner.load_pruned(directory, **options)
     trust = MODE == "remote" and (directory / "modeling_llmpruner.py").exists()
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, **options).eval()
+
+
+def headless(directory: Path, model: Any, ids: torch.Tensor) -> float:
+    """How far the hidden states of AutoModel are from those of ``model``; its shapes without weights must be the same
+    (vLLM builds it so)."""
+    options = {"trust_remote_code": MODE != "registered" and (directory / "modeling_llmpruner.py").exists()}
+    decoder = AutoModel.from_pretrained(directory, **options).eval()
+    with torch.device("meta"):
+        empty = AutoModel.from_config(AutoConfig.from_pretrained(directory, **options), **options)
+    shapes, expected = ({n: p.shape for n, p in each.named_parameters()} for each in (empty, decoder))
+    assert shapes == expected
+    with torch.no_grad():
+        ours = decoder(ids).last_hidden_state
+        theirs = getattr(model, model.base_model_prefix)(ids).last_hidden_state
+    return float((ours - theirs).abs().max())
 
 
 def probe(directory: Path) -> dict[str, Any]:
@@ -69,6 +84,7 @@ def probe(directory: Path) -> dict[str, Any]:
         found["saved again"] = distance(load(Path(again)), "default")
         files = sorted(file.name for file in Path(again).iterdir())
     found["files"] = files
+    found["headless"] = headless(directory, model, ids)
     found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return found
 

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import transformers
 from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
 
+import llmpruner
 from llmpruner import CheckpointError, OutputError, build_graph, load_pruned, save_checkpoint
 from llmpruner.checkpoints.record import read_record
 from llmpruner.models.surgery import cut
@@ -261,3 +263,30 @@ def test_base_class_outside_transformers(tmp_path: Path, monkeypatch: pytest.Mon
         timeout=120,
     )
     assert fresh.stdout.split() == ["PrunedCustomForCausalLM", "0.0", "0.0", "False"], fresh.stderr[-2000:]
+
+
+def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second layer has experts: with the first layer gone, the stock class would put them into the others."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=4,
+        shared_expert_intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, decoder_sparse_step=2, head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
+    found = llmpruner.prune(
+        str(tmp_path / "dense"), ratio=0.17, kinds="layer", layers="0", importance="l1", output=tmp_path / "out",
+        need_tokenizer=False,
+    )  # fmt: skip
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found.form == "shim" and not stated["llmpruner"].get("shapes")
+    assert stated["model_type"] == "llmpruner_qwen2_moe"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(INPUT_IDS).logits, found.model(INPUT_IDS).logits, atol=1e-5, rtol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["model_type"] == "llmpruner_qwen2_moe"
+    with pytest.raises(ValueError):  # transformers asks for the flag, or does not know the type
+        transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from checkpoint_cases import INPUT_IDS, LLAMA, OTHERS, cut_llama
 from llmpruner_llama.family import LlamaFamily
@@ -74,7 +75,10 @@ def test_form(name: str, saved: tuple[Path, dict[str, str]]) -> None:
     form = LLAMA[name].form if name in LLAMA else OTHERS[name][1]
     assert forms[name] == form
     config = json.loads((root / name / "config.json").read_text())
-    assert config["model_type"].startswith("llmpruner_") == (form == "shim")
+    # That of the stock model, which refuses other shapes, so that tokenizers are found without remote code.
+    own = form == "shim" and not config["llmpruner"].get("shapes")
+    assert config["model_type"].startswith("llmpruner_") == own
+    assert ("llmpruner" in config) == (form == "shim")
     assert ("auto_map" in config) == (form == "shim")
     assert (root / name / "modeling_llmpruner.py").exists() == (form == "shim")
     assert {file.suffix for file in (root / name).iterdir()} <= {".json", ".safetensors", ".py"}
@@ -92,6 +96,7 @@ def test_fresh_process(name: str, mode: str, probed: dict[str, Any]) -> None:
         # The grouped matmul of experts rounds the last bit in bf16 differently from process to process.
         last_bit = way == "bfloat16" and name.startswith("mixtral")
         assert found[way] <= (2**-8 if last_bit else 1e-6), way
+    assert found["headless"] <= 1e-6
     assert found["dynamic cache"] == found["static cache"] == 0
     assert ("modeling_llmpruner.py" in found["files"]) == found["class"].startswith("Pruned")
     tied = name == "gemma2" or (name in LLAMA and "tie_word_embeddings" in LLAMA[name].options)
@@ -109,6 +114,41 @@ def test_remote_code_needs_no_llmpruner(probed: dict[str, Any]) -> None:
 def test_loading_is_quiet(mode: str, probed: dict[str, Any]) -> None:
     assert "per-layer attribute" not in probed[mode]["stderr"]
     assert "newly initialized" not in probed[mode]["stderr"]
+
+
+NO_QUESTION = """
+import sys
+from transformers import AutoConfig, AutoTokenizer
+print(AutoTokenizer.from_pretrained(sys.argv[1])("the fox").input_ids)
+print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "gqa", "depth-mlp", "all"])
+def test_tokenizer_and_configuration_need_no_code_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    tokenizer = tiny_models.tokenizer()
+    save_checkpoint(cut_llama(name), tmp_path / "out", record={}, tokenizer=tokenizer)
+    done = run_fresh(NO_QUESTION, tmp_path / "out", folder=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [str(tokenizer("the fox").input_ids), "LlamaConfig"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configurations_are_read_without_code(name: str, saved: tuple[Path, dict[str, str]]) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(saved[0] / name)
+    assert type(config).__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("name", ["mlp", "gqa", "query"])
+def test_the_stock_class_refuses_a_shim(name: str, saved: tuple[Path, dict[str, str]]) -> None:
+    """It would build layers of full width, and fill what is missing with random numbers."""
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(RuntimeError, match=r"[Mm]ismatch"):
+        AutoModelForCausalLM.from_pretrained(saved[0] / name)
 
 
 def test_hidden_cut_scales_the_epsilon(saved: tuple[Path, dict[str, str]]) -> None:

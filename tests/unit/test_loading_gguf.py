@@ -7,6 +7,7 @@ import torch
 from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
+import llmpruner
 from llmpruner.loading.model import load_model
 from llmpruner.models.quiet import quiet_gguf
 
@@ -28,6 +29,7 @@ def gguf_file(tmp_path):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(WORDS)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["<s>", "</s>", "a", "b", "ab", *(f"<{n}>" for n in range(5, WORDS))])
     writer.add_token_types([1] * WORDS)
     writer.add_token_merges(["a b"])
@@ -53,6 +55,7 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     loaded = load_model(str(gguf_file), catalog)
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
+    assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"
     torch.manual_seed(0)
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
@@ -70,6 +73,25 @@ def test_the_file_is_parsed_once(gguf_file, catalog, monkeypatch):
         assert sorted(calls) == sorted(counting)
         assert all(getattr(gguf, name) is function for name, function in counting.items())
         calls.clear()
+
+
+def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):
+    from llmpruner.benching.gguf_work import gguf_work
+    from llmpruner.benching.torch_session import work_of
+
+    loaded = load_model(str(gguf_file), catalog)
+    (ours, dtype), theirs = gguf_work(gguf_file), work_of(loaded.model, loaded.graph)
+    assert dtype == "f32" and ours.weight_bytes == theirs.weight_bytes
+    assert (ours.body_macs, ours.head_macs, ours.pair_macs) == (theirs.body_macs, theirs.head_macs, theirs.pair_macs)
+    # llama.cpp caches in 16 bits.
+    assert 2 * ours.cache_bytes == theirs.cache_bytes
+
+
+def test_it_runs_in_llama_cpp(gguf_file):
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    result = llmpruner.bench([gguf_file, gguf_file], runtime="llama-cpp", batch=[1, 2], prompt=8, new=3, rounds=1)
+    assert result.facts["dtypes"] == ["f32", "f32"] and len(result.cases) == 2
+    assert result.cases[1].decode[1].ideal == 1 and result.cases[1].decode[1].tokens_per_second.median > 0
 
 
 def test_progress_bars_are_restored_after_an_error():

@@ -26,6 +26,7 @@ from llmpruner import (
     hookimpl,
     plugin_manager,
 )
+from llmpruner.benching.base import Runtime
 from llmpruner.budgets.base import Budget
 from llmpruner.cli.app import build_app
 from llmpruner.compensation.base import Compensation
@@ -88,6 +89,10 @@ class Zoo:
     @hookimpl
     def llmpruner_exporters(self):
         return [component(Exporter)]
+
+    @hookimpl
+    def llmpruner_runtimes(self):
+        return [component(Runtime)]
 
     @hookimpl
     def llmpruner_checkpoint_readers(self):

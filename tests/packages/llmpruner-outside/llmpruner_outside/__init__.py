@@ -9,6 +9,7 @@ from .criterion import Magnitude
 from .exporter import OneFile
 from .method import Cautious
 from .metric import Accuracy
+from .runtime import WithoutCache
 from .section import Widths
 from .source import Counting
 
@@ -46,6 +47,11 @@ def llmpruner_metrics():
 @hookimpl
 def llmpruner_exporters():
     return [OneFile]
+
+
+@hookimpl
+def llmpruner_runtimes():
+    return [WithoutCache]
 
 
 @hookimpl

@@ -1,0 +1,78 @@
+"""``llmpruner bench``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..files import check_new_file, write_text
+from ..settings import BenchSettings, LoadSettings, settings_from
+from .console import RichProgress, note, table
+from .derive import takes
+from .options import ModelNames, catalog_of
+
+if TYPE_CHECKING:
+    from ..benching.results import BenchCase, BenchResult, Rate
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(bench)
+
+
+@takes(settings=BenchSettings, options=LoadSettings)
+def bench(
+    ctx: typer.Context,
+    models: ModelNames,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
+) -> None:
+    """Measure how fast models run, beside the speed-up that their sizes allow.
+
+    The first MODEL, as a rule the dense one, is what the others are compared with. All are in memory, and run in turn.
+    """
+    from .. import api
+
+    if json_file is not None:
+        check_new_file(json_file)
+    result = api.bench(
+        models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
+    )
+    show_bench(result)
+    if json_file is not None:
+        write_text(json_file, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
+
+
+def show_bench(result: BenchResult) -> None:
+    """A table of prefill and one of decoding."""
+    columns = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
+    table("Prefill", columns, _rows(result, lambda case: case.prefill), left=3)
+    table(f"Decoding, {result.new_tokens} tokens", columns, _rows(result, lambda case: case.decode), left=3)
+    note(
+        f"medians of {result.rounds} runs in turn; ideal: by multiply-accumulate operations for the prefill, by bytes "
+        "of weights and cache read for decoding; reached: speed-up / ideal"
+    )
+
+
+def _rows(result: BenchResult, rates: Callable[[BenchCase], tuple[Rate, ...]]) -> list[tuple[str, ...]]:
+    return [
+        (str(case.batch), str(case.prompt_tokens), name, *_cells(rate))
+        for case in result.cases
+        for name, rate in zip(result.models, rates(case), strict=True)
+    ]
+
+
+def _cells(rate: Rate) -> tuple[str, ...]:
+    speed = rate.tokens_per_second
+    median, lower, upper = (_number(v) for v in (speed.median, speed.lower_quartile, speed.upper_quartile))
+    ideal = "-" if rate.ideal is None else f"{rate.ideal:.2f}"
+    share = "-" if rate.share is None else f"{rate.share:.0%}"
+    return f"{median} ({lower}–{upper})", f"{rate.speedup.median:.2f}", ideal, share
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -1,0 +1,73 @@
+"""From a checkpoint to what is published of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.record import RECORD_FILE, read_json
+from ..errors import DataError, ModelError, SettingsError, first_line
+from ..families.graph import build_graph
+from ..models.modeling_llmpruner import MODEL_TYPE_PREFIX
+from ..publishing.card import CARD_FILE, CardFacts, base_of, licence_of, model_card, named_licence
+from ..publishing.push import Upload, check_repo, public_record, upload_of
+from ..settings import PushSettings, flag_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..loading.model import Structure
+
+
+def prepare_upload(directory: Path, repo: str, job: PushSettings, find: Callable[[], Structure]) -> Upload:
+    """The files of a checkpoint with its model card. A ``README.md`` that is there already is kept as it is. ``find``:
+    opens the structure of the checkpoint.
+
+    Raises `ModelError` for what is no checkpoint of llmpruner, and `SettingsError` for settings without effect.
+    """
+    check_repo(repo)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"'{directory}' is no checkpoint directory; push takes what prune, recover or export wrote")
+    if not (directory / RECORD_FILE).is_file():
+        raise ModelError(f"'{directory}' has no {RECORD_FILE}, so it was not pruned by llmpruner")
+    record = read_json(directory / RECORD_FILE)
+    base = job.base_model or base_of(record)
+    public = public_record(record, base)
+    card = directory / CARD_FILE
+    if card.is_file():
+        for name in ("license", "base_model", "evaluation"):
+            if getattr(job, name) is not None:
+                flag = flag_of(PushSettings, name)
+                raise SettingsError(f"{flag} has no effect on {card}, which is sent as it is; edit it, or remove it")
+        return upload_of(directory, repo, card.read_text(encoding="utf-8"), public)
+    return upload_of(directory, repo, model_card(public, _facts(directory, repo, job, base, record, find())), public)
+
+
+def _facts(
+    directory: Path, repo: str, job: PushSettings, base: str | None, record: dict[str, Any], structure: Structure
+) -> CardFacts:
+    dense, graph = build_graph(structure.family, structure.config), structure.graph
+    config = read_json(directory / "config.json")
+    given = None if job.license is None else named_licence(job.license)
+    return CardFacts(
+        repo=repo,
+        base=base,
+        licence=given or licence_of(base, record.get("base_path")),
+        decoder=(dense.decoder_parameters, graph.decoder_parameters),
+        parameters=(dense.total_parameters, graph.total_parameters),
+        form="shim" if str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX) else "stock",
+        quantised=(config.get("quantization_config") or {}).get("quant_method"),
+        evaluations=() if job.evaluation is None else _evaluations(job.evaluation),
+    )
+
+
+def _evaluations(file: Path) -> list[dict[str, Any]]:
+    """What ``evaluate --json`` wrote. Raises `DataError`."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(found, list) or not found or any(not isinstance(one, dict) or "name" not in one for one in found):
+        raise DataError(f"{file} was not written by `llmpruner evaluate --json`")
+    return found

@@ -1,0 +1,228 @@
+"""Speed: what steps cost, the order of the runs, and what is refused before a model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_models
+import torch
+from llmpruner_llama.family import LlamaFamily
+
+import llmpruner
+from llmpruner import BenchSettings, BenchSubject, ModelError, Runtime, Session, SettingsError, Work
+from llmpruner.benching.results import measurement
+from llmpruner.benching.run import bench
+from llmpruner.benching.torch_session import StaticSession, TorchSession, work_of
+from llmpruner.families.graph import build_graph
+from llmpruner.models.stored import stored_bytes
+from llmpruner.models.surgery import cut
+from llmpruner.recipes.jobs import bench_job
+from llmpruner.settings import settings_from
+
+FAMILY = LlamaFamily()
+
+
+def small(**options):
+    model = tiny_models.llama(**options)
+    return model, build_graph(FAMILY, model.config)
+
+
+# What steps cost
+
+
+def test_work_of_a_prefill_agrees_with_the_profiler():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, graph = small(tied=True)
+    graph = cut(model, graph, {"layers.0.mlp": range(30), "layers.1.attention": [1]}, FAMILY)
+    model.set_attn_implementation("eager")
+    work, tokens = work_of(model, graph), 24
+    session = TorchSession(model)
+    session.start(1, tokens)
+    with FlopCounterMode(display=False) as counter:
+        session.prefill(torch.arange(tokens)[None])
+    # Eager attention also multiplies what the causal mask hides. A multiply-accumulate is two operations.
+    hidden = work.pair_macs * tokens * (tokens - 1) // 2
+    assert counter.get_total_flops() == 2 * (work.prefill(tokens) + hidden)
+
+
+def test_bytes_of_a_decoding_step():
+    model, graph = small()
+    work = work_of(model, graph)
+    # The embedding is looked up, and norms are not matrices.
+    read = sum(p.nbytes for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
+    assert work.weight_bytes == read and not work.routed_bytes
+    assert work.cache_bytes == 2 * 2 * 2 * 8 * 4  # keys and values of two layers with two heads of 8, in float32
+    assert work.decode(3, 10) == read + 3 * 10 * work.cache_bytes
+    assert Work(1, 1, 1, 1).decode(1, 1) is None
+
+
+def test_experts_are_read_as_often_as_sequences_are_routed_to_them():
+    work = Work(0, 0, 0, weight_bytes=100, routed_bytes={0.25: 1000}, cache_bytes=0)
+    assert work.decode(1, 0) == 100 + 250
+    assert work.decode(2, 0) == 100 + 1000 * (1 - 0.75**2)
+
+
+def test_bytes_of_a_tensor():
+    assert stored_bytes(torch.zeros(3, 5, dtype=torch.bfloat16)) == 30
+
+
+# Sessions
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_session_decodes_greedily(static):
+    model, _ = small()
+    session = StaticSession(model) if static else TorchSession(model)
+    prompt = torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(1))
+    for _ in range(2):  # a second start forgets the first
+        session.start(2, 12)
+        session.prefill(prompt)
+        session.decode(4)
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(5):
+            logits = model(expected, use_cache=False).logits[:, -1]
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(session._logits.argmax(-1), expected[:, -1])
+    torch.testing.assert_close(session._logits, logits, rtol=1e-4, atol=1e-5)
+    assert session.milliseconds(lambda: session.decode(1)) > 0
+
+
+# Runs
+
+
+class Scripted(Session):
+    """Takes as many milliseconds as it is told."""
+
+    vocabulary, dtype = 50, "none"
+
+    def __init__(self, name, ms, log):
+        self.name, self.ms, self.log = name, iter(ms), log
+
+    def start(self, batch, length):
+        self.log.append((self.name, batch, length))
+
+    def prefill(self, tokens):
+        self.log.append(tokens.tolist())
+
+    def decode(self, count):
+        self.log.append(count)
+
+    def milliseconds(self, step):
+        step()
+        return next(self.ms)
+
+    def close(self):
+        self.log.append(f"{self.name} closed")
+
+
+class Script(Runtime):
+    name = "script"
+
+    def __init__(self, sessions):
+        super().__init__()
+        self.sessions = sessions
+
+    def check(self, subject):
+        return 10
+
+    def open(self, subject):
+        weights = {"dense": 100, "pruned": 50}[subject.ref]
+        return self.sessions[subject.ref], Work(weights, 0, 0, weights, cache_bytes=0)
+
+
+def subjects():
+    return [BenchSubject(name, None, "cpu", 2, 9, None, None, None) for name in ("dense", "pruned")]
+
+
+def test_models_run_in_turn_and_are_compared_within_a_round():
+    log = []
+    sessions = {
+        # Prefill and decoding of the round that is not counted, and of two that are, in which the machine slows down.
+        "dense": Scripted("dense", [99, 99, 10, 40, 20, 80], log),
+        "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log),
+    }
+    result = bench(subjects(), Script(sessions), batches=[2], prompts=[5], new_tokens=4, rounds=2)
+    started = [entry[0] for entry in log if isinstance(entry, tuple)]
+    assert started == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
+    assert {entry[1:] for entry in log if isinstance(entry, tuple)} == {(2, 9)}
+    prompts = [entry for entry in log if isinstance(entry, list)]
+    assert prompts[0] == prompts[1] != prompts[2] == prompts[3] and len(prompts[0][0]) == 5
+    assert log[-2:] == ["pruned closed", "dense closed"]
+    (case,) = result.cases
+    dense, pruned = case.prefill
+    assert dense.tokens_per_second == measurement([1000, 500]) and dense.speedup.median == 1
+    assert pruned.speedup.low == pruned.speedup.high == 2 and pruned.ideal == 2 and pruned.share == 1
+    assert case.decode[1].tokens_per_second.high == 2 * 4 / 0.025
+    assert case.decode[1].speedup.median == pytest.approx(1.6) and case.decode[1].share == pytest.approx(0.8)
+    written = result.as_json()["cases"][0]["models"][1]
+    assert written["name"] == "pruned" and written["decode"]["share_of_ideal"] == pytest.approx(0.8)
+
+
+def test_median_and_quartiles():
+    found = measurement([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert (found.median, found.low, found.high, found.runs) == (3, 1, 5, 5)
+    assert (found.lower_quartile, found.upper_quartile) == (2, 4)
+    assert measurement([7.0]).lower_quartile == measurement([7.0]).upper_quartile == 7
+
+
+# Settings
+
+
+def test_every_option_changes_what_is_run(catalog):
+    def job(**given):
+        found = bench_job(settings_from(BenchSettings, given), catalog)
+        return {**vars(found), "runtime": (found.runtime.name, found.runtime.record())}
+
+    changes = {
+        "runtime": "vllm", "batch": "2", "prompt": [7, 9], "new": 3, "rounds": 2,
+        "settings": {"vllm": {"eager": True}},
+    }  # fmt: skip
+    assert set(changes) == set(BenchSettings.model_fields)
+    for name, value in changes.items():
+        base = {"runtime": "vllm"} if name == "settings" else {}
+        assert job(**base, **{name: value}) != job(**base)
+    with pytest.raises(SettingsError, match="has no effect: 'vllm' is not chosen"):
+        job(settings=changes["settings"])
+
+
+# Refusals
+
+
+def test_models_larger_than_memory_are_refused_before_they_are_loaded(monkeypatch):
+    class Little:
+        available = 15
+
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    with pytest.raises(ModelError, match=r"do not fit .* 'dense' 0.0 GiB, 'pruned' 0.0 GiB; .* name fewer"):
+        bench(subjects(), Script({}), batches=[1], prompts=[1], new_tokens=1, rounds=1)
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    tiny_models.llama().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "options", "message"),
+    [
+        ("transformers", {"prompt": 500, "new": 13}, r"reads at most 512 tokens, and 513 are asked for"),
+        ("llama-cpp", {}, r"llama_cpp is not installed|is no .gguf file, and --runtime llama-cpp runs no other"),
+        ("vllm", {}, r"vllm is not installed"),
+    ],
+)
+def test_what_a_runtime_cannot_run(dense, runtime, options, message):
+    with pytest.raises(ModelError, match=message):
+        llmpruner.bench(dense, runtime=runtime, **options)
+
+
+def test_a_loaded_model_is_measured_as_it_is(dense):
+    model = llmpruner.load(dense, dtype="bfloat16")
+    result = llmpruner.bench([model, dense], batch=1, prompt=[4, 8], new=2, rounds=1)
+    assert result.facts["dtypes"] == ["bfloat16", "float32"] and [case.prompt_tokens for case in result.cases] == [4, 8]
+    # Halving the bytes doubles the ideal of decoding, and changes no number of operations.
+    assert result.cases[0].decode[1].ideal == pytest.approx(0.5) and result.cases[0].prefill[1].ideal == 1

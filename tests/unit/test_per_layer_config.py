@@ -1,0 +1,83 @@
+"""Sizes per layer by the convention of transformers: a class that obeys it needs no shim."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_cases import INPUT_IDS, SIZES
+from llmpruner_llama.family import LlamaFamily
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+
+from llmpruner import build_graph, save_checkpoint
+from llmpruner.models.surgery import cut
+
+MODULE = "transformers.models.obedient.modeling_obedient"
+
+
+class ObedientConfig(LlamaConfig):
+    model_type = "obedient"
+
+
+class Obedient(LlamaForCausalLM):
+    """As a class of transformers that builds every layer from its own configuration."""
+
+    config_class = ObedientConfig
+    reads: tuple[str, ...] = ()
+    """Sizes of all layers that it reads besides."""
+
+    def __init__(self, config: Any) -> None:
+        [getattr(config, name) for name in self.reads]
+        uniform = copy.deepcopy(config)
+        uniform.per_layer_config = None
+        super().__init__(uniform)
+        for number, layer in enumerate(self.model.layers):
+            own = config.per_layer_config[number] if config.is_heterogeneous else config
+            layer.mlp, layer.self_attn = LlamaMLP(own), LlamaAttention(own, number)
+            layer.self_attn.config = config
+        self.config = self.model.config = config
+
+
+@pytest.fixture(params=[(), ("intermediate_size",)], ids=["strict", "reads a size of all layers"])
+def obedient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Obedient, "__module__", MODULE)
+    monkeypatch.setattr(Obedient, "reads", request.param)
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "obedient", ObedientConfig)
+    monkeypatch.setitem(MODEL_FOR_CAUSAL_LM_MAPPING._extra_content, ObedientConfig, Obedient)
+
+
+@pytest.mark.usefixtures("obedient")
+@pytest.mark.parametrize(
+    ("kept", "stated"),
+    [
+        ({"layers.0.mlp": range(40)}, {"0": {"intermediate_size": 40}}),
+        (
+            {"layers.1.mlp": range(8, 16), "layers.2.attention": [1]},
+            {"1": {"intermediate_size": 8}, "2": {"num_attention_heads": 2, "num_key_value_heads": 1}},
+        ),
+    ],
+    ids=["widths", "widths and heads"],
+)
+def test_a_class_that_obeys_is_saved_as_stock(kept: Any, stated: Any, tmp_path: Path) -> None:
+    config = ObedientConfig(**SIZES)
+    torch.manual_seed(0)
+    model = Obedient(copy.deepcopy(config)).eval()
+    cut(model, build_graph(LlamaFamily(), config), kept, LlamaFamily())
+    assert save_checkpoint(model, tmp_path / "out", record={}, family=LlamaFamily()) == "stock"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["per_layer_config"] == stated and "auto_map" not in written
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert type(loaded) is Obedient
+        assert torch.equal(loaded(INPUT_IDS).logits, model(INPUT_IDS).logits)

@@ -1,0 +1,250 @@
+"""Model cards say what the record says, with metadata that the hub's library reads; nothing is sent unasked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+
+import llmpruner
+from llmpruner import CheckpointError, DataError, ModelError, OutputError, SettingsError
+from llmpruner.publishing import card, push
+
+httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])
+"""The library by which this version of huggingface_hub sends."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """``dense``, ``stock`` and ``shim``, the two cut from it."""
+    folder = tmp_path_factory.mktemp("push")
+    tiny_models.llama().save_pretrained(folder / "dense")
+    half = {"unit_ratio": 0.5, "importance": "l1"}
+    assert llmpruner.prune(folder / "dense", **half, output=folder / "stock").form == "stock"
+    assert llmpruner.prune(folder / "dense", **half, layers=[1], shape="free", output=folder / "shim").form == "shim"
+    return folder
+
+
+class Hub:
+    """What `HfApi` is asked for. ``error``: raised by its first call."""
+
+    def __init__(self, error=None):
+        self.error, self.calls = error, []
+
+    def whoami(self):
+        if self.error:
+            raise self.error
+
+    def create_repo(self, repo, **options):
+        self.calls.append((repo, options))
+
+    def create_commit(self, repo, operations, **options):
+        self.calls.append((repo, {each.path_in_repo: each for each in operations}))
+        return SimpleNamespace(commit_url=f"https://hub/{repo}/commit/1")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def stand_in(error=None):
+        found = Hub(error)
+        monkeypatch.setattr(push, "HfApi", lambda: found)
+        return found
+
+    return stand_in
+
+
+# The card
+
+
+def test_the_card_of_a_stock_checkpoint(folders):
+    upload = llmpruner.push(folders / "stock", "me/small", dry_run=True, base_model="org/dense", license="mit")
+    read = ModelCard(upload.card)
+    assert read.data.to_dict() == {
+        "base_model": "org/dense",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmpruner", "pruned"],
+    }
+    dense, graph = (llmpruner.discover(folders / name).graph for name in ("dense", "stock"))
+    share = f"{100 * (1 - graph.decoder_parameters / dense.decoder_parameters):.1f} %"
+    assert f"with {share} of its decoder's parameters removed" in read.text
+    assert f"| All parameters | {dense.total_parameters:,} | {graph.total_parameters:,} |" in read.text
+    assert "| 0–1 | 24 of 48 |" in read.text and "Criterion: `l1`" in read.text
+    assert 'from_pretrained("me/small")' in read.text and "trust_remote_code" not in read.text
+    assert "pip install" not in read.text and "licence" not in read.text
+    assert "llmpruner evaluate org/dense me/small" in read.text
+    assert not re.search(r"\n{4,}|\{\{|None", upload.card)
+
+
+def test_the_card_of_a_shim_checkpoint(folders):
+    text = llmpruner.push(folders / "shim", "me/odd", dry_run=True).card
+    assert 'from_pretrained("me/odd", trust_remote_code=True)' in text and "`modeling_llmpruner.py`" in text
+    assert "| 1 | 24 of 48 |" in text
+    assert "base_model" not in text and "which its files do not state" in text
+
+
+def test_recovery_quantisation_and_figures(folders, tmp_path):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for file in (folders / "stock").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    record = json.loads((folder / "llmpruner.json").read_text())
+    record["plans"][0]["estimation"] |= {"calibration": "/home/me/text.txt", "fingerprint": "abc"}
+    record["recovery"] = [{"strategy": "lora", "data": "/home/me/rows.jsonl", "examples": 1200, "losses": [2.5, 1.25]}]
+    (folder / "llmpruner.json").write_text(json.dumps(record))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
+    perplexity = {"perplexity": 12.3456, "tokens": 2048, "window": 512, "text_sha256": "f00d", "kl_per_token": None}
+    found = [
+        {"name": "x/dense", "perplexity": perplexity, "tasks": {"piqa": {"acc": 0.75, "acc_stderr": 0.01}}},
+        {"name": "x/made", "perplexity": {**perplexity, "kl_per_token": 0.25}, "tasks": {}},
+    ]
+    (tmp_path / "e.json").write_text(json.dumps(found))
+    text = llmpruner.push(folder, "me/made", dry_run=True, evaluation=tmp_path / "e.json").card
+    assert "# Needs: pip install torchao" in text
+    assert "- `lora` on 1,200 examples of `rows.jsonl`, 2 steps: loss 2.500 → 1.250" in text
+    assert "- Calibration text: `text.txt`, SHA-256 of the tokens `abc`" in text
+    assert "| | dense | made |\n|---|---|---|\n| perplexity | 12.35 | 12.35 |" in text
+    assert "| KL divergence from the first, nats per token | - | 0.25 |\n| piqa acc | 0.75 | - |" in text
+    assert "perplexity on 2,048 tokens in windows of 512, of the text with SHA-256 `f00d`" in text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, cached):
+    readme = tmp_path / "README.md"
+    readme.write_text("---\nlicense: other\nlicense_name: own\nlicense_link: https://a.b/c\n---\n# Dense\n")
+    if cached:
+        monkeypatch.setattr(card, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+        found = card.licence_of("org/dense", None)
+    else:
+        found = card.licence_of(None, str(tmp_path))
+    assert found == card.Licence("other", "own", "https://a.b/c")
+    readme.write_text("---\nlicense: [\n---\n")
+    with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; give --license"):
+        card.licence_of(None, str(tmp_path))
+
+
+def test_a_card_whose_metadata_are_not_read_back_is_refused():
+    from huggingface_hub import ModelCardData
+
+    with pytest.raises(CheckpointError, match="cannot be read back"):
+        card._check("---\nlicense: mit\n---\n", ModelCardData(license="apache-2.0"))
+
+
+def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for file in (folders / "stock").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "README.md").write_text("# Mine\n")
+    assert llmpruner.push(folder, "me/own", dry_run=True).card == "# Mine\n"
+    with pytest.raises(SettingsError, match=r"--license has no effect on .*README.md, which is sent as it is"):
+        llmpruner.push(folder, "me/own", dry_run=True, license="mit")
+
+
+# The files
+
+
+def test_folders_of_this_machine_stay_here(folders):
+    upload = llmpruner.push(folders / "stock", "me/small", dry_run=True)
+    record = json.loads(upload.files["llmpruner.json"])
+    assert "base_path" not in record and record["plans"][0]["base"]["model"] == "dense"
+    assert str(folders) not in upload.files["llmpruner.json"].decode() + upload.card
+    named = llmpruner.push(folders / "stock", "me/small", dry_run=True, base_model="org/dense")
+    assert json.loads(named.files["llmpruner.json"])["plans"][0]["base"]["model"] == "org/dense"
+    own = json.loads((folders / "stock" / "llmpruner.json").read_text())
+    assert own["base_path"] == str(folders / "dense")
+    assert upload.sizes["model.safetensors"] == (folders / "stock" / "model.safetensors").stat().st_size
+    values = {"a": ["/x/y.txt,self", "C:\\data\\z.txt", 3, "a/b", None]}
+    assert push.public_record(values, None) == {"a": ["y.txt,self", "z.txt", 3, "a/b", None]}
+
+
+def test_a_hub_model_keeps_its_name(folders):
+    record = json.loads((folders / "stock" / "llmpruner.json").read_text())
+    del record["base_path"]
+    record["plans"][0]["base"]["model"] = "org/dense"
+    assert card.base_of(record) == "org/dense"
+    assert push.public_record(record, "org/dense")["plans"] == record["plans"]
+    record["plans"][0]["base"]["model"] = "demo"
+    assert card.base_of(record) is None
+
+
+# Sending
+
+
+def test_nothing_is_sent_without_the_flag(folders, hub):
+    found = hub()
+    with pytest.raises(SettingsError, match="nothing is sent without --yes; --dry-run shows"):
+        llmpruner.push(folders / "stock", "me/small")
+    with pytest.raises(SettingsError, match="--yes has no effect beside --dry-run"):
+        llmpruner.push(folders / "stock", "me/small", yes=True, dry_run=True)
+    with pytest.raises(SettingsError, match="--public has no effect with --dry-run"):
+        llmpruner.push(folders / "stock", "me/small", public=True, dry_run=True)
+    assert llmpruner.push(folders / "stock", "me/small", dry_run=True).url is None
+    assert not found.calls
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_everything_is_sent_at_once(folders, hub, public):
+    found = hub()
+    upload = llmpruner.push(folders / "stock", "me/small", yes=True, public=public)
+    assert upload.url == "https://hub/me/small/commit/1"
+    (first, options), (second, files) = found.calls
+    assert first == second == "me/small" and options == {"private": not public, "exist_ok": True}
+    assert files.keys() == {"README.md", *(file.name for file in (folders / "stock").iterdir())}
+    assert files["README.md"].path_or_fileobj == upload.card.encode()
+    assert files["config.json"].path_or_fileobj == str(folders / "stock" / "config.json")
+
+
+def refusal(status: int) -> HfHubHTTPError:
+    request = httpx.Request("POST", "https://hub")
+    return HfHubHTTPError("no\nmore", response=httpx.Response(status, request=request))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LocalTokenNotFoundError("x"), "there is no token on this machine; log in with `hf auth login`, or set"),
+        (refusal(401), "the token is not valid, or may not write there; log in"),
+        (refusal(500), "'me/small' cannot be written: no$"),
+        (httpx.ConnectError("unreachable"), "unreachable"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
+    found = hub(error)
+    with pytest.raises(OutputError, match=message) as caught:
+        llmpruner.push(folders / "stock", "me/small", yes=True)
+    assert "\n" not in str(caught.value) and not found.calls
+
+
+@pytest.mark.parametrize(
+    ("folder", "repo", "options", "kind", "message"),
+    [
+        ("dense", "me/x", {}, ModelError, "has no llmpruner.json, so it was not pruned"),
+        ("none", "me/x", {}, ModelError, "is no checkpoint directory"),
+        ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
+        ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
+        ("stock", "me/x", {"evaluation": "none.json"}, DataError, "none.json cannot be read"),
+    ],
+)
+def test_mistakes(folders, folder, repo, options, kind, message):
+    with pytest.raises(kind, match=message):
+        llmpruner.push(folders / folder, repo, dry_run=True, **options)
+
+
+def test_a_folder_without_weights_or_plan(folders, tmp_path):
+    for name in ("config.json", "llmpruner.json"):
+        (tmp_path / name).write_bytes((folders / "stock" / name).read_bytes())
+    with pytest.raises(CheckpointError, match="holds no safetensors file"):
+        llmpruner.push(tmp_path, "me/x", dry_run=True)
+    (tmp_path / "llmpruner.json").write_text(json.dumps({"plans": []}))
+    with pytest.raises(CheckpointError, match=r"holds no plan|is damaged"):
+        llmpruner.push(tmp_path, "me/x", dry_run=True)
