@@ -14,8 +14,8 @@ from rich.progress import Progress as Bar
 from rich.progress import TextColumn, track
 from rich.table import Table
 
-from ..evaluation.table import bytes_text as size
-from ..evaluation.table import count_text as count
+from ..amounts import bytes_text as size
+from ..amounts import count_text as count
 from ..progress import Progress
 
 __all__ = ["RichProgress", "count", "err", "error_line", "note", "out", "print_json", "size", "table", "warning_line"]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..evaluation.table import Evaluations
 from ..files import check_new_directory
 from ..settings import DEMO
 from .bench import show_bench
@@ -101,6 +100,8 @@ def demo(
     look("recovered", model)
 
     out.rule("4. Side by side")
+    from ..evaluation.table import Evaluations  # torch stays out of --help
+
     show_evaluations(Evaluations(measured.values()))
     out.print(
         f"[dim]Perplexity: first {MEASURE['tokens']:,} tokens of Python's help topics, windows of {MEASURE['window']}, "

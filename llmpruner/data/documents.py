@@ -19,7 +19,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
 from ..errors import DataError, MissingExtraError, first_line
@@ -128,6 +127,8 @@ def _existing_file(source: str) -> Path | None:
 
 
 def _help_topics() -> Iterator[Record]:
+    from pydoc_data.topics import topics  # half a megabyte of text that --help does without
+
     for name in sorted(topics):
         yield Record(topics[name], f"{PYDOC}, topic '{name}'")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from ..amounts import bytes_text, count_text
 from .results import Evaluation
 
 
@@ -73,16 +74,3 @@ def side_by_side(evaluations: Sequence[Evaluation]) -> list[Line]:
         if any(value is not None for value in values):
             lines.append(Line(label, values, better, errors))
     return lines
-
-
-def count_text(value: float) -> str:
-    """``106,202,880`` as ``106.20 M``."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:,.0f}"
-
-
-def bytes_text(value: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"

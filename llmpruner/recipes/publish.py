@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.record import RECORD_FILE, read_json
 from ..errors import DataError, ModelError, SettingsError, first_line
 from ..families.graph import build_graph
-from ..models.modeling_llmpruner import MODEL_TYPE_PREFIX
 from ..publishing.card import CARD_FILE, CardFacts, base_of, licence_of, model_card, named_licence
 from ..publishing.push import Upload, check_repo, public_record, upload_of
 from ..settings import PushSettings, flag_of
@@ -56,7 +55,7 @@ def _facts(
         licence=given or licence_of(base, record.get("base_path")),
         decoder=(dense.decoder_parameters, graph.decoder_parameters),
         parameters=(dense.total_parameters, graph.total_parameters),
-        form="shim" if str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX) else "stock",
+        form="shim" if "llmpruner" in config else "stock",
         quantised=(config.get("quantization_config") or {}).get("quant_method"),
         evaluations=() if job.evaluation is None else _evaluations(job.evaluation),
     )
