@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from math import lcm
 
 from .coupling import CoupledGroup
 
@@ -45,8 +46,9 @@ def build_queue(
     """The units of ``group`` in ascending order of ``scores`` (ties by unit number), divided into steps.
 
     ``allowed``: the units that may be removed (None: all). ``multiple``: the kept number is a multiple of it
-    (`Widths.multiple`); the group's ``minimum`` and ``blocks`` hold too.
+    (`Widths.multiple`) and of the group's own ``multiple``; the group's ``minimum`` and ``blocks`` hold too.
     """
+    multiple = lcm(multiple, group.multiple)
     per_block = group.units // group.blocks
     columns: list[list[int]] = []
     for block in range(group.blocks):

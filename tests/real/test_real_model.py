@@ -46,8 +46,9 @@ def test_a_cut_equals_silencing(real, kinds):
 def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path):
     loaded = replace(real, model=copy.deepcopy(real.model))
     pruned = llmpruner.prune(
-        loaded, ratio=0.2, kinds="mlp,attention", importance="taylor", samples=2, length=32, output=tmp_path / "out"
-    )
+        loaded, ratio=0.2, kinds="mlp,attention", importance="taylor", shape="free", samples=2, length=32,
+        output=tmp_path / "out",
+    )  # fmt: skip
     removed = 1 - pruned.graph.decoder_parameters / 106_202_880
     assert abs(removed - 0.2) < 1728 / 106_202_880
     found = run_probe(tmp_path / "out", "transformers", IDS)
