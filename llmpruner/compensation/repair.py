@@ -246,7 +246,8 @@ class _Repair:
         inputs = self.pruned.beside()
         simple = stage.is_simple
         # The weights of removed inputs will be zero.
-        kept = next(iter(stage.consumers.values())).kept.to(self.pruned[0].device)
+        first = next(iter(stage.consumers.values()))
+        kept = first.kept.to(self.model.get_parameter(first.parameter).device)
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
             pruned = self._watch(stage, batch, hidden, whole=stage.last)
             dense_outputs: dict[Matrix, torch.Tensor] = {}
