@@ -107,7 +107,7 @@ def test_the_loss_is_the_formula(pruned, dense):
         reverse = functional.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         divergence = {"forward": forward, "reverse": reverse, "mixed": (forward + reverse) / 2}[kind]
         next_token = functional.cross_entropy(q, batch["labels"][:, 1:][trained])
-        assert float(found) == pytest.approx(float(0.75 * 4 * divergence + 0.25 * next_token), rel=1e-5)
+        assert float(found.detach()) == pytest.approx(float(0.75 * 4 * divergence + 0.25 * next_token), rel=1e-5)
 
 
 def test_targets_of_a_file_are_those_of_the_model(pruned, dense, tmp_path):

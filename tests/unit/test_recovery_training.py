@@ -265,7 +265,7 @@ def test_the_record_has_the_training_settings(tmp_path):
     assert json.loads(json.dumps(record)) == record
     assert record.pop("settings") == {
         "learning_rate": 1e-4, "epochs": 2.0, "max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "cutoff": 32,
-        "warmup_steps": 100, "loss_on": "all", "autocast": False, "seed": 0,
+        "pack": False, "warmup_steps": 100, "loss_on": "all", "autocast": False, "seed": 0,
     }  # fmt: skip
     assert record == {
         "strategy": "lora",
