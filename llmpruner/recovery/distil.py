@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ..component import ComponentSettings
+from ..errors import SettingsError
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 
 class DistilStrategy(RecoveryStrategy):
     """Knowledge distillation (Hinton, Vinyals, Dean, 2015): the pruned model is trained to predict what the dense model
-    predicts, for every token of the data. Every token has a target for the whole vocabulary, so that far fewer tokens
-    are needed than for a training on next tokens.
+    predicts, for every token of the data: the target is a distribution over the whole vocabulary.
 
     The loss is the mean over trained tokens of T² · KL(p ‖ q), with the predictions p of the dense and q of the pruned
     model at temperature T, plus what the settings add to it. The dense model is in memory beside the pruned one; with
@@ -53,6 +53,17 @@ class DistilStrategy(RecoveryStrategy):
         dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, with trains=lora.")
 
     settings: Settings
+
+    def __init__(self, settings: ComponentSettings | None = None, /, **values: Any) -> None:
+        """Raises `SettingsError`, besides as every component does, for settings without effect on what is trained, and
+        for hidden states where the dense model is not kept."""
+        super().__init__(settings, **values)
+        own, fields = self.settings, type(self.settings).model_fields
+        for name in ("rank", "alpha", "dropout"):
+            if own.trains != "lora" and getattr(own, name) != fields[name].default:
+                raise SettingsError(f"{self.label()}: {name} has no effect with trains={own.trains}; give trains=lora")
+        if own.hidden and own.top:
+            raise SettingsError(f"{self.label()}: hidden needs the dense model in every step; give either it or top")
 
     @property
     def adapters(self) -> bool:  # type: ignore[override]

@@ -155,8 +155,6 @@ def _teacher(job: RecoveryJob) -> Any:
 
 def _kept_targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callable[[Batch], Targets]:
     """The ``top`` most likely tokens of every trained token, computed once, from a file in the folder of the job."""
-    if settings.hidden:
-        raise UnsupportedModelError("distil.hidden needs the dense model in every step; give either it or distil.top")
     file = job.work_dir / _TOP_FILE
     if not file.is_file():
         _write_top(job, settings, file)

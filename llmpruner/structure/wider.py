@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from .coupling import CoupledGroup, CouplingGraph
 from .kept import Kept, kept_indices, surviving_units
+from .widths import like
 
 
 def widest(graph: CouplingGraph, now: Kept) -> dict[str, tuple[int, ...]]:
@@ -16,8 +17,8 @@ def widest(graph: CouplingGraph, now: Kept) -> dict[str, tuple[int, ...]]:
     for group in _in_layers(graph):
         units, size = survivors[group.name], group.units // group.blocks
         per_block = len(units) // len({unit // size for unit in units})
-        most[_like(group)] = max(most.get(_like(group), 0), per_block)
-    return _widened(graph, now, survivors, lambda group: most[_like(group)])
+        most[like(group)] = max(most.get(like(group), 0), per_block)
+    return _widened(graph, now, survivors, lambda group: most[like(group)])
 
 
 def dense(graph: CouplingGraph, now: Kept) -> dict[str, tuple[int, ...]]:
@@ -60,7 +61,3 @@ def _filled(group: CoupledGroup, survivors: set[int], own: set[int], wanted: int
 
 def _in_layers(graph: CouplingGraph) -> Iterator[CoupledGroup]:
     return (group for group in graph.groups if group.layer is not None)
-
-
-def _like(group: CoupledGroup) -> tuple[object, ...]:
-    return group.in_layer(0), group.kind, group.units, group.blocks

@@ -45,10 +45,14 @@ class Widths:
         """The names of the groups, those that must keep the same number of units together, in order of appearance."""
         found: dict[tuple[object, ...], list[str]] = {}
         for group in groups:
-            shape = group.in_layer(0), group.kind, group.units, group.blocks, group.multiple, group.minimum
-            key = shape if self.uniform and group.layer is not None else (group.name,)
+            key = like(group) if self.uniform and group.layer is not None else (group.name,)
             found.setdefault(key, []).append(group.name)
         return list(found.values())
+
+
+def like(group: CoupledGroup) -> tuple[object, ...]:
+    """What a group in a layer shares with the equal groups of other layers."""
+    return group.in_layer(0), group.kind, group.units, group.blocks, group.multiple, group.minimum
 
 
 ANY = Widths()

@@ -153,7 +153,11 @@ def test_what_cannot_be_distilled_is_refused(gqa, tmp_path):
     pruned = replace(pruned_by(gqa, small_job(kinds=("hidden",))), tokenizer=tiny_llama().tokenizer)
     with pytest.raises(UnsupportedModelError, match="different sizes"):
         DistilStrategy(hidden=1.0).train(job_of(pruned, dense, tmp_path / "one"))
-    with pytest.raises(UnsupportedModelError, match=r"give either it or distil\.top"):
-        DistilStrategy(hidden=1.0, top=4).train(job_of(pruned, dense, tmp_path / "two"))
+    with pytest.raises(SettingsError, match="hidden needs the dense model in every step; give either it or top"):
+        DistilStrategy(hidden=1.0, top=4)
+    for name, value in (("rank", 4), ("alpha", 8), ("dropout", 0.1)):
+        with pytest.raises(SettingsError, match=f"{name} has no effect with trains=touched"):
+            DistilStrategy(trains="touched", **{name: value})
+        assert DistilStrategy(trains="lora", **{name: value}).adapters
     with pytest.raises(SettingsError, match="recovery strategy distil: labels = 1"):
         DistilStrategy(labels=1)
