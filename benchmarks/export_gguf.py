@@ -1,12 +1,14 @@
 """Does llama.cpp write the same text as transformers, and what does quantising a pruned model cost?
 
-    LLMPRUNER_DATA=… python -m benchmarks.export_gguf [uniform] [free] [experts] [quantised]
+    LLMPRUNER_DATA=… python -m benchmarks.export_gguf [uniform] [free] [experts] [quantised] [qwen]
 
 Needs llama-cpp-python. ``uniform`` and ``free``: the pruned demo model as a GGUF file of float32 continues ten prompts
 by 32 tokens, each the likeliest, as transformers does in float32. Where a token differs, the gap between transformers'
 two likeliest tokens is noted: the sums of both run in different orders, so a gap of some 1e-4 may turn either way.
-``experts``: the same of small random mixtures of experts, half of whose experts were removed. ``quantised``: perplexity
-on WikiText-2, size and speed of the pruned and of the dense demo model in float32, q8_0 and q4_k_m, all by llama.cpp.
+``experts``: the same of small random mixtures of experts, half of whose experts were removed. ``qwen``: the same of
+Qwen2.5-Coder-0.5B-Instruct (`benchmarks.real_models`), MLP channels and heads cut. ``quantised``: perplexity on
+WikiText-2, size and speed of the pruned and of the dense demo model in float32, q8_0 and q4_k_m by llama.cpp, and with
+weights in int8 by torchao and transformers.
 Writes ``results/export_gguf.json``; parts that did not run keep their results. Exits with 1 where a text differs by
 more than such a gap.
 """
@@ -19,16 +21,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import torch
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import llmpruner
 
+from . import real_models
 from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "export_gguf.json"
@@ -42,6 +53,7 @@ NEW_TOKENS, NEAR_TIE = 32, 1e-2
 TOKENS, WINDOW = 8192, 512
 QUANTS = (None, "q8_0", "q4_k_m")
 F32, THREADS, REPEATS = 0, 2, 3
+QWEN = ("--ratio", "0.2", "--kinds", "mlp,attention", "--method", "fast")
 EXPERTS = {
     "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 8, "intermediate_size": 128}),
     "qwen3-moe": (
@@ -80,6 +92,15 @@ def free(work: Path) -> dict[str, Any]:
     options = ("--shape", "free", "--kinds", "mlp,attention", "--ratio", "0.3", "--method", "fast")
     run("prune", "demo", *options, "-o", str(work / "free"))
     return {"demo": same_text(work / "free", work)}
+
+
+def qwen(work: Path) -> dict[str, Any]:
+    return {"qwen": same_text(pruned_qwen(work), work)}
+
+
+def pruned_qwen(work: Path) -> Path:
+    run("prune", str(real_models.qwen()), *QWEN, "-o", str(work / "qwen"))
+    return work / "qwen"
 
 
 def pruned_demo(work: Path) -> Path:
@@ -178,7 +199,41 @@ def quantised(work: Path) -> dict[str, Any]:
             file = file_in(folder)
             row = {"line": line, "megabytes": round(file.stat().st_size / 1e6, 1), "perplexity": perplexity(file, ids)}
             rows[f"{checkpoint.name} {quant or 'f32'}"] = row | speed(file, ids)
+        rows[f"{checkpoint.name} int8, torchao"] = by_torchao(checkpoint, work, ids)
     return rows
+
+
+def by_torchao(checkpoint: Path, work: Path, ids: Sequence[int]) -> dict[str, Any]:
+    """Weights in int8, computed by transformers."""
+    folder = work / f"{checkpoint.name}-int8"
+    done = run("export", str(checkpoint), "--to", "torchao", "-o", str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(ids) - WINDOW + 1, WINDOW):
+            window = torch.tensor([list(ids[start : start + WINDOW])])
+            logits = model(window).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+            count += WINDOW - 1
+        best = {"prefill_per_second": 0.0, "decode_per_second": 0.0}
+        for _ in range(REPEATS):
+            prompt = torch.tensor([list(ids[:WINDOW])])
+            prefill = per_second(partial(model, prompt, logits_to_keep=1), WINDOW)
+            cache = model(prompt[:, :16]).past_key_values
+
+            def decode(cache: Any = cache) -> None:
+                for token in ids[16:80]:
+                    model(torch.tensor([[token]]), past_key_values=cache)
+
+            best = {"prefill_per_second": max(best["prefill_per_second"], prefill),
+                    "decode_per_second": max(best["decode_per_second"], per_second(decode, 64))}  # fmt: skip
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {
+        "line": " ".join(done["output"].split()).partition(": ")[2],
+        "megabytes": round(size / 1e6, 1),
+        "perplexity": round(float(np.exp(total / count)), 3),
+        **{name: round(value, 1) for name, value in best.items()},
+    }
 
 
 def perplexity(file: Path, ids: Sequence[int]) -> float:
@@ -236,7 +291,7 @@ def opened(file: Path) -> llama_cpp.Llama:
 
 
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "uniform": uniform, "free": free, "experts": experts, "quantised": quantised,
+    "uniform": uniform, "free": free, "experts": experts, "quantised": quantised, "qwen": qwen,
 }  # fmt: skip
 
 if __name__ == "__main__":

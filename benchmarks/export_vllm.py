@@ -25,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from . import real_models
 from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "export_vllm.json"
@@ -44,6 +45,8 @@ PROMPTS = (
     "The three branches of government are",
     "To learn a language, it helps to",
 )
+QWEN = ("--ratio", "0.2", "--kinds", "mlp,attention")
+"""Of Qwen2.5-Coder-0.5B-Instruct (`benchmarks.real_models`)."""
 MOE = {
     "mixtral": {"num_local_experts": 8, "intermediate_size": 128},
     "qwen3_moe": {
@@ -84,12 +87,16 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         "free": prune("demo", work / "free", *free, *fast),
     }
     exports = {to: export(work / "free", work / f"free-{to}", to) for to in ("stock", "nemotron-nas")}
+    if not os.environ.get("LLMPRUNER_MODELS"):
+        os.environ["LLMPRUNER_MODELS"] = str(work)
+    commands["qwen"] = prune(str(real_models.qwen()), work / "qwen", *QWEN, *fast)
     for model_type in MOE:
         if not (work / model_type).is_dir():
             separately(write_random, model_type, work / model_type)
         commands[model_type] = prune(str(work / model_type), work / f"{model_type}-half", *experts)
     cases = {
         "uniform": ("uniform", "uniform", False),
+        "qwen": ("qwen", "qwen", False),
         "free": ("free", "free", True),
         "free, exported to stock": ("free-stock", "free", False),
         "free, exported to nemotron-nas": ("free-nemotron-nas", "free", True),
@@ -102,10 +109,14 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         "vllm": {name: served(python, work, *case) for name, case in cases.items()},
         "transformers alone": {
             name: alone(python, work, name)
-            for name in ("uniform", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
+            for name in ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
         },
-        "lm-eval": {"uniform": tasks(work, "uniform"), "free": tasks(work, "free", trust=True)},
-        "peft": {name: separately(lora, work / name) for name in ("uniform", "free")},
+        "lm-eval": {
+            "uniform": tasks(work, "uniform"),
+            "qwen": tasks(work, "qwen"),
+            "free": tasks(work, "free", trust=True),
+        },
+        "peft": {name: separately(lora, work / name) for name in ("uniform", "qwen", "free")},
     }
 
 

