@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from ..allocator import keep_freed_memory
 from ..errors import LlmprunerError
 from .app import build_app
 from .console import error_line
@@ -14,6 +15,7 @@ from .launched import is_first, let_first_print, run_together, shares_work
 def main() -> None:
     """Entry point of the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    keep_freed_memory()
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:
         if shares_work(arguments):

@@ -26,15 +26,16 @@ RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
 _BLOCK = 1024
 """Inputs at a time for which errors are computed in float64."""
+_OUTPUTS = 512
+"""The least number of outputs that errors are computed of, where there are more."""
 
 
 @dataclass
 class _Sums:
-    """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``energy``: ‖T‖²; ``rows``: n."""
+    """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``rows``: n."""
 
     gram: torch.Tensor
     cross: torch.Tensor
-    energy: float = 0.0
     rows: int = 0
 
     @classmethod
@@ -43,28 +44,27 @@ class _Sums:
 
     def reduce(self, ranks: Ranks) -> None:
         ranks.sum_([self.gram, self.cross])
-        self.energy, rows = ranks.totals(self.energy, self.rows)
-        self.rows = int(rows)
+        self.rows = int(*ranks.totals(self.rows))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         add_gram(self.gram, inputs)
         self.cross.addmm_(inputs.T, targets)
-        self.energy += float(targets.square().sum(1).sum(dtype=torch.float64))
         self.rows += len(inputs)
 
-    def error(self, weight_IO: torch.Tensor) -> float:
-        """Squared error of the fit, summed over the outputs and averaged over the rows. A block of inputs at a time is
-        in the dtype of ``weight_IO``."""
-        fitted, width = 0.0, len(self.gram)
+    def error(self, weight_IO: torch.Tensor, step: int) -> float:
+        """Squared error of the fit, summed over the outputs and averaged over the rows, less the mean square of the
+        targets, which is the same for all weights. ``weight_IO``: of every ``step``-th output. A block of inputs at a
+        time is in its dtype."""
+        found, width = 0.0, len(self.gram)
         for start in range(0, width, _BLOCK):
             rows = slice(start, start + _BLOCK)
             # The rows of the symmetric matrix: left of the diagonal as they are, right of it from the columns.
             full = self.gram[rows].tril(start)
             full[:, start:] += self.gram[start:, rows].tril(-1).mT
             product = full.to(weight_IO.dtype) @ weight_IO
-            product -= 2 * self.cross[rows].to(weight_IO.dtype)
-            fitted += float((product * weight_IO[rows]).sum())
-        return (fitted + self.energy) / max(self.rows, 1)
+            product -= 2 * self.cross[rows, ::step].to(weight_IO.dtype)
+            found += float((product * weight_IO[rows]).sum())
+        return found / max(self.rows, 1)
 
 
 class NormalEquations:
@@ -101,11 +101,14 @@ class NormalEquations:
         self._held.reduce(ranks)
 
     def error(self, trial: int, old_OI: torch.Tensor) -> float:
-        """The error on the held-out rows in trial number ``trial``; infinite where there are no rows."""
+        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`; infinite where there are no
+        rows. Where there are many outputs, it is that of `_OUTPUTS` evenly spaced ones or a few more, which are enough
+        to choose a ridge."""
         if self._fit.rows == 0 or self._held.rows == 0:
             return inf
-        old = old_OI.T.double()
-        return self._held.error(_ridge(self._fit, old, RIDGES[trial]) if trial < len(RIDGES) else old)
+        step = max(1, len(old_OI) // _OUTPUTS)
+        old = old_OI[::step].T.double()
+        return self._held.error(_ridge(self._fit, old, RIDGES[trial], step) if trial < len(RIDGES) else old, step)
 
     def solve(self, old_OI: torch.Tensor, errors: Sequence[float] | None = None) -> tuple[torch.Tensor, float | None]:
         """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge
@@ -123,25 +126,31 @@ class NormalEquations:
 def solve_bytes(width: int, out: int) -> int:
     """Memory that `NormalEquations.solve` takes beside the sums, with its argument: in float64 the old and the new
     weights, the Gram matrix and its factor; or, for an error, two sets of weights and the products of a block."""
-    block = min(width, _BLOCK)
+    block, tried = min(width, _BLOCK), _tried(out)
     solving = 16 * width**2 + 28 * width * out
-    return max(solving, 20 * width * out + block * (24 * out + 4 * width))
+    return max(solving, 20 * width * tried + block * (24 * tried + 4 * width))
 
 
 def solve_operations(width: int, out: int) -> tuple[float, float]:
     """Operations in float64 of `NormalEquations.solve`: those of the factors, and of products and triangular systems
     (multiply and add: two)."""
-    fits, errors = len(RIDGES) + 1, len(RIDGES) + 1
-    return fits * width**3 / 3, (fits + errors) * 2 * width**2 * out
+    trials = len(RIDGES)
+    products = (trials + trials + 1) * _tried(out) + out
+    return (trials + 1) * width**3 / 3, products * 2 * width**2
 
 
-def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The fit (in, out), float64, for one ridge."""
+def _tried(out: int) -> int:
+    """The number of outputs that errors are computed of."""
+    return -(-out // max(1, out // _OUTPUTS))
+
+
+def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor:
+    """The fit (in, out), float64, for one ridge. ``old_IO``: of every ``step``-th output, which alone are fitted."""
     gram = sums.gram.double()
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
     # In place, as these are the largest tensors of a compensation. Reads the lower triangle alone.
     torch.linalg.cholesky(gram, out=gram)
-    targets = sums.cross.double().add_(old_IO, alpha=strength)
+    targets = sums.cross[:, ::step].double().add_(old_IO, alpha=strength)
     return torch.cholesky_solve(targets, gram, out=targets)

@@ -10,6 +10,7 @@ import torch
 from criteria_cases import make, tokens
 
 from llmpruner import UnsupportedModelError
+from llmpruner.compensation import least_squares
 from llmpruner.compensation.base import RepairTask
 from llmpruner.compensation.bias import BiasShift
 from llmpruner.compensation.consumers import consumers_of
@@ -311,6 +312,22 @@ def test_the_ridge_is_chosen_on_rows_that_were_held_out():
     free = torch.linalg.lstsq(x, target).solution.T
     assert ridge is None or ridge >= 0.1
     assert float((new - true).norm()) < 0.5 * float((free - true).norm())
+
+
+def test_errors_are_those_of_evenly_spaced_outputs_where_there_are_many(monkeypatch):
+    monkeypatch.setattr(least_squares, "_OUTPUTS", 2)
+    x = torch.randn(64, 6)
+    target, old = torch.randn(64, 5), torch.randn(5, 6)
+    equations = NormalEquations(6, 5, x.device)
+    equations.add(x, target)
+    held_x, held = x[-8:], target[-8:, ::2]
+    expected = ((held_x @ old[::2].T - held).square().sum() - held.square().sum()) / 8
+    assert equations.error(equations.trials - 1, old) == pytest.approx(float(expected), rel=1e-4)
+    monkeypatch.setattr(least_squares, "_OUTPUTS", 512)
+    whole = equations.error(equations.trials - 1, old)
+    assert whole == pytest.approx(
+        float(((held_x @ old.T - target[-8:]).square().sum() - target[-8:].square().sum()) / 8), rel=1e-4
+    )
 
 
 def test_weights_that_are_best_already_stay():
