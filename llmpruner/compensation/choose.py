@@ -1,8 +1,8 @@
 """Choosing units during a compensation, layer by layer, from the inputs of weights in the dense model.
 
 A compensation runs the dense model over all of the calibration text, so a criterion of weights and their inputs needs
-no further run. Allocation needs scores before, but where every group loses the same share, scores from part of the text
-are enough for the numbers of units; which units are removed is decided later, on all of the text.
+no further run. Where every group loses the same share, the numbers of units do not depend on scores: they are known
+before, and the units are chosen when the compensation reaches their layer.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
 _BLOCK = 1024
 """Inputs at a time for which errors are computed in float64."""
-_OUTPUTS = 512
+_OUTPUTS = 128
 """The least number of outputs that errors are computed of, where there are more."""
 
 

@@ -160,7 +160,7 @@ class Work:
 
     ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
-    ``fits``: whether a compensation reads text; ``chooses``: whether units are ranked again in it. ``trials``: runs of
+    ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it. ``trials``: runs of
     cut copies.
     """
 
@@ -202,9 +202,10 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         and can_wait(job.criterion, graph, groups)
     )
     reads = bool(job.criterion.signals - {Signal.WEIGHT})
-    # A plan that is not applied chooses the units on all of the text.
-    limited = job.compensation.ranks_again and ((chooses and saves) or bool(job.criterion.signals & _GRADIENTS))
+    limited = job.compensation.ranks_again and bool(job.criterion.signals & _GRADIENTS)
     scored = min(samples, max(1, GRADIENT_TOKENS // max(length, 1))) if limited else samples
+    if chooses and saves:
+        scored = 0
     stream = bool(job.criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS})
     return Work(
         samples=samples,
@@ -383,6 +384,8 @@ class _Forecaster:
         largest = max((prod(self.graph.shapes[name]) for name in work.names), default=0)
         scoring = self.scoring(largest)
         elements = sum(prod(self.graph.shapes[name]) for name in work.names)
+        if not work.scored and work.chooses:
+            return Stage("estimation", self.weights(), 0.0)
         if not work.scored:
             took = None if sample is None else elements * 40 / sample.copy
             return Stage("estimation", {**self.weights(), "scores of one parameter": scoring}, took)

@@ -28,7 +28,7 @@ from ..engine.journal import Journal
 from ..engine.ranks import SINGLE, Ranks
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
-from ..importance.estimate import Scores, estimate
+from ..importance.estimate import Scores, check_accepted, estimate
 from ..loading.dense import base_record
 from ..models.empty import meta_model
 from ..models.positions import positions_of
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from ..structure.outcome import Outcome
 
 GRADIENT_TOKENS = 16384
-"""Calibration tokens for scores that need gradients, or that are computed again during the compensation."""
+"""Calibration tokens for scores that need gradients, where a compensation reads more text."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def make_plan(
 
 
 def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run | None = None) -> Draft:
-    """As `make_plan`, but the units may be chosen again during the compensation. An interrupted run's plan and text are
+    """As `make_plan`, but the units may be chosen during the compensation. An interrupted run's plan and text are
     used again.
 
     The budget is opened first: it may have to be measured, and is refused if no unit in scope saves any of it.
@@ -155,16 +155,23 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     if journal is not None and (earlier := journal.load("plan")) is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
     whole, measured = _open(model, job, scope, progress, run.ranks)
-    scored_on, widths = _scored_on(calibration, job, chooser), widths_of(job, model)
+    scored_on, widths = _scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
-        scores = estimate(
-            network, graph, groups, job.criterion, scored_on, reduction=job.reduction, seed=job.seed, progress=progress,
-            executor=run.executor(model) if network is model.model else Executor.of(network, graph.layers, run.ranks),
-        )  # fmt: skip
         cost = CutCost(whole, model.graph, kept) if kept else whole
-        ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
+        if chooser is not None:
+            # The numbers of units do not depend on scores, and the units are chosen later.
+            ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+        else:
+            scores = estimate(
+                network, graph, groups, job.criterion, scored_on,
+                reduction=job.reduction, seed=job.seed, progress=progress,
+                executor=run.executor(model)
+                if network is model.model
+                else Executor.of(network, graph.layers, run.ranks),
+            )  # fmt: skip
+            ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
         chosen = run.ranks.from_first(
             lambda: select(
                 graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
@@ -415,21 +422,22 @@ def _with_units(graph: CouplingGraph, plan: PruningPlan, kept: Kept) -> PruningP
 
 
 def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) -> Chooser | None:
-    """For ranking units again during the compensation; None where the first ranking is final, because the allocation,
-    or a further step, depends on the units."""
+    """For choosing units during the compensation; None where they are chosen before, because the allocation, or a
+    further step, depends on their scores."""
     if not (job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1):
         return None
+    check_accepted(job.criterion, groups, model.graph)
     chooser = Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
     return chooser if can_wait(job.criterion, model.graph, groups) else None
 
 
-def _scored_on(calibration: CalibrationSet | None, job: PruneJob, chooser: Chooser | None) -> CalibrationSet | None:
+def _scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
     """The part of the calibration set for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
-    more time, and for scores that are computed again."""
+    more time."""
     if calibration is None or not job.compensation.ranks_again:
         return calibration
     gradients = job.criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
-    return calibration.first(GRADIENT_TOKENS) if chooser or gradients else calibration
+    return calibration.first(GRADIENT_TOKENS) if gradients else calibration
 
 
 def _loss(

@@ -77,7 +77,8 @@ class Allocation(Component):
     compares_groups: ClassVar[bool] = False
     """Whether scores of different groups are compared, so that ``--normalize`` has an effect."""
     equal_shares: ClassVar[bool] = False
-    """Whether the numbers of units hardly depend on scores, so that a compensation may rank the units again."""
+    """Whether the numbers of units do not depend on scores, but for which group loses the last unit; a compensation may
+    choose the units then."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""
