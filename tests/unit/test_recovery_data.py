@@ -8,7 +8,7 @@ import torch
 from llmpruner import DataError, ModelFamily, alpaca_prompt
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.recovery.examples import IGNORED, Examples, load_examples, tokenise
-from llmpruner.recovery.training import collator_for
+from llmpruner.recovery.trainer import collator_for
 
 FAMILY = ModelFamily()
 RECORDS = [
