@@ -90,6 +90,7 @@ from .recovery.processes import check_processes
 from .recovery.run import RecoveryResult, check_work_dir, prepare
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
+from .report.curve import loss_curve
 from .report.page import report_page
 from .settings import (
     BenchSettings,
@@ -366,7 +367,8 @@ def recover(
     """Restore quality by a short training on instruction data. A `Model` that is passed in is changed in place.
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
-    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved.
+    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The
+    losses are also drawn, in ``loss.svg`` of ``output``.
     ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
     `OutputError` for directories that cannot, before weights are read.
 
@@ -405,7 +407,11 @@ def recover(
         return recovered
 
     def finish() -> str:
-        form = save(recovered, directory)
+        files = []
+        if result.losses:
+            files.append(folder / "loss.svg")
+            write_text(files[0], loss_curve(result.record()))
+        form = _save(recovered, directory, extra_files=files)
         if work_dir is None:
             shutil.rmtree(folder)
         return form
@@ -506,11 +512,16 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
     ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
     (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
     """
-    target = check_new_directory(Path(directory))
+    return _save(model, check_new_directory(Path(directory)), notes=notes)
+
+
+def _save(
+    model: Model, target: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
+) -> str:
     if hasattr(model.model, "peft_config"):
-        save_adapter(model.model, target, base=model.ref, tokenizer=model.tokenizer)
+        save_adapter(model.model, target, base=model.ref, tokenizer=model.tokenizer, extra_files=extra_files)
         return "adapter"
-    return pipeline.save(model, target, notes=notes)
+    return pipeline.save(model, target, notes=notes, extra_files=extra_files)
 
 
 def export(

@@ -520,7 +520,11 @@ class RecoverSettings(Settings):
     ] = None
     eval_steps: Annotated[
         int | None,
-        Field(ge=1, description="Steps from one validation to the next. By default there are ten of them."),
+        Field(
+            ge=1,
+            description="Steps from one validation to the next. By default there are up to ten, as many as take about a "
+            "tenth of the time.",
+        ),
         Option(_CHECKING),
     ] = None
     patience: Annotated[

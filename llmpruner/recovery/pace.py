@@ -32,15 +32,16 @@ _SHARE = 0.97
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an optimizer step, of a validation, and of saving the state of the training."""
+    """Seconds of an optimizer step, of a validation on so many ``rows``, and of saving the state of the training."""
 
     step: float
     validation: float
     saving: float
+    rows: int = 0
 
     def seconds(self, count: int, settings: RecoverSettings) -> float:
         """Of ``count`` steps with the validations and savings among them."""
-        checks = 1 + math.ceil(count / validation_steps(settings, count)) if self.validation else 0
+        checks = 1 + math.ceil(count / validation_steps(settings, count, self.rows)) if self.rows else 0
         return count * self.step + checks * self.validation + count // saving_steps(count) * self.saving
 
     def count(self, seconds: float, settings: RecoverSettings) -> int:
@@ -112,7 +113,12 @@ def _timed(model: Any, job: RecoveryJob, loss: Loss | None) -> Pace:
         if job.validation:
             trainer.evaluate()
         validation = clock.now() - began
-        return Pace(clock.step_seconds(_tokens_of_a_step(job, micro, accumulated)), validation, trainer.saving_seconds)
+        return Pace(
+            clock.step_seconds(_tokens_of_a_step(job, micro, accumulated)),
+            validation,
+            trainer.saving_seconds,
+            len(job.validation),
+        )
     finally:
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ ROW = "row"
 """The key of the numbers of a batch's examples, of shape (examples,): in ``job.examples``, and after them in
 ``job.validation``."""
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-_VALIDATIONS = 10
+_VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
 
 
 def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
@@ -48,9 +48,14 @@ def steps(settings: RecoverSettings, examples: int) -> int:
     return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
 
 
-def validation_steps(settings: RecoverSettings, total: int) -> int:
-    """Optimizer steps from one validation to the next."""
-    return settings.eval_steps or math.ceil(total / _VALIDATIONS)
+def validation_steps(settings: RecoverSettings, total: int, rows: int) -> int:
+    """Optimizer steps from one validation, on ``rows`` examples, to the next. By default there are so many validations
+    that they take a tenth of the time of a training, in which every example is computed forwards and backwards (three
+    times the work); at most ten, and at least one."""
+    if settings.eval_steps is not None:
+        return settings.eval_steps
+    affordable = int(_VALIDATION_SHARE * 3 * total * settings.batch_size / rows)
+    return math.ceil(total / max(1, min(_VALIDATIONS, affordable)))
 
 
 def saving_steps(total: int) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from ..errors import ModelError
@@ -41,7 +40,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         del args
         step, total, job = state.global_step, state.max_steps, self.trainer.job
         if job.validation:
-            control.should_evaluate = step % validation_steps(job.settings, total) == 0 or step == total
+            control.should_evaluate = (
+                step % validation_steps(job.settings, total, len(job.validation)) == 0 or step == total
+            )
         if step == total:
             # A continued training takes at least one step.
             control.should_save = False
@@ -87,13 +88,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def _cause(self) -> str:
         """The rows of the micro-batches whose loss is not finite, and what to do."""
         trainer, job = self.trainer, self.trainer.job
-        bad = {int(row): True for rows, part in trainer.parts if not part.isfinite().all() for row in rows.tolist()}
-        rows = sorted(trainer.ranks.merged(bad))
-        found = [f"row {n + 1}" + (f" ({job.places[n]})" if job.places else "") for n in rows[:_MOST_NAMED]]
-        more = f" and {len(rows) - _MOST_NAMED} more" if len(rows) > _MOST_NAMED else ""
-        where = f", with {', '.join(found)}{more} of the data" if found else ""
-        finite = all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
-        (broken,) = trainer.ranks.totals(0.0 if finite else 1.0)
-        if broken:
-            return f"{where}: weights are not finite any more; lower the learning rate, or use float32 weights"
-        return f"{where}; look at these rows, lower the learning rate, or use float32 weights"
+        bad = [rows.tolist() for rows, part in trainer.parts if not part.isfinite().all()]
+        wrong, whole = trainer.ranks.totals(float(len(bad)), float(len(trainer.parts)))
+        rows = sorted(trainer.ranks.merged({row: True for each in bad for row in each}))
+        named, more = rows[:_MOST_NAMED], len(rows) - _MOST_NAMED
+        numbers = ", ".join(str(row + 1) for row in named) + (f" and {more} more" if more > 0 else "")
+        places = f" ({'; '.join(job.places[row] for row in named)})" if job.places else ""
+        # Weights that are not finite any more spoil every micro-batch, a row that is at fault only its own.
+        look = "look at them, " if wrong < whole else ""
+        return f", with the rows {numbers} of the data{places}; {look}lower the learning rate, or use float32 weights"

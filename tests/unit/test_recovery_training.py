@@ -244,7 +244,8 @@ def test_a_diverged_run_stops(tmp_path):
     model, graph = pruned()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="the loss became nan at step 1; lower the learning rate"):
+    rows = r"the rows 1, 6, 9, 10 of the data \(here, example 1; here, example 6; .*\)"
+    with pytest.raises(ModelError, match=f"the loss became nan at step 1, with {rows}; lower the learning rate"):
         run(model, graph, tmp_path / "work", LoraStrategy())
 
 
