@@ -522,8 +522,8 @@ class RecoverSettings(Settings):
         int | None,
         Field(
             ge=1,
-            description="Steps from one validation to the next. By default there are up to ten, as many as take about a "
-            "tenth of the time.",
+            description="Steps from one validation to the next. By default there are up to ten, as many as take about "
+            "a tenth of the time.",
         ),
         Option(_CHECKING),
     ] = None

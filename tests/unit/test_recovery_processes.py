@@ -1,0 +1,89 @@
+"""Training in two processes over gloo: the losses and weights of one process with twice the accumulation, up to
+rounding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import many_trainers
+import pytest
+import torch
+from test_ranks import ENVIRONMENT, start
+from test_recovery_killed import prepared
+
+from llmpruner.errors import SettingsError
+from llmpruner.recovery.processes import check_processes
+from llmpruner.recovery.trainer import micro_batch
+from llmpruner.settings import LoadSettings, RecoverSettings
+
+pytest.importorskip("peft")
+HERE = Path(__file__).parent
+SETTINGS = RecoverSettings(data="a.jsonl")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    script = HERE / "many_trainers.py"
+    subprocess.run([sys.executable, script, one], env=ENVIRONMENT, check=True, timeout=200)
+    run = start(2, script, two)
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+    for case in (*many_trainers.STRATEGIES, "continued"):
+        wanted = torch.load(one / f"{case}-0.pt")
+        for rank in range(2):
+            found = torch.load(two / f"{case}-{rank}.pt")
+            for key in ("losses", "validation"):
+                assert found[key] == pytest.approx(wanted[key], abs=2e-5), (case, key)
+            for name, value in wanted["weights"].items():
+                # Adam divides by the size of a gradient, so that rounding of small ones shows in full.
+                torch.testing.assert_close(found["weights"][name], value, atol=1e-3, rtol=0, msg=f"{case}: {name}")
+    whole, continued = (torch.load(two / f"{case}-0.pt") for case in ("full", "continued"))
+    assert continued["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    wanted = torch.load(one / "sharded-0.pt")
+    for rank in range(2):
+        found = torch.load(two / f"sharded-{rank}.pt")
+        assert (found["class"], found["tied"], found["plain"]) == ("LlamaForCausalLM", True, True)
+        torch.testing.assert_close(found["logits"], wanted["logits"], atol=1e-3, rtol=0)
+        for key in ("weights", "best"):
+            for name, value in wanted[key].items():
+                torch.testing.assert_close(found[key][name], value, atol=1e-3, rtol=0)
+        assert not torch.equal(found["weights"]["lm_head.weight"], found["best"]["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_writes_the_result(tmp_path):
+    model = prepared(tmp_path)
+    command = (
+        *("-m", "llmpruner", "recover", model, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "out"),
+        *("--max-steps", 2, "--batch-size", 4, "--strategy", "full", "--validation", 4),
+    )
+    run = start(2, *command)
+    output, _ = run.communicate(timeout=100)
+    assert run.returncode == 0, output
+    assert output.count("✓") == 1 and output.count("step 2: validation loss") == 1
+    (record,) = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]
+    assert len(record["losses"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model", "out"]
+    run = start(2, *command[:-8], "--batch-size", 5)
+    output, _ = run.communicate(timeout=100)
+    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    assert line == "error: --batch-size 5 cannot be shared by 2 processes; give a multiple of 2"
+
+
+def test_what_processes_cannot_share_is_refused(monkeypatch):
+    assert micro_batch(SETTINGS, 2) == 4
+    assert micro_batch(SETTINGS.model_copy(update={"batch_size": 4}), 2) == 2
+    with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes; give a multiple of 3"):
+        micro_batch(SETTINGS, 3)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SettingsError, match="FSDP needs GPUs, as accelerate uses it with them alone"):
+        check_processes(SETTINGS, LoadSettings())
+    with pytest.raises(SettingsError, match="--minutes cannot be used with FSDP"):
+        check_processes(SETTINGS.model_copy(update={"minutes": 3.0}), LoadSettings(device="cuda"))
+    check_processes(SETTINGS, LoadSettings(device="cuda"))
