@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from ..engine.ranks import Ranks
 from .base import RecoveryJob
 
 
@@ -14,7 +15,8 @@ def tracker_callbacks(job: RecoveryJob) -> list[Any]:
     """transformers' callbacks of the programs in ``report_to``. TensorBoard's files go into a folder beside that of
     the training, named ``….tensorboard``, unless ``TENSORBOARD_LOGGING_DIR`` names another."""
     made: list[Any] = []
-    for name in job.settings.report_to or ():
+    names = job.settings.report_to or () if Ranks.current().first else ()
+    for name in names:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

@@ -45,13 +45,17 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     best = BestWeights(job.work_dir)
     with quiet_transformers(), _as_before(model), recomputing(model, job.settings):
         total = steps_to_take(model, job, loss)
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         watch = Watch(best)
         args = arguments(job, job.work_dir, total)
-        trainer = LossTrainer(model, job, loss, args, [watch, *tracker_callbacks(job)])
+        trainer = LossTrainer(model, job, loss, args, [*tracker_callbacks(job), watch])
         watch.trainer = trainer
         trainer.train(resume_from_checkpoint=Ranks.current().from_first(lambda: latest_checkpoint(job.work_dir)))
         if trainer.sharded:
             make_whole(model)
+            for name, parameter in model.named_parameters():
+                # Under autocast, accelerate keeps shards in float32.
+                parameter.data = parameter.data.to(dtypes[name])
     done = validations(trainer.state.log_history)
     if done:
         lowest = min(done, key=lambda one: one.loss)
