@@ -104,10 +104,14 @@ def sharded(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    place, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+def run(place: Path) -> None:
+    rank = os.environ.get("RANK", "0")
     cases = {name: lambda f, s=strategy: trained(f, s) for name, strategy in STRATEGIES.items()}
     for case, make in {**cases, "continued": continued, "sharded": sharded}.items():
         torch.save(make(place / f"{case} work"), place / f"{case}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]))
     Ranks.current().leave()

@@ -10,17 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
+import llmpruner
+from llmpruner.progress import Progress
 from llmpruner.recovery.training import latest_checkpoint
 
-OPTIONS = (
-    *("--batch-size", "4", "--micro-batch-size", "2", "--max-steps", "40", "--learning-rate", "5e-3"),
-    *("--validation", "4", "--eval-steps", "4", "--schedule", "cosine"),
-)
+OPTIONS = {
+    "batch_size": 4, "micro_batch_size": 2, "max_steps": 40, "learning_rate": 5e-3, "validation": 4, "eval_steps": 4,
+    "schedule": "cosine",
+}  # fmt: skip
 
 
 def prepared(place: Path) -> Path:
@@ -33,11 +37,6 @@ def prepared(place: Path) -> Path:
     return folder
 
 
-def command(model: Path, out: Path) -> list[str]:
-    data = str(model.parent / "data.jsonl")
-    return [sys.executable, "-m", "llmpruner", "recover", str(model), "--data", data, "-o", str(out), *OPTIONS]
-
-
 def result(folder: Path) -> tuple[list[float], dict[str, str]]:
     losses = json.loads((folder / "llmpruner.json").read_text())["recovery"][-1]["losses"]
     return losses, {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
@@ -45,22 +44,29 @@ def result(folder: Path) -> tuple[list[float], dict[str, str]]:
 
 @pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
-    model = prepared(tmp_path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    model, data = prepared(tmp_path), str(tmp_path / "data.jsonl")
     whole, out, state = tmp_path / "whole", tmp_path / "out", tmp_path / "out.recovery"
-    subprocess.run(command(model, whole), env=environment, check=True, capture_output=True)
-    drawn = random.Random(1)
-    for number in range(2):
-        run = subprocess.Popen(command(model, out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        before = latest_checkpoint(state)
-        while latest_checkpoint(state) == before:
-            assert run.poll() is None, run.communicate()[1]
-            time.sleep(0.005)
-        time.sleep(drawn.uniform(0, 0.3))
-        run.send_signal(signal.SIGKILL)
-        run.communicate()
-        assert not out.exists(), f"run {number} ended before it was killed"
-    subprocess.run(command(model, out), env=environment, check=True, capture_output=True)
+    llmpruner.recover(model, data=data, output=whole, **OPTIONS)
+    options = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "llmpruner", "recover", str(model), "--data", data, "-o", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while latest_checkpoint(state) is None:
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.005)
+    time.sleep(random.Random(1).uniform(0, 0.2))
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert state.exists() and not out.exists()
+    steps: list[int] = []
+
+    class Counted(Progress):
+        @contextmanager
+        def counter(self, label):
+            yield lambda step, *_: steps.append(step)
+
+    llmpruner.recover(model, data=data, output=out, progress=Counted(), **OPTIONS)
+    assert 1 < steps[0] <= 40 and steps[-1] == 40
     (losses, files), (wanted, others) = result(out), result(whole)
     assert losses == pytest.approx(wanted, abs=1e-6) and len(losses) == 40
     assert files == others and not state.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 import xml.etree.ElementTree as ET
+from typing import ClassVar
 
 import pytest
 from test_recovery_validation import SETTINGS, run
@@ -21,7 +22,7 @@ from llmpruner.settings import RecoverSettings
 class Writer:
     """Stands for TensorBoard's, which is not installed with llmpruner."""
 
-    made: list[Writer] = []
+    made: ClassVar[list[Writer]] = []
 
     def __init__(self, log_dir):
         self.log_dir, self.scalars = log_dir, {}
