@@ -8,12 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import tiny_models
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from llmpruner_llama.family import LlamaFamily
+from torch.distributed.tensor import DTensor
 
 from llmpruner import RecoverSettings
 from llmpruner.engine.ranks import Ranks
@@ -104,11 +109,43 @@ def sharded(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@contextlib.contextmanager
+def fsdp() -> Iterator[None]:
+    """A block in which accelerate uses FSDP2, which it does with GPUs alone: only that choice is overridden."""
+    settings = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }  # fmt: skip
+    own = Accelerator.__init__
+
+    def chosen(self: Accelerator, *arguments: Any, **options: Any) -> None:
+        own(self, *arguments, **options)
+        vars(self.state).update(distributed_type=DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
+
+    spread: list[bool] = []
+
+    def whole(model: torch.nn.Module) -> None:
+        spread.append(any(isinstance(parameter, DTensor) for parameter in model.parameters()))
+        make_whole(model)
+
+    with (
+        patch.dict(os.environ, settings),
+        patch.object(Accelerator, "__init__", chosen),
+        patch("llmpruner.recovery.training.make_whole", whole),
+    ):
+        yield
+    assert spread and all(spread)
+
+
 def run(place: Path) -> None:
     rank = os.environ.get("RANK", "0")
     cases = {name: lambda f, s=strategy: trained(f, s) for name, strategy in STRATEGIES.items()}
     for case, make in {**cases, "continued": continued, "sharded": sharded}.items():
         torch.save(make(place / f"{case} work"), place / f"{case}-{rank}.pt")
+    if Ranks.current().count > 1:
+        with fsdp():
+            for case, make in {"full": cases["full"], "lora": cases["lora"], "continued": continued}.items():
+                torch.save(make(place / f"fsdp {case} work"), place / f"fsdp {case}-{rank}.pt")
 
 
 if __name__ == "__main__":

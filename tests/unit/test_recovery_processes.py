@@ -35,6 +35,7 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
+    """With copies of the model, and with FSDP; also when interrupted."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
@@ -42,8 +43,8 @@ def test_two_processes_train_as_one(tmp_path):
     many_trainers.run(one)
     output, _ = several.communicate(timeout=200)
     assert several.returncode == 0, output
-    for case in (*many_trainers.STRATEGIES, "continued"):
-        wanted = torch.load(one / f"{case}-0.pt")
+    for case in (*many_trainers.STRATEGIES, "continued", "fsdp full", "fsdp lora", "fsdp continued"):
+        wanted = torch.load(one / f"{case.removeprefix('fsdp ')}-0.pt")
         for rank in range(2):
             found = torch.load(two / f"{case}-{rank}.pt")
             for key in ("losses", "validation"):
@@ -51,8 +52,9 @@ def test_two_processes_train_as_one(tmp_path):
             for name, value in wanted["weights"].items():
                 # Adam divides by the size of a gradient, so that rounding of small ones shows in full.
                 torch.testing.assert_close(found["weights"][name], value, atol=1e-3, rtol=0, msg=f"{case}: {name}")
-    whole, continued = (torch.load(two / f"{case}-0.pt") for case in ("full", "continued"))
-    assert continued["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    for way in ("", "fsdp "):
+        whole, continued = (torch.load(two / f"{way}{case}-0.pt")["losses"] for case in ("full", "continued"))
+        assert continued == pytest.approx(whole, abs=1e-6)
     wanted = torch.load(one / "sharded-0.pt")
     for rank in range(2):
         found = torch.load(two / f"sharded-{rank}.pt")
