@@ -1,6 +1,7 @@
-"""Trains small models in all processes of a launcher, or in one: ``python many_trainers.py FOLDER``.
+"""Trains small models in all processes of a launcher, or in one: ``python many_trainers.py FOLDER COMMAND…``.
 
-Every process writes what it has at the end to ``FOLDER/CASE-RANK.pt``.
+Every process writes what it has at the end to ``FOLDER/CASE-RANK.pt``, and then runs the command line of llmpruner with
+``COMMAND…``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from llmpruner_llama.family import LlamaFamily
 from torch.distributed.tensor import DTensor
 
 from llmpruner import RecoverSettings
+from llmpruner.cli import main
 from llmpruner.engine.ranks import Ranks
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
@@ -151,4 +153,6 @@ def run(place: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]))
-    Ranks.current().leave()
+    # The process ends with the command, as `python -m llmpruner` does.
+    sys.argv = ["llmpruner", *sys.argv[2:]]
+    main()

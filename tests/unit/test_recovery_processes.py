@@ -35,14 +35,20 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """With copies of the model, and with FSDP; also when interrupted."""
+    """With copies of the model, and with FSDP; also when interrupted. And on the command line."""
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    several = start(2, HERE / "many_trainers.py", two)
+    model = prepared(tmp_path)
+    command = (
+        *("recover", model, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "out", "--strategy", "full"),
+        *("--max-steps", 2, "--batch-size", 4, "--validation", 4),
+    )
+    several = start(2, HERE / "many_trainers.py", two, *command)
     many_trainers.run(one)
     output, _ = several.communicate(timeout=200)
     assert several.returncode == 0, output
+    check_command(tmp_path, output)
     for case in (*many_trainers.STRATEGIES, "continued", "fsdp full", "fsdp lora", "fsdp continued"):
         wanted = torch.load(one / f"{case.removeprefix('fsdp ')}-0.pt")
         for rank in range(2):
@@ -66,20 +72,12 @@ def test_two_processes_train_as_one(tmp_path):
         assert not torch.equal(found["weights"]["lm_head.weight"], found["best"]["lm_head.weight"])
 
 
-@pytest.mark.slow
-def test_one_of_two_processes_writes_the_result(tmp_path):
-    model = prepared(tmp_path)
-    command = (
-        *("-m", "llmpruner", "recover", model, "--data", tmp_path / "data.jsonl", "-o", tmp_path / "out"),
-        *("--max-steps", 2, "--batch-size", 4, "--strategy", "full", "--validation", 4),
-    )
-    run = start(2, *command)
-    output, _ = run.communicate(timeout=100)
-    assert run.returncode == 0, output
+def check_command(folder: Path, output: str) -> None:
+    """One process shows and writes the result of the command."""
     assert output.count("✓") == 1 and output.count("step 2: validation loss") == 1
-    (record,) = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]
+    (record,) = json.loads((folder / "out" / "llmpruner.json").read_text())["recovery"]
     assert len(record["losses"]) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "model", "out"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl", "model", "one", "out", "two"]
 
 
 def test_what_processes_cannot_share_is_refused(monkeypatch):
