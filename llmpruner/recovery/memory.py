@@ -11,7 +11,7 @@ import torch
 
 from ..engine.ranks import Ranks
 from ..errors import UnsupportedModelError
-from ..settings import RecoverSettings
+from .base import RecoveryJob
 from .trainer import micro_batch
 
 _BYTES_PER_TOKEN_AND_CHANNEL = 34
@@ -22,15 +22,16 @@ _SHARE = 0.8
 
 
 @contextmanager
-def recomputing(model: Any, settings: RecoverSettings) -> Iterator[bool]:
-    """A block in which ``model`` is trained with gradient checkpointing if the settings say so, or, with ``auto``, if
-    there is no other way. Gives whether it is. Raises `UnsupportedModelError` for a model that cannot be trained so."""
-    wanted = settings.gradient_checkpointing
+def recomputing(model: Any, job: RecoveryJob) -> Iterator[bool]:
+    """A block in which ``model``, which is that of the job or a peft model around it, is trained with gradient
+    checkpointing if the settings say so, or, with ``auto``, if there is no other way. Gives whether it is. Raises
+    `UnsupportedModelError` for a model that cannot be trained so."""
+    wanted = job.settings.gradient_checkpointing
     able = bool(getattr(model, "supports_gradient_checkpointing", False))
     if wanted == "on" and not able:
         kind = type(getattr(model, "base_model", model)).__name__
         raise UnsupportedModelError(f"{kind} has no gradient checkpointing; give --gradient-checkpointing off")
-    if wanted == "off" or not able or (wanted == "auto" and _fits(model, settings)):
+    if wanted == "off" or not able or (wanted == "auto" and _fits(model, job)):
         yield False
         return
     # transformers has renamed the methods.
@@ -42,19 +43,20 @@ def recomputing(model: Any, settings: RecoverSettings) -> Iterator[bool]:
         getattr(model, f"{name}_checkpointing_disable")()
 
 
-def _fits(model: Any, settings: RecoverSettings) -> bool:
-    return needed(model, settings) <= _SHARE * _free(next(model.parameters()).device)
+def _fits(model: Any, job: RecoveryJob) -> bool:
+    return needed(model, job) <= _SHARE * _free(next(model.parameters()).device)
 
 
-def needed(model: Any, settings: RecoverSettings) -> int:
+def needed(model: Any, job: RecoveryJob) -> int:
     """Estimated bytes that training takes besides the weights: gradients and Adam's two moments, the values kept for
     the backward pass of one micro-batch, and logits with their gradient in float32."""
-    config = model.config.get_text_config()
+    settings = job.settings
+    vocabulary, channels = job.model.get_input_embeddings().weight.shape
     width = 2 if settings.autocast else next(model.parameters()).element_size()
     tokens = micro_batch(settings, Ranks.current().count) * settings.cutoff
-    kept = tokens * config.hidden_size * config.num_hidden_layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2
+    kept = tokens * channels * job.graph.num_layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2
     states = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return int(kept + states + 3 * tokens * config.vocab_size * 4)
+    return int(kept + states + 3 * tokens * vocabulary * 4)
 
 
 def _free(device: torch.device) -> int:

@@ -43,7 +43,7 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     finite, with the rows, and `SettingsError` for a time or a warm-up that does not fit the steps.
     """
     best = BestWeights(job.work_dir)
-    with quiet_transformers(), _as_before(model), recomputing(model, job.settings):
+    with quiet_transformers(), _as_before(model), recomputing(model, job):
         total = steps_to_take(model, job, loss)
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         watch = Watch(best)

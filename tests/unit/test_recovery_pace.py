@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from test_recovery_validation import EXAMPLES, FAMILY, SETTINGS, run
 
-from llmpruner import RecoverSettings, SettingsError
+from llmpruner import RecoverSettings, SettingsError, UnsupportedModelError
 from llmpruner.families.graph import build_graph
 from llmpruner.recovery import pace
 from llmpruner.recovery.base import RecoveryJob
@@ -129,12 +129,26 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, monkeypatch
         found[switch] = result.losses
         assert not checkpointed(result.model)
     assert found["on"] == pytest.approx(found["off"], abs=1e-6)
-    model, settings = tiny_models.llama(), SETTINGS
-    with recomputing(model, settings) as on:
+    model = tiny_models.llama()
+    job = RecoveryJob(model, tiny_models.tokenizer(), [], build_graph(FAMILY, model.config), SETTINGS, tmp_path)
+    with recomputing(model, job) as on:
         assert not on
-    monkeypatch.setattr("llmpruner.recovery.memory._free", lambda device: needed(model, settings))
-    with recomputing(model, settings) as on:
-        assert on and checkpointed(model)
-    monkeypatch.setattr("llmpruner.recovery.memory._free", lambda device: 2 * needed(model, settings))
-    with recomputing(model, settings) as on:
-        assert not on
+    for free, expected in ((needed(model, job), True), (2 * needed(model, job), False)):
+        monkeypatch.setattr("llmpruner.recovery.memory._free", lambda device, free=free: free)
+        with recomputing(model, job) as on:
+            assert on == checkpointed(model) == expected
+
+
+def test_a_model_without_gradient_checkpointing_is_named(monkeypatch, tmp_path):
+    model = tiny_models.llama()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    graph = build_graph(FAMILY, model.config)
+    for switch in ("auto", "on"):
+        settings = SETTINGS.model_copy(update={"gradient_checkpointing": switch})
+        job = RecoveryJob(model, tiny_models.tokenizer(), [], graph, settings, tmp_path)
+        if switch == "auto":
+            with recomputing(model, job) as on:
+                assert not on
+            continue
+        with pytest.raises(UnsupportedModelError, match="has no gradient checkpointing"), recomputing(model, job):
+            pass
