@@ -3,8 +3,8 @@ saw any.
 
     LLMPRUNER_DATA=… python -m benchmarks.recovery [--minutes 15] [NAME …]
 
-``NAME``: of `WAYS`; the others keep their results. The number of steps of each is what fits into the time, from the
-seconds of its first steps. Writes ``results/recovery.json``.
+``NAME``: of `WAYS`; the others keep their results. The number of steps of each is what fits into the time
+(``--minutes``); all examples are trained on (``--validation 0``). Writes ``results/recovery.json``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from .measure import as_json, data_folder, machine, measured, run
 from .quality import _instructions
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
-PROBE = 4
-"""Steps that are timed before."""
 _MIXED = ("--data", "{c4},{alpaca}", "--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
 WAYS: dict[str, tuple[str, ...]] = {
     "distil": ("--strategy", "distil", *_MIXED, "--autocast"),
@@ -57,24 +56,15 @@ def main() -> None:
 def recovered(options: tuple[str, ...], pruned: Path, minutes: float, data: Path, work: Path) -> dict[str, Any]:
     names = {"c4": data / "c4_sample_300.jsonl", "alpaca": data / "alpaca_en_1k.jsonl"}
     options = tuple(option.format(**names) for option in options)
-    # The first steps take as long as all others; what is before them is in both runs.
-    short, long = (
-        run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(work / f"probe-{steps}"))["seconds"]
-        for steps in (1, 1 + PROBE)
-    )
-    each = (long - short) / PROBE
-    steps = max(1, int((60 * minutes - short) / each))
+    options = (*options, "--minutes", str(minutes), "--validation", "0")
     out = work / "recovered"
-    found = run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(out), timeout=36000)
+    found = run("recover", str(pruned), *options, "-o", str(out), timeout=36000)
     losses = json.loads((out / "llmpruner.json").read_text())["recovery"][-1]["losses"]
     judgement = judged(str(out), data, work)
-    for folder in (out, work / "probe-1", work / f"probe-{1 + PROBE}"):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    shutil.rmtree(out)
     return {
         **{key: found[key] for key in ("command", "seconds", "cpu_seconds", "peak_mib")},
-        "steps": steps, "first and last loss": [losses[0], losses[-1]], **judgement,
+        "steps": len(losses), "first and last loss": [losses[0], losses[-1]], **judgement,
     }  # fmt: skip
 
 

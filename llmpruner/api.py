@@ -55,6 +55,7 @@ from .loading.model import (
     file_bytes,
     load_model,
     load_structure,
+    load_tokenizer,
     open_streamed,
     reopened,
 )
@@ -85,9 +86,11 @@ from .recipes.jobs import (
 from .recipes.outcome import outcome_of
 from .recipes.publish import prepare_upload
 from .recipes.residency import arranged, is_streamed
-from .recovery.run import RecoveryResult, check_work_dir
+from .recovery.processes import check_processes
+from .recovery.run import RecoveryResult, check_work_dir, prepare
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
+from .report.curve import loss_curve
 from .report.page import report_page
 from .settings import (
     BenchSettings,
@@ -364,37 +367,56 @@ def recover(
     """Restore quality by a short training on instruction data. A `Model` that is passed in is changed in place.
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
-    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved.
+    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The
+    losses are also drawn, in ``loss.svg`` of ``output``.
     ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
-    `OutputError` for directories that cannot.
+    `OutputError` for directories that cannot, before weights are read.
+
+    Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
+    they share every batch, the first one writes ``output``, and each has the result. ``work_dir`` must be one folder
+    for all of them.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
+    progress = progress if ranks.first else QUIET
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
-    directory = None if output is None else check_new_directory(Path(output))
+    check_processes(job.settings, load or LoadSettings())
+    directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     folder = _work_dir(directory, work_dir)
-    check_work_dir(folder)
-    for part in parse_mixture(job.settings.data):
-        check_source(part.source, example)
+    ranks.from_first(lambda: check_work_dir(folder))
+    for source in (job.settings.data, job.settings.validation_data):
+        for part in parse_mixture(source) if source is not None else ():
+            check_source(part.source, example)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
+    tokenizer = opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, catalog, load)
+    data = prepare(job.settings, opened.family, tokenizer)
     loaded = _with_weights(opened, catalog, load, progress)
     trusted = load is not None and load.trust_remote_code
     with progress.counter("Recovering") as step:
         result = _recover(
-            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
             load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted),
             layers=original_layers(loaded.plans), on_step=step,
+            on_validation=lambda done: progress.status(str(done)),
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
-    form = save(recovered, directory)
-    if work_dir is None:
-        shutil.rmtree(folder)
-    return replace(recovered, form=form)
+
+    def finish() -> str:
+        files = []
+        if result.losses:
+            files.append(folder / "loss.svg")
+            write_text(files[0], loss_curve(result.record()))
+        form = _save(recovered, directory, extra_files=files)
+        if work_dir is None:
+            shutil.rmtree(folder)
+        return form
+
+    return replace(recovered, form=ranks.from_first(finish))
 
 
 def evaluate(
@@ -490,11 +512,16 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
     ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
     (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
     """
-    target = check_new_directory(Path(directory))
+    return _save(model, check_new_directory(Path(directory)), notes=notes)
+
+
+def _save(
+    model: Model, target: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
+) -> str:
     if hasattr(model.model, "peft_config"):
-        save_adapter(model.model, target, base=model.ref, tokenizer=model.tokenizer)
+        save_adapter(model.model, target, base=model.ref, tokenizer=model.tokenizer, extra_files=extra_files)
         return "adapter"
-    return pipeline.save(model, target, notes=notes)
+    return pipeline.save(model, target, notes=notes, extra_files=extra_files)
 
 
 def export(

@@ -58,15 +58,24 @@ class RecoverKeywords(TypedDict, total=False):
     alpha: int | None
     dropout: float | None
     learning_rate: float
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup_steps: int | None
+    weight_decay: float
     epochs: float
     max_steps: int | None
+    minutes: float | None
     batch_size: int
     micro_batch_size: int
     cutoff: int
     pack: bool
-    warmup_steps: int
     loss_on: Literal["all", "answers"]
     autocast: bool
+    gradient_checkpointing: Literal["auto", "on", "off"]
+    validation: float
+    validation_data: str | None
+    eval_steps: int | None
+    patience: int | None
+    report_to: str | Sequence[str] | None
     seed: int
     settings: Mapping[str, Mapping[str, Any]]
 

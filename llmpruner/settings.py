@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .errors import SettingsError
 from .validation import refusal
@@ -24,6 +24,9 @@ Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters", "c
 LossOn = Literal["all", "answers"]
 Shape = Literal["uniform", "free"]
 Meet = Literal["nearest", "above", "below"]
+Schedule = Literal["linear", "cosine", "constant"]
+Switch = Literal["auto", "on", "off"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
@@ -399,6 +402,15 @@ class PruneSettings(Settings):
     settings: Set = {}
 
 
+def _share_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("expected a share below 1, or a whole number of examples")
+    return value
+
+
+_TRAINING, _CHECKING = "Training", "Validation"
+
+
 class RecoverSettings(Settings):
     """A training that restores quality after a cut; the defaults are the paper's (LLM-Pruner, section 4.1)."""
 
@@ -422,31 +434,112 @@ class RecoverSettings(Settings):
     dropout: Annotated[
         float | None, Field(description="Dropout before the adapters."), Option(sets="strategy.dropout")
     ] = None
-    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 1e-4
-    epochs: Annotated[float, Field(gt=0, description="Passes over the data.")] = 2.0
-    max_steps: Annotated[int | None, Field(ge=1, description="Number of optimizer steps, instead of --epochs.")] = None
-    batch_size: Annotated[int, Field(ge=1, description="Examples per optimizer step.")] = 64
+    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate."), Option(_TRAINING)] = 1e-4
+    schedule: Annotated[
+        Schedule,
+        Field(
+            description="The learning rate after the warm-up: linear (down to zero, as in the paper), cosine (down to "
+            "zero), or constant."
+        ),
+        Option(_TRAINING),
+    ] = "linear"
+    warmup_steps: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Steps over which the learning rate rises to its peak. By default 100, or a tenth of all steps "
+            "where that is fewer.",
+        ),
+        Option(_TRAINING),
+    ] = None
+    weight_decay: Annotated[
+        float, Field(ge=0, description="Weight decay of AdamW; biases and norms have none."), Option(_TRAINING)
+    ] = 0.0
+    epochs: Annotated[float, Field(gt=0, description="Passes over the data."), Option(_TRAINING)] = 2.0
+    max_steps: Annotated[
+        int | None,
+        Field(ge=1, description="Number of optimizer steps, instead of --epochs; with --minutes, at most."),
+        Option(_TRAINING),
+    ] = None
+    minutes: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="Time that the training may take, instead of --epochs: the number of steps follows from the "
+            "seconds of a few steps that are timed before. Loading and saving the model come on top.",
+        ),
+        Option(_TRAINING),
+    ] = None
+    batch_size: Annotated[int, Field(ge=1, description="Examples per optimizer step."), Option(_TRAINING)] = 64
     micro_batch_size: Annotated[
-        int, Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size.")
+        int,
+        Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size."),
+        Option(_TRAINING),
     ] = 4
-    cutoff: Annotated[int, Field(ge=2, description="Tokens per example; longer ones are cut.")] = 256
+    cutoff: Annotated[int, Field(ge=2, description="Tokens per example; longer ones are cut."), Option(_TRAINING)] = 256
     pack: Annotated[
         bool,
         Field(
             description="Join examples to rows of --cutoff tokens, so that no time goes into padding; attention sees "
             "the earlier examples of a row."
         ),
+        Option(_TRAINING),
     ] = False
-    warmup_steps: Annotated[
-        int,
-        Field(ge=0, description="Warm-up steps; at most a tenth of all steps."),
-    ] = 100
-    loss_on: Annotated[LossOn, Field(description="all: the whole text, as the paper; answers: the answers alone.")] = (
-        "all"
-    )
-    autocast: Annotated[bool, Field(description="Compute in bfloat16 under autocast; weights keep their dtype.")] = (
-        False
-    )
+    loss_on: Annotated[
+        LossOn,
+        Field(description="all: the whole text, as the paper; answers: the answers alone."),
+        Option(_TRAINING),
+    ] = "all"
+    autocast: Annotated[
+        bool,
+        Field(description="Compute in bfloat16 under autocast; weights keep their dtype."),
+        Option(_TRAINING),
+    ] = False
+    gradient_checkpointing: Annotated[
+        Switch,
+        Field(
+            description="Compute the values inside a layer again in the backward pass, instead of keeping them: less "
+            "memory, about a third more time, the same result. auto: where an estimate of what would be kept does not "
+            "fit into the free memory."
+        ),
+        Option(_TRAINING),
+    ] = "auto"
+    validation: Annotated[
+        Annotated[float, Field(ge=0), AfterValidator(_share_or_count)],
+        Field(
+            description="Examples that are not trained on, but measured while training: below 1 a share of --data (16 "
+            "to 128 examples, and none where that is more than a fifth), else a number of examples; 0 turns it off. "
+            "The weights with the lowest loss on them are the result."
+        ),
+        Option(_CHECKING),
+    ] = 0.02
+    validation_data: Annotated[
+        str | None,
+        Field(description="Data of its own for validation, in the forms of --data, instead of a share of it."),
+        Option(_CHECKING, metavar="DATA"),
+    ] = None
+    eval_steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Steps from one validation to the next. By default there are up to ten, as many as take about "
+            "a tenth of the time.",
+        ),
+        Option(_CHECKING),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Field(ge=1, description="Stop after this many validations without a lower loss. By default, training goes on."),
+        Option(_CHECKING),
+    ] = None
+    report_to: Annotated[
+        Annotated[tuple[Tracker, ...], BeforeValidator(_not_empty)] | None,
+        Field(
+            description="Programs that get the losses while training, comma-separated: tensorboard (into "
+            "OUTPUT.tensorboard), wandb, trackio."
+        ),
+        Option(_CHECKING, metavar="NAMES"),
+    ] = None
     seed: Seed = 0
     settings: Set = {}
 

@@ -23,6 +23,7 @@ WIDER = {
     "kinds": "str | Sequence[str]",
     "tasks": "str | Sequence[str]",
     "metrics": "str | Sequence[str]",
+    "report_to": "str | Sequence[str]",
     "layers": "str | Sequence[int]",
     "batch": "str | int | Sequence[int]",
     "prompt": "str | int | Sequence[int]",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 _ADAPTER_FILE = "adapter_config.json"
 
 
-def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | None) -> None:
+def save_adapter(
+    model: Any, directory: Path, *, base: str, tokenizer: Any | None, extra_files: Sequence[Path] = ()
+) -> None:
     """Write the adapters of a peft model alone; ``base``: reference of the base model, stored with them.
+    ``extra_files``: copied into the directory.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
@@ -31,6 +35,8 @@ def save_adapter(model: Any, directory: Path, *, base: str, tokenizer: Any | Non
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        for file in extra_files:
+            shutil.copyfile(file, partial / file.name)
 
 
 def adapter_base(path: Path) -> str | None:

@@ -15,13 +15,13 @@ from ..engine.launch import launched
 from ..errors import LlmprunerError, ProcessError, SettingsError
 from .console import error_line
 
-_TOGETHER = ("plan", "prune")
+_TOGETHER = ("plan", "prune", "recover")
 _ALONE = ("demo", "plugins", "discover", "evaluate", "generate", "export", "new-plugin", "doctor")
 
 
 def shares_work(arguments: Sequence[str]) -> bool:
-    """Whether several processes were started for a command that shares work between them. Recovery, and commands of
-    plugins, organise their processes themselves. Raises `SettingsError` for a command that each would repeat."""
+    """Whether several processes were started for a command that shares work between them. Commands of plugins
+    organise their processes themselves. Raises `SettingsError` for a command that each would repeat."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if not launched() or "--help" in arguments:
         return False

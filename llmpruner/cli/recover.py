@@ -45,4 +45,8 @@ def recover(
         return
     curve = record["losses"]
     losses = f"loss {curve[0]:.3f} → {curve[-1]:.3f}, " if curve else ""
+    checked = record["validation"]
+    if checked:
+        best = min(checked, key=lambda one: float(one["loss"]))
+        losses += f"validation loss {checked[0]['loss']:.3f} → {best['loss']:.3f}, "
     out.print(f"[bold green]✓[/] {output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")

@@ -133,6 +133,15 @@ def load_model(
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
+def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Any | None:
+    """The tokenizer of a model, without its weights; None where it has none."""
+    options = options or LoadSettings()
+    base = adapter_base(Path(structure.ref))
+    ref = resolve(base or structure.ref, catalog, revision=options.revision)
+    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+        return _read_tokenizer(ref, options, structure.config)
+
+
 def open_streamed(
     text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
 ) -> Model:

@@ -117,8 +117,9 @@ def llmpruner_report_sections() -> list[type[ReportSection]]:
     from ..report.block import BlockSection
     from ..report.groups import GroupsSection
     from ..report.plan import PlanSection
+    from ..report.recovery import RecoverySection
 
-    return [GroupsSection, PlanSection, BlockSection]
+    return [GroupsSection, PlanSection, RecoverySection, BlockSection]
 
 
 @hookimpl

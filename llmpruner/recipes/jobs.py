@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Final, Literal, TypeVar
 
 from ..benching.base import Runtime
@@ -284,14 +285,32 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
     given = _Given(settings)
     strategy = given.create("strategy", catalog.strategies, settings.strategy)
-    if settings.max_steps is not None:
-        given.refuse("epochs", "with --max-steps, which sets the number of steps")
+    for name in ("max_steps", "minutes"):
+        if given.has(name):
+            given.refuse("epochs", f"with {given.flag(name)}, which sets the number of steps")
+    _check_validation(given, settings)
+    _check_trackers(settings)
     if settings.micro_batch_size > settings.batch_size:
         given.refuse("micro_batch_size", f"beyond the {settings.batch_size} examples of --batch-size")
     if not strategy.adapters:
         given.refuse("merge", f"with {strategy.label()}, which trains no adapters")
     given.check_all_used()
     return RecoverJob(strategy, settings)
+
+
+def _check_validation(given: _Given, settings: RecoverSettings) -> None:
+    if settings.validation_data is not None:
+        given.refuse("validation", "with --validation-data, which is all that is validated on")
+    elif settings.validation == 0:
+        for name in ("eval_steps", "patience"):
+            given.refuse(name, "with --validation 0, which turns validation off")
+
+
+def _check_trackers(settings: RecoverSettings) -> None:
+    """Raise `SettingsError` for a program of ``--report-to`` that is not installed."""
+    for name in settings.report_to or ():
+        if find_spec(name) is None:
+            raise SettingsError(f"--report-to {name}: {name} is not installed; run: pip install {name}")
 
 
 def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:

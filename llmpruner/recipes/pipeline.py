@@ -242,10 +242,12 @@ def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outco
     )  # fmt: skip
 
 
-def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
+def save(
+    model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
+) -> str:
     """Write the model as an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoints.save`).
 
-    ``notes``: further JSON values for ``llmpruner.json``, beside the plans.
+    ``notes``: further JSON values for ``llmpruner.json``, beside the plans. ``extra_files``: copied into the directory.
     """
     record = {
         **(model.record or {}),
@@ -261,7 +263,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
         record=record,
         tokenizer=model.tokenizer,
         family=model.family,
-        extra_files=vocabulary_files(model.tokenizer),
+        extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
         parts=model.streamed if isinstance(model.streamed, CutWeights) else None,
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,11 @@ class RecoveryJob:
     directory for the state of the training, to resume from; kept until the result is saved. ``on_step``: to be called
     after each optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
     `teacher`. ``layers``: for every decoder layer, its number in the dense model; None where no layer was removed.
+    ``validation``: rows of the same form that are not trained on; empty without validation. ``on_validation``: to be
+    called after each validation with the number of steps taken, the loss, and the perplexity where the loss is the
+    cross entropy of the next token (else None); in a continued training, also for the validations before. ``places``:
+    where each of ``examples``, and after them of ``validation``, is from, for messages; empty where it is not known.
+    ``began``: the `time.monotonic` from which ``settings.minutes`` are counted.
     """
 
     model: PreTrainedModel
@@ -40,6 +46,10 @@ class RecoveryJob:
     on_step: Callable[[int, int, float], None] | None = None
     load_teacher: Callable[[], PreTrainedModel] | None = None
     layers: tuple[int, ...] | None = None
+    validation: Sequence[Mapping[str, list[int]]] = ()
+    on_validation: Callable[[int, float, float | None], None] | None = None
+    places: Sequence[str] = ()
+    began: float = field(default_factory=time.monotonic)
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
@@ -55,6 +65,20 @@ class RecoveryJob:
             raise ModelError("the recovery strategy needs the dense model, which is not known here")
         dense = self.load_teacher()
         return dense.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The loss on the validation examples after ``step`` optimizer steps: that which is trained on, as a mean over
+    their trained tokens. ``perplexity``: None where the loss is not the cross entropy of the next token."""
+
+    step: int
+    loss: float
+    perplexity: float | None = None
+
+    def __str__(self) -> str:
+        perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity:.2f}"
+        return f"step {self.step}: validation loss {self.loss:.4f}{perplexity}"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
+from ..engine.ranks import Ranks
 from ..errors import ModelError, OutputError, UnsupportedModelError, first_line
 from ..structure.coupling import layer_number
 from .adapters import with_adapters
 from .base import RecoveryJob, TrainingResult
 from .examples import IGNORED
-from .training import Batch, collator_for, fit, micro_batch
+from .trainer import ROW, Batch, collator_for, micro_batch
+from .training import fit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from .distil import DistilStrategy
 
 _TOP_FILE = "teacher.safetensors"
-_ROW = "row"
-"""The key of an example's number in a batch."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def train_distilled(job: RecoveryJob, settings: DistilStrategy.Settings) -> Trai
         chosen = touched(job) if settings.trains == "touched" else None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen is None or name in chosen)
-    numbered: list[Any] = [{**row, _ROW: number} for number, row in enumerate(job.examples)]
-    losses = fit(model, replace(job, examples=numbered), _loss(targets, settings, job.layers))
+    losses = fit(model, job, _loss(targets, settings, job.layers))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return TrainingResult(model, losses, trainable, notes)
 
@@ -156,15 +155,14 @@ def _teacher(job: RecoveryJob) -> Any:
 def _kept_targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callable[[Batch], Targets]:
     """The ``top`` most likely tokens of every trained token, computed once, from a file in the folder of the job."""
     file = job.work_dir / _TOP_FILE
-    if not file.is_file():
-        _write_top(job, settings, file)
+    Ranks.current().from_first(lambda: None if file.is_file() else _write_top(job, settings, file))
     kept = load_file(file)
-    counts = torch.tensor([sum(label != IGNORED for label in row["labels"][1:]) for row in job.examples])
+    counts = torch.tensor([sum(label != IGNORED for label in row["labels"][1:]) for row in _all_rows(job)])
     ends = counts.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
 
     def read(batch: Batch) -> Targets:
-        rows = [slice(starts[row], ends[row]) for row in batch[_ROW].tolist()]
+        rows = [slice(starts[row], ends[row]) for row in batch[ROW].tolist()]
         device = batch["labels"].device
         log_p, tokens = (torch.cat([kept[name][row] for row in rows]).to(device) for name in ("log_p", "tokens"))
         return Targets(log_p.float(), tokens.long())
@@ -172,13 +170,16 @@ def _kept_targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callab
     return read
 
 
+def _all_rows(job: RecoveryJob) -> list[dict[str, list[int]]]:
+    return [dict(row) for row in (*job.examples, *job.validation)]
+
+
 @torch.no_grad()
 def _write_top(job: RecoveryJob, settings: DistilStrategy.Settings, file: Path) -> None:
     teacher, collate = _teacher(job), collator_for(job.tokenizer)
-    size, parts = micro_batch(job.settings), []
-    for first in range(0, len(job.examples), size):
-        rows = [{name: row[name] for name in ("input_ids", "labels")} for row in job.examples[first : first + size]]
-        batch = {name: tensor.to(job.model.device) for name, tensor in collate(rows).items()}
+    size, parts, rows = micro_batch(job.settings), [], _all_rows(job)
+    for first in range(0, len(rows), size):
+        batch = {name: tensor.to(job.model.device) for name, tensor in collate(rows[first : first + size]).items()}
         logits = teacher(**_inputs(batch)).logits[:, :-1][_trained(batch)].float() / settings.temperature
         found = logits.log_softmax(-1).topk(min(settings.top, logits.shape[-1]), -1)
         parts.append((found.values.half().cpu(), found.indices.int().cpu()))

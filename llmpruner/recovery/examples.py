@@ -1,4 +1,5 @@
-"""Examples for recovery: read from a source, formatted for the model, and tokenised with labels."""
+"""Examples for recovery: read from a source, formatted for the model, tokenised with labels, and split into those that
+are trained on and those for validation."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.conversations import Example, read_examples
+from ..data.conversations import Example, example
+from ..data.documents import read_records
 from ..data.mixture import mixed, parse_mixture
 from ..errors import DataError
 from ..families.chat import TrainingText, common_start, training_texts
@@ -20,14 +22,24 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of tokens that are not trained on (the convention of PyTorch's cross entropy and of transformers)."""
+LEAST_VALIDATION, MOST_VALIDATION = 16, 128
+"""Examples for validation, where a share of the data is given: enough for a loss to compare by, and few enough that a
+validation takes a small part of the time of the steps between two."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The training text. ``source``: the source of the data, for messages and records."""
+    """The training text. ``source``: the source of the data, for messages and records. ``places``: for every text, the
+    place of its record, such as ``a.jsonl, line 3``; several texts may be of one record. Empty where they are not
+    known."""
 
     texts: tuple[TrainingText, ...]
     source: str
+    places: tuple[str, ...] = ()
+
+    def place(self, number: int) -> str:
+        """Where text ``number``, from 0, is from."""
+        return self.places[number] if self.places else f"{self.source}, example {number + 1}"
 
     @property
     def fingerprint(self) -> str:
@@ -50,21 +62,72 @@ def load_examples(
     model's format does not support.
     """
     parts = parse_mixture(source)
-    places = mixed([(part, _numbered(part.source)) for part in parts], seed)
+    places = mixed([(part, _placed(part.source)) for part in parts], seed)
     if limit is not None:
         random.Random(seed).shuffle(places)
         places = places[:limit]
     texts: list[TrainingText] = []
-    for place, example in places:
+    of: list[str] = []
+    for place, found in places:
         try:
-            texts += training_texts(example, family, tokenizer)
+            own = training_texts(found, family, tokenizer)
         except DataError as error:
             raise DataError(f"{place}: {error}") from error
-    return Examples(tuple(texts), source)
+        texts += own
+        of += [place] * len(own)
+    return Examples(tuple(texts), source, tuple(of))
 
 
-def _numbered(source: str) -> list[tuple[str, Example]]:
-    return [(f"{source}, example {number}", found) for number, found in enumerate(read_examples(source), start=1)]
+def _placed(source: str) -> list[tuple[str, Example]]:
+    """The examples of one source, each with the place of its record. Raises `DataError` as `example` does, and where
+    there is none."""
+    found = [(record.place, example(record)) for record in read_records(source)]
+    if not found:
+        raise DataError(f"{source} has no examples")
+    return found
+
+
+def split(examples: Examples, validation: float, seed: int) -> tuple[Examples, Examples | None]:
+    """The examples to train on, and those for validation, drawn by ``seed``; texts of one record stay together.
+
+    ``validation``: below 1 a share, of which there are at least `LEAST_VALIDATION` and at most `MOST_VALIDATION`, and
+    none (the second result is None) where that is more than a fifth of the data; from 1 on, the number of records.
+    Raises `DataError` where the number leaves nothing to train on.
+    """
+    of = [examples.place(number) for number in range(len(examples.texts))]
+    records = list(dict.fromkeys(of))
+    count = _validation_records(validation, len(records), examples.source)
+    if count == 0:
+        return examples, None
+    chosen = set(random.Random(f"{seed} validation").sample(records, count))
+
+    def part(held_out: bool) -> Examples:
+        numbers = [number for number, place in enumerate(of) if (place in chosen) == held_out]
+        return Examples(tuple(examples.texts[n] for n in numbers), examples.source, tuple(of[n] for n in numbers))
+
+    return part(False), part(True)
+
+
+def _validation_records(validation: float, records: int, source: str) -> int:
+    if validation >= 1:
+        if int(validation) >= records:
+            raise DataError(
+                f"{source} has {records} examples, and --validation takes {int(validation)} of them; leave some to "
+                "train on"
+            )
+        return int(validation)
+    count = min(max(round(validation * records), LEAST_VALIDATION), MOST_VALIDATION)
+    return 0 if validation == 0 or count > records // 5 else count
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised examples. ``rows``: see `tokenise`. ``places``: for every row, where it is from. ``left_out``: number
+    of texts that had no token to train on."""
+
+    rows: list[dict[str, list[int]]]
+    places: list[str]
+    left_out: int = 0
 
 
 def tokenise(
@@ -76,30 +139,43 @@ def tokenise(
     A label is its token; with ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer. Rows
     without tokens to train on are left out. Raises `DataError` when that is all of them.
     """
+    return rows_of(examples, tokenizer, cutoff=cutoff, loss_on=loss_on, pack=pack).rows
+
+
+def rows_of(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn, pack: bool = False) -> Rows:
+    """As `tokenise`, with the place of every row."""
     rows = [_encode(text, tokenizer, None if pack else cutoff, loss_on) for text in examples.texts]
+    places = [examples.place(number) for number in range(len(rows))]
     if pack:
-        rows = _packed(rows, cutoff, tokenizer.eos_token_id)
+        rows, places = _packed(rows, places, cutoff, tokenizer.eos_token_id)
     # The first token of a text is not predicted.
-    rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
-    if not rows:
+    kept = [number for number, row in enumerate(rows) if any(label != IGNORED for label in row["labels"][1:])]
+    if not kept:
         raise DataError(f"{examples.source}: no example has an answer within the first {cutoff} tokens")
-    return rows
+    left_out = 0 if pack else len(rows) - len(kept)
+    return Rows([rows[number] for number in kept], [places[number] for number in kept], left_out)
 
 
-def _packed(rows: Sequence[dict[str, list[int]]], cutoff: int, eos: int | None) -> list[dict[str, list[int]]]:
+def _packed(
+    rows: Sequence[dict[str, list[int]]], places: Sequence[str], cutoff: int, eos: int | None
+) -> tuple[list[dict[str, list[int]]], list[str]]:
     """Rows of ``cutoff`` tokens; one row where all texts together are shorter. Texts that do not end with ``eos`` get
-    it, so that the model sees where one ends."""
+    it, so that the model sees where one ends. And the place of every row: of its first text, and of its last."""
     ids: list[int] = []
     labels: list[int] = []
-    for row in rows:
+    of: list[int] = []
+    for number, row in enumerate(rows):
         ended = eos is None or row["input_ids"][-1:] == [eos]
         ids += row["input_ids"] if ended else [*row["input_ids"], eos]  # type: ignore[list-item]
         labels += row["labels"] if ended else [*row["labels"], IGNORED]
+        of += [number] * (len(ids) - len(of))
     whole = max(len(ids) - len(ids) % cutoff, min(len(ids), cutoff))
-    return [
-        {"input_ids": ids[start : start + cutoff], "labels": labels[start : start + cutoff]}
-        for start in range(0, whole, cutoff)
-    ]
+    starts = range(0, whole, cutoff)
+    ends = [(places[of[start]], places[of[min(start + cutoff, len(ids)) - 1]]) for start in starts]
+    return (
+        [{"input_ids": ids[start : start + cutoff], "labels": labels[start : start + cutoff]} for start in starts],
+        [first if first == last else f"{first} to {last}" for first, last in ends],
+    )
 
 
 def _encode(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:

@@ -6,15 +6,16 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.ranks import Ranks
 from ..errors import OutputError, PluginError
 from ..files import write_text
 from ..settings import RecoverSettings, option_of
-from .base import RecoveryJob, RecoveryStrategy, TrainingResult
-from .examples import Examples, load_examples, tokenise
+from .base import RecoveryJob, RecoveryStrategy, TrainingResult, Validation
+from .examples import Examples, Rows, load_examples, rows_of, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,15 +24,29 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 _IDENTITY = "job.json"
-_NOT_SHARED = {"data", "strategy", "limit", "merge", "settings"}
-"""Fields of `RecoverSettings` that are not shared by strategies, or recorded separately."""
+_NOT_SHARED = {"data", "strategy", "limit", "merge", "settings", "report_to"}
+"""Fields of `RecoverSettings` that are not shared by strategies, or recorded separately, or that change no result."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The rows of a training. ``source``, ``fingerprint``: of the data, see `Examples`; with data of its own for
+    validation, the fingerprint is of both. ``validation``: None without one. ``notes``: messages for the user."""
+
+    source: str
+    fingerprint: str
+    rows: Rows
+    validation: Rows | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class RecoveryResult:
     """``model``: of the same class as before; a peft model where adapters were not merged. ``losses``: see
-    `TrainingResult`. ``seconds``: of this run, without those before an interruption. ``examples``: their number.
-    ``fingerprint``: `Examples.fingerprint`."""
+    `TrainingResult`. ``seconds``: of this run, without those before an interruption. ``examples``: number of rows that
+    were trained on. ``fingerprint``: see `TrainingData`. ``validation``: the losses on ``validation_examples`` rows, in
+    order of steps; empty where there was none. ``best_step``: the number of steps after which the weights were taken;
+    None without validation."""
 
     model: Any
     strategy: RecoveryStrategy
@@ -43,6 +58,12 @@ class RecoveryResult:
     fingerprint: str
     trainable_parameters: int
     notes: tuple[str, ...]
+    validation: tuple[Validation, ...] = ()
+    validation_examples: int = 0
+
+    @property
+    def best_step(self) -> int | None:
+        return min(self.validation, key=lambda one: one.loss).step if self.validation else None
 
     def record(self) -> dict[str, Any]:
         """The training as JSON values, for ``llmpruner.json``."""
@@ -55,7 +76,40 @@ class RecoveryResult:
             "examples": self.examples,
             "trainable_parameters": self.trainable_parameters,
             "losses": list(self.losses),
+            "validation_examples": self.validation_examples,
+            "validation": [asdict(one) for one in self.validation],
+            "best_step": self.best_step,
         }
+
+
+def prepare(
+    settings: RecoverSettings, family: ModelFamily, tokenizer: Any, examples: Examples | None = None
+) -> TrainingData:
+    """Read the data, hold some back for validation, and tokenise it. ``examples``: used instead of ``settings.data``.
+
+    Raises `DataError` for data that cannot be used; no model is needed to find that out.
+    """
+
+    def read(source: str, limit: int | None) -> Examples:
+        return load_examples(source, family, tokenizer, limit=limit, seed=settings.seed)
+
+    def tokenised(part: Examples) -> Rows:
+        return rows_of(part, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on, pack=settings.pack)
+
+    examples = examples or read(settings.data, settings.limit)
+    held_out, fingerprint, notes = None, examples.fingerprint, []
+    if settings.validation_data is not None:
+        held_out = read(settings.validation_data, None)
+        fingerprint = hashlib.sha256(f"{fingerprint} {held_out.fingerprint}".encode()).hexdigest()
+    else:
+        examples, held_out = split(examples, settings.validation, settings.seed)
+        if held_out is None and settings.validation:
+            notes.append(f"{len(examples.texts)} examples are too few to hold some back: no validation")
+    rows = tokenised(examples)
+    if rows.left_out:
+        notes.append(f"{rows.left_out} examples had nothing to train on and were left out")
+    validation = None if held_out is None else tokenised(held_out)
+    return TrainingData(examples.source, fingerprint, rows, validation, tuple(notes))
 
 
 def recover(
@@ -68,28 +122,43 @@ def recover(
     work_dir: Path,
     *,
     examples: Examples | None = None,
+    data: TrainingData | None = None,
     load_teacher: Callable[[], PreTrainedModel] | None = None,
     layers: tuple[int, ...] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    on_validation: Callable[[Validation], None] | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
     ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
-    effect, as ``strategy`` has its own. ``examples``: used instead of ``settings.data``. ``load_teacher``: loads the
-    dense model, for strategies that need it. ``layers``: see `RecoveryJob`. ``on_step``: called after each optimizer
-    step with its number from 1, the number of steps, and its loss.
+    effect, as ``strategy`` has its own. ``data``: the result of `prepare`, if it was called before; else ``examples``,
+    if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
+    it. ``layers``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its number from 1, the number
+    of steps, and its loss. ``on_validation``: called after each validation.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
     `ModelError` when the training diverges.
+
+    In several processes, all call this with the same arguments, and each has the result.
     """
-    if examples is None:
-        examples = load_examples(settings.data, family, tokenizer, limit=settings.limit, seed=settings.seed)
-    rows = tokenise(examples, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on, pack=settings.pack)
-    _claim(work_dir, _identity(model, rows, strategy, settings))
+    data = data or prepare(settings, family, tokenizer, examples)
+    held_out = data.validation or Rows([], [])
+    identity = _identity(model, data, strategy, settings)
+    Ranks.current().from_first(lambda: _claim(work_dir, identity))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
-    job = RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step, load_teacher, layers)
+    done: list[Validation] = []
+
+    def validated(step: int, loss: float, perplexity: float | None) -> None:
+        done.append(Validation(step, loss, perplexity))
+        if on_validation is not None:
+            on_validation(done[-1])
+
+    job = RecoveryJob(
+        model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers,
+        validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
+    )  # fmt: skip
     result = strategy.train(job)
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):
@@ -99,20 +168,41 @@ def recover(
         trained.requires_grad_(True)
         for name in frozen:
             trained.get_parameter(name).requires_grad_(False)
-    left_out = 0 if settings.pack else len(examples.texts) - len(rows)
-    notes = (f"{left_out} examples had nothing to train on and were left out",) if left_out else ()
     return RecoveryResult(
         trained.eval(),
         strategy,
         settings,
         result.losses,
         seconds,
-        len(rows),
-        examples.source,
-        examples.fingerprint,
+        len(data.rows.rows),
+        data.source,
+        data.fingerprint,
         result.trainable_parameters,
-        (*result.notes, *notes),
+        (*result.notes, *data.notes, *_said_of_validation(strategy, settings, result, held_out, done)),
+        tuple(done),
+        len(held_out.rows),
     )
+
+
+def _said_of_validation(
+    strategy: RecoveryStrategy,
+    settings: RecoverSettings,
+    result: TrainingResult,
+    held_out: Rows,
+    done: list[Validation],
+) -> list[str]:
+    """Notes for the user."""
+    if not held_out.rows:
+        return []
+    if not done:
+        return [f"{strategy.label()} measures no validation loss; --validation 0 trains on all examples"]
+    notes, best, last = [], min(done, key=lambda one: one.loss), done[-1]
+    if settings.patience is not None and done.index(best) + settings.patience == len(done) - 1 and best is not last:
+        notes.append(f"stopped after step {last.step}: {settings.patience} validations without a lower loss")
+    if best.step < len(result.losses):
+        when = f"after step {best.step}" if best.step else "before the training"
+        notes.append(f"the validation loss was lowest {when}; the result has the weights of then")
+    return notes
 
 
 def shared_settings(settings: RecoverSettings) -> dict[str, Any]:
@@ -127,16 +217,23 @@ def merge_adapters(model: Any) -> Any:
 
 
 def _identity(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], strategy: RecoveryStrategy, settings: RecoverSettings
+    model: PreTrainedModel, data: TrainingData, strategy: RecoveryStrategy, settings: RecoverSettings
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON values."""
+    validation = [] if data.validation is None else data.validation.rows
     return {
         "strategy": strategy.name,
         "strategy settings": strategy.record(),
         "settings": shared_settings(settings),
-        "examples": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "examples": _digest(data.rows.rows),
+        "validation examples": _digest(validation),
+        "processes": Ranks.current().count,
         "model": _weights_fingerprint(model),
     }
+
+
+def _digest(rows: list[dict[str, list[int]]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:

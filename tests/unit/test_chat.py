@@ -157,7 +157,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     plain, system = ([{"role": m.role, "content": m.content} for m in chat] for chat in (CHAT[1:], CHAT))
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"messages": plain}, {"messages": system}]))
-    with pytest.raises(DataError, match=r"a\.json, example 2: the chat template of .*: System role not supported$"):
+    with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
         load_examples(str(file), FAMILY, tokenizer(STRICT))
 
 

@@ -83,6 +83,15 @@ RECOVER = Command(
         "warmup_steps": (3, 4),
         "loss_on": ("answers", "all"),
         "autocast": (True, False),
+        "schedule": ("cosine", "linear"),
+        "weight_decay": (0.1, 0.0),
+        "minutes": (5.0, 10.0),
+        "gradient_checkpointing": ("on", "off"),
+        "validation": (0.1, 0, 20),
+        "validation_data": ("c.jsonl", "d.jsonl"),
+        "eval_steps": (5, 10),
+        "patience": (2, 3),
+        "report_to": ("tensorboard", "wandb"),
         "seed": (1, 2),
         "settings": ({"lora": {"rank": 2}}, {"lora": {"alpha": 3}}),
     },
@@ -142,7 +151,7 @@ def outcome(command: Command, given: Mapping[str, Any]) -> Any:
 def test_every_option_is_tried():
     for command in COMMANDS.values():
         assert set(command.values) == set(command.model.model_fields)
-    assert len(PAIRS) == 515
+    assert len(PAIRS) == 722
 
 
 @pytest.mark.parametrize(("name", "one", "other"), PAIRS)

@@ -8,7 +8,7 @@ import torch
 from llmpruner import DataError, ModelFamily, alpaca_prompt
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.recovery.examples import IGNORED, Examples, load_examples, tokenise
-from llmpruner.recovery.training import collator_for
+from llmpruner.recovery.trainer import collator_for
 
 FAMILY = ModelFamily()
 RECORDS = [
@@ -37,7 +37,9 @@ def test_json_and_jsonl_give_the_same_examples_in_order(tmp_path):
     lines = load(write_lines(tmp_path / "a.jsonl", RECORDS))
     (tmp_path / "a.json").write_text(json.dumps(RECORDS))
     listed = load(str(tmp_path / "a.json"))
-    assert lines == replace(listed, source=lines.source)
+    assert lines == replace(listed, source=lines.source, places=lines.places)
+    assert lines.places == tuple(f"{tmp_path}/a.jsonl, line {n}" for n in (1, 2, 3, 4))
+    assert listed.places[1] == f"{tmp_path}/a.json, record 2"
     assert lines.texts == (
         TrainingText((Turn(alpaca_prompt("Name the capital of France."), "Paris."),)),
         TrainingText((Turn(alpaca_prompt("Add the numbers.", "2 and 2"), "4"),)),

@@ -28,7 +28,8 @@ from llmpruner.recovery.examples import Examples
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
-from llmpruner.recovery.training import latest_checkpoint, micro_batch, steps
+from llmpruner.recovery.trainer import micro_batch, steps
+from llmpruner.recovery.training import latest_checkpoint
 
 pytest.importorskip("peft")
 
@@ -243,7 +244,8 @@ def test_a_diverged_run_stops(tmp_path):
     model, graph = pruned()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="the loss became nan at step 1; lower the learning rate"):
+    rows = r"the rows 1, 6, 9, 10 of the data \(here, example 1; here, example 6; .*\)"
+    with pytest.raises(ModelError, match=f"the loss became nan at step 1, with {rows}; lower the learning rate"):
         run(model, graph, tmp_path / "work", LoraStrategy())
 
 
@@ -265,7 +267,9 @@ def test_the_record_has_the_training_settings(tmp_path):
     assert json.loads(json.dumps(record)) == record
     assert record.pop("settings") == {
         "learning_rate": 1e-4, "epochs": 2.0, "max_steps": 2, "batch_size": 4, "micro_batch_size": 4, "cutoff": 32,
-        "pack": False, "warmup_steps": 100, "loss_on": "all", "autocast": False, "seed": 0,
+        "pack": False, "warmup_steps": None, "loss_on": "all", "autocast": False, "seed": 0, "schedule": "linear",
+        "weight_decay": 0.0, "minutes": None, "gradient_checkpointing": "auto", "validation": 0.02,
+        "validation_data": None, "eval_steps": None, "patience": None,
     }  # fmt: skip
     assert record == {
         "strategy": "lora",
@@ -275,6 +279,9 @@ def test_the_record_has_the_training_settings(tmp_path):
         "examples": 12,
         "trainable_parameters": result.trainable_parameters,
         "losses": list(result.losses),
+        "validation_examples": 0,
+        "validation": [],
+        "best_step": None,
     }
 
 

@@ -1,0 +1,67 @@
+"""The weights with the lowest validation loss, kept in the folder of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..engine.ranks import Ranks
+from ..errors import OutputError, first_line
+from .sharded import whole_tensor
+
+
+class BestWeights:
+    """``folder``: where the files are. Only weights that are trained are kept. Methods must be called by all processes
+    of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._ranks = folder, Ranks.current()
+
+    def keep(self, model: Any, step: int) -> None:
+        """Write the weights after ``step``. Raises `OutputError` where the disk does not take them."""
+        tensors = {}
+        for name, parameter in _trained(model).items():
+            value = whole_tensor(parameter)
+            if self._ranks.first:
+                tensors[name] = value.cpu().contiguous()
+        self._ranks.from_first(lambda: self._write(tensors, self._file(step)))
+
+    def restore(self, model: Any, step: int) -> None:
+        """Give ``model``, whose parameters are whole, the weights after ``step``."""
+        kept = load_file(self._file(step)) if self._ranks.first else {}
+        with torch.no_grad():
+            for name, parameter in _trained(model).items():
+                if self._ranks.first:
+                    parameter.copy_(kept[name])
+                self._ranks.copy_from(0, [parameter.detach()])
+
+    def drop_all_but(self, step: int) -> None:
+        """Remove the files of other steps."""
+        if self._ranks.first:
+            for file in self._folder.glob(f"{_PREFIX}*"):
+                if file != self._file(step):
+                    file.unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"{_PREFIX}{step}.safetensors"
+
+    def _write(self, tensors: dict[str, torch.Tensor], file: Path) -> None:
+        aside = file.with_suffix(".partial")
+        try:
+            save_file(tensors, aside)
+            aside.replace(file)
+        except Exception as error:
+            # safetensors reports a full disk with an exception of its own.
+            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+                raise
+            raise OutputError(f"{file} cannot be written: {first_line(error)}") from error
+
+
+_PREFIX = "best-"
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

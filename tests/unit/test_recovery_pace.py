@@ -1,0 +1,154 @@
+"""A training in a given time: how many steps it has, and that a continued one has as many."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import pytest
+import tiny_models
+import torch
+from test_recovery_validation import EXAMPLES, FAMILY, SETTINGS, run
+
+from llmpruner import RecoverSettings, SettingsError, UnsupportedModelError
+from llmpruner.families.graph import build_graph
+from llmpruner.recovery import pace
+from llmpruner.recovery.base import RecoveryJob
+from llmpruner.recovery.examples import tokenise
+from llmpruner.recovery.full import FullStrategy
+from llmpruner.recovery.memory import needed, recomputing
+from llmpruner.recovery.pace import Pace, steps_to_take
+from llmpruner.recovery.training import fit
+
+TIMED = SETTINGS.model_copy(update={"max_steps": None, "minutes": 1.0, "eval_steps": None, "warmup_steps": None})
+
+
+def fixed(seconds, monkeypatch):
+    """Steps of so many seconds."""
+    made = []
+
+    def timed(model, job, loss):
+        made.append(1)
+        return Pace(seconds, 0.0, 0.0, len(job.validation))
+
+    monkeypatch.setattr(pace, "_timed", timed)
+    return made
+
+
+@pytest.mark.parametrize("rows", [0, 20])
+def test_as_many_steps_as_fit(rows):
+    settings = RecoverSettings(data="a", batch_size=4, minutes=1)
+    found = Pace(0.5, 1.0, 0.25, rows)
+    for seconds in (0.4, 1, 7, 60, 61.3, 600):
+        count = found.count(seconds, settings)
+        assert found.seconds(count + 1, settings) > seconds
+        assert count == 0 or found.seconds(count, settings) <= seconds
+    assert Pace(0.5, 0.0, 0.0).count(60, settings) == 120
+
+
+def test_the_schedule_is_that_of_the_steps_that_fit(tmp_path, monkeypatch):
+    fixed(0.0582 * 60 / 7, monkeypatch)
+    result = run(tmp_path, FullStrategy(), TIMED.model_copy(update={"minutes": 0.06, "schedule": "cosine"}))
+    total = len(result.losses)
+    assert json.loads((tmp_path / "pace.json").read_text())["steps"] == total in (6, 7)
+    state = json.loads(next(iter(sorted(tmp_path.glob("checkpoint-*")))).joinpath("trainer_state.json").read_text())
+    rates = [entry["learning_rate"] / 5e-3 for entry in state["log_history"] if "loss" in entry]
+    assert rates == pytest.approx([(1 + math.cos(math.pi * n / total)) / 2 for n in range(len(rates))])
+
+
+def test_a_continued_training_has_the_same_number_of_steps(tmp_path, monkeypatch):
+    settings = TIMED.model_copy(update={"minutes": 0.06})
+    fixed(0.5, monkeypatch)
+    whole = run(tmp_path / "whole", FullStrategy(), settings)
+
+    def interrupt(step, *_):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", FullStrategy(), settings, on_step=interrupt)
+    slower = fixed(2.0, monkeypatch)
+    resumed = run(tmp_path / "parts", FullStrategy(), settings)
+    assert not slower
+    assert resumed.losses == whole.losses and len(whole.losses) in (5, 6)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+
+
+def test_max_steps_is_a_bound(tmp_path, monkeypatch):
+    fixed(0.001, monkeypatch)
+    assert len(run(tmp_path, FullStrategy(), TIMED.model_copy(update={"max_steps": 3})).losses) == 3
+
+
+def test_too_little_time_is_refused(tmp_path, monkeypatch):
+    fixed(100.0, monkeypatch)
+    with pytest.raises(SettingsError, match=r"--minutes 1 does not suffice: .* the shortest training takes 100\.0 s"):
+        run(tmp_path, FullStrategy(), TIMED)
+
+
+def slow_loss(model, batch):
+    """Takes most of its time whatever else the machine does."""
+    time.sleep(0.05)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:])
+
+
+@pytest.mark.slow
+def test_a_trial_leaves_no_trace_and_the_training_ends_in_time(tmp_path):
+    """The losses are those of a training of as many steps without a trial."""
+    model = tiny_models.llama()
+    rows = tokenise(EXAMPLES, tiny_models.tokenizer(), cutoff=48, loss_on="all")
+    settings = TIMED.model_copy(update={"minutes": 3 / 60, "validation": 0})
+    graph = build_graph(FAMILY, model.config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    began = time.monotonic()
+    job = RecoveryJob(model, tiny_models.tokenizer(), rows, graph, settings, tmp_path / "a")
+    count = steps_to_take(model, job, slow_loss)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert not (tmp_path / "a" / "trial").exists()
+    losses = fit(model, job, slow_loss)
+    # A step has two micro-batches of at least 50 ms.
+    assert 10 <= len(losses) == count <= 29
+    assert 1.0 < time.monotonic() - began < 4.5
+    fixed = settings.model_copy(update={"minutes": None, "max_steps": count})
+    other = tiny_models.llama()
+    again = RecoveryJob(other, tiny_models.tokenizer(), rows, graph, fixed, tmp_path / "b")
+    assert fit(other, again, slow_loss) == losses
+
+
+def checkpointed(model):
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, monkeypatch):
+    found = {}
+    for switch in ("off", "on"):
+        settings = SETTINGS.model_copy(update={"gradient_checkpointing": switch, "max_steps": 2})
+        result = run(tmp_path / switch, FullStrategy(), settings)
+        found[switch] = result.losses
+        assert not checkpointed(result.model)
+    assert found["on"] == pytest.approx(found["off"], abs=1e-6)
+    model = tiny_models.llama()
+    job = RecoveryJob(model, tiny_models.tokenizer(), [], build_graph(FAMILY, model.config), SETTINGS, tmp_path)
+    with recomputing(model, job) as on:
+        assert not on
+    for free, expected in ((needed(model, job), True), (2 * needed(model, job), False)):
+        monkeypatch.setattr("llmpruner.recovery.memory._free", lambda device, free=free: free)
+        with recomputing(model, job) as on:
+            assert on == checkpointed(model) == expected
+
+
+def test_a_model_without_gradient_checkpointing_is_named(monkeypatch, tmp_path):
+    model = tiny_models.llama()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    graph = build_graph(FAMILY, model.config)
+    for switch in ("auto", "on"):
+        settings = SETTINGS.model_copy(update={"gradient_checkpointing": switch})
+        job = RecoveryJob(model, tiny_models.tokenizer(), [], graph, settings, tmp_path)
+        if switch == "auto":
+            with recomputing(model, job) as on:
+                assert not on
+            continue
+        with pytest.raises(UnsupportedModelError, match="has no gradient checkpointing"), recomputing(model, job):
+            pass
