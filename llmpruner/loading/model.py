@@ -202,6 +202,11 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
     return any((ref.directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
+def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings) -> Any | None:
+    """The tokenizer of a model, None where it brings none. Reads no weights."""
+    return _read_tokenizer(resolve(structure.ref, catalog, revision=options.revision), options, structure.config)
+
+
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
     try:
         values = dict(record["base_config"])

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
 from ..data.calibration import check_length, parse_calibration
+from ..data.conversations import example
+from ..data.documents import check_source
+from ..data.mixture import parse_mixture
 from ..errors import ModelError, SelectionError, SettingsError, UnsupportedModelError
 from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
@@ -17,7 +20,7 @@ from ..selection.alike import allocate_alike
 from ..selection.base import AllocationTask, Meter
 from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
-from .jobs import PruneJob
+from .jobs import EvaluateJob, PruneJob, RecoverJob
 from .pipeline import demand, length_for, scope_of, widths_of
 
 if TYPE_CHECKING:
@@ -105,6 +108,24 @@ def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> N
         parse_calibration(plan.compensation.calibration, catalog.sources, plan.compensation.sources).check()
 
 
+def check_text(job: PruneJob) -> None:
+    """Raise `DataError` for calibration text that is missing or malformed."""
+    if job.calibration is not None:
+        job.calibration.text.check()
+
+
+def check_recover(job: RecoverJob) -> None:
+    """Raise `DataError` for training data that is missing or malformed."""
+    for part in parse_mixture(job.settings.data):
+        check_source(part.source, example)
+
+
+def check_metrics(job: EvaluateJob) -> None:
+    """Read the texts and tasks of all metrics. Raises `DataError` for those that are missing or malformed."""
+    for metric in job.metrics:
+        metric.prepare()
+
+
 def _scored(job: PruneJob, group: CoupledGroup) -> list[Span]:
     roles = job.criterion.roles
     return [span for span in group.spans if roles is None or span.role in roles] or list(group.spans)
@@ -119,7 +140,7 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
             raise ModelError(
                 f"'{structure.ref}' brings no tokenizer, so it cannot be calibrated on '{part.reference}'; use 'self'"
             )
-    job.calibration.text.check()
+    check_text(job)
 
 
 def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:
