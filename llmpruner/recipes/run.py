@@ -172,7 +172,11 @@ class Session:
                     check_bench(job, self.bench_load(step, DENSE))
                 (first, *_) = self.recipe.sources(step)
                 if step.command.name == "prune" and statuses[step.name].ready:
-                    check_prune(job, self.structure(first), tokenizer=True)
+                    source = self.structure(first)
+                    check_prune(job, source, tokenizer=True)
+                    if self.how.max_memory is not None:
+                        # Raises where it is too little.
+                        self._forecast(step, source)
 
     def bench_load(self, step: Step, name: str) -> LoadSettings:
         """Runtimes that open files by themselves read the device alone."""
@@ -191,12 +195,15 @@ class Session:
             if status.status != "done":
                 source = self.structure(self.recipe.sources(step)[0]) if status.ready else None
                 with step.named():
-                    text, facts = step_forecast(
-                        step, self.jobs[step.name], source, self.dense, self.load, self.how, self.catalog
-                    )
+                    text, facts = self._forecast(step, source)
             yield PlannedStep(
                 step.name, step.command.name, status.status, status.reason, self.recipe.sources(step), text, facts
             )
+
+    def _forecast(self, step: Step, source: Structure | None) -> tuple[str, dict[str, Any]]:
+        (first, *_) = self.recipe.sources(step)
+        load = self.load_of(first)
+        return step_forecast(step, self.jobs[step.name], source, self.dense, load, self.how, self.catalog)
 
     def run(self, actions: Actions, on_step: Callable[[StepResult], None] | None = None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
