@@ -17,13 +17,7 @@ class NamedRecipe(Component):
             summary = "two rounds of pruning and training"
 
             def text(self):
-                return '''
-                    steps:
-                      - rounds: 2
-                        steps:
-                          - prune: {ratio: 0.1}
-                          - recover: {data: alpaca.jsonl}
-                '''
+                return "steps: [{rounds: 2, steps: [{prune: {ratio: 0.1}}, {recover: {data: alpaca.jsonl}}]}]"
     """
 
     kind: ClassVar[str] = "recipe"

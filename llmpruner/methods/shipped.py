@@ -13,8 +13,12 @@ class Shipped(NamedRecipe):
     """The file of its name, in which ``${llmpruner}`` is the folder of the package."""
 
     def text(self) -> str:
-        file = _PACKAGE / "recipes" / "shipped" / f"{self.name}.yaml"
-        return file.read_text(encoding="utf-8").replace("${llmpruner}", str(_PACKAGE))
+        return self.file().replace("${llmpruner}", str(_PACKAGE))
+
+    @classmethod
+    def file(cls) -> str:
+        """The text as it is in the file."""
+        return (_PACKAGE / "recipes" / "shipped" / f"{cls.name}.yaml").read_text(encoding="utf-8")
 
 
 class PaperRecipe(Shipped):

@@ -191,7 +191,8 @@ class Session:
         statuses = self.statuses()
         self.check(statuses)
         for step in self.recipe.steps:
-            status, text, facts = statuses[step.name], "", {}
+            status, text = statuses[step.name], ""
+            facts: dict[str, Any] = {}
             if status.status != "done":
                 source = self.structure(self.recipe.sources(step)[0]) if status.ready else None
                 with step.named():

@@ -66,9 +66,11 @@ def _value(
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise SettingsError(f"{source}, line {line}: expected a name before the colon")
+        here = (*path, key.value)
         if key.value in found:
-            first = lines[(*path, key.value)]
-            raise SettingsError(f"{source}, line {line}: '{key.value}' is given twice, in line {first} too; keep one")
-        lines[(*path, key.value)] = line
-        found[key.value] = _value(loader, value, (*path, key.value), within, lines, source)
+            raise SettingsError(
+                f"{source}, line {line}: '{key.value}' is given twice, in line {lines[here]} too; keep one"
+            )
+        lines[here] = line
+        found[key.value] = _value(loader, value, here, within, lines, source)
     return found
