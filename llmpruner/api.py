@@ -514,6 +514,7 @@ def export(
     it."""
     catalog = catalog or Catalog(plugin_manager())
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
+    exporter.check()
     directory = check_new_directory(Path(output))
     if not Path(model).is_dir():
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")

@@ -59,7 +59,8 @@ def render() -> str:
 INTRODUCTION = (
     "What `llmpruner run` reads: a YAML file, or the same keys as a mapping in Python ([`Recipe`](api.md#recipe)). "
     "[Recipes](../how-to/recipes.md) shows how they are used. Unknown keys and keys that are given twice are refused, "
-    "with the line. An empty value counts as not given. Relative paths are relative to the folder in which the command runs."
+    "with the line. An empty value counts as not given. Relative paths are relative to the folder in which the command "
+    "runs."
 )
 STEPS = (
     "Each step has one command, whose value holds settings of the command of that name, by the names that Python uses:"
@@ -81,8 +82,9 @@ steps:
     name: quality"""
 INPUTS = (
     "The inputs of a step are: its settings with all defaults, how models are opened, SHA-256 of the files of the "
-    "models that it reads (of a hub model its commit) and of the data files that its settings name, and the versions of "
-    "llmpruner, Python, torch, transformers, of the packages of all components that it uses and of the model's family, "
+    "models that it reads (of a hub model its commit) and of the data files that its settings name, and the versions "
+    "of llmpruner, Python, torch, transformers, of the packages of all components that it uses and of the model's "
+    "family, "
     "and of the libraries that its command uses. A data set of the hub is known by its name alone. How a run takes "
     "place (`--max-memory`, `--boundary-memory`) is no input. A result whose files were changed is not replaced: the "
     "run is refused until they are moved away."

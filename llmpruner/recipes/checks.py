@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..budgets.base import BudgetSubject
@@ -11,7 +12,7 @@ from ..data.calibration import check_length, parse_calibration
 from ..data.conversations import example
 from ..data.documents import check_source
 from ..data.mixture import parse_mixture
-from ..errors import ModelError, SelectionError, SettingsError, UnsupportedModelError
+from ..errors import MissingExtraError, ModelError, SelectionError, SettingsError, UnsupportedModelError
 from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
@@ -115,7 +116,10 @@ def check_text(job: PruneJob) -> None:
 
 
 def check_recover(job: RecoverJob) -> None:
-    """Raise `DataError` for training data that is missing or malformed."""
+    """Raise `DataError` for training data that is missing or malformed, and `MissingExtraError` where the library of
+    adapters is not installed."""
+    if job.strategy.adapters and find_spec("peft") is None:
+        raise MissingExtraError("peft", "recover")
     for part in parse_mixture(job.settings.data):
         check_source(part.source, example)
 

@@ -65,7 +65,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             "generate", GenerateSettings, lambda settings, _: generate_job(settings), several=True, prompt=True
         ),
         Command(
-            "export", ExportSettings, export_job, model=True, needs_checkpoint=True,
+            "export", ExportSettings, export_job, lambda exporter: exporter.check(), model=True, needs_checkpoint=True,
             libraries=("gguf", "llama-cpp-python", "torchao"),
         ),
     )

@@ -441,3 +441,12 @@ def test_restart_of_python_and_a_damaged_state(shared, out):
     (out / "recipe.json").write_text("{}")
     with pytest.raises(OutputError, match="is damaged, or of another version"):
         api.run(recipe_of(shared), output=out, run=RunSettings(restart=True))
+
+
+def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch):
+    monkeypatch.setattr("llmpruner.exporters.gguf.runtime.is_installed", lambda: False)
+    quantised = ("--set", "export.to=gguf", "--set", "export.quant=q8_0")
+    found = refused("run", file, "-o", "{tmp}/out", *quantised)
+    assert "step 4 (export): llama-cpp-python is not installed; run: pip install 'llmpruner[llama-cpp]'" in found
+    monkeypatch.setattr("llmpruner.recipes.checks.find_spec", lambda name: None)
+    assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out")
