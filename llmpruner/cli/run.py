@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..settings import LoadSettings, RunSettings, settings_from
 from .bench import show_bench
@@ -17,7 +18,7 @@ from .options import Json, catalog_of
 from .prune import show_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..recipes.results import PlannedStep, StepResult
 
@@ -117,23 +118,22 @@ def show_step(step: StepResult) -> None:
     """Print what a step that was done now has to say."""
     if step.skipped:
         return
-    where = f"[bold green]✓[/] {step.directory}"
+    where, detail = f"[bold green]✓[/] {escape(str(step.directory))}", ""
+    if step.value is not None:
+        # None where the step was whole when an earlier run was killed.
+        shows: dict[str, Callable[[Any], None]] = {
+            "prune": lambda value: show_plan(*value), "evaluate": show_evaluations, "bench": show_bench,
+        }  # fmt: skip
+        if step.command in shows:
+            shows[step.command](step.value)
+        else:
+            detail = escape(step.value)
     if step.command == "prune":
-        show_plan(*step.value)
         detail = f"{step.result['checkpoint']} checkpoint"
     elif step.command == "recover":
         detail = recovery_text(step)
-    elif step.command == "evaluate":
-        show_evaluations(step.value)
-        detail = ""
-    elif step.command == "bench":
-        show_bench(step.value)
-        detail = ""
     elif step.command == "generate":
         show_texts(step.result)
-        detail = ""
-    else:
-        detail = step.value or ""
     text = f"{where}: {detail}{', ' if detail else ''}{step.seconds:.0f} s"
     out.print(text, highlight=False, soft_wrap=True)
 

@@ -274,6 +274,20 @@ def test_a_kill_while_an_old_result_is_removed(shared, whole, out, monkeypatch):
     assert checksums(out) == checksums(whole)
 
 
+def test_a_kill_between_a_result_and_its_record(run, file, out, whole):
+    state = State(out)
+    for name in NAMES:
+        inputs = state.steps.pop(name)["inputs"]
+        state.running[name] = {"inputs": {**inputs, "run": {"max_memory": None}}, "clearing": False}
+    state.save()
+    before = times(out)
+    shown = run("run", file, "-o", out)
+    assert shown.code == 0, shown.err
+    assert times(out) == before and "step 1 of 4, 1-prune, continued" in shown.err
+    facts = [{name: step["result"] for name, step in State(folder).steps.items()} for folder in (out, whole)]
+    assert facts[0] == facts[1]
+
+
 KILLER = """
 import os, signal, sys
 from contextlib import contextmanager
