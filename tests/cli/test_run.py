@@ -131,9 +131,6 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it(run, file, o
     assert "• step 2 of 4, 2-recover, again: settings.max_steps was 3, is 2\n" in changed.err
     assert "• step 3 of 4, table, again: models.2-recover has changed\n" in changed.err
     assert (out / "2-recover" / "model.safetensors").read_bytes() != weights
-    back = run("run", file, "-o", out, "--json")
-    assert [step["skipped"] for step in back.json()["steps"]] == [True, False, False, False]
-    assert (out / "2-recover" / "model.safetensors").read_bytes() == weights
 
 
 def test_only_what_depends_on_a_change_is_done_again(run, file, out, shared, tmp_path, monkeypatch):
@@ -230,8 +227,6 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
 
     assert killed(StopAt("Compensating", 2)) == ["interrupted", "to do", "to do", "to do"]
     assert (out / "1-prune.pruning" / "state.json").is_file() and not (out / "1-prune").exists()
-    # The journal is used, so that no text is written again.
-    assert killed(StopAt("saving"))[0] == "interrupted"
     with monkeypatch.context() as patch:
         patch.setattr(State, "finish", lambda *_: (_ for _ in ()).throw(Killed))
         assert killed()[0] == "interrupted"
@@ -313,7 +308,7 @@ class Kill(Progress):
     def counter(self, label):
         yield lambda number, total, loss: self.reached(label, number)
 
-for bar, at in (("Compensating", 1), ("Recovering", 2), ("perplexity", 0), ("nothing", 0)):
+for bar, at in (("Compensating", 1), ("Recovering", 2), ("nothing", 0)):
     child = os.fork()  # spares the imports
     if child == 0:
         api.run(sys.argv[1], output=sys.argv[2], progress=Kill(bar, at))
@@ -326,7 +321,7 @@ for bar, at in (("Compensating", 1), ("Recovering", 2), ("perplexity", 0), ("not
 def test_kill_minus_nine(file, whole, tmp_path):
     command = [sys.executable, "-c", KILLER, str(file), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.stdout.split() == ["-9", "-9", "-9", "0"], done.stderr
+    assert done.stdout.split() == ["-9", "-9", "0"], done.stderr
     assert checksums(tmp_path / "out") == checksums(whole)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*NAMES, "recipe.json", LOCK])
 
@@ -360,9 +355,10 @@ def test_a_folder_that_no_step_made_is_not_removed(run, file, out):
 
 def test_restart_removes_what_the_recipe_made(run, file, out, whole):
     (out / "notes.txt").write_text("mine")
-    found = run("run", file, "-o", out, "--restart", "--json").json()
-    assert [step["skipped"] for step in found["steps"]] == [False] * 4
-    assert checksums(out) == checksums(whole) and (out / "notes.txt").is_file()
+    shown = run("run", file, "-o", out, "--restart", "--set", "recover.max_steps=1", "--json")
+    assert [step["skipped"] for step in shown.json()["steps"]] == [False] * 4
+    assert "again" not in shown.err and (out / "notes.txt").is_file()
+    assert checksums(out).keys() == checksums(whole).keys()
     refused = run("run", file, "-o", out, "--restart", "--dry-run")
     assert refused.code == 2 and "--restart has no effect on a dry run" in refused.err
 
