@@ -2,6 +2,7 @@
 
 from .api import bench as bench
 from .api import discover as discover
+from .api import dry_run as dry_run
 from .api import evaluate as evaluate
 from .api import export as export
 from .api import generate as generate
@@ -10,6 +11,7 @@ from .api import plan as plan
 from .api import prune as prune
 from .api import push as push
 from .api import recover as recover
+from .api import run as run
 from .api import save as save
 from .api import verify as verify
 from .benching.base import BenchSubject as BenchSubject
@@ -73,6 +75,7 @@ from .loading.model import Model as Model
 from .loading.model import Structure as Structure
 from .loading.register import register as register
 from .methods.base import Method as Method
+from .methods.recipe import NamedRecipe as NamedRecipe
 from .models.empty import meta_model as meta_model
 from .oracle.verify import Verdict as Verdict
 from .plugins.catalog import Catalog as Catalog
@@ -82,6 +85,10 @@ from .plugins.host import PluginHost as PluginHost
 from .plugins.host import plugin_manager as plugin_manager
 from .progress import Progress as Progress
 from .publishing.push import Upload as Upload
+from .recipes.recipe import Recipe as Recipe
+from .recipes.results import PlannedStep as PlannedStep
+from .recipes.results import RecipeResult as RecipeResult
+from .recipes.results import StepResult as StepResult
 from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult

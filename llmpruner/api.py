@@ -9,7 +9,7 @@ is refused before weights are read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,6 @@ from . import __version__
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .checkpoints.adapters import save_adapter
-from .data.conversations import example
-from .data.documents import check_source
-from .data.mixture import parse_mixture
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
 from .engine.ranks import Ranks
@@ -70,7 +67,7 @@ from .progress import QUIET, Progress
 from .publishing.push import Upload, send
 from .recipes import pipeline
 from .recipes.benches import bench_subject, check_bench
-from .recipes.checks import check_prune, check_replay
+from .recipes.checks import check_prune, check_recover, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.jobs import (
     PruneJob,
@@ -85,7 +82,10 @@ from .recipes.jobs import (
 )
 from .recipes.outcome import outcome_of
 from .recipes.publish import prepare_upload
+from .recipes.recipe import Recipe
 from .recipes.residency import arranged, is_streamed
+from .recipes.results import PlannedStep, RecipeResult, StepResult
+from .recipes.run import Actions, Session
 from .recovery.processes import check_processes
 from .recovery.run import RecoveryResult, check_work_dir, prepare
 from .recovery.run import recover as _recover
@@ -383,9 +383,7 @@ def recover(
     directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     folder = _work_dir(directory, work_dir)
     ranks.from_first(lambda: check_work_dir(folder))
-    for source in (job.settings.data, job.settings.validation_data):
-        for part in parse_mixture(source) if source is not None else ():
-            check_source(part.source, example)
+    check_recover(job)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
@@ -422,14 +420,15 @@ def recover(
 def evaluate(
     models: Source | Sequence[Source],
     *,
-    load: LoadSettings | None = None,
+    load: LoadSettings | Sequence[LoadSettings] | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
     """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
-    One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded.
+    One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded. ``load``:
+    for all models, or one for each.
     """
     catalog = catalog or Catalog(plugin_manager())
     options = settings_from(EvaluateSettings, settings)
@@ -438,22 +437,24 @@ def evaluate(
     compares = "--kl" if options.kl else next((m.label() for m in job.metrics if m.needs_reference), None)
     if compares and len(sources) == 1:
         raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
-    opened = [_opened(source, load, catalog, progress) for source in sources]
-    for each in opened:
-        if not _has_tokenizer(each, catalog):
-            raise DataError(f"model '{each.ref}' brings no tokenizer, so it cannot be evaluated")
+    loads = _for_each(load, sources)
+    opened = [_opened(source, each, catalog, progress) for source, each in zip(sources, loads, strict=True)]
+    for one in opened:
+        if not _has_tokenizer(one, catalog):
+            raise DataError(f"model '{one.ref}' brings no tokenizer, so it cannot be evaluated")
 
-    def subject(each: Structure) -> MetricSubject:
-        loaded = _with_weights(each, catalog, load, progress)
-        return MetricSubject(each.ref, loaded.model, loaded.tokenizer, loaded.graph)
+    def subject(one: Structure, load: LoadSettings | None) -> MetricSubject:
+        loaded = _with_weights(one, catalog, load, progress)
+        return MetricSubject(one.ref, loaded.model, loaded.tokenizer, loaded.graph)
 
-    return _evaluate([partial(subject, each) for each in opened], job.metrics, progress)
+    each = [partial(subject, *pair) for pair in zip(opened, loads, strict=True)]
+    return _evaluate(each, job.metrics, progress)
 
 
 def bench(
     models: Source | Sequence[Source],
     *,
-    load: LoadSettings | None = None,
+    load: LoadSettings | Sequence[LoadSettings] | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[BenchKeywords],
@@ -462,23 +463,25 @@ def bench(
     sizes allow.
 
     All models are in memory at the same time, and run in turn. Raises `ModelError` when they do not fit, or when the
-    runtime cannot run one of them, before any is loaded.
+    runtime cannot run one of them, before any is loaded. ``load``: for all models, or one for each.
     """
-    catalog, load = catalog or Catalog(plugin_manager()), load or LoadSettings()
+    catalog = catalog or Catalog(plugin_manager())
     job = bench_job(settings_from(BenchSettings, settings), catalog)
-    check_bench(job, load)
     sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
     if not sources:
         raise SettingsError("nothing to measure: name at least one model")
+    loads = [one or LoadSettings() for one in _for_each(load, sources)]
+    for one in loads:
+        check_bench(job, one)
     length = max(job.prompts) + job.new
     subjects = [
-        bench_subject(source, catalog, load, partial(_opened, source, load, catalog, progress),
+        bench_subject(source, catalog, one, partial(_opened, source, one, catalog, progress),
                       batch=max(job.batches), length=length)
-        for source in sources
+        for source, one in zip(sources, loads, strict=True)
     ]  # fmt: skip
     return _bench(
         subjects, job.runtime, batches=job.batches, prompts=job.prompts, new_tokens=job.new, rounds=job.rounds,
-        device=load.device, progress=progress,
+        device=loads[0].device, progress=progress,
     )  # fmt: skip
 
 
@@ -537,10 +540,57 @@ def export(
     it."""
     catalog = catalog or Catalog(plugin_manager())
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
+    exporter.check()
     directory = check_new_directory(Path(output))
     if not Path(model).is_dir():
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
     return _export(Path(model), exporter, directory, partial(_loaded, model, load, catalog, progress), progress)
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    values: Mapping[str, Any] | None = None,
+    on_step: Callable[[StepResult], None] | None = None,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+) -> RecipeResult:
+    """Do the steps of a recipe, each with its result in a folder of ``output``; those that were done before with the
+    same inputs are skipped.
+
+    ``recipe``: a file, the name of a recipe of llmpruner or of a plugin, a `Recipe`, or a mapping with the keys of a
+    recipe file. ``model``, ``output``, ``values`` (see `Recipe.with_values`) and ``load`` replace what the recipe has.
+    ``on_step``: called after each step, skipped ones too. ``run``: memory, and whether to start anew. After an
+    interruption, the same call goes on. Raises `SettingsError` for a recipe that is wrong, before anything is done;
+    `OutputError` for an ``output`` that is of something else or in use; and what the functions of the steps raise.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    session = Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress)
+    actions = Actions(prune=prune, recover=recover, evaluate=evaluate, bench=bench, generate=generate, export=export)
+    return session.run(actions, on_step)
+
+
+def dry_run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    model: str | Path | None = None,
+    output: str | Path | None = None,
+    values: Mapping[str, Any] | None = None,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+) -> list[PlannedStep]:
+    """What `run` would do with the same arguments, step by step, with a forecast where one can be made. Writes nothing,
+    reads no weights but for checksums, and raises what `run` raises before the first step."""
+    if run is not None and run.restart:
+        raise SettingsError("--restart has no effect on a dry run, which removes nothing; leave it out")
+    catalog = catalog or Catalog(plugin_manager())
+    return list(Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress).plan())
 
 
 def push(
@@ -592,6 +642,27 @@ def write_page(
     page = report_page(subject, sections)
     write_text(check_new_file(Path(path)), page.html)
     return list(page.warnings)
+
+
+def _recipe(
+    recipe: Recipe | Mapping[str, Any] | str | Path, values: Mapping[str, Any] | None, catalog: Catalog
+) -> Recipe:
+    if isinstance(recipe, (str, Path)):
+        recipe = Recipe.read(recipe, catalog)
+    elif isinstance(recipe, Mapping):
+        recipe = Recipe.of(recipe)
+    return recipe.with_values(values) if values else recipe
+
+
+def _for_each(
+    load: LoadSettings | Sequence[LoadSettings] | None, sources: Sequence[Source]
+) -> Sequence[LoadSettings | None]:
+    """The settings with which each source is opened. Raises `SettingsError` for another number of them."""
+    if load is None or isinstance(load, LoadSettings):
+        return [load] * len(sources)
+    if len(load) != len(sources):
+        raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
+    return load
 
 
 def _opened(model: Source, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Structure:

@@ -29,6 +29,12 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 
+def near(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ratio?`` for the names of ``known`` that are spelled nearly as ``name``; empty if none is."""
+    found = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 class LlmprunerError(Exception):
     """Base class. The message is one line: what is wrong, what was expected, what to do."""
 
@@ -46,9 +52,7 @@ class UnknownNameError(PluginError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
-        super().__init__(f"unknown {kind} '{name}'{hint} Known: {', '.join(names) or 'none'}.")
+        super().__init__(f"unknown {kind} '{name}'{near(name, names) or '.'} Known: {', '.join(names) or 'none'}.")
 
 
 class ModelError(LlmprunerError):

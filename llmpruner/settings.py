@@ -113,6 +113,8 @@ def _count(value: Any) -> Any:
 
 def _layers(value: Any) -> Any:
     """``3-26``, ``0,5,7-9`` or ``all``; numbers of layers become text."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = ",".join(map(str, value))
     if isinstance(value, str) and value.strip() != "all":
@@ -681,3 +683,48 @@ class ExportSettings(Settings):
         Option(sets="to.quant"),
     ] = None
     settings: Set = {}
+
+
+def _step_name(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
+        raise ValueError("expected a name of letters, digits, - and _, which begins with a letter or a digit")
+    return value
+
+
+class StepSettings(Settings):
+    """What a step of a recipe has beside the settings of its command: on the command line, arguments and ``-o``."""
+
+    name: Annotated[
+        Annotated[str, BeforeValidator(_step_name)] | None,
+        Field(
+            description="Its folder in the output, and its name in tables; by default number and command, such as "
+            "2-recover. The result of a named step stays when steps are put before it.",
+        ),
+    ] = None
+    models: Annotated[
+        Names | None,
+        Field(
+            description="What evaluate, bench and generate measure: dense, last (the newest checkpoint), or names of "
+            "earlier steps; by default dense and every checkpoint so far."
+        ),
+    ] = None
+    prompt: Annotated[str | None, Field(description="The text that generate continues or answers.")] = None
+
+
+class RecipeSettings(Settings):
+    """The top level of a recipe file."""
+
+    model: Annotated[
+        str | None, Field(description="The dense model: a directory, a hub id, a .gguf file, or demo.")
+    ] = None
+    output: Annotated[Path | None, Field(description="Folder for the results of all steps.")] = None
+    load: Annotated[
+        LoadSettings, Field(description="How models are opened; `revision` is that of the dense model.")
+    ] = LoadSettings()
+    steps: Annotated[
+        list[Any],
+        Field(
+            description="What is done, in this order: one command with its settings in each, or `rounds: N` with "
+            "`steps` that are done N times."
+        ),
+    ]

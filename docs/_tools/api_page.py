@@ -15,12 +15,14 @@ from llmpruner.benching.results import BenchCase, Measurement, Rate
 from llmpruner.loading.model import Model, Structure
 from llmpruner.oracle.verify import Verdict
 from llmpruner.publishing.push import Upload
+from llmpruner.recipes.recipe import Recipe
+from llmpruner.recipes.results import PlannedStep, RecipeResult, StepResult
 from llmpruner.structure.outcome import BudgetOutcome, Outcome
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench, api.generate,
-    api.save, api.export, api.push,
+    api.save, api.export, api.push, api.run, api.dry_run,
 )  # fmt: skip
 VALUES = (
     Structure,
@@ -36,6 +38,10 @@ VALUES = (
     Measurement,
     Upload,
     Verdict,
+    Recipe,
+    RecipeResult,
+    StepResult,
+    PlannedStep,
 )
 SETTINGS = {
     name: getattr(settings, name.replace("Keywords", "Settings"))

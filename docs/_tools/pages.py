@@ -13,6 +13,7 @@ import copies
 import criteria_page
 import files_page
 import hooks_page
+import recipes_page
 import structure_page
 
 DOCS = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/criteria.md": partial(_noted, criteria_page.render),
     "reference/files.md": partial(_noted, files_page.render),
     "reference/hooks.md": partial(_noted, hooks_page.render),
+    "reference/recipes.md": partial(_noted, recipes_page.render),
     "reference/structure.md": partial(_noted, structure_page.render),
     **{page: partial(_noted, partial(copies.copy, page)) for page in copies.COPIES},
 }

@@ -16,7 +16,7 @@ from ..errors import LlmprunerError, ProcessError, SettingsError
 from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
-_ALONE = ("demo", "plugins", "discover", "evaluate", "generate", "export", "new-plugin", "doctor")
+_ALONE = ("demo", "plugins", "discover", "evaluate", "generate", "export", "run", "recipes", "new-plugin", "doctor")
 
 
 def shares_work(arguments: Sequence[str]) -> bool:

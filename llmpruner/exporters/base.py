@@ -87,6 +87,10 @@ class Exporter(Component):
 
     kind: ClassVar[str] = "exporter"
 
+    def check(self) -> None:
+        """Raise `MissingExtraError` for a library that is not installed, and `SettingsError` for settings that do not
+        go together: before models are made that are to be exported. Checks nothing by default."""
+
     def export(self, task: ExportTask) -> str:
         """Write into ``task.directory``; returns one line on how to load the result.
 

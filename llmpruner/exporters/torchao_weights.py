@@ -46,15 +46,18 @@ class TorchAoExporter(Exporter):
 
     settings: Settings
 
+    def check(self) -> None:
+        if find_spec("torchao") is None:
+            raise MissingExtraError("torchao", "torchao")
+        self._check_settings()
+
     def export(self, task: ExportTask) -> str:
         """Raises `UnsupportedModelError` for a width that the kernel refuses, and `SettingsError` for a device or dtype
         that it does not have, before anything is written."""
         from ..checkpoints import load, save
         from ..models.stored import stored_bytes
 
-        if find_spec("torchao") is None:
-            raise MissingExtraError("torchao", "torchao")
-        self._check_settings()
+        self.check()
         loaded, model = task.loaded, task.model
         self._check_model(model)
         tokens, what = _tokens(model, loaded.tokenizer)

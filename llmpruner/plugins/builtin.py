@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..families.family import ModelFamily
     from ..importance.base import ImportanceCriterion
     from ..methods.base import Method
+    from ..methods.recipe import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
     from ..selection.base import Allocation
@@ -127,3 +128,10 @@ def llmpruner_methods() -> list[type[Method]]:
     from ..methods.presets import Best, Fast, LlmPruner
 
     return [Best, Fast, LlmPruner]
+
+
+@hookimpl
+def llmpruner_recipes() -> list[type[NamedRecipe]]:
+    from ..methods.shipped import DemoRecipe, ExpertsRecipe, LlamaCppRecipe, PaperRecipe, QualityRecipe
+
+    return [PaperRecipe, QualityRecipe, LlamaCppRecipe, ExpertsRecipe, DemoRecipe]

@@ -21,6 +21,7 @@ from ..families.auto import AUTO
 from ..families.family import ModelFamily
 from ..importance.base import ImportanceCriterion
 from ..methods.base import Method
+from ..methods.recipe import NamedRecipe
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from ..selection.base import Allocation
@@ -64,6 +65,7 @@ class Catalog:
     readers = Kind("checkpoint reader", "llmpruner_checkpoint_readers", CheckpointReader)
     sections = Kind("report section", "llmpruner_report_sections", ReportSection)
     methods = Kind("method", "llmpruner_methods", Method)
+    recipes = Kind("recipe", "llmpruner_recipes", NamedRecipe)
 
     def __init__(self, host: PluginHost) -> None:
         self.host = host

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ..families.family import ModelFamily
     from ..importance.base import ImportanceCriterion
     from ..methods.base import Method
+    from ..methods.recipe import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
     from ..selection.base import Allocation
@@ -226,6 +227,19 @@ def llmpruner_methods() -> Sequence[type[Method]]:
 
     Errors: a method that returns an unknown setting, or a value out of bounds, stops the command with an error that
     names it.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def llmpruner_recipes() -> Sequence[type[NamedRecipe]]:
+    """Recipes for ``llmpruner run NAME``: sequences of steps with their settings.
+
+    Returns: a list of `NamedRecipe` subclasses.
+
+    Called: once, when a command first looks for a recipe.
+
+    Errors: a recipe whose text is malformed stops the command with an error that names the line.
     """
     raise NotImplementedError
 

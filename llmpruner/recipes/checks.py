@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
 from ..data.calibration import check_length, parse_calibration
-from ..errors import ModelError, SelectionError, SettingsError, UnsupportedModelError
+from ..data.conversations import example
+from ..data.documents import check_source
+from ..data.mixture import parse_mixture
+from ..errors import MissingExtraError, ModelError, SelectionError, SettingsError, UnsupportedModelError
 from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
@@ -17,7 +21,7 @@ from ..selection.alike import allocate_alike
 from ..selection.base import AllocationTask, Meter
 from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
-from .jobs import PruneJob
+from .jobs import EvaluateJob, PruneJob, RecoverJob
 from .pipeline import demand, length_for, scope_of, widths_of
 
 if TYPE_CHECKING:
@@ -105,6 +109,28 @@ def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> N
         parse_calibration(plan.compensation.calibration, catalog.sources, plan.compensation.sources).check()
 
 
+def check_text(job: PruneJob) -> None:
+    """Raise `DataError` for calibration text that is missing or malformed."""
+    if job.calibration is not None:
+        job.calibration.text.check()
+
+
+def check_recover(job: RecoverJob) -> None:
+    """Raise `DataError` for training data that is missing or malformed, and `MissingExtraError` where the library of
+    adapters is not installed."""
+    if job.strategy.adapters and find_spec("peft") is None:
+        raise MissingExtraError("peft", "recover")
+    for source in (job.settings.data, job.settings.validation_data):
+        for part in parse_mixture(source) if source is not None else ():
+            check_source(part.source, example)
+
+
+def check_metrics(job: EvaluateJob) -> None:
+    """Read the texts and tasks of all metrics. Raises `DataError` for those that are missing or malformed."""
+    for metric in job.metrics:
+        metric.prepare()
+
+
 def _scored(job: PruneJob, group: CoupledGroup) -> list[Span]:
     roles = job.criterion.roles
     return [span for span in group.spans if roles is None or span.role in roles] or list(group.spans)
@@ -119,7 +145,7 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
             raise ModelError(
                 f"'{structure.ref}' brings no tokenizer, so it cannot be calibrated on '{part.reference}'; use 'self'"
             )
-    job.calibration.text.check()
+    check_text(job)
 
 
 def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:

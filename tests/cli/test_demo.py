@@ -6,15 +6,20 @@ import json
 import re
 
 import pytest
+import yaml
 
 from llmpruner.cli import demo
+from llmpruner.methods.shipped import DemoRecipe
 
 
 @pytest.fixture
-def small(monkeypatch, dense):
-    monkeypatch.setattr(demo, "DEMO", str(dense))
-    monkeypatch.setattr(demo, "SAMPLES", 2)
-    monkeypatch.setattr(demo, "RECOVERY", {**demo.RECOVERY, "max_steps": 2, "cutoff": 512})
+def small(monkeypatch, dense, tmp_path):
+    recipe = yaml.safe_load(DemoRecipe().text())
+    recipe["model"] = str(dense)
+    recipe["steps"][0]["prune"]["samples"] = 2
+    recipe["steps"][1]["recover"].update(max_steps=2, cutoff=512)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(demo, "RECIPE", str(tmp_path / "small.yaml"))
     return dense
 
 
@@ -22,7 +27,7 @@ def small(monkeypatch, dense):
 def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     shown = run("demo", "-o", tmp_path / "demo", "--ratio", 0.3, "--seed", 3)
     assert shown.code == 0, shown.err
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["pruned", "recovered"]
+    assert {"pruned", "recovered"} < {path.name for path in (tmp_path / "demo").iterdir()}
     told = next(line for line in shown.out.splitlines() if line.startswith("The same as: llmpruner prune demo "))
     options = re.sub(r".* demo (.*) -o …$", r"\1", told).split()
     assert options == ["--ratio", "0.3", "--samples", "2", "--seed", "3"]
@@ -32,6 +37,20 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     assert record["plans"] == [plan] and len(record["recovery"][0]["losses"]) == 2
     header = next(line for line in shown.out.splitlines() if "dense" in line).split()
     assert [word for word in header if word.isalpha()] == ["dense", "pruned", "recovered"]
+    titles = [
+        "1. Discovery",
+        "2. Pruning",
+        "3. Recovery",
+        "4. Side by side",
+        "“Give three",
+        "Prefill",
+        "Decoding",
+        "Files",
+    ]
+    places = [shown.out.index(title) for title in titles]
+    assert places == sorted(places)
+    assert "instructions, 2 steps: loss on answers" in shown.out
+    assert "first 10,240 tokens of Python's help topics, windows of 512" in shown.out
     for folder in ("demo/pruned", "by_hand"):
         assert run("generate", tmp_path / folder, "-p", "The fox", "--max-new-tokens", 2).code == 0
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("demo/pruned", "by_hand")]

@@ -36,6 +36,7 @@ from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import Metric
 from llmpruner.exporters.base import Exporter
 from llmpruner.methods.base import Method
+from llmpruner.methods.recipe import NamedRecipe
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.describe import SettingFacts, describe, summary_of
 from llmpruner.plugins.host import BrokenPlugin
@@ -105,6 +106,10 @@ class Zoo:
     @hookimpl
     def llmpruner_methods(self):
         return [component(Method)]
+
+    @hookimpl
+    def llmpruner_recipes(self):
+        return [component(NamedRecipe)]
 
     @hookimpl
     def llmpruner_commands(self, app):

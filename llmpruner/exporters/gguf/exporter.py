@@ -42,9 +42,16 @@ class GgufExporter(Exporter):
 
     settings: Settings
 
-    def export(self, task: ExportTask) -> str:
+    def check(self) -> None:
         if find_spec("gguf") is None:
             raise MissingExtraError("gguf", "gguf")
+        if self.settings.quant is not None:
+            from .runtime import check_installed
+
+            check_installed()
+
+    def export(self, task: ExportTask) -> str:
+        self.check()
         from .run import export_gguf
 
         return export_gguf(task, self.settings.type, self.settings.quant, self.settings.pre)

@@ -21,7 +21,7 @@ from ..base import ExportTask
 from .check import check_logits, check_tokens
 from .plan import GgufPlan, check_model_type, plan_of
 from .reference import GgufFile
-from .runtime import block_of, check_installed, quantize
+from .runtime import block_of, quantize
 from .source import entries
 from .vocabulary import Vocabulary, vocabulary_of
 from .write import write_gguf
@@ -39,8 +39,6 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
     ``kind``: "f32", "f16", "bf16" or "auto". ``quant``: the type that the file is then quantised to, by llama.cpp.
     ``pre``: the name of the pre-tokenizer, instead of the one found.
     """
-    if quant is not None:
-        check_installed()
     # Where there is no configuration (adapters), the sizes are known once the model is loaded.
     skeleton = _skeleton(task.source)
     plan = plan_of(task.model if skeleton is None else skeleton)

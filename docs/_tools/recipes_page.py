@@ -1,0 +1,111 @@
+"""The reference of recipe files, from their settings models, and the recipes that llmpruner brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from docstrings import markdown
+from installed import own_host
+from settings_table import cell
+
+from llmpruner import Catalog
+from llmpruner.methods.shipped import Shipped
+from llmpruner.recipes.commands import COMMANDS
+from llmpruner.settings import RecipeSettings, Settings, StepSettings
+
+FOLDERS = {
+    "prune": "the checkpoint",
+    "recover": "the checkpoint, or the adapters with `merge: false`",
+    "evaluate": "`results.json`, as `evaluate --json` writes it",
+    "bench": "`results.json`, as `bench --json` writes it",
+    "generate": "`results.json`: a list with `name`, `prompt` and `text`",
+    "export": "the files of the format",
+}
+"""Command → what its folder holds."""
+FILES = {
+    "recipe.json": "The state: for every finished step its inputs, SHA-256 of its files, and facts about its result; "
+    "for a step that was begun its inputs; size, time of change and SHA-256 of all files that were read. Written anew, "
+    "whole or not at all, after every step.",
+    "NAME": "The result of the step NAME. It gets its name when it is whole.",
+    "NAME.pruning, NAME.recovery": "What an interrupted prune or training has done so far; removed at its end.",
+    ".recipe.lock": "Locked while a run works on the folder, so that a second one is refused.",
+}
+"""File in the output → what it is."""
+
+
+def render() -> str:
+    lines = [
+        "# Recipe files",
+        "",
+        INTRODUCTION,
+        "",
+        *_table("key", _fields(RecipeSettings)),
+        "",
+        "## Steps",
+        "",
+        STEPS,
+        "",
+    ]
+    lines += ["| command | settings | reads | its folder holds |", "|---|---|---|---|", *_commands()]
+    lines += ["", BESIDE, "", *_table("key", _fields(StepSettings)), "", ROUNDS, "", "```yaml", EXAMPLE, "```"]
+    lines += ["", "## The output", "", *_table("file", FILES.items()), "", INPUTS]
+    lines += ["", "## Recipes of llmpruner", "", "`${llmpruner}` in them is the folder of the package."]
+    for cls in Catalog(own_host()).recipes.values():
+        assert issubclass(cls, Shipped)
+        lines += ["", f"### {cls.name}", "", markdown(cls.summary) + ".", "", "```yaml", cls.file().rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = (
+    "What `llmpruner run` reads: a YAML file, or the same keys as a mapping in Python ([`Recipe`](api.md#recipe)). "
+    "[Recipes](../how-to/recipes.md) shows how they are used. Unknown keys and keys that are given twice are refused, "
+    "with the line. An empty value counts as not given. Relative paths are relative to the folder in which the command "
+    "runs."
+)
+STEPS = (
+    "Each step has one command, whose value holds settings of the command of that name, by the names that Python uses:"
+)
+BESIDE = "Beside the command, a step may have:"
+ROUNDS = (
+    "`rounds: N` with `steps` stands for these steps N times. Each prune removes a share of what is left, and each "
+    "step continues from the newest checkpoint."
+)
+EXAMPLE = """\
+model: MODEL
+steps:
+  - rounds: 3
+    steps:
+      - prune: {ratio: 0.1}
+      - recover: {data: alpaca.jsonl, max_steps: 200}
+  - evaluate: {perplexity: text.txt}
+    models: [dense, last]
+    name: quality"""
+INPUTS = (
+    "The inputs of a step are: its settings with all defaults, how models are opened, SHA-256 of the files of the "
+    "models that it reads (of a hub model its commit) and of the data files that its settings name, and the versions "
+    "of llmpruner, Python, torch, transformers, of the packages of all components that it uses and of the model's "
+    "family, "
+    "and of the libraries that its command uses. A data set of the hub is known by its name alone. How a run takes "
+    "place (`--max-memory`, `--boundary-memory`) is no input. A result whose files were changed is not replaced: the "
+    "run is refused until they are moved away."
+)
+
+
+def _commands() -> Iterator[str]:
+    for name, command in COMMANDS.items():
+        model = command.settings.__name__
+        reads = "the newest checkpoint, or the dense model"
+        if command.several:
+            reads = "the dense model and all checkpoints so far, or those under `models`"
+        elif command.needs_checkpoint:
+            reads = "the newest checkpoint"
+        yield f"| `{name}` | [{model}](api.md#{model.lower()}) | {reads} | {FOLDERS[name]} |"
+
+
+def _fields(model: type[Settings]) -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        yield name, markdown(field.description or "")
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
+    return [f"| {title} | what it is |", "|---|---|", *(f"| `{name}` | {cell(text)} |" for name, text in rows)]

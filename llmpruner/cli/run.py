@@ -1,0 +1,162 @@
+"""``llmpruner run`` and ``llmpruner recipes``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..settings import LoadSettings, RunSettings, settings_from
+from .bench import show_bench
+from .console import RichProgress, count, note, out, print_json, table
+from .derive import takes
+from .evaluate import show_evaluations
+from .options import Json, catalog_of
+from .prune import show_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ..recipes.results import PlannedStep, StepResult
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(run)
+    app.command()(recipes)
+
+
+@takes(options=LoadSettings, how=RunSettings)
+def run(
+    ctx: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `llmpruner recipes` lists.")
+    ],
+    options: dict[str, Any],
+    how: dict[str, Any],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="The dense model; by default the one that the recipe names."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for all results; by default the one that the recipe names."),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="STEP.key=value",
+            help="Another setting in the recipe: STEP is a command (all its steps), or the name or number of a step. "
+            "Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done and what it would take; do nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Do the steps of a recipe: prune, recover, evaluate, export … in one command that can be interrupted.
+
+    Each step has a folder in the output. The same command again skips what is done, goes on where it was
+    interrupted, and does again what has changed, with all that depends on it.
+    """
+    from .. import api
+    from ..recipes.recipe import values_of
+
+    started = time.monotonic()
+    shared: dict[str, Any] = {
+        "model": model, "output": output, "values": values_of(values or []), "progress": RichProgress(),
+        "load": settings_from(LoadSettings, options), "run": settings_from(RunSettings, how),
+        "catalog": catalog_of(ctx),
+    }  # fmt: skip
+    if dry_run:
+        planned = api.dry_run(recipe, **shared)
+        if as_json:
+            print_json({"steps": [step.as_json() for step in planned]})
+        else:
+            _show_planned(planned)
+        return
+    found = api.run(recipe, on_step=None if as_json else show_step, **shared)
+    seconds = round(time.monotonic() - started, 1)
+    if as_json:
+        print_json({**found.as_json(), "seconds": seconds})
+        return
+    skipped = sum(step.skipped for step in found.steps)
+    done = f"{len(found.steps)} steps" + (f", {skipped} of them done before" if skipped else "")
+    out.print(f"[bold green]✓[/] {found.output}: {done}; {seconds:.0f} s", highlight=False)
+
+
+def recipes(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
+    found = catalog_of(ctx).recipes
+    if name is not None:
+        text = found[name]().text()
+        if as_json:
+            print_json({"name": name, "package": found.package_of(name), "text": text})
+        else:
+            out.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        return
+    rows = [(key, found.package_of(key), cls.summary) for key, cls in found.items()]
+    if as_json:
+        print_json({"recipes": [dict(zip(("name", "package", "summary"), row, strict=True)) for row in rows]})
+    else:
+        table(None, ("Name", "Package", "What it does"), rows, left=3)
+
+
+def show_step(step: StepResult) -> None:
+    """Print what a step that was done now has to say."""
+    if step.skipped:
+        return
+    where, detail = f"[bold green]✓[/] {escape(str(step.directory))}", ""
+    if step.value is not None:
+        # None where the step was whole when an earlier run was killed.
+        shows: dict[str, Callable[[Any], None]] = {
+            "prune": lambda value: show_plan(*value), "evaluate": show_evaluations, "bench": show_bench,
+        }  # fmt: skip
+        if step.command in shows:
+            shows[step.command](step.value)
+        else:
+            detail = escape(step.value)
+    if step.command == "prune":
+        detail = f"{step.result['checkpoint']} checkpoint"
+    elif step.command == "recover":
+        detail = recovery_text(step)
+    elif step.command == "generate":
+        show_texts(step.result)
+    text = f"{where}: {detail}{', ' if detail else ''}{step.seconds:.0f} s"
+    out.print(text, highlight=False, soft_wrap=True)
+
+
+def recovery_text(step: StepResult) -> str:
+    """``200 examples, 32 steps, loss 2.000 → 1.500``, as far as the record of the training has it."""
+    found = step.result
+    losses = found.get("losses")
+    parts = [f"{found[key]:,} {key}" for key in ("examples", "steps") if key in found]
+    return ", ".join(parts + ([f"loss {losses[0]:.3f} → {losses[1]:.3f}"] if losses else []))
+
+
+def show_texts(found: Sequence[dict[str, Any]]) -> None:
+    """A table of what the models wrote."""
+    table(None, ("", f"“{found[0]['prompt']}”"), [(one["name"], one["text"]) for one in found], left=2)
+
+
+def _show_planned(planned: Sequence[PlannedStep]) -> None:
+    rows = [(step.name, ", ".join(step.reads), _status(step), step.forecast) for step in planned]
+    table(None, ("Step", "Reads", "", "Forecast"), rows, left=4)
+    todo = sum(step.status != "done" for step in planned)
+    note(f"{count(todo)} of {count(len(planned))} steps to do; nothing was done now")
+
+
+def _status(step: PlannedStep) -> str:
+    return f"{step.status}: {step.reason}" if step.reason else step.status

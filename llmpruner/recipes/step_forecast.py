@@ -1,0 +1,59 @@
+"""What a step will take, before it is done: of a prune memory, disk and time; of a training steps and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.mixture import parse_mixture
+from ..loading.model import load_tokenizer
+from ..recovery.run import prepare
+from ..recovery.trainer import steps
+from .forecast import work_of
+from .residency import arranged
+
+if TYPE_CHECKING:
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+    from ..settings import LoadSettings, RunSettings
+    from .jobs import RecoverJob
+    from .recipe import Step
+
+
+def step_forecast(
+    step: Step,
+    job: Any,
+    source: Structure | None,
+    dense: Structure,
+    load: LoadSettings,
+    run: RunSettings,
+    catalog: Catalog,
+) -> tuple[str, dict[str, Any]]:
+    """In words, and as JSON values; both empty where nothing is known before. ``source``: the model that the step
+    reads, None where it does not exist yet. Reads no weights. Raises `SettingsError` where ``run.max_memory`` is too
+    little."""
+    if step.command.name == "prune" and source is not None:
+        found = arranged(source, job, work_of(job, source, saves=True), load, run, catalog)
+        return str(found), found.as_json()
+    if step.command.name == "recover":
+        return _training(job, dense, load, catalog)
+    return "", {}
+
+
+def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Catalog) -> tuple[str, dict[str, Any]]:
+    """Steps, and tokens in them, padding aside. Data that would have to be downloaded is not read."""
+    settings = job.settings
+    if settings.minutes is not None:
+        return f"as many steps as fit into {settings.minutes:g} minutes", {"minutes": settings.minutes}
+    if not all(Path(part.source).is_file() for part in parse_mixture(settings.data)):
+        if settings.max_steps is None:
+            return f"{settings.epochs:g} epochs of {settings.data}, which is not read before", {}
+        return f"{settings.max_steps:,} steps", {"steps": settings.max_steps}
+    rows = prepare(settings, dense.family, load_tokenizer(dense, catalog, load)).rows.rows
+    count = steps(settings, len(rows))
+    epoch = sum(len(row["input_ids"]) for row in rows)
+    # The last batch of an epoch may be smaller.
+    shown = settings.epochs if settings.max_steps is None else count * settings.batch_size / len(rows)
+    tokens = round(epoch * shown)
+    facts = {"examples": len(rows), "steps": count, "tokens": tokens}
+    return f"{count:,} steps over {len(rows):,} examples, about {tokens:,} tokens", facts
