@@ -255,7 +255,7 @@ def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = Non
         tokenizer=model.tokenizer,
         family=model.family,
         extra_files=vocabulary_files(model.tokenizer),
-        parts=model.streamed if isinstance(model.streamed, CutWeights) else None,
+        parts=model.streamed,
     )
 
 

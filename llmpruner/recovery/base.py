@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +15,19 @@ from ..settings import RecoverSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..engine.weights import Weights
     from ..structure.coupling import CouplingGraph
+
+
+@dataclass(frozen=True)
+class LayerWalk:
+    """How models are run layer by layer. ``pruned``: the weights of the pruned model where they are read from its
+    files; None where they are in memory. ``open_dense``: then opens those of the dense model in the same way.
+    ``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in the job's ``work_dir``."""
+
+    pruned: Weights | None = None
+    open_dense: Callable[[], Weights] | None = None
+    boundary_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class RecoveryJob:
     directory for the state of the training, to resume from; kept until the result is saved. ``on_step``: to be called
     after each optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
     `teacher`. ``layers``: for every decoder layer, its number in the dense model; None where no layer was removed.
+    ``walk``: for strategies that train `RecoveryStrategy.by_layer`, where weights and hidden states are.
     """
 
     model: PreTrainedModel
@@ -40,6 +53,7 @@ class RecoveryJob:
     on_step: Callable[[int, int, float], None] | None = None
     load_teacher: Callable[[], PreTrainedModel] | None = None
     layers: tuple[int, ...] | None = None
+    walk: LayerWalk = LayerWalk()
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
@@ -60,12 +74,14 @@ class RecoveryJob:
 @dataclass(frozen=True)
 class TrainingResult:
     """The result of a strategy. ``model``: see `RecoveryStrategy.train`. ``losses``: of every optimizer step, including
-    those before an interruption. ``notes``: messages for the user, one line each."""
+    those before an interruption. ``notes``: messages for the user, one line each. ``details``: further JSON values for
+    the record."""
 
     model: Any
     losses: tuple[float, ...]
     trainable_parameters: int
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RecoveryStrategy(Component):
@@ -92,6 +108,10 @@ class RecoveryStrategy(Component):
     kind: ClassVar[str] = "recovery strategy"
     adapters: ClassVar[bool] = False
     """Whether `train` returns a peft model, whose adapters can be saved alone."""
+    by_layer: ClassVar[bool] = False
+    """Whether `train` uses one layer at a time, by ``job.walk``, so that models need not be in memory as a whole."""
+    needs_dense: ClassVar[bool] = False
+    """Whether `train` uses the dense model, so that a recovery without one is refused before anything is loaded."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes

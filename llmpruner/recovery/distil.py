@@ -21,6 +21,7 @@ class DistilStrategy(RecoveryStrategy):
     """
 
     name = "distil"
+    needs_dense = True
     summary = "trains toward the predictions of the dense model (Hinton et al., 2015)"
 
     class Settings(ComponentSettings):

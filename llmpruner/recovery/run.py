@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
 from ..files import write_text
 from ..settings import RecoverSettings, option_of
-from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult
 from .examples import Examples, load_examples, tokenise
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ..families.family import ModelFamily
@@ -43,6 +45,7 @@ class RecoveryResult:
     fingerprint: str
     trainable_parameters: int
     notes: tuple[str, ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """The training as JSON values, for ``llmpruner.json``."""
@@ -55,6 +58,7 @@ class RecoveryResult:
             "examples": self.examples,
             "trainable_parameters": self.trainable_parameters,
             "losses": list(self.losses),
+            **self.details,
         }
 
 
@@ -71,13 +75,14 @@ def recover(
     load_teacher: Callable[[], PreTrainedModel] | None = None,
     layers: tuple[int, ...] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    walk: LayerWalk | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
     ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
     effect, as ``strategy`` has its own. ``examples``: used instead of ``settings.data``. ``load_teacher``: loads the
     dense model, for strategies that need it. ``layers``: see `RecoveryJob`. ``on_step``: called after each optimizer
-    step with its number from 1, the number of steps, and its loss.
+    step with its number from 1, the number of steps, and its loss. ``walk``: see `RecoveryJob`.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
@@ -86,10 +91,11 @@ def recover(
     if examples is None:
         examples = load_examples(settings.data, family, tokenizer, limit=settings.limit, seed=settings.seed)
     rows = tokenise(examples, tokenizer, cutoff=settings.cutoff, loss_on=settings.loss_on, pack=settings.pack)
-    _claim(work_dir, _identity(model, rows, strategy, settings))
+    walk = walk or LayerWalk()
+    _claim(work_dir, _identity(walk.pruned or Weights(model, graph.layers), rows, strategy, settings))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
-    job = RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step, load_teacher, layers)
+    job = RecoveryJob(model, tokenizer, rows, graph, settings, work_dir, on_step, load_teacher, layers, walk)
     result = strategy.train(job)
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):
@@ -112,6 +118,7 @@ def recover(
         examples.fingerprint,
         result.trainable_parameters,
         (*result.notes, *notes),
+        result.details,
     )
 
 
@@ -127,7 +134,7 @@ def merge_adapters(model: Any) -> Any:
 
 
 def _identity(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]], strategy: RecoveryStrategy, settings: RecoverSettings
+    weights: Weights, rows: list[dict[str, list[int]]], strategy: RecoveryStrategy, settings: RecoverSettings
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON values."""
     return {
@@ -135,19 +142,30 @@ def _identity(
         "strategy settings": strategy.record(),
         "settings": shared_settings(settings),
         "examples": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
-        "model": _weights_fingerprint(model),
+        "model": _weights_fingerprint(weights),
     }
 
 
-def _weights_fingerprint(model: PreTrainedModel) -> str:
+def _weights_fingerprint(weights: Weights) -> str:
     """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter, which is enough to
     distinguish models."""
+    names: dict[int | None, list[str]] = {}
+    for name, _ in weights.model.named_parameters():
+        names.setdefault(weights.number(name), []).append(name)
+    lines: dict[str, str] = {}
+    for part, found in names.items():
+        with weights.part(part):
+            lines |= {name: _fingerprint_line(name, weights.model.get_parameter(name)) for name in found}
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample}\n".encode())
+    for name, _ in weights.model.named_parameters():
+        digest.update(lines[name].encode())
     return digest.hexdigest()
+
+
+def _fingerprint_line(name: str, parameter: torch.Tensor) -> str:
+    flat = parameter.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 64)].float().cpu().tolist()
+    return f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample}\n"
 
 
 def check_work_dir(work_dir: Path) -> None:
