@@ -9,7 +9,7 @@ is refused before weights are read.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,21 @@ from . import __version__
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .checkpoints.adapters import save_adapter
-from .data.conversations import example
+from .data.conversations import Example, example
 from .data.documents import check_source
 from .data.mixture import parse_mixture
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
+from .engine.launch import launched
 from .engine.ranks import Ranks
+from .engine.weights import Weights
 from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
 from .families.auto import AUTO
-from .families.chat import Prompt, chat_prompt
+from .families.chat import Prompt, chat_prompt, has_chat_template
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
     BenchKeywords,
@@ -47,7 +49,7 @@ from .keywords import (
     PushKeywords,
     RecoverKeywords,
 )
-from .loading.dense import load_dense
+from .loading.dense import dense_structure, load_dense, open_dense, placed_as
 from .loading.model import (
     Model,
     Structure,
@@ -73,6 +75,7 @@ from .recipes.checks import check_prune, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.jobs import (
     PruneJob,
+    RecoverJob,
     bench_job,
     evaluate_job,
     export_job,
@@ -84,7 +87,11 @@ from .recipes.jobs import (
 )
 from .recipes.outcome import outcome_of
 from .recipes.publish import prepare_upload
+from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
+from .recovery.base import LayerWalk
+from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
+from .recovery.examples import load_examples
 from .recovery.run import RecoveryResult, check_work_dir
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
@@ -103,7 +110,7 @@ from .settings import (
     settings_from,
 )
 from .structure.outcome import Outcome
-from .structure.plan import PruningPlan, original_layers
+from .structure.plan import PruningPlan, original_layers, structure_of
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -357,6 +364,7 @@ def recover(
     output: str | Path | None = None,
     work_dir: str | Path | None = None,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[RecoverKeywords],
@@ -365,36 +373,125 @@ def recover(
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
     call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved.
-    ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
-    `OutputError` for directories that cannot.
+    ``run``: memory, for strategies that train layer by layer, and whether to start anew; without an ``output`` models
+    are in memory. ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be
+    used, `ModelError` where the dense model is needed and not found, and `OutputError` for directories that cannot be
+    used.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog, run = catalog or Catalog(plugin_manager()), run or RunSettings()
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
+    refuse_without_layers(job, run)
+    if job.strategy.by_layer and launched():
+        raise SettingsError(
+            f"{job.strategy.label()} runs in one process; start it without torchrun or accelerate launch"
+        )
     directory = None if output is None else check_new_directory(Path(output))
     folder = _work_dir(directory, work_dir)
     check_work_dir(folder)
+    own = dense_text_in(job.settings.data)
     for part in parse_mixture(job.settings.data):
-        check_source(part.source, example)
+        if own is None or part.source != own.source:
+            check_source(part.source, example)
     opened = _opened(model, load, catalog, progress)
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
-    loaded = _with_weights(opened, catalog, load, progress)
     trusted = load is not None and load.trust_remote_code
+    needs_dense = job.strategy.needs_dense or own is not None
+    dense = dense_structure(opened, catalog, trust_remote_code=trusted) if needs_dense else None
+    way = _arranged_layers(job, opened, dense, load, run, catalog, progress, saves=directory is not None)
+    if run.restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    beside = folder.resolve().parent
+    written = None
+    if own is not None and dense is not None:
+        placed = placed_as(opened, trusted) if isinstance(opened, Model) else load or LoadSettings()
+        open_model = partial(open_dense, opened, catalog, placed, streamed=way.streamed, beside=beside)
+        written = {own.source: _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, progress)}
+    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False)
+    walk = LayerWalk(boundary_memory=way.boundary_memory)
+    if loaded.streamed is not None:
+        walk = replace(
+            walk, pruned=loaded.streamed, open_dense=partial(_dense_weights, loaded, catalog, trusted, beside)
+        )
+    examples = None
+    if written is not None:
+        examples = load_examples(
+            job.settings.data, loaded.family, loaded.tokenizer, limit=job.settings.limit, seed=job.settings.seed,
+            written=written,
+        )  # fmt: skip
     with progress.counter("Recovering") as step:
         result = _recover(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
             load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted),
-            layers=original_layers(loaded.plans), on_step=step,
+            layers=original_layers(loaded.plans), on_step=step, walk=walk, examples=examples,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
-    form = save(recovered, directory)
+    recovered = replace(recovered, form=save(recovered, directory))
+    recovered = reopened(recovered, directory, trust_remote_code=trusted)
     if work_dir is None:
         shutil.rmtree(folder)
-    return replace(recovered, form=form)
+    return recovered
+
+
+def _arranged_layers(
+    job: RecoverJob,
+    opened: Structure,
+    dense: Structure | None,
+    load: LoadSettings | None,
+    run: RunSettings,
+    catalog: Catalog,
+    progress: Progress,
+    *,
+    saves: bool,
+) -> Residency:
+    """How the models of a recovery are held."""
+    if not job.strategy.by_layer or dense is None:
+        if isinstance(opened, Model) and opened.streamed is not None:
+            raise ModelError(
+                f"'{opened.ref}' is read layer by layer, and {job.strategy.label()} trains whole models; load it, or "
+                "use --strategy local"
+            )
+        return Residency()
+    found = arranged_layers(
+        job, opened, dense, load or LoadSettings(), run, catalog,
+        whole=None if saves else "a result in memory", shown=progress is not QUIET,
+    )  # fmt: skip
+    if isinstance(found, Residency):
+        return found
+    progress.status(str(found))
+    return found.residency
+
+
+def _dense_rows(
+    own: DenseText,
+    open_model: Callable[[], Model],
+    dense: Structure,
+    load: LoadSettings,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> list[Example]:
+    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``."""
+    identity = own.identity(f"{dense.path or dense.ref} {structure_of(dense.graph)} {load.dtype}", seed)
+    rows = WrittenRows(folder / WRITTEN_FILE, identity)
+    if not rows.whole:
+        model = open_model()
+        if model.tokenizer is None:
+            raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
+        if not has_chat_template(model.family, model.tokenizer):
+            progress.status(f"'{model.ref}' has no chat template: instructions are in the format of its family")
+        rows.write(own, model.model, model.tokenizer, model.family, seed, progress)
+    return rows.examples
+
+
+def _dense_weights(pruned: Model, catalog: Catalog, trust_remote_code: bool, beside: Path) -> Weights:
+    """The weights of the dense model, read layer by layer."""
+    placed = placed_as(pruned, trust_remote_code)
+    return open_dense(pruned, catalog, placed, streamed=True, beside=beside).weights
 
 
 def evaluate(
@@ -585,6 +682,7 @@ def _with_weights(
     *,
     streamed: bool = False,
     beside: Path | None = None,
+    ahead: bool = True,
 ) -> Model:
     if isinstance(opened, Model):
         return opened
@@ -592,7 +690,7 @@ def _with_weights(
     check_device(load.device)
     if streamed:
         progress.status(f"{opened.ref} is read layer by layer")
-        return open_streamed(opened.ref, catalog, load, opened, beside)
+        return open_streamed(opened.ref, catalog, load, opened, beside, ahead=ahead)
     progress.status(f"loading {opened.ref}")
     return load_model(opened.ref, catalog, load, opened)
 

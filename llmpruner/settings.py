@@ -214,8 +214,8 @@ class RunSettings(Settings):
     boundary_memory: Annotated[
         Annotated[int, BeforeValidator(_size), Field(ge=0)] | None,
         Field(
-            description="Memory for the hidden states of the calibration text between layers; those beyond are kept in "
-            "a file. By default 256MiB, or less where --max-memory needs it."
+            description="Memory for the hidden states of the text between layers; those beyond are kept in a file. By "
+            "default 256MiB, or less where --max-memory needs it."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None

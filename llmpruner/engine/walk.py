@@ -215,7 +215,7 @@ def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     ids = ids.to(model.device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= vocabulary:
-        raise ModelError(f"calibration token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
+        raise ModelError(f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
     return ids
 
 

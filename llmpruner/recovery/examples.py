@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +40,23 @@ class Examples:
 
 
 def load_examples(
-    source: str, family: ModelFamily, tokenizer: Any, *, limit: int | None = None, seed: int = 0
+    source: str,
+    family: ModelFamily,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    written: Mapping[str, Sequence[Example]] | None = None,
 ) -> Examples:
     """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and format it for the model (see
     `llmpruner.families.chat`).
 
     ``source``: one, or several (see `llmpruner.data.mixture`). ``limit``: number of examples to draw at random, by
-    ``seed``; None: all, in order. Raises `DataError` with the place of the first example that is malformed, or that the
-    model's format does not support.
+    ``seed``; None: all, in order. ``written``: the examples of sources that are not read. Raises `DataError` with the
+    place of the first example that is malformed, or that the model's format does not support.
     """
     parts = parse_mixture(source)
-    places = mixed([(part, _numbered(part.source)) for part in parts], seed)
+    places = mixed([(part, _numbered(part.source, written or {})) for part in parts], seed)
     if limit is not None:
         random.Random(seed).shuffle(places)
         places = places[:limit]
@@ -63,8 +69,9 @@ def load_examples(
     return Examples(tuple(texts), source)
 
 
-def _numbered(source: str) -> list[tuple[str, Example]]:
-    return [(f"{source}, example {number}", found) for number, found in enumerate(read_examples(source), start=1)]
+def _numbered(source: str, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:
+    examples = written[source] if source in written else read_examples(source)
+    return [(f"{source}, example {number}", found) for number, found in enumerate(examples, start=1)]
 
 
 def tokenise(

@@ -1,10 +1,10 @@
 """Training decoder layers one after the other toward the outputs of the dense model's, see `LocalStrategy`.
 
-Two streams of hidden states run through the decoder, h of the dense and ĥ of the pruned model, float32, in micro-batches
-of examples that are padded on the right: decoders look only at earlier tokens, so padding changes nothing before it. For
-each layer, h is moved to after its target, the layer is trained from ĥ (or from h, with ``inputs=dense``), and ĥ is
-moved through the trained layer. In memory are one layer of either model and the optimizer state of one, beside what is
-outside of the layers.
+Two streams of hidden states run through the decoder, h of the dense and ĥ of the pruned model, float32, in
+micro-batches of examples that are padded on the right: decoders look only at earlier tokens, so padding changes nothing
+before it. For each layer, h is moved to after its target, the layer is trained from ĥ (or from h, with
+``inputs=dense``), and ĥ is moved through the trained layer. In memory are one layer of either model and the optimizer
+state of one, beside what is outside of the layers.
 
 After a layer, its weights and losses are in the folder of the job, from time to time the hidden states too. A run
 that is continued moves the streams through finished layers from the last states that were written, with the same
@@ -126,11 +126,11 @@ class _Training:
         if found is None:
             return 0
         state, files = found
-        self.dense.clear()
-        self.dense = self.dense_walk.restored(files["dense"])
+        self.dense, embedded = self.dense_walk.restored(files["dense"]), self.dense
+        embedded.clear()
         if self.own:
-            self.pruned.clear()
-            self.pruned = self.walk.restored(files["pruned"])
+            self.pruned, embedded = self.walk.restored(files["pruned"]), self.pruned
+            embedded.clear()
         self.done = [self.journal.load(f"layer-{number}") for number in range(state["layers"])]
         return int(state["layers"])
 
@@ -140,13 +140,23 @@ class _Training:
         path, layer = f"{self.job.graph.layers}.{number}", self.walk.layers[number]
         with self.walk.layer(number):
             before = self._error(number, inputs, targets)
+            original = [parameter.detach().clone() for parameter in layer.parameters()]
             with _trainable(layer) as parameters:
                 losses = self._train(number, parameters, inputs, targets)
+            after = self._error(number, inputs, targets)
+            restored = not after < before
+            if restored:
+                after = before
+                for parameter, value in zip(layer.parameters(), original, strict=True):
+                    parameter.data = value
             self.journal.keep(number, self.weights, [f"{path}.{name}" for name, _ in layer.named_parameters()])
-            after = self._error(number, inputs, targets, move=self.own)
+            if self.own:
+                with torch.no_grad():
+                    self.walk.advance(number, inputs)
         self.dense = targets
         record = {
-            "layer": number, "dense_layer": self.ends[number] - 1, "before": before, "after": after, "losses": losses
+            "layer": number, "dense_layer": self.ends[number] - 1, "before": before, "after": after,
+            "restored": restored, "losses": losses,
         }  # fmt: skip
         self.journal.store(f"layer-{number}", record)
         return record
@@ -171,14 +181,12 @@ class _Training:
         return self.pruned if self.own else self.dense, targets
 
     @torch.no_grad()
-    def _error(self, number: int, inputs: States, targets: States, *, move: bool = False) -> float:
-        """The loss over all examples. ``move``: replace inputs by the outputs of the layer."""
+    def _error(self, number: int, inputs: States, targets: States) -> float:
+        """The loss over all examples."""
         total = 0.0
         for position, batch in enumerate(self.walk.batches):
             found = self.walk.run(number, batch, inputs[position])
             total += float(_relative(found, targets[position], self.trained[position]).sum())
-            if move:
-                inputs[position] = found
         return total / sum(self.counts)
 
     def _train(self, number: int, parameters: Sequence[nn.Parameter], inputs: States, targets: States) -> list[float]:
@@ -193,12 +201,10 @@ class _Training:
             for position in positions:
                 found = self._forward(number, self.walk.batches[position], inputs[position])
                 part = _relative(found, targets[position], self.trained[position]).sum() / tokens
-                part.backward()
+                part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
             if not math.isfinite(loss):
-                raise ModelError(
-                    f"the loss of layer {number} became {loss} at step {step}; lower the learning rate"
-                )  # fmt: skip
+                raise ModelError(f"the loss of layer {number} became {loss} at step {step}; lower the learning rate")
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -227,8 +233,8 @@ def _check_widths(job: RecoveryJob, dense: Weights) -> None:
     pruned, whole = (m.get_input_embeddings().weight.shape[1] for m in (job.model, dense.model))
     if pruned != whole:
         raise UnsupportedModelError(
-            f"the pruned model has {pruned} hidden channels and the dense one {whole}, so outputs of their layers cannot "
-            "be compared; use --strategy full, lora or distil"
+            f"the pruned model has {pruned} hidden channels and the dense one {whole}, so outputs of their layers "
+            "cannot be compared; use --strategy full, lora or distil"
         )
 
 
@@ -280,7 +286,7 @@ def _notes(layers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         f"relative error of the layers' outputs: mean {sum(before) / len(before):.4f} → {sum(after) / len(after):.4f}, "
         f"layer {last['layer']} {last['before']:.4f} → {last['after']:.4f}; each layer's is in the record"
     ]
-    worse = [str(found["layer"]) for found in layers if not found["after"] <= found["before"]]
-    if worse:
-        notes.append(f"the error of layers {', '.join(worse)} rose: lower the learning rate, or take more data")
+    restored = [str(found["layer"]) for found in layers if found["restored"]]
+    if restored:
+        notes.append(f"training did not lower the error of layers {', '.join(restored)}; they keep their weights")
     return tuple(notes)

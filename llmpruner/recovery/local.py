@@ -21,9 +21,10 @@ class LocalStrategy(RecoveryStrategy):
     so that it learns to replace them. Embeddings, the final norm and the head stay as they are.
 
     Each layer is trained by AdamW without weight decay, in float32, without dropout, and rounded to its dtype
-    afterwards. Of the settings that all strategies share, ``epochs`` are passes of every layer over the data;
-    ``max_steps`` is the sum over all layers, which share it equally, the first ones getting what remains; the learning
-    rate rises and falls for every layer anew. Micro-batches are examples of similar length, taken in random order.
+    afterwards. Where that does not lower its loss over all of the data, it keeps the weights that it had. Of the
+    settings that all strategies share, ``epochs`` are passes of every layer over the data; ``max_steps`` is the sum
+    over all layers, which share it equally, the first ones getting what remains; the learning rate rises and falls for
+    every layer anew. Micro-batches are examples of similar length, taken in random order.
     """
 
     name = "local"

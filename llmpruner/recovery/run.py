@@ -15,6 +15,7 @@ from ..errors import OutputError, PluginError
 from ..files import write_text
 from ..settings import RecoverSettings, option_of
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult
+from .dense_text import WRITTEN_FILE
 from .examples import Examples, load_examples, tokenise
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def _fingerprint_line(name: str, parameter: torch.Tensor) -> str:
 def check_work_dir(work_dir: Path) -> None:
     """Raise `OutputError` for a directory that is neither new, nor empty, nor that of a recovery job."""
     try:
-        if work_dir.exists() and not (work_dir / _IDENTITY).is_file() and any(work_dir.iterdir()):
+        ours = any((work_dir / name).is_file() for name in (_IDENTITY, WRITTEN_FILE))
+        if work_dir.exists() and not ours and any(work_dir.iterdir()):
             raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None

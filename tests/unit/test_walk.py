@@ -154,7 +154,7 @@ def test_a_layer_that_runs_twice_is_refused():
 
 def test_a_token_outside_the_vocabulary_is_named():
     loaded = make("llama-gqa")
-    with pytest.raises(ModelError, match="calibration token 96 is outside the model's vocabulary of 96"):
+    with pytest.raises(ModelError, match="token 96 is outside the model's vocabulary of 96"):
         ForwardWalk.over(
             Executor.of(loaded.model, loaded.graph.layers), CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong")
         )
