@@ -21,11 +21,17 @@ from .quality import _instructions
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 PROBE = 4
-"""Steps that are timed before."""
-_MIXED = ("--data", "{c4},{alpaca}", "--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
+"""Steps that are timed before, of each layer where they are trained one by one."""
+BY_LAYER = {"local": 30}
+"""The layers of the demo model, for ways that train them one by one: steps are counted over all of them."""
+_PACKED = ("--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
+_MIXED = ("--data", "{c4},{alpaca}", *_PACKED)
 WAYS: dict[str, tuple[str, ...]] = {
     "distil": ("--strategy", "distil", *_MIXED, "--autocast"),
     "full": ("--strategy", "full", *_MIXED, "--autocast"),
+    "local": ("--strategy", "local", *_MIXED, "--autocast"),
+    "distil, self-written": ("--strategy", "distil", "--data", "self:1000", *_PACKED, "--autocast"),
+    "lora, self-written": ("--strategy", "lora", "--data", "self:1000", "--autocast"),
     "lora, the paper's": ("--strategy", "lora", "--data", "{alpaca}", "--autocast"),
 }
 
@@ -49,26 +55,28 @@ def main() -> None:
         for name in arguments.names:
             done[name] = {
                 "machine": machine(), "minutes": arguments.minutes,
-                **recovered(WAYS[name], pruned, arguments.minutes, data, work),
+                **recovered(name, pruned, arguments.minutes, data, work),
             }  # fmt: skip
             write(done, work, data)
 
 
-def recovered(options: tuple[str, ...], pruned: Path, minutes: float, data: Path, work: Path) -> dict[str, Any]:
+def recovered(name: str, pruned: Path, minutes: float, data: Path, work: Path) -> dict[str, Any]:
     names = {"c4": data / "c4_sample_300.jsonl", "alpaca": data / "alpaca_en_1k.jsonl"}
-    options = tuple(option.format(**names) for option in options)
+    options = tuple(option.format(**names) for option in WAYS[name])
+    layers = BY_LAYER.get(name, 1)
     # The first steps take as long as all others; what is before them is in both runs.
+    probes = layers, layers * (1 + PROBE)
     short, long = (
         run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(work / f"probe-{steps}"))["seconds"]
-        for steps in (1, 1 + PROBE)
+        for steps in probes
     )
     each = (long - short) / PROBE
-    steps = max(1, int((60 * minutes - short) / each))
+    steps = layers * max(1, int((60 * minutes - short) / each))
     out = work / "recovered"
     found = run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(out), timeout=36000)
     losses = json.loads((out / "llmpruner.json").read_text())["recovery"][-1]["losses"]
     judgement = judged(str(out), data, work)
-    for folder in (out, work / "probe-1", work / f"probe-{1 + PROBE}"):
+    for folder in (out, *(work / f"probe-{steps}" for steps in probes)):
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()

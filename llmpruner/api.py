@@ -396,6 +396,7 @@ def recover(
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
     trusted = load is not None and load.trust_remote_code
+    job.strategy.check(opened.graph, {cut.kind for plan in opened.plans for cut in plan.cuts.values()})
     needs_dense = job.strategy.needs_dense or own is not None
     dense = dense_structure(opened, catalog, trust_remote_code=trusted) if needs_dense else None
     way = _arranged_layers(job, opened, dense, load, run, catalog, progress, saves=directory is not None)
@@ -449,12 +450,15 @@ def _arranged_layers(
     saves: bool,
 ) -> Residency:
     """How the models of a recovery are held."""
-    if not job.strategy.by_layer or dense is None:
-        if isinstance(opened, Model) and opened.streamed is not None:
+    if isinstance(opened, Model) and opened.streamed is not None:
+        if not job.strategy.by_layer or not saves:
             raise ModelError(
-                f"'{opened.ref}' is read layer by layer, and {job.strategy.label()} trains whole models; load it, or "
-                "use --strategy local"
+                f"'{opened.ref}' is read layer by layer; pass its folder, or use strategy local with an output"
             )
+        if run.max_memory is not None:
+            raise SettingsError("max_memory has no effect on a model that is opened already; leave it out")
+        return Residency(True, DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory)
+    if not job.strategy.by_layer or dense is None:
         return Residency()
     found = arranged_layers(
         job, opened, dense, load or LoadSettings(), run, catalog,

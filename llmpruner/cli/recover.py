@@ -46,4 +46,8 @@ def recover(
         return
     curve = record["losses"]
     losses = f"loss {curve[0]:.3f} → {curve[-1]:.3f}, " if curve else ""
+    if layers := record.get("layers"):
+        # The steps of one layer after the other are no curve.
+        before, after = (sum(layer[key] for layer in layers) / len(layers) for key in ("before", "after"))
+        losses = f"mean loss of {len(layers)} layers {before:.4f} → {after:.4f}, "
     out.print(f"[bold green]✓[/] {output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")

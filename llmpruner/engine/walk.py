@@ -95,10 +95,15 @@ class ForwardWalk:
     def _embed(self, ids: Sequence[torch.Tensor]) -> ForwardWalk:
         model, layers = self.executor.model, self.layers
         firsts = accumulate((len(batch) for batch in ids[:-1]), initial=0)
+        shapes: dict[torch.Size, Batch] = {}
         with eager_experts(self.experts):
             tuples = _check(model, layers, ids[0][:1])
             for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
                 batch, hidden = record(model, layers, part, tuples, first)
+                # As a rule they depend on the shape alone, and a long text has many micro-batches.
+                like = shapes.setdefault(part.shape, batch)
+                if _same(like.calls, batch.calls):
+                    batch.calls = like.calls
                 self.batches.append(batch)
                 self.embedded.append(hidden.float())
         return self
@@ -217,6 +222,21 @@ def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     if int(ids.max()) >= vocabulary:
         raise ModelError(f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
     return ids
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether arguments of layers are equal."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool | int | float | str) and one == other
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +112,11 @@ class RecoveryStrategy(Component):
     """Whether `train` uses one layer at a time, by ``job.walk``, so that models need not be in memory as a whole."""
     needs_dense: ClassVar[bool] = False
     """Whether `train` uses the dense model, so that a recovery without one is refused before anything is loaded."""
+
+    def check(self, graph: CouplingGraph, cut: Collection[str]) -> None:
+        """Raise `UnsupportedModelError` for a model that `train` cannot train, before its weights are read. ``graph``: as
+        in `RecoveryJob`; ``cut``: the kinds of units that were removed from the dense model. Checks nothing by
+        default."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes

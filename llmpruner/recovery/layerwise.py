@@ -43,13 +43,9 @@ def train_layers(job: RecoveryJob, settings: LocalStrategy.Settings) -> Training
     """Train the decoder layers of ``job.model`` in place.
 
     Raises `ModelError` where the dense model is not known and for a loss that is not finite, and
-    `UnsupportedModelError` for decoders whose layers cannot be run one by one, layers that share weights, and models
-    with different numbers of hidden channels.
+    `UnsupportedModelError` for decoders whose layers cannot be run one by one, and models with different numbers of
+    hidden channels.
     """
-    if any(job.graph.is_decoder(name) for name in job.graph.ties):
-        raise UnsupportedModelError(
-            "decoder layers that share weights cannot be trained one by one; use --strategy full, lora or distil"
-        )
     return _Training(job, settings).run()
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from ..component import ComponentSettings
+from ..errors import UnsupportedModelError
+from ..structure.coupling import HIDDEN
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+
+if TYPE_CHECKING:
+    from ..structure.coupling import CouplingGraph
+
+_OTHERS = "use --strategy full, lora or distil"
 
 
 class LocalStrategy(RecoveryStrategy):
@@ -40,6 +48,15 @@ class LocalStrategy(RecoveryStrategy):
         )
 
     settings: Settings
+
+    def check(self, graph: CouplingGraph, cut: Collection[str]) -> None:
+        if any(graph.is_decoder(name) for name in graph.ties):
+            raise UnsupportedModelError(f"decoder layers that share weights cannot be trained one by one; {_OTHERS}")
+        if HIDDEN in cut:
+            raise UnsupportedModelError(
+                "hidden channels were removed, so outputs of layers cannot be compared with those of the dense model; "
+                f"{_OTHERS}"
+            )
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .layerwise import train_layers

@@ -324,6 +324,31 @@ def test_a_missing_dense_model_is_noticed_before_anything_is_loaded(folders, tmp
         api.recover(str(home / "pruned"), strategy="local", data=str(home / "text.jsonl"), output=tmp_path / "out")
 
 
+def test_a_result_that_is_read_from_its_files_can_be_trained_further(folders, tmp_path):
+    home = folders("llama-gqa")
+    once = recovered(home, tmp_path / "once", streamed=True)
+    options = {"data": str(home / "text.jsonl"), "max_steps": 4, "strategy": "local"}
+    twice = api.recover(once, output=tmp_path / "twice", **options)
+    assert twice.streamed is not None and len(twice.record["recovery"]) == 2
+    again = api.recover(str(tmp_path / "once"), output=tmp_path / "again", **options)
+    assert again.streamed is None
+    assert_same(tmp_path / "twice", tmp_path / "again")
+    with pytest.raises(ModelError, match="is read layer by layer; pass its folder"):
+        api.recover(once, output=tmp_path / "other", data=str(home / "text.jsonl"), max_steps=1)
+    with pytest.raises(SettingsError, match="max_memory has no effect"):
+        api.recover(once, output=tmp_path / "other", run=RunSettings(max_memory=1 << 40), **options)
+
+
+def test_what_cannot_be_trained_is_refused_before_it_is_loaded(folders, tmp_path, monkeypatch):
+    home = folders("llama-gqa")
+    api.prune(
+        str(home / "dense"), output=tmp_path / "narrow", ratio=0.1, importance="l1", kinds="hidden", compensate="none"
+    )
+    monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UnsupportedModelError, match="hidden channels were removed, so outputs"):
+        api.recover(str(tmp_path / "narrow"), strategy="local", data=str(home / "text.jsonl"), output=tmp_path / "out")
+
+
 def test_starting_anew_removes_the_state(folders, tmp_path):
     home = folders("llama-gqa")
     options = {"data": str(home / "text.jsonl"), "output": tmp_path / "out", "strategy": "local", "max_steps": 4}
