@@ -114,8 +114,8 @@ class RecoveryStrategy(Component):
     """Whether `train` uses the dense model, so that a recovery without one is refused before anything is loaded."""
 
     def check(self, graph: CouplingGraph, cut: Collection[str]) -> None:
-        """Raise `UnsupportedModelError` for a model that `train` cannot train, before its weights are read. ``graph``: as
-        in `RecoveryJob`; ``cut``: the kinds of units that were removed from the dense model. Checks nothing by
+        """Raise `UnsupportedModelError` for a model that `train` cannot train, before its weights are read. ``graph``:
+        as in `RecoveryJob`; ``cut``: the kinds of units that were removed from the dense model. Checks nothing by
         default."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
