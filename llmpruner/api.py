@@ -381,14 +381,13 @@ def recover(
     catalog, run = catalog or Catalog(plugin_manager()), run or RunSettings()
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
     refuse_without_layers(job, run)
-    if job.strategy.by_layer and launched():
-        raise SettingsError(
-            f"{job.strategy.label()} runs in one process; start it without torchrun or accelerate launch"
-        )
+    own = dense_text_in(job.settings.data)
+    if launched() and (job.strategy.by_layer or own is not None):
+        what = job.strategy.label() if job.strategy.by_layer else f"--data {job.settings.data}"
+        raise SettingsError(f"{what} runs in one process; start it without torchrun or accelerate launch")
     directory = None if output is None else check_new_directory(Path(output))
     folder = _work_dir(directory, work_dir)
     check_work_dir(folder)
-    own = dense_text_in(job.settings.data)
     for part in parse_mixture(job.settings.data):
         if own is None or part.source != own.source:
             check_source(part.source, example)
@@ -488,6 +487,8 @@ def _dense_rows(
             raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
         if not has_chat_template(model.family, model.tokenizer):
             progress.status(f"'{model.ref}' has no chat template: instructions are in the format of its family")
+        if model.streamed is not None:
+            progress.status(f"'{model.ref}' is read from its files for every token; a file of examples is faster")
         rows.write(own, model.model, model.tokenizer, model.family, seed, progress)
     return rows.examples
 

@@ -10,7 +10,7 @@ import torch
 
 from llmpruner import api
 from llmpruner.data.written import answered
-from llmpruner.errors import DataError, ModelError, OutputError
+from llmpruner.errors import DataError, ModelError, OutputError, SettingsError
 from llmpruner.recovery import dense_text
 from llmpruner.recovery.dense_text import ROWS, DenseText, WrittenRows, dense_text_in, instructions, up_to_sentence
 from llmpruner.settings import RunSettings
@@ -188,6 +188,10 @@ def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_pa
     monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
         api.recover(str(home / "dense"), data="self", output=tmp_path / "out")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="--data self:4 runs in one process"):
+        recover(home, tmp_path / "out", data="self:4")
     assert list(tmp_path.iterdir()) == []
 
 
