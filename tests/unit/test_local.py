@@ -241,7 +241,7 @@ def assert_same(one, other):
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", "gemma2"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_a_model_read_from_its_files_is_trained_alike(name, folders, tmp_path):
     home = folders(name)
     resident = recovered(home, tmp_path / "resident", streamed=False)
