@@ -36,8 +36,9 @@ RECOVERY = {
 """Key of an element of ``recovery`` → what it is."""
 LOCAL = {
     "layers": "With `--strategy local`, for every layer: its number, that of the dense layer whose output is its "
-    "target, its loss over all of the data before and after, whether its former weights were restored because the loss did not "
-    "fall; `losses` are those of the layers' steps, one layer after the other, without a unit.",
+    "target, its loss over all of the data before and after, whether its former weights were restored "
+    "because the loss did not fall; `losses` are those of the layers' steps, one layer after the other, "
+    "without a unit.",
 }
 """The same for keys that only the strategy ``local`` writes."""
 
