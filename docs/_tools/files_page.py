@@ -32,17 +32,13 @@ RECOVERY = {
     "examples": "How many examples were trained on.",
     "trainable_parameters": "How many parameters were trained.",
     "losses": "Loss of every optimizer step: mean over its trained tokens, in nats.",
-    "validation_examples": "How many examples were held back for validation.",
-    "validation": "Each validation: `step`, the number of steps taken; `loss`, as above, on the examples held back; "
-    "and `perplexity`, null where the loss is not the cross entropy of the next token.",
-    "best_step": "The number of steps after which the weights were taken, as the validation loss was lowest then; null "
-    "without validation.",
 }
 """Key of an element of ``recovery`` → what it is."""
 LOCAL = {
     "layers": "With `--strategy local`, for every layer: its number, that of the dense layer whose output is its "
-    "target, its loss over all of the data before and after, whether its former weights were restored because the "
-    "loss did not fall; `losses` are those of the layers' steps, one layer after the other, without a unit.",
+    "target, its loss over all of the data before and after, whether its former weights were restored "
+    "because the loss did not fall; `losses` are those of the layers' steps, one layer after the other, "
+    "without a unit.",
 }
 """The same for keys that only the strategy ``local`` writes."""
 
