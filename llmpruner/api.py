@@ -388,12 +388,13 @@ def recover(
     Raises `DataError` for data that cannot be used, `ModelError` where the dense model is needed and not found, and
     `OutputError` for directories that cannot be used, before weights are read.
     """
-    catalog, ranks, run = catalog or Catalog(plugin_manager()), Ranks.current(), run or RunSettings()
-    progress = progress if ranks.first else QUIET
+    catalog, run = catalog or Catalog(plugin_manager()), run or RunSettings()
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
     refuse_without_layers(job, run)
     own = dense_text_in(job.settings.data)
     _check_alone(job, own)
+    ranks = Ranks.current()
+    progress = progress if ranks.first else QUIET
     check_processes(job.settings, load or LoadSettings())
     directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     folder = _work_dir(directory, work_dir)

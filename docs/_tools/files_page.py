@@ -32,6 +32,11 @@ RECOVERY = {
     "examples": "How many examples were trained on.",
     "trainable_parameters": "How many parameters were trained.",
     "losses": "Loss of every optimizer step: mean over its trained tokens, in nats.",
+    "validation_examples": "How many examples were held back for validation.",
+    "validation": "Each validation: `step`, the number of steps taken; `loss`, as above, on the examples held back; "
+    "and `perplexity`, null where the loss is not the cross entropy of the next token.",
+    "best_step": "The number of steps after which the weights were taken, as the validation loss was lowest then; null "
+    "without validation.",
 }
 """Key of an element of ``recovery`` → what it is."""
 LOCAL = {
