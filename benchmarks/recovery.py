@@ -21,10 +21,19 @@ from .measure import as_json, data_folder, machine, measured, run
 from .quality import _instructions
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
-_MIXED = ("--data", "{c4},{alpaca}", "--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
+BY_LAYER = {"local": 30}
+"""The layers of the demo model, for ways that train them one by one: steps are counted over all of them, and fit into
+the time by the seconds of the first of each layer."""
+PROBE = 4
+"""These steps."""
+_PACKED = ("--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
+_MIXED = ("--data", "{c4},{alpaca}", *_PACKED)
 WAYS: dict[str, tuple[str, ...]] = {
     "distil": ("--strategy", "distil", *_MIXED, "--autocast"),
     "full": ("--strategy", "full", *_MIXED, "--autocast"),
+    "local": ("--strategy", "local", *_MIXED, "--autocast"),
+    "distil, self-written": ("--strategy", "distil", "--data", "self:1000", *_PACKED, "--autocast"),
+    "lora, self-written": ("--strategy", "lora", "--data", "self:1000", "--autocast"),
     "lora, the paper's": ("--strategy", "lora", "--data", "{alpaca}", "--autocast"),
 }
 
@@ -48,15 +57,18 @@ def main() -> None:
         for name in arguments.names:
             done[name] = {
                 "machine": machine(), "minutes": arguments.minutes,
-                **recovered(WAYS[name], pruned, arguments.minutes, data, work),
+                **recovered(name, pruned, arguments.minutes, data, work),
             }  # fmt: skip
             write(done, work, data)
 
 
-def recovered(options: tuple[str, ...], pruned: Path, minutes: float, data: Path, work: Path) -> dict[str, Any]:
+def recovered(name: str, pruned: Path, minutes: float, data: Path, work: Path) -> dict[str, Any]:
     names = {"c4": data / "c4_sample_300.jsonl", "alpaca": data / "alpaca_en_1k.jsonl"}
-    options = tuple(option.format(**names) for option in options)
-    options = (*options, "--minutes", str(minutes), "--validation", "0")
+    options = tuple(option.format(**names) for option in WAYS[name])
+    if name in BY_LAYER:
+        options = (*options, "--max-steps", str(steps_of_layers(BY_LAYER[name], options, pruned, minutes, work)))
+    else:
+        options = (*options, "--minutes", str(minutes), "--validation", "0")
     out = work / "recovered"
     found = run("recover", str(pruned), *options, "-o", str(out), timeout=36000)
     losses = json.loads((out / "llmpruner.json").read_text())["recovery"][-1]["losses"]
@@ -66,6 +78,19 @@ def recovered(options: tuple[str, ...], pruned: Path, minutes: float, data: Path
         **{key: found[key] for key in ("command", "seconds", "cpu_seconds", "peak_mib")},
         "steps": len(losses), "first and last loss": [losses[0], losses[-1]], **judgement,
     }  # fmt: skip
+
+
+def steps_of_layers(layers: int, options: tuple[str, ...], pruned: Path, minutes: float, work: Path) -> int:
+    """The steps over all layers that fit into the time."""
+    probes = layers, layers * (1 + PROBE)
+    # What is before the first step is in both.
+    short, long = (
+        run("recover", str(pruned), *options, "--max-steps", str(steps), "-o", str(work / f"probe-{steps}"))["seconds"]
+        for steps in probes
+    )
+    for steps in probes:
+        shutil.rmtree(work / f"probe-{steps}")
+    return layers * max(1, int((60 * minutes - short) / ((long - short) / PROBE)))
 
 
 def judged(model: str, data: Path, work: Path) -> dict[str, float]:

@@ -23,16 +23,19 @@ from . import __version__
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .checkpoints.adapters import save_adapter
+from .data.conversations import Example
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
+from .engine.launch import launched
 from .engine.ranks import Ranks
+from .engine.weights import Weights
 from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
 from .families.auto import AUTO
-from .families.chat import Prompt, chat_prompt
+from .families.chat import Prompt, chat_prompt, has_chat_template
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
     BenchKeywords,
@@ -44,7 +47,7 @@ from .keywords import (
     PushKeywords,
     RecoverKeywords,
 )
-from .loading.dense import load_dense
+from .loading.dense import dense_structure, load_dense, open_dense, placed_as
 from .loading.model import (
     Model,
     Structure,
@@ -71,6 +74,7 @@ from .recipes.checks import check_prune, check_recover, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.jobs import (
     PruneJob,
+    RecoverJob,
     bench_job,
     evaluate_job,
     export_job,
@@ -83,9 +87,13 @@ from .recipes.jobs import (
 from .recipes.outcome import outcome_of
 from .recipes.publish import prepare_upload
 from .recipes.recipe import Recipe
+from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recovery.base import LayerWalk
+from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
+from .recovery.examples import load_examples
 from .recovery.processes import check_processes
 from .recovery.run import RecoveryResult, check_work_dir, prepare
 from .recovery.run import recover as _recover
@@ -106,7 +114,7 @@ from .settings import (
     settings_from,
 )
 from .structure.outcome import Outcome
-from .structure.plan import PruningPlan, original_layers
+from .structure.plan import PruningPlan, original_layers, structure_of
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -360,6 +368,7 @@ def recover(
     output: str | Path | None = None,
     work_dir: str | Path | None = None,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[RecoverKeywords],
@@ -368,17 +377,24 @@ def recover(
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
     call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The
-    losses are also drawn, in ``loss.svg`` of ``output``.
-    ``record["recovery"]`` of the result lists the trainings. Raises `DataError` for data that cannot be used, and
-    `OutputError` for directories that cannot, before weights are read.
+    losses are also drawn, in ``loss.svg`` of ``output``. ``run``: memory, for strategies that train layer by layer, and
+    whether to start anew; without an ``output`` models are in memory. ``record["recovery"]`` of the result lists the
+    trainings.
 
     Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
     they share every batch, the first one writes ``output``, and each has the result. ``work_dir`` must be one folder
     for all of them.
+
+    Raises `DataError` for data that cannot be used, `ModelError` where the dense model is needed and not found, and
+    `OutputError` for directories that cannot be used, before weights are read.
     """
-    catalog, ranks = catalog or Catalog(plugin_manager()), Ranks.current()
-    progress = progress if ranks.first else QUIET
+    catalog, run = catalog or Catalog(plugin_manager()), run or RunSettings()
     job = recover_job(settings_from(RecoverSettings, settings), catalog)
+    refuse_without_layers(job, run)
+    own = dense_text_in(job.settings.data)
+    _check_alone(job, own)
+    ranks = Ranks.current()
+    progress = progress if ranks.first else QUIET
     check_processes(job.settings, load or LoadSettings())
     directory = None if output is None else ranks.from_first(lambda: check_new_directory(Path(output)))
     folder = _work_dir(directory, work_dir)
@@ -388,14 +404,37 @@ def recover(
     if not _has_tokenizer(opened, catalog):
         raise DataError(f"model '{opened.ref}' brings no tokenizer, so it cannot be trained on text")
     tokenizer = opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, catalog, load)
-    data = prepare(job.settings, opened.family, tokenizer)
-    loaded = _with_weights(opened, catalog, load, progress)
+    data = None if own is not None else prepare(job.settings, opened.family, tokenizer)
     trusted = load is not None and load.trust_remote_code
+    job.strategy.check(opened.graph, {cut.kind for plan in opened.plans for cut in plan.cuts.values()})
+    needs_dense = job.strategy.needs_dense or own is not None
+    dense = dense_structure(opened, catalog, trust_remote_code=trusted) if needs_dense else None
+    way = _arranged_layers(job, opened, dense, load, run, catalog, progress, saves=directory is not None)
+    if run.restart:
+        ranks.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+    beside = folder.resolve().parent
+    written = None
+    if own is not None and dense is not None:
+        placed = placed_as(opened, trusted) if isinstance(opened, Model) else load or LoadSettings()
+        open_model = partial(open_dense, opened, catalog, placed, streamed=way.streamed, beside=beside)
+        written = {own.source: _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, progress)}
+    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False)
+    walk = LayerWalk(boundary_memory=way.boundary_memory)
+    if loaded.streamed is not None:
+        walk = replace(
+            walk, pruned=loaded.streamed, open_dense=partial(_dense_weights, loaded, catalog, trusted, beside)
+        )
+    if written is not None:
+        examples = load_examples(
+            job.settings.data, opened.family, tokenizer, limit=job.settings.limit, seed=job.settings.seed,
+            written=written,
+        )  # fmt: skip
+        data = prepare(job.settings, opened.family, tokenizer, examples)
     with progress.counter("Recovering") as step:
         result = _recover(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
             load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted),
-            layers=original_layers(loaded.plans), on_step=step,
+            layers=original_layers(loaded.plans), on_step=step, walk=walk,
             on_validation=lambda done: progress.status(str(done)),
         )  # fmt: skip
     for note in result.notes:
@@ -403,18 +442,90 @@ def recover(
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
+    form = ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
+    recovered = reopened(replace(recovered, form=form), directory, trust_remote_code=trusted)
+    if work_dir is None and ranks.first:
+        shutil.rmtree(folder)
+    return recovered
 
-    def finish() -> str:
-        files = []
-        if result.losses:
-            files.append(folder / "loss.svg")
-            write_text(files[0], loss_curve(result.record()))
-        form = _save(recovered, directory, extra_files=files)
-        if work_dir is None:
-            shutil.rmtree(folder)
-        return form
 
-    return replace(recovered, form=ranks.from_first(finish))
+def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
+    """Raise `SettingsError` in several processes for what runs in one. ``own``: data that the dense model writes."""
+    if launched() and (job.strategy.by_layer or own is not None):
+        what = job.strategy.label() if job.strategy.by_layer else f"--data {job.settings.data}"
+        raise SettingsError(f"{what} runs in one process; start it without torchrun or accelerate launch")
+
+
+def _save_recovered(recovered: Model, result: RecoveryResult, directory: Path, folder: Path) -> str:
+    """Write the model, with a picture of its losses that is drawn in ``folder``; returns its form."""
+    files = []
+    # The losses of one layer after the other are no curve.
+    if result.losses and not result.strategy.by_layer:
+        files.append(folder / "loss.svg")
+        write_text(files[0], loss_curve(result.record()))
+    return _save(recovered, directory, extra_files=files)
+
+
+def _arranged_layers(
+    job: RecoverJob,
+    opened: Structure,
+    dense: Structure | None,
+    load: LoadSettings | None,
+    run: RunSettings,
+    catalog: Catalog,
+    progress: Progress,
+    *,
+    saves: bool,
+) -> Residency:
+    """How the models of a recovery are held."""
+    if isinstance(opened, Model) and opened.streamed is not None:
+        if not job.strategy.by_layer or not saves:
+            raise ModelError(
+                f"'{opened.ref}' is read layer by layer; pass its folder, or use strategy local with an output"
+            )
+        if run.max_memory is not None:
+            raise SettingsError("max_memory has no effect on a model that is opened already; leave it out")
+        return Residency(True, DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory)
+    if not job.strategy.by_layer or dense is None:
+        return Residency()
+    found = arranged_layers(
+        job, opened, dense, load or LoadSettings(), run, catalog,
+        whole=None if saves else "a result in memory", shown=progress is not QUIET,
+    )  # fmt: skip
+    if isinstance(found, Residency):
+        return found
+    progress.status(str(found))
+    return found.residency
+
+
+def _dense_rows(
+    own: DenseText,
+    open_model: Callable[[], Model],
+    dense: Structure,
+    load: LoadSettings,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> list[Example]:
+    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``."""
+    identity = own.identity(f"{dense.path or dense.ref} {structure_of(dense.graph)} {load.dtype}", seed)
+    rows = WrittenRows(folder / WRITTEN_FILE, identity)
+    if not rows.whole:
+        model = open_model()
+        if model.tokenizer is None:
+            raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
+        if not has_chat_template(model.family, model.tokenizer):
+            progress.status(f"'{model.ref}' has no chat template: instructions are in the format of its family")
+        if model.streamed is not None:
+            progress.status(f"'{model.ref}' is read from its files for every token; a file of examples is faster")
+        rows.write(own, model.model, model.tokenizer, model.family, seed, progress)
+    return rows.examples
+
+
+def _dense_weights(pruned: Model, catalog: Catalog, trust_remote_code: bool, beside: Path) -> Weights:
+    """The weights of the dense model, read layer by layer."""
+    placed = placed_as(pruned, trust_remote_code)
+    return open_dense(pruned, catalog, placed, streamed=True, beside=beside).weights
 
 
 def evaluate(
@@ -683,6 +794,7 @@ def _with_weights(
     *,
     streamed: bool = False,
     beside: Path | None = None,
+    ahead: bool = True,
 ) -> Model:
     if isinstance(opened, Model):
         return opened
@@ -690,7 +802,7 @@ def _with_weights(
     check_device(load.device)
     if streamed:
         progress.status(f"{opened.ref} is read layer by layer")
-        return open_streamed(opened.ref, catalog, load, opened, beside)
+        return open_streamed(opened.ref, catalog, load, opened, beside, ahead=ahead)
     progress.status(f"loading {opened.ref}")
     return load_model(opened.ref, catalog, load, opened)
 

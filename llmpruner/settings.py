@@ -219,8 +219,8 @@ class RunSettings(Settings):
     boundary_memory: Annotated[
         Annotated[int, BeforeValidator(_size), Field(ge=0)] | None,
         Field(
-            description="Memory for the hidden states of the calibration text between layers; those beyond are kept in "
-            "a file. By default 256MiB, or less where --max-memory needs it."
+            description="Memory for the hidden states of the text between layers; those beyond are kept in a file. By "
+            "default 256MiB, or less where --max-memory needs it."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None
@@ -420,8 +420,9 @@ class RecoverSettings(Settings):
         str,
         Field(
             description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
-            "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set. Several, "
-            "with commas between them, are joined; 3*FILE,1*FILE takes examples in these shares."
+            "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or "
+            "self:N for N rows that the dense model writes. Several, with commas between them, are joined; "
+            "3*FILE,1*FILE takes examples in these shares."
         ),
     ]
     strategy: Annotated[str, Field(description="Recovery strategy; see `llmpruner plugins`.")] = "lora"

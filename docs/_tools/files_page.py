@@ -39,6 +39,13 @@ RECOVERY = {
     "without validation.",
 }
 """Key of an element of ``recovery`` → what it is."""
+LOCAL = {
+    "layers": "With `--strategy local`, for every layer: its number, that of the dense layer whose output is its "
+    "target, its loss over all of the data before and after, whether its former weights were restored "
+    "because the loss did not fall; `losses` are those of the layers' steps, one layer after the other, "
+    "without a unit.",
+}
+"""The same for keys that only the strategy ``local`` writes."""
 
 
 def render() -> str:
@@ -55,7 +62,7 @@ def render() -> str:
     for model in _inside(LatencyTable):
         lines += _model(model, 4)
     lines += ["", "## llmpruner.json", "", RECORD_TEXT, "", *_keys(RECORD)]
-    lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys(RECOVERY)]
+    lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys({**RECOVERY, **LOCAL})]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from ..settings import LoadSettings, RecoverSettings, settings_from
+from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
 from .console import RichProgress, out, print_json
 from .derive import takes
 from .options import Json, ModelName, Output, catalog_of
@@ -17,13 +17,14 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(recover)
 
 
-@takes(settings=RecoverSettings, options=LoadSettings)
+@takes(settings=RecoverSettings, options=LoadSettings, run=RunSettings)
 def recover(
     ctx: typer.Context,
     model: ModelName,
     output: Output,
     settings: dict[str, Any],
     options: dict[str, Any],
+    run: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """Restore quality of a pruned model by a short training (LoRA, as in LLM-Pruner).
@@ -34,8 +35,8 @@ def recover(
 
     started = time.monotonic()
     recovered = api.recover(
-        model, output=output, load=settings_from(LoadSettings, options), progress=RichProgress(),
-        catalog=catalog_of(ctx), **settings,
+        model, output=output, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run),
+        progress=RichProgress(), catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
     record = recovered.record["recovery"][-1] if recovered.record else {}
     seconds = round(time.monotonic() - started, 1)
@@ -49,4 +50,8 @@ def recover(
     if checked:
         best = min(checked, key=lambda one: float(one["loss"]))
         losses += f"validation loss {checked[0]['loss']:.3f} → {best['loss']:.3f}, "
+    if layers := record.get("layers"):
+        # The steps of one layer after the other are no curve.
+        before, after = (sum(layer[key] for layer in layers) / len(layers) for key in ("before", "after"))
+        losses = f"mean loss of {len(layers)} layers {before:.4f} → {after:.4f}, "
     out.print(f"[bold green]✓[/] {output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")

@@ -54,7 +54,7 @@ class Trials:
     ) -> None:
         self.model, self.graph = model, graph
         self.family = with_rules(family, model, {group.kind for group in groups})
-        ids = check_tokens(model, calibration)
+        ids = check_tokens(model, calibration.input_ids)
         rows = max(1, min(_TRIED // ids.shape[1], len(ids) // 2))
         self.tried = torch.split(ids[-rows:], max(1, _TRIED // 4 // ids.shape[1]))
         self.dense = [self._logits(model, part) for part in self.tried]

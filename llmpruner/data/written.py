@@ -1,8 +1,9 @@
-"""Calibration text that the model generates."""
+"""Text that the model generates: passages for calibration, and answers to prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import GenerationConfig
 
 from ..errors import ModelError
 from ..models.precision import computes_bfloat16_fast
+from ..models.quiet import quiet_transformers
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def self_generated(
     passage: int = 64,
     batch: int = 64,
     progress: Progress = QUIET,
+    label: str = "Writing calibration text",
 ) -> torch.Tensor:
     """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
@@ -49,7 +52,7 @@ def self_generated(
     written: list[torch.Tensor] = []
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
         # The cache of keys and values grows with the batch.
-        for done in progress.track(range(0, passages, batch), "Writing calibration text"):
+        for done in progress.track(range(0, passages, batch), label):
             rows = min(batch, passages - done)
             # The end of a sequence is never drawn: padding after it would distort the statistics.
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
@@ -60,6 +63,40 @@ def self_generated(
     return torch.cat(written).view(samples, -1)[:, :length]
 
 
+def answered(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], numbers: torch.Tensor
+) -> list[list[int]]:
+    """The tokens that the model draws after each prompt, at temperature 1, without truncation of the distribution, up
+    to the end of the sequence, which is not among them.
+
+    ``prompts``: token ids, generated for at once. ``numbers``: (prompts, tokens) between 0 and 1, one for each token at
+    most; the same ones give the same answers. Raises `ModelError` when the model's logits are NaN.
+    """
+    own = model.generation_config
+    eos = getattr(own, "eos_token_id", None)
+    stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    pad = next((t for t in (tokenizer.pad_token_id, *sorted(stops)) if t is not None), 0)
+    length, device = max(map(len, prompts)), model.device
+    ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=device)
+    draw = _Draw(numbers.to(device), first=length)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=numbers.shape[1], eos_token_id=sorted(stops) or None, pad_token_id=pad
+    )
+    # transformers takes values that a configuration does not give, such as a repetition penalty, from the model's own.
+    model.generation_config = config
+    try:
+        with (
+            quiet_transformers(),
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)),
+        ):
+            found = model.generate(ids, attention_mask=mask, logits_processor=[draw])[:, length:].tolist()
+    finally:
+        model.generation_config = own
+    return [list(takewhile(lambda token: token not in stops, row)) for row in found]
+
+
 _ROWS = 8
 """Rows of the logits for which the next token is drawn at once."""
 
@@ -68,14 +105,14 @@ class _Draw:
     """A logits processor that draws one token in each row and sets the logits of all others to −∞.
 
     ``numbers``: (rows, steps) between 0 and 1; the token of a step is the one at which the cumulative probability
-    exceeds the step's number. ``never``: tokens that are not drawn.
+    exceeds the step's number. ``never``: tokens that are not drawn. ``first``: tokens before the first one that is.
     """
 
-    def __init__(self, numbers: torch.Tensor, never: Sequence[int] = ()) -> None:
-        self._numbers, self._never = numbers, list(never)
+    def __init__(self, numbers: torch.Tensor, never: Sequence[int] = (), first: int = 1) -> None:
+        self._numbers, self._never, self._first = numbers, list(never), first
 
     def __call__(self, ids: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        vocabulary, step = logits_BV.shape[-1], ids.shape[1] - 1
+        vocabulary, step = logits_BV.shape[-1], ids.shape[1] - self._first
         never = torch.tensor([t for t in self._never if t < vocabulary], dtype=torch.long, device=logits_BV.device)
         # A few rows at a time stay in the processor's caches.
         parts = zip(torch.split(logits_BV, _ROWS), torch.split(self._numbers[:, step : step + 1], _ROWS), strict=True)
@@ -86,9 +123,7 @@ class _Draw:
         upto_RV = logits_RV.index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
         total_R1 = upto_RV[:, -1:]
         if bool(total_R1.isnan().any()):
-            raise ModelError(
-                "the model's logits are not numbers, so it cannot write calibration text; its weights are damaged"
-            )
+            raise ModelError("the model's logits are not numbers, so it cannot write text; its weights are damaged")
         drawn_R1 = numbers_R1 * total_R1
         # Below the total, which rounding may reach, and after equal sums, so that no token of probability 0 is drawn.
         drawn_R1 = drawn_R1.minimum(total_R1.nextafter(torch.zeros_like(total_R1)))

@@ -85,7 +85,7 @@ class LayerWalk:
         self.model, self.layers, self.weights = executor.model, executor.layers, executor.weights
         self._experts, self._ranks = expert_configs(self.model), executor.ranks
         with self.weights.outside():
-            ids = check_tokens(self.model, calibration)
+            ids = check_tokens(self.model, calibration.input_ids)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         rows = 1 if per_sample else executor.rows_backward(ids.shape[1], vocabulary)
         self.batches = self._ranks.mine(

@@ -76,6 +76,14 @@ class Journal:
         with _one_line(self.folder):
             weights.keep(names, self._layer(number))
 
+    def use(self, number: int, weights: Weights) -> bool:
+        """Use the parameters of a layer that `keep` wrote from now on. Returns whether there are any."""
+        file = self._layer(number)
+        if not file.is_file():
+            return False
+        weights.use(file)
+        return True
+
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
         enough ago."""
@@ -108,8 +116,7 @@ class Journal:
         if any(self._ranks.totals(missing)):
             return None
         for number in range(state["layers"]):
-            if (file := self._layer(number)).is_file():
-                weights.use(file)
+            self.use(number, weights)
         return state, files
 
     def _states(self, name: str, layers: int) -> str:

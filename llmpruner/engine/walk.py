@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,20 +77,33 @@ class ForwardWalk:
     def over(cls, executor: Executor, calibration: CalibrationSet) -> ForwardWalk:
         """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
         than hidden states, and `ModelError` for hidden states that are not finite."""
+        ids = calibration.input_ids
+        return cls.over_batches(executor, torch.split(ids, executor.rows_forward(ids.shape[1])))
+
+    @classmethod
+    @torch.no_grad()
+    def over_batches(cls, executor: Executor, batches: Sequence[torch.Tensor]) -> ForwardWalk:
+        """`over` for token ids in micro-batches (samples, length), int64, which may have different lengths."""
         model, layers = executor.model, executor.layers
         with executor.weights.outside():
-            ids = check_tokens(model, calibration)
+            ids = [check_tokens(model, batch) for batch in batches]
             products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
             states, experts = executor.boundaries().states(), expert_configs(model)
-            return cls(executor, layers, [], states, products, experts, ids.numel())._embed(ids)
+            tokens = sum(map(torch.numel, ids))
+            return cls(executor, layers, [], states, products, experts, tokens)._embed(ids)
 
-    def _embed(self, ids: torch.Tensor) -> ForwardWalk:
+    def _embed(self, ids: Sequence[torch.Tensor]) -> ForwardWalk:
         model, layers = self.executor.model, self.layers
+        firsts = accumulate((len(batch) for batch in ids[:-1]), initial=0)
+        shapes: dict[torch.Size, Batch] = {}
         with eager_experts(self.experts):
-            tuples = _check(model, layers, ids[:1])
-            rows = self.executor.rows_forward(ids.shape[1])
-            for first, part in self.ranks.mine([(n * rows, part) for n, part in enumerate(torch.split(ids, rows))]):
+            tuples = _check(model, layers, ids[0][:1])
+            for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
                 batch, hidden = record(model, layers, part, tuples, first)
+                # As a rule they depend on the shape alone, and a long text has many micro-batches.
+                like = shapes.setdefault(part.shape, batch)
+                if _same(like.calls, batch.calls):
+                    batch.calls = like.calls
                 self.batches.append(batch)
                 self.embedded.append(hidden.float())
         return self
@@ -201,13 +215,28 @@ def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
             config._experts_implementation_internal = name
 
 
-def check_tokens(model: PreTrainedModel, calibration: CalibrationSet) -> torch.Tensor:
-    """The calibration tokens on the model's device. Raises `ModelError` when one is outside the vocabulary."""
-    ids = calibration.input_ids.to(model.device)
+def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Token ids on the model's device. Raises `ModelError` when one is outside the vocabulary."""
+    ids = ids.to(model.device)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= vocabulary:
-        raise ModelError(f"calibration token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
+        raise ModelError(f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
     return ids
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether arguments of layers are equal."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool | int | float | str) and one == other
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..checkpoints.shards import names_in
+from ..models.empty import put_parameters
 from ..structure.coupling import layer_number
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -129,6 +131,10 @@ class StreamedWeights(Weights):
     def use(self, file: Path) -> None:
         self._kept[self.number(names_in(file)[0])] = file
 
+    def like(self, model: PreTrainedModel) -> StreamedWeights:
+        """The same weights for another model with the same parameters, on the meta device."""
+        return StreamedWeights(_Passed(model, self), self.path, self.device)
+
     def _reading(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def read_and_run(*args: Any, **kwargs: Any) -> Any:
             with self.layer(number):
@@ -170,3 +176,29 @@ class StreamedWeights(Weights):
         for tensor in filter(torch.numel, found.values()):
             tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
         return found
+
+
+class _Passed:
+    """The `Parts` of a model with the parameters of another one, whose weights it gets."""
+
+    reads_ahead = False
+
+    def __init__(self, model: PreTrainedModel, source: StreamedWeights) -> None:
+        self.model, self._source = model, source
+        self._parts: dict[int | None, dict[str, nn.Parameter]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._parts.setdefault(source.number(name), {})[name] = parameter
+
+    def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        source = self._source
+        with source.part(part):
+            return {name: tensor for name, tensor in source.model.state_dict().items() if source.number(name) == part}
+
+    def fill(self, part: int | None, tensors: Mapping[str, torch.Tensor]) -> None:
+        # Persistent buffers are among them.
+        self.model.load_state_dict(dict(tensors), strict=False, assign=True)
+        if part is None:
+            self.model.tie_weights()
+
+    def empty(self, part: int | None) -> None:
+        put_parameters(self.model, self._parts[part])

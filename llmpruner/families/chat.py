@@ -59,7 +59,7 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: st
 
     Raises `DataError` when the tokenizer's chat template fails.
     """
-    if not _uses_template(family, tokenizer):
+    if not has_chat_template(family, tokenizer):
         return Prompt(family.format_prompt(instruction, input), False)
     return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
 
@@ -75,7 +75,7 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     """
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
-    if _uses_template(family, tokenizer):
+    if has_chat_template(family, tokenizer):
         return _rendered(tokenizer, _messages(example))
     if isinstance(example, Instruction):
         pair = family.training_pair(example.instruction, example.output, example.input)
@@ -84,15 +84,16 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     return [TrainingText(tuple(Turn(*pair) for pair in pairs))]
 
 
-def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The number of equal items (characters, tokens) at the start of both."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
-def _uses_template(family: ModelFamily, tokenizer: Any) -> bool:
+def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
+    """Whether prompts are in the tokenizer's chat template, not in the format of the family."""
     template: Any = getattr(tokenizer, "chat_template", None)
     # A dict of templates by name.
     return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The number of equal items (characters, tokens) at the start of both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _question(instruction: str, input: str) -> dict[str, str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmprunerError, ModelError
 from ..settings import LoadSettings, settings_from
 from ..structure.plan import structure_of
-from .model import Model, Structure, load_model
+from .model import Model, Structure, load_model, load_structure, open_streamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,34 +27,84 @@ def base_record(loaded: Structure) -> dict[str, str]:
     return {_PATH: loaded.path} if loaded.record is None and loaded.path is not None else {}
 
 
-def load_dense(pruned: Model, catalog: Catalog, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load the dense model, in the dtype and on the device of ``pruned``.
+def dense_structure(pruned: Structure, catalog: Catalog, *, trust_remote_code: bool = False) -> Structure:
+    """The structure of the dense model, found by the record of ``pruned``. Reads no weights.
 
     Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
     """
+    with _named(pruned):
+        ref = _reference(pruned)
+        dense = load_structure(ref, catalog, _options(pruned, ref, trust_remote_code))
+    _check(pruned, dense, ref)
+    return dense
+
+
+def load_dense(pruned: Model, catalog: Catalog, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load the dense model, in the dtype and on the device of ``pruned``. Raises as `dense_structure`."""
+    return open_dense(pruned, catalog, placed_as(pruned, trust_remote_code)).model
+
+
+def placed_as(loaded: Model, trust_remote_code: bool) -> LoadSettings:
+    """Settings that load another model in the dtype and on the device of ``loaded``."""
+    device = loaded.model.device if loaded.streamed is None else loaded.streamed.device
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    values = {"dtype": dtype, "device": str(device), "trust_remote_code": trust_remote_code}
+    return settings_from(LoadSettings, values)
+
+
+def open_dense(
+    pruned: Structure, catalog: Catalog, load: LoadSettings, *, streamed: bool = False, beside: Path | None = None
+) -> Model:
+    """The dense model with its tokenizer, in the dtype and on the device of ``load``. ``streamed``: read layer by
+    layer; ``beside``: see `open_streamed`. Raises as `dense_structure`."""
+    with _named(pruned):
+        ref = _reference(pruned)
+        options = _options(pruned, ref, load.trust_remote_code, dtype=load.dtype, device=load.device)
+        if streamed:
+            structure = load_structure(ref, catalog, options)
+            dense = open_streamed(ref, catalog, options, structure, beside, ahead=False)
+        else:
+            dense = load_model(ref, catalog, options)
+    _check(pruned, dense, ref)
+    return dense
+
+
+def _reference(pruned: Structure) -> str:
     if not pruned.plans:
         raise ModelError(f"'{pruned.ref}' was not pruned by llmpruner, so no dense model is known for it")
-    base = pruned.plans[0].base
-    record: Any = pruned.record or {}
-    path = record.get(_PATH)
-    ref = path if isinstance(path, str) and Path(path).exists() else base.model
-    dtype = str(pruned.model.dtype).removeprefix("torch.")
-    options = settings_from(
-        LoadSettings,
-        {
-            "family": pruned.family.name,
-            "revision": None if Path(ref).exists() else base.revision,
-            "dtype": dtype,
-            "device": str(pruned.model.device),
-            "trust_remote_code": trust_remote_code,
-        },
-    )
-    looked_for = f"the dense model that '{pruned.ref}' was pruned from, '{base.model}'"
+    path = (pruned.record or {}).get(_PATH)
+    return path if isinstance(path, str) and Path(path).exists() else pruned.plans[0].base.model
+
+
+def _options(pruned: Structure, ref: str, trust_remote_code: bool, **further: str) -> LoadSettings:
+    values: dict[str, Any] = {
+        "family": pruned.family.name,
+        "revision": None if Path(ref).exists() else pruned.plans[0].base.revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    return settings_from(LoadSettings, {**values, **further})
+
+
+@contextmanager
+def _named(pruned: Structure) -> Iterator[None]:
+    """Errors of opening the dense model, with what it is."""
     try:
-        dense = load_model(ref, catalog, options)
+        yield
     except LlmprunerError as error:
-        tried = f" (nothing is at {path} now)" if path and path != ref else ""
-        raise ModelError(f"{looked_for}, cannot be opened{tried}: {error}") from error
-    if dense.plans or structure_of(dense.graph) != base.structure:
-        raise ModelError(f"{looked_for}, is another model now: parameters of '{ref}' differ in name or shape")
-    return dense.model
+        if not pruned.plans:
+            raise
+        path = (pruned.record or {}).get(_PATH)
+        gone = isinstance(path, str) and not Path(path).exists() and path != pruned.plans[0].base.model
+        tried = f" (nothing is at {path} now)" if gone else ""
+        raise ModelError(f"{_looked_for(pruned)}, cannot be opened{tried}: {error}") from error
+
+
+def _check(pruned: Structure, dense: Structure, ref: str) -> None:
+    if dense.plans or structure_of(dense.graph) != pruned.plans[0].base.structure:
+        raise ModelError(
+            f"{_looked_for(pruned)}, is another model now: parameters of '{ref}' differ in name or shape"
+        )  # fmt: skip
+
+
+def _looked_for(pruned: Structure) -> str:
+    return f"the dense model that '{pruned.ref}' was pruned from, '{pruned.plans[0].base.model}'"

@@ -143,11 +143,18 @@ def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings
 
 
 def open_streamed(
-    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
+    text: str,
+    catalog: Catalog,
+    options: LoadSettings,
+    structure: Structure,
+    beside: Path | None = None,
+    *,
+    ahead: bool = True,
 ) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read part
     by part when they are needed. Tensors that are not stored as the model has them are converted into a temporary
-    folder, in ``beside`` or where the system has such folders."""
+    folder, in ``beside`` or where the system has such folders. ``ahead``: whether the next layer is read while one is
+    in use."""
     ref = resolve(text, catalog, revision=options.revision)
     tokenizer = _read_tokenizer(ref, options, structure.config)
     dtype = _dtype(options, structure.config, ref)
@@ -157,6 +164,7 @@ def open_streamed(
         )
     check_loaded(text, lazy.model, lazy.info)
     _check_shapes(lazy.model, structure.graph, text)
+    lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
@@ -171,14 +179,16 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
     return replace(pruned, model=lazy.model, streamed=StreamedWeights(lazy, path, pruned.streamed.device))
 
 
-def why_not_streamed(text: str, catalog: Catalog, options: LoadSettings, structure: Structure) -> str | None:
-    """Why a model cannot be read layer by layer; None if it can."""
+def why_not_streamed(
+    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, *, cuts: bool = True
+) -> str | None:
+    """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
     if adapter_base(Path(text)) is not None:
         return "it is an adapter, which is added to a model in memory"
     ref = resolve(text, catalog, revision=options.revision)
     if ref.reader is not None or ref.gguf_file or not ref.directory.is_dir() or not has_shards(ref.directory):
         return "only safetensors files in a folder can be read layer by layer; convert it first"
-    if structure.plans:
+    if cuts and structure.plans:
         return "it was pruned before, and is loaded as a whole"
     if getattr(structure.config, "quantization_config", None) is not None:
         return "it is quantised"

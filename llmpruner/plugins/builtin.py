@@ -47,9 +47,10 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
 def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
     from ..recovery.distil import DistilStrategy
     from ..recovery.full import FullStrategy
+    from ..recovery.local import LocalStrategy
     from ..recovery.lora import LoraStrategy
 
-    return [LoraStrategy, FullStrategy, DistilStrategy]
+    return [LoraStrategy, FullStrategy, DistilStrategy, LocalStrategy]
 
 
 @hookimpl

@@ -17,6 +17,7 @@ from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
 from ..models.surgery import cut
+from ..recovery.dense_text import dense_text_in
 from ..selection.alike import allocate_alike
 from ..selection.base import AllocationTask, Meter
 from ..selection.uniform import Uniform
@@ -120,9 +121,11 @@ def check_recover(job: RecoverJob) -> None:
     adapters is not installed."""
     if job.strategy.adapters and find_spec("peft") is None:
         raise MissingExtraError("peft", "recover")
+    own = dense_text_in(job.settings.data)
     for source in (job.settings.data, job.settings.validation_data):
         for part in parse_mixture(source) if source is not None else ():
-            check_source(part.source, example)
+            if own is None or part.source != own.source:
+                check_source(part.source, example)
 
 
 def check_metrics(job: EvaluateJob) -> None:

@@ -281,6 +281,12 @@ def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[
     return defaults
 
 
+_WHOLE_MODEL = (
+    "minutes", "gradient_checkpointing", "validation", "validation_data", "eval_steps", "patience", "report_to"
+)  # fmt: skip
+"""Settings of a training of the whole model."""
+
+
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
     given = _Given(settings)
@@ -292,6 +298,10 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     _check_trackers(settings)
     if settings.micro_batch_size > settings.batch_size:
         given.refuse("micro_batch_size", f"beyond the {settings.batch_size} examples of --batch-size")
+    if strategy.by_layer:
+        for name in _WHOLE_MODEL:
+            given.refuse(name, f"with {strategy.label()}, which trains one layer after the other")
+        settings = settings.model_copy(update={"validation": 0})
     if not strategy.adapters:
         given.refuse("merge", f"with {strategy.label()}, which trains no adapters")
     given.check_all_used()

@@ -264,7 +264,7 @@ def save(
         tokenizer=model.tokenizer,
         family=model.family,
         extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
-        parts=model.streamed if isinstance(model.streamed, CutWeights) else None,
+        parts=model.streamed,
     )
 
 

@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 
-def train_adapters(job: RecoveryJob, *, rank: int, alpha: int, dropout: float) -> TrainingResult:
+def train_adapters(
+    job: RecoveryJob, *, rank: int, alpha: int, dropout: float, rslora: bool = False, dora: bool = False
+) -> TrainingResult:
     """Train LoRA adapters of the modules in `adapter_targets`; returns the peft model. Raises `MissingExtraError`
     without peft, and as `adapter_targets` and `fit` do."""
-    model, notes = with_adapters(job, rank=rank, alpha=alpha, dropout=dropout)
+    model, notes = with_adapters(job, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora)
     losses = fit(model, job)
     return TrainingResult(model, losses, sum(p.numel() for p in model.parameters() if p.requires_grad), notes)
 
 
-def with_adapters(job: RecoveryJob, *, rank: int, alpha: int, dropout: float) -> tuple[Any, tuple[str, ...]]:
-    """``job.model`` as a peft model with new LoRA adapters, drawn by the job's seed; and notes for the user."""
+def with_adapters(
+    job: RecoveryJob, *, rank: int, alpha: int, dropout: float, rslora: bool = False, dora: bool = False
+) -> tuple[Any, tuple[str, ...]]:
+    """``job.model`` as a peft model with new LoRA adapters, drawn by the job's seed; and notes for the user. The
+    settings are those of `LoraStrategy`."""
     try:
         import peft
     except ImportError:
@@ -39,6 +44,8 @@ def with_adapters(job: RecoveryJob, *, rank: int, alpha: int, dropout: float) ->
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
+        use_rslora=rslora,
+        use_dora=dora,
         target_modules=targets,
         fan_in_fan_out=any(isinstance(job.model.get_submodule(path), Conv1D) for path in targets),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,19 @@ from ..settings import RecoverSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..engine.weights import Weights
     from ..structure.coupling import CouplingGraph
+
+
+@dataclass(frozen=True)
+class LayerWalk:
+    """How models are run layer by layer. ``pruned``: the weights of the pruned model where they are read from its
+    files; None where they are in memory. ``open_dense``: then opens those of the dense model in the same way.
+    ``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in the job's ``work_dir``."""
+
+    pruned: Weights | None = None
+    open_dense: Callable[[], Weights] | None = None
+    boundary_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class RecoveryJob:
     cross entropy of the next token (else None); in a continued training, also for the validations before. ``places``:
     where each of ``examples``, and after them of ``validation``, is from, for messages; empty where it is not known.
     ``began``: the `time.monotonic` from which ``settings.minutes`` are counted.
+    ``walk``: for strategies that train `RecoveryStrategy.by_layer`, where weights and hidden states are.
     """
 
     model: PreTrainedModel
@@ -50,6 +63,7 @@ class RecoveryJob:
     on_validation: Callable[[int, float, float | None], None] | None = None
     places: Sequence[str] = ()
     began: float = field(default_factory=time.monotonic)
+    walk: LayerWalk = LayerWalk()
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
@@ -84,12 +98,14 @@ class Validation:
 @dataclass(frozen=True)
 class TrainingResult:
     """The result of a strategy. ``model``: see `RecoveryStrategy.train`. ``losses``: of every optimizer step, including
-    those before an interruption. ``notes``: messages for the user, one line each."""
+    those before an interruption. ``notes``: messages for the user, one line each. ``details``: further JSON values for
+    the record."""
 
     model: Any
     losses: tuple[float, ...]
     trainable_parameters: int
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RecoveryStrategy(Component):
@@ -116,6 +132,15 @@ class RecoveryStrategy(Component):
     kind: ClassVar[str] = "recovery strategy"
     adapters: ClassVar[bool] = False
     """Whether `train` returns a peft model, whose adapters can be saved alone."""
+    by_layer: ClassVar[bool] = False
+    """Whether `train` uses one layer at a time, by ``job.walk``, so that models need not be in memory as a whole."""
+    needs_dense: ClassVar[bool] = False
+    """Whether `train` uses the dense model, so that a recovery without one is refused before anything is loaded."""
+
+    def check(self, graph: CouplingGraph, cut: Collection[str]) -> None:
+        """Raise `UnsupportedModelError` for a model that `train` cannot train, before its weights are read. ``graph``:
+        as in `RecoveryJob`; ``cut``: the kinds of units that were removed from the dense model. Checks nothing by
+        default."""
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes

@@ -21,6 +21,7 @@ class DistilStrategy(RecoveryStrategy):
     """
 
     name = "distil"
+    needs_dense = True
     summary = "trains toward the predictions of the dense model (Hinton et al., 2015)"
 
     class Settings(ComponentSettings):
@@ -51,6 +52,8 @@ class DistilStrategy(RecoveryStrategy):
         rank: int = Field(8, ge=1, description="Rank of the adapters, with trains=lora.")
         alpha: int = Field(16, ge=1, description="Scale of the adapters, with trains=lora.")
         dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, with trains=lora.")
+        rslora: bool = Field(False, description="Multiply adapters by alpha / √rank, with trains=lora.")
+        dora: bool = Field(False, description="Train lengths of weights' rows beside (DoRA), with trains=lora.")
 
     settings: Settings
 
@@ -59,7 +62,7 @@ class DistilStrategy(RecoveryStrategy):
         for hidden states where the dense model is not kept."""
         super().__init__(settings, **values)
         own, fields = self.settings, type(self.settings).model_fields
-        for name in ("rank", "alpha", "dropout"):
+        for name in ("rank", "alpha", "dropout", "rslora", "dora"):
             if own.trains != "lora" and getattr(own, name) != fields[name].default:
                 raise SettingsError(f"{self.label()}: {name} has no effect with trains={own.trains}; give trains=lora")
         if own.hidden and own.top:

@@ -51,7 +51,10 @@ def train_distilled(job: RecoveryJob, settings: DistilStrategy.Settings) -> Trai
     model: Any = job.model
     notes: tuple[str, ...] = ()
     if settings.trains == "lora":
-        model, notes = with_adapters(job, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+        model, notes = with_adapters(
+            job, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout,
+            rslora=settings.rslora, dora=settings.dora,
+        )  # fmt: skip
     else:
         chosen = touched(job) if settings.trains == "touched" else None
         for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,17 +52,23 @@ class Examples:
 
 
 def load_examples(
-    source: str, family: ModelFamily, tokenizer: Any, *, limit: int | None = None, seed: int = 0
+    source: str,
+    family: ModelFamily,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    written: Mapping[str, Sequence[Example]] | None = None,
 ) -> Examples:
     """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and format it for the model (see
     `llmpruner.families.chat`).
 
     ``source``: one, or several (see `llmpruner.data.mixture`). ``limit``: number of examples to draw at random, by
-    ``seed``; None: all, in order. Raises `DataError` with the place of the first example that is malformed, or that the
-    model's format does not support.
+    ``seed``; None: all, in order. ``written``: the examples of sources that are not read. Raises `DataError` with the
+    place of the first example that is malformed, or that the model's format does not support.
     """
     parts = parse_mixture(source)
-    places = mixed([(part, _placed(part.source)) for part in parts], seed)
+    places = mixed([(part, _placed(part.source, written or {})) for part in parts], seed)
     if limit is not None:
         random.Random(seed).shuffle(places)
         places = places[:limit]
@@ -78,9 +84,11 @@ def load_examples(
     return Examples(tuple(texts), source, tuple(of))
 
 
-def _placed(source: str) -> list[tuple[str, Example]]:
+def _placed(source: str, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:
     """The examples of one source, each with the place of its record. Raises `DataError` as `example` does, and where
     there is none."""
+    if source in written:
+        return [(f"{source}, example {number}", found) for number, found in enumerate(written[source], start=1)]
     found = [(record.place, example(record)) for record in read_records(source)]
     if not found:
         raise DataError(f"{source} has no examples")

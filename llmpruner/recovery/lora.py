@@ -19,6 +19,14 @@ class LoraStrategy(RecoveryStrategy):
         rank: int = Field(8, ge=1, description="Rank of the adapters.")
         alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
         dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
+        rslora: bool = Field(
+            False, description="Multiply by alpha / √rank, so that a high rank learns as fast (Kalajdzievski, 2023)."
+        )
+        dora: bool = Field(
+            False,
+            description="Adapt the directions of a weight's rows, and train their lengths beside (Liu et al., 2024); "
+            "slower.",
+        )
 
     settings: Settings
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.ranks import Ranks
+from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
 from ..files import write_text
 from ..settings import RecoverSettings, option_of
-from .base import RecoveryJob, RecoveryStrategy, TrainingResult, Validation
+from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation
+from .dense_text import WRITTEN_FILE
 from .examples import Examples, Rows, load_examples, rows_of, split
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ..families.family import ModelFamily
@@ -60,6 +63,7 @@ class RecoveryResult:
     notes: tuple[str, ...]
     validation: tuple[Validation, ...] = ()
     validation_examples: int = 0
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def best_step(self) -> int | None:
@@ -79,6 +83,7 @@ class RecoveryResult:
             "validation_examples": self.validation_examples,
             "validation": [asdict(one) for one in self.validation],
             "best_step": self.best_step,
+            **self.details,
         }
 
 
@@ -127,14 +132,15 @@ def recover(
     layers: tuple[int, ...] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     on_validation: Callable[[Validation], None] | None = None,
+    walk: LayerWalk | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
     ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
     effect, as ``strategy`` has its own. ``data``: the result of `prepare`, if it was called before; else ``examples``,
     if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
-    it. ``layers``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its number from 1, the number
-    of steps, and its loss. ``on_validation``: called after each validation.
+    it. ``layers``, ``walk``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its number from 1,
+    the number of steps, and its loss. ``on_validation``: called after each validation.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
@@ -144,7 +150,8 @@ def recover(
     """
     data = data or prepare(settings, family, tokenizer, examples)
     held_out = data.validation or Rows([], [])
-    identity = _identity(model, data, strategy, settings)
+    walk = walk or LayerWalk()
+    identity = _identity(walk.pruned or Weights(model, graph.layers), data, strategy, settings)
     Ranks.current().from_first(lambda: _claim(work_dir, identity))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
@@ -156,7 +163,7 @@ def recover(
             on_validation(done[-1])
 
     job = RecoveryJob(
-        model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers,
+        model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers, walk=walk,
         validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
     )  # fmt: skip
     result = strategy.train(job)
@@ -181,6 +188,7 @@ def recover(
         (*result.notes, *data.notes, *_said_of_validation(strategy, settings, result, held_out, done)),
         tuple(done),
         len(held_out.rows),
+        result.details,
     )
 
 
@@ -217,7 +225,7 @@ def merge_adapters(model: Any) -> Any:
 
 
 def _identity(
-    model: PreTrainedModel, data: TrainingData, strategy: RecoveryStrategy, settings: RecoverSettings
+    weights: Weights, data: TrainingData, strategy: RecoveryStrategy, settings: RecoverSettings
 ) -> dict[str, Any]:
     """All that the result depends on, as JSON values."""
     validation = [] if data.validation is None else data.validation.rows
@@ -228,7 +236,7 @@ def _identity(
         "examples": _digest(data.rows.rows),
         "validation examples": _digest(validation),
         "processes": Ranks.current().count,
-        "model": _weights_fingerprint(model),
+        "model": _weights_fingerprint(weights),
     }
 
 
@@ -236,21 +244,33 @@ def _digest(rows: list[dict[str, list[int]]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _weights_fingerprint(model: PreTrainedModel) -> str:
+def _weights_fingerprint(weights: Weights) -> str:
     """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter, which is enough to
     distinguish models."""
+    names: dict[int | None, list[str]] = {}
+    for name, _ in weights.model.named_parameters():
+        names.setdefault(weights.number(name), []).append(name)
+    lines: dict[str, str] = {}
+    for part, found in names.items():
+        with weights.part(part):
+            lines |= {name: _fingerprint_line(name, weights.model.get_parameter(name)) for name in found}
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample}\n".encode())
+    for name, _ in weights.model.named_parameters():
+        digest.update(lines[name].encode())
     return digest.hexdigest()
+
+
+def _fingerprint_line(name: str, parameter: torch.Tensor) -> str:
+    flat = parameter.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 64)].float().cpu().tolist()
+    return f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample}\n"
 
 
 def check_work_dir(work_dir: Path) -> None:
     """Raise `OutputError` for a directory that is neither new, nor empty, nor that of a recovery job."""
     try:
-        if work_dir.exists() and not (work_dir / _IDENTITY).is_file() and any(work_dir.iterdir()):
+        ours = any((work_dir / name).is_file() for name in (_IDENTITY, WRITTEN_FILE))
+        if work_dir.exists() and not ours and any(work_dir.iterdir()):
             raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None

@@ -27,7 +27,7 @@ Loss = Callable[[Any, Batch], torch.Tensor]
 ROW = "row"
 """The key of the numbers of a batch's examples, of shape (examples,): in ``job.examples``, and after them in
 ``job.validation``."""
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
 
 
@@ -76,6 +76,19 @@ def micro_batch(settings: RecoverSettings, processes: int = 1) -> int:
     return max(size for size in sizes if part % size == 0)
 
 
+def warmup_steps(settings: RecoverSettings, total: int) -> int:
+    """The steps of a training of ``total`` over which the learning rate rises. Raises `SettingsError` for as many as
+    the training has."""
+    if settings.warmup_steps is None:
+        return min(100, total // 10)
+    if settings.warmup_steps and settings.warmup_steps >= total:
+        raise SettingsError(
+            f"--warmup-steps {settings.warmup_steps}: the training has {total} steps, so the learning rate would not "
+            "reach its peak; give fewer"
+        )
+    return settings.warmup_steps
+
+
 def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | None = None) -> TrainingArguments:
     """For ``total`` steps, with states of the training in ``folder``. ``accumulate``: for a trial without a warm-up:
     micro-batches per step and process, instead of as many as make a batch.
@@ -84,14 +97,7 @@ def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | N
     """
     settings, processes = job.settings, Ranks.current().count
     micro = micro_batch(settings, processes)
-    warmup = min(100, total // 10) if settings.warmup_steps is None else settings.warmup_steps
-    if accumulate is not None:
-        warmup = 0
-    if warmup and warmup >= total:
-        raise SettingsError(
-            f"--warmup-steps {warmup}: the training has {total} steps, so the learning rate would not reach its peak; "
-            "give fewer"
-        )
+    warmup = warmup_steps(settings, total) if accumulate is None else 0
     on_cpu = job.model.device.type == "cpu"
     by_epochs = accumulate is None and settings.max_steps is None and settings.minutes is None
     return TrainingArguments(
@@ -99,7 +105,7 @@ def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | N
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulate or settings.batch_size // (micro * processes),
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=_SCHEDULES[settings.schedule],
+        lr_scheduler_type=SCHEDULES[settings.schedule],
         warmup_steps=warmup,
         weight_decay=settings.weight_decay,
         num_train_epochs=settings.epochs,

@@ -87,6 +87,18 @@ def test_recover_as_json(run, pruned, shared, tmp_path):
     assert apart["trainable_parameters"] == said["trainable_parameters"] > 0
 
 
+def test_layers_one_by_one_without_a_corpus(run, pruned, tmp_path):
+    options = ("--strategy", "local", "--data", "self:4", "--epochs", 1, "--batch-size", 2, "--max-memory", "64GiB")
+    result = run("recover", pruned, *options, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "mean loss of 4 layers 0." in result.out
+    assert "needs about" in result.err and "the model is in memory" in result.err
+    assert "has no chat template: instructions are in the format of its family" in result.err
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]
+    assert record["data"] == "self:4" and [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_answers_only_and_a_limit(run, pruned, shared, tmp_path):
     options = ("--loss-on", "answers", "--limit", 3, "--max-steps", 1, "--batch-size", 1, "--micro-batch-size", 1)
     result = run("recover", pruned, "--data", shared / "data.jsonl", *options, "-o", tmp_path / "out")

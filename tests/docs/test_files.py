@@ -26,3 +26,5 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))
     assert record.keys() == files_page.RECORD.keys()
     assert record["recovery"][0].keys() == files_page.RECOVERY.keys()
+    local = llmpruner.recover(pruned, data=str(data), max_steps=1, strategy="local", output=tmp_path / "local")
+    assert local.record["recovery"][0].keys() == files_page.RECOVERY.keys() | files_page.LOCAL.keys()

@@ -123,7 +123,7 @@ def test_passages_begin_as_often_with_a_token_as_the_model_predicts(gqa):
 def test_a_model_without_numbers_writes_no_text(gqa):
     damaged = copy.deepcopy(gqa.model)
     damaged.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(ModelError, match="logits are not numbers, so it cannot write calibration text"):
+    with pytest.raises(ModelError, match="logits are not numbers, so it cannot write text"):
         calibration_set("self", damaged, None, samples=1, length=4, seed=0)
 
 

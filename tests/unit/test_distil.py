@@ -155,7 +155,7 @@ def test_what_cannot_be_distilled_is_refused(gqa, tmp_path):
         DistilStrategy(hidden=1.0).train(job_of(pruned, dense, tmp_path / "one"))
     with pytest.raises(SettingsError, match="hidden needs the dense model in every step; give either it or top"):
         DistilStrategy(hidden=1.0, top=4)
-    for name, value in (("rank", 4), ("alpha", 8), ("dropout", 0.1)):
+    for name, value in (("rank", 4), ("alpha", 8), ("dropout", 0.1), ("rslora", True), ("dora", True)):
         with pytest.raises(SettingsError, match=f"{name} has no effect with trains=touched"):
             DistilStrategy(trains="touched", **{name: value})
         assert DistilStrategy(trains="lora", **{name: value}).adapters

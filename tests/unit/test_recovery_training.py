@@ -19,11 +19,14 @@ from llmpruner import (
     Span,
     UnsupportedModelError,
 )
+from llmpruner.checkpoints.adapters import save_adapter
+from llmpruner.checkpoints.save import save_checkpoint
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets
+from llmpruner.recovery.distil import DistilStrategy
 from llmpruner.recovery.examples import Examples
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
@@ -159,6 +162,49 @@ def test_unmerged_adapters_reproduce_the_merged_model(tmp_path):
     assert saved["r"] == 8 and saved["lora_alpha"] == 16
 
 
+@pytest.mark.parametrize("strategy", [LoraStrategy, DistilStrategy], ids=lambda s: s.name)
+@pytest.mark.parametrize("variant", [{"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}], ids=str)
+def test_variants_of_lora_load_with_peft_and_merge_into_a_plain_checkpoint(tmp_path, variant, strategy):
+    """The logits of the adapters on the base, of the merged model, and of its checkpoint agree within 1e-4, relative
+    to the largest."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_models.llama()
+    graph = build_graph(FAMILY, base.config)
+    graph = cut(base, graph, {f"layers.{n}.mlp": range(32) for n in range(2)}, FAMILY)
+    assert save_checkpoint(base, tmp_path / "base", record=None, family=FAMILY) == "stock"
+    kind = strategy(**variant, rank=4, **({"trains": "lora"} if strategy is DistilStrategy else {}))
+    teacher = {"load_teacher": tiny_models.llama}
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=3, learning_rate=2e-2, warmup_steps=0, cutoff=32)
+    models = [
+        run(
+            copy.deepcopy(base),
+            graph,
+            tmp_path / str(merge),
+            kind,
+            settings.model_copy(update={"merge": merge}),
+            **teacher,
+        )
+        for merge in (False, True)
+    ]
+    adapted, merged = (result.model for result in models)
+    assert models[0].losses == models[1].losses and not hasattr(merged, "peft_config")
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    assert layer.scaling["default"] == (16 / 2 if variant.get("rslora") else 16 / 4)
+    assert bool(layer.lora_magnitude_vector) == bool(variant.get("dora"))
+    save_adapter(adapted, tmp_path / "adapter", base=str(tmp_path / "base"), tokenizer=None)
+    save_checkpoint(merged, tmp_path / "merged", record=None, family=FAMILY)
+    by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        plain, expected, *found = (m.eval()(ids).logits for m in (base, adapted, merged, by_peft, again))
+    limit = 1e-4 * float(expected.abs().max())
+    assert float((expected - plain).abs().max()) > 100 * limit
+    assert all(float((one - expected).abs().max()) < limit for one in found)
+
+
 def test_merging_keeps_the_dtype(tmp_path):
     model, graph = pruned(tied=True)
     settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
@@ -273,7 +319,7 @@ def test_the_record_has_the_training_settings(tmp_path):
     }  # fmt: skip
     assert record == {
         "strategy": "lora",
-        "strategy_settings": {"rank": 4, "alpha": 16, "dropout": 0.05},
+        "strategy_settings": {"rank": 4, "alpha": 16, "dropout": 0.05, "rslora": False, "dora": False},
         "data": "here",
         "fingerprint": EXAMPLES.fingerprint,
         "examples": 12,

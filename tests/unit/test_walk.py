@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from criteria_cases import CASES, boundaries, layers_of, make, tokens
@@ -11,7 +13,7 @@ from transformers import CONFIG_MAPPING
 from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.engine.executor import Executor
-from llmpruner.engine.walk import ForwardWalk, replaced_layers
+from llmpruner.engine.walk import ForwardWalk, _same, replaced_layers
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
 from llmpruner.oracle.tiny import random_instance, small_config
@@ -49,6 +51,16 @@ def test_micro_batches_make_no_difference(monkeypatch):
     walk, parts = walked(loaded, calibration)
     assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    # Arguments besides the hidden states are kept once for each shape.
+    assert walk.batches[0].calls is walk.batches[1].calls is not walk.batches[2].calls
+
+
+def test_arguments_are_shared_only_where_they_are_equal():
+    one = [((), {"mask": torch.ones(2, 3), "tables": (torch.zeros(2), torch.ones(2)), "flag": None})]
+    assert _same(one, copy.deepcopy(one))
+    for key, value in {"mask": torch.zeros(2, 3), "tables": (torch.zeros(2),), "flag": False, "more": 1}.items():
+        assert not _same(one, [((), {**one[0][1], key: value})])
+    assert not _same([object()], [object()]) and not _same([torch.ones(2)], [torch.ones(2).half()])
 
 
 def test_layers_may_return_tuples():
@@ -154,7 +166,7 @@ def test_a_layer_that_runs_twice_is_refused():
 
 def test_a_token_outside_the_vocabulary_is_named():
     loaded = make("llama-gqa")
-    with pytest.raises(ModelError, match="calibration token 96 is outside the model's vocabulary of 96"):
+    with pytest.raises(ModelError, match="token 96 is outside the model's vocabulary of 96"):
         ForwardWalk.over(
             Executor.of(loaded.model, loaded.graph.layers), CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong")
         )

@@ -1,0 +1,148 @@
+"""How models are held while layers are trained one by one: in memory, or read from their files.
+
+Memory of a training that streams: the largest layer of the pruned model in its dtype, twice, and four times in float32
+(weights, gradients, two moments of AdamW); the largest layer of the dense model; what is outside the layers of both;
+the activations of one micro-batch in one layer; and hidden states up to their limit.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from ..engine.boundaries import DEFAULT_LIMIT
+from ..errors import SettingsError
+from ..loading.model import Model, dtype_of, file_bytes, why_not_streamed
+from ..recovery.trainer import micro_batch
+from ..settings import LoadSettings, RunSettings
+from .forecast import LATER, Forecast, Residency, Stage, size_text
+from .layer_sample import layer_parameters, sample_layer
+
+if TYPE_CHECKING:
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+    from .jobs import RecoverJob
+
+_LOG = logging.getLogger("llmpruner")
+_F32 = 4
+_COPIES = 4
+"""Of the weights of a layer in float32: themselves, their gradients, and the two moments of AdamW."""
+
+
+def refuse_without_layers(job: RecoverJob, run: RunSettings) -> None:
+    """Raise `SettingsError` for settings of memory that have no effect on a strategy that holds whole models."""
+    for name in ("max_memory", "boundary_memory"):
+        if not job.strategy.by_layer and getattr(run, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise SettingsError(
+                f"{flag} has no effect with {job.strategy.label()}, which trains whole models; leave it out"
+            )
+
+
+def arranged_layers(
+    job: RecoverJob,
+    opened: Structure,
+    dense: Structure,
+    load: LoadSettings,
+    run: RunSettings,
+    catalog: Catalog,
+    *,
+    whole: str | None,
+    shown: bool,
+) -> Forecast | Residency:
+    """How the models are held: both in memory or both read layer by layer. With ``run.max_memory``, in the first way
+    that fits; else in memory where their files take less than half of what is free. With it, or ``shown``, a
+    `Forecast`.
+
+    ``whole``: what needs the models in memory. Raises `SettingsError` where nothing fits.
+    """
+    reason = whole or _why_whole(opened, dense, load, catalog)
+    limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
+    if run.max_memory is None:
+        large = file_bytes(opened) + file_bytes(dense) > psutil.virtual_memory().available // 2
+        way = Residency(reason is None and large, limit)
+        return _Estimate(job, opened, dense, load, catalog).of(way) if shown else way
+    estimate = _Estimate(job, opened, dense, load, catalog)
+    tried = [estimate.of(way) for way in _ways(limit, fixed=run.boundary_memory is not None, streams=reason is None)]
+    for one in tried:
+        if one.memory <= run.max_memory:
+            return one
+    least = min(tried, key=lambda one: one.memory)
+    detail = f"; they cannot be read layer by layer: {reason}" if reason else ""
+    parts = sorted(least.largest.memory.items(), key=lambda item: -item[1])[:3]
+    what = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
+    raise SettingsError(
+        f"--max-memory {size_text(run.max_memory)}: training the layers of '{opened.ref}' needs at least "
+        f"{size_text(least.memory)} ({size_text(least.base)} before it starts; {what}){detail}; raise it, or lower "
+        "--micro-batch-size or --cutoff"
+    )
+
+
+def _ways(limit: int, *, fixed: bool, streams: bool) -> Iterator[Residency]:
+    for streamed in (False, True) if streams else (False,):
+        yield Residency(streamed, limit)
+        if not fixed:
+            yield Residency(streamed, 0)
+
+
+def _why_whole(opened: Structure, dense: Structure, load: LoadSettings, catalog: Catalog) -> str | None:
+    if isinstance(opened, Model):
+        return "the pruned model is loaded already"
+    for structure in (opened, dense):
+        reason = why_not_streamed(structure.ref, catalog, load, structure, cuts=False)
+        if reason is not None:
+            return f"'{structure.ref}': {reason}"
+    return None
+
+
+class _Estimate:
+    """The parts of the memory that do not depend on how the models are held."""
+
+    def __init__(
+        self, job: RecoverJob, opened: Structure, dense: Structure, load: LoadSettings, catalog: Catalog
+    ) -> None:
+        loaded = opened.model if isinstance(opened, Model) else None
+        dtype = loaded.dtype if loaded is not None else dtype_of(opened, catalog, load)
+        device = loaded.device if loaded is not None else torch.device(load.device)
+        gc.collect()
+        self._base = psutil.Process().memory_info().rss
+        if loaded is not None:
+            # Its weights are counted with the training.
+            self._base = max(0, self._base - sum(p.nbytes for p in loaded.parameters()))
+        self._size = dtype.itemsize
+        self._graphs = opened.graph, dense.graph
+        settings = job.settings
+        tokens = micro_batch(settings) * settings.cutoff
+        names = [name for name in dense.graph.shapes if name not in dense.graph.ties]
+        self._activations = 0
+        try:
+            # A layer of the dense model is the largest that a pruned one can be.
+            sample = sample_layer(dense.config, dense.graph, torch.float32, device, settings.cutoff, names)
+            self._activations = round(sample.backward_bytes.of(tokens))
+        except Exception as error:  # an estimate must not keep a model from being trained
+            _LOG.debug("no layer of '%s' could be run alone: %s", dense.ref, error)
+
+    def of(self, way: Residency) -> Forecast:
+        layers = [layer_parameters(graph) for graph in self._graphs]
+        largest = max(layers[0])
+        memory = {
+            "training of one layer": largest * _COPIES * _F32,
+            "activations": self._activations,
+            "hidden states": way.boundary_memory,
+            "modules and tokenizer": LATER,
+        }
+        if way.streamed:
+            outside = sum(
+                graph.total_parameters - sum(found) for graph, found in zip(self._graphs, layers, strict=True)
+            )
+            # The pruned one twice, as its former weights are kept.
+            memory["layers"] = (2 * largest + max(layers[1])) * self._size
+            memory["weights outside the layers"] = outside * self._size
+        else:
+            memory["weights"] = (sum(graph.total_parameters for graph in self._graphs) + largest) * self._size
+        return Forecast(way, self._base, (Stage("training", memory),), 0)

@@ -1,0 +1,212 @@
+"""``--data self``: examples that the dense model writes, so that a recovery needs no corpus.
+
+Three of four rows are answers to the instructions in ``instructions.txt``, in the model's chat format; the others are
+text that it writes from nothing, as for calibration. Tokens are drawn at temperature 1 from the whole distribution:
+then the cross entropy of the rows differs from the divergence of the trained model from the dense one by a constant,
+in expectation. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.conversations import Completion, Example, Instruction
+from ..data.mixture import parse_mixture
+from ..errors import DataError, OutputError
+from ..families.chat import chat_prompt
+from ..files import write_text
+from ..progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..families.family import ModelFamily
+
+WRITTEN_FILE = "self-written.jsonl"
+"""In the folder of a job: the rows that are written so far, after a line that identifies them."""
+ROWS = 256
+"""Rows of ``self`` without a number."""
+TOKENS = 192
+"""The most tokens of an answer, and those of a text."""
+_NAME = "self"
+_ANSWERS, _OF = 3, 4
+"""So many of so many rows are answers."""
+_BATCH = 64
+"""Rows that are written at once; memory grows with it."""
+_SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
+
+
+@dataclass(frozen=True)
+class DenseText:
+    """A source of rows that the dense model writes. ``source``: as it was given; ``rows``: their number, at most."""
+
+    source: str
+    rows: int
+
+    @property
+    def texts(self) -> int:
+        """Rows that are text without an instruction."""
+        return self.rows // _OF * (_OF - _ANSWERS)
+
+    def identity(self, model: str, seed: int) -> dict[str, Any]:
+        """What the rows depend on, as JSON values. ``model``: identifies the dense model."""
+        asked = hashlib.sha256("\n".join(instructions()).encode()).hexdigest()
+        return {"rows": self.rows, "seed": seed, "model": model, "instructions": asked, "tokens": TOKENS}
+
+
+def dense_text_in(data: str) -> DenseText | None:
+    """The part of the value of ``--data`` that the dense model writes; None where there is none. Raises `DataError`
+    for a number of rows that is none, and for more than one such part."""
+    found = [text for part in parse_mixture(data) if (text := _parsed(part.source)) is not None]
+    if len(found) > 1:
+        raise DataError(f"--data {data}: the dense model writes one part of the data; name 'self' once, with the rows")
+    return found[0] if found else None
+
+
+def _parsed(source: str) -> DenseText | None:
+    name, colon, count = source.partition(":")
+    if name != _NAME or Path(source).is_file():
+        return None
+    if colon and not (count.isascii() and count.isdecimal() and int(count)):
+        raise DataError(f"--data {source}: expected 'self', or 'self:N' with N the number of rows to write")
+    return DenseText(source, int(count) if colon else ROWS)
+
+
+def instructions() -> tuple[str, ...]:
+    """The instructions that come with llmpruner."""
+    text = (files(__package__) / "instructions.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line.strip())
+
+
+class WrittenRows:
+    """The rows of a job in ``file``, which is written after every batch, so that an interrupted job goes on.
+
+    Raises `OutputError` where the file has rows of another job.
+    """
+
+    def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:
+        self._file, self._identity = file, dict(identity)
+        self._batches, self._rows, self.whole = 0, list[dict[str, str]](), False
+        if not file.is_file():
+            return
+        try:
+            head, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            self._batches, self.whole, self._rows = head.pop("batches"), head.pop("whole"), rows
+        except (ValueError, KeyError, AttributeError):
+            raise OutputError(f"{file} is damaged; delete it, or start anew with --restart") from None
+        if head != self._identity:
+            raise OutputError(
+                f"{file.parent} holds the state of another recovery job (the text that the model writes differs); "
+                "delete it, choose another directory, or start anew with --restart"
+            )
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those with text."""
+        found: list[Example] = []
+        for row in self._rows:
+            if "text" in row:
+                found.append(Completion(row["text"]))
+            else:
+                found.append(Instruction(row["instruction"], row["output"]))
+        return found
+
+    def write(
+        self,
+        text: DenseText,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        family: ModelFamily,
+        seed: int,
+        progress: Progress = QUIET,
+    ) -> None:
+        """Write the rows that are missing. Raises `DataError` for a model that writes nothing but blanks."""
+        writer = _Writer(text, model, tokenizer, family, seed)
+        batches = range(self._batches, len(writer.batches) + bool(text.texts))
+        for number in progress.track(batches, "The dense model writes examples"):
+            self._rows += writer.rows(number)
+            self._batches = number + 1
+            self._save(whole=False)
+        if not self._rows:
+            raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
+        self._save(whole=True)
+
+    def _save(self, *, whole: bool) -> None:
+        self.whole = whole
+        head = {**self._identity, "batches": self._batches, "whole": whole}
+        lines = [json.dumps(line, ensure_ascii=False) for line in (head, *self._rows)]
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._file, "\n".join(lines) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self._file} cannot be written: {error.strerror}") from None
+
+
+class _Writer:
+    """Writes the rows of one batch after the other: answers, in the order of the lengths of their prompts, and last the
+    texts."""
+
+    def __init__(self, text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int) -> None:
+        self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
+        asked = list(instructions())
+        random.Random(seed).shuffle(asked)
+        chosen = [asked[number % len(asked)] for number in range(text.rows - text.texts)]
+        prompts = {one: self._ids(chat_prompt(family, tokenizer, one)) for one in set(chosen)}
+        pairs = sorted(((one, prompts[one]) for one in chosen), key=lambda pair: len(pair[1]))
+        self.batches = [pairs[first : first + _BATCH] for first in range(0, len(pairs), _BATCH)]
+
+    def rows(self, number: int) -> list[dict[str, str]]:
+        return self._texts() if number == len(self.batches) else self._answers(number)
+
+    def _answers(self, number: int) -> list[dict[str, str]]:
+        from ..data.written import answered
+
+        pairs, first = self.batches[number], number * _BATCH
+        written = answered(
+            self._model, self._tokenizer, [ids for _, ids in pairs], self._numbers[first : first + len(pairs)]
+        )
+        found = []
+        for (instruction, _), ids in zip(pairs, written, strict=True):
+            answer = self._decoded(ids, finished=len(ids) < TOKENS)
+            if answer:
+                found.append({"instruction": instruction, "output": answer})
+        return found
+
+    def _texts(self) -> list[dict[str, str]]:
+        from ..data.written import self_generated
+
+        tokens = self_generated(
+            self._model, self._tokenizer, self._text.texts, TOKENS, self._seed, passage=TOKENS, batch=_BATCH
+        )
+        found = [self._decoded(ids, finished=False) for ids in tokens.tolist()]
+        return [{"text": one} for one in found if one]
+
+    @cached_property
+    def _numbers(self) -> Any:
+        """(answers, tokens), points of a scrambled Sobol sequence, see `data.written`."""
+        from torch.quasirandom import SobolEngine
+
+        count = sum(map(len, self.batches))
+        return SobolEngine(TOKENS, scramble=True, seed=self._seed).draw(count)  # type: ignore[no-untyped-call]
+
+    def _ids(self, prompt: Any) -> list[int]:
+        return list(self._tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
+
+    def _decoded(self, ids: Sequence[int], *, finished: bool) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return text if finished else up_to_sentence(text)
+
+
+def up_to_sentence(text: str) -> str:
+    """``text`` up to the end of its last whole sentence, as the end of a row is trained on; all of it where there is
+    none."""
+    end = max(text.rfind(mark) for mark in _SENTENCE_ENDS)
+    return text[: end + 1].strip() if end > 0 else text

@@ -1,0 +1,205 @@
+"""Examples that the dense model writes: how many, from what, in which format, and once only."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+
+from llmpruner import api
+from llmpruner.data.written import answered
+from llmpruner.errors import DataError, ModelError, OutputError, SettingsError
+from llmpruner.recovery import dense_text
+from llmpruner.recovery.dense_text import ROWS, DenseText, WrittenRows, dense_text_in, instructions, up_to_sentence
+from llmpruner.settings import RunSettings
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def test_the_instructions_are_many_and_distinct():
+    found = instructions()
+    assert 250 <= len(found) <= 400 and len({one.lower() for one in found}) == len(found)
+    assert all(one == one.strip() and 8 < len(one) < 250 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("self", DenseText("self", ROWS)), ("self:40", DenseText("self:40", 40)), ("a.jsonl", None),
+        ("3*a.jsonl,1*self:8", DenseText("self:8", 8)), ("myself", None), ("selfish/data", None),
+    ],
+)  # fmt: skip
+def test_the_source_and_its_number_of_rows(data, expected):
+    assert dense_text_in(data) == expected
+
+
+def test_one_of_four_rows_is_text():
+    assert [DenseText("self", rows).texts for rows in (1, 3, 4, 256)] == [0, 0, 1, 64]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("self:", "--data self:: expected 'self', or 'self:N'"), ("self:0", "expected 'self', or 'self:N'"),
+        ("self:ten", "expected 'self', or 'self:N'"), ("self,2*self:4", "name 'self' once"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(data, message):
+    with pytest.raises(DataError, match=message):
+        dense_text_in(data)
+
+
+def test_a_file_of_that_name_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").write_text("")
+    assert dense_text_in("self") is None
+
+
+def test_text_ends_with_a_sentence():
+    assert up_to_sentence("One. Two! And th") == "One. Two!"
+    assert up_to_sentence("a list\n- b\n\nand the") == "a list\n- b"
+    assert up_to_sentence("no end") == "no end"
+
+
+def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
+    """The token of a step is where the cumulative probability exceeds the row's number, whatever the padding."""
+    monkeypatch.setattr("llmpruner.data.written.computes_bfloat16_fast", lambda model: False)
+    tokenizer = tiny_models.tokenizer()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    found = answered(random_model, tokenizer, prompts, numbers)
+    for prompt, row, answer in zip(prompts, numbers, found, strict=True):
+        ids = list(prompt)
+        for number in row:
+            with torch.no_grad():
+                upto = random_model(torch.tensor([ids])).logits[0, -1].float().softmax(-1).cumsum(-1)
+            token = int((upto <= float(number) * float(upto[-1])).sum())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        assert answer == ids[len(prompt) :]
+    assert found == answered(random_model, tokenizer, prompts, numbers)
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    model = tiny_models.llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    return model
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["family's format", "template"])
+def home(request, tmp_path_factory, random_model):
+    """A folder with a dense and a pruned model, with a chat template or without."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = tiny_models.tokenizer()
+    if request.param:
+        tokenizer.chat_template = TEMPLATE
+    random_model.save_pretrained(home / "dense")
+    tokenizer.save_pretrained(home / "dense")
+    api.prune(str(home / "dense"), output=home / "pruned", ratio=0.2, importance="l1", compensate="none")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(dense_text, "TOKENS", 8)
+    monkeypatch.setattr(dense_text, "_BATCH", 4)
+
+
+class Said(api.Progress):
+    def __init__(self):
+        self.lines = []
+
+    def status(self, label):
+        self.lines.append(label)
+
+
+def recover(home, output, data="self:9", **options):
+    values = {"max_steps": 1, "batch_size": 4, "cutoff": 256, "strategy": "lora", **options}
+    return api.recover(str(home / "pruned"), data=data, output=output, **values)
+
+
+def written(folder):
+    head, *rows = map(json.loads, (folder / "self-written.jsonl").read_text().splitlines())
+    return head, rows
+
+
+def test_a_model_recovers_without_a_corpus(home, tmp_path):
+    said = Said()
+    found = recover(home, tmp_path / "out", work_dir=tmp_path / "work", progress=said)
+    head, rows = written(tmp_path / "work")
+    assert head["whole"] and head["rows"] == 9 and head["batches"] == 3
+    asked = [row["instruction"] for row in rows if "instruction" in row]
+    assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 5 <= len(asked) <= 7
+    assert sum("text" in row for row in rows) == 2
+    record = found.record["recovery"][0]
+    assert record["data"] == "self:9" and record["examples"] == len(rows)
+    plain = [line for line in said.lines if "no chat template: instructions are in the format of its family" in line]
+    assert len(plain) == (0 if "chat_template" in str(list((home / "dense").iterdir())) else 1)
+
+
+def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypatch):
+    recover(home, tmp_path / "whole", work_dir=tmp_path / "whole-work")
+    rows = dense_text._Writer.rows
+
+    def interrupted(self, number):
+        if number == 1:
+            raise KeyboardInterrupt
+        return rows(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_text._Writer, "rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recover(home, tmp_path / "parts", work_dir=tmp_path / "parts-work")
+    head, found = written(tmp_path / "parts-work")
+    assert head["batches"] == 1 and not head["whole"] and found
+    done = []
+    monkeypatch.setattr(dense_text._Writer, "rows", lambda self, number: (done.append(number), rows(self, number))[1])
+    recover(home, tmp_path / "parts", work_dir=tmp_path / "parts-work")
+    assert done == [1, 2]
+    assert written(tmp_path / "parts-work") == written(tmp_path / "whole-work")
+    # Now nothing is written, and the dense model is not loaded.
+    monkeypatch.setattr(api, "open_dense", lambda *_, **__: pytest.fail("the dense model was loaded"))
+    recover(home, tmp_path / "again", work_dir=tmp_path / "parts-work")
+    with pytest.raises(OutputError, match="state of another recovery job"):
+        recover(home, tmp_path / "other", work_dir=tmp_path / "parts-work", seed=3)
+
+
+def test_a_mixture_and_another_strategy(home, tmp_path):
+    file = tmp_path / "file.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"{n}? ", "completion": "Paris."}) for n in range(12)))
+    found = recover(
+        home, tmp_path / "out", data=f"3*{file},1*self:4", strategy="distil", work_dir=tmp_path / "work",
+        run=RunSettings(restart=True),
+    )  # fmt: skip
+    count = len(written(tmp_path / "work")[1])
+    assert found.record["recovery"][0]["examples"] == 4 * count
+
+
+def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
+        api.recover(str(home / "dense"), data="self", output=tmp_path / "out")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="--data self:4 runs in one process"):
+        recover(home, tmp_path / "out", data="self:4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_writes_blanks_is_named(random_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(dense_text._Writer, "_decoded", lambda *_, **__: "")
+    from llmpruner_llama.family import LlamaFamily
+
+    text = DenseText("self:4", 4)
+    rows = WrittenRows(tmp_path / "rows.jsonl", text.identity("tiny", 0))
+    with pytest.raises(DataError, match="writes nothing but blanks"):
+        rows.write(text, random_model, tiny_models.tokenizer(), LlamaFamily(), 0)
