@@ -87,7 +87,7 @@ def measure_1b(work: Path, old: Path) -> dict[str, Any]:
     ours, theirs = [], []
     for number in range(ROUNDS):
         out = work / f"new-{number}"
-        ours.append(command(ROOT, *units, "-o", str(out), "--max-memory", "1GiB"))
+        ours.append(command(ROOT, *units, "-o", str(out), "--max-memory", "2GiB"))
         if number == 0:
             text.write_text(json.dumps(calibration_of(model)))
         theirs.append(run(["-m", "benchmarks.textbook", model, *files], ROOT))

@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "sizes.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "scale.md"
 PLOT = Path(__file__).parents[1] / "docs" / "pictures" / "sizes.svg"
 BEGIN, END = "<!-- sizes:begin -->", "<!-- sizes:end -->"
-LIMITS = {"wide": "1GiB", "1b": "1GiB", "3b": "2GiB", "7b": "4GiB", "13b": "6GiB"}
+LIMITS = {"wide": "1GiB", "1b": "2GiB", "3b": "3GiB", "7b": "4GiB", "13b": "6GiB"}
 """Shapes of `benchmarks.shapes`, and ``--max-memory``."""
 LARGER = ("70b", "480b-moe")
 METHOD = ("--method", "llm-pruner", "--ratio", "0.2", "--no-tokenizer")
