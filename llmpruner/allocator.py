@@ -12,8 +12,8 @@ _LARGEST, _KEPT = 64 << 20, 256 << 20
 
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MiB of freed memory, and reuse it for tensors of up to 64 MiB. Otherwise every large
-    tensor gets new pages, which the system clears first: a tenth of the time of a prune. No effect elsewhere than on
-    Linux with glibc. Holds for the whole process, so that only programs call it, not libraries."""
+    tensor gets new pages, which the system clears first. No effect elsewhere than on Linux with glibc. Holds for the
+    whole process, so that only programs call it, not libraries."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from typing import NoReturn
 
 from ..allocator import keep_freed_memory
 from ..errors import LlmprunerError
@@ -16,6 +18,7 @@ def main() -> None:
     """Entry point of the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, _terminated)
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:
         if shares_work(arguments):
@@ -28,3 +31,8 @@ def main() -> None:
             error_line(str(error))
         let_first_print()
         sys.exit(2)
+
+
+def _terminated(number: int, _: object) -> NoReturn:
+    """End as at an exit, so that temporary files are removed."""
+    sys.exit(128 + number)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+
+from llmpruner.testing.fresh import run_fresh
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
 
@@ -44,6 +47,29 @@ def test_help_takes_less_than_half_a_second():
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and "Usage: llmpruner" in done.stdout
     assert 0 < min(times) < 0.5
+
+
+TERMINATED = """
+import os, signal, sys, time
+from pathlib import Path
+from llmpruner import cli
+from llmpruner.files import new_directory
+
+def app(**_):
+    with new_directory(Path(sys.argv[1]) / "out") as partial:
+        (partial / "half").write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+cli.build_app = lambda: app
+cli.main()
+"""
+
+
+def test_a_terminated_command_leaves_nothing(tmp_path):
+    done = run_fresh(TERMINATED, tmp_path, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
+    assert not list(tmp_path.iterdir())
 
 
 def test_version():
