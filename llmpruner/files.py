@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError, first_line
@@ -120,9 +120,25 @@ def new_directory(directory: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While active, no other process can be in this block for the same existing ``folder``. Raises `OutputError` where
+    one is. Without effect where directories cannot be locked."""
+    try:
+        lock = _lock(folder)
+    except BlockingIOError:
+        raise OutputError(f"another run works in '{folder}'; wait for its end, or choose another output") from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def _lock(folder: Path) -> int | None:
     """A file descriptor that holds a lock on ``folder``, which the system releases when the process ends in any way;
-    None where directories cannot be locked (Windows, some network file systems) or another process holds it."""
+    None where directories cannot be locked (Windows, some network file systems). Raises `BlockingIOError` where it is
+    held already."""
     try:
         import fcntl
     except ImportError:
@@ -131,9 +147,11 @@ def _lock(folder: Path) -> int | None:
     try:
         found = os.open(folder, os.O_RDONLY)
         fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         if found >= 0:
             os.close(found)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return found
 
@@ -142,7 +160,8 @@ def _remove_abandoned(directory: Path) -> None:
     """Remove temporary directories of `new_directory` that no process writes any more."""
     for partial in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
         if re.fullmatch(r"\.\d+\.partial", partial.name[len(directory.name) + 1 :]) and partial.is_dir():
-            lock = _lock(partial)
-            if lock is not None:
-                shutil.rmtree(partial, ignore_errors=True)
-                os.close(lock)
+            with suppress(BlockingIOError):
+                lock = _lock(partial)
+                if lock is not None:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    os.close(lock)

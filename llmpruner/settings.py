@@ -369,7 +369,9 @@ class PruneSettings(Settings):
         Option(_HOW),
     ] = "none"
     steps: Annotated[
-        int, Field(ge=1, description="Remove in this many steps, measuring again after each."), Option(_HOW)
+        int,
+        Field(ge=1, le=1000, description="Remove in this many steps, measuring again after each."),
+        Option(_HOW),
     ] = 1
     compensate: Annotated[
         str | None,

@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``. Raises `CheckpointError`."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is damaged: expected a JSON object")

@@ -22,6 +22,7 @@ from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
+from ..models.empty import meta_model
 from ..models.gguf import RECORDED_PRE, gguf_parsed_once, pre_tokenizer_of
 from ..models.quiet import quiet_gguf, quiet_transformers
 from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
@@ -104,9 +105,10 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
     config = _read_config(ref, options)
+    _check_sizes(text, config)
     wanted = options.family or (ref.reader.family if ref.reader else None)
     family = catalog.family_for(config, wanted)
-    return Structure(text, config, family, build_graph(family, config), path=ref.local_path)
+    return Structure(text, config, family, _graph_of(text, family, config), path=ref.local_path)
 
 
 def load_model(
@@ -252,6 +254,41 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
             check_own_class(config)
             register_model_class(config, options.revision)
         return config
+
+
+_SIZES = {
+    "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26, "num_hidden_layers": 1 << 13,
+    "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
+}  # fmt: skip
+"""Far beyond all models that exist: a damaged configuration must not take all memory."""
+
+
+def _check_sizes(text: str, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a size in a configuration that no model has."""
+    values = config.get_text_config().to_dict()
+    for name, most in _SIZES.items():
+        value = values.get(name)
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise ModelError(
+                f"the configuration of '{text}' has {name} {value}; expected at most {most:,}, not below 0"
+            )
+
+
+def _graph_of(text: str, family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
+    """As `build_graph`. Raises `ModelError` where transformers cannot build a model of the configuration."""
+    try:
+        return build_graph(family, config)
+    except LlmprunerError:
+        raise
+    except Exception:
+        try:
+            meta_model(config)
+        except LlmprunerError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
+        raise
 
 
 def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> PreTrainedModel:

@@ -81,7 +81,7 @@ class State:
                     )
                 return {}
             found = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(f"{self._file} cannot be read: {first_line(error)}; remove '{self.folder}'") from error
         if not isinstance(found, dict) or found.get("version") != VERSION:
             raise OutputError(f"{self._file} is damaged, or of another version; choose another output")

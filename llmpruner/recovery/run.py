@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
-from ..files import write_text
+from ..files import alone_in, write_text
 from ..settings import RecoverSettings, option_of
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation
 from .dense_text import WRITTEN_FILE
@@ -166,7 +167,8 @@ def recover(
         model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers, walk=walk,
         validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
     )  # fmt: skip
-    result = strategy.train(job)
+    with alone_in(work_dir) if Ranks.current().first else nullcontext():
+        result = strategy.train(job)
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")

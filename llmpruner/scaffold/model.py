@@ -86,7 +86,7 @@ def _refuse_unknown_code(directory: Path) -> None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         model_type = values.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     if model_type is not None and model_type not in CONFIG_MAPPING and not str(model_type).startswith("llmpruner"):
         raise ModelError(

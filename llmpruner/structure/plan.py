@@ -59,9 +59,9 @@ Units = Annotated[tuple[int, ...], BeforeValidator(_unpack), PlainSerializer(_pa
 
 
 class Frozen(BaseModel):
-    """Immutable; an unknown key is an error."""
+    """Immutable; an unknown key, and a number that is not finite, is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class BaseRef(Frozen):
@@ -180,6 +180,14 @@ class PruningPlan(Frozen):
                 "model's in name or shape; make a new plan with `llmpruner plan`"
             )
         check_kept(graph, self.kept)
+        if not self.cuts:
+            raise PlanError("the plan cuts nothing: its 'cuts' are empty")
+        for name, cut in self.cuts.items():
+            group = graph.by_name[name]
+            for what in ("kind", "layer", "units"):
+                stated, found = getattr(cut, what), getattr(group, what)
+                if stated != found:
+                    raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {found}")
 
     def _repr_html_(self) -> str:
         """A table for notebooks: how many units of each kind every layer keeps."""

@@ -19,7 +19,7 @@ def _peek(path: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint in a released format, empty for any other. Never raises."""
     try:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) and values.get("model_type") == "chatglm" else {}
 

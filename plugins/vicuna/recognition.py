@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty if it cannot be read; loading the checkpoint will report that."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,11 @@ SPOILT = {
     ),
     "no units": (lambda plan: first(plan).update(kept=""), "layers.0.mlp"),
     "a group that is not there": (lambda plan: plan["cuts"].update(ghost=first(plan)), "ghost"),
+    "no cuts": (lambda plan: plan["cuts"].clear(), "the plan cuts nothing"),
+    "another kind": (lambda plan: first(plan).update(kind="attention"), "states kind attention, the model has mlp"),
+    "another layer": (lambda plan: first(plan).update(layer=2), "states layer 2, the model has 0"),
+    "another number of units": (lambda plan: first(plan).update(units=10**9), "states units 1000000000"),
+    "an amount that is no number": (lambda plan: plan["target"].update(amount=float("nan")), "amount"),
 }
 
 
@@ -291,6 +297,36 @@ def first(plan):
 def test_a_spoilt_plan(replay, what):
     spoil, message = SPOILT[what]
     assert message in replay(spoil)
+
+
+CONFIGURATIONS = {
+    "a negative size": ({"hidden_size": -48}, "has hidden_size -48; expected at most"),
+    "a million layers": ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1000000; expected at most 8,192"),
+    "a vocabulary beyond memory": ({"vocab_size": 10**12}, "has vocab_size 1000000000000"),
+    "no key/value heads": ({"num_key_value_heads": 0}, "(ZeroDivisionError: "),
+    "an unknown activation": ({"hidden_act": "nope"}, "(KeyError: 'nope')"),
+    "an unknown rotary type": ({"rope_parameters": {"rope_type": "nope"}}, "(KeyError: 'nope')"),
+    "a negative head size": ({"head_dim": -1}, "negative dimension"),
+    "integer weights": ({"dtype": "int8"}, "int8"),
+    "an unknown attention": ({"_attn_implementation": "nope"}, '"nope"'),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGURATIONS)
+@pytest.mark.parametrize("command", ["discover", "prune"])
+def test_a_spoilt_configuration(refused, shared, tmp_path, command, what):
+    change, message = CONFIGURATIONS[what]
+    shutil.copytree(shared / "dense", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    line = refused(command, "{tmp}/model", *((*FIFTH, *L1, *OUT) if command == "prune" else ()))
+    assert message in line and "model" in line
+
+
+def test_a_configuration_that_is_too_deep(refused, shared, tmp_path):
+    shutil.copytree(shared / "dense", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("[" * 100_000)
+    assert "model" in refused("discover", "{tmp}/model")
 
 
 def test_a_plan_for_another_model(replay, shared):

@@ -23,6 +23,7 @@ from llmpruner.checkpoints.adapters import save_adapter
 from llmpruner.checkpoints.save import save_checkpoint
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
+from llmpruner.files import alone_in
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets
@@ -125,6 +126,14 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
     first, again = (run(*pruned(), tmp_path / name, LoraStrategy(), settings).losses for name in ("a", "b"))
     other = RecoverSettings(data="here", batch_size=4, max_steps=2, learning_rate=5e-3, cutoff=32, seed=1)
     assert first == again != run(*pruned(), tmp_path / "c", LoraStrategy(), other).losses
+
+
+def test_two_runs_do_not_train_in_one_work_dir(tmp_path):
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
+    (tmp_path / "work").mkdir()
+    with alone_in(tmp_path / "work"), pytest.raises(OutputError, match="another run works in '.*work'; wait for its"):
+        run(*pruned(), tmp_path / "work", FullStrategy(), settings)
+    assert len(run(*pruned(), tmp_path / "work", FullStrategy(), settings).losses) == 1
 
 
 def test_another_job_does_not_continue_from_a_work_dir(tmp_path):
