@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
 def test_two_runs_do_not_train_in_one_work_dir(tmp_path):
     settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
     (tmp_path / "work").mkdir()
-    with alone_in(tmp_path / "work"), pytest.raises(OutputError, match="another run works in '.*work'; wait for its"):
+    with alone_in(tmp_path / "work"), pytest.raises(OutputError, match="another run works in"):
         run(*pruned(), tmp_path / "work", FullStrategy(), settings)
     assert len(run(*pruned(), tmp_path / "work", FullStrategy(), settings).losses) == 1
 
