@@ -41,7 +41,20 @@ def save_adapter(
 
 def adapter_base(path: Path) -> str | None:
     """Reference of the base model of the peft adapter in directory ``path``: a folder inside ``path``, or as its
-    configuration names it; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    configuration names it; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged, or the
+    base is, over other adapters or not, the adapter itself."""
+    base = _named_base(path)
+    seen, current = {path.resolve()}, base
+    while current is not None:
+        folder = Path(current)
+        if folder.resolve() in seen:
+            raise CheckpointError(f"{path / _ADAPTER_FILE} names the adapter itself as the model that it adapts")
+        seen.add(folder.resolve())
+        current = _named_base(folder)
+    return base
+
+
+def _named_base(path: Path) -> str | None:
     file = path / _ADAPTER_FILE
     if not exists(file):
         return None

@@ -343,6 +343,7 @@ def test_a_plan_that_is_none(refused, tmp_path, content):
 ADAPTERS = {
     "broken": ("{", "adapter_config.json cannot be read"),
     "nameless": ("{}", "does not name the model that it adapts"),
+    "of itself": ('{"base_model_name_or_path": ".", "peft_type": "LORA"}', "names the adapter itself as the model"),
     "foreign": ('{"base_model_name_or_path": "BASE", "peft_type": "LORA", "r": "x"}', "does not fit 'BASE'"),
 }
 
