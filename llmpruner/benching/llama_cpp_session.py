@@ -78,7 +78,7 @@ class LlamaCppSession(Session):
 
     def _likeliest(self, output: int) -> int:
         logits = llama_cpp.llama_get_logits_ith(self._context, output)
-        return int(np.ctypeslib.as_array(logits, shape=(self.vocabulary,)).argmax())
+        return int(np.argmax(np.ctypeslib.as_array(logits, shape=(self.vocabulary,))))
 
 
 def _say_nothing(level: int, text: bytes, data: Any) -> None:

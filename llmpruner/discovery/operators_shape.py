@@ -50,7 +50,7 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
         return fresh
     known = [n for n, ids in enumerate(wide) if (ids >= 0).any()]
     if not known:
-        return uniform(size, max(int(ids.max()) for ids in wide))
+        return uniform(size, max(int(np.max(ids)) for ids in wide))
     chosen = known[0]
     for other in known[1:]:
         run.ids.block(wide[other], f"merged with another axis that can be cut ({run.where})")
@@ -69,7 +69,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
         return axes
     if (ids < 0).all():
         for n in wide:
-            axes[n] = uniform(shape[n], int(ids.max()))
+            axes[n] = uniform(shape[n], int(np.max(ids)))
         return axes
     grid = ids.reshape(shape)
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}

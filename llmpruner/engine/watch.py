@@ -133,7 +133,7 @@ def _products(
     axis = _axis_with(parameter, weight.stride(summed), weight.shape[summed])
     if axis is None:
         return
-    first = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+    first = int((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
     if weight.dim() == 2:
         slot = first if parameter.dim() == 3 else None
         yield WatchedProduct(name, axis, slot, _rows(inputs), _rows(result), bias, result, None)
