@@ -116,6 +116,12 @@ def extrapolated(results: dict[str, Any]) -> float | None:
 def write_page(results: dict[str, Any]) -> None:
     rate = extrapolated(results)
     lines = [
+        "Random LLaMAs in bfloat16, `prune --method llm-pruner --ratio 0.2`, text that the model writes, read layer by "
+        "layer. The largest models were not run: their memory is what the forecast says, their time that of the "
+        "largest measured model in proportion to the weights.",
+        "",
+        "![Peak memory and minutes against the number of parameters](../pictures/sizes.svg)",
+        "",
         "| model | weights | `--max-memory` | peak memory | seconds | forecast: memory, seconds |",
         "|---|---|---|---|---|---|",
     ]

@@ -311,7 +311,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
         )
     check_loaded(ref.text, model, info)
     if ref.gguf_file:
-        _forget_quantisation(model)
+        forget_quantisation(model)
     return cast("PreTrainedModel", model)
 
 
@@ -345,7 +345,7 @@ def _gguf(ref: Reference) -> dict[str, Any]:
     return {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
 
 
-def _forget_quantisation(model: Any) -> None:
+def forget_quantisation(model: Any) -> None:
     """Remove the marks of quantisation from a dequantised model, which prevent training and saving."""
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):

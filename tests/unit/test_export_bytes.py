@@ -11,12 +11,12 @@ from export_cases import llama_source, logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import llmpruner
 from llmpruner import save_checkpoint
 from llmpruner.exporters.gguf.exporter import GgufExporter
 from llmpruner.exporters.run import export
 from llmpruner.exporters.stock import StockExporter
 from llmpruner.files import new_directory
+from llmpruner.loading.model import forget_quantisation
 from llmpruner.testing.fresh import run_fresh
 
 STOCK = {"uniform": "mlp-uniform", "padded": "mlp", "grouped heads, padded": "gqa", "tied": "mlp-tied"}
@@ -55,8 +55,9 @@ def test_gguf_gives_back_the_weights_that_were_exported(dtype, tmp_path):
     model = llama_source("mlp-uniform", dtype).model
     save_checkpoint(model, tmp_path / "source", record={}, tokenizer=None)
     export(tmp_path / "source", GgufExporter(), tmp_path / "out", llama_source("mlp-uniform", dtype).load)
-    first = llmpruner.load(tmp_path / "out" / "source.gguf", dtype=str(dtype).removeprefix("torch."))
-    llmpruner.save(first, tmp_path / "again")
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="source.gguf", dtype=dtype).eval()
+    forget_quantisation(first)
+    first.save_pretrained(tmp_path / "again")
     second = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").eval()
     assert_same_bytes(second.state_dict(), model.state_dict())
 
