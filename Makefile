@@ -6,7 +6,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast lint bench speed gpu-check export-check docs clean
+.PHONY: demo test test-long test-fast lint bench speed gpu-check export-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -26,10 +26,13 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 test: lint  ## everything that CI checks
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not long"
+
+test-long: .venv/ready  ## what takes too long for CI: notebooks, killed recipes and trainings, several training processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long
 
 test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not slow and not real"
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not slow and not real and not long"
 
 bench: .venv/ready  ## slow measurements; results are committed under benchmarks/
 	$(BIN)/python -m benchmarks

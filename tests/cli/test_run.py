@@ -317,7 +317,7 @@ for bar, at in (("Compensating", 1), ("Recovering", 2), ("nothing", 0)):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kill_minus_nine(file, whole, tmp_path):
     command = [sys.executable, "-c", KILLER, str(file), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)

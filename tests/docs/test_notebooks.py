@@ -34,7 +34,7 @@ def _is_of_llmpruner(node: ast.AST) -> bool:
 
 
 @pytest.mark.real
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_cell_runs_and_shows_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

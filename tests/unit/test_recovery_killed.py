@@ -42,7 +42,7 @@ def result(folder: Path) -> tuple[list[float], dict[str, str]]:
     return losses, {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
     model, data = prepared(tmp_path), str(tmp_path / "data.jsonl")
     whole, out, state = tmp_path / "whole", tmp_path / "out", tmp_path / "out.recovery"

@@ -33,7 +33,7 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one(tmp_path):
     """With copies of the model, and with FSDP; also when interrupted. And on the command line."""
     one, two = tmp_path / "one", tmp_path / "two"
