@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -16,6 +15,8 @@ def keep_freed_memory() -> None:
     whole process, so that only programs call it, not libraries."""
     if sys.platform != "linux":
         return
+    import ctypes  # takes milliseconds, which help does not need
+
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGEST)

@@ -18,7 +18,8 @@ from .launched import is_first, let_first_print, run_together, shares_work
 def main() -> None:
     """Entry point of the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    keep_freed_memory()
+    if "--help" not in arguments:
+        keep_freed_memory()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))

@@ -38,15 +38,15 @@ def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
 
 
 def test_help_takes_less_than_half_a_second():
-    """Of processor time, best of five; a busy sibling of the core makes it up to a third longer."""
-    times = []
-    for _ in range(5):
+    """Of processor time. Other work on the same core makes it longer, so that several runs are tried."""
+    times: list[float] = []
+    while min(times, default=1.0) >= 0.5 and len(times) < 20:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = llmpruner("--help")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0 and "Usage: llmpruner" in done.stdout
-    assert 0 < min(times) < 0.5 * 4 / 3
+    assert 0 < min(times) < 0.5
 
 
 TERMINATED = """
