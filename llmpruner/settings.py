@@ -504,7 +504,7 @@ class RecoverSettings(Settings):
         Switch,
         Field(
             description="Compute the values inside a layer again in the backward pass, instead of keeping them: less "
-            "memory, about a third more time, the same result. auto: where an estimate of what would be kept does not "
+            "memory, more time, the same result. auto: where an estimate of what would be kept does not "
             "fit into the free memory."
         ),
         Option(_TRAINING),
