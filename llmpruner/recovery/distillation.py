@@ -17,7 +17,8 @@ from ..structure.coupling import layer_number
 from .adapters import with_adapters
 from .base import RecoveryJob, TrainingResult
 from .examples import IGNORED
-from .trainer import ROW, Batch, collator_for, micro_batch
+from .token_loss import Term, blocks, mean_over_tokens
+from .trainer import ROW, Batch, collator_for, computing, micro_batch
 from .training import fit
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ _TOP_FILE = "teacher.safetensors"
 
 @dataclass(frozen=True)
 class Targets:
-    """The dense model's predictions for the N trained tokens of a batch, at the temperature of the loss.
-
-    ``log_p``: natural logarithms of probabilities, float32: (N, V), or with ``tokens`` (N, k), int64, of these tokens
-    alone. ``hidden``: after the embeddings and after every layer, (B, T, d); None where the loss does not use them.
+    """The dense model's predictions for a batch of (B, T) tokens: ``logits`` (B, T, V), or, where they are kept in a
+    file, of the k most likely tokens at each of the N trained positions ``log_p`` (N, k), natural logarithms of
+    probabilities at the temperature of the loss, float32, and ``tokens`` (N, k), int64. ``hidden``: after the
+    embeddings and after every layer, (B, T, d); None where the loss does not use them.
     """
 
-    log_p: torch.Tensor
+    logits: torch.Tensor | None = None
+    log_p: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     hidden: tuple[torch.Tensor, ...] | None = None
 
@@ -70,15 +72,8 @@ def _loss(
     def loss(model: Any, batch: Batch) -> torch.Tensor:
         wanted = targets(batch)
         found = model(**_inputs(batch), output_hidden_states=wanted.hidden is not None)
-        logits = found.logits[:, :-1][_trained(batch)].float()
-        log_q = (logits / settings.temperature).log_softmax(-1)
-        log_p = wanted.log_p
-        if wanted.tokens is not None:
-            log_q, log_p = _with_rest(log_q.gather(1, wanted.tokens)), _with_rest(log_p)
-        value = settings.temperature**2 * _divergence(log_p, log_q, settings.divergence).mean()
-        if settings.labels:
-            labels = batch["labels"][:, 1:][_trained(batch)]
-            value = (1 - settings.labels) * value + settings.labels * functional.cross_entropy(logits, labels)
+        rows, labels = _trained(batch)
+        value = mean_over_tokens(found.logits, rows, _term(wanted, rows, labels, settings))
         if wanted.hidden is not None:
             value = value + settings.hidden * _difference(wanted.hidden, found.hidden_states, batch, layers)
         return value
@@ -86,11 +81,33 @@ def _loss(
     return loss
 
 
+def _term(wanted: Targets, rows: torch.Tensor, labels: torch.Tensor, settings: DistilStrategy.Settings) -> Term:
+    """The loss per token without the hidden states."""
+
+    def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        log_q = (logits / settings.temperature).log_softmax(-1)
+        if wanted.logits is not None:
+            dense = wanted.logits.flatten(0, -2).index_select(0, rows[part]).float()
+            log_p = (dense / settings.temperature).log_softmax(-1)
+        else:
+            assert wanted.tokens is not None and wanted.log_p is not None
+            log_q, log_p = _with_rest(log_q.gather(1, wanted.tokens[part])), _with_rest(wanted.log_p[part])
+        value = settings.temperature**2 * _divergence(log_p, log_q, settings.divergence)
+        if settings.labels:
+            next_token = functional.cross_entropy(logits, labels[part], reduction="none")
+            value = (1 - settings.labels) * value + settings.labels * next_token
+        return value
+
+    return term
+
+
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, kind: str) -> torch.Tensor:
     """(N,), in nats."""
-    ratio = log_p - log_q
-    forward, reverse = (log_p.exp() * ratio).sum(-1), (log_q.exp() * -ratio).sum(-1)
-    return {"forward": forward, "reverse": reverse, "mixed": (forward + reverse) / 2}[kind]
+    if kind == "forward":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if kind == "reverse":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
 
 
 def _with_rest(log_p: torch.Tensor) -> torch.Tensor:
@@ -128,9 +145,12 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
 
 
-def _trained(batch: Batch) -> torch.Tensor:
-    """(B, T − 1): whether the next token is trained on."""
-    return batch["labels"][:, 1:] != IGNORED
+def _trained(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the next token is trained on: rows of logits flattened to (B·T, V), in order, and these next tokens."""
+    labels = batch["labels"]
+    next_tokens = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    (rows,) = torch.nonzero(next_tokens != IGNORED, as_tuple=True)
+    return rows, next_tokens[rows]
 
 
 def _targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callable[[Batch], Targets]:
@@ -141,8 +161,7 @@ def _targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callable[[B
     def computed(batch: Batch) -> Targets:
         with torch.no_grad():
             found = teacher(**_inputs(batch), output_hidden_states=bool(settings.hidden))
-        log_p = (found.logits[:, :-1][_trained(batch)].float() / settings.temperature).log_softmax(-1)
-        return Targets(log_p, hidden=found.hidden_states if settings.hidden else None)
+        return Targets(found.logits, hidden=found.hidden_states if settings.hidden else None)
 
     return computed
 
@@ -168,7 +187,7 @@ def _kept_targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callab
         rows = [slice(starts[row], ends[row]) for row in batch[ROW].tolist()]
         device = batch["labels"].device
         log_p, tokens = (torch.cat([kept[name][row] for row in rows]).to(device) for name in ("log_p", "tokens"))
-        return Targets(log_p.float(), tokens.long())
+        return Targets(log_p=log_p.float(), tokens=tokens.long())
 
     return read
 
@@ -183,9 +202,13 @@ def _write_top(job: RecoveryJob, settings: DistilStrategy.Settings, file: Path) 
     size, parts, rows = micro_batch(job.settings), [], _all_rows(job)
     for first in range(0, len(rows), size):
         batch = {name: tensor.to(job.model.device) for name, tensor in collate(rows[first : first + size]).items()}
-        logits = teacher(**_inputs(batch)).logits[:, :-1][_trained(batch)].float() / settings.temperature
-        found = logits.log_softmax(-1).topk(min(settings.top, logits.shape[-1]), -1)
-        parts.append((found.values.half().cpu(), found.indices.int().cpu()))
+        with computing(job):
+            logits = teacher(**_inputs(batch)).logits.flatten(0, -2)
+        trained, _ = _trained(batch)
+        for part in blocks(len(trained), logits.shape[-1]):
+            log_p = (logits.index_select(0, trained[part]).float() / settings.temperature).log_softmax(-1)
+            found = log_p.topk(min(settings.top, logits.shape[-1]), -1)
+            parts.append((found.values.half().cpu(), found.indices.int().cpu()))
     values, indices = zip(*parts, strict=True)
     aside = file.with_suffix(".partial")
     try:

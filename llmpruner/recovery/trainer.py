@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,9 @@ def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | N
         weight_decay=settings.weight_decay,
         num_train_epochs=settings.epochs,
         max_steps=-1 if by_epochs else total,
-        bf16=settings.autocast,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         logging_steps=1,
         # The filter would replace NaN by the mean of earlier losses.
         logging_nan_inf_filter=False,
@@ -128,6 +128,11 @@ def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | N
         log_level="error",
         disable_tqdm=True,
     )
+
+
+def computing(job: RecoveryJob) -> AbstractContextManager[Any]:
+    """A block in which models compute as the settings say: in bfloat16 (``autocast``), or in their own dtype."""
+    return torch.autocast(job.model.device.type, torch.bfloat16, enabled=job.settings.autocast)
 
 
 def validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:
@@ -180,6 +185,11 @@ class LossTrainer(Trainer):  # type: ignore[misc]
         if self.loss is not None:
             (count,) = self.ranks.totals(sum(_trained_tokens(batch) for batch in batches))
         return batches, count
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        del cache_enabled
+        # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
+        return computing(self.job)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)

@@ -80,16 +80,12 @@ def latest_checkpoint(work_dir: Path) -> str | None:
 
 @contextmanager
 def _as_before(model: Any) -> Iterator[None]:
-    """A block after which the model is in evaluation mode, uses its cache as before, and computes without the autocast
-    that accelerate wraps around ``forward``."""
+    """A block after which the model is in evaluation mode and uses its cache as before."""
     config = model.config
     use_cache = getattr(config, "use_cache", None)
-    own = "forward" in vars(model)
     try:
         yield
     finally:
         if use_cache is not None:
             config.use_cache = use_cache
-        if vars(model).pop("_original_forward", None) is not None and not own:
-            del model.forward
         model.eval()
