@@ -184,9 +184,9 @@ def _kept_targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callab
     starts = [0, *ends[:-1]]
 
     def read(batch: Batch) -> Targets:
-        rows = [slice(starts[row], ends[row]) for row in batch[ROW].tolist()]
+        places = torch.cat([torch.arange(starts[row], ends[row]) for row in batch[ROW].tolist()])
         device = batch["labels"].device
-        log_p, tokens = (torch.cat([kept[name][row] for row in rows]).to(device) for name in ("log_p", "tokens"))
+        log_p, tokens = (kept[name][places].to(device) for name in ("log_p", "tokens"))
         return Targets(log_p=log_p.float(), tokens=tokens.long())
 
     return read
