@@ -102,7 +102,9 @@ def judged(model: str, data: Path, work: Path) -> dict[str, float]:
 
 
 def write(done: dict[str, Any], work: Path, data: Path) -> None:
-    RESULTS.write_text(as_json(done).replace(str(work), "$WORK").replace(str(data), "$LLMPRUNER_DATA"))
+    text = as_json(done).replace(str(work), "$WORK").replace(str(data), "$LLMPRUNER_DATA")
+    given = os.environ.get("LLMPRUNER_PRUNED")
+    RESULTS.write_text(text.replace(given, "$WORK/pruned") if given else text)
 
 
 if __name__ == "__main__":
