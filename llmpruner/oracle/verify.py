@@ -19,10 +19,11 @@ from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.decoder import graph_of
 from ..models.quiet import quiet_transformers
 from ..models.surgery import cut, silence
+from ..models.where import where
 from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept, removed_modules
 from .compare import differences
-from .follow import Follower, Rule, candidates, find, tables
+from .follow import Follower, Rule, candidates, find, several_tables, tables
 from .routes import ClosedRoutes
 from .tiny import random_instance, small_config
 
@@ -163,7 +164,7 @@ class Oracle:
         except Disagreement as found:
             return verdict(FAILED, found.difference, found.where, str(found))
         except Exception as error:  # the cut model may raise anything
-            return verdict(REFUSED, 0.0, reason=f"{type(error).__name__}: {first_line(error)[:200]}")
+            return verdict(REFUSED, 0.0, reason=refusal(error))
         return verdict(VERIFIED, record.difference)
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
@@ -210,8 +211,9 @@ class Oracle:
         attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
         found = find(attributes, agrees)
         if found is None:
-            for table in tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], _only_with(table, agrees))
+            single = tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)])
+            for chosen in (*((table,) for table in single), *several_tables(single)):
+                found = find([*chosen, *attributes], _only_with(chosen, agrees))
                 if found is not None:
                     break
         if found is None:
@@ -267,8 +269,20 @@ class Oracle:
             return logits(model, self.tokens), model, mode
 
 
-def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
-    return lambda chosen: rule in chosen and agrees(chosen)
+def refusal(error: BaseException) -> str:
+    """Why a cut model cannot run or be saved, as a sentence: with the statement of the model's code that stops."""
+    if isinstance(error, LlmprunerError):
+        return first_line(error)
+    statement, inside = where(error)
+    if not inside:
+        return f"the cut model cannot be used: {first_line(error)[:200]}"
+    if isinstance(error, RuntimeError):
+        return f"the cut model cannot run: in {inside}, `{statement}` needs a size that the cut changed"
+    return f"the cut model cannot run: in {inside}, `{statement}` stops with: {first_line(error)[:160]}"
+
+
+def _only_with(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
+    return lambda chosen: set(rules) <= set(chosen) and agrees(chosen)
 
 
 class Disagreement(LlmprunerError):
