@@ -60,6 +60,10 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2},
+    "lfm2_moe": {
+        "num_hidden_layers": 24,
+        "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
+    },
 }
 """What the default configuration of a type leaves open, without which no model can be built from it."""
 

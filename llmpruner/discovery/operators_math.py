@@ -9,7 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from .ids import FIXED, FREE, Ids, Mark
-from .operators_shape import merge
+from .operators_shape import VIEWS, merge
 from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, operator_name, rule, uniform
 
 IDENTITY = (
@@ -252,6 +252,9 @@ def matmul(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     first = right.axes[-2] if right.ndim > 1 else right.axes[0]
     run.contract(left.axes[-1], first, left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
+    if left.origin is right.origin is Origin.ACTIVATION:
+        for ids in batch:
+            run.ids.mark(ids, Mark.ATTENDS)
     rows = left.axes[-2:-1] if left.ndim > 1 else ()
     columns = right.axes[-1:] if right.ndim > 1 else ()
     return Value((*batch, *rows, *columns), run.origin_of([left, right]))
@@ -354,11 +357,29 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
       "scalar_tensor")  # fmt: skip
 def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    if _is_written_to(node):
+        return _fresh(run, node)
     return Value(tuple(uniform(int(n), FREE) for n in node.meta["val"].shape), Origin.CONSTANT)
+
+
+def _is_written_to(node: Node) -> bool:
+    """Whether an operator in place changes the tensor, or a view of it, as in a loop that writes one position of the
+    output after the other."""
+    for user in node.users:
+        name = operator_name(user.target)
+        if name in VIEWS and user.args[0] is node and _is_written_to(user):
+            return True
+        if name.endswith("_") and not name.startswith("_") and name.rstrip("_") in BINARY and user.args[0] is node:
+            return True
+    return False
 
 
 @rule("empty", "new_empty", "empty_like")
 def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    return _fresh(run, node)
+
+
+def _fresh(run: Propagation, node: Node) -> Value:
     """A tensor that is written in parts later: it gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
