@@ -1,8 +1,10 @@
-"""A model that discovery has never seen, and two hundred random ones of the same parts."""
+"""A model that discovery has never seen, and random ones of the same parts."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from itertools import combinations
 
 import pytest
 from composed import ComposedConfig
@@ -59,11 +61,36 @@ def random_config(seed: int) -> ComposedConfig:
     )  # fmt: skip
 
 
+OPTIONS = (
+    "qkv", "mlp", "norm", "rotary", "num_key_value_heads",
+    "parallel", "qkv_bias", "out_bias", "mlp_bias", "head_norm", "transposed", "tie_word_embeddings",
+)  # fmt: skip
+COVERING = (
+    0, 3, 7, 11, 15, 16, 22, 29, 34, 38, 46, 49, 50, 62, 67, 89, 90, 96, 104, 105, 116, 118, 143, 147, 148, 193,
+)  # fmt: skip
+"""Seeds of architectures in which every two values of different options meet."""
+
+
+def test_every_two_options_meet() -> None:
+    def pairs(seeds: Iterable[int]) -> set[object]:
+        values = [[(name, getattr(config, name)) for name in OPTIONS] for config in map(random_config, seeds)]
+        return {pair for one in values for pair in combinations(one, 2)}
+
+    assert pairs(COVERING) == pairs(range(200))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("batch", range(20))
-def test_random_architectures(batch: int) -> None:
-    for seed in range(batch * 10, batch * 10 + 10):
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        *(COVERING[start::4] for start in range(4)),
+        *(pytest.param(range(first, first + 20), marks=pytest.mark.long) for first in range(0, 200, 20)),
+    ],
+    ids=str,
+)
+def test_random_architectures(seeds: Iterable[int]) -> None:
+    for seed in seeds:
         config = random_config(seed)
         verdicts = verify(None, config, shrink=False, seed=seed)
         found = {v.kind: v.verdict for v in verdicts}
