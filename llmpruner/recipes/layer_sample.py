@@ -6,6 +6,7 @@ tokens; nothing is read from the checkpoint. All other parameters are views of o
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from functools import lru_cache, partial
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -111,6 +113,14 @@ def sample_layer(
         backward_bytes,
         **_rates(torch.bfloat16 if mixed else dtype, device, torch.get_num_threads()),
     )
+
+
+def memory_before(loaded: PreTrainedModel | None) -> int:
+    """Bytes that this process holds now, without the weights of a model that is ``loaded``: they are counted with the
+    stages that use it."""
+    gc.collect()
+    held: int = psutil.Process().memory_info().rss
+    return held if loaded is None else max(0, held - sum(p.nbytes for p in loaded.parameters()))
 
 
 def largest_layer(graph: CouplingGraph) -> int:

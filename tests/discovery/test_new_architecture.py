@@ -87,7 +87,7 @@ def test_every_two_options_meet() -> None:
         *(COVERING[start::4] for start in range(4)),
         *(pytest.param(range(first, first + 20), marks=pytest.mark.long) for first in range(0, 200, 20)),
     ],
-    ids=str,
+    ids=lambda seeds: f"{seeds[0]} to {seeds[-1]}",
 )
 def test_random_architectures(seeds: Iterable[int]) -> None:
     for seed in seeds:
