@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import ordering
+from . import ordering, plots
 from .measure import TOKENS, WINDOW, data_folder, machine, measured, run
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
@@ -265,11 +265,7 @@ def _plot(dense: float, points: list[dict[str, Any]]) -> None:
             axes.plot(x, y, style, color=colour, marker=marker, markersize=4, label=f"{method}, {text}, {shape}")
     axes.set(xlabel="decoder parameters removed", ylabel="perplexity on WikiText-2", yscale="log")
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "llmpruner"
-    figure.savefig(PLOT, metadata={"Date": None})
+    plots.save(figure, PLOT)
 
 
 if __name__ == "__main__":

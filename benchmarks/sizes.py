@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from . import plots
 from .measure import as_json, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
@@ -164,11 +165,7 @@ def draw(results: dict[str, Any]) -> None:
     right.set(ylabel="minutes", title="time")
     for axes in (left, right):
         axes.set(xlabel="billion parameters", xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    plt.rcParams["svg.hashsalt"] = "llmpruner"
-    figure.savefig(PLOT, metadata={"Date": None})
+    plots.save(figure, PLOT)
 
 
 if __name__ == "__main__":

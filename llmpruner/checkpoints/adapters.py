@@ -79,6 +79,8 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
         with warnings.catch_warnings():
             # peft only warns of missing tensors, and initializes them randomly.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # peft reads a name that transformers has deprecated.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             adapted = load(model, str(path)).eval()
         unknown = _stored(path) - get_peft_model_state_dict(adapted).keys()
         if unknown:

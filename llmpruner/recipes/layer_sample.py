@@ -6,13 +6,15 @@ tokens; nothing is read from the checkpoint. All other parameters are views of o
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -109,8 +111,16 @@ def sample_layer(
         forward_bytes,
         plain_bytes,
         backward_bytes,
-        **_rates(dtype, device, mixed=mixed),
+        **_rates(torch.bfloat16 if mixed else dtype, device, torch.get_num_threads()),
     )
+
+
+def memory_before(loaded: PreTrainedModel | None) -> int:
+    """Bytes that this process holds now, without the weights of a model that is ``loaded``: they are counted with the
+    stages that use it."""
+    gc.collect()
+    held: int = psutil.Process().memory_info().rss
+    return held if loaded is None else max(0, held - sum(p.nbytes for p in loaded.parameters()))
 
 
 def largest_layer(graph: CouplingGraph) -> int:
@@ -183,7 +193,7 @@ def _line(tokens: Sequence[int], values: Sequence[float]) -> Line:
     return Line(low - slope * a, slope)
 
 
-def _fastest(run: Callable[[], object], least: float = 0.05) -> float:
+def _fastest(run: Callable[[], object], least: float = 0.02) -> float:
     """Seconds of the fastest of some runs after a first one, which take ``least`` seconds together."""
     best, total = inf, 0.0
     while total < least:
@@ -194,14 +204,16 @@ def _fastest(run: Callable[[], object], least: float = 0.05) -> float:
     return best
 
 
-def _rates(dtype: torch.dtype, device: torch.device, *, mixed: bool) -> dict[str, float]:
+@lru_cache
+def _rates(head: torch.dtype, device: torch.device, threads: int) -> Mapping[str, float]:
+    """The rates of a `LayerSample`, which are those of the machine, whatever the model: measured once in a process.
+    ``head``: dtype of the products of the head."""
     rows, square = torch.randn(_ROWS, _WIDTH, device=device), torch.zeros(_WIDTH, _WIDTH, device=device)
     add_gram(square, rows)
     # No float64 on Apple's GPUs.
     wide = square.double() if device.type != "mps" else square
     spd = wide.tril() + wide.tril(-1).mT
     spd.diagonal().add_(_ROWS)
-    head = torch.bfloat16 if mixed else dtype
     weight, few = rows.repeat(4, 1).to(head), rows[:128].to(head)
     big = torch.empty(1 << 22)
     times: dict[str, tuple[float, Callable[[], object]]] = {
@@ -215,7 +227,7 @@ def _rates(dtype: torch.dtype, device: torch.device, *, mixed: bool) -> dict[str
     found = {}
     for name, (amount, run) in times.items():
         run()
-        found[name] = amount / _fastest(run, least=0.02)
+        found[name] = amount / _fastest(run)
     return found
 
 

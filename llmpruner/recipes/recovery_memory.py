@@ -7,7 +7,6 @@ the activations of one micro-batch in one layer; and hidden states up to their l
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from ..loading.model import Model, dtype_of, file_bytes, why_not_streamed
 from ..recovery.trainer import micro_batch
 from ..settings import LoadSettings, RunSettings
 from .forecast import LATER, Forecast, Residency, Stage, size_text
-from .layer_sample import layer_parameters, sample_layer
+from .layer_sample import layer_parameters, memory_before, sample_layer
 
 if TYPE_CHECKING:
     from ..loading.model import Structure
@@ -109,11 +108,7 @@ class _Estimate:
         loaded = opened.model if isinstance(opened, Model) else None
         dtype = loaded.dtype if loaded is not None else dtype_of(opened, catalog, load)
         device = loaded.device if loaded is not None else torch.device(load.device)
-        gc.collect()
-        self._base = psutil.Process().memory_info().rss
-        if loaded is not None:
-            # Its weights are counted with the training.
-            self._base = max(0, self._base - sum(p.nbytes for p in loaded.parameters()))
+        self._base = memory_before(loaded)
         self._size = dtype.itemsize
         self._graphs = opened.graph, dense.graph
         settings = job.settings

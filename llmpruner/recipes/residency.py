@@ -3,7 +3,6 @@ each way says."""
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings
 from .forecast import Forecast, Residency, Work, forecast, size_text
-from .layer_sample import LayerSample, sample_layer
+from .layer_sample import LayerSample, memory_before, sample_layer
 
 if TYPE_CHECKING:
     from ..loading.model import Structure
@@ -59,11 +58,7 @@ def arranged(
     the smallest takes.
     """
     dtype, device = _placed(opened, load, catalog)
-    gc.collect()
-    base = psutil.Process().memory_info().rss
-    if isinstance(opened, Model) and opened.streamed is None:
-        # Its weights are counted with the stages.
-        base = max(0, base - sum(p.nbytes for p in opened.model.parameters()))
+    base = memory_before(opened.model if isinstance(opened, Model) and opened.streamed is None else None)
     sample = _sample(opened, work, dtype, device)
     mixed = dtype == torch.float32 and multiplies_bfloat16_fast(device.type)
 

@@ -49,6 +49,7 @@ def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_alone(run, pruned, shared, tmp_path):
     options = ("--data", shared / "data.jsonl", "--no-merge", *TRAIN)
     assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0

@@ -1,8 +1,10 @@
-"""A model that discovery has never seen, and two hundred random ones of the same parts, with two kinds of layers."""
+"""A model that discovery has never seen, and random ones of the same parts, with one or two kinds of layers."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from itertools import combinations
 
 import pytest
 from composed import ComposedConfig
@@ -76,11 +78,37 @@ def random_config(seed: int) -> ComposedConfig:
     )  # fmt: skip
 
 
+OPTIONS = (
+    "qkv", "mlp", "norm", "rotary", "num_key_value_heads",
+    "parallel", "qkv_bias", "out_bias", "mlp_bias", "head_norm", "transposed", "tie_word_embeddings",
+    "linear", "linear_key_heads", "linear_value_heads", "linear_qkv", "convolved",
+)  # fmt: skip
+COVERING = (
+    0, 4, 9, 12, 13, 25, 28, 30, 31, 33, 35, 40, 42, 51, 52, 54, 76, 84, 97, 99, 131, 136, 141, 143, 164, 175, 197,
+)  # fmt: skip
+"""Seeds of architectures in which every two values of different options meet."""
+
+
+def test_every_two_options_meet() -> None:
+    def pairs(seeds: Iterable[int]) -> set[object]:
+        values = [[(name, getattr(config, name)) for name in OPTIONS] for config in map(random_config, seeds)]
+        return {pair for one in values for pair in combinations(one, 2)}
+
+    assert pairs(COVERING) == pairs(range(200))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("batch", range(20))
-def test_random_architectures(batch: int) -> None:
-    for seed in range(batch * 10, batch * 10 + 10):
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        *(COVERING[start::4] for start in range(4)),
+        *(pytest.param(range(first, first + 20), marks=pytest.mark.long) for first in range(0, 200, 20)),
+    ],
+    ids=lambda seeds: f"{seeds[0]} to {seeds[-1]}",
+)
+def test_random_architectures(seeds: Iterable[int]) -> None:
+    for seed in seeds:
         config = random_config(seed)
         verdicts = verify(None, config, shrink=False, seed=seed)
         found = {v.kind: v.verdict for v in verdicts}

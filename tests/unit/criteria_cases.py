@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from llmpruner import Catalog, CouplingGraph, ModelFamily, plugin_manager
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.families.graph import build_graph
 from llmpruner.loading.model import Model
@@ -65,13 +68,8 @@ def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int =
 def make(name: str, seed: int = 0) -> Model:
     """The model ``name`` of `CASES`; its weights have rank 12, so that units are correlated and the rest can replace a
     cut one."""
-    from llmpruner import Catalog, plugin_manager
-
-    model_type, changes = CASES[name]
-    config = CONFIG_MAPPING[model_type](**changes)
-    catalog = Catalog(plugin_manager())
-    known = [f for f in catalog.families.values() if f().matches(config)]
-    family = known[0]() if known else catalog.families["auto"]()
+    config, family, graph = _structure(name)
+    config = copy.deepcopy(config)
     model = random_instance(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -81,7 +79,18 @@ def make(name: str, seed: int = 0) -> Model:
                 few = few @ torch.randn(*parameter.shape[:-2], 12, parameter.shape[-1], generator=generator)
                 scale = parameter.std() / few.std()
                 parameter.mul_(0.3).add_(few, alpha=0.95 * float(scale))
-    return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+    return Model("tiny", config, family, graph, model=model, tokenizer=None)
+
+
+@cache
+def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]:
+    """Once in a process, as most of these structures are discovered."""
+    model_type, changes = CASES[name]
+    config = CONFIG_MAPPING[model_type](**changes)
+    catalog = Catalog(plugin_manager())
+    known = [f for f in catalog.families.values() if f().matches(config)]
+    family = known[0]() if known else catalog.families["auto"]()
+    return config, family, build_graph(family, config)
 
 
 def layers_of(loaded: Model) -> Any:
