@@ -34,13 +34,15 @@ def llmpruner_model_families() -> list[type[ModelFamily]]:
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
     from ..importance.depth import AngularDistance, BlockInfluence
+    from ..importance.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
     from ..importance.magnitude import L1, L2, Random
     from ..importance.obs import OptimalBrainSurgeon
     from ..importance.taylor import Taylor
 
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
-    return [*weights, Taylor, *forward, BlockInfluence, AngularDistance]
+    experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
+    return [*weights, Taylor, *forward, *experts, BlockInfluence, AngularDistance]
 
 
 @hookimpl
