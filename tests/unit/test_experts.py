@@ -177,6 +177,7 @@ def test_a_quarter_of_the_experts_goes_with_their_rows_of_the_router(model_type,
         for group in groups:
             router = next(span.parameter for span in group.spans if len(loaded.graph.shapes[span.parameter]) == 2)
             dense.get_parameter(router)[SILENT, 0] = -1e4
-        torch.testing.assert_close(stock(ids).logits, dense(ids).logits, rtol=1e-3, atol=5e-4)
+        wanted = dense(ids).logits
+        assert (stock(ids).logits - wanted).norm() < 1e-4 * wanted.norm()
         written = stock.generate(ids[:1], max_new_tokens=4, do_sample=False)
     assert written.shape == (1, 36)
