@@ -389,7 +389,7 @@ def _compensate(
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
-        text = parse_calibration(how.calibration, catalog.sources, how.sources)
+        text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
         sample = partial(
             text.sample,
             model.model,

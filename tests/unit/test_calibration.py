@@ -37,8 +37,8 @@ class Counting(CalibrationSource):
 SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, Counting)}
 
 
-def calibration_set(text, model, tokenizer, **amount):
-    return parse_calibration(text, SOURCES).sample(model, tokenizer, **amount)
+def calibration_set(text, model, tokenizer, settings=None, **amount):
+    return parse_calibration(text, SOURCES, settings).sample(model, tokenizer, **amount)
 
 
 def parts_of(text):
@@ -49,7 +49,6 @@ class Words:
     """A tokenizer of one token per character, enough to count."""
 
     def __call__(self, text, add_special_tokens, verbose):
-        assert not add_special_tokens
         return {"input_ids": [ord(c) % 128 for c in text]}
 
 
@@ -182,6 +181,35 @@ def test_bad_data_is_one_clear_line(gqa, tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         calibration_set(str(tmp_path / name), gqa.model, Words(), samples=4, length=16, seed=0)
     assert "\n" not in str(caught.value)
+
+
+class Opened(Numbers):
+    """`Numbers` that puts tokens before a text."""
+
+    def __init__(self, *opening):
+        self.opening = list(opening)
+
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": (self.opening if add_special_tokens else []) + super().__call__(text, 0, 0)["input_ids"]}
+
+
+def test_windows_of_text_begin_with_what_the_tokenizer_puts_before_it(gqa, tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(str(n) for n in range(10, 60)))
+
+    def sampled(tokenizer, length=8, **settings):
+        amount = {"samples": 4, "length": length, "seed": 0}
+        return calibration_set(str(tmp_path / "a.txt"), gqa.model, tokenizer, {"text": settings}, **amount).input_ids
+
+    for opening in ([1], [7, 1]):
+        found = sampled(Opened(*opening))
+        assert found.shape == (4, 8)
+        for row in found.tolist():
+            assert row[: len(opening)] == opening
+            assert row[len(opening) :] == list(range(row[-1] - 7 + len(opening), row[-1] + 1))
+    plain = sampled(Numbers())
+    assert torch.equal(sampled(Opened()), plain) and torch.equal(sampled(Opened(1), bos=False), plain)
+    with pytest.raises(DataError, match="a sample of 2 tokens has no room for text after the 2 that the tokenizer puts"):
+        sampled(Opened(7, 1), length=2)
 
 
 def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):

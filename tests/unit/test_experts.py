@@ -151,7 +151,7 @@ def test_reap_renormalises_the_routers_weights_unless_told_not_to():
 
 
 @pytest.mark.parametrize(
-    "model_type", [t if t == "deepseek_v3" else pytest.param(t, marks=pytest.mark.long) for t in ALL]
+    "model_type", [t if t == "deepseek_v3" else pytest.param(t, marks=pytest.mark.long) for t in [*ALL, "aria_text"]]
 )
 def test_a_quarter_of_the_experts_goes_with_their_rows_of_the_router(model_type, monkeypatch, tmp_path):
     """The dead ones of every layer. The result is a stock checkpoint, with the logits of the dense model in which the
