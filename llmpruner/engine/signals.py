@@ -84,6 +84,11 @@ class StreamStats:
     """Mean cosine similarity."""
     angle: torch.Tensor
     """Mean angle, in units of π."""
+    removed: int | None = None
+    """How many layers the plan will remove, where it asks for `Signal.STREAM_BLOCKS`; else None. Layers of different
+    sizes may make it one more or less."""
+    removable: frozenset[int] | None = None
+    """The layers that may be removed; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
