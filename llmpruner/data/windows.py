@@ -57,9 +57,7 @@ def windows(
     rows = [row for later in rounds for row in later][:samples]
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
-        raise DataError(
-            f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --length"
-        )
+        raise DataError(f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --length")
     return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
 
 

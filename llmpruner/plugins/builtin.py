@@ -88,8 +88,9 @@ def llmpruner_compensations() -> list[type[Compensation]]:
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
     from ..data.self_written import SelfWritten
     from ..data.text import TextSource
+    from ..families.chat_source import ChatSource
 
-    return [SelfWritten, TextSource]
+    return [SelfWritten, TextSource, ChatSource]
 
 
 @hookimpl

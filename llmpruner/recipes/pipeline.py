@@ -292,7 +292,7 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
         return text.sample(
             model.model, model.tokenizer,
             samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
-            progress=progress,
+            progress=progress, family=model.family,
         )  # fmt: skip
 
 
@@ -412,6 +412,7 @@ def _compensate(
             length=how.length,
             seed=plan.seed,
             progress=progress,
+            family=model.family,
         )
         with model.weights.outside():
             calibration = run.ranks.from_first(sample)

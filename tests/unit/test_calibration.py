@@ -7,6 +7,7 @@ import json
 from itertools import pairwise
 
 import pytest
+import tiny_models
 import torch
 
 from llmpruner import DataError, ModelError, PluginError
@@ -17,6 +18,7 @@ from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
+from llmpruner.families.chat_source import ChatSource, packed
 
 
 class Counting(CalibrationSource):
@@ -34,7 +36,7 @@ class Counting(CalibrationSource):
         return torch.arange(first, first + task.samples * task.length).view(task.samples, task.length)
 
 
-SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, Counting)}
+SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counting)}
 
 
 def calibration_set(text, model, tokenizer, settings=None, **amount):
@@ -208,8 +210,61 @@ def test_windows_of_text_begin_with_what_the_tokenizer_puts_before_it(gqa, tmp_p
             assert row[len(opening) :] == list(range(row[-1] - 7 + len(opening), row[-1] + 1))
     plain = sampled(Numbers())
     assert torch.equal(sampled(Opened()), plain) and torch.equal(sampled(Opened(1), bos=False), plain)
-    with pytest.raises(DataError, match="a sample of 2 tokens has no room for text after the 2 that the tokenizer puts"):
+    with pytest.raises(
+        DataError, match="a sample of 2 tokens has no room for text after the 2 that the tokenizer puts"
+    ):
         sampled(Opened(7, 1), length=2)
+
+
+def test_a_mixture_takes_samples_in_the_shares_that_are_given(gqa):
+    mixed = calibration_set("3*counting:0,1*counting:1000", gqa.model, None, samples=8, length=4, seed=0)
+    small = [row[0].item() < 1000 for row in mixed.input_ids]
+    assert small.count(True) == 6 and small[:4].count(True) == 3, "every part of the text has the shares"
+    assert sorted(row[0].item() for row in mixed.input_ids) == [0, 4, 8, 12, 16, 20, 1000, 1004]
+    with pytest.raises(DataError, match=r"--samples 3 gives '1\*counting:1000' none by its share; raise --samples"):
+        calibration_set("9*counting,1*counting:1000", gqa.model, None, samples=3, length=4, seed=0)
+
+
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+
+def test_conversations_are_sampled_in_the_models_own_chat_template(gqa, tmp_path):
+    said = [("What is two and two?", "Two and two make four."), ("Capital of France?", "Paris.")]
+    messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said]
+    file = tmp_path / "messages.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": each}) for each in messages))
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rendered = {f"<s>user: {q}</s><s>assistant: {a}</s>" for q, a in said}
+    text = parse_calibration(f"1*self,3*chat:{file}", SOURCES)
+    text.check()
+    ids = text.sample(gqa.model, tokenizer, samples=4, length=80, seed=0, family=gqa.family).input_ids
+    assert ids.shape == (4, 80)
+    chats = [row for row, part in zip(ids, text.order(4), strict=True) if part == 1]
+    assert len(chats) == 3
+    for row in chats:
+        whole = tokenizer.decode(row)
+        (first,) = [each for each in rendered if whole.startswith(each)]
+        rest = whole.removeprefix(first)
+        assert rest and any(each.startswith(rest[:20]) for each in rendered)
+
+
+def test_every_conversation_is_used_before_one_is_used_again():
+    rows = packed([[n] * 3 for n in range(10)], samples=5, length=6, seed=0, source="a.jsonl")
+    assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
+    assert rows == packed([[n] * 3 for n in range(10)], samples=5, length=6, seed=0, source="a.jsonl")
+    with pytest.raises(DataError, match="is too short for a sample of 6 tokens"):
+        packed([[1, 2], [3]], samples=1, length=6, seed=0, source="a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [("", "name a file or data set with conversations, as chat:FILE"), ("a.jsonl", "expected 'instruction', 'output'")],
+)
+def test_a_source_of_conversations_without_any_is_refused_before_a_model_is_loaded(tmp_path, reference, message):
+    (tmp_path / "a.jsonl").write_text('{"body": "no conversation"}')
+    with pytest.raises(DataError, match=message):
+        parse_calibration(f"chat:{reference and tmp_path / reference}", SOURCES).check()
 
 
 def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):
