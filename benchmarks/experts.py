@@ -29,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "experts.json"
 PAGE = ROOT / "docs" / "criteria-measured.md"
 CRITERIA = ("expert-reap", "expert-norm", "expert-contribution", "expert-frequency", "energy", "l2", "random")
 SHARE = 0.25
-TIME_LIMIT = 300
+TIME_LIMIT = 1500
 
 _PLAIN = """
 import json, sys, torch
