@@ -79,7 +79,7 @@ class ExpertReap(OfExpertOutputs):
 
     def of_tokens(self, product: Product) -> torch.Tensor:
         gates = product.gate_shares if self.settings.renormalize else product.gates
-        return gates * product.outputs.norm(dim=1)
+        return gates * _norms(product)
 
 
 class ExpertNorm(OfExpertOutputs):
@@ -89,7 +89,7 @@ class ExpertNorm(OfExpertOutputs):
     summary = "for experts: mean norm of the output over an expert's tokens, without the router's weight"
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        return product.outputs.norm(dim=1)
+        return _norms(product)
 
 
 class ExpertFrequency(OfExpertOutputs):
@@ -115,7 +115,13 @@ class ExpertContribution(OfExpertOutputs):
     summary = "for experts: router weight × norm of the output, summed over an expert's tokens"
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        return product.gates * product.outputs.norm(dim=1)
+        return product.gates * _norms(product)
 
     def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.sum()
+
+
+def _norms(product: Product) -> torch.Tensor:
+    """‖f_j(x)‖₂ of each token of an expert, (rows,)."""
+    norms: torch.Tensor = product.outputs.norm(dim=1)
+    return norms
