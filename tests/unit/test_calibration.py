@@ -19,6 +19,7 @@ from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
 from llmpruner.families.chat_source import ChatSource, packed
+from llmpruner.structure.plan import CompensationRecord
 
 
 class Counting(CalibrationSource):
@@ -214,6 +215,15 @@ def test_windows_of_text_begin_with_what_the_tokenizer_puts_before_it(gqa, tmp_p
         DataError, match="a sample of 2 tokens has no room for text after the 2 that the tokenizer puts"
     ):
         sampled(Opened(7, 1), length=2)
+
+
+def test_plans_of_earlier_versions_are_replayed_without_bos():
+    """They do not say whether their text had it, and it had not."""
+    old = CompensationRecord(name="refit", calibration="a.txt", samples=1, length=4)
+    new = old.model_copy(update={"sources": parse_calibration("a.txt", SOURCES).record()})
+    for plan, bos in ((old, False), (new, True)):
+        (part,) = parse_calibration("a.txt", SOURCES, plan.source_settings).parts
+        assert part.source.settings.bos is bos
 
 
 def test_a_mixture_takes_samples_in_the_shares_that_are_given(gqa):
