@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results" / "criteria.json"
 PAGE = Path(__file__).parents[1] / "docs" / "criteria-measured.md"
 SEEDS = (0, 1, 2)
 LENGTH = 128
-TRAIN = {"steps": 500, "batch": 32, "rate": 3e-3}
+TRAIN: dict[str, Any] = {"steps": 500, "batch": 32, "rate": 3e-3}
 HELD_OUT, CALIBRATION = 96, 64
 FEW = 8
 """Ranks within a group of fewer units say nothing."""
@@ -63,6 +63,8 @@ def measure(text: bytes) -> dict[str, Any]:
     silenced = time.process_time()
     rows = {}
     for label, criterion in _criteria():
+        if not any(map(criterion.accepts, loaded.graph.kinds)):
+            continue
         runs = [_correlations(loaded, criterion, truth, ids[:split], seed) for seed in SEEDS]
         rows[label] = {
             kind: {how: _spread([run[kind][how] for run in runs]) for how in runs[0][kind]} for kind in runs[0]
@@ -98,8 +100,8 @@ def _model() -> Any:
     return Model("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
 
 
-def _train(model: Any, ids: torch.Tensor) -> None:
-    steps, batch, rate = TRAIN["steps"], TRAIN["batch"], TRAIN["rate"]
+def _train(model: Any, ids: torch.Tensor, steps: int = TRAIN["steps"]) -> None:
+    batch, rate = TRAIN["batch"], TRAIN["rate"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()

@@ -385,8 +385,9 @@ class PruneSettings(Settings):
         str,
         Field(
             description="Text to measure and fit on: self (the model writes it), a .txt, .json, .jsonl or .parquet "
-            "file with a text, page or content field, or a datasets name (name:config:split); several, with commas "
-            "between them, are mixed in equal parts."
+            "file with a text, page or content field, a datasets name (name:config:split), or chat:FILE for "
+            "conversations in the model's chat format; several, with commas between them, are mixed in equal parts, or "
+            "in shares as in 3*self,1*chat:FILE."
         ),
         Option(_ON),
     ] = "self"

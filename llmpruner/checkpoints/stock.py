@@ -35,7 +35,7 @@ Axis = tuple[int, int]
 """Size of an axis before and after the cut."""
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HEADS = ("num_attention_heads", "num_key_value_heads")
 """Common names of sizes in transformers; configurations with other names map them (``attribute_map``)."""
 

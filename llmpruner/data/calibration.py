@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 from ..errors import DataError, PluginError
 from ..models.positions import positions_of
 from ..progress import QUIET, Progress
+from .mixture import split_mixture
 from .source import CalibrationSource, SampleTask
 from .text import TextSource
 
@@ -41,15 +42,17 @@ class CalibrationSet:
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``."""
+    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``. ``share``: how
+    many of the samples are of this source in proportion to the others; None where all have equal parts."""
 
     source: CalibrationSource
     reference: str
+    share: float | None = None
 
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The parsed value of ``--calibration``. ``text``: the value; ``parts``: mixed in equal shares."""
+    """The parsed value of ``--calibration``. ``text``: the value; ``parts``: mixed by their shares."""
 
     text: str
     parts: tuple[Part, ...]
@@ -77,8 +80,10 @@ class CalibrationText:
         length: int,
         seed: int,
         progress: Progress = QUIET,
+        family: Any | None = None,
     ) -> CalibrationSet:
-        """``samples`` sequences of ``length`` tokens, taken from the parts in turn.
+        """``samples`` sequences of ``length`` tokens, taken from the parts in turn, from those with larger shares more
+        often. ``family``: the model's, for sources of conversations.
 
         Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
         positions, and `PluginError` when a source returns another shape or dtype.
@@ -89,11 +94,29 @@ class CalibrationText:
         count = len(self.parts)
         if count > samples:
             raise DataError(f"{samples} samples cannot be shared by {count} sources; raise --samples")
-        shares = []
-        for part in self.parts:
-            share = SampleTask(model, tokenizer, part.reference, -(-samples // count), length, seed, progress)
-            shares.append(_checked(part.source.sample(share), share, part.source))
-        return CalibrationSet(torch.stack(shares, 1).flatten(0, 1)[:samples], self.text)
+        order = self.order(samples)
+        rows: list[Iterator[torch.Tensor]] = []
+        for number, part in enumerate(self.parts):
+            # Equal parts are all of the size of the largest.
+            wanted = -(-samples // count) if part.share is None else order.count(number)
+            task = SampleTask(model, tokenizer, part.reference, wanted, length, seed, progress, family)
+            rows.append(iter(_checked(part.source.sample(task), task, part.source)))
+        return CalibrationSet(torch.stack([next(rows[number]) for number in order]), self.text)
+
+    def order(self, samples: int) -> list[int]:
+        """The number of the part of each sample: always the one that is furthest behind its share, the first of those
+        that are alike. Raises `DataError` where ``samples`` are too few for every part to have one."""
+        shares = [1.0 if part.share is None else part.share for part in self.parts]
+        taken = [0] * len(shares)
+        found: list[int] = []
+        for total in range(1, samples + 1):
+            behind = [total * share / sum(shares) - had for share, had in zip(shares, taken, strict=True)]
+            found.append(behind.index(max(behind)))
+            taken[found[-1]] += 1
+        if 0 in taken:
+            named = self.text.split(",")[taken.index(0)].strip()
+            raise DataError(f"--samples {samples} gives '{named}' none by its share; raise --samples")
+        return found
 
 
 def check_length(config: PreTrainedConfig, length: int) -> None:
@@ -117,7 +140,8 @@ def parse_calibration(
     sources: Mapping[str, type[CalibrationSource]],
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> CalibrationText:
-    """Parse the value of ``--calibration``: one part, or several with commas between them.
+    """Parse the value of ``--calibration``: one part, or several with commas between them, with shares as in
+    ``3*self,1*chat:FILE`` (see `llmpruner.data.mixture`).
 
     A part that is an existing file is text. A part that is the name of a source, alone or before a colon, selects that
     source. Any other is text: a file or the name of a data set. ``sources``: by name, including that of text;
@@ -125,18 +149,17 @@ def parse_calibration(
     source does not have. Reads no text.
     """
 
-    def part(reference: str) -> Part:
+    def part(reference: str, share: float | None = None) -> Part:
         name, _, rest = reference.partition(":")
         if name == TextSource.name or name not in sources or _is_file(reference):
             name, rest = TextSource.name, reference
-        return Part(sources[name](**(settings or {}).get(name, {})), rest)
+        return Part(sources[name](**(settings or {}).get(name, {})), rest, share)
 
     if _is_file(text):
         return CalibrationText(text, (part(text),))
-    references = [reference.strip() for reference in text.split(",")]
-    if not all(references):
+    if not all(reference.strip() for reference in text.split(",")):
         raise DataError(f"--calibration '{text}' names an empty source; write them with one comma in between")
-    return CalibrationText(text, tuple(map(part, references)))
+    return CalibrationText(text, tuple(part(found.source, found.share) for found in split_mixture(text)))
 
 
 def _is_file(name: str) -> bool:

@@ -30,8 +30,11 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
 
     Raises `DataError` for an empty name and a share of zero.
     """
-    if Path(text).is_file():
-        return (Part(text),)
+    return (Part(text),) if Path(text).is_file() else split_mixture(text)
+
+
+def split_mixture(text: str) -> tuple[Part, ...]:
+    """`parse_mixture` of what is no file."""
     found = []
     for piece in text.split(","):
         match = _PART.fullmatch(piece.strip())

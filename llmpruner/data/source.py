@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class SampleTask:
     """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
 
-    ``reference``: a file or data set; for a plugin's source, the text after ``NAME:``. ``tokenizer``: None where the
-    model has none.
+    ``reference``: a file or data set; for other sources than text, what follows ``NAME:``. ``tokenizer``: None where
+    the model has none. ``family``: the model's `ModelFamily`, with its chat format; None where it is not known.
     """
 
     model: PreTrainedModel
@@ -28,6 +28,7 @@ class SampleTask:
     length: int
     seed: int
     progress: Progress = QUIET
+    family: Any | None = None
 
 
 class CalibrationSource(Component):

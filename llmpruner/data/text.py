@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
+from ..component import ComponentSettings
 from ..errors import ModelError
 from .documents import check_source, read_documents
 from .source import CalibrationSource, SampleTask
@@ -13,10 +16,21 @@ if TYPE_CHECKING:
 
 
 class TextSource(CalibrationSource):
-    """Windows of the documents in a file or a data set (for their forms see `llmpruner.data.documents`)."""
+    """Windows of the documents in a file or a data set (for their forms see `llmpruner.data.documents`). Each begins
+    with the tokens that the tokenizer puts before every text, BOS as a rule, because models that were trained with it
+    compute unusual activations without it. Tokenizers that put none there are not affected."""
 
     name = "text"
     summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
+
+    class Settings(ComponentSettings):
+        bos: bool = Field(
+            True,
+            description="Begin every window with the tokens that the tokenizer puts before a text (BOS), where it puts "
+            "any.",
+        )
+
+    settings: Settings
 
     def check(self, reference: str) -> None:
         check_source(reference)
@@ -27,9 +41,12 @@ class TextSource(CalibrationSource):
             raise ModelError(
                 f"the model brings no tokenizer, so it cannot be calibrated on '{task.reference}'; use 'self'"
             )
+        from .opening import opening_tokens
         from .windows import windows
 
+        documents = read_documents(task.reference)
         return windows(
-            read_documents(task.reference), task.tokenizer,
+            documents, task.tokenizer,
             samples=task.samples, length=task.length, seed=task.seed, source=task.reference,
+            opening=opening_tokens(task.tokenizer, documents[0]) if self.settings.bos else (),
         )  # fmt: skip

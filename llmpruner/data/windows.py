@@ -20,15 +20,29 @@ _BETWEEN = "\n\n"
 
 
 def windows(
-    documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int, source: str
+    documents: Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    source: str,
+    opening: Sequence[int] = (),
 ) -> torch.Tensor:
     """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
     pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
 
     Documents are joined in random order, so that short ones are used too. ``tokenizer``: a transformers one; it adds
-    no special tokens here. ``source``: the name of the text, for messages. The same arguments give the same windows.
-    Raises `DataError` when the text has fewer than ``length`` tokens.
+    no special tokens here. ``opening``: the tokens that every window begins with, among its ``length``. ``source``: the
+    name of the text, for messages. The same arguments give the same windows. Raises `DataError` when the text has fewer
+    tokens than a window needs, or a window has no room for any after ``opening``.
     """
+    whole, length = length, length - len(opening)
+    if length < 1:
+        raise DataError(
+            f"a sample of {whole} tokens has no room for text after the {len(opening)} that the tokenizer puts first; "
+            "raise --length"
+        )
     rng = random.Random(seed)
     text = _BETWEEN.join(rng.sample(documents, len(documents)))
     rounds: list[list[list[int]]] = []
@@ -43,10 +57,8 @@ def windows(
     rows = [row for later in rounds for row in later][:samples]
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
-        raise DataError(
-            f"'{source}' is too short for {samples} samples of {length} tokens; lower --samples or --length"
-        )
-    return torch.tensor(rows, dtype=torch.long)
+        raise DataError(f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --length")
+    return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

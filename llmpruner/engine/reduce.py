@@ -85,7 +85,8 @@ class ReduceProducts:
     def _add(self, watched: WatchedProduct) -> None:
         parameter = self._model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
-        tokens, gates = self._rows(watched)
+        rows = None if watched.slot is None else self._routing.rows_of(watched)
+        tokens = self._tokens(watched) if rows is None else rows.tokens
         # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self._gradients
         product = Product(
@@ -96,7 +97,8 @@ class ReduceProducts:
             expert=watched.slot,
             num_samples=self._num_samples,
             row_samples=None if tokens is None else self._first + tokens // self._shape[1],
-            row_gates=gates,
+            row_gates=None if rows is None else rows.gates,
+            row_gate_shares=None if rows is None else rows.shares,
         )
         # The hook must not refer to the graph, which refers to the hook: neither would be freed.
         parameter_name, axis, slot, samples = watched.parameter, watched.axis, watched.slot, self._shape[0]
@@ -119,18 +121,14 @@ class ReduceProducts:
             return outputs
         return outputs + bias[watched.slot].detach().float()
 
-    def _rows(self, watched: WatchedProduct) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Token numbers within the micro-batch, and router weights, of the rows; None where they are unknown."""
-        if watched.slot is not None:
-            found = self._routing.rows_of(watched)
-            if found is not None:
-                return found
+    def _tokens(self, watched: WatchedProduct) -> torch.Tensor | None:
+        """Token numbers within the micro-batch of rows that are all of its tokens; None for others."""
         samples, length = self._shape
         shape = watched.leading_shape
         # Rows of a model that puts time first would be assigned to the wrong samples.
         if len(watched.inputs) == samples * length and shape[0] in (1, samples, samples * length):
-            return torch.arange(samples * length, device=watched.inputs.device), None
-        return None, None
+            return torch.arange(samples * length, device=watched.inputs.device)
+        return None
 
     @torch.no_grad()
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:

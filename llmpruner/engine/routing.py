@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,23 +21,37 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+class Rows(NamedTuple):
+    """What the rows of an expert's product are, one value for each: the number of the token, int64; the router weight,
+    float32; and that weight divided by the sum over all experts chosen for the token, float32."""
+
+    tokens: torch.Tensor
+    gates: torch.Tensor
+    shares: torch.Tensor
+
+
 @dataclass
 class _Call:
-    """One call of a module of experts. ``rows``: expert → tokens (rows,) and router weights (rows,) of its inputs; None
-    where its inputs are not the hidden states of the tokens routed to it."""
+    """One call of a module of experts. ``rows``: expert → its `Rows`; None where its inputs are not the hidden states
+    of the tokens routed to it."""
 
     hidden: torch.Tensor
     chosen: torch.Tensor
     weights: torch.Tensor
-    rows: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
+    rows: dict[int, Rows | None] = field(default_factory=dict)
 
-    def rows_of(self, expert: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rows_of(self, expert: int, inputs: torch.Tensor) -> Rows | None:
         if expert not in self.rows:
             # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
             rank, token = torch.where((self.chosen == expert).T)
             matches = len(token) == len(inputs) and torch.equal(inputs, self.hidden[token])
-            self.rows[expert] = (token, self.weights[token, rank].float()) if matches else None
+            self.rows[expert] = self._rows(token, rank) if matches else None
         return self.rows[expert]
+
+    def _rows(self, token: torch.Tensor, rank: torch.Tensor) -> Rows:
+        chosen = self.weights[token].float()
+        gates, total = chosen.gather(1, rank[:, None])[:, 0], chosen.sum(1)
+        return Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
 
 
 class Routing:
@@ -68,14 +82,14 @@ class Routing:
         self._calls.clear()
 
     @torch.no_grad()
-    def rows_of(self, product: WatchedProduct) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Token numbers (rows,), int64, and router weights (rows,), float32, of an expert's product; None where they
-        are unknown. Must be called for every product with ``names``, in order."""
+    def rows_of(self, product: WatchedProduct) -> Rows | None:
+        """The `Rows` of an expert's product; None where they are unknown. Must be called for every product with
+        ``names``, in order."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
             return None
         found = call.rows_of(product.slot, product.inputs)
-        return found if found is not None and len(found[0]) == len(product.inputs) else None
+        return found if found is not None and len(found.tokens) == len(product.inputs) else None
 
     def _hook(self, path: str) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

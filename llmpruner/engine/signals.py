@@ -84,6 +84,11 @@ class StreamStats:
     """Mean cosine similarity."""
     angle: torch.Tensor
     """Mean angle, in units of π."""
+    removed: int | None = None
+    """How many layers the plan will remove, where it asks for `Signal.STREAM_BLOCKS`; else None. Layers of different
+    sizes may make it one more or less."""
+    removable: frozenset[int] | None = None
+    """The layers that may be removed; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,8 @@ class Product:
     """As `samples`; None where unknown."""
     row_gates: torch.Tensor | None = None
     """As `gates`, for an expert; None where unknown."""
+    row_gate_shares: torch.Tensor | None = None
+    """As `gate_shares`, for an expert; None where unknown."""
 
     @property
     def input_grads(self) -> torch.Tensor:
@@ -140,6 +147,17 @@ class Product:
         if self.expert is None:
             return self.inputs.new_ones(len(self.inputs))
         return _known(self.row_gates, "the router weight of each token of an expert")
+
+    @property
+    def gate_shares(self) -> torch.Tensor:
+        """`gates` divided by their sum over all experts chosen for the token, (rows,), float32: renormalised whether
+        the model does so or not. Ones where ``expert`` is None, zeros for a token whose router weights are all zero.
+
+        Raises `UnsupportedModelError` as `gates` does.
+        """
+        if self.expert is None:
+            return self.gates
+        return _known(self.row_gate_shares, "the router weight of each token of an expert")
 
 
 @dataclass(frozen=True, slots=True)

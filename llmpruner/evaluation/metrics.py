@@ -67,6 +67,11 @@ class PerplexityMetric(Metric):
         kl: bool = Field(False, description="Also the KL divergence from the first model (both are in memory).")
         batch_size: int = Field(4, ge=1, description="Windows per batch.")
         autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
+        bos: bool = Field(
+            True,
+            description="Begin every window with the tokens that the tokenizer puts before a text (BOS), where it puts "
+            "any; they are not predicted.",
+        )
 
     settings: Settings
 
@@ -99,6 +104,7 @@ class PerplexityMetric(Metric):
             tokens=settings.tokens,
             batch_size=settings.batch_size,
             autocast=settings.autocast,
+            bos=settings.bos,
             reference=subject.reference if settings.kl else None,
             progress=subject.progress,
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from ..data.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
 from ..progress import Progress
@@ -27,15 +28,17 @@ def perplexity(
     tokens: int | None = None,
     batch_size: int = 4,
     autocast: bool = False,
+    bos: bool = True,
     reference: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
 
     The text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default: all) are split
-    into windows of ``window`` tokens that do not overlap; an incomplete last window is left out. Every token but the
-    first of its window is predicted from those before it in the window. The result is the exponential of the mean
-    negative log-likelihood, accumulated in float64.
+    into windows that do not overlap; an incomplete last window is left out. With ``bos``, each of the ``window`` tokens
+    of a window begins with what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
+    Every other token but the first of its window is predicted from those before it in the window. The result is the
+    exponential of the mean negative log-likelihood, accumulated in float64.
 
     ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
     has the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has too few
@@ -48,28 +51,35 @@ def perplexity(
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
-    windows = min(len(ids), tokens if tokens is not None else len(ids)) // window
+    opening = opening_tokens(tokenizer, text) if bos else []
+    of_text = window - len(opening)
+    if of_text < 1:
+        raise DataError(f"a window of {window} has no room for text after the {len(opening)} tokens before it")
+    windows = min(len(ids), tokens if tokens is not None else len(ids)) // of_text
     if windows == 0:
         raise DataError(
             f"the text has {len(ids)} tokens of which {tokens or 'all'} are used: no full window of {window}"
         )
-    used = ids[: windows * window]
+    used = ids[: windows * of_text]
     whole = len(used) == len(ids)
-    table = torch.tensor(used).view(windows, window)
+    table = torch.tensor(used).view(windows, of_text)
+    table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
+    # The first position whose next token is counted.
+    first = max(0, len(opening) - 1)
     total = total_divergence = 0.0
     for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
         placed = batch.to(model.device)
-        logits = _predictions(model, placed, autocast)
-        total += _negative_log_likelihood(logits, placed)
+        logits = _predictions(model, placed, autocast)[:, first:]
+        total += _negative_log_likelihood(logits, placed[:, first:])
         if reference is not None and reference is not model:
-            wanted = _predictions(reference, batch.to(reference.device), autocast)
+            wanted = _predictions(reference, batch.to(reference.device), autocast)[:, first:]
             total_divergence += divergence(wanted, logits)
         if math.isnan(total):
             raise ModelError(
                 "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
                 f"{model.dtype} is too narrow for what it computes (try --dtype float32)"
             )
-    predictions = windows * (window - 1)
+    predictions = windows * (window - first - 1)
     mean = total / predictions
     size = len(text.encode()) if whole else len(_decoded(tokenizer, used).encode())
     return PerplexityResult(
@@ -79,6 +89,7 @@ def perplexity(
         tokens=len(used),
         windows=windows,
         window=window,
+        bos=bool(opening),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
         kl_per_token=None if reference is None else total_divergence / predictions,
     )

@@ -13,7 +13,9 @@ from .base import Row
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
-    """``tokens``: tokens in the windows. Each window of ``window`` tokens gives ``window − 1`` predictions.
+    """``tokens``: tokens of the text in the windows. Each window of ``window`` tokens gives ``window − 1`` predictions.
+    ``bos``: whether windows begin with what the tokenizer puts before a text (one token of the ``window``, as a rule;
+    where it puts several, predictions are of text alone). Files of earlier versions do not say so, and were without it.
     ``nll_per_token``: mean negative log-likelihood in nats. ``bits_per_byte`` counts UTF-8 bytes, and is comparable
     between tokenizers. ``kl_per_token``: mean Kullback-Leibler divergence KL(reference ‖ model) of the predictions, in
     nats; None without a reference. ``text_sha256``: of the whole text in UTF-8."""
@@ -26,6 +28,7 @@ class PerplexityResult:
     window: int
     text_sha256: str
     kl_per_token: float | None = None
+    bos: bool = False
 
 
 @dataclass(frozen=True, slots=True)

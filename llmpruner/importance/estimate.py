@@ -8,7 +8,7 @@ unit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +37,14 @@ class Scores:
     by_group: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Removal:
+    """How many ``layers`` go, and which are ``removable`` (None: all), for criteria of blocks of layers."""
+
+    layers: int
+    removable: frozenset[int] | None
+
+
 def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
     """Raise `SelectionError` for units that ``criterion`` does not score."""
     refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
@@ -56,9 +64,10 @@ def estimate(
     seed: int = 0,
     progress: Progress = QUIET,
     executor: Executor | None = None,
+    removal: Removal | None = None,
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``executor``: runs
-    ``model``; None for a model in memory.
+    ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers, None where not known.
 
     Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
 
@@ -68,7 +77,7 @@ def estimate(
     check_accepted(criterion, groups, graph)
     executor = executor or Executor.of(model, graph.layers)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        return _layers(executor, graph, groups, criterion, calibration, progress)
+        return _layers(executor, groups, criterion, calibration, progress, removal)
     uses = _uses(graph, groups, criterion)
     needs = criterion.signals
     stream = walk_signals(executor, graph, uses, needs, calibration, seed, progress, criterion.measure)
@@ -134,16 +143,18 @@ def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) 
 
 def _layers(
     executor: Executor,
-    graph: CouplingGraph,
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
     calibration: CalibrationSet | None,
     progress: Progress,
+    removal: Removal | None,
 ) -> Scores:
     if calibration is None:
         raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
     blocks = Signal.STREAM_BLOCKS in criterion.signals
     stream = stream_statistics(executor, calibration, progress, blocks=blocks)
+    if blocks and removal is not None:
+        stream = replace(stream, removed=removal.layers, removable=removal.removable)
     values = criterion.score_layers(stream).double().cpu()
     return _finite({group.name: values for group in groups}, criterion)
 

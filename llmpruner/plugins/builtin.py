@@ -33,14 +33,16 @@ def llmpruner_model_families() -> list[type[ModelFamily]]:
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
-    from ..importance.depth import AngularDistance, BlockInfluence
+    from ..importance.depth import AngularBlock, AngularDistance, BlockInfluence
+    from ..importance.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
     from ..importance.magnitude import L1, L2, Random
     from ..importance.obs import OptimalBrainSurgeon
     from ..importance.taylor import Taylor
 
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
-    return [*weights, Taylor, *forward, BlockInfluence, AngularDistance]
+    experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
+    return [*weights, Taylor, *forward, *experts, BlockInfluence, AngularDistance, AngularBlock]
 
 
 @hookimpl
@@ -86,8 +88,9 @@ def llmpruner_compensations() -> list[type[Compensation]]:
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
     from ..data.self_written import SelfWritten
     from ..data.text import TextSource
+    from ..families.chat_source import ChatSource
 
-    return [SelfWritten, TextSource]
+    return [SelfWritten, TextSource, ChatSource]
 
 
 @hookimpl

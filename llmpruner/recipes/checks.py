@@ -107,7 +107,8 @@ def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> N
         return
     catalog.create(catalog.compensations, plan.compensation.name, plan.compensation.settings)
     if plan.compensation.calibration is not None:
-        parse_calibration(plan.compensation.calibration, catalog.sources, plan.compensation.sources).check()
+        how = plan.compensation
+        parse_calibration(plan.compensation.calibration, catalog.sources, how.source_settings).check()
 
 
 def check_text(job: PruneJob) -> None:

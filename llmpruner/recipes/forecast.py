@@ -228,7 +228,7 @@ def work_of_plan(plan: PruningPlan, catalog: Catalog, *, saves: bool) -> Work:
     how = plan.compensation
     if how is None or how.calibration is None or not how.samples or not how.length:
         return Work(kept=plan.kept, saves=saves)
-    text = parse_calibration(how.calibration, catalog.sources, how.sources)
+    text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
     written = _written(text, how.samples, how.length)
     return Work(how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves)
 

@@ -233,6 +233,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
             raise SettingsError(
                 f"--samples {calibration.samples} cannot be shared by {len(text.parts)} sources; raise --samples"
             )
+        text.order(calibration.samples)
     else:
         for name in ("calibration", "samples", "length"):
             given.refuse(name, f"with {criterion.label()} and --compensate {compensation.name}, which read no text")

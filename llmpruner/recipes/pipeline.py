@@ -28,7 +28,7 @@ from ..engine.journal import Journal
 from ..engine.ranks import SINGLE, Ranks
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
-from ..importance.estimate import Scores, check_accepted, estimate
+from ..importance.estimate import Removal, Scores, check_accepted, estimate
 from ..loading.dense import base_record
 from ..models.empty import meta_model
 from ..models.positions import positions_of
@@ -37,6 +37,7 @@ from ..progress import QUIET, Progress
 from ..selection.base import Demand
 from ..selection.normalize import normalize
 from ..selection.select import select
+from ..selection.uniform import Uniform
 from ..settings import layer_numbers as numbers_of
 from ..structure.kept import compose, layer_numbers, renamed, surviving_units
 from ..structure.plan import (
@@ -170,6 +171,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
                 executor=run.executor(model)
                 if network is model.model
                 else Executor.of(network, graph.layers, run.ranks),
+                removal=_removal(graph, groups, scope, demand(job, whole, cost, groups, scope, step), cost, job),
             )  # fmt: skip
             ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
         chosen = run.ranks.from_first(
@@ -192,6 +194,18 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     if journal is not None:
         journal.store("plan", plan.model_dump(mode="json"))
     return Draft(plan, calibration, chooser, whole)
+
+
+def _removal(
+    graph: CouplingGraph, groups: Sequence[CoupledGroup], scope: Scope, wanted: Demand, cost: Cost, job: PruneJob
+) -> Removal | None:
+    """How many layers the amount takes, for a criterion of blocks of layers, which scores nothing else."""
+    if Signal.STREAM_BLOCKS not in job.criterion.signals:
+        return None
+    alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
+    kept = select(graph, groups, alike, scope, wanted, Uniform(), cost=cost)
+    removed = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
+    return Removal(removed, scope.allowed_units(groups[0]))
 
 
 def _journaled(
@@ -278,7 +292,7 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
         return text.sample(
             model.model, model.tokenizer,
             samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
-            progress=progress,
+            progress=progress, family=model.family,
         )  # fmt: skip
 
 
@@ -389,7 +403,7 @@ def _compensate(
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
-        text = parse_calibration(how.calibration, catalog.sources, how.sources)
+        text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
         sample = partial(
             text.sample,
             model.model,
@@ -398,6 +412,7 @@ def _compensate(
             length=how.length,
             seed=plan.seed,
             progress=progress,
+            family=model.family,
         )
         with model.weights.outside():
             calibration = run.ranks.from_first(sample)

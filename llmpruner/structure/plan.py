@@ -144,6 +144,11 @@ class CompensationRecord(Frozen):
     samples: int | None = None
     length: int | None = None
 
+    @property
+    def source_settings(self) -> dict[str, dict[str, Any]]:
+        """``sources``, with what plans of earlier versions do not say: their windows of text were without BOS."""
+        return {"text": {"bos": False}, **self.sources}
+
 
 class GroupCut(Frozen):
     """One group that loses units: ``units`` before the cut, and which of them are ``kept``."""

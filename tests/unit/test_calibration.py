@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
+import tiny_models
 import torch
 
 from llmpruner import DataError, ModelError, PluginError
@@ -17,6 +18,8 @@ from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
+from llmpruner.families.chat_source import ChatSource, packed
+from llmpruner.structure.plan import CompensationRecord
 
 
 class Counting(CalibrationSource):
@@ -34,11 +37,11 @@ class Counting(CalibrationSource):
         return torch.arange(first, first + task.samples * task.length).view(task.samples, task.length)
 
 
-SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, Counting)}
+SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counting)}
 
 
-def calibration_set(text, model, tokenizer, **amount):
-    return parse_calibration(text, SOURCES).sample(model, tokenizer, **amount)
+def calibration_set(text, model, tokenizer, settings=None, **amount):
+    return parse_calibration(text, SOURCES, settings).sample(model, tokenizer, **amount)
 
 
 def parts_of(text):
@@ -49,7 +52,6 @@ class Words:
     """A tokenizer of one token per character, enough to count."""
 
     def __call__(self, text, add_special_tokens, verbose):
-        assert not add_special_tokens
         return {"input_ids": [ord(c) % 128 for c in text]}
 
 
@@ -182,6 +184,95 @@ def test_bad_data_is_one_clear_line(gqa, tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as caught:
         calibration_set(str(tmp_path / name), gqa.model, Words(), samples=4, length=16, seed=0)
     assert "\n" not in str(caught.value)
+
+
+class Opened(Numbers):
+    """`Numbers` that puts tokens before a text."""
+
+    def __init__(self, *opening):
+        self.opening = list(opening)
+
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": (self.opening if add_special_tokens else []) + super().__call__(text, 0, 0)["input_ids"]}
+
+
+def test_windows_of_text_begin_with_what_the_tokenizer_puts_before_it(gqa, tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(str(n) for n in range(10, 60)))
+
+    def sampled(tokenizer, length=8, **settings):
+        amount = {"samples": 4, "length": length, "seed": 0}
+        return calibration_set(str(tmp_path / "a.txt"), gqa.model, tokenizer, {"text": settings}, **amount).input_ids
+
+    for opening in ([1], [7, 1]):
+        found = sampled(Opened(*opening))
+        assert found.shape == (4, 8)
+        for row in found.tolist():
+            assert row[: len(opening)] == opening
+            assert row[len(opening) :] == list(range(row[-1] - 7 + len(opening), row[-1] + 1))
+    plain = sampled(Numbers())
+    assert torch.equal(sampled(Opened()), plain) and torch.equal(sampled(Opened(1), bos=False), plain)
+    with pytest.raises(
+        DataError, match="a sample of 2 tokens has no room for text after the 2 that the tokenizer puts"
+    ):
+        sampled(Opened(7, 1), length=2)
+
+
+def test_plans_of_earlier_versions_are_replayed_without_bos():
+    """They do not say whether their text had it, and it had not."""
+    old = CompensationRecord(name="refit", calibration="a.txt", samples=1, length=4)
+    new = old.model_copy(update={"sources": parse_calibration("a.txt", SOURCES).record()})
+    for plan, bos in ((old, False), (new, True)):
+        (part,) = parse_calibration("a.txt", SOURCES, plan.source_settings).parts
+        assert part.source.settings.bos is bos
+
+
+def test_a_mixture_takes_samples_in_the_shares_that_are_given(gqa):
+    mixed = calibration_set("3*counting:0,1*counting:1000", gqa.model, None, samples=8, length=4, seed=0)
+    small = [row[0].item() < 1000 for row in mixed.input_ids]
+    assert small.count(True) == 6 and small[:4].count(True) == 3, "every part of the text has the shares"
+    assert sorted(row[0].item() for row in mixed.input_ids) == [0, 4, 8, 12, 16, 20, 1000, 1004]
+    with pytest.raises(DataError, match=r"--samples 3 gives '1\*counting:1000' none by its share; raise --samples"):
+        calibration_set("9*counting,1*counting:1000", gqa.model, None, samples=3, length=4, seed=0)
+
+
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+
+def test_conversations_are_sampled_in_the_models_own_chat_template(gqa, tmp_path):
+    said = [("What is two and two?", "Two and two make four."), ("Capital of France?", "Paris.")]
+    messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said]
+    file = tmp_path / "messages.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": each}) for each in messages))
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    rendered = {f"<s>user: {q}</s><s>assistant: {a}</s>" for q, a in said}
+    text = parse_calibration(f"1*self,3*chat:{file}", SOURCES)
+    text.check()
+    ids = text.sample(gqa.model, tokenizer, samples=4, length=48, seed=0, family=gqa.family).input_ids
+    assert ids.shape == (4, 48)
+    chats = [row for row, part in zip(ids, text.order(4), strict=True) if part == 1]
+    assert len(chats) == 3
+    for row in chats:
+        whole = tokenizer.decode(row)
+        assert any("".join(joined).startswith(whole) for joined in product(rendered, repeat=4))
+
+
+def test_every_conversation_is_used_before_one_is_used_again():
+    rows = packed([[n] * 3 for n in range(10)], samples=5, length=6, seed=0, source="a.jsonl")
+    assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
+    assert rows == packed([[n] * 3 for n in range(10)], samples=5, length=6, seed=0, source="a.jsonl")
+    with pytest.raises(DataError, match="is too short for a sample of 6 tokens"):
+        packed([[1, 2], [3]], samples=1, length=6, seed=0, source="a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [("", "name a file or data set with conversations, as chat:FILE"), ("a.jsonl", "expected 'instruction', 'output'")],
+)
+def test_a_source_of_conversations_without_any_is_refused_before_a_model_is_loaded(tmp_path, reference, message):
+    (tmp_path / "a.jsonl").write_text('{"body": "no conversation"}')
+    with pytest.raises(DataError, match=message):
+        parse_calibration(f"chat:{reference and tmp_path / reference}", SOURCES).check()
 
 
 def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):

@@ -98,3 +98,51 @@ def test_a_model_that_predicts_no_numbers_has_no_perplexity():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(ModelError, match=r"predictions are not numbers \(NaN\).*weights are damaged"):
         perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16)
+
+
+def test_windows_begin_with_bos_where_the_tokenizer_puts_it():
+    """It is one of the tokens of a window and is not predicted, while the first of the text is."""
+    model, tokenizer = tiny_models.llama(), tiny_models.with_bos()
+    ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"]
+    windows = len(ids) // 15
+    table = torch.tensor(ids[: windows * 15]).view(windows, 15)
+    table = torch.cat([torch.zeros(windows, 1, dtype=torch.long), table], 1)
+    with torch.no_grad():
+        expected = float(model(input_ids=table, labels=table).loss)
+    result = perplexity(model, tokenizer, tiny_models.TEXT, window=16, reference=model)
+    assert result.nll_per_token == pytest.approx(expected, rel=1e-6)
+    assert (result.windows, result.window, result.tokens, result.bos) == (windows, 16, windows * 15, True)
+    assert result.kl_per_token == pytest.approx(0.0, abs=1e-9)
+
+
+def test_of_several_tokens_before_a_text_none_is_predicted():
+    from tokenizers.processors import TemplateProcessing
+
+    model, reference, tokenizer = tiny_models.llama(), tiny_models.llama(seed=1), tiny_models.tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing("</s> <s> $A", None, [("<s>", 0), ("</s>", 1)])
+    ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"][:56]
+    table = torch.cat([torch.tensor([[1, 0]]).expand(4, -1), torch.tensor(ids).view(4, 14)], 1)
+    with torch.no_grad():
+        log_p, log_q = (m(input_ids=table).logits[:, 1:-1].double().log_softmax(-1) for m in (reference, model))
+    result = perplexity(model, tokenizer, tiny_models.TEXT, window=16, tokens=64, reference=reference)
+    assert result.nll_per_token == pytest.approx(-float(log_q.gather(-1, table[:, 2:, None]).mean()), rel=1e-6)
+    assert result.kl_per_token == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
+
+
+def test_bos_can_be_left_out_and_is_not_put_where_the_tokenizer_does_not():
+    """As in figures of earlier versions, bit for bit."""
+    model = tiny_models.llama()
+    without = perplexity(model, tiny_models.with_bos(), tiny_models.TEXT, window=16, bos=False)
+    assert without == perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16)
+    assert without.bos is False and without.tokens % 16 == 0
+    assert perplexity(model, tiny_models.with_bos(), tiny_models.TEXT, window=16) != without
+
+
+def test_a_window_has_room_for_text_beside_bos():
+    with pytest.raises(DataError, match="a window of 2 has no room for text after the 2 tokens before it"):
+        perplexity(tiny_models.llama(), _Two(), tiny_models.TEXT, window=2)
+
+
+class _Two:
+    def __call__(self, text, add_special_tokens, verbose):
+        return {"input_ids": ([8, 9] if add_special_tokens else []) + [5] * len(text)}

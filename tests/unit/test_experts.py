@@ -1,0 +1,183 @@
+"""Criteria for experts, on mixtures with planted experts: which a criterion ranks rightly, and which it cannot see."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from criteria_cases import layers_of, tokens
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import llmpruner
+from llmpruner import Catalog, Role, plugin_manager
+from llmpruner.families.graph import build_graph
+from llmpruner.importance.estimate import estimate
+from llmpruner.loading.model import Model
+from llmpruner.oracle.tiny import random_instance, small_config
+
+ALL = ["mixtral", "deepseek_v3", "olmoe", "qwen3_moe", "deepseek_v2"]
+TYPES = [*ALL[:3], *(pytest.param(name, marks=pytest.mark.long) for name in ALL[3:])]
+CRITERIA = ["expert-reap", "expert-norm", "expert-frequency", "expert-contribution"]
+UNUSED, SILENT, CRUCIAL, COPIED, COPY = 0, 4, 2, 5, 6
+"""Never chosen by the router; often chosen, with outputs of zero; rarely chosen, with large outputs; two alike. The two
+that can go are in different halves, as DeepSeek-V3 chooses from groups of experts."""
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
+
+
+@functools.cache
+def planted(model_type: str) -> Model:
+    config = small_config(CONFIG_MAPPING[model_type](**({"num_experts_per_tok": 2} if "v2" in model_type else {})))
+    family = Catalog(plugin_manager(entry_points=False)).families["auto"]()
+    model = random_instance(config, 0)
+    loaded = Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # Channels 0 and 1 of the residual stream keep what the embedding gives: a constant, so that the first column of
+        # a router is a bias, and a mark of one token in ten.
+        for span in loaded.graph.by_name["hidden"].spans:
+            value = {Role.NORM: 1.0, Role.PRODUCES: 0.0}.get(span.role)
+            if value is not None:
+                model.get_parameter(span.parameter).narrow(span.axis, 0, 2).fill_(value)
+        embedding = model.get_input_embeddings().weight
+        embedding[:, 0] = 6 * embedding.std()
+        embedding[: len(embedding) // 10, 1] = 6 * embedding.std()
+        for group in loaded.graph.of_kinds(["expert"]):
+            for span in group.spans:
+                weight = model.get_parameter(span.parameter)
+                if weight.dim() == 2:
+                    weight.normal_(generator=generator).mul_(0.5 * weight.shape[1] ** -0.5)
+                    weight[:, :2] = 0.0
+                    weight[UNUSED, 0], weight[SILENT, 0] = -100.0, 0.4
+                    weight[CRUCIAL, 0], weight[CRUCIAL, 1] = -1.0, 4.0
+                else:
+                    weight[COPY] = weight[COPIED]
+                    if "down_proj" in span.parameter:
+                        weight[SILENT] = 0.0
+                        weight[CRUCIAL] *= 8
+    return loaded
+
+
+@functools.cache
+def scores(model_type: str, name: str) -> torch.Tensor:
+    """(layers, experts)"""
+    loaded = planted(model_type)
+    groups = loaded.graph.of_kinds(["expert"])
+    criterion = Catalog(plugin_manager(entry_points=False)).criteria[name]()
+    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
+    found = estimate(loaded.model, loaded.graph, groups, criterion, tokens(16, 32, vocabulary=vocabulary))
+    return torch.stack([found.by_group[group.name] for group in groups])
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("name", ["expert-reap", "expert-norm"])
+def test_dead_experts_are_last_and_a_rare_one_with_large_outputs_is_first(model_type, name):
+    found = scores(model_type, name)
+    for layer in found:
+        assert layer[UNUSED] == layer[SILENT] == 0
+        assert sorted(layer.tolist())[2] > 0 and int(layer.argmax()) == CRUCIAL
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_contribution_sees_dead_experts_and_counts_how_often_the_others_are_used(model_type):
+    total, frequency = (scores(model_type, f"expert-{name}") for name in ("contribution", "frequency"))
+    assert (total[:, [UNUSED, SILENT]] == 0).all() and (total > 0).sum() == 6 * len(total)
+    # Above that of experts as often used, by the factor of its outputs, and not above all, as in the mean.
+    per_use = total / frequency.clamp_min(1e-9)
+    assert (per_use.argmax(1) == CRUCIAL).all()
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_frequency_sees_that_an_expert_is_not_used_and_not_that_its_outputs_are_zero(model_type):
+    found = scores(model_type, "expert-frequency")
+    torch.testing.assert_close(found.sum(1), torch.ones(len(found), dtype=torch.float64))
+    assert (found[:, UNUSED] == 0).all()
+    first = found[0]
+    assert first[SILENT] > first.median(), "always chosen, and worth nothing"
+    assert first[CRUCIAL] < first[SILENT], "worth most, and rarely chosen"
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_no_criterion_sees_that_two_experts_are_alike(name):
+    """The score of an expert in the first mixture does not depend on whether another one is its copy."""
+    loaded = planted("mixtral")
+    group = loaded.graph.of_kinds(["expert"])[0]
+    criterion = Catalog(plugin_manager(entry_points=False)).criteria[name]()
+    stacks = [p for s in group.spans if (p := loaded.model.get_parameter(s.parameter)).dim() == 3]
+    before = [stack.detach().clone() for stack in stacks]
+    calibration = tokens(16, 32, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
+    with torch.no_grad():
+        for stack in stacks:
+            stack[COPY].normal_(std=float(stack.std()), generator=torch.Generator().manual_seed(2))
+    try:
+        alone = estimate(loaded.model, loaded.graph, [group], criterion, calibration).by_group[group.name]
+    finally:
+        with torch.no_grad():
+            for stack, values in zip(stacks, before, strict=True):
+                stack.copy_(values)
+    assert torch.equal(alone[COPIED], scores("mixtral", name)[0, COPIED])
+
+
+def test_reap_renormalises_the_routers_weights_unless_told_not_to():
+    """OLMoE takes its weights as a softmax over all experts gives them."""
+    loaded = planted("olmoe")
+    (group, *_) = loaded.graph.of_kinds(["expert"])
+    calibration = tokens(4, 16, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
+    experts = layers_of(loaded)[group.layer].mlp.experts
+    seen = []
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad():
+        loaded.model(input_ids=calibration.input_ids, use_cache=False)
+    handle.remove()
+    hidden, chosen, gates = seen[0]
+    assert not torch.allclose(gates.sum(1), torch.ones(len(gates)))
+    criteria = Catalog(plugin_manager(entry_points=False)).criteria
+    for renormalize, weights in ((True, gates / gates.sum(1, keepdim=True)), (False, gates)):
+        expected = []
+        for number in range(group.units):
+            token, rank = torch.where(chosen == number)
+            gate, up = (hidden[token] @ experts.gate_up_proj[number].T).chunk(2, -1)
+            norms = ((experts.act_fn(gate) * up) @ experts.down_proj[number].T).norm(dim=-1)
+            expected.append(float((weights[token, rank] * norms.detach()).sum()) / max(1, len(token)))
+        criterion = criteria["expert-reap"](renormalize=renormalize)
+        found = estimate(loaded.model, loaded.graph, [group], criterion, calibration).by_group[group.name]
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model_type", [t if t == "deepseek_v3" else pytest.param(t, marks=pytest.mark.long) for t in [*ALL, "aria_text"]]
+)
+def test_a_quarter_of_the_experts_goes_with_their_rows_of_the_router(model_type, monkeypatch, tmp_path):
+    """The dead ones of every layer. The result is a stock checkpoint, with the logits of the dense model in which the
+    silent expert is not chosen any more."""
+    loaded = planted(model_type)
+    text = tokens(16, 32, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
+    monkeypatch.setattr("llmpruner.recipes.pipeline.calibrate", lambda *_: text)
+    plan = llmpruner.plan(
+        loaded, unit_ratio=0.25, kinds="expert", layers="all", importance="expert-reap", samples=16, length=32
+    )
+    groups = loaded.graph.of_kinds(["expert"])
+    for group in groups:
+        kept = plan.cuts[group.name].kept
+        assert sorted(set(range(8)) - set(kept)) == [UNUSED, SILENT]
+    pruned = llmpruner.prune(replace(loaded, model=copy.deepcopy(loaded.model)), plan=plan, output=tmp_path / "pruned")
+    assert pruned.outcome is not None
+    removed = pruned.outcome.parameters_before - pruned.outcome.parameters_after
+    assert removed == 2 * sum(loaded.graph.parameters_per_unit(group) for group in groups)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
+    dense = copy.deepcopy(loaded.model)
+    ids = text.input_ids[:4]
+    with torch.no_grad():
+        for group in groups:
+            router = next(span.parameter for span in group.spans if len(loaded.graph.shapes[span.parameter]) == 2)
+            dense.get_parameter(router)[SILENT, 0] = -1e4
+        wanted = dense(ids).logits
+        assert (stock(ids).logits - wanted).norm() < 1e-4 * wanted.norm()
+        written = stock.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    assert written.shape == (1, 36)
