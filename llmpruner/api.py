@@ -91,6 +91,7 @@ from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recipes.verification import Verification, verification
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from .recovery.examples import load_examples
@@ -734,6 +735,26 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
     progress.status("cutting and silencing a small random model")
     with quiet_transformers():
         return _verify(structure.family, structure.config, seed=seed)
+
+
+def verify_checkpoint(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+) -> Verification:
+    """Check a checkpoint directory that `prune`, `recover`, `save` or `export` wrote: files against the hashes in its
+    record, tensors against the index, shapes against the plans, values (finite), and, where the dense model is on this
+    machine, kept weights and logits against it. Reads one layer at a time.
+
+    ``base``: reference of the dense model, instead of that in the record. Damage is in the result; raises `ModelError`
+    for what is no checkpoint, and for a ``base`` that cannot be opened or is another model.
+    """
+    load = LoadSettings(trust_remote_code=trust_remote_code)
+    named = None if base is None else str(base)
+    return verification(Path(directory), named, load, catalog or Catalog(plugin_manager()), progress)
 
 
 def write_page(

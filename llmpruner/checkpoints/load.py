@@ -13,6 +13,8 @@ from ..models.modeling_llmpruner import base_class, pruned_model
 from ..models.quiet import quiet_transformers
 from ..models.remote import ALLOW, pruned_class
 from .adapters import adapter_base, with_adapter
+from .manifest import check_weights
+from .record import read_record
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +34,8 @@ def load_pruned(
     ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: as saved unless given.
     ``trust_remote_code``: whether code in the checkpoint may run. Only a model whose class is in neither transformers
     nor an installed plugin needs it; for all others llmpruner's own code is used.
-    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or of another shape.
+    Raises `CheckpointError` when a file is missing or damaged (see `manifest.check_weights`), or a tensor is missing,
+    unknown or of another shape.
     """
     base = adapter_base(Path(path))
     if base is not None:
@@ -46,6 +49,8 @@ def load_pruned(
         return cast("PreTrainedModel", with_adapter(model, Path(path)))
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
+    if Path(path).is_dir():
+        check_weights(Path(path), read_record(path))
 
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
     options["trust_remote_code"] = trust_remote_code

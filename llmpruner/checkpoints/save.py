@@ -15,6 +15,7 @@ import torch
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
 from ..models.quiet import quiet_transformers
+from .manifest import add_manifest
 from .record import RECORD_FILE
 from .shards import INDEX, SINGLE, names_in
 from .shim import shim_model, stock_config
@@ -44,7 +45,8 @@ def save_checkpoint(
     rebuilt from the configuration, sharing the weights, and must give the same logits as ``model`` on its
     ``dummy_inputs``.
 
-    ``record``: JSON values, written to ``llmpruner.json`` beside the weights; None writes no such file.
+    ``record``: JSON values, written to ``llmpruner.json`` beside the weights, with the size and the SHA-256 of every
+    file; None writes no such file.
     ``family``: may propose further stock configurations.
     ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
     ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
@@ -78,6 +80,7 @@ def save_checkpoint(
                 tokenizer.save_pretrained(partial)
         for file in extra_files:
             shutil.copyfile(file, partial / file.name)
+        add_manifest(partial)
     return form
 
 

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from ..checkpoints.adapters import adapter_base, with_adapter
 from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.load import load_pruned
+from ..checkpoints.manifest import check_weights
 from ..checkpoints.record import read_record
 from ..checkpoints.shards import has_shards, shard_bytes
 from ..engine.weights import StreamedWeights, Weights
@@ -131,7 +132,7 @@ def load_model(
         tokenizer = _read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
     model = model.to(options.device).eval()
-    _check_shapes(model, structure.graph, text)
+    check_shapes(model, structure.graph, text)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
@@ -160,12 +161,14 @@ def open_streamed(
     ref = resolve(text, catalog, revision=options.revision)
     tokenizer = _read_tokenizer(ref, options, structure.config)
     dtype = _dtype(options, structure.config, ref)
+    if structure.record is not None:
+        check_weights(ref.directory, structure.record)
     with _one_line(ref):
         lazy = LazyCheckpoint(
             ref.directory, dtype, structure.graph.layers, beside, trust_remote_code=options.trust_remote_code
         )
     check_loaded(text, lazy.model, lazy.info)
-    _check_shapes(lazy.model, structure.graph, text)
+    check_shapes(lazy.model, structure.graph, text)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
@@ -386,7 +389,8 @@ def _dtype(options: LoadSettings, config: PreTrainedConfig, ref: Reference) -> t
     return cast("torch.dtype", stored)
 
 
-def _check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:
+def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:
+    """Raise `ModelError` for a parameter of another shape than ``graph`` gives. ``text``: the reference."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         expected = graph.shapes.get(name)
         if expected is None or tuple(parameter.shape) != expected:
