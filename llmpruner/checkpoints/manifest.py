@@ -6,7 +6,6 @@ Of safetensors files there is a CRC-32 for every tensor besides, which says wher
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .record import RECORD_FILE, read_json
+from .record import RECORD_FILE, read_json, record_text
 from .shards import WEIGHTS, check_index, places_in
 
 FILES = "files"
@@ -78,8 +77,7 @@ def add_manifest(directory: Path) -> None:
         return
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != record)
     facts = {file.relative_to(directory).as_posix(): facts_of(file).as_json() for file in files}
-    text = json.dumps({**read_json(record), FILES: facts}, indent=1, ensure_ascii=False, allow_nan=False)
-    record.write_text(text + "\n", encoding="utf-8")
+    record.write_text(record_text({**read_json(record), FILES: facts}), encoding="utf-8")
 
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | None:

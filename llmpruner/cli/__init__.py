@@ -9,7 +9,8 @@ import threading
 from typing import NoReturn
 
 from ..allocator import keep_freed_memory
-from ..errors import LlmprunerError
+from ..errors import LlmprunerError, SettingsError
+from ..files import write_failure
 from .app import build_app
 from .console import error_line
 from .launched import is_first, let_first_print, run_together, shares_work
@@ -24,16 +25,33 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _terminated)
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:
+        _check_text(arguments)
         if shares_work(arguments):
             run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
         build_app()(args=arguments, prog_name="llmpruner")
-    except LlmprunerError as error:
+    except KeyboardInterrupt:
         if debug:
             raise
+        sys.exit(128 + signal.SIGINT)
+    except (LlmprunerError, OSError, RuntimeError) as error:
+        # A full disk can show anywhere; other errors of the system are no mistakes of the user.
+        reason = None if isinstance(error, LlmprunerError) else write_failure(error)
+        if debug or (reason is None and not isinstance(error, LlmprunerError)):
+            raise
         if is_first():
-            error_line(str(error))
+            error_line(str(error) if reason is None else f"an output cannot be written: {reason}")
         let_first_print()
         sys.exit(2)
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Raise `SettingsError` for bytes that are no UTF-8, which neither JSON files nor tokenizers take."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="backslashreplace").decode()
+            raise SettingsError(f"the argument '{shown}' is not UTF-8 text; give paths and texts in UTF-8") from None
 
 
 def _terminated(number: int, _: object) -> NoReturn:

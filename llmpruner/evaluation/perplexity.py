@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
+from ..models.vocabulary import check_ids
 from ..progress import Progress
 from .results import PerplexityResult
 
@@ -55,7 +56,7 @@ def perplexity(
         )
     used = ids[: windows * window]
     whole = len(used) == len(ids)
-    table = torch.tensor(used).view(windows, window)
+    table = check_ids(torch.tensor(used), model).view(windows, window)
     total = total_divergence = 0.0
     for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
         placed = batch.to(model.device)

@@ -18,7 +18,7 @@ from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
 from ..checkpoints.record import read_record
-from ..checkpoints.shards import has_shards, shard_bytes
+from ..checkpoints.shards import check_index, has_shards, shard_bytes
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
@@ -164,14 +164,30 @@ def open_streamed(
     if structure.record is not None:
         check_weights(ref.directory, structure.record)
     with _one_line(ref):
-        lazy = LazyCheckpoint(
-            ref.directory, dtype, structure.graph.layers, beside, trust_remote_code=options.trust_remote_code
-        )
+        lazy = lazily(ref.directory, dtype, structure.graph, beside, trust_remote_code=options.trust_remote_code)
     check_loaded(text, lazy.model, lazy.info)
     check_shapes(lazy.model, structure.graph, text)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
+
+
+def lazily(
+    directory: Path, dtype: torch.dtype, graph: CouplingGraph, beside: Path | None = None, *, trust_remote_code: bool
+) -> LazyCheckpoint:
+    """A `LazyCheckpoint` of a model with the parameters of ``graph``. Raises `ModelError` where tensors are missing."""
+    try:
+        return LazyCheckpoint(directory, dtype, graph.layers, beside, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        # accelerate stops at a missing tensor, and does not name it.
+        stored = check_index(directory)
+        missing = sorted(graph.shapes.keys() - graph.ties.keys() - stored.keys())
+        if "meta device" not in str(error) or not missing or stored.keys() - graph.shapes.keys() - graph.buffers.keys():
+            raise
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"the checkpoint of '{directory}' lacks tensor '{missing[0]}'{more}; it is incomplete or damaged"
+        ) from error
 
 
 def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..checkpoints.adapters import adapter_base
-from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.manifest import damaged_files, recorded_files
 from ..checkpoints.record import RECORD_FILE, read_record
 from ..checkpoints.shards import check_index, has_shards, opened
 from ..engine.weights import StreamedWeights
 from ..errors import CheckpointError, LlmprunerError, ModelError
-from ..loading.model import check_loaded, check_shapes, load_structure, why_not_streamed
+from ..loading.model import check_loaded, check_shapes, lazily, load_structure, why_not_streamed
 from ..models.finite import first_not_finite
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
@@ -195,7 +194,7 @@ def _opened(directory: Path, structure: Structure, load: LoadSettings, catalog: 
     if reason is not None:
         raise NotComparable(f"only weights that can be read layer by layer are compared: {reason}")
     dtype = getattr(torch, load.dtype)
-    lazy = LazyCheckpoint(directory, dtype, structure.graph.layers, trust_remote_code=load.trust_remote_code)
+    lazy = lazily(directory, dtype, structure.graph, trust_remote_code=load.trust_remote_code)
     check_loaded(str(directory), lazy.model, lazy.info)
     unknown = sorted(map(str, lazy.info["unexpected_keys"]))
     if unknown:
