@@ -21,8 +21,9 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if "--help" not in arguments:
         keep_freed_memory()
+    ended_by: list[int] = []
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        _end_as_exits(ended_by)
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:
         _check_text(arguments)
@@ -33,7 +34,10 @@ def main() -> None:
         if debug:
             raise
         sys.exit(128 + signal.SIGINT)
-    except (LlmprunerError, OSError, RuntimeError) as error:
+    except Exception as error:
+        if ended_by and not debug:
+            # While it is imported, a library may turn the end of the process into an error of its own.
+            sys.exit(128 + ended_by[0])
         # A full disk can show anywhere; other errors of the system are no mistakes of the user.
         reason = None if isinstance(error, LlmprunerError) else write_failure(error)
         if debug or (reason is None and not isinstance(error, LlmprunerError)):
@@ -54,6 +58,18 @@ def _check_text(arguments: list[str]) -> None:
             raise SettingsError(f"the argument '{shown}' is not UTF-8 text; give paths and texts in UTF-8") from None
 
 
-def _terminated(number: int, _: object) -> NoReturn:
-    """End as at an exit, so that temporary files are removed."""
-    sys.exit(128 + number)
+def _end_as_exits(ended_by: list[int]) -> None:
+    """Let SIGTERM end the process as an exit does, and SIGINT as Python does, so that temporary files are removed; the
+    number of the signal is put into ``ended_by``."""
+
+    def terminated(number: int, _: object) -> NoReturn:
+        ended_by.append(number)
+        sys.exit(128 + number)
+
+    def interrupted(number: int, _: object) -> NoReturn:
+        ended_by.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)

@@ -46,8 +46,8 @@ class CalibrationSet:
             return [f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --length"]
         if different < FEW_DIFFERENT:
             return [
-                f"the {tokens:,} tokens of calibration text are only {different} different ones; a ranking by them says "
-                "little of other text"
+                f"the {tokens:,} tokens of calibration text are only {different} different ones; a ranking by them "
+                "says little of other text"
             ]
         return []
 
