@@ -81,6 +81,7 @@ def write_work(folder: Path) -> Work:
     llmpruner.prune(work.dense, unit_ratio=0.25, layers=[1, 2], importance="l1", output=work.pruned)
     llmpruner.plan(work.dense, ratio=0.2, importance="l1").save(work.plan)
     llmpruner.export(work.dense, to="gguf", output=work.gguf)
+    next(work.gguf.glob("*.gguf")).rename(work.gguf / "model.gguf")
     from llmpruner_llama.meta_writer import convert_to_meta
 
     convert_to_meta(work.dense, work.meta, tokenizer=None)
