@@ -244,16 +244,27 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
 
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
     try:
-        values = dict(record["base_config"])
-        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
-            # Pruned from a model with code in its checkpoint, of which this one contains a copy.
-            if not options.trust_remote_code:
-                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
-            pruned_class(ref.location)
-        plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged: {first_line(error)}") from error
+        return _recorded_structure(ref, record, catalog, options)
+    except LlmprunerError:
+        raise
+    except Exception as error:
+        # Classes of configurations raise what they like for values that they do not expect.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+
+
+def _recorded_structure(
+    ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
+) -> Structure:
+    values = dict(record["base_config"])
+    if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+        # Pruned from a model with code in its checkpoint, of which this one contains a copy.
+        if not options.trust_remote_code:
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+        pruned_class(ref.location)
+    plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    _check_sizes(ref.text, config)
     family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
     graph = build_graph(family, config)
     for plan in plans:

@@ -90,12 +90,24 @@ DAMAGE = {
     "a configuration of another model": (
         lambda d: edit_json(d / "config.json", rms_norm_eps=0.5), "the logits differ from the base"
     ),
+    "a record with values of another type": (
+        lambda d: edit_base(d / "llmpruner.json", tie_word_embeddings=""), "llmpruner.json is damaged"
+    ),
+    "a record with sizes beyond memory": (
+        lambda d: edit_base(d / "llmpruner.json", num_hidden_layers=10**7), "num_hidden_layers 10000000"
+    ),
     "a record that is no JSON": (lambda d: (d / "llmpruner.json").write_text("{"), "llmpruner.json cannot be read"),
     "a record of files elsewhere": (
         lambda d: edit_json(d / "llmpruner.json", add=False, files={"../x": {"bytes": 1, "sha256": "0"}}),
         "'../x' is no file of the checkpoint",
     ),
 }  # fmt: skip
+
+
+def edit_base(file: Path, **values: object) -> None:
+    record = json.loads(file.read_text())
+    record["base_config"] |= values
+    file.write_text(json.dumps(record))
 
 
 def edit_json(file: Path, *, add: bool = True, **values: object) -> None:
