@@ -126,7 +126,8 @@ def writing(what: Path) -> Iterator[None]:
 def check_space(path: Path, size: float, what: str) -> None:
     """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free. ``what``: which
     bytes these are."""
-    free = shutil.disk_usage(path.resolve().parent).free
+    with _unwritable(path):
+        free = shutil.disk_usage(path.resolve().parent).free
     if size > free:
         raise OutputError(
             f"'{path}' needs about {bytes_text(size)} of disk for {what}, and {bytes_text(free)} are free there; free "

@@ -111,7 +111,8 @@ def verification(
             progress.status("comparing shapes with the plans")
             weights = _opened(directory, structure, options, catalog)
         found.append((structure, weights))
-        return f"those of {len(structure.plans)} plans, no tensor missing or unknown"
+        count = len(structure.plans)
+        return f"those of {count} plan{'s' * (count != 1)}, no tensor missing or unknown"
 
     attempt("shapes", shapes)
     if not found:
