@@ -6,7 +6,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-long test-fast lint bench speed gpu-check export-check docs clean
+.PHONY: demo test test-long test-fast lint bench torture speed gpu-check export-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -36,6 +36,9 @@ test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
 
 bench: .venv/ready  ## slow measurements; results are committed under benchmarks/
 	$(BIN)/python -m benchmarks
+
+torture: .venv/ready  ## kills, full disks and damaged files under every command: benchmarks/torture.md, half an hour
+	$(BIN)/python -m benchmarks.torture
 
 docs: .venv/ready  ## the documentation site, in site/; a warning is an error
 	$(BIN)/python docs/_tools

@@ -14,6 +14,7 @@ from .api import recover as recover
 from .api import run as run
 from .api import save as save
 from .api import verify as verify
+from .api import verify_checkpoint as verify_checkpoint
 from .benching.base import BenchSubject as BenchSubject
 from .benching.base import Runtime as Runtime
 from .benching.base import Session as Session
@@ -70,6 +71,7 @@ from .exporters.base import ExportTask as ExportTask
 from .families.family import ModelFamily as ModelFamily
 from .families.family import alpaca_prompt as alpaca_prompt
 from .families.graph import build_graph as build_graph
+from .files import new_directory as new_directory
 from .importance.base import ImportanceCriterion as ImportanceCriterion
 from .loading.model import Model as Model
 from .loading.model import Structure as Structure

@@ -1,5 +1,10 @@
 """``python -m llmpruner``."""
 
-from .cli import main
+import sys
 
-main()
+try:
+    from .cli import main
+
+    main()
+except KeyboardInterrupt:  # before `main` began
+    sys.exit(130)

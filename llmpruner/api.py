@@ -8,8 +8,8 @@ is refused before weights are read.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,14 +29,14 @@ from .engine.journal import Journal
 from .engine.launch import launched
 from .engine.ranks import Ranks
 from .engine.weights import Weights
-from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
+from .errors import DataError, LlmprunerError, ModelError, OutputError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import evaluate as _evaluate
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
 from .families.auto import AUTO
 from .families.chat import Prompt, chat_prompt, has_chat_template
-from .files import check_new_directory, check_new_file, write_text
+from .files import check_new_directory, check_new_file, check_space, remove_tree, tree_bytes, write_text
 from .keywords import (
     BenchKeywords,
     EvaluateKeywords,
@@ -52,6 +52,7 @@ from .loading.model import (
     Model,
     Structure,
     brings_tokenizer,
+    dtype_of,
     file_bytes,
     load_model,
     load_structure,
@@ -91,6 +92,7 @@ from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recipes.verification import Verification, verification
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from .recovery.examples import load_examples
@@ -243,24 +245,45 @@ def prune(
     if directory is not None and not isinstance(opened, Model):
         what = replayed or settings_from(PruneSettings, settings)
         journal = _journal(directory, opened, what, load, run, way.divided, ranks)
-        # The files of a result depend on how the model is held, and free memory may differ when a run is continued.
-        way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
-    beside = None if directory is None else directory.resolve().parent
-    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
-    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
-    try:
+    if directory is not None and expected is not None:
+        written = 0 if journal is None else tree_bytes(journal.folder)
+        ranks.from_first(lambda: check_space(directory, expected["disk"] - written, "the result and its way there"))
+    with ExitStack() as stack:
+        if journal is not None and directory is not None:
+            stack.enter_context(journal.alone())
+            # Another run may have ended since it was looked for.
+            ranks.from_first(lambda: check_new_directory(directory))
+            # The files of a result depend on how the model is held, and free memory may differ when a run is continued.
+            way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
+        beside = None if directory is None else directory.resolve().parent
+        loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
+        how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
+        with _resumable(journal, progress):
+            if journal is not None:
+                journal.store("way", {"streamed": way.streamed})
+            draft = _draft(loaded, replayed, job, progress, how)
+            pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
+            pruned = _with_forecast(pruned, expected)
+            if directory is None:
+                return pruned
+            progress.status("saving")
+            pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+        pruned = reopened(pruned, directory, trust_remote_code=load is not None and load.trust_remote_code)
         if journal is not None:
-            journal.store("way", {"streamed": way.streamed})
-        draft = _draft(loaded, replayed, job, progress, how)
-        pruned = pipeline.apply_draft(loaded, draft, catalog, progress, how)
-        pruned = _with_forecast(pruned, expected)
-        if directory is None:
-            return pruned
-        progress.status("saving")
-        pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
-    except KeyboardInterrupt:
+            journal.remove()
+    return pruned
+
+
+@contextmanager
+def _resumable(journal: Journal | None, progress: Progress) -> Iterator[None]:
+    """What a run leaves when it ends early: its journal, unless it was refused. A result that cannot be written does
+    not cost what was computed for it."""
+    try:
+        yield
+    except (KeyboardInterrupt, OutputError) as error:
         if journal is not None and journal.folder.exists():
-            progress.status(f"stopped; the same command goes on with what is done ({journal.folder}), or --restart")
+            why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
+            progress.status(f"{why}; the same command goes on with what is done ({journal.folder}), or --restart")
         raise
     except ProcessError:
         raise
@@ -268,10 +291,6 @@ def prune(
         if journal is not None:
             journal.remove()
         raise
-    pruned = reopened(pruned, directory, trust_remote_code=load is not None and load.trust_remote_code)
-    if journal is not None:
-        journal.remove()
-    return pruned
 
 
 def _checked(
@@ -347,7 +366,7 @@ def _journal(
     on. ``divided``: see `Residency`."""
     folder = output.with_name(output.name + ".pruning")
     if run.restart and ranks.first:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
     return Journal(
         folder,
         {
@@ -410,8 +429,11 @@ def recover(
     needs_dense = job.strategy.needs_dense or own is not None
     dense = dense_structure(opened, catalog, trust_remote_code=trusted) if needs_dense else None
     way = _arranged_layers(job, opened, dense, load, run, catalog, progress, saves=directory is not None)
+    if directory is not None and job.settings.merge:
+        size = opened.graph.total_parameters * dtype_of(opened, catalog, load or LoadSettings()).itemsize
+        ranks.from_first(lambda: check_space(directory, size, "the result alone"))
     if run.restart:
-        ranks.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        ranks.from_first(lambda: remove_tree(folder))
     beside = folder.resolve().parent
     written = None
     if own is not None and dense is not None:
@@ -445,7 +467,7 @@ def recover(
     form = ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
     recovered = reopened(replace(recovered, form=form), directory, trust_remote_code=trusted)
     if work_dir is None and ranks.first:
-        shutil.rmtree(folder)
+        remove_tree(folder)
     return recovered
 
 
@@ -734,6 +756,26 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
     progress.status("cutting and silencing a small random model")
     with quiet_transformers():
         return _verify(structure.family, structure.config, seed=seed)
+
+
+def verify_checkpoint(
+    directory: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+) -> Verification:
+    """Check a checkpoint directory that `prune`, `recover`, `save` or `export` wrote: files against the hashes in its
+    record, tensors against the index, shapes against the plans, values (finite), and, where the dense model is on this
+    machine, kept weights and logits against it. Reads one layer at a time.
+
+    ``base``: reference of the dense model, instead of that in the record. Damage is in the result; raises `ModelError`
+    for what is no checkpoint, and for a ``base`` that cannot be opened or is another model.
+    """
+    load = LoadSettings(trust_remote_code=trust_remote_code)
+    named = None if base is None else str(base)
+    return verification(Path(directory), named, load, catalog or Catalog(plugin_manager()), progress)
 
 
 def write_page(

@@ -26,7 +26,13 @@ from collections.abc import Iterable
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or the name of its class where the message is empty."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(":") if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if "weights_only" in lines[0]:
+        # torch's own message advises to run what is in the file.
+        return "the file holds more than tensors, and is not read"
+    shown = "".join(c if c.isprintable() else "�" for c in lines[0])
+    return (shown if len(shown) <= 400 else f"{shown[:400]}…").rstrip(":")
 
 
 def near(name: str, known: Iterable[str]) -> str:

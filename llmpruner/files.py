@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .amounts import bytes_text
 from .errors import OutputError, first_line
 
 
@@ -86,34 +87,93 @@ def _unwritable(path: Path) -> Iterator[None]:
         raise OutputError(f"'{path}' cannot be written: {error.strerror or error}") from error
 
 
+def write_failure(error: BaseException) -> str | None:
+    """Why the system did not take what was written, in plain words; None for an error that is something else.
+
+    Libraries have errors of their own for it: safetensors gives the system's number, torch the name of its writer.
+    """
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
+        number = int(found[1])
+    if number in _WRITING:
+        return _WRITING[number]
+    written_by_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+    return f"no space left on the device, or it fails ({first_line(error)})" if written_by_torch else None
+
+
+_WRITING = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is exhausted",
+    errno.EFBIG: "the file is larger than the system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the device fails",
+}
+
+
 @contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
+def writing(what: Path) -> Iterator[None]:
+    """Errors of writing ``what`` as an `OutputError`: every `OSError`, and those of safetensors and torch."""
+    try:
+        yield
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None and not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise OutputError(f"{what} cannot be written: {reason or first_line(error)}") from error
+
+
+def check_space(path: Path, size: float, what: str) -> None:
+    """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free. ``what``: which
+    bytes these are."""
+    with _unwritable(path):
+        free = shutil.disk_usage(path.resolve().parent).free
+    if size > free:
+        raise OutputError(
+            f"'{path}' needs about {bytes_text(size)} of disk for {what}, and {bytes_text(free)} are free there; free "
+            "some, or choose another place"
+        )
+
+
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files in ``folder``; 0 where it does not exist."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it; of a symbolic link, the folder that it leads to as well. What is not
+    there, or cannot be removed, is left."""
+    shutil.rmtree(folder.resolve(), ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
+
+
+@contextmanager
+def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
     """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails. Those
-    that killed processes left for the same ``directory`` are removed first.
+    that killed processes left for the same ``directory`` are removed first. ``empty``: whether ``directory`` may exist
+    if nothing is in it.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
-    if directory.exists():
+    taken = empty and directory.is_dir() and not any(directory.iterdir())
+    if directory.exists() and not taken:
         raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
     _remove_abandoned(directory)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     lock = None
     try:
-        partial.mkdir(parents=True)
-        lock = _lock(partial)
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
-                file.chmod(partial.stat().st_mode & 0o666)
-        partial.rename(directory)
-    except Exception as error:
-        # safetensors reports a full disk with an exception of its own.
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-        reason = "no space left on the device" if full else first_line(error)
-        raise OutputError(f"{directory} cannot be written: {reason}") from error
+        with writing(directory):
+            partial.mkdir(parents=True)
+            lock = _lock(partial)
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
+                    file.chmod(partial.stat().st_mode & 0o666)
+            if taken:
+                directory.rmdir()
+            partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:

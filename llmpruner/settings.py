@@ -120,7 +120,7 @@ def _layers(value: Any) -> Any:
     if isinstance(value, str) and value.strip() != "all":
         for part in value.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-            if match is None or int(match[2] or match[1]) < int(match[1]):
+            if match is None or len(part) > 20 or int(match[2] or match[1]) < int(match[1]):
                 raise ValueError("expected layer numbers such as 3-26 or 0,5,7-9, or all")
     return value
 
@@ -137,9 +137,9 @@ def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
+        if int(last or first) >= count:
+            raise SettingsError(f"--layers {text}: the model has the layers 0-{count - 1}")
         numbers.update(range(int(first), int(last or first) + 1))
-    if max(numbers) >= count:
-        raise SettingsError(f"--layers {text}: the model has the layers 0-{count - 1}")
     return tuple(sorted(numbers))
 
 
@@ -159,7 +159,7 @@ def _component_settings(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="Same seed, same inputs: same result.")]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same inputs: same result.")]
 Set = Annotated[
     ComponentValues,
     Field(
@@ -192,7 +192,7 @@ def _size(value: Any) -> Any:
     """``4GiB``, ``500MB`` or a number of bytes."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", value, re.I)
-        if match is None:
+        if match is None or len(match[1]) > 30:
             raise ValueError("expected a size such as 4GiB, 500MB or a number of bytes")
         base = 1024 if match[3] else 1000
         return int(float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0))
@@ -393,13 +393,19 @@ class PruneSettings(Settings):
     ] = "self"
     samples: Annotated[
         int | None,
-        Field(ge=1, description="Calibration samples: 320 for best (256 that the model writes), 64 for fast, else 10."),
+        Field(
+            ge=1,
+            le=1_000_000,
+            description="Calibration samples: 320 for best (256 that the model writes), 64 for fast, else 10.",
+        ),
         Option(_ON),
     ] = None
     length: Annotated[
         int | None,
         Field(
-            ge=2, description="Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read."
+            ge=2,
+            le=2**20,
+            description="Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read.",
         ),
         Option(_ON),
     ] = None
@@ -461,10 +467,10 @@ class RecoverSettings(Settings):
     weight_decay: Annotated[
         float, Field(ge=0, description="Weight decay of AdamW; biases and norms have none."), Option(_TRAINING)
     ] = 0.0
-    epochs: Annotated[float, Field(gt=0, description="Passes over the data."), Option(_TRAINING)] = 2.0
+    epochs: Annotated[float, Field(gt=0, le=100_000, description="Passes over the data."), Option(_TRAINING)] = 2.0
     max_steps: Annotated[
         int | None,
-        Field(ge=1, description="Number of optimizer steps, instead of --epochs; with --minutes, at most."),
+        Field(ge=1, le=10**9, description="Number of optimizer steps, instead of --epochs; with --minutes, at most."),
         Option(_TRAINING),
     ] = None
     minutes: Annotated[
@@ -476,13 +482,17 @@ class RecoverSettings(Settings):
         ),
         Option(_TRAINING),
     ] = None
-    batch_size: Annotated[int, Field(ge=1, description="Examples per optimizer step."), Option(_TRAINING)] = 64
+    batch_size: Annotated[int, Field(ge=1, le=2**20, description="Examples per optimizer step."), Option(_TRAINING)] = (
+        64
+    )
     micro_batch_size: Annotated[
         int,
         Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size."),
         Option(_TRAINING),
     ] = 4
-    cutoff: Annotated[int, Field(ge=2, description="Tokens per example; longer ones are cut."), Option(_TRAINING)] = 256
+    cutoff: Annotated[
+        int, Field(ge=2, le=2**20, description="Tokens per example; longer ones are cut."), Option(_TRAINING)
+    ] = 256
     pack: Annotated[
         bool,
         Field(
@@ -642,7 +652,7 @@ class GenerateSettings(Settings):
             "instruction format."
         ),
     ] = False
-    max_new_tokens: Annotated[int, Field(ge=1, description="Tokens to write at most.")] = 64
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**20, description="Tokens to write at most.")] = 64
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above 0 samples.")] = 0.0
     seed: Seed = 0
 

@@ -49,8 +49,17 @@ def refusal(error: ValidationError) -> Refusal:
         expected = _EXPECTED[kind].format(**context)
     else:
         expected = str(first["msg"]).removeprefix("Value error, ")
-    given = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    given = _short(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
     return Refusal(key, kind, f"'{given}'" if isinstance(value, (str, list, tuple)) else given, expected)
+
+
+def _short(text: str) -> str:
+    """What was given, in one line of bearable length."""
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
+
+
+_LONGEST = 200
 
 
 def _one_of(names: list[str], value: str) -> str:

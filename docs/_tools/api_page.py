@@ -17,12 +17,13 @@ from llmpruner.oracle.verify import Verdict
 from llmpruner.publishing.push import Upload
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.results import PlannedStep, RecipeResult, StepResult
+from llmpruner.recipes.verification import Check, Verification
 from llmpruner.structure.outcome import BudgetOutcome, Outcome
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench, api.generate,
-    api.save, api.export, api.push, api.run, api.dry_run,
+    api.save, api.export, api.verify_checkpoint, api.push, api.run, api.dry_run,
 )  # fmt: skip
 VALUES = (
     Structure,
@@ -38,6 +39,8 @@ VALUES = (
     Measurement,
     Upload,
     Verdict,
+    Verification,
+    Check,
     Recipe,
     RecipeResult,
     StepResult,

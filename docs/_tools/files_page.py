@@ -20,6 +20,8 @@ RECORD = {
     "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows.",
     "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
     "model.",
+    "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
+    "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 _TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "None", "object": "object"}
 _BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
-_UNBOUNDED = 2**62
+_UNBOUNDED = 100_000
 
 
 def rows(model: type[BaseModel], *, links: bool = False) -> Iterator[tuple[str, str, str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, first_line
@@ -13,6 +12,8 @@ from ..models.modeling_llmpruner import base_class, pruned_model
 from ..models.quiet import quiet_transformers
 from ..models.remote import ALLOW, pruned_class
 from .adapters import adapter_base, with_adapter
+from .manifest import check_weights
+from .record import read_record
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,8 @@ def load_pruned(
     ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: as saved unless given.
     ``trust_remote_code``: whether code in the checkpoint may run. Only a model whose class is in neither transformers
     nor an installed plugin needs it; for all others llmpruner's own code is used.
-    Raises `CheckpointError` when a file is missing or damaged, or a tensor is missing, unknown or of another shape.
+    Raises `CheckpointError` when a file is missing or damaged (see `manifest.check_weights`), or a tensor is missing,
+    unknown or of another shape.
     """
     base = adapter_base(Path(path))
     if base is not None:
@@ -46,6 +48,8 @@ def load_pruned(
         return cast("PreTrainedModel", with_adapter(model, Path(path)))
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
+    if Path(path).is_dir():
+        check_weights(Path(path), read_record(path))
 
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
     options["trust_remote_code"] = trust_remote_code
@@ -55,7 +59,9 @@ def load_pruned(
     try:
         with quiet_transformers():
             model, info = model_class(path, trust_remote_code).from_pretrained(str(path), **options)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # classes of configurations and the libraries of weights raise what they like
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         for key in sorted(map(str, info[trouble])):

@@ -11,6 +11,16 @@ from ..errors import CheckpointError, first_line
 RECORD_FILE = "llmpruner.json"
 
 
+def record_text(value: Any) -> str:
+    """JSON for a file in UTF-8, with halves of surrogate pairs, which configurations may contain, escaped."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    return text + "\n"
+
+
 def read_record(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in ``llmpruner.json``; None where there is no such file. Raises `CheckpointError`."""
     file = Path(path) / RECORD_FILE

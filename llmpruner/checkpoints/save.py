@@ -15,7 +15,8 @@ import torch
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
 from ..models.quiet import quiet_transformers
-from .record import RECORD_FILE
+from .manifest import add_manifest
+from .record import RECORD_FILE, record_text
 from .shards import INDEX, SINGLE, names_in
 from .shim import shim_model, stock_config
 from .stock import same_buffers, stock_model
@@ -44,7 +45,8 @@ def save_checkpoint(
     rebuilt from the configuration, sharing the weights, and must give the same logits as ``model`` on its
     ``dummy_inputs``.
 
-    ``record``: JSON values, written to ``llmpruner.json`` beside the weights; None writes no such file.
+    ``record``: JSON values, written to ``llmpruner.json`` beside the weights, with the size and the SHA-256 of every
+    file; None writes no such file.
     ``family``: may propose further stock configurations.
     ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
     ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
@@ -64,7 +66,7 @@ def save_checkpoint(
         )
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
     shell.should_save_on_this_rank = lambda is_main_process: is_main_process
-    text = None if record is None else _json(record)
+    text = None if record is None else record_text(record)
     with new_directory(directory) as partial:
         if text is not None:
             (partial / RECORD_FILE).write_text(text, encoding="utf-8")
@@ -78,6 +80,7 @@ def save_checkpoint(
                 tokenizer.save_pretrained(partial)
         for file in extra_files:
             shutil.copyfile(file, partial / file.name)
+        add_manifest(partial)
     return form
 
 
@@ -225,7 +228,3 @@ def valid_generation_config(model: PreTrainedModel) -> Any:
         except ValueError:
             generation.do_sample = True
     return generation
-
-
-def _json(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

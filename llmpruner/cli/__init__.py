@@ -9,7 +9,8 @@ import threading
 from typing import NoReturn
 
 from ..allocator import keep_freed_memory
-from ..errors import LlmprunerError
+from ..errors import LlmprunerError, SettingsError
+from ..files import write_failure
 from .app import build_app
 from .console import error_line
 from .launched import is_first, let_first_print, run_together, shares_work
@@ -20,22 +21,55 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if "--help" not in arguments:
         keep_freed_memory()
+    ended_by: list[int] = []
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        _end_as_exits(ended_by)
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     try:
+        _check_text(arguments)
         if shares_work(arguments):
             run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
         build_app()(args=arguments, prog_name="llmpruner")
-    except LlmprunerError as error:
+    except KeyboardInterrupt:
         if debug:
             raise
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if ended_by and not debug:
+            # While it is imported, a library may turn the end of the process into an error of its own.
+            sys.exit(128 + ended_by[0])
+        # A full disk can show anywhere; other errors of the system are no mistakes of the user.
+        reason = None if isinstance(error, LlmprunerError) else write_failure(error)
+        if debug or (reason is None and not isinstance(error, LlmprunerError)):
+            raise
         if is_first():
-            error_line(str(error))
+            error_line(str(error) if reason is None else f"an output cannot be written: {reason}")
         let_first_print()
         sys.exit(2)
 
 
-def _terminated(number: int, _: object) -> NoReturn:
-    """End as at an exit, so that temporary files are removed."""
-    sys.exit(128 + number)
+def _check_text(arguments: list[str]) -> None:
+    """Raise `SettingsError` for bytes that are no UTF-8, which neither JSON files nor tokenizers take."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="backslashreplace").decode()
+            raise SettingsError(f"the argument '{shown}' is not UTF-8 text; give paths and texts in UTF-8") from None
+
+
+def _end_as_exits(ended_by: list[int]) -> None:
+    """Let SIGTERM end the process as an exit does, and SIGINT as Python does, so that temporary files are removed; the
+    number of the signal is put into ``ended_by``."""
+
+    def terminated(number: int, _: object) -> NoReturn:
+        ended_by.append(number)
+        sys.exit(128 + number)
+
+    def interrupted(number: int, _: object) -> NoReturn:
+        ended_by.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupted)

@@ -17,6 +17,8 @@ from pydantic.fields import FieldInfo
 from ..settings import Settings, flag_of, option_of
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "NAMES"}
+_OBVIOUS = 100_000
+"""A bound from here on is beyond what anybody asks for, and not worth a word."""
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -80,7 +82,7 @@ def _kind(annotation: Any) -> Any:
 
 
 def _help(field: FieldInfo) -> str:
-    facts = [f"{_BOUNDS[key]} {value:g}" for key, value in _bounds(field) if value < 2**62]
+    facts = [f"{_BOUNDS[key]} {value:g}" for key, value in _bounds(field) if value < _OBVIOUS]
     default = _shown(field)
     facts += [f"default {default}"] if default else []
     return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")

@@ -70,6 +70,9 @@ class Compensation(Component):
     in memory as a whole."""
     ranks_again: ClassVar[bool] = False
     """Whether it uses ``task.chooser``."""
+    changes_readers_alone: ClassVar[bool] = False
+    """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
+    compare all other weights with the dense model's."""
 
     def repair(self, task: RepairTask) -> Repaired:
         """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the

@@ -13,6 +13,7 @@ class BiasShift(Compensation):
     name = "bias"
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"
     by_layer = True
+    changes_readers_alone = True
 
     def repair(self, task: RepairTask) -> Repaired:
         from . import fitters, repair

@@ -11,6 +11,7 @@ class NoCompensation(Compensation):
     name = "none"
     summary = "weights do not change"
     reads_text = False
+    changes_readers_alone = True
 
     def repair(self, task: RepairTask) -> Repaired:
         return Repaired(dict(task.kept))

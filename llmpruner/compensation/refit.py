@@ -16,6 +16,7 @@ class Refit(Compensation):
     name = "refit"
     summary = "weights that read removed units are fitted again by least squares against the dense model"
     by_layer = True
+    changes_readers_alone = True
     ranks_again = True
 
     class Settings(ComponentSettings):

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import DataError, PluginError
 from ..models.positions import positions_of
+from ..models.vocabulary import check_ids
 from ..progress import QUIET, Progress
 from .mixture import split_mixture
 from .source import CalibrationSource, SampleTask
@@ -19,6 +20,10 @@ from .text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+FEW_TOKENS, FEW_DIFFERENT = 64, 8
+"""Below them, a calibration set gets a warning."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,18 @@ class CalibrationSet:
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def doubts(self) -> list[str]:
+        """A line for each reason why the text is too little to rank units by: few tokens, or the same ones again."""
+        tokens, different = self.input_ids.numel(), len(set(self.input_ids.flatten().tolist()))
+        if tokens < FEW_TOKENS:
+            return [f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --length"]
+        if different < FEW_DIFFERENT:
+            return [
+                f"the {tokens:,} tokens of calibration text are only {different} different ones; a ranking by them "
+                "says little of other text"
+            ]
+        return []
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
@@ -132,7 +149,7 @@ def _checked(ids: torch.Tensor, task: SampleTask, source: CalibrationSource) -> 
         raise PluginError(
             f"{source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of shape {wanted}"
         )
-    return ids.cpu()
+    return check_ids(ids.cpu(), task.model)
 
 
 def parse_calibration(

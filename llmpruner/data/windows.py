@@ -16,6 +16,8 @@ _ATTEMPTS = 200
 """Random positions that are tried per window before the text counts as too short."""
 _WINDOWS_PER_PIECE = 8
 """Windows of text that are tokenized at once."""
+_LONGEST_WORD = 2000
+"""Characters in which a blank is looked for."""
 _BETWEEN = "\n\n"
 
 
@@ -71,12 +73,22 @@ def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
     found: list[str] = []
     start, stop = 0, rng.randrange(1, size + 1) if len(text) > size else size
     while start < len(text):
-        while stop < len(text) and not text[stop - 1].isspace():
-            stop += 1
+        stop = _word_end(text, stop)
         found.append(text[start:stop])
         start, stop = stop, stop + size
     rng.shuffle(found)
     return found
+
+
+def _word_end(text: str, start: int) -> int:
+    """The first position from ``start`` on that follows a blank; ``start`` where there is none near, as in text without
+    blanks, of which a window would be the whole rest."""
+    if start >= len(text):
+        return start
+    for position in range(start, min(len(text), start + _LONGEST_WORD)):
+        if text[position - 1].isspace():
+            return position
+    return start if len(text) > start + _LONGEST_WORD else len(text)
 
 
 def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
@@ -87,8 +99,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
         if len(rows) == samples:
             break
         start = rng.randrange(max(1, len(text) - span + 1))
-        while 0 < start < len(text) and not text[start - 1].isspace():
-            start += 1
+        start = _word_end(text, start) if start else 0
         ids = _tokens(tokenizer, text[start : start + span])[:length]
         if len(ids) == length:
             rows.append(ids)

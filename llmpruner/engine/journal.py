@@ -8,15 +8,14 @@ the time; the layers after the last state are done again, with the same results.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError, first_line
-from ..files import write_text
+from ..errors import OutputError
+from ..files import alone_in, remove_tree, write_text, writing
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
@@ -56,6 +55,26 @@ class Journal:
         elif folder.exists() and any(folder.iterdir()):
             raise OutputError(f"'{folder}' is in the way: it is not the folder of an interrupted run; move it away")
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While active, no other run of one process works with this folder, which exists then; it is removed at the end
+        if nothing is in it. Raises `OutputError` where another one does."""
+        with ExitStack() as stack:
+            self._ranks.from_first(lambda: self._enter(stack))
+            try:
+                yield
+            finally:
+                if self._ranks.first:
+                    with suppress(OSError):  # something is in it
+                        self.folder.rmdir()
+
+    def _enter(self, stack: ExitStack) -> None:
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        stack.enter_context(alone_in(self.folder))
+        # The results of a run that has ended since then are not those that were looked at.
+        self._check()
+
     def load(self, name: str) -> Any:
         """The JSON value that `store` wrote under ``name``; None if there is none."""
         file = self.folder / f"{name}.json"
@@ -73,7 +92,7 @@ class Journal:
         if not self._ranks.first:
             return
         self._create()
-        with _one_line(self.folder):
+        with writing(self.folder):
             weights.keep(names, self._layer(number))
 
     def use(self, number: int, weights: Weights) -> bool:
@@ -91,7 +110,7 @@ class Journal:
             return
         began = time.monotonic()
         layers = state["layers"]
-        with _one_line(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
             for name, found in states.items():
                 found.dump(self.folder / self._states(name, layers))
@@ -126,14 +145,14 @@ class Journal:
 
     def _create(self) -> None:
         if not (self.folder / _RUN).is_file():
-            with _one_line(self.folder):
+            with writing(self.folder):
                 self.folder.mkdir(exist_ok=True)
             write_text(self.folder / _RUN, self._own)
 
     def remove(self) -> None:
         """Remove the folder, once the results of the run are saved."""
         if self._ranks.first:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_tree(self.folder)
             return
         for file in self.folder.glob(f"*-{self._ranks.rank}-*.states"):
             file.unlink(missing_ok=True)
@@ -143,15 +162,3 @@ class Journal:
 
     def _layer(self, number: int) -> Path:
         return self.folder / f"layer-{number}.safetensors"
-
-
-@contextmanager
-def _one_line(folder: Path) -> Iterator[None]:
-    """Errors of writing as an `OutputError`."""
-    try:
-        yield
-    except Exception as error:
-        # safetensors reports a full disk with an exception of its own.
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        raise OutputError(f"{folder} cannot be written: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..data.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
+from ..models.vocabulary import check_ids
 from ..progress import Progress
 from .results import PerplexityResult
 
@@ -62,7 +63,7 @@ def perplexity(
         )
     used = ids[: windows * of_text]
     whole = len(used) == len(ids)
-    table = torch.tensor(used).view(windows, of_text)
+    table = check_ids(torch.tensor(used), model).view(windows, of_text)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
     # The first position whose next token is counted.
     first = max(0, len(opening) - 1)

@@ -156,6 +156,7 @@ def _quantised(directory: Path, model: PreTrainedModel, config: TorchAoConfig) -
 
 def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: list[Path]) -> None:
     """Write ``quantised`` to ``directory``, with what else is in ``dense``, which is removed."""
+    from ..checkpoints.manifest import add_manifest
     from ..models.quiet import quiet_transformers
 
     with quiet_transformers():
@@ -167,6 +168,7 @@ def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: 
     shutil.rmtree(dense)
     for file in vocabulary:
         shutil.copyfile(file, directory / file.name)
+    add_manifest(directory)
 
 
 def _tokens(model: PreTrainedModel, tokenizer: Any | None) -> tuple[torch.Tensor, str]:

@@ -16,8 +16,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from ..checkpoints.adapters import adapter_base, with_adapter
 from ..checkpoints.lazy import LazyCheckpoint
 from ..checkpoints.load import load_pruned
+from ..checkpoints.manifest import check_weights
 from ..checkpoints.record import read_record
-from ..checkpoints.shards import has_shards, shard_bytes
+from ..checkpoints.shards import check_index, has_shards, shard_bytes
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
@@ -131,7 +132,7 @@ def load_model(
         tokenizer = _read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
     model = model.to(options.device).eval()
-    _check_shapes(model, structure.graph, text)
+    check_shapes(model, structure.graph, text)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
@@ -160,15 +161,33 @@ def open_streamed(
     ref = resolve(text, catalog, revision=options.revision)
     tokenizer = _read_tokenizer(ref, options, structure.config)
     dtype = _dtype(options, structure.config, ref)
+    if structure.record is not None:
+        check_weights(ref.directory, structure.record)
     with _one_line(ref):
-        lazy = LazyCheckpoint(
-            ref.directory, dtype, structure.graph.layers, beside, trust_remote_code=options.trust_remote_code
-        )
+        lazy = lazily(ref.directory, dtype, structure.graph, beside, trust_remote_code=options.trust_remote_code)
     check_loaded(text, lazy.model, lazy.info)
-    _check_shapes(lazy.model, structure.graph, text)
+    check_shapes(lazy.model, structure.graph, text)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
+
+
+def lazily(
+    directory: Path, dtype: torch.dtype, graph: CouplingGraph, beside: Path | None = None, *, trust_remote_code: bool
+) -> LazyCheckpoint:
+    """A `LazyCheckpoint` of a model with the parameters of ``graph``. Raises `ModelError` where tensors are missing."""
+    try:
+        return LazyCheckpoint(directory, dtype, graph.layers, beside, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        # accelerate stops at a missing tensor, and does not name it.
+        stored = check_index(directory)
+        missing = sorted(graph.shapes.keys() - graph.ties.keys() - stored.keys())
+        if "meta device" not in str(error) or not missing or stored.keys() - graph.shapes.keys() - graph.buffers.keys():
+            raise
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"the checkpoint of '{directory}' lacks tensor '{missing[0]}'{more}; it is incomplete or damaged"
+        ) from error
 
 
 def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
@@ -225,16 +244,27 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
 
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
     try:
-        values = dict(record["base_config"])
-        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
-            # Pruned from a model with code in its checkpoint, of which this one contains a copy.
-            if not options.trust_remote_code:
-                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
-            pruned_class(ref.location)
-        plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged: {first_line(error)}") from error
+        return _recorded_structure(ref, record, catalog, options)
+    except LlmprunerError:
+        raise
+    except Exception as error:
+        # Classes of configurations raise what they like for values that they do not expect.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+
+
+def _recorded_structure(
+    ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
+) -> Structure:
+    values = dict(record["base_config"])
+    if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+        # Pruned from a model with code in its checkpoint, of which this one contains a copy.
+        if not options.trust_remote_code:
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+        pruned_class(ref.location)
+    plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    _check_sizes(ref.text, config)
     family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
     graph = build_graph(family, config)
     for plan in plans:
@@ -386,7 +416,8 @@ def _dtype(options: LoadSettings, config: PreTrainedConfig, ref: Reference) -> t
     return cast("torch.dtype", stored)
 
 
-def _check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:
+def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:
+    """Raise `ModelError` for a parameter of another shape than ``graph`` gives. ``text``: the reference."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         expected = graph.shapes.get(name)
         if expected is None or tuple(parameter.shape) != expected:

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from ..errors import DataError
 from .quiet import quiet_transformers
+from .vocabulary import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ def generate(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise DataError("the prompt is empty")
+    check_ids(inputs["input_ids"], model)
     own = model.generation_config
     stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
     pad = tokenizer.pad_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as standard
 from collections.abc import Iterator
 
 from transformers import modeling_gguf_pytorch_utils as reader
@@ -11,7 +12,10 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers."""
+    """Silence the warnings and progress bars of transformers, and accelerate's of weights that stay in files."""
+    placing = standard.getLogger("accelerate.big_modeling")
+    said = placing.level
+    placing.setLevel(standard.ERROR)
     level = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -19,6 +23,7 @@ def quiet_transformers() -> Iterator[None]:
     try:
         yield
     finally:
+        placing.setLevel(said)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,13 @@ from ..discovery.groups import discover_groups
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.decoder import graph_of
 from ..models.quiet import quiet_transformers
-from ..models.surgery import cut, silence
+from ..models.surgery import cut
 from ..models.where import where
-from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph
-from ..structure.kept import Kept, removed_modules
+from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.kept import Kept
 from .compare import differences
 from .follow import Follower, Rule, candidates, find, several_tables, tables
-from .routes import ClosedRoutes
+from .silenced import distance, logits, silenced
 from .tiny import random_instance, small_config
 
 if TYPE_CHECKING:
@@ -257,14 +256,7 @@ class Oracle:
 
     def _reference(self, dense: PreTrainedModel, kept: Kept) -> tuple[torch.Tensor, PreTrainedModel, Any]:
         model = copy.deepcopy(dense)
-        modules = removed_modules(self.graph, kept)
-        routed = {n: u for n, u in kept.items() if self.graph.by_name[n].kind == EXPERT}
-        for path in modules:
-            model.get_submodule(path).register_forward_hook(_identity_hook, with_kwargs=True)
-        silence(
-            model, self.graph, {n: u for n, u in kept.items() if n not in routed and not self.graph.by_name[n].modules}
-        )
-        mode = ClosedRoutes(model, self.graph, routed) if routed else nullcontext()
+        mode = silenced(model, self.graph, kept)
         with mode:
             return logits(model, self.tokens), model, mode
 
@@ -291,11 +283,6 @@ class Disagreement(LlmprunerError):
     def __init__(self, message: str, difference: float, where: str) -> None:
         super().__init__(message)
         self.difference, self.where = difference, where
-
-
-def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    entering = args[0] if args else kwargs["hidden_states"]
-    return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
 
 
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
@@ -327,19 +314,6 @@ def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
     if not attention or set(attention) & set(layers):
         return layers
     return sorted([*layers[:-1], attention[0]])
-
-
-def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
-    return result
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference relative to the largest expected value; infinite for other shapes or NaN."""
-    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
-        return float("inf")
-    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def first_difference(model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: Any) -> str:

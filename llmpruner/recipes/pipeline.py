@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.outcome import Outcome
+
+_LOG = logging.getLogger("llmpruner")
 
 GRADIENT_TOKENS = 16384
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""
@@ -289,11 +292,14 @@ def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> Calibr
     text = job.calibration.text
     progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
     with model.weights.outside():
-        return text.sample(
+        found = text.sample(
             model.model, model.tokenizer,
             samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
             progress=progress, family=model.family,
         )  # fmt: skip
+    for warning in found.doubts():
+        _LOG.warning(warning)
+    return found
 
 
 def length_for(calibration: CalibrationJob, structure: Structure) -> int:

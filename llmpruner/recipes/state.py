@@ -7,7 +7,6 @@ be removed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..checkpoints.manifest import sha256
 from ..errors import OutputError, first_line
 from ..files import check_new_directory, write_text
 from ..progress import QUIET, Progress
@@ -43,18 +43,10 @@ class Hashes:
             if found is None or found[:2] != [facts.st_size, facts.st_mtime_ns]:
                 if facts.st_size > _LARGE:
                     self._progress.status(f"reading {file} once, for its checksum")
-                self.known[key] = found = [facts.st_size, facts.st_mtime_ns, _sha256(file)]
+                self.known[key] = found = [facts.st_size, facts.st_mtime_ns, sha256(file)]
         except OSError as error:
             raise OutputError(f"{file} cannot be read: {error.strerror or error}") from error
         return str(found[2])
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 class State:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..engine.ranks import Ranks
-from ..errors import OutputError, first_line
+from ..files import writing
 from .sharded import whole_tensor
 
 
@@ -50,14 +50,9 @@ class BestWeights:
 
     def _write(self, tensors: dict[str, torch.Tensor], file: Path) -> None:
         aside = file.with_suffix(".partial")
-        try:
+        with writing(file):
             save_file(tensors, aside)
             aside.replace(file)
-        except Exception as error:
-            # safetensors reports a full disk with an exception of its own.
-            if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-                raise
-            raise OutputError(f"{file} cannot be written: {first_line(error)}") from error
 
 
 _PREFIX = "best-"

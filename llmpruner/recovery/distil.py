@@ -49,7 +49,7 @@ class DistilStrategy(RecoveryStrategy):
             description="Number of the dense model's most likely tokens whose probabilities are kept on disk, with the "
             "rest as one; 0: it computes all of them in every step.",
         )
-        rank: int = Field(8, ge=1, description="Rank of the adapters, with trains=lora.")
+        rank: int = Field(8, ge=1, le=16_384, description="Rank of the adapters, with trains=lora.")
         alpha: int = Field(16, ge=1, description="Scale of the adapters, with trains=lora.")
         dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, with trains=lora.")
         rslora: bool = Field(False, description="Multiply adapters by alpha / √rank, with trains=lora.")

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..engine.ranks import Ranks
-from ..errors import ModelError, OutputError, UnsupportedModelError, first_line
+from ..errors import ModelError, UnsupportedModelError
+from ..files import writing
 from ..structure.coupling import layer_number
 from .adapters import with_adapters
 from .base import RecoveryJob, TrainingResult
@@ -211,14 +212,9 @@ def _write_top(job: RecoveryJob, settings: DistilStrategy.Settings, file: Path) 
             parts.append((found.values.half().cpu(), found.indices.int().cpu()))
     values, indices = zip(*parts, strict=True)
     aside = file.with_suffix(".partial")
-    try:
+    with writing(file):
         save_file({"log_p": torch.cat(values), "tokens": torch.cat(indices)}, aside)
         aside.replace(file)
-    except Exception as error:
-        # safetensors reports a full disk with an exception of its own.
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        raise OutputError(f"{file} cannot be written: {first_line(error)}") from error
 
 
 def touched(job: RecoveryJob) -> set[str]:

@@ -16,7 +16,7 @@ class LoraStrategy(RecoveryStrategy):
     summary = "trains low-rank adapters beside the decoder's linear layers, and merges them (Hu et al., 2021)"
 
     class Settings(ComponentSettings):
-        rank: int = Field(8, ge=1, description="Rank of the adapters.")
+        rank: int = Field(8, ge=1, le=16_384, description="Rank of the adapters.")
         alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
         dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
         rslora: bool = Field(

@@ -5,23 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
-from ..files import alone_in, write_text
+from ..files import alone_in, write_failure, write_text
+from ..models.vocabulary import check_ids
 from ..settings import RecoverSettings, option_of
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation
 from .dense_text import WRITTEN_FILE
 from .examples import Examples, Rows, load_examples, rows_of, split
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from ..families.family import ModelFamily
@@ -150,6 +152,8 @@ def recover(
     In several processes, all call this with the same arguments, and each has the result.
     """
     data = data or prepare(settings, family, tokenizer, examples)
+    largest = max(max(row["input_ids"]) for row in data.rows.rows)
+    check_ids(torch.tensor([largest]), model)
     held_out = data.validation or Rows([], [])
     walk = walk or LayerWalk()
     identity = _identity(walk.pruned or Weights(model, graph.layers), data, strategy, settings)
@@ -167,7 +171,7 @@ def recover(
         model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers, walk=walk,
         validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
     )  # fmt: skip
-    with alone_in(work_dir) if Ranks.current().first else nullcontext():
+    with alone_in(work_dir) if Ranks.current().first else nullcontext(), _writing(work_dir):
         result = strategy.train(job)
     seconds = time.perf_counter() - started
     if not isinstance(result, TrainingResult):
@@ -192,6 +196,21 @@ def recover(
         len(held_out.rows),
         result.details,
     )
+
+
+@contextmanager
+def _writing(work_dir: Path) -> Iterator[None]:
+    """A full disk under a strategy, whose libraries raise what they like, as an `OutputError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        raise OutputError(
+            f"the state of the training in {work_dir} cannot be written: {reason}; the same command goes on from the "
+            "last one that was"
+        ) from error
 
 
 def _said_of_validation(

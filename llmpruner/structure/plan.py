@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION: Final = 2
-_MOST_UNITS: Final = 100_000_000
+_MOST_UNITS: Final = 1 << 22
 
 
 def _pack(units: Sequence[int]) -> str:
@@ -48,9 +48,9 @@ def _unpack(value: Any) -> Any:
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
         start, stop = int(first), int(last or first) + 1
-        # No model is that wide, and expanding such a range could exhaust memory.
-        if stop - start > _MOST_UNITS:
-            raise ValueError(f"'{run}' is more than {_MOST_UNITS:,} units")
+        # No model is that wide, and expanding such ranges could exhaust memory.
+        if stop - start + len(units) > _MOST_UNITS:
+            raise ValueError(f"more than {_MOST_UNITS:,} units")
         units += range(start, stop)
     return tuple(units)
 

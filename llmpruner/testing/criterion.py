@@ -15,7 +15,8 @@ from ..importance.base import ImportanceCriterion
 from ..importance.estimate import estimate
 from ..models.surgery import silence
 from ..oracle.routes import ClosedRoutes
-from ..oracle.verify import TOLERANCE, distance, first_difference, logits
+from ..oracle.silenced import distance, logits
+from ..oracle.verify import TOLERANCE, first_difference
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
 from ..recipes.pipeline import make_plan

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
-from llmpruner import CheckpointError, meta_model
+from llmpruner import CheckpointError, meta_model, new_directory
 
 from .meta_files import PARAMS, TOKENIZER
 from .meta_format import MetaTensors
 from .meta_params import MetaParams
 from .meta_tokenizer import find_tokenizer, is_tiktoken, read_tokenizer, stop_tokens
-from .output import new_directory, write_safetensors
+from .output import write_safetensors
 
 
 def model_in(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -82,7 +82,7 @@ def convert_to_huggingface(
     read = tokenizer_in(source) if tokenizer else None
     config = config_of(tensors, read)
     config.dtype = dtype or tensors.dtype
-    with new_directory(target) as stage:
+    with new_directory(target, empty=True) as stage:
         write_safetensors(stage, tensors, dtype)
         config.save_pretrained(stage)
         stops = [config.eos_token_id] if read is None else stop_tokens(read)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import AutoConfig
 
-from llmpruner import CheckpointError, UnsupportedModelError
+from llmpruner import CheckpointError, UnsupportedModelError, new_directory
 
 from .meta_files import PARAMS, TOKENIZER
 from .meta_format import Placement, placements, to_neighbours
 from .meta_params import MetaParams
-from .output import new_directory
 from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shar
     file = None if tokenizer is None else _tokenizer_file(tokenizer)
     tensors = ModelTensors(model)
     params = meta_params(tensors, model.config, shards)
-    with new_directory(target) as stage:
+    with new_directory(target, empty=True) as stage:
         write_files(tensors, params, stage, shards, file)
 
 
@@ -53,7 +52,7 @@ def convert_to_meta(
     place = source / TOKENIZER if tokenizer is True else tokenizer
     file = None if place is None else _tokenizer_file(place)
     params = meta_params(tensors, config, shards)
-    with new_directory(target) as stage:
+    with new_directory(target, empty=True) as stage:
         write_files(tensors, params, stage, shards, file)
 
 

@@ -1,14 +1,10 @@
-"""Writing checkpoints, completely or not at all, one tensor at a time."""
+"""Writing checkpoints one tensor at a time."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,32 +19,6 @@ SHARD_BYTES = 5_000_000_000
 """Maximum size of a weight file, as in transformers."""
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to ``target`` at the end and removed when the block raises.
-
-    Raises `OutputError` when ``target`` exists and is not an empty directory, or cannot be written.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"output {target} exists already: choose another, or remove it")
-    parent = target.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=parent))
-    except OSError as error:
-        raise OutputError(f"output {target} cannot be written: {error.strerror}") from error
-    try:
-        yield stage
-        umask = os.umask(0)
-        os.umask(umask)
-        stage.chmod(0o777 & ~umask)
-        stage.rename(target)
-    except OSError as error:
-        raise OutputError(f"output {target} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_safetensors(

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from llmpruner_llama.meta_format import MetaTensors
 from llmpruner_llama.meta_reader import MetaReader
-from llmpruner_llama.output import new_directory, write_safetensors
+from llmpruner_llama.output import write_safetensors
 from llmpruner_llama.tensors import HuggingFaceTensors, TensorSource, TensorSpec
 from transformers import AutoConfig
 
-from llmpruner import CheckpointError, ModelError
+from llmpruner import CheckpointError, ModelError, new_directory
 
 from .conversation import V0_ZERO_SHOT, V1_1
 from .recognition import chat_template
@@ -88,7 +88,7 @@ def apply_delta(base: Path, delta: Path, target: Path, dtype: torch.dtype | None
     tensors: TensorSource = MetaTensors(base) if MetaReader().recognises(base) else HuggingFaceTensors(base)
     total = DeltaTensors(tensors, HuggingFaceTensors(delta), (base, delta))
     delta_config.dtype = dtype or torch.float16
-    with new_directory(target) as stage:
+    with new_directory(target, empty=True) as stage:
         write_safetensors(stage, total, dtype)
         delta_config.save_pretrained(stage)
         extras = (delta / name for name in (*_TOKENIZER_EXTRAS, "generation_config.json"))

@@ -14,8 +14,9 @@ from llmpruner.checkpoints.save import save_checkpoint
 from llmpruner.checkpoints.shim import stock_config
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers
+from llmpruner.oracle.silenced import logits
 from llmpruner.oracle.tiny import random_instance, tiny_config
-from llmpruner.oracle.verify import VERIFIED, cached_difference, logits, verify, with_attention
+from llmpruner.oracle.verify import VERIFIED, cached_difference, verify, with_attention
 from llmpruner.structure.coupling import LAYER
 
 TYPES = {

@@ -37,7 +37,9 @@ def shim(tmp_path: Path) -> Path:
 
 
 def test_record(shim: Path, tmp_path: Path) -> None:
-    assert read_record(shim) == {"plan": 1}
+    found = read_record(shim)
+    assert found is not None and found.pop("files").keys() >= {"config.json", "model.safetensors"}
+    assert found == {"plan": 1}
     assert read_record(tmp_path) is None
     (shim / "llmpruner.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"llmpruner\.json is damaged: expected a JSON object"):
@@ -93,7 +95,10 @@ def test_damaged_checkpoints(shim: Path, tmp_path: Path) -> None:
     weights = shim / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
+    with pytest.raises(CheckpointError, match=r"shim/model\.safetensors has .* bytes, and had"):
+        load_pruned(shim)
+    (shim / "llmpruner.json").unlink()
+    with pytest.raises(CheckpointError, match=r"shim/model\.safetensors is missing or damaged"):
         load_pruned(shim)
     weights.unlink()
     with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
@@ -108,6 +113,7 @@ def test_missing_tensor(shim: Path) -> None:
     tensors = load_file(shim / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, shim / "model.safetensors", metadata={"format": "pt"})
+    (shim / "llmpruner.json").unlink()  # of files without the tensor
     with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         load_pruned(shim)
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModelError, load_pruned
 from llmpruner.checkpoints import save
+from llmpruner.checkpoints.manifest import damaged_files, recorded_files
 from llmpruner.checkpoints.record import read_record
 from llmpruner.errors import CheckpointError, OutputError
 from llmpruner.exporters.run import export
@@ -95,7 +96,10 @@ def test_a_uniform_model_becomes_a_checkpoint_of_transformers(tmp_path):
     assert type(stock) is LlamaForCausalLM
     with torch.no_grad():
         assert torch.equal(stock.eval()(INPUT_IDS).logits, model(INPUT_IDS).logits)
-    assert read_record(tmp_path / "out") == {"plans": []}
+    record = read_record(tmp_path / "out")
+    assert record is not None and record["plans"] == []
+    assert [name for name, _ in damaged_files(tmp_path / "out", recorded_files(record) or {})] == []
+    assert "model.safetensors" in record["files"]
     assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 

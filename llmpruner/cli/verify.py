@@ -1,0 +1,50 @@
+"""``llmpruner verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import RichProgress, error_line, out, print_json, table
+from .options import Json, catalog_of
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(verify)
+
+
+def verify(
+    ctx: typer.Context,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune, recover or export wrote.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="The dense model; by default the one that the record names."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that is part of a checkpoint.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint: its files against the hashes in its record, tensors, shapes, values, and its weights against
+    the dense model.
+
+    Exit code 1 when something is damaged, with a line that names the file and the tensor. Reads one layer at a time.
+    """
+    from .. import api
+
+    found = api.verify_checkpoint(
+        directory, base=base, trust_remote_code=trust_remote_code, progress=RichProgress(), catalog=catalog_of(ctx)
+    )
+    if as_json:
+        print_json(found.as_json())
+    else:
+        rows = [(check.name, check.state, check.detail) for check in found.checks]
+        table(None, ("Check", "Result", ""), rows, left=3)
+        if not found.damage:
+            out.print(f"[bold green]✓[/] {directory} is whole", highlight=False)
+    for line in found.damage:
+        error_line(line)
+    if found.damage:
+        raise typer.Exit(1)

@@ -1,0 +1,238 @@
+"""Whether a checkpoint is what was saved: its files, tensors, values and shapes, and its weights beside the base's.
+
+Weights are read one tensor, then one layer at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoints.adapters import adapter_base
+from ..checkpoints.manifest import damaged_files, recorded_files
+from ..checkpoints.record import RECORD_FILE, read_record
+from ..checkpoints.shards import check_index, has_shards, opened
+from ..engine.weights import StreamedWeights
+from ..errors import CheckpointError, LlmprunerError, ModelError
+from ..loading.model import check_loaded, check_shapes, lazily, load_structure, why_not_streamed
+from ..models.finite import first_not_finite
+from ..progress import QUIET, Progress
+from ..settings import LoadSettings
+from .against_base import Base, NotComparable, at_hand
+
+if TYPE_CHECKING:
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+
+PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """``name``: ``files``, ``tensors``, ``values``, ``shapes``, ``weights`` or ``logits``. ``state``: ``passed``,
+    ``damaged`` or ``not checked``. ``detail``: what was compared; for damage, the file and the tensor; else why not."""
+
+    name: str
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify_checkpoint`."""
+
+    directory: str
+    checks: tuple[Check, ...]
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """A line for each thing that is damaged; empty for a checkpoint that is not."""
+        return tuple(check.detail for check in self.checks if check.state == DAMAGED)
+
+    def as_json(self) -> dict[str, Any]:
+        checks = [{"check": c.name, "state": c.state, "detail": c.detail} for c in self.checks]
+        return {"directory": self.directory, "damaged": bool(self.damage), "checks": checks}
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Raise `ModelError` for what `verification` does not take."""
+    if not directory.is_dir():
+        raise ModelError(f"'{directory}' is no checkpoint directory; verify takes what prune, recover or export wrote")
+    base = adapter_base(directory)
+    if base is not None:
+        raise ModelError(f"'{directory}' holds adapters for '{base}', not a model; verify that one")
+    if not (directory / RECORD_FILE).is_file() and not has_shards(directory):
+        raise ModelError(
+            f"'{directory}' has neither a {RECORD_FILE} nor safetensors files, so there is nothing to verify"
+        )
+
+
+def verification(
+    directory: Path, base: str | None, load: LoadSettings, catalog: Catalog, progress: Progress = QUIET
+) -> Verification:
+    """Check ``directory``. ``base``: reference of the dense model, instead of that in the record.
+
+    Damage is part of the result. Raises `ModelError` for a directory that holds no checkpoint, and for a ``base`` that
+    cannot be opened or is another model.
+    """
+    check_checkpoint(directory)
+    checks: list[Check] = []
+    places: dict[str, str] = {}
+
+    def attempt(name: str, run: Callable[[], str]) -> bool:
+        try:
+            checks.append(Check(name, PASSED, run()))
+        except NotComparable as reason:
+            checks.append(Check(name, NOT_CHECKED, str(reason)))
+        except LlmprunerError as error:
+            checks.append(Check(name, DAMAGED, str(error)))
+        return checks[-1].state != DAMAGED
+
+    progress.status("comparing files with the record")
+    checks += _files(directory)
+    if attempt("tensors", lambda: _tensors(directory, places)):
+        progress.status("looking for values that are not finite")
+        attempt("values", lambda: _values(directory, places))
+    if any(check.state == DAMAGED for check in checks):
+        return _rest_unchecked(directory, checks)
+    found: list[tuple[Structure, StreamedWeights]] = []
+    options = load.model_copy(update={"dtype": _stored_dtype(directory, places)})
+
+    def shapes() -> str:
+        with _Placed(directory, places):
+            structure = load_structure(str(directory), catalog, options)
+            progress.status("comparing shapes with the plans")
+            weights = _opened(directory, structure, options, catalog)
+        found.append((structure, weights))
+        count = len(structure.plans)
+        return f"those of {count} plan{'s' * (count != 1)}, no tensor missing or unknown"
+
+    attempt("shapes", shapes)
+    if not found:
+        return _rest_unchecked(directory, checks)
+    structure, weights = found[0]
+    dense = _base(structure, base, options, catalog)
+    if isinstance(dense, str):
+        checks += [Check(name, NOT_CHECKED, dense) for name in ("weights", "logits")]
+        return Verification(str(directory), tuple(checks))
+    progress.status(f"comparing with '{dense.ref}'")
+
+    def kept_weights() -> str:
+        with _Placed(directory, places):
+            return dense.kept_weights(weights)
+
+    if attempt("weights", kept_weights):
+        attempt("logits", lambda: dense.logits(weights))
+    else:
+        checks.append(Check("logits", NOT_CHECKED, "the weights differ already"))
+    return Verification(str(directory), tuple(checks))
+
+
+def _rest_unchecked(directory: Path, checks: list[Check]) -> Verification:
+    done = {check.name for check in checks}
+    rest = [name for name in ("values", "shapes", "weights", "logits") if name not in done]
+    reason = next((c.detail for c in checks if c.state == NOT_CHECKED and c.name == "shapes"), "the files are damaged")
+    return Verification(str(directory), (*checks, *(Check(name, NOT_CHECKED, reason) for name in rest)))
+
+
+def _files(directory: Path) -> Iterator[Check]:
+    try:
+        record = read_record(directory)
+        recorded = recorded_files(record)
+        if recorded is None:
+            what = f"no {RECORD_FILE}" if record is None else f"{RECORD_FILE} is of an earlier version, without hashes"
+            yield Check("files", NOT_CHECKED, what)
+            return
+        damaged = [f"{directory / name} {what}" for name, what in damaged_files(directory, recorded)]
+    except CheckpointError as error:
+        damaged, recorded = [str(error)], {}
+    for line in damaged:
+        yield Check("files", DAMAGED, line)
+    if not damaged:
+        yield Check("files", PASSED, f"SHA-256 of {len(recorded)} files is as recorded")
+
+
+def _tensors(directory: Path, places: dict[str, str]) -> str:
+    if not has_shards(directory):
+        raise CheckpointError(f"{directory} has no safetensors files")
+    places |= check_index(directory)
+    files = len(set(places.values()))
+    return f"{len(places)} tensors in {files} file{'s' * (files > 1)}, as their headers and the index say"
+
+
+def _values(directory: Path, places: Mapping[str, str]) -> str:
+    for name, file in places.items():
+        # Opened for each tensor, so that one at a time is mapped.
+        with opened(directory / file) as tensors:
+            value = tensors.get_tensor(name)
+        if value.is_floating_point() and value.element_size() == 1:
+            value = value.to(torch.bfloat16)  # torch has no minimum of 8-bit floats
+        if first_not_finite([(name, value)]) is not None:
+            raise CheckpointError(f"{directory / file}: tensor '{name}' holds NaN or infinite values")
+    return "all are finite"
+
+
+def _stored_dtype(directory: Path, places: Mapping[str, str]) -> str:
+    """The type of most tensors, in which they are compared; float32 for one that commands do not compute in."""
+    counts: Counter[str] = Counter()
+    for file in sorted(set(places.values())):
+        with opened(directory / file) as tensors:
+            counts.update(tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118
+    found = [_DTYPES[name] for name, _ in counts.most_common() if name in _DTYPES]
+    return found[0] if found else "float32"
+
+
+def _opened(directory: Path, structure: Structure, load: LoadSettings, catalog: Catalog) -> StreamedWeights:
+    """The weights of the checkpoint, layer by layer, once its tensors are those of the structure."""
+    reason = why_not_streamed(str(directory), catalog, load, structure, cuts=False)
+    if reason is not None:
+        raise NotComparable(f"only weights that can be read layer by layer are compared: {reason}")
+    dtype = getattr(torch, load.dtype)
+    lazy = lazily(directory, dtype, structure.graph, trust_remote_code=load.trust_remote_code)
+    check_loaded(str(directory), lazy.model, lazy.info)
+    unknown = sorted(map(str, lazy.info["unexpected_keys"]))
+    if unknown:
+        raise CheckpointError(f"tensor '{unknown[0]}' belongs to no module of the model")
+    check_shapes(lazy.model, structure.graph, str(directory))
+    return StreamedWeights(lazy, structure.graph.layers, torch.device("cpu"))
+
+
+class _Placed:
+    """Errors that name a tensor, with the file that it is in; anything else that loading raises as one line."""
+
+    def __init__(self, directory: Path, places: Mapping[str, str]) -> None:
+        self.directory, self.places = directory, places
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, NotComparable) or not isinstance(error, Exception):
+            return
+        if not isinstance(error, LlmprunerError):
+            # transformers and torch raise what they like for a damaged configuration.
+            raise CheckpointError(f"{self.directory} cannot be opened: {type(error).__name__}: {error}") from error
+        named = next((name for name in re.findall(r"'([^']+)'", str(error)) if name in self.places), None)
+        if named is not None:
+            raise CheckpointError(f"{self.directory / self.places[named]}: {error}") from error
+
+
+def _base(structure: Structure, named: str | None, load: LoadSettings, catalog: Catalog) -> Base | str:
+    """The dense model, or why nothing is compared with it."""
+    if not structure.plans:
+        return "it was not pruned by llmpruner"
+    if named is None and not at_hand(structure):
+        return f"the base '{structure.plans[0].base.model}' is not on this machine; name it with --base"
+    try:
+        return Base(structure, named, load, catalog)
+    except LlmprunerError as error:
+        if named is not None:  # a mistake of the user, and no damage
+            raise
+        return str(error)

@@ -1,0 +1,184 @@
+"""``llmpruner verify``, and what is checked whenever a checkpoint is loaded: damage is named, with file and tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmpruner
+from llmpruner.checkpoints import manifest
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory, shared) -> Path:
+    """A quarter of the MLP channels and a KV head less, without compensation."""
+    folder = tmp_path_factory.mktemp("cut") / "model"
+    llmpruner.prune(shared / "dense", unit_ratio=0.25, importance="l1", kinds="mlp,attention", output=folder)
+    return folder
+
+
+@pytest.fixture
+def copy(cut, tmp_path) -> Path:
+    return Path(shutil.copytree(cut, tmp_path / "copy"))
+
+
+def states(result) -> dict[str, str]:
+    return {check["check"]: check["state"] for check in json.loads(result.out)["checks"]}
+
+
+def flip(file: Path, tensor: str) -> None:
+    """Change one bit in the middle of a tensor."""
+    (first, last) = next(span[1:] for span in manifest.places_in(file) if span[0] == tensor)
+    data = bytearray(file.read_bytes())
+    data[(first + last) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def change(folder: Path, edit) -> None:
+    """Change tensors, and state the new hashes, as whoever made a wrong model would."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    manifest.add_manifest(folder)
+
+
+def test_a_whole_checkpoint_passes_everything(run, cut):
+    result = run("verify", cut, "--json")
+    assert result.code == 0
+    names = ("files", "tensors", "values", "shapes", "weights", "logits")
+    assert states(result) == dict.fromkeys(names, "passed")
+    assert "the base with the removed units silenced" in result.out
+
+
+def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
+    options = ("--ratio", 0.2, "--method", "best", "--samples", 4, "--length", 16)
+    assert run("prune", shared / "dense", *options, "-o", tmp_path / "out").code == 0
+    result = run("verify", tmp_path / "out", "--json")
+    assert states(result)["weights"] == "passed" and states(result)["logits"] == "not checked"
+    change(tmp_path / "out", lambda t: t.update({UP: t[UP] * 1.001}))
+    result = run("verify", tmp_path / "out")
+    assert result.code == 1 and f"model.safetensors: tensor '{UP}' is not that of the base" in result.err
+
+
+DAMAGE = {
+    "a flipped bit": (lambda d: flip(d / "model.safetensors", UP), f"SHA-256 differs): tensor '{UP}'"),
+    "a truncated file": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+        "model.safetensors has ",
+    ),
+    "a file that is gone": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "NaN": (
+        lambda d: change(d, lambda t: t[UP].view(-1)[7:8].fill_(float("nan"))),
+        f"model.safetensors: tensor '{UP}' holds NaN",
+    ),
+    "a tensor that is gone": (lambda d: change(d, lambda t: t.pop(UP)), f"lacks tensor '{UP}'"),
+    "an unknown tensor": (
+        lambda d: change(d, lambda t: t.update({"model.layers.9.x.weight": torch.zeros(2)})),
+        "tensor 'model.layers.9.x.weight' belongs to no module",
+    ),
+    "a tensor of another shape": (lambda d: change(d, lambda t: t.update({UP: torch.zeros(3, 5)})), UP),
+    "a changed weight": (
+        lambda d: change(d, lambda t: t.update({UP: t[UP] + 1e-6})), f"model.safetensors: tensor '{UP}' is not that of"
+    ),
+    "a configuration of another model": (
+        lambda d: edit_json(d / "config.json", rms_norm_eps=0.5), "the logits differ from the base"
+    ),
+    "a record with values of another type": (
+        lambda d: edit_base(d / "llmpruner.json", tie_word_embeddings=""), "llmpruner.json is damaged"
+    ),
+    "a record with sizes beyond memory": (
+        lambda d: edit_base(d / "llmpruner.json", num_hidden_layers=10**7), "num_hidden_layers 10000000"
+    ),
+    "a record that is no JSON": (lambda d: (d / "llmpruner.json").write_text("{"), "llmpruner.json cannot be read"),
+    "a record of files elsewhere": (
+        lambda d: edit_json(d / "llmpruner.json", add=False, files={"../x": {"bytes": 1, "sha256": "0"}}),
+        "'../x' is no file of the checkpoint",
+    ),
+}  # fmt: skip
+
+
+def edit_base(file: Path, **values: object) -> None:
+    record = json.loads(file.read_text())
+    record["base_config"] |= values
+    file.write_text(json.dumps(record))
+
+
+def edit_json(file: Path, *, add: bool = True, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    if add:
+        manifest.add_manifest(file.parent)
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named(run, copy, what):
+    damage, message = DAMAGE[what]
+    damage(copy)
+    result = run("verify", copy)
+    assert result.code == 1, result.out
+    assert message in result.err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("what", ["a flipped bit", "a truncated file"])
+def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
+    damage, message = DAMAGE[what]
+    damage(copy)
+    line = refused("generate", copy, "-p", "x", read=True)
+    assert message in line and f"{copy}/model.safetensors" in line
+
+
+def test_large_models_are_loaded_without_reading_them_twice(copy, monkeypatch):
+    monkeypatch.setattr(manifest, "HASHED", 0)
+    flip(copy / "model.safetensors", UP)
+    llmpruner.load_pruned(copy)
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes() + b"x")
+    with pytest.raises(llmpruner.CheckpointError, match=r"model\.safetensors has .* bytes, and had"):
+        llmpruner.load_pruned(copy)
+
+
+def test_swapped_shards_are_named(copy):
+    llmpruner.load_pruned(copy).save_pretrained(copy / "shards", max_shard_size="60KB")
+    shards = sorted((copy / "shards").glob("*.safetensors"))
+    first, second = (shard.read_bytes() for shard in shards[:2])
+    shards[0].write_bytes(second)
+    shards[1].write_bytes(first)
+    with pytest.raises(llmpruner.CheckpointError, match=f"{shards[0].name} (lacks|has)"):
+        llmpruner.load_pruned(copy / "shards")
+
+
+def test_earlier_records_and_missing_bases_are_said(run, copy):
+    record = json.loads((copy / "llmpruner.json").read_text())
+    del record["files"]
+    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / "gone")
+    (copy / "llmpruner.json").write_text(json.dumps(record))
+    result = run("verify", copy, "--json")
+    assert result.code == 0 and "of an earlier version, without hashes" in result.out
+    assert {states(result)[name] for name in ("files", "weights", "logits")} == {"not checked"}
+
+
+def test_a_base_can_be_named(run, refused, cut, shared):
+    assert states(run("verify", cut, "--base", shared / "dense", "--json"))["logits"] == "passed"
+    assert "is another model now" in refused("verify", cut, "--base", shared / "other", read=True)
+
+
+def test_what_is_no_checkpoint(refused, shared, tmp_path):
+    assert "is no checkpoint directory" in refused("verify", tmp_path / "none")
+    assert "nothing to verify" in refused("verify", tmp_path)
+
+
+def test_a_base_that_is_read_layer_by_layer(cut, monkeypatch):
+    import psutil
+
+    from llmpruner.recipes import against_base
+
+    low = psutil.virtual_memory()._replace(available=0)
+    monkeypatch.setattr(against_base.psutil, "virtual_memory", lambda: low)
+    found = {check.name: check for check in llmpruner.verify_checkpoint(cut).checks}
+    assert found["weights"].state == found["logits"].state == "passed"
+    assert "a new cut of the base" in found["logits"].detail

@@ -1,0 +1,116 @@
+"""No score and no weight becomes NaN: in any dtype, for inputs without variation, for the last unit of its kind."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from criteria_cases import SMALL, random_instance, tokens
+from transformers import CONFIG_MAPPING
+
+from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner.compensation.base import RepairTask
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.importance.estimate import estimate
+from llmpruner.loading.model import Model
+from llmpruner.models.finite import first_not_finite
+from llmpruner.models.surgery import cut, silence
+
+CATALOG = Catalog(plugin_manager())
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TEXT = tokens(4, 16)
+ODD = SMALL | {"hidden_size": 36, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 6}
+
+
+def model_of(kind: str = "llama", values=ODD, dtype=torch.float32) -> Model:
+    config = CONFIG_MAPPING[kind](**values)
+    family = CATALOG.family_for(config)
+    model = random_instance(config, 0).to(dtype)
+    return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def models(request):
+    """A model in a dtype, and the same in float32."""
+    return model_of(dtype=request.param), model_of()
+
+
+def groups_for(criterion, loaded):
+    kind = next(kind for kind in ("mlp", "layer") if criterion.accepts(kind))
+    return loaded.graph.of_kinds([kind])
+
+
+@pytest.mark.parametrize("name", sorted(CATALOG.criteria))
+def test_every_criterion_in_every_dtype(models, name):
+    """Scores are finite, and rank units nearly as in float32."""
+    criterion = CATALOG.criteria[name]()
+    found, exact = (
+        estimate(loaded.model, loaded.graph, groups_for(criterion, loaded), criterion, TEXT).by_group
+        for loaded in models
+    )
+    for group, scores in found.items():
+        assert torch.isfinite(scores).all()
+        if len(scores) > 4:
+            ranks = torch.stack([values.argsort().argsort().double() for values in (scores, exact[group])])
+            assert torch.corrcoef(ranks)[0, 1] > 0.9
+
+
+DEGENERATE = {
+    "one token again and again": (CalibrationSet(torch.full((4, 16), 7), "x"), 1.0),
+    "one sample of two tokens": (CalibrationSet(torch.tensor([[5, 9]]), "x"), 1.0),
+    "inputs near zero": (TEXT, 1e-6),
+    "inputs that are zero": (TEXT, 0.0),
+}
+"""Text, and a factor on the embeddings: Gram matrices are singular, tiny, or zero."""
+
+
+@pytest.mark.parametrize("what", DEGENERATE)
+def test_refits_to_degenerate_inputs(models, what):
+    text, factor = DEGENERATE[what]
+    loaded = replace(models[0], model=deepcopy(models[0].model))
+    for name, parameter in loaded.model.named_parameters():
+        if "up_proj" in name or "v_proj" in name:
+            parameter.data.mul_(factor)
+    kept = {group.name: range(0, group.units, 2) for group in loaded.graph.of_kinds(["mlp"])}
+    with torch.no_grad():
+        CATALOG.compensations["refit"]().repair(RepairTask(loaded.model, loaded.graph, kept, text))
+    assert first_not_finite(loaded.model.named_parameters()) is None
+
+
+LAST = {
+    "one head": ("llama", ODD, "attention", (0,)),
+    "one query head of each": ("llama", ODD, "query", None),
+    "one layer": ("llama", ODD, "layer", (1,)),
+    "one channel": ("llama", ODD, "mlp", (36,)),
+    "one hidden channel": ("llama", ODD, "hidden", (3,)),
+    # Kernels of experts need rows of 16 bytes.
+    "as few experts as are chosen": (
+        "mixtral", SMALL | {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 1}, "expert", (2,)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.long) if "experts" in what else what for what in LAST]
+)
+def test_what_is_left_alone_of_its_kind(what):
+    """A cut down to one unit equals silencing all others, at odd widths too."""
+    kind_of_model, values, kind, units = LAST[what]
+    loaded, reference = model_of(kind_of_model, values), model_of(kind_of_model, values)
+    kept = {}
+    for group in loaded.graph.of_kinds([kind]):
+        per_block = group.units // group.blocks
+        kept[group.name] = units or tuple(block * per_block for block in range(group.blocks))
+        if len(kept[group.name]) < group.minimum:
+            kept[group.name] = tuple(range(group.minimum))
+    cut(loaded.model, loaded.graph, kept, loaded.family)
+    ids = {"input_ids": TEXT.input_ids, "use_cache": False}
+    with torch.no_grad():
+        found = loaded.model(**ids).logits
+        assert torch.isfinite(found).all()
+        if kind in ("layer", "expert"):  # these are not silenced by zeros
+            return
+        silence(reference.model, reference.graph, kept)
+        torch.testing.assert_close(found, reference.model(**ids).logits, rtol=1e-4, atol=1e-4)
