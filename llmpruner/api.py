@@ -31,7 +31,9 @@ from .engine.ranks import Ranks
 from .engine.weights import Weights
 from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
+from .evaluation.run import Candidate
 from .evaluation.run import evaluate as _evaluate
+from .evaluation.store import ResultStore, default_folder
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
 from .families.auto import AUTO
@@ -72,6 +74,7 @@ from .recipes import pipeline
 from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_recover, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
+from .recipes.inputs import evaluated_fingerprint
 from .recipes.jobs import (
     PruneJob,
     RecoverJob,
@@ -85,12 +88,14 @@ from .recipes.jobs import (
     recover_job,
 )
 from .recipes.outcome import outcome_of
+from .recipes.passages import read_passages
 from .recipes.publish import prepare_upload
 from .recipes.recipe import Recipe
 from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recipes.state import Hashes
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from .recovery.examples import load_examples
@@ -102,6 +107,7 @@ from .report.curve import loss_curve
 from .report.page import report_page
 from .settings import (
     BenchSettings,
+    CacheSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -532,6 +538,7 @@ def evaluate(
     models: Source | Sequence[Source],
     *,
     load: LoadSettings | Sequence[LoadSettings] | None = None,
+    cache: CacheSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
@@ -539,7 +546,9 @@ def evaluate(
     """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
     One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded. ``load``:
-    for all models, or one for each.
+    for all models, or one for each. Every result of a model that is given by reference is kept on disk as soon as it is
+    measured (``cache``: where), but for those that depend on the machine; what was measured before is not measured
+    again.
     """
     catalog = catalog or Catalog(plugin_manager())
     options = settings_from(EvaluateSettings, settings)
@@ -556,10 +565,23 @@ def evaluate(
 
     def subject(one: Structure, load: LoadSettings | None) -> MetricSubject:
         loaded = _with_weights(one, catalog, load, progress)
-        return MetricSubject(one.ref, loaded.model, loaded.tokenizer, loaded.graph)
+        return MetricSubject(one.ref, loaded.model, loaded.tokenizer, loaded.graph, family=loaded.family)
 
-    each = [partial(subject, *pair) for pair in zip(opened, loads, strict=True)]
-    return _evaluate(each, job.metrics, progress)
+    cache = cache or CacheSettings()
+    store = ResultStore(cache.cache or default_folder(), again=cache.again)
+    hashes = Hashes(store.known_files, progress)
+    candidates = [
+        Candidate(
+            one.ref, partial(subject, one, each), evaluated_fingerprint(one, each, catalog, hashes), read_passages(one)
+        )
+        for one, each in zip(opened, loads, strict=True)
+    ]
+    store.keep_files(hashes.known)
+    try:
+        return _evaluate(candidates, job.metrics, progress, store)
+    except KeyboardInterrupt:
+        progress.status("stopped; what was measured is kept, and the same command goes on with the rest")
+        raise
 
 
 def bench(

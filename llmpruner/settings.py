@@ -563,7 +563,7 @@ class EvaluateSettings(Settings):
         str | None,
         Field(
             description="Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that "
-            "is part of every Python; pydoc is the default when nothing else is named."
+            "is part of every Python (the default when nothing else is named); several texts with commas between them."
         ),
         Option(metavar="TEXT"),
     ] = None
@@ -580,8 +580,8 @@ class EvaluateSettings(Settings):
     kl: Annotated[
         bool,
         Field(
-            description="Also the KL divergence from the first MODEL on the text of the perplexity (both models are in "
-            "memory)."
+            description="Also the KL divergence from the first MODEL on the text of the perplexity, and how often both "
+            "find the same token most probable (both models are in memory)."
         ),
         Option(sets="perplexity.kl"),
     ] = False
@@ -591,7 +591,9 @@ class EvaluateSettings(Settings):
     ] = None
     limit: Annotated[int | None, Field(description="Rows per task; all by default."), Option(sets="tasks.limit")] = None
     num_fewshot: Annotated[
-        int | None, Field(description="Examples shown in each task's prompt."), Option(sets="tasks.num_fewshot")
+        int | None,
+        Field(description="Examples shown in each task's prompt; by default the task's own number, mostly 0."),
+        Option(sets="tasks.num_fewshot"),
     ] = None
     include_path: Annotated[
         Path | None,
@@ -608,6 +610,21 @@ class EvaluateSettings(Settings):
     ] = False
     seed: Annotated[Seed, Option(sets="tasks.seed")] = 0
     settings: Set = {}
+
+
+class CacheSettings(Settings):
+    """Where results of evaluations are kept, so that a second run measures only what is new."""
+
+    cache: Annotated[
+        Path | None,
+        Field(
+            description="Folder for results and checksums, by default $LLMPRUNER_CACHE or ~/.cache/llmpruner. A result "
+            "is used again for models, texts, settings and versions that are the same in content."
+        ),
+    ] = None
+    again: Annotated[bool, Field(description="Measure again what was measured before, and keep the new results.")] = (
+        False
+    )
 
 
 class BenchSettings(Settings):

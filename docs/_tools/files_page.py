@@ -20,6 +20,8 @@ RECORD = {
     "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows.",
     "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
     "model.",
+    "calibration_passages": "Fingerprints (12 hexadecimal digits) of one in 32 passages of 13 words of the text that "
+    "calibrations read, from which `evaluate` sees that a model is judged on it; absent where none was read.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""

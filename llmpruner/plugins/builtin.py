@@ -92,9 +92,10 @@ def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
+    from ..evaluation.generations import GenerationsMetric
     from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 
-    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric]
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, GenerationsMetric]
 
 
 @hookimpl

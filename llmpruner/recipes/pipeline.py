@@ -53,6 +53,7 @@ from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, widths_for
 from .jobs import CalibrationJob, PruneJob
 from .outcome import outcome_of
+from .passages import passages_in, passages_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -219,10 +220,11 @@ def apply_draft(
     model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET, run: Run | None = None
 ) -> Model:
     """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
-    plan = draft.plan
+    plan, read = draft.plan, draft.calibration
     plan.check(model.graph)
     if plan.compensation is not None:
-        plan = _compensate(model, draft, plan.compensation, catalog, progress, run or Run())
+        plan, read = _compensate(model, draft, plan.compensation, catalog, progress, run or Run())
+    model = replace(model, passages=(*model.passages, *passages_in(read, model.tokenizer)))
     outcome = outcome_of(model, plan, draft.cost or _recorded_cost(model, plan, catalog, progress))
     if model.streamed is not None:
         return _cut_streamed(model, model.streamed, plan, outcome)
@@ -253,6 +255,7 @@ def save(
         **(model.record or {}),
         **(notes or {}),
         **base_record(model),
+        **passages_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
@@ -385,7 +388,8 @@ def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> Compensa
 
 def _compensate(
     model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress, run: Run
-) -> PruningPlan:
+) -> tuple[PruningPlan, CalibrationSet | None]:
+    """The plan with the units that were chosen, and the text that was read."""
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
@@ -409,7 +413,7 @@ def _compensate(
     )
     with torch.no_grad():
         repaired = compensation.repair(task)
-    return _with_units(model.graph, plan, repaired.kept)
+    return _with_units(model.graph, plan, repaired.kept), calibration
 
 
 def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
