@@ -13,6 +13,7 @@ from .api import push as push
 from .api import recover as recover
 from .api import run as run
 from .api import save as save
+from .api import sensitivity as sensitivity
 from .api import verify as verify
 from .benching.base import BenchSubject as BenchSubject
 from .benching.base import Runtime as Runtime

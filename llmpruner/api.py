@@ -8,6 +8,7 @@ is refused before weights are read.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from .engine.journal import Journal
 from .engine.launch import launched
 from .engine.ranks import Ranks
 from .engine.weights import Weights
-from .errors import DataError, LlmprunerError, ModelError, PlanError, ProcessError, SettingsError
+from .errors import DataError, LlmprunerError, ModelError, OutputError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
 from .evaluation.run import Candidate
 from .evaluation.run import evaluate as _evaluate
@@ -48,6 +49,7 @@ from .keywords import (
     PruneKeywords,
     PushKeywords,
     RecoverKeywords,
+    SensitivityKeywords,
 )
 from .loading.dense import dense_structure, load_dense, open_dense, placed_as
 from .loading.model import (
@@ -86,6 +88,7 @@ from .recipes.jobs import (
     prune_job,
     push_job,
     recover_job,
+    sensitivity_job,
 )
 from .recipes.outcome import outcome_of
 from .recipes.passages import read_passages
@@ -95,6 +98,7 @@ from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recipes.sensitivity import measure_curve, planned_cuts
 from .recipes.state import Hashes
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
@@ -105,6 +109,8 @@ from .recovery.run import recover as _recover
 from .report.base import ReportSubject
 from .report.curve import loss_curve
 from .report.page import report_page
+from .report.sensitivity import sensitivity_plot
+from .selection.curve import Curve
 from .settings import (
     BenchSettings,
     CacheSettings,
@@ -117,6 +123,7 @@ from .settings import (
     PushSettings,
     RecoverSettings,
     RunSettings,
+    SensitivitySettings,
     settings_from,
 )
 from .structure.outcome import Outcome
@@ -343,15 +350,16 @@ def _arranged(
 def _journal(
     output: Path,
     opened: Structure,
-    what: PruningPlan | PruneSettings,
+    what: PruningPlan | PruneSettings | SensitivitySettings,
     load: LoadSettings | None,
     run: RunSettings,
     divided: int,
     ranks: Ranks,
+    ending: str = ".pruning",
 ) -> Journal:
-    """The journal of a prune. Its run is identified by all that the result, and the shapes of hidden states, depend
-    on. ``divided``: see `Residency`."""
-    folder = output.with_name(output.name + ".pruning")
+    """The journal of a prune, or of a curve. Its run is identified by all that the result, and the shapes of hidden
+    states, depend on. ``divided``: see `Residency`."""
+    folder = output.with_name(output.name + ending)
     if run.restart and ranks.first:
         shutil.rmtree(folder, ignore_errors=True)
     return Journal(
@@ -582,6 +590,55 @@ def evaluate(
     except KeyboardInterrupt:
         progress.status("stopped; what was measured is kept, and the same command goes on with the rest")
         raise
+
+
+def sensitivity(
+    model: Source,
+    *,
+    output: str | Path | None = None,
+    restart: bool = False,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[SensitivityKeywords],
+) -> Curve:
+    """Measure how much cuts of each group alone change the predictions: KL divergence in nats per token, at several
+    shares of its units.
+
+    ``output``: a ``.json`` file for the curve, which ``prune --allocation curve`` reads; a plot is written beside it,
+    as ``.svg``. Every point is kept in ``OUTPUT.measuring`` until then, so that the same call goes on after an
+    interruption; ``restart`` removes them. Raises as `plan` does, and `OutputError` for an ``output`` that cannot be
+    written.
+    """
+    catalog, options = catalog or Catalog(plugin_manager()), settings_from(SensitivitySettings, settings)
+    job = sensitivity_job(options, catalog)
+    file = None if output is None else check_new_file(Path(output))
+    if file is not None and file.suffix != ".json":
+        raise OutputError(f"'{file}': the curve is written as JSON, and its plot beside it; name a .json file")
+    if restart and file is None:
+        raise SettingsError("restart has no effect without an output, beside which points are kept; leave it out")
+    opened = _opened(model, load, catalog, progress)
+    check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
+    cuts = planned_cuts(opened, job, options.shares)
+    work = replace(work_of(job, opened, saves=False), trials=len(cuts))
+    _arranged(opened, job, work, load, None, catalog, progress, whole="measuring cuts")
+    progress.status(f"{len(cuts)} cuts to measure")
+    journal = None
+    if file is not None and not isinstance(opened, Model):
+        journal = _journal(file, opened, options, load, RunSettings(restart=restart), 1, Ranks.current(), ".measuring")
+    loaded = _with_weights(opened, catalog, load, progress)
+    try:
+        curve = measure_curve(loaded, job, options.shares, progress, journal)
+    except KeyboardInterrupt:
+        if journal is not None:
+            progress.status(f"stopped; the same command goes on with what is measured ({journal.folder}), or --restart")
+        raise
+    if file is not None:
+        write_text(file, json.dumps(curve.as_json(), indent=1, ensure_ascii=False) + "\n")
+        write_text(file.with_suffix(".svg"), sensitivity_plot(curve) + "\n")
+    if journal is not None:
+        journal.remove()
+    return curve
 
 
 def bench(

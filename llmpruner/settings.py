@@ -355,8 +355,9 @@ class PruneSettings(Settings):
         str,
         Field(
             description="uniform: equal shares per layer and kind; global: one ranking over all units; sensitivity: by "
-            "the divergence that cuts of each group cause alone; search: equal shares, moved to where cuts raise the "
-            "divergence least in combination (minutes more)."
+            "the divergence that cuts of each group cause alone; curve: the same, from a file of `llmpruner "
+            "sensitivity` (--set curve.file=FILE); search: equal shares, moved to where cuts raise the divergence "
+            "least in combination (minutes more)."
         ),
         Option(_HOW),
     ] = "uniform"
@@ -413,6 +414,44 @@ def _share_or_count(value: float) -> float:
 
 
 _TRAINING, _CHECKING = "Training", "Validation"
+
+
+class SensitivitySettings(Settings):
+    """What cuts are measured, and how."""
+
+    kinds: Annotated[
+        Names, Field(description="Kinds of units that are cut, comma-separated, as of `prune`."), Option(_WHAT)
+    ] = ("mlp",)
+    layers: Annotated[
+        Annotated[str, BeforeValidator(_layers)] | None,
+        Field(description="Layers that are cut: 3-26, 0,5,7-9 or all (the default)."),
+        Option(_WHAT),
+    ] = None
+    shares: Annotated[
+        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(names_of)],
+        Field(description="Shares of each group's units that are removed, ascending, comma-separated."),
+        Option(_WHAT, metavar="NUMBERS"),
+    ] = (0.1, 0.25, 0.5, 0.75)
+    method: Annotated[
+        str | None,
+        Field(description="As of `prune`: how units are ranked, and whether weights are fitted after each cut."),
+        Option(_HOW),
+    ] = None
+    importance: Annotated[
+        str | None, Field(description="Criterion by which units are ranked, as of `prune`."), Option(_HOW)
+    ] = None
+    compensate: Annotated[
+        str | None,
+        Field(description="refit: weights that read removed units are fitted again before measuring; none."),
+        Option(_HOW),
+    ] = None
+    calibration: Annotated[str, Field(description="Text to rank, fit and measure on, as of `prune`."), Option(_ON)] = (
+        "self"
+    )
+    samples: Annotated[int | None, Field(ge=1, description="Calibration samples, as of `prune`."), Option(_ON)] = None
+    length: Annotated[int | None, Field(ge=2, description="Tokens per sample, as of `prune`."), Option(_ON)] = None
+    seed: Seed = 0
+    settings: Set = {}
 
 
 class RecoverSettings(Settings):

@@ -55,12 +55,13 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
+    from ..selection.curve import MeasuredCurve
     from ..selection.ranking import GlobalRanking
     from ..selection.search import Search
     from ..selection.sensitivity import Sensitivity
     from ..selection.uniform import Uniform
 
-    return [Uniform, GlobalRanking, Sensitivity, Search]
+    return [Uniform, GlobalRanking, Sensitivity, Search, MeasuredCurve]
 
 
 @hookimpl

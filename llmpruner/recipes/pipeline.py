@@ -152,11 +152,11 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     network, graph = model.model, model.graph
     chooser = _chooser(job, model, scope.groups(graph))
     journal = run.journal
-    calibration = _journaled(journal, model, job, progress, run.ranks)
+    calibration = journaled(journal, model, job, progress, run.ranks)
     if journal is not None and (earlier := journal.load("plan")) is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
     whole, measured = _open(model, job, scope, progress, run.ranks)
-    scored_on, widths = _scored_on(calibration, job), widths_of(job, model)
+    scored, widths = scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
@@ -166,7 +166,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
         else:
             scores = estimate(
-                network, graph, groups, job.criterion, scored_on,
+                network, graph, groups, job.criterion, scored,
                 reduction=job.reduction, seed=job.seed, progress=progress,
                 executor=run.executor(model)
                 if network is model.model
@@ -195,7 +195,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     return Draft(plan, calibration, chooser, whole)
 
 
-def _journaled(
+def journaled(
     journal: Journal | None, model: Model, job: PruneJob, progress: Progress, ranks: Ranks
 ) -> CalibrationSet | None:
     """The calibration set of a job, or of the interrupted run that is continued."""
@@ -437,7 +437,7 @@ def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) ->
     return chooser if can_wait(job.criterion, model.graph, groups) else None
 
 
-def _scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
+def scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
     """The part of the calibration set for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
     more time."""
     if calibration is None or not job.compensation.ranks_again:
