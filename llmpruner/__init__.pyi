@@ -1,6 +1,7 @@
 """The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
 
 from .api import bench as bench
+from .api import chat as chat
 from .api import discover as discover
 from .api import dry_run as dry_run
 from .api import evaluate as evaluate

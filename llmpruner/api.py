@@ -23,6 +23,7 @@ from typing_extensions import Unpack
 from . import __version__
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
+from .chatting.chat import Chat
 from .checkpoints.adapters import save_adapter
 from .data.conversations import Example
 from .engine.boundaries import DEFAULT_LIMIT
@@ -42,6 +43,7 @@ from .families.chat import Prompt, chat_prompt, has_chat_template
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
     BenchKeywords,
+    ChatKeywords,
     EvaluateKeywords,
     ExportKeywords,
     GenerateKeywords,
@@ -81,6 +83,7 @@ from .recipes.jobs import (
     PruneJob,
     RecoverJob,
     bench_job,
+    chat_job,
     evaluate_job,
     export_job,
     generate_job,
@@ -114,6 +117,7 @@ from .selection.curve import Curve
 from .settings import (
     BenchSettings,
     CacheSettings,
+    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -697,6 +701,28 @@ def generate(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed,
     )  # fmt: skip
+
+
+def chat(
+    models: Source | Sequence[Source],
+    *,
+    load: LoadSettings | Sequence[LoadSettings] | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[ChatKeywords],
+) -> list[Chat]:
+    """A conversation with each model: ``for piece in chat.ask("Why?")`` gives the answer piece by piece, and the next
+    question continues the conversation. All models are in memory at the same time. ``load``: for all, or one for
+    each."""
+    options, catalog = chat_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
+    sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
+    loads = _for_each(load, sources)
+    opened = [_opened(source, each, catalog, progress) for source, each in zip(sources, loads, strict=True)]
+    for one in opened:
+        if not _has_tokenizer(one, catalog):
+            raise DataError(f"model '{one.ref}' brings no tokenizer, so it cannot read a prompt")
+    loaded = [_with_weights(one, catalog, each, progress) for one, each in zip(opened, loads, strict=True)]
+    return [Chat(one.ref, one.model, one.tokenizer, one.family, **dict(options)) for one in loaded]
 
 
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:

@@ -119,6 +119,14 @@ class GenerateKeywords(TypedDict, total=False):
     seed: int
 
 
+class ChatKeywords(TypedDict, total=False):
+    """Of `ChatSettings`."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
 class SensitivityKeywords(TypedDict, total=False):
     """Of `SensitivitySettings`."""
 

@@ -702,6 +702,16 @@ class GenerateSettings(Settings):
     seed: Seed = 0
 
 
+class ChatSettings(Settings):
+    """How answers are written."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, description="Tokens of an answer, at most.")] = 512
+    temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above, answers are drawn.")] = (
+        0.0
+    )
+    seed: Seed = 0
+
+
 class PageSettings(Settings):
     """What an HTML page about a model shows."""
 

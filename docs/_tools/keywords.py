@@ -16,6 +16,7 @@ MODELS = {
     "EvaluateKeywords": settings.EvaluateSettings,
     "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
+    "ChatKeywords": settings.ChatSettings,
     "SensitivityKeywords": settings.SensitivitySettings,
     "ExportKeywords": settings.ExportSettings,
     "PushKeywords": settings.PushSettings,

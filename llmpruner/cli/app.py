@@ -14,6 +14,7 @@ from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
 from . import (
     bench,
+    chat,
     demo,
     discover,
     doctor,
@@ -76,6 +77,7 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         sensitivity,
         bench,
         generate,
+        chat,
         export,
         push,
         run,

@@ -30,6 +30,7 @@ from ..report.base import ReportSection
 from ..selection.base import Allocation
 from ..settings import (
     BenchSettings,
+    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -408,6 +409,13 @@ def push_job(settings: PushSettings) -> PushSettings:
         )
     if settings.dry_run:
         _Given(settings).refuse("public", "with --dry-run, which sends nothing")
+    return settings
+
+
+def chat_job(settings: ChatSettings) -> ChatSettings:
+    """``settings``. Raises `SettingsError` for those that have no effect together."""
+    if settings.temperature == 0:
+        _Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
     return settings
 
 
