@@ -81,7 +81,8 @@ def conversation_prompt(
         return Prompt(_render(tokenizer, [*messages, _question(question, "")], add_generation_prompt=True), True)
     if not family.has_own_format:
         return None
-    pairs = family.format_conversation([*exchanges, (question, "")])
+    # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
+    pairs = family.format_conversation([*exchanges, (question, "-")])
     end = getattr(tokenizer, "eos_token", None) or ""
     past = "".join(asked + answered + ("" if answered.endswith(end) else end) for asked, answered in pairs[:-1])
     return Prompt(past + pairs[-1][0], False)
