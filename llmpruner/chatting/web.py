@@ -88,7 +88,8 @@ def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
     async def show(_: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
         allowed = f"'nonce-{nonce}'"
-        policy = f"default-src 'none'; script-src {allowed}; style-src {allowed}; connect-src 'self'; base-uri 'none'"
+        sources = f"script-src {allowed}; style-src {allowed}; connect-src 'self'; img-src data:"
+        policy = f"default-src 'none'; {sources}; base-uri 'none'"
         headers = {
             "Content-Security-Policy": f"{policy}; form-action 'none'; frame-ancestors 'none'",
             "Cache-Control": "no-store",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..compensation.trials import Trials
 from ..engine.journal import Journal
-from ..errors import SelectionError
 from ..importance.estimate import estimate
 from ..progress import QUIET, Progress
 from ..selection.curve import Curve, GroupCurve, Point
@@ -43,16 +42,13 @@ def cuts_to_measure(queues: Sequence[Queue], shares: Sequence[float]) -> list[Cu
 
 
 def planned_cuts(structure: Structure, job: PruneJob, shares: Sequence[float]) -> list[Cut]:
-    """`cuts_to_measure` before there are scores. Raises `SelectionError` where no group can lose a unit."""
+    """`cuts_to_measure` before there are scores."""
     scope, widths = scope_of(job, structure), widths_of(job, structure)
     groups = scope.groups(structure.graph)
     queues = [
         build_queue(g, [0.0] * g.units, allowed=scope.allowed_units(g), multiple=widths.multiple(g)) for g in groups
     ]
-    found = cuts_to_measure(queues, shares)
-    if not found:
-        raise SelectionError("the shares are less than one unit of every group; ask for larger --shares")
-    return found
+    return cuts_to_measure(queues, shares)
 
 
 def measure_curve(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..component import ComponentSettings
-from ..errors import DataError, SelectionError, first_line
+from ..errors import DataError, SelectionError, SettingsError, first_line
 from ..structure.coupling import CoupledGroup
 from ..structure.queues import Queue
 from .base import Allocation, AllocationTask, Taken
@@ -119,13 +119,19 @@ class MeasuredCurve(Allocation):
 
     class Settings(ComponentSettings):
         file: Annotated[
-            Path, AfterValidator(_readable), Field(description="The file that `llmpruner sensitivity` wrote.")
-        ]
+            Annotated[Path, AfterValidator(_readable)] | None,
+            Field(description="The file that `llmpruner sensitivity` wrote; it must be given."),
+        ] = None
 
     settings: Settings
 
+    def _curve(self) -> Curve:
+        if self.settings.file is None:
+            raise SettingsError(f"--allocation {self.name} needs a curve: --set {self.name}.file=FILE")
+        return Curve.read(self.settings.file)
+
     def check(self, groups: Sequence[CoupledGroup]) -> None:
-        curves = {curve.name: curve for curve in Curve.read(self.settings.file).groups}
+        curves = {curve.name: curve for curve in self._curve().groups}
         for group in groups:
             if group.name not in curves:
                 raise SelectionError(
@@ -140,7 +146,7 @@ class MeasuredCurve(Allocation):
 
     def allocate(self, task: AllocationTask) -> Taken:
         self.check([queue.group for queue in task.queues])
-        curves = {curve.name: curve for curve in Curve.read(self.settings.file).groups}
+        curves = {curve.name: curve for curve in self._curve().groups}
         ranked = []
         for queue in task.queues:
             own = [curves[name] for name in queue.members or (queue.group.name,)]

@@ -12,7 +12,7 @@ import torch
 from llmpruner import api
 from llmpruner.compensation.trials import Trials
 from llmpruner.errors import LlmprunerError, OutputError, SelectionError, SettingsError
-from llmpruner.selection.curve import Curve, GroupCurve, MeasuredCurve, Point
+from llmpruner.selection.curve import Curve, GroupCurve, Point
 
 OPTIONS = {"shares": "0.25,0.5", "importance": "l2", "samples": 4, "length": 32}
 
@@ -126,15 +126,15 @@ def test_a_curve_of_another_model_and_a_wrong_file_are_refused_before_work(sourc
     with pytest.raises(SettingsError, match="leave --steps out"):
         api.plan(source, ratio=0.1, importance="l2", shape="free", allocation="curve", steps=2,
                  settings={"curve": {"file": str(file)}})  # fmt: skip
-    with pytest.raises(SettingsError, match="file"):
-        MeasuredCurve()
+    with pytest.raises(SettingsError, match=r"needs a curve: --set curve\.file=FILE"):
+        api.plan(source, ratio=0.1, importance="l2", shape="free", allocation="curve")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"shares": "0.5,0.25"}, "--shares must ascend"),
-        ({"shares": "0.001"}, "less than one unit of every group"),
+        ({"shares": "0.001"}, "less than one unit of the selected groups"),
         ({"output": "curve.txt"}, "name a .json file"),
         ({"restart": True}, "restart has no effect without an output"),
     ],
