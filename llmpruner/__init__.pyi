@@ -1,6 +1,7 @@
 """The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
 
 from .api import bench as bench
+from .api import chat as chat
 from .api import discover as discover
 from .api import dry_run as dry_run
 from .api import evaluate as evaluate
@@ -13,6 +14,7 @@ from .api import push as push
 from .api import recover as recover
 from .api import run as run
 from .api import save as save
+from .api import sensitivity as sensitivity
 from .api import verify as verify
 from .api import verify_checkpoint as verify_checkpoint
 from .benching.base import BenchSubject as BenchSubject

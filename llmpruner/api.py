@@ -8,6 +8,7 @@ is refused before weights are read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from typing_extensions import Unpack
 from . import __version__
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
+from .chatting.chat import Chat
 from .checkpoints.adapters import save_adapter
 from .data.conversations import Example
 from .engine.boundaries import DEFAULT_LIMIT
@@ -31,7 +33,9 @@ from .engine.ranks import Ranks
 from .engine.weights import Weights
 from .errors import DataError, LlmprunerError, ModelError, OutputError, PlanError, ProcessError, SettingsError
 from .evaluation.base import MetricSubject
+from .evaluation.run import Candidate
 from .evaluation.run import evaluate as _evaluate
+from .evaluation.store import ResultStore, default_folder
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
 from .families.auto import AUTO
@@ -39,6 +43,7 @@ from .families.chat import Prompt, chat_prompt, has_chat_template
 from .files import check_new_directory, check_new_file, check_space, remove_tree, tree_bytes, write_text
 from .keywords import (
     BenchKeywords,
+    ChatKeywords,
     EvaluateKeywords,
     ExportKeywords,
     GenerateKeywords,
@@ -46,6 +51,7 @@ from .keywords import (
     PruneKeywords,
     PushKeywords,
     RecoverKeywords,
+    SensitivityKeywords,
 )
 from .loading.dense import dense_structure, load_dense, open_dense, placed_as
 from .loading.model import (
@@ -73,10 +79,12 @@ from .recipes import pipeline
 from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_recover, check_replay
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
+from .recipes.inputs import evaluated_fingerprint
 from .recipes.jobs import (
     PruneJob,
     RecoverJob,
     bench_job,
+    chat_job,
     evaluate_job,
     export_job,
     generate_job,
@@ -84,14 +92,18 @@ from .recipes.jobs import (
     prune_job,
     push_job,
     recover_job,
+    sensitivity_job,
 )
 from .recipes.outcome import outcome_of
+from .recipes.passages import read_passages
 from .recipes.publish import prepare_upload
 from .recipes.recipe import Recipe
 from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recipes.sensitivity import measure_curve, planned_cuts
+from .recipes.state import Hashes
 from .recipes.verification import Verification, verification
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
@@ -102,8 +114,12 @@ from .recovery.run import recover as _recover
 from .report.base import ReportSubject
 from .report.curve import loss_curve
 from .report.page import report_page
+from .report.sensitivity import sensitivity_plot
+from .selection.curve import Curve
 from .settings import (
     BenchSettings,
+    CacheSettings,
+    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -113,6 +129,7 @@ from .settings import (
     PushSettings,
     RecoverSettings,
     RunSettings,
+    SensitivitySettings,
     settings_from,
 )
 from .structure.outcome import Outcome
@@ -356,15 +373,16 @@ def _arranged(
 def _journal(
     output: Path,
     opened: Structure,
-    what: PruningPlan | PruneSettings,
+    what: PruningPlan | PruneSettings | SensitivitySettings,
     load: LoadSettings | None,
     run: RunSettings,
     divided: int,
     ranks: Ranks,
+    ending: str = ".pruning",
 ) -> Journal:
-    """The journal of a prune. Its run is identified by all that the result, and the shapes of hidden states, depend
-    on. ``divided``: see `Residency`."""
-    folder = output.with_name(output.name + ".pruning")
+    """The journal of a prune, or of a curve. Its run is identified by all that the result, and the shapes of hidden
+    states, depend on. ``divided``: see `Residency`."""
+    folder = output.with_name(output.name + ending)
     if run.restart and ranks.first:
         remove_tree(folder)
     return Journal(
@@ -554,6 +572,7 @@ def evaluate(
     models: Source | Sequence[Source],
     *,
     load: LoadSettings | Sequence[LoadSettings] | None = None,
+    cache: CacheSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
@@ -561,7 +580,9 @@ def evaluate(
     """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
     One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded. ``load``:
-    for all models, or one for each.
+    for all models, or one for each. Every result of a model that is given by reference is kept on disk as soon as it is
+    measured (``cache``: where), but for those that depend on the machine; what was measured before is not measured
+    again.
     """
     catalog = catalog or Catalog(plugin_manager())
     options = settings_from(EvaluateSettings, settings)
@@ -578,10 +599,72 @@ def evaluate(
 
     def subject(one: Structure, load: LoadSettings | None) -> MetricSubject:
         loaded = _with_weights(one, catalog, load, progress)
-        return MetricSubject(one.ref, loaded.model, loaded.tokenizer, loaded.graph)
+        return MetricSubject(one.ref, loaded.model, loaded.tokenizer, loaded.graph, family=loaded.family)
 
-    each = [partial(subject, *pair) for pair in zip(opened, loads, strict=True)]
-    return _evaluate(each, job.metrics, progress)
+    cache = cache or CacheSettings()
+    store = ResultStore(cache.cache or default_folder(), again=cache.again)
+    hashes = Hashes(store.known_files, progress)
+    candidates = [
+        Candidate(
+            one.ref, partial(subject, one, each), evaluated_fingerprint(one, each, catalog, hashes), read_passages(one)
+        )
+        for one, each in zip(opened, loads, strict=True)
+    ]
+    store.keep_files(hashes.known)
+    try:
+        return _evaluate(candidates, job.metrics, progress, store)
+    except KeyboardInterrupt:
+        progress.status("stopped; what was measured is kept, and the same command goes on with the rest")
+        raise
+
+
+def sensitivity(
+    model: Source,
+    *,
+    output: str | Path | None = None,
+    restart: bool = False,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[SensitivityKeywords],
+) -> Curve:
+    """Measure how much cuts of each group alone change the predictions: KL divergence in nats per token, at several
+    shares of its units.
+
+    ``output``: a ``.json`` file for the curve, which ``prune --allocation curve`` reads; a plot is written beside it,
+    as ``.svg``. Every point is kept in ``OUTPUT.measuring`` until then, so that the same call goes on after an
+    interruption; ``restart`` removes them. Raises as `plan` does, and `OutputError` for an ``output`` that cannot be
+    written.
+    """
+    catalog, options = catalog or Catalog(plugin_manager()), settings_from(SensitivitySettings, settings)
+    job = sensitivity_job(options, catalog)
+    file = None if output is None else check_new_file(Path(output))
+    if file is not None and file.suffix != ".json":
+        raise OutputError(f"'{file}': the curve is written as JSON, and its plot beside it; name a .json file")
+    if restart and file is None:
+        raise SettingsError("restart has no effect without an output, beside which points are kept; leave it out")
+    opened = _opened(model, load, catalog, progress)
+    check_prune(job, opened, tokenizer=_has_tokenizer(opened, catalog))
+    cuts = planned_cuts(opened, job, options.shares)
+    work = replace(work_of(job, opened, saves=False), trials=len(cuts))
+    _arranged(opened, job, work, load, None, catalog, progress, whole="measuring cuts")
+    progress.status(f"{len(cuts)} cuts to measure")
+    journal = None
+    if file is not None and not isinstance(opened, Model):
+        journal = _journal(file, opened, options, load, RunSettings(restart=restart), 1, Ranks.current(), ".measuring")
+    loaded = _with_weights(opened, catalog, load, progress)
+    try:
+        curve = measure_curve(loaded, job, options.shares, progress, journal)
+    except KeyboardInterrupt:
+        if journal is not None:
+            progress.status(f"stopped; the same command goes on with what is measured ({journal.folder}), or --restart")
+        raise
+    if file is not None:
+        write_text(file, json.dumps(curve.as_json(), indent=1, ensure_ascii=False) + "\n")
+        write_text(file.with_suffix(".svg"), sensitivity_plot(curve) + "\n")
+    if journal is not None:
+        journal.remove()
+    return curve
 
 
 def bench(
@@ -640,6 +723,28 @@ def generate(
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed,
     )  # fmt: skip
+
+
+def chat(
+    models: Source | Sequence[Source],
+    *,
+    load: LoadSettings | Sequence[LoadSettings] | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[ChatKeywords],
+) -> list[Chat]:
+    """A conversation with each model: ``for piece in chat.ask("Why?")`` gives the answer piece by piece, and the next
+    question continues the conversation. All models are in memory at the same time. ``load``: for all, or one for
+    each."""
+    options, catalog = chat_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
+    sources = [models] if isinstance(models, (str, Path, Structure)) else list(models)
+    loads = _for_each(load, sources)
+    opened = [_opened(source, each, catalog, progress) for source, each in zip(sources, loads, strict=True)]
+    for one in opened:
+        if not _has_tokenizer(one, catalog):
+            raise DataError(f"model '{one.ref}' brings no tokenizer, so it cannot read a prompt")
+    loaded = [_with_weights(one, catalog, each, progress) for one, each in zip(opened, loads, strict=True)]
+    return [Chat(one.ref, one.model, one.tokenizer, one.family, **dict(options)) for one in loaded]
 
 
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:

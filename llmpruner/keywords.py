@@ -119,6 +119,30 @@ class GenerateKeywords(TypedDict, total=False):
     seed: int
 
 
+class ChatKeywords(TypedDict, total=False):
+    """Of `ChatSettings`."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+class SensitivityKeywords(TypedDict, total=False):
+    """Of `SensitivitySettings`."""
+
+    kinds: str | Sequence[str]
+    layers: str | Sequence[int] | None
+    shares: str | Sequence[float]
+    method: str | None
+    importance: str | None
+    compensate: str | None
+    calibration: str
+    samples: int | None
+    length: int | None
+    seed: int
+    settings: Mapping[str, Mapping[str, Any]]
+
+
 class ExportKeywords(TypedDict, total=False):
     """Of `ExportSettings`."""
 

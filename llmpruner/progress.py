@@ -27,5 +27,12 @@ class Progress:
         del label
         yield lambda number, total, loss: None
 
+    @contextmanager
+    def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
+        """Yields a function ``at(share, label)`` to call with the share of the work that is done, from 0 to 1, and the
+        name of what is being done; shows the time left."""
+        del label
+        yield lambda share, now: None
+
 
 QUIET = Progress()

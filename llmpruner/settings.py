@@ -355,8 +355,9 @@ class PruneSettings(Settings):
         str,
         Field(
             description="uniform: equal shares per layer and kind; global: one ranking over all units; sensitivity: by "
-            "the divergence that cuts of each group cause alone; search: equal shares, moved to where cuts raise the "
-            "divergence least in combination (minutes more)."
+            "the divergence that cuts of each group cause alone; curve: the same, from a file of `llmpruner "
+            "sensitivity` (--set curve.file=FILE); search: equal shares, moved to where cuts raise the divergence "
+            "least in combination (minutes more)."
         ),
         Option(_HOW),
     ] = "uniform"
@@ -420,6 +421,44 @@ def _share_or_count(value: float) -> float:
 
 
 _TRAINING, _CHECKING = "Training", "Validation"
+
+
+class SensitivitySettings(Settings):
+    """What cuts are measured, and how."""
+
+    kinds: Annotated[
+        Names, Field(description="Kinds of units that are cut, comma-separated, as of `prune`."), Option(_WHAT)
+    ] = ("mlp",)
+    layers: Annotated[
+        Annotated[str, BeforeValidator(_layers)] | None,
+        Field(description="Layers that are cut: 3-26, 0,5,7-9 or all (the default)."),
+        Option(_WHAT),
+    ] = None
+    shares: Annotated[
+        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(names_of)],
+        Field(description="Shares of each group's units that are removed, ascending, comma-separated."),
+        Option(_WHAT, metavar="NUMBERS"),
+    ] = (0.1, 0.25, 0.5, 0.75)
+    method: Annotated[
+        str | None,
+        Field(description="As of `prune`: how units are ranked, and whether weights are fitted after each cut."),
+        Option(_HOW),
+    ] = None
+    importance: Annotated[
+        str | None, Field(description="Criterion by which units are ranked, as of `prune`."), Option(_HOW)
+    ] = None
+    compensate: Annotated[
+        str | None,
+        Field(description="refit: weights that read removed units are fitted again before measuring; none."),
+        Option(_HOW),
+    ] = None
+    calibration: Annotated[str, Field(description="Text to rank, fit and measure on, as of `prune`."), Option(_ON)] = (
+        "self"
+    )
+    samples: Annotated[int | None, Field(ge=1, description="Calibration samples, as of `prune`."), Option(_ON)] = None
+    length: Annotated[int | None, Field(ge=2, description="Tokens per sample, as of `prune`."), Option(_ON)] = None
+    seed: Seed = 0
+    settings: Set = {}
 
 
 class RecoverSettings(Settings):
@@ -574,7 +613,7 @@ class EvaluateSettings(Settings):
         str | None,
         Field(
             description="Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that "
-            "is part of every Python; pydoc is the default when nothing else is named."
+            "is part of every Python (the default when nothing else is named); several texts with commas between them."
         ),
         Option(metavar="TEXT"),
     ] = None
@@ -591,8 +630,8 @@ class EvaluateSettings(Settings):
     kl: Annotated[
         bool,
         Field(
-            description="Also the KL divergence from the first MODEL on the text of the perplexity (both models are in "
-            "memory)."
+            description="Also the KL divergence from the first MODEL on the text of the perplexity, and how often both "
+            "find the same token most probable (both models are in memory)."
         ),
         Option(sets="perplexity.kl"),
     ] = False
@@ -602,7 +641,9 @@ class EvaluateSettings(Settings):
     ] = None
     limit: Annotated[int | None, Field(description="Rows per task; all by default."), Option(sets="tasks.limit")] = None
     num_fewshot: Annotated[
-        int | None, Field(description="Examples shown in each task's prompt."), Option(sets="tasks.num_fewshot")
+        int | None,
+        Field(description="Examples shown in each task's prompt; by default the task's own number, mostly 0."),
+        Option(sets="tasks.num_fewshot"),
     ] = None
     include_path: Annotated[
         Path | None,
@@ -619,6 +660,21 @@ class EvaluateSettings(Settings):
     ] = False
     seed: Annotated[Seed, Option(sets="tasks.seed")] = 0
     settings: Set = {}
+
+
+class CacheSettings(Settings):
+    """Where results of evaluations are kept, so that a second run measures only what is new."""
+
+    cache: Annotated[
+        Path | None,
+        Field(
+            description="Folder for results and checksums, by default $LLMPRUNER_CACHE or ~/.cache/llmpruner. A result "
+            "is used again for models, texts, settings and versions that are the same in content."
+        ),
+    ] = None
+    again: Annotated[bool, Field(description="Measure again what was measured before, and keep the new results.")] = (
+        False
+    )
 
 
 class BenchSettings(Settings):
@@ -654,6 +710,16 @@ class GenerateSettings(Settings):
     ] = False
     max_new_tokens: Annotated[int, Field(ge=1, le=2**20, description="Tokens to write at most.")] = 64
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above 0 samples.")] = 0.0
+    seed: Seed = 0
+
+
+class ChatSettings(Settings):
+    """How answers are written."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, description="Tokens of an answer, at most.")] = 512
+    temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above, answers are drawn.")] = (
+        0.0
+    )
     seed: Seed = 0
 
 

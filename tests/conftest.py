@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -75,6 +76,12 @@ def pytest_collection_finish() -> None:
     # collects, and would take a quarter of a second longer.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test finds results that an earlier one kept."""
+    monkeypatch.setenv("LLMPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{time.monotonic_ns()}"))
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from llmpruner.structure.outcome import BudgetOutcome, Outcome
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
-    api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench, api.generate,
-    api.save, api.export, api.verify_checkpoint, api.push, api.run, api.dry_run,
+    api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.sensitivity, api.bench,
+    api.generate, api.chat, api.save, api.export, api.verify_checkpoint, api.push, api.run, api.dry_run,
 )  # fmt: skip
 VALUES = (
     Structure,

@@ -22,6 +22,8 @@ RECORD = {
     "model.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
+    "calibration_passages": "Fingerprints (12 hexadecimal digits) of one in 32 passages of 13 words of the text that "
+    "calibrations read, from which `evaluate` sees that a model is judged on it; absent where none was read.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""

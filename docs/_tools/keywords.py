@@ -16,6 +16,8 @@ MODELS = {
     "EvaluateKeywords": settings.EvaluateSettings,
     "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
+    "ChatKeywords": settings.ChatSettings,
+    "SensitivityKeywords": settings.SensitivitySettings,
     "ExportKeywords": settings.ExportSettings,
     "PushKeywords": settings.PushSettings,
 }
@@ -26,6 +28,7 @@ WIDER = {
     "report_to": "str | Sequence[str]",
     "layers": "str | Sequence[int]",
     "batch": "str | int | Sequence[int]",
+    "shares": "str | Sequence[float]",
     "prompt": "str | int | Sequence[int]",
     "target_params": "str | float",
     "settings": "Mapping[str, Mapping[str, Any]]",

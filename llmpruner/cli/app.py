@@ -14,6 +14,7 @@ from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
 from . import (
     bench,
+    chat,
     demo,
     discover,
     doctor,
@@ -26,6 +27,7 @@ from . import (
     push,
     recover,
     run,
+    sensitivity,
     verify,
 )
 from .console import show_warnings, warning_line
@@ -73,8 +75,10 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         prune,
         recover,
         evaluate,
+        sensitivity,
         bench,
         generate,
+        chat,
         export,
         verify,
         push,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, track
 from rich.progress import Progress as Bar
-from rich.progress import TextColumn, track
 from rich.table import Table
 
 from ..amounts import bytes_text as size
@@ -24,6 +25,9 @@ T = TypeVar("T")
 
 out = Console()
 err = Console(stderr=True)
+
+_LINE_EVERY = 60.0
+"""Seconds between two lines about a bar where standard error is not a terminal."""
 
 
 class _Lines(logging.Handler):
@@ -84,5 +88,39 @@ class RichProgress(Progress):
 
             yield step
 
+    @contextlib.contextmanager
+    def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
+        began = said = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        with Bar(*columns, console=err, transient=True) as shown:
+            task = shown.add_task(escape(label), total=1.0, left="")
+
+            def at(share: float, now: str) -> None:
+                nonlocal said
+                time_now = time.monotonic()
+                left = time_left(time_now - began, share)
+                shown.update(task, completed=share, description=escape(now), left=left)
+                if not err.is_terminal and time_now - said >= _LINE_EVERY:
+                    said = time_now
+                    note(", ".join(filter(None, (now, f"{share:.0%} done", left))))
+
+            yield at
+
     def status(self, label: str) -> None:
         note(label)
+
+
+def time_left(seconds: float, share: float) -> str:
+    """The time that the rest takes at the speed so far, in words; empty before there is one. ``seconds``: since the
+    start; ``share``: of the work that is done."""
+    if not 0 < share < 1:
+        return ""
+    left = seconds * (1 - share) / share
+    if left < 90:
+        return f"{left:.0f} s left"
+    return f"{left / 60:.0f} min left" if left < 5400 else f"{left / 3600:.1f} h left"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..files import check_new_file, write_text
-from ..settings import EvaluateSettings, LoadSettings, settings_from
-from .console import RichProgress, note, table
+from ..settings import CacheSettings, EvaluateSettings, LoadSettings, settings_from
+from .console import RichProgress, note, table, warning_line
 from .derive import takes
 from .options import ModelNames, catalog_of
 
@@ -22,12 +22,13 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(evaluate)
 
 
-@takes(settings=EvaluateSettings, options=LoadSettings)
+@takes(settings=EvaluateSettings, options=LoadSettings, kept=CacheSettings)
 def evaluate(
     ctx: typer.Context,
     models: ModelNames,
     settings: dict[str, Any],
     options: dict[str, Any],
+    kept: dict[str, Any],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
 ) -> None:
     """Measure models side by side: size, perplexity, lm-eval tasks, speed."""
@@ -36,8 +37,9 @@ def evaluate(
     if json_file is not None:
         check_new_file(json_file)
     results = api.evaluate(
-        models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
-    )
+        models, load=settings_from(LoadSettings, options), cache=settings_from(CacheSettings, kept),
+        progress=RichProgress(), catalog=catalog_of(ctx), **settings,
+    )  # fmt: skip
     found = results[0].perplexity
     if found is not None:
         note(f"perplexity: {found.windows} windows of {found.window} tokens, {found.window - 1} predictions each")
@@ -47,6 +49,8 @@ def evaluate(
 
 
 def show_evaluations(results: Evaluations) -> None:
-    """One column per model, one row per quantity."""
+    """One column per model, one row per quantity, and what the table does not say."""
     rows = [(line.label, *line.cells) for line in results.lines]
     table(None, ("", *(result.name for result in results)), rows)
+    for remark in results.remarks:
+        warning_line(remark)

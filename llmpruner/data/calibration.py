@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from ..errors import DataError, PluginError
 from ..models.positions import positions_of
 from ..models.vocabulary import check_ids
 from ..progress import QUIET, Progress
+from .documents import is_file
 from .mixture import split_mixture
 from .source import CalibrationSource, SampleTask
 from .text import TextSource
@@ -168,19 +168,12 @@ def parse_calibration(
 
     def part(reference: str, share: float | None = None) -> Part:
         name, _, rest = reference.partition(":")
-        if name == TextSource.name or name not in sources or _is_file(reference):
+        if name == TextSource.name or name not in sources or is_file(reference):
             name, rest = TextSource.name, reference
         return Part(sources[name](**(settings or {}).get(name, {})), rest, share)
 
-    if _is_file(text):
+    if is_file(text):
         return CalibrationText(text, (part(text),))
     if not all(reference.strip() for reference in text.split(",")):
         raise DataError(f"--calibration '{text}' names an empty source; write them with one comma in between")
     return CalibrationText(text, tuple(part(found.source, found.share) for found in split_mixture(text)))
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte; the source of text reports it
-        return False

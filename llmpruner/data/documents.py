@@ -72,6 +72,14 @@ def read_text(source: str) -> str:
     return "\n\n".join(read_documents(source))
 
 
+def is_file(name: str) -> bool:
+    """Whether a file of this name exists; False for what no file system takes as a name."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
+
+
 def document(record: Record) -> str:
     """The text of one record: its value if that is a string, else the first string in `TEXT_FIELDS`. Raises
     `DataError`."""

@@ -12,6 +12,7 @@ from ..progress import QUIET, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..families.family import ModelFamily
     from ..structure.coupling import CouplingGraph
 
 
@@ -29,7 +30,7 @@ class Row:
 @dataclass(frozen=True)
 class MetricSubject:
     """The model to measure, in evaluation mode. ``reference``: the first model of the same call (for that one, the
-    model itself); None unless a metric needs it."""
+    model itself); None unless a metric needs it. ``family``: for its chat format; None where it is not known."""
 
     name: str
     model: PreTrainedModel
@@ -37,6 +38,7 @@ class MetricSubject:
     graph: CouplingGraph
     reference: PreTrainedModel | None = None
     progress: Progress = QUIET
+    family: ModelFamily | None = None
 
 
 class Metric(Component):
@@ -72,6 +74,38 @@ class Metric(Component):
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
         is written as null."""
         raise NotImplementedError
+
+    def parts(self) -> Sequence[str]:
+        """Names of the parts of the result that are measured, and kept, one after the other (tasks, texts); by default
+        one part. Called after `prepare`."""
+        return ("",)
+
+    def measure_part(self, subject: MetricSubject, part: str) -> Mapping[str, Any]:
+        """The result of one part; by default `measure`. A metric with several parts overrides this instead."""
+        del part
+        return self.measure(subject)
+
+    def joined(self, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The whole result from those of the parts, by name; by default all their values together."""
+        return {key: value for result in results.values() for key, value in result.items()}
+
+    def depends_on(self, part: str) -> Mapping[str, Any] | None:
+        """JSON values on which the result of a part depends, besides the model and the versions of llmpruner, torch and
+        transformers: settings (``self.record()``), checksums of texts, versions of other packages. A result is kept on
+        disk, and not measured again while they are the same. None (the default): it is measured every time, as must be
+        where it depends on the machine. Called after `prepare`."""
+        del part
+        return None
+
+    def effort(self, part: str) -> float:
+        """About how many tokens the model reads or writes for a part, for the time left."""
+        del part
+        return 1000.0
+
+    def texts(self) -> Mapping[str, str]:
+        """Name → text that models are judged on, which is compared with the calibration text of pruned models. Called
+        after `prepare`."""
+        return {}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line of the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -11,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..component import ComponentSettings
-from ..data.documents import PYDOC, read_text
+from ..data.documents import PYDOC, is_file, read_text
 from ..errors import DataError, SettingsError
-from ..progress import QUIET
 from ..settings import Names, Seed
 from .base import Metric, MetricSubject, Row
 from .tasks import LoadedTasks, evaluate_tasks, load_tasks
@@ -38,6 +39,9 @@ class SizeMetric(Metric):
 
         return asdict(size(subject.model, subject.graph, context=self.settings.context))
 
+    def depends_on(self, part: str) -> Mapping[str, Any]:
+        return self.record()
+
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         return [
             Row("parameters", result["parameters"], False),
@@ -48,23 +52,27 @@ class SizeMetric(Metric):
 
 
 class PerplexityMetric(Metric):
-    """Perplexity on one text, with ``kl`` also the divergence from the first model; see
-    `llmpruner.evaluation.perplexity.perplexity`."""
+    """Perplexity on one or several texts, with ``kl`` also the divergence from the first model; see
+    `llmpruner.evaluation.perplexity.perplexity`. The parts are the texts."""
 
     name = "perplexity"
-    summary = "perplexity and bits per byte on a text; with kl also the KL divergence from the first model"
+    summary = "perplexity and bits per byte on texts; with kl also the KL divergence from the first model"
 
     class Settings(ComponentSettings):
         text: str = Field(
             PYDOC,
             description=f"A .txt, .json, .jsonl or .parquet file, a data set, or '{PYDOC}', the text of Python's "
-            "help().",
+            "help(); several, with commas between them, are measured one by one.",
         )
         window: int = Field(512, ge=2, description="Tokens per window; windows do not overlap.")
         tokens: int | None = Field(
-            None, ge=2, description="Number of tokens to use, from the start of the text; all by default."
+            None, ge=2, description="Number of tokens to use, from the start of each text; all by default."
         )
-        kl: bool = Field(False, description="Also the KL divergence from the first model (both are in memory).")
+        kl: bool = Field(
+            False,
+            description="Also the KL divergence from the first model, and how often both find the same token most "
+            "probable (both models are in memory).",
+        )
         batch_size: int = Field(4, ge=1, description="Windows per batch.")
         autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
         bos: bool = Field(
@@ -80,9 +88,19 @@ class PerplexityMetric(Metric):
         return self.settings.kl
 
     @cached_property
-    def text(self) -> str:
-        """The text, read on first use."""
-        return read_text(self.settings.text)
+    def _texts(self) -> dict[str, str]:
+        """Name → text, read on first use."""
+        return {name: read_text(name) for name in self.parts()}
+
+    def parts(self) -> Sequence[str]:
+        given = self.settings.text
+        names = [given] if is_file(given) else [name.strip() for name in given.split(",")]
+        if len(set(names)) < len(names):
+            raise SettingsError(f"{self.label()}: text = {given} names a text twice; its results would have one name")
+        return names
+
+    def texts(self) -> Mapping[str, str]:
+        return self._texts
 
     def prepare(self) -> None:
         tokens, window = self.settings.tokens, self.settings.window
@@ -90,16 +108,24 @@ class PerplexityMetric(Metric):
             raise SettingsError(
                 f"{self.label()}: tokens = {tokens} is refused: expected at least one window of {window}"
             )
-        _ = self.text
+        _ = self._texts
 
-    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+    def effort(self, part: str) -> float:
+        # A token of a text in English has about four bytes.
+        return min(self.settings.tokens or math.inf, len(self._texts[part]) / 4) * (2 if self.settings.kl else 1)
+
+    def depends_on(self, part: str) -> Mapping[str, Any]:
+        text = self._texts[part]
+        return {**self.record(), "text": hashlib.sha256(text.encode()).hexdigest()}
+
+    def measure_part(self, subject: MetricSubject, part: str) -> Mapping[str, Any]:
         from .perplexity import perplexity
 
         settings = self.settings
         found: PerplexityResult = perplexity(
             subject.model,
             _tokenizer(self, subject),
-            self.text,
+            self._texts[part],
             window=settings.window,
             tokens=settings.tokens,
             batch_size=settings.batch_size,
@@ -110,12 +136,25 @@ class PerplexityMetric(Metric):
         )
         return asdict(found)
 
+    def joined(self, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+        # Names are not part of what is kept: a text is known by its content.
+        first, *others = self.parts()
+        further = {name: {k: v for k, v in results[name].items() if k not in ("text", "others")} for name in others}
+        return {**results[first], "text": first, "others": further}
+
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("perplexity", result["perplexity"], False),
-            Row("bits per byte", result["bits_per_byte"], False),
-            Row("KL to the first", result["kl_per_token"], False),
-        ]
+        first, *_ = self.parts()
+        several = result.get("others") or {}
+        rows = []
+        for name, one in {first: result, **several}.items():
+            where = f", {Path(name).name}" if several else ""
+            rows += [
+                Row(f"perplexity{where}", one["perplexity"], False),
+                Row(f"bits per byte{where}", one["bits_per_byte"], False),
+                Row(f"KL to the first{where}", one["kl_per_token"], False),
+                Row(f"top-1 as the first{where}", one.get("top1_agreement"), True),
+            ]
+        return rows
 
 
 class SpeedMetric(Metric):
@@ -146,7 +185,7 @@ class SpeedMetric(Metric):
 
 
 class TasksMetric(Metric):
-    """Tasks of lm-evaluation-harness; see `llmpruner.evaluation.tasks.evaluate_tasks`."""
+    """Tasks of lm-evaluation-harness, which are the parts; see `llmpruner.evaluation.tasks.evaluate_tasks`."""
 
     name = "tasks"
     summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
@@ -158,7 +197,9 @@ class TasksMetric(Metric):
             "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
         )
         limit: int | None = Field(None, ge=1, description="Rows per task; all by default.")
-        num_fewshot: int = Field(0, ge=0, description="Examples shown in each task's prompt.")
+        num_fewshot: int | None = Field(
+            None, ge=0, description="Examples shown in each task's prompt; by default the task's own number, mostly 0."
+        )
         include_path: Path | None = Field(
             None, description="Folder with additional lm-eval task files, such as for offline data."
         )
@@ -175,19 +216,31 @@ class TasksMetric(Metric):
     def prepare(self) -> None:
         _ = self.tasks
 
-    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+    def parts(self) -> Sequence[str]:
+        return self.tasks.names
+
+    def effort(self, part: str) -> float:
+        # About four answers of fifty tokens with their question.
+        return 200.0 * self.tasks.rows(part, self.settings.limit) * (1 + (self.settings.num_fewshot or 0))
+
+    def depends_on(self, part: str) -> Mapping[str, Any]:
+        own = {key: value for key, value in self.record().items() if key not in ("names", "include_path")}
+        return {**own, "task": self.tasks.identity(part, self.settings.limit)}
+
+    def texts(self) -> Mapping[str, str]:
+        return {part: self.tasks.text(part, self.settings.limit) for part in self.parts()}
+
+    def measure_part(self, subject: MetricSubject, part: str) -> Mapping[str, Any]:
         settings = self.settings
-        subject.progress.status(f"lm-eval: {', '.join(self.tasks.names)}")
         return evaluate_tasks(
             subject.model,
             _tokenizer(self, subject),
-            self.tasks,
+            self.tasks.only(part),
             limit=settings.limit,
             batch_size=settings.batch_size,
             num_fewshot=settings.num_fewshot,
             seed=settings.seed,
-            # lm-eval has its own progress bars.
-            progress=subject.progress is not QUIET,
+            progress=subject.progress,
         )
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:

@@ -42,7 +42,8 @@ def perplexity(
     exponential of the mean negative log-likelihood, accumulated in float64.
 
     ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
-    has the mean of KL(reference ‖ model) over the same predictions. Raises `DataError` when the text has too few
+    has the mean of KL(reference ‖ model) over the same predictions, and the share of them whose most probable token is
+    the same. Raises `DataError` when the text has too few
     tokens, `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     if window < 2 or batch_size < 1:
@@ -68,6 +69,7 @@ def perplexity(
     # The first position whose next token is counted.
     first = max(0, len(opening) - 1)
     total = total_divergence = 0.0
+    agreed = 0
     for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
         placed = batch.to(model.device)
         logits = _predictions(model, placed, autocast)[:, first:]
@@ -75,6 +77,7 @@ def perplexity(
         if reference is not None and reference is not model:
             wanted = _predictions(reference, batch.to(reference.device), autocast)[:, first:]
             total_divergence += divergence(wanted, logits)
+            agreed += _agreements(wanted, logits)
         if math.isnan(total):
             raise ModelError(
                 "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
@@ -93,6 +96,7 @@ def perplexity(
         bos=bool(opening),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
         kl_per_token=None if reference is None else total_divergence / predictions,
+        top1_agreement=None if reference is None else 1.0 if reference is model else agreed / predictions,
     )
 
 
@@ -110,6 +114,12 @@ def _predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -
             input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
         ).logits
     return logits_BTV
+
+
+def _agreements(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> int:
+    """At how many positions, without the last of each sequence, both have the same most probable token."""
+    one, other = (logits[:, :-1].argmax(-1) for logits in (wanted_BTV, logits_BTV))
+    return int((one == other.to(one.device)).sum())
 
 
 def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> float:

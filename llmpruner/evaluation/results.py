@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..benching.results import Measurement
@@ -18,7 +18,9 @@ class PerplexityResult:
     where it puts several, predictions are of text alone). Files of earlier versions do not say so, and were without it.
     ``nll_per_token``: mean negative log-likelihood in nats. ``bits_per_byte`` counts UTF-8 bytes, and is comparable
     between tokenizers. ``kl_per_token``: mean Kullback-Leibler divergence KL(reference ‖ model) of the predictions, in
-    nats; None without a reference. ``text_sha256``: of the whole text in UTF-8."""
+    nats; None without a reference. ``text_sha256``: of the whole text in UTF-8. ``top1_agreement``: share of the
+    predictions whose most probable token is the reference's; None without a reference. ``text``: the name of the text,
+    as it was given. ``others``: the results on further texts, by their names, as JSON values of the same keys."""
 
     perplexity: float
     nll_per_token: float
@@ -29,6 +31,9 @@ class PerplexityResult:
     text_sha256: str
     kl_per_token: float | None = None
     bos: bool = False
+    top1_agreement: float | None = None
+    text: str | None = None
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,14 @@ class Speed:
 @dataclass(frozen=True)
 class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
-    ``rows``: the table's rows, in the order of the metrics. Built-in metrics are also typed attributes."""
+    ``rows``: the table's rows, in the order of the metrics. ``calibration_overlap``: text or task → share of its
+    passages that the model's calibration read (`llmpruner.data.passages`), for a model whose record says. Built-in
+    metrics are also typed attributes."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...] = ()
+    calibration_overlap: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> Size | None:
@@ -74,6 +82,13 @@ class Evaluation:
     def perplexity(self) -> PerplexityResult | None:
         found = self.results.get("perplexity")
         return None if found is None else PerplexityResult(**found)
+
+    @property
+    def perplexities(self) -> Mapping[str, float]:
+        """Text → perplexity, for every text that it was measured on."""
+        found = self.results.get("perplexity") or {}
+        own = {found["text"]: found["perplexity"]} if "text" in found else {}
+        return {**own, **{name: one["perplexity"] for name, one in (found.get("others") or {}).items()}}
 
     @property
     def tasks(self) -> Mapping[str, Mapping[str, float]]:
@@ -89,9 +104,10 @@ class Evaluation:
         return Speed(**{**found, **spread})
 
     def as_json(self) -> dict[str, Any]:
-        """``name``, the built-in metrics (null, for tasks ``{}``, where not measured), and the other metrics by name.
-        Numbers that are not finite become null."""
+        """``name``, the built-in metrics (null, for tasks ``{}``, where not measured), ``calibration_overlap``, and the
+        other metrics by name. Numbers that are not finite become null."""
         builtin: dict[str, Any] = {"size": None, "perplexity": None, "tasks": {}, "speed": None}
+        builtin["calibration_overlap"] = self.calibration_overlap
         plain: dict[str, Any] = finite({"name": self.name, **builtin, **self.results})
         return plain
 

@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..data.passages import overlap
 from ..errors import ModelError, PluginError, SettingsError
 from ..models.finite import first_not_finite
 from ..progress import QUIET, Progress
 from .base import Metric, MetricSubject
+from .pieces import Pieces
 from .results import Evaluation, finite
+from .store import ResultStore
 from .table import Evaluations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Found = dict[tuple[str, str], Mapping[str, Any]]
+"""Metric and part → result."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure. ``fingerprint``: JSON values that are the same for equal weights that are loaded in the same
+    way; None where that is not known, so that no result is kept. ``passages``: fingerprints of its calibration text
+    (`llmpruner.data.passages`)."""
+
+    name: str
+    load: Callable[[], MetricSubject]
+    fingerprint: Any = None
+    passages: Collection[str] = ()
+
 
 def evaluate(
-    models: Iterable[Callable[[], MetricSubject]], metrics: Sequence[Metric], progress: Progress = QUIET
+    models: Sequence[Candidate],
+    metrics: Sequence[Metric],
+    progress: Progress = QUIET,
+    store: ResultStore | None = None,
 ) -> Evaluations:
     """Measure every model by every metric, in the given order.
 
-    ``models``: functions that load one model each. A model is loaded after the previous one was measured and freed;
-    the first stays in memory as ``subject.reference`` where a metric needs it. Metrics are prepared before any model
-    is loaded.
+    A model is loaded after the previous one was measured and freed; the first stays in memory as ``subject.reference``
+    where a metric needs it. Metrics are prepared before any model is loaded. Results that ``store`` has are taken from
+    it, a model that has all of them is not loaded, and every other result is kept as soon as it is measured.
 
     Raises `SettingsError` when there is no metric or one name occurs twice, `ModelError` for weights that are not
     finite, `PluginError` for a metric whose result has no JSON form, and whatever the metrics raise.
@@ -33,17 +54,86 @@ def evaluate(
     _check_names(metrics)
     for metric in metrics:
         metric.prepare()
-    needs_reference = any(metric.needs_reference for metric in metrics)
+    pairs = [(metric, part) for metric in metrics for part in metric.parts()]
+    identities = [
+        {(metric.name, part): _identity(one, models[0], metric, part) for metric, part in pairs} for one in models
+    ]
+    found: list[Found] = [_kept(store, identity) for identity in identities]
+    known = sum(map(len, found))
+    if known:
+        progress.status(f"{known} of {len(models) * len(pairs)} results were measured before and kept")
+    missing = [[(metric, part) for metric, part in pairs if (metric.name, part) not in one] for one in found]
+    total = sum(metric.effort(part) for one in missing for metric, part in one)
+    if total:
+        with progress.bar("evaluate") as at:
+            _measure(models, missing, identities, found, Pieces(at, total, progress), store)
+    return Evaluations(_evaluation(one, metrics, results) for one, results in zip(models, found, strict=True))
+
+
+def _measure(
+    models: Sequence[Candidate],
+    missing: Sequence[Sequence[tuple[Metric, str]]],
+    identities: Sequence[Mapping[tuple[str, str], Mapping[str, Any] | None]],
+    found: Sequence[Found],
+    pieces: Pieces,
+    store: ResultStore | None,
+) -> None:
+    """Add what is missing to ``found``."""
+    needs_reference = any(metric.needs_reference for one in missing for metric, _ in one)
     reference: PreTrainedModel | None = None
-    found = []
-    for load in models:
-        subject = load()
-        if needs_reference and reference is None:
+    for number, (candidate, wanted) in enumerate(zip(models, missing, strict=True)):
+        if not wanted:
+            continue
+        if number and reference is None and any(metric.needs_reference for metric, _ in wanted):
+            reference = _loaded(models[0]).model
+        subject = _loaded(candidate)
+        if needs_reference and not number:
             reference = subject.model
-        found.append(_measured(replace(subject, reference=reference, progress=progress), metrics))
+        for metric, part in wanted:
+            with pieces.piece(_label(candidate, metric, part), metric.effort(part)) as own:
+                seen = replace(subject, reference=reference if metric.needs_reference else None, progress=own)
+                result = _checked(metric, metric.measure_part(seen, part))
+            found[number][metric.name, part] = result
+            identity = identities[number][metric.name, part]
+            if store is not None and identity is not None:
+                store.keep(identity, result)
         # The next model is loaded into the memory of this one.
-        del subject
-    return Evaluations(found)
+        del subject, seen
+
+
+def _label(candidate: Candidate, metric: Metric, part: str) -> str:
+    return f"{candidate.name}: {metric.name}" + (f" {part}" if part and part not in candidate.name else "")
+
+
+def _identity(one: Candidate, first: Candidate, metric: Metric, part: str) -> dict[str, Any] | None:
+    """What the result depends on; None where it cannot be kept."""
+    depends = metric.depends_on(part)
+    compared = first.fingerprint if metric.needs_reference else "none"
+    if depends is None or one.fingerprint is None or compared is None:
+        return None
+    return {
+        "model": one.fingerprint,
+        "reference": compared,
+        "metric": metric.name,
+        "depends on": dict(depends),
+    }
+
+
+def _kept(store: ResultStore | None, identities: Mapping[tuple[str, str], Mapping[str, Any] | None]) -> Found:
+    if store is None:
+        return {}
+    found = {key: store.find(identity) for key, identity in identities.items() if identity is not None}
+    return {key: result for key, result in found.items() if result is not None}
+
+
+def _evaluation(one: Candidate, metrics: Sequence[Metric], found: Found) -> Evaluation:
+    results = {m.name: m.joined({part: found[m.name, part] for part in m.parts()}) for m in metrics}
+    rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
+    seen: dict[str, float] = {}
+    if one.passages:
+        shares = {name: overlap(text, one.passages) for metric in metrics for name, text in metric.texts().items()}
+        seen = {name: share for name, share in shares.items() if share is not None}
+    return Evaluation(one.name, results, rows, seen)
 
 
 def _check_names(metrics: Sequence[Metric]) -> None:
@@ -55,17 +145,17 @@ def _check_names(metrics: Sequence[Metric]) -> None:
             raise SettingsError(f"the metric '{name}' is named twice; its results would have one name")
 
 
-def _measured(subject: MetricSubject, metrics: Sequence[Metric]) -> Evaluation:
-    # The score of a task would be a number all the same.
+def _loaded(candidate: Candidate) -> MetricSubject:
+    """The model. Raises `ModelError` unless its weights are finite: the score of a task would be a number all the
+    same."""
+    subject = candidate.load()
     wrong = first_not_finite(subject.model.named_parameters())
     if wrong is not None:
         raise ModelError(
             f"model '{subject.name}': parameter '{wrong}' holds NaN or infinite values; the checkpoint is damaged, or "
             f"{subject.model.dtype} is too narrow for it"
         )
-    results = {metric.name: _checked(metric, metric.measure(subject)) for metric in metrics}
-    rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
-    return Evaluation(subject.name, results, rows)
+    return subject
 
 
 def _checked(metric: Metric, result: Any) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from ..amounts import bytes_text, count_text
+from .remarks import remarks
 from .results import Evaluation
 
 
@@ -48,6 +49,11 @@ class Evaluations(tuple[Evaluation, ...]):
     @property
     def lines(self) -> list[Line]:
         return side_by_side(self)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the table does not say; see `llmpruner.evaluation.remarks`."""
+        return remarks(self)
 
     def as_json(self) -> list[dict[str, Any]]:
         """One object per model; see `Evaluation.as_json`."""

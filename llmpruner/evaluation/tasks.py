@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 import io
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from functools import cache
+from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
+from ..progress import QUIET, Progress
+from .task_bars import bars_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,25 +32,75 @@ TASK_GROUPS = {
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks with their data, for any number of models. ``tasks``: lm-eval's task and group objects."""
+    """Tasks with their data, for any number of models. ``tasks``: name → lm-eval's task and group objects."""
 
-    names: tuple[str, ...]
-    tasks: tuple[Any, ...]
+    tasks: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tasks)
+
+    def only(self, name: str) -> LoadedTasks:
+        """One of them."""
+        return LoadedTasks({name: self.tasks[name]})
+
+    def rows(self, name: str, limit: int | None) -> int:
+        """Number of rows that are evaluated; a group's are those of all its tasks."""
+        return sum(len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs)) for task in self._of(name))
+
+    def identity(self, name: str, limit: int | None) -> dict[str, Any]:
+        """JSON values that change with anything that the scores depend on besides model and settings."""
+        digest = hashlib.sha256()
+        for task in self._of(name):
+            digest.update(json.dumps(task.dump_config(), sort_keys=True, default=_described).encode())
+            digest.update(json.dumps(_docs(task, limit), sort_keys=True, default=str).encode())
+            # Examples are drawn from all rows of another split.
+            digest.update(str(getattr(task.dataset, "num_rows", None)).encode())
+        return {"name": name, "sha256": digest.hexdigest(), "lm-eval": metadata.version("lm-eval")}
+
+    def text(self, name: str, limit: int | None) -> str:
+        """All text of the rows that are evaluated."""
+        return "\n".join(text for task in self._of(name) for doc in _docs(task, limit) for text in _strings(doc))
+
+    def _of(self, name: str) -> Iterator[Any]:
+        for one in self.tasks[name]:
+            yield from one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]
 
 
-def load_tasks(names: Sequence[str], *, include_path: Path | None = None, progress: bool = False) -> LoadedTasks:
+def _docs(task: Any, limit: int | None) -> list[Any]:
+    return list(islice(task.eval_docs, limit))
+
+
+def _described(value: Any) -> str:
+    """A function of a task's configuration by its source: its address differs between processes."""
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(one)
+
+
+def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> LoadedTasks:
     """Find tasks and load their data, before any model is loaded.
 
     ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or names of `TASK_GROUPS`. ``include_path``: folder of
-    more task files, which are preferred to others of the same name. ``progress``: whether the progress bars and notices
-    of lm-eval are shown on standard error.
+    more task files, which are preferred to others of the same name.
 
     Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be loaded.
     """
-    with _quiet(progress):
+    # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
         manager = _manager(names, include_path)
-        expanded = expand(names, manager.all_tasks)
-        return LoadedTasks(tuple(expanded), tuple(task for name in expanded for task in _load(manager, name)))
+        return LoadedTasks({name: tuple(_load(manager, name)) for name in expand(names, manager.all_tasks)})
 
 
 def evaluate_tasks(
@@ -54,19 +111,21 @@ def evaluate_tasks(
     limit: int | None = None,
     include_path: Path | None = None,
     batch_size: int = 8,
-    num_fewshot: int = 0,
+    num_fewshot: int | None = None,
     seed: int = 0,
-    progress: bool = False,
+    progress: Progress = QUIET,
 ) -> dict[str, dict[str, float]]:
-    """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error.
+    """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error: the numbers of the
+    command ``lm_eval --model hf`` with the same batch size.
 
-    ``tasks``: names for `load_tasks`, or its result. ``limit``: number of rows per task. ``num_fewshot``: for tasks
-    that do not define their own number.
+    ``tasks``: names for `load_tasks`, or its result. ``limit``: number of rows per task. ``num_fewshot``: by default
+    the task's own number. ``seed``: added to lm-eval's own seeds.
     """
     if not isinstance(tasks, LoadedTasks):
-        tasks = load_tasks(tasks, include_path=include_path, progress=progress)
-    with _quiet(progress):
+        tasks = load_tasks(tasks, include_path=include_path)
+    with _quiet(), progress.bar("lm-eval") as at, bars_to(lambda share: at(share, "lm-eval")):
         import lm_eval
+        from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
 
         was_training = model.training
@@ -74,15 +133,14 @@ def evaluate_tasks(
         try:
             found = lm_eval.simple_evaluate(
                 model=wrapped,
-                tasks=list(tasks.tasks),
+                tasks=[task for objects in tasks.tasks.values() for task in objects],
                 num_fewshot=num_fewshot,
                 limit=limit,
-                bootstrap_iters=1000,
                 log_samples=False,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                random_seed=DEFAULT_RANDOM_SEED + seed,
+                numpy_random_seed=DEFAULT_OTHER_SEED + seed,
+                torch_random_seed=DEFAULT_OTHER_SEED + seed,
+                fewshot_random_seed=DEFAULT_OTHER_SEED + seed,
                 # Not used for loaded tasks, but avoids building the index again.
                 task_manager=_task_manager()(include_defaults=False),
             )
@@ -162,14 +220,12 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """No notices of lm-eval."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    # Bars and notices of lm-eval and datasets have no common setting, but all go to standard error.
-    silence = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     try:
-        with silence:
-            yield
+        yield
     finally:
         logger.setLevel(level)

@@ -64,6 +64,30 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: st
     return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
 
 
+def conversation_prompt(
+    family: ModelFamily, tokenizer: Any, exchanges: Sequence[tuple[str, str]], question: str
+) -> Prompt | None:
+    """The prompt for ``question`` after earlier (question, answer) pairs; None for a model without a chat format: no
+    template, and a family that has no format of its own.
+
+    Raises `DataError` when the tokenizer's chat template fails.
+    """
+    if has_chat_template(family, tokenizer):
+        messages = [
+            {"role": role, "content": text}
+            for exchange in exchanges
+            for role, text in zip(("user", "assistant"), exchange, strict=True)
+        ]
+        return Prompt(_render(tokenizer, [*messages, _question(question, "")], add_generation_prompt=True), True)
+    if not family.has_own_format:
+        return None
+    # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
+    pairs = family.format_conversation([*exchanges, (question, "-")])
+    end = getattr(tokenizer, "eos_token", None) or ""
+    past = "".join(asked + answered + ("" if answered.endswith(end) else end) for asked, answered in pairs[:-1])
+    return Prompt(past + pairs[-1][0], False)
+
+
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """An example in the chat format of the model.
 

@@ -79,13 +79,14 @@ class Structure:
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
-    last `llmpruner.save` in this process. ``streamed``: reads the weights when they are needed; None where they are in
-    memory."""
+    last `llmpruner.save` in this process. ``passages``: fingerprints of the calibration text of prunes in this process
+    (`llmpruner.data.passages`). ``streamed``: reads the weights when they are needed; None where they are in memory."""
 
     model: PreTrainedModel
     tokenizer: Any | None
     outcome: Outcome | None = None
     form: str | None = None
+    passages: tuple[str, ...] = ()
     streamed: StreamedWeights | None = None
 
     @property

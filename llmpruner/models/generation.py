@@ -25,11 +25,31 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The continuation of ``prompt``, without the prompt and without special tokens.
+    """The continuation of ``prompt``, without the prompt and without special tokens; see `generate_ids`."""
+    ids = generate_ids(
+        model, tokenizer, prompt,
+        add_special_tokens=add_special_tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+    )  # fmt: skip
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip("\n")
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    add_special_tokens: bool = True,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    **options: Any,
+) -> list[int]:
+    """The tokens that continue ``prompt``.
 
     ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
     A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
-    the end-of-sequence token. Raises `DataError` for a prompt without tokens, or a negative temperature.
+    the end-of-sequence token. ``options``: passed on to transformers (``streamer``, ``stopping_criteria``). Raises
+    `DataError` for a prompt without tokens, or a negative temperature.
     """
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
@@ -58,7 +78,7 @@ def generate(
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(seed)
-            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
     finally:
         model.generation_config = own
-    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True)).strip("\n")
+    return [int(token) for token in output[0, length:]]

@@ -57,12 +57,13 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
+    from ..selection.curve import MeasuredCurve
     from ..selection.ranking import GlobalRanking
     from ..selection.search import Search
     from ..selection.sensitivity import Sensitivity
     from ..selection.uniform import Uniform
 
-    return [Uniform, GlobalRanking, Sensitivity, Search]
+    return [Uniform, GlobalRanking, Sensitivity, Search, MeasuredCurve]
 
 
 @hookimpl
@@ -95,9 +96,10 @@ def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
+    from ..evaluation.generations import GenerationsMetric
     from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 
-    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric]
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, GenerationsMetric]
 
 
 @hookimpl

@@ -53,6 +53,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
             f"--allocation {job.allocation.name} has no effect: with --shape uniform, all layers keep the same width, "
             "and only one kind may be cut; leave it out, or give --shape free"
         )
+    job.allocation.check(groups)
     _check_calibration(job, structure, tokenizer=tokenizer)
     job.budget.check(structure.config)
     if not job.budget.from_shapes:

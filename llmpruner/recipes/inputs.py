@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..checkpoints.adapters import adapter_base
 from ..component import Component
+from ..loading.model import Model
 from ..loading.reference import resolve
 from ..settings import LoadSettings
 
@@ -90,6 +91,22 @@ def model_fingerprint(structure: Structure, catalog: Catalog, hashes: Hashes) ->
     if not files:
         return {"hub": structure.ref, "commit": getattr(structure.config, "_commit_hash", None)}
     return {file.name: hashes(file) for file in files}
+
+
+def evaluated_fingerprint(
+    structure: Structure, load: LoadSettings | None, catalog: Catalog, hashes: Hashes
+) -> dict[str, Any] | None:
+    """What results of an evaluation depend on: the model's files, how it is loaded, and versions. None for a model that
+    is in memory, which may differ from its files, and for one of the hub whose commit is not known."""
+    if isinstance(structure, Model):
+        return None
+    files = model_fingerprint(structure, catalog, hashes)
+    if "hub" in files and files.get("commit") is None:
+        return None
+    packages = {catalog.families.package_of(structure.family.name)} if structure.family.name in catalog.families else ()
+    versions = {name: _version(name) for name in sorted({*_LIBRARIES, *packages, "llmpruner"})}
+    # Where the files lie says nothing of them.
+    return {"files": files, "load": (load or LoadSettings()).model_dump(mode="json"), "versions": versions}
 
 
 def _versions(step: Step, job: Any, family: str, catalog: Catalog) -> dict[str, str]:

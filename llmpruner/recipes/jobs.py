@@ -30,6 +30,7 @@ from ..report.base import ReportSection
 from ..selection.base import Allocation
 from ..settings import (
     BenchSettings,
+    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -38,6 +39,7 @@ from ..settings import (
     PruneSettings,
     PushSettings,
     RecoverSettings,
+    SensitivitySettings,
     Settings,
     Shape,
     flag_of,
@@ -219,6 +221,8 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     given.configured("method", type(method))
     if not allocation.compares_groups:
         given.refuse("normalize", f"with --allocation {allocation.name}, which compares no scores of different groups")
+    if allocation.one_step and settings.steps > 1:
+        raise SettingsError(f"--allocation {allocation.name} knows the model before the first cut; leave --steps out")
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
     if settings.steps > 1 and amount == "unit_ratio":
@@ -286,6 +290,22 @@ _WHOLE_MODEL = (
     "minutes", "gradient_checkpointing", "validation", "validation_data", "eval_steps", "patience", "report_to"
 )  # fmt: skip
 """Settings of a training of the whole model."""
+
+
+def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob:
+    """A prune of the largest share, which says how units are ranked, on which text, and whether weights are fitted.
+    Raises `SettingsError` (or `UnknownNameError`)."""
+    if list(settings.shares) != sorted(set(settings.shares)):
+        raise SettingsError("--shares must ascend, each once: 0.1,0.25,0.5")
+    given = settings.model_dump(exclude_unset=True, exclude={"shares"})
+    kinds = set(settings.kinds)
+    # What has no effect for a kind is refused.
+    shape = {} if kinds == {LAYER} else {"shape": "free"}
+    layers = {} if kinds == {HIDDEN} else {"layers": "all"}
+    return prune_job(
+        PruneSettings(**{"unit_ratio": settings.shares[-1], "allocation": "sensitivity", **shape, **layers, **given}),
+        catalog,
+    )
 
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
@@ -390,6 +410,13 @@ def push_job(settings: PushSettings) -> PushSettings:
         )
     if settings.dry_run:
         _Given(settings).refuse("public", "with --dry-run, which sends nothing")
+    return settings
+
+
+def chat_job(settings: ChatSettings) -> ChatSettings:
+    """``settings``. Raises `SettingsError` for those that have no effect together."""
+    if settings.temperature == 0:
+        _Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
     return settings
 
 

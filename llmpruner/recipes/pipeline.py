@@ -55,6 +55,7 @@ from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, widths_for
 from .jobs import CalibrationJob, PruneJob
 from .outcome import outcome_of
+from .passages import passages_in, passages_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,11 +156,11 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     network, graph = model.model, model.graph
     chooser = _chooser(job, model, scope.groups(graph))
     journal = run.journal
-    calibration = _journaled(journal, model, job, progress, run.ranks)
+    calibration = journaled(journal, model, job, progress, run.ranks)
     if journal is not None and (earlier := journal.load("plan")) is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
     whole, measured = _open(model, job, scope, progress, run.ranks)
-    scored_on, widths = _scored_on(calibration, job), widths_of(job, model)
+    scored, widths = scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
@@ -169,7 +170,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
         else:
             scores = estimate(
-                network, graph, groups, job.criterion, scored_on,
+                network, graph, groups, job.criterion, scored,
                 reduction=job.reduction, seed=job.seed, progress=progress,
                 executor=run.executor(model)
                 if network is model.model
@@ -211,7 +212,7 @@ def _removal(
     return Removal(removed, scope.allowed_units(groups[0]))
 
 
-def _journaled(
+def journaled(
     journal: Journal | None, model: Model, job: PruneJob, progress: Progress, ranks: Ranks
 ) -> CalibrationSet | None:
     """The calibration set of a job, or of the interrupted run that is continued."""
@@ -236,10 +237,11 @@ def apply_draft(
     model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET, run: Run | None = None
 ) -> Model:
     """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
-    plan = draft.plan
+    plan, read = draft.plan, draft.calibration
     plan.check(model.graph)
     if plan.compensation is not None:
-        plan = _compensate(model, draft, plan.compensation, catalog, progress, run or Run())
+        plan, read = _compensate(model, draft, plan.compensation, catalog, progress, run or Run())
+    model = replace(model, passages=(*model.passages, *passages_in(read, model.tokenizer)))
     outcome = outcome_of(model, plan, draft.cost or _recorded_cost(model, plan, catalog, progress))
     if model.streamed is not None:
         return _cut_streamed(model, model.streamed, plan, outcome)
@@ -270,6 +272,7 @@ def save(
         **(model.record or {}),
         **(notes or {}),
         **base_record(model),
+        **passages_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
@@ -405,7 +408,8 @@ def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> Compensa
 
 def _compensate(
     model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress, run: Run
-) -> PruningPlan:
+) -> tuple[PruningPlan, CalibrationSet | None]:
+    """The plan with the units that were chosen, and the text that was read."""
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
@@ -430,7 +434,7 @@ def _compensate(
     )
     with torch.no_grad():
         repaired = compensation.repair(task)
-    return _with_units(model.graph, plan, repaired.kept)
+    return _with_units(model.graph, plan, repaired.kept), calibration
 
 
 def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
@@ -454,7 +458,7 @@ def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) ->
     return chooser if can_wait(job.criterion, model.graph, groups) else None
 
 
-def _scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
+def scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
     """The part of the calibration set for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
     more time."""
     if calibration is None or not job.compensation.ranks_again:

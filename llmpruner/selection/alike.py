@@ -50,7 +50,7 @@ def _expanded(taken: Mapping[str, int], members: Mapping[str, Sequence[str]]) ->
 def _joined(name: str, queues: Sequence[Queue]) -> Queue:
     first = next(queue for queue in queues if queue.group.name == name)
     scores = tuple(sum(each) / len(queues) for each in zip(*(queue.scores for queue in queues), strict=True))
-    return replace(first, scores=scores)
+    return replace(first, scores=scores, members=tuple(queue.group.name for queue in queues))
 
 
 def _of_first(units: Mapping[str, float] | None, members: Mapping[str, Sequence[str]]) -> Mapping[str, float] | None:

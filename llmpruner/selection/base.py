@@ -10,7 +10,7 @@ from ..budgets.costs import Cost
 from ..component import Component
 from ..progress import QUIET, Progress
 from ..settings import Meet
-from ..structure.coupling import LAYER
+from ..structure.coupling import LAYER, CoupledGroup
 from ..structure.queues import Queue
 
 Taken = dict[str, int]
@@ -76,9 +76,15 @@ class Allocation(Component):
     """Whether it calls ``task.loss``, which needs calibration text."""
     compares_groups: ClassVar[bool] = False
     """Whether scores of different groups are compared, so that ``--normalize`` has an effect."""
+    one_step: ClassVar[bool] = False
+    """Whether it knows the model before the first cut alone, so that ``--steps`` has no use."""
     equal_shares: ClassVar[bool] = False
     """Whether the numbers of units do not depend on scores, but for which group loses the last unit; a compensation may
     choose the units then."""
+
+    def check(self, groups: Sequence[CoupledGroup]) -> None:
+        """Raise `SelectionError` where it cannot be used for ``groups``; called before weights are read. Does nothing
+        by default."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""

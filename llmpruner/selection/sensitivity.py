@@ -48,11 +48,11 @@ class Sensitivity(Allocation):
             name = queue.group.name
             levels = sorted({max(1, round(share * len(queue.steps))) for share in shares if queue.steps})
             points = [(0, 0.0), *((steps, task.loss({name: steps}) - dense) for steps in levels)]
-            ranked.append(replace(queue, scores=tuple(_per_saving(queue, points, task.meter))))
+            ranked.append(replace(queue, scores=tuple(per_saving(queue, points, task.meter))))
         return GlobalRanking().allocate(replace(task, queues=ranked))
 
 
-def _per_saving(queue: Queue, points: Sequence[tuple[int, float]], meter: Meter) -> Iterator[float]:
+def per_saving(queue: Queue, points: Sequence[tuple[int, float]], meter: Meter) -> Iterator[float]:
     """For every step, the increase of the divergence per saved amount. ``points``: (steps, divergence).
 
     On the lower convex hull of the points, so that the values never decrease and a ranking takes a group's steps in

@@ -15,11 +15,13 @@ from .coupling import CoupledGroup
 @dataclass(frozen=True)
 class Queue:
     """The removal steps of one group, least important first. ``steps``: the units of each step, which is the smallest
-    removal after which the group's constraints hold. ``scores``: mean importance of each step's units."""
+    removal after which the group's constraints hold. ``scores``: mean importance of each step's units. ``members``:
+    names of the groups that take every step together, where it stands for several; else empty."""
 
     group: CoupledGroup
     steps: tuple[tuple[int, ...], ...]
     scores: tuple[float, ...]
+    members: tuple[str, ...] = ()
 
     @cached_property
     def _totals(self) -> list[int]:

@@ -20,7 +20,7 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     pruned, data = tmp_path / "pruned", TUTORIAL / "lines.jsonl"
     llmpruner.prune(tmp_path / "dense", ratio=0.2, importance="l1", output=pruned)
     record = json.loads((pruned / "llmpruner.json").read_text(encoding="utf-8"))
-    assert record.keys() == files_page.RECORD.keys() - {"recovery"}
+    assert record.keys() == files_page.RECORD.keys() - {"recovery", "calibration_passages"}
     assert record["plans"][0].keys() == llmpruner.PruningPlan.model_fields.keys()
     llmpruner.recover(pruned, data=str(data), max_steps=1, batch_size=2, output=tmp_path / "recovered")
     record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))

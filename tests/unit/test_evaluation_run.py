@@ -17,7 +17,8 @@ from llmpruner import ComponentSettings, DataError, Metric, MetricSubject, Model
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 from llmpruner.evaluation.results import Evaluation, Measurement, PerplexityResult, Size
-from llmpruner.evaluation.run import evaluate
+from llmpruner.evaluation.run import Candidate
+from llmpruner.evaluation.run import evaluate as evaluate_candidates
 from llmpruner.evaluation.table import Evaluations
 
 
@@ -46,6 +47,11 @@ class Distance(Metric):
     def measure(self, subject):
         pairs = zip(subject.model.parameters(), subject.reference.parameters(), strict=True)
         return {"to first": max(float((a - b).detach().abs().max()) for a, b in pairs)}
+
+
+def evaluate(loaders, metrics, *rest):
+    """The models that functions load, none of whose results can be kept."""
+    return evaluate_candidates([Candidate(f"model {n}", load) for n, load in enumerate(loaders)], metrics, *rest)
 
 
 def subject(name="tiny", model=None, tokenizer=True, **options):
@@ -81,7 +87,9 @@ def test_built_in_results_are_typed_and_keep_their_layout(text):
         2,
     )
     plain = json.loads(json.dumps(found.as_json(), allow_nan=False))
-    assert list(plain) == ["name", "size", "perplexity", "tasks", "speed"] and plain["tasks"] == {}
+    assert (
+        list(plain) == ["name", "size", "perplexity", "tasks", "speed", "calibration_overlap"] and plain["tasks"] == {}
+    )
     assert plain["speed"]["decode"]["median"] == found.speed.decode.median
     assert evaluate([subject], [SizeMetric()])[0].as_json()["speed"] is None
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import tiny_models
 
 from llmpruner import DataError, UnknownNameError
 from llmpruner.evaluation.tasks import TASK_GROUPS, builtin_manager, evaluate_tasks, expand, load_tasks
+from llmpruner.progress import Progress
 
 pytest.importorskip("lm_eval")
 
@@ -42,9 +44,26 @@ def task_dir(tmp_path, monkeypatch):
     return folder
 
 
+class Shares(Progress):
+    def __init__(self):
+        self.seen = []
+
+    @contextlib.contextmanager
+    def bar(self, label):
+        yield lambda share, now: self.seen.append(share)
+
+
 def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd):
+    from lm_eval.models import huggingface
+
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
-    result = evaluate_tasks(model, tokenizer, ["llmpruner_capitals"], include_path=task_dir, batch_size=4)
+    before, shares = huggingface.tqdm, Shares()
+    result = evaluate_tasks(
+        model, tokenizer, ["llmpruner_capitals"], include_path=task_dir, batch_size=4, progress=shares
+    )
+    # Two requests a row, in a bar of ours; lm-eval's bars are as they were.
+    assert shares.seen == sorted(shares.seen) and len(shares.seen) == 20 and shares.seen[-1] == 1
+    assert huggingface.tqdm is before
     expected = accuracy(model, tokenizer, 10)
     assert result["llmpruner_capitals"]["acc"] == pytest.approx(expected)
     assert result["llmpruner_capitals"]["acc_stderr"] > 0
@@ -113,3 +132,45 @@ def test_names_are_expanded_once():
 @pytest.mark.slow
 def test_the_paper_suite_exists_in_lm_eval():
     assert expand(["paper"], builtin_manager().all_tasks) == list(TASK_GROUPS["paper"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1000)
+def test_the_numbers_are_those_of_the_lm_eval_command_to_the_digit(task_dir, tmp_path):
+    """With an example in the prompt, which is drawn by a seed."""
+    import os
+    import subprocess
+    import sys
+
+    model, name = tiny_models.llama(), "llmpruner_capitals"
+    model.save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+        f"pretrained={tmp_path / 'model'},dtype=float32",
+        "--tasks", name, "--include_path", str(task_dir), "--device", "cpu", "--batch_size", "8",
+        "--num_fewshot", "1", "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"][name]
+    wanted = {key.partition(",")[0]: value for key, value in theirs.items() if isinstance(value, float)}
+    ours = evaluate_tasks(model, tiny_models.tokenizer(), [name], include_path=task_dir, num_fewshot=1)
+    assert wanted.keys() == {"acc", "acc_stderr"} and ours[name] == wanted
+
+
+def test_a_task_is_known_by_its_rows_and_its_definition(task_dir, tmp_path):
+    def identity(limit=None):
+        return load_tasks(["llmpruner_capitals"], include_path=task_dir).identity("llmpruner_capitals", limit)
+
+    one = identity()
+    assert identity() == one != identity(3)
+    file = task_dir / "capitals.yaml"
+    file.write_text(file.read_text().replace("metric: acc", "metric: acc_norm"))
+    other = identity()
+    assert other != one
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(rows.replace("Is 3 even", "Is 5 even"))
+    assert identity() != other

@@ -1,0 +1,1 @@
+"""Conversations with models: streamed answers, in the terminal or on a local page."""

@@ -1,0 +1,163 @@
+"""A page for chats, served to this machine alone.
+
+Any page in the user's browser can send requests to a loopback address, and a name that an attacker controls can be made
+to resolve to it (DNS rebinding). Requests are therefore refused unless ``Host``, and ``Origin`` where there is one,
+name the loopback address with the port of this server, and questions must be JSON, which no form of a foreign page can
+send.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import LlmprunerError, MissingExtraError, SettingsError
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from .chat import Chat
+
+_HOST = "127.0.0.1"
+
+
+class Question(BaseModel):
+    """What the page sends: ``model``: number of the model, from 0; ``exchanges``: the conversation so far."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: int = Field(ge=0)
+    exchanges: list[tuple[str, str]]
+    text: str = Field(min_length=1)
+
+
+def check_web() -> None:
+    """Raise `MissingExtraError` where the libraries of the page are not installed."""
+    try:
+        import starlette
+        import uvicorn
+    except ImportError:
+        raise MissingExtraError("starlette and uvicorn", "chat") from None
+    del starlette, uvicorn
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on the loopback address; ``port`` 0 takes a free one. Raises `SettingsError` for one that is in use."""
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((_HOST, port))
+    except OSError as error:
+        found.close()
+        raise SettingsError(f"--port {port} cannot be used: {error.strerror or error}; choose another") from error
+    return found
+
+
+def serve(chats: Sequence[Chat], where: socket.socket) -> None:
+    """Answer requests until the process is interrupted."""
+    import uvicorn
+
+    port = where.getsockname()[1]
+    config = uvicorn.Config(chat_app(chats, port), log_level="warning", timeout_graceful_shutdown=2)
+    # uvicorn ends by the interrupt, and raises it again.
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[where])
+
+
+def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
+    """The ASGI application. ``port``: that of the addresses at which it may be asked."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from starlette.routing import Route
+
+    page = files("llmpruner.chatting").joinpath("page.html").read_text(encoding="utf-8")
+    # Models share the random state of the process, so one answers at a time.
+    turn = Lock()
+
+    async def show(_: Request) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        allowed = f"'nonce-{nonce}'"
+        sources = f"script-src {allowed}; style-src {allowed}; connect-src 'self'; img-src data:"
+        policy = f"default-src 'none'; {sources}; base-uri 'none'"
+        headers = {
+            "Content-Security-Policy": f"{policy}; form-action 'none'; frame-ancestors 'none'",
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return HTMLResponse(page.replace("{{ nonce }}", nonce), headers=headers)
+
+    async def models(_: Request) -> Response:
+        return JSONResponse([{"name": chat.name, "plain": chat.plain} for chat in chats])
+
+    async def answer(request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return PlainTextResponse("a question must be JSON", 415)
+        try:
+            question = Question.model_validate(json.loads(await request.body()))
+            chat = chats[question.model]
+            pieces = await run_in_threadpool(chat.answer, question.exchanges, question.text)
+        except (ValueError, ValidationError, IndexError):
+            return PlainTextResponse("no such question", 400)
+        except LlmprunerError as error:
+            return PlainTextResponse(str(error), 400)
+
+        async def body() -> AsyncIterator[str]:
+            from anyio import CancelScope
+
+            own = _in_turn(pieces, turn)
+            try:
+                async for piece in iterate_in_threadpool(own):
+                    yield piece
+                    if await request.is_disconnected():
+                        return
+            finally:
+                # The reader has gone, or all is said: the model stops, and the next may begin.
+                with CancelScope(shield=True):
+                    await run_in_threadpool(own.close)
+
+        return StreamingResponse(body(), media_type="text/plain; charset=utf-8", headers={"Cache-Control": "no-store"})
+
+    routes = [Route("/", show), Route("/models", models), Route("/answer", answer, methods=["POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(_Guard, port=port)])
+
+
+def _in_turn(pieces: Iterator[str], turn: Lock) -> Any:
+    with turn:
+        try:
+            yield from pieces
+        finally:
+            pieces.close()  # type: ignore[attr-defined]
+
+
+class _Guard:
+    """Refuses requests that another page, or another machine, may have sent."""
+
+    def __init__(self, app: Any, port: int) -> None:
+        self._app = app
+        self._hosts = frozenset(f"{name}:{port}".encode() for name in (_HOST, "localhost"))
+        self._origins = frozenset(b"http://" + host for host in self._hosts)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            given = [(name.lower(), value) for name, value in scope["headers"]]
+            hosts = [value for name, value in given if name == b"host"]
+            origins = [value for name, value in given if name == b"origin"]
+            sites = [value for name, value in given if name == b"sec-fetch-site"]
+            foreign = not set(origins) <= self._origins or not set(sites) <= {b"same-origin", b"none"}
+            if len(hosts) != 1 or hosts[0] not in self._hosts or foreign:
+                from starlette.responses import PlainTextResponse
+
+                await PlainTextResponse("only the page of this server may ask", 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,106 @@
+"""Measuring how much cuts of each group alone change the predictions, point by point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..compensation.trials import Trials
+from ..engine.journal import Journal
+from ..importance.estimate import estimate
+from ..progress import QUIET, Progress
+from ..selection.curve import Curve, GroupCurve, Point
+from ..structure.queues import Queue, build_queue, kept_units
+from .pipeline import Run, journaled, scope_of, scored_on, widths_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..loading.model import Model, Structure
+    from .jobs import PruneJob
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut of one group to measure: ``steps`` of its queue, which remove ``removed`` units."""
+
+    group: str
+    steps: int
+    removed: int
+
+
+def cuts_to_measure(queues: Sequence[Queue], shares: Sequence[float]) -> list[Cut]:
+    """For each group the cuts nearest to the shares of its units, each once; none that removes nothing."""
+    found: dict[Cut, None] = {}
+    for queue in queues:
+        for share in shares:
+            steps = queue.steps_for(share * queue.group.units)
+            if steps:
+                found[Cut(queue.group.name, steps, queue.removed_after(steps))] = None
+    return list(found)
+
+
+def planned_cuts(structure: Structure, job: PruneJob, shares: Sequence[float]) -> list[Cut]:
+    """`cuts_to_measure` before there are scores."""
+    scope, widths = scope_of(job, structure), widths_of(job, structure)
+    groups = scope.groups(structure.graph)
+    queues = [
+        build_queue(g, [0.0] * g.units, allowed=scope.allowed_units(g), multiple=widths.multiple(g)) for g in groups
+    ]
+    return cuts_to_measure(queues, shares)
+
+
+def measure_curve(
+    model: Model, job: PruneJob, shares: Sequence[float], progress: Progress = QUIET, journal: Journal | None = None
+) -> Curve:
+    """The divergence of the model after each cut from the model as it is; see `Trials`. Every point is written to
+    ``journal`` at once, and those that an interrupted run wrote are not measured again."""
+    scope, widths, graph = scope_of(job, model), widths_of(job, model), model.graph
+    groups, run = scope.groups(graph), Run(journal=journal)
+    text = journaled(journal, model, job, progress, run.ranks)
+    assert text is not None
+    scores = estimate(
+        model.model, graph, groups, job.criterion, scored_on(text, job),
+        reduction=job.reduction, seed=job.seed, progress=progress, executor=run.executor(model),
+    )  # fmt: skip
+    queues = {
+        g.name: build_queue(
+            g, scores.by_group[g.name].tolist(), allowed=scope.allowed_units(g), multiple=widths.multiple(g)
+        )
+        for g in groups
+    }
+    refit = job.compensation.ranks_again
+    trials = Trials(model.model, graph, groups, model.family, text, refit=refit, progress=progress)
+    cuts = cuts_to_measure(list(queues.values()), shares)
+    points: dict[str, list[Point]] = {}
+    with progress.bar("measuring cuts") as at:
+        for number, cut in enumerate(cuts, start=1):
+            value = _measured(cut, queues[cut.group], trials, journal)
+            points.setdefault(cut.group, []).append(Point(cut.removed, value))
+            at(number / len(cuts), cut.group)
+    curves = [GroupCurve(g.name, g.kind, g.layer, g.units, tuple(points[g.name])) for g in groups if g.name in points]
+    return Curve(
+        tuple(curves),
+        {
+            "model": model.ref,
+            "criterion": job.criterion.name,
+            "compensation": job.compensation.name,
+            "calibration": text.source,
+            "fingerprint": text.fingerprint,
+            "tokens": sum(ids.numel() for ids in trials.tried),
+            "seed": job.seed,
+            "llmpruner": __version__,
+        },
+    )
+
+
+def _measured(cut: Cut, queue: Queue, trials: Trials, journal: Journal | None) -> float:
+    name = f"{cut.group}-{cut.removed}"
+    earlier = None if journal is None else journal.load(name)
+    if earlier is not None:
+        return float(earlier)
+    found = trials.loss(kept_units([queue], {cut.group: cut.steps}))
+    if journal is not None:
+        journal.store(name, found)
+    return found

@@ -1,0 +1,152 @@
+"""Curves of divergence over share: measured point by point, continued after a kill, and read by an allocation."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as xml
+
+import pytest
+import tiny_models
+import torch
+
+from llmpruner import api
+from llmpruner.compensation.trials import Trials
+from llmpruner.errors import LlmprunerError, OutputError, SelectionError, SettingsError
+from llmpruner.selection.curve import Curve, GroupCurve, Point
+
+OPTIONS = {"shares": "0.25,0.5", "importance": "l2", "samples": 4, "length": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    model = tiny_models.llama(layers=3)
+    with torch.no_grad():
+        # The products of layer 1 are small, so that its channels matter little.
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.01)
+        for layer in (0, 2):
+            model.model.layers[layer].mlp.down_proj.weight.mul_(20)
+    model.save_pretrained(folder / "model")
+    tiny_models.tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(tiny_models.TEXT * 4)
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def text(source):
+    return source.removesuffix("model") + "text.txt"
+
+
+@pytest.fixture(scope="module")
+def measured(source, text, tmp_path_factory):
+    file = tmp_path_factory.mktemp("curve") / "curve.json"
+    return file, api.sensitivity(source, output=file, calibration=text, kinds="mlp,attention", **OPTIONS)
+
+
+def test_the_curve_has_a_point_for_every_share_of_every_group(measured):
+    file, curve = measured
+    assert [group.layer for group in curve.groups if group.kind == "mlp"] == [0, 1, 2]
+    by_name = {(group.kind, group.layer): group for group in curve.groups}
+    assert [point.removed for point in by_name["mlp", 0].points] == [12, 24]
+    # Of two KV heads only one can go, so that both shares are one point.
+    assert [point.removed for point in by_name["attention", 0].points] == [1]
+    middle, ends = by_name["mlp", 1].points[-1], [by_name["mlp", n].points[-1] for n in (0, 2)]
+    assert all(end.divergence > 10 * middle.divergence > 0 for end in ends)
+    assert Curve.read(file) == curve and curve.measured["calibration"].endswith("text.txt")
+    assert not file.with_name("curve.json.measuring").exists()
+
+
+def test_the_plot_has_a_line_for_every_group(measured):
+    file, curve = measured
+    drawn = xml.fromstring(file.with_suffix(".svg").read_text())
+    titles = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert sorted(titles) == sorted(group.name for group in curve.groups)
+
+
+@pytest.mark.parametrize("shape", ["free", "uniform"])
+def test_an_allocation_from_the_curve_removes_more_where_it_is_flat(source, measured, shape):
+    file, curve = measured
+    kinds = {"kinds": "mlp,attention"} if shape == "uniform" else {"kinds": "mlp"}
+    plan = api.plan(
+        source, ratio=0.15, importance="l2", shape=shape, layers="all", allocation="curve", round_to=1, **kinds,
+        settings={"curve": {"file": str(file)}},
+    )  # fmt: skip
+    kept = {name: len(units) for name, units in plan.kept.items()}
+    sizes = {group.name: group for group in curve.groups}
+    gone = {name: sizes[name].units - count for name, count in kept.items()}
+    if shape == "free":
+        by_layer = {sizes[name].layer: count for name, count in gone.items()}
+        assert by_layer[1] > 2 * max(by_layer.get(0, 0), by_layer.get(2, 0))
+    else:
+        assert len({count for name, count in gone.items() if sizes[name].kind == "mlp"}) == 1
+
+
+def test_points_are_interpolated_and_continued_along_the_last_line():
+    curve = GroupCurve("g", "mlp", 0, 100, (Point(10, 1.0), Point(20, 3.0)))
+    assert [curve.at(n) for n in (0, 5, 10, 15, 30)] == [0, 0.5, 1.0, 2.0, 5.0]
+    assert GroupCurve("g", "mlp", 0, 100, (Point(10, 1.0),)).at(30) == 3.0
+
+
+def test_a_run_that_is_killed_goes_on_with_the_points_it_has(source, text, measured, tmp_path, monkeypatch):
+    real, seen = Trials.loss, []
+
+    def loss(trials, kept):
+        seen.append(kept)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(trials, kept)
+
+    monkeypatch.setattr(Trials, "loss", loss)
+    options = {**OPTIONS, "calibration": text, "kinds": "mlp,attention"}
+    with pytest.raises(KeyboardInterrupt):
+        api.sensitivity(source, output=tmp_path / "curve.json", **options)
+    with pytest.raises(OutputError, match="interrupted run with other settings"):
+        api.sensitivity(source, output=tmp_path / "curve.json", **{**options, "seed": 1})
+    found = api.sensitivity(source, output=tmp_path / "curve.json", **options)
+    points = sum(len(group.points) for group in found.groups)
+    assert found == measured[1] and len(seen) == 4 + points - 3
+
+
+def test_a_curve_of_another_model_and_a_wrong_file_are_refused_before_work(source, measured, tmp_path):
+    file, _ = measured
+    found = json.loads(file.read_text())
+
+    def planned(**changes):
+        (tmp_path / "other.json").write_text(json.dumps({**found, **changes}))
+        options = {"ratio": 0.1, "importance": "l2", "shape": "free", "allocation": "curve", "layers": "all"}
+        return api.plan(source, **options, settings={"curve": {"file": str(tmp_path / "other.json")}})
+
+    mlp = [group for group in found["groups"] if group["kind"] == "mlp"]
+    with pytest.raises(SelectionError, match=r"has no curve of '.*0.*'; measure it"):
+        planned(groups=mlp[1:])
+    with pytest.raises(SelectionError, match=r"another model: .* had 47 units there and has 48"):
+        planned(groups=[{**group, "units": 47} for group in mlp])
+    with pytest.raises(SettingsError, match="not written by `llmpruner sensitivity`"):
+        planned(version=2)
+    with pytest.raises(SettingsError, match="leave --steps out"):
+        api.plan(source, ratio=0.1, importance="l2", shape="free", allocation="curve", steps=2,
+                 settings={"curve": {"file": str(file)}})  # fmt: skip
+    with pytest.raises(SettingsError, match=r"needs a curve: --set curve\.file=FILE"):
+        api.plan(source, ratio=0.1, importance="l2", shape="free", allocation="curve")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shares": "0.5,0.25"}, "--shares must ascend"),
+        ({"shares": "0.001"}, "less than one unit of the selected groups"),
+        ({"output": "curve.txt"}, "name a .json file"),
+        ({"restart": True}, "restart has no effect without an output"),
+    ],
+)
+def test_mistakes_are_refused_before_weights_are_read(source, text, options, message, monkeypatch):
+    monkeypatch.setattr(api, "_with_weights", None)
+    with pytest.raises(LlmprunerError, match=message):
+        api.sensitivity(source, **{**OPTIONS, "calibration": text, **options})
+
+
+@pytest.mark.parametrize("kind", ["layer", "hidden"])
+def test_whole_layers_and_channels_have_curves_too(source, text, kind):
+    (group,) = api.sensitivity(source, kinds=kind, shares="0.34", calibration=text, samples=4, length=32,
+                               method="fast" if kind == "hidden" else None).groups  # fmt: skip
+    assert group.kind == kind and group.layer is None and group.points[0].divergence > 0
