@@ -91,6 +91,7 @@ from .recipes.recovery_memory import arranged_layers, refuse_without_layers
 from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
+from .recipes.stages import Stages, write_run
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from .recovery.examples import load_examples
@@ -246,8 +247,10 @@ def prune(
         # The files of a result depend on how the model is held, and free memory may differ when a run is continued.
         way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
     beside = None if directory is None else directory.resolve().parent
-    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
-    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
+    stages = Stages()
+    with stages.stage("loading"):
+        loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
+    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks, stages)
     try:
         if journal is not None:
             journal.store("way", {"streamed": way.streamed})
@@ -257,7 +260,12 @@ def prune(
         if directory is None:
             return pruned
         progress.status("saving")
-        pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+        with stages.stage("saving"):
+            pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+        if ranks.first:
+            given = settings_from(PruneSettings, settings).given()
+            replays = {"plan": str(plan)} if isinstance(plan, (str, Path)) else {}
+            write_run(directory, stages, "prune", opened.ref, {**given, **replays})
     except KeyboardInterrupt:
         if journal is not None and journal.folder.exists():
             progress.status(f"stopped; the same command goes on with what is done ({journal.folder}), or --restart")
@@ -413,12 +421,15 @@ def recover(
     if run.restart:
         ranks.from_first(lambda: shutil.rmtree(folder, ignore_errors=True))
     beside = folder.resolve().parent
+    stages = Stages()
     written = None
     if own is not None and dense is not None:
         placed = placed_as(opened, trusted) if isinstance(opened, Model) else load or LoadSettings()
         open_model = partial(open_dense, opened, catalog, placed, streamed=way.streamed, beside=beside)
-        written = {own.source: _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, progress)}
-    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False)
+        with stages.stage("writing examples"):
+            written = {own.source: _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, progress)}
+    with stages.stage("loading"):
+        loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False)
     walk = LayerWalk(boundary_memory=way.boundary_memory)
     if loaded.streamed is not None:
         walk = replace(
@@ -430,7 +441,7 @@ def recover(
             written=written,
         )  # fmt: skip
         data = prepare(job.settings, opened.family, tokenizer, examples)
-    with progress.counter("Recovering") as step:
+    with progress.counter("Recovering") as step, stages.stage("training"):
         result = _recover(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
             load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted),
@@ -442,7 +453,10 @@ def recover(
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
-    form = ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
+    with stages.stage("saving"):
+        form = ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
+    if ranks.first:
+        write_run(directory, stages, "recover", opened.ref, settings_from(RecoverSettings, settings).given())
     recovered = reopened(replace(recovered, form=form), directory, trust_remote_code=trusted)
     if work_dir is None and ranks.first:
         shutil.rmtree(folder)

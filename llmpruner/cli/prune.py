@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ import typer
 
 from ..errors import SettingsError
 from ..files import check_new_file
+from ..recipes.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
@@ -111,12 +110,8 @@ def prune(
 def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
     """What the run was expected to take, and what it took: bytes of the process at most, and seconds."""
     used: dict[str, Any] = {"seconds": round(seconds, 1)}
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        # Bytes on macOS, KiB elsewhere.
-        unit = 1 if sys.platform == "darwin" else 1024
-        used["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if (memory := peak_memory()) is not None:
+        used["memory"] = memory
     return {"forecast": None if outcome.forecast is None else {**outcome.forecast, "used": used}}
 
 

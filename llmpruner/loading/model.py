@@ -78,13 +78,15 @@ class Structure:
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
-    last `llmpruner.save` in this process. ``streamed``: reads the weights when they are needed; None where they are in
+    last `llmpruner.save` in this process. ``work``: for each cut in this process, ``fits`` and ``scores`` as
+    ``llmpruner.json`` keeps them. ``streamed``: reads the weights when they are needed; None where they are in
     memory."""
 
     model: PreTrainedModel
     tokenizer: Any | None
     outcome: Outcome | None = None
     form: str | None = None
+    work: tuple[Mapping[str, Any], ...] = ()
     streamed: StreamedWeights | None = None
 
     @property
