@@ -23,6 +23,7 @@ from . import __version__
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .checkpoints.adapters import save_adapter
+from .checkpoints.record import REPORT_FILE
 from .data.conversations import Example
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
@@ -71,6 +72,7 @@ from .publishing.push import Upload, send
 from .recipes import pipeline
 from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_recover, check_replay
+from .recipes.evidence import ResultsFile, find, subject_of
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.jobs import (
     PruneJob,
@@ -100,7 +102,7 @@ from .recovery.run import RecoveryResult, check_work_dir, prepare
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
 from .report.curve import loss_curve
-from .report.page import report_page
+from .report.page import Report, comparison_page, facts_of, report_page
 from .settings import (
     BenchSettings,
     EvaluateSettings,
@@ -767,6 +769,40 @@ def write_page(
     page = report_page(subject, sections)
     write_text(check_new_file(Path(path)), page.html)
     return list(page.warnings)
+
+
+def write_report(
+    directories: str | Path | Sequence[str | Path],
+    path: str | Path | None = None,
+    *,
+    results: Sequence[str | Path] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    catalog: Catalog | None = None,
+) -> Report:
+    """Write an HTML page that tells what was won and lost by pruning: ``write_report("pruned")``.
+
+    ``directories``: checkpoints, or outputs of recipes, of which each counts as its last checkpoint. Several are
+    compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, where the process
+    works. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; results of a recipe are found without.
+    ``settings``: section name → its settings. Reads no weights.
+
+    Raises `ModelError` for other directories, `DataError` for other files, and `OutputError` for a ``path`` that cannot
+    be written.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    places = [Path(one) for one in ([directories] if isinstance(directories, (str, Path)) else directories)]
+    if not places:
+        raise SettingsError("nothing to report on: name at least one checkpoint")
+    default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
+    sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
+    for place in places:
+        find(place)
+    target = check_new_file(default if path is None else Path(path))
+    files = [ResultsFile.read(Path(one)) for one in results]
+    subjects = [subject_of(place, files, catalog) for place in places]
+    page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
+    write_text(target, page.html)
+    return Report(target, tuple(facts_of(one) for one in subjects), page.warnings)
 
 
 def _recipe(

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
-from . import bench, demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, push, recover, run
+from . import bench, demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, push, recover, report, run
 from .console import show_warnings, warning_line
 
 _HOOK = "llmpruner_commands"
@@ -63,6 +63,7 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         export,
         push,
         run,
+        report,
         new_plugin,
         doctor,
     ):

@@ -19,6 +19,7 @@ from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
 from .launched import is_first
 from .options import Json, ModelName, Output, catalog_of
+from .report import NoReport, write_beside
 
 if TYPE_CHECKING:
     from ..structure.outcome import Outcome
@@ -76,6 +77,7 @@ def prune(
     no_tokenizer: Annotated[
         bool, typer.Option("--no-tokenizer", help="Prune the weights alone of a model that brings no tokenizer.")
     ] = False,
+    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Remove the least important units and write an ordinary Hugging Face directory.
@@ -98,6 +100,8 @@ def prune(
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)
+    if not no_report:
+        write_beside(ctx, output)
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
         print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})

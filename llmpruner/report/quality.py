@@ -1,0 +1,117 @@
+"""The section ``quality``: every measured quantity of the dense and of the pruned models side by side, text by text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+from .base import DENSE, Evidence, Measurements, ReportSection, ReportSubject
+from .templates import rendered
+
+_UNEVEN = 2.5
+"""A repair has helped one text alone where the loss rises by this factor more on another one …"""
+_LEAST = 0.1
+"""… and by this much more, in nats per token."""
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """By how much the loss per token on a text rose, in nats. ``own``: whether the calibration text is of the same
+    source."""
+
+    text: str
+    rise: float
+    own: bool
+
+
+class QualitySection(ReportSection):
+    """A table for each call of ``evaluate``, and a warning where the loss rises very unevenly; nothing without
+    evidence."""
+
+    name = "quality"
+    summary = "perplexity, divergence and tasks of dense and pruned models, and how evenly texts are affected"
+    order = 11
+
+    def render(self, subject: ReportSubject) -> str | None:
+        evidence = subject.evidence
+        if evidence is None:
+            return None
+        calibration = calibration_of(subject.record)
+        tables = [
+            {"names": one.names, "lines": one.lines, "facts": _facts(one), "own": evidence.name}
+            for one in evidence.measured
+        ]
+        losses = text_losses(evidence, calibration)
+        return rendered(
+            "quality.html.j2", tables=tables, calibration=calibration, warning=uneven(losses, calibration),
+            losses=losses if len(losses) > 1 else [], only_own=bool(losses) and all(one.own for one in losses),
+            name=evidence.name,
+        )  # fmt: skip
+
+    def style(self) -> str:
+        return ".warning { border-left: 3px solid var(--accent); padding: .1rem 0 .1rem .9rem; }"
+
+
+def calibration_of(record: Mapping[str, Any]) -> str | None:
+    """The text that the last plan was fitted to, or else ranked on, as the user named it; None where neither read any."""
+    plans = record.get("plans") or ()
+    if not plans:
+        return None
+    found = [(plans[-1].get(part) or {}).get("calibration") for part in ("compensation", "estimation")]
+    return next((text for text in found if text), None)
+
+
+def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
+    """For every text on which the dense model and the checkpoint were measured."""
+    found: dict[str, TextLoss] = {}
+    for one in evidence.measured:
+        before, after = ((one.of(name).get("perplexity") or {}) for name in (DENSE, evidence.name))
+        if before.get("perplexity") and after.get("perplexity"):
+            text = one.text or str(after.get("text_sha256", ""))[:12]
+            rise = log(after["perplexity"]) - log(before["perplexity"])
+            found[text] = TextLoss(text, rise, _same_source(text, calibration))
+    return list(found.values())
+
+
+def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
+    """A line where the loss rises much more on one text than on another, as after a repair that is fitted to one kind
+    of text; empty otherwise."""
+    if len(losses) < 2:
+        return ""
+    least, most = min(losses, key=lambda one: one.rise), max(losses, key=lambda one: one.rise)
+    if most.rise <= _UNEVEN * max(least.rise, 0.0) or most.rise - least.rise <= _LEAST:
+        return ""
+    whose = "its own text" if least.own else "one text"
+    fitted = f"; the weights were fitted to {calibration}" if calibration else ""
+    return (
+        f"The repair helped {whose} more than others: the loss rises by {least.rise:.2f} nats per token on {least.text}, "
+        f"but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model is for, or "
+        "a mixture."
+    )
+
+
+def _same_source(text: str, calibration: str | None) -> bool:
+    """Whether both are named after one data set: ``wikitext2_unk_test`` and ``wikitext2``."""
+    own, others = _stem(text), [_stem(part) for part in (calibration or "").split(",")]
+    return bool(own) and any(other and (own.startswith(other) or other.startswith(own)) for other in others)
+
+
+def _stem(text: str) -> str:
+    """``data/wikitext2_unk_test.txt`` → ``wikitext2``."""
+    name = re.split(r"[/\\]", text.strip())[-1].rpartition("*")[2].partition(":")[0]
+    return re.split(r"[._-]", name.lower())[0]
+
+
+def _facts(one: Measurements) -> str:
+    """What the perplexity was measured on."""
+    found = next((result["perplexity"] for result in one.results if result.get("perplexity")), None)
+    if found is None or "tokens" not in found:
+        return ""
+    text = f" of {one.text}" if one.text else ""
+    return (
+        f"Perplexity: {found['tokens']:,} tokens{text} in windows of {found['window']:,} "
+        f"({found['window'] - 1:,} predictions each)."
+    )
