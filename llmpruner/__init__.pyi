@@ -14,6 +14,7 @@ from .api import recover as recover
 from .api import run as run
 from .api import save as save
 from .api import verify as verify
+from .api import write_report as write_report
 from .benching.base import BenchSubject as BenchSubject
 from .benching.base import Runtime as Runtime
 from .benching.base import Session as Session

@@ -22,7 +22,7 @@ from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench, api.generate,
-    api.save, api.export, api.push, api.run, api.dry_run,
+    api.write_report, api.save, api.export, api.push, api.run, api.dry_run,
 )  # fmt: skip
 VALUES = (
     Structure,

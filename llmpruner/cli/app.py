@@ -12,7 +12,22 @@ from .. import __version__
 from ..errors import DuplicateNameError
 from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
-from . import bench, demo, discover, doctor, evaluate, export, generate, new_plugin, plugins, prune, push, recover, report, run
+from . import (
+    bench,
+    demo,
+    discover,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    new_plugin,
+    plugins,
+    prune,
+    push,
+    recover,
+    report,
+    run,
+)
 from .console import show_warnings, warning_line
 
 _HOOK = "llmpruner_commands"

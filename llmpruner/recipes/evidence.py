@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..budgets.cached_bytes import bytes_per_token
 from ..checkpoints.record import RECORD_FILE, RUN_FILE, read_json
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
+from ..evaluation.base import Row
 from ..evaluation.cost import size
 from ..evaluation.results import Evaluation
 from ..evaluation.table import side_by_side
@@ -97,7 +98,7 @@ def subject_of(directory: Path, files: Sequence[ResultsFile], catalog: Catalog) 
     dense, own = _costs(structure, place.checkpoint)
     measured, benches, answers = _of_recipe(place, catalog)
     base = structure.plans[0].base.model if structure.plans else ""
-    names = _Names(place, base)
+    names = _Names(place, base, (structure.record or {}).get("base_path"))
     for file in files:
         if isinstance(file.value, list):
             if found := _measurements([(names.shown(one["name"]), one) for one in file.value], place.name, catalog):
@@ -107,21 +108,25 @@ def subject_of(directory: Path, files: Sequence[ResultsFile], catalog: Catalog) 
     evidence = Evidence(
         place.name, dense, own, tuple(measured), tuple(benches), tuple(answers), _runs(place), _steps(place)
     )
-    return ReportSubject(f"{place.name}: {base} pruned", structure.graph, structure.record or {}, evidence)
+    return ReportSubject(
+        f"{place.name}, pruned from {Path(base).name or base}", structure.graph, structure.record or {}, evidence
+    )
 
 
 @dataclass(frozen=True)
 class _Names:
-    """How models of a file of results are named on the page. ``base``: the dense model, as the plan names it."""
+    """How models of a file of results are named on the page. ``base``: the dense model, as the plan names it; ``path``:
+    the absolute path of its files, None where they are not local."""
 
     place: _Place
     base: str
+    path: str | None
 
     def shown(self, name: str) -> str | None:
         """``dense``, the name of the checkpoint, or None for other models."""
         if Path(name).resolve() == self.place.checkpoint.resolve():
             return self.place.name
-        return DENSE if name in (self.base, DENSE) else None
+        return DENSE if name in (self.base, DENSE) or str(Path(name).resolve()) == self.path else None
 
 
 def _measurements(
@@ -139,13 +144,13 @@ def _measurements(
 
 def _evaluation(name: str, found: Mapping[str, Any], catalog: Catalog) -> Evaluation:
     """With the rows that the metrics give; those of a metric that is not installed are its numbers."""
-    results = {key: value for key, value in found.items() if key != "name" and value}
-    rows = [
-        row
-        for key, value in results.items()
-        if key in catalog.metrics and isinstance(value, Mapping)
-        for row in catalog.create(catalog.metrics, key).rows(value)
-    ]
+    results = {key: value for key, value in found.items() if key != "name" and isinstance(value, Mapping) and value}
+    rows: list[Row] = []
+    for key, value in results.items():
+        if key in catalog.metrics:
+            rows += catalog.create(catalog.metrics, key).rows(value)
+        else:
+            rows += [Row(f"{key} {name}", number) for name, number in value.items() if isinstance(number, float)]
     return Evaluation(name, results, tuple(rows))
 
 

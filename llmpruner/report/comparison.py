@@ -85,7 +85,9 @@ def _place(found: Figures) -> tuple[float, float] | None:
 
 
 def _beaten(place: tuple[float, float], others: Sequence[tuple[float, float] | None]) -> bool:
-    return any(other is not None and other != place and other[0] <= place[0] and other[1] <= place[1] for other in others)
+    return any(
+        other is not None and other != place and other[0] <= place[0] and other[1] <= place[1] for other in others
+    )
 
 
 def _kl(evidence: Evidence) -> float | None:

@@ -57,7 +57,7 @@ def _option(flag: str, value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         yield from (flag, ",".join(map(str, value)))
     elif value is not None:
-        yield from (flag, value)
+        yield from (flag, _base(str(value)))
 
 
 def _base(ref: str) -> str:

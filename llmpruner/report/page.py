@@ -78,6 +78,8 @@ class _Maker:
             parts=parts,
             below=[{"title": name, "parts": of_one} for name, of_one in below],
             contents=report and len(parts) > 2,
+            # The links stand above the first section with a heading.
+            first=next((place for place, part in enumerate(parts) if part.title), 0),
             script=rendered("sort.js.j2") if any('class="sort"' in part.html for part in everything) else "",
             styles=self.styles,
         )
@@ -90,9 +92,7 @@ def report_page(subject: ReportSubject, sections: Iterable[ReportSection]) -> Pa
     Raises `SettingsError` where a section cannot use a setting for this model.
     """
     maker = _Maker(_in_order(sections))
-    return maker.page(
-        subject.title, maker.parts(lambda one: one.render(subject)), report=subject.evidence is not None
-    )
+    return maker.page(subject.title, maker.parts(lambda one: one.render(subject)), report=subject.evidence is not None)
 
 
 def comparison_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSection]) -> Page:

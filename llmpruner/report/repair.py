@@ -61,7 +61,10 @@ def _chart(matrix: str, rows: Sequence[Mapping[str, Any]]) -> Chart:
             Point(row["layer"], max(row[key], 1e-6), f"layer {row['layer']}, {what}: {row[key]:.2%}") for row in rows
         )
 
-    series = Series("before the fit", points("before", "before")), Series("after", points("after", "after"), accent=True)
+    series = (
+        Series("before the fit", points("before", "before")),
+        Series("after", points("after", "after"), accent=True),
+    )
     return Chart(
         f"Error of {matrix} by layer, before and after the fit", "layer", "error, share of the output", series,
         log=True, width=460, height=260,

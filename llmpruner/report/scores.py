@@ -71,7 +71,7 @@ class ScoresSection(ReportSection):
 def panel(label: str, spread: Mapping[str, Any]) -> Panel:
     """``spread``: see `llmpruner.importance.spread.Spread`."""
     kept, removed = spread["kept"], spread["removed"]
-    most = max(max(k + r for k, r in zip(kept, removed, strict=True)), 1)
+    most = max([k + r for k, r in zip(kept, removed, strict=True)] + [1])
     width = _WIDTH / len(kept)
     bars = []
     for place, (stays, goes) in enumerate(zip(kept, removed, strict=True)):
@@ -80,7 +80,9 @@ def panel(label: str, spread: Mapping[str, Any]) -> Panel:
         up = (round(_HEIGHT - low - high, 1), round(high, 1))
         bars.append(Bar(round(place * width, 1), round(width - 1, 1), down, up))
     gone = sum(removed)
-    note = f"{label}: {gone:,} of {gone + sum(kept):,} units removed, scores {spread['low']:.3g} to {spread['high']:.3g}"
+    note = (
+        f"{label}: {gone:,} of {gone + sum(kept):,} units removed, scores {spread['low']:.3g} to {spread['high']:.3g}"
+    )
     return Panel(label, tuple(bars), round(_cut(kept, removed) * width, 1), note)
 
 
