@@ -249,10 +249,11 @@ def prune(
         # The files of a result depend on how the model is held, and free memory may differ when a run is continued.
         way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
     beside = None if directory is None else directory.resolve().parent
-    stages = Stages()
-    with stages.stage("loading"):
-        loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
-    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks, stages)
+    how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
+    loaded = how.stages.timed(
+        "loading",
+        lambda: _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside),
+    )
     try:
         if journal is not None:
             journal.store("way", {"streamed": way.streamed})
@@ -262,12 +263,8 @@ def prune(
         if directory is None:
             return pruned
         progress.status("saving")
-        with stages.stage("saving"):
-            pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
-        if ranks.first:
-            given = settings_from(PruneSettings, settings).given()
-            replays = {"plan": str(plan)} if isinstance(plan, (str, Path)) else {}
-            write_run(directory, stages, "prune", opened.ref, {**given, **replays})
+        pruned = replace(pruned, form=how.stages.timed("saving", lambda: _saved(pruned, directory, ranks)))
+        _write_run(directory, how.stages, "prune", opened, _given(settings, plan), ranks)
     except KeyboardInterrupt:
         if journal is not None and journal.folder.exists():
             progress.status(f"stopped; the same command goes on with what is done ({journal.folder}), or --restart")
@@ -282,6 +279,20 @@ def prune(
     if journal is not None:
         journal.remove()
     return pruned
+
+
+def _given(settings: PruneKeywords, plan: PruningPlan | str | Path | None) -> dict[str, Any]:
+    """The settings of a prune as the user gave them; the file of a plan that is replayed is one of them."""
+    replayed = {"plan": str(plan)} if isinstance(plan, (str, Path)) else {}
+    return {**settings_from(PruneSettings, settings).given(), **replayed}
+
+
+def _write_run(
+    directory: Path, stages: Stages, command: str, source: Structure, given: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write ``run.json`` into a checkpoint that the first of several processes has saved."""
+    if ranks.first:
+        write_run(directory, stages, command, source.ref, given)
 
 
 def _checked(
@@ -428,10 +439,12 @@ def recover(
     if own is not None and dense is not None:
         placed = placed_as(opened, trusted) if isinstance(opened, Model) else load or LoadSettings()
         open_model = partial(open_dense, opened, catalog, placed, streamed=way.streamed, beside=beside)
-        with stages.stage("writing examples"):
-            written = {own.source: _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, progress)}
-    with stages.stage("loading"):
-        loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False)
+        write = partial(_dense_rows, own, open_model, dense, placed, folder, job.settings.seed, progress)
+        written = {own.source: stages.timed("writing examples", write)}
+    loaded = stages.timed(
+        "loading",
+        lambda: _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False),
+    )
     walk = LayerWalk(boundary_memory=way.boundary_memory)
     if loaded.streamed is not None:
         walk = replace(
@@ -455,10 +468,10 @@ def recover(
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
-    with stages.stage("saving"):
-        form = ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
-    if ranks.first:
-        write_run(directory, stages, "recover", opened.ref, settings_from(RecoverSettings, settings).given())
+    form = stages.timed(
+        "saving", lambda: ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
+    )
+    _write_run(directory, stages, "recover", opened, job.settings.given(), ranks)
     recovered = reopened(replace(recovered, form=form), directory, trust_remote_code=trusted)
     if work_dir is None and ranks.first:
         shutil.rmtree(folder)
@@ -645,6 +658,11 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
     return _save(model, check_new_directory(Path(directory)), notes=notes)
 
 
+def _saved(model: Model, directory: Path, ranks: Ranks) -> str:
+    """`save` in the first of several processes."""
+    return ranks.from_first(lambda: save(model, directory))
+
+
 def _save(
     model: Model, target: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
 ) -> str:
@@ -783,7 +801,7 @@ def write_report(
 
     ``directories``: checkpoints, or outputs of recipes, of which each counts as its last checkpoint. Several are
     compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, where the process
-    works. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; results of a recipe are found without.
+    works. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are found without.
     ``settings``: section name → its settings. Reads no weights.
 
     Raises `ModelError` for other directories, `DataError` for other files, and `OutputError` for a ``path`` that cannot

@@ -46,8 +46,8 @@ def report(
         typer.Option(
             "--results",
             metavar="FILE",
-            help="Results of `evaluate --json` or `bench --json` with these models and the dense one. Repeatable; those "
-            "of a recipe are found without.",
+            help="Results of `evaluate --json` or `bench --json` with these models and the dense one. Repeatable; "
+            "those of a recipe are found without.",
             show_default=False,
         ),
     ] = None,

@@ -39,7 +39,8 @@ class Upload:
 
 
 def upload_of(directory: Path, repo: str, card: str, record: Mapping[str, Any]) -> Upload:
-    """Everything in ``directory`` but hidden files and `OF_THIS_MACHINE`, with ``card`` as ``README.md`` and `public_record` of ``record``.
+    """Everything in ``directory`` but hidden files and `OF_THIS_MACHINE`,
+    with ``card`` as ``README.md`` and `public_record` of ``record``.
 
     Raises `CheckpointError` for a directory without weights.
     """

@@ -1,4 +1,4 @@
-"""What a report shows of a checkpoint: read from its folder, from the recipe that made it, and from files of results."""
+"""What a report shows of a checkpoint, read from its folder, the recipe that made it, and files of results."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def find(directory: Path) -> _Place:
         return _Place(there[-1], directory, steps)
     if not (directory / RECORD_FILE).is_file():
         raise ModelError(
-            f"'{directory}' is no checkpoint of llmpruner, nor the output of a recipe; report takes what prune, recover "
-            "or run wrote"
+            f"'{directory}' is no checkpoint of llmpruner, nor the output of a recipe; report takes what prune, "
+            "recover or run wrote"
         )
     above = directory.resolve().parent
     if (above / STATE).is_file():

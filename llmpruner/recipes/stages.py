@@ -12,15 +12,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checkpoints.record import RUN_FILE
 from ..files import write_text
 
+T = TypeVar("T")
 _LIBRARIES = ("llmpruner", "torch", "transformers")
 
 
@@ -51,6 +52,11 @@ class Stages:
             self.done.append(Stage(name, round(seconds, 2), peak_memory()))
         else:
             self.done[same] = Stage(name, round(self.done[same].seconds + seconds, 2), peak_memory())
+
+    def timed(self, name: str, work: Callable[[], T]) -> T:
+        """The result of ``work``, which is a stage."""
+        with self.stage(name):
+            return work()
 
 
 def write_run(directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any]) -> None:

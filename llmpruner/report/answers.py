@@ -35,13 +35,7 @@ class AnswersSection(ReportSection):
         return rendered("answers.html.j2", asked=asked) if asked else None
 
     def style(self) -> str:
-        return (
-            ".answers { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); } "
-            ".answers p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; } .answers h3 { margin: 0; "
-            "font-size: .88rem; color: var(--dim); } .answers mark { background: none; color: var(--accent); "
-            "font-weight: 700; text-decoration: underline; } .answers div { border-top: 1px solid var(--line); "
-            "padding-top: .5rem; } blockquote { margin: .8rem 0; padding-left: .9rem; border-left: 2px solid var(--line); }"
-        )
+        return rendered("answers.css.j2")
 
 
 def side_by_side(texts: Sequence[tuple[str, str]]) -> list[Answer]:

@@ -75,7 +75,7 @@ class Row:
 
 
 class BlockSection(ReportSection):
-    """On the page of a structure: a drawing, a legend with the parameters per unit of each group, and a table of spans."""
+    """On the page of a structure: a drawing, a legend with the parameters per unit of each group, a table of spans."""
 
     name = "block"
     summary = "drawing of one decoder layer: its parameters and their coupled axes"

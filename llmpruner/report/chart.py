@@ -37,15 +37,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """``x``, ``y``: titles of the axes; ``what``: of the whole, for screen readers. ``log``: whether the axis upwards is
-    logarithmic; all values on it must be above zero then. ``zero``: whether the axis upwards begins at zero."""
+    """``x``, ``y``: titles of the axes; ``what``: of the whole, for screen readers. ``log``: whether the axis upwards
+    is logarithmic; all values on it must be above zero then."""
 
     what: str
     x: str
     y: str
     series: tuple[Series, ...]
     log: bool = False
-    zero: bool = False
     width: int = 640
     height: int = 320
 
@@ -71,7 +70,7 @@ def drawn(chart: Chart) -> str:
     """The SVG element. The chart needs at least one point."""
     points = [point for series in chart.series for point in series.points]
     across = _axis([p.x for p in points], _LEFT, chart.width - _RIGHT)
-    up = _axis([p.y for p in points], chart.height - _BOTTOM, _TOP, log=chart.log, zero=chart.zero)
+    up = _axis([p.y for p in points], chart.height - _BOTTOM, _TOP, log=chart.log)
     lines = [
         (series, [(across.at(p.x), up.at(p.y), p) for p in series.points], " ".join(
             f"{across.at(p.x)},{up.at(p.y)}" for p in series.points
@@ -84,13 +83,13 @@ def drawn(chart: Chart) -> str:
     )  # fmt: skip
 
 
-def _axis(values: Sequence[float], start: float, end: float, *, log: bool = False, zero: bool = False) -> _Axis:
+def _axis(values: Sequence[float], start: float, end: float, *, log: bool = False) -> _Axis:
     low, high = min(values), max(values)
     if log:
         low, high = (low / 1.2, high * 1.2)
         return _Axis(low, high, start, end, log=True)
     room = _ROOM * (high - low) or abs(high) * _ROOM or 1.0
-    return _Axis(0.0 if zero and low >= 0 else low - room, high + room, start, end)
+    return _Axis(low - room, high + room, start, end)
 
 
 def _powers(low: float, high: float) -> list[float]:

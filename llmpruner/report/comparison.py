@@ -46,12 +46,7 @@ class ComparisonSection(ReportSection):
         )  # fmt: skip
 
     def style(self) -> str:
-        return (
-            "table.sort button { font: inherit; color: inherit; background: none; border: 0; padding: 0; cursor: pointer; "
-            "} table.sort button::after { content: ' ↕'; opacity: .5; } th[aria-sort=ascending] button::after { content: "
-            "' ↑' !important; opacity: 1; } th[aria-sort=descending] button::after { content: ' ↓' !important; opacity: 1; "
-            "}"
-        )
+        return rendered("comparison.css.j2")
 
 
 def entries(subjects: Sequence[ReportSubject]) -> list[Entry]:
@@ -142,8 +137,8 @@ def _chart(found: Sequence[Entry], subjects: Sequence[ReportSubject]) -> Chart |
     first = next(one.figures for one in found if _place(one.figures) is not None)
     assert first.parameters is not None
     assert first.perplexity is not None
-    whole = Point(first.parameters.dense / 1e6, first.perplexity.dense, f"dense: perplexity {first.perplexity.dense:.2f}",
-                  DENSE)  # fmt: skip
+    note = f"dense: perplexity {first.perplexity.dense:.2f}"
+    whole = Point(first.parameters.dense / 1e6, first.perplexity.dense, note, DENSE)
     text = f" on {first.text}" if first.text else ""
     return Chart(
         "Perplexity against size: a point for each model, a line for each method", "million parameters in the decoder",

@@ -1,4 +1,4 @@
-"""The figures by which a checkpoint is judged: its size, speed and quality beside the dense model's. Imports no torch."""
+"""The figures by which a checkpoint is judged: size, speed and quality beside the dense model's. Imports no torch."""
 
 from __future__ import annotations
 
@@ -60,21 +60,21 @@ def _perplexity(evidence: Evidence) -> tuple[Pair | None, str | None]:
 
 
 def _tasks(evidence: Evidence) -> tuple[Pair | None, int]:
-    found = [{}, {}] if not evidence.measured else [
-        {task: _accuracy(values) for one in evidence.measured for task, values in (one.of(n).get("tasks") or {}).items()}
-        for n in (DENSE, evidence.name)
-    ]  # fmt: skip
-    both = [task for task in found[0] if found[0][task] is not None and found[1].get(task) is not None]
+    found = [_accuracies(evidence, name) for name in (DENSE, evidence.name)]
+    both = [task for task in found[0] if task in found[1]]
     if not both:
         return None, 0
-    before, after = (sum(values[task] or 0.0 for task in both) / len(both) for values in found)
+    before, after = (sum(values[task] for task in both) / len(both) for values in found)
     return Pair("Accuracy, mean over tasks", before, after), len(both)
 
 
-def _accuracy(values: Mapping[str, Any]) -> float | None:
-    """LLM-Pruner reports the length-normalised accuracy where lm-eval has one."""
-    found: float | None = values.get("acc_norm", values.get("acc"))
-    return found
+def _accuracies(evidence: Evidence, name: str) -> dict[str, float]:
+    """Task → accuracy of one model, normalised by length where lm-eval has that, as LLM-Pruner reports it."""
+    tasks: list[tuple[str, Mapping[str, Any]]] = [
+        pair for one in evidence.measured for pair in (one.of(name).get("tasks") or {}).items()
+    ]
+    found = {task: values.get("acc_norm", values.get("acc")) for task, values in tasks}
+    return {task: value for task, value in found.items() if value is not None}
 
 
 def _decode(evidence: Evidence) -> Pair | None:

@@ -32,10 +32,7 @@ class OriginSection(ReportSection):
         return rendered("origin.html.j2", runs=runs, places=places, plans=plans, steps=evidence.steps)
 
     def style(self) -> str:
-        return (
-            ".facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1.4rem; font-size: "
-            ".9rem; margin: .6rem 0; } .facts dt { color: var(--dim); } .facts dd { margin: 0; overflow-wrap: anywhere; }"
-        )
+        return rendered("origin.css.j2")
 
 
 def command_of(run: Mapping[str, Any]) -> str:

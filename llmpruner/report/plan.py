@@ -112,8 +112,4 @@ class PlanSection(ReportSection):
         return rendered("plan.html.j2", tables=tables, maps=maps) if tables else None
 
     def style(self) -> str:
-        return (
-            ".kept { background: linear-gradient(to right, var(--box) var(--share), transparent 0); "
-            "font-variant-numeric: tabular-nums; } .map .cell { fill: var(--accent); stroke: none; } .map .whole { fill: "
-            "var(--box); }"
-        )
+        return rendered("plan.css.j2")

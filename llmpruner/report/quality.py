@@ -52,11 +52,11 @@ class QualitySection(ReportSection):
         )  # fmt: skip
 
     def style(self) -> str:
-        return ".warning { border-left: 3px solid var(--accent); padding: .1rem 0 .1rem .9rem; }"
+        return rendered("quality.css.j2")
 
 
 def calibration_of(record: Mapping[str, Any]) -> str | None:
-    """The text that the last plan was fitted to, or else ranked on, as the user named it; None where neither read any."""
+    """The text that the last plan was fitted to, or else ranked on, as the user named it; None without."""
     plans = record.get("plans") or ()
     if not plans:
         return None
@@ -87,9 +87,9 @@ def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
     whose = "its own text" if least.own else "one text"
     fitted = f"; the weights were fitted to {calibration}" if calibration else ""
     return (
-        f"The repair helped {whose} more than others: the loss rises by {least.rise:.2f} nats per token on {least.text}, "
-        f"but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model is for, or "
-        "a mixture."
+        f"The repair helped {whose} more than others: the loss rises by {least.rise:.2f} nats per token on "
+        f"{least.text}, but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model "
+        "is for, or a mixture."
     )
 
 

@@ -60,12 +60,7 @@ class ScoresSection(ReportSection):
         )  # fmt: skip
 
     def style(self) -> str:
-        return (
-            ".panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: .3rem .8rem; } "
-            ".panels svg { font-size: 10px; } .panels .base { stroke: var(--line); } .panels .kept { fill: var(--dim); "
-            "opacity: .55; } .panels .gone { fill: var(--accent); } .panels .cut { stroke: var(--text); } .panels text { "
-            "fill: var(--dim); }"
-        )
+        return rendered("scores.css.j2")
 
 
 def panel(label: str, spread: Mapping[str, Any]) -> Panel:

@@ -32,12 +32,7 @@ class SummarySection(ReportSection):
         )  # fmt: skip
 
     def style(self) -> str:
-        return (
-            ".lead { font-size: 1.12rem; } .tiles { display: grid; gap: 1rem 2rem; padding: 0; margin: 1.6rem 0 0; "
-            "grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); } .tiles div { border-top: 2px solid "
-            "var(--accent); padding-top: .5rem; } .tiles dt { color: var(--dim); font-size: .84rem; } .tiles dd { "
-            "margin: 0; font-variant-numeric: tabular-nums; } .tiles .now { font-size: 1.5rem; line-height: 1.3; }"
-        )
+        return rendered("summary.css.j2")
 
 
 def _tile(pair: Pair | None, text: object) -> dict[str, str] | None:
