@@ -94,6 +94,9 @@ from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
+from .report.base import Costs as Costs
+from .report.base import Evidence as Evidence
+from .report.base import Measurements as Measurements
 from .report.base import ReportSection as ReportSection
 from .report.base import ReportSubject as ReportSubject
 from .selection.allocate import take_if_it_fits as take_if_it_fits
