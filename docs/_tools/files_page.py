@@ -29,9 +29,11 @@ FITS = {
     "matrices": "How many matrices the parameter has.",
     "fitted": "How many of them were fitted; the others keep their weights.",
     "rows": "Tokens in the fits.",
-    "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; for a stack the median; null where no fit was "
+    "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; for a stack the median; null where no "
+    "fit was "
     "better than the old weights.",
-    "before": "Squared error of the outputs on held-out tokens with the old weights of the inputs that stay, as a share of "
+    "before": "Squared error of the outputs on held-out tokens with the old weights of the inputs that stay, as "
+    "a share of "
     "the targets' mean square; for a stack, averaged over tokens; null where it was not computed.",
     "after": "The same with the fitted weights.",
 }
@@ -48,7 +50,8 @@ RUN = {
     "command": "`prune` or `recover`.",
     "model": "The model that was read, as the user named it.",
     "settings": "The settings that the user gave.",
-    "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process had taken "
+    "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process "
+    "had taken "
     "by the end of the stage. What an interrupted run had done before is not among them.",
     "machine": "System, processor, cores, and bytes of memory.",
     "versions": "Versions of Python and of the libraries that results depend on most.",
@@ -110,11 +113,13 @@ LATENCY = (
     "followed, or made again, without measuring."
 )
 WORK_TEXT = (
-    "What compensation and selection did, for [reports](../how-to/report.md). `scores` is empty where units were chosen in "
+    "What compensation and selection did, for [reports](../how-to/report.md). `scores` is empty where units "
+    "were chosen in "
     "several steps, and for a plan that was replayed."
 )
 RUN_TEXT = (
-    "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and `push` leave it "
+    "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and "
+    "`push` leave it "
     "aside, as they do `report.html`."
 )
 RECORD_TEXT = (

@@ -144,7 +144,8 @@ def _measurements(
 
 def _evaluation(name: str, found: Mapping[str, Any], catalog: Catalog) -> Evaluation:
     """With the rows that the metrics give; those of a metric that is not installed are its numbers."""
-    results = {key: value for key, value in found.items() if key != "name" and isinstance(value, Mapping) and value}
+    aside = ("name", "calibration_overlap")
+    results = {key: value for key, value in found.items() if key not in aside and isinstance(value, Mapping) and value}
     rows: list[Row] = []
     for key, value in results.items():
         if key in catalog.metrics:

@@ -45,6 +45,11 @@ class Measurements:
         """The results of one model; empty for a model that was not measured."""
         return next((one for own, one in zip(self.names, self.results, strict=True) if own == name), {})
 
+    def text_of(self, perplexity: Mapping[str, Any]) -> str:
+        """The name of the text of a perplexity, or else the start of its checksum."""
+        name = perplexity.get("text") or (self.text or "").partition(",")[0]
+        return name or str(perplexity.get("text_sha256", ""))[:12]
+
 
 @dataclass(frozen=True)
 class Evidence:

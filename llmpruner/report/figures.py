@@ -55,7 +55,7 @@ def _perplexity(evidence: Evidence) -> tuple[Pair | None, str | None]:
     for one in evidence.measured:
         before, after = ((one.of(name).get("perplexity") or {}).get("perplexity") for name in (DENSE, evidence.name))
         if before is not None and after is not None:
-            return Pair("Perplexity", before, after), one.text
+            return Pair("Perplexity", before, after), one.text_of(one.of(DENSE)["perplexity"])
     return None, None
 
 

@@ -68,12 +68,20 @@ def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
     """For every text on which the dense model and the checkpoint were measured."""
     found: dict[str, TextLoss] = {}
     for one in evidence.measured:
-        before, after = ((one.of(name).get("perplexity") or {}) for name in (DENSE, evidence.name))
-        if before.get("perplexity") and after.get("perplexity"):
-            text = one.text or str(after.get("text_sha256", ""))[:12]
-            rise = log(after["perplexity"]) - log(before["perplexity"])
-            found[text] = TextLoss(text, rise, _same_source(text, calibration))
+        before, after = (_perplexities(one, name) for name in (DENSE, evidence.name))
+        overlap = one.of(evidence.name).get("calibration_overlap") or {}
+        for text in (text for text in after if text in before):
+            own = _same_source(text, calibration) or overlap.get(text, 0.0) > 0
+            found[text] = TextLoss(text, log(after[text]) - log(before[text]), own)
     return list(found.values())
+
+
+def _perplexities(one: Measurements, name: str) -> dict[str, float]:
+    """Text → perplexity of one model; a text without a name is known by the start of its checksum."""
+    result = one.of(name).get("perplexity") or {}
+    first = one.text_of(result)
+    found = {first: result.get("perplexity"), **{t: r["perplexity"] for t, r in (result.get("others") or {}).items()}}
+    return {text: value for text, value in found.items() if value}
 
 
 def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
@@ -110,8 +118,6 @@ def _facts(one: Measurements) -> str:
     found = next((result["perplexity"] for result in one.results if result.get("perplexity")), None)
     if found is None or "tokens" not in found:
         return ""
-    text = f" of {one.text}" if one.text else ""
-    return (
-        f"Perplexity: {found['tokens']:,} tokens{text} in windows of {found['window']:,} "
-        f"({found['window'] - 1:,} predictions each)."
-    )
+    several = {one.text_of(found): found, **(found.get("others") or {})}
+    each = "; ".join(f"{of['tokens']:,} tokens of {text}" for text, of in several.items())
+    return f"Perplexity: {each}; windows of {found['window']:,} tokens with {found['window'] - 1:,} predictions each."

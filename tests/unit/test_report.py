@@ -16,7 +16,7 @@ from llmpruner.budgets.cached_bytes import bytes_per_token
 from llmpruner.evaluation.cost import size
 from llmpruner.importance.spread import spread
 from llmpruner.publishing.push import upload_of
-from llmpruner.report.answers import Answer, side_by_side
+from llmpruner.report.answers import Answer, measured_answers, side_by_side
 from llmpruner.report.base import Evidence, Measurements
 from llmpruner.report.quality import text_losses, uneven
 from llmpruner.structure.plan import PruningPlan
@@ -142,7 +142,23 @@ def test_a_repair_that_helped_its_own_text_alone_is_warned_of(calibration, after
 
 def test_answers_part_at_the_first_other_word():
     found = side_by_side([("dense", "Eat well, sleep."), ("a", "Eat well and run."), ("b", "Eat well, sleep.")])
-    assert found[1:] == [Answer("a", "Eat well", " ", "and run.", 2), Answer("b", "Eat well, sleep.")]
+    assert found[1:] == [Answer("a", "Eat well", " and", " run.", "2 words"), Answer("b", "Eat well, sleep.")]
+
+
+def test_answers_of_the_metric_part_at_a_token():
+    same = {"prompt": "Why?", "answer": "As it is so.", "common": "As it is so.", "common_tokens": 5, "equal": True}
+    other = {**same, "answer": "As it was.", "common": "As it", "common_tokens": 2, "equal": False}
+    results = tuple({"generations": {"answers": [one]}} for one in (same, other))
+    ((prompt, answers),) = measured_answers(Measurements(("dense", "small"), results, ()))
+    assert prompt == "Why?"
+    assert answers == [Answer("dense", "As it is so."), Answer("small", "As it", " was", ".", "2 tokens")]
+
+
+def test_a_text_that_the_calibration_read_is_its_own():
+    results = ({"perplexity": {"perplexity": 10.0, "text": "a.txt", "others": {"b.txt": {"perplexity": 10.0}}}},) * 2
+    measured = Measurements(("dense", "cut"), (results[0], {**results[1], "calibration_overlap": {"b.txt": 0.1}}), ())
+    found = text_losses(Evidence("cut", measured=(measured,)), "corpus.txt")
+    assert [(one.text, one.own, one.rise) for one in found] == [("a.txt", False, 0.0), ("b.txt", True, 0.0)]
 
 
 class Flops(ReportSection):
