@@ -8,6 +8,7 @@ from typing import Any
 
 from ..amounts import bytes_text, count_text
 from .base import DENSE, Evidence, ReportSubject
+from .templates import bare
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _perplexity(evidence: Evidence) -> tuple[Pair | None, str | None]:
     for one in evidence.measured:
         before, after = ((one.of(name).get("perplexity") or {}).get("perplexity") for name in (DENSE, evidence.name))
         if before is not None and after is not None:
-            return Pair("Perplexity", before, after), one.text_of(one.of(DENSE)["perplexity"])
+            return Pair("Perplexity", before, after), bare(one.text_of(one.of(DENSE)["perplexity"]))
     return None, None
 
 

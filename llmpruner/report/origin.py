@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
 from typing import Any
 
 from ..amounts import bytes_text
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
 from .base import ReportSection, ReportSubject
-from .templates import rendered
+from .templates import bare, rendered
 
 _MODELS: Mapping[str, type[Settings]] = {"prune": PruneSettings, "recover": RecoverSettings}
 
@@ -37,7 +36,7 @@ class OriginSection(ReportSection):
 
 def command_of(run: Mapping[str, Any]) -> str:
     """The command line with which the same is done again, but for the output."""
-    words = ["llmpruner", run["command"], _base(run["model"])]
+    words = ["llmpruner", run["command"], bare(run["model"])]
     model = _MODELS[run["command"]]
     for name, value in run["settings"].items():
         words += _option("--plan" if name == "plan" else flag_of(model, name), value)
@@ -54,12 +53,7 @@ def _option(flag: str, value: Any) -> Iterator[Any]:
     elif isinstance(value, list | tuple):
         yield from (flag, ",".join(map(str, value)))
     elif value is not None:
-        yield from (flag, _base(str(value)))
-
-
-def _base(ref: str) -> str:
-    """The last part of an absolute path, which means nothing elsewhere; other references as they are."""
-    return PurePath(ref).name if PurePath(ref).is_absolute() else ref
+        yield from (flag, bare(str(value)))
 
 
 def _stages(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -91,10 +85,10 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
              "units": f"{amount} of the units of every group"}  # fmt: skip
     text = estimation["calibration"] or compensation.get("calibration")
     return [
-        ("Model", f"{_base(plan['base']['model'])}, family {plan['family']}"),
+        ("Model", f"{bare(plan['base']['model'])}, family {plan['family']}"),
         ("Asked for", asked[target["by"]]),
         ("Criterion", f"{estimation['criterion']} {_settings(estimation['settings'])}".strip()),
-        ("Calibration", "none" if text is None else text),
+        ("Calibration", "none" if text is None else bare(text)),
         ("Units", f"{', '.join(selection['kinds'])} of the layers {selection['layers']}"),
         ("Allocation", f"{selection['allocation']}, {selection['shape']} widths, multiples of {selection['round_to']}"),
         ("Compensation", f"{compensation['name']} {_settings(compensation.get('settings') or {})}".strip()),

@@ -9,7 +9,7 @@ from math import log
 from typing import Any
 
 from .base import DENSE, Evidence, Measurements, ReportSection, ReportSubject
-from .templates import rendered
+from .templates import bare, rendered
 
 _UNEVEN = 2.5
 """A repair has helped one text alone where the loss rises by this factor more on another one …"""
@@ -61,7 +61,7 @@ def calibration_of(record: Mapping[str, Any]) -> str | None:
     if not plans:
         return None
     found = [(plans[-1].get(part) or {}).get("calibration") for part in ("compensation", "estimation")]
-    return next((text for text in found if text), None)
+    return next((bare(text) for text in found if text), None)
 
 
 def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
@@ -72,7 +72,7 @@ def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
         overlap = one.of(evidence.name).get("calibration_overlap") or {}
         for text in (text for text in after if text in before):
             own = _same_source(text, calibration) or overlap.get(text, 0.0) > 0
-            found[text] = TextLoss(text, log(after[text]) - log(before[text]), own)
+            found[text] = TextLoss(bare(text), log(after[text]) - log(before[text]), own)
     return list(found.values())
 
 
@@ -119,5 +119,5 @@ def _facts(one: Measurements) -> str:
     if found is None or "tokens" not in found:
         return ""
     several = {one.text_of(found): found, **(found.get("others") or {})}
-    each = "; ".join(f"{of['tokens']:,} tokens of {text}" for text, of in several.items())
+    each = "; ".join(f"{of['tokens']:,} tokens of {bare(text)}" for text, of in several.items())
     return f"Perplexity: {each}; windows of {found['window']:,} tokens with {found['window'] - 1:,} predictions each."
