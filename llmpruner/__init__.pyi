@@ -17,6 +17,7 @@ from .api import save as save
 from .api import sensitivity as sensitivity
 from .api import verify as verify
 from .api import verify_checkpoint as verify_checkpoint
+from .api import write_report as write_report
 from .benching.base import BenchSubject as BenchSubject
 from .benching.base import Runtime as Runtime
 from .benching.base import Session as Session
@@ -97,6 +98,9 @@ from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
+from .report.base import Costs as Costs
+from .report.base import Evidence as Evidence
+from .report.base import Measurements as Measurements
 from .report.base import ReportSection as ReportSection
 from .report.base import ReportSubject as ReportSubject
 from .selection.allocate import take_if_it_fits as take_if_it_fits

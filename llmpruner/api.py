@@ -25,6 +25,7 @@ from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .chatting.chat import Chat
 from .checkpoints.adapters import save_adapter
+from .checkpoints.record import REPORT_FILE
 from .data.conversations import Example
 from .engine.boundaries import DEFAULT_LIMIT
 from .engine.journal import Journal
@@ -78,6 +79,7 @@ from .publishing.push import Upload, send
 from .recipes import pipeline
 from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_recover, check_replay
+from .recipes.evidence import ResultsFile, find, subject_of
 from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
 from .recipes.inputs import evaluated_fingerprint
 from .recipes.jobs import (
@@ -103,6 +105,7 @@ from .recipes.residency import arranged, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
 from .recipes.sensitivity import measure_curve, planned_cuts
+from .recipes.stages import Stages, write_run
 from .recipes.state import Hashes
 from .recipes.verification import Verification, verification
 from .recovery.base import LayerWalk
@@ -113,7 +116,7 @@ from .recovery.run import RecoveryResult, check_work_dir, prepare
 from .recovery.run import recover as _recover
 from .report.base import ReportSubject
 from .report.curve import loss_curve
-from .report.page import report_page
+from .report.page import Report, comparison_page, facts_of, report_page
 from .report.sensitivity import sensitivity_plot
 from .selection.curve import Curve
 from .settings import (
@@ -273,8 +276,9 @@ def prune(
             # The files of a result depend on how the model is held, and free memory may differ when a run is continued.
             way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
         beside = None if directory is None else directory.resolve().parent
-        loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
         how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
+        with how.stages.stage("loading"):
+            loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
         with _resumable(journal, progress):
             if journal is not None:
                 journal.store("way", {"streamed": way.streamed})
@@ -284,7 +288,9 @@ def prune(
             if directory is None:
                 return pruned
             progress.status("saving")
-            pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+            with how.stages.stage("saving"):
+                pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, directory)))
+            _write_run(directory, how.stages, "prune", opened, _given(settings, plan), ranks)
         pruned = reopened(pruned, directory, trust_remote_code=load is not None and load.trust_remote_code)
         if journal is not None:
             journal.remove()
@@ -308,6 +314,20 @@ def _resumable(journal: Journal | None, progress: Progress) -> Iterator[None]:
         if journal is not None:
             journal.remove()
         raise
+
+
+def _given(settings: PruneKeywords, plan: PruningPlan | str | Path | None) -> dict[str, Any]:
+    """The settings of a prune as the user gave them; the file of a plan that is replayed is one of them."""
+    replayed = {"plan": str(plan)} if isinstance(plan, (str, Path)) else {}
+    return {**settings_from(PruneSettings, settings).given(), **replayed}
+
+
+def _write_run(
+    directory: Path, stages: Stages, command: str, source: Structure, given: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write ``run.json`` into a checkpoint that the first of several processes has saved."""
+    if ranks.first:
+        write_run(directory, stages, command, source.ref, given)
 
 
 def _checked(
@@ -453,28 +473,28 @@ def recover(
     if run.restart:
         ranks.from_first(lambda: remove_tree(folder))
     beside = folder.resolve().parent
+    stages = Stages()
     written = None
     if own is not None and dense is not None:
         placed = placed_as(opened, trusted) if isinstance(opened, Model) else load or LoadSettings()
         open_model = partial(open_dense, opened, catalog, placed, streamed=way.streamed, beside=beside)
-        written = {own.source: _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, progress)}
-    loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False)
-    walk = LayerWalk(boundary_memory=way.boundary_memory)
-    if loaded.streamed is not None:
-        walk = replace(
-            walk, pruned=loaded.streamed, open_dense=partial(_dense_weights, loaded, catalog, trusted, beside)
-        )
+        write = partial(_dense_rows, own, open_model, dense, placed, folder, job.settings.seed, progress)
+        written = {own.source: stages.timed("writing examples", write)}
+    loaded = stages.timed(
+        "loading",
+        lambda: _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, ahead=False),
+    )
     if written is not None:
         examples = load_examples(
             job.settings.data, opened.family, tokenizer, limit=job.settings.limit, seed=job.settings.seed,
             written=written,
         )  # fmt: skip
         data = prepare(job.settings, opened.family, tokenizer, examples)
-    with progress.counter("Recovering") as step:
+    with progress.counter("Recovering") as step, stages.stage("training"):
         result = _recover(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
             load_teacher=partial(load_dense, loaded, catalog, trust_remote_code=trusted),
-            layers=original_layers(loaded.plans), on_step=step, walk=walk,
+            layers=original_layers(loaded.plans), on_step=step, walk=_layer_walk(loaded, way, catalog, trusted, beside),
             on_validation=lambda done: progress.status(str(done)),
         )  # fmt: skip
     for note in result.notes:
@@ -482,7 +502,10 @@ def recover(
     recovered = _recovered(loaded, result)
     if directory is None:
         return recovered
-    form = ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
+    form = stages.timed(
+        "saving", lambda: ranks.from_first(lambda: _save_recovered(recovered, result, directory, folder))
+    )
+    _write_run(directory, stages, "recover", opened, job.settings.given(), ranks)
     recovered = reopened(replace(recovered, form=form), directory, trust_remote_code=trusted)
     if work_dir is None and ranks.first:
         remove_tree(folder)
@@ -560,6 +583,14 @@ def _dense_rows(
             progress.status(f"'{model.ref}' is read from its files for every token; a file of examples is faster")
         rows.write(own, model.model, model.tokenizer, model.family, seed, progress)
     return rows.examples
+
+
+def _layer_walk(pruned: Model, way: Residency, catalog: Catalog, trusted: bool, beside: Path) -> LayerWalk:
+    """How a strategy that trains layer by layer reads both models."""
+    walk = LayerWalk(boundary_memory=way.boundary_memory)
+    if pruned.streamed is None:
+        return walk
+    return replace(walk, pruned=pruned.streamed, open_dense=partial(_dense_weights, pruned, catalog, trusted, beside))
 
 
 def _dense_weights(pruned: Model, catalog: Catalog, trust_remote_code: bool, beside: Path) -> Weights:
@@ -900,6 +931,40 @@ def write_page(
     page = report_page(subject, sections)
     write_text(check_new_file(Path(path)), page.html)
     return list(page.warnings)
+
+
+def write_report(
+    directories: str | Path | Sequence[str | Path],
+    path: str | Path | None = None,
+    *,
+    results: Sequence[str | Path] = (),
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    catalog: Catalog | None = None,
+) -> Report:
+    """Write an HTML page that tells what was won and lost by pruning: ``write_report("pruned")``.
+
+    ``directories``: checkpoints, or outputs of recipes, of which each counts as its last checkpoint. Several are
+    compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, where the process
+    works. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are found without.
+    ``settings``: section name → its settings. Reads no weights.
+
+    Raises `ModelError` for other directories, `DataError` for other files, and `OutputError` for a ``path`` that cannot
+    be written.
+    """
+    catalog = catalog or Catalog(plugin_manager())
+    places = [Path(one) for one in ([directories] if isinstance(directories, (str, Path)) else directories)]
+    if not places:
+        raise SettingsError("nothing to report on: name at least one checkpoint")
+    default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
+    sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
+    for place in places:
+        find(place)
+    target = check_new_file(default if path is None else Path(path))
+    files = [ResultsFile.read(Path(one)) for one in results]
+    subjects = [subject_of(place, files, catalog) for place in places]
+    page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
+    write_text(target, page.html)
+    return Report(target, tuple(facts_of(one) for one in subjects), page.warnings)
 
 
 def _recipe(

@@ -49,6 +49,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def given(self) -> dict[str, Any]:
+        """The fields that the user gave, as JSON values."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
 
 S = TypeVar("S", bound=Settings)
 

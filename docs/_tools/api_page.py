@@ -23,7 +23,8 @@ from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.sensitivity, api.bench,
-    api.generate, api.chat, api.save, api.export, api.verify_checkpoint, api.push, api.run, api.dry_run,
+    api.generate, api.chat, api.write_report, api.save, api.export, api.verify_checkpoint, api.push, api.run,
+    api.dry_run,
 )  # fmt: skip
 VALUES = (
     Structure,

@@ -24,9 +24,43 @@ RECORD = {
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
     "calibration_passages": "Fingerprints (12 hexadecimal digits) of one in 32 passages of 13 words of the text that "
     "calibrations read, from which `evaluate` sees that a model is judged on it; absent where none was read.",
+    "work": "One for each of the plans: its [fits and scores](#work); null where an older version made the cut.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""
+FITS = {
+    "parameter": "The weight matrix, or the stack of matrices.",
+    "matrices": "How many matrices the parameter has.",
+    "fitted": "How many of them were fitted; the others keep their weights.",
+    "rows": "Tokens in the fits.",
+    "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; for a stack the median; null where no "
+    "fit was "
+    "better than the old weights.",
+    "before": "Squared error of the outputs on held-out tokens with the old weights of the inputs that stay, as "
+    "a share of "
+    "the targets' mean square; for a stack, averaged over tokens; null where it was not computed.",
+    "after": "The same with the fitted weights.",
+}
+"""Key of an element of ``work[…].fits`` → what it is."""
+SCORES = {
+    "low": "The lowest score.",
+    "high": "The highest score.",
+    "log": "Whether the bins are of equal width in the logarithm of the scores.",
+    "kept": "Numbers of kept units in bins of equal width from `low` to `high`.",
+    "removed": "Numbers of removed units in the same bins.",
+}
+"""Key of a value of ``work[…].scores`` → what it is."""
+RUN = {
+    "command": "`prune` or `recover`.",
+    "model": "The model that was read, as the user named it.",
+    "settings": "The settings that the user gave.",
+    "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process "
+    "had taken "
+    "by the end of the stage. What an interrupted run had done before is not among them.",
+    "machine": "System, processor, cores, and bytes of memory.",
+    "versions": "Versions of Python and of the libraries that results depend on most.",
+}
+"""Key of ``run.json`` → what it is."""
 RECOVERY = {
     "strategy": "Name of the recovery strategy.",
     "strategy_settings": "Its settings, as in `--set`.",
@@ -66,7 +100,10 @@ def render() -> str:
     for model in _inside(LatencyTable):
         lines += _model(model, 4)
     lines += ["", "## llmpruner.json", "", RECORD_TEXT, "", *_keys(RECORD)]
+    lines += ["", "### work", "", WORK_TEXT, "", "Each of the `fits`:", "", *_keys(FITS)]
+    lines += ["", "Each of the `scores`, by the name of the group:", "", *_keys(SCORES)]
     lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys({**RECOVERY, **LOCAL})]
+    lines += ["", "## run.json", "", RUN_TEXT, "", *_keys(RUN)]
     return "\n".join(lines) + "\n"
 
 
@@ -78,6 +115,16 @@ INTRODUCTION = (
 LATENCY = (
     "Under `--budget latency`, `measured` of the [target](#target) is a table of times. A plan with such a table is "
     "followed, or made again, without measuring."
+)
+WORK_TEXT = (
+    "What compensation and selection did, for [reports](../how-to/report.md). `scores` is empty where units "
+    "were chosen in "
+    "several steps, and for a plan that was replayed."
+)
+RUN_TEXT = (
+    "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and "
+    "`push` leave it "
+    "aside, as they do `report.html`."
 )
 RECORD_TEXT = (
     "What a checkpoint keeps of how it was made, so that it can be pruned again, and so that its layers can be built. "

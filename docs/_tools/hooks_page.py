@@ -24,7 +24,7 @@ from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
-from llmpruner.report.base import ReportSubject
+from llmpruner.report.base import Costs, Evidence, Measurements, ReportSubject
 from llmpruner.selection.base import AllocationTask, Demand, Meter
 from llmpruner.structure.queues import Queue
 
@@ -37,7 +37,7 @@ _GIVEN: dict[str, tuple[type, ...]] = {
     "metric": (MetricSubject, Row),
     "exporter": (ExportTask,),
     "runtime": (BenchSubject, Session, Work),
-    "report section": (ReportSubject,),
+    "report section": (ReportSubject, Evidence, Measurements, Costs),
 }
 """Kind of component → the classes that it is given or gives back."""
 CLASSES: dict[str, tuple[type, ...]] = {

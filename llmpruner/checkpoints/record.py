@@ -9,6 +9,11 @@ from typing import Any
 from ..errors import CheckpointError, first_line
 
 RECORD_FILE = "llmpruner.json"
+RUN_FILE = "run.json"
+REPORT_FILE = "report.html"
+OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE)
+"""Files beside a checkpoint that tell of the machine and of the time it took. No result depends on them, and they are
+not published."""
 
 
 def record_text(value: Any) -> str:

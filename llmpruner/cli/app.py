@@ -26,6 +26,7 @@ from . import (
     prune,
     push,
     recover,
+    report,
     run,
     sensitivity,
     verify,
@@ -83,6 +84,7 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         verify,
         push,
         run,
+        report,
         new_plugin,
         doctor,
     ):

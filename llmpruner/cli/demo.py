@@ -16,6 +16,7 @@ from .console import RichProgress, count, out
 from .evaluate import show_evaluations
 from .options import catalog_of
 from .prune import show_plan
+from .report import NoReport, write_beside
 from .run import show_texts
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def demo(
     ] = Path("demo-output"),
     ratio: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the decoder's parameters to remove.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Same seed, same inputs: same result.")] = 0,
+    no_report: NoReport = False,
 ) -> None:
     """Prune, recover and compare a real 135M model in minutes, on a CPU, offline.
 
@@ -63,6 +65,8 @@ def demo(
     folders = [escape(str(output / step.name)) for step in recipe.steps if step.command.checkpoint]
     out.print(f"Files: {' and '.join(folders)}; both load with")
     out.print(f"  llmpruner generate {folders[-1]} --chat --prompt …", highlight=False)
+    if not no_report:
+        write_beside(ctx, output, say=True)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")
 
 

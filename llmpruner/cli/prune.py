@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ import typer
 
 from ..errors import SettingsError
 from ..files import check_new_file
+from ..recipes.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
@@ -20,6 +19,7 @@ from .console import RichProgress, count, note, out, print_json, size, table
 from .derive import takes
 from .launched import is_first
 from .options import Json, ModelName, Output, catalog_of
+from .report import NoReport, write_beside
 
 if TYPE_CHECKING:
     from ..structure.outcome import Outcome
@@ -77,6 +77,7 @@ def prune(
     no_tokenizer: Annotated[
         bool, typer.Option("--no-tokenizer", help="Prune the weights alone of a model that brings no tokenizer.")
     ] = False,
+    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Remove the least important units and write an ordinary Hugging Face directory.
@@ -99,6 +100,8 @@ def prune(
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)
+    if not no_report:
+        write_beside(ctx, output)
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
         print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})
@@ -111,12 +114,8 @@ def prune(
 def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
     """What the run was expected to take, and what it took: bytes of the process at most, and seconds."""
     used: dict[str, Any] = {"seconds": round(seconds, 1)}
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        # Bytes on macOS, KiB elsewhere.
-        unit = 1 if sys.platform == "darwin" else 1024
-        used["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if (memory := peak_memory()) is not None:
+        used["memory"] = memory
     return {"forecast": None if outcome.forecast is None else {**outcome.forecast, "used": used}}
 
 

@@ -16,6 +16,7 @@ from .derive import takes
 from .evaluate import show_evaluations
 from .options import Json, catalog_of
 from .prune import show_plan
+from .report import NoReport, write_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done and what it would take; do nothing.")
     ] = False,
+    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Do the steps of a recipe: prune, recover, evaluate, export … in one command that can be interrupted.
@@ -82,6 +84,8 @@ def run(
         return
     found = api.run(recipe, on_step=None if as_json else show_step, **shared)
     seconds = round(time.monotonic() - started, 1)
+    if not no_report and any(step.command in ("prune", "recover") for step in found.steps):
+        write_beside(ctx, found.output)
     if as_json:
         print_json({**found.as_json(), "seconds": seconds})
         return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from statistics import median
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..progress import QUIET, Progress
@@ -23,12 +24,40 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Fit:
     """How one weight was fitted. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
-    number of tokens in the fit. ``ridge``: as a share of the mean diagonal of XᵀX; None: weights are unchanged."""
+    number of tokens in the fit. ``ridge``: as a share of the mean diagonal of XᵀX; None: weights are unchanged.
+    ``before``, ``after``: squared error of the outputs on tokens that are held out, as a share of the mean square of
+    the targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed."""
 
     parameter: str
     slot: int | None
     rows: int
     ridge: float | None
+    before: float | None = None
+    after: float | None = None
+
+
+def fits_record(fits: Sequence[Fit]) -> list[dict[str, Any]]:
+    """The fits as JSON values, one for each parameter, as ``llmpruner.json`` keeps them: for a stack of matrices the
+    median of the ridges, and errors averaged over the tokens."""
+    found: dict[str, list[Fit]] = {}
+    for fit in fits:
+        found.setdefault(fit.parameter, []).append(fit)
+    return [_fit_record(name, of_one) for name, of_one in found.items()]
+
+
+def _fit_record(parameter: str, fits: Sequence[Fit]) -> dict[str, Any]:
+    ridges = [fit.ridge for fit in fits if fit.ridge is not None]
+    known = [(fit.rows, fit.before, fit.after) for fit in fits if fit.before is not None and fit.after is not None]
+    rows = sum(count for count, _, _ in known)
+    return {
+        "parameter": parameter,
+        "matrices": len(fits),
+        "fitted": len(ridges),
+        "rows": sum(fit.rows for fit in fits),
+        "ridge": median(ridges) if ridges else None,
+        "before": sum(count * before for count, before, _ in known) / rows if rows else None,
+        "after": sum(count * after for count, _, after in known) / rows if rows else None,
+    }
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..engine.signals import InputStats, Signal
 from ..importance.base import ImportanceCriterion
 from ..importance.estimate import Scores, estimate, estimate_from
+from ..importance.spread import Spread, spread
 from ..progress import Progress
 from ..structure.coupling import CoupledGroup, CouplingGraph, Role
 from ..structure.queues import build_queue
@@ -54,12 +55,13 @@ def _readers(group: CoupledGroup) -> set[str]:
 @dataclass(frozen=True)
 class Chooser:
     """Ranks units by ``criterion`` (``reduction``, ``seed``: as for `estimate`), and keeps the planned number of each
-    group."""
+    group. ``scores``: group name → how the scores of the units that were chosen so far are distributed."""
 
     criterion: ImportanceCriterion
     reduction: str = "sum"
     widths: Widths = ANY
     seed: int = 0
+    scores: dict[str, Spread] = field(default_factory=dict)
 
     @property
     def gram(self) -> bool:
@@ -96,6 +98,8 @@ class Chooser:
         chosen = {}
         for group in groups:
             multiple = self.widths.multiple(group)
-            queue = build_queue(group, scores.by_group[group.name].tolist(), multiple=multiple)
+            values = scores.by_group[group.name].tolist()
+            queue = build_queue(group, values, multiple=multiple)
             chosen[group.name] = queue.kept_after(queue.steps_for(group.units - len(kept[group.name])))
+            self.scores[group.name] = spread(values, chosen[group.name])
         return chosen

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..engine.ranks import Ranks
     from ..engine.watch import WatchedProduct
 
+Values = tuple[int, float | None, float | None, float | None]
+"""``rows``, ``ridge``, ``before`` and ``after`` of a `Fit`."""
+
 
 class WeightFitter:
     """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
@@ -54,16 +57,16 @@ class WeightFitter:
         """Number ``trial`` of the errors that `write` compares."""
         return self.equations.error(trial, self._old(matrix))
 
-    def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> tuple[int, float | None]:
-        """Replace W_K and b by the fitted values and W_R by zeros. Returns the number of tokens in the fit, and the
-        ridge (None where the old values fit better)."""
+    def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> Values:
+        """Replace W_K and b by the fitted values and W_R by zeros."""
+        shares = self.equations.shares(errors) or (None, None)
         new, ridge = self.equations.solve(self._old(matrix), errors)
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
         matrix.zero_()
         matrix.index_copy_(1, self.kept, new.to(matrix.dtype))
-        return self.equations.rows, ridge
+        return self.equations.rows, ridge, *shares
 
     def _old(self, matrix: torch.Tensor) -> torch.Tensor:
         old = matrix.index_select(1, self.kept).float()
@@ -95,8 +98,8 @@ class BiasFitter:
     def error(self, trial: int, matrix: torch.Tensor) -> float:
         raise NotImplementedError
 
-    def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> tuple[int, float | None]:
-        """Change b, and set W_R to zero. Returns the number of tokens in the mean, and None."""
+    def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> Values:
+        """Change b, and set W_R to zero. ``rows`` are the tokens in the mean."""
         del errors
         lost = self.total / max(self.rows, 1)
         lost[self.consumer.kept.to(lost.device)] = 0
@@ -104,7 +107,7 @@ class BiasFitter:
         stays = torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
         stays[self.consumer.kept.to(matrix.device)] = True
         matrix[:, ~stays] = 0
-        return self.rows, None
+        return self.rows, None, None, None
 
 
 Fitter = WeightFitter | BiasFitter
@@ -130,7 +133,8 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
     own: dict[Matrix, Fit] = {}
     for number, (key, fitter) in enumerate(fitters.items()):
         if ranks.owns(number):
-            own[key] = Fit(*key, *fitter.write(matrices[key], of_matrix[key]))
+            rows, ridge, before, after = fitter.write(matrices[key], of_matrix[key])
+            own[key] = Fit(*key, rows, ridge, before, after)
     for number, (key, fitter) in enumerate(fitters.items()):
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
     fits = ranks.merged(own)

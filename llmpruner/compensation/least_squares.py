@@ -32,23 +32,27 @@ _OUTPUTS = 128
 
 @dataclass
 class _Sums:
-    """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``rows``: n."""
+    """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``squares``: the squares of the targets,
+    summed over the rows (out,); ``rows``: n."""
 
     gram: torch.Tensor
     cross: torch.Tensor
+    squares: torch.Tensor
     rows: int = 0
 
     @classmethod
     def zeros(cls, width: int, out: int, device: torch.device) -> _Sums:
-        return cls(torch.zeros(width, width, device=device), torch.zeros(width, out, device=device))
+        gram, cross = torch.zeros(width, width, device=device), torch.zeros(width, out, device=device)
+        return cls(gram, cross, torch.zeros(out, device=device))
 
     def reduce(self, ranks: Ranks) -> None:
-        ranks.sum_([self.gram, self.cross])
+        ranks.sum_([self.gram, self.cross, self.squares])
         self.rows = int(*ranks.totals(self.rows))
 
     def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         add_gram(self.gram, inputs)
         self.cross.addmm_(inputs.T, targets)
+        self.squares += targets.square().sum(0)
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor, step: int) -> float:
@@ -109,6 +113,18 @@ class NormalEquations:
         step = max(1, len(old_OI) // _OUTPUTS)
         old = old_OI[::step].T.double()
         return self._held.error(_ridge(self._fit, old, RIDGES[trial], step) if trial < len(RIDGES) else old, step)
+
+    def shares(self, errors: Sequence[float]) -> tuple[float, float] | None:
+        """The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
+        of the mean square of the targets. ``errors``: of all trials. None without rows, and where all targets are
+        zero."""
+        step = max(1, len(self._held.squares) // _OUTPUTS)
+        whole = float(self._held.squares[::step].double().sum()) / max(self._held.rows, 1)
+        if self._fit.rows == 0 or whole == 0:
+            return None
+        old, best = errors[-1], min(errors)
+        # Differences of sums in float32 may fall below zero.
+        return max(0.0, 1 + old / whole), max(0.0, 1 + best / whole)
 
     def solve(self, old_OI: torch.Tensor, errors: Sequence[float] | None = None) -> tuple[torch.Tensor, float | None]:
         """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no ridge

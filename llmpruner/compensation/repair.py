@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -118,6 +118,8 @@ class _Repair:
         state, states = found
         self.kept = {name: tuple(units) for name, units in state["kept"].items()}
         self.fits = [Fit(*values) for values in state["fits"]]
+        if self.chooser is not None:
+            self.chooser.scores.update(state["scores"])
         self.dense = self.walk.restored(states["dense"])
         self.pruned = self.walk.restored(states["pruned"]) if "pruned" in states else None
         return int(state["layers"])
@@ -127,7 +129,8 @@ class _Repair:
             state = {
                 "layers": number + 1,
                 "kept": {name: list(units) for name, units in self.kept.items()},
-                "fits": [(fit.parameter, fit.slot, fit.rows, fit.ridge) for fit in self.fits],
+                "fits": [astuple(fit) for fit in self.fits],
+                "scores": {} if self.chooser is None else self.chooser.scores,
             }
             states = {"dense": self.dense} if self.pruned is None else {"dense": self.dense, "pruned": self.pruned}
             self.journal.layer_done(state, states)

@@ -80,13 +80,15 @@ class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
     last `llmpruner.save` in this process. ``passages``: fingerprints of the calibration text of prunes in this process
-    (`llmpruner.data.passages`). ``streamed``: reads the weights when they are needed; None where they are in memory."""
+    (`llmpruner.data.passages`). ``work``: for each cut in this process, ``fits`` and ``scores`` as ``llmpruner.json``
+    keeps them. ``streamed``: reads the weights when they are needed; None where they are in memory."""
 
     model: PreTrainedModel
     tokenizer: Any | None
     outcome: Outcome | None = None
     form: str | None = None
     passages: tuple[str, ...] = ()
+    work: tuple[Mapping[str, Any], ...] = ()
     streamed: StreamedWeights | None = None
 
     @property

@@ -63,7 +63,7 @@ _DRAWING = (
 """Names of the functions that fill a tensor with random numbers."""
 
 
-class _WithoutDrawing(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _WithoutDrawing(TorchFunctionMode):
     """Leaves out random numbers for tensors on the meta device. They have no values, but the operators run all the
     same, in Python, which took three quarters of the time of building a model. Tensors elsewhere (buffers) are filled.
     """

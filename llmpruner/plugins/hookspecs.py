@@ -206,7 +206,7 @@ def llmpruner_checkpoint_readers() -> Sequence[type[CheckpointReader]]:
 
 @hookspec
 def llmpruner_report_sections() -> Sequence[type[ReportSection]]:
-    """Sections of HTML pages (``discover --html``).
+    """Sections of HTML pages (``report``, and ``discover --html``).
 
     Returns: a list of `ReportSection` subclasses.
 

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints.record import RECORD_FILE
+from ..checkpoints.record import OF_THIS_MACHINE, RECORD_FILE
 from ..errors import CheckpointError, OutputError, SettingsError, first_line
 from .card import CARD_FILE
 
@@ -39,14 +39,17 @@ class Upload:
 
 
 def upload_of(directory: Path, repo: str, card: str, record: Mapping[str, Any]) -> Upload:
-    """Everything in ``directory`` but hidden files, with ``card`` as ``README.md`` and `public_record` of ``record``.
+    """Everything in ``directory`` but hidden files and `OF_THIS_MACHINE`,
+    with ``card`` as ``README.md`` and `public_record` of ``record``.
 
     Raises `CheckpointError` for a directory without weights.
     """
     found: dict[str, bytes | Path] = {
         path.relative_to(directory).as_posix(): path
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if path.is_file()
+        and path.name not in OF_THIS_MACHINE
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
     }
     if not any(name.endswith(".safetensors") for name in found):
         raise CheckpointError(f"{directory} holds no safetensors file; push takes what prune, recover or export wrote")

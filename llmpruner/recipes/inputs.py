@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoints.adapters import adapter_base
+from ..checkpoints.record import OF_THIS_MACHINE
 from ..component import Component
 from ..loading.model import Model
 from ..loading.reference import resolve
@@ -80,7 +81,7 @@ def model_files(ref: str, catalog: Catalog) -> list[Path]:
         return []
     found = [file for file in sorted(place.directory.iterdir()) if file.is_file() and not file.name.startswith(".")]
     base = adapter_base(place.directory)
-    return [file for file in found if file.suffix not in _NO_WEIGHTS] + (
+    return [file for file in found if file.suffix not in _NO_WEIGHTS and file.name not in OF_THIS_MACHINE] + (
         [] if base is None else model_files(base, catalog)
     )
 

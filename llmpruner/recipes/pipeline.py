@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..budgets.base import BudgetSubject
 from ..budgets.costs import Cost, CutCost
 from ..budgets.open import open_budget
 from ..checkpoints.save import save_checkpoint, vocabulary_files
-from ..compensation.base import RepairTask
+from ..compensation.base import Fit, RepairTask, fits_record
 from ..compensation.choose import Chooser, can_wait
 from ..compensation.trials import Trials
 from ..data.calibration import CalibrationSet, parse_calibration
@@ -30,6 +30,7 @@ from ..engine.ranks import SINGLE, Ranks
 from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
 from ..importance.estimate import Removal, Scores, check_accepted, estimate
+from ..importance.spread import Spread, spread
 from ..loading.dense import base_record
 from ..models.empty import meta_model
 from ..models.positions import positions_of
@@ -56,6 +57,7 @@ from ..structure.widths import NARROW, Widths, widths_for
 from .jobs import CalibrationJob, PruneJob
 from .outcome import outcome_of
 from .passages import passages_in, passages_record
+from .stages import Stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,6 +85,9 @@ class Draft:
     chooser: Chooser | None = None
     cost: Cost | None = None
     """Of the budget; None for a plan that is replayed."""
+    scores: Mapping[str, Spread] = field(default_factory=dict)
+    """Group name → how the scores that chose its units are distributed. Empty as long as the units are not chosen, and
+    where they are chosen in several steps."""
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
@@ -113,12 +118,13 @@ def inner_layers(structure: Structure) -> tuple[int, ...]:
 class Run:
     """How stages run. ``boundary_memory``: bytes of hidden states in memory. ``journal``: keeps results for a run that
     is interrupted. ``divided``: see `Executor`. ``ranks``: the processes that share the work; the first one reads or
-    writes text, measures a budget and selects, and all go on with its results."""
+    writes text, measures a budget and selects, and all go on with its results. ``stages``: times them."""
 
     boundary_memory: int = DEFAULT_LIMIT
     journal: Journal | None = None
     divided: int = 1
     ranks: Ranks = SINGLE
+    stages: Stages = field(default_factory=Stages)
 
     def executor(self, model: Model) -> Executor:
         """For a stage that runs ``model``."""
@@ -156,12 +162,15 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     network, graph = model.model, model.graph
     chooser = _chooser(job, model, scope.groups(graph))
     journal = run.journal
-    calibration = journaled(journal, model, job, progress, run.ranks)
+    with run.stages.stage("calibration text"):
+        calibration = journaled(journal, model, job, progress, run.ranks)
     if journal is not None and (earlier := journal.load("plan")) is not None:
-        return Draft(PruningPlan.model_validate(earlier), calibration, chooser)
-    whole, measured = _open(model, job, scope, progress, run.ranks)
+        return Draft(PruningPlan.model_validate(earlier), calibration, chooser, scores=journal.load("scores") or {})
+    with run.stages.stage("budget"):
+        whole, measured = _open(model, job, scope, progress, run.ranks)
     scored, widths = scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
+    spreads: dict[str, Spread] = {}
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
         cost = CutCost(whole, model.graph, kept) if kept else whole
@@ -169,22 +178,26 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             # The numbers of units do not depend on scores, and the units are chosen later.
             ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
         else:
-            scores = estimate(
-                network, graph, groups, job.criterion, scored,
-                reduction=job.reduction, seed=job.seed, progress=progress,
-                executor=run.executor(model)
-                if network is model.model
-                else Executor.of(network, graph.layers, run.ranks),
-                removal=_removal(graph, groups, scope, demand(job, whole, cost, groups, scope, step), cost, job),
-            )  # fmt: skip
+            with run.stages.stage("scores"):
+                scores = estimate(
+                    network, graph, groups, job.criterion, scored,
+                    reduction=job.reduction, seed=job.seed, progress=progress,
+                    executor=run.executor(model)
+                    if network is model.model
+                    else Executor.of(network, graph.layers, run.ranks),
+                    removal=_removal(graph, groups, scope, demand(job, whole, cost, groups, scope, step), cost, job),
+                )  # fmt: skip
             ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
-        chosen = run.ranks.from_first(
-            lambda: select(
-                graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
-                cost=cost, widths=widths,  # noqa: B023
-                loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
-            )
-        )  # fmt: skip
+        with run.stages.stage("selection"):
+            chosen = run.ranks.from_first(
+                lambda: select(
+                    graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
+                    cost=cost, widths=widths,  # noqa: B023
+                    loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
+                )
+            )  # fmt: skip
+        if chooser is None and job.steps == 1:
+            spreads = {name: spread(ranked[name].tolist(), units) for name, units in chosen.items()}
         names = renamed(model.graph, kept)
         survivors = {name: surviving_units(model.graph, kept, model.graph.by_name[name]) for name in names}
         kept = compose(kept, chosen, names, survivors)
@@ -196,8 +209,9 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
     plan = _plan(model, job, kept, calibration, measured)
     if journal is not None:
+        journal.store("scores", spreads)
         journal.store("plan", plan.model_dump(mode="json"))
-    return Draft(plan, calibration, chooser, whole)
+    return Draft(plan, calibration, chooser, whole, spreads)
 
 
 def _removal(
@@ -237,16 +251,28 @@ def apply_draft(
     model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET, run: Run | None = None
 ) -> Model:
     """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
-    plan, read = draft.plan, draft.calibration
+    plan, run, read = draft.plan, run or Run(), draft.calibration
     plan.check(model.graph)
+    fits: Sequence[Fit] = ()
     if plan.compensation is not None:
-        plan, read = _compensate(model, draft, plan.compensation, catalog, progress, run or Run())
+        with run.stages.stage("compensation"):
+            plan, fits, read = _compensate(model, draft, plan.compensation, catalog, progress, run)
     model = replace(model, passages=(*model.passages, *passages_in(read, model.tokenizer)))
+    chosen = {} if draft.chooser is None else draft.chooser.scores
+    work = {"fits": fits_record(fits), "scores": {**draft.scores, **chosen}}
+    with run.stages.stage("cut"):
+        return _cut(model, plan, draft, work, catalog, progress)
+
+
+def _cut(
+    model: Model, plan: PruningPlan, draft: Draft, work: Mapping[str, Any], catalog: Catalog, progress: Progress
+) -> Model:
+    """``work``: see `Model`."""
     outcome = outcome_of(model, plan, draft.cost or _recorded_cost(model, plan, catalog, progress))
     if model.streamed is not None:
-        return _cut_streamed(model, model.streamed, plan, outcome)
+        return _cut_streamed(replace(model, work=(*model.work, work)), model.streamed, plan, outcome)
     graph = cut(model.model, model.graph, plan.kept, model.family)
-    return replace(model, graph=graph, plans=(*model.plans, plan), outcome=outcome)
+    return replace(model, graph=graph, plans=(*model.plans, plan), outcome=outcome, work=(*model.work, work))
 
 
 def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outcome: Outcome) -> Model:
@@ -275,6 +301,7 @@ def save(
         **passages_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
+        "work": _all_work(model),
         "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
     }
     return save_checkpoint(
@@ -286,6 +313,13 @@ def save(
         extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
         parts=model.streamed,
     )
+
+
+def _all_work(model: Model) -> list[Mapping[str, Any] | None]:
+    """One for each plan; None for cuts of a version that did not record it."""
+    earlier = list((model.record or {}).get("work") or ())
+    missing = len(model.plans) - len(earlier) - len(model.work)
+    return [*earlier, *[None] * missing, *model.work]
 
 
 def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> CalibrationSet | None:
@@ -408,8 +442,8 @@ def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> Compensa
 
 def _compensate(
     model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress, run: Run
-) -> tuple[PruningPlan, CalibrationSet | None]:
-    """The plan with the units that were chosen, and the text that was read."""
+) -> tuple[PruningPlan, Sequence[Fit], CalibrationSet | None]:
+    """The plan with the units that were chosen, what the repair did, and the text that was read."""
     plan, calibration = draft.plan, draft.calibration
     compensation = catalog.compensations[how.name](**how.settings)
     if calibration is None and how.calibration is not None and how.samples and how.length:
@@ -434,7 +468,7 @@ def _compensate(
     )
     with torch.no_grad():
         repaired = compensation.repair(task)
-    return _with_units(model.graph, plan, repaired.kept), calibration
+    return _with_units(model.graph, plan, repaired.kept), repaired.fits, calibration
 
 
 def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:

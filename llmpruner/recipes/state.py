@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..checkpoints.manifest import sha256
+from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
 from ..files import check_new_directory, write_text
 from ..progress import QUIET, Progress
@@ -85,9 +86,9 @@ class State:
         write_text(self._file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def files(self, name: str) -> dict[str, str]:
-        """SHA-256 of the files of a step, by their names inside its folder."""
+        """SHA-256 of the files of a step, by their names inside its folder, without those that differ every time."""
         folder = self.folder / name
-        found = sorted(file for file in folder.rglob("*") if file.is_file())
+        found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in OF_THIS_MACHINE)
         return {file.relative_to(folder).as_posix(): self.hashes(file) for file in found}
 
     def is_there(self, name: str) -> bool:

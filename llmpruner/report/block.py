@@ -75,7 +75,7 @@ class Row:
 
 
 class BlockSection(ReportSection):
-    """A drawing, a legend with the parameters per unit of each group, and a table of spans."""
+    """On the page of a structure: a drawing, a legend with the parameters per unit of each group, a table of spans."""
 
     name = "block"
     summary = "drawing of one decoder layer: its parameters and their coupled axes"
@@ -86,7 +86,10 @@ class BlockSection(ReportSection):
 
     settings: Settings
 
-    def render(self, subject: ReportSubject) -> str:
+    def render(self, subject: ReportSubject) -> str | None:
+        if subject.evidence is not None:
+            # It is of the structure, which the page of a checkpoint takes as known.
+            return None
         graph, layer = subject.graph, self.settings.layer
         if layer is None:
             layer = graph.num_layers // 2

@@ -56,8 +56,8 @@ def loss_curve(training: Mapping[str, Any]) -> str:
         losses=places(shown),
         checked=places(checked),
         best=None if training.get("best_step") is None else f"{x(training['best_step']):.1f}",
-        across=[Tick(round(x(value), 1), f"{value:,.0f}") for value in _round_numbers(0, last) if value == int(value)],
-        up=[Tick(round(y(value), 1), f"{value:g}") for value in _round_numbers(low, high)],
+        across=[Tick(round(x(value), 1), f"{value:,.0f}") for value in round_numbers(0, last) if value == int(value)],
+        up=[Tick(round(y(value), 1), f"{value:g}") for value in round_numbers(low, high)],
     )
 
 
@@ -68,7 +68,7 @@ def _averaged(losses: Sequence[tuple[int, float]]) -> Iterator[tuple[float, floa
         yield sum(step for step, _ in part) / len(part), sum(loss for _, loss in part) / len(part)
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
+def round_numbers(low: float, high: float) -> list[float]:
     """About five multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / 5
     unit = 10 ** floor(log10(rough))

@@ -43,11 +43,14 @@ def _range(values: set[int]) -> str:
 
 
 class GroupsSection(ReportSection):
-    """A table of `kind_rows`."""
+    """A table of `kind_rows`, on the page of a structure."""
 
     name = "groups"
     summary = "table of the coupled groups: kind, units, parameters per unit, share of the decoder"
     order = 10
 
-    def render(self, subject: ReportSubject) -> str:
+    def render(self, subject: ReportSubject) -> str | None:
+        if subject.evidence is not None:
+            # The page of a checkpoint shows what was removed.
+            return None
         return rendered("groups.html.j2", graph=subject.graph, columns=KIND_COLUMNS, rows=kind_rows(subject.graph))

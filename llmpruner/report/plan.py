@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,33 @@ def _table(cuts: Mapping[str, GroupCut]) -> CutTable:
     return CutTable(whole, kinds, tuple(rows))
 
 
+@dataclass(frozen=True)
+class MapRow:
+    """One kind of unit in the map of a plan. ``cells``: for every layer from before the cut, the units, or None where
+    none was removed."""
+
+    kind: str
+    cells: tuple[Cell | None, ...]
+
+
+def cut_maps(tables: Sequence[CutTable], layers: int) -> list[list[MapRow]]:
+    """For every table, a row for each kind. ``layers``: of the model after all cuts."""
+    maps: list[list[MapRow]] = []
+    for table in reversed(tables):
+        layers += len(table.whole["layer"].gone) if "layer" in table.whole else 0
+        of_layer = {n: row for row in table.rows for n in range(row.first, row.last + 1)}
+        rows = [
+            MapRow(kind, tuple(of_layer[n].cells[place] if n in of_layer else None for n in range(layers)))
+            for place, kind in enumerate(table.kinds)
+        ]
+        if gone := table.whole.get("layer"):
+            rows.append(MapRow("layer", tuple(Cell(0, 1) if n in gone.gone else None for n in range(layers))))
+        maps.insert(0, rows)
+    return maps
+
+
 class PlanSection(ReportSection):
-    """A table of `cut_tables`; nothing for a dense model."""
+    """A map of layers and kinds and a table for each of `cut_tables`; nothing for a dense model."""
 
     name = "plan"
     summary = "what was cut: units kept of each kind in each layer"
@@ -83,10 +108,8 @@ class PlanSection(ReportSection):
 
     def render(self, subject: ReportSubject) -> str | None:
         tables = cut_tables(subject.record)
-        return rendered("plan.html.j2", tables=tables) if tables else None
+        maps = cut_maps(tables, subject.graph.num_layers)
+        return rendered("plan.html.j2", tables=tables, maps=maps) if tables else None
 
     def style(self) -> str:
-        return (
-            ".kept { background: linear-gradient(to right, var(--box) var(--share), transparent 0); "
-            "font-variant-numeric: tabular-nums; }"
-        )
+        return rendered("plan.css.j2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 
@@ -13,4 +14,16 @@ def rendered(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
+    environment.filters["bare"] = bare
     return environment.get_template(template).render(**values)
+
+
+def bare(text: str) -> str:
+    """Of absolute paths, with commas between them, the last parts, as the folders mean nothing elsewhere; other text as
+    it is. Known to templates as a filter."""
+    return ",".join(_last(part) for part in text.split(","))
+
+
+def _last(text: str) -> str:
+    found = next((path for path in (PurePosixPath(text), PureWindowsPath(text)) if path.is_absolute()), None)
+    return text if found is None else found.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 
 import pytest
 import yaml
@@ -50,6 +51,11 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     places = [shown.out.index(title) for title in titles]
     assert places == sorted(places)
     assert "instructions, 2 steps: loss on answers" in shown.out
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    sentence = next(line for line in shown.out.splitlines() if "of the decoder's parameters are gone" in line)
+    assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
+    for title in ("Quality", "Answers", "Cost", "What was cut", "Scores and the cut", "Repair", "Recovery"):
+        assert f">{title}</h2>" in page
     assert "first 10,240 tokens of Python's help topics, windows of 512" in shown.out
     for folder in ("demo/pruned", "by_hand"):
         assert run("generate", tmp_path / folder, "-p", "The fox", "--max-new-tokens", 2).code == 0

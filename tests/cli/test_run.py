@@ -93,7 +93,9 @@ def reasons(run, *arguments) -> dict[str, str]:
 def test_a_recipe_runs_from_end_to_end(run, file, whole, shared, tmp_path):
     shown = run("run", file, "-o", tmp_path / "out", "--set", "prune.samples=4")
     assert shown.code == 0, shown.err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*NAMES, "recipe.json", LOCK])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*NAMES, "recipe.json", "report.html", LOCK])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>2-recover, pruned from dense</h1>" in page and ">Recovery</h2>" in page and "perplexity" in page
     assert checksums(tmp_path / "out") == checksums(whole), "the same in another process and folder"
     for text in ("32 of 48", "4 examples, 3 steps, loss", "perplexity", "loads it", "4 steps;"):
         assert text in shown.out

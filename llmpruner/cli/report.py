@@ -1,0 +1,90 @@
+"""``llmpruner report``, and the reports that other commands write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ..errors import LlmprunerError
+from ..settings import PageSettings
+from .console import note, out, print_json, warning_line
+from .derive import takes
+from .launched import is_first
+from .options import Json, catalog_of
+
+NoReport = Annotated[
+    bool, typer.Option("--no-report", help="Write no report.html; `llmpruner report` can do so later.")
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    app.command()(report)
+
+
+@takes(page=PageSettings)
+def report(
+    ctx: typer.Context,
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared."
+        ),
+    ],
+    page: dict[str, Any],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o",
+            help="The page; by default report.html, in DIR or, for several, in the current folder.",
+        ),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results",
+            metavar="FILE",
+            help="Results of `evaluate --json` or `bench --json` with these models and the dense one. Repeatable; "
+            "those of a recipe are found without.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Write an HTML page that tells what was won and lost: size, speed, quality, what was cut, how it was repaired.
+
+    The page is one file that loads nothing. `prune`, `run` and `demo` write it too. Reads no weights.
+    """
+    from .. import api
+
+    made = api.write_report(directories, output, results=results or (), catalog=catalog_of(ctx), **page)
+    for warning in made.warnings:
+        warning_line(warning)
+    if as_json:
+        print_json({"output": str(made.path), "models": list(made.facts)})
+        return
+    for one in made.facts:
+        out.print(f"[bold]{escape(one['name'])}[/]: {escape(one['sentence'])}", highlight=False, soft_wrap=True)
+    out.print(f"[bold green]✓[/] {escape(str(made.path))}", highlight=False, soft_wrap=True)
+
+
+def write_beside(ctx: typer.Context, directory: Path, *, say: bool = False) -> None:
+    """Write ``report.html`` into a checkpoint or the output of a recipe. What keeps it from being written is a warning,
+    as the work itself is done. ``say``: print the sentence of the page."""
+    from .. import api
+
+    if not is_first():
+        return
+    try:
+        made = api.write_report(directory, catalog=catalog_of(ctx))
+    except LlmprunerError as error:
+        warning_line(f"no report was written: {error}")
+        return
+    for warning in made.warnings:
+        warning_line(warning)
+    if say:
+        (sentence,) = made.sentences
+        out.print(sentence[:1].upper() + sentence[1:], highlight=False, markup=False)
+    note(f"report written to {made.path}")

@@ -1,0 +1,100 @@
+"""The section ``origin``: commands, plans, time, memory, machine and versions."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..amounts import bytes_text
+from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
+from .base import ReportSection, ReportSubject
+from .templates import bare, rendered
+
+_MODELS: Mapping[str, type[Settings]] = {"prune": PruneSettings, "recover": RecoverSettings}
+
+
+class OriginSection(ReportSection):
+    """Nothing without evidence."""
+
+    name = "origin"
+    summary = "how the checkpoint was made: commands, plans, seconds and memory of every stage, machine, versions"
+    order = 40
+
+    def render(self, subject: ReportSubject) -> str | None:
+        evidence = subject.evidence
+        if evidence is None:
+            return None
+        runs = [(command_of(run), _stages(run)) for run in evidence.runs]
+        places = list(dict.fromkeys((_machine(run["machine"]), _versions(run["versions"])) for run in evidence.runs))
+        plans = [_facts(plan) for plan in subject.record.get("plans") or ()]
+        return rendered("origin.html.j2", runs=runs, places=places, plans=plans, steps=evidence.steps)
+
+    def style(self) -> str:
+        return rendered("origin.css.j2")
+
+
+def command_of(run: Mapping[str, Any]) -> str:
+    """The command line with which the same is done again, but for the output."""
+    words = ["llmpruner", run["command"], bare(run["model"])]
+    model = _MODELS[run["command"]]
+    for name, value in run["settings"].items():
+        words += _option("--plan" if name == "plan" else flag_of(model, name), value)
+    return " ".join(shlex.quote(str(word)) for word in words) + " -o …"
+
+
+def _option(flag: str, value: Any) -> Iterator[Any]:
+    if isinstance(value, bool):
+        yield flag if value else f"--no-{flag[2:]}"
+    elif isinstance(value, Mapping):
+        for component, settings in value.items():
+            for key, one in settings.items():
+                yield from ("--set", f"{component}.{key}={one}")
+    elif isinstance(value, list | tuple):
+        yield from (flag, ",".join(map(str, value)))
+    elif value is not None:
+        yield from (flag, bare(str(value)))
+
+
+def _stages(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    stages = [one for one in run["stages"] if one["seconds"] >= 0.05]
+    rows = [(one["name"], f"{one['seconds']:,.1f}", _memory(one["peak_bytes"])) for one in stages]
+    return [*rows, ("all", f"{sum(one['seconds'] for one in run['stages']):,.1f}", "")]
+
+
+def _memory(value: int | None) -> str:
+    return "–" if value is None else bytes_text(value)
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return (
+        f"{machine['processor'] or 'unknown processor'}, {machine['cores']} cores, {bytes_text(machine['memory'])} of "
+        f"memory, {machine['system']}"
+    )
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    target, selection, estimation = plan["target"], plan["selection"], plan["estimation"]
+    compensation = plan["compensation"] or {"name": "none"}
+    amount = f"{target['amount']:.1%}" if target["by"] != "parameters" else f"{target['amount']:,.0f}"
+    asked = {"ratio": f"{amount} of {target['budget']}", "parameters": f"{amount} parameters to keep",
+             "units": f"{amount} of the units of every group"}  # fmt: skip
+    text = estimation["calibration"] or compensation.get("calibration")
+    return [
+        ("Model", f"{bare(plan['base']['model'])}, family {plan['family']}"),
+        ("Asked for", asked[target["by"]]),
+        ("Criterion", f"{estimation['criterion']} {_settings(estimation['settings'])}".strip()),
+        ("Calibration", "none" if text is None else bare(text)),
+        ("Units", f"{', '.join(selection['kinds'])} of the layers {selection['layers']}"),
+        ("Allocation", f"{selection['allocation']}, {selection['shape']} widths, multiples of {selection['round_to']}"),
+        ("Compensation", f"{compensation['name']} {_settings(compensation.get('settings') or {})}".strip()),
+        ("Seed", str(plan["seed"])),
+    ]  # fmt: skip
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return f"({', '.join(f'{key} {value}' for key, value in values.items())})" if values else ""

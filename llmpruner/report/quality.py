@@ -1,0 +1,123 @@
+"""The section ``quality``: every measured quantity of the dense and of the pruned models side by side, text by text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+from .base import DENSE, Evidence, Measurements, ReportSection, ReportSubject
+from .templates import bare, rendered
+
+_UNEVEN = 2.5
+"""A repair has helped one text alone where the loss rises by this factor more on another one …"""
+_LEAST = 0.1
+"""… and by this much more, in nats per token."""
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """By how much the loss per token on a text rose, in nats. ``own``: whether the calibration text is of the same
+    source."""
+
+    text: str
+    rise: float
+    own: bool
+
+
+class QualitySection(ReportSection):
+    """A table for each call of ``evaluate``, and a warning where the loss rises very unevenly; nothing without
+    evidence."""
+
+    name = "quality"
+    summary = "perplexity, divergence and tasks of dense and pruned models, and how evenly texts are affected"
+    order = 11
+
+    def render(self, subject: ReportSubject) -> str | None:
+        evidence = subject.evidence
+        if evidence is None:
+            return None
+        calibration = calibration_of(subject.record)
+        tables = [
+            {"names": one.names, "lines": one.lines, "facts": _facts(one), "own": evidence.name}
+            for one in evidence.measured
+        ]
+        losses = text_losses(evidence, calibration)
+        return rendered(
+            "quality.html.j2", tables=tables, calibration=calibration, warning=uneven(losses, calibration),
+            losses=losses if len(losses) > 1 else [], only_own=bool(losses) and all(one.own for one in losses),
+            name=evidence.name,
+        )  # fmt: skip
+
+    def style(self) -> str:
+        return rendered("quality.css.j2")
+
+
+def calibration_of(record: Mapping[str, Any]) -> str | None:
+    """The text that the last plan was fitted to, or else ranked on, as the user named it; None without."""
+    plans = record.get("plans") or ()
+    if not plans:
+        return None
+    found = [(plans[-1].get(part) or {}).get("calibration") for part in ("compensation", "estimation")]
+    return next((bare(text) for text in found if text), None)
+
+
+def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
+    """For every text on which the dense model and the checkpoint were measured."""
+    found: dict[str, TextLoss] = {}
+    for one in evidence.measured:
+        before, after = (_perplexities(one, name) for name in (DENSE, evidence.name))
+        overlap = one.of(evidence.name).get("calibration_overlap") or {}
+        for text in (text for text in after if text in before):
+            own = _same_source(text, calibration) or overlap.get(text, 0.0) > 0
+            found[text] = TextLoss(bare(text), log(after[text]) - log(before[text]), own)
+    return list(found.values())
+
+
+def _perplexities(one: Measurements, name: str) -> dict[str, float]:
+    """Text → perplexity of one model; a text without a name is known by the start of its checksum."""
+    result = one.of(name).get("perplexity") or {}
+    first = one.text_of(result)
+    found = {first: result.get("perplexity"), **{t: r["perplexity"] for t, r in (result.get("others") or {}).items()}}
+    return {text: value for text, value in found.items() if value}
+
+
+def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
+    """A line where the loss rises much more on one text than on another, as after a repair that is fitted to one kind
+    of text; empty otherwise."""
+    if len(losses) < 2:
+        return ""
+    least, most = min(losses, key=lambda one: one.rise), max(losses, key=lambda one: one.rise)
+    if most.rise <= _UNEVEN * max(least.rise, 0.0) or most.rise - least.rise <= _LEAST:
+        return ""
+    whose = "its own text" if least.own else "one text"
+    fitted = f"; the weights were fitted to {calibration}" if calibration else ""
+    return (
+        f"The repair helped {whose} more than others: the loss rises by {least.rise:.2f} nats per token on "
+        f"{least.text}, but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model "
+        "is for, or a mixture."
+    )
+
+
+def _same_source(text: str, calibration: str | None) -> bool:
+    """Whether both are named after one data set: ``wikitext2_unk_test`` and ``wikitext2``."""
+    own, others = _stem(text), [_stem(part) for part in (calibration or "").split(",")]
+    return bool(own) and any(other and (own.startswith(other) or other.startswith(own)) for other in others)
+
+
+def _stem(text: str) -> str:
+    """``data/wikitext2_unk_test.txt`` → ``wikitext2``."""
+    name = re.split(r"[/\\]", text.strip())[-1].rpartition("*")[2].partition(":")[0]
+    return re.split(r"[._-]", name.lower())[0]
+
+
+def _facts(one: Measurements) -> str:
+    """What the perplexity was measured on."""
+    found = next((result["perplexity"] for result in one.results if result.get("perplexity")), None)
+    if found is None or "tokens" not in found:
+        return ""
+    several = {one.text_of(found): found, **(found.get("others") or {})}
+    each = "; ".join(f"{of['tokens']:,} tokens of {bare(text)}" for text, of in several.items())
+    return f"Perplexity: {each}; windows of {found['window']:,} tokens with {found['window'] - 1:,} predictions each."

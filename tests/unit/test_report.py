@@ -1,0 +1,214 @@
+"""The report of a checkpoint: its figures are those of the record, of the shapes and of the files of results."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+
+import pytest
+import tiny_report
+from tiny_report import EVALUATED, evaluated, page_of
+
+import llmpruner
+from llmpruner import Catalog, DataError, ModelError, ReportSection, plugin_manager
+from llmpruner.budgets.cached_bytes import bytes_per_token
+from llmpruner.evaluation.cost import size
+from llmpruner.importance.spread import spread
+from llmpruner.publishing.push import upload_of
+from llmpruner.report.answers import Answer, measured_answers, side_by_side
+from llmpruner.report.base import Evidence, Measurements
+from llmpruner.report.quality import text_losses, uneven
+from llmpruner.structure.plan import PruningPlan
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return tiny_report.build(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def record(places):
+    return json.loads((places / "small" / "llmpruner.json").read_text())
+
+
+def text_of(html: str) -> str:
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", html.partition("<main>")[2])))
+
+
+def test_the_record_tells_fits_and_scores_of_every_group(record):
+    (work,) = record["work"]
+    plan = PruningPlan.model_validate(record["plans"][0])
+    assert {fit["parameter"] for fit in work["fits"]} == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)}
+    for fit in work["fits"]:
+        assert list(fit) == ["parameter", "matrices", "fitted", "rows", "ridge", "before", "after"]
+        assert fit["rows"] == 8 * 24 and 0 < fit["after"] <= fit["before"]
+        assert (fit["ridge"] is None) == (fit["after"] == fit["before"])
+    assert any(fit["after"] < fit["before"] for fit in work["fits"])
+    assert work["scores"].keys() == plan.cuts.keys()
+    for name, cut in plan.cuts.items():
+        scores = work["scores"][name]
+        assert (sum(scores["kept"]), sum(scores["removed"])) == (len(cut.kept), cut.units - len(cut.kept))
+
+
+def test_scores_are_counted_in_bins():
+    found = spread([1.0, 10.0, 100.0, float("inf")], kept=[2, 3])
+    assert (found["low"], found["high"], found["log"]) == (1.0, 100.0, True)
+    assert [n for n, count in enumerate(found["removed"]) if count] == [0, 10]
+    assert found["kept"][-1] == 1 and sum(found["kept"]) == 1, "what must stay has no score"
+    assert not spread([-1.0, 3.0], kept=[1])["log"]
+    assert spread([2.0, 2.0], kept=[1])["removed"][0] == 1
+
+
+def test_costs_are_those_of_the_model(places, tmp_path):
+    made = llmpruner.write_report(places / "small", tmp_path / "page.html")
+    loaded = llmpruner.load(places / "small")
+    own, dense = made.facts[0]["costs"], made.facts[0]["dense"]
+    counted = size(loaded.model, loaded.graph)
+    assert {key: own[key] for key in own if key != "cache_bytes"} == {
+        key: getattr(counted, key) for key in own if key != "cache_bytes"
+    }
+    assert own["cache_bytes"] == sum(bytes_per_token(loaded.model, loaded.graph)) == dense["cache_bytes"]
+    assert dense["decoder_parameters"] > own["decoder_parameters"]
+    removed = 1 - own["decoder_parameters"] / dense["decoder_parameters"]
+    assert f"{removed:.1%} of the decoder's parameters are gone" in made.sentences[0]
+    assert made.sentences[0].endswith("its quality was not measured.")
+
+
+def test_the_page_has_the_figures_of_the_files(places, tmp_path):
+    html, facts = page_of(places, tmp_path, "small")
+    shown = text_of(html)
+    for text in ("20.00", "30.00", "0.4000", "MACs per token", "KV cache per token", "1.25", "quartiles".title()):
+        assert text in shown, text
+    assert "perplexity on wikitext2 went from 20.00 to 30.00 (+50%)" in facts[0]["sentence"]
+    assert "it decodes 1.25 times as fast, where its size allows 1.50" in facts[0]["sentence"]
+    assert facts[0]["measured"][0]["models"][1]["perplexity"] == EVALUATED["small"]["perplexity"]
+    command = re.search(r"<pre[^>]*>(.*?)</pre>", html)[1]
+    assert command == "llmpruner prune dense --ratio 0.2 --calibration text.txt --samples 8 --length 24 -o …"
+    stages = json.loads((places / "small" / "run.json").read_text())["stages"]
+    assert [one["name"] for one in stages][-3:] == ["compensation", "cut", "saving"]
+    assert all(one["peak_bytes"] > 1e6 and one["seconds"] >= 0 for one in stages)
+
+
+def test_the_page_loads_nothing_and_names_its_regions(places, tmp_path):
+    html, _ = page_of(places, tmp_path, "small")
+    assert not re.search(r"<(script|link|img|iframe)\b|https?://|@import|url\(", html)
+    assert "default-src 'none'" in html
+    assert html.count('class="scroll') == html.count('role="region"') > 3
+    links = set(re.findall(r'href="#([^"]+)"', html))
+    assert links and links <= set(re.findall(r'<section id="([^"]+)"', html))
+
+
+def test_several_checkpoints_are_compared(places, tmp_path):
+    html, facts = page_of(places, tmp_path, "small", "smaller", "worse")
+    assert [one["name"] for one in facts] == ["small", "smaller", "worse"]
+    rows = {
+        row[0]: row
+        for body in re.findall(r"<tr>(<th scope=\"row\" data-value.*?)</tr>", html)
+        for row in [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", body)]
+    }
+    assert {name: (row[5], row[-1]) for name, row in rows.items()} == {
+        "small": ("30.00", "yes"), "smaller": ("50.00", "yes"), "worse": ("60.00", "no"),
+    }  # fmt: skip
+    assert html.count('class="ring"') == 2 and "<script>" in html
+    assert html.count('<details class="one">') == 3
+
+
+WIKI, INSTRUCTIONS = "wikitext2_unk_test", "instructions"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "after", "warns"),
+    [("wikitext2", (29.61, 15.08), "its own text"), ("self", (36.48, 13.24), ""), (None, (36.48, 13.24), "")],
+    ids=["fitted to WikiText", "mixed", "no text"],
+)
+def test_a_repair_that_helped_its_own_text_alone_is_warned_of(calibration, after, warns):
+    """With measurements of the real model: perplexity on WikiText-2 and on instructions, 20 % removed."""
+    measured = tuple(
+        Measurements(
+            ("dense", "cut"),
+            ({"perplexity": {"perplexity": before}}, {"perplexity": {"perplexity": value}}),
+            (),
+            text,
+        )
+        for text, before, value in zip((WIKI, INSTRUCTIONS), (25.62, 7.60), after, strict=True)
+    )
+    losses = text_losses(Evidence("cut", measured=measured), calibration)
+    assert [one.own for one in losses] == [calibration == "wikitext2", False]
+    found = uneven(losses, calibration)
+    assert warns in found and bool(found) == bool(warns)
+    assert uneven(losses[:1], calibration) == ""
+
+
+def test_answers_part_at_the_first_other_word():
+    found = side_by_side([("dense", "Eat well, sleep."), ("a", "Eat well and run."), ("b", "Eat well, sleep.")])
+    assert found[1:] == [Answer("a", "Eat well", " and", " run.", "2 words"), Answer("b", "Eat well, sleep.")]
+
+
+def test_answers_of_the_metric_part_at_a_token():
+    same = {"prompt": "Why?", "answer": "As it is so.", "common": "As it is so.", "common_tokens": 5, "equal": True}
+    other = {**same, "answer": "As it was.", "common": "As it", "common_tokens": 2, "equal": False}
+    results = tuple({"generations": {"answers": [one]}} for one in (same, other))
+    ((prompt, answers),) = measured_answers(Measurements(("dense", "small"), results, ()))
+    assert prompt == "Why?"
+    assert answers == [Answer("dense", "As it is so."), Answer("small", "As it", " was", ".", "2 tokens")]
+
+
+def test_a_text_that_the_calibration_read_is_its_own():
+    results = ({"perplexity": {"perplexity": 10.0, "text": "a.txt", "others": {"b.txt": {"perplexity": 10.0}}}},) * 2
+    measured = Measurements(("dense", "cut"), (results[0], {**results[1], "calibration_overlap": {"b.txt": 0.1}}), ())
+    found = text_losses(Evidence("cut", measured=(measured,)), "corpus.txt")
+    assert [(one.text, one.own, one.rise) for one in found] == [("a.txt", False, 0.0), ("b.txt", True, 0.0)]
+
+
+class Flops(ReportSection):
+    """What a plugin could add."""
+
+    name = "flops"
+    summary = "a number"
+    order = 15
+
+    def render(self, subject):
+        return None if subject.evidence is None else f"<h2>Mine</h2><p>{subject.evidence.costs.macs_per_token} MACs</p>"
+
+    def compare(self, subjects):
+        return f"<h2>All of mine</h2><p>{len(subjects)} models</p>"
+
+
+class Plugin:
+    @llmpruner.hookimpl
+    def llmpruner_report_sections(self):
+        return [Flops]
+
+
+def test_a_plugin_adds_a_section(places, tmp_path):
+    host = plugin_manager()
+    host.manager.register(Plugin(), "made-up")
+    html, facts = page_of(places, tmp_path, "small", catalog=Catalog(host))
+    assert f"<p>{facts[0]['costs']['macs_per_token']} MACs</p>" in html
+    assert html.index("Cost</h2>") < html.index("<h2>Mine</h2>") < html.index("What was cut</h2>")
+    html, _ = page_of(places, tmp_path, "small", "worse", catalog=Catalog(host))
+    assert "<h2>All of mine</h2><p>2 models</p>" in html and html.count("<h2>Mine</h2>") == 2
+
+
+def test_what_is_no_checkpoint_is_refused(places, tmp_path):
+    with pytest.raises(ModelError, match="is no checkpoint of llmpruner, nor the output of a recipe"):
+        llmpruner.write_report(places / "dense", tmp_path / "page.html")
+    (tmp_path / "odd.json").write_text('{"a": 1}')
+    with pytest.raises(DataError, match="was not written by `llmpruner evaluate --json`"):
+        llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "odd.json"])
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_files_of_this_machine_are_not_published(places):
+    llmpruner.write_report(places / "worse")
+    assert (places / "worse" / "report.html").is_file() and (places / "worse" / "run.json").is_file()
+    sent = upload_of(places / "worse", "me/x", "", {}).files
+    assert not {"run.json", "report.html"} & set(sent) and "model.safetensors" in sent
+
+
+def test_metrics_that_are_not_installed_give_their_numbers(places, tmp_path):
+    odd = [{**one, "never_heard_of": {"x": 3.0}} for one in evaluated(places, "small")]
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    made = llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "odd.json"])
+    assert made.warnings == () and "never_heard_of x 3.0000 3.0000" in text_of(made.path.read_text())

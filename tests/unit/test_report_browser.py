@@ -1,0 +1,169 @@
+"""The page in a browser: headless Chromium, driven by selenium, and axe-core for its accessibility.
+
+``LLMPRUNER_AXE``: path of ``axe.min.js`` from the npm package axe-core. Skipped where one of the three is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tiny_report import build, page_of
+
+BROWSER, DRIVER, AXE = shutil.which("chromium"), shutil.which("chromedriver"), os.environ.get("LLMPRUNER_AXE", "")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not BROWSER, reason="chromium is not installed"),
+    pytest.mark.skipif(not DRIVER, reason="chromedriver is not installed"),
+    pytest.mark.skipif(not Path(AXE).is_file(), reason="LLMPRUNER_AXE does not name axe.min.js of axe-core"),
+]
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+)  # fmt: skip
+WIDE, NARROW = 1100, 380
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Name → the page of one checkpoint, and of three; with their facts."""
+    places = build(tmp_path_factory.mktemp("places"))
+    found = {}
+    for name, names in (("one", ("small",)), ("several", ("small", "smaller", "worse"))):
+        folder = tmp_path_factory.mktemp(name)
+        _, facts = page_of(places, folder, *names)
+        found[name] = folder / "page.html", facts
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.chrome.service.Service(DRIVER)
+    found = webdriver.Chrome(options=options, service=service)
+    yield found
+    found.quit()
+
+
+def opened(browser, page: Path, *, width: int = WIDE, scheme: str = "light"):
+    """``browser`` at the page, once all is loaded."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get_log("performance")
+    browser.get(page.as_uri())
+    return browser
+
+
+def requests(browser) -> list[str]:
+    """The addresses that were asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_nothing_is_loaded_and_nothing_is_complained_of(browser, pages, name):
+    page, _ = pages[name]
+    opened(browser, page)
+    assert requests(browser) == [page.as_uri()]
+    assert browser.get_log("browser") == []
+
+
+def test_the_figures_are_those_of_the_json(browser, pages):
+    page, (facts,) = pages["one"]
+    opened(browser, page)
+    tables = browser.execute_script(
+        "const text = row => [...row.cells].map(cell => cell.innerText);"
+        "return [...document.querySelectorAll('table')].map(table => [...table.rows].map(text))"
+    )
+    cells = {row[0]: row[1:] for table in tables for row in table}
+    dense, own = facts["dense"], facts["costs"]
+    removed = 1 - own["decoder_parameters"] / dense["decoder_parameters"]
+    assert cells["Parameters of the decoder"][2] == f"{removed:.1%}"
+    assert cells["KV cache per token, bytes"][:2] == [f"{one['cache_bytes']:,}" for one in (dense, own)]
+    measured = [one["perplexity"]["perplexity"] for one in facts["measured"][0]["models"]]
+    assert [float(text) for text in cells["perplexity"][:2]] == measured
+    decode = facts["benches"][0]["cases"][0]["models"][1]["decode"]
+    assert [row[6] for table in tables for row in table if row[0] == "Decoding"][
+        1
+    ] == f"{decode['speedup']['median']:.2f}"
+    lead = browser.execute_script("return document.querySelector('.lead').innerText")
+    assert lead.lower() == facts["sentence"].lower()
+
+
+def test_the_table_is_sorted_by_keyboard(browser, pages):
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    page, _ = pages["several"]
+    opened(browser, page)
+
+    def names():
+        return browser.execute_script(
+            "return [...document.querySelectorAll('table.sort tbody tr')].map(row => row.cells[0].innerText)"
+        )
+
+    assert names() == ["small", "smaller", "worse"]
+    for _ in range(40):
+        browser.switch_to.active_element.send_keys(keys.TAB)
+        if browser.switch_to.active_element.text == "Perplexity":
+            break
+    for order, direction in (
+        (["small", "smaller", "worse"], "ascending"),
+        (["worse", "smaller", "small"], "descending"),
+    ):
+        browser.switch_to.active_element.send_keys(keys.ENTER)
+        assert names() == order
+        head = browser.execute_script("return document.activeElement.closest('th').getAttribute('aria-sort')")
+        assert head == direction
+
+
+def test_without_script_the_page_is_whole(browser, pages):
+    page, _ = pages["several"]
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        opened(browser, page)
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert browser.execute_script("return document.querySelectorAll('table.sort tbody tr').length") == 3
+    assert browser.execute_script("return document.querySelectorAll('table.sort button').length") == 0
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_on_a_narrow_screen_nothing_but_tables_scrolls(browser, pages, name):
+    opened(browser, pages[name][0], width=NARROW)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= NARROW
+    wide = browser.execute_script(
+        "const lost = one => one.scrollWidth > one.clientWidth && one.tabIndex < 0;"
+        "return [...document.querySelectorAll('.scroll')].filter(lost).length"
+    )
+    assert wide == 0, "what scrolls can be reached by keyboard"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_axe_finds_no_serious_fault(browser, pages, name, width, scheme):
+    opened(browser, pages[name][0], width=width, scheme=scheme)
+    browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    browser.execute_script(Path(AXE).read_text(encoding="utf-8"))
+    found = browser.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
+    assert found["passes"]
+    assert [
+        (one["id"], one["nodes"][0]["html"]) for one in found["violations"] if one["impact"] in ("serious", "critical")
+    ] == []
+
+
+def test_in_print_everything_is_unfolded(browser, pages):
+    opened(browser, pages["one"][0])
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    shown = browser.execute_script("return document.querySelector('details table').getBoundingClientRect().height")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert shown > 50
