@@ -18,9 +18,11 @@ from ..models.modeling_llmpruner import (
     apply_record,
     derive_lists,
     drop_layers,
+    layer_overrides,
     pruned_model,
     with_all_layers,
 )
+from ..models.per_layer import is_same_by_type, merged
 from .stock import per_layer_sizes, plain_attributes, tensor_shapes
 
 if TYPE_CHECKING:
@@ -45,9 +47,13 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     }
     pruned = pruned_model(base)
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    own = layer_overrides(config)
+    if own is not None:
+        record["per_layer"] = own
     sizes = per_layer_sizes(model, uncut_model(model, config), config, decoder_layers(model))
-    if sizes:
-        values["per_layer_config"] = sizes
+    if sizes or own:
+        stated = merged(own, sizes)
+        values["per_layer_config"] = stated if own is None or is_same_by_type(config, stated) else own
         # Configurations check sizes of all layers when they are read, also by programs that want only the tokenizer.
         values["allow_global_per_layer_attribute_access"] = True
     stored = pruned.config_class.from_dict({**values, "llmpruner": record})
@@ -134,6 +140,9 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
             "allow_global_per_layer_attribute_access",
         }
         values = {k: v for k, v in config.to_dict().items() if k not in dropped}
+        own = config.llmpruner.get("per_layer")
+        if own is not None:
+            values["per_layer_config"] = own
         config = model.pruned_base.config_class.from_dict(values)
         config._attn_implementation = model.config._attn_implementation
     if hasattr(config, "quantization_config"):

@@ -20,6 +20,8 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import base_of, empty_model, meta_model
+from ..models.modeling_llmpruner import layer_overrides
+from ..models.per_layer import for_all_layers, merged
 from ..models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -186,9 +188,11 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrained
     """A copy with new sizes, not validated: stock classes refuse some sizes that they compute correctly."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
-    head_dim = head_size(text)
     for name, value in sizes.items():
         setattr(text, name, value)
+    if "head_dim" in (text.per_layer_attributes or ()):
+        return changed
+    head_dim = head_size(config.get_text_config())
     if hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
         text.head_dim = head_dim
     return changed
@@ -203,8 +207,10 @@ def _candidates(
     if not _is_uniform(before, after):
         yield from _per_layer_candidates(model, reference, config)
         return
-    text = config.get_text_config()
-    options = size_options(text, changed_axes(before, after))
+    # What differs by layer already, one number for all layers cannot state.
+    differs = config.get_text_config().per_layer_attributes or set()
+    text = for_all_layers(config.get_text_config())
+    options = {n: v for n, v in size_options(text, changed_axes(before, after)).items() if n not in differs}
     rows, hidden = model.get_input_embeddings().weight.shape
     old_rows, old_hidden = reference.get_input_embeddings().weight.shape
     always = {}
@@ -221,19 +227,22 @@ def _candidates(
         for name, new in {**sizes, **always}.items():
             moved.setdefault(getattr(text, name), set()).add(new)
         yield candidate, moved
+    if differs:
+        yield from _per_layer_candidates(model, reference, config)
 
 
 def _per_layer_candidates(
     model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
     """Configurations with ``per_layer_config``, for the classes that obey it."""
-    layers = per_layer_sizes(model, reference, config, decoder_layers(model))
-    if not layers:
+    sizes = per_layer_sizes(model, reference, config, decoder_layers(model))
+    if not sizes:
         return
     moved: dict[int, set[int]] = {}
-    for sizes in layers.values():
-        for name, new in sizes.items():
-            moved.setdefault(getattr(config, name), set()).add(new)
+    for number, changed in sizes.items():
+        for name, new in changed.items():
+            moved.setdefault(getattr(config.per_layer_config[number], name), set()).add(new)
+    layers = merged(layer_overrides(config), sizes)
     # A class may read a size of all layers where it means a default; transformers refuses that unless it is allowed.
     for allowed in (False, True):
         candidate = copy.deepcopy(config)
@@ -300,6 +309,7 @@ def per_layer_sizes(
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
         # ``per_layer_config`` numbers the layers of the configuration that contains it.
         return {}
+    overrides = layer_overrides(config) or {}
     known: dict[Any, dict[str, int] | None] = {}
     sizes: dict[int, dict[str, int]] = {}
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
@@ -310,9 +320,9 @@ def per_layer_sizes(
         )
         if old == new:
             continue
-        key = types[n] if types else None, tuple(old.items()), tuple(new.items())
+        key = types[n] if types else None, str(overrides.get(n)), tuple(old.items()), tuple(new.items())
         if key not in known:
-            single = copy.deepcopy(config)
+            single = copy.deepcopy(config.per_layer_config[n])
             single.num_hidden_layers = 1
             if types:
                 single.layer_types = [types[n]]

@@ -14,7 +14,8 @@ file.
       "shapes": {tensor: [size, …]},      parameters and buffers of the state dict
       "attributes": {module: {name: value}},
       "configs": {module: {name: value}}, for modules that read sizes from their own copy of the configuration
-      "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}}
+      "layers": {"path": list of layers, "kept": [number, …], "config": {name: value for all layers}},
+      "per_layer": {layer: {name: value}} where layers of the uniform model differ by its own ``per_layer_config``
     }
 
 The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
@@ -51,6 +52,7 @@ MODEL_TYPE_PREFIX = "llmpruner_"
 CODE_NAME = "modeling_llmpruner"
 RECORD_VERSION = 1
 SLICED = "sliced_argument"
+PER_LAYER = "per_layer_config"
 LAYERS = "layers_kept"
 """Attribute of a model from which layers were removed: the record of `drop_layers`."""
 
@@ -108,9 +110,25 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:
     """Restore the values of ``config`` from before `drop_layers` made ``record``, in place."""
-    for name, value in record["config"].items():
-        setattr(config.get_text_config(), name, value)
+    _set(config.get_text_config(), record["config"])
     return config
+
+
+def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:
+    """What transformers' ``per_layer_config`` states of single layers: number → name → value; None where all layers
+    have the same sizes."""
+    stated = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
+    return None if stated is None else {int(number): dict(values) for number, values in stated.items()}
+
+
+def _stated(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, Any]:
+    return {name: layer_overrides(config) if name == PER_LAYER else getattr(config, name) for name in names}
+
+
+def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    # transformers checks the numbers of layers in ``per_layer_config`` against the number of layers, so it comes last.
+    for name in sorted(values, key=lambda name: name == PER_LAYER):
+        setattr(config, name, values[name])
 
 
 def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) -> dict[str, Any]:
@@ -130,10 +148,14 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
         if new != value:
             before[name] = value
             setattr(config, name, new)
+    overrides = layer_overrides(config)
     for name in (getattr(config, "attribute_map", {}).get(n, n) for n in _COUNTS):
         if vars(config).get(name) == count:
             before[name] = count
             setattr(config, name, len(kept))
+    if overrides:
+        before[PER_LAYER] = overrides
+        config.per_layer_config = {new: overrides[old] for new, old in enumerate(kept) if old in overrides}
     for name, value in lists.items():
         new = [value[n] for n in kept]
         if list(getattr(config, name)) != new:
@@ -218,15 +240,15 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     """Let ``config`` describe the uniform model with all layers, before it is resized, for code of transformers.
 
-    ``per_layer_config`` is taken out too: code that reads the global sizes would warn.
+    ``per_layer_config`` is that of the uniform model too, as a rule none: code that reads the global sizes would warn.
     """
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
-    pruned = {name: getattr(text, name) for name in layers["config"]}
+    pruned = _stated(text, layers["config"])
     cls = type(text)
-    overrides = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
-    config.per_layer_config = None
+    overrides = layer_overrides(config)
+    config.per_layer_config = record.get("per_layer")
     derive_lists(text)
     with_all_layers(config, layers)
     try:
@@ -234,8 +256,7 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     finally:
         if _DERIVING in vars(cls):
             text.__class__ = cls
-        for name, value in pruned.items():
-            setattr(text, name, value)
+        _set(text, pruned)
         config.per_layer_config = overrides
 
 

@@ -1,0 +1,256 @@
+"""The numbers of a configuration made small, by what each of them means and by what holds between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
+from ..models.per_layer import for_all_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+HEAD_DIM = 16
+VOCABULARY = 128
+POSITIONS = 256
+
+_WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden")
+_EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
+_TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
+_SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
+_RANK = re.compile(r"rank$|_lora|low_rank")
+_TOKEN = re.compile(r"token_id$|_token$|token_index$")
+_LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$")
+_LENGTH = re.compile(
+    r"max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length|max_sequence"
+)
+
+
+def shrink(
+    config: PreTrainedConfig, layers: int, few: tuple[int, int], *, complete: bool = False, wide: Mapping[int, int] = {}
+) -> dict[str, Any]:
+    """The values of ``config``, and of the configurations inside it, made small.
+
+    ``layers``: how many, unless more are needed to show every kind of layer. ``few``: numbers of heads, and of
+    key/value heads where they are shared. What is equal stays equal, and flags stay as they are. ``complete``: also
+    fill in numbers of heads that the configuration leaves open, and keep products between numbers (see
+    `_keep_products`). ``wide``: hidden size of the configuration around this one → the small one.
+    """
+    overrides = layer_overrides(config) or {}
+    plain = for_all_layers(config)
+    values: dict[str, Any] = plain.to_dict()
+    # Sizes of single layers become values with the number of the layer in front of their name, so that what is made of
+    # a size of all layers is made of them.
+    values |= {f"{n}.{name}": value for n, stated in overrides.items() for name, value in stated.items()}
+    before = dict(values)
+    heads = _heads(plain)
+    hidden = getattr(plain, "hidden_size", None)
+    if isinstance(hidden, int):
+        _shrink_attention(plain, values, *(heads or (0, 0)), few, wide)
+        stated = values.get(getattr(plain, "attribute_map", {}).get("hidden_size", "hidden_size"))
+        wide = {hidden: stated} if isinstance(stated, int) else {}
+    for name, value in before.items():
+        part = getattr(plain, name, None)
+        if isinstance(value, dict) and hasattr(part, "to_dict") and hasattr(part, "model_type"):
+            values[name] = shrink(part, layers, few, complete=complete, wide=wide)
+    _shrink_widths(values)
+    chosen = _shrink_layers(plain, values, layers, overrides)
+    for name in [n for n in values if _TOKEN.search(n)]:
+        values[name] = _small_token(values[name])
+    if complete:
+        for name in [n for n, v in values.items() if v is None and _SHARED.search(n)]:
+            values[name] = values.get(plain.attribute_map.get("num_attention_heads", "num_attention_heads"))
+        _keep_products(before, values)
+    small = {n: {name: values.pop(f"{n}.{name}") for name in stated} for n, stated in overrides.items()}
+    if layer_overrides(config) is not None:
+        values[PER_LAYER] = {new: small[old] for new, old in enumerate(chosen) if old in small}
+    for name in ("_name_or_path", "transformers_version", "architectures", "auto_map"):
+        values.pop(name, None)
+    return values
+
+
+def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Numbers of query and of key/value heads, which are equal where the configuration has no field for the latter
+    (also under other names than in transformers); None for a model without heads."""
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, list):
+        heads = heads[0] if heads else None
+    if not isinstance(heads, int) or heads < 1:
+        return None
+    own = {name: value for name, value in vars(config).items() if _SHARED.search(name) and _is_size(value)}
+    shared = getattr(config, "num_key_value_heads", None) or next(iter(own.values()), None)
+    if not isinstance(shared, int) or shared < 1 or heads % shared:
+        shared = heads
+    return heads, shared
+
+
+def _shrink_attention(
+    config: PreTrainedConfig,
+    values: dict[str, Any],
+    heads: int,
+    shared: int,
+    target: tuple[int, int],
+    wide: Mapping[int, int],
+) -> None:
+    """``heads``: 0 for a model without heads, whose hidden size is made small alone."""
+    few_shared = 1 if shared == 1 else target[0] if shared == heads else target[1]
+    few = target[0] if shared in (1, heads) else few_shared * 2
+    own = getattr(config, "head_dim", None)
+    hidden = config.hidden_size
+    head_dim = own if isinstance(own, int) and own > 0 else max(hidden // max(heads, 1), 1)
+    small_hidden = wide.get(hidden, few * HEAD_DIM) if not heads else few * HEAD_DIM
+    scale = HEAD_DIM / head_dim
+    names = {v: k for k, v in getattr(config, "attribute_map", {}).items()}
+
+    def put(name: str, value: int) -> None:
+        key = config.attribute_map.get(name, name)
+        if key in values and isinstance(values[key], int) and not isinstance(values[key], bool):
+            values[key] = value
+
+    for name, value in list(values.items()):
+        meaning = names.get(name, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            continue
+        if _SHARED.search(meaning):
+            values[name] = few_shared if value == shared else few if value == heads else min(value, few_shared)
+        elif re.search(r"heads$|n_head$", meaning) and not re.search("mamba|mixer|ssm", meaning):
+            values[name] = few if value == heads else min(value, 4)
+        elif re.search(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels", meaning) and "mamba" not in meaning:
+            values[name] = max(8, int(value * scale) // 8 * 8)
+        elif re.search(r"rotary_dim|rotary_ndims|rope_dim", meaning):
+            values[name] = max(4, int(value * scale) // 4 * 4)
+        elif value == hidden or re.search(
+            r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning
+        ):
+            values[name] = small_hidden if value == hidden else small_hidden // 2
+    put("hidden_size", small_hidden)
+    if values.get("head_dim", HEAD_DIM) is None:
+        values["head_dim"] = HEAD_DIM
+    _shrink_state_space(values, small_hidden)
+
+
+def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
+    """In state space models, number and size of heads must multiply to the expanded hidden size."""
+    names = [n for n in ("mamba_n_heads", "mamba_num_heads") if _is_size(values.get(n))]
+    expand = values.get("mamba_expand", values.get("expand"))
+    for name in names:
+        size = next((n for n in ("mamba_d_head", "mamba_head_dim") if n in values), None)
+        if size is not None and isinstance(expand, int | float):
+            values[size] = HEAD_DIM
+            values[name] = int(expand * hidden) // HEAD_DIM
+    for name in [n for n in ("mamba_n_groups", "n_groups") if _is_size(values.get(n))]:
+        values[name] = 1
+
+
+def _shrink_widths(values: dict[str, Any]) -> None:
+    rules: list[tuple[Callable[[str], Any], Callable[[list[int]], Mapping[int, int]]]] = [
+        (_WIDTH.search, lambda found: {v: 40 + 16 * n for n, v in enumerate(found)}),
+        (_EXPERTS.search, lambda found: {v: 8 if v > 4 else v for v in found}),
+        (_TOP_K.search, lambda found: {v: min(v, 2) for v in found}),
+        (_RANK.search, lambda found: {v: min(v, 24 + 8 * n) for n, v in enumerate(found)}),
+        (_LENGTH.search, lambda found: {v: min(v, POSITIONS) for v in found}),
+        (re.compile("vocab_size").search, lambda found: {v: min(v, VOCABULARY) for v in found}),
+        (
+            re.compile("sliding_window|window_size|chunk_size|block_size|attention_window").search,
+            lambda found: {v: min(v, 8) for v in found},
+        ),
+        (re.compile("n_group$|expert_group$").search, lambda found: {v: min(v, 2) for v in found}),
+        (re.compile("topk_group").search, lambda found: dict.fromkeys(found, 1)),
+        (re.compile("num_hash_buckets|hash_vocab|num_buckets").search, lambda found: {v: min(v, 64) for v in found}),
+    ]
+    for matches, new_of in rules:
+        names = [n for n in values if matches(n) and _is_size(values[n])]
+        new = new_of(sorted({v for n in names for v in _sizes(values[n])}))
+        for name in names:
+            old = values[name]
+            values[name] = [new[v] for v in old] if isinstance(old, list) else new[old]
+
+
+def _shrink_layers(
+    config: PreTrainedConfig, values: dict[str, Any], layers: int, overrides: Mapping[int, Mapping[str, Any]]
+) -> list[int]:
+    """Choose layers so that every kind is among them; returns their numbers."""
+    key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    count = values.get(key)
+    if not isinstance(count, int):
+        return []
+    if count <= layers:
+        return list(range(count))
+    lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
+    parts = _parts(values, key, count)
+    columns = [*lists.values(), *parts.values(), [overrides.get(n) for n in range(count)]]
+    chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, layers)
+    # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
+    derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
+    shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
+    chosen = sorted({*chosen, *range(shown)})
+    for name, value in lists.items():
+        values[name] = [value[n] for n in chosen]
+    values[key] = len(chosen)
+    for name, value in values.items():
+        is_layer_number = re.search("first_k_dense|first_dense|dense_replace|num_dense_layers", name)
+        if name in parts:
+            values[name] = sum(parts[name][n] for n in chosen)
+        elif is_layer_number and isinstance(value, int) and value > 1:
+            values[name] = 1
+        elif _LAYERS.search(name) and _is_size(value) and name != key:
+            values[name] = min(value, len(chosen)) if isinstance(value, int) else value
+    return chosen
+
+
+def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bool]]:
+    """Fields that count consecutive layers → whether each layer is among them: the last ones, which use keys and values
+    of earlier layers, and sections that together are all layers."""
+    counts = {n: v for n, v in values.items() if _LAYERS.search(n) and n != key and type(v) is int and v < count}
+    parts = {
+        name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name
+    }
+    sections = {n: v for n, v in counts.items() if n not in parts}
+    if sum(sections.values()) == count:
+        first = 0
+        for name, value in sections.items():
+            parts[name] = [first <= n < first + value for n in range(count)]
+            first += value
+    return parts
+
+
+def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """Numbers that were not made smaller, as their names do not tell what they mean, and that were the product or the
+    quotient of two others that were: the same of the small ones."""
+    sizes = {n: v for n, v in before.items() if type(v) is int and v > 1 and type(values.get(n)) is int}
+    smaller = [n for n in sizes if values[n] < sizes[n]]
+    for name in [n for n in sizes if n not in smaller]:
+        for one, other in combinations(smaller, 2):
+            low, high = sorted((one, other), key=lambda n: sizes[n])
+            if sizes[name] == sizes[low] * sizes[high]:
+                values[name] = values[low] * values[high]
+                break
+            if sizes[name] * sizes[low] == sizes[high] and values[high] % values[low] == 0:
+                values[name] = values[high] // values[low]
+                break
+
+
+def _show_all(kinds: Iterable[tuple[str, ...]], count: int, layers: int) -> list[int]:
+    """Numbers of the first layers of every kind, in order, with further first layers up to ``layers`` in all."""
+    first = {kind: n for n, kind in reversed(list(enumerate(kinds)))}
+    chosen = set(first.values())
+    chosen.update(n for n in range(count) if n < layers and len(chosen | {n}) <= max(layers, len(first)))
+    return sorted(chosen)
+
+
+def _is_size(value: Any) -> bool:
+    return bool(_sizes(value))
+
+
+def _sizes(value: Any) -> list[int]:
+    items = value if isinstance(value, list) else [value]
+    return items if items and all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in items) else []
+
+
+def _small_token(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_small_token(v) for v in value]
+    return value % 32 if isinstance(value, int) and not isinstance(value, bool) and value >= VOCABULARY else value
