@@ -6,7 +6,8 @@
     python benchmarks/support_matrix.py --render        only write docs/support-matrix.md again
 
 Every configuration runs in a process of its own with limits on time and memory, as a small random instance: the default
-one of every type, and the `VARIANTS` of types whose options change the structure. Results are JSON lines; an
+one of every type, and others that differ in structure: the `VARIANTS` named here and, up to two in all, those that the
+flags of the configuration class give (`other_flags`). Results are JSON lines; an
 interrupted run goes on where it stopped.
 """
 
@@ -21,7 +22,7 @@ import re
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,7 +76,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "new decoder, multi-head": {"new_decoder_architecture": True},
         "multi-head, sequential": {"multi_query": False, "parallel_attn": False, "bias": True},
-        "multi-head, ALiBi": {"multi_query": False, "alibi": True},
+        "multi-head, ALiBi, biases": {"multi_query": False, "alibi": True, "bias": True, "parallel_attn": False},
     },
     "glm": {"multi-head, no biases": {"num_key_value_heads": 32, "attention_bias": False}},
     "gpt2": {"untied": {"tie_word_embeddings": False}},
@@ -141,7 +142,46 @@ Case = tuple[str, str]
 
 
 def all_cases(types: Iterable[str]) -> list[Case]:
-    return [(model_type, variant) for model_type in types for variant in ("", *VARIANTS.get(model_type, {}))]
+    return [(model_type, variant) for model_type in types for variant in ("", *variants_of(model_type))]
+
+
+def variants_of(model_type: str) -> dict[str, dict[str, Any]]:
+    """Name → options of the variants of a type, two where its configuration class has flags for as many."""
+    named = VARIANTS.get(model_type, {})
+    return named if len(named) >= 2 else {**dict(list(other_flags(model_type).items())[: 2 - len(named)]), **named}
+
+
+def other_flags(model_type: str) -> dict[str, dict[str, Any]]:
+    """Variants by the flags of the configuration class: other numbers of KV heads, and other biases, ties, norms on
+    queries and keys, soft caps, shared experts."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {}))
+    except Exception:  # a class that refuses its own defaults has no variants; `examine` gives the reason
+        return {}
+    stated = vars(config)
+    heads, shared = stated.get("num_attention_heads"), stated.get("num_key_value_heads")
+    found: dict[str, dict[str, Any]] = {}
+    if type(heads) is int and type(shared) is int:
+        numbers = {"one KV head": 1, "grouped KV heads": heads // 4 if heads % 4 == 0 else 1, "multi-head": heads}
+        other = {name: n for name, n in numbers.items() if n != shared and 0 < n <= heads}
+        found = {name: {"num_key_value_heads": n} for name, n in list(other.items())[:1]}
+    flags = {name: not stated[name] for name in FLAGS if type(stated.get(name)) is bool}
+    caps = {name: 30.0 for name in CAPS if name in stated and stated[name] is None}
+    if flags or caps:
+        found["other " + ", ".join(FLAGS.get(name) or CAPS[name] for name in (*flags, *caps))] = {**flags, **caps}
+    return found
+
+
+FLAGS = {
+    "attention_bias": "attention biases", "use_bias": "biases", "mlp_bias": "MLP biases",
+    "tie_word_embeddings": "tie", "use_qk_norm": "norms on queries and keys",
+    "qk_layernorm": "norms on queries and keys", "parallel_attn": "order of attention and MLP",
+    "use_parallel_residual": "order of attention and MLP", "attention_k_eq_v": "keys as values",
+}  # fmt: skip
+CAPS = {"attn_logit_softcapping": "soft cap of attention", "final_logit_softcapping": "soft cap of logits"}
+"""Options of configuration classes that change the structure, and what a variant is called by them."""
 
 
 def examine(model_type: str, variant: str) -> dict[str, Any]:
@@ -157,7 +197,7 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     result: dict[str, Any] = {"type": model_type, "variant": variant, "stage": "build"}
-    options = {**INCOMPLETE.get(model_type, {}), **(VARIANTS[model_type][variant] if variant else {})}
+    options = {**INCOMPLETE.get(model_type, {}), **(variants_of(model_type)[variant] if variant else {})}
     started = time.monotonic()
     try:
         small = small_config(CONFIG_MAPPING[model_type](**options))
@@ -303,7 +343,8 @@ def render(results: Mapping[Case, Mapping[str, Any]]) -> str:
         "eager attention and in the fused kernels the class has, generation with a cache equals generation without "
         "where the silenced model's does, and the saved checkpoint loads and gives the same logits. *Refused* means "
         "that the kind is found, and the cut model cannot run, be saved, or prove anything. *Failed* means that a "
-        "cut model runs and silently disagrees. — means that discovery offers no such units.",
+        "cut model runs and silently disagrees. *Partly* means that the kind is verified in the default configuration "
+        "and not in every variant. — means that discovery offers no such units.",
         "",
         f"- {len(known)} of {len(all_types())} types tried, {len(runnable)} of them can be built and run on a CPU.",
     ]
@@ -322,7 +363,7 @@ def render(results: Mapping[Case, Mapping[str, Any]]) -> str:
         f"- Of {len(REQUIRED)} widely used types, those without verified MLP channels and attention: "
         f"{', '.join(required) or 'none'}.",
         "",
-        *table(runnable),
+        *table(runnable, variants),
         "",
         "## Variants",
         "",
@@ -357,18 +398,36 @@ def render(results: Mapping[Case, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def table(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    head = ["| type | " + " | ".join(KINDS) + " | largest difference |", "|---|" + "---|" * (len(KINDS) + 1)]
-    return [*head, *map(row, results)]
+def table(results: Iterable[Mapping[str, Any]], variants: Iterable[Mapping[str, Any]] = ()) -> list[str]:
+    head = [
+        "| type | " + " | ".join(KINDS) + " | variants | largest difference |",
+        "|---|" + "---|" * (len(KINDS) + 2),
+    ]
+    by_type: dict[str, list[Mapping[str, Any]]] = {}
+    for variant in variants:
+        if "has" in variant:
+            by_type.setdefault(variant["type"], []).append(variant)
+    return [*head, *(row(result, by_type.get(result["type"], [])) for result in results)]
 
 
-def row(result: Mapping[str, Any]) -> str:
+def row(result: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) -> str:
     found = verdicts(result)
-    cells = [found[k]["verdict"] if k in found else "—" for k in KINDS]
+    cells = [cell(found[k]["verdict"], k, variants) if k in found else "—" for k in KINDS]
+    cells.append(f"{sum(map(is_verified, variants))} of {len(variants)}" if variants else "")
     differences = [
         v["difference"] for v in found.values() if v["verdict"] == "verified" and v["difference"] is not None
     ]
     return f"| {label(result)} | {' | '.join(cells)} | {f'{max(differences):.0e}' if differences else ''} |"
+
+
+def cell(verdict: str, kind: str, variants: Iterable[Mapping[str, Any]]) -> str:
+    """The verdict of the default configuration; *partly* where that of a variant is worse, or it was not traced."""
+    others = [
+        verdicts(v)[kind]["verdict"] if kind in verdicts(v) else None
+        for v in variants
+        if kind in verdicts(v) or (kind in v["has"] and "verdicts" not in v)
+    ]
+    return "partly" if verdict == "verified" and any(other != "verified" for other in others) else verdict
 
 
 def reasons(result: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..models.decoder import graph_of
 from ..models.empty import meta_model
 from ..structure.coupling import (
@@ -186,6 +188,7 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
     for named in found:
         if named.layer is not None:
             by_layer.setdefault(named.layer, []).append(named)
+    in_pairs = any(node.target is torch.ops.aten.view_as_complex.default for node in traced.program.graph.nodes)
     real = {m: traced_number for traced_number, members in traced.stands_for.items() for m in members}
     for number in sorted(real):
         members = sorted(by_layer.get(real[number], []), key=lambda n: _ORDER.index(n.kind))
@@ -194,7 +197,8 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
                 tuple(replace(s, parameter=_renumber(s.parameter, traced.layers, number)) for s in _spans(owned, {}))
                 for owned in (named.unit_set.owned, named.unit_set.buffers)
             )
-            yield _group(f"layers.{number}.{name}", named, spans, buffers, number)
+            multiple = _alignment(named.unit_set, in_pairs=named.kind == LATENT and in_pairs)
+            yield _group(f"layers.{number}.{name}", named, spans, buffers, number, multiple)
     streams = [n for n in found if n.layer is None]
     for position, named in enumerate(sorted(streams, key=lambda n: -n.unit_set.units)):
         spans, buffers = (
@@ -205,22 +209,25 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
             )
             for owned in (named.unit_set.owned, named.unit_set.buffers)
         )
-        yield _group(HIDDEN if position == 0 else f"{HIDDEN}.{position}", named, spans, buffers, None)
+        name = HIDDEN if position == 0 else f"{HIDDEN}.{position}"
+        yield _group(name, named, spans, buffers, None, _alignment(named.unit_set))
 
 
 def _group(
-    name: str, named: Named, spans: tuple[Span, ...], buffers: tuple[Span, ...], layer: int | None
+    name: str, named: Named, spans: tuple[Span, ...], buffers: tuple[Span, ...], layer: int | None, multiple: int
 ) -> CoupledGroup:
     unit_set = named.unit_set
     blocks = unit_set.blocks if unit_set.units % unit_set.blocks == 0 else 1
     # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (unit_set.minimum if Mark.ROUTED in unit_set.marks else 1)
-    multiple = _alignment(unit_set)
     return CoupledGroup(name, named.kind, unit_set.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
 
 
-def _alignment(unit_set: UnitSet) -> int:
-    """Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits."""
+def _alignment(unit_set: UnitSet, *, in_pairs: bool = False) -> int:
+    """Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits. ``in_pairs``: an
+    even number, because what lies beside the units in one row is read as complex numbers."""
+    if in_pairs and unit_set.units % 2 == 0:
+        return 2
     if not any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
         return 1
     return next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
