@@ -17,31 +17,41 @@ HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
 
-_WIDTH = re.compile(r"intermediate|ffn|n_inner|d_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden")
+_WIDTH = re.compile(r"intermediate|ffn|n_inner|^d_inner$|d_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden")
 _EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
 _TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _RANK = re.compile(r"rank$|_lora|low_rank")
 _TOKEN = re.compile(r"token_id$|_token$|token_index$")
 _LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$")
+_NUMBERED = re.compile(r"only_layers$|layer_indices$|layer_ids$|^moe_layers$|cross_attention_layers$")
 _LENGTH = re.compile(
     r"max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length|max_sequence"
 )
 
 
 def shrink(
-    config: PreTrainedConfig, layers: int, few: tuple[int, int], *, complete: bool = False, wide: Mapping[int, int] = {}
+    config: PreTrainedConfig,
+    layers: int,
+    few: tuple[int, int],
+    *,
+    complete: bool = False,
+    wide: Mapping[int, int] = {},
+    shared: Mapping[int, int] = {},
 ) -> dict[str, Any]:
     """The values of ``config``, and of the configurations inside it, made small.
 
     ``layers``: how many, unless more are needed to show every kind of layer. ``few``: numbers of heads, and of
     key/value heads where they are shared. What is equal stays equal, and flags stay as they are. ``complete``: also
     fill in numbers of heads that the configuration leaves open, and keep products between numbers (see
-    `_keep_products`). ``wide``: hidden size of the configuration around this one → the small one.
+    `_keep_products`). ``wide``, ``shared``: hidden size and number of key/value heads of the configuration around this
+    one → the small ones.
     """
     overrides = layer_overrides(config) or {}
     plain = for_all_layers(config)
     values: dict[str, Any] = plain.to_dict()
+    # Some classes write other numbers than they hold, and take both.
+    values |= {n: v for n, v in vars(plain).items() if n in values and isinstance(v, int | list)}
     # Sizes of single layers become values with the number of the layer in front of their name, so that what is made of
     # a size of all layers is made of them.
     values |= {f"{n}.{name}": value for n, stated in overrides.items() for name, value in stated.items()}
@@ -52,10 +62,14 @@ def shrink(
         _shrink_attention(plain, values, *(heads or (0, 0)), few, wide)
         stated = values.get(getattr(plain, "attribute_map", {}).get("hidden_size", "hidden_size"))
         wide = {hidden: stated} if isinstance(stated, int) else {}
+        shared = {heads[1]: few_heads(heads, few)[1]} if heads else {}
+    else:
+        for name in [n for n in values if _SHARED.search(n)]:
+            values[name] = shared.get(values[name], values[name])
     for name, value in before.items():
         part = getattr(plain, name, None)
         if isinstance(value, dict) and hasattr(part, "to_dict") and hasattr(part, "model_type"):
-            values[name] = shrink(part, layers, few, complete=complete, wide=wide)
+            values[name] = shrink(part, layers, few, complete=complete, wide=wide, shared=shared)
     _shrink_widths(values)
     chosen = _shrink_layers(plain, values, layers, overrides)
     for name in [n for n in values if _TOKEN.search(n)]:
@@ -87,6 +101,14 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
     return heads, shared
 
 
+def few_heads(heads: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Small numbers of query and of key/value heads for the numbers ``heads``: a single key/value head and equal
+    numbers stay such."""
+    queries, shared = heads
+    few_shared = 1 if shared == 1 else target[0] if shared == queries else target[1]
+    return target[0] if shared in (1, queries) else few_shared * 2, few_shared
+
+
 def _shrink_attention(
     config: PreTrainedConfig,
     values: dict[str, Any],
@@ -96,8 +118,7 @@ def _shrink_attention(
     wide: Mapping[int, int],
 ) -> None:
     """``heads``: 0 for a model without heads, whose hidden size is made small alone."""
-    few_shared = 1 if shared == 1 else target[0] if shared == heads else target[1]
-    few = target[0] if shared in (1, heads) else few_shared * 2
+    few, few_shared = few_heads((heads, shared), target)
     own = getattr(config, "head_dim", None)
     hidden = config.hidden_size
     head_dim = own if isinstance(own, int) and own > 0 else max(hidden // max(heads, 1), 1)
@@ -125,7 +146,7 @@ def _shrink_attention(
         elif value == hidden or re.search(
             r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning
         ):
-            values[name] = small_hidden if value == hidden else small_hidden // 2
+            values[name] = small_hidden * (value // hidden) if value % hidden == 0 else small_hidden // 2
     put("hidden_size", small_hidden)
     if values.get("head_dim", HEAD_DIM) is None:
         values["head_dim"] = HEAD_DIM
@@ -134,14 +155,17 @@ def _shrink_attention(
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
     """In state space models, number and size of heads must multiply to the expanded hidden size."""
-    names = [n for n in ("mamba_n_heads", "mamba_num_heads") if _is_size(values.get(n))]
+    own = ("num_heads", "head_dim") if "state_size" in values else ()
+    names = [n for n in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", *own[:1]) if _is_size(values.get(n))]
     expand = values.get("mamba_expand", values.get("expand"))
     for name in names:
-        size = next((n for n in ("mamba_d_head", "mamba_head_dim") if n in values), None)
+        size = next((n for n in ("mamba_d_head", "mamba_head_dim", "mamba_headdim", *own[1:]) if n in values), None)
         if size is not None and isinstance(expand, int | float):
             values[size] = HEAD_DIM
             values[name] = int(expand * hidden) // HEAD_DIM
-    for name in [n for n in ("mamba_n_groups", "n_groups") if _is_size(values.get(n))]:
+            if _is_size(values.get("mamba_d_ssm")):
+                values["mamba_d_ssm"] = values[name] * HEAD_DIM
+    for name in [n for n in ("mamba_n_groups", "mamba_ngroups", "n_groups") if _is_size(values.get(n))]:
         values[name] = 1
 
 
@@ -177,11 +201,22 @@ def _shrink_layers(
     count = values.get(key)
     if not isinstance(count, int):
         return []
+    each = next((n for n, v in values.items() if "layers_per" in n and _is_size(v) and count % v == 0), None)
+    if each is not None:
+        # Layers that run several times, and are counted as often.
+        times = count // values[each]
+        values[each] = min(values[each], layers)
+        values[key] = values[each] * times
+        return list(range(values[key]))
     if count <= layers:
         return list(range(count))
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     parts = _parts(values, key, count)
-    columns = [*lists.values(), *parts.values(), [overrides.get(n) for n in range(count)]]
+    numbered = {
+        n: v for n, v in values.items() if _NUMBERED.search(n) and isinstance(v, list) and _are_layers(v, count)
+    }
+    among = [[n in value for n in range(count)] for value in numbered.values()]
+    columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
     chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, layers)
     # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
@@ -189,6 +224,8 @@ def _shrink_layers(
     chosen = sorted({*chosen, *range(shown)})
     for name, value in lists.items():
         values[name] = [value[n] for n in chosen]
+    for name, value in numbered.items():
+        values[name] = [new for new, old in enumerate(chosen) if old in value]
     values[key] = len(chosen)
     for name, value in values.items():
         is_layer_number = re.search("first_k_dense|first_dense|dense_replace|num_dense_layers", name)
@@ -199,6 +236,10 @@ def _shrink_layers(
         elif _LAYERS.search(name) and _is_size(value) and name != key:
             values[name] = min(value, len(chosen)) if isinstance(value, int) else value
     return chosen
+
+
+def _are_layers(value: list[Any], count: int) -> bool:
+    return bool(value) and len(value) < count and all(type(n) is int and 0 <= n < count for n in value)
 
 
 def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bool]]:

@@ -1,0 +1,87 @@
+"""Models with images or audio: the language decoder is found and cut, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import FuyuConfig, Gemma3Config, MossTranscribeDiarizeConfig, PreTrainedConfig
+
+from llmpruner import load_pruned, save_checkpoint
+from llmpruner.discovery.groups import discover_groups
+from llmpruner.models.decoder import graph_of
+from llmpruner.models.surgery import cut, silence
+from llmpruner.oracle.tiny import random_instance
+
+TEXT = {
+    "vocab_size": 128, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128,
+}  # fmt: skip
+PLACE = 100
+"""The token where an image or audio is put in."""
+
+
+def gemma3() -> tuple[PreTrainedConfig, dict[str, Any]]:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+        "patch_size": 4,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=TEXT, vision_config=vision, mm_tokens_per_image=4, image_token_index=PLACE)
+    return config, {"pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+def fuyu() -> tuple[PreTrainedConfig, dict[str, Any]]:
+    text = {**TEXT, "model_type": "persimmon", "hidden_act": "relu2"}
+    config = FuyuConfig(text_config=text, image_size=16, patch_size=4, image_token_id=PLACE)
+    return config, {"pixel_values": torch.randn(1, 4, 4 * 4 * 3)}
+
+
+def moss() -> tuple[PreTrainedConfig, dict[str, Any]]:
+    audio = {
+        "num_mel_bins": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_source_positions": 16,
+    }  # fmt: skip
+    config = MossTranscribeDiarizeConfig(
+        text_config={**TEXT, "model_type": "qwen3"}, audio_config=audio, audio_token_id=PLACE
+    )
+    mask = torch.ones(1, 32, dtype=torch.long)
+    return config, {"input_features": torch.randn(1, 8, 32), "input_features_mask": mask, "padding_mask": mask}
+
+
+@pytest.mark.parametrize("make", [gemma3, fuyu, moss])
+def test_the_language_decoder_is_cut_and_the_rest_stays(
+    make: Callable[[], tuple[PreTrainedConfig, dict[str, Any]]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config, given = make()
+    inputs = {"input_ids": torch.tensor([[5, *[PLACE] * 4, 7, 9, 30]]), **given}
+    dense = random_instance(config)
+    graph = graph_of(dense, lambda: discover_groups(config))
+    assert graph.layers.endswith("language_model.layers")
+    kept = {g.name: range(g.units * 4 // 5) for g in graph.of_kinds(["mlp"])}
+    kept |= {g.name: [0, 2] for g in graph.of_kinds(["attention"]) if g.layer == 1 and g.units == 3}
+    assert len(kept) >= 2
+
+    silenced, pruned = copy.deepcopy(dense), copy.deepcopy(dense)
+    silence(silenced, graph, kept)
+    cut(pruned, graph, kept)
+    save_checkpoint(pruned, tmp_path / "pruned", record={})
+    loaded = load_pruned(tmp_path / "pruned", attn_implementation="eager")
+
+    with torch.no_grad():
+        expected, without, found = (m(**inputs, use_cache=False).logits for m in (silenced, dense, loaded))
+        other = {name: -v if v.is_floating_point() else v for name, v in inputs.items()}
+        changed = loaded(**other, use_cache=False).logits
+    scale = expected.abs().max()
+    assert found.isfinite().all() and float((found - expected).abs().max() / scale) < 2e-4
+    # What was removed and what was put in both show in the logits.
+    assert float((without - expected).abs().max() / scale) > 1e-3
+    assert float((changed - found).abs().max() / scale) > 1e-3
+
+    parts = {name for name in dense.state_dict() if f"{graph.layers}." not in name}
+    assert parts and all(torch.equal(dense.state_dict()[name], loaded.state_dict()[name]) for name in parts)
+    assert len(loaded.state_dict()) == len(dense.state_dict())

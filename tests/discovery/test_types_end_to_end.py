@@ -1,0 +1,109 @@
+"""Types whose layers differ in size, share keys and values, or whose small instances need more than small numbers: from
+pruning to a recovered model, on tiny random instances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from llmpruner import api, load_pruned
+from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.oracle.verify import VERIFIED, cached_difference, logits, verify
+from llmpruner.testing.fresh import run_fresh
+from llmpruner.testing.tiny import letters
+
+TYPES = {
+    "gemma4_text": {},
+    "gemma3n_text": {},
+    "nemotron": {},
+    "falcon": {},
+    "falcon, 40B": {
+        "new_decoder_architecture": True,
+        "num_attention_heads": 64,
+        "num_kv_heads": 8,
+        "hidden_size": 4096,
+    },
+    "falcon, RW": {"alibi": True, "multi_query": False, "bias": True, "parallel_attn": False},
+}
+"""Type, with a name of the variant after a comma → options of its configuration."""
+CASES = [
+    pytest.param(name, method, marks=() if (name, method) == ("gemma4_text", "llm-pruner") else pytest.mark.long)
+    for name in TYPES
+    for method in ("best", "llm-pruner")
+]
+TOKENS = torch.arange(20, 40).reshape(2, 10)
+PROBE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation="eager").eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(20, 40).reshape(2, 10), use_cache=False).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path) -> None:
+    model_type = name.partition(",")[0]
+    dense = random_instance(small_config(CONFIG_MAPPING[model_type](**TYPES[name])))
+    dense.save_pretrained(tmp_path / "dense")
+    letters().save_pretrained(tmp_path / "dense")
+    pruned = api.prune(
+        str(tmp_path / "dense"), output=tmp_path / "pruned", method=method, ratio=0.2, kinds="mlp,attention",
+        calibration="self", samples=4, length=16,
+    )  # fmt: skip
+    expected = logits(pruned.model, TOKENS)
+    assert expected.isfinite().all() and pruned.model.num_parameters() < dense.num_parameters()
+
+    loaded = load_pruned(tmp_path / "pruned", attn_implementation="eager")
+    assert torch.allclose(logits(loaded, TOKENS), expected, atol=1e-4)
+    assert cached_difference(loaded, TOKENS) < 2e-4
+    found = run_fresh(PROBE, tmp_path / "pruned", tmp_path / "logits.pt")
+    assert found.returncode == 0, found.stderr
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4)
+
+    rows = [
+        {"instruction": "a b c", "input": "", "output": "d e f"},
+        {"instruction": "g", "input": "", "output": "h i"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recovered = api.recover(
+        str(tmp_path / "pruned"), output=tmp_path / "recovered", data=str(tmp_path / "rows.json"), strategy="full",
+        max_steps=1, batch_size=2,
+    )  # fmt: skip
+    again = load_pruned(tmp_path / "recovered", attn_implementation="eager")
+    assert not torch.equal(logits(again, TOKENS), logits(loaded, TOKENS))
+    assert torch.allclose(logits(again, TOKENS), logits(recovered.model, TOKENS), atol=1e-4)
+
+
+def test_sizes_of_single_layers_stay_different_when_a_configuration_is_made_small() -> None:
+    config = CONFIG_MAPPING["gemma4_text"](attention_k_eq_v=True, num_global_key_value_heads=2)
+    small = small_config(config)
+    sizes = {kind: small.per_layer_config[kind] for kind in small.layer_types}
+    assert {kind: c.head_dim for kind, c in sizes.items()} == {"sliding_attention": 16, "full_attention": 32}
+    assert {kind: c.num_key_value_heads for kind, c in sizes.items()} == {"sliding_attention": 3, "full_attention": 2}
+
+
+def test_layers_that_use_keys_of_others_are_among_the_few() -> None:
+    small = small_config(CONFIG_MAPPING["gemma3n_text"]())
+    assert set(small.kv_sharing_modes) == {None, "store", "reuse"} or set(small.kv_sharing_modes) == {"store", "reuse"}
+    reusing = [kind for kind, mode in zip(small.layer_types, small.kv_sharing_modes, strict=True) if mode == "reuse"]
+    assert set(reusing) == {"sliding_attention", "full_attention"}
+
+
+@pytest.mark.parametrize(
+    "model_type", ["dory", "falcon_h1", "zamba2", "xlnet", "hrm_text", "mamba2", "rwkv", "nemotron"]
+)
+def test_numbers_that_depend_on_each_other_are_made_small_together(model_type: str) -> None:
+    """Without a sum, a product or a number of heads that must hold, none of these can be built or run."""
+    small = small_config(CONFIG_MAPPING[model_type]())
+    assert random_instance(small).num_parameters() < 3_000_000
+
+
+@pytest.mark.long
+def test_an_uneven_cut_is_saved_in_the_convention_of_transformers() -> None:
+    verdicts = verify(None, CONFIG_MAPPING["gemma4_text"](), kinds=["mlp", "attention"])
+    assert {v.kind: v.verdict for v in verdicts} == {"mlp": VERIFIED, "attention": VERIFIED}, verdicts
