@@ -190,7 +190,7 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
-    from llmpruner.errors import UnsupportedModelError
+    from llmpruner.errors import UnsupportedModelError, first_line
     from llmpruner.oracle.tiny import random_instance, small_config
     from llmpruner.oracle.verify import verify
 
@@ -209,7 +209,7 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
     except UnsupportedModelError as error:
         result["reason"] = str(error)
     except Exception as error:
-        result["reason"] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        result["reason"] = f"the class cannot be used: {first_line(error)} ({type(error).__name__})"
     else:
         result["stage"] = "verified"
         result["verdicts"] = [

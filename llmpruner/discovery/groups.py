@@ -93,7 +93,9 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     groups = list(_groups(found, traced, aliases))
     layers = [f"{traced.layers}.{m}" for m in sorted(m for ms in traced.stands_for.values() for m in ms)]
     blocked: tuple[Blocked, ...] = ()
-    if traced.streams == 1:
+    if traced.repeats:
+        blocked = (Blocked(traced.layers, 0, "a layer runs more than once"),)
+    elif traced.streams == 1:
         groups.append(CoupledGroup("layers", LAYER, len(layers), modules=tuple(layers)))
     else:
         blocked = (Blocked(traced.layers, 0, "layers are given more than the residual stream"),)

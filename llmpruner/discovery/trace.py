@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import linecache
 import sys
-import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +19,12 @@ from ..errors import LlmprunerError, UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
+from ..models.where import where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 BATCH, TIME = 2, 7
-_TORCH = Path(torch.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,15 @@ class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
     ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
     ``streams``: how many tensors a layer is given that are of hidden width or were returned by the layer before; where
-    it is more than one, the residual stream, a layer cannot be removed by passing its input on."""
+    it is more than one, the residual stream, a layer cannot be removed by passing its input on.
+    ``repeats``: whether some layer runs more than once in a forward pass."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
     layers: str
     stands_for: Mapping[int, tuple[int, ...]]
     streams: int = 1
+    repeats: bool = False
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
@@ -67,26 +67,28 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         try:
             stands_for = keep_one_of_each(model, layers)
             if len(stands_for) < len(everything):
-                program, streams = export(model, layers)
-                return Trace(program, model, layers, stands_for, streams)
+                program, streams, repeats = export(model, layers)
+                return Trace(program, model, layers, stands_for, streams, repeats)
         except (UnsupportedModelError, NotImplementedError):
             # Some models index per-layer lists by the original numbers, and some configurations refuse another depth:
             # trace them at full depth.
             return trace(config, shallow=False)
-    program, streams = export(model, layers)
-    return Trace(program, model, layers, everything, streams)
+    program, streams, repeats = export(model, layers)
+    return Trace(program, model, layers, everything, streams, repeats)
 
 
-def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedProgram, int]:
-    """`torch.export` of the logits for a batch of token ids, without a cache; and ``Trace.streams``."""
+def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedProgram, int, bool]:
+    """`torch.export` of the logits for a batch of token ids, without a cache; ``Trace.streams``; ``Trace.repeats``."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
     streams = [1]
+    calls: Counter[int] = Counter()
     outputs: dict[int, torch.Tensor] = {}
 
-    def count(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls[id(module)] += 1
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
         wide = {id(v) for v in given if v.ndim > 2 and v.shape[-1] == given[0].shape[-1]}
         streams.append(max(len(wide), len({id(v) for v in given} & outputs.keys())))
@@ -103,7 +105,7 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
         try:
             with _without_graph():
                 program = torch.export.export(model, (), kwargs=inputs, strict=False)
-            return program, max(streams)
+            return program, max(streams), max(calls.values(), default=0) > 1
         except Exception as error:  # export reports unsupported code in many exception types
             name = type(model).__name__
             raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}{_place(error, model)}") from error
@@ -202,15 +204,7 @@ def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
 
 def _place(error: BaseException, model: nn.Module) -> str:
     """The statement and the path of the module in ``model`` where an error of its forward pass was raised."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    statement, inside = "", ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        module = paths.get(id(frame.f_locals.get("self")))
-        if module is not None:
-            inside = module or type(model).__name__
-        if inside and not Path(file).is_relative_to(_TORCH):
-            statement = linecache.getline(file, line).strip()
+    statement, inside = where(error, model)
     return f" (at `{statement}` in {inside})" if inside else ""
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, first_line
 from ..models.quiet import quiet_transformers
 from ..models.remote import register_model_class
+from ..models.where import where
 from .shrink import shrink
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ def tiny_config(
     try:
         small = type(config).from_dict(shrink(config, layers, heads, complete=complete))
     except Exception as error:  # third-party constructors raise anything
-        raise UnsupportedModelError(
-            f"a {config.model_type} configuration cannot be shrunk: {type(error).__name__}: {str(error)[:160]}"
-        ) from error
+        reason = " ".join(str(error).split())[:240]
+        raise UnsupportedModelError(f"a {config.model_type} configuration refuses small numbers: {reason}") from error
     return cast("PreTrainedConfig", small)
 
 
@@ -80,8 +80,13 @@ def _run(model: PreTrainedModel) -> None:
             model(input_ids=torch.arange(7)[None], use_cache=False)
     except Exception as error:
         raise UnsupportedModelError(
-            f"a small {model.config.model_type} cannot run: {type(error).__name__}: {str(error)[:160]}"
+            f"a small {model.config.model_type} cannot run{_at(error)}: {first_line(error)[:160]}"
         ) from error
+
+
+def _at(error: BaseException) -> str:
+    statement, inside = where(error)
+    return f", as `{statement}` in {inside} stops" if inside else ""
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
@@ -97,7 +102,7 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
             )
         except Exception as error:
             raise UnsupportedModelError(
-                f"a small {config.model_type} cannot be built: {type(error).__name__}: {str(error)[:160]}"
+                f"a small {config.model_type} cannot be built: {first_line(error)[:160]}"
             ) from error
     with torch.no_grad():
         for parameter in model.parameters():

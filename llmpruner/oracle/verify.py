@@ -19,6 +19,7 @@ from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.decoder import graph_of
 from ..models.quiet import quiet_transformers
 from ..models.surgery import cut, silence
+from ..models.where import where
 from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept, removed_modules
 from .compare import differences
@@ -163,7 +164,7 @@ class Oracle:
         except Disagreement as found:
             return verdict(FAILED, found.difference, found.where, str(found))
         except Exception as error:  # the cut model may raise anything
-            return verdict(REFUSED, 0.0, reason=f"{type(error).__name__}: {first_line(error)[:200]}")
+            return verdict(REFUSED, 0.0, reason=refusal(error))
         return verdict(VERIFIED, record.difference)
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
@@ -265,6 +266,18 @@ class Oracle:
         mode = ClosedRoutes(model, self.graph, routed) if routed else nullcontext()
         with mode:
             return logits(model, self.tokens), model, mode
+
+
+def refusal(error: BaseException) -> str:
+    """Why a cut model cannot run or be saved, as a sentence: with the statement of the model's code that stops."""
+    if isinstance(error, LlmprunerError):
+        return first_line(error)
+    statement, inside = where(error)
+    if not inside:
+        return f"the cut model cannot be used: {first_line(error)[:200]}"
+    if isinstance(error, RuntimeError):
+        return f"the cut model cannot run: in {inside}, `{statement}` needs a size that the cut changed"
+    return f"the cut model cannot run: in {inside}, `{statement}` stops with: {first_line(error)[:160]}"
 
 
 def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:

@@ -104,7 +104,7 @@ def test_checks_that_are_not_possible_are_listed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ComposedForCausalLM, "_supports_sdpa", False)
     (verdict,) = verify(None, BIASED, kinds=["mlp"], shrink=False)
     sdpa, generation = verdict.skipped
-    assert sdpa.startswith("sdpa attention: a small composed cannot be built: ValueError")
+    assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")
     assert generation.startswith("cached generation: the dense model gives other logits with a cache")
     assert "even sdpa" not in verdict.checks and "cached generation" not in verdict.checks
 

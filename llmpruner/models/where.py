@@ -1,0 +1,32 @@
+"""Where in a model an error of its forward pass was raised."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+_TORCH = Path(torch.__file__).parent
+
+
+def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
+    """The statement that raised ``error``, of code outside torch, and the path of the module that ran it.
+
+    ``model``: None for the first module in the traceback. Both are empty where no module of it was running.
+    """
+    paths: dict[int, str] = {} if model is None else {id(m): path for path, m in model.named_modules()}
+    statement, inside = "", ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        running = frame.f_locals.get("self")
+        if model is None and isinstance(running, nn.Module):
+            model = running
+            paths = {id(m): path for path, m in model.named_modules()}
+        path = paths.get(id(running))
+        if path is not None:
+            inside = path or type(model).__name__
+        if inside and not Path(frame.f_code.co_filename).is_relative_to(_TORCH):
+            statement = linecache.getline(frame.f_code.co_filename, line).strip()
+    return statement, inside
