@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,17 +158,6 @@ def tables(
                             found.setdefault(FollowTable(group.kind, _pattern(graph, path), name, axis))
         break  # every layer is given the same
     return sorted(found)
-
-
-def several_tables(found: Sequence[FollowTable]) -> Iterator[tuple[FollowTable, ...]]:
-    """The tables that one module is given under different names, one axis of each (slopes, and a mask to which they
-    were added)."""
-    by_module: dict[str, dict[str, list[FollowTable]]] = {}
-    for table in found:
-        by_module.setdefault(table.path, {}).setdefault(table.argument, []).append(table)
-    for arguments in by_module.values():
-        if len(arguments) > 1:
-            yield from product(*arguments.values())
 
 
 def _pattern(graph: CouplingGraph, path: str) -> str:

@@ -22,7 +22,7 @@ from ..models.where import where
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept
 from .compare import differences
-from .follow import Follower, Rule, candidates, find, several_tables, tables
+from .follow import Follower, Rule, candidates, find, tables
 from .silenced import distance, logits, silenced
 from .tiny import random_instance, small_config
 
@@ -210,9 +210,8 @@ class Oracle:
         attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
         found = find(attributes, agrees)
         if found is None:
-            single = tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)])
-            for chosen in (*((table,) for table in single), *several_tables(single)):
-                found = find([*chosen, *attributes], _only_with(chosen, agrees))
+            for table in tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)]):
+                found = find([table, *attributes], _only_with(table, agrees))
                 if found is not None:
                     break
         if found is None:
@@ -273,8 +272,8 @@ def refusal(error: BaseException) -> str:
     return f"the cut model cannot run: in {inside}, `{statement}` stops with: {first_line(error)[:160]}"
 
 
-def _only_with(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
-    return lambda chosen: set(rules) <= set(chosen) and agrees(chosen)
+def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
+    return lambda chosen: rule in chosen and agrees(chosen)
 
 
 class Disagreement(LlmprunerError):

@@ -52,7 +52,9 @@ def moss() -> tuple[PreTrainedConfig, dict[str, Any]]:
     return config, {"input_features": torch.randn(1, 8, 32), "input_features_mask": mask, "padding_mask": mask}
 
 
-@pytest.mark.parametrize("make", [gemma3, fuyu, moss])
+@pytest.mark.parametrize(
+    "make", [gemma3, pytest.param(fuyu, marks=pytest.mark.long), pytest.param(moss, marks=pytest.mark.long)]
+)
 def test_the_language_decoder_is_cut_and_the_rest_stays(
     make: Callable[[], tuple[PreTrainedConfig, dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ TYPES = {
         "num_kv_heads": 8,
         "hidden_size": 4096,
     },
-    "falcon, RW": {"alibi": True, "multi_query": False, "bias": True, "parallel_attn": False},
+    "falcon, multi-head": {"multi_query": False, "bias": True, "parallel_attn": False},
 }
 """Type, with a name of the variant after a comma → options of its configuration."""
 CASES = [
