@@ -50,10 +50,13 @@ class Identities:
     _marks: dict[Mark, list[tuple[Ids, str]]] = field(default_factory=dict)
     _blocks: list[tuple[Ids, int]] = field(default_factory=list)
     _minimum: list[tuple[Ids, int]] = field(default_factory=list)
+    _blocked: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def new(self, size: int) -> Ids:
         ids = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
+        if self.count > len(self._blocked):
+            self._blocked = np.r_[self._blocked, np.zeros(self.count, dtype=bool)]
         return ids
 
     def tie(self, left: Ids, right: Ids, reason: str) -> Ids:
@@ -76,6 +79,14 @@ class Identities:
         ids = ids[ids >= 0]
         if ids.size:
             self._marks.setdefault(mark, []).append((ids, reason))
+            if mark is Mark.BLOCKED:
+                self._blocked[ids] = True
+
+    def removable(self, ids: Ids) -> bool:
+        """Whether some of ``ids`` are identities that nothing seen so far blocks by themselves; whether they are tied
+        to blocked ones is known only at the end."""
+        own = ids[ids >= 0]
+        return bool(own.size) and not self._blocked[own].all()
 
     def block(self, ids: Ids, reason: str) -> None:
         self.mark(ids, Mark.BLOCKED, reason)

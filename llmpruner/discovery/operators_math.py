@@ -9,7 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from .ids import FIXED, FREE, Ids, Mark
-from .operators_shape import merge
+from .operators_shape import VIEWS, merge
 from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, operator_name, rule, uniform
 
 IDENTITY = (
@@ -354,7 +354,21 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
       "scalar_tensor")  # fmt: skip
 def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    if _is_written_to(node):
+        return empty(run, node, args, kwargs)
     return Value(tuple(uniform(int(n), FREE) for n in node.meta["val"].shape), Origin.CONSTANT)
+
+
+def _is_written_to(node: Node) -> bool:
+    """Whether an operator in place changes the tensor, or a view of it, as in a loop that writes one position of the
+    output after the other."""
+    for user in node.users:
+        name = operator_name(user.target)
+        if name in VIEWS and user.args[0] is node and _is_written_to(user):
+            return True
+        if name.endswith("_") and not name.startswith("_") and name.rstrip("_") in BINARY and user.args[0] is node:
+            return True
+    return False
 
 
 @rule("empty", "new_empty", "empty_like")

@@ -13,6 +13,12 @@ from torch.fx import Node
 from .ids import FIXED, FREE, Ids
 from .propagate import Origin, Propagation, Value, operator_name, rule, uniform, with_axes
 
+VIEWS = frozenset(
+    ("select", "slice", "narrow", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind",
+     "alias", "getitem", "t", "swapaxes", "movedim", "chunk", "split_with_sizes")
+)  # fmt: skip
+"""Operators whose result shares memory with their first argument."""
+
 
 def regroup(run: Propagation, axes: Sequence[Ids], shape: Sequence[int]) -> list[Ids]:
     """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
@@ -51,6 +57,8 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     known = [n for n, ids in enumerate(wide) if (ids >= 0).any()]
     if not known:
         return uniform(size, max(int(np.max(ids)) for ids in wide))
+    # An axis that is blocked already, such as that of samples in a tensor written in parts, must not block the others.
+    known = [n for n in known if run.ids.removable(wide[n])] or known
     chosen = known[0]
     for other in known[1:]:
         run.ids.block(wide[other], f"merged with another axis that can be cut ({run.where})")
