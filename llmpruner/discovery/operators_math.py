@@ -252,6 +252,9 @@ def matmul(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     first = right.axes[-2] if right.ndim > 1 else right.axes[0]
     run.contract(left.axes[-1], first, left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
+    if left.origin is right.origin is Origin.ACTIVATION:
+        for ids in batch:
+            run.ids.mark(ids, Mark.ATTENDS)
     rows = left.axes[-2:-1] if left.ndim > 1 else ()
     columns = right.axes[-1:] if right.ndim > 1 else ()
     return Value((*batch, *rows, *columns), run.origin_of([left, right]))

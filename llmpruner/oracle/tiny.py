@@ -194,10 +194,27 @@ def _shrink_attention(
             r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning
         ):
             values[name] = few * HEAD_DIM if value == hidden else few * HEAD_DIM // 2
+    _keep_ratios(config, values)
     put("hidden_size", few * HEAD_DIM)
     if values.get("head_dim", HEAD_DIM) is None:
         values["head_dim"] = HEAD_DIM
     _shrink_state_space(values, few * HEAD_DIM)
+
+
+def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+    """Numbers of heads of one further kind of layer (``linear_num_key_heads``, ``linear_num_value_heads``) stay
+    multiples of each other as in ``config``."""
+    kinds: dict[str, dict[str, int]] = {}
+    for name in values:
+        kind, found, _ = name.partition("num_")
+        before = getattr(config, name, None)
+        if kind and found and name.endswith("heads") and _is_size(before):
+            kinds.setdefault(kind, {})[name] = cast("int", before)
+    for counts in kinds.values():
+        fewest = min(counts, key=lambda name: counts[name])
+        for name, count in counts.items():
+            if count > counts[fewest] and count % counts[fewest] == 0:
+                values[name] = min(values[fewest], 4) * (count // counts[fewest])
 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
