@@ -58,7 +58,7 @@ def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
     """Silence all units that ``kept`` leaves out, in place: the reference for a cut.
 
     The weights that consume the units are set to zero; where a norm is computed over the units, the weights that
-    produce them. Raises `PlanError` for groups of modules, as zeros do not silence a layer in general.
+    produce them too. Raises `PlanError` for groups of modules, as zeros do not silence a layer in general.
     """
     check_kept(graph, kept)
     for name, units in kept.items():
@@ -66,9 +66,10 @@ def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         if group.modules:
             raise PlanError(f"group '{name}' consists of whole modules, which cannot be silenced by zeros")
         removed = sorted(set(range(group.units)) - set(units))
-        role = Role.PRODUCES if group.is_normalized else Role.CONSUMES
+        # A normalised query head whose query is zero still attends, to all positions alike: its output must go too.
+        roles = {Role.PRODUCES, Role.CONSUMES} if group.is_normalized else {Role.CONSUMES}
         for span in group.cut_spans:
-            if span.role is not role:
+            if span.role not in roles:
                 continue
             tensor = _tensor(model, span.parameter)
             index = torch.tensor(span.indices(removed), dtype=torch.long, device=tensor.device)
