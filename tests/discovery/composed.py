@@ -17,7 +17,9 @@ class ComposedConfig(PreTrainedConfig):
     value) or *backwards* (per KV head value, key, queries). ``mlp``: *plain*, *gated*, *packed* (gate first),
     *swapped* (up first) or *woven* (gate and up rows alternate). ``norm``: *rms*, *offset* (1 + weight) or
     *layer*. ``rotary``: rotated share of every head. ``parallel``: attention and MLP read the same input.
-    ``scaled``: a computed buffer, which is not saved, scales the MLP channels.
+    ``scaled``: a computed buffer, which is not saved, scales the MLP channels. ``linear``: numbers of the layers that have
+    linear attention instead, with numbers and sizes of heads of their own; ``linear_qkv``: *separate* or *concatenated*
+    projections; ``convolved``: a depthwise convolution over time runs over them.
     """
 
     model_type = "composed"
@@ -43,6 +45,12 @@ class ComposedConfig(PreTrainedConfig):
         transposed: bool = False,
         tie_word_embeddings: bool = False,
         scaled: bool = False,
+        linear: tuple[int, ...] = (),
+        linear_key_heads: int = 4,
+        linear_value_heads: int = 8,
+        linear_head_dim: int = 8,
+        linear_qkv: str = "concatenated",
+        convolved: bool = True,
         **options: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -55,6 +63,9 @@ class ComposedConfig(PreTrainedConfig):
         self.qkv, self.mlp, self.norm, self.rotary, self.parallel = qkv, mlp, norm, rotary, parallel
         self.qkv_bias, self.out_bias, self.mlp_bias = qkv_bias, out_bias, mlp_bias
         self.head_norm, self.transposed, self.scaled = head_norm, transposed, scaled
+        self.linear, self.linear_qkv, self.convolved = tuple(linear), linear_qkv, convolved
+        self.linear_key_heads, self.linear_value_heads = linear_key_heads, linear_value_heads
+        self.linear_head_dim = linear_head_dim
         super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
 
 
@@ -152,6 +163,49 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).flatten(-2))
 
 
+CHUNK = 4
+
+
+class LinearAttention(nn.Module):
+    """Attention without a softmax, whose output is written one chunk of positions after the other: a state that sums
+    products of keys and values, and the products inside the chunk. A gate scales what each value head adds."""
+
+    def __init__(self, config: ComposedConfig) -> None:
+        super().__init__()
+        self.head_dim = config.linear_head_dim
+        self.keys, self.values = (n * self.head_dim for n in (config.linear_key_heads, config.linear_value_heads))
+        sizes = (self.keys, self.keys, self.values)
+        make = (config.qkv_bias, config.transposed)
+        if config.linear_qkv == "separate":
+            self.parts = nn.ModuleList(Projection(config.hidden_size, n, *make) for n in sizes)
+        else:
+            self.parts = None
+            self.qkv = Projection(config.hidden_size, sum(sizes), *make)
+        self.filter = nn.Parameter(torch.zeros(sum(sizes), 1, 3)) if config.convolved else None
+        self.gate = Projection(config.hidden_size, config.linear_value_heads, True, config.transposed)
+        self.out = Projection(self.values, config.hidden_size, config.out_bias, config.transposed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.qkv(x) if self.parts is None else torch.cat([part(x) for part in self.parts], -1)
+        if self.filter is not None:
+            mixed = F.conv1d(mixed.transpose(1, 2), self.filter, padding=2, groups=len(self.filter))
+            mixed = F.silu(mixed[..., : x.shape[1]]).transpose(1, 2)
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in mixed.split([self.keys, self.keys, self.values], -1)
+        )
+        q, k = (part.repeat_interleave(v.shape[1] // part.shape[1], 1) for part in (F.normalize(q, dim=-1), k))
+        v = v * self.gate(x).sigmoid().transpose(1, 2).unsqueeze(-1)
+        written = torch.zeros_like(v)
+        state = torch.zeros(*v.shape[:2], self.head_dim, self.head_dim, device=x.device)
+        for start in range(0, x.shape[1], CHUNK):
+            now = slice(start, start + CHUNK)
+            inside = (q[:, :, now] @ k[:, :, now].transpose(-1, -2)).tril()
+            written[:, :, now] = q[:, :, now] @ state + inside @ v[:, :, now]
+            state = state + k[:, :, now].transpose(-1, -2) @ v[:, :, now]
+        return self.out(written.transpose(1, 2).flatten(-2))
+
+
 class MLP(nn.Module):
     def __init__(self, config: ComposedConfig) -> None:
         super().__init__()
@@ -185,10 +239,11 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config: ComposedConfig, number: int) -> None:
         super().__init__()
         self.parallel = config.parallel
-        self.attention, self.mlp = Attention(config), MLP(config)
+        self.attention = LinearAttention(config) if number in config.linear else Attention(config)
+        self.mlp = MLP(config)
         self.norm_1 = make_norm(config)
         self.norm_2 = None if config.parallel else make_norm(config)
 
@@ -211,7 +266,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
         self.embed = nn.Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.zeros(config.vocab_size, config.hidden_size)
         )
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

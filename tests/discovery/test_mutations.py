@@ -106,7 +106,9 @@ class ComposedFamily(ModelFamily):
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
         for number, layer in enumerate(model.layers):
             kept = counts.get(f"layers.{number}.attention")
-            if kept is not None:
+            if kept is not None and number in model.config.linear:
+                layer.attention.keys, layer.attention.values = 8 * kept, 16 * kept
+            elif kept is not None:
                 layer.attention.kv_heads, layer.attention.heads = kept, 2 * kept
 
 
@@ -126,6 +128,35 @@ def test_oracle_catches(name: str, graph: CouplingGraph, oracle: Oracle) -> None
     assert verdict.verdict == FAILED, verdict
     assert verdict.difference > 1e-3
     assert verdict.where
+
+
+LINEAR: dict[str, Callable[[CoupledGroup], CoupledGroup]] = {
+    "value rows shifted by a head": change(of("qkv.weight", number=2), lambda s: explicit(s, rotate)),
+    "filters of the keys reversed": change(of("filter", number=1), lambda s: explicit(s, reverse)),
+    "gates reversed": change(of("gate.weight"), lambda s: explicit(s, reverse)),
+    "output columns shifted by a head": change(of("out.weight", 1), lambda s: explicit(s, rotate)),
+}
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Oracle:
+    config = ComposedConfig(linear=(1,))
+    found = discover_graph(config)
+    graph = replace(found, groups=tuple(g for g in found.groups if g.kind != QUERY))
+    oracle = Oracle(config, graph, ComposedFamily(), 0)
+    assert oracle.judge("attention").verdict == VERIFIED
+    return oracle
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_oracle_catches_in_a_layer_of_another_kind(name: str, hybrid: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = LINEAR[name](hybrid.graph.by_name["layers.1.attention"])
+    groups = tuple(broken if g.name == broken.name else g for g in hybrid.graph.groups)
+    assert groups != hybrid.graph.groups
+    monkeypatch.setattr(hybrid, "graph", replace(hybrid.graph, groups=groups))
+    verdict = hybrid.judge("attention")
+    assert verdict.verdict == FAILED, verdict
+    assert verdict.where.startswith("layers.1.attention")
 
 
 def test_unbroken_map_passes(graph: CouplingGraph, oracle: Oracle) -> None:

@@ -1,4 +1,4 @@
-"""A model that discovery has never seen, and two hundred random ones of the same parts."""
+"""A model that discovery has never seen, and two hundred random ones of the same parts, with two kinds of layers."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ def test_a_strange_architecture_is_verified_without_code() -> None:
     ]
 
 
+def test_every_kind_of_layer_has_heads_of_its_own() -> None:
+    graph = discover_graph(ComposedConfig(num_hidden_layers=4, linear=(0, 2, 3)))
+    linear, full = graph.by_name["layers.2.attention"], graph.by_name["layers.1.attention"]
+    # A key head of 8 dimensions with its two value heads; a KV head of 16 with its two queries.
+    assert (linear.units, full.units) == (4, 3)
+    qkv = {s.index for s in linear.spans if s.parameter == "layers.2.attention.qkv.weight"}
+    assert qkv == {Blocks(4, 8), Blocks(4, 8, start=32), Blocks(4, 16, start=64)}
+    assert {s.parameter.rsplit(".", 2)[-2] for s in linear.spans} == {"qkv", "attention", "gate", "out"}
+    values, queries = graph.by_name["layers.2.query"], graph.by_name["layers.1.query"]
+    assert [(g.units, g.blocks) for g in (values, queries)] == [(8, 4), (6, 3)]
+
+
 def random_config(seed: int) -> ComposedConfig:
     draw = random.Random(seed)
     return ComposedConfig(
@@ -56,6 +68,11 @@ def random_config(seed: int) -> ComposedConfig:
                 "parallel", "qkv_bias", "out_bias", "mlp_bias", "head_norm", "transposed", "tie_word_embeddings",
             )
         },
+        linear=draw.choice([(0,), (1,)]),
+        linear_key_heads=draw.choice([2, 4]),
+        linear_value_heads=draw.choice([4, 8]),
+        linear_qkv=draw.choice(["separate", "concatenated"]),
+        convolved=draw.random() < 0.5,
     )  # fmt: skip
 
 
