@@ -33,8 +33,8 @@ class Mark(str, Enum):
     LAYER_NORM = "layer norm"
     """It is an element of the weight or bias of a LayerNorm."""
     ATTENDS = "attends"
-    """It selects one softmax over positions, or one product of two activations: a head of attention, of linear attention
-    or of a gated delta net."""
+    """It selects one softmax over positions, or one product of two activations: a head of attention, of linear
+    attention or of a gated delta net."""
     ROUTED = "routed"
     """A top-k choice is made among these identities: experts."""
     SOFTMAX = "softmax"

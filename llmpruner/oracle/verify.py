@@ -163,7 +163,7 @@ class Oracle:
         except Disagreement as found:
             return verdict(FAILED, found.difference, found.where, str(found))
         except Exception as error:  # the cut model may raise anything
-            return verdict(REFUSED, 0.0, reason=f"{type(error).__name__}: {first_line(error)[:200]}")
+            return verdict(REFUSED, 0.0, reason=_why_refused(error))
         return verdict(VERIFIED, record.difference)
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
@@ -265,6 +265,11 @@ class Oracle:
         mode = ClosedRoutes(model, self.graph, routed) if routed else nullcontext()
         with mode:
             return logits(model, self.tokens), model, mode
+
+
+def _why_refused(error: Exception) -> str:
+    line = first_line(error)[:200]
+    return line if isinstance(error, LlmprunerError) else f"the cut model cannot run or be saved: {line}"
 
 
 def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:

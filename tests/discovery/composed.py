@@ -17,9 +17,9 @@ class ComposedConfig(PreTrainedConfig):
     value) or *backwards* (per KV head value, key, queries). ``mlp``: *plain*, *gated*, *packed* (gate first),
     *swapped* (up first) or *woven* (gate and up rows alternate). ``norm``: *rms*, *offset* (1 + weight) or
     *layer*. ``rotary``: rotated share of every head. ``parallel``: attention and MLP read the same input.
-    ``scaled``: a computed buffer, which is not saved, scales the MLP channels. ``linear``: numbers of the layers that have
-    linear attention instead, with numbers and sizes of heads of their own; ``linear_qkv``: *separate* or *concatenated*
-    projections; ``convolved``: a depthwise convolution over time runs over them.
+    ``scaled``: a computed buffer, which is not saved, scales the MLP channels. ``linear``: numbers of the layers that
+    have linear attention instead, with numbers and sizes of heads of their own; ``linear_qkv``: *separate* or
+    *concatenated* projections; ``convolved``: a depthwise convolution over time runs over them.
     """
 
     model_type = "composed"

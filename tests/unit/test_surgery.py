@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
-from llmpruner import PlanError
+from llmpruner import QUERY, Blocks, CoupledGroup, CouplingGraph, PlanError, Role, Span
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.kept import restrict
 
@@ -118,3 +119,19 @@ def test_a_cut_that_breaks_a_constraint_is_refused(gqa, kept, message):
     with pytest.raises(PlanError, match=message):
         cut(gqa.model, gqa.graph, kept, gqa.family)
     assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())
+
+
+def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
+    """A query of zeros attends to all positions alike: its head still has an output, the mean of the values."""
+    spans = (
+        Span("layers.0.q.weight", 0, Role.PRODUCES, Blocks(4, 2)),
+        Span("layers.0.norm.weight", 0, Role.NORM, Blocks(4, 2)),
+        Span("layers.0.out.weight", 1, Role.CONSUMES, Blocks(4, 2)),
+    )
+    parts = {"q": nn.Linear(3, 8, bias=False), "norm": nn.RMSNorm(8), "out": nn.Linear(8, 3, bias=False)}
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    group = CoupledGroup("layers.0.query", QUERY, 4, spans, layer=0, blocks=2)
+    silence(model, CouplingGraph((group,), shapes, "layers"), {"layers.0.query": [0, 3]})
+    for weight in (parts["q"].weight, parts["out"].weight.T):
+        assert [bool(row.any()) for row in weight.reshape(4, 2, 3)] == [True, False, False, True]
