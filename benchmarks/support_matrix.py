@@ -53,10 +53,6 @@ REQUIRED = (
 )  # fmt: skip
 
 
-INDEXER = {
-    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048,
-    "indexer_compress_ratio": 4,
-}  # fmt: skip
 INCOMPLETE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -67,8 +63,6 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
     },
-    "qwen4_exp": {"text_config": INDEXER},
-    "qwen4_exp_text": INDEXER,
 }
 """What the default configuration of a type leaves open, without which no model can be built from it."""
 

@@ -358,7 +358,7 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
       "scalar_tensor")  # fmt: skip
 def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     if _is_written_to(node):
-        return empty(run, node, args, kwargs)
+        return _fresh(run, node)
     return Value(tuple(uniform(int(n), FREE) for n in node.meta["val"].shape), Origin.CONSTANT)
 
 
@@ -376,6 +376,10 @@ def _is_written_to(node: Node) -> bool:
 
 @rule("empty", "new_empty", "empty_like")
 def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    return _fresh(run, node)
+
+
+def _fresh(run: Propagation, node: Node) -> Value:
     """A tensor that is written in parts later: it gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
