@@ -19,7 +19,7 @@ LAYER_TYPES = {"lfm2_moe": ["conv", "conv", "full_attention"] * 8}
 
 SHORT = ("qwen3_5_text", "best")
 TYPES = (
-    "bailing_hybrid", "kimi_linear", "lara_mini", "lfm2_moe", "minimax_m2", "olmo_hybrid", "qwen3_5",
+    "kimi_linear", "lara_mini", "lfm2_moe", "minimax_m2", "olmo_hybrid", "qwen3_5",
     "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "recurrent_gemma",
 )  # fmt: skip
 KINDS = {"minimax_m2": "query"}
