@@ -299,8 +299,10 @@ def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob
         raise SettingsError("--shares must ascend, each once: 0.1,0.25,0.5")
     given = settings.model_dump(exclude_unset=True, exclude={"shares"})
     kinds = set(settings.kinds)
-    # What has no effect for a kind is refused.
-    shape = {} if kinds == {LAYER} else {"shape": "free"}
+    if kinds == {LAYER}:
+        raise SettingsError("--kinds layer alone is one group, whose order --importance decides; add another kind")
+    shape = {"shape": "free"}
+    # For channels of the residual stream, which run through all layers, it would be refused.
     layers = {} if kinds == {HIDDEN} else {"layers": "all"}
     return prune_job(
         PruneSettings(**{"unit_ratio": settings.shares[-1], "allocation": "sensitivity", **shape, **layers, **given}),

@@ -26,7 +26,7 @@ from .grid import settings_grid
 from .hosts import check_named, check_registered, check_settings
 from .jobs import cut_by, small_job
 from .spy import Call, Spy, label, unasked, unread
-from .tiny import first_change, scramble, tiny_llama
+from .tiny import first_change, scramble, tiny_llama, tiny_mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 class CriterionConformance:
     """Tests for a criterion, with each value of each of its `Literal` settings.
 
-    ``criterion``: the class under test. `loaded` is a tiny LLaMA with every kind of unit; override it for a criterion
-    of other units, such as experts.
+    ``criterion``: the class under test. `loaded` is a tiny LLaMA with every kind of unit, or a tiny mixture for a
+    criterion of experts alone; override it for a criterion of other units.
     """
 
     criterion: ClassVar[type[ImportanceCriterion]]
 
     def loaded(self) -> Model:
         """The model whose units are scored; random, but the same at every call."""
-        return tiny_llama()
+        return tiny_mixture() if self.criterion.kinds == frozenset({EXPERT}) else tiny_llama()
 
     def test_an_entry_point_registers_it(self) -> None:
         host = plugin_manager()

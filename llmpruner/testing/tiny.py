@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from ..families.graph import build_graph
 from ..loading.model import Model
@@ -18,6 +19,9 @@ from ..plugins.host import plugin_manager
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from ..families.family import ModelFamily
+    from ..structure.coupling import CouplingGraph
 
 
 def tiny_llama(seed: int = 0) -> Model:
@@ -39,6 +43,33 @@ def tiny_llama(seed: int = 0) -> Model:
     family = Catalog(plugin_manager()).families["llama"]()
     graph = build_graph(family, config)
     return Model("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
+
+
+def tiny_mixture(seed: int = 0) -> Model:
+    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 2 layers, of which a token gets 2."""
+    config, family, graph = _mixture()
+    return Model("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
+
+
+@cache
+def _mixture() -> tuple[MixtralConfig, ModelFamily, CouplingGraph]:
+    config = MixtralConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        max_position_embeddings=128,
+        num_local_experts=7,
+        num_experts_per_tok=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    family = Catalog(plugin_manager()).families["auto"]()
+    return config, family, build_graph(family, config)
 
 
 def letters() -> Any:

@@ -93,10 +93,23 @@ def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypat
         assert done.stdout.strip() == expected, done.stderr
 
 
+def check_style(package: Path, cache: Path) -> None:
+    """ruff and mypy, as the package's own CI runs them. llmpruner is read from this checkout; errors of
+    mypy in it do not count."""
+    environment = {**os.environ, "MYPYPATH": str(Path(llmpruner.__file__).parents[1])}
+    for command in (
+        ["ruff", "check", "--no-cache"],
+        ["ruff", "format", "--check", "--no-cache"],
+        ["mypy", "--follow-imports=silent", "--cache-dir", cache],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=package, env=environment, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.slow
 def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
-    """As the package's own CI runs them, but over several packages at once, because mypy reads torch and transformers
-    each time. llmpruner is read from this checkout; errors of mypy in it do not count."""
     odd = ModelFacts(
         types=("made_up",),
         config_class="MadeUpConfig",
@@ -108,28 +121,13 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
         kinds=("mlp",),
     )
     packages = {
-        "odd": render(PluginName(LONG), odd),
         "bare": render(PluginName("bare")),
-        **{kind: render(PluginName(kind[0] + LONG[1:]), kind=kind) for kind in ("criterion", "strategy")},
+        "odd": render(PluginName(LONG), odd),
+        **{kind: render(PluginName(LONG), kind=kind) for kind in ("criterion", "strategy")},
     }
     for name, files in packages.items():
         write(tmp_path / name, files)
-    check("ruff", "check", "--no-cache", *packages, folder=tmp_path)
-    check("ruff", "format", "--check", "--no-cache", *packages, folder=tmp_path)
-    # Modules of one run need names of their own.
-    (tmp_path / "bare" / "tests" / "test_family.py").rename(tmp_path / "bare" / "tests" / "test_bare.py")
-    parts = [tmp_path / name / part for name in packages for part in ("src", "tests")]
-    check("mypy", "--follow-imports=silent", "--cache-dir", tmp_path / "mypy", *parts, folder=tmp_path / "odd")
-
-
-def check(*command: object, folder: Path) -> None:
-    checkout = Path(llmpruner.__file__).parents[1]
-    path = os.pathsep.join(map(str, [checkout, *folder.parent.glob("*/src")]))
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        cwd=folder, env={**os.environ, "MYPYPATH": path}, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+        check_style(tmp_path / name, tmp_path / "mypy")
 
 
 @pytest.mark.slow

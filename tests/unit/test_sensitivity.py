@@ -134,6 +134,7 @@ def test_a_curve_of_another_model_and_a_wrong_file_are_refused_before_work(sourc
     ("options", "message"),
     [
         ({"shares": "0.5,0.25"}, "--shares must ascend"),
+        ({"kinds": "layer"}, "--kinds layer alone is one group"),
         ({"shares": "0.001"}, "less than one unit of the selected groups"),
         ({"output": "curve.txt"}, "name a .json file"),
         ({"restart": True}, "restart has no effect without an output"),
@@ -143,10 +144,3 @@ def test_mistakes_are_refused_before_weights_are_read(source, text, options, mes
     monkeypatch.setattr(api, "_with_weights", None)
     with pytest.raises(LlmprunerError, match=message):
         api.sensitivity(source, **{**OPTIONS, "calibration": text, **options})
-
-
-@pytest.mark.parametrize("kind", ["layer", "hidden"])
-def test_whole_layers_and_channels_have_curves_too(source, text, kind):
-    (group,) = api.sensitivity(source, kinds=kind, shares="0.34", calibration=text, samples=4, length=32,
-                               method="fast" if kind == "hidden" else None).groups  # fmt: skip
-    assert group.kind == kind and group.layer is None and group.points[0].divergence > 0
