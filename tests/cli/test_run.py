@@ -208,6 +208,14 @@ class StopAt(Progress):
             raise Killed
 
     @contextmanager
+    def bar(self, label):
+        def at(share, now):
+            if self.label in now:
+                raise Killed
+
+        yield at
+
+    @contextmanager
     def counter(self, label):
         def step(number, total, loss):
             if (label, number) == (self.label, self.number):
@@ -305,6 +313,14 @@ class Kill(Progress):
         for number, item in enumerate(items):
             self.reached(label, number)
             yield item
+
+    @contextmanager
+    def bar(self, label):
+        def at(share, now):
+            if self.label in now:
+                raise Killed
+
+        yield at
 
     @contextmanager
     def counter(self, label):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -35,6 +36,14 @@ class Counting(CalibrationSource):
     def sample(self, task):
         first = self.settings.start + int(task.reference or 0)
         return torch.arange(first, first + task.samples * task.length).view(task.samples, task.length)
+
+
+@pytest.fixture
+def wide(gqa):
+    """The same model with a vocabulary for the numbers that the tokenizers of these tests give."""
+    model = copy.deepcopy(gqa.model)
+    model.resize_token_embeddings(6000, mean_resizing=False)
+    return replace(gqa, model=model)
 
 
 SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counting)}
@@ -149,13 +158,13 @@ class Numbers:
 
 
 @pytest.mark.parametrize("documents", [1, 40])
-def test_windows_do_not_overlap_while_there_is_text(gqa, tmp_path, documents):
+def test_windows_do_not_overlap_while_there_is_text(wide, tmp_path, documents):
     size = 4800 // documents
     rows = [" ".join(f"{n:04}" for n in range(d * size, (d + 1) * size)) for d in range(documents)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
 
     def windows(samples):
-        found = calibration_set(str(tmp_path / "a.jsonl"), gqa.model, Numbers(), samples=samples, length=16, seed=0)
+        found = calibration_set(str(tmp_path / "a.jsonl"), wide.model, Numbers(), samples=samples, length=16, seed=0)
         breaks = sum(b != a + 1 for row in found.input_ids.tolist() for a, b in pairwise(row))
         assert breaks == 0 if documents == 1 else breaks < samples
         return found.input_ids.flatten().tolist()
@@ -226,19 +235,19 @@ def test_plans_of_earlier_versions_are_replayed_without_bos():
         assert part.source.settings.bos is bos
 
 
-def test_a_mixture_takes_samples_in_the_shares_that_are_given(gqa):
-    mixed = calibration_set("3*counting:0,1*counting:1000", gqa.model, None, samples=8, length=4, seed=0)
+def test_a_mixture_takes_samples_in_the_shares_that_are_given(wide):
+    mixed = calibration_set("3*counting:0,1*counting:1000", wide.model, None, samples=8, length=4, seed=0)
     small = [row[0].item() < 1000 for row in mixed.input_ids]
     assert small.count(True) == 6 and small[:4].count(True) == 3, "every part of the text has the shares"
     assert sorted(row[0].item() for row in mixed.input_ids) == [0, 4, 8, 12, 16, 20, 1000, 1004]
     with pytest.raises(DataError, match=r"--samples 3 gives '1\*counting:1000' none by its share; raise --samples"):
-        calibration_set("9*counting,1*counting:1000", gqa.model, None, samples=3, length=4, seed=0)
+        calibration_set("9*counting,1*counting:1000", wide.model, None, samples=3, length=4, seed=0)
 
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 
 
-def test_conversations_are_sampled_in_the_models_own_chat_template(gqa, tmp_path):
+def test_conversations_are_sampled_in_the_models_own_chat_template(wide, tmp_path):
     said = [("What is two and two?", "Two and two make four."), ("Capital of France?", "Paris.")]
     messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said]
     file = tmp_path / "messages.jsonl"
@@ -248,7 +257,7 @@ def test_conversations_are_sampled_in_the_models_own_chat_template(gqa, tmp_path
     rendered = {f"<s>user: {q}</s><s>assistant: {a}</s>" for q, a in said}
     text = parse_calibration(f"1*self,3*chat:{file}", SOURCES)
     text.check()
-    ids = text.sample(gqa.model, tokenizer, samples=4, length=48, seed=0, family=gqa.family).input_ids
+    ids = text.sample(wide.model, tokenizer, samples=4, length=48, seed=0, family=wide.family).input_ids
     assert ids.shape == (4, 48)
     chats = [row for row, part in zip(ids, text.order(4), strict=True) if part == 1]
     assert len(chats) == 3
@@ -275,16 +284,16 @@ def test_a_source_of_conversations_without_any_is_refused_before_a_model_is_load
         parse_calibration(f"chat:{reference and tmp_path / reference}", SOURCES).check()
 
 
-def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):
+def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         first = 0 if name[0] == "a" else 5000
         text = " ".join(str(n) for n in range(first, first + 800))
         (tmp_path / name).write_text(json.dumps({"text": text}))
     parts = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}, self"
-    mixed = calibration_set(parts, gqa.model, Numbers(), samples=8, length=16, seed=0)
+    mixed = calibration_set(parts, wide.model, Numbers(), samples=8, length=16, seed=0)
     assert mixed.input_ids.shape == (8, 16) and mixed.source == parts
     alone = [
-        calibration_set(part.strip(), gqa.model, Numbers(), samples=3, length=16, seed=0).input_ids
+        calibration_set(part.strip(), wide.model, Numbers(), samples=3, length=16, seed=0).input_ids
         for part in parts.split(",")
     ]
     for number, row in enumerate(mixed.input_ids):
@@ -295,7 +304,7 @@ def test_a_mixture_takes_one_sample_of_each_in_turn(gqa, tmp_path):
     with pytest.raises(DataError, match="names an empty source"):
         parse_calibration("self,", SOURCES)
     with pytest.raises(DataError, match="2 samples cannot be shared by 3 sources"):
-        calibration_set(parts, gqa.model, Numbers(), samples=2, length=16, seed=0)
+        calibration_set(parts, wide.model, Numbers(), samples=2, length=16, seed=0)
 
 
 def test_impossible_requests(gqa):

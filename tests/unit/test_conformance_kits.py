@@ -142,7 +142,7 @@ BROKEN_CRITERIA = [
     (NAMED, broken(Settings=Undescribed), "setting 'power' has no description"),
     (NAMED, broken(Settings=Required), "setting 'power' has no default"),
     (NAMED, broken(__init__=lambda self, **values: setattr(self, "settings", None)), "accepts a setting that it does"),
-    (NAMED, broken(kinds=frozenset({"expert"})), "scores no unit of the model that it is tested on"),
+    (NAMED, broken(kinds=frozenset({"vocabulary"})), "scores no unit of the model that it is tested on"),
     (NAMED, broken(needs={"weight"}), r"needs \{'weight'\}; expected a frozenset of Signal"),
     (NAMED, broken(signed=1), "signed must be True or False"),
     (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency of '[\w.]+' has shape \(.*\), expected \(.*\)"),

@@ -14,6 +14,7 @@ from criteria_cases import make
 from safetensors.torch import load_file
 
 from llmpruner import api
+from llmpruner.checkpoints.record import OF_THIS_MACHINE
 from llmpruner.errors import ModelError, SettingsError, UnsupportedModelError
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.forecast import Residency
@@ -280,6 +281,8 @@ def test_a_killed_run_continues_with_the_same_bytes(streamed, interval, folders,
     recovered(home, tmp_path / "parts", streamed=streamed, on_step=lambda step, *_: seen.append(step))
     assert seen[0] == 13  # Two layers of six steps are finished.
     for file in (tmp_path / "whole").iterdir():
+        if file.name in OF_THIS_MACHINE:
+            continue
         assert file.read_bytes() == (tmp_path / "parts" / file.name).read_bytes(), file.name
 
 

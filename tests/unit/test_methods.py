@@ -20,10 +20,10 @@ def names(kind):
 
 
 def test_the_built_in_components():
-    assert names("allocations") == ["uniform", "global", "sensitivity", "search"]
+    assert names("allocations") == ["uniform", "global", "sensitivity", "search", "curve"]
     assert names("budgets") == ["decoder", "parameters", "bytes", "macs", "kv-cache", "latency"]
     assert names("compensations") == ["refit", "bias", "none"]
-    assert names("calibration_sources") == ["self", "text"]
+    assert names("calibration_sources") == ["self", "text", "chat"]
     assert names("methods") == ["best", "fast", "llm-pruner"]
     for kind in KINDS:
         for cls in getattr(builtin, f"llmpruner_{kind}")():
