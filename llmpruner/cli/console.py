@@ -71,14 +71,41 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     out.print(grid)
 
 
+class _EveryMinute:
+    """Says how far a work is: a line a minute, for standard error that is not a terminal, where a bar would leave blank
+    lines."""
+
+    def __init__(self) -> None:
+        self.began = self.said = time.monotonic()
+
+    def at(self, label: str, share: float, detail: str = "") -> None:
+        """``share``: of the work that is done."""
+        now = time.monotonic()
+        if now - self.said >= _LINE_EVERY:
+            self.said = now
+            note(", ".join(filter(None, (label, f"{share:.0%} done", detail, time_left(now - self.began, share)))))
+
+
 class RichProgress(Progress):
     """Bars and notes on standard error."""
 
     def track(self, items: Sequence[T], label: str) -> Iterable[T]:
-        return track(items, description=label, console=err, transient=True)
+        if err.is_terminal:
+            return track(items, description=label, console=err, transient=True)
+        return self._said(items, label)
+
+    def _said(self, items: Sequence[T], label: str) -> Iterator[T]:
+        lines = _EveryMinute()
+        for number, item in enumerate(items):
+            lines.at(label, number / len(items))
+            yield item
 
     @contextlib.contextmanager
     def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        if not err.is_terminal:
+            lines = _EveryMinute()
+            yield lambda number, total, loss: lines.at(label, number / total, f"loss {loss:.3f}")
+            return
         columns = (*Bar.get_default_columns(), TextColumn("{task.fields[detail]}"))
         with Bar(*columns, console=err, transient=True) as bar:
             task = bar.add_task(label, total=None, detail="")
@@ -90,7 +117,11 @@ class RichProgress(Progress):
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
-        began = said = time.monotonic()
+        if not err.is_terminal:
+            lines = _EveryMinute()
+            yield lambda share, now: lines.at(now, share)
+            return
+        began = time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -101,13 +132,8 @@ class RichProgress(Progress):
             task = shown.add_task(escape(label), total=1.0, left="")
 
             def at(share: float, now: str) -> None:
-                nonlocal said
-                time_now = time.monotonic()
-                left = time_left(time_now - began, share)
+                left = time_left(time.monotonic() - began, share)
                 shown.update(task, completed=share, description=escape(now), left=left)
-                if not err.is_terminal and time_now - said >= _LINE_EVERY:
-                    said = time_now
-                    note(", ".join(filter(None, (now, f"{share:.0%} done", left))))
 
             yield at
 
