@@ -143,7 +143,8 @@ class PerplexityMetric(Metric):
         return {**results[first], "text": first, "others": further}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        first, *_ = self.parts()
+        # A page about results of another run knows its text from the result alone.
+        first = result.get("text") or self.parts()[0]
         several = result.get("others") or {}
         rows = []
         for name, one in {first: result, **several}.items():

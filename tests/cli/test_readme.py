@@ -23,7 +23,17 @@ def test_the_readme_runs(run, shared, dense, tmp_path, monkeypatch):
     (tmp_path / "alpaca.jsonl").write_text((shared / "data.jsonl").read_text())
     (tmp_path / "text.txt").write_text((shared / "text.txt").read_text())
     told = commands()
-    assert [words[1] for words in told] == ["plugins", "discover", "plan", "prune", "recover", "evaluate", "generate"]
+    assert [words[1] for words in told] == [
+        "plugins",
+        "discover",
+        "plan",
+        "prune",
+        "recover",
+        "evaluate",
+        "generate",
+        "report",
+        "verify",
+    ]
     for words in told:
         extra = ["--window", "32"] if words[1] == "evaluate" else []
         outcome = run(*(str(dense) if word == "MODEL" else word for word in words[1:]), *extra)
@@ -33,6 +43,7 @@ def test_the_readme_runs(run, shared, dense, tmp_path, monkeypatch):
         "plan.json",
         "pruned",
         "recovered",
+        "report.html",
         "text.txt",
     ]
     for block in re.findall(r"```python\n(.*?)```", README, re.S):

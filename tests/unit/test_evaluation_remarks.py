@@ -13,6 +13,7 @@ from llmpruner import MetricSubject, api, build_graph
 from llmpruner.checkpoints.record import read_record
 from llmpruner.data.passages import overlap, passages_of
 from llmpruner.evaluation.generations import GenerationsMetric
+from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.remarks import remarks
 from llmpruner.evaluation.results import Evaluation
 from llmpruner.evaluation.run import Candidate, evaluate
@@ -88,3 +89,9 @@ def test_answers_part_where_the_models_choose_other_tokens(tmp_path):
         assert answer["first"] != answer["answer"] and answer["answer"].startswith(answer["common"])
         assert answer["common_tokens"] < 6
     assert [row.value for row in second.rows] == [0, second.results["generations"]["common_tokens"]]
+
+
+def test_rows_have_the_texts_of_the_result_whatever_the_settings_are():
+    one = {"perplexity": 9.0, "bits_per_byte": 1.0, "kl_per_token": None}
+    rows = PerplexityMetric().rows({**one, "text": "data/wiki.txt", "others": {"data/code.jsonl": one}})
+    assert [row.label for row in rows][::4] == ["perplexity, wiki.txt", "perplexity, code.jsonl"]
