@@ -55,6 +55,9 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         part._experts_implementation = "batched_mm"
         if hasattr(part, "use_cache"):
             part.use_cache = False
+        if hasattr(part, "output_router_logits"):
+            # The loss that balances experts would be traced too, in which their number is counted.
+            part.output_router_logits = False
     try:
         model = meta_model(config)
     except LlmprunerError:

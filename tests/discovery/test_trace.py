@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from llmpruner.discovery.groups import discover_groups
 from llmpruner.discovery.trace import export, trace
 from llmpruner.errors import UnsupportedModelError
 from llmpruner.oracle.tiny import small_config
@@ -44,3 +45,15 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
 def test_a_configuration_that_refuses_another_depth_is_traced_whole():
     found = trace(small_config(CONFIG_MAPPING["prophetnet"]()))
     assert found.stands_for == {n: (n,) for n in range(found.model.config.num_decoder_layers)}
+
+
+def test_experts_are_found_where_the_configuration_asks_for_their_balance():
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    plain, balanced = (
+        discover_groups(CONFIG_MAPPING["mixtral"](**sizes, output_router_logits=asked)) for asked in (False, True)
+    )
+    assert [(g.name, g.kind, g.units) for g in balanced] == [(g.name, g.kind, g.units) for g in plain]
+    assert "expert" in {g.kind for g in balanced}
