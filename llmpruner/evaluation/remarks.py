@@ -15,6 +15,11 @@ _FACTOR, _NATS = 2.0, 0.2
 factor, and by so many nats per token, than on its own."""
 
 
+def is_uneven(own: float, other: float) -> bool:
+    """Whether the loss that a cut adds, in nats per token, is much larger on an ``other`` text than on its ``own``."""
+    return other > _FACTOR * max(own, 0.0) and other - own > _NATS
+
+
 def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
     """One line each: texts that a model's calibration read, and repairs that helped these texts alone."""
     first = evaluations[0] if evaluations else None
@@ -43,7 +48,7 @@ def _helped_its_own(one: Evaluation, dense: Evaluation) -> Iterator[str]:
         return
     seen = max(own, key=lambda name: one.calibration_overlap[name])
     for name, nats in added.items():
-        if name not in own and nats > _FACTOR * max(own[seen], 0.0) and nats - own[seen] > _NATS:
+        if name not in own and is_uneven(own[seen], nats):
             yield (
                 f"{one.name}: the repair helped its own text most: the perplexity is {exp(nats):.2f} times the dense "
                 f"model's on {Path(name).name}, {exp(own[seen]):.2f} times on {Path(seen).name}, which its calibration "

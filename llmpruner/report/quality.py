@@ -8,13 +8,9 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
+from ..evaluation.remarks import is_uneven
 from .base import DENSE, Evidence, Measurements, ReportSection, ReportSubject
 from .templates import bare, rendered
-
-_UNEVEN = 2.5
-"""A repair has helped one text alone where the loss rises by this factor more on another one …"""
-_LEAST = 0.1
-"""… and by this much more, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
     if len(losses) < 2:
         return ""
     least, most = min(losses, key=lambda one: one.rise), max(losses, key=lambda one: one.rise)
-    if most.rise <= _UNEVEN * max(least.rise, 0.0) or most.rise - least.rise <= _LEAST:
+    if not is_uneven(least.rise, most.rise):
         return ""
     whose = "its own text" if least.own else "one text"
     fitted = f"; the weights were fitted to {calibration}" if calibration else ""
