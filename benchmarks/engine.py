@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = "4GiB"
 ROUNDS = 1
 """Pairs of runs, in turn."""
+TEXTBOOK_LIMITS = {"bfloat16": "1.2GiB", "float32": "2.4GiB"}
+"""Dtype → ``--max-memory``: a quarter of what the textbook takes."""
 
 
 def main() -> None:
@@ -69,32 +71,43 @@ def measure_7b(work: Path, old: Path) -> dict[str, Any]:
 def measure_moe(work: Path, old: Path) -> dict[str, Any]:
     del old
     model = shape(work, "moe-7b")
-    half = ("prune", model, "--kinds", "expert", "--importance", "taylor", "--unit-ratio", "0.5", "--layers", "all")
-    found = {
-        "half of the experts": command(ROOT, *half, "-o", str(work / "new"), "--no-tokenizer", "--max-memory", LIMIT)
-    }
-    found["generates"] = generates(work / "new")
-    shutil.rmtree(work / "new")
+    half = ("prune", model, "--kinds", "expert", "--unit-ratio", "0.5", "--layers", "all")
+    found = {}
+    for criterion in ("expert-reap", "taylor"):
+        options = ("--importance", criterion, "--no-tokenizer", "--max-memory", LIMIT)
+        found[criterion] = command(ROOT, *half, *options, "-o", str(work / "new"))
+        found[criterion]["generates"] = generates(work / "new")
+        shutil.rmtree(work / "new")
     return found
 
 
 def measure_1b(work: Path, old: Path) -> dict[str, Any]:
+    """Both read the same tokens of a text, choose channels, cut, and save. The units are compared in float32: in
+    bfloat16, rounding decides between units of random weights, whose scores are nearly equal."""
     del old
-    model = shape(work, "1b")
-    text = work / "calibration.json"
-    units = ("prune", model, "--method", "llm-pruner", "--ratio", "0.2", "--no-tokenizer", "--json")
-    files = (str(text), str(work / "textbook.json"))
-    ours, theirs = [], []
-    for number in range(ROUNDS):
-        out = work / f"new-{number}"
-        ours.append(command(ROOT, *units, "-o", str(out), "--max-memory", "2GiB"))
-        if number == 0:
-            text.write_text(json.dumps(calibration_of(model)))
-        theirs.append(run(["-m", "benchmarks.textbook", model, *files], ROOT))
-    plan = json.loads((work / "new-0" / "llmpruner.json").read_text())["plans"][0]
-    kept = {str(cut["layer"]): expanded(cut["kept"]) for cut in plan["cuts"].values()}
-    same = kept == json.loads((work / "textbook.json").read_text())
-    return {"llm-pruner": ours, "textbook": theirs, "identical units": same, **ratios(ours, theirs)}
+    text = str(data_folder() / "wikitext2_unk_validation.jsonl")
+    found = {}
+    for dtype, limit in TEXTBOOK_LIMITS.items():
+        model, tokens = shape(work, "1b", dtype), work / "calibration.json"
+        tokens.write_text(json.dumps(calibration_of(model, text)))
+        prune = ("prune", model, "--method", "llm-pruner", "--ratio", "0.2", "--calibration", text)
+        ours, theirs = [], []
+        for number in range(ROUNDS):
+            out, other = work / f"{dtype}-{number}", work / f"{dtype}-{number}-textbook"
+            theirs.append(run(["-m", "benchmarks.textbook", model, str(tokens), str(other)], ROOT))
+            ours.append(command(ROOT, *prune, "-o", str(out), "--max-memory", limit))
+        plan = json.loads((out / "llmpruner.json").read_text())["plans"][0]
+        kept = {str(cut["layer"]): set(expanded(cut["kept"])) for cut in plan["cuts"].values()}
+        wanted = {layer: set(units) for layer, units in json.loads((other / "kept.json").read_text()).items()}
+        assert {layer: len(units) for layer, units in kept.items()} == {n: len(units) for n, units in wanted.items()}
+        found[dtype] = {
+            "llm-pruner": ours,
+            "textbook": theirs,
+            "units": sum(map(len, wanted.values())),
+            "other units": sum(len(units - kept[layer]) for layer, units in wanted.items()),
+            **ratios(ours, theirs),
+        }
+    return json.loads(json.dumps(found).replace(text, "$LLMPRUNER_DATA/wikitext2_unk_validation.jsonl"))  # type: ignore[no-any-return]
 
 
 def measure_demo(work: Path, old: Path) -> dict[str, Any]:
@@ -128,22 +141,27 @@ def ratios(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str
     }
 
 
-def shape(work: Path, name: str) -> str:
+def shape(work: Path, name: str, dtype: str = "bfloat16") -> str:
     """A random checkpoint of a shape of `benchmarks.shapes`; from ``$LLMPRUNER_SHAPES``, if it is there."""
-    kept = Path(os.environ.get("LLMPRUNER_SHAPES", work)) / name
-    folder = kept if kept.is_dir() else work / name
+    own = name if dtype == "bfloat16" else f"{name}-{dtype}"
+    kept = Path(os.environ.get("LLMPRUNER_SHAPES", work)) / own
+    folder = kept if kept.is_dir() else work / own
     if not folder.is_dir():
-        run(["-m", "benchmarks.shapes", name, str(folder)], ROOT)
+        run(["-m", "benchmarks.shapes", name, str(folder), dtype], ROOT)
     return str(folder)
 
 
-def calibration_of(model: str) -> list[list[int]]:
-    """The text that the model writes for ``--method llm-pruner``, from a plan's own function."""
+def calibration_of(model: str, text: str) -> list[list[int]]:
+    """The tokens that ``--method llm-pruner`` reads from a text."""
     script = (
-        "import json, sys; from llmpruner import api; from llmpruner.data.written import self_generated; "
-        "m = api.load(sys.argv[1]); print(json.dumps(self_generated(m.model, None, 10, 64, 0).tolist()))"
+        "import json, sys; from llmpruner import Catalog, PruneSettings, api, plugin_manager; "
+        "from llmpruner.recipes.jobs import prune_job; from llmpruner.recipes.pipeline import calibrate; "
+        "from llmpruner.settings import settings_from; "
+        "settings = settings_from(PruneSettings, {'method': 'llm-pruner', 'ratio': 0.2, 'calibration': sys.argv[2]}); "
+        "job = prune_job(settings, Catalog(plugin_manager())); "
+        "print(json.dumps(calibrate(api.load(sys.argv[1]), job).input_ids.tolist()))"
     )
-    done = subprocess.run([sys.executable, "-c", script, model], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, model, text], check=True, capture_output=True, text=True)
     found: list[list[int]] = json.loads(done.stdout)
     return found
 

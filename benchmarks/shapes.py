@@ -1,6 +1,8 @@
 """Checkpoints of published shapes with random weights, written shard by shard, for measurements of memory and time.
 
-python -m benchmarks.shapes SHAPE DIRECTORY
+    python -m benchmarks.shapes SHAPE DIRECTORY [DTYPE]
+
+``DTYPE``: ``bfloat16`` or ``float32``. The tokenizer has a token for every byte.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
 from llmpruner.models.empty import meta_model
 
@@ -51,11 +54,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 _SHARD = 2_000_000_000
 
 
-def config_of(shape: str) -> PreTrainedConfig:
+def config_of(shape: str, dtype: str = "bfloat16") -> PreTrainedConfig:
     """The configuration of one of the `SHAPES`."""
     model_type, changes = SHAPES[shape]
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**changes, dtype="bfloat16")
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**changes, dtype=dtype)
     return config
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A tokenizer with a token for every byte, and one for the ends of a text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
 
 
 def write_random(config: PreTrainedConfig, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -105,4 +117,6 @@ def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, 
 
 
 if __name__ == "__main__":
-    write_random(config_of(sys.argv[1]), Path(sys.argv[2]))
+    shape, folder, dtype = [*sys.argv[1:], "bfloat16"][:3]
+    write_random(config_of(shape, dtype), Path(folder), getattr(torch, dtype))
+    write_tokenizer(Path(folder))

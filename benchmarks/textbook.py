@@ -1,10 +1,11 @@
-"""First-order Taylor importance as a textbook writes it: the whole model in memory, one backward pass by autograd.
+"""LLM-Pruner's first-order Taylor pruning as a textbook writes it: the whole model in memory, one backward pass by
+autograd, weights sliced in place.
 
-    python -m benchmarks.textbook MODEL CALIBRATION PLAN
+    python -m benchmarks.textbook MODEL CALIBRATION OUT
 
-``CALIBRATION``: JSON list of token ids, (samples, length). Writes the kept MLP channels of every layer to ``PLAN``:
-those with the largest Σ|g·w| over the weights that a channel owns, with the same number of channels in each of the
-layers that are not protected.
+``CALIBRATION``: JSON list of token ids, (samples, length). In each of the layers that are not protected, as many MLP
+channels go: those with the smallest Σ|g·w| over the weights that a channel owns. Saves the model in ``OUT``,
+and the kept channels of every layer in ``OUT/kept.json``.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 RATIO, PROTECTED = 0.2, 0.1
 
 
-def main(model_path: str, calibration: str, plan: str) -> None:
+def main(model_path: str, calibration: str, out: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path)
     ids = torch.tensor(json.loads(Path(calibration).read_text()))
-    for row in ids.split(1):
-        loss = model(input_ids=row, labels=row, use_cache=False).loss / len(ids)
-        loss.backward()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     layers = model.model.layers
     decoder = sum(p.numel() for p in layers.parameters())
     edge = round(PROTECTED * len(layers))
@@ -39,13 +39,18 @@ def main(model_path: str, calibration: str, plan: str) -> None:
             (p.detach().float() * p.grad.float()).abs().sum(axis, dtype=torch.float64)
             for p, axis in ((mlp.gate_proj.weight, 1), (mlp.up_proj.weight, 1), (mlp.down_proj.weight, 0))
         )
+    model.zero_grad(set_to_none=True)
     # The remainder: one channel more in the layers whose next channel has the lowest score.
     following = sorted((float(s.sort().values[share]), number) for number, s in scores.items())
     extra = {number for _, number in following[:more]}
-    kept = {
-        number: sorted(s.argsort(stable=True)[share + (number in extra) :].tolist()) for number, s in scores.items()
-    }
-    Path(plan).write_text(json.dumps(kept))
+    kept = {number: s.argsort(stable=True)[share + (number in extra) :].sort().values for number, s in scores.items()}
+    for number, stays in kept.items():
+        mlp = layers[number].mlp
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight = nn.Parameter(linear.weight.detach()[stays])
+        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.detach()[:, stays])
+    model.save_pretrained(out)
+    (Path(out) / "kept.json").write_text(json.dumps({number: stays.tolist() for number, stays in kept.items()}))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a micro-batch in a walk forwards, at least one sample."""
-LOGIT_ELEMENTS = 1 << 24
-"""Logits of a micro-batch in a walk with gradients, which are its largest tensor; at least those of one sample."""
+TOKENS_WITH_GRADIENTS = 1024
+"""The same in a walk with gradients, which keeps what is computed inside a layer."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Executor:
         """Samples of ``length`` tokens in a micro-batch of a walk forwards."""
         return max(1, TOKENS_AT_ONCE // self.divided // length)
 
-    def rows_backward(self, length: int, vocabulary: int) -> int:
+    def rows_backward(self, length: int) -> int:
         """The same in a walk with gradients."""
-        return max(1, LOGIT_ELEMENTS // self.divided // (length * vocabulary))
+        return max(1, TOKENS_WITH_GRADIENTS // self.divided // length)
 
     def boundaries(self) -> Boundaries:
         return Boundaries(self.boundary_memory, self.folder)

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ModelError
+from ..models.logits import logits_at, position_blocks
 from .inputs import Measured, forward_statistics
 from .position import Position, positions
 from .reduce import Measure, ReduceProducts
@@ -86,11 +87,12 @@ class LayerWalk:
         self._experts, self._ranks = expert_configs(self.model), executor.ranks
         with self.weights.outside():
             ids = check_tokens(self.model, calibration.input_ids)
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        rows = 1 if per_sample else executor.rows_backward(ids.shape[1], vocabulary)
+        rows = 1 if per_sample else executor.rows_backward(ids.shape[1])
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
         )
+        self.summed = rows < len(ids) or self._ranks.count > 1
+        """Whether gradients are sums over micro-batches or processes."""
         kept = executor.boundaries()
         self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
         """Before each layer, and after the last: a tensor for each micro-batch."""
@@ -146,7 +148,9 @@ class LayerWalk:
         """
         layer = self.layers[number]
         parameters = {n: self.model.get_parameter(n) for n in wanted if self.weights.number(n) == number}
-        sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
+        sums = {
+            name: _Gradients.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
+        }
         with _requiring_grad(parameters.values()):
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
@@ -170,7 +174,9 @@ class LayerWalk:
         sum of both uses. `backward_layer` must have been called for all layers before, and the weights outside the
         layers be in memory."""
         parameters = {n: self.model.get_parameter(n) for n in wanted}
-        sums = {name: _Gradients.like(p, squares) for name, p in parameters.items()}
+        sums = {
+            name: _Gradients.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
+        }
         with _requiring_grad(parameters.values()):
             for position, batch in enumerate(self.batches):
                 down = self.grads[position]
@@ -220,16 +226,20 @@ class LayerWalk:
                 yield
 
     def _head(self, position: int) -> tuple[torch.Tensor, float]:
-        """Run everything after the last layer with gradients. Returns the gradient of the hidden states after that
-        layer, and the mean loss."""
+        """Run everything after the last layer with gradients, for some positions at a time. Returns the gradient of the
+        hidden states after that layer, and the mean loss."""
         batch = self.batches[position]
         last = self.hidden[-1][position].detach().requires_grad_()
+        vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
+        total = 0.0
         with self._stubs(batch, last), torch.enable_grad():
-            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
-            loss = _loss(logits, batch.input_ids)
-            torch.autograd.backward(loss)
+            for positions in position_blocks(self.model, batch.input_ids, vocabulary):
+                logits = logits_at(self.model, batch.input_ids, positions)
+                loss = _loss(logits, targets.index_select(1, positions)) / targets.numel()
+                torch.autograd.backward(loss)
+                total += float(loss.detach())
         assert last.grad is not None
-        return last.grad, float(loss.detach())
+        return last.grad, total
 
     def _first_boundary(self, batch: _Batch) -> torch.Tensor:
         """The hidden states before the first layer, with their autograd graph."""
@@ -265,25 +275,31 @@ class LayerWalk:
 
 @dataclass
 class _Gradients:
-    """Float32 accumulators: the gradient of the mean loss, and the mean squared gradient of single samples."""
+    """Sums over micro-batches: the gradient of the mean loss, and the mean squared gradient of single samples, float32.
+    A single micro-batch needs no sum: ``grad`` is that of autograd, in the dtype of the parameter."""
 
-    grad: torch.Tensor
+    grad: torch.Tensor | None
     grad_sq: torch.Tensor | None
 
     @classmethod
-    def like(cls, parameter: torch.Tensor, squares: bool) -> _Gradients:
-        zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        return cls(zeros, torch.zeros_like(zeros) if squares else None)
+    def like(cls, parameter: torch.Tensor, *, summed: bool, squares: bool) -> _Gradients:
+        def zeros() -> torch.Tensor:
+            return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+        return cls(zeros() if summed else None, zeros() if squares else None)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [self.grad] if self.grad_sq is None else [self.grad, self.grad_sq]
+        return [tensor for tensor in (self.grad, self.grad_sq) if tensor is not None]
 
     def add(self, parameter: nn.Parameter, share: float) -> None:
-        if parameter.grad is None:
+        found, parameter.grad = parameter.grad, None
+        if self.grad is None:
+            self.grad = torch.zeros_like(parameter) if found is None else found
             return
-        grad = parameter.grad.float()
-        parameter.grad = None
+        if found is None:
+            return
+        grad = found.float()
         self.grad.add_(grad, alpha=share)
         if self.grad_sq is not None:
             self.grad_sq.addcmul_(grad, grad, value=share)
@@ -298,11 +314,14 @@ def walk_signals(
     seed: int,
     progress: Progress,
     measure: Measure | None = None,
+    *,
+    by_matrix: bool = False,
 ) -> Iterator[tuple[str, ParameterSignals]]:
     """Yield every parameter of ``wanted`` once, with the signals in ``needs``. To save memory, keep no reference to
     them.
 
-    ``measure``: `ImportanceCriterion.measure`, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
+    ``measure``: `ImportanceCriterion.measure`, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`. ``by_matrix``: a stack
+    of matrices is yielded matrix by matrix instead.
 
     Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see the
     module), one layer's gradients, and the statistics of the inputs of all layers if they are needed too. Raises
@@ -310,9 +329,10 @@ def walk_signals(
     """
     where, model, weights = positions(graph), executor.model, executor.weights
 
-    def signals(name: str, sums: _Gradients | None, found: Measured | None) -> tuple[str, ParameterSignals]:
+    def signals(name: str, sums: _Gradients | None, found: Measured | None) -> Iterator[tuple[str, ParameterSignals]]:
         inputs, products = (found.inputs, found.products) if found else (None, None)
-        return name, signals_of(model, name, where[name], sums, inputs, products, needs, seed)
+        parts = signals_of(model, name, where[name], sums, inputs, products, needs, seed, by_matrix=by_matrix)
+        return ((name, part) for part in parts)
 
     if set(needs) <= {Signal.WEIGHT}:
         yield from _of_weights(weights, wanted, lambda name: signals(name, None, None))
@@ -332,7 +352,7 @@ def walk_signals(
         rest = set(wanted)
         for name, measured in found:
             rest.discard(name)
-            yield signals(name, None, measured)
+            yield from signals(name, None, measured)
         yield from _of_weights(weights, rest, lambda name: signals(name, None, None))
         return
     forward = dict(found)
@@ -356,16 +376,17 @@ def walk_signals(
                 of_products = reduced.statistics(executor.ranks) if reduced else {}
                 for name in names:
                     measured = forward.get(name, Measured(None, None))
-                    yield signals(name, sums.pop(name, None), replace(measured, products=of_products.get(name)))
+                    measured = replace(measured, products=of_products.get(name))
+                    yield from signals(name, sums.pop(name, None), measured)
         if outer:
             with weights.outside():
                 sums = walk.backward_outer(outer, squares=squares) if differentiated else {}
                 for name in outer:
-                    yield signals(name, sums.pop(name, None), None)
+                    yield from signals(name, sums.pop(name, None), None)
 
 
 def _of_weights(
-    weights: Weights, names: Collection[str], signals: Callable[[str], tuple[str, ParameterSignals]]
+    weights: Weights, names: Collection[str], signals: Callable[[str], Iterator[tuple[str, ParameterSignals]]]
 ) -> Iterator[tuple[str, ParameterSignals]]:
     """``signals`` of each name, layer by layer."""
     by_part: dict[int | None, list[str]] = {}
@@ -374,7 +395,7 @@ def _of_weights(
     for part in sorted(by_part, key=lambda number: -1 if number is None else number):
         with weights.part(part):
             for name in by_part[part]:
-                yield signals(name)
+                yield from signals(name)
 
 
 def _forward(
@@ -403,27 +424,40 @@ def signals_of(
     products: ProductStats | None,
     needs: Collection[Signal],
     seed: int,
-) -> ParameterSignals:
-    """The signals of one parameter. Raises `ModelError` when its values are not finite."""
+    *,
+    by_matrix: bool = False,
+) -> Iterator[ParameterSignals]:
+    """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, so that one is in float32 at a
+    time. Raises `ModelError` when its values are not finite."""
     parameter = model.get_parameter(name).detach()
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return ParameterSignals(
-        weight=parameter.float(),
-        grad=sums.grad if sums is not None and Signal.GRAD in needs else None,
-        grad_sq=sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None,
-        generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")),
-        inputs=inputs,
-        products=products,
-        position=position,
-    )
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    grad = sums.grad if sums is not None and Signal.GRAD in needs else None
+    grad_sq = sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None
+    dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
+    if not (by_matrix and parameter.dim() == 3):
+        grad = None if grad is None else grad.float()
+        yield ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products, position)
+        return
+    for number in range(len(parameter)):
+        one = slice(number, number + 1)
+        yield ParameterSignals(
+            parameter[one].to(dtype),
+            None if grad is None else grad[one].float(),
+            None if grad_sq is None else grad_sq[one],
+            generator,
+            inputs and inputs.of_matrix(number),
+            products and products.of_matrix(number),
+            position,
+            number,
+        )
 
 
-def _loss(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross entropy, in float32."""
-    predictions = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(predictions, input_ids[:, 1:].flatten())
+def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropies of ``targets`` (B, n), in float32."""
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 @contextlib.contextmanager

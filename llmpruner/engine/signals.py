@@ -7,7 +7,7 @@ Shapes: ``rows`` is the number of calibration tokens that a weight is multiplied
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,17 @@ class InputStats:
     """For a stack: how many calibration tokens were routed to each expert, (experts,), int64. None for one matrix."""
     all_tokens: bool = True
     """Whether every calibration token was multiplied with the weight. False for experts with routing."""
+
+    def of_matrix(self, number: int) -> InputStats:
+        """Those of one matrix of a stack, with a first axis of length one."""
+        one = slice(number, number + 1)
+        return replace(
+            self,
+            mean=self.mean[one],
+            second_moment=self.second_moment[one],
+            gram=None if self.gram is None else self.gram[one],
+            routed=None if self.routed is None else self.routed[one],
+        )
 
     @property
     def variance(self) -> torch.Tensor:
@@ -171,11 +182,15 @@ class ProductStats:
     sums: Mapping[str, torch.Tensor]
     axis: int
 
+    def of_matrix(self, number: int) -> ProductStats:
+        """Those of one matrix of a stack, with a first axis of length one."""
+        return replace(self, sums={name: tensor[number : number + 1] for name, tensor in self.sums.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterSignals:
     """The signals of one parameter. ``weight`` and gradients have its shape, in float32; signals that the criterion did
-    not ask for are None."""
+    not ask for are None, and ``weight`` is in the model's dtype without `Signal.WEIGHT`."""
 
     weight: torch.Tensor
     grad: torch.Tensor | None
@@ -187,6 +202,9 @@ class ParameterSignals:
     products: ProductStats | None = None
     """None also for the same parameters as ``inputs``."""
     position: Position = field(default_factory=Position)
+    matrix: int | None = None
+    """The number of a matrix in a stack, for a criterion that gets them one at a time
+    (`ImportanceCriterion.by_matrix`); all tensors have a first axis of length one then."""
 
     def over_inputs(self, values: torch.Tensor) -> torch.Tensor:
         """A saliency of the weight's shape from one value per input channel: each value is divided equally among the

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError
+from ..models.logits import last_logits
 from ..models.precision import computes_bfloat16_fast
 from .boundaries import States
 from .executor import Executor
@@ -173,7 +174,7 @@ def run_whole(
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
             stack.callback(layer.register_forward_hook(keep(number)).remove)
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **last_logits(model))
     if called != list(range(len(layers))):
         raise not_walkable(model)
     whole = first_output(outputs[-1])

@@ -26,6 +26,7 @@ class OfInputs(ImportanceCriterion):
 
     needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
     roles = _READERS
+    by_matrix = True
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         if signals.inputs is None:

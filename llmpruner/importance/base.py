@@ -51,6 +51,11 @@ class ImportanceCriterion(Component):
     roles: ClassVar[frozenset[Role] | None] = None
     """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
 
+    by_matrix: ClassVar[bool] = False
+    """Whether the saliencies of a matrix in a stack (one per expert) depend on the signals of that matrix alone. Then
+    `saliency` is called for one matrix at a time, with a first axis of length one, so that only one is in float32, and
+    `score_units` is not called for stacks."""
+
     @property
     def signals(self) -> frozenset[Signal]:
         """The signals that this instance needs; override it if they depend on settings."""
@@ -85,8 +90,8 @@ class ImportanceCriterion(Component):
         raise NotImplementedError
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        """Saliency of every weight, a floating-point tensor with the shape of the parameter. Called once for each
-        parameter."""
+        """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight``. Called once for each
+        parameter, or for each matrix of a stack (`by_matrix`)."""
         raise NotImplementedError
 
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:

@@ -80,7 +80,9 @@ def estimate(
         return _layers(executor, groups, criterion, calibration, progress, removal)
     uses = _uses(graph, groups, criterion)
     needs = criterion.signals
-    stream = walk_signals(executor, graph, uses, needs, calibration, seed, progress, criterion.measure)
+    stream = walk_signals(
+        executor, graph, uses, needs, calibration, seed, progress, criterion.measure, by_matrix=criterion.by_matrix
+    )
     return _score(graph, groups, criterion, uses, stream, reduction)
 
 
@@ -96,9 +98,13 @@ def estimate_from(
 ) -> Scores:
     """`estimate` for a criterion of weights and inputs, from measured ``inputs`` (parameter → statistics)."""
     uses, where = _uses(graph, groups, criterion), positions(graph)
+    needs, by_matrix = criterion.signals, criterion.by_matrix
     stream = (
-        (name, signals_of(model, name, where[name], None, inputs.get(name), None, criterion.signals, seed))
+        (name, signals)
         for name in uses
+        for signals in signals_of(
+            model, name, where[name], None, inputs.get(name), None, needs, seed, by_matrix=by_matrix
+        )
     )
     return _score(graph, groups, criterion, uses, stream, reduction)
 
@@ -122,15 +128,25 @@ def _score(
     reduction: str,
 ) -> Scores:
     partial: dict[tuple[str, int], torch.Tensor] = {}
+    sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
     for name, signals in stream:
         saliency: torch.Tensor | None = None
         for use in uses[name]:
-            index = _index(use, signals.weight)
-            scores = criterion.score_units(signals, use.axis, index)
-            if scores is None:
-                saliency = criterion.saliency(signals) if saliency is None else saliency
-                scores = _per_unit(saliency, use, index, criterion.signed)
-            partial[use.group.name, use.number] = scores.double().cpu()
+            key = use.group.name, use.number
+            if signals.matrix is None:
+                scores = criterion.score_units(signals, use.axis, _index(use, signals.weight))
+                if scores is not None:
+                    partial[key] = scores.double().cpu()
+                    continue
+            saliency = criterion.saliency(signals) if saliency is None else saliency
+            found = _per_index(saliency, use, criterion.signed).cpu()
+            if key in sums:
+                _, before = sums[key]
+                follows = use.axis.axis == 0 and not use.group.modules
+                found = torch.cat([before, found]) if follows else before + found
+            sums[key] = use, found
+    for key, (use, values) in sums.items():
+        partial[key] = values if use.group.modules else values.abs()[_index(use, values)].sum(1)
     return _finite({group.name: _reduce(graph, group, partial, reduction) for group in groups}, criterion)
 
 
@@ -198,14 +214,15 @@ def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
     return torch.tensor(owned, device=weight.device).view(units, -1)
 
 
-def _per_unit(saliency: torch.Tensor, use: _Use, index_UK: torch.Tensor, signed: bool) -> torch.Tensor:
+def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
+    """Sums of saliencies over all axes but that of the units, float64; for modules one sum, (1,). Those of the matrices
+    of a stack add up, or follow one another where the units are the matrices."""
     if use.group.modules:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
         return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
     others = [axis for axis in range(saliency.dim()) if axis != use.axis.axis]
     values = saliency if signed else saliency.abs()
-    per_index = values.sum(others, dtype=torch.float64) if others else values.double()
-    return per_index.abs()[index_UK].sum(1)
+    return values.sum(others, dtype=torch.float64) if others else values.double()
 
 
 def _reduce(

@@ -28,6 +28,7 @@ class L1(ImportanceCriterion):
     """Σ|w|."""
 
     name = "l1"
+    by_matrix = True
     summary = "sum of absolute weights, Σ|w|"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
@@ -38,6 +39,7 @@ class L2(ImportanceCriterion):
     """Σw², the squared norm, as in the code of LLM-Pruner; within one span the ranking is that of the norm."""
 
     name = "l2"
+    by_matrix = True
     summary = "sum of squared weights, Σw²"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Taylor(ImportanceCriterion):
     """
 
     name = "taylor"
+    by_matrix = True
     summary = "change of the loss by Taylor expansion, |g·w| and its variants (LLM-Pruner, eq. 3-6)"
 
     class Settings(ComponentSettings):

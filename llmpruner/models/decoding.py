@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
+from .logits import last_logits
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -27,8 +28,7 @@ class CachedModel:
             self.cache = DynamicCache(config=model.config) if cache is None else cache
         self._cache_argument = cache_argument(model)
         # As generation does: the head computes the logits of the last token alone.
-        last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._options: dict[str, Any] = {"use_cache": True, **({"logits_to_keep": 1} if last else {})}
+        self._options: dict[str, Any] = {"use_cache": True, **last_logits(model)}
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:

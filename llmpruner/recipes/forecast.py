@@ -18,10 +18,11 @@ from ..compensation.least_squares import solve_bytes, solve_operations
 from ..data.calibration import parse_calibration
 from ..data.self_written import SelfWritten
 from ..engine.boundaries import DEFAULT_LIMIT, GIB
-from ..engine.executor import LOGIT_ELEMENTS, TOKENS_AT_ONCE
+from ..engine.executor import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.journal import INTERVAL
 from ..engine.signals import Signal
 from ..importance.estimate import scored_parameters
+from ..models.logits import LOGIT_ELEMENTS
 from ..structure.kept import parameters_after
 from .layer_sample import LayerSample, gram_operations, layer_parameters
 from .pipeline import GRADIENT_TOKENS, length_for, scope_of
@@ -161,7 +162,7 @@ class Work:
     ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
     ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it. ``trials``: runs of
-    cut copies.
+    cut copies. ``by_matrix``: whether one matrix of a stack is scored at a time.
     """
 
     samples: int = 0
@@ -176,6 +177,7 @@ class Work:
     steps: int = 1
     trials: int = 0
     saves: bool = True
+    by_matrix: bool = False
 
     @property
     def tokens(self) -> int:
@@ -220,6 +222,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         steps=job.steps,
         trials=3 * len(groups) if job.allocation.measures else 0,
         saves=saves,
+        by_matrix=job.criterion.by_matrix,
     )
 
 
@@ -300,8 +303,7 @@ class _Forecaster:
         length = max(work.length, 1)
         self.micro = length * max(1, min(work.samples, TOKENS_AT_ONCE // residency.divided // length))
         """Tokens of a micro-batch forwards; with gradients:"""
-        rows = 1 if Signal.GRAD_SQ in work.signals else LOGIT_ELEMENTS // residency.divided
-        rows = rows if rows == 1 else rows // (length * self.vocabulary)
+        rows = 1 if Signal.GRAD_SQ in work.signals else TOKENS_WITH_GRADIENTS // residency.divided // length
         self.micro_backward = length * max(1, min(work.samples, rows))
 
     def run(self, base: int) -> Forecast:
@@ -381,8 +383,7 @@ class _Forecaster:
 
     def estimation(self) -> Stage:
         work, sample = self.work, self.sample
-        largest = max((prod(self.graph.shapes[name]) for name in work.names), default=0)
-        scoring = self.scoring(largest)
+        scoring = self.scoring()
         elements = sum(prod(self.graph.shapes[name]) for name in work.names)
         if not work.scored and work.chooses:
             return Stage("estimation", self.weights(), 0.0)
@@ -399,7 +400,7 @@ class _Forecaster:
         if work.gradients:
             memory["hidden states"] = self.in_memory(self.between())
             arguments = self.layer_gradients()
-            head = self.micro_backward * self.vocabulary * (self.item + 3 * _F32)
+            head = self.logits_at_once(self.micro_backward) * (self.item + 3 * _F32)
             backward = self.activations(self.micro_backward, backward=True) + arguments
             memory |= largest_of(
                 {"logits and their gradients": head},
@@ -412,7 +413,7 @@ class _Forecaster:
             memory["hidden states"] = self.in_memory(self.streams(work.scored) * (self.stream_copies()))
             memory |= self.two_layers()
             memory |= largest_of(
-                {"logits of one sample": self.check_bytes()},
+                {"the check on one sample": self.check_bytes()},
                 {"activations and sums of inputs": self.watched(work.names)},
                 {"statistics of one layer": self.statistics(work.names), "scores of one parameter": scoring},
             )
@@ -439,9 +440,9 @@ class _Forecaster:
         width = max((w for w, _, _ in solved), default=0)
         # ĥ before and after the layer, h, y, the target and its difference, squares in float64; all inputs, kept ones.
         rows = micro * (self.hidden * (6 * _F32 + _F64 + _F32) + widest * self.product + width * (_F32 + self.product))
-        scoring = self.scoring(max((prod(self.graph.shapes[name]) for name in work.names), default=0))
+        scoring = self.scoring()
         memory |= largest_of(
-            {"logits of one sample": self.check_bytes()},
+            {"the check on one sample": self.check_bytes()},
             {"sums of the fits": sums, "activations": max(rows, self.activations(micro))},
             {"sums of the fits": sums, "solving one fit": solve},
             {"activations and sums of inputs": self.watched(work.names)} if work.chooses else {},
@@ -503,25 +504,41 @@ class _Forecaster:
         return round(sample.forward_bytes.of(tokens))
 
     def layer_gradients(self) -> int:
-        """Float32 sums, the gradients of one micro-batch, and a float32 copy of one, of the largest layer."""
+        """Float32 sums, the gradients of one micro-batch, and a float32 copy of one, of the largest layer. A single
+        micro-batch needs no sums."""
         by_layer: dict[int | None, list[int]] = {}
         for name in self.work.names:
             by_layer.setdefault(self.graph.layer_of(name), []).append(prod(self.graph.shapes[name]))
         kinds = len(self.work.signals & {Signal.GRAD, Signal.GRAD_SQ})
-        copy = 0 if self.item == _F32 else _F32
-        sums = 1 if kinds == 1 and Signal.GRAD in self.work.signals else 2
+        sums = kinds if self.summed else 0
+        copy = _F32 if self.summed and self.item != _F32 else 0
         return max(
             (sum(found) * (sums * _F32 + self.item) + max(found) * copy for found in by_layer.values()), default=0
         )
 
-    def scoring(self, elements: int) -> int:
-        """A float32 copy of the weight, its saliency and absolute values, and those in float64 while they are summed;
-        with a Gram matrix, float64 copies of it."""
-        found = elements * ((0 if self.item == _F32 else _F32) + 2 * _F32 + _F64)
+    @property
+    def summed(self) -> bool:
+        """Whether gradients are sums over micro-batches."""
+        return Signal.GRAD_SQ in self.work.signals or self.work.scored > self.micro_backward
+
+    def scoring(self) -> int:
+        """Float32 copies of the largest weight and of its gradient, its saliency and absolute values, and those in
+        float64 while they are summed; with a Gram matrix, float64 copies of it."""
+        if Signal.WEIGHT not in self.work.signals:
+            return 0
+        elements = max((self.at_once(self.graph.shapes[name]) for name in self.work.names), default=0)
+        copies = 0 if self.item == _F32 else _F32
+        if self.work.gradients and not self.summed:
+            copies *= 2
+        found = elements * (copies + 2 * _F32 + _F64)
         if Signal.GRAM in self.work.signals:
             widest = max((full for _, full in self.read_widths()), default=0)
             found = max(found, 4 * widest**2 * _F64 + 2 * elements * _F64)
         return found
+
+    def at_once(self, shape: tuple[int, ...]) -> int:
+        """Elements of a parameter that are scored together."""
+        return prod(shape[1:] if self.work.by_matrix and len(shape) == 3 else shape)
 
     def statistics(self, names: Iterable[str]) -> int:
         """Gram matrices of one layer's inputs, as sums and as means."""
@@ -545,7 +562,18 @@ class _Forecaster:
 
     def check_bytes(self) -> int:
         """The check of a forward walk runs the whole model on one sample."""
-        return self.work.length * self.vocabulary * self.item + self.activations(self.work.length)
+        tokens = self.work.length if self.whole_logits else 1
+        return tokens * self.vocabulary * self.item + self.activations(self.work.length)
+
+    def logits_at_once(self, tokens: int) -> int:
+        """Numbers of logits of a micro-batch that are in memory together."""
+        every = tokens * self.vocabulary
+        return every if self.whole_logits else min(every, max(LOGIT_ELEMENTS, self.vocabulary))
+
+    @property
+    def whole_logits(self) -> bool:
+        """Whether the model computes the logits of all positions, whatever it is asked for."""
+        return self.sample is not None and self.sample.whole_logits
 
     def consumers(self) -> Iterable[tuple[int, int, int]]:
         """Kept inputs, outputs, and number of matrices, of every weight that is fitted."""

@@ -24,6 +24,7 @@ from ..engine.gram import add_gram
 from ..engine.walk import call_layer, eager_experts, expert_configs, first_output, record
 from ..models.decoder import decoder_list
 from ..models.empty import meta_model
+from ..models.logits import computes_some_logits
 from ..models.precision import computes_bfloat16_fast
 from ..models.quiet import quiet_transformers
 
@@ -60,7 +61,8 @@ class LayerSample:
     ``backward``: that, with the backward pass, and gradients of the weights that are asked for. ``*_bytes``: the
     largest sum of tensors that are alive in a run, without the weights. Rates: operations (multiply and add: two) per
     second of ``gram`` and ``product32`` in float32, ``product64``, ``factor`` (Cholesky, n³ / 3) in float64, and of the
-    ``head``; ``copy``: bytes per second.
+    ``head``; ``copy``: bytes per second. ``whole_logits``: whether the model computes the logits of all positions even
+    if it is asked for some.
     """
 
     parameters: int
@@ -76,6 +78,7 @@ class LayerSample:
     factor: float
     head: float
     copy: float
+    whole_logits: bool = False
 
 
 def sample_layer(
@@ -112,6 +115,7 @@ def sample_layer(
         plain_bytes,
         backward_bytes,
         **_rates(torch.bfloat16 if mixed else dtype, device, torch.get_num_threads()),
+        whole_logits=not computes_some_logits(model),
     )
 
 

@@ -108,7 +108,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     pipeline.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
     llmpruner.engine.walk.computes_bfloat16_fast = lambda model: False
-    llmpruner.engine.gradients._LOGIT_ELEMENTS = 4 * 32 * 96
+    llmpruner.engine.executor.TOKENS_WITH_GRADIENTS = 4 * 32
 
 
 if __name__ == "__main__":

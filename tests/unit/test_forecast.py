@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,17 +80,22 @@ def test_weights_alone(structure, catalog):
     assert streamed["weights of two layers"] == 2 * 2 * LAYER
 
 
-def test_gradients(structure, catalog):
+def test_gradients(structure, catalog, monkeypatch):
     work = work_of(job_of(catalog, method="llm-pruner", calibration="self"), structure, saves=True)
     assert (work.tokens, work.scored) == (640, 640)
     memory = found(structure, work, a_sample(), boundary_memory=1 << 30).stage("estimation").memory
     # Before each layer, after the last, and the gradients of one.
     assert memory["hidden states"] == 640 * H * 2 * (LAYERS + 2)
-    # All ten samples are one micro-batch: logits in bfloat16; float32, their log-softmax, and two gradients.
+    # Logits in bfloat16; float32, their log-softmax, and two gradients: of all positions, or of some at a time.
     assert memory["logits and their gradients"] == 640 * VOCABULARY * (2 + 12)
     spilled = found(structure, work, a_sample(), boundary_memory=1000)
     assert spilled.stage("estimation").memory["hidden states"] == 1000
     assert spilled.stage("estimation").bytes == sum(memory.values()) - 640 * H * 2 * (LAYERS + 2) + 1000
+    monkeypatch.setattr("llmpruner.recipes.forecast.LOGIT_ELEMENTS", 600 * VOCABULARY)
+    for whole, tokens in ((False, 600), (True, 640)):
+        sample = replace(a_sample(), whole_logits=whole)
+        memory = found(structure, work, sample, boundary_memory=1 << 30).stage("estimation").memory
+        assert memory["logits and their gradients"] == tokens * VOCABULARY * (2 + 12)
 
 
 def test_gradients_of_one_layer(structure):

@@ -6,10 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
+from criteria_cases import make, tokens
 
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.data.written import self_generated
 from llmpruner.errors import SettingsError
+from llmpruner.importance.activation import OutputEnergy
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1, L2, Random
 from llmpruner.importance.taylor import Taylor, Variant
@@ -117,3 +119,30 @@ def test_random_is_reproducible_and_seeded(gqa):
 def test_a_variant_that_does_not_exist_is_refused():
     with pytest.raises(SettingsError, match=r"variant = 'element' is refused: expected one of element1, element2"):
         Taylor(variant="element")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("criterion", [L2(), Taylor(), Taylor(variant="vector"), Taylor(variant="mix"), OutputEnergy()])
+def test_stacks_are_scored_matrix_by_matrix(name, criterion):
+    """Experts, and channels that all experts share, get the scores of whole stacks; one matrix at a time is shown."""
+    loaded, calibration, shapes = make(name), tokens(4, 12), []
+
+    class Whole(type(criterion)):
+        by_matrix = False
+
+    class Seen(type(criterion)):
+        def saliency(self, signals):
+            shapes.append((signals.matrix, len(signals.weight)) if signals.weight.dim() == 3 else None)
+            return super().saliency(signals)
+
+    settings = criterion.settings.model_dump()
+    groups = [group for group in loaded.graph.groups if group.kind != "hidden"]
+    whole, parts = (
+        estimate(loaded.model, loaded.graph, groups, kind(**settings), calibration).by_group for kind in (Whole, Seen)
+    )
+    assert {"expert"} <= {group.kind for group in groups}
+    for group in groups:
+        torch.testing.assert_close(parts[group.name], whole[group.name], rtol=1e-6, atol=1e-12)
+    of_stacks = [shape for shape in shapes if shape is not None]
+    assert of_stacks and all(length == 1 for _, length in of_stacks)
+    assert {number for number, _ in of_stacks} == set(range(loaded.config.num_local_experts))

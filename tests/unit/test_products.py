@@ -31,7 +31,8 @@ CALIBRATION = tokens(6, 16)
 def small_micro_batches_in_full_precision(monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 4 * 16)
-    monkeypatch.setattr("llmpruner.engine.executor.LOGIT_ELEMENTS", 4 * 16 * 96)
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_WITH_GRADIENTS", 4 * 16)
+    monkeypatch.setattr("llmpruner.models.logits.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
 def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
