@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationSet
 
 
+_ELEMENTS = 1 << 20
+"""Of a saliency that are summed at once."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """``by_group``: group name → float64 tensor of shape (units,); higher is more important."""
@@ -221,8 +225,12 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
         return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
     others = [axis for axis in range(saliency.dim()) if axis != use.axis.axis]
-    values = saliency if signed else saliency.abs()
-    return values.sum(others, dtype=torch.float64) if others else values.double()
+    if not others:
+        return (saliency if signed else saliency.abs()).double()
+    # A few rows at a time, as both the absolute values and torch's sum in float64 are copies.
+    parts = saliency.split(max(1, _ELEMENTS * len(saliency) // max(1, saliency.numel())))
+    sums = [(part if signed else part.abs()).sum(others, dtype=torch.float64) for part in parts]
+    return torch.cat(sums) if use.axis.axis == 0 else torch.stack(sums).sum(0)
 
 
 def _reduce(

@@ -52,6 +52,7 @@ _STEP = 2e-3
 _LOGITS, _DRAWS = 4, 7
 """Copies of the logits in float32 in memory while tokens are drawn, and how often they are read and written."""
 _GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
+_FIRST_ORDER = frozenset({Signal.WEIGHT, Signal.GRAD})
 
 
 @dataclass(frozen=True)
@@ -522,15 +523,16 @@ class _Forecaster:
         return Signal.GRAD_SQ in self.work.signals or self.work.scored > self.micro_backward
 
     def scoring(self) -> int:
-        """Float32 copies of the largest weight and of its gradient, its saliency and absolute values, and those in
-        float64 while they are summed; with a Gram matrix, float64 copies of it."""
+        """Float32 copies of the largest weight and of its gradient, and its saliency; with a Gram matrix, float64
+        copies of it."""
         if Signal.WEIGHT not in self.work.signals:
             return 0
         elements = max((self.at_once(self.graph.shapes[name]) for name in self.work.names), default=0)
         copies = 0 if self.item == _F32 else _F32
         if self.work.gradients and not self.summed:
             copies *= 2
-        found = elements * (copies + 2 * _F32 + _F64)
+        # |w|, w² and w·g are one tensor; other saliencies are made of two.
+        found = elements * (copies + (1 if self.work.signals <= _FIRST_ORDER else 2) * _F32)
         if Signal.GRAM in self.work.signals:
             widest = max((full for _, full in self.read_widths()), default=0)
             found = max(found, 4 * widest**2 * _F64 + 2 * elements * _F64)

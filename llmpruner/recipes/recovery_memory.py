@@ -17,7 +17,7 @@ import torch
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..errors import SettingsError
 from ..loading.model import Model, dtype_of, file_bytes, why_not_streamed
-from ..recovery.trainer import micro_batch
+from ..recovery.schedule import micro_batch
 from ..settings import LoadSettings, RunSettings
 from .forecast import LATER, Forecast, Residency, Stage, size_text
 from .layer_sample import layer_parameters, memory_before, sample_layer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.mixture import parse_mixture
 from ..loading.model import load_tokenizer
 from ..recovery.run import prepare
-from ..recovery.trainer import steps
+from ..recovery.schedule import steps
 from .forecast import work_of
 from .residency import arranged
 

@@ -18,8 +18,9 @@ from ..structure.coupling import layer_number
 from .adapters import with_adapters
 from .base import RecoveryJob, TrainingResult
 from .examples import IGNORED
+from .schedule import micro_batch
 from .token_loss import Term, blocks, mean_over_tokens
-from .trainer import ROW, Batch, collator_for, computing, micro_batch
+from .trainer import ROW, Batch, collator_for, computing
 from .training import fit
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from ..engine.weights import Weights
 from ..errors import ModelError, UnsupportedModelError
 from .base import RecoveryJob, TrainingResult
 from .examples import IGNORED
-from .trainer import SCHEDULES, micro_batch, steps, warmup_steps
+from .schedule import SCHEDULES, micro_batch, steps, warmup_steps
 
 if TYPE_CHECKING:
     from ..settings import RecoverSettings

@@ -12,7 +12,7 @@ import torch
 from ..engine.ranks import Ranks
 from ..errors import UnsupportedModelError
 from .base import RecoveryJob
-from .trainer import micro_batch
+from .schedule import micro_batch
 
 _BYTES_PER_TOKEN_AND_CHANNEL = 34
 """Kept in a layer per token and channel of the hidden states, at 16 bits, without the scores of attention, which its

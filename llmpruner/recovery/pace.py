@@ -19,7 +19,8 @@ from ..errors import OutputError, SettingsError
 from ..files import write_text
 from ..settings import RecoverSettings
 from .base import RecoveryJob
-from .trainer import Loss, LossTrainer, arguments, micro_batch, saving_steps, steps, validation_steps
+from .schedule import micro_batch, saving_steps, steps, validation_steps
+from .trainer import Loss, LossTrainer, arguments
 
 _FILE = "pace.json"
 _TRIAL, _NOT_COUNTED = 4, 1

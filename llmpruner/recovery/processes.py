@@ -7,7 +7,7 @@ import os
 from ..engine.ranks import Ranks
 from ..errors import SettingsError
 from ..settings import LoadSettings, RecoverSettings
-from .trainer import micro_batch
+from .schedule import micro_batch
 
 
 def check_processes(settings: RecoverSettings, load: LoadSettings) -> None:

@@ -17,10 +17,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, Train
 from transformers.trainer_callback import PrinterCallback
 
 from ..engine.ranks import Ranks
-from ..errors import SettingsError
-from ..settings import RecoverSettings
 from .base import RecoveryJob, Validation
 from .examples import IGNORED
+from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Any, Batch], torch.Tensor]
@@ -28,8 +27,6 @@ Loss = Callable[[Any, Batch], torch.Tensor]
 ROW = "row"
 """The key of the numbers of a batch's examples, of shape (examples,): in ``job.examples``, and after them in
 ``job.validation``."""
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-_VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
 
 
 def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
@@ -40,54 +37,6 @@ def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-
-
-def steps(settings: RecoverSettings, examples: int) -> int:
-    """Number of optimizer steps, where no time is given; the last batch of an epoch may be smaller than the others."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
-
-
-def validation_steps(settings: RecoverSettings, total: int, rows: int) -> int:
-    """Optimizer steps from one validation, on ``rows`` examples, to the next. By default there are so many validations
-    that they take a tenth of the time of a training, in which every example is computed forwards and backwards (three
-    times the work); at most ten, and at least one."""
-    if settings.eval_steps is not None:
-        return settings.eval_steps
-    affordable = int(_VALIDATION_SHARE * 3 * total * settings.batch_size / rows)
-    return math.ceil(total / max(1, min(_VALIDATIONS, affordable)))
-
-
-def saving_steps(total: int) -> int:
-    """Optimizer steps from one saved state to the next."""
-    return max(1, min(50, total // 10))
-
-
-def micro_batch(settings: RecoverSettings, processes: int = 1) -> int:
-    """The largest number of examples within ``micro_batch_size`` that divides the part of ``batch_size`` which each of
-    ``processes`` has. Raises `SettingsError` where they cannot share a batch."""
-    part, rest = divmod(settings.batch_size, processes)
-    if rest:
-        raise SettingsError(
-            f"--batch-size {settings.batch_size} cannot be shared by {processes} processes; give a multiple of "
-            f"{processes}"
-        )
-    sizes = range(1, min(settings.micro_batch_size, part) + 1)
-    return max(size for size in sizes if part % size == 0)
-
-
-def warmup_steps(settings: RecoverSettings, total: int) -> int:
-    """The steps of a training of ``total`` over which the learning rate rises. Raises `SettingsError` for as many as
-    the training has."""
-    if settings.warmup_steps is None:
-        return min(100, total // 10)
-    if settings.warmup_steps and settings.warmup_steps >= total:
-        raise SettingsError(
-            f"--warmup-steps {settings.warmup_steps}: the training has {total} steps, so the learning rate would not "
-            "reach its peak; give fewer"
-        )
-    return settings.warmup_steps
 
 
 def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | None = None) -> TrainingArguments:

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from ..errors import ModelError
 from .base import Validation
 from .best import BestWeights
-from .trainer import LossTrainer, validation_steps, validations
+from .schedule import validation_steps
+from .trainer import LossTrainer, validations
 
 _MOST_NAMED = 8
 """Rows that a message names."""

@@ -73,8 +73,8 @@ def test_weights_alone(structure, catalog):
     work = work_of(job_of(catalog, importance="l1"), structure, saves=True)
     resident = found(structure, work, a_sample()).stage("estimation").memory
     assert resident["weights"] == 2 * (LAYERS * LAYER + OUTSIDE)
-    # Of one matrix: float32 copy, saliency and absolute values, and float64.
-    assert resident["scores of one parameter"] == H * MLP * 20
+    # Of one matrix: float32 copy and saliency.
+    assert resident["scores of one parameter"] == H * MLP * 8
     streamed = found(structure, work, a_sample(), streamed=True).stage("estimation").memory
     assert streamed["weights outside the layers"] == 2 * OUTSIDE
     assert streamed["weights of two layers"] == 2 * 2 * LAYER

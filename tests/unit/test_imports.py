@@ -35,6 +35,16 @@ def test_nothing_heavy_is_imported(what):
     assert "llmpruner.structure.plan" not in loaded
 
 
+def test_a_prune_does_not_import_what_a_training_needs():
+    """transformers' Trainer brings datasets, pandas and pyarrow: some 100 MiB that would count in every command."""
+    code = "import llmpruner.api, llmpruner.cli.prune, json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "torch" in loaded
+    assert not loaded & {"transformers.trainer", "datasets", "pyarrow", "lm_eval", "gguf"}
+
+
 def test_every_public_name_exists():
     assert len(llmpruner.__all__) > 50
     for name in llmpruner.__all__:

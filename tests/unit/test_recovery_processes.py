@@ -16,7 +16,7 @@ from test_recovery_killed import prepared
 
 from llmpruner.errors import SettingsError
 from llmpruner.recovery.processes import check_processes
-from llmpruner.recovery.trainer import micro_batch
+from llmpruner.recovery.schedule import micro_batch
 from llmpruner.settings import LoadSettings, RecoverSettings
 
 pytest.importorskip("peft")

@@ -32,7 +32,7 @@ from llmpruner.recovery.examples import Examples
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
-from llmpruner.recovery.trainer import micro_batch, steps
+from llmpruner.recovery.schedule import micro_batch, steps
 from llmpruner.recovery.training import latest_checkpoint
 
 pytest.importorskip("peft")

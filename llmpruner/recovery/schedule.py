@@ -1,0 +1,64 @@
+"""The steps of a training, from its settings: how many, of which batches, and when it is validated and saved. No torch
+is imported."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..errors import SettingsError
+
+if TYPE_CHECKING:
+    from ..settings import RecoverSettings
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""``--schedule`` → its name in transformers."""
+_VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
+
+
+def steps(settings: RecoverSettings, examples: int) -> int:
+    """Number of optimizer steps, where no time is given; the last batch of an epoch may be smaller than the others."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
+
+
+def validation_steps(settings: RecoverSettings, total: int, rows: int) -> int:
+    """Optimizer steps from one validation, on ``rows`` examples, to the next. By default there are so many validations
+    that they take a tenth of the time of a training, in which every example is computed forwards and backwards (three
+    times the work); at most ten, and at least one."""
+    if settings.eval_steps is not None:
+        return settings.eval_steps
+    affordable = int(_VALIDATION_SHARE * 3 * total * settings.batch_size / rows)
+    return math.ceil(total / max(1, min(_VALIDATIONS, affordable)))
+
+
+def saving_steps(total: int) -> int:
+    """Optimizer steps from one saved state to the next."""
+    return max(1, min(50, total // 10))
+
+
+def micro_batch(settings: RecoverSettings, processes: int = 1) -> int:
+    """The largest number of examples within ``micro_batch_size`` that divides the part of ``batch_size`` which each of
+    ``processes`` has. Raises `SettingsError` where they cannot share a batch."""
+    part, rest = divmod(settings.batch_size, processes)
+    if rest:
+        raise SettingsError(
+            f"--batch-size {settings.batch_size} cannot be shared by {processes} processes; give a multiple of "
+            f"{processes}"
+        )
+    sizes = range(1, min(settings.micro_batch_size, part) + 1)
+    return max(size for size in sizes if part % size == 0)
+
+
+def warmup_steps(settings: RecoverSettings, total: int) -> int:
+    """The steps of a training of ``total`` over which the learning rate rises. Raises `SettingsError` for as many as
+    the training has."""
+    if settings.warmup_steps is None:
+        return min(100, total // 10)
+    if settings.warmup_steps and settings.warmup_steps >= total:
+        raise SettingsError(
+            f"--warmup-steps {settings.warmup_steps}: the training has {total} steps, so the learning rate would not "
+            "reach its peak; give fewer"
+        )
+    return settings.warmup_steps
