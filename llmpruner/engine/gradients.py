@@ -203,7 +203,7 @@ class LayerWalk:
     def _recording(self, batch: _Batch) -> Iterator[None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if len(batch.calls) == len(self.layers):
-                raise not_walkable(self.model)
+                raise not_walkable(self.model, "they are called more than once")
             self.hidden[len(batch.calls)].append(hidden_of(args, kwargs))
             batch.calls.append((args[1:], dict(kwargs)))
 

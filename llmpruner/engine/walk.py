@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import LlmprunerError, ModelError, UnsupportedModelError
+from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.logits import last_logits
 from ..models.precision import computes_bfloat16_fast
 from .boundaries import States
@@ -150,7 +150,7 @@ def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> 
     except LlmprunerError:
         raise
     except Exception as error:  # the whole model ran, so a layer lacks a value that another one provides
-        raise not_walkable(model) from error
+        raise not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
     check_same(model, hidden, whole)
     return tuples
 
@@ -176,7 +176,7 @@ def run_whole(
             stack.callback(layer.register_forward_hook(keep(number)).remove)
         model(input_ids=ids, use_cache=False, **last_logits(model))
     if called != list(range(len(layers))):
-        raise not_walkable(model)
+        raise not_walkable(model, "they are not called once each, in order")
     whole = first_output(outputs[-1])
     if not bool(torch.isfinite(whole).all()):
         raise ModelError("the hidden states of the calibration text are not finite numbers; the weights are damaged")
@@ -187,13 +187,14 @@ def check_same(model: PreTrainedModel, hidden: torch.Tensor, whole: torch.Tensor
     """Raises `UnsupportedModelError` unless ``hidden``, of a walk, equals ``whole``, of `run_whole`."""
     difference = float((hidden - whole).float().norm() / whole.float().norm().clamp_min(1e-12))
     if not difference < _TOLERANCE:
-        raise not_walkable(model)
+        raise not_walkable(model, f"hidden states differ by {difference:.2g} from those of the whole model")
 
 
-def not_walkable(model: PreTrainedModel) -> UnsupportedModelError:
+def not_walkable(model: PreTrainedModel, seen: str) -> UnsupportedModelError:
+    """``seen``: what does not work when layers run one by one."""
     return UnsupportedModelError(
         f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
-        "run one by one; use --importance taylor, l1, l2 or random and --compensate none"
+        f"run one by one ({seen}); use --importance taylor, l1, l2 or random and --compensate none"
     )
 
 

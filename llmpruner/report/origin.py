@@ -80,13 +80,10 @@ def _versions(versions: Mapping[str, str]) -> str:
 def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     target, selection, estimation = plan["target"], plan["selection"], plan["estimation"]
     compensation = plan["compensation"] or {"name": "none"}
-    amount = f"{target['amount']:.1%}" if target["by"] != "parameters" else f"{target['amount']:,.0f}"
-    asked = {"ratio": f"{amount} of {target['budget']}", "parameters": f"{amount} parameters to keep",
-             "units": f"{amount} of the units of every group"}  # fmt: skip
     text = estimation["calibration"] or compensation.get("calibration")
     return [
         ("Model", f"{bare(plan['base']['model'])}, family {plan['family']}"),
-        ("Asked for", asked[target["by"]]),
+        ("Asked for", _asked(target)),
         ("Criterion", f"{estimation['criterion']} {_settings(estimation['settings'])}".strip()),
         ("Calibration", "none" if text is None else bare(text)),
         ("Units", f"{', '.join(selection['kinds'])} of the layers {selection['layers']}"),
@@ -94,6 +91,13 @@ def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Compensation", f"{compensation['name']} {_settings(compensation.get('settings') or {})}".strip()),
         ("Seed", str(plan["seed"])),
     ]  # fmt: skip
+
+
+def _asked(target: Mapping[str, Any]) -> str:
+    if target["by"] == "parameters":
+        return f"{target['amount']:,.0f} parameters to keep"
+    of = target["budget"] if target["by"] == "ratio" else "the units of every group"
+    return f"{target['amount']:.1%} of {of}"
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -212,3 +212,17 @@ def test_metrics_that_are_not_installed_give_their_numbers(places, tmp_path):
     (tmp_path / "odd.json").write_text(json.dumps(odd))
     made = llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "odd.json"])
     assert made.warnings == () and "never_heard_of x 3.0000 3.0000" in text_of(made.path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("amount", "words"),
+    [
+        ({"unit_ratio": 0.25}, "25.0% of the units of every group"),
+        ({"target_params": 38_000}, "38,000 parameters to keep"),
+        ({"ratio": 0.25}, "25.0% of decoder"),
+    ],
+)
+def test_every_way_to_ask_for_an_amount_is_told(places, tmp_path, amount, words):
+    llmpruner.prune(places / "dense", **amount, importance="l1", output=tmp_path / "asked")
+    made = llmpruner.write_report([tmp_path / "asked"], tmp_path / "asked.html")
+    assert made.warnings == () and f"Asked for {words}" in text_of(made.path.read_text())
