@@ -3,8 +3,8 @@
     python -m benchmarks.engine OLD_CHECKOUT [PART …]
 
 ``OLD_CHECKOUT``: a checkout of the version to compare with, run by the same interpreter. Parts: ``7b`` (LLaMA-7B's
-shape, random weights: the paper's method, old and new in turn, and ``best``), ``moe`` (OLMoE's shape: half of the
-experts), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old and new in turn),
+shape, random weights: the paper's method, old and new in turn), ``7b-best`` (``best`` on two of its layers), ``moe``
+(OLMoE's shape: half of the experts), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old and new in turn),
 ``default`` (no option but the ratio: the model writes its calibration text first). Writes
 ``benchmarks/results/engine.json``; parts that are not named keep their results. Needs 45 GB of disk.
 """
@@ -35,7 +35,7 @@ TEXTBOOK_LIMITS = {"bfloat16": "1.3GiB", "float32": "2.4GiB"}
 
 
 def main() -> None:
-    old, parts = Path(sys.argv[1]).resolve(), sys.argv[2:] or ["demo", "default", "1b", "moe", "7b"]
+    old, parts = Path(sys.argv[1]).resolve(), sys.argv[2:] or ["demo", "default", "1b", "moe", "7b", "7b-best"]
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
         for part in parts:
@@ -57,15 +57,20 @@ def measure_7b(work: Path, old: Path) -> dict[str, Any]:
     found["llm-pruner"] = command(ROOT, *llm_pruner, "-o", str(work / "new"), "--max-memory", LIMIT)
     found["generates"] = generates(work / "new")
     shutil.rmtree(work / "new")
+    ours, theirs = found["llm-pruner"], found["old llm-pruner"]
+    return {**found, **ratios([ours], [theirs])}
+
+
+def measure_7b_best(work: Path, old: Path) -> dict[str, Any]:
+    del old
+    model = shape(work, "7b")
     # As many channels of two layers as a prune of all at 20 % takes from each: the memory of the whole, in minutes.
     best = ("prune", model, "--method", "best", "--samples", "16", "--layers", "3-4", "--ratio", "0.0154")
     # Many short passages: every token of a passage takes one pass over the weights.
     text = ("--set", "self.passage=16", "--set", "self.batch=256")
-    found["best, two layers"] = command(
-        ROOT, *best, *text, "--no-tokenizer", "-o", str(work / "best"), "--max-memory", LIMIT
-    )
+    found = command(ROOT, *best, *text, "--no-tokenizer", "-o", str(work / "best"), "--max-memory", LIMIT)
     shutil.rmtree(work / "best")
-    return found
+    return {"best, two layers": found}
 
 
 def measure_moe(work: Path, old: Path) -> dict[str, Any]:
