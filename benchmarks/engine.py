@@ -4,8 +4,8 @@
 
 ``OLD_CHECKOUT``: a checkout of the version to compare with, run by the same interpreter. Parts: ``7b`` (LLaMA-7B's
 shape, random weights: the paper's method, old and new in turn), ``7b-best`` (``best`` on two of its layers), ``moe``
-(OLMoE's shape: half of the experts), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old and new in turn),
-``default`` (no option but the ratio: the model writes its calibration text first). Writes
+(OLMoE's shape: half of the experts), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old
+and new in turn), ``default`` (no option but the ratio: the model writes its calibration text first). Writes
 ``benchmarks/results/engine.json``; parts that are not named keep their results. Needs 45 GB of disk.
 """
 
