@@ -75,15 +75,15 @@ def measure_7b_best(work: Path, old: Path) -> dict[str, Any]:
 
 def measure_moe(work: Path, old: Path) -> dict[str, Any]:
     del old
-    model = shape(work, "moe-7b")
-    half = ("prune", model, "--kinds", "expert", "--unit-ratio", "0.5", "--layers", "all")
+    model, text = shape(work, "moe-7b"), str(data_folder() / "wikitext2_unk_validation.jsonl")
+    half = ("prune", model, "--kinds", "expert", "--unit-ratio", "0.5", "--layers", "all", "--calibration", text)
     found = {}
     for criterion in ("expert-reap", "taylor"):
-        options = ("--importance", criterion, "--no-tokenizer", "--max-memory", LIMIT)
+        options = ("--importance", criterion, "--max-memory", LIMIT)
         found[criterion] = command(ROOT, *half, *options, "-o", str(work / "new"))
         found[criterion]["generates"] = generates(work / "new")
         shutil.rmtree(work / "new")
-    return found
+    return without_place(found)
 
 
 def measure_1b(work: Path, old: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def measure_1b(work: Path, old: Path) -> dict[str, Any]:
             "other units": sum(len(units - kept[layer]) for layer, units in wanted.items()),
             **ratios(ours, theirs),
         }
-    return json.loads(json.dumps(found).replace(text, "$LLMPRUNER_DATA/wikitext2_unk_validation.jsonl"))  # type: ignore[no-any-return]
+    return without_place(found)
 
 
 def measure_demo(work: Path, old: Path) -> dict[str, Any]:
@@ -123,8 +123,13 @@ def measure_demo(work: Path, old: Path) -> dict[str, Any]:
         theirs.append(command(old, *best, "-o", str(work / f"old-{number}")))
         # The old version knows no other shape. Uniform widths cut, and so repair, the first and last layers too.
         ours.append(command(ROOT, *best, "--shape", "free", "-o", str(work / f"new-{number}")))
-    found = {"best, free": ours, "old best": theirs, **ratios(ours, theirs)}
-    return json.loads(json.dumps(found).replace(text, "$LLMPRUNER_DATA/wikitext2_unk_validation.jsonl"))  # type: ignore[no-any-return]
+    return without_place({"best, free": ours, "old best": theirs, **ratios(ours, theirs)})
+
+
+def without_place(found: dict[str, Any]) -> dict[str, Any]:
+    """With the data folder's name instead of its path."""
+    named: dict[str, Any] = json.loads(json.dumps(found).replace(str(data_folder()), "$LLMPRUNER_DATA"))
+    return named
 
 
 def measure_default(work: Path, old: Path) -> dict[str, Any]:
