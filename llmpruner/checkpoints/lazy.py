@@ -22,6 +22,7 @@ from ..models.empty import put_parameters
 from ..models.quiet import quiet_transformers
 from ..structure.coupling import layer_number
 from .load import model_class
+from .mapped import pages_given_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,8 @@ class LazyCheckpoint:
         trust_remote_code: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
-        with quiet_transformers():
+        # Converting reads all tensors that it converts.
+        with quiet_transformers(), pages_given_back(directory, Path(self._folder.name)):
             model, info = model_class(directory, trust_remote_code).from_pretrained(
                 str(directory),
                 dtype=dtype,
