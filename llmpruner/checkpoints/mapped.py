@@ -21,8 +21,8 @@ _SMAPS = Path("/proc/self/smaps")
 
 @contextlib.contextmanager
 def pages_given_back(*folders: Path) -> Iterator[None]:
-    """While active, and at its end, pages of mapped files below ``folders`` leave the memory of this process, five times
-    a second. No mapping that was written to is touched. No effect elsewhere than on Linux."""
+    """While active, five times a second, and at its end, pages of mapped files below ``folders`` leave the memory of
+    this process. No mapping that was written to is touched. No effect elsewhere than on Linux."""
     if sys.platform != "linux" or not _SMAPS.is_file():
         yield
         return
