@@ -113,7 +113,10 @@ class ConvertedTensors:
 
     def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         stored = {
-            each: None for name in names for target in self._conversion.tied_to(name) for each in self._of.get(target, ())
+            each: None
+            for name in names
+            for target in self._conversion.tied_to(name)
+            for each in self._of.get(target, ())
         }
         return self._conversion.values(self._stored.state(stored), names)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from ..models.empty import meta_model
 from ..models.quiet import quiet_gguf
-from .converted import Conversion, ConvertedTensors, StoredTensors
+from .converted import Conversion, ConvertedTensors
 from .lazy import LazyModel
 
 if TYPE_CHECKING:
@@ -36,14 +38,30 @@ def lazy_gguf(file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: 
     model, shell = meta_model(config, dtype), meta_model(config, dtype)
     quantizer = _quantizer(file, shell, dtype)
     conversion = Conversion(shell, dtype, quantizer)
-    stored: StoredTensors = (
-        _DequantisedTensors(file, shell, dtype) if quantizer is None else _BlockTensors(file, shell, quantizer, conversion)
+    stored: _DequantisedTensors | _BlockTensors = (
+        _DequantisedTensors(file, shell, dtype)
+        if quantizer is None
+        else _BlockTensors(file, shell, quantizer, conversion)
     )
     source = ConvertedTensors(stored, conversion)
-    info = {"missing_keys": conversion.missing(set(stored.targets.values())), "mismatched_keys": (), "unexpected_keys": ()}
+    info = {
+        "missing_keys": conversion.missing(set(stored.targets.values())),
+        "mismatched_keys": _of_other_sizes(stored, shell),
+        "unexpected_keys": (),
+    }
     if not info["missing_keys"]:
         source.give_buffers(model)
     return LazyModel(model, source, layers, info)
+
+
+def _of_other_sizes(stored: _DequantisedTensors | _BlockTensors, model: PreTrainedModel) -> list[str]:
+    """Parameters with another number of values than the tensors that they are made of; these may be permuted."""
+    found = Counter[str]()
+    for name, target in stored.targets.items():
+        found[target] += stored.elements[name]
+    return sorted(
+        name for name, tensor in model.state_dict().items() if name in found and found[name] != tensor.numel()
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class _DequantisedTensors:
             each.name: _Place(each.tensor_type, int(each.data_offset), tuple(each.data.shape), each.data.dtype)
             for each in reader.tensors
         }
+        self.elements = {each.name: int(each.n_elements) for each in reader.tensors}
         # Stacked experts have names without a suffix in transformers.
         named = {name: self._names.get(name, self._names.get(name.removesuffix(".weight"))) for name in self._places}
         self.targets: Mapping[str, str] = {name: target for name, target in named.items() if target is not None}
@@ -107,6 +126,19 @@ def dequantised(file: Path, place: _Place) -> np.ndarray[Any, Any]:
     return values.reshape(*place.shape[:-1], values.shape[-1])
 
 
+def dequantisation_rate(file: Path) -> float:
+    """Values per second, measured on some rows of the largest tensor."""
+    import gguf
+
+    largest = max(gguf.GGUFReader(str(file)).tensors, key=lambda tensor: int(tensor.n_elements))
+    rows = largest.data.reshape(-1, largest.data.shape[-1])
+    some = rows[: max(1, _AT_ONCE // 4 * len(rows) // int(largest.n_elements))]
+    gguf.dequantize(some[:1], largest.tensor_type)
+    started = perf_counter()
+    values = np.copy(gguf.dequantize(some, largest.tensor_type))
+    return values.size / (perf_counter() - started)
+
+
 def _quantizer(file: Path, model: PreTrainedModel, dtype: torch.dtype) -> Any | None:
     """transformers' quantizer for the file, ready to convert tensors to ``dtype``; None for an architecture that it
     reads with one function for all tensors."""
@@ -128,7 +160,8 @@ class _BlockTensors:
 
     def __init__(self, file: Path, model: PreTrainedModel, quantizer: Any, conversion: Conversion) -> None:
         self._file, self._model, self._quantizer = file, model, quantizer
-        self.targets: Mapping[str, str] = conversion.targets(quantizer.get_state_dict(str(file), model))
+        self.elements = {each.name: prod(each.shape) for each in quantizer.header.tensors}
+        self.targets: Mapping[str, str] = conversion.targets(self.elements)
 
     def state(self, names: Collection[str]) -> dict[str, Any]:
         # Each call maps the file anew.

@@ -41,9 +41,9 @@ class CheckpointReader(Component):
         not fit."""
         raise NotImplementedError
 
-    @property
-    def streams(self) -> bool:
-        """Whether `open_model` is there."""
+    def streams(self, path: Path) -> bool:
+        """Whether `open_model` reads the model at ``path``; by default, where that is given. Must be fast."""
+        del path
         return type(self).open_model is not CheckpointReader.open_model
 
     def read_tokenizer(self, path: Path) -> Any | None:

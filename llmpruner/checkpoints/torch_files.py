@@ -42,8 +42,8 @@ def can_be_mapped(files: Iterable[Path]) -> bool:
 
 
 def mapped(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a ``.bin`` file, mapped anew. Raises `CheckpointError` for one that is missing or damaged, or holds
-    anything but tensors."""
+    """The tensors of a ``.bin`` file, mapped anew. Raises `CheckpointError` for one that is missing or damaged, or that
+    holds anything but tensors."""
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle raises anything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ def why_format_is_not_streamed(ref: Reference, reader: CheckpointReader | None) 
     """Why the format of a model cannot be read layer by layer; None if it can. ``reader``: of its format, where it is
     none of transformers'."""
     if reader is not None:
-        return None if reader.streams else f"the reader '{reader.name}' of its format reads whole models; convert it"
+        return None if reader.streams(ref.directory) else f"'{reader.name}', which reads its format, reads it as a whole"
     if not ref.directory.is_dir():
         return "only files on this machine can be; download the model first"
     if ref.gguf_file or has_shards(ref.directory):
@@ -57,6 +58,15 @@ def open_by_layer(
     if has_shards(ref.directory):
         return lazy_checkpoint(ref.directory, dtype, layers, beside, trust_remote_code=trust_remote_code)
     return lazy_torch(ref.directory, dtype, layers, trust_remote_code=trust_remote_code)
+
+
+def format_conversion_rate(ref: Reference, reader: CheckpointReader | None) -> float | None:
+    """See `conversion_rate`; infinite where values are copied."""
+    if ref.gguf_file:
+        from ..checkpoints.gguf_tensors import dequantisation_rate
+
+        return dequantisation_rate(ref.directory / ref.gguf_file)
+    return inf if reader is not None or not has_shards(ref.directory) else None
 
 
 def weight_file_bytes(path: Path) -> int:

@@ -31,7 +31,7 @@ from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
-from .by_layer import open_by_layer, weight_file_bytes, why_format_is_not_streamed
+from .by_layer import format_conversion_rate, open_by_layer, weight_file_bytes, why_format_is_not_streamed
 from .reference import Reference, resolve
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def open_streamed(
 def lazily(
     directory: Path, dtype: torch.dtype, graph: CouplingGraph, beside: Path | None = None, *, trust_remote_code: bool
 ) -> LazyModel:
-    """A `lazy_checkpoint` of a model with the parameters of ``graph``. Raises `ModelError` where tensors are missing."""
+    """A `lazy_checkpoint` with the parameters of ``graph``. Raises `ModelError` where tensors are missing."""
     with _naming_missing(directory, graph):
         return lazy_checkpoint(directory, dtype, graph.layers, beside, trust_remote_code=trust_remote_code)
 
@@ -245,6 +245,13 @@ def dtype_of(structure: Structure, catalog: Catalog, options: LoadSettings) -> t
 def loaded_bytes(structure: Structure, catalog: Catalog, options: LoadSettings) -> int:
     """Bytes that the weights of a model take in memory."""
     return structure.graph.total_parameters * dtype_of(structure, catalog, options).itemsize
+
+
+def conversion_rate(structure: Structure, catalog: Catalog, options: LoadSettings) -> float | None:
+    """Values per second that are computed of those in the files when a model is read layer by layer; None where tensors
+    are mapped from the files as they are."""
+    ref = resolve(structure.ref, catalog, revision=options.revision)
+    return format_conversion_rate(ref, _reader(ref, structure))
 
 
 def file_bytes(structure: Structure) -> int:

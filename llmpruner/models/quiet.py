@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
-
 _ONE = threading.RLock()
 _inside = 0
 """How many `quiet_transformers` are active, in all threads."""
