@@ -77,6 +77,7 @@ def lazy_torch(directory: Path, dtype: torch.dtype, layers: str, *, trust_remote
         shell, info = model_class(directory, trust_remote_code).from_pretrained(
             str(directory), device_map={"": "meta"}, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    shell.tie_weights()  # transformers leaves two parameters where it has no values to compare
     model = meta_model(shell.config, dtype)
     model.generation_config = shell.generation_config
     conversion = Conversion(shell, dtype)

@@ -387,7 +387,9 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
     shape, and for those of modules of the model that do not use them (a bias without ``bias`` in the configuration).
     Tensors of modules that the model does not have (a second head, buffers of older versions) give a warning.
     """
-    missing, wrong = sorted(map(str, info["missing_keys"])), sorted(map(str, info["mismatched_keys"]))
+    missing = sorted(map(str, info["missing_keys"]))
+    # transformers adds both shapes to the name.
+    wrong = sorted(key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"])
     unexpected = sorted(map(str, info["unexpected_keys"]))
     modules = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     unused = [key for key in unexpected if key.rpartition(".")[0] in modules]

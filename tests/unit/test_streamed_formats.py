@@ -122,7 +122,7 @@ def written(name: str, folder: Path) -> Path:
 WEIGHTS = {"importance": "l1", "compensate": "none"}
 FORMATS = {
     "bin llama-gqa": {**METHODS["best"], "calibration": "self"},
-    "bin mixtral": {**WEIGHTS, "kinds": "expert-mlp"},
+    "bin mixtral": {**WEIGHTS, "kinds": "mlp,expert"},
     "gguf llama": {**METHODS["best"], "calibration": "self"},
     "plugin meta_llama/gqa/2shards": {**METHODS["taylor"], "calibration": "self"},
     "plugin chatglm2": {**WEIGHTS, "kinds": "mlp,attention"},
