@@ -54,6 +54,10 @@ class Conversion:
         self._options: dict[str, Any] = {"dtype": dtype, "dtype_plan": model._get_dtype_plan(dtype)}
         self._state = model.state_dict()
         self._empty = dict(model.named_parameters(remove_duplicate=False))
+        alike: dict[int, list[str]] = {}
+        for name, tensor in self._empty.items():
+            alike.setdefault(id(tensor), []).append(name)
+        self._tied = {name: names for names in alike.values() for name in names}
         self.buffers = frozenset(name for name, _ in model.named_buffers() if name in self._state)
         """Names of the buffers that are stored."""
 
@@ -68,9 +72,8 @@ class Conversion:
         return {name: rename_source_key(name, renamings, converters, prefix, self._state)[0] for name in stored}
 
     def tied_to(self, name: str) -> list[str]:
-        """``name``, and the parameters that are tied to it."""
-        own = self._empty.get(name)
-        return [name] if own is None else [other for other, tensor in self._empty.items() if tensor is own]
+        """``name`` and the parameters that are tied to it."""
+        return self._tied.get(name, [name])
 
     def missing(self, targets: Collection[str]) -> list[str]:
         """Parameters and buffers that neither they themselves nor what they are tied to is among ``targets``."""

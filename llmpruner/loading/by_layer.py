@@ -24,9 +24,9 @@ def why_format_is_not_streamed(ref: Reference, reader: CheckpointReader | None) 
     """Why the format of a model cannot be read layer by layer; None if it can. ``reader``: of its format, where it is
     none of transformers'."""
     if reader is not None:
-        return None if reader.streams(ref.directory) else f"'{reader.name}', which reads its format, reads it as a whole"
+        return None if reader.streams(ref.directory) else f"the reader '{reader.name}' takes it as a whole"
     if not ref.directory.is_dir():
-        return "only files on this machine can be; download the model first"
+        return "it is not on this machine; download it first"
     if ref.gguf_file or has_shards(ref.directory):
         return None
     files = torch_files(ref.directory)

@@ -166,28 +166,29 @@ def open_streamed(
     ref = resolve(text, catalog, revision=options.revision)
     if structure.record is not None:
         check_weights(ref.directory, structure.record)
-    dtype, layers = _dtype(options, structure.config, ref), structure.graph.layers
     with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
         tokenizer = _read_tokenizer(ref, options, structure.config)
-        with _one_line(ref), _naming_missing(ref.directory, structure.graph):
-            lazy = open_by_layer(
-                ref, _reader(ref, structure), structure.config, dtype, layers, beside,
-                trust_remote_code=options.trust_remote_code,
-            )  # fmt: skip
-    if lazy.info is not None:
-        check_loaded(text, lazy.model, lazy.info)
-    check_shapes(lazy.model, structure.graph, text)
+        lazy = lazily(text, catalog, options, structure, beside)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
 
 def lazily(
-    directory: Path, dtype: torch.dtype, graph: CouplingGraph, beside: Path | None = None, *, trust_remote_code: bool
+    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
 ) -> LazyModel:
-    """A `lazy_checkpoint` with the parameters of ``graph``. Raises `ModelError` where tensors are missing."""
-    with _naming_missing(directory, graph):
-        return lazy_checkpoint(directory, dtype, graph.layers, beside, trust_remote_code=trust_remote_code)
+    """The model of `open_streamed` without weights, and what reads them; names and shapes are checked."""
+    ref, graph = resolve(text, catalog, revision=options.revision), structure.graph
+    dtype = _dtype(options, structure.config, ref)
+    with _one_line(ref), _naming_missing(ref.directory, graph):
+        lazy = open_by_layer(
+            ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    if lazy.info is not None:
+        check_loaded(text, lazy.model, lazy.info)
+    check_shapes(lazy.model, graph, text)
+    return lazy
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Formats other than safetensors, read layer by layer: plan and weights are those of the model in memory, bit for bit."""
+"""Other formats than safetensors, layer by layer: plan and weights are those of the model in memory, bit for bit."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_reader_of_whole_models_is_refused(tmp_path):
     assert "read layer by layer" not in refusal(model, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(MetaReader, "open_model")
-        assert "'meta-llama', which reads its format, reads it as a whole" in refusal(model, tmp_path)
+        assert "read layer by layer: the reader 'meta-llama' takes it as a whole" in refusal(model, tmp_path)
 
 
 def test_damage_is_named_before_anything_is_pruned(tmp_path, catalog):
