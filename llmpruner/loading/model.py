@@ -418,7 +418,7 @@ def forget_quantisation(model: Any) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    for name in ("hf_quantizer", "is_quantized"):
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(name, None)
 
 

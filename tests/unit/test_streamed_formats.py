@@ -123,7 +123,7 @@ WEIGHTS = {"importance": "l1", "compensate": "none"}
 FORMATS = {
     "bin llama-gqa": {**METHODS["best"], "calibration": "self"},
     "bin mixtral": {**WEIGHTS, "kinds": "mlp,expert"},
-    "gguf llama": {**METHODS["best"], "calibration": "self"},
+    "gguf llama": {**METHODS["best"], "calibration": "self", "shape": "free"},
     "plugin meta_llama/gqa/2shards": {**METHODS["taylor"], "calibration": "self"},
     "plugin chatglm2": {**WEIGHTS, "kinds": "mlp,attention"},
     "plugin chatglm_v1": {**WEIGHTS, "kinds": "mlp,attention"},
