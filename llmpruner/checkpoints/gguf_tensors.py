@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from transformers import GgufConfig
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -19,6 +20,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
     read_field,
 )
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from ..models.empty import meta_model
 from ..models.quiet import quiet_gguf
@@ -142,9 +144,6 @@ def dequantisation_rate(file: Path) -> float:
 def _quantizer(file: Path, model: PreTrainedModel, dtype: torch.dtype) -> Any | None:
     """transformers' quantizer for the file, ready to convert tensors to ``dtype``; None for an architecture that it
     reads with one function for all tensors."""
-    from transformers import GgufConfig
-    from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
-
     quantizer = GgufHfQuantizer(GgufConfig(gguf_file=str(file), dequantize=True))
     quantizer.read_header(str(file))
     if not quantizer.supported:

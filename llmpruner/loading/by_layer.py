@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpoints.gguf_tensors import dequantisation_rate, lazy_gguf
 from ..checkpoints.lazy import LazyModel, lazy_checkpoint
 from ..checkpoints.shards import WEIGHTS, has_shards
 from ..checkpoints.torch_files import can_be_mapped, lazy_torch, torch_files
@@ -52,8 +53,6 @@ def open_by_layer(
     if reader is not None:
         return LazyModel(*reader.open_model(ref.directory, dtype), layers)
     if ref.gguf_file:
-        from ..checkpoints.gguf_tensors import lazy_gguf
-
         return lazy_gguf(ref.directory / ref.gguf_file, config, dtype, layers)
     if has_shards(ref.directory):
         return lazy_checkpoint(ref.directory, dtype, layers, beside, trust_remote_code=trust_remote_code)
@@ -63,8 +62,6 @@ def open_by_layer(
 def format_conversion_rate(ref: Reference, reader: CheckpointReader | None) -> float | None:
     """See `conversion_rate`; infinite where values are copied."""
     if ref.gguf_file:
-        from ..checkpoints.gguf_tensors import dequantisation_rate
-
         return dequantisation_rate(ref.directory / ref.gguf_file)
     return inf if reader is not None or not has_shards(ref.directory) else None
 
