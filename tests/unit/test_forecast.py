@@ -79,6 +79,17 @@ def test_weights_alone(structure, catalog):
     assert streamed["weights of two layers"] == 2 * 2 * LAYER
 
 
+def test_layers_that_are_converted_when_they_are_read(structure, catalog):
+    work = work_of(job_of(catalog, importance="l1"), structure, saves=True)
+    way, sample = Residency(streamed=True), a_sample()
+    mapped, converted = (
+        forecast(structure, work, torch.bfloat16, way, sample, base=0, converting=rate).stage("saving")
+        for rate in (None, 1e3)
+    )
+    assert converted.bytes - mapped.bytes == 2 * LAYER
+    assert converted.seconds - mapped.seconds == pytest.approx(LAYERS * LAYER / 1e3)
+
+
 def test_gradients(structure, catalog):
     work = work_of(job_of(catalog, method="llm-pruner", calibration="self"), structure, saves=True)
     assert (work.tokens, work.scored) == (640, 640)
