@@ -185,6 +185,7 @@ def test_a_sample_of_a_real_layer(structure):
 def fake(monkeypatch):
     """No layer is run, and the process takes nothing."""
     monkeypatch.setattr(residency, "_sample", lambda *_: a_sample())
+    monkeypatch.setattr(residency, "memory_before", lambda *_: 0)
 
 
 def arranged(structure, catalog, settings, **run):
