@@ -38,8 +38,6 @@ def main() -> None:
                 subprocess.run([sys.executable, "-m", "benchmarks.shapes", name, model], check=True)
             results["runs"][name] = {}
             for what, options in OPTIONS.items():
-                if "layer by layer" in what and model == "demo":
-                    continue  # only safetensors files can be read layer by layer
                 limit = ("--max-memory", str(_below(results["runs"][name]["best"]))) if "layer by layer" in what else ()
                 results["runs"][name][what] = one(model, Path(work) / "out", *options, *limit)
                 RESULTS.write_text(as_json(results).replace(work, "$WORK"))

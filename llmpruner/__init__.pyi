@@ -31,6 +31,7 @@ from .budgets.weights import WeightCost as WeightCost
 from .checkpoints.load import load_pruned as load_pruned
 from .checkpoints.reader import CheckpointReader as CheckpointReader
 from .checkpoints.save import save_checkpoint as save_checkpoint
+from .checkpoints.source import TensorSource as TensorSource
 from .compensation.base import Compensation as Compensation
 from .compensation.base import Fit as Fit
 from .compensation.base import Repaired as Repaired

@@ -14,6 +14,7 @@ from llmpruner.benching.base import BenchSubject, Session
 from llmpruner.benching.work import Work
 from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.costs import Cost
+from llmpruner.checkpoints.source import TensorSource
 from llmpruner.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.data.source import SampleTask
@@ -36,6 +37,7 @@ _GIVEN: dict[str, tuple[type, ...]] = {
     "recovery strategy": (RecoveryJob, TrainingResult),
     "metric": (MetricSubject, Row),
     "exporter": (ExportTask,),
+    "checkpoint reader": (TensorSource,),
     "runtime": (BenchSubject, Session, Work),
     "report section": (ReportSubject, Evidence, Measurements, Costs),
 }

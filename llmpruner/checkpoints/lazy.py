@@ -1,16 +1,18 @@
 """A model of transformers without weights, which are read from files part by part.
 
-A part is one decoder layer, or everything outside the layers. Loading is transformers' own, with everything on disk:
-tensors that are in a safetensors file as the model has them stay there, and others (experts one by one, fused
-projections) are converted one by one into a folder. The hooks by which accelerate then reads
-the weights of single modules are replaced by reading whole parts, whose weights a stage can look at and change.
+A part is one decoder layer, or everything outside the layers. What reads the tensors of a format is a `TensorSource`;
+that of safetensors files is here. Loading them is transformers' own, with everything on disk: tensors that are in a
+file as the model has them stay there, and others (experts one by one, fused projections) are converted one by one into
+a folder. The hooks by which accelerate then reads the weights of single modules are replaced by reading whole parts,
+whose weights a stage can look at and change.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,43 +29,22 @@ from .mapped import pages_given_back
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .source import TensorSource
 
-class LazyCheckpoint:
-    """``model``: with parameters on the meta device, and buffers with their values. ``info``: the loading info of
-    ``from_pretrained``.
 
-    ``layers``: path of the decoder layers. Converted tensors are in a temporary folder in ``beside`` (None: where the
-    system has such folders), which is removed with this object.
-    """
+class LazyModel:
+    """``model``: with parameters on the meta device, and buffers with their values. ``source``: of its weights.
+    ``layers``: path of the decoder layers. ``info``: as the loading info of ``from_pretrained``; None where the
+    names and shapes of the tensors are checked already."""
 
     reads_ahead = True
 
     def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype,
-        layers: str,
-        beside: Path | None = None,
-        *,
-        trust_remote_code: bool = False,
+        self, model: PreTrainedModel, source: TensorSource, layers: str, info: Mapping[str, Any] | None = None
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
-        # Converting reads all tensors that it converts.
-        with quiet_transformers(), pages_given_back(directory, Path(self._folder.name)):
-            model, info = model_class(directory, trust_remote_code).from_pretrained(
-                str(directory),
-                dtype=dtype,
-                device_map={"": "disk"},
-                offload_folder=self._folder.name,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-            )
-        self.model: PreTrainedModel = model.eval()
-        self.info: Mapping[str, Any] = info
-        self._stored = _stored(model)
-        remove_hook_from_submodules(model)
-        vars(model).pop("hf_device_map", None)
+        self.model = model.eval()
+        self.info = info
+        self._source, self._one_call = source, Lock()
         self._tied = set(dict(model.named_parameters(remove_duplicate=False))) - set(dict(model.named_parameters()))
         self._parts: dict[int | None, dict[str, nn.Parameter]] = {}
         """Part → its parameters on the meta device; tied ones are under each of their names."""
@@ -71,12 +52,15 @@ class LazyCheckpoint:
             self._parts.setdefault(layer_number(name, layers), {})[name] = parameter
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
-        """Parameter → value, on the CPU, mapped from its file. Each call maps files anew, so that their pages stop
-        counting as memory of the process when the tensors are freed. Changes in place do not reach the files. It may be
-        called in another thread. Raises `CheckpointError` for a file that is damaged or gone."""
+        """Parameter → value, on the CPU; see `TensorSource.read`. It may be called in another thread. Raises
+        `CheckpointError`."""
+        names = [name for name in self._parts[part] if name not in self._tied]
         try:
-            return {name: self._stored[name] for name in self._parts[part] if name not in self._tied}
-        except Exception as error:  # safetensors and the system raise what they like
+            with self._one_call:
+                return self._source.read(names)
+        except CheckpointError:
+            raise
+        except Exception as error:  # safetensors, torch and the system raise what they like
             raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
 
     def fill(self, part: int | None, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -88,6 +72,41 @@ class LazyCheckpoint:
     def empty(self, part: int | None) -> None:
         """Free the parameters of ``part``: put them back on the meta device."""
         put_parameters(self.model, self._parts[part])
+
+
+def lazy_checkpoint(
+    directory: Path, dtype: torch.dtype, layers: str, beside: Path | None = None, *, trust_remote_code: bool = False
+) -> LazyModel:
+    """The model in the safetensors files of ``directory``. ``layers``: path of the decoder layers. Converted tensors
+    are in a temporary folder in ``beside`` (None: where the system has such folders), which is removed with the
+    model."""
+    folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
+    # Converting reads all tensors that it converts.
+    with quiet_transformers(), pages_given_back(directory, Path(folder.name)):
+        model, info = model_class(directory, trust_remote_code).from_pretrained(
+            str(directory),
+            dtype=dtype,
+            device_map={"": "disk"},
+            offload_folder=folder.name,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust_remote_code,
+        )
+    source = _OffloadedTensors(_stored(model), folder)
+    remove_hook_from_submodules(model)
+    vars(model).pop("hf_device_map", None)
+    return LazyModel(model, source, layers, info)
+
+
+class _OffloadedTensors:
+    """Tensors by accelerate's map from parameters to their values in safetensors files; ``folder``: where some of the
+    files are. The map maps a file anew for each tensor."""
+
+    def __init__(self, stored: Mapping[str, torch.Tensor], folder: tempfile.TemporaryDirectory[str]) -> None:
+        self._stored, self._folder = stored, folder
+
+    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        return {name: self._stored[name] for name in names}
 
 
 def _stored(model: nn.Module) -> Mapping[str, torch.Tensor]:

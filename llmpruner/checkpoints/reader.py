@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from .source import TensorSource
+
 
 class CheckpointReader(Component):
     """Reads one checkpoint format into a transformers model. Keeps no state but its settings."""
@@ -30,6 +32,19 @@ class CheckpointReader(Component):
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         """The model with its weights, in ``dtype`` (None: as stored). Must never unpickle code."""
         raise NotImplementedError
+
+    def open_model(self, path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, TensorSource]:
+        """As `read_model`, but the model is without weights (see `meta_model`), which are read layer by layer from the
+        source beside it. Names and shapes of the stored tensors are checked, and no values are read.
+
+        It may be left out: models of this format are then loaded as a whole, and ``--max-memory`` refuses those that do
+        not fit."""
+        raise NotImplementedError
+
+    def streams(self, path: Path) -> bool:
+        """Whether `open_model` reads the model at ``path``; by default, where that is given. Must be fast."""
+        del path
+        return type(self).open_model is not CheckpointReader.open_model
 
     def read_tokenizer(self, path: Path) -> Any | None:
         """The tokenizer, or None when the checkpoint has none."""

@@ -23,11 +23,6 @@ def has_shards(directory: Path) -> bool:
     return (directory / INDEX).is_file() or (directory / SINGLE).is_file()
 
 
-def shard_bytes(directory: Path) -> int:
-    """Bytes of all safetensors files in ``directory``."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-
-
 def names_in(file: Path) -> list[str]:
     """The names of the tensors in a safetensors file. Raises `CheckpointError` for one that is missing or damaged."""
     with opened(file) as tensors:

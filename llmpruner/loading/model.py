@@ -14,11 +14,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
-from ..checkpoints.lazy import LazyCheckpoint
+from ..checkpoints.lazy import LazyModel, lazy_checkpoint
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
 from ..checkpoints.record import read_record
-from ..checkpoints.shards import check_index, has_shards, shard_bytes
+from ..checkpoints.shards import check_index
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
@@ -31,11 +31,13 @@ from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
+from .by_layer import format_conversion_rate, open_by_layer, weight_file_bytes, why_format_is_not_streamed
 from .reference import Reference, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..checkpoints.reader import CheckpointReader
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
 
@@ -162,30 +164,44 @@ def open_streamed(
     folder, in ``beside`` or where the system has such folders. ``ahead``: whether the next layer is read while one is
     in use."""
     ref = resolve(text, catalog, revision=options.revision)
-    tokenizer = _read_tokenizer(ref, options, structure.config)
-    dtype = _dtype(options, structure.config, ref)
     if structure.record is not None:
         check_weights(ref.directory, structure.record)
-    with _one_line(ref):
-        lazy = lazily(ref.directory, dtype, structure.graph, beside, trust_remote_code=options.trust_remote_code)
-    check_loaded(text, lazy.model, lazy.info)
-    check_shapes(lazy.model, structure.graph, text)
+    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+        tokenizer = _read_tokenizer(ref, options, structure.config)
+        lazy = lazily(text, catalog, options, structure, beside)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
 
 def lazily(
-    directory: Path, dtype: torch.dtype, graph: CouplingGraph, beside: Path | None = None, *, trust_remote_code: bool
-) -> LazyCheckpoint:
-    """A `LazyCheckpoint` of a model with the parameters of ``graph``. Raises `ModelError` where tensors are missing."""
+    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
+) -> LazyModel:
+    """The model of `open_streamed` without weights, and what reads them; names and shapes are checked."""
+    ref, graph = resolve(text, catalog, revision=options.revision), structure.graph
+    dtype = _dtype(options, structure.config, ref)
+    with _one_line(ref), _naming_missing(ref.directory, graph):
+        lazy = open_by_layer(
+            ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    if lazy.info is not None:
+        check_loaded(text, lazy.model, lazy.info)
+    check_shapes(lazy.model, graph, text)
+    return lazy
+
+
+@contextlib.contextmanager
+def _naming_missing(directory: Path, graph: CouplingGraph) -> Iterator[None]:
+    """Name the missing tensor of safetensors files, at which accelerate stops without naming it."""
     try:
-        return LazyCheckpoint(directory, dtype, graph.layers, beside, trust_remote_code=trust_remote_code)
+        yield
     except ValueError as error:
-        # accelerate stops at a missing tensor, and does not name it.
+        if "meta device" not in str(error):
+            raise
         stored = check_index(directory)
         missing = sorted(graph.shapes.keys() - graph.ties.keys() - stored.keys())
-        if "meta device" not in str(error) or not missing or stored.keys() - graph.shapes.keys() - graph.buffers.keys():
+        if not missing or stored.keys() - graph.shapes.keys() - graph.buffers.keys():
             raise
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
@@ -199,7 +215,7 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
     if pruned.streamed is None or not (directory / "config.json").is_file():
         return pruned
     path, beside = pruned.graph.layers, directory.resolve().parent
-    lazy = LazyCheckpoint(directory, pruned.model.dtype, path, beside, trust_remote_code=trust_remote_code)
+    lazy = lazy_checkpoint(directory, pruned.model.dtype, path, beside, trust_remote_code=trust_remote_code)
     return replace(pruned, model=lazy.model, streamed=StreamedWeights(lazy, path, pruned.streamed.device))
 
 
@@ -210,8 +226,9 @@ def why_not_streamed(
     if adapter_base(Path(text)) is not None:
         return "it is an adapter, which is added to a model in memory"
     ref = resolve(text, catalog, revision=options.revision)
-    if ref.reader is not None or ref.gguf_file or not ref.directory.is_dir() or not has_shards(ref.directory):
-        return "only safetensors files in a folder can be read layer by layer; convert it first"
+    reason = why_format_is_not_streamed(ref, _reader(ref, structure))
+    if reason is not None:
+        return reason
     if cuts and structure.plans:
         return "it was pruned before, and is loaded as a whole"
     if getattr(structure.config, "quantization_config", None) is not None:
@@ -226,10 +243,26 @@ def dtype_of(structure: Structure, catalog: Catalog, options: LoadSettings) -> t
     return _dtype(options, structure.config, resolve(structure.ref, catalog, revision=options.revision))
 
 
+def loaded_bytes(structure: Structure, catalog: Catalog, options: LoadSettings) -> int:
+    """Bytes that the weights of a model take in memory."""
+    return structure.graph.total_parameters * dtype_of(structure, catalog, options).itemsize
+
+
+def conversion_rate(structure: Structure, catalog: Catalog, options: LoadSettings) -> float | None:
+    """Values per second that are computed of those in the files when a model is read layer by layer; None where tensors
+    are mapped from the files as they are."""
+    ref = resolve(structure.ref, catalog, revision=options.revision)
+    return format_conversion_rate(ref, _reader(ref, structure))
+
+
 def file_bytes(structure: Structure) -> int:
-    """Bytes of a model's local safetensors files; 0 for other models."""
-    path = Path(structure.path or "")
-    return shard_bytes(path) if structure.path and path.is_dir() else 0
+    """Bytes of a model's local weight files; 0 for other models."""
+    return weight_file_bytes(Path(structure.path)) if structure.path else 0
+
+
+def _reader(ref: Reference, structure: Structure) -> CheckpointReader | None:
+    """The reader of the weights. What llmpruner saved is in transformers' format."""
+    return None if structure.record is not None else ref.reader
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
@@ -355,7 +388,9 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
     shape, and for those of modules of the model that do not use them (a bias without ``bias`` in the configuration).
     Tensors of modules that the model does not have (a second head, buffers of older versions) give a warning.
     """
-    missing, wrong = sorted(map(str, info["missing_keys"])), sorted(map(str, info["mismatched_keys"]))
+    missing = sorted(map(str, info["missing_keys"]))
+    # transformers adds both shapes to the name.
+    wrong = sorted(key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"])
     unexpected = sorted(map(str, info["unexpected_keys"]))
     modules = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
     unused = [key for key in unexpected if key.rpartition(".")[0] in modules]
@@ -383,7 +418,7 @@ def forget_quantisation(model: Any) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
-    for name in ("hf_quantizer", "is_quantized"):
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(name, None)
 
 

@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import logging as standard
+import threading
 from collections.abc import Iterator
 
 from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
+_ONE = threading.RLock()
+_inside = 0
+"""How many `quiet_transformers` are active, in all threads."""
+_before = contextlib.ExitStack()
+"""Restores what the first of them changed."""
+
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers, and accelerate's of weights that stay in files."""
-    placing = standard.getLogger("accelerate.big_modeling")
-    said = placing.level
-    placing.setLevel(standard.ERROR)
-    level = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Silence the warnings and progress bars of transformers, and accelerate's of weights that stay in files. The
+    settings are those of the process: they are restored when the last thread that changed them is done."""
+    global _inside
+    with _ONE:
+        if not _inside:
+            _silence()
+        _inside += 1
     try:
         yield
     finally:
-        placing.setLevel(said)
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        with _ONE:
+            _inside -= 1
+            if not _inside:
+                _before.close()
+
+
+def _silence() -> None:
+    placing = standard.getLogger("accelerate.big_modeling")
+    _before.callback(placing.setLevel, placing.level)
+    placing.setLevel(standard.ERROR)
+    _before.callback(logging.set_verbosity, logging.get_verbosity())
+    logging.set_verbosity_error()
+    if logging.is_progress_bar_enabled():
+        _before.callback(logging.enable_progress_bar)
+    logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

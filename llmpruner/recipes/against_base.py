@@ -13,7 +13,7 @@ from ..engine.cut_weights import CutWeights
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError
 from ..loading.dense import dense_structure, open_dense
-from ..loading.model import file_bytes, why_not_streamed
+from ..loading.model import loaded_bytes, why_not_streamed
 from ..models.empty import meta_model
 from ..models.surgery import cut
 from ..oracle.silenced import distance, logits, silenced
@@ -57,7 +57,7 @@ class Base:
         pruned = structure if named is None else _made_from(structure, named)
         dense = dense_structure(pruned, catalog, trust_remote_code=load.trust_remote_code)
         streams = why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None
-        large = file_bytes(dense) > psutil.virtual_memory().available // 2
+        large = loaded_bytes(dense, catalog, load) > psutil.virtual_memory().available // 2
         self.ref, self.plans, self._catalog = dense.ref, structure.plans, catalog
         self._trained = bool((structure.record or {}).get("recovery"))
         self._dense = open_dense(pruned, catalog, load, streamed=streams and large)

@@ -275,11 +275,13 @@ def forecast(
     *,
     base: int,
     mixed: bool = False,
+    converting: float | None = None,
 ) -> Forecast:
     """The `Forecast` of a prune. ``base``: resident bytes of the process before it. ``mixed``: whether products of
     float32 weights are computed in bfloat16. ``sample``: None where no layer could be run; activations are estimated
-    from widths then, and the time is not known."""
-    return _Forecaster(structure, work, dtype.itemsize, residency, sample, mixed).run(base)
+    from widths then, and the time is not known. ``converting``: values per second that are computed when a layer is
+    read; None where it is mapped from its file."""
+    return _Forecaster(structure, work, dtype.itemsize, residency, sample, mixed, converting).run(base)
 
 
 class _Forecaster:
@@ -291,8 +293,10 @@ class _Forecaster:
         residency: Residency,
         sample: LayerSample | None,
         mixed: bool,
+        converting: float | None,
     ) -> None:
         self.graph, self.work, self.item, self.residency, self.sample = structure.graph, work, item, residency, sample
+        self.converting = converting
         config = structure.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
         self.hidden = int(config.hidden_size)
@@ -338,8 +342,12 @@ class _Forecaster:
         return {"weights": self.graph.total_parameters * self.item}
 
     def two_layers(self) -> dict[str, int]:
-        """The layer in use, and the next one, which is read meanwhile."""
-        return {"weights of two layers": 2 * self.largest_layer} if self.residency.streamed else {}
+        """The layer in use, and the next one, which is read meanwhile; where it is computed of what is stored, that
+        besides."""
+        if not self.residency.streamed:
+            return {}
+        stored = {} if self.converting is None else {"a layer as it is stored": self.largest_layer}
+        return {"weights of two layers": 2 * self.largest_layer, **stored}
 
     def opening(self) -> Stage:
         # A streamed model has only names and shapes when it is opened.
@@ -348,7 +356,10 @@ class _Forecaster:
 
     def reading(self, walks: float) -> float:
         """Seconds of reading the layers in so many walks."""
-        return walks * sum(self.counts) * self.item / _READ if self.residency.streamed else 0.0
+        if not self.residency.streamed:
+            return 0.0
+        values = walks * sum(self.counts)
+        return values * self.item / _READ + (0.0 if self.converting is None else values / self.converting)
 
     # Stages
 

@@ -16,7 +16,7 @@ import torch
 
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..errors import SettingsError
-from ..loading.model import Model, dtype_of, file_bytes, why_not_streamed
+from ..loading.model import Model, dtype_of, loaded_bytes, why_not_streamed
 from ..recovery.schedule import micro_batch
 from ..settings import LoadSettings, RunSettings
 from .forecast import LATER, Forecast, Residency, Stage, size_text
@@ -63,7 +63,8 @@ def arranged_layers(
     reason = whole or _why_whole(opened, dense, load, catalog)
     limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
     if run.max_memory is None:
-        large = file_bytes(opened) + file_bytes(dense) > psutil.virtual_memory().available // 2
+        size = sum(loaded_bytes(structure, catalog, load) for structure in (opened, dense))
+        large = size > psutil.virtual_memory().available // 2
         way = Residency(reason is None and large, limit)
         return _Estimate(job, opened, dense, load, catalog).of(way) if shown else way
     estimate = _Estimate(job, opened, dense, load, catalog)

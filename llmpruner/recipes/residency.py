@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING
 
 import psutil
@@ -13,7 +14,7 @@ import torch
 
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..errors import SettingsError
-from ..loading.model import Model, dtype_of, file_bytes, why_not_streamed
+from ..loading.model import Model, conversion_rate, dtype_of, loaded_bytes, why_not_streamed
 from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings
@@ -35,7 +36,8 @@ def is_streamed(opened: Structure, job: PruneJob | None, load: LoadSettings, cat
     the free memory, and nothing in ``job`` needs it. ``job``: None for a plan that is replayed. Each process that a
     launcher started on this machine holds the model."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if isinstance(opened, Model) or file_bytes(opened) * processes <= psutil.virtual_memory().available // 2:
+    available = psutil.virtual_memory().available // 2
+    if isinstance(opened, Model) or loaded_bytes(opened, catalog, load) * processes <= available:
         return False
     return _why_whole(opened, job, load, catalog) is None
 
@@ -62,8 +64,13 @@ def arranged(
     sample = _sample(opened, work, dtype, device)
     mixed = dtype == torch.float32 and multiplies_bfloat16_fast(device.type)
 
+    @cache
+    def converting() -> float | None:
+        return conversion_rate(opened, catalog, load)
+
     def found(residency: Residency) -> Forecast:
-        return forecast(opened, work, dtype, residency, sample, base=base, mixed=mixed)
+        rate = converting() if residency.streamed else None
+        return forecast(opened, work, dtype, residency, sample, base=base, mixed=mixed, converting=rate)
 
     limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
     if run.max_memory is None:

@@ -20,7 +20,7 @@ from ..checkpoints.record import RECORD_FILE, read_record
 from ..checkpoints.shards import check_index, has_shards, opened
 from ..engine.weights import StreamedWeights
 from ..errors import CheckpointError, LlmprunerError, ModelError
-from ..loading.model import check_loaded, check_shapes, lazily, load_structure, why_not_streamed
+from ..loading.model import lazily, load_structure, why_not_streamed
 from ..models.finite import first_not_finite
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
@@ -194,13 +194,10 @@ def _opened(directory: Path, structure: Structure, load: LoadSettings, catalog: 
     reason = why_not_streamed(str(directory), catalog, load, structure, cuts=False)
     if reason is not None:
         raise NotComparable(f"only weights that can be read layer by layer are compared: {reason}")
-    dtype = getattr(torch, load.dtype)
-    lazy = lazily(directory, dtype, structure.graph, trust_remote_code=load.trust_remote_code)
-    check_loaded(str(directory), lazy.model, lazy.info)
-    unknown = sorted(map(str, lazy.info["unexpected_keys"]))
+    lazy = lazily(str(directory), catalog, load, structure)
+    unknown = sorted(map(str, (lazy.info or {}).get("unexpected_keys", ())))
     if unknown:
         raise CheckpointError(f"tensor '{unknown[0]}' belongs to no module of the model")
-    check_shapes(lazy.model, structure.graph, str(directory))
     return StreamedWeights(lazy, structure.graph.layers, torch.device("cpu"))
 
 

@@ -7,7 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ def weight_files(directory: Path) -> list[Path]:
         if names:
             return [directory / name for name in names]
     raise ModelError(f"{directory} holds no weights; expected {' or '.join(_SINGLE)}, whole or in shards")
+
+
+def can_be_mapped(directory: Path) -> bool:
+    """Whether single tensors can be read: not of ``.bin`` files from before torch 1.6, which are plain pickles."""
+    return all(file.suffix == ".safetensors" or zipfile.is_zipfile(file) for file in weight_files(directory))
 
 
 def _indexed(index: Path) -> list[str]:
@@ -97,7 +102,7 @@ def _safetensors(file: Path) -> Tensors:
 
 
 def _pickled(file: Path) -> Tensors:
-    # Files from before torch 1.6 are plain pickles, which cannot be mapped into memory.
+    # See `can_be_mapped`.
     mapped = zipfile.is_zipfile(file)
     # A damaged pickle can raise anything.
     try:
@@ -119,61 +124,89 @@ def _pickled(file: Path) -> Tensors:
         yield name, tensor
 
 
-def fill(
-    config: PreTrainedConfig,
-    directory: Path,
-    convert: Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]],
-    dtype: torch.dtype | None,
-) -> PreTrainedModel:
+Convert = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
+"""Stored name and tensor → the model's parameters that it holds, as views; none for what is not needed."""
+
+
+def fill(config: PreTrainedConfig, directory: Path, convert: Convert, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model of ``config`` with the weights in ``directory``, each tensor read, converted and placed on its own.
-
-    ``convert``: stored name and tensor → the model's parameters that it holds (none for what is not needed).
-    ``dtype``: None keeps what is stored. Raises `CheckpointError` when a parameter is missing, unknown or misshapen.
-    """
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    found: dict[str, torch.Tensor] = {}
-    for file in weight_files(directory):
-        for stored, tensor in read_tensors(file):
-            for name, part in convert(stored, tensor):
-                if expected.get(name) != tuple(part.shape):
-                    raise CheckpointError(
-                        f"{file}: '{stored}' gives {name} {tuple(part.shape)}, the configuration has "
-                        f"{expected.get(name, 'none of that name')}"
-                    )
-                # A copy: a view would keep the whole tensor, or its file, in memory.
-                found[name] = part.detach().to(dtype or part.dtype, copy=True)
-    return _assign(model, found, expected, directory)
-
-
-def _assign(
-    model: PreTrainedModel, found: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], directory: Path
-) -> PreTrainedModel:
-    tied = model.all_tied_weights_keys
-    for target, source in tied.items():
-        # Checkpoints of tied models store one of the two, or both.
-        if source not in found and target in found:
-            found[source] = found[target]
-        elif source in found and target in found and not torch.equal(found[source], found[target]):
-            raise CheckpointError(
-                f"{directory}: {target} and {source} differ, but the configuration ties them; "
-                'set "tie_word_embeddings": false in config.json'
-            )
-        found.pop(target, None)
-    missing = [name for name in expected if name not in found and name not in tied]
-    if missing:
-        raise CheckpointError(
-            f"{directory}: {len(missing)} of {len(expected)} parameters are in none of the weight files, "
-            f"the first is {missing[0]}; download them again"
-        )
-    model.load_state_dict(found, strict=False, assign=True)
+    ``dtype``: None keeps what is stored. Raises `CheckpointError` when a parameter is missing, unknown or misshapen."""
+    model = empty(config)
+    released = ReleasedTensors(directory, model, convert, dtype)
+    model.load_state_dict(released.read(released.names, own=True), strict=False, assign=True)
     model.tie_weights()
     kinds = {parameter.dtype for parameter in model.parameters()}
     if len(kinds) == 1:
         model.config.dtype = kinds.pop()
     return model.eval()
+
+
+def empty(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of ``config`` without weights."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
+
+class ReleasedTensors:
+    """The weights in ``directory`` by the names of the parameters of ``model``; a `TensorSource`.
+
+    ``dtype``: None keeps what is stored. Creation reads names and shapes. It raises `CheckpointError` when a parameter
+    is missing, unknown or misshapen, and when tied parameters differ.
+    """
+
+    def __init__(self, directory: Path, model: PreTrainedModel, convert: Convert, dtype: torch.dtype | None) -> None:
+        self._convert, self._dtype = convert, dtype
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self._places: dict[str, Path] = {}
+        for file in weight_files(directory):
+            for stored, tensor in read_tensors(file):
+                for name, part in convert(stored, tensor):
+                    if expected.get(name) != tuple(part.shape):
+                        raise CheckpointError(
+                            f"{file}: '{stored}' gives {name} {tuple(part.shape)}, the configuration has "
+                            f"{expected.get(name, 'none of that name')}"
+                        )
+                    self._places[name] = file
+        self._settle_ties(model, directory)
+        missing = [name for name in expected if name not in self._places and name not in model.all_tied_weights_keys]
+        if missing:
+            raise CheckpointError(
+                f"{directory}: {len(missing)} of {len(expected)} parameters are in none of the weight files, "
+                f"the first is {missing[0]}; download them again"
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that are not tied to another one."""
+        return list(self._places)
+
+    def read(self, names: Collection[str], *, own: bool = False) -> dict[str, torch.Tensor]:
+        """Parameter → value. ``own``: in memory of its own; else it may be mapped, from a file mapped anew."""
+        stored = {self._stored_as.get(name, name): name for name in names}
+        found: dict[str, torch.Tensor] = {}
+        for file in sorted({self._places[name] for name in names}):
+            for stored_name, tensor in read_tensors(file):
+                for name, part in self._convert(stored_name, tensor):
+                    if name in stored:
+                        found[stored[name]] = part.detach().to(self._dtype or part.dtype, copy=own)
+        return found
+
+    def _settle_ties(self, model: PreTrainedModel, directory: Path) -> None:
+        """Checkpoints of tied models store one of the two, or both."""
+        self._stored_as: dict[str, str] = {}
+        for target, source in model.all_tied_weights_keys.items():
+            if source not in self._places and target in self._places:
+                self._places[source], self._stored_as[source] = self._places[target], target
+            elif source in self._places and target in self._places:
+                both = self.read([source, target])
+                if not torch.equal(both[source], both[target]):
+                    raise CheckpointError(
+                        f"{directory}: {target} and {source} differ, but the configuration ties them; "
+                        'set "tie_word_embeddings": false in config.json'
+                    )
+            self._places.pop(target, None)
 
 
 def _line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from llmpruner import CheckpointError
 
 from .meta_files import PARAMS, SHARDS
 from .meta_params import MetaParams
-from .tensors import TensorFiles, TensorSpec
+from .tensors import READ_BUDGET, TensorFiles, TensorSpec
 
 _IGNORED = "rope.freqs"
 
@@ -65,15 +65,15 @@ class MetaTensors:
     """The weights of a folder in Meta's format, merged over its shards; a `TensorSource`.
 
     Creation raises `CheckpointError` for a missing file, shard or tensor, and for shapes that contradict
-    ``params.json``; it reads no values.
+    ``params.json``; it reads no values. ``budget``: of `TensorFiles`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, budget: int = READ_BUDGET) -> None:
         if not (directory / PARAMS).is_file():
             raise CheckpointError(f"{directory} is no LLaMA folder in Meta's format: it has no {PARAMS}")
         self.directory = directory
         self.params = MetaParams.read(directory / PARAMS)
-        self._files = TensorFiles()
+        self._files = TensorFiles(budget)
         self._paths = _shard_paths(directory)
         self._shards = [self._files.specs(path) for path in self._paths]
         self._check_count()
@@ -108,6 +108,10 @@ class MetaTensors:
         placement = self._placements[name]
         mapped = not placement.heads and (placement.axis is None or len(self._paths) == 1)
         return tensor.clone() if mapped else tensor
+
+    def close(self) -> None:
+        """Let go of the files, whose pages count as memory while they are mapped."""
+        self._files.close()
 
     def _check_count(self) -> None:
         """Compare the number of shards with that computed from the query projection, which is split by rows."""
@@ -174,6 +178,19 @@ class MetaTensors:
                     f"{self.directory}: {self._placements[name].meta} has shape {spec.shape}; "
                     f"{PARAMS} makes it {expected}"
                 )
+
+
+class MetaLayers:
+    """The weights of ``tensors`` in ``dtype``, read layer by layer; a `TensorSource` of llmpruner."""
+
+    def __init__(self, tensors: MetaTensors, dtype: torch.dtype) -> None:
+        self._tensors, self._dtype = tensors, dtype
+
+    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        try:
+            return {name: self._tensors.read_own(name, self._dtype) for name in names}
+        finally:
+            self._tensors.close()
 
 
 def _expected_shape(name: str, dim: int, kv_rows: int, width: int, vocabulary: int) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ from llmpruner import CheckpointError
 
 READ_BUDGET = 256 << 20
 """Bytes read before files are closed and opened again, as mapped pages count as resident memory until then."""
+SMALL_BUDGET = 32 << 20
+"""The same where one decoder layer is in memory at a time."""
 
 _SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 _TORCH = ("pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -48,23 +50,27 @@ class _OpenFile:
 
 class TensorFiles:
     """Checkpoint files, opened on first use. Methods raise `CheckpointError` for files that are damaged or contain
-    anything but tensors."""
+    anything but tensors. ``budget``: see `READ_BUDGET`."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int = READ_BUDGET) -> None:
         self._open: dict[Path, _OpenFile] = {}
-        self._bytes = 0
+        self._bytes, self._budget = 0, budget
 
     def specs(self, path: Path) -> Mapping[str, TensorSpec]:
         return self._file(path).specs
 
     def read(self, path: Path, name: str) -> torch.Tensor:
         """The tensor, which may be mapped from the file; keep no reference to it."""
-        if self._bytes > READ_BUDGET:
-            self._open.clear()
-            self._bytes = 0
+        if self._bytes > self._budget:
+            self.close()
         tensor = self._file(path).read(name)
         self._bytes += tensor.nbytes
         return tensor
+
+    def close(self) -> None:
+        """Let go of all files; they are opened again when they are read."""
+        self._open.clear()
+        self._bytes = 0
 
     def _file(self, path: Path) -> _OpenFile:
         if path not in self._open:

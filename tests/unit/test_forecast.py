@@ -80,6 +80,17 @@ def test_weights_alone(structure, catalog):
     assert streamed["weights of two layers"] == 2 * 2 * LAYER
 
 
+def test_layers_that_are_converted_when_they_are_read(structure, catalog):
+    work = work_of(job_of(catalog, importance="l1"), structure, saves=True)
+    way, sample = Residency(streamed=True), a_sample()
+    mapped, converted = (
+        forecast(structure, work, torch.bfloat16, way, sample, base=0, converting=rate).stage("saving")
+        for rate in (None, 1e3)
+    )
+    assert converted.bytes - mapped.bytes == 2 * LAYER
+    assert converted.seconds - mapped.seconds == pytest.approx(LAYERS * LAYER / 1e3)
+
+
 def test_gradients(structure, catalog, monkeypatch):
     work = work_of(job_of(catalog, method="llm-pruner", calibration="self"), structure, saves=True)
     assert (work.tokens, work.scored) == (640, 640)
@@ -180,6 +191,7 @@ def test_a_sample_of_a_real_layer(structure):
 def fake(monkeypatch):
     """No layer is run, and the process takes nothing."""
     monkeypatch.setattr(residency, "_sample", lambda *_: a_sample())
+    monkeypatch.setattr(residency, "memory_before", lambda *_: 0)
 
 
 def arranged(structure, catalog, settings, **run):
