@@ -228,7 +228,7 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
     if not others:
         return (saliency if signed else saliency.abs()).double()
     # A few rows at a time, as both the absolute values and torch's sum in float64 are copies.
-    parts = saliency.split(max(1, _ELEMENTS * len(saliency) // max(1, saliency.numel())))
+    parts = torch.split(saliency, max(1, _ELEMENTS * len(saliency) // max(1, saliency.numel())))
     sums = [(part if signed else part.abs()).sum(others, dtype=torch.float64) for part in parts]
     return torch.cat(sums) if use.axis.axis == 0 else torch.stack(sums).sum(0)
 
