@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -102,6 +102,17 @@ class Compensation(Component):
     changes_readers_alone: ClassVar[bool] = False
     """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
     compare all other weights with the dense model's."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether it first runs the dense model and a cut one to weigh tokens, which forecasts count."""
+        return False
+
+    def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
+        """Names of the groups whose readers may change, where ``changes_readers_alone``: those of ``kept``, which lose
+        units, unless a compensation changes others too."""
+        del graph
+        return tuple(kept)
 
     def repair(self, task: RepairTask) -> Repaired:
         """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the

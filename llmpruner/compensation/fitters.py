@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 from .base import Fit
 from .consumers import Consumer, matrix_of
 from .least_squares import NormalEquations
+from .rows import ALIKE, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,12 +43,12 @@ class WeightFitter:
         width = len(self.kept) + (bias is not None)
         self.equations = NormalEquations(width, matrix.shape[0], matrix.device)
 
-    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
+    def add(self, use: WatchedProduct, target: torch.Tensor, rows: Rows = ALIKE) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32."""
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self.equations.add(inputs, target)
+        self.equations.add(inputs, target, rows)
 
     def reduce(self, ranks: Ranks) -> None:
         """Sum over all processes, which must all call this."""
@@ -86,8 +87,8 @@ class BiasFitter:
         self.consumer, self.bias, self.rows = consumer, bias, 0
         self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
 
-    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
-        del target
+    def add(self, use: WatchedProduct, target: torch.Tensor, rows: Rows = ALIKE) -> None:
+        del target, rows
         self.total += use.inputs.sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)
 

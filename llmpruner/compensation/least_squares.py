@@ -1,11 +1,12 @@
-"""Ridge regression from sums over tokens, with the ridge chosen on held-out tokens.
+"""Ridge regression from sums over tokens, with the ridge chosen on tokens that are held out.
 
 For inputs X (n × in), targets T (n × out) and old weights W₀ (out × in) the fit is
 
     W = argmin ‖X Wᵀ − T‖² + λ‖W − W₀‖²  =  (TᵀX + λW₀)(XᵀX + λI)⁻¹,
 
 which keeps the old weights in directions of the input space without data. λ is one of `RIDGES` times the mean diagonal
-of XᵀX. Sums over tokens are float32; systems are solved in float64.
+of XᵀX. With weights of the rows, X and T are multiplied by their roots. Sums over tokens are float32; systems are solved
+in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.gram import add_gram
+from .rows import ALIKE, Rows
 
 if TYPE_CHECKING:
     from ..engine.ranks import Ranks
@@ -55,6 +57,10 @@ class _Sums:
         self.squares += targets.square().sum(0)
         self.rows += len(inputs)
 
+    def mean_square(self, step: int) -> float:
+        """Mean square of the targets, summed over every ``step``-th output."""
+        return float(self.squares[::step].double().sum()) / max(self.rows, 1)
+
     def error(self, weight_IO: torch.Tensor, step: int) -> float:
         """Squared error of the fit, summed over the outputs and averaged over the rows, less the mean square of the
         targets, which is the same for all weights. ``weight_IO``: of every ``step``-th output. A block of inputs at a
@@ -72,7 +78,8 @@ class _Sums:
 
 
 class NormalEquations:
-    """Sums over rows of inputs and targets; one row in eight is held out until the ridge is chosen.
+    """Sums over rows of inputs and targets; one row in eight is held out until the ridge is chosen. Where the text has
+    several sources, its two sides (`llmpruner.compensation.rows`) are held out in turn, and their errors averaged.
 
     ``width``, ``out``: the numbers of inputs and outputs. Memory: 2 · width · (width + out) float32.
 
@@ -85,17 +92,23 @@ class NormalEquations:
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self._fit = _Sums.zeros(width, out, device)
         self._held = _Sums.zeros(width, out, device)
+        self._sides = False
 
     @property
     def rows(self) -> int:
         return self._fit.rows + self._held.rows
 
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``inputs`` (n, in) and ``targets`` (n, out). The last eighth of the rows of each call is held out; single
-        rows would be similar to their neighbours in the fit. With several processes the same rows are held out, as
-        each call has the rows of a whole micro-batch (see `Ranks`)."""
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor, rows: Rows = ALIKE) -> None:
+        """Add ``inputs`` (n, in) and ``targets`` (n, out). With one source, the last eighth of the rows of each call is
+        held out; single rows would be similar to their neighbours in the fit. With several processes the same rows are
+        held out, as each call has the rows of a whole micro-batch (see `Ranks`)."""
+        inputs, targets = rows.weighted(inputs), rows.weighted(targets)
+        if rows.second is not None:
+            self._sides = True
+            self._fit.add(inputs[~rows.second], targets[~rows.second])
+            self._held.add(inputs[rows.second], targets[rows.second])
+            return
         split = len(inputs) - len(inputs) // _HELD_OUT
-        inputs, targets = inputs.float(), targets.float()
         self._fit.add(inputs[:split], targets[:split])
         self._held.add(inputs[split:], targets[split:])
 
@@ -103,25 +116,36 @@ class NormalEquations:
         """Sum over all processes, which must all call this."""
         self._fit.reduce(ranks)
         self._held.reduce(ranks)
+        self._sides = any(ranks.totals(self._sides))
 
     def error(self, trial: int, old_OI: torch.Tensor) -> float:
-        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`; infinite where there are no
-        rows. Where there are many outputs, it is that of `_OUTPUTS` evenly spaced ones or a few more, which are enough
-        to choose a ridge."""
+        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`; with two sides, the mean of
+        their errors, each as a share of the mean square of its targets. Infinite where there are no rows. Where there
+        are many outputs, it is that of `_OUTPUTS` evenly spaced ones or a few more, which are enough to choose a
+        ridge."""
         if self._fit.rows == 0 or self._held.rows == 0:
             return inf
         step = max(1, len(old_OI) // _OUTPUTS)
         old = old_OI[::step].T.double()
-        return self._held.error(_ridge(self._fit, old, RIDGES[trial], step) if trial < len(RIDGES) else old, step)
+
+        def on(held: _Sums, fitted: _Sums) -> float:
+            return held.error(_ridge(fitted, old, RIDGES[trial], step) if trial < len(RIDGES) else old, step)
+
+        if not self._sides:
+            return on(self._held, self._fit)
+        both = ((self._held, self._fit), (self._fit, self._held))
+        # Targets that are all zero are met by weights of zero alone, whose error is zero too.
+        return sum(on(held, fitted) / (held.mean_square(step) or 1.0) for held, fitted in both) / 2
 
     def shares(self, errors: Sequence[float]) -> tuple[float, float] | None:
         """The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
         of the mean square of the targets. ``errors``: of all trials. None without rows, and where all targets are
         zero."""
-        step = max(1, len(self._held.squares) // _OUTPUTS)
-        whole = float(self._held.squares[::step].double().sum()) / max(self._held.rows, 1)
+        whole = self._held.mean_square(max(1, len(self._held.squares) // _OUTPUTS))
         if self._fit.rows == 0 or whole == 0:
             return None
+        if self._sides:
+            whole = 1.0
         old, best = errors[-1], min(errors)
         # Differences of sums in float32 may fall below zero.
         return max(0.0, 1 + old / whole), max(0.0, 1 + best / whole)
@@ -147,10 +171,10 @@ def solve_bytes(width: int, out: int) -> int:
     return max(solving, 20 * width * tried + block * (24 * tried + 4 * width))
 
 
-def solve_operations(width: int, out: int) -> tuple[float, float]:
+def solve_operations(width: int, out: int, *, sides: bool = False) -> tuple[float, float]:
     """Operations in float64 of `NormalEquations.solve`: those of the factors, and of products and triangular systems
-    (multiply and add: two)."""
-    trials = len(RIDGES)
+    (multiply and add: two). ``sides``: whether two sides of the text are held out in turn."""
+    trials = len(RIDGES) * (2 if sides else 1)
     products = (trials + trials + 1) * _tried(out) + out
     return (trials + 1) * width**3 / 3, products * 2 * width**2
 

@@ -13,7 +13,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 from ..compensation.choose import can_wait
-from ..compensation.consumers import consumers_of
+from ..compensation.consumers import Consumer, consumers_of, intact_readers
 from ..compensation.least_squares import solve_bytes, solve_operations
 from ..data.calibration import parse_calibration
 from ..data.self_written import SelfWritten
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationText
     from ..loading.model import Structure
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CoupledGroup
+    from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.plan import PruningPlan
     from .jobs import PruneJob
@@ -160,8 +160,9 @@ class Work:
 
     ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
-    ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it. ``trials``: runs of
-    cut copies.
+    ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
+    whose readers it fits; ``weighted``: whether it weighs tokens first; ``sides``: whether the text has several sources.
+    ``trials``: runs of cut copies.
     """
 
     samples: int = 0
@@ -173,6 +174,9 @@ class Work:
     kept: Kept = field(default_factory=dict)
     fits: bool = False
     chooses: bool = False
+    changed: tuple[str, ...] = ()
+    weighted: bool = False
+    sides: bool = False
     steps: int = 1
     trials: int = 0
     saves: bool = True
@@ -207,6 +211,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
     if chooses and saves:
         scored = 0
     stream = bool(job.criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS})
+    kept = _equal_shares(job, structure, groups)
     return Work(
         samples=samples,
         length=length,
@@ -214,23 +219,31 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         signals=job.criterion.signals,
         names=frozenset() if stream else frozenset(scored_parameters(graph, groups, job.criterion)),
         scored=scored * length if reads else 0,
-        kept=_equal_shares(job, structure, groups),
+        kept=kept,
         fits=saves and job.compensation.reads_text,
         chooses=chooses,
+        changed=tuple(job.compensation.changed_groups(graph, kept)),
+        weighted=job.compensation.weighs_tokens,
+        sides=text is not None and len(text.text.parts) > 1,
         steps=job.steps,
         trials=3 * len(groups) if job.allocation.measures else 0,
         saves=saves,
     )
 
 
-def work_of_plan(plan: PruningPlan, catalog: Catalog, *, saves: bool) -> Work:
+def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, saves: bool) -> Work:
     """The work of replaying a plan."""
     how = plan.compensation
     if how is None or how.calibration is None or not how.samples or not how.length:
         return Work(kept=plan.kept, saves=saves)
     text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
     written = _written(text, how.samples, how.length)
-    return Work(how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves)
+    compensation = catalog.create(catalog.compensations, how.name, how.settings)
+    return Work(
+        how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves,
+        changed=tuple(compensation.changed_groups(graph, plan.kept)), weighted=compensation.weighs_tokens,
+        sides=len(text.parts) > 1,
+    )  # fmt: skip
 
 
 def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
@@ -441,9 +454,10 @@ class _Forecaster:
         rows = micro * (self.hidden * (6 * _F32 + _F64 + _F32) + widest * self.product + width * (_F32 + self.product))
         scoring = self.scoring(max((prod(self.graph.shapes[name]) for name in work.names), default=0))
         memory |= largest_of(
-            {"logits of one sample": self.check_bytes()},
+            {"logits of one sample": self.check_bytes() * (4 if work.weighted else 1)},
             {"sums of the fits": sums, "activations": max(rows, self.activations(micro))},
             {"sums of the fits": sums, "solving one fit": solve},
+            {"Gram matrices": self.grams(), "activations": self.activations(micro)} if work.weighted else {},
             {"activations and sums of inputs": self.watched(work.names)} if work.chooses else {},
             {"statistics of one layer": self.statistics(work.names), "scores": scoring} if work.chooses else {},
         )
@@ -550,21 +564,34 @@ class _Forecaster:
     def consumers(self) -> Iterable[tuple[int, int, int]]:
         """Kept inputs, outputs, and number of matrices, of every weight that is fitted."""
         for number in range(self.graph.num_layers):
-            for consumer in consumers_of(self.graph, self.work.kept, number).values():
+            for consumer in self.fitted(number).values():
                 shape = consumer.shape
                 out = shape[-1] if consumer.axis == len(shape) - 2 else shape[-2]
                 yield len(consumer.kept), out, shape[0] if len(shape) > 2 else 1
 
     def consumer_names(self) -> list[str]:
         layers = range(self.graph.num_layers)
-        return [name for number in layers for name in consumers_of(self.graph, self.work.kept, number)]
+        return [name for number in layers for name in self.fitted(number)]
+
+    def grams(self) -> int:
+        """Bytes of the Gram matrices of all inputs of one layer's fitted weights."""
+        shapes = [[consumer.shape for consumer in self.fitted(n).values()] for n in range(self.graph.num_layers)]
+        return max((sum(prod(s[:-2]) * max(s[-2:]) ** 2 * _F32 for s in found) for found in shapes), default=0)
+
+    def fitted(self, number: int) -> dict[str, Consumer]:
+        """The weights of a layer that are fitted."""
+        kept = self.work.kept
+        return {
+            **consumers_of(self.graph, kept, number),
+            **intact_readers(self.graph, kept, number, self.work.changed),
+        }
 
     def read_widths(self) -> list[tuple[int, int]]:
         """Layer and number of inputs, removed ones included, of every weight that is fitted."""
         return [
             (number, consumer.shape[consumer.axis])
             for number in range(self.graph.num_layers)
-            for consumer in consumers_of(self.graph, self.work.kept, number).values()
+            for consumer in self.fitted(number).values()
         ]
 
     # Time
@@ -619,13 +646,24 @@ class _Forecaster:
         seconds = walks + self.check_seconds(sample)
         if self.work.chooses:
             seconds += self.summing(sample, tokens, self.work.names)
+        if self.work.weighted:
+            seconds += self.weighing(sample, solved)
         for width, out, slots in solved:
             seconds += tokens * gram_operations(width) / sample.gram + tokens * 2 * width * out / sample.product32
             # The outputs with the new weights.
             seconds += tokens * 2 * width * out / (sample.head if self.product == 2 else sample.product32)
-            factor, products = solve_operations(width, out)
+            factor, products = solve_operations(width, out, sides=self.work.sides)
             seconds += slots * (factor / sample.factor + products / sample.product64)
         return seconds
+
+
+    def weighing(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
+        """Two walks, Gram matrices of the inputs, and the logits of both models."""
+        tokens = self.work.tokens
+        grams = sum(tokens * gram_operations(width) for width, _, _ in solved) / sample.gram
+        head = 2 * tokens * self.hidden * self.vocabulary / (sample.product32 if self.item == _F32 else sample.head)
+        softmax = 6 * tokens * self.vocabulary * _F32 / sample.copy
+        return 2 * self.walk_seconds(sample, tokens) + self.check_seconds(sample) + grams + 2 * (head + softmax)
 
 
 def largest_of(*phases: dict[str, int]) -> dict[str, int]:

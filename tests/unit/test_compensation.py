@@ -13,7 +13,7 @@ from llmpruner import UnsupportedModelError
 from llmpruner.compensation import least_squares
 from llmpruner.compensation.base import RepairTask
 from llmpruner.compensation.bias import BiasShift
-from llmpruner.compensation.consumers import consumers_of
+from llmpruner.compensation.consumers import consumers_of, stream_writers
 from llmpruner.compensation.least_squares import NormalEquations
 from llmpruner.compensation.none import NoCompensation
 from llmpruner.compensation.refit import Refit
@@ -29,7 +29,7 @@ PLANS = [
     *(("llama-mha", kinds) for kinds in ("attention", "mlp+attention")),
     *((name, "mlp+attention") for name in ("gpt2", "gptj", "phi", "granite", "gemma2", "glm")),
     ("granite", "hidden"), ("glm", "hidden"), ("mixtral", "mlp"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
-    ("gpt_oss", "mlp"),
+    ("gpt_oss", "mlp"), ("olmo2", "attention"), ("minimax_m2", "query"),
 ]  # fmt: skip
 
 
@@ -189,6 +189,49 @@ def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
     best = torch.linalg.lstsq(x.double(), target.double()).solution
     floor = float((x.double() @ best - target).norm())
     assert float((outputs["pruned"].flatten(0, 1) - target).norm()) < 1.1 * floor
+
+
+@pytest.mark.parametrize(("name", "units"), [("olmo2.attention", 3), ("minimax_m2.query", 6)])
+def test_heads_under_a_norm_over_all_heads_are_fitted_to_what_the_uncut_layer_computes(name, units):
+    """In layer 1, whose hidden states layer 0 has changed; with ``mix = 0`` the dense model's do not matter."""
+    name, kind = name.split(".")
+    loaded = make(name)
+    cut_first = {"layers.0.mlp": list(range(20))}
+    kept = cut_first | {f"layers.1.{kind}": [unit for unit in range(units) if unit != 1]}
+    model, fits = repaired(loaded, kept, Refit(mix=0))
+    weight = f"{loaded.graph.layers}.1.self_attn.o_proj.weight"
+    (fit,) = [fit for fit in fits if fit.parameter == weight]
+
+    uncut = copy.deepcopy(model)
+    for parameter, values in loaded.model.state_dict().items():
+        if ".1.self_attn." in parameter:
+            uncut.get_parameter(parameter).data.copy_(values)
+
+    def seen(which) -> tuple[torch.Tensor, torch.Tensor]:
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        project = which.get_submodule(weight.removesuffix(".weight"))
+        handle = project.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
+        with torch.no_grad():
+            which(input_ids=CALIBRATION.input_ids, use_cache=False)
+        handle.remove()
+        ((inputs, outputs),) = found
+        return inputs.flatten(0, 1).double(), outputs.flatten(0, 1).double()
+
+    x, target = seen(model)[0], seen(uncut)[1]
+    index = consumers_of(loaded.graph, kept, 1)[weight].kept
+    x, old = x[:, index], loaded.model.get_parameter(weight).detach().double()[:, index]
+    gram = x.T @ x
+    strength = fit.ridge * float(gram.diagonal().mean())
+    right = x.T @ target + strength * old.T
+    expected = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=torch.float64), right).T
+    new = model.get_parameter(weight).detach().double()[:, index]
+    torch.testing.assert_close(new, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_the_weights_that_write_to_the_residual_stream_are_found():
+    for name in ("llama-gqa", "olmo2"):
+        found = stream_writers(make(name).graph, 1)
+        assert set(found) == {f"model.layers.1.{end}.weight" for end in ("self_attn.o_proj", "mlp.down_proj")}
 
 
 def test_consumers_in_use_order_are_told_apart_although_memory_is_used_again():
