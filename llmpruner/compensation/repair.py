@@ -7,8 +7,8 @@ its inputs from ĥ, removed ones included, and y = W x + b, the target is
     y + (mix / c) · d   with d zero in removed channels of the residual stream,
 
 where the layer adds c times the outputs of such matrices to the residual stream, and d is the difference of the dense
-from the pruned model after these matrices: for the matrices that are used last, the difference of the hidden states
-after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the dense model. If
+from the pruned model after these matrices: for the last of them in the layer (down projection), the difference of the
+hidden states after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the dense model. If
 the layer's output is not such a sum, the target is y. The target of a matrix that reads removed channels of the
 residual stream is y_dense. Where a norm inside the layer is computed over the units (query and key norms over all
 heads), removed units are silenced where they are produced; then y is the output of a layer that still produces them.
@@ -199,7 +199,7 @@ class _Repair:
         consumers = {**cut, **intact}
         pruned = self._keep_apart()
         scale = self.ranks.from_first(lambda: self._scale(number))
-        bias_names, order = self.ranks.from_first(lambda: self._order(number, consumers))
+        bias_names, order, last = self.ranks.from_first(lambda: self._order(number, consumers))
         biases = [self.model.get_parameter(name) for name in bias_names]
         writers = set(stream_writers(self.graph, number))
         plans = [
@@ -207,7 +207,7 @@ class _Repair:
                 number,
                 {name: consumers[name] for name in names},
                 scale if writers.issuperset(names) else None,
-                last=names is order[-1],
+                last=last in names,
             )
             for names in order
         ]
@@ -256,9 +256,11 @@ class _Repair:
         scale = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
         return scale if float((change - scale * total).norm()) < _DIRECT * float(change.norm()) else None
 
-    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[str], list[list[str]]]:
-        """The names of the biases of the consumers, and of the consumers in order of use; those that read the same
-        inputs are fitted together, and are in one list."""
+    def _order(
+        self, number: int, consumers: Mapping[str, Consumer]
+    ) -> tuple[list[str], list[list[str]], str | None]:
+        """The names of the biases of the consumers; of the consumers in order of use, where those that read the same
+        inputs are fitted together, and are in one list; and of the last of the `stream_writers` that is used."""
         uses: dict[str, WatchedProduct] = {}
 
         # Inputs are compared by address; all are kept until the end, so that no address is used twice.
@@ -266,11 +268,14 @@ class _Repair:
             uses.setdefault(use.parameter, use)
 
         assert self.pruned is not None
-        with WatchProducts(self.model, consumers, seen):
+        writers = stream_writers(self.graph, number)
+        with WatchProducts(self.model, dict.fromkeys([*consumers, *writers]), seen):
             self.walk.run(number, self.walk.batches[0], self.pruned[0])
+        last = next((name for name in reversed(uses) if name in writers), None)
+        uses = {name: use for name, use in uses.items() if name in consumers}
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
         stages = [[use.parameter for use in same] for _, same in together]
-        return self._names(number, [use.bias for use in uses.values() if use.bias is not None]), stages
+        return self._names(number, [use.bias for use in uses.values() if use.bias is not None]), stages, last
 
     def _without_removed_channels(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0)
@@ -404,8 +409,8 @@ class _Repair:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``last``: whether it is used
-    last in the layer."""
+    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``last``: whether one of
+    them is the last of the `stream_writers` that is used."""
 
     number: int
     consumers: Mapping[str, Consumer]

@@ -191,13 +191,17 @@ def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
     assert float((outputs["pruned"].flatten(0, 1) - target).norm()) < 1.1 * floor
 
 
-@pytest.mark.parametrize(("name", "units"), [("olmo2.attention", 3), ("minimax_m2.query", 6)])
-def test_heads_under_a_norm_over_all_heads_are_fitted_to_what_the_uncut_layer_computes(name, units):
-    """In layer 1, whose hidden states layer 0 has changed; with ``mix = 0`` the dense model's do not matter."""
+@pytest.mark.parametrize(
+    ("name", "units", "first"),
+    [("olmo2.attention", 3, "mlp"), ("minimax_m2.query", 6, "mlp"), ("llama-gqa.attention", 3, "attention")],
+)
+def test_heads_are_fitted_to_what_the_uncut_layer_computes(name, units, first):
+    """In layer 1, whose hidden states layer 0 has changed; with ``mix = 0`` the dense model's do not matter. The first
+    two have a norm over all heads; in the third the MLP of layer 0 reads what its attention has lost."""
     name, kind = name.split(".")
     loaded = make(name)
-    cut_first = {"layers.0.mlp": list(range(20))}
-    kept = cut_first | {f"layers.1.{kind}": [unit for unit in range(units) if unit != 1]}
+    kept = {f"layers.0.{first}": list(range(20 if first == "mlp" else 2))}
+    kept |= {f"layers.1.{kind}": [unit for unit in range(units) if unit != 1]}
     model, fits = repaired(loaded, kept, Refit(mix=0))
     weight = f"{loaded.graph.layers}.1.self_attn.o_proj.weight"
     (fit,) = [fit for fit in fits if fit.parameter == weight]
