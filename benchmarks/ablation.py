@@ -49,6 +49,7 @@ VARIANTS = (
     Variant("+ both", {"also": "attention", "token_weights": "divergence"}),
     Variant("a token in eight held out, token weights", {"token_weights": "divergence"}, sides=False),
     Variant("a token in eight held out, o_proj fitted too", {"also": "attention"}, sides=False),
+    Variant("sources held out in turn, target chosen", {"target": "held-out"}),
     Variant("sources held out in turn, mix = 1", {"mix": 1.0}),
     Variant("sources held out in turn, mix = 0.25", {"mix": 0.25}),
 )
@@ -189,6 +190,8 @@ def page(found: list[dict[str, Any]]) -> str:
             cells[::2] = ["", ""]
         tokens = f"{row['samples'] * LENGTH:,}" if row["samples"] else ""
         lines.append(f"| {row['variant']} | {tokens} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    if not found:
+        return "\n".join([*lines, "", "Nothing was measured yet."]) + "\n"
     machines = dict.fromkeys(f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in found)
     lines += ["", f"Machine: {'; '.join(machines)}, which had other work. Seconds: loading and pruning."]
     return "\n".join(lines) + "\n"

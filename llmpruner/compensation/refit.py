@@ -37,6 +37,11 @@ class Refit(Compensation):
             description="Target of each fit: 0 is the output of the uncut layer in the pruned model; 1 also adds the "
             "whole difference of the hidden states from the dense model's.",
         )
+        target: Literal["mix", "held-out"] = Field(
+            "mix",
+            description="mix: as the setting `mix` says; held-out: each fit takes the share of the difference, of 0, "
+            "0.25, 0.5, 0.75 and 1, that brings tokens which are held out nearest to the dense model.",
+        )
         also: Annotated[tuple[str, ...], BeforeValidator(names_of)] = Field(
             (),
             description="Kinds of units whose readers are fitted too where they lost no inputs, in layers after the "
@@ -52,8 +57,13 @@ class Refit(Compensation):
     settings: Settings
 
     def __init__(self, settings: ComponentSettings | None = None, /, **values: Any) -> None:
-        """Raises `SettingsError`, also for ``also`` with ``mix = 0``, where their targets are their own outputs."""
+        """Raises `SettingsError`, also for settings that have no effect together: ``also`` with ``mix = 0``, where
+        targets are the weights' own outputs, and a ``mix`` beside a target that is chosen."""
         super().__init__(settings, **values)
+        if self.chooses_target and self.settings.mix != type(self.settings)().mix:
+            raise SettingsError(
+                f"{self.label()}: mix = {self.settings.mix} has no effect with target = held-out; leave one out"
+            )
         if self.settings.also and not self.settings.mix:
             raise SettingsError(
                 f"{self.label()}: also = '{', '.join(self.settings.also)}' has no effect with mix = 0; leave one out"
@@ -62,6 +72,10 @@ class Refit(Compensation):
     @property
     def weighs_tokens(self) -> bool:
         return self.settings.token_weights == "divergence"
+
+    @property
+    def chooses_target(self) -> bool:
+        return self.settings.target == "held-out"
 
     def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
         """Also those of the kinds in ``also``. Raises `SettingsError` for a kind without such readers in the model."""
@@ -83,7 +97,7 @@ class Refit(Compensation):
         return repair.repair(
             task,
             fitters.WeightFitter,
-            mix=self.settings.mix,
+            mix=None if self.chooses_target else self.settings.mix,
             changed=self.changed_groups(task.graph, task.kept),
             weighted=self.weighs_tokens,
         )

@@ -61,16 +61,17 @@ def repair(
     task: RepairTask,
     fitter: type[WeightFitter | BiasFitter],
     *,
-    mix: float = 0.0,
+    mix: float | None = 0.0,
     changed: Collection[str] = (),
     weighted: bool = False,
 ) -> Repaired:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
     experts are not silenced.
 
-    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. ``changed``: names of groups whose
-    readers are fitted where they lost no inputs, too. ``weighted``: tokens have the weights of `token_weights`.
-    With ``task.chooser``, the units to keep are chosen again in each layer, in the numbers of ``task.kept``.
+    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module; None: chosen by each fit.
+    ``changed``: names of groups whose readers are fitted where they lost no inputs, too. ``weighted``: tokens have the
+    weights of `token_weights`. With ``task.chooser``, the units to keep are chosen again in each layer, in the numbers
+    of ``task.kept``.
 
     Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
     cannot fit.
@@ -95,7 +96,7 @@ class _Repair:
         task: RepairTask,
         walk: ForwardWalk,
         fitter: type[WeightFitter | BiasFitter],
-        mix: float,
+        mix: float | None,
         changed: Collection[str],
         rows: CalibrationRows,
     ) -> None:
@@ -310,10 +311,12 @@ class _Repair:
                     continue
                 key = use.parameter, use.slot
                 own = own_outputs[key].float()
-                target = self._target(stage, consumer, own, dense_outputs.get(key), position, of_layer, uncut.output)
+                target, toward = self._target(
+                    stage, consumer, own, dense_outputs.get(key), position, of_layer, uncut.output
+                )
                 if key not in fitters:
                     fitters[key] = self._fitter(stage, key, use.bias)
-                fitters[key].add(use, target, rows)
+                fitters[key].add(use, target, rows, toward)
             simple = simple and pruned.output is not None and len(pruned.uses) == 1
             if simple and pruned.output is not None:
                 (use,) = pruned.uses
@@ -335,7 +338,8 @@ class _Repair:
 
     def _fitter(self, stage: _Stage, key: Matrix, bias: torch.Tensor | None) -> Fitter:
         consumer = stage.consumers[key[0]]
-        return self.fitter(consumer, matrix_of(self.model, consumer, key[1]), bias)
+        mixed = self.mix is None and stage.differs(consumer)
+        return self.fitter(consumer, matrix_of(self.model, consumer, key[1]), bias, mixed=mixed)
 
     def _of_all(self, stage: _Stage, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
         """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
@@ -363,17 +367,18 @@ class _Repair:
         position: int,
         after: torch.Tensor | None,
         output: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The target (tokens, out), see the module. ``own``: y; ``dense``: y_dense for the same rows; ``after``: h after
-        the layer, for the stage that is used last; ``output``: ĥ after the layer, with the old weight."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The target (tokens, out), see the module, and d / c, of which the fit chooses a share, None where it chooses
+        none. ``own``: y; ``dense``: y_dense for the same rows; ``after``: h after the layer, for the stage that is used
+        last; ``output``: ĥ after the layer, with the old weight."""
         if consumer.from_stream:
             assert dense is not None
-            return dense
+            return dense, None
+        if not stage.differs(consumer):
+            return own, None
         if stage.scale is None:
-            if not consumer.intact:
-                return own
             assert dense is not None
-            return own + self.mix * (dense - own)
+            return (own, dense - own) if self.mix is None else (own + self.mix * (dense - own), None)
         if after is not None and output is not None:
             difference = after - output
         else:
@@ -384,7 +389,10 @@ class _Repair:
                 + stage.factor * (dense - own).view_as(self.dense[position])
             )
         # Differences in removed channels of the residual stream cannot be compensated.
-        return own + self.mix / stage.factor * self._without_removed_channels(difference).flatten(0, -2)
+        difference = self._without_removed_channels(difference).flatten(0, -2)
+        if self.mix is None:
+            return own, difference / stage.factor
+        return own + self.mix / stage.factor * difference, None
 
     def _watch(self, stage: _Stage, batch: Batch, hidden: torch.Tensor, *, whole: bool) -> _Watched:
         """Run the layer; without ``whole``, only until all consumers of this stage were used."""
@@ -420,6 +428,10 @@ class _Stage:
     @property
     def factor(self) -> float:
         return 1.0 if self.scale is None else self.scale
+
+    def differs(self, consumer: Consumer) -> bool:
+        """Whether the target of a consumer has a share of a difference from the dense model."""
+        return not consumer.from_stream and (self.scale is not None or consumer.intact)
 
     @property
     def is_simple(self) -> bool:

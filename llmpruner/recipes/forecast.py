@@ -161,8 +161,8 @@ class Work:
     ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
     ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
-    whose readers it fits; ``weighted``: whether it weighs tokens first; ``sides``: whether the text has several sources.
-    ``trials``: runs of cut copies.
+    whose readers it fits; ``weighted``: whether it weighs tokens first; ``mixed``: whether fits choose their targets;
+    ``sides``: whether the text has several sources. ``trials``: runs of cut copies.
     """
 
     samples: int = 0
@@ -176,6 +176,7 @@ class Work:
     chooses: bool = False
     changed: tuple[str, ...] = ()
     weighted: bool = False
+    mixed: bool = False
     sides: bool = False
     steps: int = 1
     trials: int = 0
@@ -224,6 +225,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         chooses=chooses,
         changed=tuple(job.compensation.changed_groups(graph, kept)),
         weighted=job.compensation.weighs_tokens,
+        mixed=job.compensation.chooses_target,
         sides=text is not None and len(text.text.parts) > 1,
         steps=job.steps,
         trials=3 * len(groups) if job.allocation.measures else 0,
@@ -242,7 +244,7 @@ def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, s
     return Work(
         how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves,
         changed=tuple(compensation.changed_groups(graph, plan.kept)), weighted=compensation.weighs_tokens,
-        sides=len(text.parts) > 1,
+        mixed=compensation.chooses_target, sides=len(text.parts) > 1,
     )  # fmt: skip
 
 
@@ -447,7 +449,8 @@ class _Forecaster:
         if len(self.read_widths()) > self.graph.num_layers:
             streams += self.streams(tokens)
         memory["hidden states"] = self.in_memory(streams)
-        sums = max((2 * s * w * (w + o) * _F32 for w, o, s in solved), default=0)
+        targets = 2 if work.mixed else 1
+        sums = max((2 * s * w * (w + targets * o) * _F32 for w, o, s in solved), default=0)
         solve = max((solve_bytes(w, o) for w, o, _ in solved), default=0)
         width = max((w for w, _, _ in solved), default=0)
         # ĥ before and after the layer, h, y, the target and its difference, squares in float64; all inputs, kept ones.
@@ -641,6 +644,7 @@ class _Forecaster:
     def fit_seconds(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
         tokens = self.work.tokens
         stages = max(1.0, len(solved) / self.graph.num_layers)
+        targets = 2 if self.work.mixed else 1
         # h and ĥ once for the last matrix of a layer; both again for every other one.
         walks = 2 * stages * self.walk_seconds(sample, tokens) - (2 * stages - 1) * self.reading(1)
         seconds = walks + self.check_seconds(sample)
@@ -649,10 +653,10 @@ class _Forecaster:
         if self.work.weighted:
             seconds += self.weighing(sample, solved)
         for width, out, slots in solved:
-            seconds += tokens * gram_operations(width) / sample.gram + tokens * 2 * width * out / sample.product32
+            seconds += tokens * gram_operations(width) / sample.gram + tokens * 2 * width * out * targets / sample.product32
             # The outputs with the new weights.
             seconds += tokens * 2 * width * out / (sample.head if self.product == 2 else sample.product32)
-            factor, products = solve_operations(width, out, sides=self.work.sides)
+            factor, products = solve_operations(width, out, sides=self.work.sides, mixed=self.work.mixed)
             seconds += slots * (factor / sample.factor + products / sample.product64)
         return seconds
 

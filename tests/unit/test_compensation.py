@@ -340,7 +340,7 @@ def test_the_normal_equations_find_what_least_squares_finds():
     equations = NormalEquations(6, 3, x.device)
     for part, wanted in zip(x.split(64), target.split(64), strict=True):
         equations.add(part, wanted)
-    new, ridge = equations.solve(true + 0.1)
+    new, ridge, _ = equations.solve(true + 0.1)
     assert ridge == 1e-3, "without noise the least ridge wins"
     assert equations.rows == len(x)
     free = torch.linalg.lstsq(x, target).solution.T
@@ -355,7 +355,7 @@ def test_the_ridge_is_chosen_on_rows_that_were_held_out():
     x, target, true = problem(rows=16, noise=20.0)
     equations = NormalEquations(6, 3, x.device)
     equations.add(x, target)
-    new, ridge = equations.solve(true)
+    new, ridge, _ = equations.solve(true)
     free = torch.linalg.lstsq(x, target).solution.T
     assert ridge is None or ridge >= 0.1
     assert float((new - true).norm()) < 0.5 * float((free - true).norm())
@@ -389,7 +389,7 @@ def test_inputs_that_are_always_zero_keep_their_weights():
     x[:, 2] = 0
     equations = NormalEquations(6, 3, x.device)
     equations.add(x, target)
-    new, _ = equations.solve(true + 0.5)
+    new, *_ = equations.solve(true + 0.5)
     torch.testing.assert_close(new[:, 2], true[:, 2] + 0.5)
 
 
@@ -398,6 +398,6 @@ def test_without_rows_nothing_is_fitted():
     empty = NormalEquations(6, 3, old.device)
     assert empty.solve(old)[1] is None
     empty.add(torch.randn(5, 6), torch.randn(5, 3))
-    new, ridge = empty.solve(old)
+    new, ridge, _ = empty.solve(old)
     assert ridge is None, "five rows leave none to choose a ridge by"
     assert torch.equal(new, old)

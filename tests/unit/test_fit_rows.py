@@ -12,9 +12,9 @@ from criteria_cases import make, tokens
 
 from llmpruner import UnsupportedModelError
 from llmpruner.compensation import rows as rows_module
-from llmpruner.compensation.base import RepairTask
+from llmpruner.compensation.base import RepairTask, fits_record
 from llmpruner.compensation.choose import Chooser
-from llmpruner.compensation.least_squares import RIDGES, NormalEquations
+from llmpruner.compensation.least_squares import MIXES, RIDGES, NormalEquations
 from llmpruner.compensation.refit import Refit
 from llmpruner.compensation.rows import ALIKE, CalibrationRows, Rows
 from llmpruner.compensation.token_weights import LARGEST, normalized, token_weights
@@ -23,6 +23,7 @@ from llmpruner.engine.divergence import divergences
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import Batch
 from llmpruner.engine.watch import WatchProducts
+from llmpruner.errors import SettingsError
 from llmpruner.importance.activation import OutputEnergy
 from llmpruner.models.surgery import silence
 
@@ -89,6 +90,55 @@ def test_a_weight_counts_as_so_many_rows():
         weighted.add(part, wanted, Rows(weights=torch.full((8,), 2.0)))
     assert weighted.rows == len(x)
     torch.testing.assert_close(weighted.solve(old)[0], twice.solve(old)[0])
+
+
+def test_the_target_is_chosen_on_rows_that_are_held_out():
+    """D is right on the first source and wrong on the second; with one source, all of it is taken."""
+    x, _, old, second = two_texts()
+    generator = torch.Generator().manual_seed(2)
+    target, more = x @ old.T, x @ torch.randn(3, 6, generator=generator).T
+    toward = torch.where(second[:, None], -0.3 * more, more)
+    alone = NormalEquations(6, 3, x.device, mixed=True)
+    alone.add(x[~second], target[~second], toward=toward[~second])
+    new, ridge, mix = alone.solve(old)
+    assert (ridge, mix) == (RIDGES[0], 1.0)
+    torch.testing.assert_close(x[~second] @ new.T, (target + toward)[~second], rtol=0.05, atol=0.05)
+    both = NormalEquations(6, 3, x.device, mixed=True)
+    both.add(x, target, Rows(second=second), toward)
+    assert both.solve(old)[2] in (None, 0.0, 0.25)
+
+
+def test_a_trial_has_the_error_of_the_best_share():
+    """Here, half: on the rows that are held out, D is half of what it is on the others."""
+    x, _, old, _ = two_texts()
+    split = len(x) - len(x) // 8
+    target, toward = x @ old.T, x @ torch.randn(3, 6, generator=torch.Generator().manual_seed(3)).T
+    toward[split:] *= 0.5
+    equations = NormalEquations(6, 3, x.device, mixed=True)
+    equations.add(x, target, toward=toward)
+    used, held = x[:split].double(), x[split:].double()
+    strength = RIDGES[2] * float((used.T @ used).diagonal().mean())
+    gram = used.T @ used + strength * torch.eye(6, dtype=torch.float64)
+    whole, errors = (target + toward)[split:].double(), []
+    for share in MIXES:
+        right = used.T @ (target + share * toward)[:split].double() + strength * old.T.double()
+        fit = torch.linalg.solve(gram, right)
+        errors.append(float(((held @ fit - whole).square().sum() - whole.square().sum()) / len(held)))
+    assert equations.error(2, old) == pytest.approx(min(errors), rel=1e-4)
+    assert errors.index(min(errors)) == MIXES.index(0.5)
+    assert equations.solve(old)[2] == 0.5
+
+
+def test_with_a_target_that_is_chosen_shares_are_recorded():
+    loaded = make("llama-gqa")
+    kept = {f"layers.{number}.mlp": list(range(24)) for number in (0, 1, 2)}
+    _, fits = repaired(loaded, kept, TWO_SOURCES, target="held-out", also="attention")
+    assert {fit.mix for fit in fits} <= {None, *MIXES} and {fit.mix for fit in fits} != {None}
+    assert {record["mix"] for record in fits_record(fits)} == {fit.mix for fit in fits}
+    _, plain = repaired(loaded, kept, TWO_SOURCES)
+    assert {fit.mix for fit in plain} == {None}
+    with pytest.raises(SettingsError, match=r"refit: mix = 1.0 has no effect with target = held-out; leave one out"):
+        Refit(mix=1, target="held-out")
 
 
 def test_with_one_source_nothing_is_asked_of_rows(monkeypatch):
