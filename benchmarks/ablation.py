@@ -2,10 +2,11 @@
 
     LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--render]
 
-The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and on
-as much text that it wrote itself, and is judged on the other 100 documents and on answers to instructions (`alpaca_en_1k`,
-the second half), which are for choosing alone: no benchmark reports them. A row is one variant; rows are appended to
-``results/ablation.jsonl``, so that an interrupted run goes on where it stopped. ``docs/quality-notes.md`` is drawn from them.
+The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
+on as much text that it wrote itself, and is judged on the other 100 documents and on answers to instructions
+(`alpaca_en_1k`, the second half), which are for choosing alone: no benchmark reports them. A row is one variant; rows
+are appended to ``results/ablation.jsonl``, so that an interrupted run goes on where it stopped, and drawn in
+``docs/quality-notes.md``.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def measured(variant: Variant, samples: int, work: Path) -> dict[str, Any]:
     for name, text in judged(data).items():
         found = perplexity(
             model.model, dense.tokenizer, text,
-            window=WINDOW, tokens=TOKENS, autocast=True, reference=dense.model if samples else None,
+            window=WINDOW, tokens=TOKENS, batch_size=2, autocast=True, reference=dense.model if samples else None,
         )  # fmt: skip
         texts[name] = {"perplexity": found.perplexity, "kl": found.kl_per_token or 0.0}
     return {
@@ -176,11 +177,12 @@ def page(found: list[dict[str, Any]]) -> str:
         "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, no training. Calibrated on 200 "
         "documents of C4 and as much text that the model wrote; judged on 100 other documents of C4 and on answers to "
         f"instructions, {TOKENS:,} tokens of each in windows of {WINDOW}, float32 weights, bfloat16 products. No "
-        "benchmark reports these two texts. KL: mean divergence from the dense model per token, in nats. Few calibration "
-        "tokens, so that a row takes minutes: differences between rows count, not their level. The settings are those of "
-        "[`refit`](reference/criteria.md#compensations).",
+        "benchmark reports these two texts. KL: mean divergence from the dense model per token, in nats. Few "
+        "calibration tokens, so that a row takes minutes: differences between rows count, not their level. The "
+        "settings are those of [`refit`](reference/criteria.md#compensations).",
         "",
-        "| variant | calibration tokens | KL, C4 | perplexity, C4 | KL, instructions | perplexity, instructions | seconds |",
+        "| variant | calibration tokens | KL, C4 | perplexity, C4 | KL, instructions | perplexity, instructions | "
+        "seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in found:

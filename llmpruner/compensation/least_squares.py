@@ -5,8 +5,8 @@ For inputs X (n × in), targets T (n × out) and old weights W₀ (out × in) th
     W = argmin ‖X Wᵀ − T‖² + λ‖W − W₀‖²  =  (TᵀX + λW₀)(XᵀX + λI)⁻¹,
 
 which keeps the old weights in directions of the input space without data. λ is one of `RIDGES` times the mean diagonal
-of XᵀX. With weights of the rows, X and T are multiplied by their roots. Sums over tokens are float32; systems are solved
-in float64.
+of XᵀX. With weights of the rows, X and T are multiplied by their roots. Sums over tokens are float32; systems are
+solved in float64.
 
 The targets may be T + m · D with m, one of `MIXES`, chosen like λ. All fits are judged by their error to T + D, so that
 m < 1 is chosen where a fit to less of D comes nearer to T + D on other tokens.
@@ -120,9 +120,10 @@ class NormalEquations:
     def add(
         self, inputs: torch.Tensor, targets: torch.Tensor, rows: Rows = ALIKE, toward: torch.Tensor | None = None
     ) -> None:
-        """Add ``inputs`` (n, in), ``targets`` T (n, out) and ``toward`` D (n, out), None for zero. With one source, the last eighth of the rows of each call is
-        held out; single rows would be similar to their neighbours in the fit. With several processes the same rows are
-        held out, as each call has the rows of a whole micro-batch (see `Ranks`)."""
+        """Add ``inputs`` (n, in), ``targets`` T (n, out) and ``toward`` D (n, out), None for zero. With one source, the
+        last eighth of the rows of each call is held out; single rows would be similar to their neighbours in the fit.
+        With several processes the same rows are held out, as each call has the rows of a whole micro-batch (see
+        `Ranks`)."""
         inputs, targets = rows.weighted(inputs), rows.weighted(targets)
         toward = None if toward is None else rows.weighted(toward)
         split = len(inputs) - len(inputs) // _HELD_OUT
@@ -140,10 +141,10 @@ class NormalEquations:
         self._sides = any(ranks.totals(self._sides))
 
     def error(self, trial: int, old_OI: torch.Tensor) -> float:
-        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`, with the best of the `MIXES`; with
-        two sides, the mean of their errors, each as a share of the mean square of its targets. Infinite where there are
-        no rows. Where there are many outputs, it is that of `_OUTPUTS` evenly spaced ones or a few more, which are
-        enough to choose a ridge."""
+        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`, with the best of the `MIXES`;
+        with two sides, the mean of their errors, each as a share of the mean square of its targets. Infinite where
+        there are no rows. Where there are many outputs, it is that of `_OUTPUTS` evenly spaced ones or a few more,
+        which are enough to choose a ridge."""
         if self._fit.rows == 0 or self._held.rows == 0:
             return inf
         return min(self._errors(trial, old_OI))

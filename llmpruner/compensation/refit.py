@@ -81,7 +81,8 @@ class Refit(Compensation):
         """Also those of the kinds in ``also``. Raises `SettingsError` for a kind without such readers in the model."""
         read: dict[str, list[str]] = {}
         for group in graph.groups:
-            if group.layer is not None and any(len(graph.shapes[s.parameter]) == 2 for s in group.spans_with(Role.CONSUMES)):
+            matrices = [s for s in group.spans_with(Role.CONSUMES) if len(graph.shapes[s.parameter]) == 2]
+            if group.layer is not None and matrices:
                 read.setdefault(group.kind, []).append(group.name)
         for kind in self.settings.also:
             if kind not in read:

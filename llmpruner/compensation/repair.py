@@ -8,10 +8,11 @@ its inputs from ĥ, removed ones included, and y = W x + b, the target is
 
 where the layer adds c times the outputs of such matrices to the residual stream, and d is the difference of the dense
 from the pruned model after these matrices: for the last of them in the layer (down projection), the difference of the
-hidden states after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the dense model. If
-the layer's output is not such a sum, the target is y. The target of a matrix that reads removed channels of the
-residual stream is y_dense. Where a norm inside the layer is computed over the units (query and key norms over all
-heads), removed units are silenced where they are produced; then y is the output of a layer that still produces them.
+hidden states after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the
+dense model. If the layer's output is not such a sum, the target is y. The target of a matrix that reads removed
+channels of the residual stream is y_dense. Where a norm inside the layer is computed over the units (query and key
+norms over all heads), removed units are silenced where they are produced; then y is the output of a layer that still
+produces them.
 
 Matrices that lose no inputs may be fitted too, once the hidden states differ: their targets are the same, or where the
 layer's output is not such a sum, y + mix · (y_dense − y).
@@ -29,7 +30,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -46,10 +46,6 @@ from .fitters import BiasFitter, Fitter, Matrix, WeightFitter, write_all
 from .rows import CalibrationRows, Rows
 from .silencing import Originals, ProducerRows, removed_channels
 from .token_weights import token_weights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 _DIRECT = 2e-2
 """Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
@@ -257,9 +253,7 @@ class _Repair:
         scale = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
         return scale if float((change - scale * total).norm()) < _DIRECT * float(change.norm()) else None
 
-    def _order(
-        self, number: int, consumers: Mapping[str, Consumer]
-    ) -> tuple[list[str], list[list[str]], str | None]:
+    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[str], list[list[str]], str | None]:
         """The names of the biases of the consumers; of the consumers in order of use, where those that read the same
         inputs are fitted together, and are in one list; and of the last of the `stream_writers` that is used."""
         uses: dict[str, WatchedProduct] = {}

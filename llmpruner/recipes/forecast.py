@@ -653,13 +653,13 @@ class _Forecaster:
         if self.work.weighted:
             seconds += self.weighing(sample, solved)
         for width, out, slots in solved:
-            seconds += tokens * gram_operations(width) / sample.gram + tokens * 2 * width * out * targets / sample.product32
+            cross = tokens * 2 * width * out * targets
+            seconds += tokens * gram_operations(width) / sample.gram + cross / sample.product32
             # The outputs with the new weights.
             seconds += tokens * 2 * width * out / (sample.head if self.product == 2 else sample.product32)
             factor, products = solve_operations(width, out, sides=self.work.sides, mixed=self.work.mixed)
             seconds += slots * (factor / sample.factor + products / sample.product64)
         return seconds
-
 
     def weighing(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
         """Two walks, Gram matrices of the inputs, and the logits of both models."""

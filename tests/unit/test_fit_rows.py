@@ -200,7 +200,7 @@ def test_rows_without_tokens_cannot_have_weights(monkeypatch):
     loaded = make("llama-gqa")
     monkeypatch.setattr(rows_module, "all_tokens", lambda *_: None)
     kept = {"layers.1.mlp": list(range(30))}
-    with pytest.raises(UnsupportedModelError, match=r"rows of 'model.layers.1.mlp.down_proj.weight' cannot be assigned"):
+    with pytest.raises(UnsupportedModelError, match=r"rows of '.*\.down_proj\.weight' cannot be assigned"):
         repaired(loaded, kept, CALIBRATION, token_weights="divergence")
     assert repaired(loaded, kept, TWO_SOURCES)[1], "sources are not needed for a fit"
 
@@ -230,7 +230,8 @@ def test_the_weights_are_the_divergence_of_the_cut(monkeypatch):
         silent = copy.deepcopy(loaded.model)
         silence(silent, loaded.graph, kept)
         with torch.no_grad():
-            wanted, logits = (m(input_ids=CALIBRATION.input_ids, use_cache=False).logits for m in (loaded.model, silent))
+            ids, both = CALIBRATION.input_ids, (loaded.model, silent)
+            wanted, logits = (model(input_ids=ids, use_cache=False).logits for model in both)
         expected = normalized(torch.stack([divergences(*pair) for pair in zip(wanted, logits, strict=True)]))
         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 

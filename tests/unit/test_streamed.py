@@ -23,10 +23,10 @@ METHODS = {
     "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
     "weights": {"importance": "l2", "compensate": "none"},
     "weighted": {
-        "method": "best", "samples": 6, "length": 16, "layers": "1", "shape": "free",
+        "method": "best", "samples": 6, "length": 16, "layers": "0,1", "shape": "free",
         "settings": {"refit": {"also": "attention", "token_weights": "divergence"}},
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
