@@ -144,7 +144,8 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
     own: dict[Matrix, Fit] = {}
     for number, (key, fitter) in enumerate(fitters.items()):
         if ranks.owns(number):
-            own[key] = Fit(*key, *fitter.write(matrices[key], of_matrix[key]))
+            rows, ridge, before, after, mix = fitter.write(matrices[key], of_matrix[key])
+            own[key] = Fit(*key, rows, ridge, before, after, mix)
     for number, (key, fitter) in enumerate(fitters.items()):
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
     fits = ranks.merged(own)

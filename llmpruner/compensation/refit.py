@@ -60,7 +60,7 @@ class Refit(Compensation):
         """Raises `SettingsError`, also for settings that have no effect together: ``also`` with ``mix = 0``, where
         targets are the weights' own outputs, and a ``mix`` beside a target that is chosen."""
         super().__init__(settings, **values)
-        if self.chooses_target and self.settings.mix != type(self.settings)().mix:
+        if self.chooses_target and self.settings.mix != self.Settings.model_fields["mix"].default:
             raise SettingsError(
                 f"{self.label()}: mix = {self.settings.mix} has no effect with target = held-out; leave one out"
             )
