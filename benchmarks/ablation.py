@@ -1,6 +1,6 @@
 """What each step of the closed-form repair is worth on text that no stage has seen.
 
-    LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--render]
+    LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--tokens 8192] [--render]
 
 The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
 on as much text that it wrote itself, and is judged on the other 100 documents and on answers to instructions
@@ -24,12 +24,9 @@ from .measure import data_folder, machine
 
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "quality-notes.md"
-TOKENS, WINDOW = 8192, 512
-"""Of each text that is judged on."""
+WINDOW = 512
 LENGTH = 512
 CALIBRATION_DOCUMENTS = 200
-PASSAGES = 40
-"""Of 512 tokens, which the model writes once; they are kept in ``--work``."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,12 @@ class Variant:
 VARIANTS = (
     Variant("a token in eight held out", sides=False),
     Variant("sources held out in turn"),
-    Variant("+ o_proj fitted too", {"also": "attention"}),
-    Variant("+ token weights", {"token_weights": "divergence"}),
-    Variant("+ both", {"also": "attention", "token_weights": "divergence"}),
-    Variant("a token in eight held out, token weights", {"token_weights": "divergence"}, sides=False),
-    Variant("a token in eight held out, o_proj fitted too", {"also": "attention"}, sides=False),
+    Variant("sources held out in turn, o_proj fitted too", {"also": "attention"}),
+    Variant("sources held out in turn, token weights", {"token_weights": "divergence"}),
     Variant("sources held out in turn, target chosen", {"target": "held-out"}),
+    Variant("a token in eight held out, o_proj fitted too", {"also": "attention"}, sides=False),
+    Variant("a token in eight held out, token weights", {"token_weights": "divergence"}, sides=False),
+    Variant("sources held out in turn, o_proj and token weights", {"also": "attention", "token_weights": "divergence"}),
     Variant("sources held out in turn, mix = 1", {"mix": 1.0}),
     Variant("sources held out in turn, mix = 0.25", {"mix": 0.25}),
 )
@@ -60,16 +57,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="measure only the variants whose name holds this text")
     parser.add_argument("--samples", type=int, default=48, help=f"calibration samples of {LENGTH} tokens")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each text that is judged on")
     parser.add_argument("--work", type=Path, default=Path("/tmp/llmpruner-ablation"), help="keeps what the model wrote")
     parser.add_argument("--render", action="store_true", help="only write the page again")
     arguments = parser.parse_args()
     if not arguments.render:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        done = {(row["variant"], row["samples"]) for row in rows()}
+        done = {(row["variant"], row["samples"], row["tokens"]) for row in rows()}
         for variant in (Variant("dense"), *VARIANTS):
             samples = 0 if variant.name == "dense" else arguments.samples
-            if arguments.only in variant.name and (variant.name, samples) not in done:
-                row = measured(variant, samples, arguments.work)
+            if arguments.only in variant.name and (variant.name, samples, arguments.tokens) not in done:
+                row = measured(variant, samples, arguments.tokens, arguments.work)
                 with RESULTS.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(row) + "\n")
                 print(variant.name, row["texts"], f"{row['seconds']} s", flush=True)
@@ -81,26 +79,27 @@ def rows() -> Iterator[dict[str, Any]]:
         yield from map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
 
 
-def measured(variant: Variant, samples: int, work: Path) -> dict[str, Any]:
+def measured(variant: Variant, samples: int, tokens: int, work: Path) -> dict[str, Any]:
     from llmpruner import api
     from llmpruner.evaluation.perplexity import perplexity
 
     data = data_folder()
     started = time.monotonic()
-    model = pruned(variant, samples, sources(data, work)) if samples else api.load("demo", dtype="float32")
+    model = pruned(variant, samples, sources(data, work, samples)) if samples else api.load("demo", dtype="float32")
     took = time.monotonic() - started
     dense = api.load("demo", dtype="float32")
     texts = {}
     for name, text in judged(data).items():
         found = perplexity(
             model.model, dense.tokenizer, text,
-            window=WINDOW, tokens=TOKENS, batch_size=2, autocast=True, reference=dense.model if samples else None,
+            window=WINDOW, tokens=tokens, batch_size=2, autocast=True, reference=dense.model if samples else None,
         )  # fmt: skip
         texts[name] = {"perplexity": found.perplexity, "kl": found.kl_per_token or 0.0}
     return {
         "variant": variant.name,
         "settings": dict(variant.settings),
         "samples": samples,
+        "tokens": tokens,
         "texts": texts,
         "seconds": round(took, 1),
         "command": " ".join(["python -m benchmarks.ablation", *sys.argv[1:]]),
@@ -141,13 +140,14 @@ def judged(data: Path) -> dict[str, str]:
     return {"C4": "\n\n".join(documents(data)[CALIBRATION_DOCUMENTS:]), "instructions": "\n\n".join(answers)}
 
 
-def sources(data: Path, work: Path) -> str:
-    """The value of ``--calibration``."""
-    files = work / "c4.jsonl", work / "written.jsonl"
+def sources(data: Path, work: Path, samples: int) -> str:
+    """The value of ``--calibration``. What the model writes, a little more than half of the samples, is kept in
+    ``work``."""
+    files = work / "c4.jsonl", work / f"written-{samples}.jsonl"
     if not files[0].is_file():
         _write(files[0], documents(data)[:CALIBRATION_DOCUMENTS])
     if not files[1].is_file():
-        _write(files[1], _written())
+        _write(files[1], _written(samples // 2 + 4))
     return ",".join(map(str, files))
 
 
@@ -157,12 +157,12 @@ def _write(file: Path, texts: list[str]) -> None:
     aside.replace(file)
 
 
-def _written() -> list[str]:
+def _written(passages: int) -> list[str]:
     from llmpruner import api
     from llmpruner.data.written import self_generated
 
     model = api.load("demo", dtype="float32")
-    ids = self_generated(model.model, model.tokenizer, PASSAGES, LENGTH, 0)
+    ids = self_generated(model.model, model.tokenizer, passages, LENGTH, 0)
     assert model.tokenizer is not None
     return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
@@ -176,14 +176,14 @@ def page(found: list[dict[str, Any]]) -> str:
         "",
         "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, no training. Calibrated on 200 "
         "documents of C4 and as much text that the model wrote; judged on 100 other documents of C4 and on answers to "
-        f"instructions, {TOKENS:,} tokens of each in windows of {WINDOW}, float32 weights, bfloat16 products. No "
+        f"instructions, in windows of {WINDOW}, float32 weights, bfloat16 products. No "
         "benchmark reports these two texts. KL: mean divergence from the dense model per token, in nats. Few "
         "calibration tokens, so that a row takes minutes: differences between rows count, not their level. The "
         "settings are those of [`refit`](reference/criteria.md#compensations).",
         "",
-        "| variant | calibration tokens | KL, C4 | perplexity, C4 | KL, instructions | perplexity, instructions | "
-        "seconds |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | calibration tokens | judged on | KL, C4 | perplexity, C4 | KL, instructions | "
+        "perplexity, instructions | seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         texts = row["texts"]
@@ -191,7 +191,8 @@ def page(found: list[dict[str, Any]]) -> str:
         if not row["samples"]:
             cells[::2] = ["", ""]
         tokens = f"{row['samples'] * LENGTH:,}" if row["samples"] else ""
-        lines.append(f"| {row['variant']} | {tokens} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+        judged_on = f"2 × {row['tokens']:,}"
+        lines.append(f"| {row['variant']} | {tokens} | {judged_on} | {' | '.join(cells)} | {row['seconds']:.0f} |")
     if not found:
         return "\n".join([*lines, "", "Nothing was measured yet."]) + "\n"
     machines = dict.fromkeys(f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in found)

@@ -286,27 +286,24 @@ class _Repair:
         first = next(iter(stage.consumers.values()))
         kept = first.kept.to(self.model.get_parameter(first.parameter).device)
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
-            pruned = self._watch(stage, batch, hidden, whole=stage.last and not stage.is_normed)
-            uncut = pruned
+            pruned = uncut = self._watch(stage, batch, hidden, whole=stage.last)
             if stage.is_normed:
                 with producers.restored():
                     uncut = self._watch(stage, batch, hidden, whole=stage.last)
-            own_outputs = {(use.parameter, use.slot): use.outputs for use in uncut.uses}
             dense_outputs: dict[Matrix, torch.Tensor] = {}
             if stage.needs_dense:
                 with original.swapped_in():
                     dense = self._watch(stage, batch, self.dense[position], whole=False)
                 dense_outputs = {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
             of_layer = after[position] if stage.last else None
-            for use, rows in zip(pruned.uses, pruned.rows, strict=True):
+            for use, own, rows in zip(pruned.uses, uncut.uses, pruned.rows, strict=True):
                 consumer = stage.consumers[use.parameter]
                 if consumer.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
                 key = use.parameter, use.slot
-                own = own_outputs[key].float()
                 target, toward = self._target(
-                    stage, consumer, own, dense_outputs.get(key), position, of_layer, uncut.output
+                    stage, consumer, own.outputs.float(), dense_outputs.get(key), position, of_layer, uncut.output
                 )
                 if key not in fitters:
                     fitters[key] = self._fitter(stage, key, use.bias)
