@@ -342,7 +342,7 @@ def _checked(
     """What is to be done, once it is sure that it can be done with this model."""
     if replayed is not None:
         check_replay(replayed, opened, catalog)
-        return work_of_plan(replayed, catalog, saves=saves)
+        return work_of_plan(replayed, opened.graph, catalog, saves=saves)
     assert job is not None
     check_prune(job, opened, tokenizer=tokenizer)
     return work_of(job, opened, saves=saves)

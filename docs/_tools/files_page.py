@@ -36,7 +36,10 @@ FITS = {
     "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; for a stack the median; null where no "
     "fit was "
     "better than the old weights.",
-    "before": "Squared error of the outputs on held-out tokens with the old weights of the inputs that stay, as "
+    "mix": "The share of the difference of the hidden states in the targets, where the fit chose it "
+    "(`refit.target`); for a stack the median; null elsewhere.",
+    "before": "Squared error of the outputs on held-out tokens (with text of several sources, on the other one) "
+    "with the old weights of the inputs that stay, as "
     "a share of "
     "the targets' mean square; for a stack, averaged over tokens; null where it was not computed.",
     "after": "The same with the fitted weights.",

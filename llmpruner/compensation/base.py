@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +26,8 @@ class Fit:
     """How one weight was fitted. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
     number of tokens in the fit. ``ridge``: as a share of the mean diagonal of XᵀX; None: weights are unchanged.
     ``before``, ``after``: squared error of the outputs on tokens that are held out, as a share of the mean square of
-    the targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed."""
+    the targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed.
+    ``mix``: the share of the difference of the hidden states in the targets, where the fit chose it."""
 
     parameter: str
     slot: int | None
@@ -34,11 +35,12 @@ class Fit:
     ridge: float | None
     before: float | None = None
     after: float | None = None
+    mix: float | None = None
 
 
 def fits_record(fits: Sequence[Fit]) -> list[dict[str, Any]]:
     """The fits as JSON values, one for each parameter, as ``llmpruner.json`` keeps them: for a stack of matrices the
-    median of the ridges, and errors averaged over the tokens."""
+    median of the ridges and of the mixes, and errors averaged over the tokens."""
     found: dict[str, list[Fit]] = {}
     for fit in fits:
         found.setdefault(fit.parameter, []).append(fit)
@@ -47,6 +49,7 @@ def fits_record(fits: Sequence[Fit]) -> list[dict[str, Any]]:
 
 def _fit_record(parameter: str, fits: Sequence[Fit]) -> dict[str, Any]:
     ridges = [fit.ridge for fit in fits if fit.ridge is not None]
+    mixes = [fit.mix for fit in fits if fit.mix is not None]
     known = [(fit.rows, fit.before, fit.after) for fit in fits if fit.before is not None and fit.after is not None]
     rows = sum(count for count, _, _ in known)
     return {
@@ -55,6 +58,7 @@ def _fit_record(parameter: str, fits: Sequence[Fit]) -> dict[str, Any]:
         "fitted": len(ridges),
         "rows": sum(fit.rows for fit in fits),
         "ridge": median(ridges) if ridges else None,
+        "mix": median(mixes) if mixes else None,
         "before": sum(count * before for count, before, _ in known) / rows if rows else None,
         "after": sum(count * after for count, _, after in known) / rows if rows else None,
     }
@@ -102,6 +106,22 @@ class Compensation(Component):
     changes_readers_alone: ClassVar[bool] = False
     """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
     compare all other weights with the dense model's."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether it first runs the dense model and a cut one to weigh tokens, which forecasts count."""
+        return False
+
+    @property
+    def chooses_target(self) -> bool:
+        """Whether each fit chooses its target, which forecasts count."""
+        return False
+
+    def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
+        """Names of the groups whose readers may change, where ``changes_readers_alone``: those of ``kept``, which lose
+        units, unless a compensation changes others too."""
+        del graph
+        return tuple(kept)
 
     def repair(self, task: RepairTask) -> Repaired:
         """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the

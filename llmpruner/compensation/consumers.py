@@ -11,7 +11,7 @@ from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import kept_indices
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import nn
 
@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 class Consumer:
     """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter; ``kept``: its kept indices,
     int64, ascending. ``from_stream``: whether the inputs are normed channels of the residual stream instead of units
-    inside the layer. ``shape``: of the parameter."""
+    inside the layer. ``shape``: of the parameter. ``normed``: whether a norm inside the layer is computed over its
+    units (query and key norms over all heads), so that they are silenced where they are produced."""
 
     parameter: str
     axis: int
     kept: torch.Tensor
     from_stream: bool
     shape: tuple[int, ...]
+    normed: bool = False
+
+    @property
+    def intact(self) -> bool:
+        """Whether all inputs are kept, see `intact_readers`."""
+        return len(self.kept) == self.shape[self.axis]
 
 
 def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Consumer]:
@@ -43,20 +50,42 @@ def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Cons
             summed = span.axis >= len(shape) - 2 and len(shape) >= 2
             if span.parameter.startswith(prefix) and summed and (span.parameter, span.axis) in stays:
                 index = torch.tensor(stays[span.parameter, span.axis])
-                found[span.parameter] = Consumer(span.parameter, span.axis, index, group.is_normalized, shape)
+                inside, before = group.layer is not None, found.get(span.parameter)
+                # Query heads have a norm of their own in some models, and are units beside their key/value heads.
+                normed = (inside and group.is_normalized) or (before is not None and before.normed)
+                from_stream = group.is_normalized and not inside
+                found[span.parameter] = Consumer(span.parameter, span.axis, index, from_stream, shape, normed)
+    return found
+
+
+def intact_readers(graph: CouplingGraph, kept: Kept, layer: int, groups: Collection[str]) -> dict[str, Consumer]:
+    """Parameter → consumer that keeps all inputs, for every weight matrix of ``layer`` that reads units of ``groups``
+    inside it and loses none. Groups of ``kept`` are left out, and experts: in the dense model, other tokens are routed
+    to them."""
+    cut = consumers_of(graph, kept, layer)
+    found: dict[str, Consumer] = {}
+    for group in graph.groups:
+        wanted = group.layer == layer and group.name in groups and group.name not in kept
+        for span in group.spans_with(Role.CONSUMES) if wanted else ():
+            shape = graph.shapes[span.parameter]
+            if span.parameter not in cut and len(shape) == 2:
+                everything = torch.arange(shape[span.axis])
+                found[span.parameter] = Consumer(span.parameter, span.axis, everything, False, shape)
     return found
 
 
 def stream_writers(graph: CouplingGraph, layer: int) -> Sequence[str]:
-    """The weights whose outputs ``layer`` adds to the residual stream: those that read the units inside it (output
-    projection of attention, down projection of an MLP)."""
+    """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output
+    projection of attention, down projection of an MLP), unless they produce other ones (the second projection of a
+    latent vector)."""
+    inside = [group for group in graph.groups if group.layer == layer]
+    produce = {span.parameter for group in inside for span in group.spans_with(Role.PRODUCES)}
     return tuple(
         dict.fromkeys(
             span.parameter
-            for group in graph.groups
-            if group.layer == layer and not group.is_normalized
+            for group in inside
             for span in group.spans_with(Role.CONSUMES)
-            if len(graph.shapes[span.parameter]) >= 2
+            if len(graph.shapes[span.parameter]) >= 2 and span.parameter not in produce
         )
     )
 

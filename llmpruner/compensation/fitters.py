@@ -14,6 +14,7 @@ from ..errors import UnsupportedModelError
 from .base import Fit
 from .consumers import Consumer, matrix_of
 from .least_squares import NormalEquations
+from .rows import ALIKE, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,31 +24,36 @@ if TYPE_CHECKING:
     from ..engine.ranks import Ranks
     from ..engine.watch import WatchedProduct
 
-Values = tuple[int, float | None, float | None, float | None]
-"""``rows``, ``ridge``, ``before`` and ``after`` of a `Fit`."""
+Values = tuple[int, float | None, float | None, float | None, float | None]
+"""``rows``, ``ridge``, ``before``, ``after`` and ``mix`` of a `Fit`."""
 
 
 class WeightFitter:
     """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
 
-    ``matrix``: W, a view of the parameter. ``bias``: b, None where there is none.
+    ``matrix``: W, a view of the parameter. ``bias``: b, None where there is none. ``mixed``: whether the share of
+    ``toward`` in the targets is chosen too.
     """
 
     trials = NormalEquations.trials
     """The number of errors that `write` compares."""
 
-    def __init__(self, consumer: Consumer, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, consumer: Consumer, matrix: torch.Tensor, bias: torch.Tensor | None, *, mixed: bool = False
+    ) -> None:
         self.consumer, self.bias = consumer, bias
         self.kept = consumer.kept.to(matrix.device)
         width = len(self.kept) + (bias is not None)
-        self.equations = NormalEquations(width, matrix.shape[0], matrix.device)
+        self.equations = NormalEquations(width, matrix.shape[0], matrix.device, mixed=mixed)
 
-    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
-        """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32."""
+    def add(
+        self, use: WatchedProduct, target: torch.Tensor, rows: Rows = ALIKE, toward: torch.Tensor | None = None
+    ) -> None:
+        """``use.inputs``: (tokens, in), removed inputs included. ``target``, ``toward``: (tokens, out), float32."""
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self.equations.add(inputs, target)
+        self.equations.add(inputs, target, rows, toward)
 
     def reduce(self, ranks: Ranks) -> None:
         """Sum over all processes, which must all call this."""
@@ -60,13 +66,13 @@ class WeightFitter:
     def write(self, matrix: torch.Tensor, errors: Sequence[float]) -> Values:
         """Replace W_K and b by the fitted values and W_R by zeros."""
         shares = self.equations.shares(errors) or (None, None)
-        new, ridge = self.equations.solve(self._old(matrix), errors)
+        new, ridge, mix = self.equations.solve(self._old(matrix), errors)
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
         matrix.zero_()
         matrix.index_copy_(1, self.kept, new.to(matrix.dtype))
-        return self.equations.rows, ridge, *shares
+        return self.equations.rows, ridge, *shares, mix
 
     def _old(self, matrix: torch.Tensor) -> torch.Tensor:
         old = matrix.index_select(1, self.kept).float()
@@ -78,7 +84,10 @@ class BiasFitter:
 
     trials = 0
 
-    def __init__(self, consumer: Consumer, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, consumer: Consumer, matrix: torch.Tensor, bias: torch.Tensor | None, *, mixed: bool = False
+    ) -> None:
+        del mixed
         if bias is None:
             raise UnsupportedModelError(
                 f"'{consumer.parameter}' has no bias to compensate with; use --compensate refit or none"
@@ -86,8 +95,10 @@ class BiasFitter:
         self.consumer, self.bias, self.rows = consumer, bias, 0
         self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
 
-    def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
-        del target
+    def add(
+        self, use: WatchedProduct, target: torch.Tensor, rows: Rows = ALIKE, toward: torch.Tensor | None = None
+    ) -> None:
+        del target, rows, toward
         self.total += use.inputs.sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)
 
@@ -107,7 +118,7 @@ class BiasFitter:
         stays = torch.zeros(matrix.shape[1], dtype=torch.bool, device=matrix.device)
         stays[self.consumer.kept.to(matrix.device)] = True
         matrix[:, ~stays] = 0
-        return self.rows, None, None, None
+        return self.rows, None, None, None, None
 
 
 Fitter = WeightFitter | BiasFitter
@@ -133,8 +144,8 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
     own: dict[Matrix, Fit] = {}
     for number, (key, fitter) in enumerate(fitters.items()):
         if ranks.owns(number):
-            rows, ridge, before, after = fitter.write(matrices[key], of_matrix[key])
-            own[key] = Fit(*key, rows, ridge, before, after)
+            rows, ridge, before, after, mix = fitter.write(matrices[key], of_matrix[key])
+            own[key] = Fit(*key, rows, ridge, before, after, mix)
     for number, (key, fitter) in enumerate(fitters.items()):
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
     fits = ranks.merged(own)

@@ -7,10 +7,15 @@ its inputs from ĥ, removed ones included, and y = W x + b, the target is
     y + (mix / c) · d   with d zero in removed channels of the residual stream,
 
 where the layer adds c times the outputs of such matrices to the residual stream, and d is the difference of the dense
-from the pruned model after these matrices: for the matrices that are used last, the difference of the hidden states
-after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the dense model. If
-the layer's output is not such a sum, the target is y. The target of a matrix that reads removed channels of the
-residual stream is y_dense.
+from the pruned model after these matrices: for the last of them in the layer (down projection), the difference of the
+hidden states after the layer, with the old W; for others h − ĥ + c · (y_dense − y), with y_dense the outputs in the
+dense model. If the layer's output is not such a sum, the target is y. The target of a matrix that reads removed
+channels of the residual stream is y_dense. Where a norm inside the layer is computed over the units (query and key
+norms over all heads), removed units are silenced where they are produced; then y is the output of a layer that still
+produces them.
+
+Matrices that lose no inputs may be fitted too, once the hidden states differ: their targets are the same, or where the
+layer's output is not such a sum, y + mix · (y_dense − y).
 
 Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
 
@@ -21,11 +26,10 @@ of a chooser; sums are reduced, and all have the same weights afterwards (`write
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -35,16 +39,13 @@ from ..engine.executor import Executor
 from ..engine.inputs import InputSums
 from ..engine.walk import Batch, ForwardWalk, Stop
 from ..engine.watch import WatchedProduct, WatchProducts
-from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask
-from .consumers import Consumer, consumers_of, matrix_of, stream_writers, zero_inputs
+from .consumers import Consumer, consumers_of, intact_readers, matrix_of, stream_writers, zero_inputs
 from .fitters import BiasFitter, Fitter, Matrix, WeightFitter, write_all
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.kept import Kept
+from .rows import CalibrationRows, Rows
+from .silencing import Originals, ProducerRows, removed_channels
+from .token_weights import token_weights
 
 _DIRECT = 2e-2
 """Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
@@ -52,12 +53,21 @@ outputs."""
 
 
 @torch.no_grad()
-def repair(task: RepairTask, fitter: type[WeightFitter | BiasFitter], *, mix: float = 0.0) -> Repaired:
+def repair(
+    task: RepairTask,
+    fitter: type[WeightFitter | BiasFitter],
+    *,
+    mix: float | None = 0.0,
+    changed: Collection[str] = (),
+    weighted: bool = False,
+) -> Repaired:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
     experts are not silenced.
 
-    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. With ``task.chooser``, the units
-    to keep are chosen again in each layer, in the numbers of ``task.kept``.
+    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module; None: chosen by each fit.
+    ``changed``: names of groups whose readers are fitted where they lost no inputs, too. ``weighted``: tokens have the
+    weights of `token_weights`. With ``task.chooser``, the units to keep are chosen again in each layer, in the numbers
+    of ``task.kept``.
 
     Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
     cannot fit.
@@ -68,7 +78,9 @@ def repair(task: RepairTask, fitter: type[WeightFitter | BiasFitter], *, mix: fl
         raise ValueError(
             "changed weights of a model that is read layer by layer are kept in a journal, and there is none"
         )
-    return _Repair(task, ForwardWalk.over(executor, task.calibration), fitter, mix).run()
+    weights = token_weights(task, executor) if weighted else None
+    rows = CalibrationRows(task.model, task.calibration, weights)
+    return _Repair(task, ForwardWalk.over(executor, task.calibration), fitter, mix, changed, rows).run()
 
 
 class _Repair:
@@ -76,13 +88,20 @@ class _Repair:
     no unit was removed, when both are the same."""
 
     def __init__(
-        self, task: RepairTask, walk: ForwardWalk, fitter: type[WeightFitter | BiasFitter], mix: float
+        self,
+        task: RepairTask,
+        walk: ForwardWalk,
+        fitter: type[WeightFitter | BiasFitter],
+        mix: float | None,
+        changed: Collection[str],
+        rows: CalibrationRows,
     ) -> None:
         self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
         self.walk, self.fitter, self.mix, self.progress = walk, fitter, mix, task.progress
+        self.changed, self.rows = changed, rows
         self.weights, self.ranks, self.journal = walk.executor.weights, walk.ranks, task.journal
         self.dense = walk.embedded
-        self.removed_channels = _removed_channels(self.graph, self.kept)
+        self.removed_channels = removed_channels(self.graph, self.kept)
         self.pruned: States | None = None
         if len(self.removed_channels):
             self.pruned = self._copied(self.dense)
@@ -90,8 +109,10 @@ class _Repair:
 
     def run(self) -> Repaired:
         removed = removed_layers(self.graph, self.kept)
-        consumers = [consumers_of(self.graph, self.kept, number) for number in range(self.graph.num_layers)]
-        count = max((number + 1 for number, found in enumerate(consumers) if found), default=0)
+        layers = range(self.graph.num_layers)
+        consumers = [consumers_of(self.graph, self.kept, number) for number in layers]
+        intact = [intact_readers(self.graph, self.kept, number, self.changed) for number in layers]
+        count = max((number + 1 for number in layers if consumers[number] or intact[number]), default=0)
         done = self._resume()
         for number in self.progress.track(range(count), "Compensating"):
             if number < done:
@@ -100,10 +121,11 @@ class _Repair:
                 if number in removed:
                     self._keep_apart()
                     self.walk.advance(number, self.dense)
-                elif consumers[number]:
-                    self._layer(number, consumers[number])
+                elif consumers[number] or (intact[number] and self.pruned is not None):
+                    # As long as nothing is removed, the inputs of all weights are those of the dense model.
+                    self._layer(number, consumers[number], {} if self.pruned is None else intact[number])
                 else:
-                    _ProducerRows(self.model, self.graph, self.kept, number).zero()
+                    ProducerRows(self.model, self.graph, self.kept, number).zero()
                     self.walk.advance(number, self.dense)
                     if self.pruned is not None:
                         self.walk.advance(number, self.pruned)
@@ -149,7 +171,7 @@ class _Repair:
 
     def _dense_after(self, number: int, consumers: Mapping[str, Consumer], *, in_place: bool) -> States:
         """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
-        units by the inputs of its weights."""
+        units by the inputs of ``consumers``."""
         after = self.dense if in_place else self.dense.beside()
         sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
         with WatchProducts(self.model, consumers if self.chooser else (), sums.add):
@@ -159,7 +181,7 @@ class _Repair:
                     after[position] = found
                 else:
                     after.append(found)
-        if self.chooser is not None:
+        if self.chooser is not None and consumers:
             inputs = sums.statistics(self.walk.tokens, self.ranks)
             choose = partial(self.chooser.choose, self.model, self.graph, self.kept, number, inputs)
             self.kept |= self.ranks.from_first(choose)
@@ -168,22 +190,31 @@ class _Repair:
     def _with(self, states: States) -> Iterator[tuple[Batch, torch.Tensor]]:
         return zip(self.walk.batches, states, strict=True)
 
-    def _layer(self, number: int, consumers: Mapping[str, Consumer]) -> None:
-        """Fit the weights of one layer, and move h and ĥ to after it."""
+    def _layer(self, number: int, cut: Mapping[str, Consumer], intact: Mapping[str, Consumer]) -> None:
+        """Fit the weights of one layer, and move h and ĥ to after it. ``cut``: those that lose inputs; ``intact``:
+        others."""
+        consumers = {**cut, **intact}
         pruned = self._keep_apart()
         scale = self.ranks.from_first(lambda: self._scale(number))
-        bias_names, order = self.ranks.from_first(lambda: self._order(number, consumers))
+        bias_names, order, last = self.ranks.from_first(lambda: self._order(number, consumers))
         biases = [self.model.get_parameter(name) for name in bias_names]
+        writers = set(stream_writers(self.graph, number))
         plans = [
-            _Stage(number, {name: consumers[name] for name in names}, scale, last=names is order[-1]) for names in order
+            _Stage(
+                number,
+                {name: consumers[name] for name in names},
+                scale if writers.issuperset(names) else None,
+                last=last in names,
+            )
+            for names in order
         ]
         needs_dense = any(stage.needs_dense for stage in plans)
-        after = self._dense_after(number, consumers, in_place=not needs_dense)
+        after = self._dense_after(number, cut, in_place=not needs_dense)
         # The chooser may have changed which inputs are kept.
-        consumers = consumers_of(self.graph, self.kept, number)
-        producers = _ProducerRows(self.model, self.graph, self.kept, number)
+        consumers = {**consumers_of(self.graph, self.kept, number), **intact}
+        producers = ProducerRows(self.model, self.graph, self.kept, number)
         changed = [*(self.model.get_parameter(name) for name in consumers), *biases, *producers.parameters]
-        original = _Originals(changed if needs_dense else [])
+        original = Originals(changed if needs_dense else [])
         producers.zero()
         moved = False
         for stage in plans:
@@ -222,9 +253,9 @@ class _Repair:
         scale = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
         return scale if float((change - scale * total).norm()) < _DIRECT * float(change.norm()) else None
 
-    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[str], list[list[str]]]:
-        """The names of the biases of the consumers, and of the consumers in order of use; those that read the same
-        inputs are fitted together, and are in one list."""
+    def _order(self, number: int, consumers: Mapping[str, Consumer]) -> tuple[list[str], list[list[str]], str | None]:
+        """The names of the biases of the consumers; of the consumers in order of use, where those that read the same
+        inputs are fitted together, and are in one list; and of the last of the `stream_writers` that is used."""
         uses: dict[str, WatchedProduct] = {}
 
         # Inputs are compared by address; all are kept until the end, so that no address is used twice.
@@ -232,16 +263,19 @@ class _Repair:
             uses.setdefault(use.parameter, use)
 
         assert self.pruned is not None
-        with WatchProducts(self.model, consumers, seen):
+        writers = stream_writers(self.graph, number)
+        with WatchProducts(self.model, dict.fromkeys([*consumers, *writers]), seen):
             self.walk.run(number, self.walk.batches[0], self.pruned[0])
+        last = next((name for name in reversed(uses) if name in writers), None)
+        uses = {name: use for name, use in uses.items() if name in consumers}
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
         stages = [[use.parameter for use in same] for _, same in together]
-        return self._names(number, [use.bias for use in uses.values() if use.bias is not None]), stages
+        return self._names(number, [use.bias for use in uses.values() if use.bias is not None]), stages, last
 
     def _without_removed_channels(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0)
 
-    def _fit(self, stage: _Stage, after: States, producers: _ProducerRows, original: _Originals) -> bool:
+    def _fit(self, stage: _Stage, after: States, producers: ProducerRows, original: Originals) -> bool:
         """Fit the weights of one stage. ``after``: h after the layer. Returns whether ĥ was moved to after the layer,
         which needs no further run of it where the stage `_Stage.is_simple`."""
         assert self.pruned is not None
@@ -252,23 +286,28 @@ class _Repair:
         first = next(iter(stage.consumers.values()))
         kept = first.kept.to(self.model.get_parameter(first.parameter).device)
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
-            pruned = self._watch(stage, batch, hidden, whole=stage.last)
+            pruned = uncut = self._watch(stage, batch, hidden, whole=stage.last)
+            if stage.is_normed:
+                with producers.restored():
+                    uncut = self._watch(stage, batch, hidden, whole=stage.last)
             dense_outputs: dict[Matrix, torch.Tensor] = {}
             if stage.needs_dense:
                 with original.swapped_in():
                     dense = self._watch(stage, batch, self.dense[position], whole=False)
                 dense_outputs = {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
             of_layer = after[position] if stage.last else None
-            for use in pruned.uses:
+            for use, own, rows in zip(pruned.uses, uncut.uses, pruned.rows, strict=True):
                 consumer = stage.consumers[use.parameter]
                 if consumer.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
                 key = use.parameter, use.slot
-                target = self._target(stage, consumer, use, dense_outputs.get(key), position, of_layer, pruned.output)
+                target, toward = self._target(
+                    stage, consumer, own.outputs.float(), dense_outputs.get(key), position, of_layer, uncut.output
+                )
                 if key not in fitters:
                     fitters[key] = self._fitter(stage, key, use.bias)
-                fitters[key].add(use, target)
+                fitters[key].add(use, target, rows, toward)
             simple = simple and pruned.output is not None and len(pruned.uses) == 1
             if simple and pruned.output is not None:
                 (use,) = pruned.uses
@@ -290,7 +329,8 @@ class _Repair:
 
     def _fitter(self, stage: _Stage, key: Matrix, bias: torch.Tensor | None) -> Fitter:
         consumer = stage.consumers[key[0]]
-        return self.fitter(consumer, matrix_of(self.model, consumer, key[1]), bias)
+        mixed = self.mix is None and stage.differs(consumer)
+        return self.fitter(consumer, matrix_of(self.model, consumer, key[1]), bias, mixed=mixed)
 
     def _of_all(self, stage: _Stage, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
         """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
@@ -313,21 +353,23 @@ class _Repair:
         self,
         stage: _Stage,
         consumer: Consumer,
-        use: WatchedProduct,
+        own: torch.Tensor,
         dense: torch.Tensor | None,
         position: int,
         after: torch.Tensor | None,
         output: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The target (tokens, out) for the rows of ``use``, see the module. ``dense``: y_dense for the same rows;
-        ``after``: h after the layer, for the stage that is used last; ``output``: ĥ after the layer, with the old
-        weight."""
-        own = use.outputs.float()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The target (tokens, out), see the module, and d / c, of which the fit chooses a share, None where it chooses
+        none. ``own``: y; ``dense``: y_dense for the same rows; ``after``: h after the layer, for the stage that is used
+        last; ``output``: ĥ after the layer, with the old weight."""
         if consumer.from_stream:
             assert dense is not None
-            return dense
+            return dense, None
+        if not stage.differs(consumer):
+            return own, None
         if stage.scale is None:
-            return own
+            assert dense is not None
+            return (own, dense - own) if self.mix is None else (own + self.mix * (dense - own), None)
         if after is not None and output is not None:
             difference = after - output
         else:
@@ -338,28 +380,36 @@ class _Repair:
                 + stage.factor * (dense - own).view_as(self.dense[position])
             )
         # Differences in removed channels of the residual stream cannot be compensated.
-        return own + self.mix / stage.factor * self._without_removed_channels(difference).flatten(0, -2)
+        difference = self._without_removed_channels(difference).flatten(0, -2)
+        if self.mix is None:
+            return own, difference / stage.factor
+        return own + self.mix / stage.factor * difference, None
 
     def _watch(self, stage: _Stage, batch: Batch, hidden: torch.Tensor, *, whole: bool) -> _Watched:
         """Run the layer; without ``whole``, only until all consumers of this stage were used."""
         watched = _Watched()
         waiting = set(stage.consumers)
 
+        watch = WatchProducts(self.model, (), lambda _: None)
+
         def seen(use: WatchedProduct) -> None:
             watched.uses.append(use)
+            watched.rows.append(self.rows.of(batch, use))
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
                 raise Stop
 
-        with WatchProducts(self.model, stage.consumers, seen), contextlib.suppress(Stop):
-            watched.output = self.walk.run(stage.number, batch, hidden)
+        with contextlib.suppress(Stop), self.rows.following(watch, stage.consumers):
+            watch.add(stage.consumers, seen)
+            with watch:
+                watched.output = self.walk.run(stage.number, batch, hidden)
         return watched
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``last``: whether it is used
-    last in the layer."""
+    """Consumers of one layer that read the same inputs. ``scale``: see `_Repair._scale`. ``last``: whether one of
+    them is the last of the `stream_writers` that is used."""
 
     number: int
     consumers: Mapping[str, Consumer]
@@ -370,17 +420,29 @@ class _Stage:
     def factor(self) -> float:
         return 1.0 if self.scale is None else self.scale
 
+    def differs(self, consumer: Consumer) -> bool:
+        """Whether the target of a consumer has a share of a difference from the dense model."""
+        return not consumer.from_stream and (self.scale is not None or consumer.intact)
+
     @property
     def is_simple(self) -> bool:
         """Whether the stage is one matrix, used last, whose outputs times `factor` are added to the hidden states."""
         (consumer, *others) = self.consumers.values()
         stacked = len(consumer.shape) > 2
-        return self.last and self.scale is not None and not others and not consumer.from_stream and not stacked
+        inside = not consumer.from_stream and not consumer.normed
+        return self.last and self.scale is not None and not others and inside and not stacked
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether removed units are silenced where they are produced, so that targets need another run."""
+        return any(consumer.normed for consumer in self.consumers.values())
 
     @property
     def needs_dense(self) -> bool:
-        from_stream = any(consumer.from_stream for consumer in self.consumers.values())
-        return from_stream or (self.scale is not None and not self.last)
+        additive = self.scale is not None
+        return (additive and not self.last) or any(
+            consumer.from_stream or (consumer.intact and not additive) for consumer in self.consumers.values()
+        )
 
 
 @dataclass
@@ -388,66 +450,10 @@ class _Watched:
     """One run of a layer: the products with its consumers, and its output if it ran to the end."""
 
     uses: list[WatchedProduct] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
     output: torch.Tensor | None = None
 
 
 def _outputs(weight: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
     """(tokens, out) in float32, computed in the dtype of ``inputs`` (tokens, in)."""
     return functional.linear(inputs, weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype)).float()
-
-
-class _ProducerRows:
-    """The rows of one layer's weights that produce removed units over which a norm is computed.
-
-    The norm depends on such units, so they must be silenced where they are produced.
-    """
-
-    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
-        self._rows: list[tuple[torch.Tensor, int, torch.Tensor]] = []
-        for name, units in kept.items():
-            group = graph.by_name[name]
-            gone = sorted(set(range(group.units)) - set(units)) if group.is_normalized else []
-            for span in group.spans_with(Role.PRODUCES):
-                if gone and span.parameter.startswith(f"{graph.layers}.{number}."):
-                    parameter = model.get_parameter(span.parameter)
-                    index = torch.tensor(span.indices(gone), device=parameter.device)
-                    self._rows.append((parameter, span.axis, index))
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [parameter for parameter, _, _ in self._rows]
-
-    def zero(self) -> None:
-        for parameter, axis, index in self._rows:
-            parameter.index_fill_(axis, index, 0.0)
-
-
-class _Originals:
-    """Copies of parameters of one layer with their original values."""
-
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._pairs = [(p, p.detach().clone()) for p in {id(p): p for p in parameters}.values()]
-
-    @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """While active, the parameters have their original values."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for parameter, other in self._pairs:
-            parameter.data, other.data = other.data, parameter.data
-
-
-def _removed_channels(graph: CouplingGraph, kept: Kept) -> torch.Tensor:
-    """Indices of the channels of the residual stream that are removed, int64, ascending."""
-    gone: set[int] = set()
-    for name, units in kept.items():
-        group = graph.by_name[name]
-        if group.is_normalized and group.layer is None:
-            norm = next(group.spans_with(Role.NORM, Role.LAYER_NORM))
-            gone.update(norm.indices(set(range(group.units)) - set(units)))
-    return torch.tensor(sorted(gone), dtype=torch.long)

@@ -24,6 +24,7 @@ from ..oracle.rules import with_rules
 from ..progress import Progress
 from ..structure.coupling import CoupledGroup, CouplingGraph
 from .consumers import Consumer, consumers_of
+from .gram_fit import fitted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 _TRIED, _FITTED = 2048, 16384
 """Number of tokens for the divergence, and maximum number of other tokens for the fit."""
-_RIDGE = 0.03
-"""λ as a share of the mean diagonal of the Gram matrix."""
 
 
 class Trials:
@@ -82,14 +81,14 @@ class Trials:
     def loss(self, kept: Kept) -> float:
         """Mean KL divergence per token, in nats, of the model cut to ``kept`` from the current model."""
         layers = {self.graph.by_name[name].layer for name in kept}
-        fitted = {
+        weights = {
             name: self._fit(consumer)
             for layer in layers
             if layer is not None
             for name, consumer in self._consumers(kept, layer).items()
             if name in self._grams
         }
-        copied = cut_copy(self.model, self.graph, kept, self.family, fitted)
+        copied = cut_copy(self.model, self.graph, kept, self.family, weights)
         pairs = zip(self.dense, self.tried, strict=True)
         total = sum(divergence(wanted, self._logits(copied, ids)) for wanted, ids in pairs)
         return total / sum(ids[:, 1:].numel() for ids in self.tried)
@@ -101,27 +100,14 @@ class Trials:
         return found
 
     def _fit(self, consumer: Consumer) -> nn.Parameter:
-        """The parameter with zeros for removed inputs and, for the kept ones K, the least-squares fit of its outputs on
-        all inputs: (W G + λ W)_K (G_KK + λ I)⁻¹, with G the Gram matrix of all inputs."""
+        """The parameter as `fitted` gives it."""
         key = consumer.kept.numpy().tobytes()
         known = self._fitted.setdefault(consumer.parameter, [])
         for had, weight in known:
             if had == key:
                 return weight
-        fitted = nn.Parameter(self._solve(consumer), requires_grad=False)
+        old = self.model.get_parameter(consumer.parameter)
+        new = nn.Parameter(fitted(old, consumer, self._grams[consumer.parameter]), requires_grad=False)
         # A search compares the current selection with one other at a time, so older fits are not needed again.
-        known[:] = [*known[-1:], (key, fitted)]
-        return fitted
-
-    def _solve(self, consumer: Consumer) -> torch.Tensor:
-        parameter = self.model.get_parameter(consumer.parameter)
-        gram, kept = self._grams[consumer.parameter], consumer.kept.to(parameter.device)
-        old_OI = parameter.float() if consumer.axis == parameter.dim() - 1 else parameter.float().mT
-        inner = gram.index_select(-1, kept).index_select(-2, kept)
-        strength = _RIDGE * inner.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        inner.diagonal(dim1=-2, dim2=-1).add_(strength.clamp_min(torch.finfo(torch.float32).tiny))
-        cross_IO = gram.index_select(-2, kept) @ old_OI.mT + strength[..., None] * old_OI.index_select(-1, kept).mT
-        new_OI = torch.zeros_like(old_OI)
-        new_OI.index_copy_(-1, kept, torch.cholesky_solve(cross_IO, torch.linalg.cholesky(inner)).mT.contiguous())
-        new = new_OI if consumer.axis == parameter.dim() - 1 else new_OI.mT
-        return new.to(parameter.dtype).contiguous()
+        known[:] = [*known[-1:], (key, new)]
+        return new

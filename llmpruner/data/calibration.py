@@ -28,10 +28,12 @@ FEW_TOKENS, FEW_DIFFERENT = 64, 8
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``."""
+    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``.
+    ``parts``: for each sample, the number of the part of ``source`` that it is of; empty where there is one."""
 
     input_ids: torch.Tensor
     source: str
+    parts: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -54,7 +56,8 @@ class CalibrationSet:
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
-        return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
+        count = max(1, tokens // self.input_ids.shape[1])
+        return CalibrationSet(self.input_ids[:count], self.source, self.parts[:count])
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class CalibrationText:
             wanted = -(-samples // count) if part.share is None else order.count(number)
             task = SampleTask(model, tokenizer, part.reference, wanted, length, seed, progress, family)
             rows.append(iter(_checked(part.source.sample(task), task, part.source)))
-        return CalibrationSet(torch.stack([next(rows[number]) for number in order]), self.text)
+        ids = torch.stack([next(rows[number]) for number in order])
+        return CalibrationSet(ids, self.text, tuple(order) if count > 1 else ())
 
     def order(self, samples: int) -> list[int]:
         """The number of the part of each sample: always the one that is furthest behind its share, the first of those

@@ -16,8 +16,11 @@ def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
             f"the model predicts {logits_BTV.shape[-1]} tokens and the reference {wanted_BTV.shape[-1]}; KL divergence "
             "needs one vocabulary"
         )
-    total = 0.0
-    for wanted, logits in zip(wanted_BTV, logits_BTV, strict=True):
-        log_p, log_q = wanted[:-1].float().log_softmax(-1), logits[:-1].float().to(wanted.device).log_softmax(-1)
-        total += float(functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum())
-    return total
+    pairs = zip(wanted_BTV, logits_BTV, strict=True)
+    return sum(float(divergences(wanted[:-1], logits[:-1]).double().sum()) for wanted, logits in pairs)
+
+
+def divergences(wanted_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(wanted ‖ logits) at each position (T,), in nats, float32."""
+    log_p, log_q = wanted_TV.float().log_softmax(-1), logits_TV.float().to(wanted_TV.device).log_softmax(-1)
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

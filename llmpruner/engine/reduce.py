@@ -15,7 +15,7 @@ import torch
 from ..errors import PluginError
 from .position import Position
 from .ranks import SINGLE, Ranks
-from .routing import Routing
+from .routing import Routing, all_tokens
 from .signals import Product, ProductStats
 from .watch import WatchedProduct, WatchProducts
 
@@ -86,7 +86,7 @@ class ReduceProducts:
         parameter = self._model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         rows = None if watched.slot is None else self._routing.rows_of(watched)
-        tokens = self._tokens(watched) if rows is None else rows.tokens
+        tokens = all_tokens(watched, *self._shape) if rows is None else rows.tokens
         # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self._gradients
         product = Product(
@@ -120,15 +120,6 @@ class ReduceProducts:
         if watched.slot is None or not isinstance(bias, torch.Tensor):
             return outputs
         return outputs + bias[watched.slot].detach().float()
-
-    def _tokens(self, watched: WatchedProduct) -> torch.Tensor | None:
-        """Token numbers within the micro-batch of rows that are all of its tokens; None for others."""
-        samples, length = self._shape
-        shape = watched.leading_shape
-        # Rows of a model that puts time first would be assigned to the wrong samples.
-        if len(watched.inputs) == samples * length and shape[0] in (1, samples, samples * length):
-            return torch.arange(samples * length, device=watched.inputs.device)
-        return None
 
     @torch.no_grad()
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+def all_tokens(product: WatchedProduct, samples: int, length: int) -> torch.Tensor | None:
+    """The number of the token of each row, int64, of a product whose rows are all tokens of a micro-batch (samples,
+    length); None for others, and for a model that puts time first, whose rows would be those of wrong samples."""
+    rows = samples * length
+    if len(product.inputs) == rows and product.leading_shape[0] in (1, samples, rows):
+        return torch.arange(rows, device=product.inputs.device)
+    return None
+
+
 class Rows(NamedTuple):
     """What the rows of an expert's product are, one value for each: the number of the token, int64; the router weight,
     float32; and that weight divided by the sum over all experts chosen for the token, float32."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,8 @@ class ForwardWalk:
     """Configurations that select the implementation of experts."""
     tokens: int
     """In the calibration set, of all processes."""
+    tuples: list[int | None] = field(default_factory=list)
+    """How many further values each layer returns, see `record`."""
 
     @property
     def ranks(self) -> Ranks:
@@ -98,7 +100,7 @@ class ForwardWalk:
         firsts = accumulate((len(batch) for batch in ids[:-1]), initial=0)
         shapes: dict[torch.Size, Batch] = {}
         with eager_experts(self.experts):
-            tuples = _check(model, layers, ids[0][:1])
+            self.tuples = tuples = _check(model, layers, ids[0][:1])
             for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
                 batch, hidden = record(model, layers, part, tuples, first)
                 # As a rule they depend on the shape alone, and a long text has many micro-batches.
@@ -135,6 +137,25 @@ class ForwardWalk:
         mixed = self.products != torch.float32
         with torch.autocast(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
             return first_output(call_layer(self.layers[number], hidden, batch.calls[number])).float()
+
+    def logits(self, batch: Batch, row: int, hidden: torch.Tensor) -> torch.Tensor:
+        """(length, vocabulary) in float32, for sample ``row`` of a micro-batch. ``hidden``: (length, hidden size), its
+        hidden states after the last layer. Called while the weights outside the layers are in memory."""
+        last = len(self.layers) - 1
+
+        def stub(number: int) -> Callable[..., Any]:
+            further = self.tuples[number]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                found = hidden[None] if number == last else hidden_of(args, kwargs)
+                return found if further is None else (found, *(None for _ in range(further)))
+
+            return forward
+
+        mixed = self.products != torch.float32
+        with replaced_layers(self.layers, stub), torch.autocast(hidden.device.type, self.products, enabled=mixed):
+            found: torch.Tensor = self.executor.model(input_ids=batch.input_ids[row : row + 1], use_cache=False).logits
+        return found[0].float()
 
 
 def _check(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> list[int | None]:

@@ -117,12 +117,13 @@ class Base:
         graph = self._dense.graph
         for plan in self.plans:
             if plan.compensation is not None:
-                how = self._catalog.compensations[plan.compensation.name]
+                record = plan.compensation
+                how = self._catalog.create(self._catalog.compensations, record.name, record.settings)
                 if not how.changes_readers_alone:
                     raise NotComparable(f"{how.label()} may have changed any weight")
                 found |= {
                     span.parameter.rpartition(".")[0]
-                    for name in plan.kept
+                    for name in how.changed_groups(graph, plan.kept)
                     for span in graph.by_name[name].spans_with(Role.CONSUMES)
                 }
             found = {path for old in found if (path := _after(old, graph, plan)) is not None}

@@ -13,7 +13,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 from ..compensation.choose import can_wait
-from ..compensation.consumers import consumers_of
+from ..compensation.consumers import Consumer, consumers_of, intact_readers
 from ..compensation.least_squares import solve_bytes, solve_operations
 from ..data.calibration import parse_calibration
 from ..data.self_written import SelfWritten
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationText
     from ..loading.model import Structure
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CoupledGroup
+    from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.plan import PruningPlan
     from .jobs import PruneJob
@@ -162,8 +162,10 @@ class Work:
 
     ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
-    ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it. ``trials``: runs of
-    cut copies. ``by_matrix``: whether one matrix of a stack is scored at a time.
+    ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
+    whose readers it fits; ``weighted``: whether it weighs tokens first; ``mixed``: whether fits choose their targets;
+    ``sides``: whether the text has several sources. ``trials``: runs of cut copies.
+    ``by_matrix``: whether one matrix of a stack is scored at a time.
     """
 
     samples: int = 0
@@ -175,6 +177,10 @@ class Work:
     kept: Kept = field(default_factory=dict)
     fits: bool = False
     chooses: bool = False
+    changed: tuple[str, ...] = ()
+    weighted: bool = False
+    mixed: bool = False
+    sides: bool = False
     steps: int = 1
     trials: int = 0
     saves: bool = True
@@ -210,6 +216,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
     if chooses and saves:
         scored = 0
     stream = bool(job.criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS})
+    kept = _equal_shares(job, structure, groups)
     return Work(
         samples=samples,
         length=length,
@@ -217,9 +224,13 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         signals=job.criterion.signals,
         names=frozenset() if stream else frozenset(scored_parameters(graph, groups, job.criterion)),
         scored=scored * length if reads else 0,
-        kept=_equal_shares(job, structure, groups),
+        kept=kept,
         fits=saves and job.compensation.reads_text,
         chooses=chooses,
+        changed=tuple(job.compensation.changed_groups(graph, kept)),
+        weighted=job.compensation.weighs_tokens,
+        mixed=job.compensation.chooses_target,
+        sides=text is not None and len(text.text.parts) > 1,
         steps=job.steps,
         trials=3 * len(groups) if job.allocation.measures else 0,
         saves=saves,
@@ -227,14 +238,19 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
     )
 
 
-def work_of_plan(plan: PruningPlan, catalog: Catalog, *, saves: bool) -> Work:
+def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, saves: bool) -> Work:
     """The work of replaying a plan."""
     how = plan.compensation
     if how is None or how.calibration is None or not how.samples or not how.length:
         return Work(kept=plan.kept, saves=saves)
     text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
     written = _written(text, how.samples, how.length)
-    return Work(how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves)
+    compensation = catalog.create(catalog.compensations, how.name, how.settings)
+    return Work(
+        how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves,
+        changed=tuple(compensation.changed_groups(graph, plan.kept)), weighted=compensation.weighs_tokens,
+        mixed=compensation.chooses_target, sides=len(text.parts) > 1,
+    )  # fmt: skip
 
 
 def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
@@ -447,7 +463,8 @@ class _Forecaster:
         if len(self.read_widths()) > self.graph.num_layers:
             streams += self.streams(tokens)
         memory["hidden states"] = self.in_memory(streams)
-        sums = max((2 * s * w * (w + o) * _F32 for w, o, s in solved), default=0)
+        targets = 2 if work.mixed else 1
+        sums = max((2 * s * w * (w + targets * o) * _F32 for w, o, s in solved), default=0)
         solve = max((solve_bytes(w, o) for w, o, _ in solved), default=0)
         width = max((w for w, _, _ in solved), default=0)
         # ĥ before and after the layer, h, y, the target and its difference, squares in float64; all inputs, kept ones.
@@ -455,8 +472,10 @@ class _Forecaster:
         scoring = self.scoring()
         memory |= largest_of(
             {"the check on one sample": self.check_bytes()},
+            {"logits of one sample": 4 * self.logits_of_one_sample()} if work.weighted else {},
             {"sums of the fits": sums, "activations": max(rows, self.activations(micro))},
             {"sums of the fits": sums, "solving one fit": solve},
+            {"Gram matrices": self.grams(), "activations": self.activations(micro)} if work.weighted else {},
             {"activations and sums of inputs": self.watched(work.names)} if work.chooses else {},
             {"statistics of one layer": self.statistics(work.names), "scores": scoring} if work.chooses else {},
         )
@@ -575,8 +594,11 @@ class _Forecaster:
 
     def check_bytes(self) -> int:
         """The check of a forward walk runs the whole model on one sample."""
-        tokens = self.work.length if self.whole_logits else 1
-        return tokens * self.vocabulary * self.item + self.activations(self.work.length)
+        logits = self.logits_of_one_sample() if self.whole_logits else self.vocabulary * self.item
+        return logits + self.activations(self.work.length)
+
+    def logits_of_one_sample(self) -> int:
+        return self.work.length * self.vocabulary * self.item
 
     def logits_at_once(self, tokens: int) -> int:
         """Numbers of logits of a micro-batch that are in memory together."""
@@ -591,21 +613,34 @@ class _Forecaster:
     def consumers(self) -> Iterable[tuple[int, int, int]]:
         """Kept inputs, outputs, and number of matrices, of every weight that is fitted."""
         for number in range(self.graph.num_layers):
-            for consumer in consumers_of(self.graph, self.work.kept, number).values():
+            for consumer in self.fitted(number).values():
                 shape = consumer.shape
                 out = shape[-1] if consumer.axis == len(shape) - 2 else shape[-2]
                 yield len(consumer.kept), out, shape[0] if len(shape) > 2 else 1
 
     def consumer_names(self) -> list[str]:
         layers = range(self.graph.num_layers)
-        return [name for number in layers for name in consumers_of(self.graph, self.work.kept, number)]
+        return [name for number in layers for name in self.fitted(number)]
+
+    def grams(self) -> int:
+        """Bytes of the Gram matrices of all inputs of one layer's fitted weights."""
+        shapes = [[consumer.shape for consumer in self.fitted(n).values()] for n in range(self.graph.num_layers)]
+        return max((sum(prod(s[:-2]) * max(s[-2:]) ** 2 * _F32 for s in found) for found in shapes), default=0)
+
+    def fitted(self, number: int) -> dict[str, Consumer]:
+        """The weights of a layer that are fitted."""
+        kept = self.work.kept
+        return {
+            **consumers_of(self.graph, kept, number),
+            **intact_readers(self.graph, kept, number, self.work.changed),
+        }
 
     def read_widths(self) -> list[tuple[int, int]]:
         """Layer and number of inputs, removed ones included, of every weight that is fitted."""
         return [
             (number, consumer.shape[consumer.axis])
             for number in range(self.graph.num_layers)
-            for consumer in consumers_of(self.graph, self.work.kept, number).values()
+            for consumer in self.fitted(number).values()
         ]
 
     # Time
@@ -655,18 +690,30 @@ class _Forecaster:
     def fit_seconds(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
         tokens = self.work.tokens
         stages = max(1.0, len(solved) / self.graph.num_layers)
+        targets = 2 if self.work.mixed else 1
         # h and ĥ once for the last matrix of a layer; both again for every other one.
         walks = 2 * stages * self.walk_seconds(sample, tokens) - (2 * stages - 1) * self.reading(1)
         seconds = walks + self.check_seconds(sample)
         if self.work.chooses:
             seconds += self.summing(sample, tokens, self.work.names)
+        if self.work.weighted:
+            seconds += self.weighing(sample, solved)
         for width, out, slots in solved:
-            seconds += tokens * gram_operations(width) / sample.gram + tokens * 2 * width * out / sample.product32
+            cross = tokens * 2 * width * out * targets
+            seconds += tokens * gram_operations(width) / sample.gram + cross / sample.product32
             # The outputs with the new weights.
             seconds += tokens * 2 * width * out / (sample.head if self.product == 2 else sample.product32)
-            factor, products = solve_operations(width, out)
+            factor, products = solve_operations(width, out, sides=self.work.sides, mixed=self.work.mixed)
             seconds += slots * (factor / sample.factor + products / sample.product64)
         return seconds
+
+    def weighing(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
+        """Two walks, Gram matrices of the inputs, and the logits of both models."""
+        tokens = self.work.tokens
+        grams = sum(tokens * gram_operations(width) for width, _, _ in solved) / sample.gram
+        head = 2 * tokens * self.hidden * self.vocabulary / (sample.product32 if self.item == _F32 else sample.head)
+        softmax = 6 * tokens * self.vocabulary * _F32 / sample.copy
+        return 2 * self.walk_seconds(sample, tokens) + self.check_seconds(sample) + grams + 2 * (head + softmax)
 
 
 def largest_of(*phases: dict[str, int]) -> dict[str, int]:

@@ -232,10 +232,11 @@ def journaled(
     """The calibration set of a job, or of the interrupted run that is continued."""
     earlier = None if journal is None else journal.load("calibration")
     if earlier is not None:
-        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"])
+        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"], tuple(earlier.get("parts", ())))
     made = ranks.from_first(lambda: calibrate(model, job, progress))
     if journal is not None and made is not None:
-        journal.store("calibration", {"input_ids": made.input_ids.tolist(), "source": made.source})
+        record = {"input_ids": made.input_ids.tolist(), "source": made.source, "parts": made.parts}
+        journal.store("calibration", record)
     return made
 
 

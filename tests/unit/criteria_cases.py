@@ -48,6 +48,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": []},
     ),
     "glm": ("glm", SMALL),
+    "olmo2": ("olmo2", SMALL),
+    "minimax_m2": ("minimax_m2", SMALL | EXPERTS),
     "gpt_oss": ("gpt_oss", SMALL | EXPERTS | {"sliding_window": 16}),
     "llama4": (
         "llama4_text",

@@ -13,7 +13,7 @@ from llmpruner import UnsupportedModelError
 from llmpruner.compensation import least_squares
 from llmpruner.compensation.base import RepairTask
 from llmpruner.compensation.bias import BiasShift
-from llmpruner.compensation.consumers import consumers_of
+from llmpruner.compensation.consumers import consumers_of, stream_writers
 from llmpruner.compensation.least_squares import NormalEquations
 from llmpruner.compensation.none import NoCompensation
 from llmpruner.compensation.refit import Refit
@@ -29,7 +29,7 @@ PLANS = [
     *(("llama-mha", kinds) for kinds in ("attention", "mlp+attention")),
     *((name, "mlp+attention") for name in ("gpt2", "gptj", "phi", "granite", "gemma2", "glm")),
     ("granite", "hidden"), ("glm", "hidden"), ("mixtral", "mlp"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
-    ("gpt_oss", "mlp"),
+    ("gpt_oss", "mlp"), ("olmo2", "attention"), ("minimax_m2", "query"),
 ]  # fmt: skip
 
 
@@ -191,6 +191,53 @@ def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
     assert float((outputs["pruned"].flatten(0, 1) - target).norm()) < 1.1 * floor
 
 
+@pytest.mark.parametrize(
+    ("name", "units", "first"),
+    [("olmo2.attention", 3, "mlp"), ("minimax_m2.query", 6, "mlp"), ("llama-gqa.attention", 3, "attention")],
+)
+def test_heads_are_fitted_to_what_the_uncut_layer_computes(name, units, first):
+    """In layer 1, whose hidden states layer 0 has changed; with ``mix = 0`` the dense model's do not matter. The first
+    two have a norm over all heads; in the third the MLP of layer 0 reads what its attention has lost."""
+    name, kind = name.split(".")
+    loaded = make(name)
+    kept = {f"layers.0.{first}": list(range(20 if first == "mlp" else 2))}
+    kept |= {f"layers.1.{kind}": [unit for unit in range(units) if unit != 1]}
+    model, fits = repaired(loaded, kept, Refit(mix=0))
+    weight = f"{loaded.graph.layers}.1.self_attn.o_proj.weight"
+    (fit,) = [fit for fit in fits if fit.parameter == weight]
+
+    uncut = copy.deepcopy(model)
+    for parameter, values in loaded.model.state_dict().items():
+        if ".1.self_attn." in parameter:
+            uncut.get_parameter(parameter).data.copy_(values)
+
+    def seen(which) -> tuple[torch.Tensor, torch.Tensor]:
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        project = which.get_submodule(weight.removesuffix(".weight"))
+        handle = project.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
+        with torch.no_grad():
+            which(input_ids=CALIBRATION.input_ids, use_cache=False)
+        handle.remove()
+        ((inputs, outputs),) = found
+        return inputs.flatten(0, 1).double(), outputs.flatten(0, 1).double()
+
+    x, target = seen(model)[0], seen(uncut)[1]
+    index = consumers_of(loaded.graph, kept, 1)[weight].kept
+    x, old = x[:, index], loaded.model.get_parameter(weight).detach().double()[:, index]
+    gram = x.T @ x
+    strength = fit.ridge * float(gram.diagonal().mean())
+    right = x.T @ target + strength * old.T
+    expected = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=torch.float64), right).T
+    new = model.get_parameter(weight).detach().double()[:, index]
+    torch.testing.assert_close(new, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_the_weights_that_write_to_the_residual_stream_are_found():
+    for name in ("llama-gqa", "olmo2"):
+        found = stream_writers(make(name).graph, 1)
+        assert set(found) == {f"model.layers.1.{end}.weight" for end in ("self_attn.o_proj", "mlp.down_proj")}
+
+
 def test_consumers_in_use_order_are_told_apart_although_memory_is_used_again():
     loaded = make("llama-gqa")
     _, fits = repaired(loaded, plan_for(loaded, "mlp+attention"))
@@ -293,7 +340,7 @@ def test_the_normal_equations_find_what_least_squares_finds():
     equations = NormalEquations(6, 3, x.device)
     for part, wanted in zip(x.split(64), target.split(64), strict=True):
         equations.add(part, wanted)
-    new, ridge = equations.solve(true + 0.1)
+    new, ridge, _ = equations.solve(true + 0.1)
     assert ridge == 1e-3, "without noise the least ridge wins"
     assert equations.rows == len(x)
     free = torch.linalg.lstsq(x, target).solution.T
@@ -308,7 +355,7 @@ def test_the_ridge_is_chosen_on_rows_that_were_held_out():
     x, target, true = problem(rows=16, noise=20.0)
     equations = NormalEquations(6, 3, x.device)
     equations.add(x, target)
-    new, ridge = equations.solve(true)
+    new, ridge, _ = equations.solve(true)
     free = torch.linalg.lstsq(x, target).solution.T
     assert ridge is None or ridge >= 0.1
     assert float((new - true).norm()) < 0.5 * float((free - true).norm())
@@ -342,7 +389,7 @@ def test_inputs_that_are_always_zero_keep_their_weights():
     x[:, 2] = 0
     equations = NormalEquations(6, 3, x.device)
     equations.add(x, target)
-    new, _ = equations.solve(true + 0.5)
+    new, *_ = equations.solve(true + 0.5)
     torch.testing.assert_close(new[:, 2], true[:, 2] + 0.5)
 
 
@@ -351,6 +398,6 @@ def test_without_rows_nothing_is_fitted():
     empty = NormalEquations(6, 3, old.device)
     assert empty.solve(old)[1] is None
     empty.add(torch.randn(5, 6), torch.randn(5, 3))
-    new, ridge = empty.solve(old)
+    new, ridge, _ = empty.solve(old)
     assert ridge is None, "five rows leave none to choose a ridge by"
     assert torch.equal(new, old)

@@ -139,6 +139,22 @@ def test_fits(structure, catalog):
     assert everything.disk - result.disk == memory["hidden states"]
 
 
+def test_what_is_fitted_beside_what_is_cut(structure, catalog):
+    def work(**settings) -> Work:
+        return work_of(job_of(catalog, method="best", samples=8, length=64, **settings), structure, saves=True)
+
+    base = {"calibration": "self", "layers": "0,1", "shape": "free"}
+    plain = work(**base)
+    also = work(**base, settings={"refit": {"also": "attention"}})
+    weighted = work(**base, settings={"refit": {"token_weights": "divergence"}})
+    assert not (plain.weighted or plain.sides) and weighted.weighted
+    assert set(also.changed) == {*plain.changed, *(f"layers.{n}.attention" for n in range(LAYERS))}
+    seconds = [found(structure, one, a_sample()).stage("compensation").seconds for one in (plain, also, weighted)]
+    assert seconds[1] > 1.2 * seconds[0] and seconds[2] > 1.2 * seconds[0]
+    memory = found(structure, weighted, a_sample()).stage("compensation").memory
+    assert memory.get("Gram matrices", MLP**2 * 4) == MLP**2 * 4
+
+
 @pytest.mark.parametrize(("width", "out"), [(400, 100), (400, 400), (400, 1600), (1400, 700)])
 def test_memory_of_a_fit(width, out):
     """The formula gives what torch allocates."""

@@ -11,6 +11,7 @@ import torch
 
 import llmpruner
 from llmpruner import PlanError, PruningPlan, SelectionError
+from llmpruner.compensation.refit import Refit
 from llmpruner.importance.estimate import estimate
 from llmpruner.recipes.pipeline import inner_layers, make_plan
 from llmpruner.testing.jobs import small_job
@@ -77,7 +78,13 @@ def test_a_plan_records_the_settings_that_it_replays_with(gqa):
     written = {"self": {"passage": 64, "batch": 64}}
     assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
     recorded = {name: values["compensation"][name] for name in ("name", "settings", "calibration", "samples", "length")}
-    assert recorded == {"name": "refit", "settings": {"mix": 0.5}, "calibration": "self", "samples": 3, "length": 16}
+    assert recorded == {
+        "name": "refit",
+        "settings": Refit().record(),
+        "calibration": "self",
+        "samples": 3,
+        "length": 16,
+    }
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)

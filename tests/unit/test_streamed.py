@@ -22,7 +22,11 @@ METHODS = {
     "squares": {"importance": "taylor", "variant": "mix", "samples": 3, "length": 8},
     "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
     "weights": {"importance": "l2", "compensate": "none"},
-}
+    "weighted": {
+        "method": "best", "samples": 6, "length": 16, "layers": "0,1", "shape": "free",
+        "settings": {"refit": {"also": "attention", "token_weights": "divergence"}},
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ PAIRS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
-    kinds = {"kinds": "mlp,attention"} if method != "obs" else {}
+    kinds = {"kinds": "mlp,attention"} if method not in ("obs", "weighted") else {}
     settings = {**METHODS[method], **kinds, "calibration": "self"}
     if method == "weights":
         del settings["calibration"]

@@ -1,0 +1,204 @@
+"""What each step of the closed-form repair is worth on text that no stage has seen.
+
+    LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--tokens 8192] [--render]
+
+The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
+on as much text that it wrote itself, and is judged on the other 100 documents and on answers to instructions
+(`alpaca_en_1k`, the second half), which are for choosing alone: no benchmark reports them. A row is one variant; rows
+are appended to ``results/ablation.jsonl``, so that an interrupted run goes on where it stopped, and drawn in
+``docs/quality-notes.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .measure import data_folder, machine
+
+RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "quality-notes.md"
+WINDOW = 512
+LENGTH = 512
+CALIBRATION_DOCUMENTS = 200
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``settings``: of ``refit``. ``sides``: whether the two sources are held out in turn; otherwise every eighth token
+    is, as with one source."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sides: bool = True
+
+
+VARIANTS = (
+    Variant("a token in eight held out", sides=False),
+    Variant("sources held out in turn"),
+    Variant("sources held out in turn, o_proj fitted too", {"also": "attention"}),
+    Variant("sources held out in turn, token weights", {"token_weights": "divergence"}),
+    Variant("sources held out in turn, target chosen", {"target": "held-out"}),
+    Variant("a token in eight held out, o_proj fitted too", {"also": "attention"}, sides=False),
+    Variant("a token in eight held out, token weights", {"token_weights": "divergence"}, sides=False),
+    Variant("sources held out in turn, o_proj and token weights", {"also": "attention", "token_weights": "divergence"}),
+    Variant("sources held out in turn, mix = 1", {"mix": 1.0}),
+    Variant("sources held out in turn, mix = 0.25", {"mix": 0.25}),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="measure only the variants whose name holds this text")
+    parser.add_argument("--samples", type=int, default=48, help=f"calibration samples of {LENGTH} tokens")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each text that is judged on")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/llmpruner-ablation"), help="keeps what the model wrote")
+    parser.add_argument("--render", action="store_true", help="only write the page again")
+    arguments = parser.parse_args()
+    if not arguments.render:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        done = {(row["variant"], row["samples"], row["tokens"]) for row in rows()}
+        for variant in (Variant("dense"), *VARIANTS):
+            samples = 0 if variant.name == "dense" else arguments.samples
+            if arguments.only in variant.name and (variant.name, samples, arguments.tokens) not in done:
+                row = measured(variant, samples, arguments.tokens, arguments.work)
+                with RESULTS.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+                print(variant.name, row["texts"], f"{row['seconds']} s", flush=True)
+    PAGE.write_text(page(list(rows())), encoding="utf-8")
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    if RESULTS.is_file():
+        yield from map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())
+
+
+def measured(variant: Variant, samples: int, tokens: int, work: Path) -> dict[str, Any]:
+    from llmpruner import api
+    from llmpruner.evaluation.perplexity import perplexity
+
+    data = data_folder()
+    started = time.monotonic()
+    model = pruned(variant, samples, sources(data, work, samples)) if samples else api.load("demo", dtype="float32")
+    took = time.monotonic() - started
+    dense = api.load("demo", dtype="float32")
+    texts = {}
+    for name, text in judged(data).items():
+        found = perplexity(
+            model.model, dense.tokenizer, text,
+            window=WINDOW, tokens=tokens, batch_size=2, autocast=True, reference=dense.model if samples else None,
+        )  # fmt: skip
+        texts[name] = {"perplexity": found.perplexity, "kl": found.kl_per_token or 0.0}
+    return {
+        "variant": variant.name,
+        "settings": dict(variant.settings),
+        "samples": samples,
+        "tokens": tokens,
+        "texts": texts,
+        "seconds": round(took, 1),
+        "command": " ".join(["python -m benchmarks.ablation", *sys.argv[1:]]),
+        "machine": machine(),
+    }
+
+
+def pruned(variant: Variant, samples: int, calibration: str) -> Any:
+    """The model of a variant."""
+    from llmpruner import Catalog, api, plugin_manager
+    from llmpruner.recipes import pipeline
+    from llmpruner.recipes.jobs import prune_job
+    from llmpruner.settings import PruneSettings, settings_from
+
+    catalog = Catalog(plugin_manager())
+    settings = {
+        "ratio": 0.2, "method": "best", "calibration": calibration, "samples": samples, "length": LENGTH,
+        "settings": {"refit": dict(variant.settings)},
+    }  # fmt: skip
+    job = prune_job(settings_from(PruneSettings, settings), catalog)
+    model = api.load("demo", dtype="float32", catalog=catalog)
+    draft = pipeline.draft_plan(model, job)
+    assert draft.calibration is not None
+    if not variant.sides:
+        draft = replace(draft, calibration=replace(draft.calibration, parts=()))
+    return pipeline.apply_draft(model, draft, catalog)
+
+
+def documents(data: Path) -> list[str]:
+    lines = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def judged(data: Path) -> dict[str, str]:
+    """Text to choose by: neither in the calibration, nor in a benchmark."""
+    lines = (data / "alpaca_en_1k.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line)["output"] for line in lines[len(lines) // 2 :]]
+    return {"C4": "\n\n".join(documents(data)[CALIBRATION_DOCUMENTS:]), "instructions": "\n\n".join(answers)}
+
+
+def sources(data: Path, work: Path, samples: int) -> str:
+    """The value of ``--calibration``. What the model writes, a little more than half of the samples, is kept in
+    ``work``."""
+    files = work / "c4.jsonl", work / f"written-{samples}.jsonl"
+    if not files[0].is_file():
+        _write(files[0], documents(data)[:CALIBRATION_DOCUMENTS])
+    if not files[1].is_file():
+        _write(files[1], _written(samples // 2 + 4))
+    return ",".join(map(str, files))
+
+
+def _write(file: Path, texts: list[str]) -> None:
+    aside = file.with_suffix(".partial")
+    aside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    aside.replace(file)
+
+
+def _written(passages: int) -> list[str]:
+    from llmpruner import api
+    from llmpruner.data.written import self_generated
+
+    model = api.load("demo", dtype="float32")
+    ids = self_generated(model.model, model.tokenizer, passages, LENGTH, 0)
+    assert model.tokenizer is not None
+    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """``docs/quality-notes.md``"""
+    lines = [
+        "# What the repair gains from",
+        "",
+        "<!-- Written by benchmarks/ablation.py; do not edit. -->",
+        "",
+        "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, no training. Calibrated on 200 "
+        "documents of C4 and as much text that the model wrote; judged on 100 other documents of C4 and on answers to "
+        f"instructions, in windows of {WINDOW}, float32 weights, bfloat16 products. No "
+        "benchmark reports these two texts. KL: mean divergence from the dense model per token, in nats. Few "
+        "calibration tokens, so that a row takes minutes: differences between rows count, not their level. The "
+        "settings are those of [`refit`](reference/criteria.md#compensations).",
+        "",
+        "| variant | calibration tokens | judged on | KL, C4 | perplexity, C4 | KL, instructions | "
+        "perplexity, instructions | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        texts = row["texts"]
+        cells = [f"{texts[name][of]:.{digits}f}" for name in texts for of, digits in (("kl", 4), ("perplexity", 2))]
+        if not row["samples"]:
+            cells[::2] = ["", ""]
+        tokens = f"{row['samples'] * LENGTH:,}" if row["samples"] else ""
+        judged_on = f"2 × {row['tokens']:,}"
+        lines.append(f"| {row['variant']} | {tokens} | {judged_on} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    if not found:
+        return "\n".join([*lines, "", "Nothing was measured yet."]) + "\n"
+    machines = dict.fromkeys(f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in found)
+    lines += ["", f"Machine: {'; '.join(machines)}, which had other work. Seconds: loading and pruning."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
