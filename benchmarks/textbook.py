@@ -30,7 +30,7 @@ def main(model_path: str, calibration: str, out: str) -> None:
     edge = round(PROTECTED * len(layers))
     chosen = range(edge, len(layers) - edge)
     per_channel = 3 * model.config.hidden_size
-    steps = round(RATIO * decoder) // per_channel
+    steps = -(-round(RATIO * decoder) // per_channel)
     share, more = divmod(steps, len(chosen))
     scores = {}
     for number in chosen:
