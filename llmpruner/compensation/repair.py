@@ -35,9 +35,10 @@ import torch
 from torch.nn import functional
 
 from ..engine.boundaries import States
+from ..engine.calls import Batch, Stop
 from ..engine.executor import Executor
 from ..engine.inputs import InputSums
-from ..engine.walk import Batch, ForwardWalk, Stop
+from ..engine.walk import ForwardWalk
 from ..engine.watch import WatchedProduct, WatchProducts
 from ..structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask

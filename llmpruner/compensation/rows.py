@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data.calibration import CalibrationSet
-    from ..engine.walk import Batch
+    from ..engine.calls import Batch
     from ..engine.watch import WatchedProduct, WatchProducts
 
 

@@ -26,16 +26,10 @@ from torch.nn import functional
 
 from ..errors import ModelError
 from ..models.logits import logits_at, position_blocks
-from .inputs import Measured, forward_statistics
-from .position import Position, positions
-from .reduce import Measure, ReduceProducts
-from .signals import InputStats, ParameterSignals, ProductStats, Signal
-from .walk import (
+from .calls import (
     Call,
     Stop,
     call_layer,
-    check_same,
-    check_tokens,
     eager_experts,
     expert_configs,
     first_output,
@@ -43,8 +37,13 @@ from .walk import (
     not_walkable,
     record,
     replaced_layers,
-    run_whole,
 )
+from .check import LayerCheck
+from .inputs import Measured, forward_statistics
+from .position import Position, positions
+from .reduce import Measure, ReduceProducts
+from .signals import InputStats, ParameterSignals, ProductStats, Signal
+from .walk import check_tokens
 from .watch import WatchProducts
 
 if TYPE_CHECKING:
@@ -111,18 +110,18 @@ class LayerWalk:
         if not self.batches:
             return
         with self.weights.outside():
-            whole, tuples = run_whole(self.model, self.layers, self.batches[0].input_ids[:1])
+            check = LayerCheck(self.model, self.layers, self.batches[0].input_ids)
             for batch in self.batches:
-                recorded, embedded = record(self.model, self.layers, batch.input_ids, tuples)
+                recorded, embedded = record(self.model, self.layers, batch.input_ids, check.tuples)
                 batch.calls = recorded.calls
                 self.hidden[0].append(embedded)
         for number, layer in enumerate(self.layers):
             with self.weights.layer(number):
+                check.layer(number)
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     output = call_layer(layer, hidden, batch.calls[number])
                     batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
-        check_same(self.model, self.hidden[-1][0][:1], whole)
 
     def backward_head(self) -> float:
         """The gradient of the loss with respect to the hidden states after the last layer, through final norm and

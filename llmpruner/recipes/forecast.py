@@ -18,6 +18,7 @@ from ..compensation.least_squares import solve_bytes, solve_operations
 from ..data.calibration import parse_calibration
 from ..data.self_written import SelfWritten
 from ..engine.boundaries import DEFAULT_LIMIT, GIB
+from ..engine.check import TOKENS as CHECKED
 from ..engine.executor import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.journal import INTERVAL
 from ..engine.signals import Signal
@@ -441,7 +442,7 @@ class _Forecaster:
             memory["hidden states"] = self.in_memory(self.streams(work.scored) * (self.stream_copies()))
             memory |= self.two_layers()
             memory |= largest_of(
-                {"the check on one sample": self.check_bytes()},
+                {"the check of the walk": self.check_bytes()},
                 {"activations and sums of inputs": self.watched(work.names)},
                 {"statistics of one layer": self.statistics(work.names), "scores of one parameter": scoring},
             )
@@ -471,7 +472,7 @@ class _Forecaster:
         rows = micro * (self.hidden * (6 * _F32 + _F64 + _F32) + widest * self.product + width * (_F32 + self.product))
         scoring = self.scoring()
         memory |= largest_of(
-            {"the check on one sample": self.check_bytes()},
+            {"the check of the walk": self.check_bytes()},
             {"logits of one sample": 4 * self.logits_of_one_sample()} if work.weighted else {},
             {"sums of the fits": sums, "activations": max(rows, self.activations(micro))},
             {"sums of the fits": sums, "solving one fit": solve},
@@ -593,9 +594,10 @@ class _Forecaster:
         return max(self.activations(self.micro), own + inputs) + self.statistics(names) // 3
 
     def check_bytes(self) -> int:
-        """The check of a forward walk runs the whole model on one sample."""
-        logits = self.logits_of_one_sample() if self.whole_logits else self.vocabulary * self.item
-        return logits + self.activations(self.work.length)
+        """The check of a walk runs the whole model on some tokens, and keeps the hidden states between layers."""
+        tokens = min(self.work.length, CHECKED)
+        logits = self.vocabulary * self.item * (tokens if self.whole_logits else 1)
+        return logits + self.activations(tokens) + 2 * self.graph.num_layers * tokens * self.hidden * self.item
 
     def logits_of_one_sample(self) -> int:
         return self.work.length * self.vocabulary * self.item
@@ -659,10 +661,11 @@ class _Forecaster:
         return self.layers(sample.forward.fixed * batches + sample.forward.token * tokens) + self.reading(1)
 
     def check_seconds(self, sample: LayerSample) -> float:
-        """A walk's check, which runs the model twice on one sample, and once its head."""
-        length = self.work.length
-        head = 2 * length * self.hidden * self.vocabulary / (sample.product32 if self.item == _F32 else sample.head)
-        return 2 * self.layers(sample.plain.of(length)) + head + self.reading(2)
+        """A walk's check, which runs the model twice on some tokens, and once its head."""
+        tokens = min(self.work.length, CHECKED)
+        scored = tokens if self.whole_logits else 1
+        head = 2 * scored * self.hidden * self.vocabulary / (sample.product32 if self.item == _F32 else sample.head)
+        return 2 * self.layers(sample.plain.of(tokens)) + head + self.reading(2)
 
     def forward_seconds(self, sample: LayerSample, tokens: int, names: Iterable[str]) -> float:
         return self.walk_seconds(sample, tokens) + self.check_seconds(sample) + self.summing(sample, tokens, names)

@@ -20,8 +20,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..engine.calls import call_layer, eager_experts, expert_configs, first_output, record
 from ..engine.gram import add_gram
-from ..engine.walk import call_layer, eager_experts, expert_configs, first_output, record
 from ..models.decoder import decoder_list
 from ..models.empty import meta_model
 from ..models.logits import computes_some_logits
@@ -31,7 +31,7 @@ from ..models.quiet import quiet_transformers
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..engine.walk import Batch
+    from ..engine.calls import Batch
     from ..structure.coupling import CouplingGraph
 
 _FLOPS = 2e10

@@ -25,9 +25,10 @@ from torch import nn
 from transformers import get_scheduler
 
 from ..engine.boundaries import DEFAULT_LIMIT, States
+from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output
 from ..engine.executor import Executor
 from ..engine.journal import Journal
-from ..engine.walk import Batch, Call, ForwardWalk, call_layer, eager_experts, first_output
+from ..engine.walk import ForwardWalk
 from ..engine.weights import Weights
 from ..errors import ModelError, UnsupportedModelError
 from .base import RecoveryJob, TrainingResult

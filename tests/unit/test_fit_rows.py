@@ -19,9 +19,9 @@ from llmpruner.compensation.refit import Refit
 from llmpruner.compensation.rows import ALIKE, CalibrationRows, Rows
 from llmpruner.compensation.token_weights import LARGEST, normalized, token_weights
 from llmpruner.data.calibration import CalibrationSet
+from llmpruner.engine.calls import Batch
 from llmpruner.engine.divergence import divergences
 from llmpruner.engine.executor import Executor
-from llmpruner.engine.walk import Batch
 from llmpruner.engine.watch import WatchProducts
 from llmpruner.errors import SettingsError
 from llmpruner.importance.activation import OutputEnergy

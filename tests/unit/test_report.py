@@ -41,7 +41,7 @@ def test_the_record_tells_fits_and_scores_of_every_group(record):
     plan = PruningPlan.model_validate(record["plans"][0])
     assert {fit["parameter"] for fit in work["fits"]} == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)}
     for fit in work["fits"]:
-        assert list(fit) == ["parameter", "matrices", "fitted", "rows", "ridge", "before", "after"]
+        assert list(fit) == ["parameter", "matrices", "fitted", "rows", "ridge", "mix", "before", "after"]
         assert fit["rows"] == 8 * 24 and 0 < fit["after"] <= fit["before"]
         assert (fit["ridge"] is None) == (fit["after"] == fit["before"])
     assert any(fit["after"] < fit["before"] for fit in work["fits"])

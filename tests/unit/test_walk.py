@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -12,8 +13,9 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.data.calibration import CalibrationSet
+from llmpruner.engine.calls import call_layer, replaced_layers
 from llmpruner.engine.executor import Executor
-from llmpruner.engine.walk import ForwardWalk, _same, replaced_layers
+from llmpruner.engine.walk import ForwardWalk, _same
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
 from llmpruner.oracle.tiny import random_instance, small_config
@@ -161,6 +163,21 @@ def test_a_layer_that_runs_twice_is_refused():
         )
     )
     with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
+        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+
+
+@pytest.mark.parametrize(("changed", "accepted"), [(3, True), (12, False)])
+def test_few_tokens_may_differ_as_rounding_routes_them_to_other_experts(monkeypatch, changed, accepted):
+    loaded = make("llama-gqa")
+
+    def called(layer, hidden, call):
+        output = call_layer(layer, hidden, call)
+        output[:, :changed] *= 1.1
+        return output
+
+    monkeypatch.setattr("llmpruner.engine.check.call_layer", called)
+    refused = pytest.raises(UnsupportedModelError, match="at layer 0, hidden states differ by 0.1 from")
+    with contextlib.nullcontext() if accepted else refused:
         ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
