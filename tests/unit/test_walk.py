@@ -176,7 +176,7 @@ def test_few_tokens_may_differ_as_rounding_routes_them_to_other_experts(monkeypa
         return output
 
     monkeypatch.setattr("llmpruner.engine.check.call_layer", called)
-    refused = pytest.raises(UnsupportedModelError, match="at layer 0, hidden states differ by 0.1 from")
+    refused = pytest.raises(UnsupportedModelError, match=r"at layer 0, hidden states differ by 0\.1 from")
     with contextlib.nullcontext() if accepted else refused:
         ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
