@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..models.decoder import graph_of
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LATENT = "latent"
-"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, channels of a state
-space model."""
+"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
+model."""
 
 _CROSS_LAYER = "cross-layer"
 """Channels shared by several layers that are not the residual stream; not made a coupled group."""
@@ -124,7 +125,11 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str], Trac
             elif named.layer is not None and Mark.ATTENDS in unit_set.marks:
                 found.append(replace(named, kind=QUERY))
     offered = {(s.parameter, s.axis) for n in found for s in n.unit_set.owned}
-    return _latent(found), {slot: reason for slot, reason in reasons.items() if slot not in offered}, traced
+    return (
+        _latent(found, traced.layers),
+        {slot: reason for slot, reason in reasons.items() if slot not in offered},
+        traced,
+    )
 
 
 def _pass(
@@ -149,18 +154,27 @@ def _name(unit_set: UnitSet, traced: Trace) -> Named:
     (layer,) = numbers
     if Mark.ROUTED in unit_set.marks:
         return Named(EXPERT, layer, unit_set)
-    if Mark.ATTENDS in unit_set.marks or all(s.rows.shape[1] > 1 for s in unit_set.owned):
+    heads = [_is_head(s) for s in unit_set.owned]
+    if Mark.ATTENDS in unit_set.marks or all(heads):
         return Named(ATTENTION, layer, unit_set)
-    return Named(MLP, layer, unit_set)
+    # A head without attention, with numbers of its own beside channels, is one of a state space model.
+    consumed = [head for head, s in zip(heads, unit_set.owned, strict=True) if s.role is Role.CONSUMES]
+    return Named(LATENT if all(consumed) else MLP, layer, unit_set)
 
 
-def _latent(found: list[Named]) -> list[Named]:
-    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
+def _is_head(owned: OwnedAxis) -> bool:
+    """Whether each unit owns neighbouring indices, unlike a channel that lies in several matrices of one parameter."""
+    return bool((np.diff(owned.rows, axis=1) == 1).any())
+
+
+def _latent(found: list[Named], layers: str) -> list[Named]:
+    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`. ``layers``: path of the
+    decoder layers."""
     attention = {
         (n.layer, _common_module(n.unit_set)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.unit_set.marks
     }
     # Where a whole layer is one flat module, the paths do not separate its parts.
-    attention = {(layer, path) for layer, path in attention if not path.endswith(f".{layer}")}
+    attention = {(layer, path) for layer, path in attention if path != f"{layers}.{layer}"}
     return [
         replace(n, kind=LATENT)
         if n.kind == MLP
