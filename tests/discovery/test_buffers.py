@@ -117,7 +117,7 @@ def test_a_buffer_that_is_not_saved_is_computed_again_for_a_cut_model(tmp_path: 
     """Falcon-H1 fills the factors of its state spaces when weights are initialized, in a module without any."""
     model = random_instance(small_config(FalconH1Config()))
     graph = graph_of(model, lambda: discover_groups(model.config))
-    cut(model, graph, {"layers.1.mlp.feed_forward": [0, 3, 4]})
+    cut(model, graph, {"layers.1.mlp": [0, 3, 4]})
     save_checkpoint(model, tmp_path / "cut", record={})
     loaded = load_pruned(tmp_path / "cut")
     for name, buffer in model.named_buffers():
