@@ -71,7 +71,6 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
-    "xmod": {"default_language": "en_XX"},
 }
 """What the default configuration of a type leaves open, without which no model can be built from it."""
 

@@ -85,10 +85,10 @@ def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
     found, reasons, traced = _named(trace(config))
-    if any(n.layer is None and n.kind != HIDDEN for n in found) and _is_shallow(traced):
+    if any(n.kind == _CROSS_LAYER for n in found) and _is_shallow(traced):
         # Something couples several layers, so one traced layer does not represent the others.
         found, reasons, traced = _named(trace(config, shallow=False))
-    found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
+    found = [n for n in found if n.kind != _CROSS_LAYER]
     model = meta_model(config)
     aliases = _aliases(model)
     groups = list(_groups(found, traced, aliases))
@@ -149,8 +149,11 @@ def _has_an_end(unit_set: UnitSet) -> bool:
 def _name(unit_set: UnitSet, traced: Trace) -> Named:
     numbers = {_layer_of(s.parameter, traced.layers) for s in unit_set.owned}
     if len(numbers) > 1 or None in numbers:
-        outside = None in numbers
-        return Named(HIDDEN if outside else _CROSS_LAYER, None, unit_set)
+        if None not in numbers:
+            return Named(_CROSS_LAYER, None, unit_set)
+        # A table of biases that all layers look up couples the heads of all of them.
+        attends = Mark.ATTENDS in unit_set.marks and any(map(_is_head, unit_set.owned))
+        return Named(ATTENTION if attends else HIDDEN, None, unit_set)
     (layer,) = numbers
     if Mark.ROUTED in unit_set.marks:
         return Named(EXPERT, layer, unit_set)
@@ -198,7 +201,7 @@ def _common_module(unit_set: UnitSet) -> str:
 
 
 def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]) -> Iterator[CoupledGroup]:
-    """Coupled groups of the real model, layer by layer, then the residual stream."""
+    """Coupled groups of the real model, layer by layer, then those of all layers."""
     tied = {names[0]: names for names in aliases.values() if len(names) > 1}
     by_layer: dict[int, list[Named]] = {}
     for named in found:
@@ -216,7 +219,8 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
             multiple = _alignment(named.unit_set, in_pairs=named.kind == LATENT and in_pairs)
             yield _group(f"layers.{number}.{name}", named, spans, buffers, number, multiple)
     streams = [n for n in found if n.layer is None]
-    for position, named in enumerate(sorted(streams, key=lambda n: -n.unit_set.units)):
+    count: Counter[str] = Counter()
+    for named in sorted(streams, key=lambda n: -n.unit_set.units):
         spans, buffers = (
             tuple(
                 replace(span, parameter=name)
@@ -225,7 +229,8 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
             )
             for owned in (named.unit_set.owned, named.unit_set.buffers)
         )
-        name = HIDDEN if position == 0 else f"{HIDDEN}.{position}"
+        name = f"{named.kind}.{count[named.kind]}" if count[named.kind] else named.kind
+        count[named.kind] += 1
         yield _group(name, named, spans, buffers, None, _alignment(named.unit_set))
 
 
