@@ -67,7 +67,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
-    if shallow:
+    if shallow and not _share_weights(model.get_submodule(layers)):
         try:
             stands_for = keep_one_of_each(model, layers)
             if len(stands_for) < len(everything):
@@ -189,6 +189,12 @@ def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int
     counted = "num_layers" if vars(config).get("num_layers") == len(modules) else "num_hidden_layers"
     setattr(config, counted, len(keep))
     return {new: members[old] for new, old in enumerate(keep)}
+
+
+def _share_weights(layers: nn.Module) -> bool:
+    """Whether a parameter belongs to several layers, so that one of them does not represent the others."""
+    owners = Counter(id(p) for layer in layers.children() for p in {id(p): p for p in layer.parameters()}.values())
+    return max(owners.values(), default=0) > 1
 
 
 def _signature(layer: nn.Module, number: int) -> Any:

@@ -110,11 +110,13 @@ def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, 
     two spans of one group, and one over all heads spans of key/value and of query heads.
     """
     stay = kept_indices(graph, kept)
+    offsets = {
+        (span.parameter, span.axis): span.offset for name in kept for span in graph.by_name[name].spans_with(Role.NORM)
+    }
     return {
-        place: (graph.shapes[span.parameter][span.axis], len(stay[place]), span.offset)
-        for name in kept
-        for span in graph.by_name[name].spans_with(Role.NORM)
-        if (place := (span.parameter, span.axis)) in stay
+        (name, axis): (graph.shapes[name][axis], len(index), offsets[place])
+        for (name, axis), index in stay.items()
+        if (place := (name if (name, axis) in offsets else graph.ties.get(name, name), axis)) in offsets
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmpruner import HIDDEN, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
+from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.kept import restrict
 
@@ -161,3 +161,24 @@ def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
     silence(silenced, graph, {"hidden": [0, 2, 5]})
     cut(model, graph, {"hidden": [0, 2, 5]})
     assert torch.allclose(outputs(model), outputs(silenced), atol=1e-6)
+
+
+def test_layers_that_share_weights_are_cut_together():
+    """As in Zamba: the group of the first such layer names its own tensors alone."""
+    layers = [nn.ModuleDict({"norm": nn.RMSNorm(6, eps=0.1), "out": nn.Linear(6, 3)}) for _ in range(2)]
+    layers[1]["out"].weight, layers[1]["norm"].weight = layers[0]["out"].weight, layers[0]["norm"].weight
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    spans = (
+        Span("layers.0.norm.weight", 0, Role.NORM, Blocks(6)),
+        Span("layers.0.out.weight", 1, Role.CONSUMES, Blocks(6)),
+    )
+    named = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    ties = {f"layers.1.{name}.weight": f"layers.0.{name}.weight" for name in ("norm", "out")}
+    graph = CouplingGraph((CoupledGroup("layers.0.mlp", MLP, 6, spans, layer=0),), shapes, "layers", ties)
+    remaining = cut(model, graph, {"layers.0.mlp": [1, 2, 4]})
+    for name in ("norm", "out"):
+        first, second = (layer[name] for layer in layers)
+        assert first.weight is second.weight and first.weight.shape[-1] == 3
+        assert remaining.shapes[f"layers.1.{name}.weight"] == tuple(second.weight.shape)
+    assert all(abs(layer["norm"].eps - 0.2) < 1e-9 for layer in layers) and layers[1]["out"].in_features == 3
