@@ -121,7 +121,8 @@ def _picked(node: Node, rank: int) -> frozenset[int]:
     names = [(operator_name(user.target), user.args) for user in node.users]
     if not names or any(name not in ("select", "unbind") for name, _ in names):
         return frozenset()
-    return frozenset(int(args[1] if len(args) > 1 else 0) % rank for _, args in names)
+    dims: list[Any] = [args[1] if len(args) > 1 else 0 for _, args in names]
+    return frozenset(dim % rank for dim in dims)
 
 
 def _are_ranked(node: Node) -> bool:
