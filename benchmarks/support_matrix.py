@@ -54,6 +54,11 @@ REQUIRED = (
 )  # fmt: skip
 
 
+_INDEXER = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}  # fmt: skip
+
 INCOMPLETE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
@@ -64,6 +69,8 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "layer_types": ["full_attention" if n in (2, 6, 10, 14, 18, 21) else "conv" for n in range(24)],
     },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
 }
 """What the default configuration of a type leaves open, without which no model can be built from it."""
 
@@ -237,8 +244,9 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
 
 
 def has_part(model: Any, pattern: re.Pattern[str]) -> bool:
+    """Norms are left out: they are called after what comes before or after them, also where it is of another kind."""
     names = (f"{path} {type(module).__name__}" for path, module in model.named_modules())
-    return any(pattern.search(name) for name in names)
+    return any(pattern.search(name) for name in names if "norm" not in name.rpartition(".")[2].lower())
 
 
 def blocked(config: Any) -> list[list[Any]]:

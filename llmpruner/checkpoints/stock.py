@@ -323,7 +323,10 @@ def per_layer_sizes(
         key = types[n] if types else None, str(overrides.get(n)), tuple(old.items()), tuple(new.items())
         if key not in known:
             single = copy.deepcopy(config.per_layer_config[n])
-            single.num_hidden_layers = 1
+            try:
+                single.num_hidden_layers = 1
+            except NotImplementedError:  # encoder and decoder layers are counted apart
+                return {}
             if types:
                 single.layer_types = [types[n]]
             known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..models.decoder import graph_of
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 LATENT = "latent"
-"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, channels of a state
-space model."""
+"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
+model."""
 
 _CROSS_LAYER = "cross-layer"
 """Channels shared by several layers that are not the residual stream; not made a coupled group."""
@@ -84,10 +85,10 @@ def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
     found, reasons, traced = _named(trace(config))
-    if any(n.layer is None and n.kind != HIDDEN for n in found) and _is_shallow(traced):
+    if any(n.kind == _CROSS_LAYER for n in found) and _is_shallow(traced):
         # Something couples several layers, so one traced layer does not represent the others.
         found, reasons, traced = _named(trace(config, shallow=False))
-    found = [n for n in found if n.layer is not None or n.kind == HIDDEN]
+    found = [n for n in found if n.kind != _CROSS_LAYER]
     model = meta_model(config)
     aliases = _aliases(model)
     groups = list(_groups(found, traced, aliases))
@@ -124,7 +125,11 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str], Trac
             elif named.layer is not None and Mark.ATTENDS in unit_set.marks:
                 found.append(replace(named, kind=QUERY))
     offered = {(s.parameter, s.axis) for n in found for s in n.unit_set.owned}
-    return _latent(found), {slot: reason for slot, reason in reasons.items() if slot not in offered}, traced
+    return (
+        _latent(found, traced.layers),
+        {slot: reason for slot, reason in reasons.items() if slot not in offered},
+        traced,
+    )
 
 
 def _pass(
@@ -144,23 +149,35 @@ def _has_an_end(unit_set: UnitSet) -> bool:
 def _name(unit_set: UnitSet, traced: Trace) -> Named:
     numbers = {_layer_of(s.parameter, traced.layers) for s in unit_set.owned}
     if len(numbers) > 1 or None in numbers:
-        outside = None in numbers
-        return Named(HIDDEN if outside else _CROSS_LAYER, None, unit_set)
+        if None not in numbers:
+            return Named(_CROSS_LAYER, None, unit_set)
+        # A table of biases that all layers look up couples the heads of all of them.
+        attends = Mark.ATTENDS in unit_set.marks and any(map(_is_head, unit_set.owned))
+        return Named(ATTENTION if attends else HIDDEN, None, unit_set)
     (layer,) = numbers
     if Mark.ROUTED in unit_set.marks:
         return Named(EXPERT, layer, unit_set)
-    if Mark.ATTENDS in unit_set.marks or all(s.rows.shape[1] > 1 for s in unit_set.owned):
+    heads = [_is_head(s) for s in unit_set.owned]
+    if Mark.ATTENDS in unit_set.marks or all(heads):
         return Named(ATTENTION, layer, unit_set)
-    return Named(MLP, layer, unit_set)
+    # A head without attention, with numbers of its own beside channels, is one of a state space model.
+    consumed = [head for head, s in zip(heads, unit_set.owned, strict=True) if s.role is Role.CONSUMES]
+    return Named(LATENT if all(consumed) else MLP, layer, unit_set)
 
 
-def _latent(found: list[Named]) -> list[Named]:
-    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
+def _is_head(owned: OwnedAxis) -> bool:
+    """Whether each unit owns neighbouring indices, unlike a channel that lies in several matrices of one parameter."""
+    return bool((np.diff(owned.rows, axis=1) == 1).any())
+
+
+def _latent(found: list[Named], layers: str) -> list[Named]:
+    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`. ``layers``: path of the
+    decoder layers."""
     attention = {
         (n.layer, _common_module(n.unit_set)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.unit_set.marks
     }
     # Where a whole layer is one flat module, the paths do not separate its parts.
-    attention = {(layer, path) for layer, path in attention if not path.endswith(f".{layer}")}
+    attention = {(layer, path) for layer, path in attention if path != f"{layers}.{layer}"}
     return [
         replace(n, kind=LATENT)
         if n.kind == MLP
@@ -184,7 +201,7 @@ def _common_module(unit_set: UnitSet) -> str:
 
 
 def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]) -> Iterator[CoupledGroup]:
-    """Coupled groups of the real model, layer by layer, then the residual stream."""
+    """Coupled groups of the real model, layer by layer, then those of all layers."""
     tied = {names[0]: names for names in aliases.values() if len(names) > 1}
     by_layer: dict[int, list[Named]] = {}
     for named in found:
@@ -202,7 +219,8 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
             multiple = _alignment(named.unit_set, in_pairs=named.kind == LATENT and in_pairs)
             yield _group(f"layers.{number}.{name}", named, spans, buffers, number, multiple)
     streams = [n for n in found if n.layer is None]
-    for position, named in enumerate(sorted(streams, key=lambda n: -n.unit_set.units)):
+    count: Counter[str] = Counter()
+    for named in sorted(streams, key=lambda n: -n.unit_set.units):
         spans, buffers = (
             tuple(
                 replace(span, parameter=name)
@@ -211,7 +229,8 @@ def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[st
             )
             for owned in (named.unit_set.owned, named.unit_set.buffers)
         )
-        name = HIDDEN if position == 0 else f"{HIDDEN}.{position}"
+        name = f"{named.kind}.{count[named.kind]}" if count[named.kind] else named.kind
+        count[named.kind] += 1
         yield _group(name, named, spans, buffers, None, _alignment(named.unit_set))
 
 

@@ -20,8 +20,11 @@ VIEWS = frozenset(
 """Operators whose result shares memory with their first argument."""
 
 
-def regroup(run: Propagation, axes: Sequence[Ids], shape: Sequence[int]) -> list[Ids]:
-    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
+def regroup(
+    run: Propagation, axes: Sequence[Ids], shape: Sequence[int], picked: frozenset[int] = frozenset()
+) -> list[Ids]:
+    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split (with
+    ``picked`` as in `split`)."""
     result: list[Ids] = []
     i = j = 0
     while i < len(axes) or j < len(shape):
@@ -38,7 +41,8 @@ def regroup(run: Propagation, axes: Sequence[Ids], shape: Sequence[int]) -> list
         if len(left) == 1 and len(right) == 1:
             result.append(left[0])
         else:
-            result += split(run, merge(run, left), right)
+            first = len(result)
+            result += split(run, merge(run, left), right, frozenset(n - first for n in picked))
     return result
 
 
@@ -66,9 +70,10 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     return np.tile(np.repeat(wide[chosen], after), before)
 
 
-def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
+def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[int] = frozenset()) -> list[Ids]:
     """Several axes from one. The identities stay on the one axis that they vary along already, or else on the
-    outermost one, whose slices are then tied into one unit each."""
+    outermost one that is not ``picked``: indexed by position, so that its size must stay (gate and up projection, or
+    experts, in one matrix). The slices of that axis are then tied into one unit each."""
     wide = [n for n, size in enumerate(shape) if size > 1]
     axes = [uniform(size, FREE) for size in shape]
     if not wide:
@@ -82,7 +87,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int]) -> list[Ids]:
     grid = ids.reshape(shape)
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}
     along = [n for n in wide if (rows[n] == rows[n][:, :1]).all()]
-    chosen = (along or wide)[0]
+    chosen = (along or [n for n in wide if n not in picked] or wide)[0]
     block = rows[chosen]
     unit = block[:, 0]
     for column in block.T[1:]:
@@ -108,7 +113,16 @@ def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
         run.ids.need_equal_blocks(value.axes[-1], shape[-2])
         axes = [*regroup(run, value.axes[:-1], shape[:-2]), uniform(shape[-2], FIXED), uniform(shape[-1], FREE)]
         return with_axes(value, axes)
-    return with_axes(value, regroup(run, value.axes, shape))
+    return with_axes(value, regroup(run, value.axes, shape, _picked(node, len(shape))))
+
+
+def _picked(node: Node, rank: int) -> frozenset[int]:
+    """The axes of a view of which single indices are picked by their position and by no other use."""
+    names = [(operator_name(user.target), user.args) for user in node.users]
+    if not names or any(name not in ("select", "unbind") for name, _ in names):
+        return frozenset()
+    dims: list[Any] = [args[1] if len(args) > 1 else 0 for _, args in names]
+    return frozenset(dim % rank for dim in dims)
 
 
 def _are_ranked(node: Node) -> bool:
@@ -384,6 +398,8 @@ def one_hot(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
     size = int(node.meta["val"].shape[-1])
     pick = args[0]
     fits = pick.selects is not None and len(pick.selects) == size
+    if pick.selects is not None and not fits:
+        run.ids.block(pick.selects, f"numbered otherwise ({run.where})")
     return Value((*pick.axes, pick.selects if fits else uniform(size, FIXED)))
 
 

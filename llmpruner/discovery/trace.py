@@ -20,6 +20,7 @@ from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
 from ..models.where import where
+from .positions import EveryPosition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,7 +67,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
-    if shallow:
+    if shallow and not _share_weights(model.get_submodule(layers)):
         try:
             stands_for = keep_one_of_each(model, layers)
             if len(stands_for) < len(everything):
@@ -106,8 +107,10 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
         handles.append(layer.register_forward_hook(keep))
     with torch.no_grad(), quiet_transformers():
         try:
-            with _without_graph():
-                program = torch.export.export(model, (), kwargs=inputs, strict=False)
+            try:
+                program = _program(model, inputs, EveryPosition())
+            except IndexError:
+                program = _program(model, inputs, EveryPosition(unused=1))
             return program, max(streams), max(calls.values(), default=0) > 1
         except Exception as error:  # export reports unsupported code in many exception types
             name = type(model).__name__
@@ -115,6 +118,11 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:
+    with _without_graph(), positions:
+        return torch.export.export(model, (), kwargs=inputs, strict=False)
 
 
 @contextlib.contextmanager
@@ -165,6 +173,8 @@ def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int
         types = tuple(str(values[number]) for _, values in _per_layer_lists(config, len(modules)))
         like.setdefault((types, _signature(layer, number)), []).append(number)
     keep = sorted(numbers[0] for numbers in like.values())
+    if len(keep) == len(modules):
+        return {n: (n,) for n in keep}
     members = {numbers[0]: tuple(numbers) for numbers in like.values()}
     parent, _, leaf = layers.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList([modules[n] for n in keep]))
@@ -175,8 +185,16 @@ def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int
                     setattr(module, name, new)
     for name, values in _per_layer_lists(config, len(modules)):
         setattr(config, name, [values[n] for n in keep])
-    config.num_hidden_layers = len(keep)
+    # Where a layer counts as several, its own number is another field.
+    counted = "num_layers" if vars(config).get("num_layers") == len(modules) else "num_hidden_layers"
+    setattr(config, counted, len(keep))
     return {new: members[old] for new, old in enumerate(keep)}
+
+
+def _share_weights(layers: nn.Module) -> bool:
+    """Whether a parameter belongs to several layers, so that one of them does not represent the others."""
+    owners = Counter(id(p) for layer in layers.children() for p in {id(p): p for p in layer.parameters()}.values())
+    return max(owners.values(), default=0) > 1
 
 
 def _signature(layer: nn.Module, number: int) -> Any:

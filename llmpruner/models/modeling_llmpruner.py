@@ -316,6 +316,13 @@ class PrunedModelMixin:
                 drop_layers(self, layers["path"], layers["kept"])
         apply_record(self, record)  # type: ignore[arg-type]
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As for the stock class, whose code fills the buffers that are not saved: of custom code, transformers skips
+        the initialization of modules without tensors of their own."""
+        custom: bool = cls.pruned_base.is_custom_code()
+        return custom
+
     def _get_static_cache_init_shape(self) -> None:
         """None: layers have no common shape, so a static cache takes each from the first keys and values."""
 

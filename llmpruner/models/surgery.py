@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..structure.coupling import CoupledGroup, CouplingGraph, Role
+from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_modules, restrict
 from .modeling_llmpruner import drop_layers, follow_shape
 
@@ -39,9 +39,9 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     renumbers the others; then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``.
     """
     check_kept(graph, kept)
-    for group in graph.groups:
-        if group.name in kept:
-            _rescale_epsilons(model, group, len(kept[group.name]))
+    sizes = {model.get_submodule(name.rpartition(".")[0]): size for (name, _), size in norms(graph, kept).items()}
+    for module, (before, after, _) in sizes.items():
+        _rescale_epsilon(module, before, after)
     values = CutValues(graph, kept)
     replaced: dict[int, torch.Tensor] = {}
     for name in (*graph.shapes, *graph.buffers):
@@ -84,11 +84,9 @@ class CutValues:
         self._cuts: dict[str, dict[int, list[int]]] = {}
         for (name, axis), index in kept_indices(graph, kept).items():
             self._cuts.setdefault(name, {})[axis] = index
-        self._scales: dict[str, list[tuple[float, float]]] = {}
-        for group in graph.groups:
-            for span in group.spans_with(Role.NORM) if group.name in kept else ():
-                factor = sqrt(group.units / len(kept[group.name]))
-                self._scales.setdefault(span.parameter, []).append((factor, span.offset))
+        self._scales = {
+            name: (sqrt(before / after), offset) for (name, _), (before, after, offset) in norms(graph, kept).items()
+        }
 
     def changes(self, name: str) -> bool:
         """Whether a tensor is cut or rescaled."""
@@ -99,18 +97,34 @@ class CutValues:
         """``tensor``, the parameter or buffer ``name`` of the dense model, after the cut."""
         for axis, index in self._cuts.get(name, {}).items():
             tensor = tensor.index_select(axis, torch.tensor(index, dtype=torch.long, device=tensor.device))
-        for factor, offset in self._scales.get(name, ()):
+        if name in self._scales:
+            factor, offset = self._scales[name]
             tensor = tensor.add(offset).mul_(factor).sub_(offset)
         return tensor.contiguous()
 
 
-def _rescale_epsilons(model: PreTrainedModel, group: CoupledGroup, count: int) -> None:
-    for span in group.spans_with(Role.NORM):
-        module = model.get_submodule(span.parameter.rpartition(".")[0])
-        for name in _EPSILON_NAMES:
-            epsilon = getattr(module, name, None)
-            if isinstance(epsilon, float):
-                setattr(module, name, epsilon * group.units / count)
+def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, int, float]]:
+    """(weight of an RMS norm, axis) → the number of its entries before and after the cut, and what is added to them.
+
+    The mean runs over all entries, of whichever groups: a norm over two concatenated copies of the residual stream has
+    two spans of one group, and one over all heads spans of key/value and of query heads.
+    """
+    stay = kept_indices(graph, kept)
+    offsets = {
+        (span.parameter, span.axis): span.offset for name in kept for span in graph.by_name[name].spans_with(Role.NORM)
+    }
+    return {
+        (name, axis): (graph.shapes[name][axis], len(index), offsets[place])
+        for (name, axis), index in stay.items()
+        if (place := (name if (name, axis) in offsets else graph.ties.get(name, name), axis)) in offsets
+    }
+
+
+def _rescale_epsilon(module: nn.Module, before: int, after: int) -> None:
+    for name in _EPSILON_NAMES:
+        epsilon = getattr(module, name, None)
+        if isinstance(epsilon, float):
+            setattr(module, name, epsilon * before / after)
 
 
 def _tensor(model: nn.Module, name: str) -> torch.Tensor:

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-_TORCH = Path(torch.__file__).parent
+_AROUND = Path(torch.__file__).parent, Path(__file__).parents[1]
+"""Packages that call the code of a model, and are called by it: torch and this one."""
 
 
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
-    """The statement that raised ``error``, of code outside torch, and the path of the module that ran it.
+    """The statement that raised ``error``, of code outside torch and this package, and the path of the module that ran
+    it.
 
     ``model``: None for the first module in the traceback. Both are empty where no module of it was running.
     """
@@ -27,6 +29,6 @@ def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, st
         path = paths.get(id(running))
         if path is not None:
             inside = path or type(model).__name__
-        if inside and not Path(frame.f_code.co_filename).is_relative_to(_TORCH):
+        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, _AROUND)):
             statement = linecache.getline(frame.f_code.co_filename, line).strip()
     return statement, inside

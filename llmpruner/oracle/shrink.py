@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,13 +18,15 @@ HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
 
-_WIDTH = re.compile(r"intermediate|ffn|n_inner|^d_inner$|d_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden")
+_WIDTH = re.compile(
+    r"intermediate|ffn|n_inner|^d_inner$|d_ff|dim_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden"
+)
 _EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
 _TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _RANK = re.compile(r"rank$|_lora|low_rank")
 _TOKEN = re.compile(r"token_id$|_token$|token_index$")
-_LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$")
+_LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$|^num_blocks$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|layer_ids$|^moe_layers$|cross_attention_layers$")
 _LENGTH = re.compile(
     r"max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length|max_sequence"
@@ -36,16 +39,19 @@ def shrink(
     few: tuple[int, int],
     *,
     complete: bool = False,
+    each: int = 1,
     wide: Mapping[int, int] = {},
     shared: Mapping[int, int] = {},
+    beside: Mapping[int, int] = {},
 ) -> dict[str, Any]:
     """The values of ``config``, and of the configurations inside it, made small.
 
     ``layers``: how many, unless more are needed to show every kind of layer. ``few``: numbers of heads, and of
     key/value heads where they are shared. What is equal stays equal, and flags stay as they are. ``complete``: also
     fill in numbers of heads that the configuration leaves open, and keep products between numbers (see
-    `_keep_products`). ``wide``, ``shared``: hidden size and number of key/value heads of the configuration around this
-    one → the small ones.
+    `_keep_products`). ``each``: how many layers of every kind, where there are as many. ``wide``, ``shared``: hidden
+    size and number of key/value heads of the configuration around this one → the small ones. ``beside``: the hidden
+    size of the text model beside this part of a model → the small one, which projections to it must equal.
     """
     overrides = layer_overrides(config) or {}
     plain = for_all_layers(config)
@@ -66,24 +72,41 @@ def shrink(
     else:
         for name in [n for n in values if _SHARED.search(n)]:
             values[name] = shared.get(values[name], values[name])
-    for name, value in before.items():
-        part = getattr(plain, name, None)
-        if isinstance(value, dict) and hasattr(part, "to_dict") and hasattr(part, "model_type"):
-            values[name] = shrink(part, layers, few, complete=complete, wide=wide, shared=shared)
+    text = plain.get_text_config()
+    parts = {n: part for n, v in before.items() if isinstance(v, dict) and _is_config(part := getattr(plain, n, None))}
+    for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
+        values[name] = shrink(
+            part,
+            layers,
+            few,
+            complete=complete,
+            each=each,
+            wide=wide,
+            shared=shared,
+            beside={} if part is text else beside,
+        )
+        if part is text and isinstance(getattr(part, "hidden_size", None), int):
+            beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
     _shrink_widths(values)
-    chosen = _shrink_layers(plain, values, layers, overrides)
+    chosen = _shrink_layers(plain, values, layers, overrides, each)
     for name in [n for n in values if _TOKEN.search(n)]:
         values[name] = _small_token(values[name])
     if complete:
         for name in [n for n, v in values.items() if v is None and _SHARED.search(n)]:
             values[name] = values.get(plain.attribute_map.get("num_attention_heads", "num_attention_heads"))
         _keep_products(before, values)
+    for name in [n for n, v in before.items() if type(v) is int and values[n] == v and v in beside]:
+        values[name] = beside[values[name]]
     small = {n: {name: values.pop(f"{n}.{name}") for name in stated} for n, stated in overrides.items()}
     if layer_overrides(config) is not None:
         values[PER_LAYER] = {new: small[old] for new, old in enumerate(chosen) if old in small}
     for name in ("_name_or_path", "transformers_version", "architectures", "auto_map"):
         values.pop(name, None)
     return values
+
+
+def _is_config(part: Any) -> bool:
+    return hasattr(part, "to_dict") and hasattr(part, "model_type")
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
@@ -118,6 +141,7 @@ def _shrink_attention(
     wide: Mapping[int, int],
 ) -> None:
     """``heads``: 0 for a model without heads, whose hidden size is made small alone."""
+    before = dict(values)
     few, few_shared = few_heads((heads, shared), target)
     own = getattr(config, "head_dim", None)
     hidden = config.hidden_size
@@ -147,16 +171,22 @@ def _shrink_attention(
             r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning
         ):
             values[name] = small_hidden * (value // hidden) if value % hidden == 0 else small_hidden // 2
-    _keep_ratios(config, values)
+    for name in [n for n in before if _SHARED.search(n)]:
+        layer, single, _ = name.rpartition(".")
+        queries = f"{layer}.num_attention_heads"
+        if single and before[name] == before.get(queries):
+            values[name] = values[queries]
+    _keep_ratios(config, values, target[1])
     put("hidden_size", small_hidden)
     if values.get("head_dim", HEAD_DIM) is None:
         values["head_dim"] = HEAD_DIM
     _shrink_state_space(values, small_hidden)
 
 
-def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any]) -> None:
+def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> None:
     """Numbers of heads of one further kind of layer (``linear_num_key_heads``, ``linear_num_value_heads``) stay
-    multiples of each other as in ``config``."""
+    multiples of each other as in ``config``; the smallest becomes ``few``: with an odd one, their sizes and that of a
+    convolution are no multiples of it, and what must follow a cut is found."""
     kinds: dict[str, dict[str, int]] = {}
     for name in values:
         kind, found, _ = name.partition("num_")
@@ -164,10 +194,10 @@ def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any]) -> None:
         if kind and found and name.endswith("heads") and _is_size(before):
             kinds.setdefault(kind, {})[name] = cast("int", before)
     for counts in kinds.values():
-        fewest = min(counts, key=lambda name: counts[name])
-        for name, count in counts.items():
-            if count > counts[fewest] and count % counts[fewest] == 0:
-                values[name] = min(values[fewest], 4) * (count // counts[fewest])
+        fewest = min(counts.values())
+        if max(counts.values()) > fewest:
+            least = min(fewest, few)
+            values |= {name: least * (count // fewest) for name, count in counts.items() if count % fewest == 0}
 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
@@ -211,10 +241,16 @@ def _shrink_widths(values: dict[str, Any]) -> None:
 
 
 def _shrink_layers(
-    config: PreTrainedConfig, values: dict[str, Any], layers: int, overrides: Mapping[int, Mapping[str, Any]]
+    config: PreTrainedConfig,
+    values: dict[str, Any],
+    layers: int,
+    overrides: Mapping[int, Mapping[str, Any]],
+    number: int,
 ) -> list[int]:
-    """Choose layers so that every kind is among them; returns their numbers."""
+    """Choose layers so that ``number`` of every kind are among them; returns their numbers."""
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    if key not in values:  # it is derived from another number
+        key = next((n for n in ("num_layers", "num_decoder_layers") if n in values), key)
     count = values.get(key)
     if not isinstance(count, int):
         return []
@@ -234,7 +270,7 @@ def _shrink_layers(
     }
     among = [[n in value for n in range(count)] for value in numbered.values()]
     columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
-    chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, layers)
+    chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, layers, number)
     # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
@@ -291,11 +327,17 @@ def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
                 break
 
 
-def _show_all(kinds: Iterable[tuple[str, ...]], count: int, layers: int) -> list[int]:
-    """Numbers of the first layers of every kind, in order, with further first layers up to ``layers`` in all."""
-    first = {kind: n for n, kind in reversed(list(enumerate(kinds)))}
-    chosen = set(first.values())
-    chosen.update(n for n in range(count) if n < layers and len(chosen | {n}) <= max(layers, len(first)))
+def _show_all(kinds: Sequence[tuple[str, ...]], count: int, layers: int, number: int) -> list[int]:
+    """Numbers of the first ``number`` layers of every kind, in order, with further first layers up to ``layers`` in
+    all."""
+    shown: Counter[tuple[str, ...]] = Counter()
+    chosen = set()
+    for n, kind in enumerate(kinds):
+        if shown[kind] < number:
+            chosen.add(n)
+        shown[kind] += 1
+    least = max(layers, len(chosen))
+    chosen.update(n for n in range(count) if n < layers and len(chosen | {n}) <= least)
     return sorted(chosen)
 
 

@@ -22,24 +22,31 @@ LAYERS = 3
 HEADS = (5, 3), (4, 2)
 """Numbers of heads, and of key/value heads where these are fewer, in the order of trials: odd ones first, because no
 other size is a multiple of them; some classes accept even ones only."""
-Attempt = tuple[tuple[int, int], bool]
-ATTEMPTS: tuple[Attempt, ...] = tuple((heads, complete) for complete in (False, True) for heads in HEADS)
-"""What is tried until a small model runs: numbers of heads, and whether numbers that a configuration leaves open, and
-products between numbers, are completed."""
+Attempt = tuple[tuple[int, int], bool, int]
+ATTEMPTS: tuple[Attempt, ...] = tuple(
+    (heads, complete, each) for each in (1, 2) for complete in (False, True) for heads in HEADS
+)
+"""What is tried until a small model runs: numbers of heads; whether numbers that a configuration leaves open, and
+products between numbers, are completed; and how many layers there are of every kind, two where layers share weights."""
 
 
 def tiny_config(
-    config: PreTrainedConfig, layers: int = LAYERS, heads: tuple[int, int] = HEADS[0], *, complete: bool = False
+    config: PreTrainedConfig,
+    layers: int = LAYERS,
+    heads: tuple[int, int] = HEADS[0],
+    *,
+    complete: bool = False,
+    each: int = 1,
 ) -> PreTrainedConfig:
     """A configuration of the same class with a few narrow layers, every layer type among them.
 
     ``layers``: how many, unless more are needed to show every type. ``heads``: number of heads, and of
-    key/value heads where they are shared; odd, so that other sizes are no multiples of them. ``complete``: see
-    `shrink.shrink`. Raises `UnsupportedModelError` where the class refuses the small numbers.
+    key/value heads where they are shared; odd, so that other sizes are no multiples of them. ``complete``, ``each``:
+    see `shrink.shrink`. Raises `UnsupportedModelError` where the class refuses the small numbers.
     """
     register_model_class(config)  # the small configuration has lost the reference to the code of its class
     try:
-        small = type(config).from_dict(shrink(config, layers, heads, complete=complete))
+        small = type(config).from_dict(shrink(config, layers, heads, complete=complete, each=each))
     except Exception as error:  # third-party constructors raise anything
         reason = " ".join(str(error).split())[:240]
         raise UnsupportedModelError(f"a {config.model_type} configuration refuses small numbers: {reason}") from error
@@ -52,9 +59,9 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
     Raises `UnsupportedModelError` with the first reason when none can.
     """
     reasons: list[UnsupportedModelError] = []
-    for heads, complete in ATTEMPTS:
+    for heads, complete, each in ATTEMPTS:
         try:
-            small = tiny_config(config, layers, heads, complete=complete)
+            small = tiny_config(config, layers, heads, complete=complete, each=each)
             _run(random_instance(small))
         except UnsupportedModelError as error:
             reasons.append(error)
@@ -66,9 +73,9 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
 def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
     """A key that is equal for configurations with equal small models."""
     texts = []
-    for heads, complete in ATTEMPTS:
+    for heads, complete, each in ATTEMPTS:
         try:
-            texts.append(tiny_config(config, heads=heads, complete=complete).to_json_string(use_diff=False))
+            texts.append(tiny_config(config, heads=heads, complete=complete, each=each).to_json_string(use_diff=False))
         except UnsupportedModelError as error:
             texts.append(str(error))
     return type(config), *texts

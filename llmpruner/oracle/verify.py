@@ -131,7 +131,7 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.no_cache = _why_no_generation(self.models["eager"], self.tokens)
+        self.no_cache = why_no_generation(self.models["eager"], self.tokens)
         """Why generation cannot be checked; empty when it can."""
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
@@ -227,7 +227,7 @@ class Oracle:
         dense = self.models["eager"]
         _, reference, mode = self._reference(dense, kept)
         with mode:
-            why_not = _why_no_generation(reference, self.tokens)
+            why_not = why_no_generation(reference, self.tokens)
         if why_not:
             return f"the model with silenced units {why_not}"
         difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
@@ -359,7 +359,7 @@ def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int =
     return distance(cached, full[:, tokens.shape[1] - 1 : -1])
 
 
-def _why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
+def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
     """Why generation of ``model`` with a cache cannot be compared with generation without; empty when it can."""
     try:
         difference = cached_difference(model, tokens)

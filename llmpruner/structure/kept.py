@@ -85,13 +85,19 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], list[int]]:
-    """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together."""
+    """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together; for
+    every name of a tied parameter."""
     removed: dict[tuple[str, int], set[int]] = {}
     for name, units in kept.items():
         group = graph.by_name[name]
         gone = sorted(set(range(group.units)) - set(units))
         for span in group.cut_spans:
             removed.setdefault((span.parameter, span.axis), set()).update(span.indices(gone))
+    # Layers that share weights have several names for one tensor, and groups know one of them.
+    for alias, name in graph.ties.items():
+        for axis in range(len(graph.shapes[name])):
+            if (name, axis) in removed:
+                removed.setdefault((alias, axis), set()).update(removed[name, axis])
     return {
         (name, axis): [i for i in range((graph.shapes.get(name) or graph.buffers[name])[axis]) if i not in gone]
         for (name, axis), gone in removed.items()

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from composed import ComposedConfig
-from transformers import Glm4MoeConfig, PreTrainedConfig, ZayaConfig
+from transformers import FalconH1Config, Glm4MoeConfig, PreTrainedConfig, ZayaConfig
 
 from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily
 from llmpruner.checkpoints.load import load_pruned
 from llmpruner.checkpoints.save import save_checkpoint
-from llmpruner.discovery.groups import discover_graph
+from llmpruner.discovery.groups import discover_graph, discover_groups
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1
+from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.oracle.follow import Follower
 from llmpruner.oracle.rules import rules_of
@@ -110,3 +111,14 @@ def test_a_computed_buffer_is_cut_and_saved_from_then_on(keeps: range, tmp_path:
     ids = torch.arange(9)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_buffer_that_is_not_saved_is_computed_again_for_a_cut_model(tmp_path: Path) -> None:
+    """Falcon-H1 fills the factors of its state spaces when weights are initialized, in a module without any."""
+    model = random_instance(small_config(FalconH1Config()))
+    graph = graph_of(model, lambda: discover_groups(model.config))
+    cut(model, graph, {"layers.1.mlp": [0, 3, 4]})
+    save_checkpoint(model, tmp_path / "cut", record={})
+    loaded = load_pruned(tmp_path / "cut")
+    for name, buffer in model.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), buffer), name

@@ -9,14 +9,17 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
+from llmpruner import Role
 from llmpruner.discovery.groups import discover_groups
+from llmpruner.discovery.propagate import Propagation
 from llmpruner.discovery.trace import export, trace
+from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
 from llmpruner.oracle.tiny import small_config
 
 
 class Guessing(nn.Module):
-    """Its control flow depends on its weights, as in a loop over the experts that were chosen."""
+    """Its control flow depends on its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,9 +29,7 @@ class Guessing(nn.Module):
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
         hidden = self.layers[0](self.embed(input_ids))
         sys.stderr.write("a warning of the model's own\n")
-        for row in (hidden > 0).nonzero():
-            hidden = hidden + row[0]
-        return hidden
+        return hidden if hidden.sum() > 0 else -hidden
 
 
 def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
@@ -36,9 +37,44 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
         export(Guessing(), "layers")
     # torch still hands the graph over, so that the test covers what it is for.
     assert "def forward" in caught.value.__cause__.partial_fx_graph
-    assert str(caught.value).endswith("(at `for row in (hidden > 0).nonzero():` in Guessing)")
+    assert str(caught.value).endswith("(at `return hidden if hidden.sum() > 0 else -hidden` in Guessing)")
     out, err = capfd.readouterr()
     assert (out, err) == ("", "a warning of the model's own\n")
+
+
+class Loop(nn.Module):
+    """Experts in one matrix, of which those run that some token chose, each for the tokens that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
+        self.layers = nn.ModuleList([nn.Module()])
+        self.layers[0].up, self.layers[0].down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = self.embed(input_ids).reshape(-1, 8)
+        chosen = self.router(hidden).topk(2, -1).indices
+        # One class more than there are experts, as in DBRX.
+        mask = nn.functional.one_hot(chosen, 4).permute(2, 1, 0)
+        result = torch.zeros_like(hidden)
+        for expert in (mask.sum((1, 2)) > 0).nonzero():
+            number = expert[0]
+            _, tokens = torch.where(mask[number])
+            up, down = (matrix.view(3, 5, 8)[number] for matrix in (self.layers[0].up, self.layers[0].down))
+            result.index_add_(0, tokens, torch.relu(hidden[tokens] @ up.T) @ down)
+        return self.head(result)
+
+
+def test_a_loop_over_experts_is_traced_for_all_of_them():
+    program, _, _ = export(Loop(), "layers")
+    run = Propagation()
+    run.run(program, {name: name for name, _ in Loop().named_parameters()})
+    (_, found), reasons = unit_sets(run)
+    assert [(s.parameter, s.axis, s.role, s.rows[:, 0].tolist(), s.rows.shape) for s in found.owned] == [
+        ("layers.0.up", 0, Role.PRODUCES, [0, 1, 2, 3, 4], (5, 3)),
+        ("layers.0.down", 0, Role.CONSUMES, [0, 1, 2, 3, 4], (5, 3)),
+    ]
+    assert reasons["router.weight", 0].startswith("numbered otherwise"), "experts are picked by number"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmpruner import QUERY, Blocks, CoupledGroup, CouplingGraph, PlanError, Role, Span
+from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.kept import restrict
 
@@ -135,3 +135,50 @@ def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
     silence(model, CouplingGraph((group,), shapes, "layers"), {"layers.0.query": [0, 3]})
     for weight in (parts["q"].weight, parts["out"].weight.T):
         assert [bool(row.any()) for row in weight.reshape(4, 2, 3)] == [True, False, False, True]
+
+
+def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
+    """As in Zamba2, whose shared blocks read the residual stream and the embeddings side by side."""
+    both = Explicit(tuple((n, n + 6) for n in range(6)))
+    spans = (
+        Span("layers.0.up.weight", 0, Role.PRODUCES, Blocks(6)),
+        *(Span("layers.0.norm.weight", 0, Role.NORM, Blocks(6, 1, start)) for start in (0, 6)),
+        Span("layers.0.out.weight", 1, Role.CONSUMES, both),
+    )
+    parts = {"up": nn.Linear(3, 6), "norm": nn.RMSNorm(12, eps=0.1), "out": nn.Linear(12, 3)}
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
+    spans = (*spans, Span("layers.0.up.bias", 0, Role.PRODUCES, Blocks(6)))
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    graph = CouplingGraph((CoupledGroup("hidden", HIDDEN, 6, spans),), shapes, "layers")
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+    def outputs(model):
+        layer = model["layers"][0]
+        up = layer["up"](x)
+        return layer["out"](layer["norm"](torch.cat([up, up], -1)))
+
+    silenced = copy.deepcopy(model)
+    silence(silenced, graph, {"hidden": [0, 2, 5]})
+    cut(model, graph, {"hidden": [0, 2, 5]})
+    assert torch.allclose(outputs(model), outputs(silenced), atol=1e-6)
+
+
+def test_layers_that_share_weights_are_cut_together():
+    """As in Zamba: the group of the first such layer names its own tensors alone."""
+    layers = [nn.ModuleDict({"norm": nn.RMSNorm(6, eps=0.1), "out": nn.Linear(6, 3)}) for _ in range(2)]
+    layers[1]["out"].weight, layers[1]["norm"].weight = layers[0]["out"].weight, layers[0]["norm"].weight
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    spans = (
+        Span("layers.0.norm.weight", 0, Role.NORM, Blocks(6)),
+        Span("layers.0.out.weight", 1, Role.CONSUMES, Blocks(6)),
+    )
+    named = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {name: tuple(p.shape) for name, p in named.items()}
+    ties = {f"layers.1.{name}.weight": f"layers.0.{name}.weight" for name in ("norm", "out")}
+    graph = CouplingGraph((CoupledGroup("layers.0.mlp", MLP, 6, spans, layer=0),), shapes, "layers", ties)
+    remaining = cut(model, graph, {"layers.0.mlp": [1, 2, 4]})
+    for name in ("norm", "out"):
+        first, second = (layer[name] for layer in layers)
+        assert first.weight is second.weight and first.weight.shape[-1] == 3
+        assert remaining.shapes[f"layers.1.{name}.weight"] == tuple(second.weight.shape)
+    assert all(abs(layer["norm"].eps - 0.2) < 1e-9 for layer in layers) and layers[1]["out"].in_features == 3
