@@ -24,7 +24,8 @@ def mean_over_tokens(logits_BTV: torch.Tensor, rows_N: torch.Tensor, term: Term)
     time than a small model's own computation. Only ``logits_BTV`` gets a gradient, once.
     """
     flat = logits_BTV.flatten(0, -2)
-    mean: torch.Tensor = _MeanOverTokens.apply(flat, rows_N, term)  # type: ignore[no-untyped-call]
+    compute: Any = _MeanOverTokens.apply  # torch types it in some versions
+    mean: torch.Tensor = compute(flat, rows_N, term)
     return mean
 
 
