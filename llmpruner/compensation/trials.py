@@ -18,7 +18,7 @@ from ..engine.divergence import divergence
 from ..engine.executor import Executor
 from ..engine.inputs import input_statistics
 from ..engine.walk import check_tokens
-from ..models.precision import computes_bfloat16_fast
+from ..models.precision import with_fast_products
 from ..models.surgery import cut_copy
 from ..oracle.rules import with_rules
 from ..progress import Progress
@@ -95,8 +95,7 @@ class Trials:
 
     @torch.no_grad()
     def _logits(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
-            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        found: torch.Tensor = with_fast_products(model, lambda: model(input_ids=ids, use_cache=False).logits)
         return found
 
     def _fit(self, consumer: Consumer) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import ModelError
-from ..models.precision import computes_bfloat16_fast
+from ..models.precision import with_fast_products
 from ..models.quiet import quiet_transformers
 from ..progress import QUIET, Progress
 
@@ -48,9 +49,11 @@ def self_generated(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=tokens - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
     )
-    points = torch.quasirandom.SobolEngine(tokens - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-    written: list[torch.Tensor] = []
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)):
+
+    @torch.no_grad()
+    def write() -> list[torch.Tensor]:
+        points = torch.quasirandom.SobolEngine(tokens - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+        written: list[torch.Tensor] = []
         # The cache of keys and values grows with the batch.
         for done in progress.track(range(0, passages, batch), label):
             rows = min(batch, passages - done)
@@ -60,7 +63,9 @@ def self_generated(
             mask = torch.ones_like(start)
             ids = model.generate(start, attention_mask=mask, generation_config=config, logits_processor=[draw])
             written.append(ids.cpu())
-    return torch.cat(written).view(samples, -1)[:, :length]
+        return written
+
+    return torch.cat(with_fast_products(model, write)).view(samples, -1)[:, :length]
 
 
 def answered(
@@ -86,12 +91,9 @@ def answered(
     # transformers takes values that a configuration does not give, such as a repetition penalty, from the model's own.
     model.generation_config = config
     try:
-        with (
-            quiet_transformers(),
-            torch.no_grad(),
-            torch.autocast(device.type, torch.bfloat16, enabled=computes_bfloat16_fast(model)),
-        ):
-            found = model.generate(ids, attention_mask=mask, logits_processor=[draw])[:, length:].tolist()
+        with quiet_transformers(), torch.no_grad():
+            run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
+            found = with_fast_products(model, run)[:, length:].tolist()
     finally:
         model.generation_config = own
     return [list(takewhile(lambda token: token not in stops, row)) for row in found]

@@ -76,6 +76,16 @@ class LayerCheck:
             raise not_walkable(self.model, f"{type(error).__name__}: {first_line(error)}") from error
         self._compare(output, self._after[number], number)
 
+    def runs_in(self, products: torch.dtype, number: int) -> bool:
+        """Whether operators of layer ``number`` take what autocast to ``products`` gives them."""
+        hidden = self._before[number].float()
+        try:
+            with torch.autocast(hidden.device.type, products):
+                call_layer(self.layers[number], hidden, self._calls[number])
+        except RuntimeError:
+            return False
+        return True
+
     def _compare(self, found: torch.Tensor, wanted: torch.Tensor, number: int) -> None:
         wanted = wanted.float()
         differences = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-12)

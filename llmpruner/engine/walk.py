@@ -96,7 +96,10 @@ class ForwardWalk:
             # In the model's own precision.
             check = LayerCheck(model, layers, ids[0])
             for number in range(len(layers)):
-                check.layer(number)
+                with self.layer(number):
+                    check.layer(number)
+                    if self.products != model.dtype and not check.runs_in(self.products, number):
+                        self.products = model.dtype
             self.tuples = tuples = check.tuples
             for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
                 batch, hidden = record(model, layers, part, tuples, first)

@@ -32,6 +32,7 @@ TYPES = {
     "falcon, multi-head": {"multi_query": False, "bias": True, "parallel_attn": False},
     "bailing_hybrid": {},
     "cpmant": {},
+    "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "dots3_note_text": {},
     "falcon_h1": {},
     "gemma4": {},
@@ -90,6 +91,7 @@ def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path
     recovered = api.recover(
         str(tmp_path / "pruned"), output=tmp_path / "recovered", data=str(tmp_path / "rows.json"), strategy="full",
         max_steps=1, batch_size=2,
+        autocast=name != "dbrx",  # its experts add float32 and bfloat16, whether cut or not
     )  # fmt: skip
     again = load_pruned(tmp_path / "recovered", attn_implementation="eager")
     assert not torch.equal(logits(again, TOKENS), logits(loaded, TOKENS))

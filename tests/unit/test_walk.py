@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.data.calibration import CalibrationSet
+from llmpruner.data.written import self_generated
 from llmpruner.engine.calls import call_layer, replaced_layers
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk, _same
@@ -179,6 +180,26 @@ def test_few_tokens_may_differ_as_rounding_routes_them_to_other_experts(monkeypa
     refused = pytest.raises(UnsupportedModelError, match=r"at layer 0, hidden states differ by 0\.1 from")
     with contextlib.nullcontext() if accepted else refused:
         ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+
+
+def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch):
+    """As those of DBRX, which add products in bfloat16 to float32."""
+    loaded = make("llama-gqa")
+    mlp = layers_of(loaded)[1].mlp
+    plain = mlp.forward
+
+    def forward(x):
+        out = plain(x)
+        return torch.zeros_like(x, dtype=torch.float32).index_add_(1, torch.arange(x.shape[1]), out)
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    for module in ("engine.walk", "models.precision"):
+        monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: True)
+    walk, _ = walked(loaded, tokens(4, 16))
+    assert walk.products == torch.float32
+    written = self_generated(loaded.model, None, 2, 8, 0)
+    monkeypatch.setattr("llmpruner.models.precision.computes_bfloat16_fast", lambda model: False)
+    assert torch.equal(written, self_generated(loaded.model, None, 2, 8, 0))
 
 
 def test_a_token_outside_the_vocabulary_is_named():
