@@ -88,8 +88,10 @@ def larger(name: str) -> dict[str, Any]:
 
     from llmpruner import Catalog, PruneSettings, api, plugin_manager
     from llmpruner.engine.boundaries import DEFAULT_LIMIT
-    from llmpruner.recipes.forecast import Residency, forecast, work_of
+    from llmpruner.recipes.forecast import Residency
+    from llmpruner.recipes.forecasting import forecast
     from llmpruner.recipes.jobs import prune_job
+    from llmpruner.recipes.work import work_of
     from llmpruner.settings import settings_from
 
     from .shapes import config_of

@@ -80,7 +80,7 @@ from .recipes import pipeline
 from .recipes.benches import bench_subject, check_bench
 from .recipes.checks import check_prune, check_recover, check_replay
 from .recipes.evidence import ResultsFile, find, subject_of
-from .recipes.forecast import SLOW_WRITING, Residency, Work, duration, work_of, work_of_plan
+from .recipes.forecast import SLOW_WRITING, Residency, duration
 from .recipes.inputs import evaluated_fingerprint
 from .recipes.jobs import (
     PruneJob,
@@ -108,6 +108,7 @@ from .recipes.sensitivity import measure_curve, planned_cuts
 from .recipes.stages import Stages, write_run
 from .recipes.state import Hashes
 from .recipes.verification import Verification, verification
+from .recipes.work import Work, work_of, work_of_plan
 from .recovery.base import LayerWalk
 from .recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from .recovery.examples import load_examples

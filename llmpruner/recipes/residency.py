@@ -18,8 +18,10 @@ from ..loading.model import Model, conversion_rate, dtype_of, loaded_bytes, why_
 from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings
-from .forecast import Forecast, Residency, Work, forecast, size_text
+from .forecast import Forecast, Residency, size_text
+from .forecasting import forecast
 from .layer_sample import LayerSample, memory_before, sample_layer
+from .work import Work
 
 if TYPE_CHECKING:
     from ..loading.model import Structure

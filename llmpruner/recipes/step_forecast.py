@@ -9,8 +9,8 @@ from ..data.mixture import parse_mixture
 from ..loading.model import load_tokenizer
 from ..recovery.run import prepare
 from ..recovery.schedule import steps
-from .forecast import work_of
 from .residency import arranged
+from .work import work_of
 
 if TYPE_CHECKING:
     from ..loading.model import Structure

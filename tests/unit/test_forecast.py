@@ -19,9 +19,11 @@ from llmpruner.errors import SettingsError
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recipes import residency
-from llmpruner.recipes.forecast import LATER, Forecast, Residency, Stage, Work, duration, forecast, work_of
+from llmpruner.recipes.forecast import LATER, Forecast, Residency, Stage, duration
+from llmpruner.recipes.forecasting import forecast
 from llmpruner.recipes.jobs import prune_job
 from llmpruner.recipes.layer_sample import LayerSample, Line, layer_parameters, sample_layer
+from llmpruner.recipes.work import Work, work_of
 from llmpruner.settings import LoadSettings, PruneSettings, RunSettings, settings_from
 
 H, MLP, LAYERS, VOCABULARY = 64, 160, 3, 512
@@ -102,7 +104,7 @@ def test_gradients(structure, catalog, monkeypatch):
     spilled = found(structure, work, a_sample(), boundary_memory=1000)
     assert spilled.stage("estimation").memory["hidden states"] == 1000
     assert spilled.stage("estimation").bytes == sum(memory.values()) - 640 * H * 2 * (LAYERS + 2) + 1000
-    monkeypatch.setattr("llmpruner.recipes.forecast.LOGIT_ELEMENTS", 600 * VOCABULARY)
+    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", 600 * VOCABULARY)
     for whole, tokens in ((False, 600), (True, 640)):
         sample = replace(a_sample(), whole_logits=whole)
         memory = found(structure, work, sample, boundary_memory=1 << 30).stage("estimation").memory

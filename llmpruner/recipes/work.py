@@ -1,0 +1,161 @@
+"""What memory and time of a prune depend on, beside the model and the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import TYPE_CHECKING
+
+from ..compensation.choose import can_wait
+from ..data.calibration import parse_calibration
+from ..data.self_written import SelfWritten
+from ..engine.signals import Signal
+from ..importance.estimate import scored_parameters
+from .pipeline import GRADIENT_TOKENS, length_for, scope_of
+
+if TYPE_CHECKING:
+    from ..data.calibration import CalibrationText
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+    from ..structure.coupling import CoupledGroup, CouplingGraph
+    from ..structure.kept import Kept
+    from ..structure.plan import PruningPlan
+    from .jobs import PruneJob
+
+_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
+
+
+@dataclass(frozen=True)
+class Written:
+    """Calibration text that the model writes: passages of ``tokens`` tokens, ``batch`` at a time."""
+
+    passages: int
+    tokens: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What memory and time of a prune depend on, beside the model and the machine.
+
+    ``samples`` × ``length`` calibration tokens, of which the first ``scored`` are used for scores. ``signals`` of the
+    parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
+    ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
+    whose readers it fits; ``weighted``: whether it weighs tokens first; ``mixed``: whether fits choose their targets;
+    ``sides``: whether the text has several sources. ``trials``: runs of cut copies.
+    ``by_matrix``: whether one matrix of a stack is scored at a time.
+    """
+
+    samples: int = 0
+    length: int = 0
+    written: tuple[Written, ...] = ()
+    signals: frozenset[Signal] = frozenset()
+    names: frozenset[str] = frozenset()
+    scored: int = 0
+    kept: Kept = field(default_factory=dict)
+    fits: bool = False
+    chooses: bool = False
+    changed: tuple[str, ...] = ()
+    weighted: bool = False
+    mixed: bool = False
+    sides: bool = False
+    steps: int = 1
+    trials: int = 0
+    saves: bool = True
+    by_matrix: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def gradients(self) -> bool:
+        return bool(self.signals & _GRADIENTS)
+
+
+def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
+    """The work of making a plan and, with ``saves``, of applying it."""
+    graph = structure.graph
+    groups = scope_of(job, structure).groups(graph)
+    text, samples, length = job.calibration, 0, 0
+    written: tuple[Written, ...] = ()
+    if text is not None:
+        samples, length = text.samples, length_for(text, structure)
+        written = _written(text.text, samples, length)
+    chooses = (
+        job.compensation.ranks_again
+        and job.allocation.equal_shares
+        and job.steps == 1
+        and can_wait(job.criterion, graph, groups)
+    )
+    reads = bool(job.criterion.signals - {Signal.WEIGHT})
+    limited = job.compensation.ranks_again and bool(job.criterion.signals & _GRADIENTS)
+    scored = min(samples, max(1, GRADIENT_TOKENS // max(length, 1))) if limited else samples
+    if chooses and saves:
+        scored = 0
+    stream = bool(job.criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS})
+    kept = _equal_shares(job, structure, groups)
+    return Work(
+        samples=samples,
+        length=length,
+        written=written,
+        signals=job.criterion.signals,
+        names=frozenset() if stream else frozenset(scored_parameters(graph, groups, job.criterion)),
+        scored=scored * length if reads else 0,
+        kept=kept,
+        fits=saves and job.compensation.reads_text,
+        chooses=chooses,
+        changed=tuple(job.compensation.changed_groups(graph, kept)),
+        weighted=job.compensation.weighs_tokens,
+        mixed=job.compensation.chooses_target,
+        sides=text is not None and len(text.text.parts) > 1,
+        steps=job.steps,
+        trials=3 * len(groups) if job.allocation.measures else 0,
+        saves=saves,
+        by_matrix=job.criterion.by_matrix,
+    )
+
+
+def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, saves: bool) -> Work:
+    """The work of replaying a plan."""
+    how = plan.compensation
+    if how is None or how.calibration is None or not how.samples or not how.length:
+        return Work(kept=plan.kept, saves=saves)
+    text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
+    written = _written(text, how.samples, how.length)
+    compensation = catalog.create(catalog.compensations, how.name, how.settings)
+    return Work(
+        how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves,
+        changed=tuple(compensation.changed_groups(graph, plan.kept)), weighted=compensation.weighs_tokens,
+        mixed=compensation.chooses_target, sides=len(text.parts) > 1,
+    )  # fmt: skip
+
+
+def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
+    """The passages of those parts that the model writes, as `self_generated` cuts them."""
+    found = []
+    share = -(-samples // len(text.parts))
+    for part in text.parts:
+        if part.source.writes:
+            passage, batch = (getattr(part.source.settings, key, default) for key, default in _PASSAGES.items())
+            parts = -(-length // passage)
+            found.append(Written(share * parts, -(-length // parts), min(batch, share * parts)))
+    return tuple(found)
+
+
+_PASSAGES = {name: SelfWritten.Settings.model_fields[name].default for name in ("passage", "batch")}
+"""Settings of the built-in source, for sources that write text and do not have them."""
+
+
+def _equal_shares(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Kept:
+    """The first units of every group, as many as stay with equal shares."""
+    graph = structure.graph
+    saving = sum(graph.parameters_per_unit(group) * group.units for group in groups) or 1
+    if job.by == "units":
+        share = job.amount
+    elif job.by == "ratio":
+        share = job.amount * graph.decoder_parameters / saving
+    else:
+        share = (graph.total_parameters - job.amount) / saving
+    return {g.name: tuple(range(max(g.minimum, ceil(g.units * (1 - min(share, 1)))))) for g in groups}
