@@ -1,6 +1,6 @@
 """Weights of calibration tokens: how much the cut changes the prediction at each.
 
-Most of the damage of a cut is at few tokens, and a fit in which all count alike spends itself on the others. The
+Most of the damage of a cut is at few tokens, and the others decide a fit in which all count alike. The
 weights are the divergences KL(dense ‖ probe) at each token, where the *probe* is the model with the planned cut and
 with weights that are fitted from the Gram matrices of their inputs alone (`llmpruner.compensation.gram_fit`). After
 RECAL (2026), which weights its calibration statistics in this way.
