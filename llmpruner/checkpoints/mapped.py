@@ -22,7 +22,8 @@ _SMAPS = Path("/proc/self/smaps")
 @contextlib.contextmanager
 def pages_given_back(*folders: Path) -> Iterator[None]:
     """While active, five times a second, and at its end, pages of mapped files below ``folders`` leave the memory of
-    this process. No mapping that was written to is touched. No effect elsewhere than on Linux."""
+    this process. A mapping that was written to is left alone; nothing may write to the others meanwhile, as what is
+    written to a private mapping leaves with its pages. No effect elsewhere than on Linux."""
     if sys.platform != "linux" or not _SMAPS.is_file():
         yield
         return

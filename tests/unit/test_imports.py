@@ -36,7 +36,7 @@ def test_nothing_heavy_is_imported(what):
 
 
 def test_a_prune_does_not_import_what_a_training_needs():
-    """transformers' Trainer brings datasets, pandas and pyarrow: some 100 MiB that would count in every command."""
+    """transformers' Trainer brings datasets, pandas and pyarrow, whose memory would count in every command."""
     code = "import llmpruner.api, llmpruner.cli.prune, json, sys\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
