@@ -11,7 +11,7 @@ from dataclasses import replace
 from math import prod
 
 from ..errors import PlanError
-from .coupling import LAYER, CoupledGroup, CouplingGraph, Span, index_map
+from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -164,7 +164,7 @@ def surviving_units(
     axes = kept_indices(graph, kept) if axes is None else axes
     for span in group.spans:
         stay = axes.get((span.parameter, span.axis))
-        if stay is not None:
+        if stay is not None and span.indices(units) != stay:
             present = set(stay)
             units = [u for u in units if not present.isdisjoint(span.index.of(u))]
     return units
@@ -183,13 +183,22 @@ def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
 def _restrict_span(
     span: Span, units: list[int], axes: Mapping[tuple[str, int], list[int]], moved: Mapping[str, str | None]
 ) -> Span:
-    stay = axes.get((span.parameter, span.axis))
+    index = _restrict_index(span, units, axes.get((span.parameter, span.axis)))
+    return Span(_move(span.parameter, moved) or span.parameter, span.axis, span.role, index, span.offset)
+
+
+def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> IndexMap:
+    """``stay``: the indices of the axis that stay, in ascending order; None for all."""
+    # Nearly all spans are one of the first two cases, and a large model has millions of indices.
+    if stay is None and len(units) == span.index.units:
+        return span.index
+    if stay and span.indices(units) == stay:
+        return Blocks(len(units), span.index.width)
     rows = [list(span.index.of(u)) for u in units]
     if stay is not None:
         position = {old: new for new, old in enumerate(stay)}
         rows = [[position[i] for i in row if i in position] for row in rows]
-    name = _move(span.parameter, moved)
-    return Span(name or span.parameter, span.axis, span.role, index_map(rows), span.offset)
+    return index_map(rows)
 
 
 def _restrict_shapes(
