@@ -56,6 +56,7 @@ def measure_7b(work: Path, old: Path) -> dict[str, Any]:
     shutil.rmtree(work / "old")
     found["llm-pruner"] = command(ROOT, *llm_pruner, "-o", str(work / "new"), "--max-memory", LIMIT)
     found["generates"] = generates(work / "new")
+    found["stages"] = stages(work / "new")
     shutil.rmtree(work / "new")
     ours, theirs = found["llm-pruner"], found["old llm-pruner"]
     return {**found, **ratios([ours], [theirs])}
@@ -182,6 +183,11 @@ def expanded(kept: str) -> list[int]:
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
     return found
+
+
+def stages(folder: Path) -> dict[str, float]:
+    """Seconds of each stage of the prune that wrote ``folder``."""
+    return {stage["name"]: stage["seconds"] for stage in json.loads((folder / "run.json").read_text())["stages"]}
 
 
 def generates(folder: Path) -> list[int]:

@@ -224,7 +224,7 @@ class RunSettings(Settings):
         Annotated[int, BeforeValidator(_size), Field(ge=0)] | None,
         Field(
             description="Memory for the hidden states of the text between layers; those beyond are kept in a file. By "
-            "default 256MiB, or less where --max-memory needs it."
+            "default 128MiB, or less where --max-memory needs it."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None

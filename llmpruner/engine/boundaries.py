@@ -11,7 +11,7 @@ from typing import IO, Any, overload
 import torch
 
 GIB = 1 << 30
-DEFAULT_LIMIT = 256 << 20
+DEFAULT_LIMIT = 128 << 20
 """Bytes of hidden states in memory, unless the caller sets another limit."""
 
 
