@@ -50,12 +50,13 @@ def forecast(
     base: int,
     mixed: bool = False,
     converting: float | None = None,
+    free: int = 0,
 ) -> Forecast:
     """The `Forecast` of a prune. ``base``: resident bytes of the process before it. ``mixed``: whether products of
     float32 weights are computed in bfloat16. ``sample``: None where no layer could be run; activations are estimated
     from widths then, and the time is not known. ``converting``: values per second that are computed when a layer is
-    read; None where it is mapped from its file."""
-    return _Forecaster(structure, work, dtype.itemsize, residency, sample, mixed, converting).run(base)
+    read; None where it is mapped from its file. ``free``: bytes in which the system keeps files that were read."""
+    return _Forecaster(structure, work, dtype.itemsize, residency, sample, mixed, converting, free).run(base)
 
 
 class _Forecaster:
@@ -68,6 +69,7 @@ class _Forecaster:
         sample: LayerSample | None,
         mixed: bool,
         converting: float | None,
+        free: int,
     ) -> None:
         self.graph, self.work, self.item, self.residency, self.sample = structure.graph, work, item, residency, sample
         self.converting = converting
@@ -78,6 +80,8 @@ class _Forecaster:
         self.product = 2 if mixed else item
         self.counts = layer_parameters(self.graph)
         self.largest_layer = max(self.counts) * item
+        self.read_once = self.graph.total_parameters * item < free
+        """Whether the files stay in the system's memory, so that only the first walk waits for the disk."""
         self.outside = (self.graph.total_parameters - self.graph.decoder_parameters) * item
         length = max(work.length, 1)
         self.micro = length * max(1, min(work.samples, TOKENS_AT_ONCE // residency.divided // length))
@@ -124,16 +128,18 @@ class _Forecaster:
         return {"weights of two layers": 2 * self.largest_layer, **stored}
 
     def opening(self) -> Stage:
-        # A streamed model has only names and shapes when it is opened.
-        read = 0.0 if self.residency.streamed else self.graph.total_parameters * self.item / _READ
-        return Stage("opening", {} if self.residency.streamed else self.weights(), self.time(_OPENING + read))
+        # A streamed model has only names and shapes when it is opened; its first walk reads it.
+        streamed = self.residency.streamed
+        read = self.graph.total_parameters * self.item / _READ if self.read_once or not streamed else 0.0
+        return Stage("opening", {} if streamed else self.weights(), self.time(_OPENING + read))
 
     def reading(self, walks: float) -> float:
-        """Seconds of reading the layers in so many walks."""
+        """Seconds of reading the layers in so many walks, the first of all aside where they are read once."""
         if not self.residency.streamed:
             return 0.0
         values = walks * sum(self.counts)
-        return values * self.item / _READ + (0.0 if self.converting is None else values / self.converting)
+        from_disk = 0.0 if self.read_once else values * self.item / _READ
+        return from_disk + (0.0 if self.converting is None else values / self.converting)
 
     # Stages
 

@@ -64,6 +64,7 @@ def arranged(
     dtype, device = _placed(opened, load, catalog)
     base = memory_before(opened.model if isinstance(opened, Model) and opened.streamed is None else None)
     sample = _sample(opened, work, dtype, device)
+    free = psutil.virtual_memory().available
     mixed = dtype == torch.float32 and multiplies_bfloat16_fast(device.type)
 
     @cache
@@ -72,7 +73,9 @@ def arranged(
 
     def found(residency: Residency) -> Forecast:
         rate = converting() if residency.streamed else None
-        return forecast(opened, work, dtype, residency, sample, base=base, mixed=mixed, converting=rate)
+        return forecast(
+            opened, work, dtype, residency, sample, base=base, mixed=mixed, converting=rate, free=free
+        )  # fmt: skip
 
     limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
     if run.max_memory is None:
