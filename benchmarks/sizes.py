@@ -1,7 +1,7 @@
 """Memory and time of a prune against the size of the model: random LLaMAs of 0.2 to 13 billion parameters, read layer
 by layer, and what the forecast says for larger ones.
 
-    python -m benchmarks.sizes [SHAPE …]
+    LLMPRUNER_DATA=… python -m benchmarks.sizes [SHAPE …]
     python -m benchmarks.sizes --draw
 
 ``SHAPE``: of `LIMITS`; the others keep their results. ``--draw`` measures nothing. Writes ``results/sizes.json``, the
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .measure import as_json, machine, run
+from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "scale.md"
@@ -30,7 +30,9 @@ BEGIN, END = "<!-- sizes:begin -->", "<!-- sizes:end -->"
 LIMITS = {"wide": "1GiB", "1b": "2GiB", "3b": "3GiB", "7b": "4GiB", "13b": "6GiB"}
 """Shapes of `benchmarks.shapes`, and ``--max-memory``."""
 LARGER = ("70b", "480b-moe")
-METHOD = ("--method", "llm-pruner", "--ratio", "0.2", "--no-tokenizer")
+METHOD = {"method": "llm-pruner", "ratio": 0.2}
+TEXT = "wikitext2_unk_validation.jsonl"
+"""Of the data folder. Text that a model writes takes a pass over all weights for every token."""
 
 
 def main() -> None:
@@ -62,11 +64,15 @@ def pruned(name: str) -> dict[str, Any]:
         if not model.is_dir():
             subprocess.run([sys.executable, "-m", "benchmarks.shapes", name, str(model)], check=True)
         out = Path(work) / "out"
-        done = run("prune", str(model), *METHOD, "--max-memory", LIMITS[name], "-o", str(out), "--json")
+        text = data_folder() / TEXT
+        options = [word for key, value in METHOD.items() for word in (f"--{key}", str(value))]
+        limit = ("--max-memory", LIMITS[name])
+        done = run("prune", str(model), *options, "--calibration", str(text), *limit, "-o", str(out), "--json")
         shutil.rmtree(out)
         found = json.loads(done.pop("output"))
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         done["command"] = done["command"].replace(str(model), f"$WORK/{name}").replace(work, "$WORK")
+        done["command"] = done["command"].replace(str(text.parent), "$LLMPRUNER_DATA")
     forecast = found["forecast"]
     return {
         **done,
@@ -100,7 +106,7 @@ def larger(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         config_of(name).save_pretrained(work)
         structure = api.discover(work, catalog=catalog)
-    settings = settings_from(PruneSettings, {"method": "llm-pruner", "ratio": 0.2})
+    settings = settings_from(PruneSettings, {**METHOD, "calibration": str(data_folder() / TEXT)})
     job = prune_job(settings, catalog)
     expected = forecast(
         structure, work_of(job, structure, saves=True), torch.bfloat16, Residency(True, DEFAULT_LIMIT), None,
@@ -119,9 +125,9 @@ def extrapolated(results: dict[str, Any]) -> float | None:
 def write_page(results: dict[str, Any]) -> None:
     rate = extrapolated(results)
     lines = [
-        "Random LLaMAs in bfloat16, `prune --method llm-pruner --ratio 0.2`, text that the model writes, read layer by "
-        "layer. The largest models were not run: their memory is what the forecast says, their time that of the "
-        "largest measured model in proportion to the weights.",
+        "Random LLaMAs in bfloat16, `prune --method llm-pruner --ratio 0.2` on ten samples of 64 tokens of WikiText-2, "
+        "read layer by layer. The largest models were not run: their memory is what the forecast says, their time that "
+        "of the largest measured model in proportion to the weights.",
         "",
         "![Peak memory and minutes against the number of parameters](../pictures/sizes.svg)",
         "",
