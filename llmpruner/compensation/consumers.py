@@ -41,7 +41,7 @@ class Consumer:
 def consumers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Consumer]:
     """Parameter → consumer, for every weight matrix of ``layer`` that loses inputs."""
     prefix = f"{graph.layers}.{layer}."
-    stays = kept_indices(graph, kept)
+    stays = kept_indices(graph, kept, prefix)
     found: dict[str, Consumer] = {}
     for name in kept:
         group = graph.by_name[name]

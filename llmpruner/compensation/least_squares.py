@@ -201,10 +201,11 @@ class NormalEquations:
 
 def solve_bytes(width: int, out: int) -> int:
     """Memory that `NormalEquations.solve` takes beside the sums, with its argument: in float64 the old and the new
-    weights, the Gram matrix and its factor; or, for an error, two sets of weights and the products of a block."""
+    weights, and the factor of the Gram matrix; or, for an error, two sets of weights and the products of a block."""
     block, tried = min(width, _BLOCK), _tried(out)
-    solving = 16 * width**2 + 28 * width * out
-    return max(solving, 20 * width * tried + block * (24 * tried + 4 * width))
+    solving = 8 * width**2 + 20 * width * out
+    products = block * (4 * width + 8 * tried + max(8 * width, 16 * tried))
+    return max(solving, 20 * width * tried + products)
 
 
 def solve_operations(width: int, out: int, *, sides: bool = False, mixed: bool = False) -> tuple[float, float]:
@@ -231,10 +232,12 @@ def _ridge(
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
-    # In place, as these are the largest tensors of a compensation. Reads the lower triangle alone.
-    torch.linalg.cholesky(gram, out=gram)
+    # In place, as these are the largest tensors of a compensation: LAPACK stores columns, so that of rows the transpose
+    # is given. Reads and writes the lower triangle alone.
+    torch.linalg.cholesky(gram.mT, upper=True, out=gram.mT)
     for mix in mixes:
         targets = sums.cross[:, ::step].double().add_(old_IO, alpha=strength)
         if sums.toward is not None:
             targets.add_(sums.toward[:, ::step], alpha=mix)
-        yield torch.cholesky_solve(targets, gram, out=targets)
+        torch.linalg.solve_triangular(gram, targets, upper=False, out=targets)
+        yield torch.linalg.solve_triangular(gram.mT, targets, upper=True, out=targets)

@@ -8,6 +8,7 @@ vocabulary, ``B``: tokens of the calibration set.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
@@ -377,35 +378,35 @@ class _Forecaster:
 
     def consumers(self) -> Iterable[tuple[int, int, int]]:
         """Kept inputs, outputs, and number of matrices, of every weight that is fitted."""
-        for number in range(self.graph.num_layers):
-            for consumer in self.fitted(number).values():
+        for fitted in self.fitted:
+            for consumer in fitted.values():
                 shape = consumer.shape
                 out = shape[-1] if consumer.axis == len(shape) - 2 else shape[-2]
                 yield len(consumer.kept), out, shape[0] if len(shape) > 2 else 1
 
     def consumer_names(self) -> list[str]:
-        layers = range(self.graph.num_layers)
-        return [name for number in layers for name in self.fitted(number)]
+        return [name for fitted in self.fitted for name in fitted]
 
     def grams(self) -> int:
         """Bytes of the Gram matrices of all inputs of one layer's fitted weights."""
-        shapes = [[consumer.shape for consumer in self.fitted(n).values()] for n in range(self.graph.num_layers)]
+        shapes = [[consumer.shape for consumer in fitted.values()] for fitted in self.fitted]
         return max((sum(prod(s[:-2]) * max(s[-2:]) ** 2 * _F32 for s in found) for found in shapes), default=0)
 
-    def fitted(self, number: int) -> dict[str, Consumer]:
-        """The weights of a layer that are fitted."""
-        kept = self.work.kept
-        return {
-            **consumers_of(self.graph, kept, number),
-            **intact_readers(self.graph, kept, number, self.work.changed),
-        }
+    @cached_property
+    def fitted(self) -> list[dict[str, Consumer]]:
+        """The weights of each layer that are fitted."""
+        graph, kept, changed = self.graph, self.work.kept, self.work.changed
+        return [
+            {**consumers_of(graph, kept, number), **intact_readers(graph, kept, number, changed)}
+            for number in range(graph.num_layers)
+        ]
 
     def read_widths(self) -> list[tuple[int, int]]:
         """Layer and number of inputs, removed ones included, of every weight that is fitted."""
         return [
             (number, consumer.shape[consumer.axis])
-            for number in range(self.graph.num_layers)
-            for consumer in self.fitted(number).values()
+            for number, fitted in enumerate(self.fitted)
+            for consumer in fitted.values()
         ]
 
     # Time

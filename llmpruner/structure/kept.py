@@ -84,24 +84,27 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
                 )
 
 
-def kept_indices(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], list[int]]:
+def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
     """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together; for
-    every name of a tied parameter."""
+    every name of a tied parameter that begins with ``prefix``."""
+    # Layers that share weights have several names for one tensor, and groups know one of them.
+    aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
+    owners = set(aliases.values())
     removed: dict[tuple[str, int], set[int]] = {}
     for name, units in kept.items():
         group = graph.by_name[name]
-        gone = sorted(set(range(group.units)) - set(units))
-        for span in group.cut_spans:
+        spans = [s for s in group.cut_spans if s.parameter.startswith(prefix) or s.parameter in owners]
+        gone = sorted(set(range(group.units)) - set(units)) if spans else []
+        for span in spans:
             removed.setdefault((span.parameter, span.axis), set()).update(span.indices(gone))
-    # Layers that share weights have several names for one tensor, and groups know one of them.
-    for alias, name in graph.ties.items():
+    for alias, name in aliases.items():
         for axis in range(len(graph.shapes[name])):
             if (name, axis) in removed:
                 removed.setdefault((alias, axis), set()).update(removed[name, axis])
     return {
         (name, axis): [i for i in range((graph.shapes.get(name) or graph.buffers[name])[axis]) if i not in gone]
         for (name, axis), gone in removed.items()
-        if gone
+        if gone and name.startswith(prefix)
     }
 
 
