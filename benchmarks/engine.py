@@ -64,14 +64,14 @@ def measure_7b(work: Path, old: Path) -> dict[str, Any]:
 
 def measure_7b_best(work: Path, old: Path) -> dict[str, Any]:
     del old
-    model = shape(work, "7b")
+    model, text = shape(work, "7b"), str(data_folder() / "wikitext2_unk_validation.jsonl")
     # As many channels of two layers as a prune of all at 20 % takes from each: the memory of the whole, in minutes.
     best = ("prune", model, "--method", "best", "--samples", "16", "--layers", "3-4", "--ratio", "0.0154")
-    # Many short passages: every token of a passage takes one pass over the weights.
-    text = ("--set", "self.passage=16", "--set", "self.batch=256")
-    found = command(ROOT, *best, *text, "--no-tokenizer", "-o", str(work / "best"), "--max-memory", LIMIT)
-    shutil.rmtree(work / "best")
-    return {"best, two layers": found}
+    out = work / "best"
+    found = command(ROOT, *best, "--calibration", text, "-o", str(out), "--max-memory", LIMIT)
+    found["stages"] = stages(out)
+    shutil.rmtree(out)
+    return without_place({"best, two layers": found})
 
 
 def measure_moe(work: Path, old: Path) -> dict[str, Any]:

@@ -451,8 +451,9 @@ class _Forecaster:
         forward = self.layers(sample.plain.fixed * batches + sample.plain.token * tokens)
         backward = self.layers(sample.backward.fixed * batches + sample.backward.token * tokens)
         sums = elements * _F32 * 2 * batches / sample.copy
-        inputs = self.summing(sample, tokens, self.work.names) if Signal.GRAM in self.work.signals else 0.0
-        return head + forward + backward + sums + inputs + elements * 40 / sample.copy + self.reading(3)
+        others = self.summing(sample, tokens, self.work.names) if Signal.GRAM in self.work.signals else 0.0
+        others += self.check_seconds(sample) if self.residency.streamed else 0.0
+        return head + forward + backward + sums + others + elements * 40 / sample.copy + self.reading(3)
 
     def fit_seconds(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
         tokens = self.work.tokens

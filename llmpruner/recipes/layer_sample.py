@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import inf, prod
@@ -89,9 +89,10 @@ def sample_layer(
     length: int,
     wanted: Sequence[str],
 ) -> LayerSample:
-    """Run the layer. ``length``: tokens per sample at most; ``wanted``: the parameters that get gradients, those of
-    other layers are left out; none: no backward pass. Raises whatever a layer raises that cannot be run alone."""
-    number = largest_layer(graph)
+    """Run the largest layer, of those with ``wanted`` parameters if there are any. ``length``: tokens per sample at
+    most; ``wanted``: the parameters that get gradients, those of other layers are left out; none: no backward pass.
+    Raises whatever a layer raises that cannot be run alone."""
+    number = largest_layer(graph, {graph.layer_of(name) for name in wanted})
     prefix = f"{graph.layers}.{number}."
     model = meta_model(config, dtype)
     count = _fill(model, prefix, device)
@@ -127,10 +128,10 @@ def memory_before(loaded: PreTrainedModel | None) -> int:
     return held if loaded is None else max(0, held - sum(p.nbytes for p in loaded.parameters()))
 
 
-def largest_layer(graph: CouplingGraph) -> int:
-    """The number of the layer with the most parameters."""
+def largest_layer(graph: CouplingGraph, among: Collection[int | None] = ()) -> int:
+    """The number of the layer with the most parameters; of those in ``among`` if it names any."""
     counts = layer_parameters(graph)
-    return max(range(len(counts)), key=lambda number: counts[number])
+    return max(range(len(counts)), key=lambda number: (number in among, counts[number]))
 
 
 def layer_parameters(graph: CouplingGraph) -> list[int]:

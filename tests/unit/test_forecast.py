@@ -22,7 +22,7 @@ from llmpruner.recipes import residency
 from llmpruner.recipes.forecast import LATER, Forecast, Residency, Stage, duration
 from llmpruner.recipes.forecasting import forecast
 from llmpruner.recipes.jobs import prune_job
-from llmpruner.recipes.layer_sample import LayerSample, Line, layer_parameters, sample_layer
+from llmpruner.recipes.layer_sample import LayerSample, Line, largest_layer, layer_parameters, sample_layer
 from llmpruner.recipes.work import Work, work_of
 from llmpruner.settings import LoadSettings, PruneSettings, RunSettings, settings_from
 
@@ -193,6 +193,11 @@ def test_writing(structure, catalog):
     assert stage.seconds == pytest.approx(64 * (32 * 3 * 1e-3 + 2e-3), rel=0.02)
     # Keys and values of two heads of 16, bfloat16; a step copies those of one layer.
     assert stage.memory["keys and values"] == 32 * 64 * 2 * 16 * (2 + 2) * (LAYERS + 1)
+
+
+def test_the_sampled_layer_has_gradients_where_any_has(structure):
+    assert largest_layer(structure.graph, {2, None}) == 2
+    assert largest_layer(structure.graph) == 0
 
 
 def test_a_sample_of_a_real_layer(structure):
