@@ -192,7 +192,7 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrained
         setattr(text, name, value)
     if "head_dim" in (text.per_layer_attributes or ()):
         return changed
-    head_dim = head_size(config.get_text_config())
+    head_dim = head_size(for_all_layers(config.get_text_config()))
     if hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
         text.head_dim = head_dim
     return changed
