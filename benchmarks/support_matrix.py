@@ -202,8 +202,8 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     from llmpruner.errors import UnsupportedModelError, first_line
-    from llmpruner.oracle.tiny import random_instance, small_config
-    from llmpruner.oracle.verify import verify
+    from llmpruner.oracle.tiny import random_instance
+    from llmpruner.oracle.verify import representative, verify
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
@@ -211,7 +211,7 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
     options = {**INCOMPLETE.get(model_type, {}), **(variants_of(model_type)[variant] if variant else {})}
     started = time.monotonic()
     try:
-        small = small_config(CONFIG_MAPPING[model_type](**options))
+        small = representative(CONFIG_MAPPING[model_type](**options))
         model = random_instance(small)
         result["parameters"] = model.num_parameters()
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -54,7 +55,12 @@ def tiny_config(
 
 
 def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedConfig:
-    """The first `tiny_config`, over `ATTEMPTS`, whose model can be built and run.
+    """The first of `small_configs`. Raises `UnsupportedModelError` as they do."""
+    return next(small_configs(config, layers))
+
+
+def small_configs(config: PreTrainedConfig, layers: int = LAYERS) -> Iterator[PreTrainedConfig]:
+    """Every `tiny_config`, over `ATTEMPTS`, whose model can be built and run.
 
     Raises `UnsupportedModelError` with the first reason when none can.
     """
@@ -66,8 +72,9 @@ def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedCo
         except UnsupportedModelError as error:
             reasons.append(error)
         else:
-            return small
-    raise reasons[0]
+            yield small
+    if len(reasons) == len(ATTEMPTS):
+        raise reasons[0]
 
 
 def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,16 @@ from ..checkpoints.save import save_checkpoint
 from ..discovery.groups import discover_groups
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.decoder import graph_of
+from ..models.per_layer import for_all_layers
 from ..models.quiet import quiet_transformers
 from ..models.surgery import cut
 from ..models.where import where
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept
 from .compare import differences
 from .follow import Follower, Rule, candidates, find, tables
 from .silenced import distance, logits, silenced
-from .tiny import random_instance, small_config
+from .tiny import HEADS, random_instance, small_config, small_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -82,7 +84,11 @@ def verify(
     One verdict per kind, in order of appearance. Raises `UnsupportedModelError` when the small model cannot be
     built or traced.
     """
-    small = small_config(config) if shrink else config
+    kinds = None if kinds is None else list(kinds)
+    family = None if source is None or isinstance(source, Sequence) or source.is_discovered else source
+    small = config
+    if shrink:
+        small = representative(config, kinds) if family is None else small_config(config)
     model = random_instance(small, seed)
     if source is None:
         graph = graph_of(model, lambda: discover_groups(small))
@@ -90,13 +96,38 @@ def verify(
         graph = graph_of(model, lambda: source.coupled_groups(small))
     else:
         graph = graph_of(model, lambda: source)
-    family = None if source is None or isinstance(source, Sequence) or source.is_discovered else source
     wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]
     oracle = Oracle(small, graph, family, seed)
     verdicts = [oracle.judge(kind) for kind in wanted]
     if source is None or all(v.verdict == VERIFIED for v in verdicts):
         return verdicts
     return _with_differences(verdicts, graph, small)
+
+
+def representative(config: PreTrainedConfig, kinds: Collection[str] | None = None) -> PreTrainedConfig:
+    """A small configuration of the class of ``config`` whose model has units of ``kinds`` (None: heads, where the
+    configuration counts any): a class may spread its heads over a fixed number of parts, and has none with another
+    number of heads. The first that runs, where no other has more of them.
+
+    Raises `UnsupportedModelError` when no small model can be built, run and traced.
+    """
+    text = for_all_layers(config.get_text_config())
+    heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
+    wanted = heads if kinds is None else set(kinds)
+    found: list[tuple[int, PreTrainedConfig]] = []
+    failed: list[UnsupportedModelError] = []
+    for small in islice(small_configs(config), len(HEADS)):
+        try:
+            missing = wanted - {group.kind for group in discover_groups(small)}
+        except UnsupportedModelError as error:
+            failed.append(error)
+            continue
+        found.append((len(missing), small))
+        if not missing:
+            break
+    if not found:
+        raise failed[0]
+    return min(found, key=lambda one: one[0])[1]
 
 
 def _with_differences(verdicts: Sequence[Verdict], graph: CouplingGraph, config: PreTrainedConfig) -> list[Verdict]:

@@ -14,7 +14,14 @@ from transformers import CONFIG_MAPPING
 from llmpruner import api, load_pruned
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import VERIFIED, cached_difference, logits, verify, why_no_generation
+from llmpruner.oracle.verify import (
+    VERIFIED,
+    cached_difference,
+    logits,
+    representative,
+    verify,
+    why_no_generation,
+)
 from llmpruner.testing.fresh import run_fresh
 from llmpruner.testing.tiny import letters
 
@@ -31,8 +38,10 @@ TYPES = {
     },
     "falcon, multi-head": {"multi_query": False, "bias": True, "parallel_attn": False},
     "bailing_hybrid": {},
+    "codegen": {},
     "cpmant": {},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "dots3_note": {},
     "dots3_note_text": {},
     "falcon_h1": {},
     "gemma4": {},
@@ -65,7 +74,7 @@ with torch.no_grad():
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path) -> None:
     model_type = name.partition(",")[0]
-    dense = random_instance(small_config(CONFIG_MAPPING[model_type](**TYPES[name])))
+    dense = random_instance(representative(CONFIG_MAPPING[model_type](**TYPES[name])))
     dense.save_pretrained(tmp_path / "dense")
     letters().save_pretrained(tmp_path / "dense")
     pruned = api.prune(

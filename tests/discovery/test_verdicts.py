@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from composed import ComposedConfig, ComposedForCausalLM, register
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
 from llmpruner import Blocks, CoupledGroup, Explicit, ModelFamily, Role, Span
 from llmpruner.discovery import groups as discovery
@@ -34,6 +34,12 @@ class Forgetful(ModelFamily):
             with_spans(g, lambda s: None if s.parameter.endswith("up.bias") else s)
             for g in super().coupled_groups(config)
         ]
+
+
+def test_the_small_model_has_heads() -> None:
+    """CodeGen spreads its heads over four parts: with five heads, no head is in one part alone."""
+    (verdict,) = verify(None, CodeGenConfig(), kinds=["attention"])
+    assert verdict.verdict == VERIFIED
 
 
 def test_a_refused_verdict_names_the_parameter() -> None:
