@@ -7,7 +7,9 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -218,10 +220,31 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_abandoned(directory: Path) -> None:
     """Remove temporary directories of `new_directory` that no process writes any more."""
-    for partial in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
-        if re.fullmatch(r"\.\d+\.partial", partial.name[len(directory.name) + 1 :]) and partial.is_dir():
+    partials = directory.parent.glob(f".{glob.escape(directory.name)}.*.partial")
+    _remove_unused(p for p in partials if re.fullmatch(r"\.\d+\.partial", p.name[len(directory.name) + 1 :]))
+
+
+def _remove_unused(folders: Iterable[Path]) -> None:
+    """Remove those of the ``folders`` that no process holds a lock on."""
+    for folder in folders:
+        if folder.is_dir():
             with suppress(BlockingIOError):
-                lock = _lock(partial)
+                lock = _lock(folder)
                 if lock is not None:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    shutil.rmtree(folder, ignore_errors=True)
                     os.close(lock)
+
+
+def scratch_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A new folder in ``parent`` (None: where the system has such folders) whose name begins with ``prefix``, removed
+    with the object and at the end of the process. Those that killed processes left there are removed first."""
+    within = Path(tempfile.gettempdir()) if parent is None else parent
+    _remove_unused(within.glob(f"{glob.escape(prefix)}*"))
+    while True:
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=within)
+        lock = _lock(Path(folder.name))
+        if lock is not None:
+            weakref.finalize(folder, os.close, lock)
+        # Another process may have removed it before it was locked.
+        if Path(folder.name).is_dir():
+            return folder

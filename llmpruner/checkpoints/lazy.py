@@ -9,7 +9,6 @@ whose weights a stage can look at and change.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Lock
@@ -20,6 +19,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from ..errors import CheckpointError, first_line
+from ..files import scratch_folder
 from ..models.empty import put_parameters
 from ..models.quiet import quiet_transformers
 from ..structure.coupling import layer_number
@@ -27,6 +27,8 @@ from .load import model_class
 from .mapped import pages_given_back
 
 if TYPE_CHECKING:
+    import tempfile
+
     from transformers import PreTrainedModel
 
     from .source import TensorSource
@@ -80,7 +82,7 @@ def lazy_checkpoint(
     """The model in the safetensors files of ``directory``. ``layers``: path of the decoder layers. Converted tensors
     are in a temporary folder in ``beside`` (None: where the system has such folders), which is removed with the
     model."""
-    folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
+    folder = scratch_folder(".llmpruner-converted-", beside)
     # Converting reads all tensors that it converts.
     with quiet_transformers(), pages_given_back(directory, Path(folder.name)):
         model, info = model_class(directory, trust_remote_code).from_pretrained(
