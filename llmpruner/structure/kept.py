@@ -86,7 +86,7 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
     """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together; for
-    every name of a tied parameter that begins with ``prefix``."""
+    every name of a tied parameter. ``prefix``: of the names that are wanted."""
     # Layers that share weights have several names for one tensor, and groups know one of them.
     aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
     owners = set(aliases.values())
