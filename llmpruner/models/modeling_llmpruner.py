@@ -286,8 +286,9 @@ class PrunedConfigMixin:
     def _with_type(self, values: dict[str, Any]) -> dict[str, Any]:
         """The model type is that of the stock class, which refuses weights of other shapes. Where all shapes are those
         that it expects, it would load the weights and compute something else, so the type is one that is not known."""
-        record = self.llmpruner  # type: ignore[attr-defined]
-        if not record.get("shapes") and not values["model_type"].startswith(MODEL_TYPE_PREFIX):
+        # Some versions of transformers make an instance without a record, to know the defaults.
+        record: Mapping[str, Any] | None = getattr(self, "llmpruner", None)
+        if record is not None and not record.get("shapes") and not values["model_type"].startswith(MODEL_TYPE_PREFIX):
             values["model_type"] = MODEL_TYPE_PREFIX + values["model_type"]
         return values
 

@@ -20,6 +20,7 @@ from llmpruner_llama.family import LlamaFamily
 import llmpruner
 from llmpruner import CheckpointError, OutputError, build_graph, load_pruned, save_checkpoint
 from llmpruner.checkpoints.record import read_record
+from llmpruner.models.modeling_llmpruner import pruned_config
 from llmpruner.models.surgery import cut
 
 FAMILY = LlamaFamily()
@@ -44,6 +45,11 @@ def test_record(shim: Path, tmp_path: Path) -> None:
     (shim / "llmpruner.json").write_text("[1]")
     with pytest.raises(CheckpointError, match=r"llmpruner\.json is damaged: expected a JSON object"):
         read_record(shim)
+
+
+def test_the_configuration_class_of_a_shim_has_defaults() -> None:
+    """Versions of transformers from before 5.20, as vLLM brings them, compare a configuration with one without values."""
+    assert pruned_config(transformers.LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
 def test_refuses_an_existing_directory(tmp_path: Path) -> None:
