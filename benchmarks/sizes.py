@@ -2,7 +2,7 @@
 by layer, and what the forecast says for larger ones.
 
     LLMPRUNER_DATA=… python -m benchmarks.sizes [SHAPE …]
-    python -m benchmarks.sizes --draw
+    LLMPRUNER_DATA=… python -m benchmarks.sizes --draw
 
 ``SHAPE``: of `LIMITS`; the others keep their results. ``--draw`` measures nothing. Writes ``results/sizes.json``, the
 table in ``docs/how-to/scale.md`` and its plot. Needs an idle machine, and for 13B 50 GB of disk. LLMPRUNER_SHAPES is a

@@ -20,7 +20,7 @@ from .calls import call_layer, first_output, hidden_of, not_walkable, record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 16
+TOKENS = 64
 """At the start of the first sample, which are compared."""
 _TOLERANCE = 1e-3
 """Largest accepted relative difference of a token's hidden states, in the model's own precision."""
