@@ -69,6 +69,7 @@ from .loading.model import (
 )
 from .models.devices import check_device
 from .models.generation import generate as _generate
+from .models.gguf import forget_gguf
 from .models.quiet import quiet_transformers
 from .oracle.verify import Verdict
 from .oracle.verify import verify as _verify
@@ -168,7 +169,10 @@ def discover(
 ) -> Structure:
     """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
     settings = settings_from(LoadSettings, options)
-    return _opened(model, settings, catalog or Catalog(plugin_manager()), progress)
+    try:
+        return _opened(model, settings, catalog or Catalog(plugin_manager()), progress)
+    finally:
+        forget_gguf()  # kept for loading the weights, which need not follow
 
 
 def plan(

@@ -17,13 +17,12 @@ from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
     read_field,
 )
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from ..models.empty import meta_model
-from ..models.quiet import quiet_gguf
+from ..models.gguf import gguf_metadata, gguf_reader
 from .converted import Conversion, ConvertedTensors
 from .lazy import LazyModel
 
@@ -82,12 +81,8 @@ class _DequantisedTensors:
     dequantises them before anything else; its steps are done here for those that are needed."""
 
     def __init__(self, file: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        import gguf
-
         self._file, self._dtype = file, dtype
-        reader = gguf.GGUFReader(str(file))
-        with quiet_gguf():
-            config = load_gguf_checkpoint(str(file))["config"]
+        reader, config = gguf_reader(file), gguf_metadata(file)["config"]
         processor = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
         self._processor = processor(config=config)
         self._names: Mapping[str, str] = get_gguf_hf_weights_map(model, self._processor)
@@ -132,7 +127,7 @@ def dequantisation_rate(file: Path) -> float:
     """Values per second, measured on some rows of the largest tensor."""
     import gguf
 
-    largest = max(gguf.GGUFReader(str(file)).tensors, key=lambda tensor: int(tensor.n_elements))
+    largest = max(gguf_reader(file).tensors, key=lambda tensor: int(tensor.n_elements))
     rows = largest.data.reshape(-1, largest.data.shape[-1])
     some = rows[: max(1, _AT_ONCE // 4 * len(rows) // int(largest.n_elements))]
     gguf.dequantize(some[:1], largest.tensor_type)

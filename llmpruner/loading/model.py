@@ -132,7 +132,7 @@ def load_model(
         merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
         return replace(loaded, ref=text, model=merged)
     ref = resolve(text, catalog, revision=options.revision)
-    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+    with _parsing(ref):
         structure = structure or load_structure(text, catalog, options)
         tokenizer = _read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
@@ -146,7 +146,7 @@ def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings
     options = options or LoadSettings()
     base = adapter_base(Path(structure.ref))
     ref = resolve(base or structure.ref, catalog, revision=options.revision)
-    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+    with _parsing(ref, keep=True):
         return _read_tokenizer(ref, options, structure.config)
 
 
@@ -166,7 +166,7 @@ def open_streamed(
     ref = resolve(text, catalog, revision=options.revision)
     if structure.record is not None:
         check_weights(ref.directory, structure.record)
-    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+    with _parsing(ref):
         tokenizer = _read_tokenizer(ref, options, structure.config)
         lazy = lazily(text, catalog, options, structure, beside)
     lazy.reads_ahead = ahead
@@ -312,7 +312,7 @@ def _recorded_structure(
 def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
-    with _one_line(ref), quiet_transformers():
+    with _one_line(ref), quiet_transformers(), _parsing(ref, keep=True):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **_gguf(ref)
         )
@@ -411,6 +411,11 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
 
 def _gguf(ref: Reference) -> dict[str, Any]:
     return {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+
+
+def _parsing(ref: Reference, *, keep: bool = False) -> contextlib.AbstractContextManager[None]:
+    """For what reads a GGUF file; ``keep``: its weights are still to be loaded."""
+    return gguf_parsed_once(keep=keep) if ref.gguf_file else contextlib.nullcontext()
 
 
 def forget_quantisation(model: Any) -> None:
