@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ from .recipes.passages import read_passages
 from .recipes.publish import prepare_upload
 from .recipes.recipe import Recipe
 from .recipes.recovery_memory import arranged_layers, refuse_without_layers
-from .recipes.residency import arranged, is_streamed
+from .recipes.residency import arranged, computed_once, is_streamed
 from .recipes.results import PlannedStep, RecipeResult, StepResult
 from .recipes.run import Actions, Session
 from .recipes.sensitivity import measure_curve, planned_cuts
@@ -265,7 +266,11 @@ def prune(
     work = _checked(opened, job, replayed, catalog, tokenizer=has_tokenizer, saves=directory is not None)
     run = run or RunSettings()
     whole = "a result in memory" if directory is None else None
-    way, expected = ranks.from_first(lambda: _arranged(opened, job, work, load, run, catalog, progress, whole=whole))
+    # Each of several processes would have files of its own.
+    room = None if directory is None or ranks.count > 1 else disk_usage(directory.resolve().parent).free
+    way, expected = ranks.from_first(
+        lambda: _arranged(opened, job, work, load, run, catalog, progress, whole=whole, room=room)
+    )
     journal = None
     if directory is not None and not isinstance(opened, Model):
         what = replayed or settings_from(PruneSettings, settings)
@@ -283,7 +288,7 @@ def prune(
         beside = None if directory is None else directory.resolve().parent
         how = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
         with how.stages.stage("loading"):
-            loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside)
+            loaded = _with_weights(opened, catalog, load, progress, streamed=way.streamed, beside=beside, once=way.once)
         with _resumable(journal, progress):
             if journal is not None:
                 journal.store("way", {"streamed": way.streamed})
@@ -378,14 +383,17 @@ def _arranged(
     progress: Progress,
     *,
     whole: str | None = None,
+    room: int | None = None,
 ) -> tuple[Residency, Mapping[str, Any] | None]:
-    """How the model is held, and the forecast, which is shown. ``whole``: what needs the model in memory."""
+    """How the model is held, and the forecast, which is shown. ``whole``: what needs the model in memory. ``room``: see
+    `computed_once`."""
     load, run = load or LoadSettings(), run or RunSettings()
     if progress is QUIET and run.max_memory is None:
         # Nobody would read a forecast, which takes a second.
         limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
-        return Residency(whole is None and is_streamed(opened, job, load, catalog), limit), None
-    found = arranged(opened, job, work, load, run, catalog, whole=whole)
+        streamed = whole is None and is_streamed(opened, job, load, catalog)
+        return Residency(streamed, limit, once=streamed and computed_once(opened, load, catalog, room)), None
+    found = arranged(opened, job, work, load, run, catalog, whole=whole, room=room)
     progress.status(str(found))
     writing = found.stage("writing")
     if writing is not None and writing.seconds is not None and writing.seconds > SLOW_WRITING:
@@ -1012,6 +1020,7 @@ def _with_weights(
     streamed: bool = False,
     beside: Path | None = None,
     ahead: bool = True,
+    once: bool = False,
 ) -> Model:
     if isinstance(opened, Model):
         return opened
@@ -1019,7 +1028,7 @@ def _with_weights(
     check_device(load.device)
     if streamed:
         progress.status(f"{opened.ref} is read layer by layer")
-        return open_streamed(opened.ref, catalog, load, opened, beside, ahead=ahead)
+        return open_streamed(opened.ref, catalog, load, opened, beside, ahead=ahead, once=once)
     progress.status(f"loading {opened.ref}")
     return load_model(opened.ref, catalog, load, opened)
 

@@ -23,6 +23,7 @@ from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from ..models.empty import meta_model
 from ..models.gguf import gguf_metadata, gguf_reader
+from .computed_once import ComputedOnce
 from .converted import Conversion, ConvertedTensors
 from .lazy import LazyModel
 
@@ -33,9 +34,12 @@ _AT_ONCE = 1 << 22
 """Values that are dequantised at once, in whole rows: gguf's own function holds several arrays of them."""
 
 
-def lazy_gguf(file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: str) -> LazyModel:
+def lazy_gguf(
+    file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: str, once: Path | None = None
+) -> LazyModel:
     """The model in a GGUF file. ``config``: as transformers reads it of the file. ``layers``: path of the decoder
-    layers. Raises what gguf and transformers raise."""
+    layers. ``once``: a folder in which the values are kept in a temporary folder after they were computed; None:
+    they are computed whenever they are read. Raises what gguf and transformers raise."""
     model, shell = meta_model(config, dtype), meta_model(config, dtype)
     quantizer = _quantizer(file, shell, dtype)
     conversion = Conversion(shell, dtype, quantizer)
@@ -52,7 +56,7 @@ def lazy_gguf(file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: 
     }
     if not info["missing_keys"]:
         source.give_buffers(model)
-    return LazyModel(model, source, layers, info)
+    return LazyModel(model, source if once is None else ComputedOnce(source, once), layers, info)
 
 
 def _of_other_sizes(stored: _DequantisedTensors | _BlockTensors, model: PreTrainedModel) -> list[str]:

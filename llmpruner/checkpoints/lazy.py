@@ -18,7 +18,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, LlmprunerError, first_line
 from ..files import scratch_folder
 from ..models.empty import put_parameters
 from ..models.quiet import quiet_transformers
@@ -55,12 +55,12 @@ class LazyModel:
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         """Parameter → value, on the CPU; see `TensorSource.read`. It may be called in another thread. Raises
-        `CheckpointError`."""
+        `CheckpointError`, and `OutputError` where values are kept in files that cannot be written."""
         names = [name for name in self._parts[part] if name not in self._tied]
         try:
             with self._one_call:
                 return self._source.read(names)
-        except CheckpointError:
+        except LlmprunerError:
             raise
         except Exception as error:  # safetensors, torch and the system raise what they like
             raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error

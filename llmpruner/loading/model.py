@@ -158,31 +158,38 @@ def open_streamed(
     beside: Path | None = None,
     *,
     ahead: bool = True,
+    once: bool = False,
 ) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read part
     by part when they are needed. Tensors that are not stored as the model has them are converted into a temporary
     folder, in ``beside`` or where the system has such folders. ``ahead``: whether the next layer is read while one is
-    in use."""
+    in use. ``once``: values that take time to compute (of a GGUF file) are kept in such a folder in ``beside``, too."""
     ref = resolve(text, catalog, revision=options.revision)
     if structure.record is not None:
         check_weights(ref.directory, structure.record)
     with _parsing(ref):
         tokenizer = _read_tokenizer(ref, options, structure.config)
-        lazy = lazily(text, catalog, options, structure, beside)
+        lazy = lazily(text, catalog, options, structure, beside, once=once)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
 
 def lazily(
-    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
+    text: str,
+    catalog: Catalog,
+    options: LoadSettings,
+    structure: Structure,
+    beside: Path | None = None,
+    *,
+    once: bool = False,
 ) -> LazyModel:
     """The model of `open_streamed` without weights, and what reads them; names and shapes are checked."""
     ref, graph = resolve(text, catalog, revision=options.revision), structure.graph
     dtype = _dtype(options, structure.config, ref)
     with _one_line(ref), _naming_missing(ref.directory, graph):
         lazy = open_by_layer(
-            ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside,
+            ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside, once=once,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     if lazy.info is not None:
