@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,15 @@ class ComputedOnce:
     def _write(self, names: frozenset[str], file: Path) -> None:
         values = self._source.read(names)
         # Products depend on the order of axes in memory, and files have the tensors' own.
-        orders = {name: sorted(range(t.dim()), key=lambda axis, t=t: -t.stride(axis)) for name, t in values.items()}
+        orders = {name: _order(tensor.stride()) for name, tensor in values.items()}
         with writing(file):
             save_file({name: tensor.permute(orders[name]).contiguous() for name, tensor in values.items()}, file)
         self._files[names] = file, orders
+
+
+def _order(strides: Sequence[int]) -> list[int]:
+    """The axes, those with the largest strides first."""
+    return sorted(range(len(strides)), key=lambda axis: -strides[axis])
 
 
 def _inverse(order: list[int]) -> list[int]:
