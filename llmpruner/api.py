@@ -238,9 +238,9 @@ def prune(
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; results of
     finished steps are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption.
-    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: memory, and whether to start anew;
-    without an ``output`` the model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of another model,
-    and `OutputError` for an ``output`` that exists or cannot be written.
+    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: limits of memory, and whether to
+    start anew; without an ``output`` the whole model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of
+    another model, and `OutputError` for an ``output`` that exists or cannot be written.
 
     Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
     they share the work, the first one writes ``output``, and each has the result. Raises `ProcessError` when one ends.
@@ -447,9 +447,9 @@ def recover(
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
     call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The
-    losses are also drawn, in ``loss.svg`` of ``output``. ``run``: memory, for strategies that train layer by layer, and
-    whether to start anew; without an ``output`` models are in memory. ``record["recovery"]`` of the result lists the
-    trainings.
+    losses are also drawn, in ``loss.svg`` of ``output``. ``run``: limits of memory, for strategies that train layer by
+    layer, and whether to start anew; without an ``output`` whole models are in memory. ``record["recovery"]`` of the
+    result lists the trainings.
 
     Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
     they share every batch, the first one writes ``output``, and each has the result. ``work_dir`` must be one folder
@@ -624,9 +624,8 @@ def evaluate(
     """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
 
     One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded. ``load``:
-    for all models, or one for each. Every result of a model that is given by reference is kept on disk as soon as it is
-    measured (``cache``: where), but for those that depend on the machine; what was measured before is not measured
-    again.
+    for all models, or one for each. Results of models that are given by reference are kept on disk as soon as they are
+    measured (``cache``: where), except those that depend on the machine, and are used again.
     """
     catalog = catalog or Catalog(plugin_manager())
     options = settings_from(EvaluateSettings, settings)
@@ -676,9 +675,9 @@ def sensitivity(
     shares of its units.
 
     ``output``: a ``.json`` file for the curve, which ``prune --allocation curve`` reads; a plot is written beside it,
-    as ``.svg``. Every point is kept in ``OUTPUT.measuring`` until then, so that the same call goes on after an
-    interruption; ``restart`` removes them. Raises as `plan` does, and `OutputError` for an ``output`` that cannot be
-    written.
+    as ``.svg``. Every point is kept in ``OUTPUT.measuring`` until then, so that the same call continues after an
+    interruption; ``restart`` removes the points. Raises as `plan` does, and `OutputError` for an ``output`` that cannot
+    be written.
     """
     catalog, options = catalog or Catalog(plugin_manager()), settings_from(SensitivitySettings, settings)
     job = sensitivity_job(options, catalog)
@@ -846,8 +845,8 @@ def run(
 
     ``recipe``: a file, the name of a recipe of llmpruner or of a plugin, a `Recipe`, or a mapping with the keys of a
     recipe file. ``model``, ``output``, ``values`` (see `Recipe.with_values`) and ``load`` replace what the recipe has.
-    ``on_step``: called after each step, skipped ones too. ``run``: memory, and whether to start anew. After an
-    interruption, the same call goes on. Raises `SettingsError` for a recipe that is wrong, before anything is done;
+    ``on_step``: called after each step, skipped ones too. ``run``: limits of memory, and whether to start anew. After
+    an interruption, the same call goes on. Raises `SettingsError` for a recipe that is wrong, before anything is done;
     `OutputError` for an ``output`` that is of something else or in use; and what the functions of the steps raise.
     """
     catalog = catalog or Catalog(plugin_manager())
@@ -954,11 +953,11 @@ def write_report(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     catalog: Catalog | None = None,
 ) -> Report:
-    """Write an HTML page that tells what was won and lost by pruning: ``write_report("pruned")``.
+    """Write an HTML page about a pruned model: size, speed and quality beside the dense model, and what was cut.
 
-    ``directories``: checkpoints, or outputs of recipes, of which each counts as its last checkpoint. Several are
-    compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, where the process
-    works. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are found without.
+    ``directories``: checkpoints, or outputs of recipes, each of which stands for its last checkpoint. Several are
+    compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, in the current
+    folder. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are found without.
     ``settings``: section name → its settings. Reads no weights.
 
     Raises `ModelError` for other directories, `DataError` for other files, and `OutputError` for a ``path`` that cannot

@@ -1,7 +1,7 @@
 """PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
 
-A cut needs nothing else but the model. A plan contains no timestamps and no facts about the machine, so that the same
-command gives the same bytes; the exception is a budget that is measured on the machine, which records the measurement.
+A cut needs nothing else but the model. A plan contains no timestamps, and of the machine only the path of a local model
+and what a budget measured, so that the same command gives the same bytes.
 """
 
 from __future__ import annotations
