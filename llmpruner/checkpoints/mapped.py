@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PAGEOUT = 21
-"""``MADV_PAGEOUT`` of Linux (5.4): pages leave memory, and are read again from the file if they are touched. Whatever is
-at the address keeps its values. With ``MADV_DONTNEED`` it would not: between finding a mapping and this call, a library
-may unmap the file, and the allocator use the address for other data, which would become zeros."""
+"""``MADV_PAGEOUT`` of Linux (5.4): pages leave memory, and are read again from the file if they are touched. Whatever
+is at the address keeps its values. With ``MADV_DONTNEED`` it would not: between finding a mapping and this call, a
+library may unmap the file, and the allocator use the address for other data, which would become zeros."""
 _SECONDS = 0.2
 _SMAPS = Path("/proc/self/smaps")
 
 
 @contextlib.contextmanager
 def pages_given_back(*folders: Path) -> Iterator[None]:
-    """While active, five times a second, and at its end, pages of mapped files below ``folders`` leave memory. No values
-    change, whatever is mapped, unmapped or written meanwhile. No effect elsewhere than on Linux, and on files that
+    """While active, five times a second, and at its end, pages of mapped files below ``folders`` leave memory. No value
+    changes, whatever is mapped, unmapped or written meanwhile. No effect elsewhere than on Linux, and on files that
     belong to another user and may not be written."""
     if sys.platform != "linux" or not _SMAPS.is_file():
         yield

@@ -213,7 +213,7 @@ def test_ctrl_c_ends_in_no_traceback(run, dense, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmpruner.api.load_structure", stop)
+    monkeypatch.setattr("llmpruner.recipes.opening.load_structure", stop)
     result = run("plan", dense, *FIFTH)
     assert result.code in (1, 130) and "Traceback" not in result.err
 
