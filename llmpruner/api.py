@@ -20,7 +20,6 @@ from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .chatting.chat import Chat
 from .checkpoints.record import REPORT_FILE
-from .engine.ranks import Ranks
 from .errors import ModelError, PlanError, SettingsError
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
@@ -153,7 +152,7 @@ def plan_with_outcome(
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
     options = settings_from(PruneSettings, settings)
-    return _make_plan(model, options, _shared_opener(load, catalog, progress), run or RunSettings())
+    return _make_plan(model, options, _opener(load, catalog, progress), run or RunSettings())
 
 
 def prune(
@@ -189,7 +188,7 @@ def prune(
         what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
         given = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
     pruning = Pruning(model, what, given, _path(output), need_tokenizer, run or RunSettings())
-    return pruning.do(_shared_opener(load, catalog, progress))
+    return pruning.do(_opener(load, catalog, progress))
 
 
 def recover(
@@ -220,7 +219,7 @@ def recover(
     """
     options = settings_from(RecoverSettings, settings)
     recovery = Recovery(model, options, _path(output), _path(work_dir), run or RunSettings())
-    return recovery.do(_shared_opener(load, catalog, progress))
+    return recovery.do(_opener(load, catalog, progress))
 
 
 def evaluate(
@@ -531,11 +530,6 @@ def _recipe(
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
     return Opener.of(load, catalog or Catalog(plugin_manager()), progress)
-
-
-def _shared_opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
-    """For a command that several processes share, of which the first one says what is done."""
-    return _opener(load, catalog, progress if Ranks.current().first else QUIET)
 
 
 def _path(place: str | Path | None) -> Path | None:

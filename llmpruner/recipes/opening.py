@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..engine.ranks import Ranks
 from ..errors import DataError, SettingsError
 from ..families.auto import AUTO
 from ..loading.model import Model, Structure, brings_tokenizer, load_model, load_structure, open_streamed
@@ -30,6 +31,10 @@ class Opener:
     def of(cls, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
         """``load``: None for the defaults."""
         return cls(catalog, load or LoadSettings(), progress)
+
+    def of_ranks(self, ranks: Ranks) -> Opener:
+        """For a command that several processes share: the first one says what is done."""
+        return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:
         """The structure of a reference; a structure as it is. Reads no weights."""

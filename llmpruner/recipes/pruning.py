@@ -33,6 +33,7 @@ from .work import Work, work_of, work_of_plan
 def make_plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
     """The plan, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
     ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
     job = prune_job(settings, opener.catalog)
     if run.restart:
         raise SettingsError(
@@ -62,6 +63,7 @@ class Pruning:
     def do(self, opener: Opener) -> Model:
         """The pruned model. Raises as `llmpruner.prune`."""
         ranks, output = Ranks.current(), self.output
+        opener = opener.of_ranks(ranks)
         job = prune_job(self.what, opener.catalog) if isinstance(self.what, PruneSettings) else None
         if output is not None:
             ranks.from_first(lambda: check_new_directory(output))

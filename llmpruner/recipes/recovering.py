@@ -22,7 +22,7 @@ from ..recovery.base import LayerWalk
 from ..recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
-from ..recovery.run import RecoveryResult, check_work_dir, prepare, recover
+from ..recovery.run import RecoveryResult, TrainingData, check_work_dir, prepare, recover
 from ..report.curve import loss_curve
 from ..settings import LoadSettings, RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
@@ -53,6 +53,7 @@ class Recovery:
         own = dense_text_in(job.settings.data)
         _check_alone(job, own)
         ranks, output = Ranks.current(), self.output
+        opener = opener.of_ranks(ranks)
         check_processes(job.settings, opener.load)
         if output is not None:
             ranks.from_first(lambda: check_new_directory(output))
@@ -90,15 +91,8 @@ class Recovery:
                 written=written,
             )  # fmt: skip
             data = prepare(job.settings, opened.family, tokenizer, examples)
-        with opener.progress.counter("Recovering") as step, stages.stage("training"):
-            result = recover(
-                loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder,
-                data=data, load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
-                layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, beside),
-                on_step=step, on_validation=lambda done: opener.progress.status(str(done)),
-            )  # fmt: skip
-        for note in result.notes:
-            opener.progress.status(note)
+        with stages.stage("training"):
+            result = _trained(job, loaded, data, folder, way, opener)
         recovered = _recovered(loaded, result)
         if output is None:
             return recovered
@@ -148,6 +142,22 @@ def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
     if launched() and (job.strategy.by_layer or own is not None):
         what = job.strategy.label() if job.strategy.by_layer else f"--data {job.settings.data}"
         raise SettingsError(f"{what} runs in one process; start it without torchrun or accelerate launch")
+
+
+def _trained(
+    job: RecoverJob, loaded: Model, data: TrainingData | None, folder: Path, way: Residency, opener: Opener
+) -> RecoveryResult:
+    progress, trusted = opener.progress, opener.load.trust_remote_code
+    with progress.counter("Recovering") as step:
+        result = recover(
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
+            load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
+            layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
+            on_step=step, on_validation=lambda done: progress.status(str(done)),
+        )  # fmt: skip
+    for note in result.notes:
+        progress.status(note)
+    return result
 
 
 def _save(recovered: Model, result: RecoveryResult, directory: Path, folder: Path) -> str:

@@ -281,7 +281,7 @@ def test_a_limit_of_boundary_memory_stays(structure, catalog, fake):
 
 
 def test_what_cannot_fit_is_refused_before_weights_are_read(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(SettingsError, match=r"--max-memory 20 MiB: .* needs at least [\d.]+ [MG]iB"):
         api.prune(folder, output=tmp_path / "out", run=RunSettings(max_memory=20 * MIB), ratio=0.2)
     assert list(tmp_path.iterdir()) == []

@@ -105,7 +105,7 @@ def test_the_file_is_parsed_once(structure_first, gguf_file, catalog, parses):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_command_parses_the_file_once(streamed, gguf_file, tmp_path, parses, monkeypatch):
-    monkeypatch.setattr("llmpruner.api.is_streamed", lambda *_: streamed)
+    monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
     monkeypatch.setattr("llmpruner.recipes.residency.is_streamed", lambda *_: streamed)
     llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
     assert parses == {**ONCE, "_OWN_LOAD": 1 if streamed else 2}

@@ -177,7 +177,7 @@ def test_weights_are_dequantised_once(room, tmp_path, monkeypatch):
         return own(file, place)
 
     monkeypatch.setattr(gguf_tensors, "dequantised", dequantised)
-    monkeypatch.setattr(api, "disk_usage", lambda _: SimpleNamespace(free=room))
+    monkeypatch.setattr("llmpruner.recipes.pruning.disk_usage", lambda _: SimpleNamespace(free=room))
     model = written("gguf llama", tmp_path / "dense")
     prune(model, tmp_path / "out", streamed=True, shape="free", calibration="self", **METHODS["best"])
     tensors = 2 * len(LAYER) + 2
