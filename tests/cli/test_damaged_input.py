@@ -88,6 +88,21 @@ def test_a_symbolic_link_keeps_its_target(run, dense, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
 
 
+@pytest.mark.parametrize("command", ["plan", "evaluate", "discover", "prune"])
+def test_an_output_that_is_a_link_to_itself(run, dense, tmp_path, command):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    arguments = {
+        "plan": (*L2, "-o", loop),
+        "evaluate": ("--metrics", "size", "--json", loop),
+        "discover": ("--html", loop),
+        "prune": (*L2, "-o", loop),
+    }[command]
+    result = run(command, dense, *arguments)
+    assert result.code == 2 and f"'{loop}'" in result.err and "Traceback" not in result.err
+    assert loop.is_symlink() and "• loading" not in result.err
+
+
 def test_a_line_separator_inside_a_string_is_text(run, dense, tmp_path):
     words = "the quick brown fox jumps over the lazy dog. " * 40
     text = tmp_path / "text.jsonl"
