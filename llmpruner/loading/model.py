@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
-from ..checkpoints.lazy import LazyModel, lazy_checkpoint
+from ..checkpoints.lazy import LazyModel, lazy_checkpoint, tied_differ
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
+from ..checkpoints.number_types import check_quantisation, check_stored_types
 from ..checkpoints.record import read_record
 from ..checkpoints.shards import check_index
 from ..engine.weights import StreamedWeights, Weights
@@ -136,8 +138,10 @@ def load_model(
         structure = structure or load_structure(text, catalog, options)
         tokenizer = _read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
+    _check_stored(ref, structure, model, options)
     model = model.to(options.device).eval()
     check_shapes(model, structure.graph, text)
+    _check_ties(ref, model, structure.graph)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
@@ -187,6 +191,7 @@ def lazily(
         )  # fmt: skip
     if lazy.info is not None:
         check_loaded(text, lazy.model, lazy.info)
+    _check_stored(ref, structure, lazy.model, options)
     check_shapes(lazy.model, graph, text)
     return lazy
 
@@ -365,6 +370,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
         )
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
+    check_quantisation(structure.config, ref.text)
     with _one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
@@ -462,6 +468,30 @@ def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> Non
             raise ModelError(
                 f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration gives {expected}"
             )
+
+
+def _check_ties(ref: Reference, model: PreTrainedModel, graph: CouplingGraph) -> None:
+    """Raise `CheckpointError` where parameters that ``graph`` has tied are two: transformers leaves them so where the
+    files hold both, with different values. A cut would follow one of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, other in graph.ties.items():
+        if parameters[name] is not parameters[other]:
+            raise tied_differ(ref.directory, name, other)
+
+
+def _check_stored(ref: Reference, structure: Structure, model: PreTrainedModel, options: LoadSettings) -> None:
+    """See `check_stored_types`; for files of transformers' formats alone, and none of a quantised model."""
+    configs = structure.config, model.config
+    quantised = any(getattr(config, "quantization_config", None) is not None for config in configs)
+    if quantised or ref.gguf_file or _reader(ref, structure) is not None:
+        return
+    directory = ref.directory
+    if not directory.is_dir():
+        found = try_to_load_from_cache(ref.location, "config.json", revision=options.revision)
+        if not isinstance(found, str):
+            return
+        directory = Path(found).parent
+    check_stored_types(directory, model)
 
 
 @contextlib.contextmanager

@@ -41,10 +41,10 @@ from ..settings import (
     RecoverSettings,
     SensitivitySettings,
     Settings,
-    settings_from,
     Shape,
     flag_of,
     option_of,
+    settings_from,
 )
 from ..structure.coupling import HIDDEN, LAYER
 from ..structure.widths import COUNTED

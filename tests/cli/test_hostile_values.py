@@ -38,7 +38,7 @@ VALUES = {
     "a curve of no share": (
         ("sensitivity", DENSE, "--shares", "", "-o", "{tmp}/a.json"), "--shares '': expected at least one number"
     ),
-    "a folder of a recipe that is a device": (("run", "quality", "--model", DENSE, "-o", "/dev/null"), "'/dev/null' is no folder"),
+    "a recipe into a device": (("run", "quality", "--model", DENSE, "-o", "/dev/null"), "'/dev/null' is no folder"),
     "5,000 digits": (("plan", DENSE, *FIFTH, "--samples", "9" * 5000), "(5,000 characters)"),
     "5,000 digits of memory": (("plan", DENSE, *FIFTH, "--max-memory", "9" * 5000), "--max-memory"),
     "layers in a vast number": (("plan", DENSE, *FIFTH, *L1, "--layers", "0-99999999999"), "has the layers 0-3"),
