@@ -524,6 +524,7 @@ class RecoverSettings(Settings):
         float | None,
         Field(
             gt=0,
+            le=1_000_000,
             description="Time that the training may take, instead of --epochs: the number of steps follows from the "
             "seconds of a few steps that are timed before. Loading and saving the model come on top.",
         ),

@@ -55,6 +55,8 @@ def refusal(error: ValidationError) -> Refusal:
 
 def _number(bound: Any) -> str:
     """A bound as people write it: ``1,048,576``, not ``1.04858e+06``."""
+    if isinstance(bound, float) and bound.is_integer():
+        bound = int(bound)
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 

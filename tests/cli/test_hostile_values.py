@@ -28,6 +28,7 @@ VALUES = {
     "a negative seed": (("plan", DENSE, *FIFTH, "--seed", -1), "--seed '-1': expected at least 0"),
     "endless epochs": (("recover", DENSE, *DATA, *OUT, "--epochs", "inf"), "--epochs 'inf': expected a finite number"),
     "epochs beyond counting": (("recover", DENSE, *DATA, *OUT, "--epochs", "1e300"), "--epochs '1e300'"),
+    "minutes beyond all time": (("recover", DENSE, *DATA, *OUT, "--minutes", 1e300), "expected at most 1,000,000"),
     "steps beyond counting": (("recover", DENSE, *DATA, *OUT, "--max-steps", 10**30), "--max-steps"),
     "samples beyond memory": (("prune", DENSE, *FIFTH, "--samples", 10**8, *OUT), "--samples '100000000'"),
     "a vast rank": (("recover", DENSE, *DATA, *OUT, "--rank", 10**6), "lora: rank = 1000000 is refused"),
