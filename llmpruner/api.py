@@ -792,7 +792,10 @@ def _save(
     model: Model, target: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
 ) -> str:
     if hasattr(model.model, "peft_config"):
-        save_adapter(model.model, target, base=model.ref, tokenizer=model.tokenizer, extra_files=extra_files)
+        origin = {**(notes or {}), "llmpruner": __version__, "recovery": (model.record or {}).get("recovery", [])}
+        save_adapter(
+            model.model, target, base=model.ref, tokenizer=model.tokenizer, extra_files=extra_files, origin=origin
+        )
         return "adapter"
     return pipeline.save(model, target, notes=notes, extra_files=extra_files)
 

@@ -19,8 +19,8 @@ from ..checkpoints.lazy import LazyModel, lazy_checkpoint, tied_differ
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
 from ..checkpoints.number_types import check_quantisation, check_stored_types
-from ..checkpoints.record import read_record
-from ..checkpoints.shards import check_index
+from ..checkpoints.record import read_any_record, read_record
+from ..checkpoints.shards import check_index, names_in
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
@@ -130,6 +130,7 @@ def load_model(
     options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
+        check_weights(Path(text))  # before the base is read
         loaded = load_model(base, catalog, options)
         merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
         return replace(loaded, ref=text, model=merged)
@@ -168,8 +169,7 @@ def open_streamed(
     folder, in ``beside`` or where the system has such folders. ``ahead``: whether the next layer is read while one is
     in use."""
     ref = resolve(text, catalog, revision=options.revision)
-    if structure.record is not None:
-        check_weights(ref.directory, structure.record)
+    _check_files(ref)
     with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
         tokenizer = _read_tokenizer(ref, options, structure.config)
         lazy = lazily(text, catalog, options, structure, beside)
@@ -371,6 +371,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
     check_quantisation(structure.config, ref.text)
+    _check_files(ref)
     with _one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
@@ -470,6 +471,12 @@ def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> Non
             )
 
 
+def _check_files(ref: Reference) -> None:
+    """See `check_weights`; for what llmpruner wrote. Indexes of other models are not always right."""
+    if ref.directory.is_dir() and not ref.gguf_file and read_any_record(ref.directory) is not None:
+        check_weights(ref.directory)
+
+
 def _check_ties(ref: Reference, model: PreTrainedModel, graph: CouplingGraph) -> None:
     """Raise `CheckpointError` where parameters that ``graph`` has tied are two: transformers leaves them so where the
     files hold both, with different values. A cut would follow one of them."""
@@ -510,4 +517,17 @@ def _one_line(ref: Reference) -> Iterator[None]:
             raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
         known = ref.directory.exists()
         what = "" if known else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
-        raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error
+        named = _damaged_file(ref) or first_line(error)
+        raise ModelError(f"cannot load model '{ref.text}'{what} ({named})") from error
+
+
+def _damaged_file(ref: Reference) -> str | None:
+    """What is wrong with the first safetensors file of a local model that cannot be opened, which transformers does not
+    name; None where all can."""
+    if not ref.gguf_file and ref.reader is None:
+        for file in sorted(ref.directory.glob("*.safetensors")):
+            try:
+                names_in(file)
+            except CheckpointError as error:
+                return str(error)
+    return None

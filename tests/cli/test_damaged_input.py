@@ -42,6 +42,17 @@ def test_an_incomplete_checkpoint_is_refused(run, dense, tmp_path, change, messa
     assert done.code == 2 and message in done.err.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"noise" * 99, None], ids=["empty", "noise", "truncated"])
+def test_a_damaged_shard_of_a_dense_model_is_named(refused, dense, tmp_path, content):
+    model = shutil.copytree(dense, tmp_path / "model")
+    llmpruner.load(dense).model.save_pretrained(model, max_shard_size="40KB")
+    (model / "model.safetensors").unlink()
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-9] if content is None else content)
+    for arguments in (("plan", model, *L2), ("generate", model, "-p", "x")):
+        assert f"{shard} is missing or damaged" in refused(*arguments, read=True)
+
+
 def head_of_its_own(model):
     """A checkpoint that stores a head, and a configuration that ties it to the embeddings."""
     file = model / "config.json"
@@ -123,6 +134,7 @@ def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
     else:
         tensors[name.replace("layers.0", "layers.77")] = tensors[name].clone()
     save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "adapter" / "llmpruner-files.json").unlink()  # as adapters of others, which have no hashes
     done = run(
         "evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32"
     )
