@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
@@ -33,6 +34,7 @@ from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
+from ..validation import refusal
 from .by_layer import format_conversion_rate, open_by_layer, weight_file_bytes, why_format_is_not_streamed
 from .reference import Reference, resolve
 
@@ -288,6 +290,10 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         return _recorded_structure(ref, record, catalog, options)
     except LlmprunerError:
         raise
+    except ValidationError as error:
+        found = refusal(error)
+        reason = f"{found.key} of a plan {found.value}: {found.expected}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
     except Exception as error:
         # Classes of configurations raise what they like for values that they do not expect.
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -297,6 +303,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _recorded_structure(
     ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
 ) -> Structure:
+    _check_types(ref, record)
     values = dict(record["base_config"])
     if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
         # Pruned from a model with code in its checkpoint, of which this one contains a copy.
@@ -312,6 +319,22 @@ def _recorded_structure(
         plan.check(graph)
         graph = restrict(graph, plan.kept)
     return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
+
+
+def _check_types(ref: Reference, record: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for what later stages read of a record, and would fail on after their work."""
+    work, recovery, path = (record.get(name) for name in ("work", "recovery", "base_path"))
+    for name, right in (
+        ("work", work is None or _is_list_of(work, (dict, type(None)))),
+        ("recovery", recovery is None or _is_list_of(recovery, (dict,))),
+        ("base_path", path is None or isinstance(path, str)),
+    ):
+        if not right:
+            raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ('{name}' has a value of another type)")
+
+
+def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(one, types) for one in value)
 
 
 def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:

@@ -144,6 +144,31 @@ def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
     assert message in line and f"{copy}/model.safetensors" in line
 
 
+RECORDS = {
+    "work": {"work": 7},
+    "work of numbers": {"work": [1]},
+    "recovery": {"recovery": "x"},
+    "base_path": {"base_path": 7},
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+@pytest.mark.parametrize("command", ["discover", "prune", "push", "verify"])
+def test_a_record_with_values_of_another_type_is_refused_before_work(run, copy, tmp_path, what, command):
+    edit_json(copy / "llmpruner.json", add=False, **RECORDS[what])
+    prune = ("--ratio", 0.1, "--importance", "l1", "-o", tmp_path / "out")
+    result = run(command, copy, *{"prune": prune, "push": ("x/y", "--dry-run")}.get(command, ()))
+    assert result.code == (1 if command == "verify" else 2), result.err
+    assert f"llmpruner.json is damaged ('{what.split()[0]}' has" in result.err and "Traceback" not in result.err
+
+
+def test_what_is_wrong_with_a_recorded_plan_is_said(refused, copy):
+    record = json.loads((copy / "llmpruner.json").read_text())
+    next(iter(record["plans"][0]["cuts"].values()))["kept"] = "9-3"
+    (copy / "llmpruner.json").write_text(json.dumps(record))
+    assert "goes backwards" in refused("discover", copy)
+
+
 def test_large_models_are_loaded_without_reading_them_twice(copy, monkeypatch):
     monkeypatch.setattr(manifest, "HASHED", 0)
     flip(copy / "model.safetensors", UP)
