@@ -69,9 +69,9 @@ def _named_base(path: Path) -> str | None:
     if not exists(file):
         return None
     base = read_json(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or "\0" in base:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
-    return str(path / base) if (path / base).is_dir() else base
+    return str(path / base) if exists(path / base) and (path / base).is_dir() else base
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
