@@ -101,7 +101,7 @@ def _not_empty(value: Any) -> Any:
 
 def _numbers(value: Any) -> Any:
     """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
-    numbers = (value,) if isinstance(value, int) else names_of(value)
+    numbers = (value,) if isinstance(value, (int, float)) else names_of(value)
     if not numbers:
         raise ValueError("expected at least one number")
     return numbers
@@ -161,7 +161,7 @@ def _component_settings(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
-Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same inputs: same result.")]
 Set = Annotated[
@@ -440,7 +440,7 @@ class SensitivitySettings(Settings):
         Option(_WHAT),
     ] = None
     shares: Annotated[
-        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(names_of)],
+        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_numbers)],
         Field(description="Shares of each group's units that are removed, ascending, comma-separated."),
         Option(_WHAT, metavar="NUMBERS"),
     ] = (0.1, 0.25, 0.5, 0.75)
@@ -460,8 +460,12 @@ class SensitivitySettings(Settings):
     calibration: Annotated[str, Field(description="Text to rank, fit and measure on, as for `prune`."), Option(_ON)] = (
         "self"
     )
-    samples: Annotated[int | None, Field(ge=1, description="Calibration samples, as for `prune`."), Option(_ON)] = None
-    length: Annotated[int | None, Field(ge=2, description="Tokens per sample, as for `prune`."), Option(_ON)] = None
+    samples: Annotated[
+        int | None, Field(ge=1, le=1_000_000, description="Calibration samples, as for `prune`."), Option(_ON)
+    ] = None
+    length: Annotated[
+        int | None, Field(ge=2, le=2**20, description="Tokens per sample, as for `prune`."), Option(_ON)
+    ] = None
     seed: Seed = 0
     settings: Set = {}
 
@@ -527,6 +531,7 @@ class RecoverSettings(Settings):
         float | None,
         Field(
             gt=0,
+            le=1_000_000,
             description="Time that the training may take, instead of --epochs: the number of steps follows from the "
             "seconds of a few steps that are timed before. Loading and saving the model come on top.",
         ),
@@ -704,8 +709,10 @@ class BenchSettings(Settings):
     prompt: Annotated[
         Numbers, Field(description="Lengths of the prompt in tokens, comma-separated."), Option(metavar="NUMBERS")
     ] = (128,)
-    new: Annotated[int, Field(ge=1, description="Tokens decoded after the prompt.")] = 32
-    rounds: Annotated[int, Field(ge=1, description="Runs of every model, in turn, after one that is not counted.")] = 5
+    new: Annotated[int, Field(ge=1, le=2**20, description="Tokens decoded after the prompt.")] = 32
+    rounds: Annotated[
+        int, Field(ge=1, le=10_000, description="Runs of every model, in turn, after one that is not counted.")
+    ] = 5
     settings: Set = {}
 
 
@@ -727,7 +734,7 @@ class GenerateSettings(Settings):
 class ChatSettings(Settings):
     """How answers are written."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, description="Tokens of an answer, at most.")] = 512
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**20, description="Tokens of an answer, at most.")] = 512
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above, answers are drawn.")] = (
         0.0
     )

@@ -47,7 +47,11 @@ def _unpack(value: Any) -> Any:
     units: list[int] = []
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
+        if not (first.strip().isdecimal() and (last or first).strip().isdecimal()) or len(run) > 40:
+            raise ValueError(f"expected numbers of units such as 0-4,7, found '{run[:40]}'")
         start, stop = int(first), int(last or first) + 1
+        if stop <= start:
+            raise ValueError(f"the run '{run}' goes backwards")
         # No model is that wide, and expanding such ranges could exhaust memory.
         if stop - start + len(units) > _MOST_UNITS:
             raise ValueError(f"more than {_MOST_UNITS:,} units")

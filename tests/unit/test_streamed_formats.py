@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from criteria_cases import make
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_streamed import METHODS, assert_same, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpruner import api
 from llmpruner.checkpoints import gguf_tensors
 from llmpruner.checkpoints.computed_once import ComputedOnce
+from llmpruner.checkpoints.lazy import lazy_checkpoint
 from llmpruner.checkpoints.torch_files import lazy_torch
 from llmpruner.errors import CheckpointError, ModelError, OutputError, SettingsError
 from llmpruner.models.quiet import quiet_gguf
@@ -271,6 +272,19 @@ def test_damage_is_named_before_anything_is_pruned(tmp_path, catalog):
     torch.save({**state, norm: torch.zeros(3)}, file)
     with pytest.raises(ModelError, match=f"has in another shape .* '{norm}'"):
         api.open_streamed(str(model), catalog, LoadSettings(), structure)
+
+
+def test_tied_parameters_that_safetensors_hold_twice(tmp_path):
+    model = make("gpt2").model
+    model.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    lazy = lazy_checkpoint(tmp_path, torch.float32, "transformer.h").model
+    assert lazy.lm_head.weight is lazy.transformer.wte.weight
+    state["lm_head.weight"][0] += 1
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ, but the configuration ties them"):
+        lazy_checkpoint(tmp_path, torch.float32, "transformer.h")
 
 
 def test_tied_parameters_with_different_values_are_refused(tmp_path):
