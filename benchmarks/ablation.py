@@ -170,7 +170,7 @@ def _written(passages: int) -> list[str]:
 def page(found: list[dict[str, Any]]) -> str:
     """``docs/quality-notes.md``"""
     lines = [
-        "# What the repair gains from",
+        "# Variants of the compensation, measured",
         "",
         "<!-- Written by benchmarks/ablation.py; do not edit. -->",
         "",

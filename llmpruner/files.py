@@ -21,6 +21,7 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8. A regular file is written under a temporary name and renamed, so that a failure leaves
     the old content; a symbolic link keeps its target; a device or pipe is written to. Raises `OutputError`."""
     try:
+        _check_links(path)
         real = path.resolve(strict=False)
         if real.exists() and not real.is_file():
             with real.open("w", encoding="utf-8") as stream:
@@ -29,6 +30,12 @@ def write_text(path: Path, text: str) -> None:
         _replace(real, text)
     except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points at itself, before Python 3.13
         raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_links(path: Path) -> None:
+    """Raise `OSError` for a symbolic link that leads to itself; `Path.exists` says False of one."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()
 
 
 def _replace(path: Path, text: str) -> None:
@@ -62,6 +69,7 @@ def check_new_file(path: Path) -> Path:
     with _unwritable(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
+        _check_links(path)
         if not path.exists():
             _check_parent(path)
         elif not os.access(path, os.W_OK):
@@ -166,7 +174,8 @@ def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
     lock = None
     try:
         with writing(directory):
-            partial.mkdir(parents=True)
+            with _unwritable(directory):
+                partial.mkdir(parents=True)
             lock = _lock(partial)
             yield partial
             for file in partial.rglob("*"):

@@ -101,7 +101,7 @@ def _not_empty(value: Any) -> Any:
 
 def _numbers(value: Any) -> Any:
     """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
-    numbers = (value,) if isinstance(value, int) else names_of(value)
+    numbers = (value,) if isinstance(value, (int, float)) else names_of(value)
     if not numbers:
         raise ValueError("expected at least one number")
     return numbers
@@ -161,7 +161,7 @@ def _component_settings(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
-Numbers = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_numbers)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same inputs: same result.")]
 Set = Annotated[
@@ -258,7 +258,7 @@ class PruneSettings(Settings):
     ] = "decoder"
     context: Annotated[
         int | None,
-        Field(description="Tokens in the cache under --budget macs or latency."),
+        Field(description="Tokens in the cache under --budget macs or latency. By default 512."),
         Option(_WHAT, sets="budget.context"),
     ] = None
     target_params: Annotated[
@@ -281,8 +281,8 @@ class PruneSettings(Settings):
         Field(
             description="What may be removed, comma-separated. mlp: MLP channels; attention: KV heads with query heads "
             "(both together are the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels "
-            "of the residual stream (the paper's channel-wise pruning); layer: whole layers. The default keeps most "
-            "quality on models with few KV heads."
+            "of the residual stream (the paper's channel-wise pruning); layer: whole layers; expert: experts of a "
+            "mixture of experts; latent: channels of a compressed KV cache. `llmpruner discover` lists a model's."
         ),
         Option(_WHAT),
     ] = ("mlp",)
@@ -298,9 +298,9 @@ class PruneSettings(Settings):
     shape: Annotated[
         Shape,
         Field(
-            description="uniform: all layers keep the same widths, in multiples that kernels like, so that the result "
-            "is an ordinary model for every runtime; free: every layer keeps its own number of units, which loses a "
-            "little less quality."
+            description="uniform: all layers keep the same widths, in multiples that suit kernels, so that the result "
+            "is an ordinary model for every runtime; free: every layer keeps its own number of units, which --method "
+            "llm-pruner sets."
         ),
         Option(_WHAT),
     ] = "uniform"
@@ -316,7 +316,7 @@ class PruneSettings(Settings):
     meet: Annotated[
         Meet,
         Field(
-            description="How an amount is met that whole steps do not give exactly: nearest, above (no less is "
+            description="What to do where whole steps do not give the amount exactly: nearest, above (no less is "
             "removed) or below (no more is)."
         ),
         Option(_WHAT),
@@ -325,17 +325,17 @@ class PruneSettings(Settings):
         str | None,
         Field(
             description="Defaults of the options below. best (the default): units chosen by one forward pass, weights "
-            "compensated by least squares; fast: no compensation; llm-pruner: the paper's, first-order Taylor on ten "
-            "samples, no compensation."
+            "compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the paper's, first-order "
+            "Taylor on ten samples, no compensation, --shape free."
         ),
         Option(_HOW),
     ] = None
     importance: Annotated[
         str | None,
         Field(
-            description="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; "
-            "block-influence and angular for layers; or one that a plugin adds (see `llmpruner plugins`). Without "
-            "--method: on ten samples, without compensation."
+            description="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; angular, "
+            "angular-block and block-influence for layers; expert-reap and others for experts; or one that a plugin "
+            "adds (see `llmpruner plugins`). Without --method: on ten samples, without compensation."
         ),
         Option(_HOW),
     ] = None
@@ -359,9 +359,9 @@ class PruneSettings(Settings):
         str,
         Field(
             description="uniform: equal shares per layer and kind; global: one ranking over all units; sensitivity: by "
-            "the divergence that cuts of each group cause alone; curve: the same, from a file of `llmpruner "
-            "sensitivity` (--set curve.file=FILE); search: equal shares, moved to where cuts raise the divergence "
-            "least in combination (minutes more)."
+            "the divergence from the dense model that cuts of each group cause alone; curve: the same, from a file of "
+            "`llmpruner sensitivity` (--set curve.file=FILE); search: equal shares, moved to where cuts in combination "
+            "raise the divergence least (minutes more)."
         ),
         Option(_HOW),
     ] = "uniform"
@@ -375,7 +375,7 @@ class PruneSettings(Settings):
     ] = "none"
     steps: Annotated[
         int,
-        Field(ge=1, le=1000, description="Remove in this many steps, measuring again after each."),
+        Field(ge=1, le=1000, description="Remove in this many steps, with new scores after each."),
         Option(_HOW),
     ] = 1
     compensate: Annotated[
@@ -389,8 +389,8 @@ class PruneSettings(Settings):
     calibration: Annotated[
         str,
         Field(
-            description="Text to measure and fit on: self (the model writes it), a .txt, .json, .jsonl or .parquet "
-            "file with a text, page or content field, a datasets name (name:config:split), or chat:FILE for "
+            description="Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet "
+            "file with a text, page or content field, a data set (name:config:split), or chat:FILE for "
             "conversations in the model's chat format; several, with commas between them, are mixed in equal parts, or "
             "in shares as in 3*self,1*chat:FILE."
         ),
@@ -401,7 +401,8 @@ class PruneSettings(Settings):
         Field(
             ge=1,
             le=1_000_000,
-            description="Calibration samples: 320 for best (256 that the model writes), 64 for fast, else 10.",
+            description="Calibration samples: for best 256 that the model generates, or 320 of a file; 64 for fast, "
+            "else 10.",
         ),
         Option(_ON),
     ] = None
@@ -431,7 +432,7 @@ class SensitivitySettings(Settings):
     """What cuts are measured, and how."""
 
     kinds: Annotated[
-        Names, Field(description="Kinds of units that are cut, comma-separated, as of `prune`."), Option(_WHAT)
+        Names, Field(description="Kinds of units that are cut, comma-separated, as for `prune`."), Option(_WHAT)
     ] = ("mlp",)
     layers: Annotated[
         Annotated[str, BeforeValidator(_layers)] | None,
@@ -439,28 +440,32 @@ class SensitivitySettings(Settings):
         Option(_WHAT),
     ] = None
     shares: Annotated[
-        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(names_of)],
+        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_numbers)],
         Field(description="Shares of each group's units that are removed, ascending, comma-separated."),
         Option(_WHAT, metavar="NUMBERS"),
     ] = (0.1, 0.25, 0.5, 0.75)
     method: Annotated[
         str | None,
-        Field(description="As of `prune`: how units are ranked, and whether weights are fitted after each cut."),
+        Field(description="As for `prune`: how units are ranked, and whether weights are fitted after each cut."),
         Option(_HOW),
     ] = None
     importance: Annotated[
-        str | None, Field(description="Criterion by which units are ranked, as of `prune`."), Option(_HOW)
+        str | None, Field(description="Criterion by which units are ranked, as for `prune`."), Option(_HOW)
     ] = None
     compensate: Annotated[
         str | None,
         Field(description="refit: weights that read removed units are fitted again before measuring; none."),
         Option(_HOW),
     ] = None
-    calibration: Annotated[str, Field(description="Text to rank, fit and measure on, as of `prune`."), Option(_ON)] = (
+    calibration: Annotated[str, Field(description="Text to rank, fit and measure on, as for `prune`."), Option(_ON)] = (
         "self"
     )
-    samples: Annotated[int | None, Field(ge=1, description="Calibration samples, as of `prune`."), Option(_ON)] = None
-    length: Annotated[int | None, Field(ge=2, description="Tokens per sample, as of `prune`."), Option(_ON)] = None
+    samples: Annotated[
+        int | None, Field(ge=1, le=1_000_000, description="Calibration samples, as for `prune`."), Option(_ON)
+    ] = None
+    length: Annotated[
+        int | None, Field(ge=2, le=2**20, description="Tokens per sample, as for `prune`."), Option(_ON)
+    ] = None
     seed: Seed = 0
     settings: Set = {}
 
@@ -473,7 +478,7 @@ class RecoverSettings(Settings):
         Field(
             description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
             "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or "
-            "self:N for N rows that the dense model writes. Several, with commas between them, are joined; "
+            "self:N for N rows that the dense model generates. Several, with commas between them, are joined; "
             "3*FILE,1*FILE takes examples in these shares."
         ),
     ]
@@ -481,13 +486,19 @@ class RecoverSettings(Settings):
     limit: Annotated[int | None, Field(ge=1, description="Number of examples to draw at random; all by default.")] = (
         None
     )
-    merge: Annotated[bool, Field(description="Add the adapters to the weights, or save them alone.")] = True
-    rank: Annotated[int | None, Field(description="Rank of the LoRA adapters."), Option(sets="strategy.rank")] = None
+    merge: Annotated[bool, Field(description="Add the LoRA adapters to the weights, or save them alone.")] = True
+    rank: Annotated[
+        int | None, Field(description="Rank of the LoRA adapters. By default 8."), Option(sets="strategy.rank")
+    ] = None
     alpha: Annotated[
-        int | None, Field(description="Scale of the adapters: α / rank."), Option(sets="strategy.alpha")
+        int | None,
+        Field(description="Scale of the adapters: α / rank. By default α is 16."),
+        Option(sets="strategy.alpha"),
     ] = None
     dropout: Annotated[
-        float | None, Field(description="Dropout before the adapters."), Option(sets="strategy.dropout")
+        float | None,
+        Field(description="Dropout before the adapters. By default 0.05."),
+        Option(sets="strategy.dropout"),
     ] = None
     learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate."), Option(_TRAINING)] = 1e-4
     schedule: Annotated[
@@ -520,6 +531,7 @@ class RecoverSettings(Settings):
         float | None,
         Field(
             gt=0,
+            le=1_000_000,
             description="Time that the training may take, instead of --epochs: the number of steps follows from the "
             "seconds of a few steps that are timed before. Loading and saving the model come on top.",
         ),
@@ -574,7 +586,7 @@ class RecoverSettings(Settings):
     ] = 0.02
     validation_data: Annotated[
         str | None,
-        Field(description="Data of its own for validation, in the forms of --data, instead of a share of it."),
+        Field(description="Data for validation, in the forms of --data, instead of a share of it."),
         Option(_CHECKING, metavar="DATA"),
     ] = None
     eval_steps: Annotated[
@@ -623,19 +635,19 @@ class EvaluateSettings(Settings):
     ] = None
     window: Annotated[
         int | None,
-        Field(description="Tokens per window of the perplexity; windows do not overlap."),
+        Field(description="Tokens per window of the perplexity, by default 512; windows do not overlap."),
         Option(sets="perplexity.window"),
     ] = None
     tokens: Annotated[
         int | None,
-        Field(description="Number of tokens to use, from the start of the text; all by default."),
+        Field(description="Number of tokens of the text to use, from its start; all by default."),
         Option(sets="perplexity.tokens"),
     ] = None
     kl: Annotated[
         bool,
         Field(
-            description="Also the KL divergence from the first MODEL on the text of the perplexity, and how often both "
-            "find the same token most probable (both models are in memory)."
+            description="Also the KL divergence from the first MODEL on the text of the perplexity, and the share of "
+            "tokens with the same most probable prediction (both models are in memory)."
         ),
         Option(sets="perplexity.kl"),
     ] = False
@@ -655,7 +667,7 @@ class EvaluateSettings(Settings):
         Option(sets="tasks.include_path"),
     ] = None
     batch_size: Annotated[
-        int | None, Field(description="Rows per batch of tasks."), Option(sets="tasks.batch_size")
+        int | None, Field(description="Rows per batch of tasks. By default 8."), Option(sets="tasks.batch_size")
     ] = None
     autocast: Annotated[
         bool,
@@ -682,7 +694,7 @@ class CacheSettings(Settings):
 
 
 class BenchSettings(Settings):
-    """At which sizes the speed of models is measured, and in what."""
+    """In which program, and at which sizes, the speed of models is measured."""
 
     runtime: Annotated[
         str,
@@ -697,8 +709,10 @@ class BenchSettings(Settings):
     prompt: Annotated[
         Numbers, Field(description="Lengths of the prompt in tokens, comma-separated."), Option(metavar="NUMBERS")
     ] = (128,)
-    new: Annotated[int, Field(ge=1, description="Tokens decoded after the prompt.")] = 32
-    rounds: Annotated[int, Field(ge=1, description="Runs of every model, in turn, after one that is not counted.")] = 5
+    new: Annotated[int, Field(ge=1, le=2**20, description="Tokens decoded after the prompt.")] = 32
+    rounds: Annotated[
+        int, Field(ge=1, le=10_000, description="Runs of every model, in turn, after one that is not counted.")
+    ] = 5
     settings: Set = {}
 
 
@@ -720,7 +734,7 @@ class GenerateSettings(Settings):
 class ChatSettings(Settings):
     """How answers are written."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, description="Tokens of an answer, at most.")] = 512
+    max_new_tokens: Annotated[int, Field(ge=1, le=2**20, description="Tokens of an answer, at most.")] = 512
     temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above, answers are drawn.")] = (
         0.0
     )

@@ -20,10 +20,10 @@ _EXPECTED = {
     "bool_parsing": "expected true or false",
     "bool_type": "expected true or false",
     "string_type": "expected text",
-    "greater_than": "expected a number above {gt:g}",
-    "greater_than_equal": "expected at least {ge:g}",
-    "less_than": "expected a number below {lt:g}",
-    "less_than_equal": "expected at most {le:g}",
+    "greater_than": "expected a number above {gt}",
+    "greater_than_equal": "expected at least {ge}",
+    "less_than": "expected a number below {lt}",
+    "less_than_equal": "expected at most {le}",
 }
 
 
@@ -46,11 +46,18 @@ def refusal(error: ValidationError) -> Refusal:
     if kind == "literal_error":
         expected = _one_of(re.findall(r"'([^']*)'", context["expected"]), str(value))
     elif kind in _EXPECTED:
-        expected = _EXPECTED[kind].format(**context)
+        expected = _EXPECTED[kind].format(**{name: _number(bound) for name, bound in context.items()})
     else:
         expected = str(first["msg"]).removeprefix("Value error, ")
     given = _short(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
     return Refusal(key, kind, f"'{given}'" if isinstance(value, (str, list, tuple)) else given, expected)
+
+
+def _number(bound: Any) -> str:
+    """A bound as people write it: ``1,048,576``, not ``1.04858e+06``."""
+    if isinstance(bound, float) and bound.is_integer():
+        bound = int(bound)
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 def _short(text: str) -> str:

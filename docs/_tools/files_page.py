@@ -64,6 +64,16 @@ RUN = {
     "versions": "Versions of Python and of the libraries that results depend on most.",
 }
 """Key of ``run.json`` → what it is."""
+ORIGIN = {
+    "llmpruner": "Version of llmpruner that wrote the directory.",
+    "files": "As in `llmpruner.json`.",
+    "adapters_of": "The model that adapters change, as the user named it; absent in exports.",
+    "recovery": "As in `llmpruner.json`; absent in exports.",
+    "exported_from": "The checkpoint that was exported, as the user named it; absent beside adapters.",
+    "padded": "`parameters_before` and `parameters_after`: parameters before and after zeros were added; absent where "
+    "none were.",
+}
+"""Key of ``llmpruner-files.json`` → what it is."""
 RECOVERY = {
     "strategy": "Name of the recovery strategy.",
     "strategy_settings": "Its settings, as in `--set`.",
@@ -106,6 +116,7 @@ def render() -> str:
     lines += ["", "### work", "", WORK_TEXT, "", "Each of the `fits`:", "", *_keys(FITS)]
     lines += ["", "Each of the `scores`, by the name of the group:", "", *_keys(SCORES)]
     lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys({**RECOVERY, **LOCAL})]
+    lines += ["", "## llmpruner-files.json", "", ORIGIN_TEXT, "", *_keys(ORIGIN)]
     lines += ["", "## run.json", "", RUN_TEXT, "", *_keys(RUN)]
     return "\n".join(lines) + "\n"
 
@@ -123,6 +134,11 @@ WORK_TEXT = (
     "What compensation and selection did, for [reports](../how-to/report.md). `scores` is empty where units "
     "were chosen in "
     "several steps, and for a plan that was replayed."
+)
+ORIGIN_TEXT = (
+    "Beside adapters that `recover --no-merge` saved, and what `export --to stock` wrote: where they come from, and "
+    "their hashes, by which [`llmpruner verify`](../how-to/verify.md) and every command that loads them find damage. "
+    "peft and transformers do not read it."
 )
 RUN_TEXT = (
     "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from ..errors import CheckpointError, MissingExtraError, first_line
 from ..files import exists, new_directory
+from .manifest import write_origin
 from .record import read_json
 
 if TYPE_CHECKING:
@@ -19,13 +20,21 @@ if TYPE_CHECKING:
 
 
 _ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(
-    model: Any, directory: Path, *, base: str, tokenizer: Any | None, extra_files: Sequence[Path] = ()
+    model: Any,
+    directory: Path,
+    *,
+    base: str,
+    tokenizer: Any | None,
+    extra_files: Sequence[Path] = (),
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapters of a peft model alone; ``base``: reference of the base model, stored with them.
-    ``extra_files``: copied into the directory.
+    ``extra_files``: copied into the directory. ``origin``: JSON values for ``llmpruner-files.json``, which has the
+    hashes of all files.
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
@@ -37,6 +46,7 @@ def save_adapter(
             tokenizer.save_pretrained(partial)
         for file in extra_files:
             shutil.copyfile(file, partial / file.name)
+        write_origin(partial, {"adapters_of": base, **(origin or {})})
 
 
 def adapter_base(path: Path) -> str | None:
@@ -59,9 +69,9 @@ def _named_base(path: Path) -> str | None:
     if not exists(file):
         return None
     base = read_json(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or "\0" in base:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
-    return str(path / base) if (path / base).is_dir() else base
+    return str(path / base) if exists(path / base) and (path / base).is_dir() else base
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
@@ -93,7 +103,7 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 
 def _stored(path: Path) -> set[str]:
     """Names of the tensors of an adapter; empty for an adapter in an older format than safetensors."""
-    file = path / "adapter_model.safetensors"
+    file = path / ADAPTER_WEIGHTS
     if not file.is_file():
         return set()
     with safe_open(file, framework="pt") as tensors:

@@ -17,13 +17,13 @@ from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
     get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
     read_field,
 )
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from ..models.empty import meta_model
-from ..models.quiet import quiet_gguf
+from ..models.gguf import gguf_metadata, gguf_reader
+from .computed_once import ComputedOnce
 from .converted import Conversion, ConvertedTensors
 from .lazy import LazyModel
 
@@ -34,9 +34,12 @@ _AT_ONCE = 1 << 22
 """Values that are dequantised at once, in whole rows: gguf's own function holds several arrays of them."""
 
 
-def lazy_gguf(file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: str) -> LazyModel:
+def lazy_gguf(
+    file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: str, once: Path | None = None
+) -> LazyModel:
     """The model in a GGUF file. ``config``: as transformers reads it of the file. ``layers``: path of the decoder
-    layers. Raises what gguf and transformers raise."""
+    layers. ``once``: a folder in which the values are kept in a temporary folder after they were computed; None:
+    they are computed whenever they are read. Raises what gguf and transformers raise."""
     model, shell = meta_model(config, dtype), meta_model(config, dtype)
     quantizer = _quantizer(file, shell, dtype)
     conversion = Conversion(shell, dtype, quantizer)
@@ -53,7 +56,7 @@ def lazy_gguf(file: Path, config: PreTrainedConfig, dtype: torch.dtype, layers: 
     }
     if not info["missing_keys"]:
         source.give_buffers(model)
-    return LazyModel(model, source, layers, info)
+    return LazyModel(model, source if once is None else ComputedOnce(source, once), layers, info)
 
 
 def _of_other_sizes(stored: _DequantisedTensors | _BlockTensors, model: PreTrainedModel) -> list[str]:
@@ -82,12 +85,8 @@ class _DequantisedTensors:
     dequantises them before anything else; its steps are done here for those that are needed."""
 
     def __init__(self, file: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        import gguf
-
         self._file, self._dtype = file, dtype
-        reader = gguf.GGUFReader(str(file))
-        with quiet_gguf():
-            config = load_gguf_checkpoint(str(file))["config"]
+        reader, config = gguf_reader(file), gguf_metadata(file)["config"]
         processor = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
         self._processor = processor(config=config)
         self._names: Mapping[str, str] = get_gguf_hf_weights_map(model, self._processor)
@@ -132,7 +131,7 @@ def dequantisation_rate(file: Path) -> float:
     """Values per second, measured on some rows of the largest tensor."""
     import gguf
 
-    largest = max(gguf.GGUFReader(str(file)).tensors, key=lambda tensor: int(tensor.n_elements))
+    largest = max(gguf_reader(file).tensors, key=lambda tensor: int(tensor.n_elements))
     rows = largest.data.reshape(-1, largest.data.shape[-1])
     some = rows[: max(1, _AT_ONCE // 4 * len(rows) // int(largest.n_elements))]
     gguf.dequantize(some[:1], largest.tensor_type)

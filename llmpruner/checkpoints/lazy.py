@@ -18,7 +18,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError, LlmprunerError, first_line
 from ..files import scratch_folder
 from ..models.empty import put_parameters
 from ..models.quiet import quiet_transformers
@@ -55,12 +55,12 @@ class LazyModel:
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         """Parameter → value, on the CPU; see `TensorSource.read`. It may be called in another thread. Raises
-        `CheckpointError`."""
+        `CheckpointError`, and `OutputError` where values are kept in files that cannot be written."""
         names = [name for name in self._parts[part] if name not in self._tied]
         try:
             with self._one_call:
                 return self._source.read(names)
-        except CheckpointError:
+        except LlmprunerError:
             raise
         except Exception as error:  # safetensors, torch and the system raise what they like
             raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
@@ -94,10 +94,32 @@ def lazy_checkpoint(
             ignore_mismatched_sizes=True,
             trust_remote_code=trust_remote_code,
         )
-    source = _OffloadedTensors(_stored(model), folder)
+    stored = _stored(model)
+    source = _OffloadedTensors(stored, folder)
     remove_hook_from_submodules(model)
     vars(model).pop("hf_device_map", None)
+    _tie(directory, model, stored)
     return LazyModel(model, source, layers, info)
+
+
+def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
+    """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
+    values to compare. Raises `CheckpointError` where the values differ."""
+    before = dict(model.named_parameters(remove_duplicate=False))
+    model.tie_weights()
+    after = dict(model.named_parameters(remove_duplicate=False))
+    kept = {id(value): name for name, value in after.items() if before[name] is value}
+    for name, value in before.items():
+        if after[name] is not value and not torch.equal(stored[name], stored[kept[id(after[name])]]):
+            raise tied_differ(directory, name, kept[id(after[name])])
+
+
+def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
+    """For parameters that the configuration ties, and that are stored with different values."""
+    return CheckpointError(
+        f"{directory}: {name} and {other} differ, but the configuration ties them; "
+        'set "tie_word_embeddings": false in config.json'
+    )
 
 
 class _OffloadedTensors:

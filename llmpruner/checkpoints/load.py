@@ -13,7 +13,6 @@ from ..models.quiet import quiet_transformers
 from ..models.remote import ALLOW, pruned_class
 from .adapters import adapter_base, with_adapter
 from .manifest import check_weights
-from .record import read_record
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +37,7 @@ def load_pruned(
     """
     base = adapter_base(Path(path))
     if base is not None:
+        check_weights(Path(path))
         model = load_pruned(
             base,
             dtype=dtype,
@@ -49,7 +49,7 @@ def load_pruned(
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
     if Path(path).is_dir():
-        check_weights(Path(path), read_record(path))
+        check_weights(Path(path))
 
     options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
     options["trust_remote_code"] = trust_remote_code

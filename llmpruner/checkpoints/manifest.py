@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .record import RECORD_FILE, read_json, record_text
+from .record import ORIGIN_FILE, RECORD_FILE, read_any_record, read_json, record_text
 from .shards import WEIGHTS, check_index, places_in
 
 FILES = "files"
@@ -75,8 +75,17 @@ def sha256(file: Path) -> str:
 def add_manifest(directory: Path) -> None:
     """Put the facts of every other file of ``directory`` into its ``llmpruner.json``, if it has one."""
     record = directory / RECORD_FILE
-    if not record.is_file():
-        return
+    if record.is_file():
+        _write(record, read_json(record))
+
+
+def write_origin(directory: Path, origin: Mapping[str, Any]) -> None:
+    """Write ``llmpruner-files.json``: ``origin``, JSON values, and the facts of every other file of ``directory``."""
+    _write(directory / ORIGIN_FILE, origin)
+
+
+def _write(record: Path, values: Mapping[str, Any]) -> None:
+    directory = record.parent
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != record)
     # Both sums are computed outside of the interpreter's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -84,7 +93,7 @@ def add_manifest(directory: Path) -> None:
             file.relative_to(directory).as_posix(): found.as_json()
             for file, found in zip(files, pool.map(facts_of, files), strict=True)
         }
-    record.write_text(record_text({**read_json(record), FILES: facts}), encoding="utf-8")
+    record.write_text(record_text({**values, FILES: facts}), encoding="utf-8")
 
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | None:
@@ -99,10 +108,10 @@ def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | N
             for name, entry in stated.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{RECORD_FILE} is damaged: '{FILES}' must give bytes and sha256 of each file") from error
+        raise CheckpointError(f"the record is damaged: '{FILES}' must give bytes and sha256 of each file") from error
     for name in found:
         if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{RECORD_FILE} is damaged: {name!r} is no file of the checkpoint")
+            raise CheckpointError(f"the record is damaged: {name!r} is no file of the checkpoint")
     return found
 
 
@@ -133,11 +142,11 @@ def _where(file: Path, recorded: FileFacts) -> str:
     return f": tensor '{changed[0]}'{more}" if changed else ": its header"
 
 
-def check_weights(directory: Path, record: Mapping[str, Any] | None) -> None:
-    """Check the weight files of a checkpoint before it is loaded: sizes, tensor names in the index, and for models of
-    up to `HASHED` bytes the content. Other files may be edited by hand. Raises `CheckpointError` that names the file.
-    """
-    recorded = recorded_files(record)
+def check_weights(directory: Path) -> None:
+    """Check the weight files of a checkpoint or of adapters before they are loaded: sizes, tensor names in the index,
+    and for up to `HASHED` bytes the content. Other files may be edited by hand. Raises `CheckpointError` that names the
+    file."""
+    recorded = recorded_files(read_any_record(directory))
     if recorded is not None:
         weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
         small = sum(facts.size for facts in weights.values()) <= HASHED

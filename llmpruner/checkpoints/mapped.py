@@ -13,17 +13,19 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_DONTNEED = 4
-"""``MADV_DONTNEED`` of Linux: pages leave the process, and are read again from the file if they are touched."""
+_PAGEOUT = 21
+"""``MADV_PAGEOUT`` of Linux (5.4): pages leave memory, and are read again from the file if they are touched. Whatever
+is at the address keeps its values. With ``MADV_DONTNEED`` it would not: between finding a mapping and this call, a
+library may unmap the file, and the allocator use the address for other data, which would become zeros."""
 _SECONDS = 0.2
 _SMAPS = Path("/proc/self/smaps")
 
 
 @contextlib.contextmanager
 def pages_given_back(*folders: Path) -> Iterator[None]:
-    """While active, five times a second, and at its end, pages of mapped files below ``folders`` leave the memory of
-    this process. A mapping that was written to is left alone; nothing may write to the others meanwhile, as what is
-    written to a private mapping leaves with its pages. No effect elsewhere than on Linux."""
+    """While active, five times a second, and at its end, pages of mapped files below ``folders`` leave memory. No value
+    changes, whatever is mapped, unmapped or written meanwhile. No effect elsewhere than on Linux, and on files that
+    belong to another user and may not be written."""
     if sys.platform != "linux" or not _SMAPS.is_file():
         yield
         return
@@ -47,24 +49,21 @@ def pages_given_back(*folders: Path) -> Iterator[None]:
 def give_back(places: list[str]) -> None:
     """Drop the pages of mapped files whose paths begin with one of ``places``."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for first, last in _untouched(places):
+    for first, last in _resident(places):
         # An error leaves the pages where they are.
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONTNEED)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _PAGEOUT)
 
 
-def _untouched(places: list[str]) -> Iterator[tuple[int, int]]:
-    """First and last address of mappings that hold pages of those files, and none that was written to."""
+def _resident(places: list[str]) -> Iterator[tuple[int, int]]:
+    """First and last address of mappings that hold pages of those files, a moment ago."""
     current: tuple[int, int] | None = None
-    resident = False
     for line in _SMAPS.read_text(encoding="utf-8", errors="replace").splitlines():
         words = line.split(maxsplit=5)
         if not words[0].endswith(":"):
             first, _, last = words[0].partition("-")
             ours = len(words) == 6 and words[5].startswith(tuple(places))
-            current, resident = ((int(first, 16), int(last, 16)) if ours else None), False
+            current = (int(first, 16), int(last, 16)) if ours else None
         elif current is not None and words[0] == "Rss:":
-            resident = words[1] != "0"
-        elif current is not None and words[0] == "Anonymous:":
-            if resident and words[1] == "0":
+            if words[1] != "0":
                 yield current
             current = None

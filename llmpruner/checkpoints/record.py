@@ -9,6 +9,9 @@ from typing import Any
 from ..errors import CheckpointError, first_line
 
 RECORD_FILE = "llmpruner.json"
+ORIGIN_FILE = "llmpruner-files.json"
+"""The record of a directory whose model has no plans: adapters, and what an export wrote for transformers. It says
+where the files come from, and their hashes. A ``llmpruner.json`` would make it a pruned model."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE)
@@ -30,6 +33,14 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     """The JSON object in ``llmpruner.json``; None where there is no such file. Raises `CheckpointError`."""
     file = Path(path) / RECORD_FILE
     return read_json(file) if file.is_file() else None
+
+
+def read_any_record(path: str | Path) -> dict[str, Any] | None:
+    """The JSON object in ``llmpruner.json``, else in ``llmpruner-files.json``; None where neither is. Raises
+    `CheckpointError`."""
+    record = read_record(path)
+    file = Path(path) / ORIGIN_FILE
+    return read_json(file) if record is None and file.is_file() else record
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError, first_line
 from ..models.empty import meta_model
 from ..models.quiet import quiet_transformers
 from .converted import Conversion, ConvertedTensors
-from .lazy import LazyModel
+from .lazy import LazyModel, tied_differ
 from .load import model_class
 from .record import read_json
 
@@ -96,7 +96,4 @@ def _check_ties(directory: Path, stored: TorchTensors, conversion: Conversion) -
         for other in others:
             found = stored.state([name, other])
             if found[name].data_ptr() != found[other].data_ptr() and not torch.equal(found[name], found[other]):
-                raise CheckpointError(
-                    f"{directory}: {name} and {other} differ, but the configuration ties them; "
-                    'set "tie_word_embeddings": false in config.json'
-                )
+                raise tied_differ(directory, name, other)

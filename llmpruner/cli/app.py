@@ -37,9 +37,8 @@ _HOOK = "llmpruner_commands"
 HELP = """
 Structural pruning of large language models: smaller, faster, still ordinary models.
 
-A model goes through [bold]discover[/] → [bold]plan[/] → [bold]prune[/] → [bold]recover[/] → [bold]evaluate[/];
-each command takes a model and leaves one. MODEL is a directory, a hub id, a .gguf file, or 'demo'.
-Try `llmpruner demo` first.
+The usual order is [bold]discover[/] → [bold]plan[/] → [bold]prune[/] → [bold]recover[/] → [bold]evaluate[/].
+MODEL is a directory, a hub id, a .gguf file, or 'demo'. Try `llmpruner demo` first.
 """
 
 

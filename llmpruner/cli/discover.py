@@ -42,7 +42,7 @@ def discover(
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with a drawing of one block to this file.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of --verify; 0 unless given.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of --verify. By default 0.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show the coupled groups of a model: parameters that must be removed together. Reads no weights."""

@@ -21,14 +21,14 @@ def add_commands(app: typer.Typer) -> None:
 
 def new_plugin(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of what it adds; the package is llmpruner-NAME.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of what is added; the package is llmpruner-NAME.")],
     kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(KINDS)}.", metavar="KIND")] = "family",
     source: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="Of a family: the model it is for, as a directory, a hub id, or a model type (qwen2).",
+            help="For a family: its model, as a directory, a hub id, or a model type (qwen2).",
         ),
     ] = None,
     package: Annotated[
@@ -36,7 +36,7 @@ def new_plugin(
         typer.Option(
             "--import",
             metavar="PACKAGE",
-            help="Of a family: installed package that registers the architecture with AutoConfig and "
+            help="For a family: an installed package that registers the architecture with AutoConfig and "
             "AutoModelForCausalLM, where transformers lacks it.",
         ),
     ] = None,
@@ -45,8 +45,8 @@ def new_plugin(
         typer.Option("--output", "-o", help="Directory to write; must not exist. By default ./llmpruner-NAME."),
     ] = None,
 ) -> None:
-    """Write a plugin package with tests: for a model family, whose every cut they verify; or with an importance
-    criterion or a recovery strategy to start from."""
+    """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
+    strategy."""
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
     adds = kind_named(kind)

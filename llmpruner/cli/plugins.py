@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from ..plugins.catalog import Catalog
 from ..plugins.describe import describe, summary_of
@@ -47,7 +48,8 @@ def _show(catalog: Catalog, name: str, *, as_json: bool) -> None:
         print_json([asdict(fact) for fact in found])
         return
     for fact in found:
-        out.print(f"[bold]{fact.name}[/], {fact.kind} of {fact.package} ({fact.module}): {fact.summary}")
+        told = escape(f"{fact.kind} of {fact.package} ({fact.module}): {fact.summary}")
+        out.print(f"[bold]{escape(fact.name)}[/], {told}")
         rows = [(f"{fact.name}.{s.key}", f"{s.type} {s.bounds}", s.default, s.description) for s in fact.settings]
         if rows:
             table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), rows, left=4)

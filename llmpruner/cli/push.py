@@ -23,7 +23,9 @@ def add_commands(app: typer.Typer) -> None:
 @takes(settings=PushSettings)
 def push(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune, recover or export wrote.")],
+    model: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint with llmpruner.json, as prune and recover write it.")
+    ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")],
     settings: dict[str, Any],
 ) -> None:

@@ -53,7 +53,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write an HTML page that tells what was won and lost: size, speed, quality, what was cut, how it was repaired.
+    """Write an HTML page about a pruned model: size, speed and quality beside the dense model, and what was cut.
 
     The page is one file that loads nothing. `prune`, `run` and `demo` write it too. Reads no weights.
     """

@@ -32,7 +32,7 @@ def sensitivity(
     restart: Annotated[bool, typer.Option("--restart", help="Remove the points of an interrupted run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure how much cuts of each layer and kind change the predictions, alone."""
+    """Measure how much a cut of one layer and kind alone changes the predictions."""
     from .. import api
 
     curve = api.sensitivity(

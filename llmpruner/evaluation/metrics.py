@@ -70,8 +70,8 @@ class PerplexityMetric(Metric):
         )
         kl: bool = Field(
             False,
-            description="Also the KL divergence from the first model, and how often both find the same token most "
-            "probable (both models are in memory).",
+            description="Also the KL divergence from the first model, and the share of tokens with the same most "
+            "probable prediction (both models are in memory).",
         )
         batch_size: int = Field(4, ge=1, description="Windows per batch.")
         autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")

@@ -26,9 +26,10 @@ class StockExporter(Exporter):
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
 
     def export(self, task: ExportTask) -> str:
-        from ..checkpoints import load, save
+        from ..checkpoints import load, manifest, record, save
 
         model, note = task.model, ""
+        padded: Padded | None = None
         try:
             self._write(task, model, task.loaded.record)
         except UnsupportedModelError:
@@ -38,11 +39,22 @@ class StockExporter(Exporter):
             if padded is None:
                 raise
             note = f"; {padded.cost}"
+        if not (task.directory / record.RECORD_FILE).is_file():
+            manifest.write_origin(task.directory, self._origin(task, padded))
         task.progress.status("Comparing the outputs of the written checkpoint")
         again = load.load_pruned(task.directory, dtype=model.dtype, device=model.device)
         if not save.gives_logits(save.dummy_logits(model), again):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"
+
+    def _origin(self, task: ExportTask, padded: Padded | None) -> dict[str, Any]:
+        """What was exported: for transformers, and for llmpruner too, the result is a dense model."""
+        from .. import __version__
+
+        origin: dict[str, Any] = {"llmpruner": __version__, "exported_from": str(task.source)}
+        if padded is not None:
+            origin |= {"padded": {"parameters_before": padded.before, "parameters_after": padded.after}}
+        return origin
 
     def _write_padded(self, task: ExportTask) -> Padded | None:
         """Write the first padded form that a configuration describes; None if none does."""

@@ -46,14 +46,16 @@ def open_by_layer(
     layers: str,
     beside: Path | None,
     *,
+    once: bool,
     trust_remote_code: bool,
 ) -> LazyModel:
     """The model without weights, and what reads them, for what `why_format_is_not_streamed` accepts. ``config``: of the
-    model. ``layers``: path of its decoder layers. ``beside``: see `lazy_checkpoint`."""
+    model. ``layers``: path of its decoder layers. ``beside``: see `lazy_checkpoint`.
+    ``once``: see `open_streamed`."""
     if reader is not None:
         return LazyModel(*reader.open_model(ref.directory, dtype), layers)
     if ref.gguf_file:
-        return lazy_gguf(ref.directory / ref.gguf_file, config, dtype, layers)
+        return lazy_gguf(ref.directory / ref.gguf_file, config, dtype, layers, beside if once else None)
     if has_shards(ref.directory):
         return lazy_checkpoint(ref.directory, dtype, layers, beside, trust_remote_code=trust_remote_code)
     return lazy_torch(ref.directory, dtype, layers, trust_remote_code=trust_remote_code)

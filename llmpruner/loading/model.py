@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
-from ..checkpoints.lazy import LazyModel, lazy_checkpoint
+from ..checkpoints.lazy import LazyModel, lazy_checkpoint, tied_differ
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
-from ..checkpoints.record import read_record
-from ..checkpoints.shards import check_index
+from ..checkpoints.number_types import check_quantisation, check_stored_types
+from ..checkpoints.record import read_any_record, read_record
+from ..checkpoints.shards import check_index, names_in
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
 from ..families.family import ModelFamily
@@ -31,6 +34,7 @@ from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
+from ..validation import refusal
 from .by_layer import format_conversion_rate, open_by_layer, weight_file_bytes, why_format_is_not_streamed
 from .reference import Reference, resolve
 
@@ -128,16 +132,19 @@ def load_model(
     options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
+        check_weights(Path(text))  # before the base is read
         loaded = load_model(base, catalog, options)
         merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
         return replace(loaded, ref=text, model=merged)
     ref = resolve(text, catalog, revision=options.revision)
-    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+    with _parsing(ref):
         structure = structure or load_structure(text, catalog, options)
         tokenizer = _read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
+    _check_stored(ref, structure, model, options)
     model = model.to(options.device).eval()
     check_shapes(model, structure.graph, text)
+    _check_ties(ref, model, structure.graph)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
@@ -146,7 +153,7 @@ def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings
     options = options or LoadSettings()
     base = adapter_base(Path(structure.ref))
     ref = resolve(base or structure.ref, catalog, revision=options.revision)
-    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+    with _parsing(ref, keep=True):
         return _read_tokenizer(ref, options, structure.config)
 
 
@@ -158,35 +165,42 @@ def open_streamed(
     beside: Path | None = None,
     *,
     ahead: bool = True,
+    once: bool = False,
 ) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read part
     by part when they are needed. Tensors that are not stored as the model has them are converted into a temporary
     folder, in ``beside`` or where the system has such folders. ``ahead``: whether the next layer is read while one is
-    in use."""
+    in use. ``once``: values that take time to compute (of a GGUF file) are kept in such a folder in ``beside``, too."""
     ref = resolve(text, catalog, revision=options.revision)
-    if structure.record is not None:
-        check_weights(ref.directory, structure.record)
-    with gguf_parsed_once() if ref.gguf_file else contextlib.nullcontext():
+    _check_files(ref)
+    with _parsing(ref):
         tokenizer = _read_tokenizer(ref, options, structure.config)
-        lazy = lazily(text, catalog, options, structure, beside)
+        lazy = lazily(text, catalog, options, structure, beside, once=once)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
 
 def lazily(
-    text: str, catalog: Catalog, options: LoadSettings, structure: Structure, beside: Path | None = None
+    text: str,
+    catalog: Catalog,
+    options: LoadSettings,
+    structure: Structure,
+    beside: Path | None = None,
+    *,
+    once: bool = False,
 ) -> LazyModel:
     """The model of `open_streamed` without weights, and what reads them; names and shapes are checked."""
     ref, graph = resolve(text, catalog, revision=options.revision), structure.graph
     dtype = _dtype(options, structure.config, ref)
     with _one_line(ref), _naming_missing(ref.directory, graph):
         lazy = open_by_layer(
-            ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside,
+            ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside, once=once,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     if lazy.info is not None:
         check_loaded(text, lazy.model, lazy.info)
+    _check_stored(ref, structure, lazy.model, options)
     check_shapes(lazy.model, graph, text)
     return lazy
 
@@ -283,6 +297,10 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         return _recorded_structure(ref, record, catalog, options)
     except LlmprunerError:
         raise
+    except ValidationError as error:
+        found = refusal(error)
+        reason = f"{found.key} of a plan {found.value}: {found.expected}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
     except Exception as error:
         # Classes of configurations raise what they like for values that they do not expect.
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -292,6 +310,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _recorded_structure(
     ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
 ) -> Structure:
+    _check_types(ref, record)
     values = dict(record["base_config"])
     if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
         # Pruned from a model with code in its checkpoint, of which this one contains a copy.
@@ -309,10 +328,26 @@ def _recorded_structure(
     return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
 
 
+def _check_types(ref: Reference, record: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for what later stages read of a record, and would fail on after their work."""
+    work, recovery, path = (record.get(name) for name in ("work", "recovery", "base_path"))
+    for name, right in (
+        ("work", work is None or _is_list_of(work, (dict, type(None)))),
+        ("recovery", recovery is None or _is_list_of(recovery, (dict,))),
+        ("base_path", path is None or isinstance(path, str)),
+    ):
+        if not right:
+            raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ('{name}' has a value of another type)")
+
+
+def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(one, types) for one in value)
+
+
 def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
-    with _one_line(ref), quiet_transformers():
+    with _one_line(ref), quiet_transformers(), _parsing(ref, keep=True):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **_gguf(ref)
         )
@@ -365,6 +400,8 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
         )
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
+    check_quantisation(structure.config, ref.text)
+    _check_files(ref)
     with _one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
@@ -411,6 +448,11 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
 
 def _gguf(ref: Reference) -> dict[str, Any]:
     return {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+
+
+def _parsing(ref: Reference, *, keep: bool = False) -> contextlib.AbstractContextManager[None]:
+    """For what reads a GGUF file; ``keep``: its weights are still to be loaded."""
+    return gguf_parsed_once(keep=keep) if ref.gguf_file else contextlib.nullcontext()
 
 
 def forget_quantisation(model: Any) -> None:
@@ -464,6 +506,36 @@ def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> Non
             )
 
 
+def _check_files(ref: Reference) -> None:
+    """See `check_weights`; for what llmpruner wrote. Indexes of other models are not always right."""
+    if ref.directory.is_dir() and not ref.gguf_file and read_any_record(ref.directory) is not None:
+        check_weights(ref.directory)
+
+
+def _check_ties(ref: Reference, model: PreTrainedModel, graph: CouplingGraph) -> None:
+    """Raise `CheckpointError` where parameters that ``graph`` has tied are two: transformers leaves them so where the
+    files hold both, with different values. A cut would follow one of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, other in graph.ties.items():
+        if parameters[name] is not parameters[other]:
+            raise tied_differ(ref.directory, name, other)
+
+
+def _check_stored(ref: Reference, structure: Structure, model: PreTrainedModel, options: LoadSettings) -> None:
+    """See `check_stored_types`; for files of transformers' formats alone, and none of a quantised model."""
+    configs = structure.config, model.config
+    quantised = any(getattr(config, "quantization_config", None) is not None for config in configs)
+    if quantised or ref.gguf_file or _reader(ref, structure) is not None:
+        return
+    directory = ref.directory
+    if not directory.is_dir():
+        found = try_to_load_from_cache(ref.location, "config.json", revision=options.revision)
+        if not isinstance(found, str):
+            return
+        directory = Path(found).parent
+    check_stored_types(directory, model)
+
+
 @contextlib.contextmanager
 def _one_line(ref: Reference) -> Iterator[None]:
     """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
@@ -480,4 +552,17 @@ def _one_line(ref: Reference) -> Iterator[None]:
             raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
         known = ref.directory.exists()
         what = "" if known else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
-        raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error
+        named = _damaged_file(ref) or first_line(error)
+        raise ModelError(f"cannot load model '{ref.text}'{what} ({named})") from error
+
+
+def _damaged_file(ref: Reference) -> str | None:
+    """What is wrong with the first safetensors file of a local model that cannot be opened, which transformers does not
+    name; None where all can."""
+    if not ref.gguf_file and ref.reader is None:
+        for file in sorted(ref.directory.glob("*.safetensors")):
+            try:
+                names_in(file)
+            except CheckpointError as error:
+                return str(error)
+    return None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from ..benching.base import BenchSubject
@@ -11,9 +10,9 @@ from ..errors import SettingsError
 from ..loading.model import Model, Structure, dtype_of, load_model
 from ..loading.reference import resolve
 from ..models.devices import check_device
-from ..plugins.catalog import Catalog
 from ..settings import LoadSettings, flag_of
 from .jobs import BenchJob
+from .opening import Opener, Source
 
 
 def check_bench(job: BenchJob, load: LoadSettings) -> None:
@@ -28,17 +27,9 @@ def check_bench(job: BenchJob, load: LoadSettings) -> None:
         )
 
 
-def bench_subject(
-    source: str | Path | Structure,
-    catalog: Catalog,
-    load: LoadSettings,
-    find: Callable[[], Structure],
-    *,
-    batch: int,
-    length: int,
-) -> BenchSubject:
-    """``source``: a reference, its structure, or a loaded model. ``find``: opens its structure. Raises `ModelError`
-    where nothing is at the reference."""
+def bench_subject(source: Source, opener: Opener, *, batch: int, length: int) -> BenchSubject:
+    """Raises `ModelError` where nothing is at the reference."""
+    catalog, load, find = opener.catalog, opener.load, partial(opener.structure, source)
     if isinstance(source, Model):
         loaded, path = source, Path(source.path) if source.path else None
         dtype = loaded.model.dtype

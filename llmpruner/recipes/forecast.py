@@ -17,14 +17,16 @@ SLOW_WRITING = 1800.0
 @dataclass(frozen=True)
 class Residency:
     """How a model is held. ``streamed``: read layer by layer. ``boundary_memory``: bytes of hidden states in memory.
-    ``divided``: micro-batches are this many times smaller than usual."""
+    ``divided``: micro-batches are this many times smaller than usual. ``once``: see `open_streamed`."""
 
     streamed: bool = False
     boundary_memory: int = DEFAULT_LIMIT
     divided: int = 1
+    once: bool = False
 
     def __str__(self) -> str:
         how = "the model is read layer by layer" if self.streamed else "the model is in memory"
+        how += ", from files of its dequantised weights" if self.once else ""
         return how + (f", micro-batches are {self.divided} times smaller" if self.divided > 1 else "")
 
 
@@ -74,6 +76,7 @@ class Forecast:
             "disk": self.disk,
             "seconds": None if self.seconds is None else round(self.seconds, 1),
             "streamed": self.residency.streamed,
+            "dequantised_once": self.residency.once,
             "boundary_memory": self.residency.boundary_memory,
             "micro_batches_divided_by": self.residency.divided,
             "process": self.base,

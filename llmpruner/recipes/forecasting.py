@@ -106,6 +106,8 @@ class _Forecaster:
         share = parameters_after(self.graph, work.kept)[0] / self.graph.total_parameters
         output = round(self.graph.total_parameters * self.item * share) if work.saves else 0
         disk = max(self.estimation_disk(), output + fit_disk if work.fits else output)
+        if self.residency.once:
+            disk += self.graph.total_parameters * self.item
         return Forecast(self.residency, base + LATER, tuple(stages), disk)
 
     # Weights
@@ -132,11 +134,15 @@ class _Forecaster:
         # A streamed model has only names and shapes when it is opened; its first walk reads it.
         streamed = self.residency.streamed
         read = self.graph.total_parameters * self.item / _READ if self.read_once or not streamed else 0.0
+        if self.residency.once and self.converting is not None:
+            # They are written besides; the first walk does both.
+            read += self.graph.total_parameters * (1 / self.converting + self.item / _READ)
         return Stage("opening", {} if streamed else self.weights(), self.time(_OPENING + read))
 
     def reading(self, walks: float) -> float:
-        """Seconds of reading the layers in so many walks, the first of all aside where they are read once."""
-        if not self.residency.streamed:
+        """Seconds of reading the layers in so many walks, the first of all aside where they are read or computed once.
+        What is computed once stays in the system's memory (see `computed_once`)."""
+        if not self.residency.streamed or self.residency.once:
             return 0.0
         values = walks * sum(self.counts)
         from_disk = 0.0 if self.read_once else values * self.item / _READ

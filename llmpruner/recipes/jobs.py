@@ -44,6 +44,7 @@ from ..settings import (
     Shape,
     flag_of,
     option_of,
+    settings_from,
 )
 from ..structure.coupling import HIDDEN, LAYER
 from ..structure.widths import COUNTED
@@ -304,10 +305,8 @@ def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob
     shape = {"shape": "free"}
     # For channels of the residual stream, which run through all layers, it would be refused.
     layers = {} if kinds == {HIDDEN} else {"layers": "all"}
-    return prune_job(
-        PruneSettings(**{"unit_ratio": settings.shares[-1], "allocation": "sensitivity", **shape, **layers, **given}),
-        catalog,
-    )
+    whole = {"unit_ratio": settings.shares[-1], "allocation": "sensitivity", **shape, **layers, **given}
+    return prune_job(settings_from(PruneSettings, whole), catalog)
 
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:

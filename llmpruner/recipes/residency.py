@@ -6,7 +6,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
+from math import inf
 from typing import TYPE_CHECKING
 
 import psutil
@@ -44,6 +46,19 @@ def is_streamed(opened: Structure, job: PruneJob | None, load: LoadSettings, cat
     return _why_whole(opened, job, load, catalog) is None
 
 
+def computed_once(opened: Structure, load: LoadSettings, catalog: Catalog, room: int | None) -> bool:
+    """Whether a model that is read layer by layer has its weights, where they are computed of what is stored, in files
+    beside the result after they were computed once. ``room``: bytes of disk that are free there; None without a result.
+
+    It is so where the files fit into free memory, in which the system keeps them; a disk gives them no faster than they
+    are computed. Three times their size must be free: for them, the result, and weights that are fitted.
+    """
+    size = loaded_bytes(opened, catalog, load)
+    if isinstance(opened, Model) or room is None or room < 3 * size or psutil.virtual_memory().available < size:
+        return False
+    return conversion_rate(opened, catalog, load) not in (None, inf)
+
+
 def arranged(
     opened: Structure,
     job: PruneJob | None,
@@ -53,13 +68,14 @@ def arranged(
     catalog: Catalog,
     *,
     whole: str | None = None,
+    room: int | None = None,
 ) -> Forecast:
     """The forecast of the way in which the model is held. With ``run.max_memory``, it is the first that fits of: in
     memory, layer by layer, each with the usual and with less memory for hidden states; layer by layer with smaller
     micro-batches.
 
-    ``whole``: what else needs the model in memory. Reads no weights. Raises `SettingsError` where none fits, with what
-    the smallest takes.
+    ``whole``: what else needs the model in memory. ``room``: see `computed_once`. Reads no weights. Raises
+    `SettingsError` where none fits, with what the smallest takes.
     """
     dtype, device = _placed(opened, load, catalog)
     base = memory_before(opened.model if isinstance(opened, Model) and opened.streamed is None else None)
@@ -71,7 +87,12 @@ def arranged(
     def converting() -> float | None:
         return conversion_rate(opened, catalog, load)
 
+    @cache
+    def once() -> bool:
+        return computed_once(opened, load, catalog, room)
+
     def found(residency: Residency) -> Forecast:
+        residency = replace(residency, once=residency.streamed and once())
         rate = converting() if residency.streamed else None
         return forecast(
             opened, work, dtype, residency, sample, base=base, mixed=mixed, converting=rate, free=free

@@ -2,23 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..compensation.trials import Trials
 from ..engine.journal import Journal
+from ..engine.ranks import Ranks
+from ..errors import OutputError, SettingsError
+from ..files import check_new_file, write_text
 from ..importance.estimate import estimate
+from ..loading.model import Model, Structure
 from ..progress import QUIET, Progress
+from ..report.sensitivity import sensitivity_plot
 from ..selection.curve import Curve, GroupCurve, Point
+from ..settings import RunSettings
 from ..structure.queues import Queue, build_queue, kept_units
+from .arrangement import arrange, journal_for
+from .checks import check_prune
+from .jobs import sensitivity_job
 from .pipeline import Run, journaled, scope_of, scored_on, widths_of
+from .work import work_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-    from ..loading.model import Model, Structure
+    from ..settings import SensitivitySettings
     from .jobs import PruneJob
+    from .opening import Opener, Source
+
+
+def sensitivity_of(
+    source: Source, settings: SensitivitySettings, output: Path | None, opener: Opener, *, restart: bool
+) -> Curve:
+    """The curve, written to ``output`` with a plot beside it. Raises as `llmpruner.sensitivity`."""
+    job, progress = sensitivity_job(settings, opener.catalog), opener.progress
+    file = None if output is None else check_new_file(output)
+    if file is not None and file.suffix != ".json":
+        raise OutputError(f"'{file}': the curve is written as JSON, and its plot beside it; name a .json file")
+    if restart and file is None:
+        raise SettingsError("restart has no effect without an output, beside which points are kept; leave it out")
+    opened = opener.structure(source)
+    check_prune(job, opened, tokenizer=opener.has_tokenizer(opened))
+    cuts = planned_cuts(opened, job, settings.shares)
+    work = replace(work_of(job, opened, saves=False), trials=len(cuts))
+    arrange(opener, opened, job, work, RunSettings(), whole="measuring cuts")
+    progress.status(f"{len(cuts)} cuts to measure")
+    journal = None
+    if file is not None and not isinstance(opened, Model):
+        journal = journal_for(
+            file, opener, opened, settings, 1, Ranks.current(), ending=".measuring", restart=restart
+        )  # fmt: skip
+    loaded = opener.weights(opened)
+    try:
+        curve = measure_curve(loaded, job, settings.shares, progress, journal)
+    except KeyboardInterrupt:
+        if journal is not None:
+            progress.status(f"stopped; the same command goes on with what is measured ({journal.folder}), or --restart")
+        raise
+    if file is not None:
+        write_text(file, json.dumps(curve.as_json(), indent=1, ensure_ascii=False) + "\n")
+        write_text(file.with_suffix(".svg"), sensitivity_plot(curve) + "\n")
+    if journal is not None:
+        journal.remove()
+    return curve
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ class State:
         self.hashes = Hashes(found.get("hashes", {}), progress)
 
     def _read(self) -> dict[str, Any]:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise OutputError(f"'{self.folder}' is no folder; choose another output")
         try:
             if not self._file.exists():
                 if self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):

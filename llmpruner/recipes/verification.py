@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints.adapters import adapter_base
+from ..checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
 from ..checkpoints.manifest import damaged_files, recorded_files
-from ..checkpoints.record import RECORD_FILE, read_record
-from ..checkpoints.shards import check_index, has_shards, opened
+from ..checkpoints.record import RECORD_FILE, read_any_record
+from ..checkpoints.shards import check_index, has_shards, names_in, opened
 from ..engine.weights import StreamedWeights
 from ..errors import CheckpointError, LlmprunerError, ModelError
 from ..loading.model import lazily, load_structure, why_not_streamed
@@ -65,9 +65,8 @@ def check_checkpoint(directory: Path) -> None:
     """Raise `ModelError` for what `verification` does not take."""
     if not directory.is_dir():
         raise ModelError(f"'{directory}' is no checkpoint directory; verify takes what prune, recover or export wrote")
-    base = adapter_base(directory)
-    if base is not None:
-        raise ModelError(f"'{directory}' holds adapters for '{base}', not a model; verify that one")
+    if adapter_base(directory) is not None:
+        return
     if not (directory / RECORD_FILE).is_file() and not has_shards(directory):
         raise ModelError(
             f"'{directory}' has neither a {RECORD_FILE} nor safetensors files, so there is nothing to verify"
@@ -102,6 +101,11 @@ def verification(
         attempt("values", lambda: _values(directory, places))
     if any(check.state == DAMAGED for check in checks):
         return _rest_unchecked(directory, checks)
+    adapted = adapter_base(directory)
+    if adapted is not None:
+        reason = f"these are adapters; '{adapted}', which they change, is verified on its own"
+        checks += [Check(name, NOT_CHECKED, reason) for name in ("shapes", "weights", "logits")]
+        return Verification(str(directory), tuple(checks))
     found: list[tuple[Structure, StreamedWeights]] = []
     options = load.model_copy(update={"dtype": _stored_dtype(directory, places)})
 
@@ -144,7 +148,7 @@ def _rest_unchecked(directory: Path, checks: list[Check]) -> Verification:
 
 def _files(directory: Path) -> Iterator[Check]:
     try:
-        record = read_record(directory)
+        record = read_any_record(directory)
         recorded = recorded_files(record)
         if recorded is None:
             what = f"no {RECORD_FILE}" if record is None else f"{RECORD_FILE} is of an earlier version, without hashes"
@@ -160,6 +164,9 @@ def _files(directory: Path) -> Iterator[Check]:
 
 
 def _tensors(directory: Path, places: dict[str, str]) -> str:
+    if adapter_base(directory) is not None and (directory / ADAPTER_WEIGHTS).is_file():
+        places |= dict.fromkeys(names_in(directory / ADAPTER_WEIGHTS), ADAPTER_WEIGHTS)
+        return f"{len(places)} tensors in 1 file, as its header says"
     if not has_shards(directory):
         raise CheckpointError(f"{directory} has no safetensors files")
     places |= check_index(directory)

@@ -1,7 +1,7 @@
 """PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
 
-A cut needs nothing else but the model. A plan contains no timestamps and no facts about the machine, so that the same
-command gives the same bytes; the exception is a budget that is measured on the machine, which records the measurement.
+A cut needs nothing else but the model. A plan contains no timestamps, and of the machine only the path of a local model
+and what a budget measured, so that the same command gives the same bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def _unpack(value: Any) -> Any:
     units: list[int] = []
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
+        if not (first.strip().isdecimal() and (last or first).strip().isdecimal()) or len(run) > 40:
+            raise ValueError(f"expected numbers of units such as 0-4,7, found '{run[:40]}'")
         start, stop = int(first), int(last or first) + 1
+        if stop <= start:
+            raise ValueError(f"the run '{run}' goes backwards")
         # No model is that wide, and expanding such ranges could exhaust memory.
         if stop - start + len(units) > _MOST_UNITS:
             raise ValueError(f"more than {_MOST_UNITS:,} units")

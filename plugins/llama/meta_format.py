@@ -172,6 +172,11 @@ class MetaTensors:
             )
         kv_rows = params.n_kv_heads * (params.dim // params.n_heads)
         for name, spec in self.specs.items():
+            if not spec.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self.directory}: {self._placements[name].meta} is stored as {spec.dtype}; expected "
+                    "floating-point numbers, as quantised weights cannot be read"
+                )
             expected = _expected_shape(name, params.dim, kv_rows, width, vocabulary)
             if spec.shape != expected:
                 raise CheckpointError(

@@ -275,6 +275,9 @@ SPOILT = {
     "units that are no numbers": (lambda plan: first(plan).update(kept="0-x"), "kept: "),
     "units that the group lacks": (lambda plan: first(plan).update(kept="0-48"), "within 0…47"),
     "units in a vast number": (lambda plan: first(plan).update(kept="0-99999999999999"), "kept"),
+    "units in a run backwards": (lambda plan: first(plan).update(kept="9-3,20-40"), "the run '9-3' goes backwards"),
+    "units below 0": (lambda plan: first(plan).update(kept="-5"), "expected numbers of units such as 0-4,7"),
+    "units of 5,000 digits": (lambda plan: first(plan).update(kept="9" * 5000), "expected numbers of units"),
     "units given twice": (
         lambda plan: first(plan).update(kept="3,3,4"),
         "'layers.0.mlp': kept units must be increasing",
@@ -343,9 +346,17 @@ def test_a_plan_that_is_none(refused, tmp_path, content):
 ADAPTERS = {
     "broken": ("{", "adapter_config.json cannot be read"),
     "nameless": ("{}", "does not name the model that it adapts"),
+    "of a name with NUL": ('{"base_model_name_or_path": "a\\u0000b"}', "does not name the model that it adapts"),
     "of itself": ('{"base_model_name_or_path": ".", "peft_type": "LORA"}', "names the adapter itself as the model"),
     "foreign": ('{"base_model_name_or_path": "BASE", "peft_type": "LORA", "r": "x"}', "does not fit 'BASE'"),
 }
+
+
+def test_an_adapter_whose_base_has_an_endless_name(refused, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x" * 5000}))
+    for command in (("discover",), ("generate", "-p", "x"), ("plan", *FIFTH, *L1)):
+        assert "does not exist" in refused(command[0], f"{tmp_path}/adapter", *command[1:])
 
 
 @pytest.mark.parametrize("what", ADAPTERS)

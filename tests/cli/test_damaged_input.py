@@ -42,6 +42,80 @@ def test_an_incomplete_checkpoint_is_refused(run, dense, tmp_path, change, messa
     assert done.code == 2 and message in done.err.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"noise" * 99, None], ids=["empty", "noise", "truncated"])
+def test_a_damaged_shard_of_a_dense_model_is_named(refused, dense, tmp_path, content):
+    model = shutil.copytree(dense, tmp_path / "model")
+    llmpruner.load(dense).model.save_pretrained(model, max_shard_size="40KB")
+    (model / "model.safetensors").unlink()
+    shard = sorted(model.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-9] if content is None else content)
+    for arguments in (("plan", model, *L2), ("generate", model, "-p", "x")):
+        assert f"{shard} is missing or damaged" in refused(*arguments, read=True)
+
+
+def head_of_its_own(model):
+    """A checkpoint that stores a head, and a configuration that ties it to the embeddings."""
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+
+
+def whole_numbers(model):
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {DOWN: (tensors[DOWN] * 100).to(torch.int8)}, model / "model.safetensors")
+
+
+def whole_numbers_in_bin(model):
+    tensors = load_file(model / "model.safetensors")
+    torch.save(tensors | {DOWN: (tensors[DOWN] * 100).to(torch.int32)}, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def unknown_quantisation(model):
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "nope"}}))
+
+
+WRONG = {
+    "whole numbers": (whole_numbers, f"model.safetensors: tensor '{DOWN}' is stored as I8"),
+    "whole numbers in .bin": (whole_numbers_in_bin, f"pytorch_model.bin: tensor '{DOWN}' is stored as int32"),
+    "a head that is tied by the configuration": (head_of_its_own, "differ, but the configuration ties them"),
+    "an unknown quantisation": (unknown_quantisation, "nope"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+@pytest.mark.parametrize(
+    "command", ["plan", "prune", "prune by layer", "recover", "evaluate", "generate", "export", "bench"]
+)
+def test_weights_that_would_be_cast_or_left_out_are_refused(run, dense, shared, tmp_path, what, command):
+    change, message = WRONG[what]
+    model = shutil.copytree(dense, tmp_path / "model")
+    change(model)
+    out = ("-o", tmp_path / "out")
+    arguments = {
+        "plan": (model, *L2),
+        "prune": (model, *L2, *out),
+        "prune by layer": (model, *L2, "--max-memory", "1GiB", *out),
+        "recover": (model, "--data", shared / "data.jsonl", "--max-steps", "1", *out),
+        "evaluate": (model, "--metrics", "size"),
+        "generate": (model, "-p", "x"),
+        "export": (model, "--to", "stock", *out),
+        "bench": (model, "--new", "1", "--prompt", "8"),
+    }[command]
+    done = run(command.split()[0], *arguments)
+    assert done.code == 2 and message in done.err.splitlines()[-1], done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_stored_twice_with_the_same_values_is_taken(run, dense, tmp_path):
+    again = "lm_head.weight", "model.embed_tokens.weight"
+    model = damaged(dense, tmp_path / "model", lambda t: t.update({again[0]: t[again[1]].clone()}))
+    head_of_its_own(model)
+    assert run("prune", model, *L2, "-o", tmp_path / "out").code == 0
+    more = ("--max-memory", "1GiB", "-o", tmp_path / "other")
+    assert run("prune", model, *L2, *more).code == 0
+
+
 def test_tensors_of_modules_that_the_model_lacks_are_named(run, dense, tmp_path):
     model = damaged(dense, tmp_path / "model", lambda t: t.update({"model.layers.9.extra.weight": torch.zeros(2)}))
     done = run("plan", model, *L2)
@@ -60,6 +134,7 @@ def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
     else:
         tensors[name.replace("layers.0", "layers.77")] = tensors[name].clone()
     save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "adapter" / "llmpruner-files.json").unlink()  # as adapters of others, which have no hashes
     done = run(
         "evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32"
     )
@@ -86,6 +161,21 @@ def test_a_symbolic_link_keeps_its_target(run, dense, tmp_path):
     assert run("plan", dense, *L2, "-o", link).code == 0
     assert link.is_symlink() and json.loads(real.read_text())["cuts"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+@pytest.mark.parametrize("command", ["plan", "evaluate", "discover", "prune"])
+def test_an_output_that_is_a_link_to_itself(run, dense, tmp_path, command):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    arguments = {
+        "plan": (*L2, "-o", loop),
+        "evaluate": ("--metrics", "size", "--json", loop),
+        "discover": ("--html", loop),
+        "prune": (*L2, "-o", loop),
+    }[command]
+    result = run(command, dense, *arguments)
+    assert result.code == 2 and f"'{loop}'" in result.err and "Traceback" not in result.err
+    assert loop.is_symlink() and "• loading" not in result.err
 
 
 def test_a_line_separator_inside_a_string_is_text(run, dense, tmp_path):

@@ -28,9 +28,18 @@ VALUES = {
     "a negative seed": (("plan", DENSE, *FIFTH, "--seed", -1), "--seed '-1': expected at least 0"),
     "endless epochs": (("recover", DENSE, *DATA, *OUT, "--epochs", "inf"), "--epochs 'inf': expected a finite number"),
     "epochs beyond counting": (("recover", DENSE, *DATA, *OUT, "--epochs", "1e300"), "--epochs '1e300'"),
+    "minutes beyond all time": (("recover", DENSE, *DATA, *OUT, "--minutes", 1e300), "expected at most 1,000,000"),
     "steps beyond counting": (("recover", DENSE, *DATA, *OUT, "--max-steps", 10**30), "--max-steps"),
     "samples beyond memory": (("prune", DENSE, *FIFTH, "--samples", 10**8, *OUT), "--samples '100000000'"),
     "a vast rank": (("recover", DENSE, *DATA, *OUT, "--rank", 10**6), "lora: rank = 1000000 is refused"),
+    "bounds in digits": (("plan", DENSE, *FIFTH, "--seed", 2**32), "expected at most 4,294,967,295"),
+    "rounds beyond memory": (("bench", DENSE, "--rounds", 10**9), "--rounds '1000000000': expected at most 10,000"),
+    "sequences beyond memory": (("bench", DENSE, "--batch", 10**9), "--batch '1000000000'"),
+    "samples of a curve": (("sensitivity", DENSE, "--samples", 10**9, "-o", "{tmp}/a.json"), "--samples '1000000000'"),
+    "a curve of no share": (
+        ("sensitivity", DENSE, "--shares", "", "-o", "{tmp}/a.json"), "--shares '': expected at least one number"
+    ),
+    "a recipe into a device": (("run", "quality", "--model", DENSE, "-o", "/dev/null"), "'/dev/null' is no folder"),
     "5,000 digits": (("plan", DENSE, *FIFTH, "--samples", "9" * 5000), "(5,000 characters)"),
     "5,000 digits of memory": (("plan", DENSE, *FIFTH, "--max-memory", "9" * 5000), "--max-memory"),
     "layers in a vast number": (("plan", DENSE, *FIFTH, *L1, "--layers", "0-99999999999"), "has the layers 0-3"),
@@ -213,7 +222,7 @@ def test_ctrl_c_ends_in_no_traceback(run, dense, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmpruner.api.load_structure", stop)
+    monkeypatch.setattr("llmpruner.recipes.opening.load_structure", stop)
     result = run("plan", dense, *FIFTH)
     assert result.code in (1, 130) and "Traceback" not in result.err
 

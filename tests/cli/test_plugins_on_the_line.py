@@ -182,7 +182,7 @@ class Mixed:
             """Has no name."""
 
         class Useful(ImportanceCriterion):
-            """Its docstring stands in for a summary."""
+            """Its docstring stands in for a summary, with E[g²] and all."""
 
             name = "useful"
 
@@ -201,7 +201,7 @@ def test_plugins_lists_what_was_left_out_by_hook_and_class():
         "kind": "criterion",
         "name": "useful",
         "package": "in-process",
-        "summary": "Its docstring stands in for a summary.",
+        "summary": "Its docstring stands in for a summary, with E[g²] and all.",
     }
     left_out = {(row["plugin"], row["hook"], row["item"]) for row in shown["broken"]}
     assert left_out == {
@@ -209,6 +209,11 @@ def test_plugins_lists_what_was_left_out_by_hook_and_class():
         ("mixed", "llmpruner_metrics", None),
     }
     assert len(done.stderr.splitlines()) == 2
+
+
+def test_brackets_of_a_summary_are_shown():
+    shown = CliRunner().invoke(app_with(mixed=Mixed()), ["plugins", "useful"]).stdout
+    assert shown.startswith("useful, criterion of in-process (") and "with E[g²] and all." in " ".join(shown.split())
 
 
 def test_doctor_works_whatever_plugins_do(monkeypatch):

@@ -144,6 +144,31 @@ def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
     assert message in line and f"{copy}/model.safetensors" in line
 
 
+RECORDS = {
+    "work": {"work": 7},
+    "work of numbers": {"work": [1]},
+    "recovery": {"recovery": "x"},
+    "base_path": {"base_path": 7},
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+@pytest.mark.parametrize("command", ["discover", "prune", "push", "verify"])
+def test_a_record_with_values_of_another_type_is_refused_before_work(run, copy, tmp_path, what, command):
+    edit_json(copy / "llmpruner.json", add=False, **RECORDS[what])
+    prune = ("--ratio", 0.1, "--importance", "l1", "-o", tmp_path / "out")
+    result = run(command, copy, *{"prune": prune, "push": ("x/y", "--dry-run")}.get(command, ()))
+    assert result.code == (1 if command == "verify" else 2), result.err
+    assert f"llmpruner.json is damaged ('{what.split()[0]}' has" in result.err and "Traceback" not in result.err
+
+
+def test_what_is_wrong_with_a_recorded_plan_is_said(refused, copy):
+    record = json.loads((copy / "llmpruner.json").read_text())
+    next(iter(record["plans"][0]["cuts"].values()))["kept"] = "9-3"
+    (copy / "llmpruner.json").write_text(json.dumps(record))
+    assert "goes backwards" in refused("discover", copy)
+
+
 def test_large_models_are_loaded_without_reading_them_twice(copy, monkeypatch):
     monkeypatch.setattr(manifest, "HASHED", 0)
     flip(copy / "model.safetensors", UP)
@@ -176,6 +201,116 @@ def test_earlier_records_and_missing_bases_are_said(run, copy):
 def test_a_base_can_be_named(run, refused, cut, shared):
     assert states(run("verify", cut, "--base", shared / "dense", "--json"))["logits"] == "passed"
     assert "is another model now" in refused("verify", cut, "--base", shared / "other", read=True)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, shared, cut) -> Path:
+    """Adapters for ``cut``, as ``recover --no-merge`` writes them."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapters"
+    data = str(shared / "data.jsonl")
+    llmpruner.recover(cut, data=data, merge=False, max_steps=1, batch_size=2, output=folder)
+    return folder
+
+
+def test_adapters_have_hashes(run, adapters, cut):
+    result = run("verify", adapters, "--json")
+    assert result.code == 0, result.err
+    found = states(result)
+    assert {found.pop(name) for name in ("files", "tensors", "values")} == {"passed"}
+    assert found == dict.fromkeys(("shapes", "weights", "logits"), "not checked")
+    assert f"'{cut}', which they change, is verified on its own" in result.out
+    record = json.loads((adapters / "llmpruner-files.json").read_text())
+    assert record["adapters_of"] == str(cut) and len(record["recovery"]) == 1
+    written = {file.name for file in adapters.iterdir()} - {"llmpruner-files.json", "run.json", "report.html"}
+    assert record["files"].keys() == written and "adapter_model.safetensors" in written
+
+
+def test_adapters_remain_those_of_peft(adapters, cut):
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(2, 30).unsqueeze(0)
+    with torch.no_grad():
+        plain = peft.PeftModel.from_pretrained(llmpruner.load_pruned(cut), str(adapters)).eval()(ids).logits
+        assert torch.equal(plain, llmpruner.load_pruned(adapters)(ids).logits)
+
+
+ADAPTER_DAMAGE = {
+    "a flipped bit": lambda d: flip(d / "adapter_model.safetensors", first_tensor(d)),
+    "a truncated file": lambda d: (d / "adapter_model.safetensors").write_bytes(
+        (d / "adapter_model.safetensors").read_bytes()[:-9]
+    ),
+    "a file that is gone": lambda d: (d / "adapter_model.safetensors").unlink(),
+}
+
+
+def first_tensor(folder: Path) -> str:
+    return str(manifest.places_in(folder / "adapter_model.safetensors")[0][0])
+
+
+@pytest.mark.parametrize("what", ADAPTER_DAMAGE)
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export", "prune", "recover"])
+def test_damaged_adapters_are_named(run, refused, adapters, shared, tmp_path, what, command):
+    copy = shutil.copytree(adapters, tmp_path / "adapters")
+    ADAPTER_DAMAGE[what](copy)
+    out = ("-o", "{tmp}/out")
+    arguments = {
+        "generate": ("-p", "x"),
+        "evaluate": ("--perplexity", "{models}/text.txt", "--window", 32),
+        "export": ("--to", "stock", *out),
+        "prune": ("--ratio", 0.2, "--importance", "l1", *out),
+        "recover": ("--data", "{models}/data.jsonl", "--max-steps", 1, *out),
+    }[command]
+    assert f"{copy}/adapter_model.safetensors" in refused(command, copy, *arguments, read=True)
+    result = run("verify", copy)
+    assert result.code == 1 and f"{copy}/adapter_model.safetensors" in result.err and "Traceback" not in result.err
+
+
+def test_adapters_of_others_have_no_record(run, adapters, tmp_path):
+    copy = shutil.copytree(adapters, tmp_path / "adapters")
+    (copy / "llmpruner-files.json").unlink()
+    result = run("verify", copy, "--json")
+    assert result.code == 0 and states(result)["files"] == "not checked" and states(result)["values"] == "passed"
+    assert run("generate", copy, "-p", "x", "--max-new-tokens", 2).code == 0
+    (copy / "llmpruner-files.json").write_text("{")
+    result = run("verify", copy)
+    assert result.code == 1 and "llmpruner-files.json cannot be read" in result.err
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory, shared) -> Path:
+    """A stock checkpoint whose layers were padded to one width."""
+    folder = tmp_path_factory.mktemp("padded")
+    llmpruner.prune(shared / "dense", unit_ratio=0.25, layers=[1, 2], importance="l1", output=folder / "cut")
+    llmpruner.export(folder / "cut", to="stock", output=folder / "stock")
+    return folder / "stock"
+
+
+def test_a_padded_export_says_where_it_is_from(run, padded):
+    record = json.loads((padded / "llmpruner-files.json").read_text())
+    assert record["exported_from"] == str(padded.parent / "cut")
+    assert record["padded"]["parameters_before"] < record["padded"]["parameters_after"]
+    assert record["files"].keys() == {file.name for file in padded.iterdir()} - {"llmpruner-files.json"}
+    found = states(run("verify", padded, "--json"))
+    assert {found[name] for name in ("files", "tensors", "values", "shapes")} == {"passed"}
+
+
+def test_a_padded_export_is_a_dense_model(run, padded, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    assert type(AutoModelForCausalLM.from_pretrained(padded)).__module__.startswith("transformers.")
+    assert llmpruner.discover(padded).plans == ()
+    assert run("prune", padded, "--ratio", 0.2, "--importance", "l1", "-o", tmp_path / "out").code == 0
+    assert not (tmp_path / "out" / "llmpruner-files.json").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "prune", "export"])
+def test_a_damaged_export_is_named(run, refused, padded, tmp_path, command):
+    copy = shutil.copytree(padded, tmp_path / "stock")
+    flip(copy / "model.safetensors", UP)
+    out = ("-o", "{tmp}/out")
+    prune = ("--ratio", 0.2, "--importance", "l1", *out)
+    arguments = {"generate": ("-p", "x"), "prune": prune, "export": ("--to", "stock", *out)}[command]
+    assert f"{copy}/model.safetensors has another content" in refused(command, copy, *arguments, read=True)
+    assert run("verify", copy).code == 1
 
 
 def test_what_is_no_checkpoint(refused, shared, tmp_path):

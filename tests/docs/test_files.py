@@ -30,5 +30,14 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))
     assert record.keys() == files_page.RECORD.keys() - {"calibration_passages"}
     assert record["recovery"][0].keys() == files_page.RECOVERY.keys()
+    more = {"merge": False, "max_steps": 1, "batch_size": 2, "output": tmp_path / "adapters"}
+    llmpruner.recover(pruned, data=str(data), **more)
+    origin = json.loads((tmp_path / "adapters" / "llmpruner-files.json").read_text(encoding="utf-8"))
+    assert origin.keys() == files_page.ORIGIN.keys() - {"exported_from", "padded"}
+    narrow = {"unit_ratio": 0.25, "layers": [1], "importance": "l1", "output": tmp_path / "narrow"}
+    llmpruner.prune(tmp_path / "dense", **narrow)
+    llmpruner.export(tmp_path / "narrow", to="stock", output=tmp_path / "stock")
+    origin = json.loads((tmp_path / "stock" / "llmpruner-files.json").read_text(encoding="utf-8"))
+    assert origin.keys() == files_page.ORIGIN.keys() - {"adapters_of", "recovery"}
     local = llmpruner.recover(pruned, data=str(data), max_steps=1, strategy="local", output=tmp_path / "local")
     assert local.record["recovery"][0].keys() == files_page.RECOVERY.keys() | files_page.LOCAL.keys()

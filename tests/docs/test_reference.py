@@ -17,6 +17,10 @@ from typer.testing import CliRunner
 
 import llmpruner
 from llmpruner import HOOK_VERSION
+from llmpruner.budgets.macs import Macs
+from llmpruner.evaluation.metrics import PerplexityMetric, TasksMetric
+from llmpruner.recovery.lora import LoraStrategy
+from llmpruner.settings import EvaluateSettings, PruneSettings, RecoverSettings, option_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -125,6 +129,25 @@ def test_help_and_page_say_the_same(name):
     for option, text in documented.items():
         told = re.sub(r"( \*Required\.\*)?( \*Default:\* `.*?`\.)?$", "", text)
         assert told in shown, f"{name} {option}: the page says '{told}', --help does not"
+
+
+@pytest.mark.parametrize(
+    ("model", "owner", "component", "keys"),
+    [
+        (RecoverSettings, "strategy", LoraStrategy, {"rank", "alpha", "dropout"}),
+        (EvaluateSettings, "perplexity", PerplexityMetric, {"window"}),
+        (EvaluateSettings, "tasks", TasksMetric, {"batch_size"}),
+        (PruneSettings, "budget", Macs, {"context"}),
+    ],
+)
+def test_defaults_that_a_help_text_names_are_those_of_the_component(model, owner, component, keys):
+    told = {}
+    for name, field in model.model_fields.items():
+        found = re.search(r"[Bb]y default (?:α is )?(\d+(?:\.\d+)?)", field.description)
+        of, _, key = (option_of(model, name).sets or "").partition(".")
+        if found and of == owner:
+            told[key] = float(found[1])
+    assert told == {key: component.Settings.model_fields[key].default for key in keys}
 
 
 def _without_prose(shown: str) -> str:

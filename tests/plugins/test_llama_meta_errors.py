@@ -49,6 +49,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"has 3 of 2 shards",
     ),
     "no params.json": (lambda f: (f / "params.json").unlink(), r"it has no params\.json"),
+    "whole numbers": (
+        lambda f: [resave(f, n, lambda s: s.update({"norm.weight": s["norm.weight"].int()})) for n in (0, 1)],
+        r"norm\.weight is stored as torch\.int32; expected floating-point",
+    ),
     "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"is not valid JSON"),
     "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"n_heads is None; expected"),
     "dim of another model": (lambda f: set_param(f, dim=96), r"belong to different models"),

@@ -167,7 +167,9 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
     assert done == [1, 2]
     assert written(tmp_path / "parts-work") == written(tmp_path / "whole-work")
     # Now nothing is written, and the dense model is not loaded.
-    monkeypatch.setattr(api, "open_dense", lambda *_, **__: pytest.fail("the dense model was loaded"))
+    monkeypatch.setattr(
+        "llmpruner.recipes.recovering.open_dense", lambda *_, **__: pytest.fail("the dense model was loaded")
+    )
     recover(home, tmp_path / "again", work_dir=tmp_path / "parts-work")
     with pytest.raises(OutputError, match="state of another recovery job"):
         recover(home, tmp_path / "other", work_dir=tmp_path / "parts-work", seed=3)
@@ -185,7 +187,7 @@ def test_a_mixture_and_another_strategy(home, tmp_path):
 
 
 def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
         api.recover(str(home / "dense"), data="self", output=tmp_path / "out")
     monkeypatch.setenv("RANK", "0")

@@ -60,8 +60,8 @@ def checksums(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, tmp_path, monkeypatch):
     # Otherwise the size of the free memory decides.
-    for module in ("api", "recipes.residency"):
-        monkeypatch.setattr(f"llmpruner.{module}.is_streamed", lambda *_: streamed)
+    for module in ("arrangement", "residency"):
+        monkeypatch.setattr(f"llmpruner.recipes.{module}.is_streamed", lambda *_: streamed)
     api.prune(str(dense), output=tmp_path / "whole", **SETTINGS)
     out, state = tmp_path / "out", tmp_path / "out.pruning"
     for number in (1, 2):
@@ -107,8 +107,8 @@ def test_a_continued_run_holds_the_model_as_before(streamed, dense, tmp_path, mo
     """Whatever the free memory is by then: the shards of the result depend on it."""
 
     def decide(choice: bool) -> None:
-        for module in ("api", "recipes.residency"):
-            monkeypatch.setattr(f"llmpruner.{module}.is_streamed", lambda *_: choice)
+        for module in ("arrangement", "residency"):
+            monkeypatch.setattr(f"llmpruner.recipes.{module}.is_streamed", lambda *_: choice)
 
     decide(streamed)
     with pytest.raises(Killed):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+
 import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
 import llmpruner
-from llmpruner.loading.model import load_model
+from llmpruner.loading.model import load_model, load_structure
+from llmpruner.models import gguf as parsing
 from llmpruner.models.quiet import quiet_gguf, quiet_transformers
 
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
@@ -60,19 +64,75 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
 
-def test_the_file_is_parsed_once(gguf_file, catalog, monkeypatch):
+@pytest.fixture
+def parses(monkeypatch):
+    """What is parsed: the header with the vocabulary, its values, and the map of tensor names."""
+    gguf = pytest.importorskip("gguf")
+    calls = Counter()
+
+    def counted(owner, name):
+        own = getattr(owner, name)
+
+        def call(*given, **options):
+            calls[name] += 1
+            return own(*given, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(gguf.GGUFReader, "__init__")
+    counted(gguf, "get_tensor_name_map")
+    counted(parsing, "_OWN_LOAD")
+    return calls
+
+
+ONCE = {"__init__": 1, "get_tensor_name_map": 1, "_OWN_LOAD": 2}
+"""transformers looks at the values of the header again when it loads the tensors."""
+
+
+@pytest.mark.parametrize("structure_first", [True, False])
+def test_the_file_is_parsed_once(structure_first, gguf_file, catalog, parses):
     import gguf
 
-    calls = []
-    for name in ("GGUFReader", "get_tensor_name_map"):
-        own = getattr(gguf, name)
-        monkeypatch.setattr(gguf, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
-    counting = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    own = gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint
     for _ in range(2):
-        load_model(str(gguf_file), catalog)
-        assert sorted(calls) == sorted(counting)
-        assert all(getattr(gguf, name) is function for name, function in counting.items())
-        calls.clear()
+        structure = load_structure(str(gguf_file), catalog) if structure_first else None
+        load_model(str(gguf_file), catalog, structure=structure)
+        assert parses == ONCE
+        assert own == (gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint)
+        assert parsing._last is None
+        parses.clear()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_command_parses_the_file_once(streamed, gguf_file, tmp_path, parses, monkeypatch):
+    monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
+    monkeypatch.setattr("llmpruner.recipes.residency.is_streamed", lambda *_: streamed)
+    llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
+    assert parses == {**ONCE, "_OWN_LOAD": 1 if streamed else 2}
+
+
+def test_what_was_parsed_is_freed_and_follows_the_file(gguf_file, catalog, parses):
+    assert llmpruner.discover(gguf_file).graph.num_layers == 2 and parsing._last is None
+    parses.clear()
+    first = parsing.gguf_reader(gguf_file)
+    assert parsing.gguf_reader(str(gguf_file)) is first and parses["__init__"] == 1
+    load_structure(str(gguf_file), catalog)
+    os.utime(gguf_file, ns=(0, 0))
+    assert parsing.gguf_reader(gguf_file) is not first
+    parsing.forget_gguf()
+
+
+def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
+    import gguf
+
+    theirs, ours = gguf.GGUFReader(gguf_file), parsing.gguf_reader(gguf_file)
+    parsing.forget_gguf()
+    assert {name: field.contents() for name, field in ours.fields.items()} == {
+        name: field.contents() for name, field in theirs.fields.items()
+    }
+    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (one.name, one.data_offset, one.tensor_type) == (other.name, other.data_offset, other.tensor_type)
+        assert (one.data == other.data).all()
 
 
 def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from llmpruner import api
 from llmpruner.checkpoints.record import OF_THIS_MACHINE
-from llmpruner.errors import ModelError, SettingsError, UnsupportedModelError
+from llmpruner.errors import LlmprunerError, ModelError, SettingsError, UnsupportedModelError
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.forecast import Residency
 from llmpruner.recovery.base import LayerWalk, RecoveryJob
@@ -216,7 +216,10 @@ def recovered(home, output, *, streamed, on_step=None, **settings):
     values = {"strategy": "local", "data": str(home / "text.jsonl"), "epochs": 3, "batch_size": 4, **settings}
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides. Hidden states are in a file.
-        patch.setattr(api, "arranged_layers", lambda *_, **__: Residency(streamed, 0 if streamed else 1 << 20))
+        patch.setattr(
+            "llmpruner.recipes.recovering.arranged_layers",
+            lambda *_, **__: Residency(streamed, 0 if streamed else 1 << 20),
+        )
         progress = api.QUIET if on_step is None else _Steps(on_step)
         return api.recover(
             str(home / "pruned"), output=output, progress=progress, learning_rate=3e-3, warmup_steps=0,
@@ -317,7 +320,7 @@ def test_memory_decides_how_models_are_held(folders, tmp_path):
 
 def test_a_missing_dense_model_is_noticed_before_anything_is_loaded(folders, tmp_path, monkeypatch):
     home = folders("llama-gqa")
-    monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
     for strategy in ("local", "distil"):
         with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
             api.recover(str(home / "dense"), strategy=strategy, data=str(home / "text.jsonl"), output=tmp_path / "out")
@@ -346,7 +349,7 @@ def test_what_cannot_be_trained_is_refused_before_it_is_loaded(folders, tmp_path
     home = folders("llama-gqa")
     how = {"ratio": 0.1, "importance": "l1", "kinds": "hidden", "compensate": "none"}
     api.prune(str(home / "dense"), output=tmp_path / "narrow", **how)
-    monkeypatch.setattr(api, "_with_weights", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UnsupportedModelError, match="hidden channels were removed, so outputs"):
         api.recover(str(tmp_path / "narrow"), strategy="local", data=str(home / "text.jsonl"), output=tmp_path / "out")
 
@@ -356,7 +359,7 @@ def test_starting_anew_removes_the_state(folders, tmp_path):
     options = {"data": str(home / "text.jsonl"), "output": tmp_path / "out", "strategy": "local", "max_steps": 4}
     (tmp_path / "out.recovery").mkdir()
     (tmp_path / "out.recovery" / "job.json").write_text(json.dumps({"strategy": "another"}))
-    with pytest.raises(api.LlmprunerError, match="another recovery job"):
+    with pytest.raises(LlmprunerError, match="another recovery job"):
         api.recover(str(home / "pruned"), **options)
     api.recover(str(home / "pruned"), run=RunSettings(restart=True), **options)
     assert (tmp_path / "out" / "config.json").is_file()

@@ -141,6 +141,6 @@ def test_a_curve_of_another_model_and_a_wrong_file_are_refused_before_work(sourc
     ],
 )
 def test_mistakes_are_refused_before_weights_are_read(source, text, options, message, monkeypatch):
-    monkeypatch.setattr(api, "_with_weights", None)
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", None)
     with pytest.raises(LlmprunerError, match=message):
         api.sensitivity(source, **{**OPTIONS, "calibration": text, **options})

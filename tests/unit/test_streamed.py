@@ -52,7 +52,7 @@ def prune(model: Path, output: Path, *, streamed: bool, **settings):
     run = RunSettings(boundary_memory=0) if streamed else RunSettings()
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides.
-        patch.setattr("llmpruner.api.is_streamed", lambda *_: streamed)
+        patch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
         return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from criteria_cases import make
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_streamed import METHODS, assert_same, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpruner import api
+from llmpruner.checkpoints import gguf_tensors
+from llmpruner.checkpoints.computed_once import ComputedOnce
+from llmpruner.checkpoints.lazy import lazy_checkpoint
 from llmpruner.checkpoints.torch_files import lazy_torch
-from llmpruner.errors import CheckpointError, ModelError, SettingsError
+from llmpruner.errors import CheckpointError, ModelError, OutputError, SettingsError
 from llmpruner.models.quiet import quiet_gguf
 from llmpruner.settings import LoadSettings, RunSettings
 
@@ -162,6 +168,59 @@ def test_a_gguf_file_is_dequantised_as_by_transformers(architecture, tmp_path):
     assert not expected and lazy.info is not None and not any(lazy.info.values())
 
 
+@pytest.mark.parametrize("room", [1 << 40, 0])
+def test_weights_are_dequantised_once(room, tmp_path, monkeypatch):
+    """Where there is room on the disk: text that the model writes takes a pass over them for every token."""
+    calls, own = Counter(), gguf_tensors.dequantised
+
+    def dequantised(file, place):
+        calls[place.offset] += 1
+        return own(file, place)
+
+    monkeypatch.setattr(gguf_tensors, "dequantised", dequantised)
+    monkeypatch.setattr("llmpruner.recipes.pruning.disk_usage", lambda _: SimpleNamespace(free=room))
+    model = written("gguf llama", tmp_path / "dense")
+    prune(model, tmp_path / "out", streamed=True, shape="free", calibration="self", **METHODS["best"])
+    tensors = 2 * len(LAYER) + 2
+    assert len(calls) == tensors and (min(calls.values()) > 3 if room == 0 else set(calls.values()) == {1})
+    gc.collect()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+class Counted:
+    """Values that are kept in the order of their transposed axes, as transformers gives some of them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def read(self, names):
+        self.calls.append(sorted(names))
+        return {name: torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1) for name in names}
+
+
+def test_values_that_were_computed_are_kept(tmp_path):
+    source = Counted()
+    kept = ComputedOnce(source, tmp_path)
+    (expected,) = Counted().read(["a"]).values()
+    for _ in range(3):
+        for names in (["a", "b"], ["c"]):
+            for value in kept.read(names).values():
+                assert torch.equal(value, expected) and value.stride() == expected.stride()
+                value.zero_()  # does not reach the file
+    assert source.calls == [["a", "b"], ["c"]]
+    assert len(list(tmp_path.glob(".llmpruner-converted-*/*.safetensors"))) == 2
+    del kept
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_cannot_be_kept(tmp_path):
+    kept = ComputedOnce(Counted(), tmp_path)
+    shutil.rmtree(next(tmp_path.iterdir()))
+    with pytest.raises(OutputError, match="cannot be written"):
+        kept.read(["a"])
+
+
 @pytest.mark.parametrize("name", ["bin llama-gqa", "gguf llama", "plugin meta_llama/gqa/2shards", "plugin chatglm2"])
 def test_files_are_let_go_of(name, tmp_path, catalog):
     """Pages of mapped files count as memory of the process."""
@@ -213,6 +272,19 @@ def test_damage_is_named_before_anything_is_pruned(tmp_path, catalog):
     torch.save({**state, norm: torch.zeros(3)}, file)
     with pytest.raises(ModelError, match=f"has in another shape .* '{norm}'"):
         api.open_streamed(str(model), catalog, LoadSettings(), structure)
+
+
+def test_tied_parameters_that_safetensors_hold_twice(tmp_path):
+    model = make("gpt2").model
+    model.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    lazy = lazy_checkpoint(tmp_path, torch.float32, "transformer.h").model
+    assert lazy.lm_head.weight is lazy.transformer.wte.weight
+    state["lm_head.weight"][0] += 1
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ, but the configuration ties them"):
+        lazy_checkpoint(tmp_path, torch.float32, "transformer.h")
 
 
 def test_tied_parameters_with_different_values_are_refused(tmp_path):

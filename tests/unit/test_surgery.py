@@ -26,6 +26,15 @@ def keep_some(graph, kinds, seed, share=0.6):
     return kept
 
 
+@pytest.mark.parametrize("index", [Blocks(9, start=3), Blocks(9, 1, 2, 4), Blocks(9, 2), Explicit(((5, 1), (0, 7)))])
+def test_indices_of_units(index, monkeypatch):
+    units = [1, 0] if isinstance(index, Explicit) else [8, 0, 3]
+    expected = [i for unit in units for i in index.of(unit)]
+    if index.width == 1:  # without a call for each of a large model's channels
+        monkeypatch.setattr(Blocks, "of", None)
+    assert Span("weight", 0, Role.PRODUCES, index).indices(iter(units)) == expected
+
+
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("hidden",), ("mlp", "attention", "hidden")], ids="+".join)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_cut_equals_silencing(loaded, kinds, attention):

@@ -1,0 +1,86 @@
+"""What a long run settles before it starts: how the model is held, and where the results of finished steps are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..engine.boundaries import DEFAULT_LIMIT
+from ..engine.journal import Journal
+from ..engine.ranks import Ranks
+from ..files import remove_tree
+from ..loading.model import Structure, file_bytes
+from ..progress import QUIET
+from ..settings import RunSettings
+from .forecast import SLOW_WRITING, Residency, duration
+from .opening import Opener
+from .residency import arranged, computed_once, is_streamed
+from .work import Work
+
+if TYPE_CHECKING:
+    from ..settings import PruneSettings, SensitivitySettings
+    from ..structure.plan import PruningPlan
+    from .jobs import PruneJob
+
+
+def arrange(
+    opener: Opener,
+    opened: Structure,
+    job: PruneJob | None,
+    work: Work,
+    run: RunSettings,
+    *,
+    whole: str | None = None,
+    room: int | None = None,
+) -> tuple[Residency, Mapping[str, Any] | None]:
+    """How the model is held, and the forecast, which is shown; None where nobody would read it. ``job``: None for a
+    plan that is replayed. ``whole``: what needs the model in memory. ``room``: see `computed_once`."""
+    load, catalog, progress = opener.load, opener.catalog, opener.progress
+    if progress is QUIET and run.max_memory is None:
+        # A forecast takes a second.
+        limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
+        streamed = whole is None and is_streamed(opened, job, load, catalog)
+        return Residency(streamed, limit, once=streamed and computed_once(opened, load, catalog, room)), None
+    found = arranged(opened, job, work, load, run, catalog, whole=whole, room=room)
+    progress.status(str(found))
+    writing = found.stage("writing")
+    if writing is not None and writing.seconds is not None and writing.seconds > SLOW_WRITING:
+        progress.status(
+            f"writing the calibration text takes about {duration(writing.seconds)}; --calibration FILE avoids it"
+        )
+    return found.residency, found.as_json()
+
+
+def journal_for(
+    output: Path,
+    opener: Opener,
+    opened: Structure,
+    what: PruningPlan | PruneSettings | SensitivitySettings,
+    divided: int,
+    ranks: Ranks,
+    *,
+    ending: str,
+    restart: bool,
+) -> Journal:
+    """The journal of a run, in a folder beside ``output``. The run is identified by all that the result, and the shapes
+    of hidden states, depend on. ``divided``: see `Residency`. ``restart``: whether an earlier run's is removed."""
+    folder = output.with_name(output.name + ending)
+    if restart and ranks.first:
+        remove_tree(folder)
+    return Journal(
+        folder,
+        {
+            "model": opened.path or opened.ref,
+            "files": file_bytes(opened),
+            "prune": what.model_dump(mode="json"),
+            "load": opener.load.model_dump(mode="json"),
+            "micro-batches divided by": divided,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        },
+        ranks,
+    )

@@ -1,0 +1,57 @@
+"""Measuring the quality of models, with results that are kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from ..errors import SettingsError
+from ..evaluation.base import MetricSubject
+from ..evaluation.run import Candidate, evaluate
+from ..evaluation.store import ResultStore, default_folder
+from ..evaluation.table import Evaluations
+from ..loading.model import Structure
+from ..plugins.catalog import Catalog
+from ..progress import Progress
+from ..settings import CacheSettings, EvaluateSettings
+from .inputs import evaluated_fingerprint
+from .jobs import evaluate_job
+from .opening import Opener, Source
+from .passages import read_passages
+from .state import Hashes
+
+
+def evaluate_models(
+    sources: Sequence[Source],
+    settings: EvaluateSettings,
+    openers: Sequence[Opener],
+    cache: CacheSettings,
+    catalog: Catalog,
+    progress: Progress,
+) -> Evaluations:
+    """``openers``: one for each source. Raises as `llmpruner.evaluate`."""
+    job = evaluate_job(settings, catalog)
+    compares = "--kl" if settings.kl else next((m.label() for m in job.metrics if m.needs_reference), None)
+    if compares and len(sources) == 1:
+        raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
+    opened = [one.readable(source, "be evaluated") for one, source in zip(openers, sources, strict=True)]
+    store = ResultStore(cache.cache or default_folder(), again=cache.again)
+    hashes = Hashes(store.known_files, progress)
+    candidates = [
+        Candidate(
+            one.ref, partial(_subject, one, opener), evaluated_fingerprint(one, opener.load, catalog, hashes),
+            read_passages(one),
+        )
+        for one, opener in zip(opened, openers, strict=True)
+    ]  # fmt: skip
+    store.keep_files(hashes.known)
+    try:
+        return evaluate(candidates, job.metrics, progress, store)
+    except KeyboardInterrupt:
+        progress.status("stopped; what was measured is kept, and the same command goes on with the rest")
+        raise
+
+
+def _subject(one: Structure, opener: Opener) -> MetricSubject:
+    loaded = opener.weights(one)
+    return MetricSubject(one.ref, loaded.model, loaded.tokenizer, loaded.graph, family=loaded.family)

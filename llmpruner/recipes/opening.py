@@ -1,0 +1,97 @@
+"""Opening what users name: references, structures, and models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..engine.ranks import Ranks
+from ..errors import DataError, SettingsError
+from ..families.auto import AUTO
+from ..loading.model import Model, Structure, brings_tokenizer, load_model, load_structure, open_streamed
+from ..models.devices import check_device
+from ..plugins.catalog import Catalog
+from ..progress import QUIET, Progress
+from ..settings import LoadSettings
+
+Source = str | Path | Structure
+"""A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens models with the plugins of ``catalog`` and the settings of ``load``."""
+
+    catalog: Catalog
+    load: LoadSettings = field(default_factory=LoadSettings)
+    progress: Progress = QUIET
+
+    @classmethod
+    def of(cls, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
+        """``load``: None for the defaults."""
+        return cls(catalog, load or LoadSettings(), progress)
+
+    def of_ranks(self, ranks: Ranks) -> Opener:
+        """For a command that several processes share: the first one says what is done."""
+        return self if ranks.first else replace(self, progress=QUIET)
+
+    def structure(self, source: Source) -> Structure:
+        """The structure of a reference; a structure as it is. Reads no weights."""
+        if isinstance(source, Structure):
+            return source
+        found = load_structure(str(source), self.catalog, self.load)
+        if found.family.name == AUTO and self.load.family is None and not found.plans:
+            self.progress.status(f"no plugin knows model type '{found.config.model_type}': its structure is discovered")
+        return found
+
+    def model(self, source: Source) -> Model:
+        """A model with its weights in memory; a model as it is."""
+        return self.weights(self.structure(source))
+
+    def weights(
+        self,
+        opened: Structure,
+        *,
+        streamed: bool = False,
+        beside: Path | None = None,
+        ahead: bool = True,
+        once: bool = False,
+    ) -> Model:
+        """``opened`` with its weights, in memory or, ``streamed``, read layer by layer; a model as it is. ``beside``,
+        ``ahead``, ``once``: see `open_streamed`."""
+        if isinstance(opened, Model):
+            return opened
+        check_device(self.load.device)
+        if streamed:
+            self.progress.status(f"{opened.ref} is read layer by layer")
+            return open_streamed(opened.ref, self.catalog, self.load, opened, beside, ahead=ahead, once=once)
+        self.progress.status(f"loading {opened.ref}")
+        return load_model(opened.ref, self.catalog, self.load, opened)
+
+    def has_tokenizer(self, opened: Structure) -> bool:
+        """Whether a model has a tokenizer, or its folder the files of one."""
+        return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, self.catalog)
+
+    def readable(self, source: Source, purpose: str) -> Structure:
+        """`structure`. Raises `DataError` for a model without a tokenizer, which cannot ``purpose``."""
+        found = self.structure(source)
+        if not self.has_tokenizer(found):
+            raise DataError(f"model '{found.ref}' brings no tokenizer, so it cannot {purpose}")
+        return found
+
+
+def openers(
+    load: LoadSettings | Sequence[LoadSettings] | None, sources: Sequence[Source], catalog: Catalog, progress: Progress
+) -> list[Opener]:
+    """One for each source. Raises `SettingsError` for another number of settings."""
+    if load is None or isinstance(load, LoadSettings):
+        return [Opener.of(load, catalog, progress)] * len(sources)
+    if len(load) != len(sources):
+        raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
+    return [Opener.of(one, catalog, progress) for one in load]
+
+
+def listed(models: Source | Sequence[Source]) -> list[Source]:
+    """One model or several, as a list."""
+    return [models] if isinstance(models, (str, Path, Structure)) else list(models)

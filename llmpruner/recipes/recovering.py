@@ -1,0 +1,213 @@
+"""Recovering a pruned model: checks first, then the data, the training, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ..data.conversations import Example
+from ..engine.boundaries import DEFAULT_LIMIT
+from ..engine.launch import launched
+from ..engine.ranks import Ranks
+from ..engine.weights import Weights
+from ..errors import DataError, ModelError, SettingsError
+from ..families.chat import has_chat_template
+from ..files import check_new_directory, check_space, remove_tree, write_text
+from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
+from ..loading.model import Model, Structure, dtype_of, load_tokenizer, reopened
+from ..progress import QUIET, Progress
+from ..recovery.base import LayerWalk
+from ..recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
+from ..recovery.examples import load_examples
+from ..recovery.processes import check_processes
+from ..recovery.run import RecoveryResult, TrainingData, check_work_dir, prepare, recover
+from ..report.curve import loss_curve
+from ..settings import LoadSettings, RecoverSettings, RunSettings
+from ..structure.plan import original_layers, structure_of
+from .checks import check_recover
+from .forecast import Residency
+from .jobs import RecoverJob, recover_job
+from .opening import Opener, Source
+from .recovery_memory import arranged_layers, refuse_without_layers
+from .saving import save
+from .stages import Stages, write_run
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A training of ``source``. ``output``: where to save the result; None: nowhere. ``work_dir``: of the state of the
+    training; None: beside ``output``."""
+
+    source: Source
+    settings: RecoverSettings
+    output: Path | None
+    work_dir: Path | None
+    run: RunSettings
+
+    def do(self, opener: Opener) -> Model:
+        """The trained model. Raises as `llmpruner.recover`."""
+        job = recover_job(self.settings, opener.catalog)
+        refuse_without_layers(job, self.run)
+        own = dense_text_in(job.settings.data)
+        _check_alone(job, own)
+        ranks, output = Ranks.current(), self.output
+        opener = opener.of_ranks(ranks)
+        check_processes(job.settings, opener.load)
+        if output is not None:
+            ranks.from_first(lambda: check_new_directory(output))
+        folder = self._folder()
+        ranks.from_first(lambda: check_work_dir(folder))
+        check_recover(job)
+        opened = opener.readable(self.source, "be trained on text")
+        tokenizer = (
+            opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, opener.catalog, opener.load)
+        )
+        data = None if own is not None else prepare(job.settings, opened.family, tokenizer)
+        trusted = opener.load.trust_remote_code
+        job.strategy.check(opened.graph, {cut.kind for plan in opened.plans for cut in plan.cuts.values()})
+        needs_dense = job.strategy.needs_dense or own is not None
+        dense = dense_structure(opened, opener.catalog, trust_remote_code=trusted) if needs_dense else None
+        way = self._arranged(job, opened, dense, opener)
+        if output is not None and job.settings.merge:
+            size = opened.graph.total_parameters * dtype_of(opened, opener.catalog, opener.load).itemsize
+            ranks.from_first(lambda: check_space(output, size, "the result alone"))
+        if self.run.restart:
+            ranks.from_first(lambda: remove_tree(folder))
+        stages, beside = Stages(), folder.resolve().parent
+        written = None
+        if own is not None and dense is not None:
+            placed = placed_as(opened, trusted) if isinstance(opened, Model) else opener.load
+            open_model = partial(open_dense, opened, opener.catalog, placed, streamed=way.streamed, beside=beside)
+            with stages.stage("writing examples"):
+                rows = _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, opener.progress)
+            written = {own.source: rows}
+        with stages.stage("loading"):
+            loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
+        if written is not None:
+            examples = load_examples(
+                job.settings.data, opened.family, tokenizer, limit=job.settings.limit, seed=job.settings.seed,
+                written=written,
+            )  # fmt: skip
+            data = prepare(job.settings, opened.family, tokenizer, examples)
+        with stages.stage("training"):
+            result = _trained(job, loaded, data, folder, way, opener)
+        recovered = _recovered(loaded, result)
+        if output is None:
+            return recovered
+        with stages.stage("saving"):
+            form = ranks.from_first(lambda: _save(recovered, result, output, folder))
+        if ranks.first:
+            write_run(output, stages, "recover", opened.ref, job.settings.given())
+        recovered = reopened(replace(recovered, form=form), output, trust_remote_code=trusted)
+        if self.work_dir is None and ranks.first:
+            remove_tree(folder)
+        return recovered
+
+    def _folder(self) -> Path:
+        """Of the state of the training."""
+        if self.work_dir is not None:
+            return self.work_dir
+        if self.output is None:
+            raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
+        return self.output.with_name(self.output.name + ".recovery")
+
+    def _arranged(self, job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> Residency:
+        """How the models are held."""
+        saves = self.output is not None
+        if isinstance(opened, Model) and opened.streamed is not None:
+            if not job.strategy.by_layer or not saves:
+                raise ModelError(
+                    f"'{opened.ref}' is read layer by layer; pass its folder, or use strategy local with an output"
+                )
+            if self.run.max_memory is not None:
+                raise SettingsError("max_memory has no effect on a model that is opened already; leave it out")
+            limit = self.run.boundary_memory
+            return Residency(True, DEFAULT_LIMIT if limit is None else limit)
+        if not job.strategy.by_layer or dense is None:
+            return Residency()
+        found = arranged_layers(
+            job, opened, dense, opener.load, self.run, opener.catalog,
+            whole=None if saves else "a result in memory", shown=opener.progress is not QUIET,
+        )  # fmt: skip
+        if isinstance(found, Residency):
+            return found
+        opener.progress.status(str(found))
+        return found.residency
+
+
+def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
+    """Raise `SettingsError` in several processes for what runs in one. ``own``: data that the dense model writes."""
+    if launched() and (job.strategy.by_layer or own is not None):
+        what = job.strategy.label() if job.strategy.by_layer else f"--data {job.settings.data}"
+        raise SettingsError(f"{what} runs in one process; start it without torchrun or accelerate launch")
+
+
+def _trained(
+    job: RecoverJob, loaded: Model, data: TrainingData | None, folder: Path, way: Residency, opener: Opener
+) -> RecoveryResult:
+    progress, trusted = opener.progress, opener.load.trust_remote_code
+    with progress.counter("Recovering") as step:
+        result = recover(
+            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
+            load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
+            layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
+            on_step=step, on_validation=lambda done: progress.status(str(done)),
+        )  # fmt: skip
+    for note in result.notes:
+        progress.status(note)
+    return result
+
+
+def _save(recovered: Model, result: RecoveryResult, directory: Path, folder: Path) -> str:
+    """Write the model, with a picture of its losses that is drawn in ``folder``; returns its form."""
+    files = []
+    # The losses of one layer after the other are no curve.
+    if result.losses and not result.strategy.by_layer:
+        files.append(folder / "loss.svg")
+        write_text(files[0], loss_curve(result.record()))
+    return save(recovered, directory, extra_files=files)
+
+
+def _dense_rows(
+    own: DenseText,
+    open_model: Callable[[], Model],
+    dense: Structure,
+    load: LoadSettings,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> list[Example]:
+    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``."""
+    identity = own.identity(f"{dense.path or dense.ref} {structure_of(dense.graph)} {load.dtype}", seed)
+    rows = WrittenRows(folder / WRITTEN_FILE, identity)
+    if not rows.whole:
+        model = open_model()
+        if model.tokenizer is None:
+            raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
+        if not has_chat_template(model.family, model.tokenizer):
+            progress.status(f"'{model.ref}' has no chat template: instructions are in the format of its family")
+        if model.streamed is not None:
+            progress.status(f"'{model.ref}' is read from its files for every token; a file of examples is faster")
+        rows.write(own, model.model, model.tokenizer, model.family, seed, progress)
+    return rows.examples
+
+
+def _layer_walk(pruned: Model, way: Residency, opener: Opener, beside: Path) -> LayerWalk:
+    """How a strategy that trains layer by layer reads both models."""
+    walk = LayerWalk(boundary_memory=way.boundary_memory)
+    if pruned.streamed is None:
+        return walk
+    return replace(walk, pruned=pruned.streamed, open_dense=partial(_dense_weights, pruned, opener, beside))
+
+
+def _dense_weights(pruned: Model, opener: Opener, beside: Path) -> Weights:
+    """The weights of the dense model, read layer by layer."""
+    placed = placed_as(pruned, opener.load.trust_remote_code)
+    return open_dense(pruned, opener.catalog, placed, streamed=True, beside=beside).weights
+
+
+def _recovered(model: Model, result: RecoveryResult) -> Model:
+    history = [*((model.record or {}).get("recovery", [])), result.record()]
+    return replace(model, model=result.model, record={**(model.record or {}), "recovery": history})
