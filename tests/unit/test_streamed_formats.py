@@ -22,6 +22,7 @@ from llmpruner.checkpoints.computed_once import ComputedOnce
 from llmpruner.checkpoints.lazy import lazy_checkpoint
 from llmpruner.checkpoints.torch_files import lazy_torch
 from llmpruner.errors import CheckpointError, ModelError, OutputError, SettingsError
+from llmpruner.loading.model import open_streamed
 from llmpruner.models.quiet import quiet_gguf
 from llmpruner.settings import LoadSettings, RunSettings
 
@@ -230,7 +231,7 @@ def test_files_are_let_go_of(name, tmp_path, catalog):
     folder = written(name, tmp_path / "dense").parent / ("" if name.startswith("gguf") else "dense")
     source = folder / "tiny.gguf" if name.startswith("gguf") else folder
     structure = api.discover(str(source), catalog=catalog)
-    model = api.open_streamed(str(source), catalog, LoadSettings(dtype="float32"), structure, ahead=False)
+    model = open_streamed(str(source), catalog, LoadSettings(dtype="float32"), structure, ahead=False)
     for number in (0, 1):
         with model.weights.layer(number):
             values = [parameter.clone() for name, parameter in model.model.named_parameters() if not parameter.is_meta]
@@ -268,10 +269,10 @@ def test_damage_is_named_before_anything_is_pruned(tmp_path, catalog):
     torch.save({name: tensor for name, tensor in state.items() if name != norm}, file)
     structure = api.discover(str(model), catalog=catalog)
     with pytest.raises(ModelError, match=f"lacks tensor '{norm}'"):
-        api.open_streamed(str(model), catalog, LoadSettings(), structure)
+        open_streamed(str(model), catalog, LoadSettings(), structure)
     torch.save({**state, norm: torch.zeros(3)}, file)
     with pytest.raises(ModelError, match=f"has in another shape .* '{norm}'"):
-        api.open_streamed(str(model), catalog, LoadSettings(), structure)
+        open_streamed(str(model), catalog, LoadSettings(), structure)
 
 
 def test_tied_parameters_that_safetensors_hold_twice(tmp_path):
