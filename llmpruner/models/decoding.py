@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from ..errors import LlmprunerError, UnsupportedModelError, first_line
+from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from .logits import last_logits
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
     except LlmprunerError:
         raise
     except Exception as error:  # caches and forward passes of any architecture may raise anything
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise ModelError(
+                f"memory is too small to run the {model.config.model_type} model with so many tokens at once; take "
+                "fewer: a smaller batch, or shorter prompts"
+            ) from error
         raise UnsupportedModelError(
             f"a {model.config.model_type} model does not run with a key/value cache, so its cost cannot be measured "
             f"({type(error).__name__}: {first_line(error)[:160]}); choose another --budget"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import llmpruner
-from llmpruner import PlanError, PruningPlan, SelectionError, UnsupportedModelError
+from llmpruner import ModelError, PlanError, PruningPlan, SelectionError, UnsupportedModelError
 from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.latency import Latency
 from llmpruner.budgets.latency_cost import LatencyCost, LatencyTable
@@ -185,3 +185,15 @@ def test_cached_tokens_are_copied_not_shared(gqa):
     other = cached.fork()
     other.process(sample_tokens(gqa.model, 1))
     assert (cached.cache.get_seq_length(), other.cache.get_seq_length()) == (3, 4)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_fault_of_the_model(error, gqa, monkeypatch):
+    cached = CachedModel(gqa.model)
+
+    def forward(**_):
+        raise error
+
+    monkeypatch.setattr(gqa.model, "forward", forward)
+    with pytest.raises(ModelError, match="memory is too small to run the llama model .* a smaller batch"):
+        cached.process(sample_tokens(gqa.model, 4))
