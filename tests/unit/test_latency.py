@@ -195,5 +195,5 @@ def test_too_little_memory_is_no_fault_of_the_model(error, gqa, monkeypatch):
         raise error
 
     monkeypatch.setattr(gqa.model, "forward", forward)
-    with pytest.raises(ModelError, match="memory is too small to run the llama model .* a smaller batch"):
+    with pytest.raises(ModelError, match=r"memory is too small to run the llama model .* a smaller batch"):
         cached.process(sample_tokens(gqa.model, 4))
