@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,6 @@ from llmpruner.checkpoints import mapped as module
 from llmpruner.checkpoints.mapped import give_back, pages_given_back
 
 SIZE = 32 << 20
-MOST = SIZE * 0.7
-"""The system keeps pages that it has not sorted yet."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the system has no /proc/self/smaps")
 
@@ -47,8 +46,10 @@ def test_pages_that_were_read_leave_and_can_be_read_again(file):
     tensor = mapped(file)
     assert int(tensor.sum()) == SIZE
     before = resident()
-    give_back([f"{file.parent}/"])
-    assert before - resident() > MOST
+    # The system keeps pages that it has not sorted yet; in use, they are given back five times a second.
+    for _ in range(5):
+        give_back([f"{file.parent}/"])
+    assert before - resident() > SIZE * 0.9
     assert int(tensor.sum()) == SIZE
 
 
@@ -68,7 +69,8 @@ def test_pages_are_given_back_at_the_end_of_a_block(file):
     with pages_given_back(file.parent):
         tensor = mapped(file)
         assert int(tensor.sum()) == SIZE
-    assert resident() - before < SIZE - MOST and int(tensor[-1]) == 1
+        time.sleep(1)
+    assert resident() - before < SIZE * 0.1 and int(tensor[-1]) == 1
 
 
 def test_what_has_the_address_of_an_unmapped_file_keeps_its_values(file, tmp_path, monkeypatch):
