@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import threading
 from typing import NoReturn
 
+import typer
+
 from ..allocator import keep_freed_memory
 from ..errors import LlmprunerError, SettingsError
 from ..files import write_failure
-from .app import build_app
 from .console import error_line
 from .launched import is_first, let_first_print, run_together, shares_work
+
+
+def _app() -> typer.Typer:
+    from .app import build_app
+
+    return build_app()
 
 
 def main() -> None:
     """Entry point of the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    if "--help" not in arguments:
+    if "--help" in arguments:
+        # Looking for garbage among all that is imported takes time.
+        gc.disable()
+    else:
         keep_freed_memory()
     ended_by: list[int] = []
     if threading.current_thread() is threading.main_thread():
@@ -28,8 +39,8 @@ def main() -> None:
     try:
         _check_text(arguments)
         if shares_work(arguments):
-            run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
-        build_app()(args=arguments, prog_name="llmpruner")
+            run_together(lambda: _app()(args=arguments, prog_name="llmpruner"), debug=debug)
+        _app()(args=arguments, prog_name="llmpruner")
     except KeyboardInterrupt:
         if debug:
             raise
@@ -46,6 +57,8 @@ def main() -> None:
             error_line(str(error) if reason is None else f"an output cannot be written: {reason}")
         let_first_print()
         sys.exit(2)
+    finally:
+        gc.enable()
 
 
 def _check_text(arguments: list[str]) -> None:
