@@ -52,7 +52,7 @@ def test_help_takes_less_than_half_a_second():
 TERMINATED = """
 import os, signal, sys, time
 from pathlib import Path
-from llmpruner import cli
+from llmpruner.cli import app as commands, main
 from llmpruner.files import new_directory
 
 def app(**_):
@@ -61,8 +61,8 @@ def app(**_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-cli.build_app = lambda: app
-cli.main()
+commands.build_app = lambda: app
+main()
 """
 
 
