@@ -165,7 +165,7 @@ def calibration_of(model: str, text: str) -> list[list[int]]:
     """The tokens that ``--method llm-pruner`` reads from a text."""
     script = (
         "import json, sys; from llmpruner import Catalog, PruneSettings, api, plugin_manager; "
-        "from llmpruner.recipes.jobs import prune_job; from llmpruner.recipes.pipeline import calibrate; "
+        "from llmpruner.recipes.jobs import prune_job; from llmpruner.recipes.calibrating import calibrate; "
         "from llmpruner.settings import settings_from; "
         "settings = settings_from(PruneSettings, {'method': 'llm-pruner', 'ratio': 0.2, 'calibration': sys.argv[2]}); "
         "job = prune_job(settings, Catalog(plugin_manager())); "

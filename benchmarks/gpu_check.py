@@ -20,8 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import CalibrationSource, Catalog, Model, PruneSettings, build_graph, plugin_manager
 from llmpruner.data.calibration import CalibrationText, Part
+from llmpruner.recipes.calibrating import calibrate
 from llmpruner.recipes.jobs import PruneJob, prune_job
-from llmpruner.recipes.pipeline import Draft, apply_draft, calibrate, make_plan
+from llmpruner.recipes.pipeline import Draft, apply_draft, make_plan
 from llmpruner.settings import settings_from
 
 from .measure import as_json, machine

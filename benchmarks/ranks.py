@@ -95,8 +95,9 @@ def work(model: str, method: str, samples: int, file: Path) -> None:
     from llmpruner import CalibrationSource, Catalog, PruneSettings, api, plugin_manager
     from llmpruner.data.calibration import CalibrationText, Part
     from llmpruner.engine.ranks import Ranks
+    from llmpruner.recipes.calibrating import calibrate
     from llmpruner.recipes.jobs import prune_job
-    from llmpruner.recipes.pipeline import Run, apply_draft, calibrate, draft_plan
+    from llmpruner.recipes.pipeline import Run, apply_draft, draft_plan
     from llmpruner.settings import settings_from
 
     class Given(CalibrationSource):

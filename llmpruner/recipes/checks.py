@@ -22,8 +22,9 @@ from ..selection.alike import allocate_alike
 from ..selection.base import AllocationTask, Meter
 from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
+from .calibrating import length_for
 from .jobs import EvaluateJob, PruneJob, RecoverJob
-from .pipeline import demand, length_for, scope_of, widths_of
+from .wanted import demand, scope_of, widths_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

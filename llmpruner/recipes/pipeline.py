@@ -1,29 +1,23 @@
-"""The stages of pruning in sequence: calibrate → estimate → select → compensate → cut → save."""
+"""The stages of pruning in sequence: calibrate → estimate → select → compensate → cut."""
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import __version__
 from ..budgets.base import BudgetSubject
 from ..budgets.costs import Cost, CutCost
 from ..budgets.open import open_budget
-from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..compensation.base import Fit, RepairTask, fits_record
 from ..compensation.choose import Chooser, can_wait
 from ..compensation.trials import Trials
 from ..data.calibration import CalibrationSet, parse_calibration
 from ..engine.boundaries import DEFAULT_LIMIT
-from ..engine.cut_weights import CutWeights
 from ..engine.executor import Executor
 from ..engine.journal import Journal
 from ..engine.ranks import SINGLE, Ranks
@@ -31,48 +25,30 @@ from ..engine.signals import Signal
 from ..errors import DataError, SelectionError
 from ..importance.estimate import Removal, Scores, check_accepted, estimate
 from ..importance.spread import Spread, spread
-from ..loading.dense import base_record
-from ..models.empty import meta_model
-from ..models.positions import positions_of
 from ..models.surgery import cut
 from ..progress import QUIET, Progress
 from ..selection.base import Demand
 from ..selection.normalize import normalize
 from ..selection.select import select
 from ..selection.uniform import Uniform
-from ..settings import layer_numbers as numbers_of
 from ..structure.kept import compose, layer_numbers, renamed, surviving_units
-from ..structure.plan import (
-    BaseRef,
-    CompensationRecord,
-    EstimationRecord,
-    PruningPlan,
-    SelectionRecord,
-    Target,
-    cuts_of,
-    structure_of,
-)
+from ..structure.plan import CompensationRecord, PruningPlan, cuts_of
 from ..structure.scope import Scope
-from ..structure.widths import NARROW, Widths, widths_for
-from .jobs import CalibrationJob, PruneJob
-from .outcome import outcome_of
-from .passages import passages_in, passages_record
+from .calibrating import journaled, scored_on
+from .cutting import cut_by, recorded_cost
+from .jobs import PruneJob
+from .passages import passages_in
+from .plan_record import plan_of
 from .stages import Stages
+from .wanted import demand, scope_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..engine.weights import StreamedWeights
     from ..loading.model import Model, Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
-    from ..structure.outcome import Outcome
-
-_LOG = logging.getLogger("llmpruner")
-
-GRADIENT_TOKENS = 16384
-"""Calibration tokens for scores that need gradients, where a compensation reads more text."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +64,6 @@ class Draft:
     scores: Mapping[str, Spread] = field(default_factory=dict)
     """Group name → how the scores that chose its units are distributed. Empty as long as the units are not chosen, and
     where they are chosen in several steps."""
-
-
-def scope_of(job: PruneJob, structure: Structure) -> Scope:
-    """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
-    removal of whole layers, `inner_layers`."""
-    count = structure.graph.num_layers
-    chosen = numbers_of(job.layers, count)
-    if chosen is not None:
-        return Scope(job.kinds, chosen)
-    inner = inner_layers(structure)
-    return Scope(job.kinds, tuple(range(count)), inner) if job.shape == "uniform" else Scope(job.kinds, inner)
-
-
-def widths_of(job: PruneJob, structure: Structure) -> Widths:
-    """The widths that a job allows in this model."""
-    config = structure.config.get_text_config(decoder=True)
-    return widths_for(job.shape, job.round_to, int(getattr(config, "hidden_size", 0) or NARROW))
-
-
-def inner_layers(structure: Structure) -> tuple[int, ...]:
-    """All layers except the family's protected shares of the first and last ones."""
-    count = structure.graph.num_layers
-    first, last = (round(share * count) for share in structure.family.protected_layers)
-    return tuple(range(first, count - last))
 
 
 @dataclass(frozen=True)
@@ -207,7 +159,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             scope = _renumbered(scope_of(job, model), model.graph, kept)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    plan = _plan(model, job, kept, calibration, measured)
+    plan = plan_of(model, job, kept, calibration, measured)
     if journal is not None:
         journal.store("scores", spreads)
         journal.store("plan", plan.model_dump(mode="json"))
@@ -224,20 +176,6 @@ def _removal(
     kept = select(graph, groups, alike, scope, wanted, Uniform(), cost=cost)
     removed = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
     return Removal(removed, scope.allowed_units(groups[0]))
-
-
-def journaled(
-    journal: Journal | None, model: Model, job: PruneJob, progress: Progress, ranks: Ranks
-) -> CalibrationSet | None:
-    """The calibration set of a job, or of the interrupted run that is continued."""
-    earlier = None if journal is None else journal.load("calibration")
-    if earlier is not None:
-        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"], tuple(earlier.get("parts", ())))
-    made = ranks.from_first(lambda: calibrate(model, job, progress))
-    if journal is not None and made is not None:
-        record = {"input_ids": made.input_ids.tolist(), "source": made.source, "parts": made.parts}
-        journal.store("calibration", record)
-    return made
 
 
 def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress = QUIET) -> Model:
@@ -262,110 +200,8 @@ def apply_draft(
     chosen = {} if draft.chooser is None else draft.chooser.scores
     work = {"fits": fits_record(fits), "scores": {**draft.scores, **chosen}}
     with run.stages.stage("cut"):
-        return _cut(model, plan, draft, work, catalog, progress)
-
-
-def _cut(
-    model: Model, plan: PruningPlan, draft: Draft, work: Mapping[str, Any], catalog: Catalog, progress: Progress
-) -> Model:
-    """``work``: see `Model`."""
-    outcome = outcome_of(model, plan, draft.cost or _recorded_cost(model, plan, catalog, progress))
-    if model.streamed is not None:
-        return _cut_streamed(replace(model, work=(*model.work, work)), model.streamed, plan, outcome)
-    graph = cut(model.model, model.graph, plan.kept, model.family)
-    return replace(model, graph=graph, plans=(*model.plans, plan), outcome=outcome, work=(*model.work, work))
-
-
-def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outcome: Outcome) -> Model:
-    """A model without weights, cut, whose weights are cut when they are read."""
-    network = meta_model(model.config, model.model.dtype)
-    network.generation_config = model.model.generation_config
-    network.config.name_or_path = model.model.config.name_or_path
-    graph = cut(network, model.graph, plan.kept, model.family)
-    weights = CutWeights(network, dense, model.graph, plan.kept)
-    return replace(
-        model, model=network, graph=graph, plans=(*model.plans, plan), outcome=outcome, streamed=weights
-    )  # fmt: skip
-
-
-def save(
-    model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
-) -> str:
-    """Write the model as an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoints.save`).
-
-    ``notes``: further JSON values for ``llmpruner.json``, beside the plans. ``extra_files``: copied into the directory.
-    """
-    record = {
-        **(model.record or {}),
-        **(notes or {}),
-        **base_record(model),
-        **passages_record(model),
-        "llmpruner": __version__,
-        "plans": [plan.model_dump(mode="json") for plan in model.plans],
-        "work": _all_work(model),
-        "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
-    }
-    return save_checkpoint(
-        model.model,
-        directory,
-        record=record,
-        tokenizer=model.tokenizer,
-        family=model.family,
-        extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
-        parts=model.streamed,
-    )
-
-
-def _all_work(model: Model) -> list[Mapping[str, Any] | None]:
-    """One for each plan; None for cuts of a version that did not record it."""
-    earlier = list((model.record or {}).get("work") or ())
-    missing = len(model.plans) - len(earlier) - len(model.work)
-    return [*earlier, *[None] * missing, *model.work]
-
-
-def calibrate(model: Model, job: PruneJob, progress: Progress = QUIET) -> CalibrationSet | None:
-    """The calibration set of a job; None when no component reads text."""
-    if job.calibration is None:
-        return None
-    text = job.calibration.text
-    progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
-    with model.weights.outside():
-        found = text.sample(
-            model.model, model.tokenizer,
-            samples=job.calibration.samples, length=length_for(job.calibration, model), seed=job.seed,
-            progress=progress, family=model.family,
-        )  # fmt: skip
-    for warning in found.doubts():
-        _LOG.warning(warning)
-    return found
-
-
-def length_for(calibration: CalibrationJob, structure: Structure) -> int:
-    """Tokens per sample; a default is limited to the model's positions."""
-    limit = positions_of(structure.config) or calibration.length
-    return calibration.length if calibration.fixed_length else min(calibration.length, limit)
-
-
-def demand(
-    job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, step: int = 1
-) -> Demand:
-    """What must be removed in step number ``step``, so that ``step / job.steps`` of the amount is removed after it.
-
-    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`.
-    """
-    if job.by == "units":
-        units = {
-            g.name: job.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))
-            for g in groups
-        }
-        return Demand(units=units)
-    dense, steps = whole.remaining(), job.steps
-    if job.by == "ratio":
-        return Demand(amount=now.remaining() - round(dense * (1 - job.amount * (step / steps))), meet=job.meet)
-    gone = dense - round(job.amount)
-    if gone <= 0:
-        raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
-    return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))), meet=job.meet)
+        cost = draft.cost or recorded_cost(model, plan, catalog, progress)
+        return cut_by(model, plan, cost, work)
 
 
 def _open(
@@ -374,71 +210,6 @@ def _open(
     subject = BudgetSubject(model.model, model.graph, scope.groups(model.graph), model.family, progress)
     measured, cost = open_budget(job.budget, subject, scope, ranks)
     return cost, measured
-
-
-def _plan(
-    model: Model,
-    job: PruneJob,
-    kept: Kept,
-    calibration: CalibrationSet | None,
-    measured: Mapping[str, Any] | None,
-) -> PruningPlan:
-    scored = calibration if job.scores_read_text else None
-    return PruningPlan(
-        base=BaseRef(
-            model=model.ref,
-            revision=getattr(model.config, "_commit_hash", None),
-            structure=structure_of(model.graph),
-        ),
-        family=model.family.name,
-        estimation=EstimationRecord(
-            criterion=job.criterion.name,
-            settings=job.criterion.record(),
-            reduction=job.reduction,
-            calibration=scored.source if scored else None,
-            sources=job.calibration.text.record() if scored and job.calibration else {},
-            fingerprint=scored.fingerprint if scored else None,
-        ),
-        selection=SelectionRecord(
-            kinds=job.kinds,
-            layers=scope_of(job, model).layers,
-            allocation=job.allocation.name,
-            settings=job.allocation.record(),
-            normalization=job.normalization,
-            steps=job.steps,
-            shape=job.shape,
-            round_to=widths_of(job, model).round_to,
-        ),
-        compensation=_compensation(job, calibration),
-        target=_target(job, measured),
-        seed=job.seed,
-        cuts=cuts_of(model.graph, kept),
-    )
-
-
-def _target(job: PruneJob, measured: Mapping[str, Any] | None) -> Target:
-    if job.by != "ratio":
-        return Target(by=job.by, amount=job.amount)
-    recorded = None if measured is None else dict(measured)
-    return Target(
-        by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record(), measured=recorded
-    )
-
-
-def _compensation(job: PruneJob, calibration: CalibrationSet | None) -> CompensationRecord | None:
-    if job.compensation.name == "none":
-        return None
-    text = calibration if job.compensation.reads_text else None
-    samples, length = text.input_ids.shape if text is not None else (None, None)
-    return CompensationRecord(
-        name=job.compensation.name,
-        settings=job.compensation.record(),
-        calibration=text.source if text else None,
-        sources=job.calibration.text.record() if text and job.calibration else {},
-        fingerprint=text.fingerprint if text else None,
-        samples=samples,
-        length=length,
-    )
 
 
 def _compensate(
@@ -472,13 +243,6 @@ def _compensate(
     return _with_units(model.graph, plan, repaired.kept), repaired.fits, calibration
 
 
-def _recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
-    """The cost of a plan's budget, with the measurement in the plan."""
-    target, groups = plan.target, [model.graph.by_name[name] for name in plan.cuts]
-    budget = catalog.create(catalog.budgets, target.counted_in, target.settings)
-    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), target.measured)
-
-
 def _with_units(graph: CouplingGraph, plan: PruningPlan, kept: Kept) -> PruningPlan:
     return plan.model_copy(update={"cuts": cuts_of(graph, kept)})
 
@@ -491,15 +255,6 @@ def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) ->
     check_accepted(job.criterion, groups, model.graph)
     chooser = Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
     return chooser if can_wait(job.criterion, model.graph, groups) else None
-
-
-def scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
-    """The part of the calibration set for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
-    more time."""
-    if calibration is None or not job.compensation.ranks_again:
-        return calibration
-    gradients = job.criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
-    return calibration.first(GRADIENT_TOKENS) if gradients else calibration
 
 
 def _loss(

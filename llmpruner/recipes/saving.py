@@ -4,23 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoints.adapters import save_adapter
-from ..loading.model import Model
-from . import pipeline
+from ..checkpoints.save import save_checkpoint, vocabulary_files
+from ..loading.dense import base_record
+from .passages import passages_record
+
+if TYPE_CHECKING:
+    from ..loading.model import Model
 
 
 def save(
     model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
 ) -> str:
-    """Write a checkpoint directory, or one of adapters that were not merged; returns ``stock``, ``shim`` or
-    ``adapter``. ``notes``, ``extra_files``: see `pipeline.save`; notes of adapters are in ``llmpruner-files.json``."""
+    """Write an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoints.save`), or ``adapter``
+    for adapters that were not merged.
+
+    ``notes``: further JSON values for ``llmpruner.json``, beside the plans; those of adapters are in
+    ``llmpruner-files.json``. ``extra_files``: copied into the directory.
+    """
+    notes = dict(notes or {})
     if hasattr(model.model, "peft_config"):
-        origin = {**(notes or {}), "llmpruner": __version__, "recovery": (model.record or {}).get("recovery", [])}
+        origin = {**notes, "llmpruner": __version__, "recovery": (model.record or {}).get("recovery", [])}
         save_adapter(
             model.model, directory, base=model.ref, tokenizer=model.tokenizer, extra_files=extra_files, origin=origin
         )
         return "adapter"
-    return pipeline.save(model, directory, notes=notes, extra_files=extra_files)
+    record = {
+        **(model.record or {}),
+        **notes,
+        **base_record(model),
+        **passages_record(model),
+        "llmpruner": __version__,
+        "plans": [plan.model_dump(mode="json") for plan in model.plans],
+        "work": _all_work(model),
+        "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
+    }
+    return save_checkpoint(
+        model.model,
+        directory,
+        record=record,
+        tokenizer=model.tokenizer,
+        family=model.family,
+        extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
+        parts=model.streamed,
+    )
+
+
+def _all_work(model: Model) -> list[Mapping[str, Any] | None]:
+    """One for each plan; None for cuts of a version that did not record it."""
+    earlier = list((model.record or {}).get("work") or ())
+    missing = len(model.plans) - len(earlier) - len(model.work)
+    return [*earlier, *[None] * missing, *model.work]

@@ -20,9 +20,11 @@ from ..selection.curve import Curve, GroupCurve, Point
 from ..settings import RunSettings
 from ..structure.queues import Queue, build_queue, kept_units
 from .arrangement import arrange, journal_for
+from .calibrating import journaled, scored_on
 from .checks import check_prune
 from .jobs import sensitivity_job
-from .pipeline import Run, journaled, scope_of, scored_on, widths_of
+from .pipeline import Run
+from .wanted import scope_of, widths_of
 from .work import work_of
 
 if TYPE_CHECKING:

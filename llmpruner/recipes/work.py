@@ -12,7 +12,8 @@ from ..data.calibration import parse_calibration
 from ..data.self_written import SelfWritten
 from ..engine.signals import Signal
 from ..importance.estimate import scored_parameters
-from .pipeline import GRADIENT_TOKENS, length_for, scope_of
+from .calibrating import GRADIENT_TOKENS, length_for
+from .wanted import scope_of
 
 if TYPE_CHECKING:
     from ..data.calibration import CalibrationText

@@ -25,7 +25,8 @@ from ..oracle.tiny import random_instance
 from ..oracle.verify import VERIFIED, random_plan, verify
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
-from ..recipes.pipeline import make_plan, save
+from ..recipes.pipeline import make_plan
+from ..recipes.saving import save
 from ..recovery.base import RecoveryJob
 from ..recovery.lora import LoraStrategy
 from ..recovery.run import merge_adapters

@@ -16,7 +16,7 @@ from ..families.chat import TrainingText, Turn
 from ..models.surgery import cut
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
-from ..recipes.pipeline import save
+from ..recipes.saving import save
 from ..recovery.base import RecoveryStrategy
 from ..recovery.examples import Examples
 from ..recovery.run import recover

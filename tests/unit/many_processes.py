@@ -22,7 +22,7 @@ from llmpruner import Model, api
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
-from llmpruner.recipes import pipeline
+from llmpruner.recipes import calibrating
 
 BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,7 +110,7 @@ def refusal() -> str:
 def prepare() -> None:
     """Makes text at once, and few tokens at once for gradients, so that there are several micro-batches."""
     torch.set_num_threads(1)
-    pipeline.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
+    calibrating.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
     llmpruner.engine.walk.computes_bfloat16_fast = lambda model: False
     llmpruner.engine.executor.TOKENS_WITH_GRADIENTS = 4 * 32
 

@@ -22,7 +22,8 @@ from llmpruner.importance.obs import OptimalBrainSurgeon
 from llmpruner.importance.taylor import Taylor
 from llmpruner.oracle.verify import random_plan
 from llmpruner.progress import Progress
-from llmpruner.recipes.pipeline import apply_draft, calibrate, draft_plan, make_plan
+from llmpruner.recipes.calibrating import calibrate
+from llmpruner.recipes.pipeline import apply_draft, draft_plan, make_plan
 from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.structure.queues import build_queue
 from llmpruner.testing.jobs import cut_by, small_job

@@ -13,7 +13,8 @@ import llmpruner
 from llmpruner import PlanError, PruningPlan, SelectionError
 from llmpruner.compensation.refit import Refit
 from llmpruner.importance.estimate import estimate
-from llmpruner.recipes.pipeline import inner_layers, make_plan
+from llmpruner.recipes.pipeline import make_plan
+from llmpruner.recipes.wanted import inner_layers
 from llmpruner.testing.jobs import small_job
 
 LITTLE_TEXT = {"samples": 2, "length": 12}
@@ -159,7 +160,7 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):
 )
 def test_final_scores_of_inputs_read_all_of_the_text(gqa, monkeypatch, criterion, compensate, kinds, tokens):
     """Gradients read less where a compensation follows, and scores that it computes are not computed before."""
-    monkeypatch.setattr("llmpruner.recipes.pipeline.GRADIENT_TOKENS", 32)
+    monkeypatch.setattr("llmpruner.recipes.calibrating.GRADIENT_TOKENS", 32)
     seen = []
 
     def spy(*arguments, **options):

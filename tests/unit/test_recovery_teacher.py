@@ -18,7 +18,7 @@ from llmpruner.families.graph import build_graph
 from llmpruner.loading.dense import load_dense
 from llmpruner.loading.model import load_model
 from llmpruner.models.surgery import cut
-from llmpruner.recipes.pipeline import save
+from llmpruner.recipes.saving import save
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import Examples, tokenise
 from llmpruner.recovery.run import recover

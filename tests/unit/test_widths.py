@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
 from llmpruner.importance.estimate import Scores
 from llmpruner.recipes.checks import check_prune
-from llmpruner.recipes.pipeline import make_plan, save
+from llmpruner.recipes.pipeline import make_plan
+from llmpruner.recipes.saving import save
 from llmpruner.selection.base import Demand
 from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.selection.select import select

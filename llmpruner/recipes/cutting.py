@@ -1,0 +1,51 @@
+"""The cut of a plan, in memory or of weights that are read layer by layer, with what it won."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..budgets.base import BudgetSubject
+from ..engine.cut_weights import CutWeights
+from ..models.empty import meta_model
+from ..models.surgery import cut
+from .outcome import outcome_of
+
+if TYPE_CHECKING:
+    from ..budgets.costs import Cost
+    from ..engine.weights import StreamedWeights
+    from ..loading.model import Model
+    from ..plugins.catalog import Catalog
+    from ..progress import Progress
+    from ..structure.outcome import Outcome
+    from ..structure.plan import PruningPlan
+
+
+def cut_by(model: Model, plan: PruningPlan, cost: Cost, work: Mapping[str, Any]) -> Model:
+    """The model without the units that ``plan`` removes, in place where it is in memory. ``cost``: of the budget;
+    ``work``: see `Model`."""
+    outcome = outcome_of(model, plan, cost)
+    if model.streamed is not None:
+        return _cut_streamed(replace(model, work=(*model.work, work)), model.streamed, plan, outcome)
+    graph = cut(model.model, model.graph, plan.kept, model.family)
+    return replace(model, graph=graph, plans=(*model.plans, plan), outcome=outcome, work=(*model.work, work))
+
+
+def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outcome: Outcome) -> Model:
+    """A model without weights, cut, whose weights are cut when they are read."""
+    network = meta_model(model.config, model.model.dtype)
+    network.generation_config = model.model.generation_config
+    network.config.name_or_path = model.model.config.name_or_path
+    graph = cut(network, model.graph, plan.kept, model.family)
+    weights = CutWeights(network, dense, model.graph, plan.kept)
+    return replace(
+        model, model=network, graph=graph, plans=(*model.plans, plan), outcome=outcome, streamed=weights
+    )  # fmt: skip
+
+
+def recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:
+    """The cost of a plan's budget, with the measurement in the plan."""
+    target, groups = plan.target, [model.graph.by_name[name] for name in plan.cuts]
+    budget = catalog.create(catalog.budgets, target.counted_in, target.settings)
+    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), target.measured)
