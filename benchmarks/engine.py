@@ -4,7 +4,8 @@
 
 ``OLD_CHECKOUT``: a checkout of the version to compare with, run by the same interpreter. Parts: ``7b`` (LLaMA-7B's
 shape, random weights: the paper's method, old and new in turn), ``7b-best`` (``best``, over an hour), ``moe``
-(OLMoE's shape: half of the experts), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old
+(OLMoE's shape: half of the experts), ``qwen`` (``best`` on a real model of 1.5 billion parameters, see
+`benchmarks.real_models`), ``1b`` (against `benchmarks.textbook`), ``demo`` (``best`` on the demo model, old
 and new in turn), ``default`` (no option but the ratio: the model writes its calibration text first). Writes
 ``benchmarks/results/engine.json``; parts that are not named keep their results. Needs 45 GB of disk.
 """
@@ -22,12 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from . import real_models
 from .measure import as_json, data_folder, machine
 from .same_results import PACKAGES
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = "4GiB"
+LIMIT, QWEN_LIMIT = "4GiB", "2.4GiB"
 ROUNDS = 1
 """Pairs of runs, in turn."""
 TEXTBOOK_LIMITS = {"bfloat16": "1.3GiB", "float32": "2.4GiB"}
@@ -35,7 +37,7 @@ TEXTBOOK_LIMITS = {"bfloat16": "1.3GiB", "float32": "2.4GiB"}
 
 
 def main() -> None:
-    old, parts = Path(sys.argv[1]).resolve(), sys.argv[2:] or ["demo", "default", "1b", "moe", "7b", "7b-best"]
+    old, parts = Path(sys.argv[1]).resolve(), sys.argv[2:] or ["demo", "default", "1b", "moe", "qwen", "7b", "7b-best"]
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
         for part in parts:
@@ -70,6 +72,19 @@ def measure_7b_best(work: Path, old: Path) -> dict[str, Any]:
     found = command(ROOT, *best, "--calibration", text, "-o", str(out), "--max-memory", LIMIT)
     found["generates"] = generates(out)
     found["stages"] = stages(out)
+    shutil.rmtree(out)
+    return without_place({"best": found})
+
+
+def measure_qwen(work: Path, old: Path) -> dict[str, Any]:
+    del old
+    model, text = str(real_models.qwen(size="1.5b")), str(data_folder() / "wikitext2_unk_validation.jsonl")
+    best = ("prune", model, "--method", "best", "--samples", "16", "--ratio", "0.2", "--dtype", "bfloat16")
+    out = work / "qwen"
+    found = command(ROOT, *best, "--calibration", text, "-o", str(out), "--max-memory", QWEN_LIMIT)
+    found["generates"] = generates(out)
+    found["stages"] = stages(out)
+    found["command"] = found["command"].replace(model, "$LLMPRUNER_MODELS/qwen-1.5b/model.gguf")
     shutil.rmtree(out)
     return without_place({"best": found})
 
