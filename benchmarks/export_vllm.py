@@ -29,7 +29,7 @@ from . import real_models
 from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "export_vllm.json"
-WORKER = Path(__file__).with_name("export_vllm_worker.py")
+WORKER = Path(__file__).with_name("export_worker.py")
 TOKENS = 32
 NEARLY_EQUAL = 1e-3
 """Largest difference of logits, as a share of their largest absolute value, at which either token may be chosen."""
@@ -63,21 +63,32 @@ COMMON = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vllm", type=Path, required=True, help="Python of an environment with vLLM")
+    print(as_json(checked(__doc__, "vllm", check, RESULTS)["vllm"]))
+
+
+def checked(
+    description: str | None, program: str, check: Callable[[Path, Path], dict[str, Any]], results: Path
+) -> dict[str, Any]:
+    """What ``check`` finds, given the interpreter that the option named after ``program`` states and a folder; written
+    to ``results``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(f"--{program}", type=Path, required=True, help="Python of an environment that has it")
     parser.add_argument("--work", type=Path, help="folder for models; by default one that is removed afterwards")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        found = check(arguments.vllm, work.resolve())
-        results = {"machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS), **found}
-    RESULTS.parent.mkdir(exist_ok=True)
-    text = as_json(results).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work.resolve()), "$WORK")
-    RESULTS.write_text(text)
-    print(as_json(results["vllm"]))
+        work = (arguments["work"] or Path(temporary)).resolve()
+        found = {
+            "machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS), **check(arguments[program], work),
+        }  # fmt: skip
+    results.parent.mkdir(exist_ok=True)
+    text = as_json(found).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work), "$WORK")
+    # A model that is already in a folder of the user's is no part of the result.
+    results.write_text(text.replace(os.environ["LLMPRUNER_MODELS"], "$LLMPRUNER_MODELS"))
+    return found
 
 
-def check(python: Path, work: Path) -> dict[str, Any]:
+def prepared(work: Path) -> dict[str, Any]:
+    """Write the pruned models and their exports to ``work``; ones that are there are not pruned again."""
     text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
     fast = ("--method", "fast", *text)
     free = ("--shape", "free", "--ratio", "0.3", "--kinds", "mlp,attention")
@@ -94,6 +105,10 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         if not (work / model_type).is_dir():
             separately(write_random, model_type, work / model_type)
         commands[model_type] = prune(str(work / model_type), work / f"{model_type}-half", *experts)
+    return {"commands": commands, "exports": exports}
+
+
+def check(python: Path, work: Path) -> dict[str, Any]:
     cases = {
         "uniform": ("uniform", "uniform", False),
         "qwen": ("qwen", "qwen", False),
@@ -104,9 +119,8 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         "qwen3_moe, half of the experts": ("qwen3_moe-half", "qwen3_moe-half", False),
     }
     return {
-        "commands": commands,
-        "exports": exports,
-        "vllm": {name: served(python, work, *case) for name, case in cases.items()},
+        **prepared(work),
+        "vllm": {name: served(python, work, "vllm", *case) for name, case in cases.items()},
         "transformers alone": {
             name: alone(python, work, name)
             for name in ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
@@ -151,14 +165,14 @@ def write_random(model_type: str, directory: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
 
 
-def served(python: Path, work: Path, name: str, source: str, trust: bool) -> dict[str, Any]:
-    """The directory ``name`` in vLLM, compared with the checkpoint ``source`` in transformers."""
+def served(python: Path, work: Path, program: str, name: str, source: str, trust: bool) -> dict[str, Any]:
+    """The directory ``name`` in vLLM or mlx-lm, compared with the checkpoint ``source`` in transformers."""
     expected = separately(reference, work / source)
-    found = outside(python, work, name, "vllm", expected["prompts"], trust)
+    found = outside(python, work, name, program, expected["prompts"], trust)
     pairs = zip(expected["tokens"], found["tokens"], expected["gaps"], strict=True)
     differing = [first(ours, theirs, gaps) for ours, theirs, gaps in pairs if ours != theirs]
     if any(each["gap"] > NEARLY_EQUAL for each in differing):
-        raise SystemExit(f"vLLM chooses other tokens for {name} where they are not nearly equal: {differing}")
+        raise SystemExit(f"{program} chooses other tokens for {name} where they are not nearly equal: {differing}")
     return {
         "class": found["class"], "versions": found["versions"], "prompts": len(expected["tokens"]),
         "equal": len(expected["tokens"]) - len(differing), "first differences": differing,
