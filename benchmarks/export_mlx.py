@@ -3,12 +3,13 @@
     LLMPRUNER_DATA=… python -m benchmarks.export_mlx --mlx PYTHON
 
 PYTHON: the interpreter of an environment with mlx-lm and without llmpruner (``pip install mlx-lm``, on Linux with
-``mlx[cpu]``). In float32, its greedy 32 tokens on ten prompts are compared with those of transformers; ``--work`` as
-there. Writes ``benchmarks/results/export_mlx.json``.
+``mlx[cpu]``). In float32, its greedy 32 tokens on ten prompts are compared with those of transformers; ``--work``
+and ``--only`` as there. Writes ``benchmarks/results/export_mlx.json``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ def main() -> None:
     print(as_json(checked(__doc__, "mlx", check, RESULTS)["mlx"]))
 
 
-def check(python: Path, work: Path) -> dict[str, Any]:
-    found = prepared(work)
-    return {**found, "mlx": {name: served(python, work, "mlx", *case, trust=False) for name, case in CASES.items()}}
+def check(python: Path, work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
+    cases = {name: case for name, case in CASES.items() if case[1] in wanted}
+    return {
+        **prepared(work, wanted),
+        "mlx": {name: served(python, work, "mlx", *case, trust=False) for name, case in cases.items()},
+    }
 
 
 if __name__ == "__main__":

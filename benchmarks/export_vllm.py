@@ -6,8 +6,8 @@ PYTHON: the interpreter of an environment with vLLM and without llmpruner (``pip
 and torchcodec if they cannot be imported). In float32, vLLM's greedy 32 tokens on ten prompts are compared with those
 of transformers. Where they differ first, the two likeliest tokens must be nearly equal in the logits of transformers.
 The models are calibrated on little text, as what is checked does not depend on their quality. With ``--work FOLDER``
-pruned models and the outputs of transformers are kept, and taken from there the next time. Writes
-``benchmarks/results/export_vllm.json``.
+pruned models and the outputs of transformers are kept, and taken from there the next time. With ``--only MODEL …``
+(of `MODELS`) the others keep their results. Writes ``benchmarks/results/export_vllm.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,6 +45,9 @@ PROMPTS = (
     "The three branches of government are",
     "To learn a language, it helps to",
 )
+MODELS = ("uniform", "free", "qwen", "mixtral-half", "qwen3_moe-half")
+EXPORTS = ("stock", "nemotron-nas")
+"""Of the model "free"."""
 QWEN = ("--ratio", "0.2", "--kinds", "mlp,attention")
 """Of Qwen2.5-Coder-0.5B-Instruct (`benchmarks.real_models`)."""
 MOE = {
@@ -67,48 +70,60 @@ def main() -> None:
 
 
 def checked(
-    description: str | None, program: str, check: Callable[[Path, Path], dict[str, Any]], results: Path
+    description: str | None,
+    program: str,
+    check: Callable[[Path, Path, Collection[str]], dict[str, dict[str, Any]]],
+    results: Path,
 ) -> dict[str, Any]:
-    """What ``check`` finds, given the interpreter that the option named after ``program`` states and a folder; written
-    to ``results``."""
+    """What ``check`` finds, given the interpreter that the option named after ``program`` states, a folder, and which
+    of `MODELS` are asked for. Written to ``results``."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{program}", type=Path, required=True, help="Python of an environment that has it")
     parser.add_argument("--work", type=Path, help="folder for models; by default one that is removed afterwards")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="the others keep their results")
     arguments = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments["work"] or Path(temporary)).resolve()
-        found = {
-            "machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS), **check(arguments[program], work),
-        }  # fmt: skip
-    results.parent.mkdir(exist_ok=True)
-    text = as_json(found).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work), "$WORK")
+        parts = check(arguments[program], work, arguments["only"])
+    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    text = as_json(parts).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work), "$WORK")
     # A model that is already in a folder of the user's is no part of the result.
-    results.write_text(text.replace(os.environ["LLMPRUNER_MODELS"], "$LLMPRUNER_MODELS"))
+    new = json.loads(text.replace(os.environ["LLMPRUNER_MODELS"], "$LLMPRUNER_MODELS"))
+    found = {
+        "machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS),
+        **{part: known.get(part, {}) | rows for part, rows in new.items()},
+    }  # fmt: skip
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(as_json(found), encoding="utf-8")
     return found
 
 
-def prepared(work: Path) -> dict[str, Any]:
+def prepared(work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
     """Write the pruned models and their exports to ``work``; ones that are there are not pruned again."""
     text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
     fast = ("--method", "fast", *text)
     free = ("--shape", "free", "--ratio", "0.3", "--kinds", "mlp,attention")
     experts = ("--kinds", "expert", "--unit-ratio", "0.5", "--importance", "l2", "--layers", "all", "--no-tokenizer")
-    commands = {
-        "uniform": prune("demo", work / "uniform", "--ratio", "0.2", *fast),
-        "free": prune("demo", work / "free", *free, *fast),
-    }
-    exports = {to: export(work / "free", work / f"free-{to}", to) for to in ("stock", "nemotron-nas")}
+    commands = {}
+    if "uniform" in wanted:
+        commands["uniform"] = prune("demo", work / "uniform", "--ratio", "0.2", *fast)
+    if "free" in wanted:
+        commands["free"] = prune("demo", work / "free", *free, *fast)
+    exports = {to: export(work / "free", work / f"free-{to}", to) for to in EXPORTS if "free" in wanted}
     if not os.environ.get("LLMPRUNER_MODELS"):
         os.environ["LLMPRUNER_MODELS"] = str(work)
-    commands["qwen"] = prune(str(real_models.qwen()), work / "qwen", *QWEN, *fast)
+    if "qwen" in wanted:
+        commands["qwen"] = prune(str(real_models.qwen()), work / "qwen", *QWEN, *fast)
     for model_type in MOE:
+        if f"{model_type}-half" not in wanted:
+            continue
         if not (work / model_type).is_dir():
             separately(write_random, model_type, work / model_type)
         commands[model_type] = prune(str(work / model_type), work / f"{model_type}-half", *experts)
     return {"commands": commands, "exports": exports}
 
 
-def check(python: Path, work: Path) -> dict[str, Any]:
+def check(python: Path, work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
     cases = {
         "uniform": ("uniform", "uniform", False),
         "qwen": ("qwen", "qwen", False),
@@ -118,19 +133,17 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         "mixtral, half of the experts": ("mixtral-half", "mixtral-half", False),
         "qwen3_moe, half of the experts": ("qwen3_moe-half", "qwen3_moe-half", False),
     }
+    with_text = [name for name in ("uniform", "qwen", "free") if name in wanted]
     return {
-        **prepared(work),
-        "vllm": {name: served(python, work, "vllm", *case) for name, case in cases.items()},
+        **prepared(work, wanted),
+        "vllm": {name: served(python, work, "vllm", *case) for name, case in cases.items() if case[1] in wanted},
         "transformers alone": {
             name: alone(python, work, name)
             for name in ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
+            if name.removesuffix("-stock") in wanted
         },
-        "lm-eval": {
-            "uniform": tasks(work, "uniform"),
-            "qwen": tasks(work, "qwen"),
-            "free": tasks(work, "free", trust=True),
-        },
-        "peft": {name: separately(lora, work / name) for name in ("uniform", "qwen", "free")},
+        "lm-eval": {name: tasks(work, name, trust=name == "free") for name in with_text},
+        "peft": {name: separately(lora, work / name) for name in with_text},
     }
 
 
