@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
-from .export_vllm import checked, prepared, served
+from .export_vllm import Parts, checked, prepared, served
 from .measure import as_json
 
 RESULTS = Path(__file__).parent / "results" / "export_mlx.json"
@@ -32,12 +31,10 @@ def main() -> None:
     print(as_json(checked(__doc__, "mlx", check, RESULTS)["mlx"]))
 
 
-def check(python: Path, work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
+def check(python: Path, work: Path, wanted: Collection[str]) -> Parts:
+    yield from prepared(work, wanted)
     cases = {name: case for name, case in CASES.items() if case[1] in wanted}
-    return {
-        **prepared(work, wanted),
-        "mlx": {name: served(python, work, "mlx", *case, trust=False) for name, case in cases.items()},
-    }
+    yield "mlx", {name: served(python, work, "mlx", *case, trust=False) for name, case in cases.items()}
 
 
 if __name__ == "__main__":

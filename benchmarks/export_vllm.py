@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -65,6 +65,10 @@ COMMON = {
 }  # fmt: skip
 
 
+Parts = Iterator[tuple[str, dict[str, Any]]]
+"""The name of a part of the results and its rows."""
+
+
 def main() -> None:
     print(as_json(checked(__doc__, "vllm", check, RESULTS)["vllm"]))
 
@@ -72,11 +76,11 @@ def main() -> None:
 def checked(
     description: str | None,
     program: str,
-    check: Callable[[Path, Path, Collection[str]], dict[str, dict[str, Any]]],
+    check: Callable[[Path, Path, Collection[str]], Parts],
     results: Path,
 ) -> dict[str, Any]:
     """What ``check`` finds, given the interpreter that the option named after ``program`` states, a folder, and which
-    of `MODELS` are asked for. Written to ``results``."""
+    of `MODELS` are asked for. Each part is written to ``results`` when it is done."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(f"--{program}", type=Path, required=True, help="Python of an environment that has it")
     parser.add_argument("--work", type=Path, help="folder for models; by default one that is removed afterwards")
@@ -84,21 +88,23 @@ def checked(
     arguments = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments["work"] or Path(temporary)).resolve()
-        parts = check(arguments[program], work, arguments["only"])
-    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
-    text = as_json(parts).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work), "$WORK")
-    # A model that is already in a folder of the user's is no part of the result.
-    new = json.loads(text.replace(os.environ["LLMPRUNER_MODELS"], "$LLMPRUNER_MODELS"))
-    found = {
-        "machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS),
-        **{part: known.get(part, {}) | rows for part, rows in new.items()},
-    }  # fmt: skip
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(as_json(found), encoding="utf-8")
+        found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        found |= {"machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS)}
+        results.parent.mkdir(exist_ok=True)
+        for part, rows in check(arguments[program], work, arguments["only"]):
+            found[part] = found.get(part, {}) | json.loads(_without_folders(as_json(rows), work))
+            results.write_text(as_json(found), encoding="utf-8")
     return found
 
 
-def prepared(work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
+def _without_folders(text: str, work: Path) -> str:
+    for name, folder in (("$LLMPRUNER_DATA/data", str(data_folder())), ("$WORK", str(work))):
+        text = text.replace(folder, name)
+    # Of models that are not in the folder for this run.
+    return text.replace(os.environ["LLMPRUNER_MODELS"], "$LLMPRUNER_MODELS")
+
+
+def prepared(work: Path, wanted: Collection[str]) -> Parts:
     """Write the pruned models and their exports to ``work``; ones that are there are not pruned again."""
     text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
     fast = ("--method", "fast", *text)
@@ -120,10 +126,11 @@ def prepared(work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
         if not (work / model_type).is_dir():
             separately(write_random, model_type, work / model_type)
         commands[model_type] = prune(str(work / model_type), work / f"{model_type}-half", *experts)
-    return {"commands": commands, "exports": exports}
+    yield "commands", commands
+    yield "exports", exports
 
 
-def check(python: Path, work: Path, wanted: Collection[str]) -> dict[str, dict[str, Any]]:
+def check(python: Path, work: Path, wanted: Collection[str]) -> Parts:
     cases = {
         "uniform": ("uniform", "uniform", False),
         "qwen": ("qwen", "qwen", False),
@@ -133,18 +140,14 @@ def check(python: Path, work: Path, wanted: Collection[str]) -> dict[str, dict[s
         "mixtral, half of the experts": ("mixtral-half", "mixtral-half", False),
         "qwen3_moe, half of the experts": ("qwen3_moe-half", "qwen3_moe-half", False),
     }
+    yield from prepared(work, wanted)
+    yield "vllm", {name: served(python, work, "vllm", *case) for name, case in cases.items() if case[1] in wanted}
+    loadable = ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
+    named = [name for name in loadable if name.removesuffix("-stock") in wanted]
+    yield "transformers alone", {name: alone(python, work, name) for name in named}
     with_text = [name for name in ("uniform", "qwen", "free") if name in wanted]
-    return {
-        **prepared(work, wanted),
-        "vllm": {name: served(python, work, "vllm", *case) for name, case in cases.items() if case[1] in wanted},
-        "transformers alone": {
-            name: alone(python, work, name)
-            for name in ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
-            if name.removesuffix("-stock") in wanted
-        },
-        "lm-eval": {name: tasks(work, name, trust=name == "free") for name in with_text},
-        "peft": {name: separately(lora, work / name) for name in with_text},
-    }
+    yield "lm-eval", {name: tasks(work, name, trust=name == "free") for name in with_text}
+    yield "peft", {name: separately(lora, work / name) for name in with_text}
 
 
 def prune(model: str, out: Path, *options: str) -> dict[str, Any]:
