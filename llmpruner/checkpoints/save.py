@@ -78,7 +78,7 @@ def save_checkpoint(
             else:
                 _save_parts(shell, of_shell, partial, original=form == "stock")
             if form == "stock":
-                add_earlier_names(partial)
+                add_earlier_names(partial, shell.config.attribute_map)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         for file in extra_files:

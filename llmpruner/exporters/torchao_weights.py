@@ -162,7 +162,7 @@ def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: 
 
     with quiet_transformers():
         quantised.save_pretrained(directory)
-    add_earlier_names(directory)
+    add_earlier_names(directory, quantised.config.attribute_map)
     for file in dense.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
         if not weights and not (directory / file.name).exists():

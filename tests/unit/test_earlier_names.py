@@ -1,4 +1,4 @@
-"""``config.json`` states the rotary embedding as transformers 5 does, and as readers before it did."""
+"""``config.json`` has names of transformers 5, and those of readers before it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import INPUT_IDS, SIZES
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from llmpruner import save_checkpoint
 
@@ -52,3 +60,10 @@ def test_part_of_a_head(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["rope_theta"], config["partial_rotary_factor"]) == (2e4, 0.5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.rope_parameters == rope
+
+
+def test_experts(tmp_path: Path) -> None:
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    save_checkpoint(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sizes)).eval(), tmp_path / "out", record={})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts"] == 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_experts == 3
