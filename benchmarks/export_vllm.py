@@ -6,8 +6,8 @@ PYTHON: the interpreter of an environment with vLLM and without llmpruner (``pip
 and torchcodec if they cannot be imported). In float32, vLLM's greedy 32 tokens on ten prompts are compared with those
 of transformers. Where they differ first, the two likeliest tokens must be nearly equal in the logits of transformers.
 The models are calibrated on little text, as what is checked does not depend on their quality. With ``--work FOLDER``
-pruned models and the outputs of transformers are kept, and taken from there the next time. Writes
-``benchmarks/results/export_vllm.json``.
+pruned models and the outputs of transformers are kept, and taken from there the next time. With ``--only MODEL …``
+(of `MODELS`) the others keep their results. Writes ``benchmarks/results/export_vllm.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +29,7 @@ from . import real_models
 from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "export_vllm.json"
-WORKER = Path(__file__).with_name("export_vllm_worker.py")
+WORKER = Path(__file__).with_name("export_worker.py")
 TOKENS = 32
 NEARLY_EQUAL = 1e-3
 """Largest difference of logits, as a share of their largest absolute value, at which either token may be chosen."""
@@ -45,6 +45,9 @@ PROMPTS = (
     "The three branches of government are",
     "To learn a language, it helps to",
 )
+MODELS = ("uniform", "free", "qwen", "mixtral-half", "qwen3_moe-half")
+EXPORTS = ("stock", "nemotron-nas")
+"""Of the model "free"."""
 QWEN = ("--ratio", "0.2", "--kinds", "mlp,attention")
 """Of Qwen2.5-Coder-0.5B-Instruct (`benchmarks.real_models`)."""
 MOE = {
@@ -62,38 +65,72 @@ COMMON = {
 }  # fmt: skip
 
 
+Parts = Iterator[tuple[str, dict[str, Any]]]
+"""The name of a part of the results and its rows."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vllm", type=Path, required=True, help="Python of an environment with vLLM")
+    print(as_json(checked(__doc__, "vllm", check, RESULTS)["vllm"]))
+
+
+def checked(
+    description: str | None,
+    program: str,
+    check: Callable[[Path, Path, Collection[str]], Parts],
+    results: Path,
+) -> dict[str, Any]:
+    """What ``check`` finds, given the interpreter that the option named after ``program`` states, a folder, and which
+    of `MODELS` are asked for. Each part is written to ``results`` when it is done."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(f"--{program}", type=Path, required=True, help="Python of an environment that has it")
     parser.add_argument("--work", type=Path, help="folder for models; by default one that is removed afterwards")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="the others keep their results")
+    arguments = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        found = check(arguments.vllm, work.resolve())
-        results = {"machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS), **found}
-    RESULTS.parent.mkdir(exist_ok=True)
-    text = as_json(results).replace(str(data_folder()), "$LLMPRUNER_DATA/data").replace(str(work.resolve()), "$WORK")
-    RESULTS.write_text(text)
-    print(as_json(results["vllm"]))
+        work = (arguments["work"] or Path(temporary)).resolve()
+        found: dict[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+        found |= {"machine": machine(), "tokens": TOKENS, "prompts": len(PROMPTS)}
+        results.parent.mkdir(exist_ok=True)
+        for part, rows in check(arguments[program], work, arguments["only"]):
+            found[part] = found.get(part, {}) | json.loads(_without_folders(as_json(rows), work))
+            results.write_text(as_json(found), encoding="utf-8")
+    return found
 
 
-def check(python: Path, work: Path) -> dict[str, Any]:
+def _without_folders(text: str, work: Path) -> str:
+    for name, folder in (("$LLMPRUNER_DATA/data", str(data_folder())), ("$WORK", str(work))):
+        text = text.replace(folder, name)
+    # Of models that are not in the folder for this run.
+    return text.replace(os.environ["LLMPRUNER_MODELS"], "$LLMPRUNER_MODELS")
+
+
+def prepared(work: Path, wanted: Collection[str]) -> Parts:
+    """Write the pruned models and their exports to ``work``; ones that are there are not pruned again."""
     text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
     fast = ("--method", "fast", *text)
     free = ("--shape", "free", "--ratio", "0.3", "--kinds", "mlp,attention")
     experts = ("--kinds", "expert", "--unit-ratio", "0.5", "--importance", "l2", "--layers", "all", "--no-tokenizer")
-    commands = {
-        "uniform": prune("demo", work / "uniform", "--ratio", "0.2", *fast),
-        "free": prune("demo", work / "free", *free, *fast),
-    }
-    exports = {to: export(work / "free", work / f"free-{to}", to) for to in ("stock", "nemotron-nas")}
+    commands = {}
+    if "uniform" in wanted:
+        commands["uniform"] = prune("demo", work / "uniform", "--ratio", "0.2", *fast)
+    if "free" in wanted:
+        commands["free"] = prune("demo", work / "free", *free, *fast)
+    exports = {to: export(work / "free", work / f"free-{to}", to) for to in EXPORTS if "free" in wanted}
     if not os.environ.get("LLMPRUNER_MODELS"):
         os.environ["LLMPRUNER_MODELS"] = str(work)
-    commands["qwen"] = prune(str(real_models.qwen()), work / "qwen", *QWEN, *fast)
+    if "qwen" in wanted:
+        commands["qwen"] = prune(str(real_models.qwen()), work / "qwen", *QWEN, *fast)
     for model_type in MOE:
+        if f"{model_type}-half" not in wanted:
+            continue
         if not (work / model_type).is_dir():
             separately(write_random, model_type, work / model_type)
         commands[model_type] = prune(str(work / model_type), work / f"{model_type}-half", *experts)
+    yield "commands", commands
+    yield "exports", exports
+
+
+def check(python: Path, work: Path, wanted: Collection[str]) -> Parts:
     cases = {
         "uniform": ("uniform", "uniform", False),
         "qwen": ("qwen", "qwen", False),
@@ -103,21 +140,14 @@ def check(python: Path, work: Path) -> dict[str, Any]:
         "mixtral, half of the experts": ("mixtral-half", "mixtral-half", False),
         "qwen3_moe, half of the experts": ("qwen3_moe-half", "qwen3_moe-half", False),
     }
-    return {
-        "commands": commands,
-        "exports": exports,
-        "vllm": {name: served(python, work, *case) for name, case in cases.items()},
-        "transformers alone": {
-            name: alone(python, work, name)
-            for name in ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
-        },
-        "lm-eval": {
-            "uniform": tasks(work, "uniform"),
-            "qwen": tasks(work, "qwen"),
-            "free": tasks(work, "free", trust=True),
-        },
-        "peft": {name: separately(lora, work / name) for name in ("uniform", "qwen", "free")},
-    }
+    yield from prepared(work, wanted)
+    yield "vllm", {name: served(python, work, "vllm", *case) for name, case in cases.items() if case[1] in wanted}
+    loadable = ("uniform", "qwen", "free", "free-stock", "mixtral-half", "qwen3_moe-half")
+    named = [name for name in loadable if name.removesuffix("-stock") in wanted]
+    yield "transformers alone", {name: alone(python, work, name) for name in named}
+    with_text = [name for name in ("uniform", "qwen", "free") if name in wanted]
+    yield "lm-eval", {name: tasks(work, name, trust=name == "free") for name in with_text}
+    yield "peft", {name: separately(lora, work / name) for name in with_text}
 
 
 def prune(model: str, out: Path, *options: str) -> dict[str, Any]:
@@ -151,14 +181,14 @@ def write_random(model_type: str, directory: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
 
 
-def served(python: Path, work: Path, name: str, source: str, trust: bool) -> dict[str, Any]:
-    """The directory ``name`` in vLLM, compared with the checkpoint ``source`` in transformers."""
+def served(python: Path, work: Path, program: str, name: str, source: str, trust: bool) -> dict[str, Any]:
+    """The directory ``name`` in vLLM or mlx-lm, compared with the checkpoint ``source`` in transformers."""
     expected = separately(reference, work / source)
-    found = outside(python, work, name, "vllm", expected["prompts"], trust)
+    found = outside(python, work, name, program, expected["prompts"], trust)
     pairs = zip(expected["tokens"], found["tokens"], expected["gaps"], strict=True)
     differing = [first(ours, theirs, gaps) for ours, theirs, gaps in pairs if ours != theirs]
     if any(each["gap"] > NEARLY_EQUAL for each in differing):
-        raise SystemExit(f"vLLM chooses other tokens for {name} where they are not nearly equal: {differing}")
+        raise SystemExit(f"{program} chooses other tokens for {name} where they are not nearly equal: {differing}")
     return {
         "class": found["class"], "versions": found["versions"], "prompts": len(expected["tokens"]),
         "equal": len(expected["tokens"]) - len(differing), "first differences": differing,

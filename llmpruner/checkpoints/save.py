@@ -15,6 +15,7 @@ import torch
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
 from ..models.quiet import quiet_transformers
+from .earlier_names import add_earlier_names
 from .manifest import add_manifest
 from .record import RECORD_FILE, record_text
 from .shards import INDEX, SINGLE, names_in
@@ -76,6 +77,8 @@ def save_checkpoint(
                 shell.save_pretrained(partial, save_original_format=form == "stock")
             else:
                 _save_parts(shell, of_shell, partial, original=form == "stock")
+            if form == "stock":
+                add_earlier_names(partial, shell.config.attribute_map)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         for file in extra_files:

@@ -156,11 +156,13 @@ def _quantised(directory: Path, model: PreTrainedModel, config: TorchAoConfig) -
 
 def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: list[Path]) -> None:
     """Write ``quantised`` to ``directory``, with what else is in ``dense``, which is removed."""
+    from ..checkpoints.earlier_names import add_earlier_names
     from ..checkpoints.manifest import add_manifest
     from ..models.quiet import quiet_transformers
 
     with quiet_transformers():
         quantised.save_pretrained(directory)
+    add_earlier_names(directory, quantised.config.attribute_map)
     for file in dense.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
         if not weights and not (directory / file.name).exists():

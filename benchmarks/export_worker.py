@@ -1,8 +1,8 @@
-"""Runs in an environment without llmpruner, for `benchmarks.export_vllm`: reads a job from standard input (JSON),
-writes the result to the file that the job names.
+"""Runs in an environment without llmpruner, for `benchmarks.export_vllm` and `benchmarks.export_mlx`: reads a job from
+standard input (JSON), writes the result to the file that the job names.
 
-Job: ``what`` ("vllm" or "transformers"), ``model`` (a directory), ``prompts`` (lists of token ids), ``tokens`` (how
-many to generate), ``trust`` (whether code in the directory may run), ``result`` (a file).
+Job: ``what`` ("vllm", "mlx" or "transformers"), ``model`` (a directory), ``prompts`` (lists of token ids), ``tokens``
+(how many to generate), ``trust`` (whether code in the directory may run), ``result`` (a file).
 """
 
 from __future__ import annotations
@@ -33,6 +33,24 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def generate_mlx(job: dict[str, Any]) -> dict[str, Any]:
+    """Greedy continuations of one prompt after the other in mlx-lm, in float32."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(Path(job["model"]))
+    model.set_dtype(mx.float32)
+    return {
+        "class": type(model).__module__,
+        "tokens": [
+            [int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=job["tokens"])]
+            for ids in job["prompts"]
+        ],
+        "versions": {name: version(name) for name in ("mlx-lm", "mlx")},
+    }
+
+
 def logits(job: dict[str, Any]) -> dict[str, Any]:
     """The logits of all prompts after their last token, with transformers alone, in float32."""
     import torch
@@ -49,7 +67,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     if importlib.util.find_spec("llmpruner") is not None:
         raise SystemExit("llmpruner can be imported here, so the check would show nothing")
-    result = generate(job) if job["what"] == "vllm" else logits(job)
+    result = {"vllm": generate, "mlx": generate_mlx, "transformers": logits}[job["what"]](job)
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
