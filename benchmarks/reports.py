@@ -3,7 +3,7 @@ repair that helped one kind of text.
 
     LLMPRUNER_DATA=… python -m benchmarks.reports FOLDER
 
-``FOLDER``: takes the checkpoints, ``quality.json`` and the pages; checkpoints of an earlier call are used again. Writes
+``FOLDER``: takes checkpoints, results and pages; checkpoints and results of an earlier call are used again. Writes
 ``results/reports.json``. Fails where a page says anything else than ``evaluate``, or warns of the wrong model.
 ``LLMPRUNER_REPORTS=FOLDER`` then has ``tests/unit/test_report_browser.py`` open its pages, too.
 """
@@ -25,7 +25,9 @@ from .measure import as_json, data_folder, machine, run
 from .quality import _instructions
 
 RESULTS = Path(__file__).parent / "results" / "reports.json"
-TOKENS, WINDOW = 2048, 512
+TOKENS, COMPARED_TOKENS, WINDOW = 2048, 1024, 512
+"""Of each text: for the warning, for the comparison, in a window."""
+PAGE = "compared.html"
 RATIOS = (0.1, 0.2, 0.3)
 METHODS = {"fast": ("--samples", "16", "--length", "128"), "llm-pruner": ()}
 _SMALL = ("--method", "best", "--ratio", "0.2", "--samples", "16", "--length", "256")
@@ -56,11 +58,11 @@ def main() -> None:
         if not (folder / name).is_dir():
             filled = [option.format(data=data) for option in options]
             run("prune", "demo", *filled, "--dtype", "float32", "--no-report", "-o", str(folder / name), timeout=7200)
-    evaluation = evaluated(folder, data)
+    wikitext, instructions = data / "wikitext2_unk_test.txt", folder / "instructions.txt"
+    instructions.write_text(_instructions(data), encoding="utf-8")
     found = {
-        "machine": machine(), "evaluate": evaluation["command"], "tokens": TOKENS,
-        "compared": compared(folder, evaluation["models"]),
-        "warnings": {name: warnings(folder, name, evaluation["models"]) for name in REPAIRED},
+        "machine": machine(), "compared": compared(folder, wikitext),
+        "warnings": {name: warnings(folder, name, wikitext, instructions) for name in REPAIRED},
     }  # fmt: skip
     text = as_json(found).replace(str(folder), "$FOLDER").replace(str(data), "$LLMPRUNER_DATA")
     RESULTS.write_text(text, encoding="utf-8")
@@ -70,24 +72,25 @@ def main() -> None:
         raise SystemExit(f"the warning is missing or out of place: {', '.join(wrong)}")
 
 
-def evaluated(folder: Path, data: Path) -> dict[str, Any]:
-    """``models``: name → what ``evaluate --json`` wrote of it, on two texts that no calibration has read."""
-    text = folder / "instructions.txt"
-    text.write_text(_instructions(data), encoding="utf-8")
-    places = [str(folder / name) for name in COMPARED | REPAIRED]
-    texts = f"{data / 'wikitext2_unk_test.txt'},{text}"
-    options = ("--kl", "--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
-    file = folder / "quality.json"
-    done = run("evaluate", "demo", *places, "--perplexity", texts, *options, "--json", str(file), timeout=14400)
-    return {"command": done["command"], "models": {Path(o["name"]).name: o for o in json.loads(file.read_text())}}
+def evaluated(file: Path, models: Sequence[Path], texts: Sequence[Path], tokens: int) -> dict[str, Any]:
+    """Name → what ``evaluate --json`` wrote of the dense model (``demo``) and of ``models``, to ``file`` or earlier."""
+    if not file.is_file():
+        options = ("--kl", "--tokens", str(tokens), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
+        where = ("--perplexity", ",".join(map(str, texts)))
+        run("evaluate", "demo", *map(str, models), *where, *options, "--json", str(file), timeout=14400)
+    return {Path(one["name"]).name: one for one in json.loads(file.read_text(encoding="utf-8"))}
 
 
-def compared(folder: Path, models: Mapping[str, Any]) -> list[dict[str, Any]]:
+def compared(folder: Path, text: Path) -> list[dict[str, Any]]:
     """What the page of the six says, after it was compared with their files."""
-    file = folder / "compared.html"
-    places = [str(folder / name) for name in COMPARED]
-    done = run("report", *places, "--results", str(folder / "quality.json"), "-o", str(file), "--json")
-    page = file.read_text(encoding="utf-8")
+    files, models = [], {}
+    for ratio in RATIOS:
+        names = [f"{method}-{100 * ratio:.0f}" for method in METHODS]
+        files.append(folder / f"compared-{100 * ratio:.0f}.json")
+        models |= evaluated(files[-1], [folder / name for name in names], [text], COMPARED_TOKENS)
+    results = [part for file in files for part in ("--results", str(file))]
+    done = run("report", *(str(folder / name) for name in COMPARED), *results, "-o", str(folder / PAGE), "--json")
+    page = (folder / PAGE).read_text(encoding="utf-8")
     rows = table(page)
     points = {name: (decoder_parameters(folder / name), models[name]["perplexity"]["perplexity"]) for name in COMPARED}
     whole = rows[0]["Decoder parameters"][1] / (1 - rows[0]["Decoder removed"][1])
@@ -119,10 +122,11 @@ def compared(folder: Path, models: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def warnings(folder: Path, name: str, models: Mapping[str, Any]) -> dict[str, Any]:
+def warnings(folder: Path, name: str, *texts: Path) -> dict[str, Any]:
     """By how much the loss rose on each text, in nats per token, and what the page of the checkpoint warns of."""
-    file = folder / f"{name}.html"
-    run("report", str(folder / name), "--results", str(folder / "quality.json"), "-o", str(file))
+    file, results = folder / f"{name}.html", folder / f"{name}.json"
+    models = evaluated(results, [folder / name], texts, TOKENS)
+    run("report", str(folder / name), "--results", str(results), "-o", str(file))
     before, after = perplexities(models["demo"]), perplexities(models[name])
     found = re.findall(r'<p class="warning">(.*?)</p>', file.read_text(encoding="utf-8"), re.DOTALL)
     return {
