@@ -22,12 +22,11 @@ from PIL import Image
 from selenium import webdriver
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-SHOWN = "repaired-default"
+SHOWN = "repaired-wikitext"
 VIEWS = {
     "light": (SHOWN, 1100, 1500, "light"),
     "dark": (SHOWN, 1100, 1500, "dark"),
     "narrow": (SHOWN, 390, 1700, "light"),
-    "warning": ("repaired-wikitext", 1100, 950, "light"),
     "compared": ("compared", 1100, 920, "light"),
 }
 """Picture → page, width, height, colours."""
