@@ -98,7 +98,7 @@ def compared(folder: Path, text: Path) -> list[dict[str, Any]]:
         name for name, (size, value) in points.items()
         if not any(s <= size and v <= value and (s, v) != (size, value) for s, v in points.values())
     ]  # fmt: skip
-    for facts in json.loads(done["output"])["result"]["models"]:
+    for facts in json.loads(done["output"])["models"]:
         measured = {one["name"]: one for one in facts["measured"][0]["models"]}
         same(measured["dense"]["perplexity"], models["demo"]["perplexity"], "dense model in --json")
         same(measured[facts["name"]]["perplexity"], models[facts["name"]]["perplexity"], f"{facts['name']} in --json")
@@ -179,13 +179,13 @@ def straight(places: Sequence[tuple[float, float]], what: str) -> None:
 
 
 def decoder_parameters(checkpoint: Path) -> int:
-    """Counted from the headers of the weight files: all but the embeddings."""
+    """Counted from the headers of the weight files: of the layers."""
     found = 0
     for file in checkpoint.glob("*.safetensors"):
         with file.open("rb") as stream:
             header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
         shapes = {name: one["shape"] for name, one in header.items() if name != "__metadata__"}
-        found += sum(prod(s) for name, s in shapes.items() if "embed_tokens" not in name and "lm_head" not in name)
+        found += sum(prod(shape) for name, shape in shapes.items() if ".layers." in name)
     return found
 
 
