@@ -103,7 +103,11 @@ def _labels(places: Sequence[tuple[float, float, Point]], right: float) -> dict[
             continue
         width = 6.6 * len(point.label)
         ways = [_label(x + 12, y + 4, "start", width), _label(x - 12, y + 4, "end", width)]
-        ways += [_label(x, y - 14, "middle", width), _label(x, y + 22, "middle", width)]
+        ways += [
+            _label(x, y - 14, "middle", width),
+            _label(x, y + 22, "middle", width),
+            _label(x, y + 22, "start", width),
+        ]
         others = [*points[:number], *points[number + 1 :], *(one.box for one in found.values())]
         inside = [way for way in ways if way.box[0] > _LEFT and way.box[0] + width < right] or ways
         # Where every place is taken, the first is as good as another.
