@@ -80,6 +80,50 @@ def drawn(chart: Chart) -> str:
     return rendered(
         "chart.svg.j2", chart=chart, lines=lines, left=_LEFT, right=chart.width - _RIGHT, top=_TOP,
         bottom=chart.height - _BOTTOM, across=across.ticks(), up=up.ticks(),
+        labels=_labels([place for _, places, _ in lines for place in places], chart.width - _RIGHT),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Label:
+    """Where a label stands, and its box: left, top, width, height."""
+
+    x: float
+    y: float
+    anchor: str
+    box: tuple[float, float, float, float]
+
+
+def _labels(places: Sequence[tuple[float, float, Point]], right: float) -> dict[Point, _Label]:
+    """Beside each point that has one, or above or below it, where it covers no other point and no earlier label."""
+    points = [(x - 8, y - 8, 16.0, 16.0) for x, y, _ in places]
+    found: dict[Point, _Label] = {}
+    for number, (x, y, point) in enumerate(places):
+        if not point.label:
+            continue
+        width = 6.6 * len(point.label)
+        ways = [_label(x + 12, y + 4, "start", width), _label(x - 12, y + 4, "end", width)]
+        ways += [
+            _label(x, y - 14, "middle", width),
+            _label(x, y + 22, "middle", width),
+            _label(x, y + 22, "start", width),
+        ]
+        others = [*points[:number], *points[number + 1 :], *(one.box for one in found.values())]
+        inside = [way for way in ways if way.box[0] > _LEFT and way.box[0] + width < right] or ways
+        # Where every place is taken, the first is as good as another.
+        found[point] = next((way for way in inside if not any(_meet(way.box, box) for box in others)), inside[0])
+    return found
+
+
+def _label(x: float, y: float, anchor: str, width: float) -> _Label:
+    left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+    return _Label(round(x, 1), round(y, 1), anchor, (left, y - 11, width, 14.0))
+
+
+def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return (
+        one[0] < other[0] + other[2] and other[0] < one[0] + one[2]
+        and one[1] < other[1] + other[3] and other[1] < one[1] + one[3]
     )  # fmt: skip
 
 

@@ -40,8 +40,9 @@ class ComparisonSection(ReportSection):
     def compare(self, subjects: Sequence[ReportSubject]) -> str | None:
         found = entries(subjects)
         chart = _chart(found, subjects)
+        columns, rows = _table(found)
         return rendered(
-            "comparison.html.j2", rows=[_row(one) for one in found], columns=_COLUMNS, chart=chart,
+            "comparison.html.j2", rows=rows, columns=columns, chart=chart,
             picture=None if chart is None else drawn(chart), best=_best(found),
         )  # fmt: skip
 
@@ -95,22 +96,30 @@ def _kl(evidence: Evidence) -> float | None:
 
 _COLUMNS = ("Model", "Method", "Decoder removed", "Decoder parameters", "Weights", "Perplexity", "KL per token",
             "Accuracy", "Decoding speed-up", "Pareto")  # fmt: skip
+_EMPTY = ("–", "")
+
+
+def _table(found: Sequence[Entry]) -> tuple[list[str], list[list[tuple[str, Any]]]]:
+    """Columns and rows, without the columns that are known of no model: the table is wide."""
+    rows = [_row(one) for one in found]
+    known = [place for place in range(len(_COLUMNS)) if any(row[place] != _EMPTY for row in rows)]
+    return [_COLUMNS[place] for place in known], [[row[place] for place in known] for row in rows]
 
 
 def _row(one: Entry) -> list[tuple[str, Any]]:
     """(text, value to sort by) of every column."""
-    of, empty = one.figures, ("–", "")
+    of = one.figures
 
     def cell(value: float | None, text: str) -> tuple[str, Any]:
-        return empty if value is None else (text.format(value), value)
+        return _EMPTY if value is None else (text.format(value), value)
 
     removed = None if of.parameters is None else 1 - of.parameters.ratio
     return [
         (one.name, one.name),
         (one.method, one.method),
         cell(removed, "{:.1%}"),
-        empty if of.parameters is None else (count_text(of.parameters.pruned), of.parameters.pruned),
-        empty if of.weights is None else (bytes_text(of.weights.pruned), of.weights.pruned),
+        _EMPTY if of.parameters is None else (count_text(of.parameters.pruned), of.parameters.pruned),
+        _EMPTY if of.weights is None else (bytes_text(of.weights.pruned), of.weights.pruned),
         cell(None if of.perplexity is None else of.perplexity.pruned, "{:,.2f}"),
         cell(one.kl, "{:.4f}"),
         cell(None if of.tasks is None else of.tasks.pruned, "{:.1%}"),

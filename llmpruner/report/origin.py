@@ -101,4 +101,10 @@ def _asked(target: Mapping[str, Any]) -> str:
 
 
 def _settings(values: Mapping[str, Any]) -> str:
-    return f"({', '.join(f'{key} {value}' for key, value in values.items())})" if values else ""
+    return f"({', '.join(f'{key} {_value(value)}' for key, value in values.items())})" if values else ""
+
+
+def _value(value: Any) -> str:
+    if value is None or value == []:
+        return "none"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -81,17 +81,17 @@ def _perplexities(one: Measurements, name: str) -> dict[str, float]:
 
 
 def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
-    """A line where the loss rises much more on one text than on another, as after a repair that is fitted to one kind
-    of text; empty otherwise."""
-    if len(losses) < 2:
+    """A line where the loss rises much more on another text than on one of the calibration's source; empty otherwise.
+    Texts that no calibration has seen differ for other reasons."""
+    own, others = [one for one in losses if one.own], [one for one in losses if not one.own]
+    if not own or not others:
         return ""
-    least, most = min(losses, key=lambda one: one.rise), max(losses, key=lambda one: one.rise)
+    least, most = min(own, key=lambda one: one.rise), max(others, key=lambda one: one.rise)
     if not is_uneven(least.rise, most.rise):
         return ""
-    whose = "its own text" if least.own else "one text"
     fitted = f"; the weights were fitted to {calibration}" if calibration else ""
     return (
-        f"The repair helped {whose} more than others: the loss rises by {least.rise:.2f} nats per token on "
+        f"The repair helped its own text more than others: the loss rises by {least.rise:.2f} nats per token on "
         f"{least.text}, but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model "
         "is for, or a mixture."
     )

@@ -119,8 +119,11 @@ WIKI, INSTRUCTIONS = "wikitext2_unk_test", "instructions"
 
 @pytest.mark.parametrize(
     ("calibration", "after", "warns"),
-    [("wikitext2", (29.61, 15.08), "its own text"), ("self", (36.48, 13.24), ""), (None, (36.48, 13.24), "")],
-    ids=["fitted to WikiText", "mixed", "no text"],
+    [
+        ("wikitext2", (29.61, 15.08), "its own text"), ("self", (36.48, 13.24), ""), (None, (36.48, 13.24), ""),
+        ("self", (35.11, 20.33), ""),
+    ],
+    ids=["fitted to WikiText", "mixed", "no text", "uneven, but neither its own"],
 )
 def test_a_repair_that_helped_its_own_text_alone_is_warned_of(calibration, after, warns):
     """With measurements of the real model: perplexity on WikiText-2 and on instructions, 20 % removed."""

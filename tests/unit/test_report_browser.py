@@ -1,6 +1,7 @@
 """The page in a browser: headless Chromium, driven by selenium, and axe-core for its accessibility.
 
 ``LLMPRUNER_AXE``: path of ``axe.min.js`` from the npm package axe-core. Skipped where one of the three is missing.
+``LLMPRUNER_REPORTS``: a folder of ``python -m benchmarks.reports``, whose pages of the real model are opened, too.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
 WIDE, NARROW = 1100, 380
+REAL = os.environ.get("LLMPRUNER_REPORTS", "")
+REAL_PAGES = ("repaired-wikitext", "compared") if REAL else ()
+SEVERAL = ("several", "compared") if REAL else ("several",)
+NAMES = ("one", "several", *REAL_PAGES)
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Name → the page of one checkpoint, and of three; with their facts."""
+    """Name → page and facts: of one tiny checkpoint, and of three; and pages of the real model, without facts."""
     places = build(tmp_path_factory.mktemp("places"))
-    found = {}
+    found = {name: (Path(REAL).absolute() / f"{name}.html", ()) for name in REAL_PAGES}
     for name, names in (("one", ("small",)), ("several", ("small", "smaller", "worse"))):
         folder = tmp_path_factory.mktemp(name)
         _, facts = page_of(places, folder, *names)
@@ -70,7 +75,7 @@ def requests(browser) -> list[str]:
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-@pytest.mark.parametrize("name", ["one", "several"])
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_loaded_and_nothing_is_complained_of(browser, pages, name):
     page, _ = pages[name]
     opened(browser, page)
@@ -100,27 +105,32 @@ def test_the_figures_are_those_of_the_json(browser, pages):
     assert lead.lower() == facts["sentence"].lower()
 
 
-def test_the_table_is_sorted_by_keyboard(browser, pages):
+@pytest.mark.parametrize("name", SEVERAL)
+def test_the_table_is_sorted_by_keyboard(browser, pages, name):
     keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
-    page, _ = pages["several"]
+    page, _ = pages[name]
     opened(browser, page)
 
-    def names():
+    def column(number):
         return browser.execute_script(
-            "return [...document.querySelectorAll('table.sort tbody tr')].map(row => row.cells[0].innerText)"
+            "const [place] = arguments;"
+            "return [...document.querySelectorAll('table.sort tbody tr')].map(row => row.cells[place].innerText)",
+            number,
         )
 
-    assert names() == ["small", "smaller", "worse"]
+    heads = browser.execute_script(
+        "return [...document.querySelectorAll('table.sort th button')].map(b => b.innerText)"
+    )
+    place = heads.index("Perplexity")
     for _ in range(40):
         browser.switch_to.active_element.send_keys(keys.TAB)
         if browser.switch_to.active_element.text == "Perplexity":
             break
-    for order, direction in (
-        (["small", "smaller", "worse"], "ascending"),
-        (["worse", "smaller", "small"], "descending"),
-    ):
+    names, values = column(0), [float(text.replace(",", "")) for text in column(place)]
+    ordered = [names[number] for number in sorted(range(len(names)), key=values.__getitem__)]
+    for order, direction in ((ordered, "ascending"), (ordered[::-1], "descending")):
         browser.switch_to.active_element.send_keys(keys.ENTER)
-        assert names() == order
+        assert column(0) == order
         head = browser.execute_script("return document.activeElement.closest('th').getAttribute('aria-sort')")
         assert head == direction
 
@@ -136,8 +146,8 @@ def test_without_script_the_page_is_whole(browser, pages):
     assert browser.execute_script("return document.querySelectorAll('table.sort button').length") == 0
 
 
-@pytest.mark.parametrize("name", ["one", "several"])
-def test_on_a_narrow_screen_nothing_but_tables_scrolls(browser, pages, name):
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_narrow_screen_tables_and_drawings_scroll_and_the_page_does_not(browser, pages, name):
     opened(browser, pages[name][0], width=NARROW)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= NARROW
     wide = browser.execute_script(
@@ -145,11 +155,16 @@ def test_on_a_narrow_screen_nothing_but_tables_scrolls(browser, pages, name):
         "return [...document.querySelectorAll('.scroll')].filter(lost).length"
     )
     assert wide == 0, "what scrolls can be reached by keyboard"
+    scales = browser.execute_script(
+        "const scale = one => one.getBoundingClientRect().width / one.viewBox.baseVal.width;"
+        "return [...document.querySelectorAll('svg.chart')].filter(one => one.checkVisibility()).map(scale)"
+    )
+    assert min(scales) > 0.7, "letters of drawings can be read"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-@pytest.mark.parametrize("name", ["one", "several"])
+@pytest.mark.parametrize("name", NAMES)
 def test_axe_finds_no_serious_fault(browser, pages, name, width, scheme):
     opened(browser, pages[name][0], width=width, scheme=scheme)
     browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true; })")
