@@ -121,7 +121,7 @@ WIKI, INSTRUCTIONS = "wikitext2_unk_test", "instructions"
     ("calibration", "after", "warns"),
     [
         ("wikitext2", (29.61, 15.08), "its own text"), ("self", (36.48, 13.24), ""), (None, (36.48, 13.24), ""),
-        ("self", (35.11, 20.33), ""),
+        ("self", (35.11, 16.33), ""),
     ],
     ids=["fitted to WikiText", "mixed", "no text", "uneven, but neither its own"],
 )
