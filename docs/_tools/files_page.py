@@ -138,8 +138,9 @@ WORK_TEXT = (
     "several steps, and for a plan that was replayed."
 )
 ORIGIN_TEXT = (
-    "Beside adapters that `recover --no-merge` saved, and what `export --to stock` and `--to nemotron-nas` wrote: where "
-    "they come from, and their hashes, by which [`llmpruner verify`](../how-to/verify.md) and every command that loads them find damage. "
+    "Beside adapters that `recover --no-merge` saved, and what `export --to stock` and `--to nemotron-nas` wrote: "
+    "where they come from, and their hashes, by which [`llmpruner verify`](../how-to/verify.md) and every command that "
+    "loads them find damage. "
     "peft and transformers do not read it."
 )
 RUN_TEXT = (

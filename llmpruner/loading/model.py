@@ -467,11 +467,7 @@ def forget_quantisation(model: Any) -> None:
 def _read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConfig) -> Any | None:
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory)
-    if (
-        ref.directory.is_dir()
-        and not ref.gguf_file
-        and not any((ref.directory / f).is_file() for f in TOKENIZER_FILES)
-    ):
+    if ref.directory.is_dir() and not ref.gguf_file and not any((ref.directory / f).is_file() for f in TOKENIZER_FILES):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = _gguf(ref) or {"config": config}
