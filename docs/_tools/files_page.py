@@ -72,6 +72,8 @@ ORIGIN = {
     "exported_from": "The checkpoint that was exported, as the user named it; absent beside adapters.",
     "padded": "`parameters_before` and `parameters_after`: parameters before and after zeros were added; absent where "
     "none were.",
+    "format": "The exporter, `nemotron-nas`, whose format llmpruner does not open: `verify` checks files, tensors and "
+    "values alone; absent in others.",
 }
 """Key of ``llmpruner-files.json`` → what it is."""
 RECOVERY = {
@@ -136,8 +138,9 @@ WORK_TEXT = (
     "several steps, and for a plan that was replayed."
 )
 ORIGIN_TEXT = (
-    "Beside adapters that `recover --no-merge` saved, and what `export --to stock` wrote: where they come from, and "
-    "their hashes, by which [`llmpruner verify`](../how-to/verify.md) and every command that loads them find damage. "
+    "Beside adapters that `recover --no-merge` saved, and what `export --to stock` and `--to nemotron-nas` wrote: "
+    "where they come from, and their hashes, by which [`llmpruner verify`](../how-to/verify.md) and every command that "
+    "loads them find damage. "
     "peft and transformers do not read it."
 )
 RUN_TEXT = (

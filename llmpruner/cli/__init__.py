@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -84,5 +85,7 @@ def _end_as_exits(ended_by: list[int]) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminated)
+    # While the interpreter ends, the exception would only be printed, as a traceback.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)

@@ -91,6 +91,12 @@ class CalibrationText:
         for part in self.parts:
             part.source.check(part.reference)
 
+    def check_amount(self, samples: int) -> None:
+        """Raise `DataError` where a part cannot have as many different samples as it would have of ``samples``."""
+        total = sum(part.share or 1.0 for part in self.parts)
+        for part in self.parts:
+            part.source.check_amount(part.reference, int(samples * (part.share or 1.0) / total))
+
     def sample(
         self,
         model: PreTrainedModel,

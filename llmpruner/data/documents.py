@@ -80,6 +80,13 @@ def is_file(name: str) -> bool:
         return False
 
 
+def most_characters(source: str) -> int | None:
+    """A number that the characters of a source do not exceed: the bytes of its file. None where that is not known: of a
+    data set, and of a file that is compressed."""
+    path = Path(source)
+    return path.stat().st_size if is_file(source) and path.suffix.lower() != ".parquet" else None
+
+
 def document(record: Record) -> str:
     """The text of one record: its value if that is a string, else the first string in `TEXT_FIELDS`. Raises
     `DataError`."""

@@ -42,6 +42,10 @@ class CalibrationSource(Component):
     def check(self, reference: str) -> None:
         """Raise `DataError` for errors that can be found before a model is loaded. Checks nothing by default."""
 
+    def check_amount(self, reference: str, samples: int) -> None:
+        """Raise `DataError` where the source cannot have so many different samples, before a model is loaded. Checks
+        nothing by default."""
+
     def sample(self, task: SampleTask) -> torch.Tensor:
         """int64 of shape (samples, length). The same task gives the same tokens. Raises `DataError`."""
         raise NotImplementedError

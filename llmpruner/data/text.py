@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..component import ComponentSettings
-from ..errors import ModelError
-from .documents import check_source, read_documents
+from ..errors import DataError, ModelError
+from .documents import check_source, most_characters, read_documents
 from .source import CalibrationSource, SampleTask
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ class TextSource(CalibrationSource):
 
     def check(self, reference: str) -> None:
         check_source(reference)
+
+    def check_amount(self, reference: str, samples: int) -> None:
+        places = most_characters(reference)
+        if places is not None and samples > places:
+            raise DataError(
+                f"'{reference}' has {places:,} bytes, so {samples:,} samples of it are not all different; lower "
+                "--samples"
+            )
 
     def sample(self, task: SampleTask) -> torch.Tensor:
         """Raises `ModelError` where the model has no tokenizer."""

@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+from ..models.tokens import LONGEST_WORD, tokens_of
 
 _CHARACTERS_PER_TOKEN = 12
 """More than the average in any language, so that a piece of text has enough tokens."""
 _ATTEMPTS = 200
-"""Random positions that are tried per window before the text counts as too short."""
+"""Random positions that are tried for a window before the text counts as too short."""
 _WINDOWS_PER_PIECE = 8
 """Windows of text that are tokenized at once."""
-_LONGEST_WORD = 2000
-"""Characters in which a blank is looked for."""
 _BETWEEN = "\n\n"
 
 
@@ -49,7 +48,7 @@ def windows(
     text = _BETWEEN.join(rng.sample(documents, len(documents)))
     rounds: list[list[list[int]]] = []
     for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
-        ids = _tokens(tokenizer, piece)
+        ids = tokens_of(tokenizer, piece)
         starts = [number * length for number in range(len(ids) // length)]
         rng.shuffle(starts)
         for turn, start in enumerate(starts):
@@ -61,11 +60,6 @@ def windows(
     if len(rows) < samples:
         raise DataError(f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --length")
     return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
@@ -85,22 +79,22 @@ def _word_end(text: str, start: int) -> int:
     blanks, of which a window would be the whole rest."""
     if start >= len(text):
         return start
-    for position in range(start, min(len(text), start + _LONGEST_WORD)):
+    for position in range(start, min(len(text), start + LONGEST_WORD)):
         if text[position - 1].isspace():
             return position
-    return start if len(text) > start + _LONGEST_WORD else len(text)
+    return start if len(text) > start + LONGEST_WORD else len(text)
 
 
 def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.Random) -> list[list[int]]:
     """Windows of ``length`` tokens at random positions; fewer than ``samples`` if the text is too short."""
     span = length * _CHARACTERS_PER_TOKEN
     rows: list[list[int]] = []
-    for _ in range(samples * _ATTEMPTS):
-        if len(rows) == samples:
-            break
+    failed = 0
+    while len(rows) < samples and failed < _ATTEMPTS:
         start = rng.randrange(max(1, len(text) - span + 1))
         start = _word_end(text, start) if start else 0
-        ids = _tokens(tokenizer, text[start : start + span])[:length]
-        if len(ids) == length:
+        ids = tokens_of(tokenizer, text[start : start + span])[:length]
+        failed = 0 if len(ids) == length else failed + 1
+        if not failed:
             rows.append(ids)
     return rows

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..data.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
+from ..models.tokens import tokens_of
 from ..models.vocabulary import check_ids
 from ..progress import Progress
 from .results import PerplexityResult
@@ -35,9 +36,10 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
 
-    The text is tokenised as one string, without special tokens. Its first ``tokens`` tokens (default: all) are split
-    into windows that do not overlap; an incomplete last window is left out. With ``bos``, each of the ``window`` tokens
-    of a window begins with what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
+    The text is tokenised as one string (see `tokens_of`), without special tokens. Its first ``tokens`` tokens (default:
+    all) are split into windows that do not overlap; an incomplete last window is left out. With ``bos``, each of the
+    ``window`` tokens of a window begins with what the tokenizer puts before a text (BOS, as a rule), if anything, which
+    is not predicted.
     Every other token but the first of its window is predicted from those before it in the window. The result is the
     exponential of the mean negative log-likelihood, accumulated in float64.
 
@@ -50,7 +52,7 @@ def perplexity(
         raise DataError(
             f"perplexity needs a window of 2 or more and a batch of 1 or more, got {window} and {batch_size}"
         )
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokens_of(tokenizer, text)
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
     opening = opening_tokens(tokenizer, text) if bos else []

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from .base import Exporter, ExportTask
+from .origin import origin_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +42,7 @@ class NemotronNasExporter(Exporter):
     settings: Settings
 
     def export(self, task: ExportTask) -> str:
-        from ..checkpoints import save
+        from ..checkpoints import manifest, save
         from ..errors import CheckpointError
         from . import blocks
 
@@ -52,6 +53,7 @@ class NemotronNasExporter(Exporter):
         task.progress.status("Padding layers to the widths of the format")
         padded = blocks.padded(source, sizes, stated)
         self._write(task.directory, source, padded.model, stated)
+        manifest.write_origin(task.directory, {**origin_of(task, padded), "format": self.name})
         task.progress.status("Comparing the outputs of the written checkpoint")
         if not save.gives_logits(save.dummy_logits(model), blocks.read(task.directory, model)):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")

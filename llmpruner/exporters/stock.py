@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, UnsupportedModelError
 from .base import Exporter, ExportTask
+from .origin import origin_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,21 +41,13 @@ class StockExporter(Exporter):
                 raise
             note = f"; {padded.cost}"
         if not (task.directory / record.RECORD_FILE).is_file():
-            manifest.write_origin(task.directory, self._origin(task, padded))
+            # For transformers, and for llmpruner too, the result is a dense model.
+            manifest.write_origin(task.directory, origin_of(task, padded))
         task.progress.status("Comparing the outputs of the written checkpoint")
         again = load.load_pruned(task.directory, dtype=model.dtype, device=model.device)
         if not save.gives_logits(save.dummy_logits(model), again):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"
-
-    def _origin(self, task: ExportTask, padded: Padded | None) -> dict[str, Any]:
-        """What was exported: for transformers, and for llmpruner too, the result is a dense model."""
-        from .. import __version__
-
-        origin: dict[str, Any] = {"llmpruner": __version__, "exported_from": str(task.source)}
-        if padded is not None:
-            origin |= {"padded": {"parameters_before": padded.before, "parameters_after": padded.after}}
-        return origin
 
     def _write_padded(self, task: ExportTask) -> Padded | None:
         """Write the first padded form that a configuration describes; None if none does."""

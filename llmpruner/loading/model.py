@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -37,6 +37,7 @@ from ..structure.plan import PruningPlan
 from ..validation import refusal
 from .by_layer import format_conversion_rate, open_by_layer, weight_file_bytes, why_format_is_not_streamed
 from .reference import Reference, resolve
+from .tokenizer_files import TOKENIZER_FILES, damaged_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 _LOG = logging.getLogger("llmpruner")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
         return ref.reader.read_tokenizer(ref.directory) is not None
     if ref.gguf_file or not ref.directory.is_dir():
         return True
-    return any((ref.directory / name).is_file() for name in _TOKENIZER_FILES)
+    return any((ref.directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
@@ -467,15 +467,11 @@ def forget_quantisation(model: Any) -> None:
 def _read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConfig) -> Any | None:
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory)
-    if (
-        ref.directory.is_dir()
-        and not ref.gguf_file
-        and not any((ref.directory / f).is_file() for f in _TOKENIZER_FILES)
-    ):
+    if ref.directory.is_dir() and not ref.gguf_file and not any((ref.directory / f).is_file() for f in TOKENIZER_FILES):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = _gguf(ref) or {"config": config}
-    with _one_line(ref), quiet_transformers():
+    with _one_line(ref, damaged_tokenizer), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
         )
@@ -537,8 +533,9 @@ def _check_stored(ref: Reference, structure: Structure, model: PreTrainedModel, 
 
 
 @contextlib.contextmanager
-def _one_line(ref: Reference) -> Iterator[None]:
-    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
+def _one_line(ref: Reference, damaged: Callable[[Path], str | None] | None = None) -> Iterator[None]:
+    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line. ``damaged``: what
+    is wrong with a file in the directory; by default with one of weights."""
     try:
         yield
     except LlmprunerError:
@@ -552,17 +549,17 @@ def _one_line(ref: Reference) -> Iterator[None]:
             raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
         known = ref.directory.exists()
         what = "" if known else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
-        named = _damaged_file(ref) or first_line(error)
+        local = not ref.gguf_file and ref.reader is None
+        named = ((damaged or _damaged_weights)(ref.directory) if local else None) or first_line(error)
         raise ModelError(f"cannot load model '{ref.text}'{what} ({named})") from error
 
 
-def _damaged_file(ref: Reference) -> str | None:
-    """What is wrong with the first safetensors file of a local model that cannot be opened, which transformers does not
-    name; None where all can."""
-    if not ref.gguf_file and ref.reader is None:
-        for file in sorted(ref.directory.glob("*.safetensors")):
-            try:
-                names_in(file)
-            except CheckpointError as error:
-                return str(error)
+def _damaged_weights(directory: Path) -> str | None:
+    """What is wrong with the first safetensors file that cannot be opened, which transformers does not name; None where
+    all can."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            names_in(file)
+        except CheckpointError as error:
+            return str(error)
     return None

@@ -8,11 +8,13 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import DataError
+from .positions import positions_of
 from .quiet import quiet_transformers
+from .tokens import tokens_of
 from .vocabulary import check_ids
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def generate(
@@ -49,10 +51,11 @@ def generate_ids(
     ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
     A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
     the end-of-sequence token. ``options``: passed on to transformers (``streamer``, ``stopping_criteria``). Raises
-    `DataError` for a prompt without tokens, or a negative temperature.
+    `DataError` for a prompt without tokens or with more than the model has positions, or a negative temperature.
     """
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
+    check_prompt(model.config, tokenizer, prompt)
     inputs = tokenizer(prompt, add_special_tokens=add_special_tokens, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -82,3 +85,14 @@ def generate_ids(
     finally:
         model.generation_config = own
     return [int(token) for token in output[0, length:]]
+
+
+def check_prompt(config: PreTrainedConfig, tokenizer: Any, prompt: str) -> None:
+    """Raise `DataError` for a prompt of more tokens than the model has positions for."""
+    limit = positions_of(config)
+    # A token is a byte at least.
+    if limit is None or len(prompt.encode()) <= limit:
+        return
+    tokens = len(tokens_of(tokenizer, prompt))
+    if tokens > limit:
+        raise DataError(f"the prompt has {tokens:,} tokens, and the model reads {limit:,}; shorten it")

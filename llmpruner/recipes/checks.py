@@ -152,6 +152,7 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
                 f"'{structure.ref}' brings no tokenizer, so it cannot be calibrated on '{part.reference}'; use 'self'"
             )
     check_text(job)
+    job.calibration.text.check_amount(job.calibration.samples)
 
 
 def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:

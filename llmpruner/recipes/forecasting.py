@@ -34,6 +34,8 @@ _READ = 1e9
 """Bytes per second that weights are read with: from a fast disk, or from pages that the system still holds."""
 _OPENING = 3.0
 """Seconds for building the model, its tokenizer, and the checks of a save."""
+_TOKEN = 64
+"""Bytes of a calibration token: as a Python number in a list, in two tensors, and as JSON in what a run keeps."""
 _STEP = 2e-3
 """Seconds that transformers adds to one step of generation."""
 _LOGITS, _DRAWS = 4, 7
@@ -95,6 +97,8 @@ class _Forecaster:
         stages = [self.opening()]
         if work.written:
             stages.append(self.writing())
+        elif work.tokens:
+            stages.append(Stage("reading", {**self.weights(), **self.calibration()}, 0.0))
         if work.signals:
             stages.append(self.estimation())
         fit_disk = 0
@@ -150,6 +154,9 @@ class _Forecaster:
 
     # Stages
 
+    def calibration(self) -> dict[str, int]:
+        return {"calibration tokens": self.work.tokens * _TOKEN}
+
     def writing(self) -> Stage:
         rows = max(part.batch for part in self.work.written)
         steps = max(part.tokens for part in self.work.written)
@@ -164,6 +171,7 @@ class _Forecaster:
             "keys and values": cache,
             "logits": rows * self.vocabulary * _F32 * _LOGITS,
             "activations": self.activations(rows),
+            **self.calibration(),
         }
         return Stage("writing", memory, self.writing_seconds())
 

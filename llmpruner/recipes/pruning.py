@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import disk_usage
+from tempfile import gettempdir
 from typing import Any
 
 from ..engine.journal import Journal
@@ -42,6 +43,11 @@ def make_plan(source: Source, settings: PruneSettings, opener: Opener, run: RunS
     opened = opener.structure(source)
     check_prune(job, opened, tokenizer=opener.has_tokenizer(opened))
     way, expected = ranks.from_first(lambda: arrange(opener, opened, job, work_of(job, opened, saves=False), run))
+    if expected is not None:
+        spilled, place = expected["disk"], Path(gettempdir()) / "llmpruner"
+        ranks.from_first(
+            lambda: check_space(place, spilled, "hidden states of the calibration text (TMPDIR names the folder)")
+        )
     loaded = opener.weights(opened, streamed=way.streamed)
     how = pipeline.Run(way.boundary_memory, divided=way.divided, ranks=ranks)
     made, cost = pipeline.make_plan(loaded, job, opener.progress, how)

@@ -100,7 +100,10 @@ def arranged(
 
     limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
     if run.max_memory is None:
-        return found(Residency(whole is None and is_streamed(opened, job, load, catalog), limit))
+        way = found(Residency(whole is None and is_streamed(opened, job, load, catalog), limit))
+        if device.type == "cpu":
+            _check_machine(opened.ref, way)
+        return way
     reason = whole or _why_whole(opened, job, load, catalog)
     tried = [found(way) for way in _ways(limit, fixed=run.boundary_memory is not None, streams=reason is None)]
     for one in tried:
@@ -113,12 +116,27 @@ def arranged(
                 return less
     least = min(tried, key=lambda one: one.memory)
     detail = f"; it cannot be read layer by layer: {reason}" if reason else ""
-    parts = sorted(least.largest.memory.items(), key=lambda item: -item[1])[:3]
-    what = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
     raise SettingsError(
         f"--max-memory {size_text(run.max_memory)}: '{opened.ref}' needs at least {size_text(least.memory)} "
-        f"({size_text(least.base)} before it starts; {what}){detail}; raise it, or take fewer or shorter samples"
+        f"({size_text(least.base)} before it starts; {_largest(least)}){detail}; raise it, "
+        "or take fewer or shorter samples"
     )
+
+
+def _check_machine(ref: str, way: Forecast) -> None:
+    """Raise `SettingsError` where the machine does not have the memory, however much of it is free."""
+    most = psutil.virtual_memory().total + psutil.swap_memory().total
+    if way.memory > most:
+        raise SettingsError(
+            f"'{ref}' needs about {size_text(way.memory)} of memory ({_largest(way)}), and this machine has "
+            f"{size_text(most)}; take fewer or shorter samples, or give --max-memory, with which less may do"
+        )
+
+
+def _largest(way: Forecast) -> str:
+    """What takes most memory."""
+    parts = sorted(way.largest.memory.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts)
 
 
 def _ways(limit: int, *, fixed: bool, streams: bool) -> Iterator[Residency]:

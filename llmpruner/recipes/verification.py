@@ -110,6 +110,9 @@ def verification(
     options = load.model_copy(update={"dtype": _stored_dtype(directory, places)})
 
     def shapes() -> str:
+        form = (read_any_record(directory) or {}).get("format")
+        if form is not None:
+            raise NotComparable(f"the format {form} is for other programs, and llmpruner does not open it")
         with _Placed(directory, places):
             structure = load_structure(str(directory), catalog, options)
             progress.status("comparing shapes with the plans")

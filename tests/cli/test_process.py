@@ -72,6 +72,21 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+ENDING = """
+import atexit, os, signal
+from llmpruner.cli import app as commands, main
+
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+commands.build_app = lambda: lambda **_: None
+main()
+"""
+
+
+def test_a_command_that_is_terminated_while_it_ends_shows_no_traceback(tmp_path):
+    done = run_fresh(ENDING, folder=tmp_path, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_version():
     assert llmpruner("--version").stdout.startswith("llmpruner ")
 

@@ -16,6 +16,7 @@ from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
 
+import llmpruner
 from llmpruner import UnsupportedModelError, build_graph
 from llmpruner.errors import CheckpointError
 from llmpruner.exporters.blocks import LayerSizes, Sizes, multiplier, stated, width_of
@@ -77,6 +78,21 @@ def test_the_files_give_the_outputs_of_the_model(name, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
     assert {"no_op", "ffn_mult"} == set(config["block_configs"][0]["ffn"]), "mlx-lm refuses other names"
+
+
+def test_verify_names_a_damaged_file(tmp_path):
+    export(tmp_path / "model", NemotronNasExporter(), tmp_path / "out", llama_source("gqa").load)
+    found = {check.name: check.state for check in llmpruner.verify_checkpoint(tmp_path / "out").checks}
+    assert found == {
+        **dict.fromkeys(("files", "tensors", "values"), "passed"),
+        **dict.fromkeys(("shapes", "weights", "logits"), "not checked"),
+    }
+    record = json.loads((tmp_path / "out" / "llmpruner-files.json").read_text())
+    assert record["files"].keys() == {file.name for file in (tmp_path / "out").iterdir()} - {"llmpruner-files.json"}
+    assert record["exported_from"] == str(tmp_path / "model") and record["padded"]["parameters_after"] > 0
+    config = tmp_path / "out" / "config.json"
+    config.write_text(config.read_text().replace("silu", "gelu"))
+    assert f"{config} has another content" in llmpruner.verify_checkpoint(tmp_path / "out").damage[0]
 
 
 FRESH = """

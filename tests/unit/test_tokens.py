@@ -1,0 +1,65 @@
+"""Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+
+from llmpruner import DataError
+from llmpruner.data.windows import windows
+from llmpruner.evaluation.perplexity import perplexity
+from llmpruner.models.generation import generate
+from llmpruner.models.tokens import LONGEST_WORD, tokens_of
+
+
+class Recording:
+    """A tokenizer that keeps the texts that it was given."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.tokenizer = tiny_models.tokenizer()
+
+    def __call__(self, text, **options):
+        self.texts.append(text)
+        return self.tokenizer(text, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("text", ["", "a", tiny_models.TEXT * 20, "x" * LONGEST_WORD, "\n" * 9000])
+def test_text_with_blanks_is_encoded_as_one_string(text):
+    tokenizer = Recording()
+    assert tokens_of(tokenizer, text) == tiny_models.tokenizer()(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.texts == [text]
+
+
+def test_runs_without_a_blank_are_cut_and_nothing_else():
+    tokenizer, long = Recording(), "ab" * 3500
+    tokens_of(tokenizer, f"one {long} two {long}")
+    assert "".join(tokenizer.texts) == f"one {long} two {long}"
+    assert [len(text) for text in tokenizer.texts] == [2004, 2000, 2000, 3005, 2000, 2000, 1000]
+
+
+def test_a_long_text_without_blanks_is_measured_and_sampled_in_pieces():
+    tokenizer, text = Recording(), "ab" * 20_000
+    found = perplexity(tiny_models.llama(), tokenizer, text, window=32, tokens=64)
+    assert found.tokens == 64 and max(map(len, tokenizer.texts)) == LONGEST_WORD
+    tokenizer = Recording()
+    assert windows([text], tokenizer, samples=3, length=128, seed=0, source="x").shape == (3, 128)
+    assert max(map(len, tokenizer.texts)) == LONGEST_WORD
+
+
+def test_a_prompt_that_the_model_cannot_read_is_refused():
+    model, tokenizer = tiny_models.llama(), Recording()
+    with pytest.raises(DataError, match="the prompt has 20,000 tokens, and the model reads 512; shorten it"):
+        generate(model, tokenizer, "z" * 20_000)
+    assert max(map(len, tokenizer.texts)) == LONGEST_WORD
+    assert generate(model, tokenizer, "z" * 512, max_new_tokens=1) is not None
+
+
+def test_a_text_that_is_too_short_for_one_window_is_refused_after_few_attempts():
+    tokenizer = Recording()
+    with pytest.raises(DataError, match="too short for 1000 samples"):
+        windows(["short"], tokenizer, samples=1000, length=64, seed=0, source="x")
+    assert len(tokenizer.texts) < 300
