@@ -120,7 +120,9 @@ WIKI, INSTRUCTIONS = "wikitext2_unk_test", "instructions"
 @pytest.mark.parametrize(
     ("calibration", "after", "warns"),
     [
-        ("wikitext2", (29.61, 15.08), "its own text"), ("self", (36.48, 13.24), ""), (None, (36.48, 13.24), ""),
+        ("wikitext2", (29.61, 15.08), "its own text"),
+        ("self", (36.48, 13.24), ""),
+        (None, (36.48, 13.24), ""),
         ("self", (35.11, 16.33), ""),
     ],
     ids=["fitted to WikiText", "mixed", "no text", "uneven, but neither its own"],
