@@ -3,10 +3,10 @@
     LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--tokens 8192] [--render]
 
 The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
-on as much text that it wrote itself, and is judged on the other 100 documents and on answers to instructions
-(`alpaca_en_1k`, the second half), which are for choosing alone: no benchmark reports them. A row is one variant; rows
-are appended to ``results/ablation.jsonl``, so that an interrupted run goes on where it stopped, and drawn in
-``docs/quality-notes.md``.
+on as much text that it wrote itself, or on the latter alone, and is judged on the other 100 documents and on answers to
+instructions (`alpaca_en_1k`, the second half), which are for choosing alone: no benchmark reports them. A row is one
+variant; rows are appended to ``results/ablation.jsonl``, so that an interrupted run goes on where it stopped, and drawn
+in ``docs/quality-notes.md``.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ CALIBRATION_DOCUMENTS = 200
 @dataclass(frozen=True)
 class Variant:
     """``settings``: of ``refit``. ``sides``: whether the two sources are held out in turn; otherwise every eighth token
-    is, as with one source."""
+    is, as with one source. ``calibration``: of the files of `sources`."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     sides: bool = True
+    calibration: str = "{c4},{written}"
 
 
 VARIANTS = (
+    Variant("text that the model wrote alone", calibration="{written}"),
+    Variant("text that the model wrote, an eighth of the vocabulary", calibration="7*{written},1*vocabulary"),
     Variant("a token in eight held out", sides=False),
     Variant("sources held out in turn"),
     Variant("sources held out in turn, o_proj fitted too", {"also": "attention"}),
@@ -85,7 +88,10 @@ def measured(variant: Variant, samples: int, tokens: int, work: Path) -> dict[st
 
     data = data_folder()
     started = time.monotonic()
-    model = pruned(variant, samples, sources(data, work, samples)) if samples else api.load("demo", dtype="float32")
+    if samples:
+        model = pruned(variant, samples, variant.calibration.format(**sources(data, work, samples)))
+    else:
+        model = api.load("demo", dtype="float32")
     took = time.monotonic() - started
     dense = api.load("demo", dtype="float32")
     texts = {}
@@ -140,15 +146,14 @@ def judged(data: Path) -> dict[str, str]:
     return {"C4": "\n\n".join(documents(data)[CALIBRATION_DOCUMENTS:]), "instructions": "\n\n".join(answers)}
 
 
-def sources(data: Path, work: Path, samples: int) -> str:
-    """The value of ``--calibration``. What the model writes, a little more than half of the samples, is kept in
-    ``work``."""
-    files = work / "c4.jsonl", work / f"written-{samples}.jsonl"
-    if not files[0].is_file():
-        _write(files[0], documents(data)[:CALIBRATION_DOCUMENTS])
-    if not files[1].is_file():
-        _write(files[1], _written(samples // 2 + 4))
-    return ",".join(map(str, files))
+def sources(data: Path, work: Path, samples: int) -> dict[str, Path]:
+    """Files of text by name. What the model writes, a little more than all samples, is kept in ``work``."""
+    files = {"c4": work / "c4.jsonl", "written": work / f"written-{samples}.jsonl"}
+    if not files["c4"].is_file():
+        _write(files["c4"], documents(data)[:CALIBRATION_DOCUMENTS])
+    if not files["written"].is_file():
+        _write(files["written"], _written(samples + 4))
+    return files
 
 
 def _write(file: Path, texts: list[str]) -> None:
@@ -175,7 +180,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/ablation.py; do not edit. -->",
         "",
         "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, no training. Calibrated on 200 "
-        "documents of C4 and as much text that the model wrote; judged on 100 other documents of C4 and on answers to "
+        "documents of C4 and as much text that the model wrote, or on what the row says; judged on 100 other documents "
+        "of C4 and on answers to "
         f"instructions, in windows of {WINDOW}, float32 weights, bfloat16 products. No "
         "benchmark reports these two texts. KL: mean divergence from the dense model per token, in nats. Few "
         "calibration tokens, so that a row takes minutes: differences between rows count, not their level. The "

@@ -136,9 +136,10 @@ def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, s
 def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
     """The passages of those parts that the model writes, as `self_generated` cuts them."""
     found = []
-    share = -(-samples // len(text.parts))
-    for part in text.parts:
+    order = text.order(samples)
+    for number, part in enumerate(text.parts):
         if part.source.writes:
+            share = -(-samples // len(text.parts)) if part.share is None else order.count(number)
             passage, batch = (getattr(part.source.settings, key, default) for key, default in _PASSAGES.items())
             parts = -(-length // passage)
             found.append(Written(share * parts, -(-length // parts), min(batch, share * parts)))
