@@ -42,7 +42,9 @@ class Variant:
 
 VARIANTS = (
     Variant("text that the model wrote alone", calibration="{written}"),
-    Variant("text that the model wrote, an eighth of the vocabulary", calibration="7*{written},1*vocabulary"),
+    Variant(
+        "text that the model wrote, an eighth of the vocabulary", sides=False, calibration="7*{written},1*vocabulary"
+    ),
     Variant("a token in eight held out", sides=False),
     Variant("sources held out in turn"),
     Variant("sources held out in turn, o_proj fitted too", {"also": "attention"}),
@@ -120,7 +122,11 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     from llmpruner.recipes.jobs import prune_job
     from llmpruner.settings import PruneSettings, settings_from
 
-    catalog = Catalog(plugin_manager())
+    from . import vocabulary
+
+    host = plugin_manager()
+    host.manager.register(vocabulary)
+    catalog = Catalog(host)
     settings = {
         "ratio": 0.2, "method": "best", "calibration": calibration, "samples": samples, "length": LENGTH,
         "settings": {"refit": dict(variant.settings)},

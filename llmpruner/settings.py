@@ -390,9 +390,9 @@ class PruneSettings(Settings):
         str,
         Field(
             description="Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet "
-            "file with a text, page or content field, a data set (name:config:split), chat:FILE for conversations in "
-            "the model's chat format, or vocabulary (all tokens in random order); several, with commas between them, "
-            "are mixed in equal parts, or in shares as in 3*self,1*chat:FILE."
+            "file with a text, page or content field, a data set (name:config:split), or chat:FILE for "
+            "conversations in the model's chat format; several, with commas between them, are mixed in equal parts, or "
+            "in shares as in 3*self,1*chat:FILE."
         ),
         Option(_ON),
     ] = "self"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +29,7 @@ FEW_TOKENS, FEW_DIFFERENT = 64, 8
 @dataclass(frozen=True)
 class CalibrationSet:
     """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``.
-    ``parts``: for each sample, the number of the part of ``source`` that it is of, among those that fits are judged on
-    (`CalibrationSource.judged`); empty where there is one."""
+    ``parts``: for each sample, the number of the part of ``source`` that it is of; empty where there is one."""
 
     input_ids: torch.Tensor
     source: str
@@ -84,11 +82,6 @@ class CalibrationText:
         """Whether any part is text that the model writes."""
         return any(part.source.writes for part in self.parts)
 
-    @property
-    def several(self) -> bool:
-        """Whether fits to one part can be judged on another one."""
-        return sum(part.source.judged for part in self.parts) > 1
-
     def record(self) -> dict[str, dict[str, Any]]:
         """Source name → settings as JSON values, for sources that have settings."""
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
@@ -135,9 +128,7 @@ class CalibrationText:
             task = SampleTask(model, tokenizer, part.reference, wanted, length, seed, progress, family)
             rows.append(iter(_checked(part.source.sample(task), task, part.source)))
         ids = torch.stack([next(rows[number]) for number in order])
-        seen = accumulate(part.source.judged for part in self.parts)
-        of = [count - 1 if part.source.judged else 0 for part, count in zip(self.parts, seen, strict=True)]
-        return CalibrationSet(ids, self.text, tuple(of[number] for number in order) if self.several else ())
+        return CalibrationSet(ids, self.text, tuple(order) if count > 1 else ())
 
     def order(self, samples: int) -> list[int]:
         """The number of the part of each sample: always the one that is furthest behind its share, the first of those

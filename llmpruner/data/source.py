@@ -38,9 +38,6 @@ class CalibrationSource(Component):
     writes: ClassVar[bool] = False
     """Whether the model generates the text. This is slower than reading, and the tokens depend on the machine's
     arithmetic, so that they may differ when a plan is replayed."""
-    judged: ClassVar[bool] = True
-    """Whether fits to this source are judged on others, and the other way round. Samples of a source that is not go
-    with those of the first one that is."""
 
     def check(self, reference: str) -> None:
         """Raise `DataError` for errors that can be found before a model is loaded. Checks nothing by default."""

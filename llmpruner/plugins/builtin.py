@@ -89,10 +89,9 @@ def llmpruner_compensations() -> list[type[Compensation]]:
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
     from ..data.self_written import SelfWritten
     from ..data.text import TextSource
-    from ..data.vocabulary import VocabularySource
     from ..families.chat_source import ChatSource
 
-    return [SelfWritten, TextSource, ChatSource, VocabularySource]
+    return [SelfWritten, TextSource, ChatSource]
 
 
 @hookimpl

@@ -110,7 +110,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         changed=tuple(job.compensation.changed_groups(graph, kept)),
         weighted=job.compensation.weighs_tokens,
         mixed=job.compensation.chooses_target,
-        sides=text is not None and text.text.several,
+        sides=text is not None and len(text.text.parts) > 1,
         steps=job.steps,
         trials=3 * len(groups) if job.allocation.measures else 0,
         saves=saves,
@@ -129,7 +129,7 @@ def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, s
     return Work(
         how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves,
         changed=tuple(compensation.changed_groups(graph, plan.kept)), weighted=compensation.weighs_tokens,
-        mixed=compensation.chooses_target, sides=text.several,
+        mixed=compensation.chooses_target, sides=len(text.parts) > 1,
     )  # fmt: skip
 
 

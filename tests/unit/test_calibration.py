@@ -17,7 +17,6 @@ from llmpruner.data.calibration import parse_calibration
 from llmpruner.data.self_written import SelfWritten
 from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
-from llmpruner.data.vocabulary import VocabularySource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
 from llmpruner.families.chat_source import ChatSource, packed
@@ -47,7 +46,7 @@ def wide(gqa):
     return replace(gqa, model=model)
 
 
-SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, VocabularySource, Counting)}
+SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counting)}
 
 
 def calibration_set(text, model, tokenizer, settings=None, **amount):
@@ -72,38 +71,6 @@ def test_the_model_writes_its_own_text(gqa):
     assert one.fingerprint == same.fingerprint != other.fingerprint
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len({tuple(row) for row in one.input_ids.tolist()}) == 3
-
-
-def test_every_token_of_the_vocabulary_comes_before_one_comes_again(gqa):
-    size = gqa.model.get_input_embeddings().weight.shape[0]
-    amount = {"samples": 3, "length": size // 2 + 1}
-    ids = calibration_set("vocabulary", gqa.model, None, **amount, seed=1).input_ids
-    assert sorted(ids.flatten()[:size].tolist()) == list(range(size))
-    again, other = (calibration_set("vocabulary", gqa.model, None, **amount, seed=seed) for seed in (1, 2))
-    assert torch.equal(again.input_ids, ids) and not torch.equal(other.input_ids, ids)
-
-
-def test_the_vocabulary_has_no_special_tokens_and_begins_as_text_does(wide):
-    tokenizer = tiny_models.with_bos()
-    known = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
-    ids = calibration_set("vocabulary", wide.model, tokenizer, samples=9, length=64, seed=0).input_ids
-    assert set(ids[:, 0].tolist()) == {tokenizer.bos_token_id}
-    rest = ids[:, 1:].flatten().tolist()
-    assert set(rest[: len(known)]) == known < set(range(len(tokenizer)))
-    assert set(rest) == known
-
-
-def test_a_fit_is_not_judged_on_the_vocabulary(gqa):
-    def parts(text):
-        return calibration_set(text, gqa.model, None, samples=6, length=8, seed=0).parts
-
-    assert parts("2*self,1*vocabulary") == ()
-    assert parts("1*vocabulary,1*counting:1,1*counting:2") == (0, 0, 1) * 2
-
-
-def test_nothing_follows_the_vocabulary():
-    with pytest.raises(DataError, match="nothing follows 'vocabulary'"):
-        parse_calibration("vocabulary:x", SOURCES).check()
 
 
 @pytest.mark.parametrize(("length", "starts"), [(2, [0]), (64, [0]), (65, [0, 33]), (128, [0, 64])])
