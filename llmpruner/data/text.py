@@ -14,6 +14,10 @@ from .source import CalibrationSource, SampleTask
 if TYPE_CHECKING:
     import torch
 
+_MANY = 10_000
+"""Samples from which on their number alone is compared with the size of a file. A file that is too short for fewer is
+read at once, which tells more of what is wrong with it."""
+
 
 class TextSource(CalibrationSource):
     """Windows of the documents in a file or a data set (for their forms see `llmpruner.data.documents`). Each begins
@@ -37,7 +41,7 @@ class TextSource(CalibrationSource):
 
     def check_amount(self, reference: str, samples: int) -> None:
         places = most_characters(reference)
-        if places is not None and samples > places:
+        if samples > _MANY and places is not None and samples > places:
             raise DataError(
                 f"'{reference}' has {places:,} bytes, so {samples:,} samples of it are not all different; lower "
                 "--samples"
