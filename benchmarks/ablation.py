@@ -43,7 +43,9 @@ class Variant:
 VARIANTS = (
     Variant("text that the model wrote alone", calibration="{written}"),
     Variant(
-        "text that the model wrote, an eighth of the vocabulary", sides=False, calibration="7*{written},1*vocabulary"
+        "text that the model wrote, an eighth of the samples random tokens",
+        sides=False,
+        calibration="7*{written},1*vocabulary",
     ),
     Variant("a token in eight held out", sides=False),
     Variant("sources held out in turn"),
