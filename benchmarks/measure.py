@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,8 @@ TOKENS, WINDOW = 20480, 512
 
 
 def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
-    """``llmpruner ARGUMENTS``: wall seconds, peak resident MiB, and standard output. Raises on a non-zero exit.
+    """``llmpruner ARGUMENTS``: wall seconds, peak resident MiB, and standard output. Raises on a non-zero exit,
+    as after ``timeout`` seconds, when it is killed.
 
     Import no torch into the process that calls this: Linux counts what a parent holds into its child's peak.
     """
@@ -25,8 +27,11 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
     command = [sys.executable, "-m", "llmpruner", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
+    limit = threading.Timer(timeout, process.kill)
+    limit.start()
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
+    limit.cancel()
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}")
     return {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,8 +25,17 @@ __all__ = ["RichProgress", "count", "err", "error_line", "note", "out", "print_j
 
 T = TypeVar("T")
 
-out = Console()
-err = Console(stderr=True)
+_WIDTH = 160
+"""Columns where the output is no terminal, so that rows of tables in files and pipes are not broken."""
+
+
+def _console(stream: TextIO, *, stderr: bool = False) -> Console:
+    fits = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if fits else _WIDTH)
+
+
+out = _console(sys.stdout)
+err = _console(sys.stderr, stderr=True)
 
 _LINE_EVERY = 60.0
 """Seconds between two lines about a bar where standard error is not a terminal."""

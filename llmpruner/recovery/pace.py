@@ -19,7 +19,7 @@ from ..errors import OutputError, SettingsError
 from ..files import write_text
 from ..settings import RecoverSettings
 from .base import RecoveryJob
-from .schedule import micro_batch, saving_steps, steps, validation_steps
+from .schedule import micro_batch, seconds_of_saving, steps, validation_steps
 from .trainer import Loss, LossTrainer, arguments
 
 _FILE = "pace.json"
@@ -43,7 +43,8 @@ class Pace:
     def seconds(self, count: int, settings: RecoverSettings) -> float:
         """Of ``count`` steps with the validations and savings among them."""
         checks = 1 + math.ceil(count / validation_steps(settings, count, self.rows)) if self.rows else 0
-        return count * self.step + checks * self.validation + count // saving_steps(count) * self.saving
+        computing = count * self.step + checks * self.validation
+        return computing + seconds_of_saving(self.saving, computing, count)
 
     def count(self, seconds: float, settings: RecoverSettings) -> int:
         """The largest number of steps within ``seconds``; 0 where not even one is."""

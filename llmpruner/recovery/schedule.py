@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """``--schedule`` → its name in transformers."""
 _VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
+_CHEAP_SAVING, _SAVING_SHARE = 0.5, 1 / 30
+"""Seconds within which a state is saved by the number of steps alone; else the share of the time that it may take."""
 
 
 def steps(settings: RecoverSettings, examples: int) -> int:
@@ -34,8 +36,21 @@ def validation_steps(settings: RecoverSettings, total: int, rows: int) -> int:
 
 
 def saving_steps(total: int) -> int:
-    """Optimizer steps from one saved state to the next."""
+    """Optimizer steps from one saved state to the next, where saving takes little time; see `worth_saving`."""
     return max(1, min(50, total // 10))
+
+
+def worth_saving(saving: float, since: float) -> bool:
+    """Whether the state of a training is to be saved, ``since`` seconds after it was last: saving it takes ``saving``
+    seconds, which may be a share of the time beside. The weights of a whole model, with those of its optimizer, are
+    many times larger than adapters."""
+    return saving < _CHEAP_SAVING or since * _SAVING_SHARE >= saving
+
+
+def seconds_of_saving(saving: float, beside: float, total: int) -> float:
+    """All that is saved in a training of ``total`` steps and ``beside`` seconds, by `worth_saving`."""
+    every = total // saving_steps(total) * saving
+    return every if saving < _CHEAP_SAVING else min(every, saving + beside * _SAVING_SHARE)
 
 
 def micro_batch(settings: RecoverSettings, processes: int = 1) -> int:

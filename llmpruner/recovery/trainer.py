@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from ..engine.ranks import Ranks
 from .base import RecoveryJob, Validation
 from .examples import IGNORED
-from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps
+from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps, worth_saving
 
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Any, Batch], torch.Tensor]
@@ -108,6 +108,8 @@ class LossTrainer(Trainer):  # type: ignore[misc]
         self.tokens = 0
         """Of the current step in this process, with padding."""
         self.saving_seconds = 0.0
+        """Of the last checkpoint."""
+        self._saved = time.monotonic()
         rows = [{**row, ROW: number} for number, row in enumerate([*job.examples, *job.validation])]
         self._held_out = rows[len(job.examples) :]
         super().__init__(
@@ -214,7 +216,12 @@ class LossTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.monotonic()
         super()._save_checkpoint(model, trial)
-        self.saving_seconds = time.monotonic() - began
+        self._saved = time.monotonic()
+        self.saving_seconds = self._saved - began
+
+    def worth_saving(self) -> bool:
+        """Whether it is time for a checkpoint; see `llmpruner.recovery.schedule.worth_saving`."""
+        return worth_saving(self.saving_seconds, time.monotonic() - self._saved)
 
 
 def _trained_tokens(batch: Batch) -> int:

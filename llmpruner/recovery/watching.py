@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from ..errors import ModelError
 from .base import Validation
 from .best import BestWeights
-from .schedule import validation_steps
+from .schedule import validation_steps, worth_saving
 from .trainer import LossTrainer, validations
 
 _MOST_NAMED = 8
@@ -47,6 +47,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if step == total:
             # A continued training takes at least one step.
             control.should_save = False
+        if control.should_save:
+            # Clocks of processes differ, and all of them save.
+            control.should_save = self.trainer.ranks.from_first(self.trainer.worth_saving)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         del args, control

@@ -13,12 +13,14 @@ from test_recovery_validation import EXAMPLES, FAMILY, SETTINGS, run
 
 from llmpruner import RecoverSettings, SettingsError, UnsupportedModelError
 from llmpruner.families.graph import build_graph
-from llmpruner.recovery import pace
+from llmpruner.recovery import pace, schedule
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import tokenise
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.memory import needed, recomputing
 from llmpruner.recovery.pace import Pace, steps_to_take
+from llmpruner.recovery.schedule import worth_saving
+from llmpruner.recovery.trainer import LossTrainer
 from llmpruner.recovery.training import fit
 
 TIMED = SETTINGS.model_copy(update={"max_steps": None, "minutes": 1.0, "eval_steps": None, "warmup_steps": None})
@@ -45,6 +47,32 @@ def test_as_many_steps_as_fit(rows):
         assert found.seconds(count + 1, settings) > seconds
         assert count == 0 or found.seconds(count, settings) <= seconds
     assert Pace(0.5, 0.0, 0.0).count(60, settings) == 120
+
+
+def test_saving_takes_a_small_share_of_the_time():
+    settings = RecoverSettings(data="a", batch_size=4, minutes=1)
+    assert Pace(0.5, 0.0, 0.25).seconds(120, settings) == 60 + 10 * 0.25
+    assert Pace(0.5, 0.0, 6.0).seconds(120, settings) == 60 + 6 + 60 / 30
+    assert Pace(0.5, 0.0, 6.0).seconds(10, settings) == 5 + 6 + 5 / 30
+    assert worth_saving(0.25, 0.0) and worth_saving(6.0, 180.0) and not worth_saving(6.0, 179.0)
+
+
+def test_a_state_that_takes_long_to_save_is_saved_less_often(tmp_path, monkeypatch):
+    saved, save = [], LossTrainer._save_checkpoint
+
+    def spy(trainer, *arguments):
+        saved.append(trainer.state.global_step)
+        save(trainer, *arguments)
+
+    monkeypatch.setattr(LossTrainer, "_save_checkpoint", spy)
+    settings = SETTINGS.model_copy(update={"max_steps": 6})
+    run(tmp_path / "often", FullStrategy(), settings)
+    assert saved == [1, 2, 3, 4, 5]
+    saved.clear()
+    monkeypatch.setattr(schedule, "_CHEAP_SAVING", 0.0)
+    monkeypatch.setattr(schedule, "_SAVING_SHARE", 1e-9)
+    run(tmp_path / "seldom", FullStrategy(), settings)
+    assert saved == [1]
 
 
 def test_the_schedule_is_that_of_the_steps_that_fit(tmp_path, monkeypatch):
