@@ -478,8 +478,8 @@ class RecoverSettings(Settings):
         Field(
             description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
             "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or "
-            "self:N for N rows that the dense model generates. Several, with commas between them, are joined; "
-            "3*FILE,1*FILE takes examples in these shares."
+            "self:N for N rows that the dense model generates, self-text for texts without instructions. Several, with "
+            "commas between them, are joined; 3*FILE,1*FILE takes examples in these shares."
         ),
     ]
     strategy: Annotated[str, Field(description="Recovery strategy; see `llmpruner plugins`.")] = "lora"

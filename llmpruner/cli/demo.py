@@ -42,8 +42,9 @@ def demo(
 ) -> None:
     """Prune, recover and compare a real 135M model in minutes, on a CPU, offline.
 
-    Pruned as `llmpruner prune` does by default, on fewer samples. Calibration text is written by the model itself,
-    perplexity is measured on Python's own documentation, and the instructions for recovery come with llmpruner.
+    Pruned as `llmpruner prune` does by default, on fewer samples, then distilled from the dense model. Text for both
+    is written by the model itself, but for some instructions that come with llmpruner; perplexity is measured on
+    Python's own documentation.
     """
     from .. import api
     from ..recipes.recipe import Recipe
@@ -81,7 +82,10 @@ def _show(recipe: Recipe, step: StepResult) -> None:
     elif step.command == "recover":
         first, last = step.result["losses"]
         examples, steps = step.result["examples"], step.result["steps"]
-        out.print(f"LoRA on {examples} instructions, {steps} steps: loss on answers {first:.3f} → {last:.3f}")
+        out.print(
+            f"Distillation on {examples} rows of instructions and of text that the dense model wrote, {steps} steps: "
+            f"divergence from its predictions {first:.3f} → {last:.3f} nats per token"
+        )
         out.rule("4. Side by side")
     elif step.command == "evaluate":
         show_evaluations(step.value)

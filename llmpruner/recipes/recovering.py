@@ -186,7 +186,7 @@ def _dense_rows(
         model = open_model()
         if model.tokenizer is None:
             raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
-        if not has_chat_template(model.family, model.tokenizer):
+        if own.answers and not has_chat_template(model.family, model.tokenizer):
             progress.status(f"'{model.ref}' has no chat template: instructions are in the format of its family")
         if model.streamed is not None:
             progress.status(f"'{model.ref}' is read from its files for every token; a file of examples is faster")

@@ -1,15 +1,16 @@
-"""``--data self``: examples that the dense model writes, so that a recovery needs no corpus.
+"""``--data self`` and ``self-text``: examples that the dense model writes, so that a recovery needs no corpus.
 
-Three of four rows are answers to the instructions in ``instructions.txt``, in the model's chat format; the others are
-text that it writes from nothing, as for calibration. Tokens are drawn at temperature 1 from the whole distribution:
-then the cross entropy of the rows differs from the divergence of the trained model from the dense one by a constant,
-in expectation. Imports no torch.
+One of four rows of ``self`` is an answer to an instruction of ``instructions.txt``, in the model's chat format; the
+others, and all rows of ``self-text``, are short texts that it writes from nothing, as for calibration. Tokens are drawn
+at temperature 1 from the whole distribution: then the cross entropy of the rows differs from the divergence of the
+trained model from the dense one by a constant, in expectation. Imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
 
 WRITTEN_FILE = "self-written.jsonl"
 """In the folder of a job: the rows that are written so far, after a line that identifies them."""
-ROWS = 256
-"""Rows of ``self`` without a number."""
-TOKENS = 192
-"""The most tokens of an answer, and those of a text."""
-_NAME = "self"
-_ANSWERS, _OF = 3, 4
-"""So many of so many rows are answers."""
+ROWS = 512
+"""Rows of ``self`` and ``self-text`` without a number."""
+ANSWER_TOKENS, TEXT_TOKENS = 192, 64
+"""The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
+_MIXED, _TEXTS = "self", "self-text"
+_OF = 4
+"""One of so many rows of ``self`` is an answer."""
 _BATCH = 64
 """Rows that are written at once; memory grows with it."""
 _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
@@ -46,20 +47,24 @@ _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 
 @dataclass(frozen=True)
 class DenseText:
-    """A source of rows that the dense model writes. ``source``: as it was given; ``rows``: their number, at most."""
+    """A source of rows that the dense model writes. ``source``: as it was given; ``answers``, ``texts``: numbers of
+    rows with and without an instruction, at most."""
 
     source: str
-    rows: int
+    answers: int
+    texts: int
 
     @property
-    def texts(self) -> int:
-        """Rows that are text without an instruction."""
-        return self.rows // _OF * (_OF - _ANSWERS)
+    def rows(self) -> int:
+        return self.answers + self.texts
 
     def identity(self, model: str, seed: int) -> dict[str, Any]:
         """What the rows depend on, as JSON values. ``model``: identifies the dense model."""
         asked = hashlib.sha256("\n".join(instructions()).encode()).hexdigest()
-        return {"rows": self.rows, "seed": seed, "model": model, "instructions": asked, "tokens": TOKENS}
+        return {
+            "answers": self.answers, "texts": self.texts, "seed": seed, "model": model, "instructions": asked,
+            "tokens": [ANSWER_TOKENS, TEXT_TOKENS],
+        }  # fmt: skip
 
 
 def dense_text_in(data: str) -> DenseText | None:
@@ -67,17 +72,22 @@ def dense_text_in(data: str) -> DenseText | None:
     for a number of rows that is none, and for more than one such part."""
     found = [text for part in parse_mixture(data) if (text := _parsed(part.source)) is not None]
     if len(found) > 1:
-        raise DataError(f"--data {data}: the dense model writes one part of the data; name 'self' once, with the rows")
+        raise DataError(
+            f"--data {data}: the dense model writes one part of the data; name 'self' or 'self-text' once, with the "
+            "rows"
+        )
     return found[0] if found else None
 
 
 def _parsed(source: str) -> DenseText | None:
     name, colon, count = source.partition(":")
-    if name != _NAME or Path(source).is_file():
+    if name not in (_MIXED, _TEXTS) or Path(source).is_file():
         return None
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
-        raise DataError(f"--data {source}: expected 'self', or 'self:N' with N the number of rows to write")
-    return DenseText(source, int(count) if colon else ROWS)
+        raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
+    rows = int(count) if colon else ROWS
+    answers = math.ceil(rows / _OF) if name == _MIXED else 0
+    return DenseText(source, answers, rows - answers)
 
 
 def instructions() -> tuple[str, ...]:
@@ -158,7 +168,7 @@ class _Writer:
         self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
         asked = list(instructions())
         random.Random(seed).shuffle(asked)
-        chosen = [asked[number % len(asked)] for number in range(text.rows - text.texts)]
+        chosen = [asked[number % len(asked)] for number in range(text.answers)]
         prompts = {one: self._ids(chat_prompt(family, tokenizer, one)) for one in set(chosen)}
         pairs = sorted(((one, prompts[one]) for one in chosen), key=lambda pair: len(pair[1]))
         self.batches = [pairs[first : first + _BATCH] for first in range(0, len(pairs), _BATCH)]
@@ -175,7 +185,7 @@ class _Writer:
         )
         found = []
         for (instruction, _), ids in zip(pairs, written, strict=True):
-            answer = self._decoded(ids, finished=len(ids) < TOKENS)
+            answer = self._decoded(ids, finished=len(ids) < ANSWER_TOKENS)
             if answer:
                 found.append({"instruction": instruction, "output": answer})
         return found
@@ -184,7 +194,7 @@ class _Writer:
         from ..data.written import self_generated
 
         tokens = self_generated(
-            self._model, self._tokenizer, self._text.texts, TOKENS, self._seed, passage=TOKENS, batch=_BATCH
+            self._model, self._tokenizer, self._text.texts, TEXT_TOKENS, self._seed, passage=TEXT_TOKENS, batch=_BATCH
         )
         found = [self._decoded(ids, finished=False) for ids in tokens.tolist()]
         return [{"text": one} for one in found if one]
@@ -195,7 +205,7 @@ class _Writer:
         from torch.quasirandom import SobolEngine
 
         count = sum(map(len, self.batches))
-        return SobolEngine(TOKENS, scramble=True, seed=self._seed).draw(count)  # type: ignore[no-untyped-call]
+        return SobolEngine(ANSWER_TOKENS, scramble=True, seed=self._seed).draw(count)  # type: ignore[no-untyped-call]
 
     def _ids(self, prompt: Any) -> list[int]:
         return list(self._tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from ..errors import ModelError
 from .base import Validation
 from .best import BestWeights
-from .schedule import validation_steps, worth_saving
+from .schedule import validation_steps
 from .trainer import LossTrainer, validations
 
 _MOST_NAMED = 8

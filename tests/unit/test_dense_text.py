@@ -30,23 +30,22 @@ def test_the_instructions_are_many_and_distinct():
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ("self", DenseText("self", ROWS)), ("self:40", DenseText("self:40", 40)), ("a.jsonl", None),
-        ("3*a.jsonl,1*self:8", DenseText("self:8", 8)), ("myself", None), ("selfish/data", None),
+        ("self", DenseText("self", ROWS // 4, 3 * ROWS // 4)), ("self:40", DenseText("self:40", 10, 30)),
+        ("a.jsonl", None), ("3*a.jsonl,1*self:8", DenseText("self:8", 2, 6)), ("myself", None), ("selfish/data", None),
+        ("self-text", DenseText("self-text", 0, ROWS)), ("a.jsonl,self-text:8", DenseText("self-text:8", 0, 8)),
+        ("self:1", DenseText("self:1", 1, 0)), ("self:3", DenseText("self:3", 1, 2)), ("self-texts", None),
     ],
 )  # fmt: skip
 def test_the_source_and_its_number_of_rows(data, expected):
     assert dense_text_in(data) == expected
 
 
-def test_one_of_four_rows_is_text():
-    assert [DenseText("self", rows).texts for rows in (1, 3, 4, 256)] == [0, 0, 1, 64]
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ("self:", "--data self:: expected 'self', or 'self:N'"), ("self:0", "expected 'self', or 'self:N'"),
-        ("self:ten", "expected 'self', or 'self:N'"), ("self,2*self:4", "name 'self' once"),
+        ("self:ten", "expected 'self', or 'self:N'"), ("self,2*self:4", "name 'self' or 'self-text' once"),
+        ("self-text:0", "expected 'self-text', or 'self-text:N'"), ("self,self-text", "writes one part of the data"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(data, message):
@@ -110,7 +109,8 @@ def home(request, tmp_path_factory, random_model):
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr(dense_text, "TOKENS", 8)
+    monkeypatch.setattr(dense_text, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(dense_text, "TEXT_TOKENS", 6)
     monkeypatch.setattr(dense_text, "_BATCH", 4)
 
 
@@ -122,7 +122,7 @@ class Said(api.Progress):
         self.lines.append(label)
 
 
-def recover(home, output, data="self:9", **options):
+def recover(home, output, data="self:24", **options):
     values = {"max_steps": 1, "batch_size": 4, "cutoff": 256, "strategy": "lora", **options}
     return api.recover(str(home / "pruned"), data=data, output=output, **values)
 
@@ -136,12 +136,12 @@ def test_a_model_recovers_without_a_corpus(home, tmp_path):
     said = Said()
     found = recover(home, tmp_path / "out", work_dir=tmp_path / "work", progress=said)
     head, rows = written(tmp_path / "work")
-    assert head["whole"] and head["rows"] == 9 and head["batches"] == 3
+    assert head["whole"] and (head["answers"], head["texts"], head["batches"]) == (6, 18, 3)
     asked = [row["instruction"] for row in rows if "instruction" in row]
-    assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 5 <= len(asked) <= 7
-    assert sum("text" in row for row in rows) == 2
+    assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
+    assert 14 <= sum("text" in row for row in rows) <= 18
     record = found.record["recovery"][0]
-    assert record["data"] == "self:9" and record["examples"] == len(rows)
+    assert record["data"] == "self:24" and record["examples"] == len(rows)
     plain = [line for line in said.lines if "no chat template: instructions are in the format of its family" in line]
     assert len(plain) == (0 if "chat_template" in str(list((home / "dense").iterdir())) else 1)
 
@@ -175,6 +175,15 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
         recover(home, tmp_path / "other", work_dir=tmp_path / "parts-work", seed=3)
 
 
+def test_texts_alone_need_no_chat_format(home, tmp_path):
+    said = Said()
+    found = recover(home, tmp_path / "out", "self-text:6", work_dir=tmp_path / "work", progress=said)
+    head, rows = written(tmp_path / "work")
+    assert (head["answers"], head["texts"], head["batches"]) == (0, 6, 1) and all(set(row) == {"text"} for row in rows)
+    assert found.record["recovery"][0]["data"] == "self-text:6"
+    assert not any("chat template" in line for line in said.lines)
+
+
 def test_a_mixture_and_another_strategy(home, tmp_path):
     file = tmp_path / "file.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": f"{n}? ", "completion": "Paris."}) for n in range(12)))
@@ -201,7 +210,7 @@ def test_a_model_that_writes_blanks_is_named(random_model, tmp_path, monkeypatch
     monkeypatch.setattr(dense_text._Writer, "_decoded", lambda *_, **__: "")
     from llmpruner_llama.family import LlamaFamily
 
-    text = DenseText("self:4", 4)
+    text = DenseText("self:4", 1, 3)
     rows = WrittenRows(tmp_path / "rows.jsonl", text.identity("tiny", 0))
     with pytest.raises(DataError, match="writes nothing but blanks"):
         rows.write(text, random_model, tiny_models.tokenizer(), LlamaFamily(), 0)
