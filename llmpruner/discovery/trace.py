@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -121,7 +122,7 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
 
 
 def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:
-    with _without_graph(), positions:
+    with _without_graph(), _without_advice(), positions:
         return torch.export.export(model, (), kwargs=inputs, strict=False)
 
 
@@ -139,6 +140,18 @@ def _without_graph() -> Iterator[None]:
     finally:
         rest = printed.getvalue() if graph is None else printed.getvalue().replace(f"{graph}\n", "")
         sys.stderr.write(rest)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silence what torch logs where `torch.export` fails: names of its symbols, and how to change the model's code."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

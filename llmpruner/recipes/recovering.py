@@ -14,9 +14,9 @@ from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import DataError, ModelError, SettingsError
 from ..families.chat import has_chat_template
-from ..files import check_new_directory, check_space, remove_tree, write_text
+from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
-from ..loading.model import Model, Structure, dtype_of, load_tokenizer, reopened
+from ..loading.model import Model, Structure, load_tokenizer, loaded_bytes, reopened
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
 from ..recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
@@ -33,6 +33,7 @@ from .opening import Opener, Source
 from .recovery_memory import arranged_layers, refuse_without_layers
 from .saving import save
 from .stages import Stages, write_run
+from .training_memory import training_forecast
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Recovery:
         needs_dense = job.strategy.needs_dense or own is not None
         dense = dense_structure(opened, opener.catalog, trust_remote_code=trusted) if needs_dense else None
         way = self._arranged(job, opened, dense, opener)
-        if output is not None and job.settings.merge:
-            size = opened.graph.total_parameters * dtype_of(opened, opener.catalog, opener.load).itemsize
+        if output is not None and job.strategy.by_layer:
+            size = loaded_bytes(opened, opener.catalog, opener.load)
             ranks.from_first(lambda: check_space(output, size, "the result alone"))
         if self.run.restart:
             ranks.from_first(lambda: remove_tree(folder))
@@ -126,6 +127,13 @@ class Recovery:
             limit = self.run.boundary_memory
             return Residency(True, DEFAULT_LIMIT if limit is None else limit)
         if not job.strategy.by_layer or dense is None:
+            teacher = dense if job.strategy.needs_dense else None
+            needs = training_forecast(job, opened, teacher, opener.load, opener.catalog)
+            opener.progress.status(str(needs))
+            if self.output is not None:
+                output, states = self.output, needs.disk - tree_bytes(self._folder())
+                what = "the result and states of the training"
+                Ranks.current().from_first(lambda: check_space(output, states, what))
             return Residency()
         found = arranged_layers(
             job, opened, dense, opener.load, self.run, opener.catalog,

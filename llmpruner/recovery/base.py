@@ -142,6 +142,11 @@ class RecoveryStrategy(Component):
         as in `RecoveryJob`; ``cut``: the kinds of units that were removed from the dense model. Checks nothing by
         default."""
 
+    def trained_parameters(self, graph: CouplingGraph) -> int:
+        """About how many parameters of the model with ``graph`` have gradients and moments of an optimizer in memory,
+        for the forecast. By default 0, as of adapters, which are few."""
+        return 0
+
     def train(self, job: RecoveryJob) -> TrainingResult:
         """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes
         of parameters, or a peft model, whose adapters are then merged (or saved alone, with ``--no-merge``).

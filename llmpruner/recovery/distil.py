@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ..component import ComponentSettings
 from ..errors import SettingsError
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+
+if TYPE_CHECKING:
+    from ..structure.coupling import CouplingGraph
 
 
 class DistilStrategy(RecoveryStrategy):
@@ -71,6 +74,9 @@ class DistilStrategy(RecoveryStrategy):
     @property
     def adapters(self) -> bool:  # type: ignore[override]
         return self.settings.trains == "lora"
+
+    def trained_parameters(self, graph: CouplingGraph) -> int:
+        return {"all": graph.total_parameters, "touched": graph.decoder_parameters, "lora": 0}[self.settings.trains]
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .distillation import train_distilled

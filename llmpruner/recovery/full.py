@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+
+if TYPE_CHECKING:
+    from ..structure.coupling import CouplingGraph
 
 
 class FullStrategy(RecoveryStrategy):
     name = "full"
     summary = "trains every parameter; needs about four times the memory of the weights"
+
+    def trained_parameters(self, graph: CouplingGraph) -> int:
+        return graph.total_parameters
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .training import fit

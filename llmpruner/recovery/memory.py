@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -13,6 +13,9 @@ from ..engine.ranks import Ranks
 from ..errors import UnsupportedModelError
 from .base import RecoveryJob
 from .schedule import micro_batch
+
+if TYPE_CHECKING:
+    from ..settings import RecoverSettings
 
 _BYTES_PER_TOKEN_AND_CHANNEL = 34
 """Kept in a layer per token and channel of the hidden states, at 16 bits, without the scores of attention, which its
@@ -48,15 +51,24 @@ def _fits(model: Any, job: RecoveryJob) -> bool:
 
 
 def needed(model: Any, job: RecoveryJob) -> int:
-    """Estimated bytes that training takes besides the weights: gradients and Adam's two moments, the values kept for
-    the backward pass of one micro-batch, and logits with their gradient in float32."""
-    settings = job.settings
+    """Estimated bytes that training takes besides the weights: gradients and Adam's two moments, and
+    `training_bytes`."""
     vocabulary, channels = job.model.get_input_embeddings().weight.shape
-    width = 2 if settings.autocast else next(model.parameters()).element_size()
-    tokens = micro_batch(settings, Ranks.current().count) * settings.cutoff
-    kept = tokens * channels * job.graph.num_layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2
+    item = next(model.parameters()).element_size()
+    beside = training_bytes(job.settings, vocabulary, channels, job.graph.num_layers, item)
     states = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return int(kept + states + 3 * tokens * vocabulary * 4)
+    return int(states + sum(beside.values()))
+
+
+def training_bytes(settings: RecoverSettings, vocabulary: int, channels: int, layers: int, item: int) -> dict[str, int]:
+    """Estimated bytes, by what takes them, of the values kept for the backward pass of one micro-batch, and of logits
+    with their gradient in float32. ``item``: bytes of a weight."""
+    tokens = micro_batch(settings, Ranks.current().count) * settings.cutoff
+    width = 2 if settings.autocast else item
+    return {
+        "values for the backward pass": tokens * channels * layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2,
+        "logits": 3 * tokens * vocabulary * 4,
+    }
 
 
 def _free(device: torch.device) -> int:

@@ -153,7 +153,7 @@ def test_too_little_space_is_said_before_work(dense, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="of disk for the result and its way there"):
         llmpruner.prune(dense, output=tmp_path / "out", ratio=0.2, importance="l1", progress=Watching())
     data = str(dense.parent / "data.jsonl")
-    with pytest.raises(OutputError, match="of disk for the result alone"):
+    with pytest.raises(OutputError, match="of disk for the result and states of the training"):
         llmpruner.recover(dense, data=data, output=tmp_path / "out")
     with pytest.raises(OutputError, match="choose another place"):
         check_space(tmp_path / "x", 2000, "x")

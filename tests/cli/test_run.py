@@ -315,14 +315,6 @@ class Kill(Progress):
             yield item
 
     @contextmanager
-    def bar(self, label):
-        def at(share, now):
-            if self.label in now:
-                raise Killed
-
-        yield at
-
-    @contextmanager
     def counter(self, label):
         yield lambda number, total, loss: self.reached(label, number)
 

@@ -53,7 +53,7 @@ def test_saving_takes_a_small_share_of_the_time():
     settings = RecoverSettings(data="a", batch_size=4, minutes=1)
     assert Pace(0.5, 0.0, 0.25).seconds(120, settings) == 60 + 10 * 0.25
     assert Pace(0.5, 0.0, 6.0).seconds(120, settings) == 60 + 6 + 60 / 30
-    assert Pace(0.5, 0.0, 6.0).seconds(10, settings) == 5 + 6 + 5 / 30
+    assert Pace(0.5, 0.0, 6.0).seconds(10, settings) == pytest.approx(5 + 6 + 5 / 30)
     assert worth_saving(0.25, 0.0) and worth_saving(6.0, 180.0) and not worth_saving(6.0, 179.0)
 
 

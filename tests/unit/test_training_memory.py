@@ -1,0 +1,77 @@
+"""What a training of a whole model needs: said before its weights are read, and refused where the machine has less."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+
+import llmpruner
+from llmpruner import Catalog, Progress, RecoverSettings, SettingsError, plugin_manager
+from llmpruner.recovery.memory import training_bytes
+
+
+class Said(Progress):
+    def __init__(self):
+        self.lines = []
+
+    def status(self, label):
+        self.lines.append(label)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    tiny_models.llama().save_pretrained(folder / "dense")
+    tiny_models.tokenizer().save_pretrained(folder / "dense")
+    llmpruner.prune(str(folder / "dense"), output=folder / "pruned", ratio=0.2, importance="l1", compensate="none")
+    rows = [{"prompt": f"{number}? ", "completion": "Paris."} for number in range(8)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def recover(home, output, **options):
+    return llmpruner.recover(
+        str(home / "pruned"),
+        data=str(home / "data.jsonl"),
+        output=output,
+        max_steps=1,
+        batch_size=4,
+        cutoff=64,
+        **options,
+    )
+
+
+def test_what_is_needed_is_said_first(home, tmp_path):
+    said = Said()
+    recover(home, tmp_path / "out", strategy="full", progress=said)
+    assert said.lines[0].startswith("needs about ") and " of memory, " in said.lines[0] and " of disk" in said.lines[0]
+
+
+def test_too_little_memory_is_refused_before_weights_are_read(home, tmp_path, monkeypatch):
+    small = SimpleNamespace(total=1 << 20, available=1 << 20)
+    monkeypatch.setattr("llmpruner.recipes.training_memory.psutil.virtual_memory", lambda: small)
+    monkeypatch.setattr("llmpruner.recipes.training_memory.psutil.swap_memory", lambda: SimpleNamespace(total=0))
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SettingsError, match=r"with recovery strategy distil needs about .* of memory .* this machine has 1 MiB; --strat"):
+        recover(home, tmp_path / "out", strategy="distil")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("strategy", ["lora", "full", "distil"])
+def test_parameters_with_gradients(strategy, home):
+    graph, catalog = llmpruner.load(str(home / "pruned")).graph, Catalog(plugin_manager())
+    found = catalog.create(catalog.strategies, strategy).trained_parameters(graph)
+    assert found == (0 if strategy == "lora" else graph.total_parameters)
+
+
+def test_values_of_a_micro_batch():
+    settings = RecoverSettings(data="a", batch_size=8, micro_batch_size=4, cutoff=512)
+    whole, half = (
+        training_bytes(settings.model_copy(update={"autocast": autocast}), 49152, 576, 30, 4)
+        for autocast in (False, True)
+    )
+    assert whole["logits"] == half["logits"] == 3 * 2048 * 49152 * 4
+    assert whole["values for the backward pass"] == 2 * half["values for the backward pass"] == 2048 * 576 * 30 * 34 * 2
