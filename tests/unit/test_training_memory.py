@@ -55,7 +55,8 @@ def test_too_little_memory_is_refused_before_weights_are_read(home, tmp_path, mo
     monkeypatch.setattr("llmpruner.recipes.training_memory.psutil.virtual_memory", lambda: small)
     monkeypatch.setattr("llmpruner.recipes.training_memory.psutil.swap_memory", lambda: SimpleNamespace(total=0))
     monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(SettingsError, match=r"with recovery strategy distil needs about .* of memory .* this machine has 1 MiB; --strat"):
+    message = r"with recovery strategy distil needs about .* of memory .* this machine has 1 MiB; --strategy local"
+    with pytest.raises(SettingsError, match=message):
         recover(home, tmp_path / "out", strategy="distil")
     assert list(tmp_path.iterdir()) == []
 
