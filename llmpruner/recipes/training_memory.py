@@ -55,7 +55,8 @@ def training_forecast(
         job.settings.gradient_checkpointing == "auto" and sum(memory.values()) > free
     ):
         memory[kept] //= graph.num_layers
-    disk = graph.total_parameters * item + _KEPT_STATES * 3 * states
+    saves_adapters = job.strategy.adapters and not job.settings.merge
+    disk = (0 if saves_adapters else graph.total_parameters * item) + _KEPT_STATES * 3 * states
     found = Forecast(Residency(), memory_before(model), (Stage("training", memory),), disk)
     if device.type == "cpu":
         _check_machine(opened.ref, job, found)

@@ -54,10 +54,6 @@ class DenseText:
     answers: int
     texts: int
 
-    @property
-    def rows(self) -> int:
-        return self.answers + self.texts
-
     def identity(self, model: str, seed: int) -> dict[str, Any]:
         """What the rows depend on, as JSON values. ``model``: identifies the dense model."""
         asked = hashlib.sha256("\n".join(instructions()).encode()).hexdigest()
