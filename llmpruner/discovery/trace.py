@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import LlmprunerError, UnsupportedModelError
 from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
-from ..models.quiet import quiet_transformers
+from ..models.quiet import only_errors, quiet_transformers
 from ..models.where import where
 from .positions import EveryPosition
 
@@ -122,7 +121,8 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
 
 
 def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:
-    with _without_graph(), _without_advice(), positions:
+    # There torch logs, where an export fails, names of its symbols and how to change the model's code.
+    with _without_graph(), only_errors("torch.fx.experimental.symbolic_shapes"), positions:
         return torch.export.export(model, (), kwargs=inputs, strict=False)
 
 
@@ -140,18 +140,6 @@ def _without_graph() -> Iterator[None]:
     finally:
         rest = printed.getvalue() if graph is None else printed.getvalue().replace(f"{graph}\n", "")
         sys.stderr.write(rest)
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Silence what torch logs where `torch.export` fails: names of its symbols, and how to change the model's code."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from ..engine.boundaries import DEFAULT_LIMIT, GIB
+from ..errors import SettingsError
 
 LATER = 96 << 20
 """Bytes of modules that are imported during the work, of the tokenizer, and of the allocator's free lists."""
@@ -62,6 +65,12 @@ class Forecast:
         return self.base + self.largest.bytes
 
     @property
+    def largest_parts(self) -> str:
+        """What takes most memory, in words."""
+        parts = sorted(self.largest.memory.items(), key=lambda part: -part[1])[:3]
+        return ", ".join(f"{name} {size_text(size)}" for name, size in parts)
+
+    @property
     def seconds(self) -> float | None:
         found = [stage.seconds for stage in self.stages]
         return None if None in found else sum(s for s in found if s is not None)
@@ -93,6 +102,17 @@ class Forecast:
         time = "" if self.seconds is None else f" and {duration(self.seconds)}"
         disk = f", {size_text(self.disk)} of disk" if self.disk else ""
         return f"needs about {size_text(self.memory)} of memory{disk}{time} ({self.residency})"
+
+
+def check_machine(what: str, found: Forecast, advice: str) -> None:
+    """Raise `SettingsError` where the machine does not have the memory that ``what`` needs, however much of it is free.
+    ``advice``: what would do."""
+    most = psutil.virtual_memory().total + psutil.swap_memory().total
+    if found.memory > most:
+        raise SettingsError(
+            f"{what} needs about {size_text(found.memory)} of memory ({found.largest_parts}), and this machine has "
+            f"{size_text(most)}; {advice}"
+        )
 
 
 def size_text(number: float) -> str:

@@ -74,12 +74,10 @@ def arranged_layers(
             return one
     least = min(tried, key=lambda one: one.memory)
     detail = f"; they cannot be read layer by layer: {reason}" if reason else ""
-    parts = sorted(least.largest.memory.items(), key=lambda item: -item[1])[:3]
-    what = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
     raise SettingsError(
         f"--max-memory {size_text(run.max_memory)}: training the layers of '{opened.ref}' needs at least "
-        f"{size_text(least.memory)} ({size_text(least.base)} before it starts; {what}){detail}; raise it, or lower "
-        "--micro-batch-size or --cutoff"
+        f"{size_text(least.memory)} ({size_text(least.base)} before it starts; {least.largest_parts}){detail}; "
+        "raise it, or lower --micro-batch-size or --cutoff"
     )
 
 

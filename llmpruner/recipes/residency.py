@@ -20,7 +20,7 @@ from ..loading.model import Model, conversion_rate, dtype_of, loaded_bytes, why_
 from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings
-from .forecast import Forecast, Residency, size_text
+from .forecast import Forecast, Residency, check_machine, size_text
 from .forecasting import forecast
 from .layer_sample import LayerSample, memory_before, sample_layer
 from .work import Work
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..loading.model import Structure
     from ..plugins.catalog import Catalog
     from .jobs import PruneJob
+
+_ADVICE = "take fewer or shorter samples, or give --max-memory, with which less may do"
 
 _LOG = logging.getLogger("llmpruner")
 _DIVIDED = (2, 4, 8, 16)
@@ -102,7 +104,7 @@ def arranged(
     if run.max_memory is None:
         way = found(Residency(whole is None and is_streamed(opened, job, load, catalog), limit))
         if device.type == "cpu":
-            _check_machine(opened.ref, way)
+            check_machine(f"'{opened.ref}'", way, _ADVICE)
         return way
     reason = whole or _why_whole(opened, job, load, catalog)
     tried = [found(way) for way in _ways(limit, fixed=run.boundary_memory is not None, streams=reason is None)]
@@ -118,25 +120,9 @@ def arranged(
     detail = f"; it cannot be read layer by layer: {reason}" if reason else ""
     raise SettingsError(
         f"--max-memory {size_text(run.max_memory)}: '{opened.ref}' needs at least {size_text(least.memory)} "
-        f"({size_text(least.base)} before it starts; {_largest(least)}){detail}; raise it, "
+        f"({size_text(least.base)} before it starts; {least.largest_parts}){detail}; raise it, "
         "or take fewer or shorter samples"
     )
-
-
-def _check_machine(ref: str, way: Forecast) -> None:
-    """Raise `SettingsError` where the machine does not have the memory, however much of it is free."""
-    most = psutil.virtual_memory().total + psutil.swap_memory().total
-    if way.memory > most:
-        raise SettingsError(
-            f"'{ref}' needs about {size_text(way.memory)} of memory ({_largest(way)}), and this machine has "
-            f"{size_text(most)}; take fewer or shorter samples, or give --max-memory, with which less may do"
-        )
-
-
-def _largest(way: Forecast) -> str:
-    """What takes most memory."""
-    parts = sorted(way.largest.memory.items(), key=lambda item: -item[1])[:3]
-    return ", ".join(f"{name} {size_text(size)}" for name, size in parts)
 
 
 def _ways(limit: int, *, fixed: bool, streams: bool) -> Iterator[Residency]:

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from ..errors import SettingsError
 from ..loading.model import Model, dtype_of, loaded_bytes
 from ..recovery.memory import training_bytes
-from .forecast import LATER, Forecast, Residency, Stage, size_text
+from .forecast import LATER, Forecast, Residency, Stage, check_machine
 from .layer_sample import memory_before
 
 if TYPE_CHECKING:
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
 _BFLOAT16 = 2
 _KEPT_STATES = 2
 """Checkpoints of the training on the disk, each with the trained weights and two moments of AdamW for them."""
+_ADVICE = (
+    "--strategy local reads one layer at a time, adapters (--strategy lora) have no gradients of all weights, and "
+    "--micro-batch-size, --cutoff and --dtype bfloat16 save some"
+)
 
 
 def training_forecast(
@@ -59,18 +62,5 @@ def training_forecast(
     disk = (0 if saves_adapters else graph.total_parameters * item) + _KEPT_STATES * 3 * states
     found = Forecast(Residency(), memory_before(model), (Stage("training", memory),), disk)
     if device.type == "cpu":
-        _check_machine(opened.ref, job, found)
+        check_machine(f"training '{opened.ref}' with {job.strategy.label()}", found, _ADVICE)
     return found
-
-
-def _check_machine(ref: str, job: RecoverJob, found: Forecast) -> None:
-    most = psutil.virtual_memory().total + psutil.swap_memory().total
-    if found.memory > most:
-        parts = sorted(found.largest.memory.items(), key=lambda part: -part[1])[:3]
-        what = ", ".join(f"{name} {size_text(size)}" for name, size in parts)
-        raise SettingsError(
-            f"training '{ref}' with {job.strategy.label()} needs about {size_text(found.memory)} of memory ({what}), "
-            f"and this machine has {size_text(most)}; --strategy local reads one layer at a time, adapters "
-            "(--strategy lora) have no gradients of all weights, and --micro-batch-size, --cutoff and --dtype bfloat16 "
-            "save some"
-        )
