@@ -214,6 +214,7 @@ def _child(place: Path, argv: list[str], main: Callable[[], None]) -> None:
             os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), number)
         seen = os.open(place / "seen", os.O_WRONLY | os.O_CREAT)
         os.environ["TMPDIR"], tempfile.tempdir = str(place), str(place)
+        os.environ["LLMPRUNER_CACHE"] = str(place / "cache")
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         signal.alarm(SECONDS)

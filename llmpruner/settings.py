@@ -47,7 +47,7 @@ class Option:
 class Settings(BaseModel):
     """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     def given(self) -> dict[str, Any]:
         """The fields that the user gave, as JSON values."""

@@ -10,7 +10,6 @@ from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
 from ..errors import DuplicateNameError
-from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost, plugin_manager
 from . import (
     bench,
@@ -63,6 +62,8 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
         del version, debug
+        from ..plugins.catalog import Catalog  # help is shown without it, and without pydantic
+
         ctx.obj = Catalog(host)
         show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
@@ -106,7 +107,9 @@ def _version(value: bool) -> None:
 def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
     """Add the commands and groups of every plugin. Those that Typer cannot build, or whose name exists already, are
     left out and recorded in ``host.broken``."""
-    owner = dict.fromkeys(_names(app), "llmpruner")
+    # Typer's own names, which it would only give after it built every command.
+    own_names = (c.name or typer.main.get_command_name(_function(c)) for c in app.registered_commands)
+    owner = dict.fromkeys(own_names, "llmpruner")
     for answer in host.call(_HOOK, lambda: {"app": typer.Typer()}, returns=False):
         plugin, own = answer.plugin or answer.wrappers[0], answer.arguments["app"]
         for kind in ("registered_commands", "registered_groups"):

@@ -12,16 +12,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from .. import __version__
 from ..errors import LlmprunerError, first_line
-from ..plugins.catalog import Catalog
 from ..plugins.host import PluginHost
 from .console import err, print_json, size, table
 from .options import Json
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
 
 OK, WARNING, BROKEN, ABSENT = "ok", "warning", "broken", "absent"
 COLOURS = {OK: "green", WARNING: "yellow", BROKEN: "red", ABSENT: "dim"}
@@ -224,6 +226,8 @@ def _constant(name: str) -> object:
 
 
 def _plugins(host: PluginHost) -> Iterator[Check]:
+    from ..plugins.catalog import Catalog
+
     try:
         catalog = Catalog(host)
     except LlmprunerError as error:

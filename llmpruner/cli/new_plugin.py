@@ -9,7 +9,6 @@ import typer
 
 from ..errors import LlmprunerError, SettingsError
 from ..files import check_new_directory
-from ..plugins.catalog import KINDS as CATALOG
 from ..scaffold.package import KINDS, PluginName, kind_named, render, write
 from .console import note, out
 from .options import catalog_of
@@ -47,6 +46,8 @@ def new_plugin(
 ) -> None:
     """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
     strategy."""
+    from ..plugins.catalog import KINDS as CATALOG
+
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
     adds = kind_named(kind)

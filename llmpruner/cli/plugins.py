@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from ..plugins.catalog import Catalog
-from ..plugins.describe import describe, summary_of
 from .console import out, print_json, table
 from .options import Json, catalog_of
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -26,6 +27,8 @@ def list_plugins(
     as_json: Json = False,
 ) -> None:
     """List the components of all plugins with their packages; or show one component with its settings."""
+    from ..plugins.describe import summary_of
+
     catalog = catalog_of(ctx)
     if name is not None:
         _show(catalog, name, as_json=as_json)
@@ -43,6 +46,8 @@ def list_plugins(
 
 
 def _show(catalog: Catalog, name: str, *, as_json: bool) -> None:
+    from ..plugins.describe import describe
+
     found = describe(catalog, name)
     if as_json:
         print_json([asdict(fact) for fact in found])

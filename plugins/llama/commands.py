@@ -10,9 +10,6 @@ import typer
 
 from llmpruner import LlmprunerError, ModelError
 
-from .deltas import delta_family
-from .meta_reader import MetaReader
-
 if TYPE_CHECKING:
     import torch
 
@@ -56,10 +53,13 @@ def convert(
         if path is not None and not path.is_dir():
             raise ModelError(f"model directory '{path}' does not exist")
     if base is not None and delta is not None:
+        from .deltas import delta_family
+
         if to is not Format.HF:
             raise LlmprunerError("a delta is applied to Hugging Face's format; convert the result with --to meta after")
         delta_family(ctx.obj, family).apply_delta(base, delta, output, _torch_dtype(dtype))
     elif source is not None and to is Format.META:
+        from .meta_reader import MetaReader
         from .meta_writer import convert_to_meta
 
         if dtype is not Dtype.AUTO:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmpruner import Catalog, PluginError, UnknownNameError
+from llmpruner import PluginError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
+
+    from llmpruner import Catalog
 
 
 class DeltaFamily:
