@@ -62,9 +62,11 @@ def config_of(shape: str, dtype: str = "bfloat16") -> PreTrainedConfig:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """A tokenizer with a token for every byte, and one for the ends of a text."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    """A tokenizer with a token for every byte, one for two spaces, and one for the ends of a text."""
+    space = "\u0120"  # as byte-level tokenizers write a space
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), space * 2]
+    # llama.cpp reads no byte-level vocabulary without merges.
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [(space, space)]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
