@@ -26,15 +26,15 @@ BY_LAYER = {"local": 30}
 the time by the seconds of the first of each layer."""
 PROBE = 4
 """These steps."""
-_PACKED = ("--pack", "--cutoff", "512", "--batch-size", "8", "--learning-rate", "2e-4")
+_PACKED = ("--pack", "--learning-rate", "2e-4")
 _MIXED = ("--data", "{c4},{alpaca}", *_PACKED)
 WAYS: dict[str, tuple[str, ...]] = {
     "distil": ("--strategy", "distil", *_MIXED, "--autocast"),
     "full": ("--strategy", "full", *_MIXED, "--autocast"),
-    "local": ("--strategy", "local", *_MIXED, "--autocast"),
-    "distil, self-written": ("--strategy", "distil", "--data", "self:1000", *_PACKED, "--autocast"),
-    "lora, self-written": ("--strategy", "lora", "--data", "self:1000", "--autocast"),
-    "lora, the paper's": ("--strategy", "lora", "--data", "{alpaca}", "--autocast"),
+    "local": ("--strategy", "local", *_MIXED, "--autocast", "--cutoff", "512", "--batch-size", "8"),
+    "distil, self-written": ("--strategy", "distil", "--data", "self:2000", *_PACKED, "--autocast"),
+    "lora, self-written": ("--strategy", "lora", "--data", "self:2000", "--autocast"),
+    "lora, the paper's": ("--strategy", "lora", "--data", "{alpaca}", "--autocast", "--batch-size", "64"),
 }
 
 

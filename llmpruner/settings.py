@@ -537,9 +537,16 @@ class RecoverSettings(Settings):
         ),
         Option(_TRAINING),
     ] = None
-    batch_size: Annotated[int, Field(ge=1, le=2**20, description="Examples per optimizer step."), Option(_TRAINING)] = (
-        64
-    )
+    batch_size: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=2**20,
+            description="Examples per optimizer step. Unless it is given, or --max-steps, it is halved down to 2 while "
+            "the training would have fewer than 200 steps.",
+        ),
+        Option(_TRAINING),
+    ] = 64
     micro_batch_size: Annotated[
         int,
         Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size."),

@@ -16,9 +16,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import LlmprunerError, UnsupportedModelError
+from ..loggers import only_errors
 from ..models.decoder import decoder_layers
 from ..models.empty import meta_model
-from ..models.quiet import only_errors, quiet_transformers
+from ..models.quiet import quiet_transformers
 from ..models.where import where
 from .positions import EveryPosition
 

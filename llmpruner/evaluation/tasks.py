@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import io
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
+from ..loggers import only_errors
 from ..progress import QUIET, Progress
 from .task_bars import bars_to
 
@@ -98,7 +98,7 @@ def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Loa
     Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be loaded.
     """
     # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
         manager = _manager(names, include_path)
         return LoadedTasks({name: tuple(_load(manager, name)) for name in expand(names, manager.all_tasks)})
 
@@ -123,7 +123,7 @@ def evaluate_tasks(
     """
     if not isinstance(tasks, LoadedTasks):
         tasks = load_tasks(tasks, include_path=include_path)
-    with _quiet(), progress.bar("lm-eval") as at, bars_to(lambda share: at(share, "lm-eval")):
+    with only_errors("lm_eval"), progress.bar("lm-eval") as at, bars_to(lambda share: at(share, "lm-eval")):
         import lm_eval
         from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
@@ -217,15 +217,3 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and variant:
             metrics[name if variant == "none" else f"{name} ({variant})"] = float(value)
     return metrics
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No notices of lm-eval."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -47,18 +47,6 @@ def _silence() -> None:
 
 
 @contextlib.contextmanager
-def only_errors(name: str) -> Iterator[None]:
-    """A block in which the logger ``name`` shows errors alone."""
-    logger = standard.getLogger(name)
-    before = logger.level
-    logger.setLevel(standard.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextlib.contextmanager
 def quiet_gguf() -> Iterator[None]:
     """`quiet_transformers` for reading a GGUF file, whose progress bar ignores the setting of transformers."""
     own = vars(reader).get("tqdm")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.mixture import parse_mixture
 from ..loading.model import load_tokenizer
 from ..recovery.run import prepare
-from ..recovery.schedule import steps
+from ..recovery.schedule import steps, with_batch
 from .residency import arranged
 from .work import work_of
 
@@ -50,6 +50,8 @@ def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Ca
             return f"{settings.epochs:g} epochs of {settings.data}, which is not read before", {}
         return f"{settings.max_steps:,} steps", {"steps": settings.max_steps}
     rows = prepare(settings, dense.family, load_tokenizer(dense, catalog, load)).rows.rows
+    if settings.max_steps is None:
+        settings = with_batch(settings, lambda one: steps(one, len(rows)), processes=1)
     count = steps(settings, len(rows))
     epoch = sum(len(row["input_ids"]) for row in rows)
     # The last batch of an epoch may be smaller.

@@ -38,9 +38,10 @@ class RecoveryJob:
     ``examples``: rows of ``input_ids`` and ``labels``, lists of integers of equal length, not padded; a label is the
     token at the same position, or −100 for tokens that are not trained on. ``graph``: the coupled groups of the pruned
     model, to choose parameters by their role instead of by name. ``settings``: those that all strategies share, from
-    ``learning_rate`` to ``seed``; a strategy's own settings are its ``self.settings``. ``work_dir``: an existing
-    directory for the state of the training, to resume from; kept until the result is saved. ``on_step``: to be called
-    after each optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
+    ``learning_rate`` to ``seed``; a strategy's own settings are its ``self.settings``. With ``minutes``, the number of
+    steps and, unless it was given, the batch size are chosen by `fit`. ``work_dir``: an existing directory for the
+    state of the training, to resume from; kept until the result is saved. ``on_step``: to be called after each
+    optimizer step with its number from 1, the number of steps, and its loss. ``load_teacher``: see
     `teacher`. ``layers``: for every decoder layer, its number in the dense model; None where no layer was removed.
     ``validation``: rows of the same form that are not trained on; empty without validation. ``on_validation``: to be
     called after each validation with the number of steps taken, the loss, and the perplexity where the loss is the

@@ -1,4 +1,4 @@
-"""How many steps fit into the time that a training may take."""
+"""How many steps fit into the time that a training may take, and of how many examples."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ import math
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from ..engine.ranks import Ranks
-from ..errors import OutputError, SettingsError
+from ..errors import SettingsError
 from ..files import write_text
 from ..settings import RecoverSettings
 from .base import RecoveryJob
-from .schedule import micro_batch, seconds_of_saving, steps, validation_steps
+from .schedule import PACE_FILE, chosen_in, micro_batch, seconds_of_saving, validation_steps, with_batch
 from .trainer import Loss, LossTrainer, arguments
 
-_FILE = "pace.json"
-_TRIAL, _NOT_COUNTED = 4, 1
-"""Steps of a trial, and how many of them, the first, are not counted: they compile kernels and allocate memory."""
-_MICRO_BATCHES = 2
-"""Per step of a trial, at most; the time of a step follows from that of its micro-batches."""
+_TRIAL, _NOT_COUNTED, _ENOUGH = 4, 1, 5.0
+"""Steps of a trial, of one micro-batch each; how many of them, the first, are not counted, as they compile kernels and
+allocate memory; and the seconds of counted ones that end it early."""
 _SHARE = 0.97
 """Of the time that is planned for."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of an optimizer step, of a validation on so many ``rows``, and of saving the state of the training."""
+    """Seconds of an example in all processes together, forwards and backwards; of an optimizer step beside its
+    examples; of a validation on so many ``rows``; and of saving the state of the training."""
 
-    step: float
+    example: float
+    update: float
     validation: float
     saving: float
     rows: int = 0
@@ -43,47 +42,40 @@ class Pace:
     def seconds(self, count: int, settings: RecoverSettings) -> float:
         """Of ``count`` steps with the validations and savings among them."""
         checks = 1 + math.ceil(count / validation_steps(settings, count, self.rows)) if self.rows else 0
-        computing = count * self.step + checks * self.validation
+        computing = count * self._step(settings) + checks * self.validation
         return computing + seconds_of_saving(self.saving, computing, count)
+
+    def _step(self, settings: RecoverSettings) -> float:
+        return settings.batch_size * self.example + self.update
 
     def count(self, seconds: float, settings: RecoverSettings) -> int:
         """The largest number of steps within ``seconds``; 0 where not even one is."""
-        low, high = 0, max(1, int(seconds / self.step) + 1)
+        low, high = 0, max(1, int(seconds / self._step(settings)) + 1)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.seconds(middle, settings) <= seconds else (low, middle - 1)
         return low
 
 
-def steps_to_take(model: Any, job: RecoveryJob, loss: Loss | None) -> int:
-    """The number of optimizer steps. With ``minutes``, it is chosen once and kept in ``job.work_dir``, so that a
-    continued training has the same learning rates.
+def paced(model: Any, job: RecoveryJob, loss: Loss | None) -> RecoveryJob:
+    """``job`` with the number of optimizer steps and the batch size that fit into ``minutes``, where they are given.
+    Both are chosen once and kept in ``job.work_dir``, so that a continued training has the same learning rates.
 
     Raises `SettingsError` where the time does not suffice for a step.
     """
-    settings, ranks = job.settings, Ranks.current()
-    if settings.minutes is None:
-        return steps(settings, len(job.examples))
-    file = job.work_dir / _FILE
-    known = ranks.from_first(lambda: _read(file))
-    if known is None:
+    ranks = Ranks.current()
+    if job.settings.minutes is None:
+        return job
+    known = ranks.from_first(lambda: chosen_in(job.work_dir))
+    if not known:
         pace = _timed(model, job, loss)
-        known = ranks.from_first(lambda: _chosen(pace, job, settings.minutes or 0.0, file))
-    return known
+        known = ranks.from_first(lambda: _chosen(pace, job, job.settings.minutes or 0.0))
+    return replace(job, settings=job.settings.model_copy(update=known))
 
 
-def _read(file: Path) -> int | None:
-    if not file.is_file():
-        return None
-    try:
-        return int(json.loads(file.read_text())["steps"])
-    except (ValueError, KeyError, TypeError):
-        raise OutputError(f"{file} is damaged; delete {file.parent} and start again") from None
-
-
-def _chosen(pace: Pace, job: RecoveryJob, minutes: float, file: Path) -> int:
-    settings = job.settings
+def _chosen(pace: Pace, job: RecoveryJob, minutes: float) -> dict[str, int]:
     left = _SHARE * 60 * minutes - (time.monotonic() - job.began)
+    settings = with_batch(job.settings, lambda settings: pace.count(left, settings), Ranks.current().count)
     count = pace.count(left, settings)
     if count == 0:
         raise SettingsError(
@@ -91,8 +83,9 @@ def _chosen(pace: Pace, job: RecoveryJob, minutes: float, file: Path) -> int:
             f"shortest training takes {pace.seconds(1, settings):.1f} s; give more"
         )
     count = min(count, settings.max_steps or count)
-    write_text(file, json.dumps({"steps": count, "seconds": asdict(pace)}, indent=2) + "\n")
-    return count
+    found = {"steps": count, "batch_size": settings.batch_size, "seconds": asdict(pace)}
+    write_text(job.work_dir / PACE_FILE, json.dumps(found, indent=2) + "\n")
+    return chosen_in(job.work_dir)
 
 
 def _timed(model: Any, job: RecoveryJob, loss: Loss | None) -> Pace:
@@ -101,8 +94,7 @@ def _timed(model: Any, job: RecoveryJob, loss: Loss | None) -> Pace:
     folder = job.work_dir / "trial"
     processes = Ranks.current().count
     micro = micro_batch(job.settings, processes)
-    accumulated = job.settings.batch_size // (micro * processes)
-    args = arguments(job, folder, _TRIAL, accumulate=min(accumulated, _MICRO_BATCHES))
+    args = arguments(job, folder, _TRIAL, accumulate=1)
     args.save_steps = _TRIAL
     clock = _Clock()
     trainer = LossTrainer(model, job, loss, args, [clock])
@@ -115,12 +107,8 @@ def _timed(model: Any, job: RecoveryJob, loss: Loss | None) -> Pace:
         if job.validation:
             trainer.evaluate()
         validation = clock.now() - began
-        return Pace(
-            clock.step_seconds(_tokens_of_a_step(job, micro, accumulated)),
-            validation,
-            trainer.saving_seconds,
-            len(job.validation),
-        )
+        example = clock.token_seconds() * _tokens_of_an_example(job, micro) / processes
+        return Pace(example, clock.update_seconds(), validation, trainer.saving_seconds, len(job.validation))
     finally:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -132,7 +120,7 @@ def _timed(model: Any, job: RecoveryJob, loss: Loss | None) -> Pace:
 
 
 class _Clock(TrainerCallback):  # type: ignore[misc]
-    """Times the micro-batches of every step, and what comes after them."""
+    """Times the micro-batches of every step, and what comes after them; ends the training after enough of them."""
 
     trainer: LossTrainer
 
@@ -155,20 +143,26 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self._computed = self.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, state, control
+        del args, state
         self._inside.append((self._computed - self._began, self.trainer.tokens))
         self._beside.append(self.now() - self._computed)
+        counted = [seconds for seconds, _ in self._inside[_NOT_COUNTED:]]
+        if counted and sum(counted) >= _ENOUGH:
+            control.should_training_stop = control.should_save = True
 
-    def step_seconds(self, tokens: float) -> float:
-        """Of a step with so many tokens, padding included."""
-        seconds, counted = (sum(column) for column in zip(*self._inside[_NOT_COUNTED:], strict=True))
+    def token_seconds(self) -> float:
+        """Of a token in this process, padding included."""
+        seconds, tokens = (sum(column) for column in zip(*self._inside[_NOT_COUNTED:], strict=True))
+        return float(seconds / tokens)
+
+    def update_seconds(self) -> float:
         beside = self._beside[_NOT_COUNTED:]
-        return float(tokens * seconds / counted + sum(beside) / len(beside))
+        return sum(beside) / len(beside)
 
 
-def _tokens_of_a_step(job: RecoveryJob, micro: int, accumulated: int) -> float:
-    """Mean number of tokens, padding included, in ``accumulated`` micro-batches of examples in random order."""
+def _tokens_of_an_example(job: RecoveryJob, micro: int) -> float:
+    """Mean, padding included, in micro-batches of ``micro`` examples in random order."""
     lengths = [len(row["input_ids"]) for row in job.examples]
     random.Random(job.settings.seed).shuffle(lengths)
     whole = [lengths[first : first + micro] for first in range(0, len(lengths), micro)]
-    return accumulated * micro * sum(map(max, whole)) / len(whole)
+    return sum(map(max, whole)) / len(whole)

@@ -22,6 +22,7 @@ from ..settings import RecoverSettings, option_of
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation
 from .dense_text import WRITTEN_FILE
 from .examples import Examples, Rows, load_examples, rows_of, split
+from .schedule import chosen_in, steps, with_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,6 +155,8 @@ def recover(
     data = data or prepare(settings, family, tokenizer, examples)
     largest = max(max(row["input_ids"]) for row in data.rows.rows)
     check_ids(torch.tensor([largest]), model)
+    if settings.minutes is None and settings.max_steps is None:
+        settings = with_batch(settings, lambda one: steps(one, len(data.rows.rows)), Ranks.current().count)
     held_out = data.validation or Rows([], [])
     walk = walk or LayerWalk()
     identity = _identity(walk.pruned or Weights(model, graph.layers), data, strategy, settings)
@@ -174,6 +177,9 @@ def recover(
     with alone_in(work_dir) if Ranks.current().first else nullcontext(), _writing(work_dir):
         result = strategy.train(job)
     seconds = time.perf_counter() - started
+    chosen = Ranks.current().from_first(lambda: chosen_in(work_dir))
+    if chosen:
+        settings = settings.model_copy(update={"batch_size": chosen["batch_size"]})
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     trained = merge_adapters(result.model) if settings.merge else result.model

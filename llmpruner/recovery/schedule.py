@@ -3,16 +3,23 @@ is imported."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import SettingsError
+from ..errors import OutputError, SettingsError
 
 if TYPE_CHECKING:
     from ..settings import RecoverSettings
 
+PACE_FILE = "pace.json"
+"""In the folder of a training with ``minutes``: what `chosen_in` returns, and the seconds that it follows from."""
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """``--schedule`` → its name in transformers."""
+_BATCHES, _STEPS = (64, 32, 16, 8, 4, 2), 200
+"""Examples per optimizer step, where the user does not say: as many as leave so many steps, or the fewest."""
 _VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
 _CHEAP_SAVING, _SAVING_SHARE = 0.5, 1 / 30
 """Seconds within which a state is saved by the number of steps alone; else the share of the time that it may take."""
@@ -23,6 +30,17 @@ def steps(settings: RecoverSettings, examples: int) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
     return math.ceil(settings.epochs * math.ceil(examples / settings.batch_size))
+
+
+def with_batch(settings: RecoverSettings, count: Callable[[RecoverSettings], int], processes: int) -> RecoverSettings:
+    """``settings`` with a batch size, where the user gave none: the largest with which the training has 200 steps, and
+    at least 2. A few hundred thousand tokens, as are trained on in minutes, restore more in many small steps than in a
+    few large ones. ``count``: of the steps of a training with settings. The batch is a multiple of ``processes``."""
+    sizes = [size for size in _BATCHES if size % processes == 0]
+    if "batch_size" in settings.model_fields_set or not sizes:
+        return settings
+    choices = [settings.model_copy(update={"batch_size": size}) for size in sizes]
+    return next((one for one in choices if count(one) >= _STEPS), choices[-1])
 
 
 def validation_steps(settings: RecoverSettings, total: int, rows: int) -> int:
@@ -77,3 +95,15 @@ def warmup_steps(settings: RecoverSettings, total: int) -> int:
             "reach its peak; give fewer"
         )
     return settings.warmup_steps
+
+
+def chosen_in(work_dir: Path) -> dict[str, int]:
+    """The fields of `RecoverSettings` that were chosen for a training with ``minutes``; empty before, and without."""
+    file = work_dir / PACE_FILE
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        return {"max_steps": int(found["steps"]), "batch_size": int(found["batch_size"])}
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{file} is damaged; delete {file.parent} and start again") from None

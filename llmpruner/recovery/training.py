@@ -13,7 +13,8 @@ from ..models.quiet import quiet_transformers
 from .base import RecoveryJob
 from .best import BestWeights
 from .memory import recomputing
-from .pace import steps_to_take
+from .pace import paced
+from .schedule import steps
 from .sharded import make_whole
 from .trackers import tracker_callbacks
 from .trainer import Loss, LossTrainer, arguments, validations
@@ -44,7 +45,8 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     """
     best = BestWeights(job.work_dir)
     with quiet_transformers(), _as_before(model), recomputing(model, job):
-        total = steps_to_take(model, job, loss)
+        job = paced(model, job, loss)
+        total = steps(job.settings, len(job.examples))
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         watch = Watch(best)
         args = arguments(job, job.work_dir, total)

@@ -18,8 +18,8 @@ from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import tokenise
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.memory import needed, recomputing
-from llmpruner.recovery.pace import Pace, steps_to_take
-from llmpruner.recovery.schedule import worth_saving
+from llmpruner.recovery.pace import Pace, paced
+from llmpruner.recovery.schedule import steps, with_batch, worth_saving
 from llmpruner.recovery.trainer import LossTrainer
 from llmpruner.recovery.training import fit
 
@@ -27,12 +27,12 @@ TIMED = SETTINGS.model_copy(update={"max_steps": None, "minutes": 1.0, "eval_ste
 
 
 def fixed(seconds, monkeypatch):
-    """Steps of so many seconds."""
+    """Steps of four examples take so many seconds."""
     made = []
 
     def timed(model, job, loss):
         made.append(1)
-        return Pace(seconds, 0.0, 0.0, len(job.validation))
+        return Pace(seconds / 4, 0.0, 0.0, 0.0, len(job.validation))
 
     monkeypatch.setattr(pace, "_timed", timed)
     return made
@@ -41,20 +41,43 @@ def fixed(seconds, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 20])
 def test_as_many_steps_as_fit(rows):
     settings = RecoverSettings(data="a", batch_size=4, minutes=1)
-    found = Pace(0.5, 1.0, 0.25, rows)
+    found = Pace(0.1, 0.1, 1.0, 0.25, rows)
     for seconds in (0.4, 1, 7, 60, 61.3, 600):
         count = found.count(seconds, settings)
         assert found.seconds(count + 1, settings) > seconds
         assert count == 0 or found.seconds(count, settings) <= seconds
-    assert Pace(0.5, 0.0, 0.0).count(60, settings) == 120
+    assert Pace(0.125, 0.0, 0.0, 0.0).count(60, settings) == 120
 
 
 def test_saving_takes_a_small_share_of_the_time():
     settings = RecoverSettings(data="a", batch_size=4, minutes=1)
-    assert Pace(0.5, 0.0, 0.25).seconds(120, settings) == 60 + 10 * 0.25
-    assert Pace(0.5, 0.0, 6.0).seconds(120, settings) == 60 + 6 + 60 / 30
-    assert Pace(0.5, 0.0, 6.0).seconds(10, settings) == pytest.approx(5 + 6 + 5 / 30)
+    assert Pace(0.1, 0.1, 0.0, 0.25).seconds(120, settings) == 60 + 10 * 0.25
+    assert Pace(0.1, 0.1, 0.0, 6.0).seconds(120, settings) == 60 + 6 + 60 / 30
+    assert Pace(0.1, 0.1, 0.0, 6.0).seconds(10, settings) == pytest.approx(5 + 6 + 5 / 30)
     assert worth_saving(0.25, 0.0) and worth_saving(6.0, 180.0) and not worth_saving(6.0, 179.0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "examples", "size"),
+    [(2, 50_000, 64), (2, 6_400, 64), (2, 6_300, 32), (2, 1_000, 8), (0.5, 900, 2), (2, 30, 2)],
+)
+def test_the_batch_leaves_200_steps(epochs, examples, size):
+    settings = RecoverSettings(data="a", epochs=epochs)
+    chosen = with_batch(settings, lambda one: steps(one, examples), 1)
+    assert chosen.batch_size == size and (steps(chosen, examples) >= 200 or size == 2)
+    assert with_batch(settings, lambda one: steps(one, examples), 4).batch_size == max(size, 4)
+    assert with_batch(settings, lambda one: steps(one, examples), 3) is settings
+    given = RecoverSettings(data="a", epochs=epochs, batch_size=64)
+    assert with_batch(given, lambda one: steps(one, examples), 1) is given
+
+
+def test_the_batch_of_a_training_with_minutes_is_recorded(tmp_path, monkeypatch):
+    fixed(0.01, monkeypatch)
+    given = {name: value for name, value in TIMED.given().items() if name != "batch_size"}
+    settings = RecoverSettings(**given | {"minutes": 0.03, "micro_batch_size": 4})
+    result = run(tmp_path, FullStrategy(), settings)
+    assert result.settings.batch_size == json.loads((tmp_path / "pace.json").read_text())["batch_size"] < 64
+    assert result.settings.max_steps is None
 
 
 def test_a_state_that_takes_long_to_save_is_saved_less_often(tmp_path, monkeypatch):
@@ -132,7 +155,7 @@ def test_a_trial_leaves_no_trace_and_the_training_ends_in_time(tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     began = time.monotonic()
     job = RecoveryJob(model, tiny_models.tokenizer(), rows, graph, settings, tmp_path / "a")
-    count = steps_to_take(model, job, slow_loss)
+    count = paced(model, job, slow_loss).settings.max_steps
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     assert not (tmp_path / "a" / "trial").exists()
     losses = fit(model, job, slow_loss)
@@ -143,6 +166,25 @@ def test_a_trial_leaves_no_trace_and_the_training_ends_in_time(tmp_path):
     other = tiny_models.llama()
     again = RecoveryJob(other, tiny_models.tokenizer(), rows, graph, fixed, tmp_path / "b")
     assert fit(other, again, slow_loss) == losses
+
+
+@pytest.mark.parametrize(("enough", "steps"), [(0.0, 2), (60.0, 4)])
+def test_long_steps_are_timed_once(enough, steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "_ENOUGH", enough)
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch["input_ids"]))
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.square().mean()
+
+    model = tiny_models.llama()
+    rows = tokenise(EXAMPLES, tiny_models.tokenizer(), cutoff=48, loss_on="all")
+    settings = TIMED.model_copy(update={"validation": 0})
+    graph = build_graph(FAMILY, model.config)
+    found = paced(model, RecoveryJob(model, tiny_models.tokenizer(), rows, graph, settings, tmp_path), loss)
+    assert sizes == [settings.micro_batch_size] * steps
+    assert json.loads((tmp_path / "pace.json").read_text())["seconds"]["saving"] > 0
+    assert found.settings.max_steps > 0 and found.settings.batch_size == settings.batch_size
 
 
 def checkpointed(model):
