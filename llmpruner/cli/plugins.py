@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ from .console import out, print_json, table
 from .options import Json, catalog_of
 
 if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
+    from ..plugins.describe import ComponentFacts
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -27,11 +28,11 @@ def list_plugins(
     as_json: Json = False,
 ) -> None:
     """List the components of all plugins with their packages; or show one component with its settings."""
-    from ..plugins.describe import summary_of
+    from ..plugins.describe import describe, summary_of
 
     catalog = catalog_of(ctx)
     if name is not None:
-        _show(catalog, name, as_json=as_json)
+        _show(describe(catalog, name), as_json=as_json)
         return
     rows = [
         {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": summary_of(cls)}
@@ -45,10 +46,7 @@ def list_plugins(
     table(None, ("Kind", "Name", "Package", "What it is"), [tuple(row.values()) for row in rows], left=4)
 
 
-def _show(catalog: Catalog, name: str, *, as_json: bool) -> None:
-    from ..plugins.describe import describe
-
-    found = describe(catalog, name)
+def _show(found: Sequence[ComponentFacts], *, as_json: bool) -> None:
     if as_json:
         print_json([asdict(fact) for fact in found])
         return

@@ -50,8 +50,7 @@ def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Ca
             return f"{settings.epochs:g} epochs of {settings.data}, which is not read before", {}
         return f"{settings.max_steps:,} steps", {"steps": settings.max_steps}
     rows = prepare(settings, dense.family, load_tokenizer(dense, catalog, load)).rows.rows
-    if settings.max_steps is None:
-        settings = with_batch(settings, lambda one: steps(one, len(rows)), processes=1)
+    settings = with_batch(settings, lambda one: steps(one, len(rows)), processes=1)
     count = steps(settings, len(rows))
     epoch = sum(len(row["input_ids"]) for row in rows)
     # The last batch of an epoch may be smaller.

@@ -155,7 +155,7 @@ def recover(
     data = data or prepare(settings, family, tokenizer, examples)
     largest = max(max(row["input_ids"]) for row in data.rows.rows)
     check_ids(torch.tensor([largest]), model)
-    if settings.minutes is None and settings.max_steps is None:
+    if settings.minutes is None:
         settings = with_batch(settings, lambda one: steps(one, len(data.rows.rows)), Ranks.current().count)
     held_out = data.validation or Rows([], [])
     walk = walk or LayerWalk()

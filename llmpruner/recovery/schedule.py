@@ -33,11 +33,12 @@ def steps(settings: RecoverSettings, examples: int) -> int:
 
 
 def with_batch(settings: RecoverSettings, count: Callable[[RecoverSettings], int], processes: int) -> RecoverSettings:
-    """``settings`` with a batch size, where the user gave none: the largest with which the training has 200 steps, and
-    at least 2. A few hundred thousand tokens, as are trained on in minutes, restore more in many small steps than in a
-    few large ones. ``count``: of the steps of a training with settings. The batch is a multiple of ``processes``."""
+    """``settings`` with a batch size, where the user gave neither it nor ``max_steps``: the largest with which the
+    training has 200 steps, and at least 2. A few hundred thousand tokens, as are trained on in minutes, restore more in
+    many small steps than in a few large ones. ``count``: of the steps of a training with settings. The batch is a
+    multiple of ``processes``."""
     sizes = [size for size in _BATCHES if size % processes == 0]
-    if "batch_size" in settings.model_fields_set or not sizes:
+    if "batch_size" in settings.model_fields_set or settings.max_steps is not None or not sizes:
         return settings
     choices = [settings.model_copy(update={"batch_size": size}) for size in sizes]
     return next((one for one in choices if count(one) >= _STEPS), choices[-1])

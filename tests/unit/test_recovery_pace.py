@@ -71,6 +71,16 @@ def test_the_batch_leaves_200_steps(epochs, examples, size):
     assert with_batch(given, lambda one: steps(one, examples), 1) is given
 
 
+def test_the_batch_that_was_chosen_is_trained_with_and_recorded(tmp_path):
+    """Without it, an epoch of these few rows would be one step."""
+    given = {name: value for name, value in SETTINGS.given().items() if name not in ("batch_size", "max_steps")}
+    result = run(tmp_path, FullStrategy(), RecoverSettings(**given | {"epochs": 1.0, "validation": 0}))
+    assert result.settings.batch_size == result.record()["settings"]["batch_size"] == 2
+    assert len(result.losses) == math.ceil(result.examples / 2) > 1
+    bounded = RecoverSettings(**given | {"max_steps": 3})
+    assert with_batch(bounded, lambda one: 3, 1) is bounded
+
+
 def test_the_batch_of_a_training_with_minutes_is_recorded(tmp_path, monkeypatch):
     fixed(0.01, monkeypatch)
     given = {name: value for name, value in TIMED.given().items() if name != "batch_size"}
