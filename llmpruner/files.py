@@ -122,7 +122,7 @@ _WRITING = {
 
 
 @contextmanager
-def writing(what: Path) -> Iterator[None]:
+def writing(what: Path | str) -> Iterator[None]:
     """Errors of writing ``what`` as an `OutputError`: every `OSError`, and those of safetensors and torch."""
     try:
         yield

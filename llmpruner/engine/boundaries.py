@@ -10,6 +10,8 @@ from typing import IO, Any, overload
 
 import torch
 
+from ..files import writing
+
 GIB = 1 << 30
 DEFAULT_LIMIT = 128 << 20
 """Bytes of hidden states in memory, unless the caller sets another limit."""
@@ -20,6 +22,7 @@ class Boundaries:
 
     ``folder``: where the file is created; None for the system's folder of temporary files. The file grows up to the
     largest amount that was kept in it at one time. Values come back bit for bit, on the device that they were on.
+    Raises `OutputError` where the file cannot be written.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
@@ -45,17 +48,18 @@ class Boundaries:
             self.in_memory += size
             # A view would keep the tensor that it is a view of.
             return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
-        if self._file is None:
-            if self._folder is not None:
-                self._folder.mkdir(exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-", buffering=0)  # noqa: SIM115
         unused = self._free.get(size)
         if unused:
             offset = unused.pop()
         else:
             offset, self._end = self._end, self._end + size
-        self._file.seek(offset)
-        _write(self._file, _bytes(tensor.detach().cpu().contiguous()))
+        with writing(f"hidden states in a temporary file in '{self._folder or tempfile.gettempdir()}'"):
+            if self._file is None:
+                if self._folder is not None:
+                    self._folder.mkdir(exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-", buffering=0)  # noqa: SIM115
+            self._file.seek(offset)
+            _write(self._file, _bytes(tensor.detach().cpu().contiguous()))
         self.in_file += size
         return _Place(offset, tuple(tensor.shape), tensor.dtype, tensor.device)
 
