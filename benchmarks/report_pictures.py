@@ -1,8 +1,10 @@
-"""Pictures of reports for the documentation: light, dark, on a narrow screen, printed, and of several models.
+"""Pictures of reports for the documentation: light, dark, on a narrow screen, printed, of several models, and of the
+demo.
 
-    python -m benchmarks.report_pictures FOLDER
+    python -m benchmarks.report_pictures [--reports FOLDER] [--demo FOLDER]
 
-``FOLDER``: of ``python -m benchmarks.reports``. Needs selenium, Chromium with its driver, and pdftoppm of Poppler.
+``--reports``: of ``python -m benchmarks.reports``; ``--demo``: of ``llmpruner demo``. Needs selenium, Chromium with its
+driver, and pdftoppm of Poppler.
 Writes ``docs/pictures/report-*.png``.
 """
 
@@ -36,14 +38,18 @@ COLOURS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--reports", type=Path)
+    parser.add_argument("--demo", type=Path)
+    arguments = parser.parse_args()
     with browser() as driver, tempfile.TemporaryDirectory() as place:
         taken = Path(place) / "taken.png"
+        if arguments.demo is not None:
+            take(driver, arguments.demo.absolute() / "report.html", "demo", 1100, 1250, "light", taken)
+        if arguments.reports is None:
+            return
+        folder = arguments.reports.absolute()
         for name, (page, width, height, scheme) in VIEWS.items():
-            shown(driver, folder / f"{page}.html", width, height, scheme)
-            taken.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {})["data"]))
-            save(taken, name)
+            take(driver, folder / f"{page}.html", name, width, height, scheme, taken)
         shown(driver, folder / f"{SHOWN}.html", 1100, 900, "light")
         paper = Path(place) / "page.pdf"
         # A4, in inches.
@@ -70,6 +76,12 @@ def browser() -> Iterator[Any]:
         yield driver
     finally:
         driver.quit()
+
+
+def take(driver: Any, page: Path, name: str, width: int, height: int, scheme: str, taken: Path) -> None:
+    shown(driver, page, width, height, scheme)
+    taken.write_bytes(base64.b64decode(driver.execute_cdp_cmd("Page.captureScreenshot", {})["data"]))
+    save(taken, name)
 
 
 def shown(driver: Any, page: Path, width: int, height: int, scheme: str) -> None:
