@@ -202,7 +202,8 @@ def recover(
     catalog: Catalog | None = None,
     **settings: Unpack[RecoverKeywords],
 ) -> Model:
-    """Restore quality by a short training on instruction data. A `Model` that is passed in is changed in place.
+    """Restore quality by a short training: by default distillation, on text that the dense model generates. A `Model`
+    that is passed in is changed in place.
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
     call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The

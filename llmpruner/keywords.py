@@ -50,8 +50,8 @@ class PruneKeywords(TypedDict, total=False):
 class RecoverKeywords(TypedDict, total=False):
     """Of `RecoverSettings`."""
 
-    data: Required[str]
-    strategy: str
+    data: str
+    strategy: str | None
     limit: int | None
     merge: bool
     rank: int | None

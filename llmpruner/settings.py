@@ -471,18 +471,26 @@ class SensitivitySettings(Settings):
 
 
 class RecoverSettings(Settings):
-    """A training that restores quality after a cut; the defaults are the paper's (LLM-Pruner, section 4.1)."""
+    """A training that restores quality after a cut; the learning rate, its schedule, the passes over the data and the
+    settings of adapters are the paper's by default (LLM-Pruner, section 4.1)."""
 
     data: Annotated[
         str,
         Field(
             description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
             "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or "
-            "self:N for N rows that the dense model generates, self-text for texts without instructions. Several, with "
-            "commas between them, are joined; 3*FILE,1*FILE takes examples in these shares."
+            "self:N for N rows that the dense model generates (512 by default), self-text for texts without "
+            "instructions. Several, with commas between them, are joined; 3*FILE,1*FILE takes examples in these shares."
         ),
-    ]
-    strategy: Annotated[str, Field(description="Recovery strategy; see `llmpruner plugins`.")] = "lora"
+    ] = "self"
+    strategy: Annotated[
+        str | None,
+        Field(
+            description="Recovery strategy; see `llmpruner plugins`. By default distil; lora, as in the paper, where "
+            "the dense model is not found or the memory does not suffice for both, and with --rank, --alpha, --dropout "
+            "or --no-merge."
+        ),
+    ] = None
     limit: Annotated[int | None, Field(ge=1, description="Number of examples to draw at random; all by default.")] = (
         None
     )

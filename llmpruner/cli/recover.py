@@ -27,7 +27,7 @@ def recover(
     run: dict[str, Any],
     as_json: Json = False,
 ) -> None:
-    """Restore quality of a pruned model by a short training (LoRA, as in LLM-Pruner).
+    """Restore quality of a pruned model by a short training: distillation from the dense model, or LoRA.
 
     After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished.
     """

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..models.logits import logits_at
 from ..models.precision import computes_bfloat16_fast
 from .boundaries import States
 from .calls import (
@@ -138,9 +139,12 @@ class ForwardWalk:
         with torch.autocast(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
             return first_output(call_layer(self.layers[number], hidden, batch.calls[number])).float()
 
-    def logits(self, batch: Batch, row: int, hidden: torch.Tensor) -> torch.Tensor:
-        """(length, vocabulary) in float32, for sample ``row`` of a micro-batch. ``hidden``: (length, hidden size), its
-        hidden states after the last layer. Called while the weights outside the layers are in memory."""
+    def logits(
+        self, batch: Batch, row: int, hidden: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(length, vocabulary) in float32, for sample ``row`` of a micro-batch; with ``positions`` (n,), int64, only
+        those: (n, vocabulary). ``hidden``: (length, hidden size), its hidden states after the last layer. Called while
+        the weights outside the layers are in memory."""
         last = len(self.layers) - 1
 
         def stub(number: int) -> Callable[..., Any]:
@@ -152,9 +156,11 @@ class ForwardWalk:
 
             return forward
 
-        mixed = self.products != torch.float32
+        mixed, model, ids = self.products != torch.float32, self.executor.model, batch.input_ids[row : row + 1]
         with replaced_layers(self.layers, stub), torch.autocast(hidden.device.type, self.products, enabled=mixed):
-            found: torch.Tensor = self.executor.model(input_ids=batch.input_ids[row : row + 1], use_cache=False).logits
+            found: torch.Tensor = (
+                model(input_ids=ids, use_cache=False).logits if positions is None else logits_at(model, ids, positions)
+            )
         return found[0].float()
 
 

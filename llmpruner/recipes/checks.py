@@ -120,15 +120,19 @@ def check_text(job: PruneJob) -> None:
 
 
 def check_recover(job: RecoverJob) -> None:
-    """Raise `DataError` for training data that is missing or malformed, and `MissingExtraError` where the library of
-    adapters is not installed."""
-    if job.strategy.adapters and find_spec("peft") is None:
-        raise MissingExtraError("peft", "recover")
+    """Raise `DataError` for training data that is missing or malformed, and as `check_adapters`."""
+    check_adapters(job)
     own = dense_text_in(job.settings.data)
     for source in (job.settings.data, job.settings.validation_data):
         for part in parse_mixture(source) if source is not None else ():
             if own is None or part.source != own.source:
                 check_source(part.source, example)
+
+
+def check_adapters(job: RecoverJob) -> None:
+    """Raise `MissingExtraError` where the library of adapters is needed and not installed."""
+    if job.strategy.adapters and find_spec("peft") is None:
+        raise MissingExtraError("peft", "recover")
 
 
 def check_metrics(job: EvaluateJob) -> None:

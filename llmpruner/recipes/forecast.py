@@ -104,10 +104,15 @@ class Forecast:
         return f"needs about {size_text(self.memory)} of memory{disk}{time} ({self.residency})"
 
 
+def machine_memory() -> int:
+    """Bytes of memory of this machine, free or not, with what it swaps to."""
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
+
+
 def check_machine(what: str, found: Forecast, advice: str) -> None:
     """Raise `SettingsError` where the machine does not have the memory that ``what`` needs, however much of it is free.
     ``advice``: what would do."""
-    most = psutil.virtual_memory().total + psutil.swap_memory().total
+    most = machine_memory()
     if found.memory > most:
         raise SettingsError(
             f"{what} needs about {size_text(found.memory)} of memory ({found.largest_parts}), and this machine has "

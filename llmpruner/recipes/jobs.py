@@ -106,10 +106,12 @@ class PruneJob:
 
 @dataclass(frozen=True)
 class RecoverJob:
-    """A strategy with its settings, and the settings that all strategies share."""
+    """A strategy with its settings, and the settings that all strategies share. ``instead``: where the user names no
+    strategy, the one for models with which ``strategy`` cannot be used, see `default_strategy.with_strategy`."""
 
     strategy: RecoveryStrategy
     settings: RecoverSettings
+    instead: RecoveryStrategy | None = None
 
 
 @dataclass(frozen=True)
@@ -311,8 +313,14 @@ def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
-    given = _Given(settings)
-    strategy = given.create("strategy", catalog.strategies, settings.strategy)
+    given, instead = _Given(settings), None
+    name = settings.strategy
+    if name is None:
+        adapters = "lora" in settings.settings or any(map(given.has, ("rank", "alpha", "dropout", "merge")))
+        name = "lora" if adapters else "distil"
+        # Settings for distillation ask for it.
+        instead = None if name in settings.settings or adapters else catalog.strategies["lora"]()
+    strategy = given.create("strategy", catalog.strategies, name)
     for name in ("max_steps", "minutes"):
         if given.has(name):
             given.refuse("epochs", f"with {given.flag(name)}, which sets the number of steps")
@@ -327,7 +335,7 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     if not strategy.adapters:
         given.refuse("merge", f"with {strategy.label()}, which trains no adapters")
     given.check_all_used()
-    return RecoverJob(strategy, settings)
+    return RecoverJob(strategy, settings, instead)
 
 
 def _check_validation(given: _Given, settings: RecoverSettings) -> None:

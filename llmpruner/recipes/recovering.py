@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,14 +27,29 @@ from ..recovery.run import RecoveryResult, TrainingData, check_work_dir, prepare
 from ..report.curve import loss_curve
 from ..settings import LoadSettings, RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
-from .checks import check_recover
+from .checks import check_adapters, check_recover
+from .default_strategy import with_strategy
 from .forecast import Residency
 from .jobs import RecoverJob, recover_job
 from .opening import Opener, Source
 from .recovery_memory import arranged_layers, refuse_without_layers
 from .saving import save
 from .stages import Stages, write_run
-from .training_memory import training_forecast
+from .training_memory import check_training, reads_dense_by_layer, training_forecast
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How models are held. ``streamed``, ``dense_streamed``: whether the pruned and the dense one are read layer by
+    layer; ``boundary_memory``: bytes of hidden states in memory."""
+
+    streamed: bool
+    dense_streamed: bool
+    boundary_memory: int
+
+    @classmethod
+    def of(cls, both: Residency) -> _Way:
+        return cls(both.streamed, both.streamed, both.boundary_memory)
 
 
 @dataclass(frozen=True)
@@ -67,9 +83,9 @@ class Recovery:
         )
         data = None if own is not None else prepare(job.settings, opened.family, tokenizer)
         trusted = opener.load.trust_remote_code
-        job.strategy.check(opened.graph, {cut.kind for plan in opened.plans for cut in plan.cuts.values()})
+        job = _with_strategy(job, opened, opener)
         needs_dense = job.strategy.needs_dense or own is not None
-        dense = dense_structure(opened, opener.catalog, trust_remote_code=trusted) if needs_dense else None
+        dense = _dense(opened, own, opener) if needs_dense else None
         way = self._arranged(job, opened, dense, opener)
         if output is not None and job.strategy.by_layer:
             size = loaded_bytes(opened, opener.catalog, opener.load)
@@ -114,7 +130,7 @@ class Recovery:
             raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
         return self.output.with_name(self.output.name + ".recovery")
 
-    def _arranged(self, job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> Residency:
+    def _arranged(self, job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> _Way:
         """How the models are held."""
         saves = self.output is not None
         if isinstance(opened, Model) and opened.streamed is not None:
@@ -125,24 +141,46 @@ class Recovery:
             if self.run.max_memory is not None:
                 raise SettingsError("max_memory has no effect on a model that is opened already; leave it out")
             limit = self.run.boundary_memory
-            return Residency(True, DEFAULT_LIMIT if limit is None else limit)
+            return _Way.of(Residency(True, DEFAULT_LIMIT if limit is None else limit))
         if not job.strategy.by_layer or dense is None:
             teacher = dense if job.strategy.needs_dense else None
-            needs = training_forecast(job, opened, teacher, opener.load, opener.catalog)
+            by_layer = reads_dense_by_layer(job, opened, teacher, opener.load, opener.catalog)
+            needs = training_forecast(job, opened, teacher, opener.load, opener.catalog, by_layer=by_layer)
+            check_training(job, opened, needs, opener.load)
             opener.progress.status(str(needs))
             if self.output is not None:
                 output, states = self.output, needs.disk - tree_bytes(self._folder())
                 what = "the result and states of the training"
                 Ranks.current().from_first(lambda: check_space(output, states, what))
-            return Residency()
+            return _Way(False, by_layer, DEFAULT_LIMIT)
         found = arranged_layers(
             job, opened, dense, opener.load, self.run, opener.catalog,
             whole=None if saves else "a result in memory", shown=opener.progress is not QUIET,
         )  # fmt: skip
         if isinstance(found, Residency):
-            return found
+            return _Way.of(found)
         opener.progress.status(str(found))
-        return found.residency
+        return _Way.of(found.residency)
+
+
+def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> Structure:
+    """The structure of the dense model."""
+    try:
+        return dense_structure(opened, opener.catalog, trust_remote_code=opener.load.trust_remote_code)
+    except ModelError as error:
+        if own is None:
+            raise
+        raise ModelError(f"{error}; it would write the examples of --data {own.source}: give --data FILE") from error
+
+
+def _with_strategy(job: RecoverJob, opened: Structure, opener: Opener) -> RecoverJob:
+    """``job`` with a strategy that can train the model."""
+    job, why = with_strategy(job, opened, opener.load, opener.catalog)
+    if why is not None:
+        check_adapters(job)
+        opener.progress.status(why)
+    job.strategy.check(opened.graph, {cut.kind for plan in opened.plans for cut in plan.cuts.values()})
+    return job
 
 
 def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
@@ -153,15 +191,24 @@ def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
 
 
 def _trained(
-    job: RecoverJob, loaded: Model, data: TrainingData | None, folder: Path, way: Residency, opener: Opener
+    job: RecoverJob, loaded: Model, data: TrainingData | None, folder: Path, way: _Way, opener: Opener
 ) -> RecoveryResult:
     progress, trusted = opener.progress, opener.load.trust_remote_code
-    with progress.counter("Recovering") as step:
+    progress.status(f"training, strategy {job.strategy.name}")
+    with ExitStack() as shown:
+        started: list[Callable[[int, int, float], None]] = []
+
+        def on_step(number: int, total: int, loss: float) -> None:
+            # Only now, as what comes before may have a bar of its own.
+            if not started:
+                started.append(shown.enter_context(progress.counter("Recovering")))
+            started[0](number, total, loss)
+
         result = recover(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
             load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
             layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
-            on_step=step, on_validation=lambda done: progress.status(str(done)),
+            on_step=on_step, on_validation=lambda done: progress.status(str(done)), progress=progress,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)
@@ -202,10 +249,10 @@ def _dense_rows(
     return rows.examples
 
 
-def _layer_walk(pruned: Model, way: Residency, opener: Opener, beside: Path) -> LayerWalk:
-    """How a strategy that trains layer by layer reads both models."""
+def _layer_walk(pruned: Model, way: _Way, opener: Opener, beside: Path) -> LayerWalk:
+    """How a strategy that runs models layer by layer reads them."""
     walk = LayerWalk(boundary_memory=way.boundary_memory)
-    if pruned.streamed is None:
+    if not way.dense_streamed:
         return walk
     return replace(walk, pruned=pruned.streamed, open_dense=partial(_dense_weights, pruned, opener, beside))
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from ..loading.model import Model, dtype_of, loaded_bytes
+from ..engine.boundaries import DEFAULT_LIMIT
+from ..loading.model import Model, dtype_of, loaded_bytes, why_not_streamed
 from ..recovery.memory import training_bytes
-from .forecast import LATER, Forecast, Residency, Stage, check_machine
-from .layer_sample import memory_before
+from .forecast import LATER, Forecast, Residency, Stage, check_machine, machine_memory
+from .layer_sample import layer_parameters, memory_before
 
 if TYPE_CHECKING:
     from ..loading.model import Structure
@@ -28,23 +29,42 @@ _ADVICE = (
 )
 
 
-def training_forecast(
+def reads_dense_by_layer(
     job: RecoverJob, opened: Structure, dense: Structure | None, load: LoadSettings, catalog: Catalog
-) -> Forecast:
-    """Memory and disk of a training that holds whole models, without its time, which its first steps show. ``dense``:
-    of strategies that use the dense model.
+) -> bool:
+    """Whether the dense model is read layer by layer: where the strategy and its files allow it, and both models
+    take more than half of the free memory."""
+    if dense is None or not job.strategy.streams_dense:
+        return False
+    size = sum(loaded_bytes(structure, catalog, load) for structure in (opened, dense))
+    large = size > psutil.virtual_memory().available // 2
+    return large and why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None
 
-    Raises `SettingsError` where a CPU's machine does not have the memory, however much of it is free.
-    """
+
+def training_forecast(
+    job: RecoverJob,
+    opened: Structure,
+    dense: Structure | None,
+    load: LoadSettings,
+    catalog: Catalog,
+    *,
+    by_layer: bool = False,
+) -> Forecast:
+    """Memory and disk of a training that holds the whole pruned model, without its time, which its first steps show.
+    ``dense``: of strategies that use the dense model; ``by_layer``: whether it is read layer by layer."""
     model = opened.model if isinstance(opened, Model) else None
     item = (model.dtype if model is not None else dtype_of(opened, catalog, load)).itemsize
-    device = model.device if model is not None else torch.device(load.device)
     graph, config = opened.graph, opened.config.get_text_config()
     # Sizes that a configuration calls otherwise are left out of the estimate.
     vocabulary, channels = (int(getattr(config, name, 0) or 0) for name in ("vocab_size", "hidden_size"))
     trained = job.strategy.trained_parameters(graph)
-    models = [opened] if dense is None else [opened, dense]
     states = trained * item
+    own = loaded_bytes(opened, catalog, load)
+    stages, models = [], [opened]
+    if dense is not None and job.strategy.streams_dense:
+        stages.append(Stage("predictions of the dense model", {"weights": own, **_of_dense(dense, item, by_layer)}))
+    elif dense is not None:
+        models.append(dense)
     memory = {
         "weights": sum(loaded_bytes(one, catalog, load) for one in models),
         "gradients and moments of AdamW": 3 * states,
@@ -60,7 +80,31 @@ def training_forecast(
         memory[kept] //= graph.num_layers
     saves_adapters = job.strategy.adapters and not job.settings.merge
     disk = (0 if saves_adapters else graph.total_parameters * item) + _KEPT_STATES * 3 * states
-    found = Forecast(Residency(), memory_before(model), (Stage("training", memory),), disk)
-    if device.type == "cpu":
+    return Forecast(Residency(), memory_before(model), (*stages, Stage("training", memory)), disk)
+
+
+def _of_dense(dense: Structure, item: int, by_layer: bool) -> dict[str, int]:
+    """Bytes that computing the dense model's predictions takes."""
+    if not by_layer:
+        return {"weights of the dense model": dense.graph.total_parameters * item}
+    layers = layer_parameters(dense.graph)
+    outside = dense.graph.total_parameters - sum(layers)
+    return {"layer of the dense model": max(*layers, outside) * item, "hidden states": DEFAULT_LIMIT}
+
+
+def check_training(job: RecoverJob, opened: Structure, found: Forecast, load: LoadSettings) -> None:
+    """Raise `SettingsError` where a CPU's machine does not have the memory, however much of it is free."""
+    if _device(opened, load).type == "cpu":
         check_machine(f"training '{opened.ref}' with {job.strategy.label()}", found, _ADVICE)
-    return found
+
+
+def memory_of_device(opened: Structure, load: LoadSettings) -> int:
+    """Bytes of memory of the device that a model is trained on, free or not."""
+    device = _device(opened, load)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_memory()
+
+
+def _device(opened: Structure, load: LoadSettings) -> torch.device:
+    return opened.model.device if isinstance(opened, Model) else torch.device(load.device)

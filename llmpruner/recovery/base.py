@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..errors import ModelError
+from ..progress import QUIET, Progress
 from ..settings import RecoverSettings
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class LayerWalk:
     """How models are run layer by layer. ``pruned``: the weights of the pruned model where they are read from its
-    files; None where they are in memory. ``open_dense``: then opens those of the dense model in the same way.
-    ``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in the job's ``work_dir``."""
+    files; None where they are in memory. ``open_dense``: opens those of the dense model where these are read from its
+    files; None where `RecoveryJob.teacher` loads it. ``boundary_memory``: bytes of hidden states in memory; those
+    beyond are in a file in the job's ``work_dir``."""
 
     pruned: Weights | None = None
     open_dense: Callable[[], Weights] | None = None
@@ -48,7 +50,8 @@ class RecoveryJob:
     cross entropy of the next token (else None); in a continued training, also for the validations before. ``places``:
     where each of ``examples``, and after them of ``validation``, is from, for messages; empty where it is not known.
     ``began``: the `time.monotonic` from which ``settings.minutes`` are counted.
-    ``walk``: for strategies that train `RecoveryStrategy.by_layer`, where weights and hidden states are.
+    ``walk``: for strategies that train `RecoveryStrategy.by_layer` or `RecoveryStrategy.streams_dense`, where weights
+    and hidden states are. ``progress``: for work before the first step.
     """
 
     model: PreTrainedModel
@@ -65,6 +68,7 @@ class RecoveryJob:
     places: Sequence[str] = ()
     began: float = field(default_factory=time.monotonic)
     walk: LayerWalk = LayerWalk()
+    progress: Progress = QUIET
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
@@ -73,6 +77,10 @@ class RecoveryJob:
         Raises `ModelError` when it cannot be found.
         """
         return self._teacher
+
+    def free_teacher(self) -> None:
+        """Free the memory of the dense model; a later `teacher` loads it again."""
+        self.__dict__.pop("_teacher", None)
 
     @cached_property
     def _teacher(self) -> PreTrainedModel:
@@ -137,6 +145,10 @@ class RecoveryStrategy(Component):
     """Whether `train` uses one layer at a time, by ``job.walk``, so that models need not be in memory as a whole."""
     needs_dense: ClassVar[bool] = False
     """Whether `train` uses the dense model, so that a recovery without one is refused before anything is loaded."""
+
+    streams_dense: ClassVar[bool] = False
+    """Whether `train` needs the dense model before the training alone, and can run it layer by layer, by
+    ``job.walk.open_dense``, where it does not fit into memory beside the pruned one."""
 
     def check(self, graph: CouplingGraph, cut: Collection[str]) -> None:
         """Raise `UnsupportedModelError` for a model that `train` cannot train, before its weights are read. ``graph``:

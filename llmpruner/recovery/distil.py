@@ -20,7 +20,8 @@ class DistilStrategy(RecoveryStrategy):
 
     The loss is the mean over trained tokens of T² · KL(p ‖ q), with the predictions p of the dense and q of the pruned
     model at temperature T, plus what the settings add to it. The dense model is in memory beside the pruned one; with
-    ``top``, only until its most likely tokens are written to the folder of the training.
+    ``top``, only until its most likely tokens are written to the folder of the training, and where both do not fit, it
+    is read layer by layer for that.
     """
 
     name = "distil"
@@ -74,6 +75,10 @@ class DistilStrategy(RecoveryStrategy):
     @property
     def adapters(self) -> bool:  # type: ignore[override]
         return self.settings.trains == "lora"
+
+    @property
+    def streams_dense(self) -> bool:  # type: ignore[override]
+        return bool(self.settings.top)
 
     def trained_parameters(self, graph: CouplingGraph) -> int:
         return {"all": graph.total_parameters, "touched": graph.decoder_parameters, "lora": 0}[self.settings.trains]

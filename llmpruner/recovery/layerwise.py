@@ -1,10 +1,9 @@
 """Training decoder layers one after the other toward the outputs of the dense model's, see `LocalStrategy`.
 
 Two streams of hidden states run through the decoder, h of the dense and ĥ of the pruned model, float32, in
-micro-batches of examples that are padded on the right: decoders look only at earlier tokens, so padding changes nothing
-before it. For each layer, h is moved to after its target, the layer is trained from ĥ (or from h, with
-``inputs=dense``), and ĥ is moved through the trained layer. In memory are one layer of either model and the optimizer
-state of one, beside what is outside of the layers.
+micro-batches of examples that are padded on the right. For each layer, h is moved to after its target, the layer is
+trained from ĥ (or from h, with ``inputs=dense``), and ĥ is moved through the trained layer. In memory are one layer of
+either model and the optimizer state of one, beside what is outside of the layers.
 
 After a layer, its weights and losses are in the folder of the job, from time to time the hidden states too. A run
 that is continued moves the streams through finished layers from the last states that were written, with the same
@@ -24,18 +23,18 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from ..engine.boundaries import DEFAULT_LIMIT, States
 from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output
-from ..engine.executor import Executor
 from ..engine.journal import Journal
-from ..engine.walk import ForwardWalk
 from ..engine.weights import Weights
 from ..errors import ModelError, UnsupportedModelError
 from .base import RecoveryJob, TrainingResult
+from .example_walk import padded, walk_over
 from .examples import IGNORED
 from .schedule import SCHEDULES, micro_batch, steps, warmup_steps
 
 if TYPE_CHECKING:
+    from ..engine.boundaries import States
+    from ..engine.walk import ForwardWalk
     from ..settings import RecoverSettings
     from .local import LocalStrategy
 
@@ -72,8 +71,8 @@ class _Training:
         # The longest first, so that memory that does not suffice shows at once.
         rows = sorted(job.examples, key=lambda row: -len(row["input_ids"]))
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
-        ids = [_padded([row["input_ids"] for row in part], 0) for part in parts]
-        self.trained = [(_padded([row["labels"] for row in part], IGNORED) != IGNORED)[:, 1:] for part in parts]
+        ids = [padded([row["input_ids"] for row in part], 0) for part in parts]
+        self.trained = [(padded([row["labels"] for row in part], IGNORED) != IGNORED)[:, 1:] for part in parts]
         self.counts = [int(trained.sum()) for trained in self.trained]
         self.walk, self.dense_walk = self._walk(self.weights, ids), self._walk(dense, ids)
         self.dense, self.pruned = self.dense_walk.embedded, self.walk.embedded
@@ -89,15 +88,8 @@ class _Training:
         self.done: list[dict[str, Any]] = []
 
     def _walk(self, weights: Weights, ids: Sequence[torch.Tensor]) -> ForwardWalk:
-        limit = self.job.walk.boundary_memory
-        limit = (DEFAULT_LIMIT if limit is None else limit) // (2 if self.own else 1)
-        try:
-            return ForwardWalk.over_batches(Executor(weights, limit, self.job.work_dir), ids)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"the layers of {type(weights.model).__name__} pass other values than hidden states to one another, so "
-                "they cannot be trained one by one; use --strategy full, lora or distil"
-            ) from error
+        streams = 2 if self.own else 1
+        return walk_over(self.job, weights, ids, streams=streams, otherwise="use --strategy full, lora or distil")
 
     def run(self) -> TrainingResult:
         wanted = [number for number, count in enumerate(self.steps) if count]
@@ -233,11 +225,6 @@ def _check_widths(job: RecoveryJob, dense: Weights) -> None:
             f"the pruned model has {pruned} hidden channels and the dense one {whole}, so outputs of their layers "
             "cannot be compared; use --strategy full, lora or distil"
         )
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """int64 (rows, tokens), with ``value`` after the end of shorter rows."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
 def _relative(found: torch.Tensor, target: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:

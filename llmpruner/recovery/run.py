@@ -18,6 +18,7 @@ from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
 from ..files import alone_in, write_failure, write_text
 from ..models.vocabulary import check_ids
+from ..progress import QUIET, Progress
 from ..settings import RecoverSettings, option_of
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation
 from .dense_text import WRITTEN_FILE
@@ -137,14 +138,15 @@ def recover(
     on_step: Callable[[int, int, float], None] | None = None,
     on_validation: Callable[[Validation], None] | None = None,
     walk: LayerWalk | None = None,
+    progress: Progress = QUIET,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
     ``graph``: the coupling graph of ``model``. ``settings``: the name of a strategy and the settings for it have no
     effect, as ``strategy`` has its own. ``data``: the result of `prepare`, if it was called before; else ``examples``,
     if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
-    it. ``layers``, ``walk``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its number from 1,
-    the number of steps, and its loss. ``on_validation``: called after each validation.
+    it. ``layers``, ``walk``, ``progress``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its
+    number from 1, the number of steps, and its loss. ``on_validation``: called after each validation.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
@@ -173,6 +175,7 @@ def recover(
     job = RecoveryJob(
         model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers, walk=walk,
         validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
+        progress=progress,
     )  # fmt: skip
     with alone_in(work_dir) if Ranks.current().first else nullcontext(), _writing(work_dir):
         result = strategy.train(job)

@@ -32,7 +32,8 @@ metric_list:
 
 
 def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
-    result = run("recover", pruned, "--data", shared / "data.jsonl", "-o", tmp_path / "out", *TRAIN)
+    options = ("--strategy", "lora", "--data", shared / "data.jsonl", *TRAIN)
+    result = run("recover", pruned, *options, "-o", tmp_path / "out")
     assert result.code == 0, result.err
     assert "4 examples, 2 steps" in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -51,9 +52,9 @@ def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_alone(run, pruned, shared, tmp_path):
-    options = ("--data", shared / "data.jsonl", "--no-merge", *TRAIN)
-    assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0
-    assert run("recover", pruned, *options[:2], *TRAIN, "-o", tmp_path / "merged").code == 0
+    options = ("--data", shared / "data.jsonl", *TRAIN)
+    assert run("recover", pruned, *options, "--no-merge", "-o", tmp_path / "adapter").code == 0
+    assert run("recover", pruned, *options, "--strategy", "lora", "-o", tmp_path / "merged").code == 0
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "model.safetensors" not in files
     ids = torch.arange(2, 40).unsqueeze(0)
@@ -74,7 +75,7 @@ def test_adapters_alone(run, pruned, shared, tmp_path):
 
 def test_recover_as_json(run, pruned, shared, tmp_path):
     source = shared / "data.jsonl"
-    options = (pruned, "--data", source, "--limit", 3, "--seed", 5, *TRAIN, "--json")
+    options = (pruned, "--strategy", "lora", "--data", source, "--limit", 3, "--seed", 5, *TRAIN, "--json")
     said = run("recover", *options, "-o", tmp_path / "out").json()
     seconds = said.pop("seconds")
     kept = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]
@@ -86,6 +87,15 @@ def test_recover_as_json(run, pruned, shared, tmp_path):
     apart = run("recover", *options, "--no-merge", "-o", tmp_path / "adapter").json()
     assert apart["checkpoint"] == "adapter" and apart["losses"] == said["losses"]
     assert apart["trainable_parameters"] == said["trainable_parameters"] > 0
+
+
+def test_neither_data_nor_a_strategy_need_be_named(run, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmpruner.recovery.dense_text.ROWS", 8)
+    result = run("recover", pruned, "--max-steps", 1, "--batch-size", 2, "--cutoff", 32, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "strategy distil, toward the predictions of " in result.err
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]
+    assert (record["strategy"], record["data"]) == ("distil", "self") and record["examples"] == 8
 
 
 def test_layers_one_by_one_without_a_corpus(run, pruned, tmp_path):

@@ -265,6 +265,15 @@ def test_an_interrupted_step_with_other_settings_begins_anew(shared, tmp_path, o
     assert not (out / "2-recover.recovery").exists()
 
 
+@pytest.mark.parametrize(("more", "steps"), [({}, 250), ({"batch_size": 64}, 8)], ids=["chosen", "given"])
+def test_a_dry_run_counts_the_steps_of_the_batches_that_a_training_takes(more, steps, shared, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": f"{n}?", "completion": "Paris."}) for n in range(500)))
+    recipe = recipe_of(shared)
+    recipe["steps"][1] = {"recover": {"data": str(rows), "epochs": 1, "validation": 0, "micro_batch_size": 1, **more}}
+    assert api.dry_run(recipe, output=tmp_path / "out")[1].facts["steps"] == steps
+
+
 def test_a_kill_while_an_old_result_is_removed(shared, whole, out, monkeypatch):
     def half(folder, *_, **__):
         next(iter(folder.glob("*.json"))).unlink()
@@ -469,4 +478,5 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     found = refused("run", file, "-o", "{tmp}/out", *quantised)
     assert "step 4 (export): llama-cpp-python is not installed; run: pip install 'llmpruner[llama-cpp]'" in found
     monkeypatch.setattr("llmpruner.recipes.checks.find_spec", lambda name: None)
-    assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out")
+    adapters = ("--set", "recover.strategy=lora")
+    assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)

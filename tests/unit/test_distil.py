@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,7 +17,8 @@ from llmpruner.models.surgery import cut
 from llmpruner.recovery import distillation
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.distil import DistilStrategy
-from llmpruner.recovery.distillation import Targets
+from llmpruner.recovery.targets import Targets, trained_in
+from llmpruner.recovery.trainer import collator_for
 from llmpruner.structure.plan import original_layers
 from llmpruner.testing import RecoveryConformance
 from llmpruner.testing.jobs import pruned_by, small_job
@@ -116,15 +119,32 @@ def test_targets_of_a_file_are_those_of_the_model(pruned, dense, tmp_path):
     size = dense.model.config.vocab_size
     kept = distillation._targets(job, DistilStrategy(top=size - 1).settings)
     live = distillation._targets(job, DistilStrategy().settings)
-    collate = distillation.collator_for(job.tokenizer)
+    collate = collator_for(job.tokenizer)
     batch = dict(collate([{**ROWS[n], "row": n} for n in (5, 0, 3)]))
     of_file, wanted = kept(batch), live(batch)
     assert of_file.tokens is not None
-    log_p = wanted.logits.flatten(0, 1)[distillation._trained(batch)[0]].log_softmax(-1)
+    log_p = wanted.logits.flatten(0, 1)[trained_in(batch)[0]].log_softmax(-1)
     torch.testing.assert_close(of_file.log_p, log_p.gather(1, of_file.tokens), atol=5e-3, rtol=1e-3)
     together = distillation._with_rest(of_file.log_p)
     assert together.shape == log_p.shape
     torch.testing.assert_close(together.exp().sum(-1), torch.ones(len(together)), atol=1e-2, rtol=0)
+
+
+def test_the_dense_model_is_not_in_memory_after_its_predictions_are_kept(pruned, dense, tmp_path):
+    seen = []
+
+    def load_teacher():
+        teacher = copy.deepcopy(dense.model)
+        seen.append(weakref.ref(teacher))
+        return teacher
+
+    def on_step(number, total, loss):
+        gc.collect()
+        seen.append(seen[0]())
+
+    job = job_of(pruned, dense, tmp_path, load_teacher=load_teacher, on_step=on_step)
+    DistilStrategy(top=5).train(job)
+    assert len(seen) == 1 + SETTINGS.max_steps and seen[1:] == [None] * SETTINGS.max_steps
 
 
 def test_the_dense_model_computes_as_the_settings_say(pruned, dense, tmp_path):

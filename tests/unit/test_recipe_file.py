@@ -42,7 +42,7 @@ def test_a_file_means_what_the_commands_mean(tmp_path, catalog):
     assert [step.name for step in recipe.steps] == ["1-prune", "trained", "3-evaluate", "4-export"]
     prune, recover, evaluate, export = recipe.check(catalog)
     assert (prune.kinds, prune.layers, prune.amount) == (("mlp", "attention"), "3", 0.2)
-    assert recover.settings.learning_rate == 2e-4 and recover.strategy.name == "lora"
+    assert recover.settings.learning_rate == 2e-4 and recover.strategy.name == "distil"
     assert [metric.name for metric in evaluate.metrics] == ["size", "perplexity"]
     assert export.name == "gguf"
     assert [recipe.sources(step) for step in recipe.steps] == [
@@ -128,7 +128,7 @@ WRONG = {
         "steps:\n  - prune: {ratio: 0.2, shape: unifrom}\n",
         "step 1 (prune): shape: 'unifrom': expected one of uniform, free; did you mean uniform?",
     ),
-    "required": ("steps:\n  - recover: {limit: 3}\n", "r.yaml, line 2, step 1 (recover): 'data' must be given"),
+    "required": (STEPS + "  - export: {quant: q8_0}\n", "r.yaml, line 3, step 2 (export): 'to' must be given"),
     "loading": ("load: {dtyp: auto}\n" + STEPS, "r.yaml, line 1: load has no key 'dtyp'; did you mean dtype?"),
     "a model's type": ("model: [a]\n" + STEPS, "r.yaml, line 1: model: 'a': expected text"),
     "a name": (STEPS + "    name: a/b\n", "r.yaml, line 3: name: 'a/b': expected a name of letters, digits, - and _"),
