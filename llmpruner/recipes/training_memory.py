@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..loading.model import Model, dtype_of, loaded_bytes, why_not_streamed
-from ..recovery.memory import training_bytes
+from ..recovery.memory import free_bytes, training_bytes
 from .forecast import LATER, Forecast, Residency, Stage, check_machine, machine_memory
 from .layer_sample import layer_parameters, memory_before
 
@@ -33,11 +32,11 @@ def reads_dense_by_layer(
     job: RecoverJob, opened: Structure, dense: Structure | None, load: LoadSettings, catalog: Catalog
 ) -> bool:
     """Whether the dense model is read layer by layer: where the strategy and its files allow it, and both models
-    take more than half of the free memory."""
+    take more than half of the device's free memory."""
     if dense is None or not job.strategy.streams_dense:
         return False
     size = sum(loaded_bytes(structure, catalog, load) for structure in (opened, dense))
-    large = size > psutil.virtual_memory().available // 2
+    large = size > free_bytes(_device(opened, load)) // 2
     return large and why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None
 
 
@@ -73,7 +72,7 @@ def training_forecast(
     }
     if job.settings.autocast:
         memory["weights in bfloat16"] = sum(one.graph.total_parameters for one in models) * _BFLOAT16
-    free, kept = psutil.virtual_memory().available, "values for the backward pass"
+    free, kept = free_bytes(_device(opened, load)), "values for the backward pass"
     if job.settings.gradient_checkpointing == "on" or (
         job.settings.gradient_checkpointing == "auto" and sum(memory.values()) > free
     ):

@@ -38,7 +38,7 @@ TOP_FILE = "teacher.safetensors"
 _STATES = "predictions"
 """The folder of the hidden states, in that of the training."""
 _LABEL = "Predictions of the dense model"
-Top = tuple[torch.Tensor, torch.Tensor]
+_Top = tuple[torch.Tensor, torch.Tensor]
 """``log_p`` and ``tokens`` of some tokens."""
 
 
@@ -71,7 +71,7 @@ def _all_rows(job: RecoveryJob) -> list[dict[str, list[int]]]:
 
 @torch.no_grad()
 def _write(job: RecoveryJob, top: int, temperature: float, file: Path) -> None:
-    parts: list[Top] = []
+    parts: list[_Top] = []
     for logits in _by_layer(job, job.walk.open_dense()) if job.walk.open_dense else _in_memory(job):
         log_p = (logits.float() / temperature).log_softmax(-1)
         found = log_p.topk(min(top, logits.shape[-1]), -1)

@@ -47,7 +47,7 @@ def recomputing(model: Any, job: RecoveryJob) -> Iterator[bool]:
 
 
 def _fits(model: Any, job: RecoveryJob) -> bool:
-    return needed(model, job) <= _SHARE * _free(next(model.parameters()).device)
+    return needed(model, job) <= _SHARE * free_bytes(next(model.parameters()).device)
 
 
 def needed(model: Any, job: RecoveryJob) -> int:
@@ -71,7 +71,8 @@ def training_bytes(settings: RecoverSettings, vocabulary: int, channels: int, la
     }
 
 
-def _free(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Of the memory of a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)

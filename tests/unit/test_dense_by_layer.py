@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,10 +40,8 @@ def home(tmp_path_factory):
 
 def recover(home, output, *, free, **options):
     """With ``free`` bytes of free memory."""
-    found = training_memory.psutil.virtual_memory()
-    memory = SimpleNamespace(total=found.total, available=free)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_memory, "psutil", SimpleNamespace(virtual_memory=lambda: memory))
+        patch.setattr(training_memory, "free_bytes", lambda device: free)
         return api.recover(
             str(home / "pruned"), output=output, data=str(home / "text.jsonl"), strategy="distil",
             settings={"distil": {"top": 8, "trains": "touched"}}, max_steps=3, batch_size=4, micro_batch_size=2,

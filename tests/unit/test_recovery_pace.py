@@ -214,7 +214,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, monkeypatch
     with recomputing(model, job) as on:
         assert not on
     for free, expected in ((needed(model, job), True), (2 * needed(model, job), False)):
-        monkeypatch.setattr("llmpruner.recovery.memory._free", lambda device, free=free: free)
+        monkeypatch.setattr("llmpruner.recovery.memory.free_bytes", lambda device, free=free: free)
         with recomputing(model, job) as on:
             assert on == checkpointed(model) == expected
 

@@ -52,8 +52,8 @@ def test_what_is_needed_is_said_first(home, tmp_path):
 
 def test_too_little_memory_is_refused_before_weights_are_read(home, tmp_path, monkeypatch):
     small = SimpleNamespace(total=1 << 20, available=1 << 20)
-    monkeypatch.setattr("llmpruner.recipes.training_memory.psutil.virtual_memory", lambda: small)
-    monkeypatch.setattr("llmpruner.recipes.training_memory.psutil.swap_memory", lambda: SimpleNamespace(total=0))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: small)
+    monkeypatch.setattr("psutil.swap_memory", lambda: SimpleNamespace(total=0))
     monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
     message = r"with recovery strategy distil needs about .* of memory .* this machine has 1 MiB; --strategy local"
     with pytest.raises(SettingsError, match=message):
