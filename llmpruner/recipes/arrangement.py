@@ -10,13 +10,13 @@ import torch
 import transformers
 
 from .. import __version__
-from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..files import remove_tree
 from ..loading.model import Structure, file_bytes
 from ..progress import QUIET
 from ..settings import RunSettings
+from .fitting import boundary_limit
 from .forecast import SLOW_WRITING, Residency, duration
 from .opening import Opener
 from .residency import arranged, computed_once, is_streamed
@@ -43,7 +43,7 @@ def arrange(
     load, catalog, progress = opener.load, opener.catalog, opener.progress
     if progress is QUIET and run.max_memory is None:
         # A forecast takes a second.
-        limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
+        limit = boundary_limit(run)
         streamed = whole is None and is_streamed(opened, job, load, catalog)
         return Residency(streamed, limit, once=streamed and computed_once(opened, load, catalog, room)), None
     found = arranged(opened, job, work, load, run, catalog, whole=whole, room=room)

@@ -29,6 +29,7 @@ from ..settings import LoadSettings, RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
 from .checks import check_adapters, check_recover
 from .default_strategy import with_strategy
+from .fitting import boundary_limit
 from .forecast import Residency
 from .jobs import RecoverJob, recover_job
 from .opening import Opener, Source
@@ -140,8 +141,7 @@ class Recovery:
                 )
             if self.run.max_memory is not None:
                 raise SettingsError("max_memory has no effect on a model that is opened already; leave it out")
-            limit = self.run.boundary_memory
-            return _Way.of(Residency(True, DEFAULT_LIMIT if limit is None else limit))
+            return _Way.of(Residency(True, boundary_limit(self.run)))
         if not job.strategy.by_layer or dense is None:
             teacher = dense if job.strategy.needs_dense else None
             by_layer = reads_dense_by_layer(job, opened, teacher, opener.load, opener.catalog)

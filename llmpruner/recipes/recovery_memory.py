@@ -8,18 +8,17 @@ the activations of one micro-batch in one layer; and hidden states up to their l
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from ..engine.boundaries import DEFAULT_LIMIT
 from ..errors import SettingsError
 from ..loading.model import Model, dtype_of, loaded_bytes, why_not_streamed
 from ..recovery.schedule import micro_batch
 from ..settings import LoadSettings, RunSettings
-from .forecast import LATER, Forecast, Residency, Stage, size_text
+from .fitting import boundary_limit, fitting
+from .forecast import LATER, Forecast, Residency, Stage
 from .layer_sample import layer_parameters, memory_before, sample_layer
 
 if TYPE_CHECKING:
@@ -61,31 +60,17 @@ def arranged_layers(
     ``whole``: what needs the models in memory. Raises `SettingsError` where nothing fits.
     """
     reason = whole or _why_whole(opened, dense, load, catalog)
-    limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
     if run.max_memory is None:
         size = sum(loaded_bytes(structure, catalog, load) for structure in (opened, dense))
         large = size > psutil.virtual_memory().available // 2
-        way = Residency(reason is None and large, limit)
+        way = Residency(reason is None and large, boundary_limit(run))
         return _Estimate(job, opened, dense, load, catalog).of(way) if shown else way
-    estimate = _Estimate(job, opened, dense, load, catalog)
-    tried = [estimate.of(way) for way in _ways(limit, fixed=run.boundary_memory is not None, streams=reason is None)]
-    for one in tried:
-        if one.memory <= run.max_memory:
-            return one
-    least = min(tried, key=lambda one: one.memory)
-    detail = f"; they cannot be read layer by layer: {reason}" if reason else ""
-    raise SettingsError(
-        f"--max-memory {size_text(run.max_memory)}: training the layers of '{opened.ref}' needs at least "
-        f"{size_text(least.memory)} ({size_text(least.base)} before it starts; {least.largest_parts}){detail}; "
-        "raise it, or lower --micro-batch-size or --cutoff"
-    )
-
-
-def _ways(limit: int, *, fixed: bool, streams: bool) -> Iterator[Residency]:
-    for streamed in (False, True) if streams else (False,):
-        yield Residency(streamed, limit)
-        if not fixed:
-            yield Residency(streamed, 0)
+    return fitting(
+        run, run.max_memory, _Estimate(job, opened, dense, load, catalog).of, streams=reason is None, divided=(),
+        what=f"training the layers of '{opened.ref}'",
+        detail=f"; they cannot be read layer by layer: {reason}" if reason else "",
+        advice="lower --micro-batch-size or --cutoff",
+    )  # fmt: skip
 
 
 def _why_whole(opened: Structure, dense: Structure, load: LoadSettings, catalog: Catalog) -> str | None:

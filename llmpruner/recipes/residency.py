@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from math import inf
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from ..engine.boundaries import DEFAULT_LIMIT
-from ..errors import SettingsError
 from ..loading.model import Model, conversion_rate, dtype_of, loaded_bytes, why_not_streamed
 from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings
-from .forecast import Forecast, Residency, check_machine, size_text
+from .fitting import boundary_limit, fitting
+from .forecast import Forecast, Residency, check_machine
 from .forecasting import forecast
 from .layer_sample import LayerSample, memory_before, sample_layer
 from .work import Work
@@ -72,9 +70,7 @@ def arranged(
     whole: str | None = None,
     room: int | None = None,
 ) -> Forecast:
-    """The forecast of the way in which the model is held. With ``run.max_memory``, it is the first that fits of: in
-    memory, layer by layer, each with the usual and with less memory for hidden states; layer by layer with smaller
-    micro-batches.
+    """The forecast of the way in which the model is held; with ``run.max_memory``, of the first that fits (`fitting`).
 
     ``whole``: what else needs the model in memory. ``room``: see `computed_once`. Reads no weights. Raises
     `SettingsError` where none fits, with what the smallest takes.
@@ -100,38 +96,17 @@ def arranged(
             opened, work, dtype, residency, sample, base=base, mixed=mixed, converting=rate, free=free
         )  # fmt: skip
 
-    limit = DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
     if run.max_memory is None:
-        way = found(Residency(whole is None and is_streamed(opened, job, load, catalog), limit))
+        way = found(Residency(whole is None and is_streamed(opened, job, load, catalog), boundary_limit(run)))
         if device.type == "cpu":
             check_machine(f"'{opened.ref}'", way, _ADVICE)
         return way
     reason = whole or _why_whole(opened, job, load, catalog)
-    tried = [found(way) for way in _ways(limit, fixed=run.boundary_memory is not None, streams=reason is None)]
-    for one in tried:
-        if one.memory <= run.max_memory:
-            return one
-        spare = run.max_memory - one.memory + one.residency.boundary_memory
-        if run.boundary_memory is None and one.residency.divided == 1 and 0 < spare < limit:
-            less = found(Residency(one.residency.streamed, spare))
-            if less.memory <= run.max_memory:
-                return less
-    least = min(tried, key=lambda one: one.memory)
-    detail = f"; it cannot be read layer by layer: {reason}" if reason else ""
-    raise SettingsError(
-        f"--max-memory {size_text(run.max_memory)}: '{opened.ref}' needs at least {size_text(least.memory)} "
-        f"({size_text(least.base)} before it starts; {least.largest_parts}){detail}; raise it, "
-        "or take fewer or shorter samples"
-    )
-
-
-def _ways(limit: int, *, fixed: bool, streams: bool) -> Iterator[Residency]:
-    for streamed in (False, True) if streams else (False,):
-        yield Residency(streamed, limit)
-        if not fixed:
-            yield Residency(streamed, 0)
-    for divided in _DIVIDED:
-        yield Residency(streams, limit if fixed else 0, divided)
+    return fitting(
+        run, run.max_memory, found, streams=reason is None, divided=_DIVIDED, what=f"'{opened.ref}'",
+        detail=f"; it cannot be read layer by layer: {reason}" if reason else "",
+        advice="take fewer or shorter samples",
+    )  # fmt: skip
 
 
 def _placed(opened: Structure, load: LoadSettings, catalog: Catalog) -> tuple[torch.dtype, torch.device]:
