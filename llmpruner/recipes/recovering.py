@@ -18,6 +18,7 @@ from ..families.chat import has_chat_template
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
 from ..loading.model import Model, Structure, load_tokenizer, loaded_bytes, reopened
+from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
 from ..recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
@@ -66,18 +67,10 @@ class Recovery:
 
     def do(self, opener: Opener) -> Model:
         """The trained model. Raises as `llmpruner.recover`."""
-        job = recover_job(self.settings, opener.catalog)
-        refuse_without_layers(job, self.run)
-        own = dense_text_in(job.settings.data)
-        _check_alone(job, own)
-        ranks, output = Ranks.current(), self.output
+        ranks, output, folder = Ranks.current(), self.output, self._folder()
         opener = opener.of_ranks(ranks)
-        check_processes(job.settings, opener.load)
-        if output is not None:
-            ranks.from_first(lambda: check_new_directory(output))
-        folder = self._folder()
-        ranks.from_first(lambda: check_work_dir(folder))
-        check_recover(job)
+        job = self._checked(opener, ranks, folder)
+        own = dense_text_in(job.settings.data)
         opened = opener.readable(self.source, "be trained on text")
         tokenizer = (
             opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, opener.catalog, opener.load)
@@ -122,6 +115,19 @@ class Recovery:
         if self.work_dir is None and ranks.first:
             remove_tree(folder)
         return recovered
+
+    def _checked(self, opener: Opener, ranks: Ranks, folder: Path) -> RecoverJob:
+        """The job, once all is checked that needs no model."""
+        job, output = recover_job(self.settings, opener.catalog), self.output
+        refuse_without_layers(job, self.run)
+        _check_alone(job, dense_text_in(job.settings.data))
+        check_device(opener.load.device)
+        check_processes(job.settings, opener.load)
+        if output is not None:
+            ranks.from_first(lambda: check_new_directory(output))
+        ranks.from_first(lambda: check_work_dir(folder))
+        check_recover(job)
+        return job
 
     def _folder(self) -> Path:
         """Of the state of the training."""

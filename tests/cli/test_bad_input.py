@@ -50,6 +50,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "device without numbers": (
         ("generate", DENSE, "-p", "x", "--device", "meta"), "device 'meta' cannot be used"
     ),
+    "device of a training": (
+        ("recover", DENSE, "--data", "{models}/data.jsonl", "--device", "cuda:99", *OUT),
+        "device 'cuda:99' cannot be used",
+    ),
     "strategy": (
         ("recover", DENSE, "--data", "{models}/data.jsonl", "--strategy", "laro", *OUT),
         "recovery strategy 'laro'; did you mean lora",
