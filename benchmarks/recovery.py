@@ -1,12 +1,13 @@
 """Recovery strategies on pruned models, judged on texts of which no stage saw any.
 
-    LLMPRUNER_DATA=… python -m benchmarks.recovery [--work FOLDER] [NAME …]
+    LLMPRUNER_DATA=… python -m benchmarks.recovery [--work FOLDER] [--render] [NAME …]
 
 ``NAME``: of `WAYS`; the others keep their results. Each has the same time, 15 minutes, on the demo model with 20 % of
 its decoder removed without a corpus. One has 30 minutes, on the model with 40 % removed, calibrated on WikiText-2's
 validation part; and the paper's own way, its method of pruning and two epochs of LoRA, has no limit. The number of
 steps is what fits into the time (``--minutes``); all examples are trained on (``--validation 0``). ``--work``: where
-the pruned models are kept, for later runs. Writes ``results/recovery.json``.
+the pruned models are kept, for later runs. Writes ``results/recovery.json`` and ``docs/recovery-measured.md``;
+``--render`` only the page.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from .measure import as_json, data_folder, machine, measured, run
 from .quality import _instructions
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
+PAGE = Path(__file__).parents[1] / "docs" / "recovery-measured.md"
 BY_LAYER = {"local": 30}
 """The layers of the demo model, for ways that train them one by one: steps are counted over all of them, and fit into
 the time by the seconds of the first of each layer."""
 PROBE = 4
 """These steps."""
+CUTOFF, BATCH = 256, 2
+"""Tokens of an example where the command does not say; and the batch that rows of before it was recorded had."""
 PRUNED = {
     "pruned": ("--ratio", "0.2"),
     "pruned by 40 %": ("--ratio", "0.4", "--calibration", "{wikitext}"),
@@ -64,10 +69,14 @@ WAYS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="folder in which the pruned models are kept")
+    parser.add_argument("--render", action="store_true", help="only write the page again")
     parser.add_argument("names", nargs="*", default=list(WAYS))
     arguments = parser.parse_args()
-    data = data_folder()
     done: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if arguments.render:
+        PAGE.write_text(page(done), encoding="utf-8")
+        return
+    data = data_folder()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         kept = (arguments.work or work).resolve()
@@ -84,6 +93,7 @@ def main() -> None:
             done[name] = {"machine": machine(), "minutes": way.minutes, **recovered(name, way, pruned, data, work)}
             text = as_json(done).replace(str(kept), "$WORK").replace(str(work), "$WORK")
             RESULTS.write_text(text.replace(str(data), "$LLMPRUNER_DATA"))
+            PAGE.write_text(page(done), encoding="utf-8")
 
 
 def with_data(options: tuple[str, ...], data: Path) -> tuple[str, ...]:
@@ -134,6 +144,66 @@ def judged(model: str, data: Path, work: Path) -> dict[str, float]:
     first = measured(model, data / "wikitext2_unk_test.txt", work)
     second = measured(model, text, work, kl=False)
     return {"wikitext2": first["perplexity"], "kl": first["kl_per_token"], "instructions": second["perplexity"]}
+
+
+def page(done: dict[str, Any]) -> str:
+    """``docs/recovery-measured.md``"""
+    lines = [
+        "# Recovery, measured",
+        "",
+        "<!-- Written by benchmarks/recovery.py; do not edit. -->",
+        "",
+        "SmolLM2-135M-Instruct after 20 % of its decoder was removed by the default method, on text that it generated; "
+        "in the row that says so, 40 %, calibrated on WikiText-2's validation part. Perplexity on 20,480 tokens of "
+        "WikiText-2 test and of answers to instructions, in windows of 512, which neither the cut nor the training has "
+        "seen. *Given back*: of the loss that the cut added, in nats per token, the share that is gone again. Tokens: "
+        "at most so many, as examples that are not packed may be shorter.",
+        "",
+        "| | minutes | steps × examples | tokens | WikiText-2 | given back | instructions | given back | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+        _row("dense", done["dense"]),
+    ]
+    for start in PRUNED:
+        ways = [name for name, way in WAYS.items() if way.pruned == start and name in done]
+        if not ways:
+            continue
+        lines.append(_row(start, done[start]))
+        for name in sorted(ways, key=lambda name: float(done[name]["wikitext2"])):
+            found = done[name]
+            trained = f"{found['steps']} × {batch_of(found)}"
+            tokens = f"{found['steps'] * batch_of(found) * _option(found, '--cutoff', CUTOFF):,}"
+            lines.append(_row(name, found, trained, tokens, before=done[start], dense=done["dense"]))
+    machines = sorted({f"{one['cpu']}, {one['cores']} cores" for way in done.values() if (one := way.get("machine"))})
+    commands = [f"- {name}: `{done[name]['command']}`" for name in WAYS if name in done]
+    return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}. Commands:", "", *commands, ""])
+
+
+def _row(
+    name: str,
+    found: dict[str, Any],
+    trained: str = "",
+    tokens: str = "",
+    *,
+    before: dict[str, Any] | None = None,
+    dense: dict[str, Any] | None = None,
+) -> str:
+    cells = [name, str(found.get("minutes") or ""), trained, tokens]
+    for text in ("wikitext2", "instructions"):
+        share = ""
+        if before is not None and dense is not None:
+            share = f"{log(before[text] / found[text]) / log(before[text] / dense[text]):.0%}"
+        cells += [f"{found[text]:.2f}", share]
+    return f"| {' | '.join([*cells, str(found.get('peak_mib', '') if trained else '')])} |"
+
+
+def batch_of(found: dict[str, Any]) -> int:
+    """Examples in a step."""
+    return int(found.get("batch_size") or _option(found, "--batch-size", BATCH))
+
+
+def _option(found: dict[str, Any], name: str, default: int) -> int:
+    words = found["command"].split()
+    return int(words[words.index(name) + 1]) if name in words else default
 
 
 if __name__ == "__main__":
