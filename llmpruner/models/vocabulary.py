@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding for."""
+"""The tokens that a model reads and predicts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+
+
+def predicted_tokens(model: Any) -> int:
+    """How many tokens a model predicts. Reads no weights."""
+    # Some classes do not say what their head is; it has as many tokens as the embeddings.
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    return int(head.weight.shape[0])
 
 
 def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..files import remove_tree, writing
+from ..models.vocabulary import predicted_tokens
 from .example_walk import padded, walk_over
 from .examples import IGNORED
 from .schedule import micro_batch
@@ -113,7 +114,7 @@ def _by_layer(job: RecoveryJob, dense: Weights) -> Iterator[torch.Tensor]:
         state, files = found
         states, first = walk.restored(files["dense"]), state["layers"]
         walk.embedded.clear()
-    vocabulary = int(dense.model.get_output_embeddings().weight.shape[0])
+    vocabulary = predicted_tokens(dense.model)
     with job.progress.bar(_LABEL) as shown:
         for number in range(first, count):
             shown(number / (count + 1), f"layer {number}")

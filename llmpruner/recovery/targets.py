@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from ..errors import ModelError
+from ..models.vocabulary import predicted_tokens
 from .examples import IGNORED
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Targets:
 
 def check_vocabulary(job: RecoveryJob, dense: PreTrainedModel) -> None:
     """Raise `ModelError` where both models do not predict the same tokens. Reads no weights."""
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (job.model, dense)]
+    sizes = [predicted_tokens(model) for model in (job.model, dense)]
     if sizes[0] != sizes[1]:
         raise ModelError(f"the dense model predicts {sizes[1]:,} tokens, the pruned one {sizes[0]:,}: no distillation")
 
