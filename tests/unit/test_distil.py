@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from llmpruner import RecoverSettings
-from llmpruner.errors import SettingsError, UnsupportedModelError
+from llmpruner.errors import ModelError, SettingsError, UnsupportedModelError
 from llmpruner.models.surgery import cut
 from llmpruner.recovery import distillation
 from llmpruner.recovery.base import RecoveryJob
@@ -128,6 +128,16 @@ def test_targets_of_a_file_are_those_of_the_model(pruned, dense, tmp_path):
     together = distillation._with_rest(of_file.log_p)
     assert together.shape == log_p.shape
     torch.testing.assert_close(together.exp().sum(-1), torch.ones(len(together)), atol=1e-2, rtol=0)
+
+
+def test_a_class_that_names_no_head_has_as_many_predictions_as_embeddings(pruned, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(dense.model), "get_output_embeddings", lambda model: None)
+    result = DistilStrategy(top=5).train(job_of(pruned, dense, tmp_path))
+    assert result.losses[-1] < result.losses[0]
+    monkeypatch.undo()
+    dense.model.resize_token_embeddings(dense.model.config.vocab_size + 8)
+    with pytest.raises(ModelError, match=r"predicts \d+ tokens, the pruned one \d+: no distillation"):
+        DistilStrategy().train(job_of(pruned, dense, tmp_path / "other"))
 
 
 def test_the_dense_model_is_not_in_memory_after_its_predictions_are_kept(pruned, dense, tmp_path):
