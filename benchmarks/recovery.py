@@ -156,11 +156,16 @@ def page(done: dict[str, Any]) -> str:
         "SmolLM2-135M-Instruct after 20 % of its decoder was removed by the default method, on text that it generated; "
         "in the row that says so, 40 %, calibrated on WikiText-2's validation part. Perplexity on 20,480 tokens of "
         "WikiText-2 test and of answers to instructions, in windows of 512, which neither the cut nor the training has "
-        "seen. *Given back*: of the loss that the cut added, in nats per token, the share that is gone again. Tokens: "
-        "at most so many, as examples that are not packed may be shorter.",
+        "seen. *Given back*: of the loss that the cut added, in nats per token, the share that is gone again. KL: mean "
+        "divergence from the dense model per token of WikiText-2, in nats. Tokens: at most so many, as examples that "
+        "are not packed may be shorter.",
         "",
-        "| | minutes | steps × examples | tokens | WikiText-2 | given back | instructions | given back | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "`full` and `lora` learn the next tokens of their data, so that perplexity falls on text like it, and the "
+        "divergence may rise; `distil` and `local` train toward the dense model.",
+        "",
+        "| | minutes | steps × examples | tokens | WikiText-2 | given back | instructions | given back | KL "
+        "| peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         _row("dense", done["dense"]),
     ]
     for start in PRUNED:
@@ -193,7 +198,8 @@ def _row(
         if before is not None and dense is not None:
             share = f"{log(before[text] / found[text]) / log(before[text] / dense[text]):.0%}"
         cells += [f"{found[text]:.2f}", share]
-    return f"| {' | '.join([*cells, str(found.get('peak_mib', '') if trained else '')])} |"
+    cells += [f"{found['kl']:.3f}", str(found.get("peak_mib", "") if trained else "")]
+    return f"| {' | '.join(cells)} |"
 
 
 def batch_of(found: dict[str, Any]) -> int:
