@@ -67,9 +67,10 @@ class Recovery:
 
     def do(self, opener: Opener) -> Model:
         """The trained model. Raises as `llmpruner.recover`."""
-        ranks, output, folder = Ranks.current(), self.output, self._folder()
+        folder = self._folder()
+        job = self._checked(opener, folder)
+        ranks, output = Ranks.current(), self.output
         opener = opener.of_ranks(ranks)
-        job = self._checked(opener, ranks, folder)
         own = dense_text_in(job.settings.data)
         opened = opener.readable(self.source, "be trained on text")
         tokenizer = (
@@ -116,12 +117,14 @@ class Recovery:
             remove_tree(folder)
         return recovered
 
-    def _checked(self, opener: Opener, ranks: Ranks, folder: Path) -> RecoverJob:
+    def _checked(self, opener: Opener, folder: Path) -> RecoverJob:
         """The job, once all is checked that needs no model."""
         job, output = recover_job(self.settings, opener.catalog), self.output
         refuse_without_layers(job, self.run)
         _check_alone(job, dense_text_in(job.settings.data))
         check_device(opener.load.device)
+        # Processes connect only now.
+        ranks = Ranks.current()
         check_processes(job.settings, opener.load)
         if output is not None:
             ranks.from_first(lambda: check_new_directory(output))
