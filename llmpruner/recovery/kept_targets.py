@@ -108,6 +108,9 @@ def _by_layer(job: RecoveryJob, dense: Weights) -> Iterator[torch.Tensor]:
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     ids = [padded([row["input_ids"] for row in part], 0) for part in parts]
     walk = walk_over(job, dense, ids, streams=1, otherwise="use --strategy lora or full, or more memory")
+    if not job.settings.autocast:
+        # As the dense model in memory, whatever the processor is fast at.
+        walk.products = dense.model.dtype
     states, first, count = walk.embedded, 0, len(walk.layers)
     journal = Journal(job.work_dir / _STATES, {"examples": len(rows)})
     if (found := journal.resume(dense)) is not None:

@@ -19,12 +19,6 @@ from llmpruner.recovery import kept_targets
 from llmpruner.testing.tiny import letters
 
 
-@pytest.fixture(autouse=True)
-def no_rounding_to_bfloat16(monkeypatch):
-    """Otherwise the hidden states depend on the processor."""
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda _: False)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A dense model, pruned, in a folder with a tokenizer; and a file of texts of different lengths."""
