@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,11 @@ class SelfWritten(CalibrationSource):
             64, ge=2, le=16384, description="Maximum tokens per generated passage; samples are made of passages."
         )
         batch: int = Field(64, ge=1, description="Passages that are generated at once; memory grows with it.")
+        starts: Literal["texts", "bos"] = Field(
+            "texts",
+            description="What samples begin with. texts: what the tokenizer puts before a text; where that is nothing, "
+            "BOS in every second sample and the middle of a passage in the others. bos: BOS in each.",
+        )
 
     settings: Settings
 
@@ -38,6 +43,6 @@ class SelfWritten(CalibrationSource):
 
         return self_generated(
             task.model, task.tokenizer, task.samples, task.length, task.seed,
-            passage=self.settings.passage, batch=self.settings.batch,
+            passage=self.settings.passage, batch=self.settings.batch, starts=self.settings.starts,
             progress=task.progress,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -14,6 +14,7 @@ from ..errors import ModelError
 from ..models.precision import with_fast_products
 from ..models.quiet import quiet_transformers
 from ..progress import QUIET, Progress
+from .opening import opening_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +29,20 @@ def self_generated(
     *,
     passage: int = 64,
     batch: int = 64,
+    starts: Literal["texts", "bos"] = "bos",
     progress: Progress = QUIET,
     label: str = "Writing calibration text",
 ) -> torch.Tensor:
     """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
     long ones of as many tokens, and take less time.
+
+    ``starts``: what samples begin with. "bos": BOS, as passages do. "texts": what the tokenizer puts before a text; where
+    that is nothing, every second sample begins with BOS, as chats do in many formats, and the others in the middle of a
+    passage, as a text may begin with any token. The first token of a sequence, whichever it is, has values in the
+    residual stream that are hundreds of times as large as those of others, and all later tokens attend to it (Sun et
+    al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that place do not
+    give other tokens these values.
 
     Every passage is an unbiased sample. The random numbers for its tokens are one scrambled Sobol point (Owen, 1998),
     a coordinate for each token, so that the frequencies of first tokens over all passages are close to the model's
@@ -65,7 +74,17 @@ def self_generated(
             written.append(ids.cpu())
         return written
 
-    return torch.cat(with_fast_products(model, write)).view(samples, -1)[:, :length]
+    ids_SL = torch.cat(with_fast_products(model, write)).view(samples, -1)
+    if starts == "texts":
+        opening = opening_tokens(tokenizer, _ANY_TEXT) if tokenizer is not None else []
+        if not opening:
+            ids_SL[1::2] = ids_SL[1::2].roll(-(tokens // 2), 1)
+        elif opening != [bos]:
+            ids_SL = torch.cat([ids_SL.new_tensor(opening).expand(samples, -1), ids_SL], 1)
+    return ids_SL[:, :length]
+
+
+_ANY_TEXT = "The"
 
 
 def answered(

@@ -75,7 +75,8 @@ def test_the_model_writes_its_own_text(gqa):
 
 @pytest.mark.parametrize(("length", "starts"), [(2, [0]), (64, [0]), (65, [0, 33]), (128, [0, 64])])
 def test_written_samples_are_made_of_passages(gqa, length, starts):
-    ids = calibration_set("self", gqa.model, None, samples=12, length=length, seed=0).input_ids
+    passages = {"self": {"starts": "bos"}}
+    ids = calibration_set("self", gqa.model, None, passages, samples=12, length=length, seed=0).input_ids
     assert ids.shape == (12, length)
     bos = gqa.model.config.bos_token_id
     begins = (ids == bos).all(0).nonzero().flatten().tolist()
@@ -90,9 +91,34 @@ def test_passages_are_as_long_as_the_setting_says_and_their_number_at_once_chang
     def written(**settings):
         return parse_calibration("self", SOURCES, {"self": settings}).sample(gqa.model, None, **amount).input_ids
 
-    assert (written(passage=8) == bos).all(0).nonzero().flatten().tolist() == [0, 8, 16]
+    assert (written(passage=8, starts="bos") == bos).all(0).nonzero().flatten().tolist() == [0, 8, 16]
     assert torch.equal(written(passage=8, batch=2), written(passage=8))
     assert torch.equal(written(passage=64, batch=128), written())
+
+
+def test_written_samples_begin_as_text_in_use_does(gqa):
+    """With what the tokenizer puts before a text. Where that is nothing, every second one with BOS."""
+
+    class Opened:
+        def __init__(self, *opening):
+            self.opening = list(opening)
+
+        def __call__(self, text, add_special_tokens, verbose):
+            return {"input_ids": self.opening * add_special_tokens + [ord(c) for c in text]}
+
+    def written(tokenizer, **settings):
+        source = parse_calibration("self", SOURCES, {"self": {"passage": 8, **settings}})
+        return source.sample(gqa.model, tokenizer, samples=6, length=24, seed=3).input_ids
+
+    bos = gqa.model.config.bos_token_id
+    always, opened, plain = written(None, starts="bos"), written(Opened(7, 9)), written(Opened())
+    assert (always[:, 0] == bos).all() and opened.shape == plain.shape == (6, 24)
+    assert (opened[:, :2] == torch.tensor([7, 9])).all() and torch.equal(opened[:, 2:], always[:, :-2])
+    assert torch.equal(written(Opened(bos)), always)
+    assert torch.equal(plain[::2], always[::2])
+    assert torch.equal(plain[1::2, :20], always[1::2, 4:]), "from the middle of the first passage"
+    assert torch.equal(plain[1::2, 20:], always[1::2, :4]), "which begins at the end"
+    assert torch.equal(written(None), plain)
 
 
 def test_tokens_are_drawn_as_the_model_predicts_them():
@@ -233,6 +259,16 @@ def test_plans_of_earlier_versions_are_replayed_without_bos():
     for plan, bos in ((old, False), (new, True)):
         (part,) = parse_calibration("a.txt", SOURCES, plan.source_settings).parts
         assert part.source.settings.bos is bos
+
+
+def test_plans_of_earlier_versions_write_text_as_they_did():
+    """Their settings do not say what samples begin with: it was BOS."""
+    old = CompensationRecord(name="refit", calibration="self", samples=1, length=4, sources={"self": {"passage": 8}})
+    new = old.model_copy(update={"sources": parse_calibration("self", SOURCES).record()})
+    for plan, starts in ((old, "bos"), (new, "texts")):
+        (part,) = parse_calibration("self", SOURCES, plan.source_settings).parts
+        assert part.source.settings.starts == starts
+    assert old.source_settings["self"]["passage"] == 8
 
 
 def test_a_mixture_takes_samples_in_the_shares_that_are_given(wide):
