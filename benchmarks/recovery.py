@@ -35,6 +35,7 @@ CUTOFF, BATCH = 256, 2
 """Tokens of an example where the command does not say; and the batch that rows of before it was recorded had."""
 PRUNED = {
     "pruned": ("--ratio", "0.2"),
+    "pruned, all samples from BOS": ("--ratio", "0.2", "--set", "self.starts=bos"),
     "pruned by 40 %": ("--ratio", "0.4", "--calibration", "{wikitext}"),
     "pruned as in the paper": ("--ratio", "0.2", "--method", "llm-pruner", "--calibration", "{wikitext}"),
 }
@@ -54,6 +55,13 @@ class Way:
 _PAPER = ("--strategy", "lora", "--data", "{alpaca}", "--autocast", "--batch-size", "64")
 _PACKED = ("--pack", "--learning-rate", "2e-4", "--autocast")
 _MIXED = ("--data", "{c4},{alpaca}", *_PACKED)
+_FROM_BOS = {
+    "distil": ("--strategy", "distil", *_MIXED),
+    "full": ("--strategy", "full", *_MIXED),
+    "distil, self-written": ("--strategy", "distil", "--data", "self:2000", *_PACKED),
+    "lora, the paper's": _PAPER,
+}
+"""Ways that were measured from a model whose calibration text began as in version 0.1, with BOS in every sample."""
 WAYS = {
     "distil": Way(("--strategy", "distil", *_MIXED)),
     "full": Way(("--strategy", "full", *_MIXED)),
@@ -62,6 +70,7 @@ WAYS = {
     "lora, self-written": Way(("--strategy", "lora", "--data", "self:2000", "--autocast")),
     "lora, the paper's": Way(_PAPER),
     "the paper's prune and two epochs": Way(_PAPER, minutes=None, pruned="pruned as in the paper"),
+    **{f"{name}, from BOS": Way(options, pruned="pruned, all samples from BOS") for name, options in _FROM_BOS.items()},
     "distil, 40 % removed": Way(("--strategy", "distil", *_MIXED), minutes=30, pruned="pruned by 40 %"),
 }
 

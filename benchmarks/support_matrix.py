@@ -356,7 +356,8 @@ def render(results: Mapping[Case, Mapping[str, Any]]) -> str:
         "where the silenced model's does, and the saved checkpoint loads and gives the same logits. *Refused* means "
         "that the kind is found, and the cut model cannot run, be saved, or prove anything. *Failed* means that a "
         "cut model runs and silently disagrees. *Partly* means that the kind is verified in the default configuration "
-        "and not in every variant. — means that discovery offers no such units.",
+        "and not in every variant. — means that discovery offers no such units. Which criteria, compensations and "
+        "exports run on a type, and the form of its checkpoints: [what runs](support-commands.md).",
         "",
         f"- {len(known)} of {len(all_types())} types tried, {len(runnable)} of them can be built and run on a CPU.",
     ]

@@ -15,6 +15,7 @@ import torch
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
 from ..models.quiet import quiet_transformers
+from ..models.where import why_it_stops
 from .earlier_names import add_earlier_names
 from .manifest import add_manifest
 from .record import RECORD_FILE, record_text
@@ -131,7 +132,10 @@ def _shell(
     """An instance of the class that will be saved, with the weights of ``model``."""
     config = stock_config(model)
     with _outside(parts):
-        expected = dummy_logits(model)
+        try:
+            expected = dummy_logits(model)
+        except _STOPS as error:
+            raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
     stock = stock_model(model, config, family)
     if stock is not None and _fill(stock, model):
         of_stock = None if parts is None else parts.like(stock)
@@ -174,6 +178,10 @@ def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
     return True
 
 
+_STOPS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What the code of a model raises for sizes that it was not made for."""
+
+
 def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits (B, T, V) of ``model.dummy_inputs``, a few tokens, in evaluation mode."""
     device = model.get_input_embeddings().weight.device
@@ -191,7 +199,7 @@ def gives_logits(expected: torch.Tensor, model: PreTrainedModel) -> bool:
     largest logit. False for a model that cannot compute them."""
     try:
         logits = dummy_logits(model)
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    except _STOPS:
         return False
     tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 2e-2
     scale = float(expected.abs().max())

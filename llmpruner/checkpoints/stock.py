@@ -171,6 +171,26 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
     return {name: [v for v, _ in votes.most_common()] for name, votes in options.items() if votes}
 
 
+def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
+    """As `size_options`, of attributes with names of their own: those with the size of a changed axis (OPT's
+    ``ffn_dim``, Falcon's ``ffn_hidden_size``), and widths that are left open (GPT-2's ``n_inner``)."""
+    options: dict[str, list[int]] = {}
+    for name, value in vars(config).items():
+        if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
+            continue
+        if type(value) is int:
+            found = [new for old, new in axes if old == value and new]
+        else:
+            found = [new for _, new in axes if new] if value is None and _OPEN_WIDTH.search(name) else []
+        if found:
+            options[name] = list(dict.fromkeys(found))
+    return options
+
+
+_NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
+_OPEN_WIDTH = re.compile(r"inner|ffn|intermediate")
+
+
 def head_size(config: PreTrainedConfig) -> int:
     """``head_dim``, else the hidden size divided by the number of heads (1 for state space models)."""
     heads = getattr(config, "num_attention_heads", None) or 1
@@ -210,7 +230,8 @@ def _candidates(
     # What differs by layer already, one number for all layers cannot state.
     differs = config.get_text_config().per_layer_attributes or set()
     text = for_all_layers(config.get_text_config())
-    options = {n: v for n, v in size_options(text, changed_axes(before, after)).items() if n not in differs}
+    axes = changed_axes(before, after)
+    options = {n: v for n, v in size_options(text, axes).items() if n not in differs}
     rows, hidden = model.get_input_embeddings().weight.shape
     old_rows, old_hidden = reference.get_input_embeddings().weight.shape
     always = {}
@@ -219,14 +240,18 @@ def _candidates(
     if old_rows == text.vocab_size and rows != old_rows:
         always["vocab_size"] = rows
     floats = _moved_floats(model, reference, text)
-    for sizes in choices(text, options):
-        candidate = with_sizes(config, {**sizes, **always})
-        for name, value in floats.items():
-            setattr(candidate.get_text_config(), name, value)
-        moved: dict[int, set[int]] = {}
-        for name, new in {**sizes, **always}.items():
-            moved.setdefault(getattr(text, name), set()).add(new)
-        yield candidate, moved
+    others = {n: v for n, v in other_widths(text, axes).items() if n not in differs}
+    for named in [options, options | others] if others else [options]:
+        for sizes in choices(text, named):
+            candidate = with_sizes(config, {**sizes, **always})
+            for name, value in floats.items():
+                setattr(candidate.get_text_config(), name, value)
+            moved: dict[int, set[int]] = {}
+            for name, new in {**sizes, **always}.items():
+                value = getattr(text, name)
+                for old in [before for before, after in axes if after == new] if value is None else [value]:
+                    moved.setdefault(old, set()).add(new)
+            yield candidate, moved
     if differs:
         yield from _per_layer_candidates(model, reference, config)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,12 +38,12 @@ def self_generated(
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
     long ones of as many tokens, and take less time.
 
-    ``starts``: what samples begin with. "bos": BOS, as passages do. "texts": what the tokenizer puts before a text; where
-    that is nothing, every second sample begins with BOS, as chats do in many formats, and the others in the middle of a
-    passage, as a text may begin with any token. The first token of a sequence, whichever it is, has values in the
-    residual stream that are hundreds of times as large as those of others, and all later tokens attend to it (Sun et
-    al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that place do not
-    give other tokens these values.
+    ``starts``: what samples begin with. "bos": BOS, as passages do. "texts": what the tokenizer puts before a text;
+    where that is nothing, every second sample begins with BOS, as chats do in many formats, and the others in the
+    middle of a passage, as a text may begin with any token. The first token of a sequence, whichever it is, has values
+    in the residual stream that are hundreds of times as large as those of others, and all later tokens attend to it
+    (Sun et al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that
+    place do not give other tokens these values.
 
     Every passage is an unbiased sample. The random numbers for its tokens are one scrambled Sobol point (Owen, 1998),
     a coordinate for each token, so that the frequencies of first tokens over all passages are close to the model's
@@ -70,7 +71,8 @@ def self_generated(
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
-            ids = model.generate(start, attention_mask=mask, generation_config=config, logits_processor=[draw])
+            with _generating_as(model, config):
+                ids = model.generate(start, attention_mask=mask, logits_processor=[draw])
             written.append(ids.cpu())
         return written
 
@@ -84,7 +86,8 @@ def self_generated(
     return ids_SL[:, :length]
 
 
-_ANY_TEXT = "The"
+_ANY_TEXT = "0"
+"""To see what the tokenizer puts before it."""
 
 
 def answered(
@@ -96,8 +99,7 @@ def answered(
     ``prompts``: token ids, generated for at once. ``numbers``: (prompts, tokens) between 0 and 1, one for each token at
     most; the same ones give the same answers. Raises `ModelError` when the model's logits are NaN.
     """
-    own = model.generation_config
-    eos = getattr(own, "eos_token_id", None)
+    eos = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     pad = next((t for t in (tokenizer.pad_token_id, *sorted(stops)) if t is not None), 0)
     length, device = max(map(len, prompts)), model.device
@@ -107,15 +109,22 @@ def answered(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=numbers.shape[1], eos_token_id=sorted(stops) or None, pad_token_id=pad
     )
-    # transformers takes values that a configuration does not give, such as a repetition penalty, from the model's own.
+    with quiet_transformers(), torch.no_grad(), _generating_as(model, config):
+        run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
+        found = with_fast_products(model, run)[:, length:].tolist()
+    return [list(takewhile(lambda token: token not in stops, row)) for row in found]
+
+
+@contextmanager
+def _generating_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """``config`` as the model's own, from which transformers takes values that a given one leaves open: a repetition
+    penalty (Qwen2.5-Instruct) or a forced end of the sequence (BART) would change the probabilities of tokens."""
+    own = model.generation_config
     model.generation_config = config
     try:
-        with quiet_transformers(), torch.no_grad():
-            run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
-            found = with_fast_products(model, run)[:, length:].tolist()
+        yield
     finally:
         model.generation_config = own
-    return [list(takewhile(lambda token: token not in stops, row)) for row in found]
 
 
 _ROWS = 8

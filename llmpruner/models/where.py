@@ -1,4 +1,4 @@
-"""Where in a model an error of its forward pass was raised."""
+"""Where in a model an error of its forward pass was raised, and the sentence that says so."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from ..errors import LlmprunerError, first_line
 
 _AROUND = Path(torch.__file__).parent, Path(__file__).parents[1]
 """Packages that call the code of a model, and are called by it: torch and this one."""
@@ -32,3 +34,15 @@ def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, st
         if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, _AROUND)):
             statement = linecache.getline(frame.f_code.co_filename, line).strip()
     return statement, inside
+
+
+def why_it_stops(error: BaseException) -> str:
+    """Why a cut model cannot run or be saved, as a sentence: with the statement of the model's code that stops."""
+    if isinstance(error, LlmprunerError):
+        return first_line(error)
+    statement, inside = where(error)
+    if not inside:
+        return f"the cut model cannot be used: {first_line(error)[:200]}"
+    if isinstance(error, RuntimeError):
+        return f"the cut model cannot run: in {inside}, `{statement}` needs a size that the cut changed"
+    return f"the cut model cannot run: in {inside}, `{statement}` stops with: {first_line(error)[:160]}"

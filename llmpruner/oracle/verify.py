@@ -20,7 +20,7 @@ from ..models.decoder import graph_of
 from ..models.per_layer import for_all_layers
 from ..models.quiet import quiet_transformers
 from ..models.surgery import cut
-from ..models.where import where
+from ..models.where import why_it_stops
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept
 from .compare import differences
@@ -194,7 +194,7 @@ class Oracle:
         except Disagreement as found:
             return verdict(FAILED, found.difference, found.where, str(found))
         except Exception as error:  # the cut model may raise anything
-            return verdict(REFUSED, 0.0, reason=refusal(error))
+            return verdict(REFUSED, 0.0, reason=why_it_stops(error))
         return verdict(VERIFIED, record.difference)
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
@@ -289,18 +289,6 @@ class Oracle:
         mode = silenced(model, self.graph, kept)
         with mode:
             return logits(model, self.tokens), model, mode
-
-
-def refusal(error: BaseException) -> str:
-    """Why a cut model cannot run or be saved, as a sentence: with the statement of the model's code that stops."""
-    if isinstance(error, LlmprunerError):
-        return first_line(error)
-    statement, inside = where(error)
-    if not inside:
-        return f"the cut model cannot be used: {first_line(error)[:200]}"
-    if isinstance(error, RuntimeError):
-        return f"the cut model cannot run: in {inside}, `{statement}` needs a size that the cut changed"
-    return f"the cut model cannot run: in {inside}, `{statement}` stops with: {first_line(error)[:160]}"
 
 
 def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:

@@ -10,6 +10,7 @@ from itertools import pairwise, product
 import pytest
 import tiny_models
 import torch
+from transformers import GenerationConfig
 
 from llmpruner import DataError, ModelError, PluginError
 from llmpruner.component import ComponentSettings
@@ -121,6 +122,21 @@ def test_written_samples_begin_as_text_in_use_does(gqa):
     assert torch.equal(written(None), plain)
 
 
+def test_settings_that_the_model_generates_with_do_not_change_the_text(gqa):
+    """As those of Qwen2.5-Instruct (a repetition penalty) and BART (a forced end of the sequence) would."""
+    own, model = gqa.model.generation_config, gqa.model
+    plain = calibration_set("self", model, None, samples=3, length=20, seed=1).input_ids
+    model.generation_config = GenerationConfig(
+        repetition_penalty=3.0, forced_eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+    )  # fmt: skip
+    try:
+        assert torch.equal(calibration_set("self", model, None, samples=3, length=20, seed=1).input_ids, plain)
+        assert model.generation_config.repetition_penalty == 3.0
+    finally:
+        model.generation_config = own
+
+
 def test_tokens_are_drawn_as_the_model_predicts_them():
     """Shares of 20,000 draws within four standard errors; tokens of probability 0 are never drawn."""
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.0, -torch.inf])
@@ -146,7 +162,8 @@ def test_the_end_is_not_drawn():
 
 def test_passages_begin_as_often_with_a_token_as_the_model_predicts(gqa):
     """Within a passage for each stretch of the scrambled points, where independent draws spread by their root."""
-    ids = calibration_set("self", gqa.model, None, samples=128, length=8, seed=0).input_ids
+    from_bos = {"self": {"starts": "bos"}}
+    ids = calibration_set("self", gqa.model, None, from_bos, samples=128, length=8, seed=0).input_ids
     with torch.no_grad():
         logits = gqa.model(ids[:1, :1]).logits[0, 0]
     eos = gqa.model.generation_config.eos_token_id

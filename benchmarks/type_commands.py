@@ -1,0 +1,242 @@
+"""What runs on each model type: every criterion, every compensation, the form of the result, every exporter.
+
+    python -m benchmarks.type_commands                  all types with verified MLP channels or heads; restartable
+    python -m benchmarks.type_commands llama gpt2       these types again
+
+A small random instance of the default configuration of each type, in a process of its own with limits on time and
+memory, loses a fifth of its MLP channels (of its heads, where it has none) by each criterion and with each
+compensation; what comes out must have fewer parameters and finite logits. It is saved with equal widths in all layers
+and with different ones, which gives the form of the checkpoint, and exported. Criteria of experts are measured by
+`benchmarks.experts`. Results are lines of ``results/type_commands.jsonl``, drawn as ``docs/support-commands.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from .support_matrix import INCOMPLETE, plain, read, verdicts
+
+RESULTS = Path(__file__).parent / "results" / "type_commands.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "support-commands.md"
+TIME_LIMIT, MEMORY_LIMIT, WORKERS = 900, 9 << 30, 2
+SHARE = 0.2
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["torch._dynamo", "torch.export", "transformers.modeling_utils", "transformers.generation", "accelerate",
+           "llmpruner.checkpoints.save", "llmpruner.discovery.groups", "llmpruner.api"]  # fmt: skip
+SHAPES = ("uniform", "free")
+REFUSED = "refused: "
+LAYER_SHARE = 0.34
+"""Of the layers, of which a small instance has three or four."""
+EXPORTERS = ("stock", "nemotron-nas", "gguf")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("types", nargs="*", help="model types (default: those that are not measured yet)")
+    named = parser.parse_args().types
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    verified = [
+        model_type
+        for (model_type, variant), result in read().items()
+        if not variant and any(verdicts(result).get(k, {}).get("verdict") == "verified" for k in ("mlp", "attention"))
+    ]
+    done, lock = measured(), Lock()
+
+    def one(model_type: str) -> None:
+        result = in_process(model_type)
+        with lock:
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{model_type}: {summary(result)} ({result['seconds']} s)", flush=True)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(one, named or [t for t in sorted(verified) if t not in done]))
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """The latest result of every type."""
+    if not RESULTS.is_file():
+        return {}
+    return {r["type"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+
+
+def in_process(model_type: str) -> dict[str, Any]:
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_child, args=(model_type, sender))
+    started = time.monotonic()
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(TIME_LIMIT):
+            result: dict[str, Any] = receiver.recv()
+        else:
+            result = {"type": model_type, "reason": f"not finished within {TIME_LIMIT} s"}
+    except EOFError:
+        process.join()
+        result = {"type": model_type, "reason": f"the process ended with status {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+    return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _child(model_type: str, sender: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    sender.send(examine(model_type))
+
+
+def examine(model_type: str) -> dict[str, Any]:
+    """Name → empty string, or why not, for the criteria, compensations, forms (the form itself) and exporters."""
+    import torch
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    from llmpruner import Catalog, LoadSettings, ModelError, Signal, api, load_pruned, plugin_manager
+    from llmpruner.exporters.gguf.plan import plan_of
+    from llmpruner.oracle.tiny import random_instance
+    from llmpruner.oracle.verify import logits, representative
+    from llmpruner.testing.tiny import letters
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    catalog, of_layers = Catalog(plugin_manager()), {Signal.STREAM, Signal.STREAM_BLOCKS}
+    tokens = torch.arange(20, 40).reshape(2, 10)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        dense = random_instance(representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {}))))
+        dense.save_pretrained(work / "dense")
+        letters().save_pretrained(work / "dense")
+        before = dense.num_parameters()
+        kinds = {group.kind for group in api.discover(work / "dense", catalog=catalog).graph.groups}
+        units = "mlp" if "mlp" in kinds else "attention"
+
+        def cut(criterion: str, compensation: str, *, shape: str = "free") -> api.Model:
+            signals = catalog.create(catalog.criteria, criterion, {}).signals
+            kind = "layer" if signals & of_layers else "hidden" if criterion == "pca" else units
+            reads = signals - {Signal.WEIGHT} or catalog.compensations[compensation].reads_text
+            pruned = api.prune(
+                work / "dense", kinds=kind, unit_ratio=LAYER_SHARE if kind == "layer" else SHARE, importance=criterion,
+                compensate=compensation, catalog=catalog, load=LoadSettings(dtype="float32"),
+                **({} if kind == "layer" else {"shape": shape}), **({"samples": 4, "length": 16} if reads else {}),
+                **({"allocation": "global"} if criterion == "random" else {}),
+            )  # fmt: skip
+            if pruned.model.num_parameters() >= before:
+                raise ModelError("nothing is removed")
+            if not logits(pruned.model, tokens).isfinite().all():
+                raise ModelError("the logits are not finite")
+            return pruned
+
+        def form(shape: str) -> str:
+            # Random scores of all layers together give layers of different widths.
+            return api.save(cut("l2" if shape == "uniform" else "random", "none", shape=shape), work / shape)
+
+        def exported(name: str) -> None:
+            source = next((work / shape for shape in SHAPES if (work / shape).is_dir()), None)
+            if source is None:
+                raise ModelError("no checkpoint was written")
+            if name == "gguf":
+                plan_of(load_pruned(source))
+            else:
+                api.export(source, to=name, output=work / f"as-{name}", catalog=catalog)
+
+        criteria = {name: why_not(cut, name, "none") for name, one in catalog.criteria.items() if one.kinds is None}
+        fits = {name: why_not(cut, "l2", name) for name in catalog.compensations if name != "none"}
+        forms = {shape: why_not(form, shape, value=True) for shape in SHAPES}
+        exports = {name: why_not(exported, name) for name in EXPORTERS}
+    return {"type": model_type, "units": units, "criteria": criteria, "compensations": fits, "forms": forms,
+            "exports": exports}  # fmt: skip
+
+
+def why_not(run: Callable[..., Any], *arguments: str, value: bool = False) -> str:
+    """The first line of the error that ends ``run``; otherwise an empty string, or with ``value`` what it returns."""
+    from llmpruner.errors import LlmprunerError, first_line
+
+    try:
+        found = run(*arguments)
+    except LlmprunerError as error:
+        return REFUSED + first_line(error)
+    except Exception as error:
+        return f"{REFUSED}{type(error).__name__}: {first_line(error)}"
+    return str(found) if value else ""
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    if "reason" in result:
+        return str(result["reason"])
+    return ", ".join(
+        f"{name} {sum(not why.startswith(REFUSED) for why in result[name].values())}/{len(result[name])}"
+        for name in ("criteria", "compensations", "forms", "exports")
+    )
+
+
+def page() -> str:
+    """``docs/support-commands.md``: a table, and the reasons of what does not run."""
+    found = [one for _, one in sorted(measured().items())]
+    run = [one for one in found if "reason" not in one]
+    criteria, fits = (list(run[0][name]) for name in ("criteria", "compensations"))
+    lines = [
+        "# Support matrix: what runs",
+        "",
+        "<!-- Written by benchmarks/type_commands.py; do not edit. -->",
+        "",
+        "For each type of the [support matrix](support-matrix.md) with verified MLP channels or heads: a fifth of the "
+        "MLP channels (of the heads, where it has no MLP) of a small random instance is removed. *Criteria*: of "
+        f"{code(criteria)}, how many give a smaller model with finite logits (criteria of experts are in "
+        "[Criteria, measured](criteria-measured.md)). *Compensations*: the same for "
+        f"{code(fits)}. *Form*: of the saved checkpoint, with equal widths in all layers and with different ones: "
+        "stock, which transformers alone loads, or shim, which has a modeling file. *Exports*: of the checkpoint with "
+        "equal widths; of GGUF files, whether llama.cpp has an architecture that states it.",
+        "",
+        "| type | units | criteria | compensations | form, equal widths | form, different widths | exports |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in run:
+        cells = [
+            counted(one["criteria"]), counted(one["compensations"]), *map(form_cell, one["forms"].values()),
+            ", ".join(name for name, why in one["exports"].items() if not why) or "none",
+        ]  # fmt: skip
+        lines.append(f"| {one['type']} | {one['units']} | {' | '.join(cells)} |")
+    lines += ["", "## What does not run", "", "| type | what | reason |", "|---|---|---|"]
+    for one in found:
+        if "reason" in one:
+            lines.append(f"| {one['type']} | all | {plain(one['reason'])} |")
+            continue
+        for part in ("criteria", "compensations", "forms", "exports"):
+            by_reason: dict[str, list[str]] = {}
+            for name, why in one[part].items():
+                if why.startswith(REFUSED):
+                    by_reason.setdefault(plain(why.removeprefix(REFUSED)), []).append(name)
+            lines += [f"| {one['type']} | {', '.join(names)} | {why} |" for why, names in by_reason.items()]
+    return "\n".join([*lines, ""])
+
+
+def counted(found: Mapping[str, str]) -> str:
+    good = sum(not why for why in found.values())
+    return f"all {good}" if good == len(found) else f"{good} of {len(found)}"
+
+
+def form_cell(value: str) -> str:
+    return "refused" if value.startswith(REFUSED) else value
+
+
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    main()
