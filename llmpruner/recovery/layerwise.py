@@ -57,6 +57,22 @@ def steps_by_layer(settings: RecoverSettings, examples: int, layers: int) -> lis
     return [each + (number < rest) for number in range(layers)]
 
 
+_JUDGED = 8
+"""The fewest micro-batches over which the loss of a layer is compared before and after its training, of more."""
+
+
+def used_examples(job: RecoveryJob) -> list[Mapping[str, list[int]]]:
+    """The examples that are trained on: where the steps of a layer take fewer than there are, so many of them at
+    random, the same ones for all layers. The streams of hidden states run over no others."""
+    settings, rows = job.settings, list(job.examples)
+    if settings.max_steps is None:
+        return rows
+    count = -(-settings.max_steps // job.graph.num_layers) * settings.batch_size
+    if count >= len(rows):
+        return rows
+    return random.Random(f"{settings.seed} examples").sample(rows, count)
+
+
 class _Training:
     """``dense``, ``pruned``: h and ĥ before the current layer; ``pruned`` is empty where inputs are those of the dense
     model."""
@@ -69,7 +85,7 @@ class _Training:
         self.together = job.settings.batch_size // size
         """Micro-batches of a step."""
         # The longest first, so that memory that does not suffice shows at once.
-        rows = sorted(job.examples, key=lambda row: -len(row["input_ids"]))
+        rows = sorted(used_examples(job), key=lambda row: -len(row["input_ids"]))
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
         ids = [padded([row["input_ids"] for row in part], 0) for part in parts]
         self.trained = [(padded([row["labels"] for row in part], IGNORED) != IGNORED)[:, 1:] for part in parts]
@@ -171,12 +187,12 @@ class _Training:
 
     @torch.no_grad()
     def _error(self, number: int, inputs: States, targets: States) -> float:
-        """The loss over all examples."""
-        total = 0.0
-        for position, batch in enumerate(self.walk.batches):
-            found = self.walk.run(number, batch, inputs[position])
+        """The loss over all micro-batches, or where there are 16 or more, over every second to fourth of them."""
+        total, positions = 0.0, range(0, len(self.counts), max(1, min(4, len(self.counts) // _JUDGED)))
+        for position in positions:
+            found = self.walk.run(number, self.walk.batches[position], inputs[position])
             total += float(_relative(found, targets[position], self.trained[position]).sum())
-        return total / sum(self.counts)
+        return total / sum(self.counts[position] for position in positions)
 
     def _train(self, number: int, parameters: Sequence[nn.Parameter], inputs: States, targets: States) -> list[float]:
         """The loss of every step."""

@@ -19,7 +19,7 @@ from llmpruner.errors import LlmprunerError, ModelError, SettingsError, Unsuppor
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.forecast import Residency
 from llmpruner.recovery.base import LayerWalk, RecoveryJob
-from llmpruner.recovery.layerwise import steps_by_layer
+from llmpruner.recovery.layerwise import steps_by_layer, used_examples
 from llmpruner.recovery.local import LocalStrategy
 from llmpruner.settings import RecoverSettings, RunSettings
 from llmpruner.testing import RecoveryConformance
@@ -143,6 +143,19 @@ def test_examples_of_other_lengths_change_nothing(pruned, dense, tmp_path):
         LocalStrategy().train(job)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(together.state_dict()[name], value, atol=2e-4, rtol=0)
+
+
+def test_examples_that_no_step_takes_are_not_run(pruned, dense, tmp_path):
+    """Six steps are two of each layer, so four of the examples."""
+    few = SETTINGS.model_copy(update={"batch_size": 2, "max_steps": 6})
+    job = job_of(pruned, dense, tmp_path / "few", settings=few)
+    used = used_examples(job)
+    assert len(used) == 4 < len(ROWS) and all(row in ROWS for row in used) and used == used_examples(job)
+    whole = copy.deepcopy(pruned.model)
+    result = LocalStrategy().train(job)
+    alone = replace(job_of(replace(pruned, model=whole), dense, tmp_path / "alone", settings=few), examples=used)
+    assert result.losses == LocalStrategy().train(alone).losses
+    assert used_examples(job_of(pruned, dense, tmp_path)) == list(ROWS)
 
 
 def test_a_layer_learns_the_removed_layers_after_it(gqa, tmp_path):
