@@ -45,7 +45,8 @@ EXPORTERS = ("stock", "nemotron-nas", "gguf")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types (default: those that are not measured yet)")
-    named = parser.parse_args().types
+    parser.add_argument("--workers", type=int, default=WORKERS, help="types at once (default: %(default)s)")
+    options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     CONTEXT.set_forkserver_preload(PRELOAD)
     verified = [
@@ -62,8 +63,8 @@ def main() -> None:
                 file.write(json.dumps(result) + "\n")
             print(f"{model_type}: {summary(result)} ({result['seconds']} s)", flush=True)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(one, named or [t for t in sorted(verified) if t not in done]))
+    with ThreadPoolExecutor(options.workers) as pool:
+        list(pool.map(one, options.types or [t for t in sorted(verified) if t not in done]))
     PAGE.write_text(page(), encoding="utf-8")
 
 
@@ -121,19 +122,22 @@ def examine(model_type: str) -> dict[str, Any]:
         dense = random_instance(representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {}))))
         dense.save_pretrained(work / "dense")
         letters().save_pretrained(work / "dense")
+        # Text that the model writes would need generation, which some tiny instances do not have.
+        (work / "text.txt").write_text(" ".join("abcdefghijklmnopqrstuvwxyz"[n * n % 26] for n in range(400)))
+        text = {"calibration": str(work / "text.txt"), "samples": 4, "length": 16}
         before = dense.num_parameters()
         kinds = {group.kind for group in api.discover(work / "dense", catalog=catalog).graph.groups}
         units = "mlp" if "mlp" in kinds else "attention"
 
-        def cut(criterion: str, compensation: str, *, shape: str = "free") -> api.Model:
+        def cut(criterion: str, compensation: str, *, shape: str = "free", **options: Any) -> api.Model:
             signals = catalog.create(catalog.criteria, criterion, {}).signals
             kind = "layer" if signals & of_layers else "hidden" if criterion == "pca" else units
             reads = signals - {Signal.WEIGHT} or catalog.compensations[compensation].reads_text
             pruned = api.prune(
                 work / "dense", kinds=kind, unit_ratio=LAYER_SHARE if kind == "layer" else SHARE, importance=criterion,
                 compensate=compensation, catalog=catalog, load=LoadSettings(dtype="float32"),
-                **({} if kind == "layer" else {"shape": shape}), **({"samples": 4, "length": 16} if reads else {}),
-                **({"allocation": "global"} if criterion == "random" else {}),
+                **({} if kind == "layer" else {"shape": shape}), **(text if reads else {}),
+                **options,
             )  # fmt: skip
             if pruned.model.num_parameters() >= before:
                 raise ModelError("nothing is removed")
@@ -142,8 +146,9 @@ def examine(model_type: str) -> dict[str, Any]:
             return pruned
 
         def form(shape: str) -> str:
-            # Random scores of all layers together give layers of different widths.
-            return api.save(cut("l2" if shape == "uniform" else "random", "none", shape=shape), work / shape)
+            # Cutting the first layer alone gives different widths.
+            options = {} if shape == "uniform" else {"layers": "0"}
+            return api.save(cut("l2", "none", shape=shape, **options), work / shape)
 
         def exported(name: str) -> None:
             source = next((work / shape for shape in SHAPES if (work / shape).is_dir()), None)
@@ -211,17 +216,24 @@ def page() -> str:
             ", ".join(name for name, why in one["exports"].items() if not why) or "none",
         ]  # fmt: skip
         lines.append(f"| {one['type']} | {one['units']} | {' | '.join(cells)} |")
-    lines += ["", "## What does not run", "", "| type | what | reason |", "|---|---|---|"]
+    lines += [
+        "",
+        "## What does not run",
+        "",
+        "`pca` removes hidden channels, which is not exact where layer norms run over them; `bias` needs biases; "
+        "`nemotron-nas` has LLaMA's layers alone, and llama.cpp the architectures that "
+        "[Deploy](how-to/deploy.md) names. Other reasons:",
+        "",
+        "| type | what | reason |",
+        "|---|---|---|",
+    ]
     for one in found:
-        if "reason" in one:
-            lines.append(f"| {one['type']} | all | {plain(one['reason'])} |")
-            continue
+        by_reason: dict[str, list[str]] = {plain(one["reason"]): ["all"]} if "reason" in one else {}
         for part in ("criteria", "compensations", "forms", "exports"):
-            by_reason: dict[str, list[str]] = {}
-            for name, why in one[part].items():
-                if why.startswith(REFUSED):
+            for name, why in one.get(part, {}).items():
+                if why.startswith(REFUSED) and name not in ("pca", "bias", "nemotron-nas", "gguf"):
                     by_reason.setdefault(plain(why.removeprefix(REFUSED)), []).append(name)
-            lines += [f"| {one['type']} | {', '.join(names)} | {why} |" for why, names in by_reason.items()]
+        lines += [f"| {one['type']} | {', '.join(names)} | {why} |" for why, names in by_reason.items()]
     return "\n".join([*lines, ""])
 
 

@@ -28,6 +28,7 @@ from ..structure.coupling import (
     Span,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
+from .depth import counts_layers
 from .ids import Mark
 from .propagate import Policy, Propagation
 from .trace import Trace, trace
@@ -96,6 +97,9 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     blocked: tuple[Blocked, ...] = ()
     if traced.repeats:
         blocked = (Blocked(traced.layers, 0, "a layer runs more than once"),)
+    elif counted := None if _is_shallow(traced) else counts_layers(model, traced.layers):
+        # Where a model with fewer layers was traced, it runs.
+        blocked = (Blocked(traced.layers, 0, f"'{counted}' has a part for every layer, which does not follow"),)
     elif traced.streams == 1:
         groups.append(CoupledGroup("layers", LAYER, len(layers), modules=tuple(layers)))
     else:

@@ -46,7 +46,9 @@ class Scope:
 
 def _why_not(graph: CouplingGraph, kind: str) -> str:
     """The most frequent reason of blocked axes outside the decoder layers (for hidden channels) or inside them (for
-    the other usual kinds), with the first such axis; empty when there is none."""
+    the other usual kinds), with the first such axis; for layers, the reason of their list. Empty when there is none."""
+    if kind == LAYER:
+        return next((f"{b.parameter}: {b.reason}" for b in graph.blocked if b.parameter == graph.layers), "")
     if kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
         return ""
     blocked = [b for b in graph.blocked if graph.is_decoder(b.parameter) != (kind == HIDDEN) and " in " in b.reason]

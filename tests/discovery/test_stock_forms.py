@@ -1,5 +1,5 @@
-"""Equal cuts of all layers are stock checkpoints of types that name their sizes otherwise; a cut that the class cannot
-run is refused."""
+"""Equal cuts of all layers are stock checkpoints of types that name their sizes otherwise; cuts that a class cannot run
+are not offered, or refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from llmpruner import UnsupportedModelError, api
-from llmpruner.oracle.tiny import random_instance
+from llmpruner.checkpoints.save import save_checkpoint
+from llmpruner.discovery.groups import discover_graph
+from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.oracle.verify import logits, representative
+from llmpruner.structure.scope import Scope
 
 TOKENS = torch.arange(20, 40).reshape(2, 10)
 
@@ -37,12 +40,21 @@ def test_the_width_has_another_name(model_type: str, size: str, tmp_path: Path) 
     assert torch.allclose(logits(loaded.eval(), TOKENS), logits(pruned.model, TOKENS), atol=1e-5)
 
 
-def test_layers_that_are_counted_in_a_table_outside_them(tmp_path: Path) -> None:
-    """Gemma 4 has embeddings for each layer in one table, which a cut of layers does not follow."""
-    pruned = api.prune(
-        tiny("gemma4_text", tmp_path), kinds="layer", unit_ratio=0.34, importance="l2", compensate="none",
-        method="llm-pruner",
-    )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"^the cut model cannot run: in model, `.*` needs a size that the"):
-        api.save(pruned, tmp_path / "pruned")
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_are_counted_in_a_table_outside_them_are_not_offered(model_type: str) -> None:
+    """Embeddings for each layer are in one table, which a cut of layers does not follow."""
+    graph = discover_graph(small_config(CONFIG_MAPPING[model_type]()))
+    assert not list(graph.of_kinds(["layer"]))
+    reason = "'model.embed_tokens_per_layer.weight' has a part for every layer, which does not follow"
+    assert ("model.layers", 0, reason) in {(b.parameter, b.axis, b.reason) for b in graph.blocked}
+    with pytest.raises(UnsupportedModelError, match=f"^this model has no layer units .*could not follow .*: {reason}"):
+        Scope(("layer",), (0, 1)).groups(graph)
+
+
+def test_a_cut_model_that_cannot_run_is_not_saved(tmp_path: Path) -> None:
+    model = random_instance(representative(CONFIG_MAPPING["llama"]()))
+    norm = model.model.norm
+    norm.weight = torch.nn.Parameter(norm.weight[:-1].detach())
+    with pytest.raises(UnsupportedModelError, match=r"^the cut model cannot run: in model.norm, `.*` needs a size"):
+        save_checkpoint(model, tmp_path / "pruned", record=None)
     assert not (tmp_path / "pruned").exists()
