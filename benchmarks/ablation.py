@@ -3,7 +3,8 @@
     LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--tokens 8192] [--render]
 
 The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
-on as much text that it wrote itself, or on the latter alone, and is judged on the other 100 documents and on answers to
+on as much text that it wrote itself, or on the latter alone, read from files (in windows that begin anywhere) or as the
+source ``self`` gives it, and is judged on the other 100 documents and on answers to
 instructions (`alpaca_en_1k`, the second half), which are for choosing alone: no benchmark reports them. A row is one
 variant; rows are appended to ``results/ablation.jsonl``, so that an interrupted run goes on where it stopped, and drawn
 in ``docs/quality-notes.md``.
@@ -32,15 +33,18 @@ CALIBRATION_DOCUMENTS = 200
 @dataclass(frozen=True)
 class Variant:
     """``settings``: of ``refit``. ``sides``: whether the two sources are held out in turn; otherwise every eighth token
-    is, as with one source. ``calibration``: of the files of `sources`."""
+    is, as with one source. ``calibration``: of the files of `sources`; ``own``: settings of the source ``self``."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     sides: bool = True
     calibration: str = "{c4},{written}"
+    own: Mapping[str, Any] = field(default_factory=dict)
 
 
 VARIANTS = (
+    Variant("self, every sample from BOS", calibration="self", own={"starts": "bos"}),
+    Variant("self, samples begin as texts do", calibration="self"),
     Variant("text that the model wrote alone", calibration="{written}"),
     Variant(
         "text that the model wrote, an eighth of the samples random tokens",
@@ -131,7 +135,7 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     catalog = Catalog(host)
     settings = {
         "ratio": 0.2, "method": "best", "calibration": calibration, "samples": samples, "length": LENGTH,
-        "settings": {"refit": dict(variant.settings)},
+        "settings": {"refit": dict(variant.settings), **({"self": dict(variant.own)} if variant.own else {})},
     }  # fmt: skip
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     model = api.load("demo", dtype="float32", catalog=catalog)
