@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -77,7 +78,8 @@ def _show(recipe: Recipe, step: StepResult) -> None:
     if step.command == "prune":
         show_plan(*step.value)
         options = f"--ratio {given['ratio']:g} --samples {given['samples']} --seed {given['seed']}"
-        out.print(f"The same as: llmpruner prune demo {options} -o …", style="dim")
+        text = escape(quote(given["calibration"]))
+        out.print(f"The same as: llmpruner prune demo {options} --calibration {text} -o …", style="dim", soft_wrap=True)
         out.rule("3. Recovery")
     elif step.command == "recover":
         first, last = step.result["losses"]

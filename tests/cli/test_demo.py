@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from html import unescape
 
 import pytest
@@ -17,7 +18,7 @@ from llmpruner.methods.shipped import DemoRecipe
 def small(monkeypatch, dense, tmp_path):
     recipe = yaml.safe_load(DemoRecipe().text())
     recipe["model"] = str(dense)
-    recipe["steps"][0]["prune"]["samples"] = 2
+    recipe["steps"][0]["prune"]["samples"] = 4
     recipe["steps"][1]["recover"].update(max_steps=2, cutoff=512)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(demo, "RECIPE", str(tmp_path / "small.yaml"))
@@ -30,8 +31,9 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     assert shown.code == 0, shown.err
     assert {"pruned", "recovered"} < {path.name for path in (tmp_path / "demo").iterdir()}
     told = next(line for line in shown.out.splitlines() if line.startswith("The same as: llmpruner prune demo "))
-    options = re.sub(r".* demo (.*) -o …$", r"\1", told).split()
-    assert options == ["--ratio", "0.3", "--samples", "2", "--seed", "3"]
+    options = shlex.split(re.sub(r".* demo (.*) -o …$", r"\1", told))
+    assert options[:7] == ["--ratio", "0.3", "--samples", "4", "--seed", "3", "--calibration"]
+    assert re.fullmatch(r"3\*self,1\*chat:/.*/demo/instructions\.jsonl", options[7])
     plan = run("prune", small, *options, "-o", tmp_path / "by_hand", "--json").json()["plan"]
     assert plan["compensation"]["name"] == "refit"
     record = json.loads((tmp_path / "demo" / "recovered" / "llmpruner.json").read_text())
@@ -56,6 +58,7 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
     for title in ("Quality", "Answers", "Cost", "What was cut", "Scores and the cut", "Repair", "Recovery"):
         assert f">{title}</h2>" in page
+    assert "Calibration text of the cut: 3*self,1*chat:instructions.jsonl." in page
     assert "first 10,240 tokens of Python's help topics, windows of 512" in shown.out
     for folder in ("demo/pruned", "by_hand"):
         assert run("generate", tmp_path / folder, "-p", "The fox", "--max-new-tokens", 2).code == 0
