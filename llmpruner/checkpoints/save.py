@@ -135,6 +135,8 @@ def _shell(
         try:
             expected = dummy_logits(model)
         except _STOPS as error:
+            if "memory" in str(error):  # of the machine or the device, which says nothing about the model
+                raise
             raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
     stock = stock_model(model, config, family)
     if stock is not None and _fill(stock, model):

@@ -14,12 +14,11 @@ from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..models.decoder import decoder_layers
-from ..models.empty import base_of, empty_model, meta_model
+from ..models.empty import REFUSALS, base_of, empty_model, meta_model
 from ..models.modeling_llmpruner import layer_overrides
 from ..models.per_layer import for_all_layers, merged
 from ..models.quiet import quiet_transformers
@@ -40,11 +39,6 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 """Common names of sizes in transformers; configurations with other names map them (``attribute_map``)."""
 
 MAX_CANDIDATES = 24
-_REFUSALS = (
-    *(ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError),
-    StrictDataclassError,
-)
-"""The exceptions of constructors that refuse sizes."""
 _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
 
 
@@ -57,7 +51,7 @@ def stock_model(
     """
     try:
         reference = empty_model(base_of(model), config)
-    except _REFUSALS:
+    except REFUSALS:
         return None  # no configuration has the remaining layers
     for candidate, moved in _candidates(model, reference, config):
         # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
@@ -68,7 +62,7 @@ def stock_model(
                 continue
             try:
                 stock = meta_model(built)
-            except (*_REFUSALS, UnsupportedModelError):
+            except (*REFUSALS, UnsupportedModelError):
                 continue
             if type(stock).__module__.startswith("transformers.") and is_same(model, stock, moved):
                 return stock
@@ -313,7 +307,7 @@ def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
             if built.is_heterogeneous:
                 # Saving does it too, and may read a size of all layers where the class itself does not.
                 built.validate()
-    except _REFUSALS:
+    except REFUSALS:
         return None
     built._attn_implementation = config._attn_implementation
     return built
@@ -374,7 +368,7 @@ def _layer_sizes(
     for sizes in choices(text, size_options(text, changed_axes(before, after))):
         try:
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
-        except _REFUSALS:
+        except REFUSALS:
             continue
         if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
             return sizes

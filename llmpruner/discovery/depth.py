@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ..models.empty import meta_model
+from ..errors import UnsupportedModelError
+from ..models.empty import REFUSALS, meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError, NotImplementedError)
-"""What configurations and classes raise for a number of layers that they were not made for."""
 
 
 def counts_layers(model: PreTrainedModel, layers: str) -> str | None:
@@ -22,7 +20,7 @@ def counts_layers(model: PreTrainedModel, layers: str) -> str | None:
     """
     try:
         other = meta_model(_without_the_first(model.config))
-    except _REFUSALS:
+    except (*REFUSALS, UnsupportedModelError):
         return None
     shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
     for name, tensor in model.state_dict().items():
@@ -46,6 +44,8 @@ def _without_the_first(config: PreTrainedConfig) -> PreTrainedConfig:
     found = type(text).from_dict(values)
     if text is changed:
         return found
-    place = next(name for name, value in vars(changed).items() if value is text)
-    setattr(changed, place, found)
-    return changed
+    for name, value in list(vars(changed).items()):
+        if value is text:
+            setattr(changed, name, found)
+            return changed
+    raise UnsupportedModelError(f"{type(config).__name__} does not hold its text configuration as an attribute")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,13 @@ from .remote import register_model_class
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+REFUSALS = (
+    *(ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError),
+    StrictDataclassError,
+)
+"""The exceptions of configurations and constructors that refuse sizes."""
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
