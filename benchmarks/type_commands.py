@@ -199,9 +199,9 @@ def page() -> str:
         "",
         "<!-- Written by benchmarks/type_commands.py; do not edit. -->",
         "",
-        f"For {len(found)} of the types of the [support matrix](support-matrix.md) with verified MLP channels or heads, "
-        "others were not tried yet: a fifth of the "
-        "MLP channels (of the heads, where it has no MLP) of a small random instance is removed. *Criteria*: of "
+        f"For {len(found)} of the types of the [support matrix](support-matrix.md) with verified MLP channels or "
+        "heads, others were not tried yet: a fifth of the MLP channels (of the heads, where it has no MLP) of a small "
+        "random instance is removed. *Criteria*: of "
         f"{code(criteria)}, how many give a smaller model with finite logits (criteria of experts are in "
         "[Criteria, measured](criteria-measured.md)). *Compensations*: the same for "
         f"{code(fits)}. *Form*: of the saved checkpoint, with equal widths in all layers and with different ones: "
