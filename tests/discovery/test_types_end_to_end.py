@@ -56,8 +56,9 @@ TYPES = {
     "zamba2": {},
 }
 """Type, with a name of the variant after a comma → options of its configuration."""
+SHORT = {("gemma4_text", "llm-pruner"), ("gemma3n_text", "best")}
 CASES = [
-    pytest.param(name, method, marks=() if (name, method) == ("gemma4_text", "llm-pruner") else pytest.mark.long)
+    pytest.param(name, method, marks=() if (name, method) in SHORT else pytest.mark.long)
     for name in TYPES
     for method in ("best", "llm-pruner")
 ]
