@@ -76,6 +76,7 @@ def measured() -> dict[str, dict[str, Any]]:
 
 
 def in_process(model_type: str) -> dict[str, Any]:
+    """`examine` in a process of its own, with its seconds; what stops it is the ``reason``."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_child, args=(model_type, sender))
     started = time.monotonic()
@@ -101,7 +102,8 @@ def _child(model_type: str, sender: Connection) -> None:
 
 
 def examine(model_type: str) -> dict[str, Any]:
-    """Name → empty string, or why not, for the criteria, compensations, forms (the form itself) and exporters."""
+    """For each criterion, compensation and exporter an empty string, or why it does not run; for each of `SHAPES` the
+    form of the checkpoint, or why there is none."""
     import torch
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
@@ -206,7 +208,7 @@ def page() -> str:
         "[Criteria, measured](criteria-measured.md)). *Compensations*: the same for "
         f"{code(fits)}. *Form*: of the saved checkpoint, with equal widths in all layers and with different ones: "
         "stock, which transformers alone loads, or shim, which has a modeling file. *Exports*: of the checkpoint with "
-        "equal widths; of GGUF files, whether llama.cpp has an architecture that states it.",
+        "equal widths; for GGUF, whether the exporter writes the architecture, without writing a file.",
         "",
         "| type | units | criteria | compensations | form, equal widths | form, different widths | exports |",
         "|---|---|---|---|---|---|---|",
@@ -222,8 +224,8 @@ def page() -> str:
         "## What does not run",
         "",
         "`pca` removes hidden channels, which is not exact where layer norms run over them; `bias` needs biases; "
-        "`nemotron-nas` has LLaMA's layers alone, and llama.cpp the architectures that "
-        "[Deploy](how-to/deploy.md) names. Other reasons:",
+        "`nemotron-nas` has LLaMA's layers alone, and the exporter `gguf` writes few architectures "
+        "([Deploy](how-to/deploy.md)). Other reasons:",
         "",
         "| type | what | reason |",
         "|---|---|---|",

@@ -77,8 +77,8 @@ class LayerCheck:
         self._compare(output, self._after[number], number)
 
     def runs_in(self, products: torch.dtype, number: int) -> bool:
-        """Whether operators of layer ``number`` take what autocast to ``products`` gives them. No layers of a model do
-        in which some use keys and values of others, as these are of one dtype and queries of another (Gemma 3n)."""
+        """Whether operators of layer ``number`` take what autocast to ``products`` gives them. False where layers use
+        keys and values of earlier ones (Gemma 3n): those may have another dtype than the queries."""
         if getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0):
             return False
         hidden = self._before[number].float()
