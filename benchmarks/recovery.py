@@ -35,7 +35,8 @@ CUTOFF, BATCH = 256, 2
 """Tokens of an example where the command does not say; and the batch that rows of before it was recorded had."""
 PRUNED = {
     "pruned": ("--ratio", "0.2"),
-    "pruned, all samples from BOS": ("--ratio", "0.2", "--set", "self.starts=bos"),
+    "pruned, no conversations": ("--ratio", "0.2", "--set", "self.chats=0"),
+    "pruned, all samples from BOS": ("--ratio", "0.2", "--set", "self.chats=0", "--set", "self.starts=bos"),
     "pruned by 40 %": ("--ratio", "0.4", "--calibration", "{wikitext}"),
     "pruned as in the paper": ("--ratio", "0.2", "--method", "llm-pruner", "--calibration", "{wikitext}"),
 }
@@ -64,12 +65,14 @@ _FROM_BOS = {
 """Ways that were measured from a model whose calibration text began as in version 0.1, with BOS in every sample."""
 WAYS = {
     "distil": Way(("--strategy", "distil", *_MIXED)),
+    "distil and next tokens": Way(("--strategy", "distil", "--set", "distil.labels=0.5", *_MIXED)),
     "full": Way(("--strategy", "full", *_MIXED)),
     "local": Way(("--strategy", "local", *_MIXED, "--cutoff", "512", "--batch-size", "8")),
     "distil, self-written": Way(("--strategy", "distil", "--data", "self:2000", *_PACKED)),
     "lora, self-written": Way(("--strategy", "lora", "--data", "self:2000", "--autocast")),
     "lora, the paper's": Way(_PAPER),
     "the paper's prune and two epochs": Way(_PAPER, minutes=None, pruned="pruned as in the paper"),
+    "distil, no conversations": Way(("--strategy", "distil", *_MIXED), pruned="pruned, no conversations"),
     **{f"{name}, from BOS": Way(options, pruned="pruned, all samples from BOS") for name, options in _FROM_BOS.items()},
     "distil, 40 % removed": Way(("--strategy", "distil", *_MIXED), minutes=30, pruned="pruned by 40 %"),
 }

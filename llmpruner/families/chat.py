@@ -35,6 +35,13 @@ class Prompt(NamedTuple):
     has_special_tokens: bool
 
 
+class Frame(NamedTuple):
+    """What a chat format puts before a user's message, with its special tokens, and between that and the answer."""
+
+    before: Prompt
+    after: str
+
+
 class Turn(NamedTuple):
     """A prompt and the answer to it. Text without a prompt has an empty one."""
 
@@ -62,6 +69,23 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: st
     if not has_chat_template(family, tokenizer):
         return Prompt(family.format_prompt(instruction, input), False)
     return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
+
+
+_MESSAGE = "message-of-the-user"
+"""Found in what a chat format makes of it."""
+
+
+def chat_frame(family: ModelFamily, tokenizer: Any) -> Frame | None:
+    """The text around a user's message; None for a model without a chat format (no template, and a family that has no
+    format of its own), and for a format that contains messages in another form.
+
+    Raises `DataError` when the tokenizer's chat template fails.
+    """
+    if not (has_chat_template(family, tokenizer) or family.has_own_format):
+        return None
+    prompt = chat_prompt(family, tokenizer, _MESSAGE)
+    before, found, after = prompt.text.partition(_MESSAGE)
+    return Frame(Prompt(before, prompt.has_special_tokens), after) if found else None
 
 
 def conversation_prompt(

@@ -39,7 +39,7 @@ class ChatSource(CalibrationSource):
             )
         examples = read_examples(task.reference)
         texts = [text for found in examples for text in training_texts(found, task.family, task.tokenizer)]
-        encoded = [_tokens(task.tokenizer, text) for text in texts]
+        encoded = [tokens_of(task.tokenizer, text) for text in texts]
         return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
 
 
@@ -60,7 +60,7 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
     return rows
 
 
-def _tokens(tokenizer: Any, text: TrainingText) -> list[int]:
+def tokens_of(tokenizer: Any, text: TrainingText) -> list[int]:
     """Token ids of a conversation; where its format has no special tokens, with the end of a sequence after every
     answer, as in a recovery."""
     turns = [turn.prompt + turn.answer for turn in text.turns]

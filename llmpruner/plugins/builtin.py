@@ -87,9 +87,9 @@ def llmpruner_compensations() -> list[type[Compensation]]:
 
 @hookimpl
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
-    from ..data.self_written import SelfWritten
     from ..data.text import TextSource
     from ..families.chat_source import ChatSource
+    from ..families.self_written import SelfWritten
 
     return [SelfWritten, TextSource, ChatSource]
 

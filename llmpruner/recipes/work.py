@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..compensation.choose import can_wait
 from ..data.calibration import parse_calibration
-from ..data.self_written import SelfWritten
 from ..engine.signals import Signal
+from ..families.self_written import SelfWritten
 from ..importance.estimate import scored_parameters
 from .calibrating import GRADIENT_TOKENS, length_for
 from .wanted import scope_of

@@ -7,7 +7,7 @@ from typing import Any
 from ..budgets.weights import DecoderParameters
 from ..compensation.none import NoCompensation
 from ..data.calibration import CalibrationText, Part
-from ..data.self_written import SelfWritten
+from ..families.self_written import SelfWritten
 from ..importance.base import ImportanceCriterion
 from ..importance.magnitude import L1
 from ..loading.model import Model

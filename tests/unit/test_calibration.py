@@ -15,12 +15,13 @@ from transformers import GenerationConfig
 from llmpruner import DataError, ModelError, PluginError
 from llmpruner.component import ComponentSettings
 from llmpruner.data.calibration import parse_calibration
-from llmpruner.data.self_written import SelfWritten
 from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
 from llmpruner.families.chat_source import ChatSource, packed
+from llmpruner.families.family import ModelFamily
+from llmpruner.families.self_written import SelfWritten
 from llmpruner.structure.plan import CompensationRecord
 
 
@@ -279,12 +280,12 @@ def test_plans_of_earlier_versions_are_replayed_without_bos():
 
 
 def test_plans_of_earlier_versions_write_text_as_they_did():
-    """Their settings do not say what samples begin with: it was BOS."""
+    """Their settings do not say what samples begin with, which was BOS, nor how many are conversations: none were."""
     old = CompensationRecord(name="refit", calibration="self", samples=1, length=4, sources={"self": {"passage": 8}})
     new = old.model_copy(update={"sources": parse_calibration("self", SOURCES).record()})
-    for plan, starts in ((old, "bos"), (new, "texts")):
+    for plan, starts, chats in ((old, "bos", 0), (new, "texts", 1 / 8)):
         (part,) = parse_calibration("self", SOURCES, plan.source_settings).parts
-        assert part.source.settings.starts == starts
+        assert (part.source.settings.starts, part.source.settings.chats) == (starts, chats)
     assert old.source_settings["self"]["passage"] == 8
 
 
@@ -317,6 +318,62 @@ def test_conversations_are_sampled_in_the_models_own_chat_template(wide, tmp_pat
     for row in chats:
         whole = tokenizer.decode(row)
         assert any("".join(joined).startswith(whole) for joined in product(rendered, repeat=4))
+
+
+GENERATES = TEMPLATE + "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+
+
+@pytest.fixture
+def chatty(gqa):
+    """A model, and a tokenizer of its vocabulary with a chat template."""
+    tokenizer, model = tiny_models.tokenizer(), copy.deepcopy(gqa.model)
+    tokenizer.chat_template = GENERATES
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return replace(gqa, model=model), tokenizer
+
+
+def sampled(loaded, tokenizer, samples=16, length=128, family=None, **settings):
+    text = parse_calibration("self", SOURCES, {"self": settings})
+    amount = {"samples": samples, "length": length, "seed": 0}
+    return text.sample(loaded.model, tokenizer, **amount, family=family or loaded.family).input_ids
+
+
+def test_one_sample_in_eight_is_a_conversation_that_the_model_writes(chatty):
+    loaded, tokenizer = chatty
+    found, texts = sampled(loaded, tokenizer), sampled(loaded, tokenizer, chats=0)
+    is_chat = [tokenizer.decode(row).startswith("<s>user: ") for row in found]
+    assert [number for number, chat in enumerate(is_chat) if chat] == [7, 15]
+    assert torch.equal(found[~torch.tensor(is_chat)], texts[:14]), "the others are as without conversations"
+    assert len({tuple(row.tolist()) for row in found[is_chat]}) == 2
+    chats = [tokenizer.decode(row) for row in sampled(loaded, tokenizer, samples=32, chats=1)]
+    assert all(row.startswith("<s>user: ") for row in chats) and any("</s><s>assistant: " in row for row in chats)
+    assert torch.equal(found, sampled(loaded, tokenizer))
+    assert torch.equal(found, sampled(loaded, tokenizer, batch=3)), "not of how many are written at once"
+
+
+@pytest.mark.parametrize("why", ["no template", "no tokenizer", "another form", "short samples", "few samples"])
+def test_without_a_chat_format_that_fits_all_samples_are_passages(chatty, why):
+    loaded, tokenizer = chatty
+    amount = {"short samples": {"length": 16}, "few samples": {"samples": 7}}.get(why, {})
+    if why == "no tokenizer":
+        tokenizer = None
+    elif why in ("no template", "another form"):
+        tokenizer.chat_template = {"no template": None, "another form": "{{ messages[0].content | upper }}"}[why]
+    assert torch.equal(sampled(loaded, tokenizer, **amount), sampled(loaded, tokenizer, **amount, chats=0))
+
+
+def test_a_format_of_a_family_is_written_too(chatty):
+    """Whose end of a message is text that the model may write itself."""
+    loaded, tokenizer = chatty
+    tokenizer.chat_template = None
+
+    class Named(ModelFamily):
+        def format_prompt(self, instruction, input=""):
+            return f"USER: {instruction} ASSISTANT:"
+
+    row = sampled(loaded, tokenizer, samples=1, chats=1, family=Named())[0]
+    text = tokenizer.decode(row)
+    assert text.startswith(("USER: ", "<s>USER: ", "<s> USER: ")) and text.count("ASSISTANT:") >= 1
 
 
 def test_every_conversation_is_used_before_one_is_used_again():

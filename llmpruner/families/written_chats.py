@@ -1,0 +1,77 @@
+"""Conversations that the model writes, both sides of them, in its own chat format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.conversations import Instruction
+from ..data.written import answered
+from ..progress import QUIET, Progress
+from .chat import Prompt, chat_frame, chat_prompt, training_texts
+from .chat_source import packed, tokens_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .family import ModelFamily
+
+QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
+"""The most tokens of a question and of its answer."""
+
+
+def written_chats(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    family: ModelFamily,
+    samples: int,
+    length: int,
+    seed: int,
+    *,
+    batch: int = 64,
+    progress: Progress = QUIET,
+) -> torch.Tensor | None:
+    """Samples that begin with a conversation of one question and its answer, followed by further ones: int64 of shape
+    (samples, length), on the CPU. None for a model without a chat format, and where what the format puts around a
+    question and its answer would be half of a sample or more.
+
+    The model gets what its format puts before a user's message, writes the question (Magpie, Xu et al., 2024), and then
+    its answer, at temperature 1, without truncation of the distribution. ``batch``: conversations that are written at
+    once. Deterministic in ``seed``. Raises `DataError` where the chat template fails, and `ModelError` when the model's
+    logits are NaN.
+    """
+    frame = chat_frame(family, tokenizer)
+    if frame is None or model.config.is_encoder_decoder:
+        return None
+    before, after = _ids(tokenizer, frame.before), tokenizer(frame.after, add_special_tokens=False)["input_ids"]
+    if 2 * (len(before) + len(after)) >= length:
+        return None
+    wanted = -(-samples * length // (len(before) + len(after) + (QUESTION_TOKENS + ANSWER_TOKENS) // 2))
+    points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    end, chats = frame.after.strip(), list[list[int]]()
+    for first in progress.track(range(0, wanted, batch), "Writing conversations"):
+        numbers = points.draw(min(batch, wanted - first))
+        written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :QUESTION_TOKENS])
+        # Where the end of a message is text, not a token at which generation stops, the model writes it, and goes on.
+        questions = [
+            _text(tokenizer, ids).partition(end)[0].strip() if end else _text(tokenizer, ids) for ids in written
+        ]
+        prompts = [_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
+        answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS:])
+        for question, ids in zip(questions, answers, strict=True):
+            example = Instruction(question, _text(tokenizer, ids))
+            chats += [tokens_of(tokenizer, text) for text in training_texts(example, family, tokenizer)]
+    if sum(map(len, chats)) < length:
+        return None
+    return torch.tensor(packed(chats, samples, length, seed, "self"), dtype=torch.long)
+
+
+def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    return list(tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
+
+
+def _text(tokenizer: Any, ids: list[int], end: str = "") -> str:
+    """Of ``ids``, up to ``end``."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return (text.partition(end)[0] if end else text).strip()
