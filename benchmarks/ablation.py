@@ -4,10 +4,10 @@
 
 The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
 on as much text that it wrote itself, or on the latter alone, read from files (in windows that begin anywhere) or as the
-source ``self`` gives it, and is judged on the other 100 documents and on answers to
-instructions (`alpaca_en_1k`, the second half), which are for choosing alone: no benchmark reports them. A row is one
-variant; rows are appended to ``results/ablation.jsonl``, so that an interrupted run goes on where it stopped, and drawn
-in ``docs/quality-notes.md``.
+source ``self`` gives it. It is judged on the other 100 documents, on answers (`alpaca_en_1k`, the second
+half), and on the same with their instructions in the model's chat format. These texts are for choosing alone: no
+benchmark reports them. A row is one variant; rows are appended to ``results/ablation.jsonl``, so an interrupted run
+goes on where it stopped, and drawn in ``docs/quality-notes.md``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("self, every sample from BOS", calibration="self", own={"starts": "bos"}),
-    Variant("self, samples begin as texts do", calibration="self"),
+    Variant("self, every sample from BOS", calibration="self", own={"starts": "bos", "chats": 0}),
+    Variant("self, samples begin as texts do", calibration="self", own={"chats": 0}),
+    Variant("self, a sample in eight is a conversation", calibration="self"),
+    Variant("self, a sample in four is a conversation", calibration="self", own={"chats": 0.25}),
     Variant("text that the model wrote alone", calibration="{written}"),
     Variant(
         "text that the model wrote, an eighth of the samples random tokens",
@@ -154,8 +157,26 @@ def documents(data: Path) -> list[str]:
 def judged(data: Path) -> dict[str, str]:
     """Text to choose by: neither in the calibration, nor in a benchmark."""
     lines = (data / "alpaca_en_1k.jsonl").read_text(encoding="utf-8").splitlines()
-    answers = [json.loads(line)["output"] for line in lines[len(lines) // 2 :]]
-    return {"C4": "\n\n".join(documents(data)[CALIBRATION_DOCUMENTS:]), "instructions": "\n\n".join(answers)}
+    rows = [json.loads(line) for line in lines[len(lines) // 2 :]]
+    return {
+        "C4": "\n\n".join(documents(data)[CALIBRATION_DOCUMENTS:]),
+        "instructions": "\n\n".join(row["output"] for row in rows),
+        "chats": "".join(_chat(row) for row in rows),
+    }
+
+
+def _chat(row: Mapping[str, str]) -> str:
+    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    text: str = _tokenizer().apply_chat_template(messages, tokenize=False)
+    return text
+
+
+@cache
+def _tokenizer() -> Any:
+    from llmpruner import api
+
+    return api.load("demo", dtype="float32").tokenizer
 
 
 def sources(data: Path, work: Path, samples: int) -> dict[str, Path]:
@@ -193,23 +214,27 @@ def page(found: list[dict[str, Any]]) -> str:
         "",
         "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, no training. Calibrated on 200 "
         "documents of C4 and as much text that the model wrote, or on what the row says; judged on 100 other documents "
-        "of C4 and on answers to "
-        f"instructions, in windows of {WINDOW}, float32 weights, bfloat16 products. No "
-        "benchmark reports these two texts. KL: mean divergence from the dense model per token, in nats. Few "
-        "calibration tokens, so that a row takes minutes: differences between rows count, not their level. The "
-        "settings are those of [`refit`](reference/criteria.md#compensations).",
+        "of C4, on answers to instructions, and on the same with their instructions in the model's chat format, in "
+        f"windows of {WINDOW}, float32 weights, bfloat16 products. No benchmark reports these texts. KL: mean "
+        "divergence from the dense model per token, in nats. Few calibration tokens, so that a row takes minutes: "
+        "differences between rows count, not their level. The settings are those of "
+        "[`refit`](reference/criteria.md#compensations).",
         "",
         "| variant | calibration tokens | judged on | KL, C4 | perplexity, C4 | KL, instructions | "
-        "perplexity, instructions | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "perplexity, instructions | KL, chats | perplexity, chats | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         texts = row["texts"]
-        cells = [f"{texts[name][of]:.{digits}f}" for name in texts for of, digits in (("kl", 4), ("perplexity", 2))]
+        cells = [
+            f"{texts[name][of]:.{digits}f}" if name in texts else ""
+            for name in ("C4", "instructions", "chats")
+            for of, digits in (("kl", 4), ("perplexity", 2))
+        ]
         if not row["samples"]:
             cells[::2] = ["", ""]
         tokens = f"{row['samples'] * LENGTH:,}" if row["samples"] else ""
-        judged_on = f"2 × {row['tokens']:,}"
+        judged_on = f"{len(texts)} × {row['tokens']:,}"
         lines.append(f"| {row['variant']} | {tokens} | {judged_on} | {' | '.join(cells)} | {row['seconds']:.0f} |")
     if not found:
         return "\n".join([*lines, "", "Nothing was measured yet."]) + "\n"

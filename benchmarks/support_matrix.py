@@ -1,9 +1,9 @@
 """Discovery and the oracle on every causal language model that the installed transformers knows.
 
-    python benchmarks/support_matrix.py                 all types, two processes at a time, restartable
-    python benchmarks/support_matrix.py llama gpt2      these types again, with their variants
-    python benchmarks/support_matrix.py --time-limit 60 give up on a configuration after so many seconds
-    python benchmarks/support_matrix.py --render        only write docs/support-matrix.md again
+    python -m benchmarks.support_matrix                 all types, two processes at a time, restartable
+    python -m benchmarks.support_matrix llama gpt2      these types again, with their variants
+    python -m benchmarks.support_matrix --time-limit 60 give up on a configuration after so many seconds
+    python -m benchmarks.support_matrix --render        only write docs/support-matrix.md again
 
 Every configuration runs in a process of its own with limits on time and memory, as a small random instance: the default
 one of every type, and others that differ in structure: the `VARIANTS` named here and, up to two in all, those that the
@@ -15,30 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import re
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from .child_process import in_child, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "support_matrix.jsonl"
 PAGE = ROOT / "docs" / "support-matrix.md"
 TIME_LIMIT = 480
-MEMORY_LIMIT = 9 << 30
 WORKERS = 2
-
-CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch._dynamo", "torch.export", "transformers.modeling_utils", "transformers.generation", "accelerate",
-           "llmpruner.checkpoints.save", "llmpruner.discovery.groups", "llmpruner.oracle.verify"]  # fmt: skip
 
 KINDS = ("mlp", "attention", "query", "expert", "latent", "hidden", "layer")
 PARTS = {
@@ -135,7 +129,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    CONTEXT.set_forkserver_preload(PRELOAD)
+    prepare()
     if not options.render:
         run(options.types, options.time_limit)
     PAGE.write_text(render(read()), encoding="utf-8")
@@ -263,7 +257,8 @@ def run(types: list[str], time_limit: int) -> None:
     lock = Lock()
 
     def one(case: Case) -> None:
-        result = {**in_process(case, time_limit), "time_limit": time_limit}
+        found = in_child(examine, case, seconds=time_limit)
+        result = {"type": case[0], "variant": case[1], **found, "time_limit": time_limit}
         with lock:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
@@ -272,31 +267,6 @@ def run(types: list[str], time_limit: int) -> None:
 
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(one, todo))
-
-
-def in_process(case: Case, time_limit: int) -> dict[str, Any]:
-    """`examine` in a process of its own, forked from one that has imported everything already."""
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=child, args=(case, sender))
-    process.start()
-    sender.close()
-    stopped: dict[str, Any] = {"type": case[0], "variant": case[1]}
-    try:
-        if receiver.poll(time_limit):
-            result: dict[str, Any] = receiver.recv()
-            return result
-        return {**stopped, "stage": "time limit", "reason": f"not finished within {time_limit} s"}
-    except EOFError:
-        process.join()
-        return {**stopped, "stage": "crash", "reason": f"the process ended with status {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
-def child(case: Case, sender: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    sender.send(examine(*case))
 
 
 def read() -> dict[Case, dict[str, Any]]:

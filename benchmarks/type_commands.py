@@ -14,27 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from .child_process import in_child, prepare
 from .support_matrix import INCOMPLETE, plain, read, verdicts
 
 RESULTS = Path(__file__).parent / "results" / "type_commands.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "support-commands.md"
-TIME_LIMIT, MEMORY_LIMIT, WORKERS = 900, 9 << 30, 2
+TIME_LIMIT, WORKERS = 900, 2
 SHARE = 0.2
-CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch._dynamo", "torch.export", "transformers.modeling_utils", "transformers.generation", "accelerate",
-           "llmpruner.checkpoints.save", "llmpruner.discovery.groups", "llmpruner.api"]  # fmt: skip
 SHAPES = ("uniform", "free")
 REFUSED = "refused: "
 LAYER_SHARE = 0.34
@@ -48,7 +43,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=WORKERS, help="types at once (default: %(default)s)")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    CONTEXT.set_forkserver_preload(PRELOAD)
+    prepare()
     verified = [
         model_type
         for (model_type, variant), result in read().items()
@@ -57,7 +52,9 @@ def main() -> None:
     done, lock = measured(), Lock()
 
     def one(model_type: str) -> None:
-        result = in_process(model_type)
+        started = time.monotonic()
+        found = in_child(examine, (model_type,), seconds=TIME_LIMIT)
+        result = {"type": model_type, **found, "seconds": round(time.monotonic() - started, 1)}
         with lock:
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
@@ -73,32 +70,6 @@ def measured() -> dict[str, dict[str, Any]]:
     if not RESULTS.is_file():
         return {}
     return {r["type"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
-
-
-def in_process(model_type: str) -> dict[str, Any]:
-    """`examine` in a process of its own, with its seconds; what stops it is the ``reason``."""
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_child, args=(model_type, sender))
-    started = time.monotonic()
-    process.start()
-    sender.close()
-    try:
-        if receiver.poll(TIME_LIMIT):
-            result: dict[str, Any] = receiver.recv()
-        else:
-            result = {"type": model_type, "reason": f"not finished within {TIME_LIMIT} s"}
-    except EOFError:
-        process.join()
-        result = {"type": model_type, "reason": f"the process ended with status {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-    return {**result, "seconds": round(time.monotonic() - started, 1)}
-
-
-def _child(model_type: str, sender: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    sender.send(examine(model_type))
 
 
 def examine(model_type: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
+from ..models.out_of_memory import is_out_of_memory
 from ..models.quiet import quiet_transformers
 from ..models.where import why_it_stops
 from .earlier_names import add_earlier_names
@@ -135,7 +136,7 @@ def _shell(
         try:
             expected = dummy_logits(model)
         except _STOPS as error:
-            if "memory" in str(error):  # of the machine or the device, which says nothing about the model
+            if is_out_of_memory(error):
                 raise
             raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
     stock = stock_model(model, config, family)
@@ -198,10 +199,12 @@ def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
 
 def gives_logits(expected: torch.Tensor, model: PreTrainedModel) -> bool:
     """Whether `dummy_logits` of ``model`` differ from ``expected`` by at most 1e-5 (16-bit weights: 2e-2) of the
-    largest logit. False for a model that cannot compute them."""
+    largest logit. False for a model that cannot compute them, unless for want of memory, which is raised."""
     try:
         logits = dummy_logits(model)
-    except _STOPS:
+    except _STOPS as error:
+        if is_out_of_memory(error):
+            raise
         return False
     tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 2e-2
     scale = float(expected.abs().max())

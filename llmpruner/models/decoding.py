@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from .logits import last_logits
+from .out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -54,7 +55,7 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
     except LlmprunerError:
         raise
     except Exception as error:  # caches and forward passes of any architecture may raise anything
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise ModelError(
                 f"memory is too small to run the {model.config.model_type} model with so many tokens at once; take "
                 "fewer: a smaller batch, or shorter prompts"

@@ -1,0 +1,45 @@
+"""A want of memory is told from a fault of a model, and is never taken for one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmpruner.checkpoints.save import gives_logits
+from llmpruner.models.out_of_memory import is_out_of_memory
+
+LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), LACK, RuntimeError("MPS backend out of memory")],
+)
+def test_errors_for_want_of_memory_are_known(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("could not create a descriptor for a memory object"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x64 and 48x64)"),
+        ValueError("out of memory"),
+    ],
+)
+def test_errors_of_shapes_are_not(error):
+    assert not is_out_of_memory(error)
+
+
+def test_a_rebuilt_model_is_not_called_different_for_want_of_memory(gqa, monkeypatch):
+    def raising(error):
+        def forward(**_):
+            raise error
+
+        return forward
+
+    monkeypatch.setattr(gqa.model, "forward", raising(LACK))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        gives_logits(torch.zeros(1), gqa.model)
+    monkeypatch.setattr(gqa.model, "forward", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    assert not gives_logits(torch.zeros(1), gqa.model)
