@@ -44,9 +44,9 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("self, every sample from BOS", calibration="self", own={"starts": "bos", "chats": 0}),
-    Variant("self, samples begin as texts do", calibration="self", own={"chats": 0}),
-    Variant("self, a sample in eight is a conversation", calibration="self"),
+    Variant("self, every sample from BOS", calibration="self", own={"starts": "bos"}),
+    Variant("self, samples begin as texts do", calibration="self"),
+    Variant("self, a sample in eight is a conversation", calibration="self", own={"chats": 0.125}),
     Variant("self, a sample in four is a conversation", calibration="self", own={"chats": 0.25}),
     Variant("text that the model wrote alone", calibration="{written}"),
     Variant(

@@ -35,8 +35,8 @@ CUTOFF, BATCH = 256, 2
 """Tokens of an example where the command does not say; and the batch that rows of before it was recorded had."""
 PRUNED = {
     "pruned": ("--ratio", "0.2"),
-    "pruned, no conversations": ("--ratio", "0.2", "--set", "self.chats=0"),
-    "pruned, all samples from BOS": ("--ratio", "0.2", "--set", "self.chats=0", "--set", "self.starts=bos"),
+    "pruned, a conversation in eight": ("--ratio", "0.2", "--set", "self.chats=0.125"),
+    "pruned, all samples from BOS": ("--ratio", "0.2", "--set", "self.starts=bos"),
     "pruned by 40 %": ("--ratio", "0.4", "--calibration", "{wikitext}"),
     "pruned as in the paper": ("--ratio", "0.2", "--method", "llm-pruner", "--calibration", "{wikitext}"),
 }
@@ -56,6 +56,9 @@ class Way:
 _PAPER = ("--strategy", "lora", "--data", "{alpaca}", "--autocast", "--batch-size", "64")
 _PACKED = ("--pack", "--learning-rate", "2e-4", "--autocast")
 _MIXED = ("--data", "{c4},{alpaca}", *_PACKED)
+_WITH_LABELS = ("--strategy", "distil", "--set", "distil.labels=0.5", *_MIXED)
+_FROM_CHATS = {"distil": ("--strategy", "distil", *_MIXED), "distil and next tokens": _WITH_LABELS}
+"""Ways that were measured from a model one in eight of whose calibration samples was a conversation."""
 _FROM_BOS = {
     "distil": ("--strategy", "distil", *_MIXED),
     "full": ("--strategy", "full", *_MIXED),
@@ -65,14 +68,17 @@ _FROM_BOS = {
 """Ways that were measured from a model whose calibration text began as in version 0.1, with BOS in every sample."""
 WAYS = {
     "distil": Way(("--strategy", "distil", *_MIXED)),
-    "distil and next tokens": Way(("--strategy", "distil", "--set", "distil.labels=0.5", *_MIXED)),
+    "distil and next tokens": Way(_WITH_LABELS),
     "full": Way(("--strategy", "full", *_MIXED)),
     "local": Way(("--strategy", "local", *_MIXED, "--cutoff", "512", "--batch-size", "8")),
     "distil, self-written": Way(("--strategy", "distil", "--data", "self:2000", *_PACKED)),
     "lora, self-written": Way(("--strategy", "lora", "--data", "self:2000", "--autocast")),
     "lora, the paper's": Way(_PAPER),
     "the paper's prune and two epochs": Way(_PAPER, minutes=None, pruned="pruned as in the paper"),
-    "distil, no conversations": Way(("--strategy", "distil", *_MIXED), pruned="pruned, no conversations"),
+    **{
+        f"{name}, a conversation in eight": Way(options, pruned="pruned, a conversation in eight")
+        for name, options in _FROM_CHATS.items()
+    },
     **{f"{name}, from BOS": Way(options, pruned="pruned, all samples from BOS") for name, options in _FROM_BOS.items()},
     "distil, 40 % removed": Way(("--strategy", "distil", *_MIXED), minutes=30, pruned="pruned by 40 %"),
 }
@@ -92,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         kept = (arguments.work or work).resolve()
-        if "dense" not in done:
+        if "chats" not in done.get("dense", {}):
             done["dense"] = judged("demo", data, work)
         for name in arguments.names:
             way = WAYS[name]
@@ -100,7 +106,7 @@ def main() -> None:
             if not pruned.is_dir():
                 found = run("prune", "demo", *with_data(PRUNED[way.pruned], data), "-o", str(pruned))
                 done[way.pruned] = {key: found[key] for key in ("command", "seconds", "peak_mib")}
-            if "wikitext2" not in done.setdefault(way.pruned, {}):
+            if "chats" not in done.setdefault(way.pruned, {}):
                 done[way.pruned] |= judged(str(pruned), data, work)
             done[name] = {"machine": machine(), "minutes": way.minutes, **recovered(name, way, pruned, data, work)}
             text = as_json(done).replace(str(kept), "$WORK").replace(str(work), "$WORK")
@@ -155,7 +161,29 @@ def judged(model: str, data: Path, work: Path) -> dict[str, float]:
     text.write_text(_instructions(data), encoding="utf-8")
     first = measured(model, data / "wikitext2_unk_test.txt", work)
     second = measured(model, text, work, kl=False)
-    return {"wikitext2": first["perplexity"], "kl": first["kl_per_token"], "instructions": second["perplexity"]}
+    chats = work / "chats.txt"
+    chats.write_text(_chats(data), encoding="utf-8")
+    third = measured(model, chats, work)
+    return {
+        "wikitext2": first["perplexity"], "kl": first["kl_per_token"], "instructions": second["perplexity"],
+        "chats": third["perplexity"], "kl of chats": third["kl_per_token"],
+    }  # fmt: skip
+
+
+def _chats(data: Path) -> str:
+    """The instructions of `quality._instructions` with their answers, in the demo model's chat format, which its
+    tokenizer reads as special tokens."""
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    rows = map(json.loads, (data / "alpaca_gpt4_en_999.jsonl").read_text(encoding="utf-8").splitlines())
+    chats = [
+        {
+            "system": system,
+            "user": "\n".join(filter(None, (row["instruction"], row.get("input")))),
+            "assistant": row["output"],
+        }
+        for row in rows
+    ]
+    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for chat in chats for role, text in chat.items())
 
 
 def page(done: dict[str, Any]) -> str:
@@ -167,17 +195,18 @@ def page(done: dict[str, Any]) -> str:
         "",
         "SmolLM2-135M-Instruct after 20 % of its decoder was removed by the default method, on text that it generated; "
         "in the row that says so, 40 %, calibrated on WikiText-2's validation part. Perplexity on 20,480 tokens of "
-        "WikiText-2 test and of answers to instructions, in windows of 512, which neither the cut nor the training has "
-        "seen. *Given back*: of the loss that the cut added, in nats per token, the share that is gone again. KL: mean "
-        "divergence from the dense model per token of WikiText-2, in nats. Tokens: at most so many, as examples that "
-        "are not packed may be shorter.",
+        "WikiText-2 test, of answers to instructions, and of chats (the same answers with their instructions, in the "
+        "model's chat format), in windows of 512, which neither the cut nor the training has seen. "
+        "*Given back*: of the loss that the cut added, in nats per token, the share that is gone again. KL: mean "
+        "divergence from the dense model per token of WikiText-2, or of chats, in nats. Tokens: at most so many, as "
+        "examples that are not packed may be shorter.",
         "",
         "`full` and `lora` learn the next tokens of their data, so that perplexity falls on text like it, and the "
         "divergence may rise; `distil` and `local` train toward the dense model.",
         "",
         "| | minutes | steps × examples | tokens | WikiText-2 | given back | instructions | given back | KL "
-        "| peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| chats | KL, chats | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
         _row("dense", done["dense"]),
     ]
     for start in PRUNED:
@@ -210,7 +239,8 @@ def _row(
         if before is not None and dense is not None:
             share = f"{log(before[text] / found[text]) / log(before[text] / dense[text]):.0%}"
         cells += [f"{found[text]:.2f}", share]
-    cells += [f"{found['kl']:.3f}", str(found.get("peak_mib", "") if trained else "")]
+    chats = (f"{found['chats']:.2f}", f"{found['kl of chats']:.3f}") if "chats" in found else ("", "")
+    cells += [f"{found['kl']:.3f}", *chats, str(found.get("peak_mib", "") if trained else "")]
     return f"| {' | '.join(cells)} |"
 
 

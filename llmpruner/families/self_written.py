@@ -18,8 +18,9 @@ class SelfWritten(CalibrationSource):
     """Text sampled from the model; nothing is read or downloaded. See `llmpruner.data.written`, and for conversations
     `llmpruner.families.written_chats`.
 
-    A text without a chat format tells nothing of the tokens of that format, whose hidden states differ from those of
-    words, and a model that is used in chats meets them in every prompt.
+    Text without conversations tells nothing of the tokens of a chat format, which every prompt in a chat has, and whose
+    hidden states differ from those of words. With ``chats``, a pruned model is nearer to the dense one in chats, and
+    further from it on other text.
     """
 
     name = "self"
@@ -37,11 +38,11 @@ class SelfWritten(CalibrationSource):
             "BOS in every second sample and the middle of a passage in the others. bos: BOS in each.",
         )
         chats: float = Field(
-            0.125,
+            0.0,
             ge=0,
             le=1,
-            description="Share of the samples that are conversations, of a model that has a chat format; it writes the "
-            "questions too. Samples that are too short for the format are all passages.",
+            description="Share of the samples that are conversations in the model's chat format, where it has one; it "
+            "writes the questions too. Where samples are too short for the format, all are passages.",
         )
 
     settings: Settings
@@ -75,11 +76,12 @@ class SelfWritten(CalibrationSource):
         return found
 
     def _chats(self, task: SampleTask, count: int) -> torch.Tensor | None:
+        """Conversations are longer than passages, so that fewer are written at once."""
         if not count or task.tokenizer is None or task.family is None:
             return None
         from .written_chats import written_chats
 
         return written_chats(
             task.model, task.tokenizer, task.family, count, task.length, task.seed,
-            batch=self.settings.batch, progress=task.progress,
+            batch=-(-self.settings.batch // 2), progress=task.progress,
         )  # fmt: skip
