@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..data.source import CalibrationSource, SampleTask
-from ..errors import DataError
+from ..errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,8 @@ class SelfWritten(CalibrationSource):
             0.0,
             ge=0,
             le=1,
-            description="Share of the samples that are conversations in the model's chat format, where it has one; it "
-            "writes the questions too. Where samples are too short for the format, all are passages.",
+            description="Share of the samples that are conversations in the model's chat format; it writes the "
+            "questions too.",
         )
 
     settings: Settings
@@ -52,35 +52,33 @@ class SelfWritten(CalibrationSource):
             raise DataError(f"--calibration self:{reference}: the model writes this text, so nothing follows 'self'")
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        import torch
-
         from ..data.written import self_generated
 
-        own = self.settings
-        chats = self._chats(task, int(task.samples * own.chats))
-        count = task.samples - (0 if chats is None else len(chats))
-        if chats is not None and not count:
-            return chats
+        own, share = self.settings, self.settings.chats
+        wanted = round(task.samples * share)
+        if share and not wanted:
+            raise DataError(f"self.chats: {share:g} of {task.samples} samples is none; raise it, or --samples")
+        if wanted == task.samples:
+            return self._chats(task, wanted)
         passages = self_generated(
-            task.model, task.tokenizer, count, task.length, task.seed,
+            task.model, task.tokenizer, task.samples - wanted, task.length, task.seed,
             passage=own.passage, batch=own.batch, starts=own.starts, progress=task.progress,
         )  # fmt: skip
-        if chats is None:
+        if not wanted:
             return passages
         # Spread evenly, as some components read only the first samples.
-        places = [(number + 1) * task.samples // len(chats) - 1 for number in range(len(chats))]
+        places = [(number + 1) * task.samples // wanted - 1 for number in range(wanted)]
         found = passages.new_empty(task.samples, task.length)
-        is_chat = torch.zeros(task.samples, dtype=torch.bool)
-        is_chat[places] = True
-        found[is_chat], found[~is_chat] = chats, passages
+        found[places] = self._chats(task, wanted)
+        found[sorted({*range(task.samples)} - {*places})] = passages
         return found
 
-    def _chats(self, task: SampleTask, count: int) -> torch.Tensor | None:
+    def _chats(self, task: SampleTask, count: int) -> torch.Tensor:
         """Conversations are longer than passages, so that fewer are written at once."""
-        if not count or task.tokenizer is None or task.family is None:
-            return None
         from .written_chats import written_chats
 
+        if task.tokenizer is None or task.family is None:
+            raise ModelError("the model brings no tokenizer, so it cannot write conversations; leave self.chats out")
         return written_chats(
             task.model, task.tokenizer, task.family, count, task.length, task.seed,
             batch=-(-self.settings.batch // 2), progress=task.progress,

@@ -8,6 +8,7 @@ import torch
 
 from ..data.conversations import Instruction
 from ..data.written import answered
+from ..errors import DataError, ModelError
 from ..progress import QUIET, Progress
 from .chat import Prompt, chat_frame, chat_prompt, training_texts
 from .chat_source import packed, tokens_of
@@ -31,40 +32,40 @@ def written_chats(
     *,
     batch: int = 64,
     progress: Progress = QUIET,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """Samples that begin with a conversation of one question and its answer, followed by further ones: int64 of shape
-    (samples, length), on the CPU. None for a model without a chat format, and where what the format puts around a
-    question and its answer would be half of a sample or more.
+    (samples, length), on the CPU.
 
     The model gets what its format puts before a user's message, writes the question (Magpie, Xu et al., 2024), and then
     its answer, at temperature 1, without truncation of the distribution. ``batch``: conversations that are written at
-    once. Deterministic in ``seed``. Raises `DataError` where the chat template fails, and `ModelError` when the model's
-    logits are NaN.
+    once. Deterministic in ``seed``. Raises `ModelError` for a model without a chat format, and when its logits are NaN;
+    `DataError` where the chat template fails, and where what the format puts around a question and its answer would be
+    half of a sample or more.
     """
     frame = chat_frame(family, tokenizer)
     if frame is None or model.config.is_encoder_decoder:
-        return None
+        raise ModelError("the model has no chat format, so it cannot write conversations; leave self.chats out")
     before, after = _ids(tokenizer, frame.before), tokenizer(frame.after, add_special_tokens=False)["input_ids"]
-    if 2 * (len(before) + len(after)) >= length:
-        return None
-    wanted = -(-samples * length // (len(before) + len(after) + (QUESTION_TOKENS + ANSWER_TOKENS) // 2))
+    around = len(before) + len(after)
+    if 2 * around >= length:
+        raise DataError(
+            f"conversations need samples of more than {2 * around} tokens, as {around} are of the chat format; raise "
+            "--length, or leave self.chats out"
+        )
+    wanted = -(-samples * length // (around + (QUESTION_TOKENS + ANSWER_TOKENS) // 2))
     points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     end, chats = frame.after.strip(), list[list[int]]()
     for first in progress.track(range(0, wanted, batch), "Writing conversations"):
         numbers = points.draw(min(batch, wanted - first))
         written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :QUESTION_TOKENS])
         # Where the end of a message is text, not a token at which generation stops, the model writes it, and goes on.
-        questions = [
-            _text(tokenizer, ids).partition(end)[0].strip() if end else _text(tokenizer, ids) for ids in written
-        ]
+        questions = [_text(tokenizer, ids, end) for ids in written]
         prompts = [_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
         answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS:])
         for question, ids in zip(questions, answers, strict=True):
             example = Instruction(question, _text(tokenizer, ids))
             chats += [tokens_of(tokenizer, text) for text in training_texts(example, family, tokenizer)]
-    if sum(map(len, chats)) < length:
-        return None
-    return torch.tensor(packed(chats, samples, length, seed, "self"), dtype=torch.long)
+    return torch.tensor(packed(chats, samples, length, seed, "self.chats"), dtype=torch.long)
 
 
 def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -280,12 +280,12 @@ def test_plans_of_earlier_versions_are_replayed_without_bos():
 
 
 def test_plans_of_earlier_versions_write_text_as_they_did():
-    """Their settings do not say what samples begin with, which was BOS, nor how many are conversations: none were."""
+    """Their settings do not say what samples begin with: it was BOS."""
     old = CompensationRecord(name="refit", calibration="self", samples=1, length=4, sources={"self": {"passage": 8}})
     new = old.model_copy(update={"sources": parse_calibration("self", SOURCES).record()})
-    for plan, starts, chats in ((old, "bos", 0), (new, "texts", 1 / 8)):
+    for plan, starts in ((old, "bos"), (new, "texts")):
         (part,) = parse_calibration("self", SOURCES, plan.source_settings).parts
-        assert (part.source.settings.starts, part.source.settings.chats) == (starts, chats)
+        assert part.source.settings.starts == starts
     assert old.source_settings["self"]["passage"] == 8
 
 
@@ -332,13 +332,13 @@ def chatty(gqa):
     return replace(gqa, model=model), tokenizer
 
 
-def sampled(loaded, tokenizer, samples=16, length=128, family=None, **settings):
-    text = parse_calibration("self", SOURCES, {"self": settings})
+def sampled(loaded, tokenizer, samples=16, length=128, family=None, chats=0.125, **settings):
+    text = parse_calibration("self", SOURCES, {"self": {"chats": chats, **settings}})
     amount = {"samples": samples, "length": length, "seed": 0}
     return text.sample(loaded.model, tokenizer, **amount, family=family or loaded.family).input_ids
 
 
-def test_one_sample_in_eight_is_a_conversation_that_the_model_writes(chatty):
+def test_a_share_of_the_samples_is_conversations_that_the_model_writes(chatty):
     loaded, tokenizer = chatty
     found, texts = sampled(loaded, tokenizer), sampled(loaded, tokenizer, chats=0)
     is_chat = [tokenizer.decode(row).startswith("<s>user: ") for row in found]
@@ -351,15 +351,29 @@ def test_one_sample_in_eight_is_a_conversation_that_the_model_writes(chatty):
     assert torch.equal(found, sampled(loaded, tokenizer, batch=3)), "not of how many are written at once"
 
 
-@pytest.mark.parametrize("why", ["no template", "no tokenizer", "another form", "short samples", "few samples"])
-def test_without_a_chat_format_that_fits_all_samples_are_passages(chatty, why):
+@pytest.mark.parametrize(
+    ("why", "error", "message"),
+    [
+        ("no template", ModelError, "has no chat format, so it cannot write conversations; leave self.chats out"),
+        ("another form", ModelError, "has no chat format"),
+        ("no tokenizer", ModelError, "brings no tokenizer, so it cannot write conversations"),
+        (
+            "short samples",
+            DataError,
+            r"need samples of more than \d+ tokens, as \d+ are of the chat format; raise --len",
+        ),
+        ("few samples", DataError, "self.chats: 0.125 of 3 samples is none; raise it, or --samples"),
+    ],
+)
+def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, message):
     loaded, tokenizer = chatty
-    amount = {"short samples": {"length": 16}, "few samples": {"samples": 7}}.get(why, {})
+    amount = {"short samples": {"length": 16}, "few samples": {"samples": 3}}.get(why, {})
     if why == "no tokenizer":
         tokenizer = None
     elif why in ("no template", "another form"):
         tokenizer.chat_template = {"no template": None, "another form": "{{ messages[0].content | upper }}"}[why]
-    assert torch.equal(sampled(loaded, tokenizer, **amount), sampled(loaded, tokenizer, **amount, chats=0))
+    with pytest.raises(error, match=message):
+        sampled(loaded, tokenizer, **amount)
 
 
 def test_a_format_of_a_family_is_written_too(chatty):
