@@ -56,18 +56,19 @@ class Way:
 _PAPER = ("--strategy", "lora", "--data", "{alpaca}", "--autocast", "--batch-size", "64")
 _PACKED = ("--pack", "--learning-rate", "2e-4", "--autocast")
 _MIXED = ("--data", "{c4},{alpaca}", *_PACKED)
-_WITH_LABELS = ("--strategy", "distil", "--set", "distil.labels=0.5", *_MIXED)
-_FROM_CHATS = {"distil": ("--strategy", "distil", *_MIXED), "distil and next tokens": _WITH_LABELS}
+_DISTIL = ("--strategy", "distil", *_MIXED)
+_WITH_LABELS = ("--set", "distil.labels=0.5", *_DISTIL)
+_FROM_CHATS = {"distil": _DISTIL, "distil and next tokens": _WITH_LABELS}
 """Ways that were measured from a model one in eight of whose calibration samples was a conversation."""
 _FROM_BOS = {
-    "distil": ("--strategy", "distil", *_MIXED),
+    "distil": _DISTIL,
     "full": ("--strategy", "full", *_MIXED),
     "distil, self-written": ("--strategy", "distil", "--data", "self:2000", *_PACKED),
     "lora, the paper's": _PAPER,
 }
 """Ways that were measured from a model whose calibration text began as in version 0.1, with BOS in every sample."""
 WAYS = {
-    "distil": Way(("--strategy", "distil", *_MIXED)),
+    "distil": Way(_DISTIL),
     "distil and next tokens": Way(_WITH_LABELS),
     "full": Way(("--strategy", "full", *_MIXED)),
     "local": Way(("--strategy", "local", *_MIXED, "--cutoff", "512", "--batch-size", "8")),
@@ -80,7 +81,7 @@ WAYS = {
         for name, options in _FROM_CHATS.items()
     },
     **{f"{name}, from BOS": Way(options, pruned="pruned, all samples from BOS") for name, options in _FROM_BOS.items()},
-    "distil, 40 % removed": Way(("--strategy", "distil", *_MIXED), minutes=30, pruned="pruned by 40 %"),
+    "distil, 40 % removed": Way(_DISTIL, minutes=30, pruned="pruned by 40 %"),
 }
 
 
