@@ -58,18 +58,20 @@ class SelfWritten(CalibrationSource):
         wanted = round(task.samples * share)
         if share and not wanted:
             raise DataError(f"self.chats: {share:g} of {task.samples} samples is none; raise it, or --samples")
-        if wanted == task.samples:
-            return self._chats(task, wanted)
+        # First, as they may be refused, and passages take longer.
+        chats = self._chats(task, wanted) if wanted else None
+        if chats is not None and wanted == task.samples:
+            return chats
         passages = self_generated(
             task.model, task.tokenizer, task.samples - wanted, task.length, task.seed,
             passage=own.passage, batch=own.batch, starts=own.starts, progress=task.progress,
         )  # fmt: skip
-        if not wanted:
+        if chats is None:
             return passages
         # Spread evenly, as some components read only the first samples.
         places = [(number + 1) * task.samples // wanted - 1 for number in range(wanted)]
         found = passages.new_empty(task.samples, task.length)
-        found[places] = self._chats(task, wanted)
+        found[places] = chats
         found[sorted({*range(task.samples)} - {*places})] = passages
         return found
 

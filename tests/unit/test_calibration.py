@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from llmpruner import DataError, ModelError, PluginError
 from llmpruner.component import ComponentSettings
+from llmpruner.data import written
 from llmpruner.data.calibration import parse_calibration
 from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
@@ -22,6 +23,7 @@ from llmpruner.errors import SettingsError
 from llmpruner.families.chat_source import ChatSource, packed
 from llmpruner.families.family import ModelFamily
 from llmpruner.families.self_written import SelfWritten
+from llmpruner.families.written_chats import _text
 from llmpruner.structure.plan import CompensationRecord
 
 
@@ -365,19 +367,27 @@ def test_a_share_of_the_samples_is_conversations_that_the_model_writes(chatty):
         ("few samples", DataError, "self.chats: 0.125 of 3 samples is none; raise it, or --samples"),
     ],
 )
-def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, message):
+def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, message, monkeypatch):
     loaded, tokenizer = chatty
     amount = {"short samples": {"length": 16}, "few samples": {"samples": 3}}.get(why, {})
     if why == "no tokenizer":
         tokenizer = None
     elif why in ("no template", "another form"):
         tokenizer.chat_template = {"no template": None, "another form": "{{ messages[0].content | upper }}"}[why]
+    # Before passages are written, which takes longer.
+    monkeypatch.setattr(written, "self_generated", None)
     with pytest.raises(error, match=message):
         sampled(loaded, tokenizer, **amount)
 
 
+def test_a_question_ends_where_the_model_writes_what_follows_it():
+    tokenizer = tiny_models.tokenizer()
+    ids = tokenizer("Two rivers? ASSISTANT: Elbe.", add_special_tokens=False)["input_ids"]
+    assert _text(tokenizer, ids, "ASSISTANT:") == "Two rivers?"
+    assert _text(tokenizer, ids) == "Two rivers? ASSISTANT: Elbe."
+
+
 def test_a_format_of_a_family_is_written_too(chatty):
-    """Whose end of a message is text that the model may write itself."""
     loaded, tokenizer = chatty
     tokenizer.chat_template = None
 
