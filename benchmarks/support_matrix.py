@@ -70,6 +70,7 @@ INCOMPLETE: dict[str, dict[str, Any]] = {
 
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "bamba": {"attention in some layers": {"attn_layer_indices": [9, 18, 27]}},
     "bloom": {
         "residual after the norm": {"apply_residual_connection_post_layernorm": True},
         "untied": {"tie_word_embeddings": False},
@@ -91,6 +92,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "no attention biases, tied": {"attention_bias": False, "tie_word_embeddings": True},
     },
     "gptj": {"tied": {"tie_word_embeddings": True}},
+    "granitemoehybrid": {
+        "attention in some layers": {"layer_types": ["mamba", "mamba", "mamba", "attention"] * 8},
+        "attention in some layers, no experts": {
+            "layer_types": ["mamba", "mamba", "mamba", "attention"] * 8, "num_local_experts": 0,
+            "num_experts_per_tok": 0, "position_embedding_type": "rope",
+        },
+    },
     "llama": {
         "8 KV heads": {"num_key_value_heads": 8},
         "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},

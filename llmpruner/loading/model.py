@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..checkpoints.adapters import adapter_base, with_adapter
+from ..checkpoints.base_config import values_of
 from ..checkpoints.lazy import LazyModel, lazy_checkpoint, tied_differ
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
@@ -311,7 +312,7 @@ def _recorded_structure(
     ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
 ) -> Structure:
     _check_types(ref, record)
-    values = dict(record["base_config"])
+    values = values_of(record)
     if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
         # Pruned from a model with code in its checkpoint, of which this one contains a copy.
         if not options.trust_remote_code:

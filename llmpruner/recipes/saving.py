@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..checkpoints.adapters import save_adapter
+from ..checkpoints.base_config import stated
 from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..loading.dense import base_record
 from .passages import passages_record
@@ -40,7 +41,7 @@ def save(
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "work": _all_work(model),
-        "base_config": {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"},
+        "base_config": stated(model.config),
     }
     return save_checkpoint(
         model.model,

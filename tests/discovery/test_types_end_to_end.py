@@ -38,6 +38,7 @@ TYPES = {
     },
     "falcon, multi-head": {"multi_query": False, "bias": True, "parallel_attn": False},
     "bailing_hybrid": {},
+    "bamba": {"attn_layer_indices": [2]},
     "codegen": {},
     "cpmant": {},
     "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8.0}},
@@ -46,17 +47,21 @@ TYPES = {
     "falcon_h1": {},
     "gemma4": {},
     "gemma4_unified_text": {},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "mamba", "attention"] * 8},
     "hrm_text": {},
     "longcat_flash": {},
     "modernbert-decoder": {},
     "moshi": {},
+    "nemotron_h": {},
     "qwen3_next": {},
     "xlnet": {},
     "zamba": {},
     "zamba2": {},
 }
 """Type, with a name of the variant after a comma → options of its configuration."""
-SHORT = {("gemma4_text", "llm-pruner"), ("gemma3n_text", "best")}
+LESS = {"bamba": 0.1}
+"""Where channels and heads are less than a fifth of the small instance: the share that is removed."""
+SHORT = {("gemma4_text", "llm-pruner"), ("gemma3n_text", "best"), ("bamba", "llm-pruner")}
 CASES = [
     pytest.param(name, method, marks=() if (name, method) in SHORT else pytest.mark.long)
     for name in TYPES
@@ -79,7 +84,8 @@ def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path
     dense.save_pretrained(tmp_path / "dense")
     letters().save_pretrained(tmp_path / "dense")
     pruned = api.prune(
-        str(tmp_path / "dense"), output=tmp_path / "pruned", method=method, ratio=0.2, kinds="mlp,attention",
+        str(tmp_path / "dense"), output=tmp_path / "pruned", method=method, ratio=LESS.get(name, 0.2),
+        kinds="mlp,attention",
         calibration="self", samples=4, length=16,
     )  # fmt: skip
     expected = logits(pruned.model, TOKENS)
