@@ -100,6 +100,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         kept = (arguments.work or work).resolve()
+
+        def keep() -> None:
+            text = as_json(done).replace(str(kept), "$WORK").replace(str(work), "$WORK")
+            RESULTS.write_text(text.replace(str(data), "$LLMPRUNER_DATA"))
+
         if "chats" not in done.get("dense", {}):
             done["dense"] = judged("demo", data, work)
         for name in arguments.names:
@@ -110,9 +115,9 @@ def main() -> None:
                 done[way.pruned] = {key: found[key] for key in ("command", "seconds", "peak_mib")}
             if "chats" not in done.setdefault(way.pruned, {}):
                 done[way.pruned] |= judged(str(pruned), data, work)
+                keep()
             done[name] = {"machine": machine(), "minutes": way.minutes, **recovered(name, way, pruned, data, work)}
-            text = as_json(done).replace(str(kept), "$WORK").replace(str(work), "$WORK")
-            RESULTS.write_text(text.replace(str(data), "$LLMPRUNER_DATA"))
+            keep()
             PAGE.write_text(page(done), encoding="utf-8")
 
 
