@@ -1,4 +1,4 @@
-"""The command line. `main` turns every `LlmprunerError` into one line and exit code 2."""
+"""The command line. `main` turns every `LlmprunerError`, and want of disk or memory, into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import NoReturn
 import typer
 
 from ..allocator import keep_freed_memory
-from ..errors import LlmprunerError, SettingsError
+from ..errors import LlmprunerError, SettingsError, first_line
 from ..files import write_failure
+from ..models.out_of_memory import is_out_of_memory
 from .console import error_line
 from .launched import is_first, let_first_print, run_together, shares_work
 
@@ -50,16 +51,30 @@ def main() -> None:
         if ended_by and not debug:
             # While it is imported, a library may turn the end of the process into an error of its own.
             sys.exit(128 + ended_by[0])
-        # A full disk can show anywhere; other errors of the system are no mistakes of the user.
-        reason = None if isinstance(error, LlmprunerError) else write_failure(error)
-        if debug or (reason is None and not isinstance(error, LlmprunerError)):
+        line = _line(error)
+        if debug or line is None:
             raise
         if is_first():
-            error_line(str(error) if reason is None else f"an output cannot be written: {reason}")
+            error_line(line)
         let_first_print()
         sys.exit(2)
     finally:
         gc.enable()
+
+
+def _line(error: Exception) -> str | None:
+    """What a user is told of ``error``; None for a defect of the program, and for other errors of the system."""
+    if isinstance(error, LlmprunerError):
+        return str(error)
+    # A full disk and full memory can show anywhere.
+    if (reason := write_failure(error)) is not None:
+        return f"an output cannot be written: {reason}"
+    if is_out_of_memory(error):
+        return (
+            f"memory is too small for this run ({first_line(error)}); take fewer or shorter samples, a smaller batch "
+            "or a smaller --dtype, or a machine with more of it"
+        )
+    return None
 
 
 def _check_text(arguments: list[str]) -> None:
