@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import ModelError
+from ..models.one_token import fast_one_token_attention
 from ..models.precision import with_fast_products
 from ..models.quiet import quiet_transformers
 from ..progress import QUIET, Progress
@@ -71,7 +72,7 @@ def self_generated(
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
-            with _generating_as(model, config):
+            with _generating_as(model, config), fast_one_token_attention():
                 ids = model.generate(start, attention_mask=mask, logits_processor=[draw])
             written.append(ids.cpu())
         return written
