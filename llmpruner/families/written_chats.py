@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
 """The most tokens of a question and of its answer."""
+WRITTEN_TOKENS = (QUESTION_TOKENS + ANSWER_TOKENS) // 2
+"""So many of both are counted on, as most end earlier."""
 
 
 def written_chats(
@@ -52,7 +54,7 @@ def written_chats(
             f"conversations need samples of more than {2 * around} tokens, as {around} are of the chat format; raise "
             "--length, or leave self.chats out"
         )
-    wanted = -(-samples * length // (around + (QUESTION_TOKENS + ANSWER_TOKENS) // 2))
+    wanted = -(-samples * length // (around + WRITTEN_TOKENS))
     points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     end, chats = frame.after.strip(), list[list[int]]()
     for first in progress.track(range(0, wanted, batch), "Writing conversations"):

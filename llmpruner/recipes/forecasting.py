@@ -159,12 +159,12 @@ class _Forecaster:
 
     def writing(self) -> Stage:
         rows = max(part.batch for part in self.work.written)
-        steps = max(part.tokens for part in self.work.written)
+        cached = max(part.batch * part.tokens for part in self.work.written)
         queries = _number(self.config, "num_attention_heads", 1)
         heads = _number(self.config, "num_key_value_heads", queries)
         dim = _number(self.config, "head_dim", self.hidden // queries)
         # Keys are in the dtype of the rotary tables, values in that of products.
-        one = rows * steps * heads * dim * (self.item + self.product)
+        one = cached * heads * dim * (self.item + self.product)
         cache = one * self.graph.num_layers + one  # a step copies those of one layer
         memory = {
             **self.weights(),

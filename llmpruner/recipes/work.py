@@ -11,6 +11,7 @@ from ..compensation.choose import can_wait
 from ..data.calibration import parse_calibration
 from ..engine.signals import Signal
 from ..families.self_written import SelfWritten
+from ..families.written_chats import ANSWER_TOKENS, QUESTION_TOKENS, WRITTEN_TOKENS
 from ..importance.estimate import scored_parameters
 from .calibrating import GRADIENT_TOKENS, length_for
 from .wanted import scope_of
@@ -29,7 +30,7 @@ _GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 
 @dataclass(frozen=True)
 class Written:
-    """Calibration text that the model writes: passages of ``tokens`` tokens, ``batch`` at a time."""
+    """Calibration text that the model writes: passages of at most ``tokens`` tokens, ``batch`` at a time."""
 
     passages: int
     tokens: int
@@ -134,19 +135,27 @@ def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, s
 
 
 def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
-    """The passages of those parts that the model writes, as `self_generated` cuts them."""
+    """The passages of those parts that the model writes, as `self_generated` cuts them, and their conversations, at most
+    as many as `written_chats` needs."""
     found = []
     order = text.order(samples)
     for number, part in enumerate(text.parts):
-        if part.source.writes:
-            share = -(-samples // len(text.parts)) if part.share is None else order.count(number)
-            passage, batch = (getattr(part.source.settings, key, default) for key, default in _PASSAGES.items())
+        if not part.source.writes:
+            continue
+        share = -(-samples // len(text.parts)) if part.share is None else order.count(number)
+        passage, batch, chats = (getattr(part.source.settings, key, default) for key, default in _SETTINGS.items())
+        in_chats = round(share * chats)
+        if in_chats:
+            wanted = ceil(in_chats * length / WRITTEN_TOKENS)
+            found.append(Written(wanted, QUESTION_TOKENS + ANSWER_TOKENS, min(ceil(batch / 2), wanted)))
+        if share > in_chats:
             parts = -(-length // passage)
-            found.append(Written(share * parts, -(-length // parts), min(batch, share * parts)))
+            rows = (share - in_chats) * parts
+            found.append(Written(rows, -(-length // parts), min(batch, rows)))
     return tuple(found)
 
 
-_PASSAGES = {name: SelfWritten.Settings.model_fields[name].default for name in ("passage", "batch")}
+_SETTINGS = {name: SelfWritten.Settings.model_fields[name].default for name in ("passage", "batch", "chats")}
 """Settings of the built-in source, for sources that write text and do not have them."""
 
 

@@ -225,6 +225,20 @@ def test_writing(structure, catalog):
     assert stage.memory["keys and values"] == 32 * 64 * 2 * 16 * (2 + 2) * (LAYERS + 1)
 
 
+def test_writing_conversations(structure, catalog):
+    job = job_of(
+        catalog, importance="energy", samples=16, length=128, calibration="self", settings={"self": {"chats": 0.25}}
+    )
+    work = work_of(job, structure, saves=True)
+    chats, passages = work.written
+    # Six conversations of 88 tokens fill four samples.
+    assert (chats.passages, chats.tokens, chats.batch) == (6, 176, 6)
+    assert (passages.passages, passages.tokens, passages.batch) == (24, 64, 24)
+    stage = found(structure, work, a_sample(1e12)).stage("writing")
+    assert stage.seconds == pytest.approx(64 * (24 * 3e-3 + 2e-3) + 176 * (6 * 3e-3 + 2e-3), rel=0.02)
+    assert stage.memory["keys and values"] == 24 * 64 * 2 * 16 * (2 + 2) * (LAYERS + 1)
+
+
 def test_the_sampled_layer_has_gradients_where_any_has(structure):
     assert largest_layer(structure.graph, {2, None}) == 2
     assert largest_layer(structure.graph) == 0
