@@ -42,10 +42,12 @@ def fast_one_token_attention() -> Iterator[None]:
         # The query heads of a group, which share keys and values, are the rows of one product.
         groups = key_BGTD.shape[1]
         scale = dim**-0.5 if scaling is None else scaling
-        rows_BGRD = query_BHQD.reshape(batch, groups, heads // groups, dim)
-        weights_BGRT = (scale * rows_BGRD @ key_BGTD.transpose(-1, -2)).softmax(-1)
-        attended_BGRE = weights_BGRT.to(value_BGTE.dtype) @ value_BGTE
-        return attended_BGRE.reshape(batch, 1, heads, -1).to(query_BHQD.dtype), None
+        # In float32, as oneDNN, which multiplies bfloat16, keeps code of its own for every number of cached tokens.
+        with torch.autocast("cpu", enabled=False):
+            rows_BGRD = scale * query_BHQD.float().reshape(batch, groups, heads // groups, dim)
+            weights_BGRT = (rows_BGRD @ key_BGTD.float().transpose(-1, -2)).softmax(-1)
+            attended_BGRE = weights_BGRT @ value_BGTE.float()
+        return attended_BGRE.reshape(batch, 1, heads, -1).to(value_BGTE.dtype), None
 
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     try:

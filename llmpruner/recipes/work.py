@@ -135,8 +135,8 @@ def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, s
 
 
 def _written(text: CalibrationText, samples: int, length: int) -> tuple[Written, ...]:
-    """The passages of those parts that the model writes, as `self_generated` cuts them, and their conversations, at most
-    as many as `written_chats` needs."""
+    """The passages of those parts that the model writes, as `self_generated` cuts them, and their conversations, at
+    most as many as `written_chats` needs."""
     found = []
     order = text.order(samples)
     for number, part in enumerate(text.parts):
