@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
-from ..files import remove_tree, writing
+from ..files import check_space, remove_tree, writing
 from ..models.vocabulary import predicted_tokens
 from .example_walk import padded, walk_over
 from .examples import IGNORED
@@ -39,6 +39,8 @@ TOP_FILE = "teacher.safetensors"
 _STATES = "predictions"
 """The folder of the hidden states, in that of the training."""
 _LABEL = "Predictions of the dense model"
+_ENTRY = 2 + 4
+"""Bytes of a token's probability and its number."""
 _Top = tuple[torch.Tensor, torch.Tensor]
 """``log_p`` and ``tokens`` of some tokens."""
 
@@ -46,14 +48,14 @@ _Top = tuple[torch.Tensor, torch.Tensor]
 def kept_targets(job: RecoveryJob, *, top: int, temperature: float) -> Callable[[Batch], Targets]:
     """What returns the targets of a batch of the job's examples. The dense model is freed before.
 
-    Raises `ModelError` where it is not known or has another vocabulary, and `UnsupportedModelError` where it cannot
-    be run layer by layer and does not fit into memory.
+    Raises `ModelError` where it is not known or has another vocabulary, `UnsupportedModelError` where it cannot be run
+    layer by layer and does not fit into memory, and `OutputError` where the disk has no room for the file.
     """
     file = job.work_dir / TOP_FILE
     Ranks.current().from_first(lambda: None if file.is_file() else _write(job, top, temperature, file))
     job.free_teacher()
     kept = load_file(file)
-    counts = torch.tensor([sum(label != IGNORED for label in row["labels"][1:]) for row in _all_rows(job)])
+    counts = torch.tensor([_trained(row) for row in _all_rows(job)])
     ends = counts.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
 
@@ -70,8 +72,15 @@ def _all_rows(job: RecoveryJob) -> list[dict[str, list[int]]]:
     return [dict(row) for row in (*job.examples, *job.validation)]
 
 
+def _trained(row: dict[str, list[int]]) -> int:
+    """The number of tokens of a row that are trained on; the first of a text is not predicted."""
+    return sum(label != IGNORED for label in row["labels"][1:])
+
+
 @torch.no_grad()
 def _write(job: RecoveryJob, top: int, temperature: float, file: Path) -> None:
+    size = sum(_trained(row) for row in _all_rows(job)) * top * _ENTRY
+    check_space(file, size, "the dense model's most likely tokens")
     parts: list[_Top] = []
     for logits in _by_layer(job, job.walk.open_dense()) if job.walk.open_dense else _in_memory(job):
         log_p = (logits.float() / temperature).log_softmax(-1)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from llmpruner import Catalog, LoadSettings, Progress, RecoverSettings, api, plugin_manager
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.errors import UnsupportedModelError
+from llmpruner.errors import OutputError, UnsupportedModelError
 from llmpruner.recipes import recovering, training_memory
 from llmpruner.recipes.jobs import recover_job
 from llmpruner.recovery import kept_targets
@@ -68,9 +68,12 @@ def loads(monkeypatch):
     return count
 
 
-def test_the_targets_are_those_of_the_model_in_memory(home, tmp_path, written, loads):
+def test_the_targets_are_those_of_the_model_in_memory(home, tmp_path, written, loads, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(kept_targets, "check_space", lambda path, size, what: sizes.append(size))
     recover(home, tmp_path / "whole", free=1 << 40)
     assert len(loads) == 1
+    assert sizes == [sum(tensor.nbytes for tensor in written.values())]
     whole = dict(written)
     recover(home, tmp_path / "parts", free=1)
     assert len(loads) == 1, "the dense model was loaded as a whole"
@@ -79,6 +82,18 @@ def test_the_targets_are_those_of_the_model_in_memory(home, tmp_path, written, l
     whole, parts = (losses(tmp_path / way) for way in ("whole", "parts"))
     assert parts == pytest.approx(whole, abs=1e-3)
     assert not (tmp_path / "parts.recovery").exists()
+
+
+@pytest.mark.parametrize("free", [1, 1 << 40], ids=["by layer", "in memory"])
+def test_too_little_disk_for_them_is_said_before_the_dense_model_runs(home, tmp_path, monkeypatch, free):
+    def full(path, size, what):
+        raise OutputError(f"no room for {what}")
+
+    monkeypatch.setattr(kept_targets, "check_space", full)
+    monkeypatch.setattr(kept_targets, "_by_layer", None)
+    monkeypatch.setattr(kept_targets, "_in_memory", None)
+    with pytest.raises(OutputError, match="no room for the dense model's most likely tokens"):
+        recover(home, tmp_path / "out", free=free)
 
 
 class Stopping(Progress):
