@@ -46,7 +46,10 @@ def written_chats(
     """
     frame = chat_frame(family, tokenizer)
     if frame is None or model.config.is_encoder_decoder:
-        raise ModelError("the model has no chat format, so it cannot write conversations; leave self.chats out")
+        raise ModelError(
+            "the model has no chat format, or one that changes messages, so it cannot write conversations; leave "
+            "self.chats out"
+        )
     before, after = _ids(tokenizer, frame.before), tokenizer(frame.after, add_special_tokens=False)["input_ids"]
     around = len(before) + len(after)
     if 2 * around >= length:

@@ -356,8 +356,8 @@ def test_a_share_of_the_samples_is_conversations_that_the_model_writes(chatty):
 @pytest.mark.parametrize(
     ("why", "error", "message"),
     [
-        ("no template", ModelError, "has no chat format, so it cannot write conversations; leave self.chats out"),
-        ("another form", ModelError, "has no chat format"),
+        ("no template", ModelError, "has no chat format, or one that changes messages, so it cannot write conv"),
+        ("another form", ModelError, "changes messages, so it cannot write conversations; leave self.chats out"),
         ("no tokenizer", ModelError, "brings no tokenizer, so it cannot write conversations"),
         (
             "short samples",
