@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmpruner.checkpoints.record import OF_THIS_MACHINE
+
 from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "recovery_kills.json"
@@ -91,9 +93,9 @@ def command(work: Path, out: Path, options: tuple[str, ...]) -> list[str]:
 
 
 def checksums(folder: Path) -> str:
-    """One digest of all files."""
+    """One digest of all files, except of those that tell of the time that it took."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    for file in sorted(file for file in folder.iterdir() if file.name not in OF_THIS_MACHINE):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

@@ -116,7 +116,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
     config = _read_config(ref, options)
-    _check_sizes(text, config)
+    _check_values(text, config)
     wanted = options.family or (ref.reader.family if ref.reader else None)
     family = catalog.family_for(config, wanted)
     return Structure(text, config, family, _graph_of(text, family, config), path=ref.local_path)
@@ -320,7 +320,7 @@ def _recorded_structure(
         pruned_class(ref.location)
     plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    _check_sizes(ref.text, config)
+    _check_values(ref.text, config)
     family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
     graph = build_graph(family, config)
     for plan in plans:
@@ -365,9 +365,15 @@ _SIZES = {
 """Far beyond all models that exist: a damaged configuration must not take all memory."""
 
 
-def _check_sizes(text: str, config: PreTrainedConfig) -> None:
-    """Raise `ModelError` for a size in a configuration that no model has."""
-    values = config.get_text_config().to_dict()
+def _check_values(text: str, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a size in a configuration that no model has, and where results would have no names."""
+    text_config = config.get_text_config()
+    if not all(getattr(one, "return_dict", True) for one in (config, text_config)):
+        raise ModelError(
+            f"the configuration of '{text}' has return_dict {config.return_dict!r}, with which transformers runs no "
+            "model; expected true"
+        )
+    values = text_config.to_dict()
     for name, most in _SIZES.items():
         value = values.get(name)
         if isinstance(value, int) and not 0 <= value <= most:

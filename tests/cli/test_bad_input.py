@@ -315,6 +315,7 @@ CONFIGURATIONS = {
     "an unknown rotary type": ({"rope_parameters": {"rope_type": "nope"}}, "(KeyError: 'nope')"),
     "a negative head size": ({"head_dim": -1}, "negative dimension"),
     "integer weights": ({"dtype": "int8"}, "int8"),
+    "results without names": ({"return_dict": False}, "has return_dict False"),
     "an unknown attention": ({"_attn_implementation": "nope"}, '"nope"'),
 }
 

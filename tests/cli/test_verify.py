@@ -107,6 +107,9 @@ DAMAGE = {
     "a record with sizes beyond memory": (
         lambda d: edit_base(d / "llmpruner.json", num_hidden_layers=10**7), "num_hidden_layers 10000000"
     ),
+    "a record of a model without named results": (
+        lambda d: edit_base(d / "llmpruner.json", return_dict=False), "has return_dict False"
+    ),
     "a record that is no JSON": (lambda d: (d / "llmpruner.json").write_text("{"), "llmpruner.json cannot be read"),
     "a record of files elsewhere": (
         lambda d: edit_json(d / "llmpruner.json", add=False, files={"../x": {"bytes": 1, "sha256": "0"}}),
