@@ -40,12 +40,14 @@ def stream_statistics(
                 first = batch.first * batch.input_ids.shape[1]
                 tokens = slice(first, first + batch.input_ids.numel())
                 for length, earlier in enumerate(reversed(before)):
-                    cosines[length, tokens] = torch.cosine_similarity(earlier[position], states, dim=-1).flatten()
+                    found = torch.cosine_similarity(earlier[position], states, dim=-1)
+                    # Some models put prompts of their own before the text (CPM-Ant).
+                    cosines[length, tokens] = found[:, -batch.input_ids.shape[1] :].flatten()
                 after.append(states)
         walk.ranks.sum_([cosines])
         before = [*before, after][-lengths:]
-        for length, found in enumerate(cosines):
-            of_tokens = found.clamp(-1, 1)
+        for length, of_length in enumerate(cosines):
+            of_tokens = of_length.clamp(-1, 1)
             cosine[length, number - length] = float(of_tokens.mean())
             angle[length, number - length] = float(of_tokens.arccos().mean()) / pi
     return StreamStats(cosine, angle)

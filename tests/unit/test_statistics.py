@@ -7,10 +7,14 @@ from math import isnan, pi
 import pytest
 import torch
 from criteria_cases import boundaries, layers_of, make, tokens
+from transformers import CONFIG_MAPPING
 
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.inputs import input_statistics
 from llmpruner.engine.stream import stream_statistics
+from llmpruner.engine.walk import ForwardWalk
+from llmpruner.oracle.tiny import random_instance
+from llmpruner.oracle.verify import representative
 from llmpruner.progress import Progress
 
 CALIBRATION = tokens(6, 16)
@@ -143,6 +147,22 @@ def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, m
             cosine = torch.cosine_similarity(states[start], states[start + length], dim=-1)
             assert found[0] == pytest.approx(float(cosine.mean()), abs=1e-5)
             assert found[1] == pytest.approx(float(cosine.arccos().mean()) / pi, abs=1e-4)
+
+
+def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
+    """CPM-Ant has hidden states of its own before those of a text."""
+    model = random_instance(representative(CONFIG_MAPPING["cpmant"]())).eval()
+    own = model.config.prompt_length
+    executor = Executor.of(model, "cpmant.encoder.layers")
+    states = ForwardWalk.over(executor, CALIBRATION).embedded[0]
+    assert own > 0 and states.shape[1] == own + 16
+    found = stream_statistics(executor, CALIBRATION, Progress())
+    after = []
+    model.cpmant.encoder.layers[0].register_forward_hook(lambda _, __, out: after.append(out[0]))
+    with torch.no_grad():
+        model(CALIBRATION.input_ids, use_cache=False)
+    of_text = torch.cosine_similarity(states[:, own:], after[0][:, own:], dim=-1)
+    assert float(found.cosine[0, 0]) == pytest.approx(float(of_text.double().mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize(("name", "each"), [("mixtral", 2), ("gpt_oss", 2), ("llama4", 1)])
