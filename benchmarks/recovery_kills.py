@@ -62,12 +62,15 @@ def killed(work: Path, options: tuple[str, ...]) -> dict[str, Any]:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills.append({"after seconds": round(moment, 1), "saved step": saved_step(work / "out.recovery")})
-            continue
-        assert process.returncode == 0, "a continued training failed"
-        # It ended in time: from the start again.
+            if not out.exists():
+                continue
+        else:
+            assert process.returncode == 0, "a continued training failed"
+        # It ended, or was killed after its result was written: from the start again.
         assert checksums(out) == checksums(whole), "a training that ended in time has other bytes"
         shutil.rmtree(out)
-    subprocess.run(command(work, out, options), check=True, capture_output=True)
+    ended = subprocess.run(command(work, out, options), check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     losses, wanted = (
         json.loads((one / "llmpruner.json").read_text())["recovery"][-1]["losses"] for one in (out, whole)
     )

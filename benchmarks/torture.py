@@ -224,11 +224,11 @@ def faults(work: Work, folder: Path, kills: int, rng: random.Random, names: Sequ
         yield on_disk(command, "read-only", "ro")
 
 
-def page(rows: Sequence[Row], tallies: Sequence[Tally], seconds: float, seed: int) -> str:
+def page(rows: Sequence[Row], tallies: Sequence[Tally], seconds: float, options: str) -> str:
     lines = [
         "# Faults",
         "",
-        f"`make torture` (seed {seed}), {seconds / 60:.0f} minutes. *Lost*: the same command did not go on to a result "
+        f"`python -m benchmarks.torture {options}`, {seconds / 60:.0f} minutes. *Lost*: the same command did not go on to a result "
         "afterwards. *Wrong*: a result that is not that of an undisturbed run, or something left behind.",
         "",
         "| command | fault | runs | lost | wrong | tracebacks |",
@@ -276,7 +276,8 @@ def main() -> None:
             rows.append(row)
             print(json.dumps({key: value for key, value in vars(row).items() if value}), flush=True)
         tallies = mutate(work, Path(folder) / "mutated", given.inputs, given.seed)
-        text = page(rows, tallies, time.monotonic() - started, given.seed)
+        options = f"--kills {given.kills} --inputs {given.inputs} --seed {given.seed}"
+        text = page(rows, tallies, time.monotonic() - started, options)
     given.output.write_text(text.replace(folder, "$WORK"), encoding="utf-8")
     bad = sum(r.lost + r.wrong + r.tracebacks for r in rows) + sum(
         t.limits + t.tracebacks + t.violations for t in tallies

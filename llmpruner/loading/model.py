@@ -140,6 +140,7 @@ def load_model(
     ref = resolve(text, catalog, revision=options.revision)
     with _parsing(ref):
         structure = structure or load_structure(text, catalog, options)
+        _check_amount(structure)
         tokenizer = _read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
     _check_stored(ref, structure, model, options)
@@ -522,6 +523,21 @@ def _check_ties(ref: Reference, model: PreTrainedModel, graph: CouplingGraph) ->
     for name, other in graph.ties.items():
         if parameters[name] is not parameters[other]:
             raise tied_differ(ref.directory, name, other)
+
+
+_LEAST_BYTES = 0.1
+"""Of a parameter in a file; the smallest types of GGUF have 0.2."""
+
+
+def _check_amount(structure: Structure) -> None:
+    """Raise `ModelError` for local files that are far too small for the parameters of the configuration, of which a
+    model would be allocated before its shapes are compared."""
+    stored, parameters = file_bytes(structure), structure.graph.total_parameters
+    if 0 < stored < _LEAST_BYTES * parameters:
+        raise ModelError(
+            f"the configuration of '{structure.ref}' is of {parameters:,} parameters, and the weight files have "
+            f"{stored:,} bytes; one of both is damaged"
+        )
 
 
 def _check_stored(ref: Reference, structure: Structure, model: PreTrainedModel, options: LoadSettings) -> None:

@@ -331,6 +331,16 @@ def test_a_spoilt_configuration(refused, shared, tmp_path, command, what):
     assert message in line and "model" in line
 
 
+def test_a_configuration_of_a_far_larger_model(refused, shared, tmp_path, monkeypatch):
+    """It is found before a model of that size is allocated."""
+    shutil.copytree(shared / "dense", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 10**6}))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    line = refused("prune", "{tmp}/model", *FIFTH, *L1, *OUT, read=True)
+    assert "parameters, and the weight files have" in line and "model" in line
+
+
 def test_a_configuration_that_is_too_deep(refused, shared, tmp_path):
     shutil.copytree(shared / "dense", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("[" * 100_000)
