@@ -229,7 +229,8 @@ def page(rows: Sequence[Row], tallies: Sequence[Tally], seconds: float, options:
         "# Faults",
         "",
         f"`python -m benchmarks.torture {options}`, {seconds / 60:.0f} minutes. *Lost*: the same command did not go "
-        "on to a result afterwards. *Wrong*: a result that is not that of an undisturbed run, or something left behind.",
+        "on to a result afterwards. *Wrong*: a result that is not that of an undisturbed run, or something left "
+        "behind.",
         "",
         "| command | fault | runs | lost | wrong | tracebacks |",
         "|---|---|---|---|---|---|",
