@@ -369,11 +369,12 @@ _SIZES = {
 def _check_values(text: str, config: PreTrainedConfig) -> None:
     """Raise `ModelError` for a size in a configuration that no model has, and where results would have no names."""
     text_config = config.get_text_config()
-    if not all(getattr(one, "return_dict", True) for one in (config, text_config)):
-        raise ModelError(
-            f"the configuration of '{text}' has return_dict {config.return_dict!r}, with which transformers runs no "
-            "model; expected true"
-        )
+    for one in (config, text_config):
+        if not getattr(one, "return_dict", True):
+            raise ModelError(
+                f"the configuration of '{text}' has return_dict {one.return_dict!r}, with which transformers runs no "
+                "model; expected true"
+            )
     values = text_config.to_dict()
     for name, most in _SIZES.items():
         value = values.get(name)

@@ -47,7 +47,8 @@ def fast_one_token_attention() -> Iterator[None]:
             rows_BGRD = scale * query_BHQD.float().reshape(batch, groups, heads // groups, dim)
             weights_BGRT = (rows_BGRD @ key_BGTD.float().transpose(-1, -2)).softmax(-1)
             attended_BGRE = weights_BGRT @ value_BGTE.float()
-        return attended_BGRE.reshape(batch, 1, heads, -1).to(value_BGTE.dtype), None
+        # As many sequences as have keys, also where their queries are the same.
+        return attended_BGRE.reshape(len(attended_BGRE), 1, heads, -1).to(value_BGTE.dtype), None
 
     ALL_ATTENTION_FUNCTIONS[_NAME] = attend
     try:

@@ -36,6 +36,15 @@ def test_one_query(heads, groups, scaling):
     assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_one_query_for_all_sequences():
+    query, key, value = torch.randn(1, 4, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    with fast_one_token_attention():
+        ours, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, None)
+    theirs, _ = SDPA(module, query.expand(3, -1, -1, -1), key, value, None)
+    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [
