@@ -17,7 +17,8 @@ RECORD = {
     "llmpruner": "Version of llmpruner that wrote the checkpoint.",
     "plans": "The plans that were applied, oldest first, each as in a plan file. The first was made for the dense "
     "model, each later one for what the plans before it leave.",
-    "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows.",
+    "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows. Numbers that "
+    'JSON does not have are stated as transformers does: `{"__float__": "Infinity"}`.',
     "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
     "model.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from transformers import GenerationConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, PluginError
 from llmpruner.component import ComponentSettings
@@ -378,6 +379,19 @@ def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, me
     monkeypatch.setattr(written, "self_generated", None)
     with pytest.raises(error, match=message):
         sampled(loaded, tokenizer, **amount)
+
+
+def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypatch):
+    own, queries = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def counted(module, query, *arguments, **options):
+        queries.append(query.shape[2])
+        return own(module, query, *arguments, **options)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", counted)
+    assert gqa.model.config._attn_implementation == "sdpa"
+    written.self_generated(gqa.model, None, 2, 16, 0)
+    assert queries == [], "every step has one query"
 
 
 def test_a_question_ends_where_the_model_writes_what_follows_it():
