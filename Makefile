@@ -6,7 +6,7 @@ WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-long test-fast lint bench torture speed gpu-check export-check docs clean
+.PHONY: demo test test-long test-fast coverage lint bench torture speed gpu-check export-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -34,10 +34,14 @@ test-long: .venv/ready  ## what takes too long for CI: notebooks, killed recipes
 test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not slow and not real and not long"
 
+coverage: .venv/ready  ## the tests of CI, and the share of the program's lines that they run; twenty minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not long" --cov --cov-context=test --cov-report= --junitxml=.coverage-tests.xml
+	$(BIN)/coverage report --fail-under=92
+
 bench: .venv/ready  ## slow measurements; results are committed under benchmarks/
 	$(BIN)/python -m benchmarks
 
-torture: .venv/ready  ## kills, full disks and damaged files under every command: benchmarks/torture.md, half an hour
+torture: .venv/ready  ## kills, full disks and damaged files under every command: benchmarks/torture.md, fifteen minutes
 	$(BIN)/python -m benchmarks.torture
 
 docs: .venv/ready  ## the documentation site, in site/; a warning is an error

@@ -35,6 +35,7 @@ TEXTS = {
     "WikiText-2 validation": "wikitext2_unk_validation.jsonl",
     "C4 sample": "c4_sample_300.jsonl",
     "self-generated": "self",
+    "C4 and self-generated": "c4_sample_300.jsonl,self",
 }
 TASKS = "piqa,arc_easy,openbookqa"
 
@@ -112,8 +113,7 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
     model, found = "demo", {"row": vars(row), "machine": machine()}
     if row.method != "dense":
         model = str(work / "pruned")
-        name = TEXTS[row.text]
-        text = name if name == "self" else str(data / name)
+        text = ",".join(name if name == "self" else str(data / name) for name in TEXTS[row.text].split(","))
         options = ("--method", row.method, "--shape", row.shape, "--ratio", str(row.ratio))
         done = run("prune", "demo", *options, "--dtype", "float32", "--calibration", text, "-o", model, "--json")
         result = json.loads(done["output"])["result"]
@@ -253,7 +253,7 @@ def _plot(dense: float, points: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    texts = dict(zip(TEXTS, ("-", "--", ":"), strict=True))
+    texts = dict(zip(TEXTS, ("-", "--", ":", "-."), strict=True))
     colours = dict(zip(METHODS, ("tab:green", "tab:blue", "tab:red"), strict=True))
     markers = dict(zip(SHAPES, ("o", "x"), strict=True))
     for (method, colour), (text, style), (shape, marker) in product(colours.items(), texts.items(), markers.items()):
