@@ -22,7 +22,6 @@ import random
 import signal
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "code_mutations.jsonl"
@@ -105,7 +105,7 @@ class Mutator(ast.NodeTransformer):
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
         self.generic_visit(node)
         other = OPERATORS.get(type(node.op))
-        if other is None or isinstance(node.left, ast.Constant) and isinstance(node.left.value, str):
+        if other is None or (isinstance(node.left, ast.Constant) and isinstance(node.left.value, str)):
             return node
         return self.change(node, ast.BinOp(node.left, other(), node.right), f"{ast.unparse(node)} → {other.__name__}")
 
@@ -128,7 +128,7 @@ class Mutator(ast.NodeTransformer):
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         self.generic_visit(node)
-        if node.value is None or isinstance(node.value, ast.Constant) and node.value.value is None:
+        if node.value is None or (isinstance(node.value, ast.Constant) and node.value.value is None):
             return node
         return self.change(node, ast.Return(ast.Constant(None)), f"{ast.unparse(node)} → None")
 
@@ -304,9 +304,9 @@ def page(done: list[dict[str, Any]]) -> str:
     lines = [
         "# Changes of the code that tests notice", "",
         "<!-- Written by benchmarks/code_mutations.py; do not edit. -->", "",
-        f"`python -m benchmarks.code_mutations`: {len(done)} of {len(everything())} changes, drawn at random. *Killed*: "
-        f"a test that runs the line fails. *Survived*: none of those that take {SECONDS:.0f} seconds in all does, the "
-        "shortest first.", "",
+        f"`python -m benchmarks.code_mutations`: {len(done)} of {len(everything())} changes, drawn at random. "
+        f"*Killed*: a test that runs the line fails. *Survived*: none of those that take {SECONDS:.0f} seconds in all "
+        "does, the shortest first.", "",
         "| package | changes | killed | survived | run by no test |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for package, count in [*sorted(counts.items()), ("all", total)]:
