@@ -1,11 +1,12 @@
 """Faults under every writing command, and damaged inputs: nothing lost, nothing wrong, no traceback.
 
-    python -m benchmarks.torture [--kills N] [--inputs N] [--seed N]
+    python -m benchmarks.torture [--kills N] [--inputs N] [--cycles N] [--seed N]
 
 Faults: SIGINT, SIGTERM and SIGKILL at random moments, a full disk, a read-only folder, a folder that is removed
 meanwhile, two runs at once. Afterwards the same command runs undisturbed, and must end with the bytes of an undisturbed
 run. A full and a read-only disk are small file systems in memory, which only root may mount; without, they are left
-out, and the table says so. Then random changes of files (`benchmarks.mutations`). Writes ``benchmarks/torture.md``.
+out, and the table says so. Then random changes of files (`benchmarks.mutations`), and many prunes in one process
+(`benchmarks.soak`). Writes ``benchmarks/torture.md``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .mutations import Tally, mutate
+from .soak import Use, grown, soak
 from .tiny_checkpoints import Work
 
 PAGE = Path(__file__).parent / "torture.md"
@@ -224,7 +226,7 @@ def faults(work: Work, folder: Path, kills: int, rng: random.Random, names: Sequ
         yield on_disk(command, "read-only", "ro")
 
 
-def page(rows: Sequence[Row], tallies: Sequence[Tally], seconds: float, options: str) -> str:
+def page(rows: Sequence[Row], tallies: Sequence[Tally], uses: Sequence[Use], seconds: float, options: str) -> str:
     lines = [
         "# Faults",
         "",
@@ -252,7 +254,18 @@ def page(rows: Sequence[Row], tallies: Sequence[Tally], seconds: float, options:
     for t in tallies:
         cells = (t.what, t.command, t.inputs, t.refused, t.taken, t.limits, t.tracebacks, t.violations)
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "## Cycles",
+        "",
+        "A tiny model pruned, saved, loaded and asked for a few tokens, again and again in one process.",
+        "",
+        "| cycles | resident MiB | open files | threads | objects |",
+        "|---|---|---|---|---|",
+        *(f"| {u.cycles} | {u.mib:.0f} | {u.files} | {u.threads} | {u.objects} |" for u in uses),
+    ]
     found = [line for row in rows for line in row.lines] + [line for tally in tallies for line in tally.lines]
+    found += [line for line in [grown(uses)] if line]
     if found:
         lines += ["", "## What was seen", "", *(f"- `{line}`" for line in found)]
     return "\n".join(lines) + "\n"
@@ -262,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=2, help="of each signal and command")
     parser.add_argument("--inputs", type=int, default=60, help="of each kind of file")
+    parser.add_argument("--cycles", type=int, default=200, help="of prune, save, load and generate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", default="", help="only these, with commas between them")
     parser.add_argument("--output", type=Path, default=PAGE)
@@ -277,12 +291,14 @@ def main() -> None:
             rows.append(row)
             print(json.dumps({key: value for key, value in vars(row).items() if value}), flush=True)
         tallies = mutate(work, Path(folder) / "mutated", given.inputs, given.seed)
-        options = f"--kills {given.kills} --inputs {given.inputs} --seed {given.seed}"
-        text = page(rows, tallies, time.monotonic() - started, options)
+        uses = soak(work, given.cycles)
+        options = f"--kills {given.kills} --inputs {given.inputs} --cycles {given.cycles} --seed {given.seed}"
+        text = page(rows, tallies, uses, time.monotonic() - started, options)
     given.output.write_text(text.replace(folder, "$WORK"), encoding="utf-8")
     bad = sum(r.lost + r.wrong + r.tracebacks for r in rows) + sum(
         t.limits + t.tracebacks + t.violations for t in tallies
     )
+    bad += bool(grown(uses))
     sys.exit(f"{bad} faults; see {given.output}" if bad else 0)
 
 

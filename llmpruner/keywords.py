@@ -40,7 +40,7 @@ class PruneKeywords(TypedDict, total=False):
     normalize: Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
     steps: int
     compensate: str | None
-    calibration: str
+    calibration: str | Path
     samples: int | None
     length: int | None
     seed: int
@@ -50,7 +50,7 @@ class PruneKeywords(TypedDict, total=False):
 class RecoverKeywords(TypedDict, total=False):
     """Of `RecoverSettings`."""
 
-    data: str
+    data: str | Path
     strategy: str | None
     limit: int | None
     merge: bool
@@ -72,7 +72,7 @@ class RecoverKeywords(TypedDict, total=False):
     autocast: bool
     gradient_checkpointing: Literal["auto", "on", "off"]
     validation: float
-    validation_data: str | None
+    validation_data: str | Path | None
     eval_steps: int | None
     patience: int | None
     report_to: str | Sequence[str] | None
@@ -84,7 +84,7 @@ class EvaluateKeywords(TypedDict, total=False):
     """Of `EvaluateSettings`."""
 
     tasks: str | Sequence[str] | None
-    perplexity: str | None
+    perplexity: str | Path | None
     window: int | None
     tokens: int | None
     kl: bool
@@ -136,7 +136,7 @@ class SensitivityKeywords(TypedDict, total=False):
     method: str | None
     importance: str | None
     compensate: str | None
-    calibration: str
+    calibration: str | Path
     samples: int | None
     length: int | None
     seed: int

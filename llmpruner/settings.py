@@ -92,6 +92,11 @@ def names_of(value: Any) -> Any:
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
 
 
+def _written_out(value: Any) -> Any:
+    """A path as text."""
+    return str(value) if isinstance(value, Path) else value
+
+
 def _not_empty(value: Any) -> Any:
     names = names_of(value)
     if isinstance(names, tuple) and not names:
@@ -160,6 +165,8 @@ def _component_settings(value: Any) -> Any:
     return found
 
 
+Text = Annotated[str, BeforeValidator(_written_out)]
+"""The name of a text or of data: a file, or what a source knows by it."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
@@ -387,7 +394,7 @@ class PruneSettings(Settings):
         Option(_HOW),
     ] = None
     calibration: Annotated[
-        str,
+        Text,
         Field(
             description="Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet "
             "file with a text, page or content field, a data set (name:config:split), or chat:FILE for "
@@ -457,9 +464,9 @@ class SensitivitySettings(Settings):
         Field(description="refit: weights that read removed units are fitted again before measuring; none."),
         Option(_HOW),
     ] = None
-    calibration: Annotated[str, Field(description="Text to rank, fit and measure on, as for `prune`."), Option(_ON)] = (
-        "self"
-    )
+    calibration: Annotated[
+        Text, Field(description="Text to rank, fit and measure on, as for `prune`."), Option(_ON)
+    ] = "self"
     samples: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="Calibration samples, as for `prune`."), Option(_ON)
     ] = None
@@ -475,7 +482,7 @@ class RecoverSettings(Settings):
     settings of adapters are the paper's by default (LLM-Pruner, section 4.1)."""
 
     data: Annotated[
-        str,
+        Text,
         Field(
             description="Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, "
             "prompt and completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or "
@@ -600,7 +607,7 @@ class RecoverSettings(Settings):
         Option(_CHECKING),
     ] = 0.02
     validation_data: Annotated[
-        str | None,
+        Text | None,
         Field(description="Data for validation, in the forms of --data, instead of a share of it."),
         Option(_CHECKING, metavar="DATA"),
     ] = None
@@ -641,7 +648,7 @@ class EvaluateSettings(Settings):
         ),
     ] = None
     perplexity: Annotated[
-        str | None,
+        Text | None,
         Field(
             description="Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that "
             "is part of every Python (the default when nothing else is named); several texts with commas between them."

@@ -32,6 +32,10 @@ WIDER = {
     "prompt": "str | int | Sequence[int]",
     "target_params": "str | float",
     "settings": "Mapping[str, Mapping[str, Any]]",
+    "calibration": "str | Path",
+    "data": "str | Path",
+    "validation_data": "str | Path",
+    "perplexity": "str | Path",
     "include_path": "str | Path",
     "evaluation": "str | Path",
 }

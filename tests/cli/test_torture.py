@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import mutations, torture
+from benchmarks import mutations, soak, torture
 from benchmarks.tiny_checkpoints import Work
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(sys.platform != "linux", reason="mounts, and limits of memory")]
@@ -35,6 +36,21 @@ def test_damaged_files_are_refused(work, tmp_path):
     tallies = mutations.mutate(work, tmp_path / "mutated", 6, 0)
     assert all(tally.inputs == 6 and tally.refused + tally.taken for tally in tallies)
     assert not [line for tally in tallies for line in tally.lines]
+
+
+@pytest.mark.timeout(1200)
+def test_many_prunes_in_one_process_leave_nothing(work):
+    uses = soak.soak(work, 30)
+    assert [use.cycles for use in uses] == list(range(3, 31, 3))
+    assert not soak.grown(uses)
+
+
+@pytest.mark.parametrize("what", ["mib", "files", "threads", "objects"])
+def test_what_grows_is_named(what):
+    flat = [soak.Use(20 * n, 500.0, 20, 3, 400_000) for n in range(1, 11)]
+    assert not soak.grown(flat)
+    more = {"mib": 40.0, "objects": 500}.get(what, 1)
+    assert soak.grown([*flat[:-1], replace(flat[-1], **{what: getattr(flat[-1], what) + more})])
 
 
 def test_what_is_done_outside_is_seen(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,3 +172,13 @@ def test_two_options_have_an_effect_or_a_message(name, one, other):
             for option in (one, other):
                 changed = [outcome(command, {**given, option: v}) for v in command.values[option] if v != given[option]]
                 assert any(result != found for result in changed), f"{option} changes nothing in {given}"
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(PruneSettings, "calibration"), (RecoverSettings, "data"), (RecoverSettings, "validation_data"),
+     (EvaluateSettings, "perplexity")],
+)  # fmt: skip
+def test_the_name_of_a_text_may_be_a_path(model, name):
+    given = settings_from(model, {name: Path("texts") / "a.txt"})
+    assert given.given() == {name: str(Path("texts/a.txt"))}

@@ -217,6 +217,16 @@ def test_each_host_starts_afresh():
     assert list(catalog_with().families) == ["auto"]
 
 
+def test_fifty_plugins_and_a_broken_one_among_them(install):
+    for number in range(50):
+        install(f"plugin-{number:02}", CRITERION.format(name=f"mine-{number:02}"))
+    install("plugin-broken", "1 / 0")
+    catalog = Catalog(plugin_manager())
+    mine = [name for name in catalog.criteria if name.startswith("mine-")]
+    assert mine == [f"mine-{number:02}" for number in range(50)]
+    assert [broken.name for broken in catalog.broken] == ["plugin-broken"]
+
+
 # Plugins that are installed
 
 
