@@ -19,13 +19,16 @@ from ..settings import RunSettings
 from .fitting import boundary_limit
 from .forecast import SLOW_WRITING, Residency, duration
 from .opening import Opener
-from .residency import arranged, computed_once, is_streamed
+from .residency import arranged, computed_once, is_streamed, weight_bytes
 from .work import Work
 
 if TYPE_CHECKING:
     from ..settings import PruneSettings, SensitivitySettings
     from ..structure.plan import PruningPlan
     from .jobs import PruneJob
+
+_SMALL = 1 << 28
+"""Bytes of weights: with less, no machine lacks the memory."""
 
 
 def arrange(
@@ -38,11 +41,11 @@ def arrange(
     whole: str | None = None,
     room: int | None = None,
 ) -> tuple[Residency, Mapping[str, Any] | None]:
-    """How the model is held, and the forecast, which is shown; None where nobody would read it. ``job``: None for a
-    plan that is replayed. ``whole``: what needs the model in memory. ``room``: see `computed_once`."""
+    """How the model is held, and the forecast, which is shown; None for a small model where nobody would read it.
+    ``job``: None for a plan that is replayed. ``whole``: what needs the model in memory. ``room``: see `computed_once`."""
     load, catalog, progress = opener.load, opener.catalog, opener.progress
-    if progress is QUIET and run.max_memory is None:
-        # A forecast takes a second.
+    if progress is QUIET and run.max_memory is None and weight_bytes(opened, load, catalog) < _SMALL:
+        # A forecast takes a second, and so may the whole run.
         limit = boundary_limit(run)
         streamed = whole is None and is_streamed(opened, job, load, catalog)
         return Residency(streamed, limit, once=streamed and computed_once(opened, load, catalog, room)), None

@@ -109,6 +109,12 @@ def arranged(
     )  # fmt: skip
 
 
+def weight_bytes(opened: Structure, load: LoadSettings, catalog: Catalog) -> int:
+    """Bytes that the weights take in memory, or would, all of them."""
+    dtype, _ = _placed(opened, load, catalog)
+    return opened.graph.total_parameters * dtype.itemsize
+
+
 def _placed(opened: Structure, load: LoadSettings, catalog: Catalog) -> tuple[torch.dtype, torch.device]:
     if isinstance(opened, Model):
         return opened.model.dtype, opened.model.device

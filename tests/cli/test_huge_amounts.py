@@ -7,6 +7,10 @@ import shutil
 from types import SimpleNamespace
 
 import psutil
+import pytest
+
+import llmpruner
+from llmpruner.recipes import arrangement
 
 PLAN = ("plan", "{models}/dense", "--ratio", 0.2)
 
@@ -27,6 +31,16 @@ def test_memory_that_the_machine_does_not_have_is_refused_with_a_figure(refused,
     for text in ("self", "{models}/text.txt"):
         said = refused(*PLAN, "--calibration", text, "--samples", 200)
         assert "of memory (" in said and "this machine has 17 MiB; take fewer or shorter samples" in said
+
+
+def test_without_progress_large_models_alone_are_forecast(shared, monkeypatch):
+    most = psutil.virtual_memory()._replace(total=1 << 24)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: most)
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=1 << 20))
+    assert llmpruner.plan(shared / "dense", ratio=0.2, importance="l1").cuts
+    monkeypatch.setattr(arrangement, "_SMALL", 0)
+    with pytest.raises(llmpruner.SettingsError, match=r"of memory .* this machine has 17 MiB"):
+        llmpruner.plan(shared / "dense", ratio=0.2, importance="l1")
 
 
 def test_the_tokens_of_the_text_are_part_of_the_memory(refused):
