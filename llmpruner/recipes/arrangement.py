@@ -42,7 +42,8 @@ def arrange(
     room: int | None = None,
 ) -> tuple[Residency, Mapping[str, Any] | None]:
     """How the model is held, and the forecast, which is shown; None for a small model where nobody would read it.
-    ``job``: None for a plan that is replayed. ``whole``: what needs the model in memory. ``room``: see `computed_once`."""
+    ``job``: None for a plan that is replayed. ``whole``: what needs the model in memory. ``room``: see
+    `computed_once`."""
     load, catalog, progress = opener.load, opener.catalog, opener.progress
     if progress is QUIET and run.max_memory is None and weight_bytes(opened, load, catalog) < _SMALL:
         # A forecast takes a second, and so may the whole run.
