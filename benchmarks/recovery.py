@@ -223,8 +223,10 @@ def page(done: dict[str, Any]) -> str:
         lines.append(_row(start, done[start]))
         for name in sorted(ways, key=lambda name: float(done[name]["wikitext2"])):
             found = done[name]
-            trained = f"{found['steps']} × {batch_of(found)}"
-            tokens = f"{found['steps'] * batch_of(found) * _option(found, '--cutoff', CUTOFF):,}"
+            # Every layer sees the same tokens.
+            steps = found["steps"] // BY_LAYER.get(name, 1)
+            trained = f"{steps} × {batch_of(found)}"
+            tokens = f"{steps * batch_of(found) * _option(found, '--cutoff', CUTOFF):,}"
             lines.append(_row(name, found, trained, tokens, before=done[start], dense=done["dense"]))
     machines = sorted({f"{one['cpu']}, {one['cores']} cores" for way in done.values() if (one := way.get("machine"))})
     commands = [f"- {name}: `{done[name]['command']}`" for name in WAYS if name in done]
