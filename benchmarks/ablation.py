@@ -1,6 +1,6 @@
 """What each step of the closed-form repair is worth on text that no stage has seen.
 
-    LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT] [--samples 48] [--tokens 8192] [--render]
+    LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT …] [--samples 48] [--tokens 8192] [--render]
 
 The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
 on as much text that it wrote itself, or on the latter alone, read from files (in windows that begin anywhere) or as the
@@ -29,47 +29,61 @@ PAGE = Path(__file__).parents[1] / "docs" / "quality-notes.md"
 WINDOW = 512
 LENGTH = 512
 CALIBRATION_DOCUMENTS = 200
+TEXTS = ("C4", "instructions", "chats")
+"""Those of `judged`."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """``settings``: of ``refit``. ``sides``: whether the two sources are held out in turn; otherwise every eighth token
-    is, as with one source. ``calibration``: of the files of `sources`; ``own``: settings of the source ``self``."""
+    """``against``: the variant that it changes in one thing. ``settings``: of ``refit``. ``sides``: whether the two
+    sources are held out in turn; otherwise every eighth token is, as with one source. ``calibration``: of the files of
+    `sources`; ``own``: settings of the source ``self``; ``options``: of the prune."""
 
     name: str
+    against: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     sides: bool = True
     calibration: str = "{c4},{written}"
     own: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
+_BASE, _IN_TURN, _WRITTEN, _FROM_BOS, _OWN = (
+    "a token in eight held out",
+    "sources held out in turn",
+    "text that the model wrote alone",
+    "self, every sample from BOS",
+    "self, samples begin as texts do",
+)
 VARIANTS = (
-    Variant("self, every sample from BOS", calibration="self", own={"starts": "bos"}),
-    Variant("self, samples begin as texts do", calibration="self"),
-    Variant("self, a sample in eight is a conversation", calibration="self", own={"chats": 0.125}),
-    Variant("self, a sample in four is a conversation", calibration="self", own={"chats": 0.25}),
-    Variant("text that the model wrote alone", calibration="{written}"),
+    Variant(_BASE, sides=False),
+    Variant("without compensation", _BASE, sides=False, options={"compensate": "none"}),
+    Variant(_IN_TURN, _BASE),
+    Variant(_WRITTEN, _BASE, calibration="{written}"),
+    Variant("C4 alone", _BASE, calibration="{c4}"),
+    Variant("three quarters C4", _BASE, sides=False, calibration="3*{c4},1*{written}"),
+    Variant("o_proj fitted too", _BASE, {"also": "attention"}, sides=False),
+    Variant("token weights", _BASE, {"token_weights": "divergence"}, sides=False),
+    Variant("target chosen by held-out tokens", _BASE, {"target": "held-out"}, sides=False),
+    Variant("mix = 1", _BASE, {"mix": 1.0}, sides=False),
+    Variant("mix = 0.25", _BASE, {"mix": 0.25}, sides=False),
+    Variant("widths that differ between layers", _BASE, sides=False, options={"shape": "free"}),
+    Variant("sources held out in turn, o_proj fitted too", _IN_TURN, {"also": "attention"}),
+    Variant("sources held out in turn, token weights", _IN_TURN, {"token_weights": "divergence"}),
     Variant(
-        "text that the model wrote, an eighth of the samples random tokens",
-        sides=False,
+        "text that the model wrote, an eighth of the samples random tokens", _WRITTEN, sides=False,
         calibration="7*{written},1*vocabulary",
     ),
-    Variant("a token in eight held out", sides=False),
-    Variant("sources held out in turn"),
-    Variant("sources held out in turn, o_proj fitted too", {"also": "attention"}),
-    Variant("sources held out in turn, token weights", {"token_weights": "divergence"}),
-    Variant("sources held out in turn, target chosen", {"target": "held-out"}),
-    Variant("a token in eight held out, o_proj fitted too", {"also": "attention"}, sides=False),
-    Variant("a token in eight held out, token weights", {"token_weights": "divergence"}, sides=False),
-    Variant("sources held out in turn, o_proj and token weights", {"also": "attention", "token_weights": "divergence"}),
-    Variant("sources held out in turn, mix = 1", {"mix": 1.0}),
-    Variant("sources held out in turn, mix = 0.25", {"mix": 0.25}),
-)
+    Variant(_FROM_BOS, calibration="self", own={"starts": "bos"}),
+    Variant(_OWN, _FROM_BOS, calibration="self"),
+    Variant("self, a sample in eight is a conversation", _OWN, calibration="self", own={"chats": 0.125}),
+    Variant("self, a sample in four is a conversation", _OWN, calibration="self", own={"chats": 0.25}),
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="measure only the variants whose name holds this text")
+    parser.add_argument("--only", nargs="*", default=[""], help="measure only variants whose name holds one of these")
     parser.add_argument("--samples", type=int, default=48, help=f"calibration samples of {LENGTH} tokens")
     parser.add_argument("--tokens", type=int, default=8192, help="of each text that is judged on")
     parser.add_argument("--work", type=Path, default=Path("/tmp/llmpruner-ablation"), help="keeps what the model wrote")
@@ -80,7 +94,8 @@ def main() -> None:
         done = {(row["variant"], row["samples"], row["tokens"]) for row in rows()}
         for variant in (Variant("dense"), *VARIANTS):
             samples = 0 if variant.name == "dense" else arguments.samples
-            if arguments.only in variant.name and (variant.name, samples, arguments.tokens) not in done:
+            chosen = any(text in variant.name for text in arguments.only)
+            if chosen and (variant.name, samples, arguments.tokens) not in done:
                 row = measured(variant, samples, arguments.tokens, arguments.work)
                 with RESULTS.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps(row) + "\n")
@@ -138,7 +153,8 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     catalog = Catalog(host)
     settings = {
         "ratio": 0.2, "method": "best", "calibration": calibration, "samples": samples, "length": LENGTH,
-        "settings": {"refit": dict(variant.settings), **({"self": dict(variant.own)} if variant.own else {})},
+        **variant.options,
+        "settings": {name: dict(given) for name, given in (("refit", variant.settings), ("self", variant.own)) if given},
     }  # fmt: skip
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     model = api.load("demo", dtype="float32", catalog=catalog)
@@ -205,6 +221,13 @@ def _written(passages: int) -> list[str]:
     return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
 
+def _same_amount(found: list[dict[str, Any]], row: Mapping[str, Any], against: str) -> Mapping[str, Any]:
+    """The texts of the variant ``against``, with as many samples and tokens as ``row``."""
+    key = against, row["samples"], row["tokens"]
+    texts = (other["texts"] for other in found if (other["variant"], other["samples"], other["tokens"]) == key)
+    return next(texts, {})
+
+
 def page(found: list[dict[str, Any]]) -> str:
     """``docs/quality-notes.md``"""
     lines = [
@@ -220,22 +243,29 @@ def page(found: list[dict[str, Any]]) -> str:
         "differences between rows count, not their level. The settings are those of "
         "[`refit`](reference/criteria.md#compensations).",
         "",
-        "| variant | calibration tokens | judged on | KL, C4 | perplexity, C4 | KL, instructions | "
-        "perplexity, instructions | KL, chats | perplexity, chats | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "*Against*: the change of KL from the variant that differs in this one thing, negative where it helps.",
+        "",
+        "| variant | calibration tokens | against | C4 | instructions | chats | KL, C4 | perplexity | "
+        "KL, instructions | perplexity | KL, chats | perplexity | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in found:
+    order = {variant.name: place for place, variant in enumerate(VARIANTS)}
+    against = {variant.name: variant.against for variant in VARIANTS}
+    for row in sorted(found, key=lambda row: (order.get(row["variant"], -1), row["samples"])):
         texts = row["texts"]
+        base = _same_amount(found, row, against.get(row["variant"], ""))
+        changes = [f"{texts[n]['kl'] - base[n]['kl']:+.4f}" if n in texts and n in base else "" for n in TEXTS]
         cells = [
             f"{texts[name][of]:.{digits}f}" if name in texts else ""
-            for name in ("C4", "instructions", "chats")
+            for name in TEXTS
             for of, digits in (("kl", 4), ("perplexity", 2))
         ]
         if not row["samples"]:
-            cells[::2] = ["", ""]
+            cells[::2] = ["", "", ""]
         tokens = f"{row['samples'] * LENGTH:,}" if row["samples"] else ""
-        judged_on = f"{len(texts)} × {row['tokens']:,}"
-        lines.append(f"| {row['variant']} | {tokens} | {judged_on} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+        named = against[row["variant"]] if base else ""
+        cells = [row["variant"], tokens, named, *changes, *cells, f"{row['seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     if not found:
         return "\n".join([*lines, "", "Nothing was measured yet."]) + "\n"
     machines = dict.fromkeys(f"{row['machine']['cpu']}, {row['machine']['cores']} cores" for row in found)
