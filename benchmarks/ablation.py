@@ -151,10 +151,11 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     host = plugin_manager()
     host.manager.register(vocabulary)
     catalog = Catalog(host)
+    components = {"refit": dict(variant.settings), "self": dict(variant.own)}
     settings = {
         "ratio": 0.2, "method": "best", "calibration": calibration, "samples": samples, "length": LENGTH,
         **variant.options,
-        "settings": {name: dict(given) for name, given in (("refit", variant.settings), ("self", variant.own)) if given},
+        "settings": {name: given for name, given in components.items() if given},
     }  # fmt: skip
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     model = api.load("demo", dtype="float32", catalog=catalog)
