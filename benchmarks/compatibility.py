@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .install_check import copy_of_the_tree
-from .measure import as_json, machine
+from .measure import as_json, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
@@ -51,7 +51,7 @@ def main() -> None:
         source = copy_of_the_tree(Path(folder) / "source")
         for name in names:
             environment = (options.keep or Path(folder)).resolve() / name
-            results[name] = {**where(), **examine(environment, name, options.python, source)}
+            results[name] = {**processor(), **examine(environment, name, options.python, source)}
             print(name, results[name]["result"], *results[name]["failed"], sep="\n  ", flush=True)
             RESULTS.write_text(as_json(results), encoding="utf-8")
     if wrong := [name for name in names if not results[name]["passed"]]:
@@ -61,7 +61,8 @@ def main() -> None:
 def examine(environment: Path, name: str, interpreter: str, source: Path) -> dict[str, Any]:
     """Install and test; what stops it is the result."""
     if not environment.exists():
-        run(["uv", "venv", "--python", interpreter, environment], source)
+        # With pip, which tests of `llmpruner new-plugin` use.
+        run(["uv", "venv", "--seed", "--python", interpreter, environment], source)
     python = environment / "bin" / "python"
     chosen = environment / "versions.txt"
     for arguments in (
@@ -86,11 +87,6 @@ def examine(environment: Path, name: str, interpreter: str, source: Path) -> dic
         "versions": versions(python, source),
         "test_seconds": round(time.monotonic() - started),
     }
-
-
-def where() -> dict[str, Any]:
-    found = machine()
-    return {"cpu": found["cpu"], "cores": found["cores"]}
 
 
 def run(command: list[object], folder: Path) -> subprocess.CompletedProcess[str]:

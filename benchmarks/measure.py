@@ -62,12 +62,16 @@ def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
+    packages = ("torch", "transformers", "peft", "lm-eval")
+    return {**processor(), "versions": {p: version(p) for p in packages}}
+
+
+def processor() -> dict[str, Any]:
     model = next(
         (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),  # noqa: PTH123, SIM115
         platform.processor(),
     )
-    packages = ("torch", "transformers", "peft", "lm-eval")
-    return {"cpu": model, "cores": os.cpu_count(), "versions": {p: version(p) for p in packages}}
+    return {"cpu": model, "cores": os.cpu_count()}
 
 
 def as_json(value: Any) -> str:

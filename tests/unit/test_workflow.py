@@ -35,12 +35,12 @@ def test_make_targets_exist():
 
 
 def test_scripts_exist_and_know_the_versions():
-    (script,) = (script for command in commands() for script in re.findall(r"\bpython (\S+\.py)", command))
-    tree = ast.parse((ROOT / script).read_text(encoding="utf-8"))
+    (module,) = (module for command in commands() for module in re.findall(r"\bpython -m (benchmarks\.\w+)", command))
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     known = next(
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "COMBINATIONS"
+        if isinstance(node, ast.Assign) and node.targets[0].id == "RESOLUTIONS"
     )
     asked = [row["versions"] for row in jobs()["versions"]["strategy"]["matrix"]["include"]]
     assert set(asked) == {"lowest", "newest"} <= set(known)
