@@ -249,6 +249,7 @@ def _child(change: Change, tests: list[str]) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
+        os.environ.pop("PYTEST_ADDOPTS", None)
         sys.meta_path.insert(0, Finder(change))
         import pytest
 
