@@ -123,7 +123,7 @@ def evaluate_tasks(
     """
     if not isinstance(tasks, LoadedTasks):
         tasks = load_tasks(tasks, include_path=include_path)
-    with only_errors("lm_eval"), progress.bar("lm-eval") as at, bars_to(lambda share: at(share, "lm-eval")):
+    with only_errors("lm_eval"), progress.bar("lm-eval") as at, bars_to(lambda share: at(share, "lm-eval")), _no_git():
         import lm_eval
         from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
@@ -208,6 +208,19 @@ def _load(manager: Any, name: str) -> list[Any]:
             "that read local data with --include-path"
         ) from error
     return [*loaded.get("groups", {}).values()] or [*loaded["tasks"].values()]
+
+
+@contextlib.contextmanager
+def _no_git() -> Iterator[None]:
+    """While active, lm-eval does not ask git for the commit of the working directory, which is not its own, and outside
+    of a repository is an error message of git."""
+    from lm_eval import evaluator
+
+    asked, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:

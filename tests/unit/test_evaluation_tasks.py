@@ -53,9 +53,11 @@ class Shares(Progress):
         yield lambda share, now: self.seen.append(share)
 
 
-def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd):
+def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd, monkeypatch):
     from lm_eval.models import huggingface
 
+    # No repository of git, of whose commit lm-eval would ask.
+    monkeypatch.chdir(task_dir)
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
     before, shares = huggingface.tqdm, Shares()
     result = evaluate_tasks(
