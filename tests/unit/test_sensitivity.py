@@ -51,7 +51,8 @@ def test_the_curve_has_a_point_for_every_share_of_every_group(measured):
     # Of two KV heads only one can go, so that both shares are one point.
     assert [point.removed for point in by_name["attention", 0].points] == [1]
     middle, ends = by_name["mlp", 1].points[-1], [by_name["mlp", n].points[-1] for n in (0, 2)]
-    assert all(end.divergence > 10 * middle.divergence > 0 for end in ends)
+    # By rounding, a divergence of almost nothing may be negative.
+    assert all(end.divergence > 10 * abs(middle.divergence) for end in ends)
     assert Curve.read(file) == curve and curve.measured["calibration"].endswith("text.txt")
     assert not file.with_name("curve.json.measuring").exists()
 
