@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,12 @@ TEXTS = ("C4", "instructions", "chats")
 
 @dataclass(frozen=True)
 class Variant:
-    """``against``: the variant that it changes in one thing. ``settings``: of ``refit``. ``sides``: whether the two
-    sources are held out in turn; otherwise every eighth token is, as with one source. ``calibration``: of the files of
-    `sources`; ``own``: settings of the source ``self``; ``options``: of the prune."""
+    """``against``: the variant that it changes in one thing. ``settings``: of ``refit``. ``calibration``: of the files
+    of `sources`; ``own``: settings of the source ``self``; ``options``: of the prune."""
 
     name: str
     against: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    sides: bool = True
     calibration: str = "{c4},{written}"
     own: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -55,23 +53,24 @@ _BASE, _IN_TURN, _WRITTEN, _FROM_BOS, _OWN = (
     "self, every sample from BOS",
     "self, samples begin as texts do",
 )
+_BY_SOURCE = {"held_out": "sources"}
 VARIANTS = (
-    Variant(_BASE, sides=False),
-    Variant("without compensation", _BASE, sides=False, options={"compensate": "none"}),
-    Variant(_IN_TURN, _BASE),
+    Variant(_BASE),
+    Variant("without compensation", _BASE, options={"compensate": "none"}),
+    Variant(_IN_TURN, _BASE, _BY_SOURCE),
     Variant(_WRITTEN, _BASE, calibration="{written}"),
     Variant("C4 alone", _BASE, calibration="{c4}"),
-    Variant("three quarters C4", _BASE, sides=False, calibration="3*{c4},1*{written}"),
-    Variant("o_proj fitted too", _BASE, {"also": "attention"}, sides=False),
-    Variant("token weights", _BASE, {"token_weights": "divergence"}, sides=False),
-    Variant("target chosen by held-out tokens", _BASE, {"target": "held-out"}, sides=False),
-    Variant("mix = 1", _BASE, {"mix": 1.0}, sides=False),
-    Variant("mix = 0.25", _BASE, {"mix": 0.25}, sides=False),
-    Variant("widths that differ between layers", _BASE, sides=False, options={"shape": "free"}),
-    Variant("sources held out in turn, o_proj fitted too", _IN_TURN, {"also": "attention"}),
-    Variant("sources held out in turn, token weights", _IN_TURN, {"token_weights": "divergence"}),
+    Variant("three quarters C4", _BASE, calibration="3*{c4},1*{written}"),
+    Variant("o_proj fitted too", _BASE, {"also": "attention"}),
+    Variant("token weights", _BASE, {"token_weights": "divergence"}),
+    Variant("target chosen by held-out tokens", _BASE, {"target": "held-out"}),
+    Variant("mix = 1", _BASE, {"mix": 1.0}),
+    Variant("mix = 0.25", _BASE, {"mix": 0.25}),
+    Variant("widths that differ between layers", _BASE, options={"shape": "free"}),
+    Variant("sources held out in turn, o_proj fitted too", _IN_TURN, {**_BY_SOURCE, "also": "attention"}),
+    Variant("sources held out in turn, token weights", _IN_TURN, {**_BY_SOURCE, "token_weights": "divergence"}),
     Variant(
-        "text that the model wrote, an eighth of the samples random tokens", _WRITTEN, sides=False,
+        "text that the model wrote, an eighth of the samples random tokens", _WRITTEN,
         calibration="7*{written},1*vocabulary",
     ),
     Variant(_FROM_BOS, calibration="self", own={"starts": "bos"}),
@@ -159,11 +158,7 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     }  # fmt: skip
     job = prune_job(settings_from(PruneSettings, settings), catalog)
     model = api.load("demo", dtype="float32", catalog=catalog)
-    draft = pipeline.draft_plan(model, job)
-    assert draft.calibration is not None
-    if not variant.sides:
-        draft = replace(draft, calibration=replace(draft.calibration, parts=()))
-    return pipeline.apply_draft(model, draft, catalog)
+    return pipeline.apply_draft(model, pipeline.draft_plan(model, job), catalog)
 
 
 def documents(data: Path) -> list[str]:

@@ -39,7 +39,7 @@ FITS = {
     "better than the old weights.",
     "mix": "The share of the difference of the hidden states in the targets, where the fit chose it "
     "(`refit.target`); for a stack the median; null elsewhere.",
-    "before": "Squared error of the outputs on held-out tokens (with text of several sources, on the other one) "
+    "before": "Squared error of the outputs on held-out tokens (with `refit.held_out=sources`, on the other source) "
     "with the old weights of the inputs that stay, as "
     "a share of "
     "the targets' mean square; for a stack, averaged over tokens; null where it was not computed.",

@@ -117,6 +117,11 @@ class Compensation(Component):
         """Whether each fit chooses its target, which forecasts count."""
         return False
 
+    @property
+    def holds_out_sources(self) -> bool:
+        """Whether fits are judged on one half of the sources of the text in turn, which forecasts count."""
+        return False
+
     def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
         """Names of the groups whose readers may change, where ``changes_readers_alone``: those of ``kept``, which lose
         units, unless a compensation changes others too."""

@@ -54,6 +54,12 @@ class Refit(Compensation):
             "cut and a simpler fit from the dense one, which takes about as long again.",
         )
 
+        held_out: Literal["tokens", "sources"] = Field(
+            "tokens",
+            description="By what the strength of a fit is chosen: the error on one token in eight, or, with text of "
+            "several sources, that on one half of the sources of the fit to the other.",
+        )
+
     settings: Settings
 
     def __init__(self, settings: ComponentSettings | None = None, /, **values: Any) -> None:
@@ -76,6 +82,10 @@ class Refit(Compensation):
     @property
     def chooses_target(self) -> bool:
         return self.settings.target == "held-out"
+
+    @property
+    def holds_out_sources(self) -> bool:
+        return self.settings.held_out == "sources"
 
     def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
         """Also those of the kinds in ``also``. Raises `SettingsError` for a kind without such readers in the model."""
@@ -101,4 +111,5 @@ class Refit(Compensation):
             mix=None if self.chooses_target else self.settings.mix,
             changed=self.changed_groups(task.graph, task.kept),
             weighted=self.weighs_tokens,
+            by_source=self.holds_out_sources,
         )

@@ -1,6 +1,6 @@
 """What a fit knows of the rows of a product: how much each counts, and whether it is of the other text.
 
-With calibration text of several sources, the sources are dealt to two sides in turn. Each side is held out while the
+Where sources of the calibration text are held out, they are dealt to two sides in turn. Each side is held out while the
 fit to the other is judged, so that what fits one source alone is not taken for an improvement.
 """
 

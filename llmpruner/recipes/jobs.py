@@ -240,6 +240,11 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
             raise SettingsError(
                 f"--samples {calibration.samples} cannot be shared by {len(text.parts)} sources; raise --samples"
             )
+        if compensation.holds_out_sources and len(text.parts) == 1:
+            raise SettingsError(
+                f"{compensation.label()}: held_out = sources has no effect with one source of calibration text; "
+                "name several, or leave it out"
+            )
         text.order(calibration.samples)
     else:
         for name in ("calibration", "samples", "length"):

@@ -29,6 +29,10 @@ WITHOUT_EFFECT: dict[str, tuple[tuple[object, ...], str]] = {
     "budget of units": (
         ("plan", DENSE, "--unit-ratio", 0.2, "--budget", "bytes"), "--budget has no effect with --unit-ratio"
     ),
+    "held-out sources": (
+        ("plan", DENSE, "--ratio", 0.2, "--set", "refit.held_out=sources"),
+        "held_out = sources has no effect with one source of calibration text; name several, or leave it out",
+    ),
     "variant": ((*L2, "--variant", "mix"), "--variant has no effect with criterion l2, which has no setting 'variant'"),
     "rounding of layers": ((*L2, "--kinds", "layer", "--round-to", 8), "--round-to has no effect with --kinds layer"),
     "shape of layers": ((*L2, "--kinds", "layer", "--shape", "free"), "--shape has no effect with --kinds layer"),

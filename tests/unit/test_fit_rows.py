@@ -132,7 +132,7 @@ def test_a_trial_has_the_error_of_the_best_share():
 def test_with_a_target_that_is_chosen_shares_are_recorded():
     loaded = make("llama-gqa")
     kept = {f"layers.{number}.mlp": list(range(24)) for number in (0, 1, 2)}
-    _, fits = repaired(loaded, kept, TWO_SOURCES, target="held-out", also="attention")
+    _, fits = repaired(loaded, kept, TWO_SOURCES, target="held-out", also="attention", held_out="sources")
     assert {fit.mix for fit in fits} <= {None, *MIXES} and {fit.mix for fit in fits} != {None}
     assert {record["mix"] for record in fits_record(fits)} == {fit.mix for fit in fits}
     _, plain = repaired(loaded, kept, TWO_SOURCES)
@@ -154,7 +154,9 @@ def test_sources_change_what_is_held_out(name):
     loaded = make(name)
     kept = {f"layers.{number}.mlp": list(range(30)) for number in (0, 1, 2)}
     _, fits = repaired(loaded, kept, CALIBRATION)
-    _, sided = repaired(loaded, kept, TWO_SOURCES)
+    _, sided = repaired(loaded, kept, TWO_SOURCES, held_out="sources")
+    _, alike = repaired(loaded, kept, TWO_SOURCES)
+    assert [fit.after for fit in alike] == [fit.after for fit in fits], "by default, sources make no difference"
     # Tokens of later layers may be routed to other experts.
     assert sum(fit.rows for fit in fits) == sum(fit.rows for fit in sided)
     assert [fit.after for fit in fits] != [fit.after for fit in sided]
@@ -202,7 +204,7 @@ def test_rows_without_tokens_cannot_have_weights(monkeypatch):
     kept = {"layers.1.mlp": list(range(30))}
     with pytest.raises(UnsupportedModelError, match=r"rows of '.*\.down_proj\.weight' cannot be assigned"):
         repaired(loaded, kept, CALIBRATION, token_weights="divergence")
-    assert repaired(loaded, kept, TWO_SOURCES)[1], "sources are not needed for a fit"
+    assert repaired(loaded, kept, TWO_SOURCES, held_out="sources")[1], "sources are not needed for a fit"
 
 
 def test_weights_are_in_proportion_and_have_a_limit():
