@@ -206,6 +206,7 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         )
     if any(entry.get("shared") for entry in points):
         lines += ["", "† While the machine had other work."]
+    lines += ["", "What each step of the method changes, and what does not help: [variants](quality-notes.md)."]
     lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
     lines += _ordering()
     return "\n".join(lines) + "\n"
