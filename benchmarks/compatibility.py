@@ -4,8 +4,9 @@
     python -m benchmarks.compatibility lowest             this one
     python -m benchmarks.compatibility newest --python 3.13 --keep DIR
 
-Lowest: of every package that pyproject.toml names, the lower bound; of those that these need, the newest that fits. A
-bound that cannot be installed, or with which a test fails, is wrong and must be raised. Newest: no bound but those of
+Lowest: of every package that pyproject.toml names, the lower bound; of those that these need, the newest that fits.
+Where uv takes a newer one, as another package needs it, the results say so. A bound with which a test fails is wrong
+and must be raised. Newest: no bound but those of
 the packages themselves. The tools of the tests are the newest in both. ``--keep``: the environments are kept below
 this folder, and used again when they exist. Needs `uv <https://docs.astral.sh/uv>`_, which installs the lowest
 versions; exits with 1 when something cannot be installed or a test fails.
@@ -74,17 +75,19 @@ def examine(environment: Path, name: str, interpreter: str, source: Path) -> dic
         done = run(["uv", "pip", "install", "--python", python, *arguments], source)
         if done.returncode:
             return {"passed": False, "result": "cannot be installed", "failed": done.stderr.splitlines()[:5]}
-        if not chosen.exists():
+        if "--resolution" in arguments:
             frozen = run(["uv", "pip", "freeze", "--exclude-editable", "--python", python], source)
             chosen.write_text(frozen.stdout, encoding="utf-8")
     started = time.monotonic()
     done = run([python, "-m", "pytest", "-rfE", "--color=no", *TESTS], source)
-    said = done.stdout.splitlines()
+    said, found = done.stdout.splitlines(), versions(python, source)
+    bounds = lower_bounds(source) if name == "lowest" else {}
     return {
         "passed": done.returncode == 0,
         "result": said[-1] if said else done.stderr.splitlines()[-1],
-        "failed": [line[:200] for line in said if line.startswith(("FAILED", "ERROR"))],
-        "versions": versions(python, source),
+        "failed": [line[:200] for line in said if line.startswith(("FAILED tests", "ERROR tests"))],
+        "versions": found,
+        "above their bounds": sorted(n for n, bound in bounds.items() if n in found and _plain(found[n]) != bound),
         "test_seconds": round(time.monotonic() - started),
     }
 
@@ -95,13 +98,24 @@ def run(command: list[object], folder: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(parts, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+def lower_bounds(source: Path) -> dict[str, str]:
+    """Package → the version after ``>=`` in a requirement of pyproject.toml."""
+    project = (source / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?>=([\d.]+)', project)
+    return {name: _plain(bound) for name, bound in found}
+
+
+def _plain(version: str) -> str:
+    """Without zeros at the end: 2.9 and 2.9.0 are one version."""
+    return re.sub(r"(\.0)+$", "", version)
+
+
 def versions(python: Path, source: Path) -> dict[str, str]:
     """Of the packages that pyproject.toml names, and of Python."""
-    project = (source / "pyproject.toml").read_text(encoding="utf-8")
-    named = set(re.findall(r'"([a-z0-9-]+)(?:\[\w+\])?>=', project))
     listed = run(["uv", "pip", "list", "--format", "json", "--python", python], source)
-    found = {row["name"]: row["version"] for row in json.loads(listed.stdout) if row["name"] in named}
-    return {"python": run([python, "--version"], source).stdout.split()[-1], **found}
+    installed = {row["name"]: row["version"] for row in json.loads(listed.stdout)}
+    named = {name: installed[name] for name in lower_bounds(source) if name in installed}
+    return {"python": run([python, "--version"], source).stdout.split()[-1], **named}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from .tiny_checkpoints import Work
 
 GROWTH = 32
@@ -60,8 +62,6 @@ def grown(uses: Sequence[Use]) -> str:
 
 
 def _use(cycles: int) -> Use:
-    import psutil
-
     gc.collect()
     process = psutil.Process()
     mib = process.memory_info().rss / 2**20

@@ -53,7 +53,6 @@ class Refit(Compensation):
             description="Weights of the tokens in the fits: all alike, or by the divergence of a model with the same "
             "cut and a simpler fit from the dense one, which takes about as long again.",
         )
-
         held_out: Literal["tokens", "sources"] = Field(
             "tokens",
             description="By what the strength of a fit is chosen: the error on one token in eight, or, with text of "

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .jobs import PruneJob
 
 _SMALL = 1 << 28
-"""Bytes of weights: with less, no machine lacks the memory."""
+"""Bytes of weights: with fewer, a forecast without a reader takes more time than it is worth."""
 
 
 def arrange(
@@ -46,7 +46,7 @@ def arrange(
     `computed_once`."""
     load, catalog, progress = opener.load, opener.catalog, opener.progress
     if progress is QUIET and run.max_memory is None and weight_bytes(opened, load, catalog) < _SMALL:
-        # A forecast takes a second, and so may the whole run.
+        # A forecast takes a second.
         limit = boundary_limit(run)
         streamed = whole is None and is_streamed(opened, job, load, catalog)
         return Residency(streamed, limit, once=streamed and computed_once(opened, load, catalog, room)), None

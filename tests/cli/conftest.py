@@ -83,9 +83,7 @@ def refused(run, shared, tmp_path) -> Callable[..., str]:
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """The files in ``folder`` with their times; some versions of filelock write a lock that they do not get."""
-    times = ((path, 0 if path.suffix == ".lock" else path.stat().st_mtime_ns) for path in folder.rglob("*"))
-    return {str(path): time for path, time in times}
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="session")
