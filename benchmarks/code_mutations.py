@@ -305,9 +305,9 @@ def page(done: list[dict[str, Any]]) -> str:
     lines = [
         "# Changes of the code that tests notice", "",
         "<!-- Written by benchmarks/code_mutations.py; do not edit. -->", "",
-        f"`python -m benchmarks.code_mutations --count {len(done)}`: {len(done)} of {len(everything())} changes, drawn at "
-        f"random. *Killed*: a test that runs the line fails. *Survived*: none of those that take {SECONDS:.0f} seconds "
-        "in all does, the shortest first.", "",
+        f"`python -m benchmarks.code_mutations --count {len(done)}`: {len(done)} of {len(everything())} changes, drawn "
+        f"at random. *Killed*: a test that runs the line fails. *Survived*: none of those that take {SECONDS:.0f} "
+        "seconds in all does, the shortest first.", "",
         "| package | changes | killed | survived | run by no test |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for package, count in [*sorted(counts.items()), ("all", total)]:
