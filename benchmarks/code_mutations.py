@@ -2,13 +2,16 @@
 
     make coverage                                                    which test runs which line, and how long it takes
     python -m benchmarks.code_mutations [--count 240] [--seed 0]     writes results/code_mutations.jsonl and the page
+    python -m benchmarks.code_mutations --again                      tries those again that were not noticed
 
 A change ("mutant") is drawn at random from all that `Mutator` makes in the packages of `PACKAGES`, and the tests that
 run its line are run, the shortest first, until one fails or those of `SECONDS` have passed. A change that no test
 notices survives: either a test is missing, or the changed program does the same. Nothing is written into the tree:
 each change has a process of its own, forked from one that has imported the libraries but not llmpruner, in which the
-module is compiled from the changed syntax tree. Tests that start processes see the unchanged program there. Results
-are kept, so that an interrupted run goes on where it was; delete the file after the code has changed.
+module is compiled from the changed syntax tree; processes that tests start see the changed program too. Which lines
+such processes run is not measured, so that a change of what several processes of a run share is also tried with the
+test that starts them (`ACROSS`). Results are kept, so that an interrupted run goes on where it was; delete the file
+after the code has changed, or try the changes that were not noticed again with ``--again``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,6 +45,19 @@ COVERAGE, DURATIONS = ROOT / ".coverage", ROOT / ".coverage-tests.xml"
 PACKAGES = ("structure", "selection", "checkpoints", "engine", "models/surgery.py")
 SECONDS = 40.0
 """Of tests, as long as they took when coverage was measured."""
+ACROSS = "tests/unit/test_ranks.py::test_several_processes_give_the_result_of_one"
+SHARED = tuple(f"engine/{name}.py" for name in ("ranks", "reduce", "journal", "inputs", "stream", "walk", "gradients"))
+"""Files with what the processes of a run share."""
+LIMIT = 600.0
+"""Seconds after which a change counts as noticed, since the tests do not end."""
+CHILDREN = """import pathlib, sys
+sys.path.insert(0, {here!r})
+from benchmarks import code_mutations
+sys.path.remove({here!r})
+code_mutations.ROOT = pathlib.Path({root!r})
+sys.meta_path.insert(0, code_mutations.Finder(code_mutations.Change(**{change!r})))
+"""
+"""``sitecustomize.py`` of processes that tests start."""
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
@@ -210,7 +227,7 @@ class Tests:
             if chosen and total > SECONDS:
                 break
             chosen.append(test)
-        return chosen
+        return [*chosen, ACROSS] if change.file.endswith(SHARED) and ACROSS not in chosen else chosen
 
 
 def _durations() -> Iterator[tuple[str, float]]:
@@ -227,22 +244,25 @@ def outcome(change: Change, tests: list[str]) -> str:
     """*killed*, by a failing test or by no end; *survived*; *no test*."""
     if not tests:
         return "no test"
-    child = os.fork()
-    if not child:
-        _child(change, tests)
-    limit = time.monotonic() + 5 * SECONDS
-    while time.monotonic() < limit:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
-        time.sleep(0.1)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return "killed"
+    with tempfile.TemporaryDirectory() as folder:
+        text = CHILDREN.format(here=str(Path(__file__).parents[1]), root=str(ROOT), change=asdict(change))
+        (Path(folder) / "sitecustomize.py").write_text(text, encoding="utf-8")
+        child = os.fork()
+        if not child:
+            _child(change, tests, folder)
+        limit = time.monotonic() + LIMIT
+        while time.monotonic() < limit:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return "survived" if os.waitstatus_to_exitcode(status) == 0 else "killed"
+            time.sleep(0.1)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "killed"
 
 
-def _child(change: Change, tests: list[str]) -> None:
-    """Does not return."""
+def _child(change: Change, tests: list[str], folder: str) -> None:
+    """Does not return. ``folder``: of the modules that processes of the tests import first."""
     code = 70
     try:
         os.setpgid(0, 0)
@@ -250,6 +270,7 @@ def _child(change: Change, tests: list[str]) -> None:
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.environ.pop("PYTEST_ADDOPTS", None)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
         sys.meta_path.insert(0, Finder(change))
         import pytest
 
@@ -265,13 +286,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="try those again that were not noticed")
     parser.add_argument("--render", action="store_true", help="only write the page again")
     options = parser.parse_args()
     done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+    again = [row for row in done if row["outcome"] != "killed"] if options.again else []
+    done = [row for row in done if row not in again]
     if not options.render:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         os.chdir(ROOT)
-        drawn = random.Random(options.seed).sample(everything(), options.count)
+        if options.again:
+            drawn = [Change(row["file"], row["number"], row["line"], row["what"]) for row in again]
+        else:
+            drawn = random.Random(options.seed).sample(everything(), options.count)
         known = {(row["file"], row["number"]) for row in done}
         tests = Tests()
         work = [(change, tests.running(change)) for change in drawn if (change.file, change.number) not in known]

@@ -18,6 +18,7 @@ from llmpruner.engine.journal import Journal
 from llmpruner.errors import first_line
 from llmpruner.files import check_space, new_directory, remove_tree, write_failure
 from llmpruner.progress import Progress
+from llmpruner.structure.plan import _MOST_UNITS, _unpack
 
 FIFTH, L1, OUT = ("--ratio", 0.2), ("--importance", "l1"), ("-o", "{tmp}/out")
 DENSE, DATA = "{models}/dense", ("--data", "{models}/data.jsonl")
@@ -62,6 +63,12 @@ def test_repeated_runs_of_units_do_not_fill_the_memory(run, refused, shared, tmp
     next(iter(plan["cuts"].values()))["kept"] = ",".join(["0-4000000"] * 1000)
     file.write_text(json.dumps(plan))
     assert "more than 4,194,304 units" in refused("prune", DENSE, "--plan", file, *OUT)
+
+
+def test_the_most_units_of_a_group_are_still_read():
+    assert len(_unpack(f"0-{_MOST_UNITS - 1}")) == _MOST_UNITS
+    with pytest.raises(ValueError, match="more than 4,194,304 units"):
+        _unpack(f"0-{_MOST_UNITS}")
 
 
 def test_a_tokenizer_of_another_model(refused, shared, tmp_path):

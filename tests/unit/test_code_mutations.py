@@ -80,10 +80,21 @@ def test_an_import_gives_the_changed_module(small, monkeypatch):
     assert small_code.LIMIT == 5
 
 
-@pytest.mark.parametrize(("test", "expected"), [("assert small_code.LIMIT == 4", "killed"), ("pass", "survived")])
-def test_what_a_test_says_of_a_change(small, tmp_path, monkeypatch, test, expected):
+PROCESS = """assert not os.system(f'{sys.executable} -c "import small_code; assert small_code.LIMIT == NUMBER"')"""
+TESTS = {
+    "assert small_code.LIMIT == 4": "killed",
+    PROCESS.replace("NUMBER", "4"): "killed",
+    PROCESS.replace("NUMBER", "5"): "survived",
+    "pass": "survived",
+}
+
+
+@pytest.mark.parametrize("test", TESTS)
+def test_what_a_test_says_of_a_change(small, tmp_path, monkeypatch, test):
+    expected = TESTS[test]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "test_it.py").write_text(f"import small_code\ndef test_limit(): {test}\n", encoding="utf-8")
+    text = f"import os, sys\nimport small_code\ndef test_limit(): {test}\n"
+    (tmp_path / "test_it.py").write_text(text, encoding="utf-8")
     change = next(change for change in changes_of(small) if change.what == "4 → 5")
     assert code_mutations.outcome(change, ["test_it.py::test_limit"]) == expected
     assert code_mutations.outcome(change, []) == "no test"

@@ -77,6 +77,8 @@ def test_a_class_that_obeys_is_saved_as_stock(kept: Any, stated: Any, tmp_path: 
     assert save_checkpoint(model, tmp_path / "out", record={}, family=LlamaFamily()) == "stock"
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["per_layer_config"] == stated and "auto_map" not in written
+    if kept == {"layers.0.mlp": range(40)}:  # the head size of all layers is computed from the number of heads
+        assert bool(written.get("allow_global_per_layer_attribute_access")) == bool(Obedient.reads)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         assert type(loaded) is Obedient

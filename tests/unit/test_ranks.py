@@ -18,7 +18,8 @@ from criteria_cases import make
 from llmpruner.engine.ranks import SINGLE, Ranks
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": str(HERE)}
+PATHS = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE))))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": PATHS}
 
 
 def start(processes: int, *arguments: object) -> subprocess.Popen[str]:

@@ -96,6 +96,11 @@ def test_inputs_that_all_experts_share_are_given_to_each(weights):
     assert all(torch.equal(use.inputs, ROWS) for use in uses)
 
 
+def test_inputs_of_more_axes_than_the_stack_are_no_use(weights):
+    """Which expert multiplies which rows cannot be told from the shapes."""
+    assert watch(weights, lambda m: torch.matmul(X[:, None].expand(2, 3, 4, 5), m.experts.mT)) == []
+
+
 def test_part_of_the_inputs_is_no_use(weights):
     """Its columns would be taken for the first ones of the whole matrix."""
     assert watch(weights, lambda m: functional.linear(X[..., :3], m.wide[:, :3])) == []
