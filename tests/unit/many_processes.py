@@ -19,15 +19,19 @@ from safetensors.torch import load_file
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
 from llmpruner import Model, api
+from llmpruner.engine.executor import Executor
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
+from llmpruner.importance.estimate import estimate
+from llmpruner.importance.experts import ExpertContribution
 from llmpruner.recipes import calibrating
 
 BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "best": ("llama-gqa", BEST),
     "experts": ("mixtral", BEST),
+    "whole experts": ("mixtral", BEST | {"kinds": "expert", "importance": "expert-frequency", "ratio": 0.25}),
     "experts with biases": ("gpt_oss", BEST | {"samples": 2, "length": 12}),
     "channels of the residual stream": ("llama-gqa", BEST | {"kinds": "mlp,hidden"}),
     "biases": ("gpt2", BEST | {"importance": "flap", "compensate": "bias", "allocation": "global", "shape": "free"}),
@@ -98,6 +102,15 @@ def continued(folder: Path) -> dict[str, Any]:
     return {"weights": load_file(output / "model.safetensors")}
 
 
+def scores() -> dict[str, Any]:
+    """Scores of whole experts, by sums over the tokens of all processes."""
+    model = model_of("mixtral")
+    criterion = ExpertContribution()
+    executor = Executor.of(model.model, model.graph.layers, Ranks.current())
+    groups, text = model.graph.of_kinds(["expert"]), tokens(80, 128)
+    return {"weights": estimate(model.model, model.graph, groups, criterion, text, executor=executor).by_group}
+
+
 def refusal() -> str:
     """A message that only the first process knows."""
     try:
@@ -118,7 +131,8 @@ def prepare() -> None:
 if __name__ == "__main__":
     prepare()
     folder, rank = Path(sys.argv[1]), os.environ.get("RANK", "0")
+    others = {"continued": lambda: continued(folder), "scores": scores}
     for each in sys.argv[2:]:
-        found = continued(folder) if each == "continued" else outcome(each)
+        found = others[each]() if each in others else outcome(each)
         torch.save(found, folder / f"{each}-{rank}.pt")
     (folder / f"refusal-{rank}.txt").write_text(refusal())

@@ -37,7 +37,7 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
 def test_several_processes_give_the_result_of_one(tmp_path):
     one = tmp_path / "one"
     one.mkdir()
-    every = (*many_processes.CASES, "continued")
+    every = (*many_processes.CASES, "continued", "scores")
     subprocess.run([sys.executable, HERE / "many_processes.py", one, *every], env=ENVIRONMENT, check=True, timeout=300)
     for count, cases in ((2, every), (4, ("best", "experts", "squares"))):
         folder = tmp_path / str(count)
