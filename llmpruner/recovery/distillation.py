@@ -20,10 +20,10 @@ from .trainer import Batch
 from .training import fit
 
 if TYPE_CHECKING:
-    from .distil import DistilStrategy
+    from .distil_settings import DistilSettings
 
 
-def train_distilled(job: RecoveryJob, settings: DistilStrategy.Settings) -> TrainingResult:
+def train_distilled(job: RecoveryJob, settings: DistilSettings) -> TrainingResult:
     """Train ``job.model`` as `DistilStrategy` describes.
 
     Raises `ModelError` where the dense model is not known or has another vocabulary, `UnsupportedModelError` for hidden
@@ -47,7 +47,7 @@ def train_distilled(job: RecoveryJob, settings: DistilStrategy.Settings) -> Trai
 
 
 def _loss(
-    targets: Callable[[Batch], Targets], settings: DistilStrategy.Settings, layers: tuple[int, ...] | None
+    targets: Callable[[Batch], Targets], settings: DistilSettings, layers: tuple[int, ...] | None
 ) -> Callable[[Any, Batch], torch.Tensor]:
     def loss(model: Any, batch: Batch) -> torch.Tensor:
         wanted = targets(batch)
@@ -61,7 +61,7 @@ def _loss(
     return loss
 
 
-def _term(wanted: Targets, rows: torch.Tensor, labels: torch.Tensor, settings: DistilStrategy.Settings) -> Term:
+def _term(wanted: Targets, rows: torch.Tensor, labels: torch.Tensor, settings: DistilSettings) -> Term:
     """The loss per token without the hidden states."""
 
     def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
@@ -121,7 +121,7 @@ def _difference(
     return torch.stack(terms).mean()
 
 
-def _targets(job: RecoveryJob, settings: DistilStrategy.Settings) -> Callable[[Batch], Targets]:
+def _targets(job: RecoveryJob, settings: DistilSettings) -> Callable[[Batch], Targets]:
     if settings.top:
         return kept_targets(job, top=settings.top, temperature=settings.temperature)
     teacher = job.teacher()

@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from ..engine.boundaries import States
     from ..engine.walk import ForwardWalk
     from ..settings import RecoverSettings
-    from .local import LocalStrategy
 
 
-def train_layers(job: RecoveryJob, settings: LocalStrategy.Settings) -> TrainingResult:
-    """Train the decoder layers of ``job.model`` in place.
+def train_layers(job: RecoveryJob, *, own_inputs: bool) -> TrainingResult:
+    """Train the decoder layers of ``job.model`` in place. ``own_inputs``: from what the trained layers before give, not
+    from the dense model's hidden states.
 
     Raises `ModelError` where the dense model is not known and for a loss that is not finite, and
     `UnsupportedModelError` for decoders whose layers cannot be run one by one, and models with different numbers of
     hidden channels.
     """
-    return _Training(job, settings).run()
+    return _Training(job, own_inputs=own_inputs).run()
 
 
 def steps_by_layer(settings: RecoverSettings, examples: int, layers: int) -> list[int]:
@@ -77,8 +77,8 @@ class _Training:
     """``dense``, ``pruned``: h and ĥ before the current layer; ``pruned`` is empty where inputs are those of the dense
     model."""
 
-    def __init__(self, job: RecoveryJob, settings: LocalStrategy.Settings) -> None:
-        self.job, self.own = job, settings.inputs == "pruned"
+    def __init__(self, job: RecoveryJob, *, own_inputs: bool) -> None:
+        self.job, self.own = job, own_inputs
         self.weights = job.walk.pruned or Weights(job.model, job.graph.layers)
         dense = job.walk.open_dense() if job.walk.open_dense else Weights(job.teacher(), job.graph.layers)
         size = micro_batch(job.settings)

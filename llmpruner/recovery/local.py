@@ -61,4 +61,4 @@ class LocalStrategy(RecoveryStrategy):
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .layerwise import train_layers
 
-        return train_layers(job, self.settings)
+        return train_layers(job, own_inputs=self.settings.inputs == "pruned")
