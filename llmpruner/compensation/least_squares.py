@@ -208,11 +208,13 @@ def solve_bytes(width: int, out: int) -> int:
     return max(solving, 20 * width * tried + products)
 
 
-def solve_operations(width: int, out: int, *, sides: bool = False, mixed: bool = False) -> tuple[float, float]:
+def solve_operations(
+    width: int, out: int, *, holds_out_sources: bool = False, mixed: bool = False
+) -> tuple[float, float]:
     """Operations in float64 of `NormalEquations.solve`: those of the factors, and of products and triangular systems
-    (multiply and add: two). ``sides``: whether two sides of the text are held out in turn; ``mixed``: whether the
-    target is chosen."""
-    trials = len(RIDGES) * (2 if sides else 1)
+    (multiply and add: two). ``holds_out_sources``: whether sources of the text are held out in turn; ``mixed``: whether
+    the target is chosen."""
+    trials = len(RIDGES) * (2 if holds_out_sources else 1)
     solved = trials * (len(MIXES) if mixed else 1)
     products = (solved + solved + 1) * _tried(out) + out
     return (trials + 1) * width**3 / 3, products * 2 * width**2

@@ -110,5 +110,5 @@ class Refit(Compensation):
             mix=None if self.chooses_target else self.settings.mix,
             changed=self.changed_groups(task.graph, task.kept),
             weighted=self.weighs_tokens,
-            by_source=self.holds_out_sources,
+            holds_out_sources=self.holds_out_sources,
         )

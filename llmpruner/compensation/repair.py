@@ -61,14 +61,14 @@ def repair(
     mix: float | None = 0.0,
     changed: Collection[str] = (),
     weighted: bool = False,
-    by_source: bool = False,
+    holds_out_sources: bool = False,
 ) -> Repaired:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
     experts are not silenced.
 
     ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module; None: chosen by each fit.
     ``changed``: names of groups whose readers are fitted where they lost no inputs, too. ``weighted``: tokens have the
-    weights of `token_weights`. ``by_source``: sources of the text are held out in turn, not tokens. With
+    weights of `token_weights`. ``holds_out_sources``: sources of the text are held out in turn, not tokens. With
     ``task.chooser``, the units to keep are chosen again in each layer, in the numbers of ``task.kept``.
 
     Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
@@ -81,7 +81,7 @@ def repair(
             "changed weights of a model that is read layer by layer are kept in a journal, and there is none"
         )
     weights = token_weights(task, executor) if weighted else None
-    text = task.calibration if by_source else replace(task.calibration, parts=())
+    text = task.calibration if holds_out_sources else replace(task.calibration, parts=())
     rows = CalibrationRows(task.model, text, weights)
     return _Repair(task, ForwardWalk.over(executor, task.calibration), fitter, mix, changed, rows).run()
 

@@ -485,7 +485,9 @@ class _Forecaster:
             seconds += tokens * gram_operations(width) / sample.gram + cross / sample.product32
             # The outputs with the new weights.
             seconds += tokens * 2 * width * out / (sample.head if self.product == 2 else sample.product32)
-            factor, products = solve_operations(width, out, sides=self.work.sides, mixed=self.work.mixed)
+            factor, products = solve_operations(
+                width, out, holds_out_sources=self.work.holds_out_sources, mixed=self.work.mixed
+            )
             seconds += slots * (factor / sample.factor + products / sample.product64)
         return seconds
 

@@ -45,7 +45,7 @@ class Work:
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
     ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
     whose readers it fits; ``weighted``: whether it weighs tokens first; ``mixed``: whether fits choose their targets;
-    ``sides``: whether sources of the text are held out in turn. ``trials``: runs of cut copies.
+    ``holds_out_sources``: whether sources of the text are held out in turn. ``trials``: runs of cut copies.
     ``by_matrix``: whether one matrix of a stack is scored at a time.
     """
 
@@ -61,7 +61,7 @@ class Work:
     changed: tuple[str, ...] = ()
     weighted: bool = False
     mixed: bool = False
-    sides: bool = False
+    holds_out_sources: bool = False
     steps: int = 1
     trials: int = 0
     saves: bool = True
@@ -111,7 +111,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         changed=tuple(job.compensation.changed_groups(graph, kept)),
         weighted=job.compensation.weighs_tokens,
         mixed=job.compensation.chooses_target,
-        sides=job.compensation.holds_out_sources,
+        holds_out_sources=job.compensation.holds_out_sources,
         steps=job.steps,
         trials=3 * len(groups) if job.allocation.measures else 0,
         saves=saves,
@@ -130,7 +130,7 @@ def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, s
     return Work(
         how.samples, how.length, written, kept=plan.kept, fits=True, saves=saves,
         changed=tuple(compensation.changed_groups(graph, plan.kept)), weighted=compensation.weighs_tokens,
-        mixed=compensation.chooses_target, sides=compensation.holds_out_sources,
+        mixed=compensation.chooses_target, holds_out_sources=compensation.holds_out_sources,
     )  # fmt: skip
 
 

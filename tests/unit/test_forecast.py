@@ -179,7 +179,7 @@ def test_what_is_fitted_beside_what_is_cut(structure, catalog):
     plain = work(**base)
     also = work(**base, settings={"refit": {"also": "attention"}})
     weighted = work(**base, settings={"refit": {"token_weights": "divergence"}})
-    assert not (plain.weighted or plain.sides) and weighted.weighted
+    assert not (plain.weighted or plain.holds_out_sources) and weighted.weighted
     assert set(also.changed) == {*plain.changed, *(f"layers.{n}.attention" for n in range(LAYERS))}
     seconds = [found(structure, one, a_sample()).stage("compensation").seconds for one in (plain, also, weighted)]
     assert seconds[1] > 1.2 * seconds[0] and seconds[2] > 1.2 * seconds[0]
