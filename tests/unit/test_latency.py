@@ -129,15 +129,21 @@ def test_a_real_measurement_is_a_usable_table(gqa):
 
 
 def test_what_takes_most_of_the_time_is_seen_to_save_it(catalog):
-    """MLPs of 8,192 channels beside attention of 64: with half of them, a layer is faster on any machine."""
+    """MLPs of 8,192 channels beside attention of 64: with half of them, a layer is faster on any machine. Of three
+    measurements one is enough, as other programs may run meanwhile."""
     config = LlamaConfig(
         hidden_size=64, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=8, vocab_size=128
     )
     family = catalog.family_for(config)
     wide = Model("wide", config, family, build_graph(family, config), model=random_instance(config), tokenizer=None)
-    timing = measured(wide, ["mlp"], stopwatch=None).timings[0]
-    times = {8192: timing.ms, **dict(timing.groups["mlp"])}
-    assert times[1] < times[4096] < 0.9 * times[8192]
+    found = []
+    for _ in range(3):
+        timing = measured(wide, ["mlp"], stopwatch=None).timings[0]
+        times = {8192: timing.ms, **dict(timing.groups["mlp"])}
+        if times[1] < times[4096] < 0.9 * times[8192]:
+            return
+        found.append(times)
+    raise AssertionError(found)
 
 
 @given(st.dictionaries(st.integers(1, 50), st.floats(0.01, 3), min_size=1))
