@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import sentencepiece
 from chatglm_tiny import train_sentencepiece
-from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily
+from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, tokenizers
 from llmpruner_chatglm.registration import register
 from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from llmpruner_chatglm.tokenizers import chat_format, read_glm_tokenizer, role_stops
 from transformers import AutoTokenizer
 
-from llmpruner import CheckpointError
+from llmpruner import CheckpointError, LlmprunerError
 
 BLANKS = [f"<|blank_{k}|>" for k in range(2, 81)]
 PIECES = ["<n>", "<|tab|>", *BLANKS, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<pad>"]
@@ -156,3 +156,13 @@ def test_damaged_vocabulary_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.model is no readable vocabulary") as caught:
         read_glm_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_versions_that_do_not_work_together_are_no_damage(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("Detected incompatible Protobuf Gencode/Runtime versions")
+
+    monkeypatch.setattr(tokenizers, "import_protobuf", refuse)
+    with pytest.raises(LlmprunerError, match="pip install --upgrade sentencepiece protobuf") as caught:
+        read_glm_tokenizer(bpe.parent)
+    assert "download" not in str(caught.value) and "Gencode" in str(caught.value)
