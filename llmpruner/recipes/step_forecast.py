@@ -41,8 +41,9 @@ def step_forecast(
 
 
 def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Catalog) -> tuple[str, dict[str, Any]]:
-    """Steps, and tokens in them, padding aside. Data that would have to be downloaded is not read."""
-    settings = job.settings
+    """Steps, and tokens in them, padding aside. Data that would have to be downloaded is not read. Of a strategy that
+    trains layer by layer, what each layer of the dense model takes."""
+    settings, layers = job.settings, dense.graph.num_layers if job.strategy.by_layer else 1
     if settings.minutes is not None:
         return f"as many steps as fit into {settings.minutes:g} minutes", {"minutes": settings.minutes}
     if not all(Path(part.source).is_file() for part in parse_mixture(settings.data)):
@@ -51,10 +52,13 @@ def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Ca
         return f"{settings.max_steps:,} steps", {"steps": settings.max_steps}
     rows = prepare(settings, dense.family, load_tokenizer(dense, catalog, load)).rows.rows
     settings = with_batch(settings, lambda one: steps(one, len(rows)), processes=1)
-    count = steps(settings, len(rows))
+    # A limit of steps is one of all layers together.
+    total = steps(settings, len(rows)) * (layers if settings.max_steps is None else 1)
+    count = -(-total // layers)
     epoch = sum(len(row["input_ids"]) for row in rows)
     # The last batch of an epoch may be smaller.
     shown = settings.epochs if settings.max_steps is None else count * settings.batch_size / len(rows)
     tokens = round(epoch * shown)
-    facts = {"examples": len(rows), "steps": count, "tokens": tokens}
-    return f"{count:,} steps over {len(rows):,} examples, about {tokens:,} tokens", facts
+    facts = {"examples": len(rows), "steps": total, "tokens": tokens}
+    each = f" in each of {layers} layers" if layers > 1 else ""
+    return f"{count:,} steps{each} over {len(rows):,} examples, about {tokens:,} tokens", facts

@@ -397,6 +397,9 @@ def test_a_dry_run_says_what_it_will_take_and_does_nothing(run, file, tmp_path):
     first, second, *_ = run("run", file, "-o", tmp_path / "out", "--dry-run", "--json").json()["steps"]
     assert first["forecast"]["memory"] > 2**20 and first["reads"] == ["dense"] and first["status"] == "to do"
     assert second["forecast"] == {"examples": 4, "steps": 3, "tokens": 957}
+    by_layer = ("--set", "recover.strategy=local", "--set", "recover.max_steps=12")
+    shown = run("run", file, "-o", tmp_path / "out", "--dry-run", *by_layer)
+    assert "3 steps in each of 4 layers over 4 examples, about 957 tokens" in shown.out
 
 
 BEFORE = {
