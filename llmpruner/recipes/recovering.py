@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from ..loading.model import Model, Structure, load_tokenizer, loaded_bytes, reop
 from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
-from ..recovery.dense_text import WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
+from ..recovery.dense_text import ANSWER_TOKENS, TEXT_TOKENS, WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
 from ..recovery.run import RecoveryResult, TrainingData, check_work_dir, prepare, recover
@@ -34,7 +34,7 @@ from .fitting import boundary_limit
 from .forecast import Residency
 from .jobs import RecoverJob, recover_job
 from .opening import Opener, Source
-from .recovery_memory import arranged_layers, refuse_without_layers
+from .recovery_memory import arranged_layers, layers_disk, refuse_without_layers, states_bytes
 from .saving import save
 from .stages import Stages, write_run
 from .training_memory import check_training, reads_dense_by_layer, training_forecast
@@ -81,10 +81,13 @@ class Recovery:
         job = _with_strategy(job, opened, opener)
         needs_dense = job.strategy.needs_dense or own is not None
         dense = _dense(opened, own, opener) if needs_dense else None
-        way = self._arranged(job, opened, dense, opener)
+        lengths = _lengths(data, own)
+        way = self._arranged(job, opened, dense, lengths, opener)
         if output is not None and job.strategy.by_layer:
-            size = loaded_bytes(opened, opener.catalog, opener.load)
-            ranks.from_first(lambda: check_space(output, size, "the result alone"))
+            states = states_bytes(job, opened, lengths)
+            item = loaded_bytes(opened, opener.catalog, opener.load) // opened.graph.total_parameters
+            size = layers_disk(opened.graph, item, states, Residency(way.streamed, way.boundary_memory))
+            check_space(output, size - tree_bytes(folder), "the result, finished layers and hidden states")
         if self.run.restart:
             ranks.from_first(lambda: remove_tree(folder))
         stages, beside = Stages(), folder.resolve().parent
@@ -140,8 +143,10 @@ class Recovery:
             raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
         return self.output.with_name(self.output.name + ".recovery")
 
-    def _arranged(self, job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> _Way:
-        """How the models are held."""
+    def _arranged(
+        self, job: RecoverJob, opened: Structure, dense: Structure | None, lengths: Sequence[int], opener: Opener
+    ) -> _Way:
+        """How the models are held. ``lengths``: tokens of the examples."""
         saves = self.output is not None
         if isinstance(opened, Model) and opened.streamed is not None:
             if not job.strategy.by_layer or not saves:
@@ -163,13 +168,20 @@ class Recovery:
                 Ranks.current().from_first(lambda: check_space(output, states, what))
             return _Way(False, by_layer, DEFAULT_LIMIT)
         found = arranged_layers(
-            job, opened, dense, opener.load, self.run, opener.catalog,
+            job, opened, dense, opener.load, self.run, opener.catalog, lengths=lengths,
             whole=None if saves else "a result in memory", shown=opener.progress is not QUIET,
         )  # fmt: skip
         if isinstance(found, Residency):
             return _Way.of(found)
         opener.progress.status(str(found))
         return _Way.of(found.residency)
+
+
+def _lengths(data: TrainingData | None, own: DenseText | None) -> list[int]:
+    """Tokens of the examples, or of those that the dense model writes (``own``), at most and without prompts."""
+    if data is not None:
+        return [len(row["input_ids"]) for row in data.rows.rows]
+    return [] if own is None else [ANSWER_TOKENS] * own.answers + [TEXT_TOKENS] * own.texts
 
 
 def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> Structure:

@@ -7,6 +7,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from safetensors.torch import load_file
 
 from llmpruner import api
 from llmpruner.checkpoints.record import OF_THIS_MACHINE
-from llmpruner.errors import LlmprunerError, ModelError, SettingsError, UnsupportedModelError
+from llmpruner.engine.boundaries import Boundaries
+from llmpruner.errors import LlmprunerError, ModelError, OutputError, SettingsError, UnsupportedModelError
+from llmpruner.files import tree_bytes
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.forecast import Residency
 from llmpruner.recovery.base import LayerWalk, RecoveryJob
@@ -386,3 +389,33 @@ def test_hidden_states_beyond_the_limit_are_in_a_file_with_the_same_result(prune
         LocalStrategy().train(job)
         models.append(model.state_dict())
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_the_disk_that_it_takes_is_known_before(folders, tmp_path, monkeypatch):
+    home, expected, held, seen = folders("llama-gqa"), [], set(), []
+    keep = Boundaries.keep
+
+    def watched(self, tensor):
+        held.add(self)
+        return keep(self, tensor)
+
+    def on_step(*_):
+        seen.append(tree_bytes(tmp_path / "out.recovery") + sum(found.in_file for found in held))
+
+    monkeypatch.setattr("llmpruner.recipes.recovering.check_space", lambda _, size, what: expected.append((size, what)))
+    monkeypatch.setattr(Boundaries, "keep", watched)
+    monkeypatch.setattr("llmpruner.engine.journal.INTERVAL", 0.0)
+    monkeypatch.setattr("llmpruner.engine.journal.SHARE", 1e9)
+    recovered(home, tmp_path / "out", streamed=True, on_step=on_step)
+    ((size, what),) = expected
+    assert what == "the result, finished layers and hidden states"
+    assert 0.5 < (max(seen) + tree_bytes(tmp_path / "out")) / size < 1.1
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(folders, tmp_path, monkeypatch):
+    home = folders("llama-gqa")
+    monkeypatch.setattr("llmpruner.recipes.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(OutputError, match="of disk for the result, finished layers and hidden states"):
+        recovered(home, tmp_path / "out", streamed=True)
+    assert list(tmp_path.iterdir()) == []
