@@ -103,7 +103,9 @@ def main() -> None:
 
         def keep() -> None:
             text = as_json(done).replace(str(kept), "$WORK").replace(str(work), "$WORK")
-            RESULTS.write_text(text.replace(str(data), "$LLMPRUNER_DATA"))
+            text = text.replace(str(data), "$LLMPRUNER_DATA")
+            RESULTS.write_text(text)
+            PAGE.write_text(page(json.loads(text)), encoding="utf-8")
 
         if "chats" not in done.get("dense", {}):
             done["dense"] = judged("demo", data, work)
@@ -118,7 +120,6 @@ def main() -> None:
                 keep()
             done[name] = {"machine": machine(), "minutes": way.minutes, **recovered(name, way, pruned, data, work)}
             keep()
-            PAGE.write_text(page(done), encoding="utf-8")
 
 
 def with_data(options: tuple[str, ...], data: Path) -> tuple[str, ...]:
