@@ -223,7 +223,8 @@ class RunSettings(Settings):
             description="Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its "
             "files layer by layer; if need be, hidden states are kept in a file and, where nothing else fits, "
             "micro-batches are smaller, which changes results by rounding. What cannot fit is refused beforehand. By "
-            "default, models larger than half of the free memory are read layer by layer."
+            "default, models larger than half of the free memory are read layer by layer. recover takes it with "
+            "--strategy local alone, run for its prune steps."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None
@@ -494,8 +495,8 @@ class RecoverSettings(Settings):
         str | None,
         Field(
             description="Recovery strategy; see `llmpruner plugins`. By default distil; lora, as in the paper, where "
-            "the dense model is not found or the memory does not suffice for both, and with --rank, --alpha, --dropout "
-            "or --no-merge."
+            "the dense model is not found (--data must name a file or a data set then) or the memory does not suffice "
+            "for both, and with --rank, --alpha, --dropout or --no-merge."
         ),
     ] = None
     limit: Annotated[int | None, Field(ge=1, description="Number of examples to draw at random; all by default.")] = (
@@ -548,7 +549,8 @@ class RecoverSettings(Settings):
             gt=0,
             le=1_000_000,
             description="Time that the training may take, instead of --epochs: the number of steps follows from the "
-            "seconds of a few steps that are timed before. Loading and saving the model come on top.",
+            "seconds of a few steps that are timed before. Generating the examples of --data self, "
+            "loading and saving the model come on top.",
         ),
         Option(_TRAINING),
     ] = None

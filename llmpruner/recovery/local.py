@@ -29,7 +29,8 @@ class LocalStrategy(RecoveryStrategy):
     so that it learns to replace them. Embeddings, the final norm and the head stay as they are.
 
     Each layer is trained by AdamW, in float32, without dropout, and rounded to its dtype
-    afterwards. Where that does not lower its loss over all of the data, it keeps the weights that it had. Of the
+    afterwards. Where that does not lower its loss (over all of the data or, from 16 micro-batches on, over every second
+    to fourth of them), it keeps the weights that it had. Of the
     settings that all strategies share, ``epochs`` are passes of every layer over the data; ``max_steps`` is the sum
     over all layers, which share it equally, the first ones getting what remains; the learning rate rises and falls for
     every layer anew. Micro-batches are examples of similar length, taken in random order.
