@@ -16,7 +16,10 @@ from ..errors import LlmprunerError, ProcessError, SettingsError
 from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
-_ALONE = ("demo", "plugins", "discover", "evaluate", "generate", "export", "run", "recipes", "new-plugin", "doctor")
+_ALONE = (
+    "bench", "chat", "demo", "discover", "doctor", "evaluate", "export", "generate", "new-plugin", "plugins", "push",
+    "recipes", "report", "run", "sensitivity", "verify",
+)  # fmt: skip
 
 
 def shares_work(arguments: Sequence[str]) -> bool:

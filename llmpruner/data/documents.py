@@ -187,7 +187,7 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(row, f"{path}, row {number}")
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}, after row {number}: not a readable Parquet file: {first_line(error)}") from error
 
 

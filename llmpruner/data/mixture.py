@@ -6,10 +6,10 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from ..errors import DataError
+from .documents import is_file
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
 
     Raises `DataError` for an empty name and a share of zero.
     """
-    return (Part(text),) if Path(text).is_file() else split_mixture(text)
+    return (Part(text),) if is_file(text) else split_mixture(text)
 
 
 def split_mixture(text: str) -> tuple[Part, ...]:

@@ -10,21 +10,23 @@ import torch
 import transformers
 
 from .. import __version__
+from ..checkpoints.manifest import sampled_sha256, sha256
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..files import remove_tree
-from ..loading.model import Structure, file_bytes
+from ..loading.model import Structure
 from ..progress import QUIET
 from ..settings import RunSettings
+from ..structure.plan import PruningPlan
 from .fitting import boundary_limit
 from .forecast import SLOW_WRITING, Residency, duration
+from .inputs import data_fingerprint, model_fingerprint
 from .opening import Opener
 from .residency import arranged, computed_once, is_streamed, weight_bytes
 from .work import Work
 
 if TYPE_CHECKING:
     from ..settings import PruneSettings, SensitivitySettings
-    from ..structure.plan import PruningPlan
     from .jobs import PruneJob
 
 _SMALL = 1 << 28
@@ -74,13 +76,15 @@ def journal_for(
     """The journal of a run, in a folder beside ``output``. The run is identified by all that the result, and the shapes
     of hidden states, depend on. ``divided``: see `Residency`. ``restart``: whether an earlier run's is removed."""
     folder = output.with_name(output.name + ending)
+    named = what.compensation and what.compensation.calibration if isinstance(what, PruningPlan) else what.model_dump()
     if restart and ranks.first:
         remove_tree(folder)
     return Journal(
         folder,
         {
             "model": opened.path or opened.ref,
-            "files": file_bytes(opened),
+            "files": model_fingerprint(opened, opener.catalog, sampled_sha256),
+            "data": data_fingerprint(named, sha256),
             "prune": what.model_dump(mode="json"),
             "load": opener.load.model_dump(mode="json"),
             "micro-batches divided by": divided,

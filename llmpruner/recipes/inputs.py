@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +22,7 @@ from ..settings import LoadSettings
 
 if TYPE_CHECKING:
     from ..loading.model import Structure
+    from ..loading.reference import Reference
     from ..plugins.catalog import Catalog
     from .recipe import Step
     from .state import Hashes
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers")
 """On whose versions the results of all commands depend."""
 _NO_WEIGHTS = (".md", ".log")
+_HUB, _BASE = "hub", "base of the adapter"
 
 
 def inputs_of(
@@ -38,10 +42,15 @@ def inputs_of(
         "settings": step.settings.model_dump(mode="json"),
         "load": load.model_dump(mode="json"),
         "models": dict(models),
-        "data": {str(file): hashes(file) for file in sorted(set(files_in(step.settings.model_dump())))},
+        "data": data_fingerprint(step.settings.model_dump(), hashes),
         "versions": _versions(step, job, family, catalog),
     }
     return found if step.prompt is None else {**found, "prompt": step.prompt}
+
+
+def data_fingerprint(settings: Any, hashes: Callable[[Path], str]) -> dict[str, str]:
+    """What ``hashes`` gives of every file that ``settings`` name."""
+    return {str(file): hashes(file) for file in sorted(set(files_in(settings)))}
 
 
 def files_in(value: Any) -> Iterator[Path]:
@@ -70,28 +79,40 @@ def _is_file(name: str) -> bool:
         return False
 
 
-def model_files(ref: str, catalog: Catalog) -> list[Path]:
-    """The files of a local model, those of the base of an adapter as well; empty for a model of the hub."""
+def model_fingerprint(structure: Structure, catalog: Catalog, hashes: Callable[[Path], str]) -> dict[str, Any]:
+    """What ``hashes`` gives of the files of a local model, by name, and of those of its base where it is an adapter; of
+    a model of the hub, its commit."""
+    return _of_model(structure.ref, getattr(structure.config, "_commit_hash", None), catalog, hashes)
+
+
+def _of_model(ref: str, commit: str | None, catalog: Catalog, hashes: Callable[[Path], str]) -> dict[str, Any]:
     place = resolve(ref, catalog)
+    if not place.gguf_file and not place.directory.exists():
+        return {_HUB: ref, "commit": commit}
+    found: dict[str, Any] = {file.name: hashes(file) for file in _files(place)}
+    base = adapter_base(place.directory) if place.directory.is_dir() else None
+    # An adapter's files may have the names of those of its base, which may be one too.
+    return found if base is None else {**found, _BASE: _of_model(base, commit, catalog, hashes)}
+
+
+def _files(place: Reference) -> list[Path]:
     if place.gguf_file:
         return [place.directory / place.gguf_file]
     if place.directory.is_file():
         return [place.directory]
-    if not place.directory.is_dir():
-        return []
-    found = [file for file in sorted(place.directory.iterdir()) if file.is_file() and not file.name.startswith(".")]
-    base = adapter_base(place.directory)
-    return [file for file in found if file.suffix not in _NO_WEIGHTS and file.name not in OF_THIS_MACHINE] + (
-        [] if base is None else model_files(base, catalog)
-    )
+    found = (file for file in sorted(place.directory.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return [file for file in found if file.suffix not in _NO_WEIGHTS and file.name not in OF_THIS_MACHINE]
 
 
-def model_fingerprint(structure: Structure, catalog: Catalog, hashes: Hashes) -> Any:
-    """Of a local model, SHA-256 of its files; of one of the hub, its commit."""
-    files = model_files(structure.ref, catalog)
-    if not files:
-        return {"hub": structure.ref, "commit": getattr(structure.config, "_commit_hash", None)}
-    return {file.name: hashes(file) for file in files}
+def _unknown(fingerprint: Mapping[str, Any]) -> bool:
+    """Whether it is of a model of the hub, or of an adapter of one, whose commit is not known."""
+    inner = fingerprint.get(_BASE, fingerprint)
+    return _unknown(inner) if inner is not fingerprint else _HUB in inner and inner["commit"] is None
+
+
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """A fingerprint as one short value."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def evaluated_fingerprint(
@@ -102,7 +123,7 @@ def evaluated_fingerprint(
     if isinstance(structure, Model):
         return None
     files = model_fingerprint(structure, catalog, hashes)
-    if "hub" in files and files.get("commit") is None:
+    if _unknown(files):
         return None
     packages = {catalog.families.package_of(structure.family.name)} if structure.family.name in catalog.families else ()
     versions = {name: _version(name) for name in sorted({*_LIBRARIES, *packages, "llmpruner"})}

@@ -16,7 +16,7 @@ from ..plugins.catalog import Catalog
 from ..settings import LoadSettings, RecipeSettings, Settings, StepSettings, flag_of
 from ..validation import refusal
 from .commands import COMMANDS, DENSE, LAST, Command
-from .yaml_file import Lines, read_yaml
+from .yaml_file import Lines, read_yaml, scalar
 from .yaml_file import Path as Place
 
 S = TypeVar("S", bound=Settings)
@@ -135,7 +135,7 @@ def values_of(texts: Sequence[str]) -> dict[str, Any]:
         if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)+", key):
             raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
         try:
-            read = yaml.safe_load(value)
+            read = scalar(value)
         except (yaml.YAMLError, ValueError):
             read = value
         found[key] = value if isinstance(read, Mapping) else read

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ..checkpoints.manifest import sampled_sha256
 from ..data.conversations import Example
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
@@ -21,6 +23,7 @@ from ..loading.model import Model, Structure, load_tokenizer, loaded_bytes, reop
 from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
+from ..recovery.checks import check_before_writing, check_steps
 from ..recovery.dense_text import ANSWER_TOKENS, TEXT_TOKENS, WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
@@ -32,6 +35,7 @@ from .checks import check_adapters, check_recover
 from .default_strategy import with_strategy
 from .fitting import boundary_limit
 from .forecast import Residency
+from .inputs import digest, model_fingerprint
 from .jobs import RecoverJob, recover_job
 from .opening import Opener, Source
 from .recovery_memory import arranged_layers, layers_disk, refuse_without_layers, states_bytes
@@ -79,15 +83,15 @@ class Recovery:
         data = None if own is not None else prepare(job.settings, opened.family, tokenizer)
         trusted = opener.load.trust_remote_code
         job = _with_strategy(job, opened, opener)
+        _check_data(job, opened, own, data, tokenizer)
         needs_dense = job.strategy.needs_dense or own is not None
         dense = _dense(opened, own, opener) if needs_dense else None
+        fingerprint = "" if dense is None else digest(model_fingerprint(dense, opener.catalog, sampled_sha256))
         lengths = _lengths(data, own)
         way = self._arranged(job, opened, dense, lengths, opener)
         if output is not None and job.strategy.by_layer:
-            states = states_bytes(job, opened, lengths)
-            item = loaded_bytes(opened, opener.catalog, opener.load) // opened.graph.total_parameters
-            size = layers_disk(opened.graph, item, states, Residency(way.streamed, way.boundary_memory))
-            check_space(output, size - tree_bytes(folder), "the result, finished layers and hidden states")
+            size = _disk(job, opened, lengths, way, opener) - tree_bytes(folder)
+            check_space(output, size, "the result, finished layers and hidden states")
         if self.run.restart:
             ranks.from_first(lambda: remove_tree(folder))
         stages, beside = Stages(), folder.resolve().parent
@@ -96,7 +100,9 @@ class Recovery:
             placed = placed_as(opened, trusted) if isinstance(opened, Model) else opener.load
             open_model = partial(open_dense, opened, opener.catalog, placed, streamed=way.streamed, beside=beside)
             with stages.stage("writing examples"):
-                rows = _dense_rows(own, open_model, dense, placed, folder, job.settings.seed, opener.progress)
+                rows = _dense_rows(
+                    own, open_model, dense, placed, folder, job.settings.seed, opener.progress, fingerprint
+                )
             written = {own.source: rows}
         with stages.stage("loading"):
             loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
@@ -107,7 +113,8 @@ class Recovery:
             )  # fmt: skip
             data = prepare(job.settings, opened.family, tokenizer, examples)
         with stages.stage("training"):
-            result = _trained(job, loaded, data, folder, way, opener)
+            taught = fingerprint if job.strategy.needs_dense else None
+            result = _trained(job, loaded, data, folder, way, opener, taught)
         recovered = _recovered(loaded, result)
         if output is None:
             return recovered
@@ -141,6 +148,8 @@ class Recovery:
             return self.work_dir
         if self.output is None:
             raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
+        if not self.output.name:  # of the current folder, and of the root
+            check_new_directory(self.output)
         return self.output.with_name(self.output.name + ".recovery")
 
     def _arranged(
@@ -177,11 +186,29 @@ class Recovery:
         return _Way.of(found.residency)
 
 
+def _check_data(
+    job: RecoverJob, opened: Structure, own: DenseText | None, data: TrainingData | None, tokenizer: Any
+) -> None:
+    """Raise for what is wrong with the data, or with the steps on it, before a model is loaded."""
+    layers = opened.graph.num_layers if job.strategy.by_layer else 1
+    if own is not None:
+        check_before_writing(job.settings, own, opened.family, tokenizer, layers)
+    elif data is not None:
+        check_steps(job.settings, len(data.rows.rows), layers, Ranks.current().count)
+
+
 def _lengths(data: TrainingData | None, own: DenseText | None) -> list[int]:
     """Tokens of the examples, or of those that the dense model writes (``own``), at most and without prompts."""
     if data is not None:
         return [len(row["input_ids"]) for row in data.rows.rows]
     return [] if own is None else [ANSWER_TOKENS] * own.answers + [TEXT_TOKENS] * own.texts
+
+
+def _disk(job: RecoverJob, opened: Structure, lengths: Sequence[int], way: _Way, opener: Opener) -> int:
+    """Bytes that a training of one layer after the other takes on the disk."""
+    item = loaded_bytes(opened, opener.catalog, opener.load) // opened.graph.total_parameters
+    states = states_bytes(job, opened, lengths)
+    return layers_disk(opened.graph, item, states, Residency(way.streamed, way.boundary_memory))
 
 
 def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> Structure:
@@ -212,8 +239,15 @@ def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
 
 
 def _trained(
-    job: RecoverJob, loaded: Model, data: TrainingData | None, folder: Path, way: _Way, opener: Opener
+    job: RecoverJob,
+    loaded: Model,
+    data: TrainingData | None,
+    folder: Path,
+    way: _Way,
+    opener: Opener,
+    dense: str | None,
 ) -> RecoveryResult:
+    """``dense``: identifies the dense model, where the strategy needs it."""
     progress, trusted = opener.progress, opener.load.trust_remote_code
     progress.status(f"training, strategy {job.strategy.name}")
     with ExitStack() as shown:
@@ -229,7 +263,7 @@ def _trained(
             loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
             load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
             layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
-            on_step=on_step, on_validation=lambda done: progress.status(str(done)), progress=progress,
+            on_step=on_step, on_validation=lambda done: progress.status(str(done)), dense=dense, progress=progress,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)
@@ -254,9 +288,11 @@ def _dense_rows(
     folder: Path,
     seed: int,
     progress: Progress,
+    fingerprint: str,
 ) -> list[Example]:
-    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``."""
-    identity = own.identity(f"{dense.path or dense.ref} {structure_of(dense.graph)} {load.dtype}", seed)
+    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``.
+    ``fingerprint``: of the dense model's files."""
+    identity = own.identity(f"{fingerprint} {structure_of(dense.graph)} {load.dtype}", seed)
     rows = WrittenRows(folder / WRITTEN_FILE, identity)
     if not rows.whole:
         model = open_model()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from ..settings import LoadSettings, RunSettings
 from .benches import check_bench
 from .checks import check_prune
 from .commands import DENSE
-from .inputs import first_change, inputs_of, model_fingerprint
+from .inputs import digest, first_change, inputs_of, model_fingerprint
 from .results import PlannedStep, RecipeResult, StepResult
 from .state import State, locked
 from .step_forecast import step_forecast
@@ -253,7 +252,7 @@ class Session:
             raise
         seconds = time.monotonic() - started
         facts = self._facts(step, folder)
-        self.state.finish(step.name, inputs, facts, seconds)
+        self.state.finish(step.name, inputs, facts, seconds, [one.name for one in self.recipe.steps])
         return StepResult(step.name, step.command.name, folder, False, seconds, self._result(step, facts), value)
 
     def _facts(self, step: Step, folder: Path) -> Any:
@@ -370,4 +369,4 @@ def _digest(value: Any) -> Any:
     """A fingerprint as one short value; that of a model of the hub, with name and commit, as it is."""
     if "hub" in value and "commit" in value:
         return value
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return digest(value)

@@ -29,8 +29,10 @@ def save(
     notes = dict(notes or {})
     if hasattr(model.model, "peft_config"):
         origin = {**notes, "llmpruner": __version__, "recovery": (model.record or {}).get("recovery", [])}
+        # From any folder, as a name is relative to the current one.
+        base = model.path or model.ref
         save_adapter(
-            model.model, directory, base=model.ref, tokenizer=model.tokenizer, extra_files=extra_files, origin=origin
+            model.model, directory, base=base, tokenizer=model.tokenizer, extra_files=extra_files, origin=origin
         )
         return "adapter"
     record = {

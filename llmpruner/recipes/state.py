@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,12 +133,16 @@ class State:
         self.save()
         return False
 
-    def finish(self, name: str, inputs: Mapping[str, Any], result: Any, seconds: float) -> None:
-        """Record a finished step, and remove what is left of its work."""
+    def finish(
+        self, name: str, inputs: Mapping[str, Any], result: Any, seconds: float, order: Sequence[str] = ()
+    ) -> None:
+        """Record a finished step, and remove what is left of its work. ``order``: names of the recipe's steps, in which
+        their records are kept, after those of other steps."""
         for folder in self.work_of(name):
             shutil.rmtree(folder)
         record = {"inputs": dict(inputs), "files": self.files(name), "result": result, "seconds": round(seconds, 1)}
         self.steps[name] = record
+        self.steps = {one: self.steps[one] for one in sorted(self.steps, key=_place_in(order))}
         self.running.pop(name, None)
         self.save()
 
@@ -165,6 +169,11 @@ class State:
         """Remove what a killed process had begun to write."""
         for folder in self.folder.glob(f".{name}.*.partial"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place_in(order: Sequence[str]) -> Callable[[str], int]:
+    places = {name: place for place, name in enumerate(order)}
+    return lambda name: places.get(name, -1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,35 @@ Lines = Mapping[Path, int]
 """Keys and positions from the top of the document → the line, counted from 1, where the key or the element stands."""
 
 _MAP, _LIST = "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)"
+        r"|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Types of YAML 1.2 → how values are written, and their first characters."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Booleans and numbers as in YAML 1.2: ``on``, ``off``, ``yes`` and ``no`` are words, ``2e-4`` is a number, and
+    ``1:2`` is none."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) not in _PLAIN]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def scalar(text: str) -> Any:
+    """The value of one piece of YAML. Raises `yaml.YAMLError`, and `ValueError` for what cannot be read."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(text: str, source: str) -> tuple[Any, Lines]:
@@ -24,7 +54,7 @@ def read_yaml(text: str, source: str) -> tuple[Any, Lines]:
     """
     lines: dict[Path, int] = {}
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             return (None if node is None else _value(loader, node, (), (), lines, source)), lines

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.conversations import Completion, Example, Instruction
+from ..data.documents import is_file
 from ..data.mixture import parse_mixture
 from ..errors import DataError, OutputError
 from ..families.chat import chat_prompt
@@ -77,7 +78,7 @@ def dense_text_in(data: str) -> DenseText | None:
 
 def _parsed(source: str) -> DenseText | None:
     name, colon, count = source.partition(":")
-    if name not in (_MIXED, _TEXTS) or Path(source).is_file():
+    if name not in (_MIXED, _TEXTS) or is_file(source):
         return None
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
         raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
@@ -104,7 +105,8 @@ class WrittenRows:
         if not file.is_file():
             return
         try:
-            head, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            # Not splitlines: text may hold other characters that end lines.
+            head, *rows = map(json.loads, file.read_text(encoding="utf-8").rstrip("\n").split("\n"))
             self._batches, self.whole, self._rows = head.pop("batches"), head.pop("whole"), rows
         except (ValueError, KeyError, AttributeError):
             raise OutputError(f"{file} is damaged; delete it, or start anew with --restart") from None

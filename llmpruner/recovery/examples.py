@@ -104,7 +104,7 @@ def split(examples: Examples, validation: float, seed: int) -> tuple[Examples, E
     """
     of = [examples.place(number) for number in range(len(examples.texts))]
     records = list(dict.fromkeys(of))
-    count = _validation_records(validation, len(records), examples.source)
+    count = validation_records(validation, len(records), examples.source)
     if count == 0:
         return examples, None
     chosen = set(random.Random(f"{seed} validation").sample(records, count))
@@ -116,7 +116,8 @@ def split(examples: Examples, validation: float, seed: int) -> tuple[Examples, E
     return part(False), part(True)
 
 
-def _validation_records(validation: float, records: int, source: str) -> int:
+def validation_records(validation: float, records: int, source: str) -> int:
+    """How many of ``records`` `split` holds back. Raises `DataError` where nothing is left to train on."""
     if validation >= 1:
         if int(validation) >= records:
             raise DataError(

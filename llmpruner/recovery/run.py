@@ -138,6 +138,7 @@ def recover(
     on_step: Callable[[int, int, float], None] | None = None,
     on_validation: Callable[[Validation], None] | None = None,
     walk: LayerWalk | None = None,
+    dense: str | None = None,
     progress: Progress = QUIET,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
@@ -146,7 +147,8 @@ def recover(
     effect, as ``strategy`` has its own. ``data``: the result of `prepare`, if it was called before; else ``examples``,
     if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
     it. ``layers``, ``walk``, ``progress``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its
-    number from 1, the number of steps, and its loss. ``on_validation``: called after each validation.
+    number from 1, the number of steps, and its loss. ``on_validation``: called after each validation. ``dense``: what
+    identifies the dense model, for strategies that need it.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
@@ -162,6 +164,8 @@ def recover(
     held_out = data.validation or Rows([], [])
     walk = walk or LayerWalk()
     identity = _identity(walk.pruned or Weights(model, graph.layers), data, strategy, settings)
+    if dense is not None:
+        identity["dense model"] = dense
     Ranks.current().from_first(lambda: _claim(work_dir, identity))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()

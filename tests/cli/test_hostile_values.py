@@ -245,3 +245,14 @@ def test_a_replayed_plan_gives_the_same_bytes_with_any_number_of_threads(dense, 
             torch.set_num_threads(threads)
     first, second = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("1", "3"))
     assert first == second
+
+
+def test_an_output_without_a_name(refused):
+    for place in (".", "/"):
+        assert f"'{place}'" in refused("recover", DENSE, *DATA, "-o", place)
+
+
+def test_many_files_are_one_mixture(refused, tmp_path):
+    """Together, their names are longer than a name may be."""
+    files = ",".join(f"{tmp_path}/train-{number:05}-of-00020.jsonl" for number in range(20))
+    assert "train-00000-of-00020.jsonl: no such file" in refused("recover", DENSE, "--data", files, *OUT)

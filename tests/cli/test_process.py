@@ -8,6 +8,10 @@ import signal
 import subprocess
 import sys
 
+import typer
+
+from llmpruner.cli import _app
+from llmpruner.cli.launched import _ALONE, _TOGETHER
 from llmpruner.testing.fresh import run_fresh
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
@@ -114,3 +118,10 @@ def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
         assert run(*options, "--seed", seed, "-o", tmp_path / name).code == 0
     new, here, other = ((tmp_path / name).read_bytes() for name in ("new", "here", "other"))
     assert new == here != other
+
+
+def test_a_launcher_starts_no_command_twice():
+    """Every command of llmpruner shares its work between processes, or is refused in several."""
+    found = typer.main.get_command(_app()).commands
+    commands = {name for name, command in found.items() if command.callback.__module__.startswith("llmpruner.")}
+    assert commands == {*_TOGETHER, *_ALONE}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +219,28 @@ def test_what_would_be_published_is_shown(run, pruned):
     assert "Files for me/small" in result.out and "modeling_llmpruner.py" in result.out
     assert "nothing was sent" in result.err
     assert {path: path.stat().st_mtime_ns for path in pruned.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_an_adapter_on_an_adapter_is_found_and_measured_by_itself(run, pruned, shared, tmp_path, monkeypatch):
+    """Their files have the same names; and the model that an adapter is for is found from any folder."""
+    monkeypatch.setenv("LLMPRUNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(pruned.parent)
+    options = ("--data", shared / "data.jsonl", *TRAIN, "--no-merge")
+    assert run("recover", pruned.name, *options, "-o", tmp_path / "one").code == 0
+    monkeypatch.chdir(tmp_path)
+    assert run("recover", "one", *options, "--learning-rate", 0.05, "-o", "two").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def loss(*more):
+        found = {}
+        for name in ("one", "two"):
+            what = ("--perplexity", shared / "text.txt", "--window", 64, "--json", "found.json")
+            assert run("evaluate", f"../{name}", *what, *more).code == 0
+            found[name] = json.loads(Path("found.json").read_text())[0]["perplexity"]["perplexity"]
+        return found
+
+    measured = loss()
+    assert measured["one"] != pytest.approx(measured["two"], rel=1e-3)
+    assert loss() == measured == loss("--again")

@@ -490,3 +490,12 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     monkeypatch.setattr("llmpruner.recipes.checks.find_spec", lambda name: None)
     adapters = ("--set", "recover.strategy=lora")
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
+
+
+def test_a_step_that_is_done_again_keeps_its_place(run, file, out):
+    """The report is about the last checkpoint of the recipe, not about that which was made last."""
+    shutil.rmtree(out / "1-prune")
+    shown = run("run", file, "-o", out, "--json")
+    assert [step["skipped"] for step in shown.json()["steps"]] == [False, True, True, True]
+    assert list(json.loads((out / "recipe.json").read_text())["steps"]) == NAMES
+    assert "<title>2-recover" in (out / "report.html").read_text(encoding="utf-8")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmpruner import api
 from llmpruner.data.written import answered
-from llmpruner.errors import DataError, ModelError, OutputError, SettingsError
+from llmpruner.errors import DataError, LlmprunerError, ModelError, OutputError, SettingsError
 from llmpruner.recovery import dense_text
 from llmpruner.recovery.dense_text import ROWS, DenseText, WrittenRows, dense_text_in, instructions, up_to_sentence
 from llmpruner.settings import RunSettings
@@ -214,3 +216,46 @@ def test_a_model_that_writes_blanks_is_named(random_model, tmp_path, monkeypatch
     rows = WrittenRows(tmp_path / "rows.jsonl", text.identity("tiny", 0))
     with pytest.raises(DataError, match="writes nothing but blanks"):
         rows.write(text, random_model, tiny_models.tokenizer(), LlamaFamily(), 0)
+
+
+MISTAKES = {
+    "a malformed row": ({"data": "self:8,{bad}"}, "bad.jsonl, line 2"),
+    "malformed data for validation": ({"validation_data": "{bad}"}, "bad.jsonl, line 2"),
+    "nothing left to train on": ({"validation": 600}, "--validation takes 600 of them"),
+    "a warm-up without end": ({"warmup_steps": 5000}, "--warmup-steps 5000: the training has"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistakes_are_found_before_anything_is_written(what, home, tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_text('{"text": "The fox."}\n{"txt": "The dog."}\n')
+    options, message = MISTAKES[what]
+    filled = {k: v.format(bad=tmp_path / "bad.jsonl") if isinstance(v, str) else v for k, v in options.items()}
+    monkeypatch.setattr("llmpruner.recipes.recovering.open_dense", lambda *_, **__: pytest.fail("loaded"))
+    values = {"data": "self:8", "strategy": "lora", "batch_size": 4, "output": tmp_path / "out", **filled}
+    with pytest.raises(LlmprunerError, match=message):
+        api.recover(str(home / "pruned"), **values)
+    assert not (tmp_path / "out.recovery").exists()
+
+
+def test_rows_with_other_ends_of_lines_are_read_again(home, tmp_path):
+    recover(home, tmp_path / "one", work_dir=tmp_path / "work")
+    file = tmp_path / "work" / "self-written.jsonl"
+    head, _, *rest = file.read_text(encoding="utf-8").split("\n")
+    row = {"text": "two\u2028lines\u0085more"}
+    file.write_text("\n".join([head, json.dumps(row, ensure_ascii=False), *rest]), encoding="utf-8")
+    identity = {key: value for key, value in json.loads(head).items() if key not in ("batches", "whole")}
+    assert dense_text.WrittenRows(file, identity).examples[0].completion == row["text"]
+
+
+def test_text_of_another_dense_model_is_not_used(home, tmp_path):
+    """A model with the same shapes at the same place."""
+    shutil.copytree(home, tmp_path / "home")
+    pruned = tmp_path / "home" / "pruned" / "llmpruner.json"
+    pruned.write_text(pruned.read_text().replace(str(home), str(tmp_path / "home")))
+    recover(tmp_path / "home", tmp_path / "one", work_dir=tmp_path / "work")
+    file = tmp_path / "home" / "dense" / "model.safetensors"
+    changed = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
+    save_file(changed, file, {"format": "pt"})
+    with pytest.raises(OutputError, match="state of another recovery job"):
+        recover(tmp_path / "home", tmp_path / "two", work_dir=tmp_path / "work")

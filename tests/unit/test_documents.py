@@ -255,3 +255,13 @@ def test_reading_text_imports_no_heavy_library(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_parquet_text_that_is_no_unicode_is_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    column = pa.array([b"fine", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet, after row"):
+        read_documents(str(tmp_path / "a.parquet"))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 from criteria_cases import make
 
 from llmpruner import api
@@ -173,3 +174,23 @@ def test_folders_of_killed_processes_are_removed(tmp_path):
     used.cleanup()
     other.cleanup()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["the text", "the weights"])
+def test_a_change_of_what_it_read_is_another_run(what, tmp_path):
+    """Of the same size, as two models of one architecture are."""
+    model = tiny_models.llama()
+    model.save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps. " * 40)
+    settings = {**SETTINGS, "calibration": str(tmp_path / "text.txt"), "output": tmp_path / "out"}
+    with pytest.raises(Killed):
+        api.prune(str(tmp_path / "model"), progress=StopAt("Compensating", 1), **settings)
+    if what == "the text":
+        (tmp_path / "text.txt").write_text("The brown quick fox jumps. " * 40)
+    else:
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(1.01)
+        model.save_pretrained(tmp_path / "model")
+    with pytest.raises(OutputError, match="interrupted run with other settings"):
+        api.prune(str(tmp_path / "model"), **settings)
+    api.prune(str(tmp_path / "model"), run=RunSettings(restart=True), **settings)

@@ -10,6 +10,7 @@ from llmpruner import LoadSettings, NamedRecipe, Recipe, SettingsError, UnknownN
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.recipes.commands import COMMANDS
 from llmpruner.recipes.recipe import values_of
+from llmpruner.recipes.yaml_file import read_yaml
 from llmpruner.testing import host_with
 
 GOOD = """\
@@ -243,3 +244,26 @@ def test_a_plugin_ships_a_recipe():
 def test_every_command_has_the_settings_of_the_command_line():
     for name, command in COMMANDS.items():
         assert command.settings.__name__ == f"{name.title()}Settings"
+
+
+def test_words_and_numbers_are_those_of_yaml_1_2():
+    text = "a: on\nb: off\nc: 1:2\nd: 2e-4\ne: true\nf: 1_000\ng: 010\nh: 1.5\ni: -3\nj: no"
+    expected = {
+        "a": "on",
+        "b": "off",
+        "c": "1:2",
+        "d": 2e-4,
+        "e": True,
+        "f": 1000,
+        "g": "010",
+        "h": 1.5,
+        "i": -3,
+        "j": "no",
+    }
+    assert read_yaml(text, "r.yaml")[0] == expected
+    assert values_of(["recover.gradient_checkpointing=off", "prune.layers=1:2"]) == {
+        "recover.gradient_checkpointing": "off", "prune.layers": "1:2",
+    }  # fmt: skip
+    for given in ("on", "off"):
+        recipe = Recipe.of({"steps": [{"prune": {"ratio": 0.1}}, {"recover": {"gradient_checkpointing": given}}]})
+        assert recipe.steps[1].given["gradient_checkpointing"] == given
