@@ -52,7 +52,7 @@ from .progress import QUIET, Progress
 from .publishing.push import Upload, send
 from .recipes.benches import bench_subject, check_bench
 from .recipes.evaluating import evaluate_models
-from .recipes.evidence import ResultsFile, find, subject_of
+from .recipes.evidence import ResultsFile, find, subjects_of
 from .recipes.jobs import (
     bench_job,
     chat_job,
@@ -500,8 +500,8 @@ def write_report(
     folder. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are found without.
     ``settings``: section name → its settings. Reads no weights.
 
-    Raises `ModelError` for other directories, `DataError` for other files, and `OutputError` for a ``path`` that cannot
-    be written.
+    Raises `ModelError` for other directories, `DataError` for other files and those without results of them, and
+    `OutputError` for a ``path`` that cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
     places = [Path(one) for one in ([directories] if isinstance(directories, (str, Path)) else directories)]
@@ -513,7 +513,7 @@ def write_report(
         find(place)
     target = check_new_file(default if path is None else Path(path))
     files = [ResultsFile.read(Path(one)) for one in results]
-    subjects = [subject_of(place, files, catalog) for place in places]
+    subjects = subjects_of(places, files, catalog)
     page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
     write_text(target, page.html)
     return Report(target, tuple(facts_of(one) for one in subjects), page.warnings)

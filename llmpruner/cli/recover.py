@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from ..recovery.losses import loss_text
 from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
 from .console import RichProgress, out, print_json
 from .derive import takes
@@ -45,13 +46,9 @@ def recover(
         print_json({**result, "seconds": seconds})
         return
     curve = record["losses"]
-    losses = f"loss {curve[0]:.3f} → {curve[-1]:.3f}, " if curve else ""
+    losses = f"{text}, " if (text := loss_text(record)) else ""
     checked = record["validation"]
     if checked:
         best = min(checked, key=lambda one: float(one["loss"]))
         losses += f"validation loss {checked[0]['loss']:.3f} → {best['loss']:.3f}, "
-    if layers := record.get("layers"):
-        # The steps of one layer after the other are no curve.
-        before, after = (sum(layer[key] for layer in layers) / len(layers) for key in ("before", "after"))
-        losses = f"mean loss of {len(layers)} layers {before:.4f} → {after:.4f}, "
     out.print(f"[bold green]✓[/] {output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")

@@ -145,9 +145,8 @@ def show_step(step: StepResult) -> None:
 def recovery_text(step: StepResult) -> str:
     """``200 examples, 32 steps, loss 2.000 → 1.500``, as far as the record of the training has it."""
     found = step.result
-    losses = found.get("losses")
     parts = [f"{found[key]:,} {key}" for key in ("examples", "steps") if key in found]
-    return ", ".join(parts + ([f"loss {losses[0]:.3f} → {losses[1]:.3f}"] if losses else []))
+    return ", ".join([*parts, found["loss"]] if found.get("loss") else parts)
 
 
 def show_texts(found: Sequence[dict[str, Any]]) -> None:

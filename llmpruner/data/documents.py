@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +78,21 @@ def is_file(name: str) -> bool:
         return Path(name).is_file()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         return False
+
+
+def shortened(names: Sequence[str]) -> dict[str, str]:
+    """Each name → as many of its last parts as distinguish it from the others: ``a/text.txt`` and ``b/text.txt`` are
+    themselves, ``a/one.txt`` and ``a/two.txt`` are ``one.txt`` and ``two.txt``."""
+    parts = {name: Path(name).parts or (name,) for name in names}
+
+    def short(name: str) -> str:
+        own = parts[name]
+        for count in range(1, len(own)):
+            if sum(other[-count:] == own[-count:] for other in parts.values()) == 1:
+                return str(Path(*own[-count:]))
+        return name
+
+    return {name: short(name) for name in names}
 
 
 def most_characters(source: str) -> int | None:

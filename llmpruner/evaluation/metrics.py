@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..component import ComponentSettings
-from ..data.documents import PYDOC, is_file, read_text
+from ..data.documents import PYDOC, is_file, read_text, shortened
 from ..errors import DataError, SettingsError
 from ..settings import Names, Seed
 from .base import Metric, MetricSubject, Row
@@ -147,8 +147,9 @@ class PerplexityMetric(Metric):
         first = result.get("text") or self.parts()[0]
         several = result.get("others") or {}
         rows = []
+        names = shortened([first, *several])
         for name, one in {first: result, **several}.items():
-            where = f", {Path(name).name}" if several else ""
+            where = f", {names[name]}" if several else ""
             rows += [
                 Row(f"perplexity{where}", one["perplexity"], False),
                 Row(f"bits per byte{where}", one["bits_per_byte"], False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import io
@@ -129,7 +130,10 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
 
         was_training = model.training
-        wrapped = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        # lm-eval gives the tokenizer a token for padding.
+        wrapped = HFLM(
+            pretrained=model.eval(), tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, backend="causal"
+        )
         try:
             found = lm_eval.simple_evaluate(
                 model=wrapped,

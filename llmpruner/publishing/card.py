@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..errors import CheckpointError, SettingsError, first_line
+from ..recovery.losses import loss_text
 from ..report.plan import cut_tables
 from ..structure.plan import PruningPlan
 
@@ -73,7 +74,7 @@ def model_card(record: Mapping[str, Any], facts: CardFacts) -> str:
         facts=facts,
         base=facts.base or Path(plans[0].base.model).name,
         steps=list(zip(plans, cut_tables(record), strict=True)),
-        recoveries=record.get("recovery") or (),
+        recoveries=[(one, loss_text(one)) for one in record.get("recovery") or ()],
         rows=_figures(facts.evaluations),
         version=record.get("llmpruner", ""),
     )

@@ -77,6 +77,14 @@ class ResultsFile:
     path: Path
     value: Any
 
+    @property
+    def names(self) -> list[str]:
+        """Of the models, as the command had them."""
+        found = (
+            self.value if isinstance(self.value, list) else [m for case in self.value["cases"] for m in case["models"]]
+        )
+        return list(dict.fromkeys(one["name"] for one in found))
+
     @classmethod
     def read(cls, path: Path) -> ResultsFile:
         """Raises `DataError` for any other file."""
@@ -90,9 +98,23 @@ class ResultsFile:
         return cls(path, value)
 
 
-def subject_of(directory: Path, files: Sequence[ResultsFile], catalog: Catalog) -> ReportSubject:
-    """All that is known of the checkpoint in ``directory``. ``files``: results of which those count that have a model
-    by its name. Raises `ModelError`."""
+def subjects_of(directories: Sequence[Path], files: Sequence[ResultsFile], catalog: Catalog) -> list[ReportSubject]:
+    """All that is known of the checkpoints in ``directories``. ``files``: results of which those count that have a
+    model by its name or folder. Raises `ModelError`, and `DataError` for a file that has results of none of them."""
+    used: set[Path] = set()
+    subjects = [_subject(directory, files, catalog, used) for directory in directories]
+    for file in files:
+        if file.path not in used:
+            names = ", ".join(f"'{name}'" for name in file.names[:4])
+            raise DataError(
+                f"{file.path} has no results of {', '.join(str(place) for place in directories)}; it has those of "
+                f"{names or 'no model'}: measure the checkpoint by the path where it is now, or leave the file out"
+            )
+    return subjects
+
+
+def _subject(directory: Path, files: Sequence[ResultsFile], catalog: Catalog, used: set[Path]) -> ReportSubject:
+    """``used``: gets the paths of the ``files`` that have results of the checkpoint."""
     place = find(directory)
     structure = load_structure(str(place.checkpoint), catalog)
     dense, own = _costs(structure, place.checkpoint)
@@ -103,8 +125,10 @@ def subject_of(directory: Path, files: Sequence[ResultsFile], catalog: Catalog) 
         if isinstance(file.value, list):
             if found := _measurements([(names.shown(one["name"]), one) for one in file.value], place.name, catalog):
                 measured.append(found)
+                used.add(file.path)
         elif found_bench := _bench(file.value, names, place.name):
             benches.append(found_bench)
+            used.add(file.path)
     evidence = Evidence(
         place.name, dense, own, tuple(measured), tuple(benches), tuple(answers), _runs(place), _steps(place)
     )

@@ -19,6 +19,7 @@ from ..loading.model import Model, Structure, brings_tokenizer, load_structure
 from ..loading.reference import resolve
 from ..models.devices import check_device
 from ..progress import QUIET, Progress
+from ..recovery.losses import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
 from .benches import check_bench
 from .checks import check_prune
@@ -270,8 +271,9 @@ class Session:
         if step.command.name == "recover":
             record = (read_record(folder) or {}).get("recovery", [{}])[-1]
             kept = ("strategy", "data", "examples", "trainable_parameters")
-            losses = record.get("losses", [])
-            facts = {"steps": len(losses), "losses": [losses[0], losses[-1]]} if losses else {}
+            facts: dict[str, Any] = {}
+            if (found := first_and_last(record)) is not None:
+                facts = {"steps": len(record["losses"]), "losses": list(found[1:]), "loss": loss_text(record)}
             return {"checkpoint": _form(folder), **{key: record[key] for key in kept if key in record}, **facts}
         if step.command.name == "export":
             return {"files": {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}}

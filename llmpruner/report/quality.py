@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from ..evaluation.remarks import is_uneven
+from ..evaluation.remarks import SEEN, is_uneven
 from .base import DENSE, Evidence, Measurements, ReportSection, ReportSubject
 from .templates import bare, rendered
 
@@ -67,7 +67,7 @@ def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
         before, after = (_perplexities(one, name) for name in (DENSE, evidence.name))
         overlap = one.of(evidence.name).get("calibration_overlap") or {}
         for text in (text for text in after if text in before):
-            own = _same_source(text, calibration) or overlap.get(text, 0.0) > 0
+            own = _same_source(text, calibration) or overlap.get(text, 0.0) >= SEEN
             found[text] = TextLoss(bare(text), log(after[text]) - log(before[text]), own)
     return list(found.values())
 
@@ -100,7 +100,7 @@ def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
 def _same_source(text: str, calibration: str | None) -> bool:
     """Whether both are named after one data set: ``wikitext2_unk_test`` and ``wikitext2``."""
     own, others = _stem(text), [_stem(part) for part in (calibration or "").split(",")]
-    return bool(own) and any(other and (own.startswith(other) or other.startswith(own)) for other in others)
+    return bool(own) and own in others
 
 
 def _stem(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..recovery.losses import loss_text
 from .base import ReportSection, ReportSubject
 from .curve import loss_curve
 from .templates import rendered
@@ -16,4 +17,6 @@ class RecoverySection(ReportSection):
 
     def render(self, subject: ReportSubject) -> str | None:
         done = [one for one in subject.record.get("recovery") or () if one["losses"]]
-        return rendered("recovery.html.j2", trainings=[(one, loss_curve(one)) for one in done]) if done else None
+        # The losses of one layer after the other are no curve.
+        trainings = [(one, loss_text(one), None if one.get("layers") else loss_curve(one)) for one in done]
+        return rendered("recovery.html.j2", trainings=trainings) if done else None

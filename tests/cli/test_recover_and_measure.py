@@ -244,3 +244,12 @@ def test_an_adapter_on_an_adapter_is_found_and_measured_by_itself(run, pruned, s
     measured = loss()
     assert measured["one"] != pytest.approx(measured["two"], rel=1e-3)
     assert loss() == measured == loss("--again")
+
+
+def test_texts_of_one_name_have_rows_of_their_own(run, shared, tmp_path):
+    for name, text in (("a", "The quick brown fox. "), ("b", "Rome is the capital. ")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text * 30)
+    texts = f"{tmp_path}/a/text.txt,{tmp_path}/b/text.txt"
+    shown = run("evaluate", shared / "dense", "--perplexity", texts, "--window", 32)
+    assert "perplexity, a/text.txt" in shown.out and "perplexity, b/text.txt" in shown.out

@@ -18,6 +18,7 @@ from llmpruner.data.documents import (
     read_documents,
     read_records,
     read_text,
+    shortened,
 )
 from llmpruner.errors import MissingExtraError
 
@@ -265,3 +266,11 @@ def test_parquet_text_that_is_no_unicode_is_named(tmp_path):
     pyarrow.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet, after row"):
         read_documents(str(tmp_path / "a.parquet"))
+
+
+def test_names_are_shortened_as_far_as_they_differ():
+    found = shortened(["wikitext/test.txt", "data/c4/test.txt", "data/other.txt"])
+    assert found == {
+        "wikitext/test.txt": "wikitext/test.txt", "data/c4/test.txt": "c4/test.txt", "data/other.txt": "other.txt",
+    }  # fmt: skip
+    assert shortened(["a/b.txt"]) == {"a/b.txt": "b.txt"} and shortened(["self"]) == {"self": "self"}

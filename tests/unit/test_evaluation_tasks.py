@@ -59,6 +59,7 @@ def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd, monkeypatch):
     # No repository of git, of whose commit lm-eval would ask.
     monkeypatch.chdir(task_dir)
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    tokenizer.pad_token = pad = None
     before, shares = huggingface.tqdm, Shares()
     result = evaluate_tasks(
         model, tokenizer, ["llmpruner_capitals"], include_path=task_dir, batch_size=4, progress=shares
@@ -73,6 +74,7 @@ def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd, monkeypatch):
     assert limited["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 3))
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
+    assert tokenizer.pad_token == pad, "lm-eval sets one"
 
 
 def accuracy(model, tokenizer, count):

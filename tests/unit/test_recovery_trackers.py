@@ -14,6 +14,7 @@ from transformers.integrations import integration_utils
 from llmpruner import Catalog, ReportSubject, SettingsError, plugin_manager
 from llmpruner.recipes import jobs
 from llmpruner.recovery.full import FullStrategy
+from llmpruner.recovery.losses import first_and_last
 from llmpruner.report.curve import loss_curve
 from llmpruner.report.recovery import RecoverySection
 from llmpruner.settings import RecoverSettings
@@ -97,3 +98,9 @@ def test_the_page_has_a_section_for_trainings(gqa):
     text = section.render(ReportSubject("title", gqa.graph, {"recovery": [training, training]}))
     assert text.startswith("<h2>Recovery</h2>") and text.count("<svg") == 2
     assert "a&lt;b&gt;.jsonl" in text and "Training 2 of 2" in text
+    layers = [{"before": 0.4, "after": 0.3}, {"before": 0.2, "after": 0.1}]
+    by_layer = {**training, "strategy": "local", "losses": [0.4, 0.3, 0.2, 0.1], "layers": layers}
+    text = section.render(ReportSubject("title", gqa.graph, {"recovery": [by_layer]}))
+    assert "<svg" not in text and "mean loss of 2 layers 0.3000 → 0.2000" in " ".join(text.split())
+    assert first_and_last(by_layer) == ("mean loss of 2 layers", pytest.approx(0.3), pytest.approx(0.2))
+    assert first_and_last(training) == ("loss", 2.0, 1.0) and first_and_last({**training, "losses": []}) is None

@@ -18,7 +18,7 @@ from llmpruner.importance.spread import spread
 from llmpruner.publishing.push import upload_of
 from llmpruner.report.answers import Answer, measured_answers, side_by_side
 from llmpruner.report.base import Evidence, Measurements
-from llmpruner.report.quality import text_losses, uneven
+from llmpruner.report.quality import _same_source, text_losses, uneven
 from llmpruner.structure.plan import PruningPlan
 
 
@@ -231,3 +231,30 @@ def test_every_way_to_ask_for_an_amount_is_told(places, tmp_path, amount, words)
     llmpruner.prune(places / "dense", **amount, importance="l1", output=tmp_path / "asked")
     made = llmpruner.write_report([tmp_path / "asked"], tmp_path / "asked.html")
     assert made.warnings == () and f"Asked for {words}" in text_of(made.path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "calibration", "own"),
+    [
+        ("wikitext2_unk_test.txt", "data/wikitext2_unk_validation.jsonl", True),
+        ("a/c4-test.txt", "1*self,3*c4.jsonl", True),
+        ("s.txt", "self", False),
+        ("news.txt", "newsela.jsonl", False),
+        ("test.txt", "/x/t.txt", False),
+    ],
+)
+def test_texts_of_one_source_have_names_with_one_beginning(text, calibration, own):
+    assert _same_source(text, calibration) is own
+
+
+def test_a_few_words_in_common_are_no_text_that_was_read():
+    results = ({"perplexity": {"perplexity": 10.0, "text": "a.txt"}},) * 2
+    measured = Measurements(("dense", "cut"), (results[0], {**results[1], "calibration_overlap": {"a.txt": 0.002}}), ())
+    assert not text_losses(Evidence("cut", measured=(measured,)), "corpus.txt")[0].own
+
+
+def test_results_of_other_models_are_refused(places, tmp_path):
+    (tmp_path / "other.json").write_text('[{"name": "/elsewhere/small"}, {"name": "/elsewhere/dense"}]')
+    with pytest.raises(DataError, match=r"other\.json has no results of .*small; it has those of '/elsewhere/small', "):
+        llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "other.json"])
+    assert not (tmp_path / "page.html").exists()
