@@ -31,7 +31,7 @@ from ..selection.base import Demand
 from ..selection.normalize import normalize
 from ..selection.select import select
 from ..selection.uniform import Uniform
-from ..structure.kept import compose, layer_numbers, renamed, surviving_units
+from ..structure.kept import compose, layer_numbers
 from ..structure.plan import CompensationRecord, PruningPlan, cuts_of
 from ..structure.scope import Scope
 from .calibrating import journaled, scored_on
@@ -150,9 +150,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             )  # fmt: skip
         if chooser is None and job.steps == 1:
             spreads = {name: spread(ranked[name].tolist(), units) for name, units in chosen.items()}
-        names = renamed(model.graph, kept)
-        survivors = {name: surviving_units(model.graph, kept, model.graph.by_name[name]) for name in names}
-        kept = compose(kept, chosen, names, survivors)
+        kept = compose(model.graph, kept, chosen)
         if step < job.steps:
             network = copy.deepcopy(model.model)
             graph = cut(network, model.graph, kept, model.family)

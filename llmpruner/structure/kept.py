@@ -40,26 +40,43 @@ def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
     return total, decoder
 
 
-def compose(first: Kept, second: Kept, names: Mapping[str, str], survivors: Kept) -> dict[str, tuple[int, ...]]:
-    """One ``kept`` for two successive cuts, in units of the original model.
+def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
+    """One ``kept`` for two successive cuts, in units of ``graph``, to which ``first`` applies; ``second`` is in groups
+    and units of the cut model.
 
-    ``names``: original group name → its name after the first cut. ``survivors``: original group name → its units
-    that remained after the first cut, in order.
+    A block of which the first cut left nothing (the query heads of a removed key/value head) is not in the cut model.
+    In the result it keeps as many units as the other blocks, the first of those that ``first`` keeps, so that the
+    blocks are equal, as after one cut of both kinds.
     """
     kept = {name: tuple(units) for name, units in first.items()}
-    for original, current in names.items():
+    axes = kept_indices(graph, first)
+    for original, current in renamed(graph, first).items():
         if current in second:
-            kept[original] = tuple(survivors[original][unit] for unit in second[current])
+            group = graph.by_name[original]
+            survivors = surviving_units(graph, first, group, axes)
+            units = [survivors[unit] for unit in second[current]]
+            kept[original] = (*units,) if group.blocks == 1 else _with_gone_blocks(group, units, survivors, first)
     return kept
+
+
+def _with_gone_blocks(
+    group: CoupledGroup, units: Sequence[int], survivors: Sequence[int], first: Kept
+) -> tuple[int, ...]:
+    size = group.units // group.blocks
+    live = {unit // size for unit in survivors}
+    gone: dict[int, list[int]] = {}
+    for unit in first.get(group.name, range(group.units)):
+        if unit // size not in live:
+            gone.setdefault(unit // size, []).append(unit)
+    each = len(units) // len(live)
+    return tuple(sorted([*units, *(unit for block in gone.values() for unit in block[:each])]))
 
 
 def compose_all(graph: CouplingGraph, cuts: Sequence[Kept]) -> dict[str, tuple[int, ...]]:
     """One ``kept`` for successive cuts, in units of ``graph``, to which the first of them applies."""
     kept: dict[str, tuple[int, ...]] = {}
     for each in cuts:
-        names, axes = renamed(graph, kept), kept_indices(graph, kept)
-        survivors = {name: surviving_units(graph, kept, graph.by_name[name], axes) for name in names}
-        kept = compose(kept, each, names, survivors)
+        kept = compose(graph, kept, each)
     return kept
 
 

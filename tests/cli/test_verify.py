@@ -57,6 +57,13 @@ def test_a_whole_checkpoint_passes_everything(run, cut):
     assert "the base with the removed units silenced" in result.out
 
 
+def test_query_heads_may_be_cut_after_their_kv_heads(run, shared, tmp_path):
+    options = {"importance": "l1", "compensate": "none", "layers": "all"}
+    llmpruner.prune(shared / "dense", unit_ratio=0.5, kinds="attention", output=tmp_path / "once", **options)
+    llmpruner.prune(tmp_path / "once", unit_ratio=0.5, kinds="query", output=tmp_path / "twice", **options)
+    assert set(states(run("verify", tmp_path / "twice", "--json")).values()) == {"passed"}
+
+
 def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
     options = ("--ratio", 0.2, "--method", "best", "--samples", 4, "--length", 16)
     assert run("prune", shared / "dense", *options, "-o", tmp_path / "out").code == 0

@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 
+import criteria_cases
 import pytest
 import torch
 
@@ -99,6 +100,18 @@ def test_several_steps_reach_the_same_amount_and_replay(gqa, kinds):
     assert abs(removed - 0.3) < unit
     ids = torch.arange(8)[None]
     assert torch.isfinite(pruned.model(ids).logits).all()
+
+
+@pytest.mark.parametrize("shape", ["free", "uniform"])
+def test_query_heads_go_in_steps_with_their_kv_heads(shape, monkeypatch):
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 4}
+    monkeypatch.setitem(criteria_cases.CASES, "many heads", ("llama", criteria_cases.SMALL | heads))
+    loaded = criteria_cases.make("many heads")
+    options = {"kinds": "attention,query", "importance": "l1", "compensate": "none", "layers": "all", "shape": shape}
+    made = llmpruner.plan(loaded, ratio=0.3, steps=3, **options)
+    made.check(loaded.graph)
+    removed = 1 - llmpruner.prune(loaded, plan=made).graph.decoder_parameters / loaded.graph.decoder_parameters
+    assert abs(removed - 0.3) < 0.05
 
 
 def test_steps_measure_again(gqa):

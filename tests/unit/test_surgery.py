@@ -11,7 +11,8 @@ from torch import nn
 
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
 from llmpruner.models.surgery import cut, silence
-from llmpruner.structure.kept import restrict
+from llmpruner.oracle.silenced import silenced
+from llmpruner.structure.kept import check_kept, compose, compose_all, restrict
 
 
 def keep_some(graph, kinds, seed, share=0.6):
@@ -75,6 +76,43 @@ def test_query_heads_can_go_after_their_kv_heads(gqa):
     group = left.by_name[query]
     assert (group.units, group.blocks, group.minimum) == (6, 3, 3)
     assert restrict(left, {query: (0, 3, 4)}).by_name[query].units == 3
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [{"layers.1.attention": [0, 2, 3]}, {"layers.1.query": [0, 3, 4]}],
+        [{"layers.1.attention": [1, 3], "layers.1.query": [1, 2, 4, 6]}, {"layers.1.attention": [1]}],
+        [
+            {"layers.1.attention": [0, 2, 3], "layers.0.mlp": range(9)},
+            {"layers": [1, 3]},
+            {"layers.0.query": [1, 2, 5], "layers.1.query": [1, 3, 4, 6]},
+            {"layers.0.attention": [2], "layers.0.mlp": range(5, 40)},
+        ],
+    ],
+    ids=["query heads later", "both first", "across layers"],
+)
+def test_successive_cuts_are_one_cut(gqa, cuts):
+    """One that keeps query heads in the blocks of removed KV heads, too, as a plan of one step does."""
+    graph, smaller = gqa.graph, copy.deepcopy(gqa.model)
+    for kept in cuts:
+        graph = cut(smaller, graph, kept, gqa.family)
+    at_once = compose_all(gqa.graph, cuts)
+    check_kept(gqa.graph, at_once)
+    assert restrict(gqa.graph, at_once).shapes == graph.shapes
+    again = copy.deepcopy(gqa.model)
+    cut(again, gqa.graph, at_once, gqa.family)
+    ids = torch.arange(9)[None]
+    with torch.no_grad(), silenced(gqa.model, gqa.graph, at_once):
+        assert torch.equal(again(ids).logits, smaller(ids).logits)
+        torch.testing.assert_close(smaller(ids).logits, gqa.model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_that_is_gone_keeps_the_first_units_that_it_had(gqa):
+    first = {"layers.1.attention": (0, 2, 3)}
+    assert compose(gqa.graph, first, {"layers.1.query": (0, 3, 5)})["layers.1.query"] == (0, 2, 5, 7)
+    first |= {"layers.1.query": (1, 3, 5, 7)}
+    assert compose(gqa.graph, first, {"layers.1.attention": (0, 1)})["layers.1.query"] == (1, 3, 5, 7)
 
 
 def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
