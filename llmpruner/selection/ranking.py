@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from ..structure.queues import Queue
-from .allocate import target_of, top_up
+from .allocate import groups_of, removed_units, target_of, top_up
 from .base import Allocation, AllocationTask, Taken
 
 
@@ -30,14 +29,10 @@ class GlobalRanking(Allocation):
             return {name: counted[name] for name in queues}
 
         if task.demand.units is not None:
-            goal = sum(task.demand.units.values())
-            return first(_largest(len(order), lambda n: _units(queues, first(n)) <= goal + 0.5))
+            goal = sum(task.demand.units[name] * groups_of(queue) for name, queue in queues.items())
+            return first(_largest(len(order), lambda n: removed_units(task, first(n)) <= goal + 0.5))
         target = target_of(task)
         return top_up(task, first(_largest(len(order), lambda n: task.meter.removed(first(n)) <= target)))
-
-
-def _units(queues: Mapping[str, Queue], taken: Taken) -> int:
-    return sum(queues[name].removed_after(steps) for name, steps in taken.items())
 
 
 def _largest(limit: int, holds: Callable[[int], bool]) -> int:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..structure.queues import Queue
-from .allocate import top_up
+from .allocate import removed_units, top_up
 from .base import Allocation, AllocationTask, Demand, Taken
 from .uniform import Uniform
 
@@ -116,4 +116,4 @@ class Search(Allocation):
 def _counter(task: AllocationTask) -> Removed:
     if task.demand.units is None:
         return task.meter.removed
-    return lambda taken: sum(queue.removed_after(taken[queue.group.name]) for queue in task.queues)
+    return lambda taken: removed_units(task, taken)

@@ -13,6 +13,7 @@ from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.saving import save
 from llmpruner.selection.base import Demand
 from llmpruner.selection.ranking import GlobalRanking
+from llmpruner.selection.search import Search
 from llmpruner.selection.select import select
 from llmpruner.selection.sensitivity import Sensitivity
 from llmpruner.selection.uniform import Uniform
@@ -87,6 +88,23 @@ def test_an_allocation_that_measures_cuts_all_layers_of_a_kind_together(gqa):
     assert {"mlp"} == {gqa.graph.by_name[name].kind for name in kept}, "heads cost more here"
     assert len(kept) == gqa.graph.num_layers
     assert any(found.keys() == {"attention"} for found in seen)
+
+
+@pytest.mark.parametrize("allocation", [Uniform, GlobalRanking, Search], ids=lambda cls: cls.name)
+def test_a_share_of_units_counts_every_group_that_is_cut(gqa, allocation):
+    """One queue stands for the channels of four layers, another for the hidden channels alone."""
+    graph = gqa.graph
+    scope = Scope(("mlp", "hidden"), tuple(range(graph.num_layers)))
+    groups = scope.groups(graph)
+    scores = {g.name: torch.arange(g.units, dtype=torch.float64) + (50 if g.kind == "mlp" else 0) for g in groups}
+    demand = Demand(units={g.name: 0.25 * g.units for g in groups})
+
+    def loss(kept):
+        return sum(1 - len(units) / 96 for name, units in kept.items() if graph.by_name[name].kind == "mlp")
+
+    kept = select(graph, groups, Scores(scores), scope, demand, allocation(), widths=UNIFORM, loss=loss)
+    removed = sum(graph.by_name[name].units - len(units) for name, units in kept.items())
+    assert 0 <= sum(demand.units.values()) - removed < 4 * 8
 
 
 def test_groups_of_different_sizes_need_not_agree():
