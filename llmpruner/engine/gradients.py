@@ -6,9 +6,9 @@ runs each layer again, from last to first, frees the hidden states after it, and
 parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
 of one layer only.
 
-A model in memory runs as a whole, and what its layers are called with is recorded; so layers may also share other
-values than hidden states (key/value states of earlier layers). Weights that are read layer by layer need a decoder
-that runs layer by layer; this is checked on one sample.
+A model in memory runs as a whole, and what its layers are called with is recorded. Layers may also use keys and values
+of earlier layers (`passed.py`). Weights that are read layer by layer need a decoder that runs layer by layer; this is
+checked on one sample.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from .calls import (
 )
 from .check import LayerCheck
 from .inputs import Measured, forward_statistics
+from .passed import Inputs, Place, as_now, tensors_of
 from .position import Position, positions
 from .reduce import Measure, ReduceProducts
 from .signals import InputStats, ParameterSignals, ProductStats, Signal
@@ -71,17 +72,24 @@ class _Batch:
     """The number of its first sample."""
     calls: list[Call] = field(default_factory=list)
     output_rest: list[tuple[Any, ...] | None] = field(default_factory=list)
+    passed: dict[Place, torch.Tensor] = field(default_factory=dict)
+    """Gradients of values that layers after the next one took from dictionaries, by their place there."""
+    given: dict[int, dict[Place, torch.Tensor]] = field(default_factory=dict)
+    """Layer → gradients of the arguments that the model computes from parameters outside the layers."""
 
 
 class LayerWalk:
     """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
     micro-batches, maybe none, and gradients are sums over all of them.
 
-    ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. Gradients and
-    ``requires_grad`` flags of parameters are restored.
+    ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. ``outer``: the
+    parameters outside the layers of which `backward_outer` will be asked. Gradients and ``requires_grad`` flags of
+    parameters are restored.
     """
 
-    def __init__(self, executor: Executor, calibration: CalibrationSet, *, per_sample: bool) -> None:
+    def __init__(
+        self, executor: Executor, calibration: CalibrationSet, *, per_sample: bool, outer: Collection[str] = ()
+    ) -> None:
         self.model, self.layers, self.weights = executor.model, executor.layers, executor.weights
         self._experts, self._ranks = expert_configs(self.model), executor.ranks
         with self.weights.outside():
@@ -97,6 +105,9 @@ class LayerWalk:
         """Before each layer, and after the last: a tensor for each micro-batch."""
         self.grads = kept.states()
         """The gradient of the loss with respect to the hidden states after the layer that backward computes next."""
+        self._outer = [self.model.get_parameter(name) for name in outer]
+        self._places: list[Collection[Place]] = [()] * len(self.layers)
+        """Of each layer, the arguments that the model computes from ``outer`` parameters."""
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -119,7 +130,8 @@ class LayerWalk:
             with self.weights.layer(number):
                 check.layer(number)
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
-                    output = call_layer(layer, hidden, batch.calls[number])
+                    call, batch.calls[number] = batch.calls[number], as_now(batch.calls[number])
+                    output = call_layer(layer, hidden, call)
                     batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
 
@@ -128,6 +140,9 @@ class LayerWalk:
         head; returns the mean loss (nats per token). Raises `ModelError` when it is not finite."""
         loss = 0.0
         with self.weights.outside():
+            if self._outer and self.batches:
+                with _requiring_grad(self._outer):
+                    self._places = [list(found) for found in self._inputs(0)[1]]
             for position, batch in enumerate(self.batches):
                 grad, of_batch = self._head(position)
                 self.grads.append(grad)
@@ -153,13 +168,16 @@ class LayerWalk:
         with _requiring_grad(parameters.values()):
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
+                inputs = Inputs(batch.calls[number], self._places[number])
                 with torch.enable_grad(), self._showing(reduced, batch):
-                    first = first_output(call_layer(layer, hidden, batch.calls[number]))
+                    first = first_output(call_layer(layer, hidden, inputs.call))
                 # Outside of the watch, which would also record products that a criterion computes.
-                torch.autograd.backward(first, self.grads[position])
+                outputs, grads = zip((first, self.grads[position]), *inputs.given(batch.passed), strict=True)
+                torch.autograd.backward(outputs, grads)
                 assert hidden.grad is not None
                 self.grads[position] = hidden.grad
-                del first  # frees its graph before that of the next micro-batch is built
+                inputs.collect(batch.passed, batch.given.setdefault(number, {}))
+                del first, outputs, inputs  # frees its graph before that of the next micro-batch is built
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
         if number + 1 < len(self.layers):
@@ -180,9 +198,13 @@ class LayerWalk:
             for position, batch in enumerate(self.batches):
                 down = self.grads[position]
                 self._head(position)
-                first = self._first_boundary(batch)
-                if first.requires_grad:
-                    torch.autograd.backward(first, down)
+                first, given = self._inputs(position)
+                outputs = [(first, down)] if first.requires_grad else []
+                for number, found in enumerate(given):
+                    grads = batch.given.get(number, {})
+                    outputs += [(tensor, grads[place]) for place, tensor in found.items() if place in grads]
+                if outputs:
+                    torch.autograd.backward([tensor for tensor, _ in outputs], [grad for _, grad in outputs])
                 for name, parameter in parameters.items():
                     sums[name].add(parameter, batch.share)
         self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
@@ -204,7 +226,13 @@ class LayerWalk:
             if len(batch.calls) == len(self.layers):
                 raise not_walkable(self.model, "they are called more than once")
             self.hidden[len(batch.calls)].append(hidden_of(args, kwargs))
-            batch.calls.append((args[1:], dict(kwargs)))
+            batch.calls.append(as_now((args[1:], kwargs)))
+            further = [tensor for rest in batch.output_rest if rest for tensor in rest]
+            if any(
+                tensor.is_floating_point() and _among(tensor, further)
+                for tensor in tensors_of(batch.calls[-1]).values()
+            ):
+                raise not_walkable(self.model, "they are called with further outputs of earlier ones")
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
             batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
@@ -240,21 +268,27 @@ class LayerWalk:
         assert last.grad is not None
         return last.grad, total
 
-    def _first_boundary(self, batch: _Batch) -> torch.Tensor:
-        """The hidden states before the first layer, with their autograd graph."""
-        caught: list[torch.Tensor] = []
+    def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Place, torch.Tensor]]]:
+        """The hidden states before the first layer, and the other arguments of each layer that require gradients, with
+        their autograd graphs."""
+        batch = self.batches[position]
+        first: list[torch.Tensor] = []
+        given: list[dict[Place, torch.Tensor]] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(hidden_of(args, kwargs))
-            raise Stop
+            first.append(hidden_of(args, kwargs))
+            others = tensors_of((args[1:], {n: v for n, v in kwargs.items() if v is not first[-1]}))
+            given.append({place: tensor for place, tensor in others.items() if tensor.requires_grad})
+            if len(given) == len(self.layers):
+                raise Stop
 
-        handle = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._stubs(batch, self.hidden[-1][position]))
+            for layer in self.layers:
+                stack.callback(layer.register_forward_pre_hook(catch, with_kwargs=True).remove)
             with torch.enable_grad(), contextlib.suppress(Stop):
                 self.model(input_ids=batch.input_ids, use_cache=False)
-        finally:
-            handle.remove()
-        return caught[0]
+        return first[0], given
 
     def _stubs(self, batch: _Batch, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """While active, no layer computes: the last one returns ``last``, the others the hidden states before them; all
@@ -364,7 +398,7 @@ def walk_signals(
             by_layer.setdefault(layer, []).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with _requiring_grad((), freeze=model):
-        walk = LayerWalk(executor, calibration, per_sample=squares)
+        walk = LayerWalk(executor, calibration, per_sample=squares, outer=outer if differentiated else ())
         walk.forward()
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
@@ -452,6 +486,10 @@ def signals_of(
             position,
             number,
         )
+
+
+def _among(tensor: torch.Tensor, others: list[Any]) -> bool:
+    return any(tensor is other for other in others)
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
-from llmpruner import ModelError, Signal
+from llmpruner import ModelError, Signal, UnsupportedModelError, build_graph
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.data.written import self_generated
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.gradients import walk_signals
+from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.progress import Progress
 
 BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
@@ -26,9 +29,38 @@ def stored(graph):
 
 
 def test_gradients_equal_plain_autograd(loaded):
+    assert_autograd(loaded.model, loaded.graph, calibrate(loaded))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("gemma3n_text", {}), ("gemma4_text", {"num_kv_shared_layers": 4, "attention_k_eq_v": True})],
+)
+def test_gradients_of_keys_and_values_that_later_layers_use_are_sums(model_type, sizes, catalog):
+    """These types also compute an input of each layer from embeddings of its own."""
+    config = small_config(CONFIG_MAPPING[model_type](**sizes))
+    assert "reuse" in config.kv_sharing_modes and config.hidden_size_per_layer_input
+    ids = torch.randint(3, config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))
+    graph = build_graph(catalog.families["auto"](), config)
+    assert_autograd(random_instance(config), graph, CalibrationSet(ids, "random"))
+
+
+def test_layers_that_use_further_outputs_of_earlier_ones_are_refused(catalog):
+    """Values with gradients, that is: which tokens an earlier layer selected is no obstacle."""
+    ids, message = torch.arange(3, 12)[None], "ZayaForCausalLM pass other values .*use --importance l1, l2 or random"
+    for model_type, refused in {"zaya": True, "hy_v4": False}.items():
+        config = small_config(CONFIG_MAPPING[model_type]())
+        model, graph = random_instance(config), build_graph(catalog.families["auto"](), config)
+        walk = walk_signals(
+            Executor.of(model, graph.layers), graph, stored(graph), BOTH, CalibrationSet(ids, "counted"), 0, Progress()
+        )
+        with pytest.raises(UnsupportedModelError, match=message) if refused else contextlib.nullcontext():
+            list(walk)
+
+
+def assert_autograd(model, graph, calibration):
     """In float64: sums of float32 products round otherwise with another number of threads."""
-    calibration = calibrate(loaded)
-    model, ids = loaded.model.double(), calibration.input_ids
+    model, ids = model.double(), calibration.input_ids
     model(ids, labels=ids).loss.backward()
     expected = {name: p.grad.float() for name, p in model.named_parameters()}
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -41,7 +73,7 @@ def test_gradients_equal_plain_autograd(loaded):
 
     seen = set()
     for name, signals in walk_signals(
-        Executor.of(model, loaded.graph.layers), loaded.graph, stored(loaded.graph), BOTH, calibration, 0, Progress()
+        Executor.of(model, graph.layers), graph, stored(graph), BOTH, calibration, 0, Progress()
     ):
         torch.testing.assert_close(
             signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
@@ -50,7 +82,7 @@ def test_gradients_equal_plain_autograd(loaded):
             signals.grad_sq, squares[name].float(), rtol=2e-4, atol=1e-6 * float(squares[name].max())
         )
         seen.add(name)
-    assert seen == set(stored(loaded.graph))
+    assert seen == set(stored(graph))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from criteria_cases import make
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 from llmpruner import api
 from llmpruner.checkpoints.load import load_pruned
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import SettingsError
+from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.settings import RunSettings
 
 METHODS = {
@@ -95,6 +97,14 @@ def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
         # The result that is returned is read from its files, after the folder of the run is gone.
         torch.testing.assert_close(streamed.model(ids).logits, expected)
     assert not (tmp_path / "streamed.pruning").exists()
+
+
+def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
+    random_instance(small_config(CONFIG_MAPPING["gemma3n_text"]())).save_pretrained(tmp_path / "dense")
+    settings = {"calibration": "self", "samples": 2, "length": 8, "kinds": "mlp,query", "layers": "all"}
+    for way in ("resident", "streamed"):
+        prune(tmp_path / "dense", tmp_path / way, streamed=way == "streamed", importance="taylor", **settings)
+    assert_same(tmp_path / "resident", tmp_path / "streamed")
 
 
 @pytest.mark.parametrize("kinds", ["hidden", "layer", "query"])
