@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _RIDGE = 0.03
 """λ as a share of the mean diagonal of the Gram matrix."""
+_LEAST = 1e-20
+"""The least λ: with a Gram matrix of zeros (an expert without tokens) any λ leaves the weights as they are."""
 
 
 def fitted(parameter: torch.Tensor, consumer: Consumer, gram: torch.Tensor) -> torch.Tensor:
@@ -21,8 +23,8 @@ def fitted(parameter: torch.Tensor, consumer: Consumer, gram: torch.Tensor) -> t
     kept = consumer.kept.to(parameter.device)
     old_OI = parameter.float() if consumer.axis == parameter.dim() - 1 else parameter.float().mT
     inner = gram.index_select(-1, kept).index_select(-2, kept)
-    strength = _RIDGE * inner.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    inner.diagonal(dim1=-2, dim2=-1).add_(strength.clamp_min(torch.finfo(torch.float32).tiny))
+    strength = (_RIDGE * inner.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)).clamp_min(_LEAST)
+    inner.diagonal(dim1=-2, dim2=-1).add_(strength)
     cross_IO = gram.index_select(-2, kept) @ old_OI.mT + strength[..., None] * old_OI.index_select(-1, kept).mT
     new_OI = torch.zeros_like(old_OI)
     new_OI.index_copy_(-1, kept, torch.cholesky_solve(cross_IO, torch.linalg.cholesky(inner)).mT.contiguous())
