@@ -8,6 +8,7 @@ distinguishes cuts that a fit can compensate from others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from ..engine.divergence import divergence
 from ..engine.executor import Executor
 from ..engine.inputs import input_statistics
 from ..engine.walk import check_tokens
+from ..errors import ModelError
 from ..models.precision import with_fast_products
 from ..models.surgery import cut_copy
 from ..oracle.rules import with_rules
@@ -79,7 +81,8 @@ class Trials:
 
     @torch.no_grad()
     def loss(self, kept: Kept) -> float:
-        """Mean KL divergence per token, in nats, of the model cut to ``kept`` from the current model."""
+        """Mean KL divergence per token, in nats, of the model cut to ``kept`` from the current model. Raises
+        `ModelError` where it is not finite, as no allocation could compare it."""
         layers = {self.graph.by_name[name].layer for name in kept}
         weights = {
             name: self._fit(consumer)
@@ -91,6 +94,11 @@ class Trials:
         copied = cut_copy(self.model, self.graph, kept, self.family, weights)
         pairs = zip(self.dense, self.tried, strict=True)
         total = sum(divergence(wanted, self._logits(copied, ids)) for wanted, ids in pairs)
+        if not isfinite(total):
+            raise ModelError(
+                "the divergence of a trial cut is not a finite number; the weights are damaged, or activations "
+                f"overflow in {str(self.model.dtype).removeprefix('torch.')}"
+            )
         return total / sum(ids[:, 1:].numel() for ids in self.tried)
 
     @torch.no_grad()

@@ -9,7 +9,9 @@ import torch
 from torch.nn import functional
 
 import llmpruner
-from llmpruner import SelectionError
+from llmpruner import ModelError, SelectionError
+from llmpruner.compensation.consumers import Consumer
+from llmpruner.compensation.gram_fit import fitted
 from llmpruner.compensation.trials import Trials
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.errors import SettingsError
@@ -170,6 +172,26 @@ def test_a_unit_with_a_copy_costs_nothing_once_weights_are_fitted(gqa, kind):
     kept = {group.name: tuple(range(last))}
     plain, fitted = (trials(gqa, (kind,), refit=refit, rows=200)[0].loss(kept) for refit in (False, True))
     assert plain > 1e-3 and fitted < 0.02 * plain
+
+
+def test_an_expert_without_tokens_keeps_its_weights():
+    """Its Gram matrix is zero, so that nothing is known about its inputs."""
+    weight = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    gram = torch.stack([inputs.T @ inputs, torch.zeros(8, 8), inputs.T @ inputs * 1e-30])
+    kept = torch.tensor([0, 1, 4, 5, 7])
+    new = fitted(weight, Consumer("experts", 2, kept, False, (3, 5, 8)), gram)
+    torch.testing.assert_close(new[1][:, kept], weight[1][:, kept])
+    assert not torch.allclose(new[0][:, kept], weight[0][:, kept], atol=0.1)
+    assert torch.isfinite(new).all() and not new[:, :, [2, 3, 6]].any()
+
+
+def test_a_divergence_that_is_not_finite_is_refused(gqa):
+    made, _ = trials(gqa, ("mlp",), refit=False)
+    with torch.no_grad():
+        gqa.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ModelError, match=r"not a finite number; .* overflow in float32"):
+        made.loss({"layers.1.mlp": range(48)})
 
 
 @EACH
