@@ -99,7 +99,9 @@ class CutValues:
             tensor = tensor.index_select(axis, torch.tensor(index, dtype=torch.long, device=tensor.device))
         if name in self._scales:
             factor, offset = self._scales[name]
-            tensor = tensor.add(offset).mul_(factor).sub_(offset)
+            # In 16 bits, a weight w has more digits than 1 + w.
+            wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+            tensor = wide.add(offset).mul_(factor).sub_(offset).to(tensor.dtype)
         return tensor.contiguous()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.surgery import CutValues, cut, silence
 from llmpruner.oracle.silenced import silenced
 from llmpruner.structure.kept import check_kept, compose, compose_all, restrict
 
@@ -208,6 +208,18 @@ def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
     silence(silenced, graph, {"hidden": [0, 2, 5]})
     cut(model, graph, {"hidden": [0, 2, 5]})
     assert torch.allclose(outputs(model), outputs(silenced), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_rescaled_norm_is_rounded_once(dtype):
+    """A weight w that is used as 1 + w, as in Gemma, has more digits than 1 + w in 16 bits."""
+    span = Span("norm.weight", 0, Role.NORM, Blocks(64), offset=1.0)
+    graph = CouplingGraph((CoupledGroup("hidden", HIDDEN, 64, (span,)),), {"norm.weight": (64,)}, "layers")
+    weight = torch.linspace(-0.02, 0.02, 64, dtype=torch.float64).to(dtype)
+    found = CutValues(graph, {"hidden": tuple(range(60))}).of("norm.weight", weight)
+    expected = (1 + weight[:60].double()) * (64 / 60) ** 0.5 - 1
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_layers_that_share_weights_are_cut_together():
