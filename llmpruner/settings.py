@@ -359,7 +359,7 @@ class PruneSettings(Settings):
         Reduction,
         Field(
             description="How the scores of a unit's parameters are combined to one score: "
-            f"{', '.join(get_args(Reduction))}."
+            f"{', '.join(get_args(Reduction))}. prod is the geometric mean, which has the order of the product."
         ),
         Option(_HOW),
     ] = "sum"

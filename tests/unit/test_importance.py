@@ -14,6 +14,7 @@ from llmpruner.errors import SettingsError
 from llmpruner.importance.activation import OutputEnergy
 from llmpruner.importance.estimate import estimate
 from llmpruner.importance.magnitude import L1, L2, Random
+from llmpruner.importance.reductions import reduce_spans
 from llmpruner.importance.taylor import Taylor, Variant
 from llmpruner.settings import Reduction
 
@@ -67,13 +68,25 @@ def test_magnitude(gqa, criterion, power):
         "sum": spans.sum(0),
         "mean": spans.mean(0),
         "max": spans.amax(0),
-        "prod": spans.prod(0),
+        "prod": spans.prod(0) ** (1 / 3),
         "last": spans[-1],
     }
     assert set(reduced) == set(get_args(Reduction))
     for name, expected in reduced.items():
         scores = estimate(gqa.model, gqa.graph, [group], criterion, None, reduction=name)
         torch.testing.assert_close(scores.by_group[group.name], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_a_product_of_many_spans_is_neither_zero_nor_infinite(scale):
+    """The residual stream of the demo model has 273 spans."""
+    scores = scale * torch.rand(273, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = reduce_spans(scores, "prod")
+    assert torch.equal(found.argsort(), (scores / scale * 2.7).prod(0).argsort())
+    torch.testing.assert_close(found / scale, (scores / scale * 2.7).prod(0) ** (1 / 273) / 2.7)
+    scores[3, 1], scores[4, 2] = 0.0, -scores[4, 2]
+    found = reduce_spans(scores, "prod")
+    assert found[1] == 0 and found[2] < 0 < found[3]
 
 
 def test_a_kv_group_is_credited_with_its_own_query_heads_alone(gqa):
