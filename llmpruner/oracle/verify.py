@@ -310,8 +310,7 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
     for group in groups:
         per_block = group.units // group.blocks
         least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
-        step = group.multiple if group.blocks == 1 and per_block % group.multiple == 0 else 1
-        choices = list(range(-(-least // step) * step, per_block, step))
+        choices = [n for n in range(least, per_block) if n * group.blocks % group.multiple == 0]
         if not choices:
             continue
         pick = int(torch.randint(len(choices), (1,), generator=generator)) if uneven else len(choices) // 2

@@ -90,6 +90,10 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
             raise PlanError(f"group '{name}': kept units must be increasing and within 0…{group.units - 1}")
         if len(units) < group.minimum:
             raise PlanError(f"group '{name}' must keep at least {group.minimum} units, the plan keeps {len(units)}")
+        if len(units) < group.units and len(units) % group.multiple:
+            raise PlanError(
+                f"group '{name}' must keep a multiple of {group.multiple} units, the plan keeps {len(units)}"
+            )
         if group.blocks > 1:
             per_block = group.units // group.blocks
             counts = [0] * group.blocks

@@ -12,6 +12,7 @@ from torch import nn
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
 from llmpruner.models.surgery import CutValues, cut, silence
 from llmpruner.oracle.silenced import silenced
+from llmpruner.oracle.verify import random_plan
 from llmpruner.structure.kept import check_kept, compose, compose_all, restrict
 
 
@@ -166,6 +167,27 @@ def test_a_cut_that_breaks_a_constraint_is_refused(gqa, kept, message):
     with pytest.raises(PlanError, match=message):
         cut(gqa.model, gqa.graph, kept, gqa.family)
     assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())
+
+
+def test_a_number_of_units_that_is_no_multiple_is_refused():
+    """Before the cut, not when the checkpoint is saved. All units may stay, whatever their number is."""
+    group = CoupledGroup("layers.0.mlp", MLP, 20, (Span("w", 0, Role.PRODUCES, Blocks(20)),), 0, multiple=8)
+    graph = CouplingGraph((group,), {"w": (20,), "layers.0.w": (1,)}, "layers")
+    for count in (8, 16, 20):
+        check_kept(graph, {group.name: range(count)})
+    with pytest.raises(PlanError, match=r"'layers.0.mlp' must keep a multiple of 8 units, the plan keeps 12"):
+        check_kept(graph, {group.name: range(12)})
+
+
+@pytest.mark.parametrize(("blocks", "multiple"), [(1, 8), (2, 8), (3, 2), (1, 1)])
+def test_random_plans_obey_every_constraint(blocks, multiple):
+    span = Span("w", 0, Role.PRODUCES, Blocks(42))
+    group = CoupledGroup("layers.0.mlp", MLP, 42, (span,), 0, blocks=blocks, minimum=blocks, multiple=multiple)
+    graph = CouplingGraph((group,), {"w": (42,), "layers.0.w": (1,)}, "layers")
+    for seed in range(8):
+        kept = random_plan([group], seed, uneven=seed % 2 == 0)
+        check_kept(graph, kept)
+        assert len(kept[group.name]) < 42
 
 
 def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
