@@ -6,7 +6,7 @@ A cost is arithmetic on counts, so that allocations can evaluate thousands of se
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from ..errors import SelectionError
 from ..structure.coupling import CoupledGroup, CouplingGraph
@@ -81,10 +81,16 @@ def savings(cost: Cost, group: CoupledGroup) -> list[float]:
 
 
 def saving_units(
-    cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None]
+    cost: Cost,
+    groups: Sequence[CoupledGroup],
+    allowed: Mapping[str, frozenset[int] | None],
+    alike: Iterable[Sequence[str]] = (),
 ) -> dict[str, frozenset[int] | None]:
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
     and without groups that have no others. Raises `SelectionError` when no unit saves any.
+
+    ``alike``: the names of groups that must keep the same number of units, as `Widths.alike` gives them; all of them
+    stay where one saves.
     """
     found: dict[str, frozenset[int] | None] = {}
     for group in groups:
@@ -95,4 +101,7 @@ def saving_units(
     if not found:
         kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
         raise SelectionError(f"{kinds} units save nothing of the {cost.label}; choose others with --kinds")
+    for names in alike:
+        if any(name in found for name in names):
+            found |= {name: allowed[name] for name in names if name not in found}
     return found

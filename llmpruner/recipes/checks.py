@@ -62,7 +62,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
     cost = _cost(job, structure, groups)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if job.by != "units":
-        allowed = saving_units(cost, groups, allowed)
+        allowed = saving_units(cost, groups, allowed, widths.alike(groups))
     queues = [
         build_queue(group, [0.0] * group.units, allowed=allowed[group.name], multiple=widths.multiple(group))
         for group in groups

@@ -39,8 +39,9 @@ def select(
     Deterministic: equal scores are ordered by unit number.
 
     ``allocation``: decides how many units each group loses; the scores decide which. ``cost``: of ``demand.amount``
-    (default: the decoder's parameters); units that save nothing of it are kept. ``loss``: for an allocation that
-    measures, kept units → divergence of the cut model from the current one. ``widths``: what groups may keep.
+    (default: the decoder's parameters); units that save nothing of it are kept, unless ``widths`` forbids it. ``loss``:
+    for an allocation that measures, kept units → divergence of the cut model from the current one. ``widths``: what
+    groups may keep.
 
     Raises `SelectionError` when the demand cannot be met.
     """
@@ -49,7 +50,7 @@ def select(
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
-        allowed = saving_units(cost, groups, allowed)
+        allowed = saving_units(cost, groups, allowed, widths.alike(groups))
     queues = [
         build_queue(g, scores.by_group[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
         for g in groups

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
+from llmpruner.budgets.costs import Cost
 from llmpruner.importance.estimate import Scores
 from llmpruner.recipes.checks import check_prune
 from llmpruner.recipes.pipeline import make_plan
@@ -105,6 +106,28 @@ def test_a_share_of_units_counts_every_group_that_is_cut(gqa, allocation):
     kept = select(graph, groups, Scores(scores), scope, demand, allocation(), widths=UNIFORM, loss=loss)
     removed = sum(graph.by_name[name].units - len(units) for name, units in kept.items())
     assert 0 <= sum(demand.units.values()) - removed < 4 * 8
+
+
+class FirstLayers(Cost):
+    """Counts the channels of the first two layers alone, as a budget does whose layers differ."""
+
+    label, unit = "first layers", "channels"
+
+    def remaining(self, kept=None, gone=()):
+        return sum((kept or {}).get(f"layers.{layer}.mlp", 96) for layer in (0, 1))
+
+
+@pytest.mark.parametrize("allocation", [Uniform, GlobalRanking], ids=lambda cls: cls.name)
+def test_layers_that_save_nothing_keep_as_many_units_as_the_others(gqa, allocation):
+    graph = gqa.graph
+    groups = graph.of_kinds(["mlp"])
+    scores = Scores({g.name: torch.arange(g.units, dtype=torch.float64) for g in groups})
+    scope = Scope(("mlp",), tuple(range(graph.num_layers)))
+    wanted = {"demand": Demand(amount=48), "allocation": allocation(), "cost": FirstLayers()}
+    kept = select(graph, groups, scores, scope, **wanted, widths=UNIFORM)
+    assert {name: len(units) for name, units in kept.items()} == {g.name: 72 for g in groups}
+    free = select(graph, groups, scores, scope, **wanted)
+    assert set(free) == {"layers.0.mlp", "layers.1.mlp"}
 
 
 def test_groups_of_different_sizes_need_not_agree():
