@@ -245,6 +245,11 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
                 f"{compensation.label()}: held_out = sources has no effect with one source of calibration text; "
                 "name several, or leave it out"
             )
+        if allocation.measures and compensation.ranks_again and calibration.samples == 1:
+            raise SettingsError(
+                "cuts are measured on one sample or more, and weights fitted on the others, of which --samples 1 "
+                "leaves none; give 2 or more, or --compensate none"
+            )
         text.order(calibration.samples)
     else:
         for name in ("calibration", "samples", "length"):

@@ -194,6 +194,14 @@ def test_a_divergence_that_is_not_finite_is_refused(gqa):
         made.loss({"layers.1.mlp": range(48)})
 
 
+def test_one_sample_is_too_little_to_fit_and_to_measure(gqa):
+    options = {"ratio": 0.2, "method": "best", "calibration": "self", "samples": 1, "length": 16, "shape": "free"}
+    with pytest.raises(SettingsError, match=r"--samples 1 leaves none; give 2 or more, or --compensate none"):
+        llmpruner.plan(gqa, allocation="search", **options)
+    for possible in ({"allocation": "search", "compensate": "none"}, {"allocation": "uniform"}):
+        llmpruner.plan(gqa, **{**options, **possible})
+
+
 @EACH
 def test_plans_repeat_and_record_the_allocation(gqa, allocation):
     by_norm = {"ratio": 0.2, "kinds": "mlp,attention", "importance": "l2"}
