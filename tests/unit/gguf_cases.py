@@ -35,7 +35,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
-SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOWS_AND_FULL = ["sliding_attention", "full_attention"]
 BOTH_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -66,16 +66,14 @@ CONFIGS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "gemma": ("gemma", lambda: GemmaConfig(**SIZES, head_dim=16)),
     "gemma2": ("gemma2", lambda: Gemma2Config(**SIZES, head_dim=16, sliding_window=8, query_pre_attn_scalar=24)),
-    "gemma2-other-order": (
+    "gemma2-one-layer": (
         "gemma2",
-        lambda: Gemma2Config(
-            **SIZES, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, layer_types=[*SLIDING[1:], SLIDING[0]]
-        ),
+        lambda: Gemma2Config(**SIZES | {"num_hidden_layers": 1}, head_dim=8, sliding_window=8, query_pre_attn_scalar=8),
     ),
     "gemma3": (
         "gemma3",
         lambda: Gemma3TextConfig(
-            **SIZES, head_dim=16, sliding_window=8, query_pre_attn_scalar=24, layer_types=SLIDING,
+            **SIZES | {"num_hidden_layers": 7}, head_dim=16, sliding_window=8, query_pre_attn_scalar=24,
             rope_parameters=BOTH_ROPES, final_logit_softcapping=20.0,
         ),
     ),

@@ -13,11 +13,23 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_cases import cut_llama, cut_qwen2
-from gguf_cases import CONFIGS, LLAMA3, SIZES, YARN, logits, prompt, random_model, randomised
+from gguf_cases import (
+    BOTH_ROPES,
+    CONFIGS,
+    LLAMA3,
+    SIZES,
+    WINDOWS_AND_FULL,
+    YARN,
+    logits,
+    prompt,
+    random_model,
+    randomised,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -240,6 +252,25 @@ REFUSED = {
     ),
     "caps": (_with(Gemma2Config, head_dim=16, attn_logit_softcapping=None), "it always caps logits"),
     "output bias of attention": (_with(Qwen3Config, attention_bias=True), r"no bias 'blk\.0\.attn_output\.bias'"),
+    # As after the removal of layers: llama.cpp derives which layers have a window from their numbers alone.
+    "windows of gemma2": (
+        _with(Gemma2Config, head_dim=16, sliding_window=8, layer_types=[*WINDOWS_AND_FULL[::-1], "sliding_attention"]),
+        r"llama\.cpp gives all layers but each 2nd a sliding window, which layer 0 of the model does not fit",
+    ),
+    "windows of gemma3": (
+        _with(
+            Gemma3TextConfig,
+            head_dim=16,
+            sliding_window=8,
+            rope_parameters=BOTH_ROPES,
+            layer_types=[*WINDOWS_AND_FULL, "sliding_attention"],
+        ),
+        r"all layers but each 6th a sliding window, which layer 1 of the model does not fit; .* 6 layers in a row$",
+    ),
+    "no window in gemma2": (
+        _with(Gemma2Config, head_dim=16, layer_types=["full_attention"] * 3),
+        "which layer 0 of the model does not fit",
+    ),
     "scale of embeddings": (_other_embedding_scale, "multiplies embeddings by 5.65685, the model by 3"),
 }
 
@@ -268,6 +299,17 @@ def test_a_damaged_configuration_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json cannot be used: ") as caught:
         export(tmp_path / "tiny", GgufExporter(), tmp_path / "out", lambda: None)
     assert "\n" not in str(caught.value)
+
+
+def test_the_windows_are_those_that_llama_cpp_derives_whatever_the_file_says(tmp_path):
+    model = random_model("gemma3")
+    _, file = exported(model, tmp_path)
+    assert value(file, "gemma3.attention.sliding_window_pattern") == [True] * 5 + [False, True]
+    read = GgufFile(file)
+    assert read.windows == [8] * 5 + [None, 8]
+    read.key = lambda name, default=None: None if name.endswith("_pattern") else GgufFile.key(read, name, default)
+    del read.windows
+    assert read.windows == [8] * 5 + [None, 8]
 
 
 MISTAKES = {

@@ -26,7 +26,8 @@ class GgufArchitecture:
     ``experts``: every MLP is a mixture of experts. ``optional_experts``: it may be one. ``weights_sum_to_one``: the
     weights of the experts that a token uses are divided by their sum.
     ``rope_factors``: a divisor for every rotary frequency may be stored.
-    ``windows``: layers may have a sliding window.
+    ``window_period``: of so many layers in a row, all but the last have a sliding window, counted from the first layer;
+    0: no layer has one. llama.cpp knows it by the architecture; an array in the file changes nothing.
     ``head``: whether the output head is stored: "absent", it is the embedding; "required", even where it is the
     embedding; "optional", unless it is.
     ``soft_caps``: attention logits and output logits are soft-capped, always. ``output_cap``: the latter may be.
@@ -47,13 +48,17 @@ class GgufArchitecture:
     optional_experts: bool = False
     weights_sum_to_one: bool = True
     rope_factors: bool = False
-    windows: bool = False
+    window_period: int = 0
     head: Literal["optional", "absent", "required"] = "optional"
     soft_caps: bool = False
     output_cap: bool = False
     scaled_embedding: bool = False
     gelu: bool = False
     wide_scale_layers: int | None = None
+
+    def slides(self, layer: int) -> bool:
+        """Whether llama.cpp gives the layer of this number a sliding window."""
+        return layer % self.window_period < self.window_period - 1 if self.window_period else False
 
 
 _LLAMA = GgufArchitecture("llama", interleaved=True, biases=ALL_LINEAR, rope_factors=True, optional_experts=True)
@@ -66,10 +71,10 @@ _OLMOE = GgufArchitecture(
 )
 _GEMMA = GgufArchitecture("gemma", head="absent", scaled_embedding=True, gelu=True)
 _GEMMA2 = GgufArchitecture(
-    "gemma2", head="absent", scaled_embedding=True, gelu=True, windows=True, soft_caps=True, wide_scale_layers=46
+    "gemma2", head="absent", scaled_embedding=True, gelu=True, window_period=2, soft_caps=True, wide_scale_layers=46
 )
 _GEMMA3 = GgufArchitecture(
-    "gemma3", scaled_embedding=True, gelu=True, windows=True, output_cap=True, wide_scale_layers=62
+    "gemma3", scaled_embedding=True, gelu=True, window_period=6, output_cap=True, wide_scale_layers=62
 )
 
 BY_MODEL_TYPE: Mapping[str, tuple[GgufArchitecture, ...]] = {

@@ -121,9 +121,23 @@ def _refused_computation(architecture: GgufArchitecture, sizes: Sizes, computati
         )
     if computation.sums_to_one is not None and computation.sums_to_one != architecture.weights_sum_to_one:
         return f"norm_topk_prob must be {architecture.weights_sum_to_one}"
-    if architecture.windows and len(set(computation.windows) - {None}) > 1:
+    return _refused_windows(architecture, computation) or _refused_caps(architecture, computation)
+
+
+def _refused_windows(architecture: GgufArchitecture, computation: Computation) -> str | None:
+    period = architecture.window_period
+    if not period:
+        return None
+    if len(set(computation.windows) - {None}) > 1:
         return "its layers have sliding windows of different sizes"
-    return _refused_caps(architecture, computation)
+    # Also within the window: a layer's rotary embedding may depend on whether it has one.
+    for number, window in enumerate(computation.windows):
+        if (window is not None) != architecture.slides(number):
+            return (
+                f"llama.cpp gives all layers but each {period}{'nd' if period == 2 else 'th'} a sliding window, which "
+                f"layer {number} of the model does not fit; keep all layers, or remove {period} layers in a row"
+            )
+    return None
 
 
 def _refused_caps(architecture: GgufArchitecture, computation: Computation) -> str | None:
@@ -137,7 +151,7 @@ def _refused_caps(architecture: GgufArchitecture, computation: Computation) -> s
 
 def _refused_rope(architecture: GgufArchitecture, computation: Computation) -> str | None:
     kinds = {"linear", "yarn", "default", *(("llama3",) if architecture.rope_factors else ())}
-    if len(computation.rope) > 1 and not architecture.windows:
+    if len(computation.rope) > 1 and not architecture.window_period:
         return "its layers have different rotary embeddings"
     for layers, rope in computation.rope.items():
         kind = rope.get("rope_type", "default")
@@ -156,7 +170,7 @@ def _planned(
     model: PreTrainedModel, architecture: GgufArchitecture, sizes: Sizes, computation: Computation
 ) -> GgufPlan:
     context = int(model.config.get_text_config().max_position_embeddings)
-    if not architecture.windows:
+    if not architecture.window_period:
         # Inside its window, a layer attends to all tokens before.
         context = min([context, *(w for w in computation.windows if w is not None)])
     plan = GgufPlan(architecture, sizes, computation, context, computation.scale / runtime_scale(architecture, sizes))

@@ -81,9 +81,7 @@ class GgufFile:
     def windows(self) -> list[int | None]:
         """The sliding window of every layer."""
         layers, size = int(self.key("block_count")), self.key("attention.sliding_window", 0)
-        if not size or not self.architecture.windows:
-            return [None] * layers
-        return [size if slides else None for slides in self.key("attention.sliding_window_pattern")]
+        return [size if size and self.architecture.slides(layer) else None for layer in range(layers)]
 
 
 def _block(file: GgufFile, layer: int, inputs: torch.Tensor) -> torch.Tensor:

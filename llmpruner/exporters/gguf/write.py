@@ -84,7 +84,7 @@ def _add_sizes(writer: gguf.GGUFWriter, plan: GgufPlan) -> None:
         writer.add_attn_logit_softcapping(computation.attention_cap)
     if computation.output_cap is not None:
         writer.add_final_logit_softcapping(computation.output_cap)
-    if architecture.windows and plan.window is not None:
+    if architecture.window_period and plan.window is not None:
         writer.add_sliding_window(plan.window)
         writer.add_sliding_window_pattern([w is not None for w in computation.windows])
 
