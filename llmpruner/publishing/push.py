@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints.record import OF_THIS_MACHINE, RECORD_FILE
 from ..errors import CheckpointError, OutputError, SettingsError, first_line
+from ..report.templates import bare
 from .card import CARD_FILE
 
 _PATH = "base_path"
@@ -74,16 +75,8 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in value]
     if isinstance(value, str):
-        return ",".join(_name(part) for part in value.split(","))
+        return bare(value)
     return value
-
-
-def _name(text: str) -> str:
-    """The last part of an absolute path; other text as it is."""
-    for path in (PurePosixPath(text), PureWindowsPath(text)):
-        if path.is_absolute():
-            return path.name
-    return text
 
 
 def check_repo(repo: str) -> None:

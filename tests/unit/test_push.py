@@ -167,6 +167,21 @@ def test_folders_of_this_machine_stay_here(folders):
     assert push.public_record(values, None) == {"a": ["y.txt,self", "z.txt", 3, "a/b", None]}
 
 
+@pytest.mark.parametrize(
+    ("own", "published"),
+    [
+        ("3*/home/me/a.jsonl", "3*a.jsonl"),
+        ("chat:/home/me/a.jsonl", "chat:a.jsonl"),
+        ("1.5*chat:/home/me/a.jsonl,self", "1.5*chat:a.jsonl,self"),
+        ("self,2*jsonl:C:\\me\\a.jsonl", "self,2*jsonl:a.jsonl"),
+        ("3*org/data,chat:org/data", "3*org/data,chat:org/data"),
+        ("https://example.org/a", "https://example.org/a"),
+    ],
+)
+def test_folders_after_a_share_or_a_source_stay_here(own, published):
+    assert push.public_record({"plans": [], "recovery": [{"data": own}]}, None)["recovery"] == [{"data": published}]
+
+
 def test_a_hub_model_keeps_its_name(folders):
     record = json.loads((folders / "stock" / "llmpruner.json").read_text())
     del record["base_path"]
