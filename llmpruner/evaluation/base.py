@@ -10,7 +10,7 @@ from ..component import Component
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..families.family import ModelFamily
     from ..structure.coupling import CouplingGraph
@@ -69,6 +69,10 @@ class Metric(Component):
     def prepare(self) -> None:
         """Read data (texts, tasks) and keep it on the instance, so that errors are found before any model is loaded.
         Called once. Raises `DataError`."""
+
+    def check_model(self, ref: str, config: PreTrainedConfig) -> None:
+        """Raise `DataError` for a model that cannot be measured, as far as its configuration says. Called for every
+        model that ``evaluate`` is given, before any is loaded; by default nothing is checked."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite

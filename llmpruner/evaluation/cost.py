@@ -13,6 +13,7 @@ from ..benching.torch_session import TorchSession
 from ..models.arithmetic import macs_per_token
 from ..models.decoder import decoder_layers
 from ..models.decoding import sample_tokens
+from ..models.position_tables import check_table
 from ..progress import Progress
 from .results import Size, Speed
 
@@ -52,8 +53,10 @@ def speed(
     with the cache.
 
     A run processes ``prompt_tokens`` tokens and predicts the next one, then decodes ``new_tokens`` tokens; the two are
-    timed separately. The first of ``runs + 1`` runs is not counted.
+    timed separately. The first of ``runs + 1`` runs is not counted. Raises `DataError`
+    for a model with fewer positions.
     """
+    check_table(model, prompt_tokens + new_tokens, *beyond(prompt_tokens, new_tokens))
     prompt = sample_tokens(model, prompt_tokens, seed)
     memory = _PeakMemory(model.device)
     session = TorchSession(model)
@@ -65,6 +68,11 @@ def speed(
         new_tokens,
         memory.peak(),
     )
+
+
+def beyond(prompt_tokens: int, new_tokens: int) -> tuple[str, str]:
+    """What is beyond a model's positions, and how to get less, for messages."""
+    return f"{prompt_tokens:,} + {new_tokens:,} tokens", "lower --set speed.prompt_tokens=N or speed.new_tokens=N"
 
 
 class _PeakMemory:

@@ -20,6 +20,8 @@ from .base import Metric, MetricSubject, Row
 from .tasks import LoadedTasks, evaluate_tasks, load_tasks
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from .results import PerplexityResult
 
 
@@ -110,6 +112,13 @@ class PerplexityMetric(Metric):
             )
         _ = self._texts
 
+    def check_model(self, ref: str, config: PreTrainedConfig) -> None:
+        from ..models.position_tables import check_table_of_config
+        from .perplexity import beyond
+
+        window = self.settings.window
+        check_table_of_config(config, ref, window, *beyond(window))
+
     def effort(self, part: str) -> float:
         # A token of a text in English has about four bytes.
         return min(self.settings.tokens or math.inf, len(self._texts[part]) / 4) * (2 if self.settings.kl else 1)
@@ -172,6 +181,13 @@ class SpeedMetric(Metric):
         seed: Seed = 0
 
     settings: Settings
+
+    def check_model(self, ref: str, config: PreTrainedConfig) -> None:
+        from ..models.position_tables import check_table_of_config
+        from .cost import beyond
+
+        counts = self.settings.prompt_tokens, self.settings.new_tokens
+        check_table_of_config(config, ref, sum(counts), *beyond(*counts))
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         from .cost import speed

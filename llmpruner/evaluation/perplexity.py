@@ -12,6 +12,7 @@ from torch.nn import functional
 from ..data.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
+from ..models.position_tables import check_table
 from ..models.tokens import tokens_of
 from ..models.vocabulary import check_ids
 from ..progress import Progress
@@ -45,13 +46,16 @@ def perplexity(
 
     ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
     has the mean of KL(reference ‖ model) over the same predictions, and the share of them whose most probable token is
-    the same. Raises `DataError` when the text has too few
-    tokens, `ModelError` when predictions are NaN or over another vocabulary than the reference's.
+    the same. Raises `DataError` when the text has too few tokens, or the table of positions of a model too few for a
+    window, and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     if window < 2 or batch_size < 1:
         raise DataError(
             f"perplexity needs a window of 2 or more and a batch of 1 or more, got {window} and {batch_size}"
         )
+    for one in (model, reference):
+        if one is not None:
+            check_table(one, window, *beyond(window))
     ids = tokens_of(tokenizer, text)
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
@@ -100,6 +104,11 @@ def perplexity(
         kl_per_token=None if reference is None else total_divergence / predictions,
         top1_agreement=None if reference is None else 1.0 if reference is model else agreed / predictions,
     )
+
+
+def beyond(window: int) -> tuple[str, str]:
+    """What is beyond a model's positions, and how to get less, for messages."""
+    return f"windows of {window:,} tokens", "lower --window"
 
 
 def _exponential(value: float) -> float:

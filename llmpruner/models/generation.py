@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import DataError
+from .position_tables import table_of
 from .positions import positions_of
 from .quiet import quiet_transformers
 from .tokens import tokens_of
@@ -50,8 +51,9 @@ def generate_ids(
 
     ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
     A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
-    the end-of-sequence token. ``options``: passed on to transformers (``streamer``, ``stopping_criteria``). Raises
-    `DataError` for a prompt without tokens or with more than the model has positions, or a negative temperature.
+    the end-of-sequence token, and where a model with a table of positions (GPT-2, OPT) has no more. ``options``: passed
+    on to transformers (``streamer``, ``stopping_criteria``). Raises `DataError` for a prompt without tokens or with
+    more than the model has positions, or a negative temperature.
     """
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
@@ -61,6 +63,12 @@ def generate_ids(
     if length == 0:
         raise DataError("the prompt is empty")
     check_ids(inputs["input_ids"], model)
+    limit = table_of(model)
+    if limit is not None:
+        if length > limit:
+            raise _too_long(length, limit)
+        # The last token is not read.
+        max_new_tokens = min(max_new_tokens, limit - length + 1)
     own = model.generation_config
     stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
@@ -95,4 +103,8 @@ def check_prompt(config: PreTrainedConfig, tokenizer: Any, prompt: str) -> None:
         return
     tokens = len(tokens_of(tokenizer, prompt))
     if tokens > limit:
-        raise DataError(f"the prompt has {tokens:,} tokens, and the model reads {limit:,}; shorten it")
+        raise _too_long(tokens, limit)
+
+
+def _too_long(tokens: int, limit: int) -> DataError:
+    return DataError(f"the prompt has {tokens:,} tokens, and the model reads {limit:,}; shorten it")

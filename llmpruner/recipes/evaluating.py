@@ -35,6 +35,9 @@ def evaluate_models(
     if compares and len(sources) == 1:
         raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
     opened = [one.readable(source, "be evaluated") for one, source in zip(openers, sources, strict=True)]
+    for found in opened:
+        for metric in job.metrics:
+            metric.check_model(found.ref, found.config)
     store = ResultStore(cache.cache or default_folder(), again=cache.again)
     hashes = Hashes(store.known_files, progress)
     candidates = [

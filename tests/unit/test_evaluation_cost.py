@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
 
+from llmpruner import DataError
 from llmpruner.evaluation.cost import size, speed
 from llmpruner.families.graph import build_graph
 from llmpruner.models.arithmetic import macs_per_token
@@ -77,3 +78,14 @@ def test_speed_is_measured_with_its_spread():
 def test_light_modules_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_speed_beyond_a_table_of_positions_is_refused():
+    with pytest.raises(
+        DataError, match=r"30 \+ 3 tokens are beyond the model's 32 positions; lower --set speed\.prompt_"
+    ):
+        speed(tiny_models.gpt2(positions=32), prompt_tokens=30, new_tokens=3, runs=1)
+    assert speed(tiny_models.gpt2(positions=32), prompt_tokens=30, new_tokens=2, runs=1).new_tokens == 2
+    rotary = tiny_models.llama()
+    rotary.config.max_position_embeddings = 8
+    assert speed(rotary, prompt_tokens=12, new_tokens=2, runs=1).prompt_tokens == 12

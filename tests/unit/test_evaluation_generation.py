@@ -6,7 +6,7 @@ import tiny_models
 import torch
 
 from llmpruner import DataError
-from llmpruner.models.generation import generate
+from llmpruner.models.generation import generate, generate_ids
 
 
 def greedy(model, tokenizer, prompt, count):
@@ -77,3 +77,30 @@ def test_a_rendered_prompt_gets_no_second_beginning():
 def test_mistakes_are_named(prompt, options, message):
     with pytest.raises(DataError, match=message):
         generate(tiny_models.llama(), tiny_models.tokenizer(), prompt, **options)
+
+
+def test_an_answer_ends_where_a_table_of_positions_does():
+    model, tokenizer = tiny_models.gpt2(positions=32), tiny_models.tokenizer()
+    prompt = "The quick brown fox jumps"
+    length = len(tokenizer(prompt)["input_ids"])
+    # The last token is written without being read.
+    assert len(generate_ids(model, tokenizer, prompt, max_new_tokens=200)) <= 32 - length + 1
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()
+    model.generation_config.eos_token_id = 7
+    assert len(generate_ids(model, tokenizer, prompt, max_new_tokens=200)) == 32 - length + 1
+    rotary = tiny_models.llama()
+    rotary.config.max_position_embeddings = 32
+    rotary.generation_config.eos_token_id = 299
+    with torch.no_grad():
+        rotary.model.norm.weight.zero_()
+    assert len(generate_ids(rotary, tokenizer, prompt, max_new_tokens=50)) == 50
+
+
+def test_a_prompt_that_special_tokens_make_too_long_is_refused():
+    model, tokenizer = tiny_models.gpt2(positions=8), tiny_models.with_bos()
+    prompt = tokenizer.decode(tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"][:8])
+    assert len(tokenizer(prompt)["input_ids"]) == 9
+    with pytest.raises(DataError, match=r"the prompt has 9 tokens, and the model reads 8; shorten it"):
+        generate(model, tokenizer, prompt)

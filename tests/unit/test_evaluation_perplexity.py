@@ -146,3 +146,15 @@ def test_a_window_has_room_for_text_beside_bos():
 class _Two:
     def __call__(self, text, add_special_tokens, verbose):
         return {"input_ids": ([8, 9] if add_special_tokens else []) + [5] * len(text)}
+
+
+def test_a_window_beyond_a_table_of_positions_is_refused_and_one_of_a_rotary_model_is_not():
+    model, tokenizer = tiny_models.gpt2(positions=32), tiny_models.tokenizer()
+    assert perplexity(model, tokenizer, tiny_models.TEXT, window=32).window == 32
+    with pytest.raises(DataError, match=r"windows of 33 tokens are beyond the model's 32 positions; lower --window$"):
+        perplexity(model, tokenizer, tiny_models.TEXT, window=33)
+    rotary = tiny_models.llama()
+    rotary.config.max_position_embeddings = 32
+    assert perplexity(rotary, tokenizer, tiny_models.TEXT, window=64).window == 64
+    with pytest.raises(DataError, match="33 tokens are beyond"):
+        perplexity(rotary, tokenizer, tiny_models.TEXT, window=33, reference=model)

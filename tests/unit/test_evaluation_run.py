@@ -13,6 +13,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 from pydantic import Field
 
+import llmpruner
 from llmpruner import ComponentSettings, DataError, Metric, MetricSubject, ModelError, PluginError, Row, build_graph
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
@@ -20,6 +21,7 @@ from llmpruner.evaluation.results import Evaluation, Measurement, PerplexityResu
 from llmpruner.evaluation.run import Candidate
 from llmpruner.evaluation.run import evaluate as evaluate_candidates
 from llmpruner.evaluation.table import Evaluations
+from llmpruner.settings import CacheSettings
 
 
 class Largest(Metric):
@@ -237,3 +239,19 @@ def test_a_notebook_shows_an_escaped_table():
         "<table><thead><tr><th></th><th>a&lt;b&gt;</th></tr></thead>"
         "<tbody><tr><th>size &amp; more</th><td>1.0000</td></tr></tbody></table>"
     )
+
+
+def test_too_few_positions_are_found_before_weights_are_read(text, tmp_path):
+    model = tiny_models.gpt2(positions=32)
+    model.save_pretrained(tmp_path / "short")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "short")
+    (tmp_path / "short" / "model.safetensors").write_bytes(b"no weights")
+    cache = CacheSettings(cache=tmp_path / "cache")
+    with pytest.raises(
+        DataError, match=r"windows of 64 tokens are beyond the 32 positions of '.*short'; lower --window$"
+    ):
+        llmpruner.evaluate(tmp_path / "short", perplexity=text, window=64, cache=cache)
+    with pytest.raises(
+        DataError, match=r"256 \+ 32 tokens are beyond the 32 positions of '.*short'; lower --set speed"
+    ):
+        llmpruner.evaluate(tmp_path / "short", speed=True, cache=cache)

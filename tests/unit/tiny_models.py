@@ -39,6 +39,14 @@ def _trained() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+def gpt2(positions: int = 32) -> Any:
+    """With a table of positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=positions)).eval()
+
+
 def llama(*, layers: int = 2, tied: bool = False, seed: int = 0) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,0 +1,60 @@
+"""Models that look positions up in a table, and so read no more tokens than it has rows (GPT-2, OPT)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..errors import DataError, LlmprunerError, UnsupportedModelError
+from .decoder import decoder_layers
+from .empty import REFUSALS, meta_model
+from .positions import positions_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_MORE_ROWS = 2
+"""OPT and BART have this many rows more than positions."""
+_BUFFERS = ("embed_positions", "pos_encoding")
+"""Of GPT-J and CodeGen, and of CTRL. Other buffers of positions grow."""
+
+
+def table_of(model: PreTrainedModel) -> int | None:
+    """The number of positions of ``model``, which may be on the meta device, where it has a table of them; None for a
+    model that computes positions, such as a rotary one."""
+    limit = positions_of(model.config)
+    if limit is None:
+        return None
+    try:
+        # Encoders of images have tables of their own.
+        decoder = model.get_submodule(decoder_layers(model).rpartition(".")[0])
+    except UnsupportedModelError:
+        return None
+    tokens = model.get_input_embeddings()
+    embeddings = (m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    rows = {embedding.num_embeddings for embedding in embeddings}
+    rows |= {len(buffer) for name, buffer in decoder.named_buffers() if name.rpartition(".")[2] in _BUFFERS}
+    return limit if any(limit <= count <= limit + _MORE_ROWS for count in rows) else None
+
+
+def check_table(model: PreTrainedModel, tokens: int, what: str, how: str) -> None:
+    """Raise `DataError` for more ``tokens`` than ``model`` has a table of positions for. ``what``: they are, in the
+    plural. ``how``: to get fewer."""
+    limit = table_of(model)
+    if limit is not None and tokens > limit:
+        raise DataError(f"{what} are beyond the model's {limit:,} positions; {how}")
+
+
+def check_table_of_config(config: PreTrainedConfig, ref: str, tokens: int, what: str, how: str) -> None:
+    """`check_table` for the model ``ref`` of ``config``, without its weights."""
+    limit = positions_of(config)
+    if limit is None or tokens <= limit:
+        return
+    try:
+        found = table_of(meta_model(config))
+    except (LlmprunerError, *REFUSALS):
+        # Opening the model says what is wrong.
+        return
+    if found is not None:
+        raise DataError(f"{what} are beyond the {found:,} positions of '{ref}'; {how}")
