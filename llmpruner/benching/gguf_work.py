@@ -17,7 +17,8 @@ _CACHE_ITEM = 2
 def gguf_work(path: Path) -> tuple[Work, str]:
     """What the steps of a GGUF file of a decoder with heads cost, and the type of most of its weights.
 
-    Every matrix is one that tokens are multiplied by, except for the embedding where the file has a head, too.
+    Every matrix is one that tokens are multiplied by, except for the embedding where the file has a head, too. Of
+    stacked experts, a token is multiplied by those that it is routed to.
     """
     reader = GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
@@ -40,15 +41,21 @@ def gguf_work(path: Path) -> tuple[Work, str]:
     matrices = {
         name: t for name, t in tensors.items() if len(t.shape) > 1 and (name == head or name != "token_embd.weight")
     }
+    experts = [t for name, t in matrices.items() if name.endswith("_exps.weight")]
+    # Without the key, or for a file whose experts were cut below it, a token uses all.
+    count = int(experts[0].shape[-1]) if experts else 1
+    used = min(listed("expert_used_count", 1)[0] or count, count)
+    stacked, stacked_bytes = sum(int(t.n_elements) for t in experts), sum(int(t.n_bytes) for t in experts)
     sizes: dict[int, int] = {}
     for tensor in matrices.values():
         sizes[tensor.tensor_type] = sizes.get(tensor.tensor_type, 0) + int(tensor.n_elements)
     head_macs = int(matrices[head].n_elements)
     work = Work(
-        body_macs=sum(int(t.n_elements) for t in matrices.values()) - head_macs,
+        body_macs=sum(int(t.n_elements) for t in matrices.values()) - head_macs - stacked + stacked * used // count,
         head_macs=head_macs,
         pair_macs=sum(heads) * (keys + values),
-        weight_bytes=sum(int(t.n_bytes) for t in matrices.values()),
+        weight_bytes=sum(int(t.n_bytes) for t in matrices.values()) - stacked_bytes,
+        routed_bytes={used / count: stacked_bytes} if experts else {},
         cache_bytes=sum(shared) * (keys + values) * _CACHE_ITEM,
     )
     return work, GGMLQuantizationType(max(sizes, key=lambda kind: sizes[kind])).name.lower()

@@ -170,6 +170,20 @@ def test_experts_that_were_removed(tmp_path):
     assert_same_logits(model, gguf_logits(file, prompt(model)))
 
 
+@pytest.mark.parametrize(("name", "share"), [("mixtral", 2 / 4), ("qwen3-moe", 2 / 6), ("olmoe", 2 / 6)])
+def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share, tmp_path):
+    from llmpruner.benching.gguf_work import gguf_work
+    from llmpruner.benching.torch_session import work_of
+    from llmpruner.models.decoder import graph_of
+
+    model = random_model(name)
+    _, file = exported(model, tmp_path)
+    (ours, _), theirs = gguf_work(file), work_of(model, graph_of(model, tuple))
+    assert (ours.body_macs, ours.head_macs) == (theirs.body_macs, theirs.head_macs)
+    assert ours.weight_bytes == theirs.weight_bytes and ours.routed_bytes == theirs.routed_bytes
+    assert list(ours.routed_bytes) == [share]
+
+
 def test_outside_its_window_the_context_ends(tmp_path):
     model = randomised(AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=40)))
     _, file = exported(model, tmp_path)
