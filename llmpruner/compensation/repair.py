@@ -150,7 +150,8 @@ class _Repair:
         return int(state["layers"])
 
     def _record(self, number: int) -> None:
-        if self.journal is not None:
+        # A continued run would lack what the layers have passed on.
+        if self.journal is not None and not self.walk.passes_on:
             state = {
                 "layers": number + 1,
                 "kept": {name: list(units) for name, units in self.kept.items()},
@@ -175,11 +176,11 @@ class _Repair:
     def _dense_after(self, number: int, consumers: Mapping[str, Consumer], *, in_place: bool) -> States:
         """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
         units by the inputs of ``consumers``."""
-        after = self.dense if in_place else self.dense.beside()
+        after = self.dense if in_place else self.dense.beside(continued=True)
         sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
         with WatchProducts(self.model, consumers if self.chooser else (), sums.add):
             for position, (batch, hidden) in enumerate(self._with(self.dense)):
-                found = self.walk.run(number, batch, hidden)
+                found = self.walk.run(number, batch, hidden, after.passed)
                 if in_place:
                     after[position] = found
                 else:
@@ -249,7 +250,7 @@ class _Repair:
         outputs: list[torch.Tensor] = []
         batch, hidden = self.walk.batches[0], self.dense[0]
         with WatchProducts(self.model, stream_writers(self.graph, number), lambda u: outputs.append(u.outputs.float())):
-            change = (self.walk.run(number, batch, hidden) - hidden).flatten(0, -2)
+            change = (self.walk.run(number, batch, hidden, self.dense.passed, tried=True) - hidden).flatten(0, -2)
         if not outputs or any(part.shape != change.shape for part in outputs):
             return None
         total = torch.stack(outputs).sum(0)
@@ -268,7 +269,7 @@ class _Repair:
         assert self.pruned is not None
         writers = stream_writers(self.graph, number)
         with WatchProducts(self.model, dict.fromkeys([*consumers, *writers]), seen):
-            self.walk.run(number, self.walk.batches[0], self.pruned[0])
+            self.walk.run(number, self.walk.batches[0], self.pruned[0], self.pruned.passed, tried=True)
         last = next((name for name in reversed(uses) if name in writers), None)
         uses = {name: use for name, use in uses.items() if name in consumers}
         together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
@@ -289,14 +290,14 @@ class _Repair:
         first = next(iter(stage.consumers.values()))
         kept = first.kept.to(self.model.get_parameter(first.parameter).device)
         for position, (batch, hidden) in enumerate(self._with(self.pruned)):
-            pruned = uncut = self._watch(stage, batch, hidden, whole=stage.last)
+            pruned = uncut = self._watch(stage, batch, hidden, self.pruned, whole=stage.last)
             if stage.is_normed:
                 with producers.restored():
-                    uncut = self._watch(stage, batch, hidden, whole=stage.last)
+                    uncut = self._watch(stage, batch, hidden, self.pruned, whole=stage.last, tried=True)
             dense_outputs: dict[Matrix, torch.Tensor] = {}
             if stage.needs_dense:
                 with original.swapped_in():
-                    dense = self._watch(stage, batch, self.dense[position], whole=False)
+                    dense = self._watch(stage, batch, self.dense[position], self.dense, whole=False, tried=True)
                 dense_outputs = {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
             of_layer = after[position] if stage.last else None
             for use, own, rows in zip(pruned.uses, uncut.uses, pruned.rows, strict=True):
@@ -388,8 +389,11 @@ class _Repair:
             return own, difference / stage.factor
         return own + self.mix / stage.factor * difference, None
 
-    def _watch(self, stage: _Stage, batch: Batch, hidden: torch.Tensor, *, whole: bool) -> _Watched:
-        """Run the layer; without ``whole``, only until all consumers of this stage were used."""
+    def _watch(
+        self, stage: _Stage, batch: Batch, hidden: torch.Tensor, of: States, *, whole: bool, tried: bool = False
+    ) -> _Watched:
+        """Run the layer; without ``whole``, only until all consumers of this stage were used. ``of``: the hidden states
+        that ``hidden`` is one of; ``tried``: see `ForwardWalk.run`."""
         watched = _Watched()
         waiting = set(stage.consumers)
 
@@ -405,7 +409,7 @@ class _Repair:
         with contextlib.suppress(Stop), self.rows.following(watch, stage.consumers):
             watch.add(stage.consumers, seen)
             with watch:
-                watched.output = self.walk.run(stage.number, batch, hidden)
+                watched.output = self.walk.run(stage.number, batch, hidden, of.passed, tried=tried)
         return watched
 
 

@@ -94,7 +94,7 @@ class _Probe:
 
     def _keep_apart(self) -> States:
         if self.pruned is None:
-            self.pruned = self.walk.states()
+            self.pruned = self.dense.beside()
             gone = removed_channels(self.graph, self.kept)
             for hidden in self.dense:
                 self.pruned.append(hidden.index_fill(-1, gone.to(hidden.device), 0.0))

@@ -3,8 +3,9 @@ process ends."""
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, MutableSequence, Sequence
 from pathlib import Path
 from typing import IO, Any, overload
 
@@ -90,15 +91,22 @@ class _Place:
 
 class States(MutableSequence[torch.Tensor]):
     """Tensors, one for each micro-batch, of a `Boundaries`. Reading one does not remove it; do not change it in
-    place."""
+    place.
+
+    ``passed``: what the layers before have passed on to later ones in dictionaries, by the first sample of the
+    micro-batch and the name of the argument; in memory. Empty for decoders whose layers share hidden states alone."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
         self._kept: list[torch.Tensor | _Place] = []
+        self.passed: dict[int, dict[str, Any]] = {}
 
-    def beside(self) -> States:
-        """An empty sequence of the same `Boundaries`."""
-        return States(self._boundaries)
+    def beside(self, *, continued: bool = False) -> States:
+        """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with what
+        is passed on to it; else a copy of that, as for a run of another model from here."""
+        found = States(self._boundaries)
+        found.passed = self.passed if continued else {first: copied(own) for first, own in self.passed.items()}
+        return found
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -145,6 +153,11 @@ class States(MutableSequence[torch.Tensor]):
 
     def __del__(self) -> None:
         self.clear()
+
+
+def copied(passed: Mapping[str, Any]) -> dict[str, Any]:
+    """Dictionaries that layers pass on, with the same values."""
+    return {name: copy.copy(values) for name, values in passed.items()}
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

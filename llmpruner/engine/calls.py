@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,24 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
     if "hidden_states" in kwargs:
         return layer(*args, **{**kwargs, "hidden_states": hidden})
     return layer(hidden, *args, **kwargs)
+
+
+def with_passed(call: Call, passed: dict[str, Any]) -> Call:
+    """``call`` with the dictionaries of ``passed`` in place of its own, of which copies are put there where it has none
+    yet: layers put into them what later ones read."""
+    args, kwargs = call
+    named = {name: value for name, value in kwargs.items() if _is_filled_by_layers(value)}
+    return args, {**kwargs, **{name: passed.setdefault(name, copy.copy(value)) for name, value in named.items()}}
+
+
+def passes_on(calls: Sequence[Call]) -> bool:
+    """Whether layers may pass on other values than hidden states, by dictionaries that they are called with."""
+    return any(_is_filled_by_layers(value) for _, kwargs in calls for value in kwargs.values())
+
+
+def _is_filled_by_layers(value: Any) -> bool:
+    """Where calls are recorded, no layer computes."""
+    return isinstance(value, MutableMapping) and not value
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

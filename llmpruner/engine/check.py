@@ -26,6 +26,11 @@ _TOLERANCE = 1e-3
 """Largest accepted relative difference of a token's hidden states, in the model's own precision."""
 
 
+def shares_keys(model: PreTrainedModel) -> bool:
+    """Whether layers use keys and values of earlier ones."""
+    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+
+
 class LayerCheck:
     """Runs the whole model on the first `TOKENS` of ``input_ids`` (samples, length), and keeps the hidden states
     between layers; `layer` compares one layer. Raises `ModelError` for states that are not finite, and
@@ -53,7 +58,9 @@ class LayerCheck:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hook = layer.register_forward_hook(lambda _, __, output, number=number: after(number, output))
                 stack.callback(hook.remove)
-            model(input_ids=ids, use_cache=False, **last_logits(model))
+            # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
+            last = {} if shares_keys(model) else last_logits(model)
+            model(input_ids=ids, use_cache=False, **last)
         if called != list(range(len(layers))):
             raise not_walkable(model, "they are not called once each, in order")
         self._after = [first_output(output) for output in outputs]
@@ -79,7 +86,7 @@ class LayerCheck:
     def runs_in(self, products: torch.dtype, number: int) -> bool:
         """Whether operators of layer ``number`` take what autocast to ``products`` gives them. False where layers use
         keys and values of earlier ones (Gemma 3n): those may have another dtype than the queries."""
-        if getattr(self.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        if shares_keys(self.model):
             return False
         hidden = self._before[number].float()
         try:

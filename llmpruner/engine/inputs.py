@@ -66,7 +66,7 @@ def forward_statistics(
                 for position, batch in enumerate(walk.batches):
                     if reduced is not None:
                         reduced.next_batch(batch.first, batch.input_ids)
-                    states[position] = walk.run(number, batch, states[position])
+                    states[position] = walk.run(number, batch, states[position], states.passed)
             of_inputs = sums.statistics(walk.tokens, walk.ranks)
             of_products = {} if reduced is None else reduced.statistics(walk.ranks)
             # The caller reads the layer's weights too.

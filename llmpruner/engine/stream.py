@@ -33,10 +33,10 @@ def stream_statistics(
     for number in progress.track(range(count), "Measuring layers"):
         # One value for each token of the calibration set, in order; each process fills in its own.
         cosines = torch.zeros(len(before), walk.tokens, dtype=torch.float64)
-        after = walk.states()
+        after = before[-1].beside(continued=True)
         with walk.layer(number):
             for position, batch in enumerate(walk.batches):
-                states = walk.run(number, batch, before[-1][position])
+                states = walk.run(number, batch, before[-1][position], after.passed)
                 first = batch.first * batch.input_ids.shape[1]
                 tokens = slice(first, first + batch.input_ids.numel())
                 for length, earlier in enumerate(reversed(before)):

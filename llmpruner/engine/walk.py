@@ -19,7 +19,7 @@ from torch import nn
 from ..errors import ModelError
 from ..models.logits import logits_at
 from ..models.precision import computes_bfloat16_fast
-from .boundaries import States
+from .boundaries import States, copied
 from .calls import (
     Batch,
     call_layer,
@@ -27,8 +27,10 @@ from .calls import (
     expert_configs,
     first_output,
     hidden_of,
+    passes_on,
     record,
     replaced_layers,
+    with_passed,
 )
 from .check import LayerCheck
 from .executor import Executor
@@ -131,13 +133,23 @@ class ForwardWalk:
     def advance(self, number: int, states: States) -> None:
         """Replace hidden states before layer ``number`` by those after it."""
         for position, batch in enumerate(self.batches):
-            states[position] = self.run(number, batch, states[position])
+            states[position] = self.run(number, batch, states[position], states.passed)
 
-    def run(self, number: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (samples, length, hidden size) after layer ``number``, in float32."""
+    def run(
+        self, number: int, batch: Batch, hidden: torch.Tensor, passed: dict[int, dict[str, Any]], *, tried: bool = False
+    ) -> torch.Tensor:
+        """Hidden states (samples, length, hidden size) after layer ``number``, in float32. ``passed``: of the `States`
+        that ``hidden`` is one of. ``tried``: leave it as it is, as the layer will run again."""
         mixed = self.products != torch.float32
+        own = passed.setdefault(batch.first, {})
+        call = with_passed(batch.calls[number], copied(own) if tried else own)
         with torch.autocast(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
-            return first_output(call_layer(self.layers[number], hidden, batch.calls[number])).float()
+            return first_output(call_layer(self.layers[number], hidden, call)).float()
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
+        return any(passes_on(batch.calls) for batch in self.batches)
 
     def logits(
         self, batch: Batch, row: int, hidden: torch.Tensor, positions: torch.Tensor | None = None

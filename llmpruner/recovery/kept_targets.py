@@ -132,7 +132,9 @@ def _by_layer(job: RecoveryJob, dense: Weights) -> Iterator[torch.Tensor]:
             shown(number / (count + 1), f"layer {number}")
             with walk.layer(number):
                 walk.advance(number, states)
-            journal.layer_done({"layers": number + 1}, {"dense": states})
+            # A continued run would lack what the layers have passed on.
+            if not walk.passes_on:
+                journal.layer_done({"layers": number + 1}, {"dense": states})
         shown(count / (count + 1), "head")
         with dense.outside():
             for position, part in enumerate(parts):

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output
+from ..engine.boundaries import copied
+from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output, with_passed
 from ..engine.journal import Journal
 from ..engine.weights import Weights
 from ..errors import ModelError, UnsupportedModelError
@@ -119,7 +120,9 @@ class _Training:
                 self._pass(number)
             self.done.append(found)
             states = {"dense": self.dense, "pruned": self.pruned} if self.own else {"dense": self.dense}
-            self.journal.layer_done({"layers": number + 1}, states)
+            # A continued run would lack what the layers have passed on, and passes the finished ones again.
+            if not self.walk.passes_on:
+                self.journal.layer_done({"layers": number + 1}, states)
         losses = tuple(loss for found in self.done for loss in found["losses"])
         trained = sum(p.numel() for number in wanted for p in self.walk.layers[number].parameters())
         kept = [{key: value for key, value in found.items() if key != "losses"} for found in self.done]
@@ -190,7 +193,7 @@ class _Training:
         """The loss over all micro-batches, or where there are 16 or more, over every second to fourth of them."""
         total, positions = 0.0, range(0, len(self.counts), max(1, min(4, len(self.counts) // _JUDGED)))
         for position in positions:
-            found = self.walk.run(number, self.walk.batches[position], inputs[position])
+            found = self.walk.run(number, self.walk.batches[position], inputs[position], inputs.passed, tried=True)
             total += float(_relative(found, targets[position], self.trained[position]).sum())
         return total / sum(self.counts[position] for position in positions)
 
@@ -204,7 +207,7 @@ class _Training:
         for step, positions in enumerate(itertools.islice(self._batches(number), count), start=1):
             tokens, loss = sum(self.counts[position] for position in positions), 0.0
             for position in positions:
-                found = self._forward(number, self.walk.batches[position], inputs[position])
+                found = self._forward(number, self.walk.batches[position], inputs[position], inputs)
                 part = _relative(found, targets[position], self.trained[position]).sum() / tokens
                 part.backward()  # type: ignore[no-untyped-call]
                 loss += float(part.detach())
@@ -226,9 +229,10 @@ class _Training:
             for first in range(0, len(order), self.together):
                 yield tuple(order[first : first + self.together])
 
-    def _forward(self, number: int, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+    def _forward(self, number: int, batch: Batch, hidden: torch.Tensor, of: States) -> torch.Tensor:
         """As `ForwardWalk.run`, with gradients, and in float32 unless the settings say otherwise."""
-        call: Call = _in_float32(batch.calls[number])
+        passed = copied(of.passed.get(batch.first, {}))
+        call: Call = _in_float32(with_passed(batch.calls[number], passed))
         mixed = self.job.settings.autocast
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=mixed), eager_experts(self.walk.experts):
             return first_output(call_layer(self.walk.layers[number], hidden, call)).float()

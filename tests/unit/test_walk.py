@@ -11,12 +11,14 @@ from criteria_cases import CASES, boundaries, layers_of, make, tokens
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from llmpruner import ModelError, UnsupportedModelError
+from llmpruner import ModelError, UnsupportedModelError, api
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.data.written import self_generated
 from llmpruner.engine.calls import call_layer, replaced_layers
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk, _same
+from llmpruner.families.graph import build_graph
+from llmpruner.loading.model import Model
 from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
 from llmpruner.oracle.tiny import random_instance, small_config
@@ -27,14 +29,20 @@ def full_precision(monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
+def joined(states) -> torch.Tensor:
+    """Of all samples: (…, samples, length, hidden size), as Gemma 3n has several hidden states of a token."""
+    return torch.cat(list(states), -3)
+
+
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
     walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), calibration)
     states = list(walk.embedded)
     found = []
     with torch.no_grad():
         for number in range(len(walk.layers)):
-            states = [walk.run(number, b, hidden) for b, hidden in zip(walk.batches, states, strict=True)]
-            found.append(torch.cat(states))
+            pairs, passed = zip(walk.batches, states, strict=True), walk.embedded.passed
+            states = [walk.run(number, batch, hidden, passed) for batch, hidden in pairs]
+            found.append(joined(states))
     return walk, found
 
 
@@ -45,6 +53,52 @@ def test_the_walk_gives_the_models_own_hidden_states(name):
     _, found = walked(loaded, calibration)
     for mine, own in zip(found, boundaries(loaded, calibration.input_ids)[1:], strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+SHARING = {"gemma3n_text": {}, "gemma4_text": {"num_kv_shared_layers": 4, "attention_k_eq_v": True}}
+"""Types whose later layers use keys and values of earlier ones."""
+
+
+@pytest.fixture(params=SHARING)
+def sharing(request, catalog):
+    config = small_config(CONFIG_MAPPING[request.param](**SHARING[request.param]))
+    assert "reuse" in config.kv_sharing_modes
+    family = catalog.families["auto"]()
+    graph = build_graph(family, config)
+    return Model(request.param, config, family, graph, model=random_instance(config), tokenizer=None)
+
+
+def drawn(model: Model, samples: int, length: int) -> CalibrationSet:
+    generator = torch.Generator().manual_seed(0)
+    return CalibrationSet(torch.randint(3, model.config.vocab_size, (samples, length), generator=generator), "drawn")
+
+
+def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
+    calibration = drawn(sharing, 5, 16)
+    walk, found = walked(sharing, calibration)
+    assert len(walk.batches) == 3 and walk.passes_on
+    for mine, own in zip(found, boundaries(sharing, calibration.input_ids)[1:], strict=True):
+        torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, monkeypatch):
+    """The targets of a compensation are the dense model's hidden states, in every layer."""
+    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
+    calibration = drawn(sharing, 5, 16)
+    monkeypatch.setattr("llmpruner.recipes.pipeline.journaled", lambda *_: calibration)
+    expected, seen = boundaries(sharing, calibration.input_ids)[1:], []
+
+    def record(self, number):
+        torch.testing.assert_close(joined(self.dense), expected[number], rtol=1e-3, atol=1e-3)
+        seen.append(number)
+
+    monkeypatch.setattr("llmpruner.compensation.repair._Repair._record", record)
+    api.prune(
+        sharing, ratio=0.15, kinds="mlp,query", importance="energy", compensate="refit", calibration="self",
+        samples=5, length=16, layers="all", shape="free",
+    )  # fmt: skip
+    assert len(seen) == len(expected)
 
 
 def test_micro_batches_make_no_difference(monkeypatch):
