@@ -357,15 +357,19 @@ def export(
     catalog: Catalog | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> str:
-    """Write the checkpoint directory ``model`` in the format of the exporter ``to``; returns one line on how to load
-    it."""
+    """Write the checkpoint directory ``model`` (for ``stock``, also a .gguf file) in the format of the exporter ``to``;
+    returns one line on how to load it."""
     catalog = catalog or Catalog(plugin_manager())
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
     exporter.check()
     directory = check_new_directory(Path(output))
-    if not Path(model).is_dir():
+    source = Path(model)
+    is_file = source.suffix == ".gguf" and source.is_file()
+    if is_file and not exporter.takes_files:
+        raise ModelError(f"'{model}' is no checkpoint directory, and only --to stock takes a file; export it first")
+    if not (is_file or source.is_dir()):
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
-    return _export(Path(model), exporter, directory, partial(_opener(load, catalog, progress).model, model), progress)
+    return _export(source, exporter, directory, partial(_opener(load, catalog, progress).model, model), progress)
 
 
 def run(

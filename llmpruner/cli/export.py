@@ -20,7 +20,12 @@ def add_commands(app: typer.Typer) -> None:
 @takes(settings=ExportSettings, options=LoadSettings)
 def export(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune, recover or save wrote.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint that prune, recover or save wrote; for stock, also a .gguf file."
+        ),
+    ],
     output: Output,
     settings: dict[str, Any],
     options: dict[str, Any],

@@ -43,9 +43,10 @@ class ExportSource(Protocol):
 
 @dataclass(frozen=True)
 class ExportTask:
-    """``source``: the directory of the checkpoint. ``directory``: new and empty; renamed to its final name when
-    `Exporter.export` returns, and removed when it raises. ``load``: loads the source; called when `loaded` or `model`
-    is first read, so that an exporter which streams tensors from ``source`` needs no memory for the model."""
+    """``source``: the directory of the checkpoint, or a file (see `Exporter.takes_files`). ``directory``: new and
+    empty; renamed to its final name when `Exporter.export` returns, and removed when it raises. ``load``: loads the
+    source; called when `loaded` or `model` is first read, so that an exporter which streams tensors from ``source``
+    needs no memory for the model."""
 
     source: Path
     directory: Path
@@ -86,6 +87,8 @@ class Exporter(Component):
     """
 
     kind: ClassVar[str] = "exporter"
+    takes_files: ClassVar[bool] = False
+    """Whether the source may also be a .gguf file instead of a directory. `ExportTask.load` reads either."""
 
     def check(self) -> None:
         """Raise `MissingExtraError` for a library that is not installed, and `SettingsError` for settings that do not

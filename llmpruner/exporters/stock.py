@@ -25,6 +25,7 @@ class StockExporter(Exporter):
 
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
+    takes_files = True
 
     def export(self, task: ExportTask) -> str:
         from ..checkpoints import load, manifest, record, save

@@ -41,7 +41,7 @@ from transformers import (
 
 import llmpruner
 from llmpruner import save_checkpoint
-from llmpruner.errors import CheckpointError, MissingExtraError, SettingsError, UnsupportedModelError
+from llmpruner.errors import CheckpointError, MissingExtraError, ModelError, SettingsError, UnsupportedModelError
 from llmpruner.exporters.gguf import check, run, runtime, write
 from llmpruner.exporters.gguf.exporter import GgufExporter
 from llmpruner.exporters.gguf.reference import GgufFile, gguf_logits
@@ -487,6 +487,21 @@ def test_from_the_python_api(tmp_path):
     save_checkpoint(randomised(cut_llama("mlp-uniform")), tmp_path / "pruned", record=None)
     line = llmpruner.export(tmp_path / "pruned", to="gguf", output=tmp_path / "out", settings={"gguf": {"type": "f16"}})
     assert line.startswith("pruned.gguf (llama, f16, ") and HOW in line
+
+
+def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):
+    model, tokenizer = byte_level_model(), tiny_models.tokenizer()
+    _, file = exported(model, tmp_path, tokenizer=tokenizer)
+    line = llmpruner.export(file, to="stock", output=tmp_path / "stock")
+    assert line.startswith("LlamaForCausalLM of transformers loads it")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    assert_same_logits(model, logits(again, prompt(model)))
+    read = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert read(tiny_models.TEXT)["input_ids"] == tokenizer(tiny_models.TEXT)["input_ids"]
+    with pytest.raises(ModelError, match=r"tiny\.gguf' is no checkpoint directory, and only --to stock takes a file"):
+        llmpruner.export(file, to="gguf", output=tmp_path / "gguf")
+    with pytest.raises(ModelError, match=r"none\.gguf' is no checkpoint directory; export takes what prune"):
+        llmpruner.export(tmp_path / "none.gguf", to="stock", output=tmp_path / "gguf")
 
 
 def test_the_shorthand_sets_the_type_of_this_exporter_alone(catalog):
