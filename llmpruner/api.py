@@ -369,7 +369,9 @@ def export(
         raise ModelError(f"'{model}' is no checkpoint directory, and only --to stock takes a file; export it first")
     if not (is_file or source.is_dir()):
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
-    return _export(source, exporter, directory, partial(_opener(load, catalog, progress).model, model), progress)
+    opener = _opener(load, catalog, progress)
+    asked = None if opener.load.dtype == "auto" else opener.load.dtype
+    return _export(source, exporter, directory, partial(opener.model, model), progress, asked)
 
 
 def run(

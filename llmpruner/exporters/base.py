@@ -46,12 +46,14 @@ class ExportTask:
     """``source``: the directory of the checkpoint, or a file (see `Exporter.takes_files`). ``directory``: new and
     empty; renamed to its final name when `Exporter.export` returns, and removed when it raises. ``load``: loads the
     source; called when `loaded` or `model` is first read, so that an exporter which streams tensors from ``source``
-    needs no memory for the model."""
+    needs no memory for the model. ``dtype``: the name of the type that weights were asked to be loaded as
+    (``--dtype``); None for that of the checkpoint."""
 
     source: Path
     directory: Path
     load: Callable[[], ExportSource]
     progress: Progress = QUIET
+    dtype: str | None = None
 
     @cached_property
     def loaded(self) -> ExportSource:

@@ -48,7 +48,7 @@ from llmpruner.exporters.gguf.reference import GgufFile, gguf_logits
 from llmpruner.exporters.run import export
 from llmpruner.progress import Progress
 from llmpruner.recipes.jobs import export_job
-from llmpruner.settings import ExportSettings
+from llmpruner.settings import ExportSettings, LoadSettings
 
 BYTE_FALLBACK = Path(__file__).parents[1] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
 HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
@@ -207,6 +207,15 @@ def test_auto_is_the_type_of_the_checkpoint(dtype, kind, tmp_path):
     # As a checkpoint of float16 is loaded on a CPU.
     loaded = SimpleNamespace(model=model.float(), tokenizer=None, family=None, record={})
     assert f"(llama, {kind}, " in export(tmp_path / "tiny", GgufExporter(), tmp_path / "out", lambda: loaded)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", "bf16"), ("float32", "f32"), ("auto", "f16")])
+def test_auto_is_the_type_that_weights_were_asked_to_be_loaded_as(dtype, kind, tmp_path):
+    save_checkpoint(random_model("llama").half(), tmp_path / "tiny", record=None)
+    line = llmpruner.export(tmp_path / "tiny", to="gguf", output=tmp_path / "out", load=LoadSettings(dtype=dtype))
+    assert f"(llama, {kind}, " in line
+    types = {name: found.name for name, found in GgufFile(tmp_path / "out" / "tiny.gguf").types.items()}
+    assert types["blk.0.attn_q.weight"] == kind.upper()
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path):

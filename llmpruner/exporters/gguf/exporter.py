@@ -32,7 +32,9 @@ class GgufExporter(Exporter):
     summary = "one file for llama.cpp and Ollama, with tokenizer and chat template; --quant q4_k_m and others quantise"
 
     class Settings(ComponentSettings):
-        type: Type = Field("auto", description="Type of matrices: f32, f16, bf16; auto: as the checkpoint stores them.")
+        type: Type = Field(
+            "auto", description="Type of matrices: f32, f16, bf16; auto: --dtype, or as the checkpoint stores them."
+        )
         quant: Quant | None = Field(
             None, description="Quantise with llama.cpp: q8_0, q6_k, q5_k_m, q4_k_m … (needs llama-cpp-python)."
         )

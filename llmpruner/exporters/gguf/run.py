@@ -99,10 +99,13 @@ def _say_odd_rows(model: PreTrainedModel, plan: GgufPlan, quant: str, progress: 
 
 
 def _stored_type(task: ExportTask) -> str:
-    """The type that the checkpoint stores, as float16 is float32 in memory on a CPU."""
+    """The type that weights were asked to be loaded as; else the one that the checkpoint stores, as float16 is float32
+    in memory on a CPU."""
     file = task.source / "config.json"
     stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    found = str(stated.get("dtype") or stated.get("torch_dtype") or task.model.dtype).removeprefix("torch.")
+    found = str(task.dtype or stated.get("dtype") or stated.get("torch_dtype") or task.model.dtype).removeprefix(
+        "torch."
+    )
     return next((kind for kind, dtype in _DTYPES.items() if str(dtype) == f"torch.{found}"), "f32")
 
 
