@@ -21,7 +21,10 @@ from ..amounts import bytes_text as size
 from ..amounts import count_text as count
 from ..progress import Progress
 
-__all__ = ["RichProgress", "count", "err", "error_line", "note", "out", "print_json", "size", "table", "warning_line"]
+__all__ = [
+    "RichProgress", "count", "done_line", "err", "error_line", "note", "out", "print_json", "size", "table",
+    "warning_line",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -68,6 +71,11 @@ def note(message: str) -> None:
     err.print(f"[dim]•[/] {escape(message)}", soft_wrap=True)
 
 
+def done_line(message: str) -> None:
+    """Print what was written, on standard output."""
+    out.print(f"[bold green]✓[/] {escape(message)}", highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
 
@@ -102,7 +110,7 @@ class RichProgress(Progress):
 
     def track(self, items: Sequence[T], label: str) -> Iterable[T]:
         if err.is_terminal:
-            return track(items, description=label, console=err, transient=True)
+            return track(items, description=escape(label), console=err, transient=True)
         return self._said(items, label)
 
     def _said(self, items: Sequence[T], label: str) -> Iterator[T]:
@@ -119,7 +127,7 @@ class RichProgress(Progress):
             return
         columns = (*Bar.get_default_columns(), TextColumn("{task.fields[detail]}"))
         with Bar(*columns, console=err, transient=True) as bar:
-            task = bar.add_task(label, total=None, detail="")
+            task = bar.add_task(escape(label), total=None, detail="")
 
             def step(number: int, total: int, loss: float) -> None:
                 bar.update(task, completed=number, total=total, detail=f"loss {loss:.3f}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.tree import Tree
 
 from ..errors import CouplingError, SettingsError
@@ -76,7 +77,7 @@ def discover(
 def _show(model: str, found: Structure) -> None:
     graph = found.graph
     out.print(
-        f"[bold]{model}[/]: family {found.family.name}, {graph.num_layers} layers, "
+        f"[bold]{escape(model)}[/]: family {found.family.name}, {graph.num_layers} layers, "
         f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
     )
     table("Coupled groups", KIND_COLUMNS, kind_rows(graph))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..settings import ExportSettings, LoadSettings, settings_from
-from .console import RichProgress, out
+from .console import RichProgress, done_line
 from .derive import takes
 from .options import Output, catalog_of
 
@@ -37,4 +37,4 @@ def export(
         model, output=output, load=settings_from(LoadSettings, options), progress=RichProgress(),
         catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
-    out.print(f"[bold green]✓[/] {output}: {line}", highlight=False)
+    done_line(f"{output}: {line}")

@@ -15,7 +15,7 @@ from ..recipes.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
-from .console import RichProgress, count, note, out, print_json, size, table
+from .console import RichProgress, count, done_line, note, out, print_json, size, table
 from .derive import takes
 from .launched import is_first
 from .options import Json, ModelName, Output, catalog_of
@@ -108,7 +108,7 @@ def prune(
         return
     show_plan(made, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
-    out.print(f"[bold green]✓[/] {output} in {seconds} s; loads with from_pretrained {needs}")
+    done_line(f"{output} in {seconds} s; loads with from_pretrained {needs}")
 
 
 def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..settings import PushSettings
-from .console import RichProgress, note, out, size, table
+from .console import RichProgress, done_line, note, out, size, table
 from .derive import takes
 from .options import catalog_of
 
@@ -38,7 +38,7 @@ def push(
 
     upload = api.push(model, repo, progress=RichProgress(), catalog=catalog_of(ctx), **settings)
     if upload.url is not None:
-        out.print(f"[bold green]✓[/] {upload.url}", highlight=False, soft_wrap=True)
+        done_line(upload.url)
         return
     show_upload(upload)
 

@@ -9,7 +9,7 @@ import typer
 
 from ..recovery.losses import loss_text
 from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
-from .console import RichProgress, out, print_json
+from .console import RichProgress, done_line, print_json
 from .derive import takes
 from .options import Json, ModelName, Output, catalog_of
 
@@ -51,4 +51,4 @@ def recover(
     if checked:
         best = min(checked, key=lambda one: float(one["loss"]))
         losses += f"validation loss {checked[0]['loss']:.3f} → {best['loss']:.3f}, "
-    out.print(f"[bold green]✓[/] {output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")
+    done_line(f"{output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import LlmprunerError
 from ..settings import PageSettings
-from .console import note, out, print_json, warning_line
+from .console import done_line, note, out, print_json, warning_line
 from .derive import takes
 from .launched import is_first
 from .options import Json, catalog_of
@@ -67,7 +67,7 @@ def report(
         return
     for one in made.facts:
         out.print(f"[bold]{escape(one['name'])}[/]: {escape(one['sentence'])}", highlight=False, soft_wrap=True)
-    out.print(f"[bold green]✓[/] {escape(str(made.path))}", highlight=False, soft_wrap=True)
+    done_line(str(made.path))
 
 
 def write_beside(ctx: typer.Context, directory: Path, *, say: bool = False) -> None:

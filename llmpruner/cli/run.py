@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..settings import LoadSettings, RunSettings, settings_from
 from .bench import show_bench
-from .console import RichProgress, count, note, out, print_json, table
+from .console import RichProgress, count, done_line, note, out, print_json, table
 from .derive import takes
 from .evaluate import show_evaluations
 from .options import Json, catalog_of
@@ -91,7 +90,7 @@ def run(
         return
     skipped = sum(step.skipped for step in found.steps)
     done = f"{len(found.steps)} steps" + (f", {skipped} of them done before" if skipped else "")
-    out.print(f"[bold green]✓[/] {found.output}: {done}; {seconds:.0f} s", highlight=False)
+    done_line(f"{found.output}: {done}; {seconds:.0f} s")
 
 
 def recipes(
@@ -122,7 +121,7 @@ def show_step(step: StepResult) -> None:
     """Print what a step that was done now has to say."""
     if step.skipped:
         return
-    where, detail = f"[bold green]✓[/] {escape(str(step.directory))}", ""
+    detail = ""
     if step.value is not None:
         # None where the step was whole when an earlier run was killed.
         shows: dict[str, Callable[[Any], None]] = {
@@ -131,15 +130,14 @@ def show_step(step: StepResult) -> None:
         if step.command in shows:
             shows[step.command](step.value)
         else:
-            detail = escape(step.value)
+            detail = step.value
     if step.command == "prune":
         detail = f"{step.result['checkpoint']} checkpoint"
     elif step.command == "recover":
         detail = recovery_text(step)
     elif step.command == "generate":
         show_texts(step.result)
-    text = f"{where}: {detail}{', ' if detail else ''}{step.seconds:.0f} s"
-    out.print(text, highlight=False, soft_wrap=True)
+    done_line(f"{step.directory}: {detail}{', ' if detail else ''}{step.seconds:.0f} s")
 
 
 def recovery_text(step: StepResult) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import RichProgress, error_line, out, print_json, table
+from .console import RichProgress, done_line, error_line, print_json, table
 from .options import Json, catalog_of
 
 
@@ -43,7 +43,7 @@ def verify(
         rows = [(check.name, check.state, check.detail) for check in found.checks]
         table(None, ("Check", "Result", ""), rows, left=3)
         if not found.damage:
-            out.print(f"[bold green]✓[/] {directory} is whole", highlight=False)
+            done_line(f"{directory} is whole")
     for line in found.damage:
         error_line(line)
     if found.damage:

@@ -27,3 +27,37 @@ def test_a_line_a_minute(capsys, monkeypatch):
 def test_time_left():
     assert [time_left(30, share) for share in (0.0, 0.5, 1.0)] == ["", "30 s left", ""]
     assert [time_left(600, share) for share in (0.5, 0.05)] == ["10 min left", "3.2 h left"]
+
+
+def test_square_brackets_of_paths_are_printed(run, shared, tmp_path):
+    """They are no markup."""
+    folder = tmp_path / "o[v2]"
+    folder.mkdir()
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("steps:\n- prune: {unit_ratio: 0.25, importance: l1}\n")
+    made = folder / "pruned"
+    for arguments, written in (
+        (("prune", shared / "dense", "--unit-ratio", "0.25", "--importance", "l1", "-o", made), made),
+        (("verify", made), made),
+        (("export", made, "--to", "stock", "-o", folder / "stock"), folder / "stock"),
+        (
+            (
+                "recover",
+                made,
+                "--data",
+                shared / "data.jsonl",
+                "--max-steps",
+                "1",
+                "--batch-size",
+                "1",
+                "-o",
+                folder / "r",
+            ),
+            folder / "r",
+        ),
+        (("run", recipe, "--model", shared / "dense", "-o", folder / "all"), folder / "all"),
+        (("discover", made), made),
+    ):
+        done = run(*arguments)
+        assert done.code == 0, done.err
+        assert str(written) in done.out, done.out
