@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -53,12 +53,28 @@ class Turn(NamedTuple):
 class TrainingText:
     """The text of one training example: the texts of all turns joined.
 
-    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and every answer gets an
-    end-of-sequence token.
+    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and the answers that ``eos_after``
+    names (`ModelFamily.eos_after`) get an end-of-sequence token.
     """
 
     turns: tuple[Turn, ...]
     has_special_tokens: bool = False
+    eos_after: Literal["every", "last", "none"] = "every"
+
+    def ends(self, number: int) -> bool:
+        """Whether the answer of turn ``number`` gets an end-of-sequence token, if it does not end with one."""
+        if self.has_special_tokens or self.eos_after == "none":
+            return False
+        return self.eos_after == "every" or number == len(self.turns) - 1
+
+    def closed_turns(self, eos: str) -> list[Turn]:
+        """The turns, with the end-of-sequence token ``eos`` after the answers that get one."""
+        return [
+            Turn(turn.prompt, turn.answer + eos)
+            if self.ends(number) and not (turn.prompt + turn.answer).endswith(eos)
+            else turn
+            for number, turn in enumerate(self.turns)
+        ]
 
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: str = "") -> Prompt:
@@ -92,10 +108,12 @@ def conversation_prompt(
     family: ModelFamily, tokenizer: Any, exchanges: Sequence[tuple[str, str]], question: str
 ) -> Prompt | None:
     """The prompt for ``question`` after earlier (question, answer) pairs; None for a model without a chat format: no
-    template, and a family that has no format of its own.
+    template, and a family that has no format of its own. White space around answers is left out: models generate what
+    their format has before and after an answer.
 
     Raises `DataError` when the tokenizer's chat template fails.
     """
+    exchanges = [(asked, answered.strip()) for asked, answered in exchanges]
     if has_chat_template(family, tokenizer):
         messages = [
             {"role": role, "content": text}
@@ -107,17 +125,19 @@ def conversation_prompt(
         return None
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
     pairs = family.format_conversation([*exchanges, (question, "-")])
-    end = getattr(tokenizer, "eos_token", None) or ""
-    past = "".join(asked + answered + ("" if answered.endswith(end) else end) for asked, answered in pairs[:-1])
-    return Prompt(past + pairs[-1][0], False)
+    # Closed with the last pair, as the last answer may be the only one that gets an end.
+    text = TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)
+    past = text.closed_turns(getattr(tokenizer, "eos_token", None) or "")[:-1]
+    return Prompt("".join(asked + answered for asked, answered in past) + pairs[-1][0], False)
 
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """An example in the chat format of the model.
 
     Every assistant turn of a conversation is an answer. There is one text for each example, except where a chat
-    template renders earlier turns differently once others follow (Qwen3's leaves out their reasoning): then there is
-    one for each answer, with the prompt that the model would get for it.
+    template, or the format of the family (`ModelFamily.one_answer_per_text`), renders earlier turns differently once
+    others follow (Qwen3's leaves out their reasoning): then there is one for each answer, with the prompt that the
+    model would get for it.
 
     Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support.
     """
@@ -127,9 +147,16 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
         return _rendered(tokenizer, _messages(example))
     if isinstance(example, Instruction):
         pair = family.training_pair(example.instruction, example.output, example.input)
-        return [TrainingText((Turn(*pair),))]
-    pairs = family.format_conversation(example.exchanges, example.system)
-    return [TrainingText(tuple(Turn(*pair) for pair in pairs))]
+        return [TrainingText((Turn(*pair),), eos_after=family.eos_after)]
+    if not family.one_answer_per_text:
+        pairs = family.format_conversation(example.exchanges, example.system)
+        return [TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)]
+    texts = []
+    for count in range(1, len(example.exchanges) + 1):
+        *past, (prompt, answer) = family.format_conversation(example.exchanges[:count], example.system)
+        before = "".join(asked + answered for asked, answered in past)
+        texts.append(TrainingText((Turn(before + prompt, answer),), eos_after=family.eos_after))
+    return texts
 
 
 def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:

@@ -61,10 +61,7 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
 
 
 def tokens_of(tokenizer: Any, text: TrainingText) -> list[int]:
-    """Token ids of a conversation; where its format has no special tokens, with the end of a sequence after every
-    answer, as in a recovery."""
-    turns = [turn.prompt + turn.answer for turn in text.turns]
-    if not text.has_special_tokens:
-        end = tokenizer.eos_token or ""
-        turns = [turn if turn.endswith(end) else turn + end for turn in turns]
-    return list(tokenizer("".join(turns), add_special_tokens=not text.has_special_tokens, verbose=False)["input_ids"])
+    """Token ids of a conversation; where its format has no special tokens, with the end of a sequence after answers, as
+    in a recovery."""
+    joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
+    return list(tokenizer(joined, add_special_tokens=not text.has_special_tokens, verbose=False)["input_ids"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..component import Component
 from ..structure.coupling import CoupledGroup, CouplingGraph
@@ -39,6 +39,13 @@ class ModelFamily(Component):
     LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
     answer_separator: ClassVar[str | None] = None
     """Text between prompt and answer in `training_pair`; None: a blank, unless one of them has white space there."""
+
+    eos_after: ClassVar[Literal["every", "last", "none"]] = "every"
+    """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
+    answer, the last one, or none. Does not apply to chat templates, which have their own."""
+    one_answer_per_text: ClassVar[bool] = False
+    """Whether earlier answers of a conversation have another form than the last. Then there is one training text for
+    each answer, and of the pairs of `format_conversation` the last alone is trained on."""
 
     def register_models(self) -> None:
         """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded, so
@@ -120,8 +127,8 @@ class ModelFamily(Component):
     ) -> Sequence[tuple[str, str]]:
         """A conversation as training text: (prompt, answer) pairs, whose texts are joined in order.
 
-        ``exchanges``: (question, answer) pairs. ``system``: the system message. The caller adds an end-of-sequence
-        token to every answer that does not end with one.
+        ``exchanges``: (question, answer) pairs. ``system``: the system message. The caller adds end-of-sequence tokens,
+        see `eos_after`.
         """
         pairs = [self.training_pair(question, answer) for question, answer in exchanges]
         if system is not None:

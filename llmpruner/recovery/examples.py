@@ -46,7 +46,9 @@ class Examples:
         """SHA-256 over all texts in their order."""
         digest = hashlib.sha256()
         for text in self.texts:
-            content = [text.turns, "special tokens"] if text.has_special_tokens else text.turns
+            content: Any = [text.turns, "special tokens"] if text.has_special_tokens else text.turns
+            if not text.has_special_tokens and text.eos_after != "every":
+                content = [text.turns, f"end after {text.eos_after}"]
             digest.update(json.dumps(content).encode() + b"\n")
         return digest.hexdigest()
 
@@ -203,7 +205,8 @@ def _encode_turns(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[b
         prompt = _ids(tokenizer, turn.prompt, special=number == 0) if turn.prompt else []
         piece = _ids(tokenizer, turn.prompt + turn.answer, special=number == 0)
         start = common_start(prompt, piece)
-        if tokenizer.eos_token_id is not None and piece[-1:] != [tokenizer.eos_token_id]:
+        ends = text.ends(number) and tokenizer.eos_token_id is not None
+        if ends and piece[-1:] != [tokenizer.eos_token_id]:
             piece.append(tokenizer.eos_token_id)
         ids += piece
         answered += [index >= start for index in range(len(piece))]
@@ -214,13 +217,10 @@ def _encode_whole(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[b
     """As `_encode_turns`, but tokenised as one text, because some tokenizers treat the start of a text differently from
     text after a special token."""
     special = not text.has_special_tokens
-    eos = tokenizer.eos_token or ""
     joined = ""
     answers: list[tuple[int, int]] = []
-    for turn in text.turns:
+    for turn in text.closed_turns(tokenizer.eos_token or ""):
         piece = turn.prompt + turn.answer
-        if special and not piece.endswith(eos):
-            piece += eos
         answers.append((len(joined) + len(turn.prompt), len(joined) + len(piece)))
         joined += piece
     if not tokenizer.is_fast:

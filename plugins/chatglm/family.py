@@ -20,6 +20,7 @@ class ChatGLMFamily(ModelFamily):
     summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
     answer_separator: ClassVar[str] = ""
+    one_answer_per_text: ClassVar[bool] = True
 
     def register_models(self) -> None:
         """Register ``model_type: chatglm`` with the auto classes of transformers."""
@@ -65,6 +66,14 @@ class ChatGLMFamily(ModelFamily):
             return self.format_prompt(query)
         rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
         return f"{rounds}[Round {len(history)}]\n问：{query}\n答：[gMASK]<sop>"
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """One pair, as ``[gMASK]<sop>`` is before the last answer alone."""
+        *history, (query, answer) = exchanges
+        before = "" if system is None else self.format_system(system)
+        return [(before + self.format_chat(history, query), self.answer_separator + answer)]
 
 
 def _query(instruction: str, input: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, QUERY, CoupledGroup, ModelFamily, layouts
 
@@ -26,6 +26,7 @@ class GlmFamily(ModelFamily):
     summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
     answer_separator: ClassVar[str] = "\n"
+    eos_after: ClassVar[Literal["every", "last", "none"]] = "last"
 
     def coupled_groups(self, config: GlmConfig) -> Sequence[CoupledGroup]:
         groups = []
@@ -93,6 +94,7 @@ class ChatGLM2Family(GlmFamily):
     summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
     answer_separator = " "
+    one_answer_per_text: ClassVar[bool] = True
 
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROUNDS
@@ -108,6 +110,15 @@ class ChatGLM2Family(GlmFamily):
         """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
         rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, start=1))
         return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """One pair, as there is a blank before the last answer alone: the one that the tokenizer adds where the
+        released training code encodes an answer by itself."""
+        *history, (query, answer) = exchanges
+        before = "" if system is None else self.format_system(system)
+        return [(before + self.format_chat(history, query), self.answer_separator + answer)]
 
 
 class ChatGLM3Family(GlmFamily):

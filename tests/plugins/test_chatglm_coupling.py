@@ -19,6 +19,8 @@ from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.kv_cache import KvCache
 from llmpruner.budgets.macs import Macs
 from llmpruner.budgets.sizes import counts
+from llmpruner.data.conversations import Conversation, Message
+from llmpruner.families.chat import conversation_prompt, training_texts
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut, silence
@@ -166,6 +168,49 @@ def test_prompts_of_each_generation() -> None:
         (GlmFamily(), "<|system|>\nBe brief.<|user|>\nhi<|assistant|>"),
     ):
         assert family.format_conversation([("hi", "ho")], "Be brief.")[0][0] == expected
+
+
+class Marked:
+    """The end-of-sequence token of a tokenizer."""
+
+    chat_template = None
+
+    def __init__(self, eos: str) -> None:
+        self.eos_token = eos
+
+
+LATER = {
+    ChatGLMFamily: ("<eop>", "[Round 0]\n问：q1\n答：a1\n[Round 1]\n问：q2\n答：[gMASK]<sop>"),
+    ChatGLM2Family: ("</s>", "[Round 1]\n\n问：q1\n\n答：a1\n\n[Round 2]\n\n问：q2\n\n答："),
+    ChatGLM3Family: ("</s>", "<|user|>\n q1<|assistant|>\n a1<|user|>\n q2<|assistant|>"),
+    GlmFamily: ("<|endoftext|>", "<|user|>\nq1<|assistant|>\na1<|user|>\nq2<|assistant|>"),
+}
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_later_questions_of_a_conversation_are_asked_as_published(family: type[ModelFamily]) -> None:
+    eos, expected = LATER[family]
+    for answer in ("a1", "\n a1 "):
+        asked = conversation_prompt(family(), Marked(eos), [("q1", answer)], "q2")
+        assert asked is not None and asked == (expected, False)
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily]) -> None:
+    eos, expected = LATER[family]
+    chat = [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
+    texts = training_texts(Conversation(tuple(chat)), family(), Marked(eos))
+    gap = family.answer_separator
+    closed = ["".join(a + b for a, b in text.closed_turns(eos)) for text in texts]
+    whole = f"{expected}{gap}a2{eos}"
+    if family in (ChatGLMFamily, ChatGLM2Family):
+        assert closed == [f"{family().format_prompt('q1')}{gap}a1{eos}", whole]
+        assert [turn.answer for text in texts for turn in text.turns] == [f"{gap}a1", f"{gap}a2"]
+    else:
+        assert closed == [whole]
+        assert [turn.answer for turn in texts[0].turns] == [f"{gap}a1", f"{gap}a2"]
+    system = training_texts(Conversation((Message("system", "Brief."), *chat)), family(), Marked(eos))
+    assert all(text.turns[0].prompt.startswith(family().format_system("Brief.")) for text in system)
 
 
 def test_the_plugin_imports_no_torch() -> None:

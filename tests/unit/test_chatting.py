@@ -43,7 +43,7 @@ def test_the_pieces_are_the_answer_of_generate_and_the_second_turn_has_the_first
     )
     assert len(pieces) > 1 and one.exchanges == [("Why?", "".join(pieces))]
     prompt = one._prompt(one.exchanges, "And then?")
-    assert prompt.text == f"<user>Why?\n<assistant>{''.join(pieces)}\n<user>And then?\n<assistant>"
+    assert prompt.text == f"<user>Why?\n<assistant>{''.join(pieces).strip()}\n<user>And then?\n<assistant>"
     list(one.ask("And then?"))
     assert [asked for asked, _ in one.exchanges] == ["Why?", "And then?"]
     one.reset()
