@@ -316,7 +316,7 @@ def generate(
     return _generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-        seed=options.seed,
+        seed=options.seed, stop_text=loaded.family.stop_text if options.chat else None,
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class Chat:
                 generate_ids(
                     self._model, self._tokenizer, prompt.text,
                     add_special_tokens=not prompt.has_special_tokens, max_new_tokens=room,
-                    temperature=self._temperature, seed=self._seed,
+                    temperature=self._temperature, seed=self._seed, stop_text=self._family.stop_text,
                     streamer=streamer, stopping_criteria=StoppingCriteriaList([_until(stop)]),
                 )  # fmt: skip
             except BaseException as error:
@@ -107,14 +107,31 @@ class Chat:
         thread = Thread(target=work, daemon=True)
         thread.start()
         try:
-            for piece in streamer:
-                if piece:
-                    yield piece
+            yield from before_text((piece for piece in streamer if piece), self._family.stop_text)
         finally:
             stop.set()
             thread.join()
         if failed:
             raise failed[0]
+
+
+def before_text(pieces: Iterator[str], stop: str | None) -> Iterator[str]:
+    """The pieces of a text up to ``stop``. What may be the beginning of ``stop`` is held back until more has come."""
+    if not stop:
+        yield from pieces
+        return
+    held = ""
+    for piece in pieces:
+        before, found, _ = (held + piece).partition(stop)
+        most = 0 if found else min(len(stop) - 1, len(before))
+        kept = next((size for size in range(most, 0, -1) if before.endswith(stop[:size])), 0)
+        held = before[len(before) - kept :]
+        if len(before) > kept:
+            yield before[: len(before) - kept]
+        if found:
+            return
+    if held:
+        yield held
 
 
 def _until(stop: Event) -> Any:

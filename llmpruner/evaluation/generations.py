@@ -98,9 +98,9 @@ class GenerationsMetric(Metric):
             raise DataError(f"model '{subject.name}' brings no tokenizer, so it cannot read prompts")
         answers = []
         for text in subject.progress.track(self._prompts, "answers"):
-            asked = Prompt(text, False)
+            asked, stop = Prompt(text, False), None
             if self.settings.chat and subject.family is not None:
-                asked = chat_prompt(subject.family, subject.tokenizer, text)
+                asked, stop = chat_prompt(subject.family, subject.tokenizer, text), subject.family.stop_text
             answers.append(
                 generate_ids(
                     model,
@@ -108,6 +108,7 @@ class GenerationsMetric(Metric):
                     asked.text,
                     add_special_tokens=not asked.has_special_tokens,
                     max_new_tokens=self.settings.new_tokens,
+                    stop_text=stop,
                 )
             )
         return answers

@@ -43,6 +43,9 @@ class ModelFamily(Component):
     eos_after: ClassVar[Literal["every", "last", "none"]] = "every"
     """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
     answer, the last one, or none. Does not apply to chat templates, which have their own."""
+    stop_text: ClassVar[str | None] = None
+    """Text at which generation in the chat format stops, besides the end-of-sequence token; the answer is what is
+    before it."""
     one_answer_per_text: ClassVar[bool] = False
     """Whether earlier answers of a conversation have another form than the last. Then there is one training text for
     each answer, and of the pairs of `format_conversation` the last alone is trained on."""

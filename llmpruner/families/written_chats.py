@@ -9,6 +9,7 @@ import torch
 from ..data.conversations import Instruction
 from ..data.written import answered
 from ..errors import DataError, ModelError
+from ..models.generation import text_before
 from ..progress import QUIET, Progress
 from .chat import Prompt, chat_frame, chat_prompt, training_texts
 from .chat_source import packed, tokens_of
@@ -68,7 +69,7 @@ def written_chats(
         prompts = [_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
         answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS:])
         for question, ids in zip(questions, answers, strict=True):
-            example = Instruction(question, _text(tokenizer, ids))
+            example = Instruction(question, _text(tokenizer, ids, family.stop_text))
             chats += [tokens_of(tokenizer, text) for text in training_texts(example, family, tokenizer)]
     return torch.tensor(packed(chats, samples, length, seed, "self.chats"), dtype=torch.long)
 
@@ -77,7 +78,6 @@ def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
 
 
-def _text(tokenizer: Any, ids: list[int], end: str = "") -> str:
+def _text(tokenizer: Any, ids: list[int], end: str | None) -> str:
     """Of ``ids``, up to ``end``."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    return (text.partition(end)[0] if end else text).strip()
+    return text_before(tokenizer.decode(ids, skip_special_tokens=True), end).strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import DataError
 from .position_tables import table_of
@@ -27,13 +27,21 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    stop_text: str | None = None,
 ) -> str:
-    """The continuation of ``prompt``, without the prompt and without special tokens; see `generate_ids`."""
+    """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it; see
+    `generate_ids`."""
     ids = generate_ids(
         model, tokenizer, prompt,
         add_special_tokens=add_special_tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        stop_text=stop_text,
     )  # fmt: skip
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip("\n")
+    return text_before(tokenizer.decode(ids, skip_special_tokens=True), stop_text).strip("\n")
+
+
+def text_before(text: str, stop: str | None) -> str:
+    """``text`` up to ``stop``, all of it where that is None or not in it."""
+    return text.partition(stop)[0] if stop else text
 
 
 def generate_ids(
@@ -45,15 +53,17 @@ def generate_ids(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    stop_text: str | None = None,
     **options: Any,
 ) -> list[int]:
     """The tokens that continue ``prompt``.
 
     ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
     A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
-    the end-of-sequence token, and where a model with a table of positions (GPT-2, OPT) has no more. ``options``: passed
-    on to transformers (``streamer``, ``stopping_criteria``). Raises `DataError` for a prompt without tokens or with
-    more than the model has positions, or a negative temperature.
+    the end-of-sequence token, once the continuation has ``stop_text``, which is then among the tokens, and where a
+    model with a table of positions (GPT-2, OPT) has no more. ``options``: passed on to transformers (``streamer``,
+    ``stopping_criteria``). Raises `DataError` for a prompt without tokens or with more than the model has positions, or
+    a negative temperature.
     """
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
@@ -82,6 +92,9 @@ def generate_ids(
         pad_token_id=first_stop if pad is None else pad,
         **(sampling or {"do_sample": False}),
     )
+    if stop_text:
+        criteria = options.get("stopping_criteria", ())
+        options["stopping_criteria"] = StoppingCriteriaList([*criteria, _until_text(tokenizer, stop_text, length)])
     devices = [model.device] if model.device.type == "cuda" else []
     # transformers takes values that the call does not give from the model's own configuration, whose repetition penalty
     # and sampling settings would change the result.
@@ -93,6 +106,23 @@ def generate_ids(
     finally:
         model.generation_config = own
     return [int(token) for token in output[0, length:]]
+
+
+def _until_text(tokenizer: Any, stop: str, length: int) -> StoppingCriteria:
+    """Ends a generation once what follows the first ``length`` tokens has ``stop``.
+
+    That of transformers (``stop_strings``) goes over the whole vocabulary first, whose form it has to know.
+    """
+    # A token is a byte at least. Some tokenizers leave out a blank before the first token that they decode.
+    width = len(stop.encode()) + 2
+
+    class Until(StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            tail = input_ids[0, max(length, input_ids.shape[1] - width) :]
+            found = stop in tokenizer.decode(tail, skip_special_tokens=True)
+            return torch.full((len(input_ids),), found, dtype=torch.bool, device=input_ids.device)
+
+    return Until()
 
 
 def check_prompt(config: PreTrainedConfig, tokenizer: Any, prompt: str) -> None:

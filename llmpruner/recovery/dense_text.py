@@ -164,6 +164,7 @@ class _Writer:
 
     def __init__(self, text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int) -> None:
         self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
+        self._stop = family.stop_text
         asked = list(instructions())
         random.Random(seed).shuffle(asked)
         chosen = [asked[number % len(asked)] for number in range(text.answers)]
@@ -183,7 +184,7 @@ class _Writer:
         )
         found = []
         for (instruction, _), ids in zip(pairs, written, strict=True):
-            answer = self._decoded(ids, finished=len(ids) < ANSWER_TOKENS)
+            answer = self._decoded(ids, finished=len(ids) < ANSWER_TOKENS, stop=self._stop)
             if answer:
                 found.append({"instruction": instruction, "output": answer})
         return found
@@ -208,9 +209,11 @@ class _Writer:
     def _ids(self, prompt: Any) -> list[int]:
         return list(self._tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
 
-    def _decoded(self, ids: Sequence[int], *, finished: bool) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return text if finished else up_to_sentence(text)
+    def _decoded(self, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if stop and stop in text:
+            text, finished = text.partition(stop)[0], True
+        return text.strip() if finished else up_to_sentence(text.strip())
 
 
 def up_to_sentence(text: str) -> str:

@@ -41,6 +41,11 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
         turns = [turn for question, answer in exchanges for turn in (Turn("human", question), Turn("gpt", answer))]
         return template.exchanges(turns)
 
+    def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
+        """With the closing text of the answer."""
+        prompt, answered = super().training_pair(instruction, answer, input)
+        return prompt, answered + self.template.closing[1]
+
     def apply_delta(self, base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
         from .delta import apply_delta
 
@@ -54,3 +59,5 @@ class VicunaV0Family(VicunaFamily):
     summary = "Vicuna v0, the first release: another conversation format, and one more token"
     version = "v0"
     template = V0_ZERO_SHOT
+    stop_text = V0_ZERO_SHOT.stop
+    eos_after = "none"

@@ -21,8 +21,8 @@ from llmpruner_vicuna.conversation import (
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 from llmpruner_vicuna.recognition import chat_template
 
-from llmpruner.data.conversations import read_sharegpt
-from llmpruner.families.chat import chat_prompt
+from llmpruner.data.conversations import Conversation, Instruction, Message, read_sharegpt
+from llmpruner.families.chat import chat_prompt, conversation_prompt, training_texts
 from llmpruner.recovery.examples import load_examples, tokenise
 
 DATA = Path(__file__).parents[1] / "data" / "vicuna"
@@ -85,6 +85,30 @@ def test_the_families_prompt_and_train_with_their_template() -> None:
     )
     assert "".join(a + b for a, b in exchanges) == expected["prompts"]["head/vicuna_v1.1"]["full"]
     assert [b for _, b in exchanges] == expected["train"]["v1.1 HEAD"]["span_texts"]
+
+
+@pytest.mark.parametrize(
+    ("family", "template"), [(VicunaFamily(), "head/vicuna_v1.1"), (VicunaV0Family(), "head/zero_shot")]
+)
+def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: VicunaFamily, template: str) -> None:
+    turns, expected = turns_of("two_turns"), PROMPTS["two_turns"]["prompts"][template]
+    chosen = tokenizer(False)
+    first, second = (turn.text or "" for turn in turns if turn.speaker == "human")
+    said, last = (turn.text or "" for turn in turns if turn.speaker == "gpt")
+    assert conversation_prompt(family, chosen, [(first, f" {said}\n")], second) == (expected["generation"], False)
+    chat = Conversation(
+        (Message("user", first), Message("assistant", said), Message("user", second), Message("assistant", last))
+    )
+    (text,) = training_texts(chat, family, chosen)
+    assert "".join(a + b for a, b in text.closed_turns("</s>")) == expected["full"]
+    (single,) = training_texts(Instruction(first, said), family, chosen)
+    (turn,) = single.closed_turns("</s>")
+    assert turn == (family.format_prompt(first), f" {said}{family.template.closing[1]}")
+
+
+def test_answers_of_v0_stop_where_fastchat_stops_them() -> None:
+    assert VicunaFamily().stop_text is None
+    assert VicunaV0Family().stop_text == PROMPTS["one_turn"]["prompts"]["head/zero_shot"]["stop_str"] == "###"
 
 
 def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from llmpruner_vicuna.family import VicunaFamily
 from typer.testing import CliRunner
 
 from llmpruner import DataError, api
-from llmpruner.chatting.chat import Chat
+from llmpruner.chatting.chat import Chat, before_text
 from llmpruner.cli.app import build_app
 from llmpruner.errors import SettingsError
 from llmpruner.families.chat import conversation_prompt
@@ -48,6 +48,30 @@ def test_the_pieces_are_the_answer_of_generate_and_the_second_turn_has_the_first
     assert [asked for asked, _ in one.exchanges] == ["Why?", "And then?"]
     one.reset()
     assert one.exchanges == []
+
+
+def test_an_answer_ends_before_the_stop_text_of_its_family(model):
+    whole = "".join(chat(model, max_new_tokens=24).ask("Why?"))
+
+    class Stops(LlamaFamily):
+        stop_text = next(whole[n : n + 3] for n in range(8, len(whole)) if whole.index(whole[n : n + 3]) == n)
+
+    one = chat(model, family=Stops, max_new_tokens=24)
+    expected = whole.partition(Stops.stop_text)[0]
+    assert "".join(one.ask("Why?")) == expected
+    assert one.exchanges == [("Why?", expected)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("ab\n### Human", "ab\n"), ("a ## b###", "a ## b"), ("a##", "a##"), ("###", ""), ("", ""), ("#a#b##", "#a#b##")],
+)
+def test_pieces_that_may_be_of_the_stop_text_are_held_back(text, expected, size):
+    pieces = [text[n : n + size] for n in range(0, len(text), size)]
+    found = list(before_text(iter(pieces), "###"))
+    assert "".join(found) == expected and "" not in found
+    assert list(before_text(iter(pieces), None)) == pieces
 
 
 def test_a_closed_answer_stops_the_model_and_is_kept_as_far_as_it_came(model):

@@ -49,6 +49,18 @@ def test_generation_stops_at_the_end_token():
     assert generate(model, tokenizer, "The quick", max_new_tokens=12) == ""
 
 
+def test_generation_stops_at_a_text_and_leaves_it_out():
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    whole = generate_ids(model, tokenizer, "The river", max_new_tokens=24)
+    text = tokenizer.decode(whole)
+    stop = next(text[n : n + 3] for n in range(8, len(text)) if text.index(text[n : n + 3]) == n)
+    ids = generate_ids(model, tokenizer, "The river", max_new_tokens=24, stop_text=stop)
+    assert ids == whole[: len(ids)] and len(ids) < len(whole)
+    assert stop in tokenizer.decode(ids) and stop not in tokenizer.decode(ids[:-1])
+    found = generate(model, tokenizer, "The river", max_new_tokens=24, stop_text=stop)
+    assert found == text.partition(stop)[0].strip("\n")
+
+
 def test_sampling_follows_the_seed_and_leaves_the_random_state():
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
     state = torch.get_rng_state()
