@@ -13,8 +13,15 @@ from llmpruner import CheckpointError, UnsupportedModelError
 from .tensors import read_json
 
 _SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The constants of ``use_scaled_rope`` in Meta's Llama 3.1 code."""
-_SCALED_ROPE_FACTOR = 8.0
+"""The constants of ``use_scaled_rope`` in Meta's code."""
+META_FACTOR = 8.0
+"""The factor of ``use_scaled_rope`` in Meta's code, where it is a constant too."""
+
+
+def scaled_rope_factor(dim: int) -> float:
+    """The factor of ``use_scaled_rope`` in the published configurations, as ``params.json`` of the releases has none:
+    32 for Llama 3.2 (1B and 3B, with dim 2048 and 3072), 8 for Llama 3.1 and 3.3 (from dim 4096)."""
+    return 32.0 if dim <= 3072 else META_FACTOR
 
 
 def ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
@@ -59,9 +66,9 @@ class MetaParams:
                 raise CheckpointError(f"{path}: {key} is {value!r}; expected a positive number")
             return value
 
-        heads = count("n_heads")
+        heads, dim = count("n_heads"), count("dim")
         params = cls(
-            dim=count("dim"),
+            dim=dim,
             n_layers=count("n_layers"),
             n_heads=heads,
             n_kv_heads=count("n_kv_heads", heads),
@@ -71,7 +78,7 @@ class MetaParams:
             vocab_size=-1 if values.get("vocab_size", -1) == -1 else count("vocab_size"),
             rope_theta=float(number("rope_theta", 10000.0) or 10000.0),
             rope_scaling_factor=(
-                number("rope_scaling_factor", _SCALED_ROPE_FACTOR) if values.get("use_scaled_rope") else None
+                number("rope_scaling_factor", scaled_rope_factor(dim)) if values.get("use_scaled_rope") else None
             ),
             max_seq_len=count("max_seq_len") if values.get("max_seq_len") is not None else None,
         )
@@ -115,7 +122,8 @@ class MetaParams:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for ``params.json``, without those at their default: Meta's older code refuses them."""
+        """The fields for ``params.json``, without those at their default: Meta's older code refuses them. Its later
+        code ignores those that it does not know: ``rope_scaling_factor`` is for `read` alone."""
         values: dict[str, Any] = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads}
         if self.n_kv_heads != self.n_heads:
             values["n_kv_heads"] = self.n_kv_heads
@@ -127,7 +135,7 @@ class MetaParams:
             values["rope_theta"] = self.rope_theta
         if self.rope_scaling_factor is not None:
             values["use_scaled_rope"] = True
-            if self.rope_scaling_factor != _SCALED_ROPE_FACTOR:
+            if self.rope_scaling_factor != scaled_rope_factor(self.dim):
                 values["rope_scaling_factor"] = self.rope_scaling_factor
         return values
 

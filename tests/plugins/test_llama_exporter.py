@@ -8,7 +8,7 @@ from typing import Any
 import llmpruner_llama
 import pytest
 import torch
-from llama_cases import DATA, TOKENIZER, logits, read, tokens_of
+from llama_cases import DATA, TOKENIZER, copy_of, logits, read, set_param, tokens_of
 from llmpruner_llama import MetaExporter, MetaReader, meta_check
 from llmpruner_llama.meta_format import to_rotate_half
 
@@ -50,6 +50,18 @@ def test_what_is_read_back_is_the_pruned_model_that_was_never_loaded(pruned: tup
     names = {"consolidated.00.pth", "consolidated.01.pth", "params.json"}
     assert {file.name for file in (tmp_path / "meta").iterdir()} == names
     assert torch.equal(logits(read(tmp_path / "meta"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
+
+
+@pytest.mark.parametrize("factor", [None, 8.0, 32.0])
+def test_another_rotary_factor_than_that_of_metas_code_is_said(factor: float | None, tmp_path: Path) -> None:
+    folder = copy_of("gqa", "1shard", tmp_path / "source")
+    if factor is not None:
+        set_param(folder, rope_theta=500000.0, use_scaled_rope=True, rope_scaling_factor=factor)
+    save_checkpoint(read(folder), tmp_path / "hf", record={}, family=llmpruner_llama.LlamaFamily())
+    line = export(tmp_path / "hf", MetaExporter(), tmp_path / "meta", never)
+    assert ("rotary factor 8, the model has 32" in line) == (factor == 32.0)
+    if factor is not None:
+        assert MetaReader().read_config(tmp_path / "meta").rope_parameters["factor"] == factor
 
 
 def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tuple[Path, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from llama_cases import DATA, LAYOUTS, MODELS, copy_of, logits, read, resave, se
 from llmpruner_llama import MetaReader, tensors
 from llmpruner_llama.meta_convert import convert_to_huggingface
 from llmpruner_llama.meta_format import MetaTensors, to_neighbours, to_rotate_half
+from llmpruner_llama.meta_params import MetaParams
 from llmpruner_llama.output import write_safetensors
 from llmpruner_llama.tensors import HuggingFaceTensors
 from safetensors.torch import load_file
@@ -114,6 +116,24 @@ def test_embedding_split_by_rows_as_in_llama_3(tmp_path: Path) -> None:
     assert torch.equal(read(folder).get_input_embeddings().weight, expected)
 
 
+@pytest.mark.parametrize(
+    ("dim", "factor"),
+    [(2048, 32.0), (3072, 32.0), (4096, 8.0), (8192, 8.0), (16384, 8.0)],
+    ids=["3.2-1B", "3.2-3B", "3.1-8B", "3.3-70B", "3.1-405B"],
+)
+def test_the_factor_of_scaled_rope_follows_the_release(dim: int, factor: float, tmp_path: Path) -> None:
+    file = tmp_path / "params.json"
+    values = {"dim": dim, "n_layers": 2, "n_heads": 16, "rope_theta": 500000.0, "use_scaled_rope": True}
+    file.write_text(json.dumps(values))
+    params = MetaParams.read(file)
+    assert params.rope_scaling_factor == factor and "rope_scaling_factor" not in params.to_json()
+    for other in (8.0, 32.0, 16.0):
+        written = replace(params, rope_scaling_factor=other).to_json()
+        assert written.get("rope_scaling_factor") == (None if other == factor else other)
+        file.write_text(json.dumps(written))
+        assert MetaParams.read(file).rope_scaling_factor == other
+
+
 def test_scaled_rope_becomes_llama3_scaling(tmp_path: Path) -> None:
     folder = copy_of("gqa", "1shard", tmp_path / "llama31")
     set_param(folder, rope_theta=500000.0, use_scaled_rope=True)
@@ -121,7 +141,7 @@ def test_scaled_rope_becomes_llama3_scaling(tmp_path: Path) -> None:
     assert model.config.rope_parameters == {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
-        "factor": 8.0,
+        "factor": 32.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
