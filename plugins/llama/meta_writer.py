@@ -16,12 +16,15 @@ from llmpruner import CheckpointError, UnsupportedModelError, new_directory
 from .meta_files import PARAMS, TOKENIZER
 from .meta_format import Placement, placements, to_neighbours
 from .meta_params import MetaParams
+from .meta_tokenizer import is_tiktoken
 from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_THETA_OF_LLAMA_3 = 500000.0
+"""Code Llama has 1e6, and Llama 1 and 2 have 1e4."""
 _REFUSED = "Meta's format cannot hold this model"
 _EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), or whole layers (--kinds layer)"
 
@@ -95,9 +98,10 @@ def meta_params(source: TensorSource, config: LlamaConfig, shards: int) -> MetaP
 
 def write_files(source: TensorSource, params: MetaParams, directory: Path, shards: int, tokenizer: Path | None) -> None:
     """Write all files of the format into ``directory``; ``tokenizer``: the file to copy, if any."""
+    axis = _embedding_axis(params, tokenizer)
     for number in range(shards):
         state = {}
-        for placement in placements(params, tied=False):
+        for placement in placements(params, tied=False, embedding_axis=axis):
             state[placement.meta] = _part(source.read(stored_name(source, placement.name)), placement, number, shards)
         torch.save(state, directory / f"consolidated.{number:02}.pth")
     (directory / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
@@ -109,6 +113,13 @@ def stored_name(source: TensorSource, name: str) -> str:
     """The name of the tensor ``name`` in ``source``: that of the embedding for a tied head, as Meta's format has no
     tied embeddings."""
     return EMBEDDING if name == HEAD and HEAD not in source.specs else name
+
+
+def _embedding_axis(params: MetaParams, tokenizer: Path | None) -> int:
+    """The axis of the embedding that the code of the model's release splits over shards: 0 for Llama 3 and later, which
+    are known by their rotary settings or their tokenizer, else 1."""
+    of_llama_3 = params.rope_scaling_factor is not None or params.rope_theta == _THETA_OF_LLAMA_3
+    return 0 if of_llama_3 or (tokenizer is not None and is_tiktoken(tokenizer)) else 1
 
 
 def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:

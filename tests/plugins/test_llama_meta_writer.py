@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,35 @@ def test_scaled_rope_and_base_survive(tmp_path: Path) -> None:
     again = read(tmp_path / "out")
     assert again.config.rope_parameters == model.config.rope_parameters
     assert torch.equal(logits(again, tokens_of("gqa")), logits(model, tokens_of("gqa")))
+
+
+@pytest.mark.parametrize(
+    ("values", "tiktoken", "axis"),
+    [
+        ({}, False, 1),
+        ({"rope_theta": 1e6}, False, 1),
+        ({"rope_theta": 5e5}, False, 0),
+        ({"rope_theta": 5e5, "use_scaled_rope": True}, False, 0),
+        ({"use_scaled_rope": True}, False, 0),
+        ({}, True, 0),
+    ],
+    ids=["Llama 1 and 2", "Code Llama", "Llama 3", "Llama 3.1", "scaled", "tiktoken"],
+)
+def test_the_embedding_is_split_as_the_code_of_its_release_reads_it(
+    values: dict[str, Any], tiktoken: bool, axis: int, tmp_path: Path
+) -> None:
+    folder = copy_of("gqa", "1shard", tmp_path / "in")
+    set_param(folder, **values)
+    model = read(folder)
+    (tmp_path / "tokenizer.model").write_bytes(base64.b64encode(b"a") + b" 0\n")
+    write_meta(model, tmp_path / "tokenizer.model" if tiktoken else TOKENIZER, tmp_path / "out", shards=2)
+    whole = model.model.embed_tokens.weight
+    for number, part in enumerate(whole.chunk(2, axis)):
+        state = torch.load(tmp_path / "out" / f"consolidated.{number:02}.pth", weights_only=True)
+        assert torch.equal(state["tok_embeddings.weight"], part)
+    (tmp_path / "out" / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.model").unlink()
+    assert torch.equal(logits(read(tmp_path / "out"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
 
 
 def test_a_tied_head_is_written_out(tmp_path: Path) -> None:
