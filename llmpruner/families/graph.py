@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..discovery.groups import collect_blocked
 from ..models.decoder import graph_of
 from ..models.empty import meta_model
+from ..structure.architecture import declared_groups
 from ..structure.coupling import CouplingGraph
 from .family import ModelFamily
 
@@ -22,7 +23,7 @@ def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     If the family's groups are discovered, ``blocked`` lists the axes without units that no group owns.
     """
     with collect_blocked() as blocked:
-        graph = graph_of(meta_model(config), lambda: family.coupled_groups(config))
+        graph = graph_of(meta_model(config), lambda: declared_groups(family, config))
     owned = {(span.parameter, span.axis) for group in graph.groups for span in group.spans}
     if any(group.modules for group in graph.groups):
         owned.add((graph.layers, 0))

@@ -21,6 +21,7 @@ from ..models.per_layer import for_all_layers
 from ..models.quiet import quiet_transformers
 from ..models.surgery import cut
 from ..models.where import why_it_stops
+from ..structure.architecture import declared_groups
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept
 from .compare import differences
@@ -93,7 +94,7 @@ def verify(
     if source is None:
         graph = graph_of(model, lambda: discover_groups(small))
     elif not isinstance(source, Sequence):
-        graph = graph_of(model, lambda: source.coupled_groups(small))
+        graph = graph_of(model, lambda: declared_groups(source, small))
     else:
         graph = graph_of(model, lambda: source)
     wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]

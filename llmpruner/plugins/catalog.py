@@ -14,7 +14,7 @@ from ..checkpoints.reader import CheckpointReader
 from ..compensation.base import Compensation
 from ..component import Component
 from ..data.source import CalibrationSource
-from ..errors import ModelError, UnknownNameError, UnsupportedModelError
+from ..errors import LlmprunerError, ModelError, PluginError, UnknownNameError, UnsupportedModelError, first_line
 from ..evaluation.base import Metric
 from ..exporters.base import Exporter
 from ..families.auto import AUTO
@@ -69,6 +69,7 @@ class Catalog:
 
     def __init__(self, host: PluginHost) -> None:
         self.host = host
+        self._unregistered: dict[str, str] = {}  # family that could not register its models → the reason
 
     @property
     def registries(self) -> tuple[Registry[Any], ...]:
@@ -100,39 +101,74 @@ class Catalog:
         return registry[name](**(values or {}))
 
     def register_models(self) -> None:
-        """Call `ModelFamily.register_models` of every family."""
-        for cls in self.families.values():
-            cls().register_models()
+        """Call `ModelFamily.register_models` of every family. One that raises is left out, and recorded in `broken`."""
+        for name, cls in self.families.items():
+            try:
+                cls().register_models()
+            except (Exception, SystemExit) as error:
+                self._unregistered[name] = self._leave_out(self.families, name, "register_models", error)
+
+    def matching(self, config: PreTrainedConfig) -> tuple[ModelFamily, ...]:
+        """The families that match a model. One that raises is left out, and recorded in `broken`."""
+        found = []
+        for name, cls in self.families.items():
+            try:
+                if name not in self._unregistered and (family := cls()).matches(config):
+                    found.append(family)
+            except (Exception, SystemExit) as error:
+                self._leave_out(self.families, name, "matches", error)
+        return tuple(found)
+
+    def _leave_out(self, registry: Registry[Any], name: str, method: str, error: BaseException) -> str:
+        """Record that a method of a plugin's class raised, which must not stop commands on other models. Returns the
+        reason."""
+        reason = f"{method} raised {type(error).__name__}: {first_line(error)}"
+        hook = KINDS[registry.kind].hook
+        self.host.record(registry.plugin_of(name), reason, hook, registry[name].__name__)
+        return reason
 
     def family_for(self, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
         """The family of a model: ``name`` when given, else the one that matches and is not extended by another that
         matches, else ``auto``, which discovers the structure.
 
-        Raises `UnsupportedModelError` when several match, or none and the built-in plugin is blocked.
+        Raises `UnsupportedModelError` when several match, or none and the built-in plugin is blocked, and `PluginError`
+        for a name of a family that could not register its models.
         """
+        families = self.families
         if name is not None:
-            return self.families[name]()
-        families = {family.name: family for family in (cls() for cls in self.families.values())}
-        matches = [family for family in families.values() if family.matches(config)]
+            if name in self._unregistered:
+                package = families.package_of(name)
+                raise PluginError(f"family '{name}' ({package}) cannot be used: {self._unregistered[name]}")
+            return families[name]()
+        matches = self.matching(config)
         extended = {ancestor for family in matches for ancestor in _ancestors(family, families)}
         left = [family for family in matches if family.name not in extended]
         if len(left) == 1:
             return left[0]
         if left:
-            names = ", ".join(f"{f.name} ({self.families.package_of(f.name)})" for f in left)
+            names = ", ".join(f"{f.name} ({families.package_of(f.name)})" for f in left)
             raise UnsupportedModelError(
                 f"several families match model type '{config.model_type}': {names}; choose with --family"
             )
         if AUTO in families:
-            return families[AUTO]
+            return families[AUTO]()
         raise UnsupportedModelError(
             f"no family matches model type '{config.model_type}', and the built-in family that discovers structure is "
             "blocked by LLMPRUNER_BLOCK"
         )
 
     def reader_for(self, path: Path) -> CheckpointReader | None:
-        """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""
-        found = [reader for reader in (cls() for cls in self.readers.values()) if reader.recognises(path)]
+        """The reader that recognises ``path``, or None. One that raises is left out, and recorded in `broken`. Raises
+        `ModelError` when several recognise it."""
+        found = []
+        for name, cls in self.readers.items():
+            try:
+                if (reader := cls()).recognises(path):
+                    found.append(reader)
+            except LlmprunerError:
+                raise
+            except (Exception, SystemExit) as error:
+                self._leave_out(self.readers, name, "recognises", error)
         if len(found) > 1:
             raise ModelError(f"several readers recognise {path}: {', '.join(r.name for r in found)}")
         return found[0] if found else None
@@ -171,7 +207,7 @@ def _package(thing: Any) -> str:
     return str(module).partition(".")[0]
 
 
-def _ancestors(family: ModelFamily, families: Mapping[str, ModelFamily]) -> set[str]:
+def _ancestors(family: ModelFamily, families: Mapping[str, type[ModelFamily]]) -> set[str]:
     """The names of the families that ``family`` extends, directly or indirectly."""
     found: set[str] = set()
     parent = family.extends

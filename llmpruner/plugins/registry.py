@@ -59,6 +59,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             raise DuplicateNameError(self._duplicate(name))
         return self._found[name][0]
 
+    def plugin_of(self, name: str) -> str:
+        return self._entry(name).plugin
+
     def package_of(self, name: str) -> str:
         return self._entry(name).package
 

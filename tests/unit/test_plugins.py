@@ -20,6 +20,7 @@ from llmpruner import (
     DuplicateNameError,
     ImportanceCriterion,
     ModelFamily,
+    PluginError,
     RecoveryStrategy,
     UnknownNameError,
     UnsupportedModelError,
@@ -35,8 +36,10 @@ from llmpruner.data.source import CalibrationSource
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import Metric
 from llmpruner.exporters.base import Exporter
+from llmpruner.families.graph import build_graph
 from llmpruner.methods.base import Method
 from llmpruner.methods.recipe import NamedRecipe
+from llmpruner.oracle.verify import verify
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.describe import SettingFacts, describe, summary_of
 from llmpruner.plugins.host import BrokenPlugin
@@ -729,3 +732,74 @@ def test_one_reader_may_recognise_a_path():
     catalog = catalog_with(zoo=Zoo())
     assert catalog.reader_for(Path("a.zoo")).name == "zoo"
     assert catalog.reader_for(Path("a.wood")) is None
+
+
+def raising(error):
+    def method(self, *arguments):
+        raise error
+
+    return method
+
+
+@pytest.mark.parametrize("method", ["register_models", "matches"])
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'x'"), AttributeError("no rope"), SystemExit(1)]
+)
+def test_a_family_that_raises_is_left_out_alone(method, error):
+    broken = component(ModelFamily, model_types=("llama",), extends="giraffe", **{method: raising(error)})
+    catalog = catalog_with(one=family(broken), two=family(Giraffe))
+    for _ in range(2):
+        catalog.register_models()
+        assert catalog.family_for(LlamaConfig()).name == "giraffe"
+    (record,) = catalog.broken
+    reason = f"{method} raised {type(error).__name__}: {error}"
+    assert str(record) == f"plugin 'one' (in-process): Zoo of llmpruner_model_families was skipped: {reason}"
+
+
+def test_a_family_that_cannot_register_its_models_is_named_when_it_is_asked_for():
+    broken = component(ModelFamily, register_models=raising(ImportError("no flash\nmore")))
+    catalog = catalog_with(one=family(broken))
+    catalog.register_models()
+    with pytest.raises(
+        PluginError, match=r"^family 'zoo' \(in-process\).*: register_models raised ImportError: no flash$"
+    ):
+        catalog.family_for(LlamaConfig(), "zoo")
+
+
+def test_a_reader_that_raises_is_left_out_alone():
+    broken = component(CheckpointReader, recognises=raising(KeyError("magic")))
+    catalog = catalog_with(one=giving(broken, hook="llmpruner_checkpoint_readers"))
+    assert catalog.reader_for(Path("a.zoo")) is None
+    assert str(catalog.broken[0]).endswith(
+        "Zoo of llmpruner_checkpoint_readers was skipped: recognises raised KeyError: 'magic'"
+    )
+
+
+BAD_GROUPS = {
+    "None": (lambda self, config: None, "returned None; expected a list of CoupledGroup"),
+    "a text": (
+        lambda self, config: [*Giraffe().coupled_groups(config), "mlp"],
+        "returned 'mlp' in its list; expected Cou",
+    ),
+    "KeyError": (lambda self, config: {}["n_heads"], "raised KeyError: 'n_heads'"),
+    "later": (lambda self, config: (config.no_such_size for _ in range(2)), "raised AttributeError: 'LlamaConfig' "),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GROUPS)
+def test_groups_that_are_none_name_the_family_and_its_package(what):
+    groups, reason = BAD_GROUPS[what]
+    config = LlamaConfig(hidden_size=16, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
+    broken = component(ModelFamily, coupled_groups=groups, refresh=lambda self, model, counts: None)()
+    for ask in (build_graph, lambda family, config: verify(family, config, shrink=False)):
+        with pytest.raises(PluginError) as caught:
+            ask(broken, config)
+        message = str(caught.value)
+        assert message.startswith(f"family 'zoo' of package {__name__.split('.')[0]}: coupled_groups {reason}")
+        assert "\n" not in message
+
+
+def test_an_error_of_discovery_is_not_blamed_on_a_plugin(monkeypatch):
+    monkeypatch.setattr("llmpruner.discovery.groups.discover_groups", raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        build_graph(component(ModelFamily)(), LlamaConfig(num_hidden_layers=1))
