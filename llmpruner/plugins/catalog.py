@@ -14,7 +14,7 @@ from ..checkpoints.reader import CheckpointReader
 from ..compensation.base import Compensation
 from ..component import Component
 from ..data.source import CalibrationSource
-from ..errors import LlmprunerError, ModelError, PluginError, UnknownNameError, UnsupportedModelError, first_line
+from ..errors import LlmprunerError, ModelError, PluginError, UnknownNameError, UnsupportedModelError, first_line, near
 from ..evaluation.base import Metric
 from ..exporters.base import Exporter
 from ..families.auto import AUTO
@@ -147,8 +147,13 @@ class Catalog:
             return left[0]
         if left:
             names = ", ".join(f"{f.name} ({families.package_of(f.name)})" for f in left)
+            unknown = "".join(
+                f"; {f.name} extends '{f.extends}', which is no known family{near(f.extends, families)}"
+                for f in left
+                if f.extends is not None and f.extends not in families
+            )
             raise UnsupportedModelError(
-                f"several families match model type '{config.model_type}': {names}; choose with --family"
+                f"several families match model type '{config.model_type}': {names}{unknown}; choose with --family"
             )
         if AUTO in families:
             return families[AUTO]()

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from ..component import ComponentSettings
 from ..errors import DuplicateNameError, UnknownNameError
+from ..families.family import ModelFamily
 
 T = TypeVar("T")
 
@@ -93,13 +94,27 @@ def problem_of_name(cls: Any) -> str | None:
     return f"it has the name {name!r}; expected lower case text without blanks, commas, dots, colons and equals signs"
 
 
+def problem_of_types(cls: type[ModelFamily]) -> str | None:
+    """Why ``model_types`` or ``extends`` of a family is invalid, None when both are valid. A text instead of a tuple
+    would match every model type that is a part of it."""
+    types: Any = cls.model_types
+    if isinstance(types, str):
+        return f"model_types is the text {types!r}; expected a tuple: ({types!r},)"
+    if not (isinstance(types, (tuple, list, set, frozenset)) and all(isinstance(one, str) for one in types)):
+        return f"model_types is {short_repr(types)}; expected a tuple of texts"
+    extends: Any = cls.extends
+    if not (extends is None or isinstance(extends, str)):
+        return f"extends is {short_repr(extends)}; expected the name of a family, or None"
+    return None
+
+
 def problem_of(cls: Any, base: type) -> str | None:
     """Why ``cls`` cannot be used as a component of the kind of ``base``; None when it can."""
     if not (isinstance(cls, type) and issubclass(cls, base)):
         return f"{short_repr(cls)} is no subclass of {base.__name__}"
-    wrong_name = problem_of_name(cls)
-    if wrong_name:
-        return wrong_name
+    wrong = problem_of_name(cls) or (problem_of_types(cls) if issubclass(cls, ModelFamily) else None)
+    if wrong:
+        return wrong
     settings = getattr(cls, "Settings", ComponentSettings)
     if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
         return "its Settings is no subclass of ComponentSettings"

@@ -13,7 +13,7 @@ import torch
 from ..data.calibration import CalibrationSet
 from ..data.written import self_generated
 from ..discovery.groups import discover_groups
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, near
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
 from ..importance.estimate import estimate
@@ -25,6 +25,7 @@ from ..oracle.tiny import random_instance
 from ..oracle.verify import VERIFIED, random_plan, verify
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
+from ..plugins.registry import problem_of_types
 from ..recipes.pipeline import make_plan
 from ..recipes.saving import save
 from ..recovery.base import RecoveryJob
@@ -66,6 +67,12 @@ class FamilyConformance:
         return Model("tiny", config, family, build_graph(family, config), model=self.build(config), tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
+        problem = problem_of_types(self.family)
+        assert problem is None, f"family '{self.family.name}': {problem}"
+        extends, known = self.family.extends, Catalog(plugin_manager()).families
+        assert extends is None or extends in known, (
+            f"family '{self.family.name}' extends '{extends}', which is no known family{near(str(extends), known)}"
+        )
         assert self.family().matches(self.config())
 
     def test_every_cut_equals_silencing(self) -> None:

@@ -368,6 +368,22 @@ def test_a_check_that_was_not_possible_is_a_warning(monkeypatch):
         FamilyCase().test_every_cut_equals_silencing()
 
 
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"model_types": ("llama")},
+            r"'without-bias': model_types is the text 'llama'; expected a tuple: \('llama',\)",
+        ),
+        ({"extends": "lama"}, r"extends 'lama', which is no known family; did you mean llama"),
+    ],
+)
+def test_a_family_that_names_types_or_a_family_wrongly_is_noticed(monkeypatch, members, message):
+    monkeypatch.setattr(FamilyCase, "family", type("Wrong", (WithoutBias,), members))
+    with pytest.raises(AssertionError, match=message):
+        FamilyCase().test_the_family_recognises_its_configuration()
+
+
 def test_a_host_with_given_plugins(plugin_host, monkeypatch):
     class Family(ModelFamily):
         name = "given-family"

@@ -803,3 +803,43 @@ def test_an_error_of_discovery_is_not_blamed_on_a_plugin(monkeypatch):
     monkeypatch.setattr("llmpruner.discovery.groups.discover_groups", raising(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):
         build_graph(component(ModelFamily)(), LlamaConfig(num_hidden_layers=1))
+
+
+WRONG_TYPES = {
+    "a text": ("qwen2_moe", "model_types is the text 'qwen2_moe'; expected a tuple: ('qwen2_moe',)"),
+    "a number": (3, "model_types is 3; expected a tuple of texts"),
+    "a number in it": (("llama", 3), "model_types is ('llama', 3); expected a tuple of texts"),
+    "a mapping": ({"llama": 1}, "model_types is {'llama': 1}; expected a tuple of texts"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_TYPES)
+def test_model_types_that_are_no_tuple_of_texts_are_refused(what):
+    types, reason = WRONG_TYPES[what]
+    catalog = catalog_with(one=family(component(ModelFamily, model_types=types), Giraffe))
+    assert list(catalog.families) == ["auto", "giraffe"]
+    (broken,) = catalog.broken
+    assert (broken.item, broken.reason) == ("Zoo", reason)
+
+
+@pytest.mark.parametrize("types", [(), ("llama", "glm"), ["llama"], {"llama"}, frozenset({"llama"})])
+def test_model_types_may_be_any_collection_of_texts(types):
+    catalog = catalog_with(one=family(component(ModelFamily, model_types=types)))
+    assert "zoo" in catalog.families and catalog.broken == ()
+
+
+def test_what_a_family_extends_is_a_name():
+    catalog = catalog_with(one=family(component(ModelFamily, extends=["giraffe"])))
+    assert "zoo" not in catalog.families
+    assert catalog.broken[0].reason == "extends is ['giraffe']; expected the name of a family, or None"
+
+
+def test_a_misspelt_name_of_what_a_family_extends_is_said():
+    typo = component(ModelFamily, model_types=("llama",), extends="girafe")
+    catalog = catalog_with(one=family(typo, Giraffe))
+    message = (
+        r"several families match model type 'llama': giraffe \(in-process\), zoo \(in-process\); "
+        r"zoo extends 'girafe', which is no known family; did you mean giraffe\?; choose with --family"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        catalog.family_for(LlamaConfig())
