@@ -12,7 +12,7 @@ import torch
 from ..data.calibration import CalibrationSet
 from ..engine.signals import Signal
 from ..importance.base import ImportanceCriterion
-from ..importance.estimate import estimate
+from ..importance.estimate import estimate, scored_parameters
 from ..models.surgery import silence
 from ..oracle.routes import ClosedRoutes
 from ..oracle.silenced import distance, logits
@@ -38,7 +38,8 @@ class CriterionConformance:
     """Tests for a criterion, with each value of each of its `Literal` settings.
 
     ``criterion``: the class under test. `loaded` is a tiny LLaMA with every kind of unit, or a tiny mixture for a
-    criterion of experts alone; override it for a criterion of other units.
+    criterion of experts alone; override it for a criterion of other units. A criterion that scores units of experts is
+    also tested on a tiny mixture, whose experts are stacks: parameters with three axes.
     """
 
     criterion: ClassVar[type[ImportanceCriterion]]
@@ -46,6 +47,12 @@ class CriterionConformance:
     def loaded(self) -> Model:
         """The model whose units are scored; random, but the same at every call."""
         return tiny_mixture() if self.criterion.kinds == frozenset({EXPERT}) else tiny_llama()
+
+    def _models(self, criterion: ImportanceCriterion) -> list[Model]:
+        """`loaded`, and a mixture for a criterion that scores stacks, if `loaded` has none."""
+        loaded, mixture = self.loaded(), tiny_mixture()
+        more = stacks(mixture.graph, criterion) and not stacks(loaded.graph, criterion)
+        return [loaded, mixture] if more else [loaded]
 
     def test_an_entry_point_registers_it(self) -> None:
         host = plugin_manager()
@@ -69,7 +76,7 @@ class CriterionConformance:
     def test_every_saliency_is_a_finite_tensor(self) -> None:
         """Its shape is that of the parameter, or (units,); it has negative values if the criterion is ``signed``."""
         for criterion in self._instances():
-            calls = self._observe(criterion)
+            calls = [call for loaded in self._models(criterion) for call in self._observe(criterion, loaded)]
             for call in calls:
                 _check_finite(criterion, call)
             if criterion.signed:
@@ -80,7 +87,7 @@ class CriterionConformance:
     def test_it_gets_what_it_needs_and_nothing_else(self) -> None:
         """Signals that it does not need are None; those that it needs are read, as each takes time and memory."""
         for criterion in self._instances():
-            calls = self._observe(criterion)
+            calls = self._observe(criterion, self.loaded())
             for call in calls:
                 extra = unasked(criterion, call)
                 assert not extra, (
@@ -101,25 +108,37 @@ class CriterionConformance:
     def test_the_same_seed_gives_the_same_scores(self) -> None:
         """Random numbers must be from ``signals.generator``, not from global generators."""
         for first, again in zip(self._instances(), self._instances(), strict=True):
-            loaded = self.loaded()
-            runs = []
-            for number, criterion in enumerate((first, first, again)):
-                scramble(number)
-                runs.append(self._scores(loaded, criterion, scorable(loaded.graph, criterion)))
-            for run in runs[1:]:
-                _check_equal(runs[0], run, f"{label(first)} gives other scores when run again")
+            for loaded in self._models(first):
+                runs = []
+                for number, criterion in enumerate((first, first, again)):
+                    scramble(number)
+                    runs.append(self._scores(loaded, criterion, scorable(loaded.graph, criterion)))
+                for run in runs[1:]:
+                    _check_equal(runs[0], run, f"{label(first)} gives other scores when run again")
 
     def test_a_unit_scores_alike_alone(self) -> None:
         """The units of every kind get the same scores whether or not other kinds are scored beside them."""
         for criterion in self._instances():
-            loaded = self.loaded()
-            together = self._scores(loaded, criterion, scorable(loaded.graph, criterion))
-            for kind in dict.fromkeys(group.kind for group in scorable(loaded.graph, criterion)):
-                alone = self._scores(loaded, criterion, loaded.graph.of_kinds([kind]))
+            for loaded in self._models(criterion):
+                together = self._scores(loaded, criterion, scorable(loaded.graph, criterion))
+                for kind in dict.fromkeys(group.kind for group in scorable(loaded.graph, criterion)):
+                    alone = self._scores(loaded, criterion, loaded.graph.of_kinds([kind]))
+                    _check_equal(
+                        {name: together[name] for name in alone},
+                        alone,
+                        f"{label(criterion)} scores {kind} units differently when nothing else is scored",
+                    )
+
+    def test_a_matrix_of_a_stack_scores_alike_alone(self) -> None:
+        """If it gets the matrices of a stack one at a time (``by_matrix``), its scores are those of whole stacks."""
+        for criterion in self._instances():
+            for loaded in self._models(criterion) if criterion.by_matrix else ():
+                groups = scorable(loaded.graph, criterion)
+                whole = Spy(criterion, loaded.model, by_matrix=False)
                 _check_equal(
-                    {name: together[name] for name in alone},
-                    alone,
-                    f"{label(criterion)} scores {kind} units differently when nothing else is scored",
+                    self._scores(loaded, whole, groups),
+                    self._scores(loaded, criterion, groups),
+                    f"{label(criterion)} says by_matrix, but a stack scores otherwise when it is whole",
                 )
 
     def test_it_tells_units_apart(self) -> None:
@@ -134,17 +153,20 @@ class CriterionConformance:
     def test_what_it_chooses_can_be_cut(self) -> None:
         """Plan and cut half the units of every kind: the logits equal those of the model with these units silenced."""
         for criterion in self._instances():
-            for kind in dict.fromkeys(group.kind for group in scorable(self.loaded().graph, criterion)):
-                loaded = self.loaded()
-                plan, _ = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
-                reference, mode = _silenced(loaded, plan.kept)
-                cut = cut_by(loaded, plan).model
-                tokens = torch.arange(3, 90).view(3, 29)
-                with mode:
-                    expected = logits(reference, tokens)
-                if not distance(logits(cut, tokens), expected) <= TOLERANCE:
-                    where = first_difference(cut, reference, tokens, mode)
-                    raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
+            for number, one in enumerate(self._models(criterion)):
+                for kind in dict.fromkeys(group.kind for group in scorable(one.graph, criterion)):
+                    self._check_cut(criterion, self._models(criterion)[number], kind)
+
+    def _check_cut(self, criterion: ImportanceCriterion, loaded: Model, kind: str) -> None:
+        plan, _ = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
+        reference, mode = _silenced(loaded, plan.kept)
+        cut = cut_by(loaded, plan).model
+        tokens = torch.arange(3, 90).view(3, 29)
+        with mode:
+            expected = logits(reference, tokens)
+        if not distance(logits(cut, tokens), expected) <= TOLERANCE:
+            where = first_difference(cut, reference, tokens, mode)
+            raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
 
     def _instances(self) -> list[ImportanceCriterion]:
         return settings_grid(self.criterion)
@@ -155,8 +177,7 @@ class CriterionConformance:
         tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
         return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
 
-    def _observe(self, criterion: ImportanceCriterion) -> list[Call]:
-        loaded = self.loaded()
+    def _observe(self, criterion: ImportanceCriterion, loaded: Model) -> list[Call]:
         spy = Spy(criterion, loaded.model)
         self._scores(loaded, spy, scorable(loaded.graph, criterion))
         return spy.calls
@@ -165,6 +186,12 @@ class CriterionConformance:
 def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[CoupledGroup, ...]:
     """The groups whose units a criterion scores."""
     return tuple(group for group in graph.groups if criterion.accepts(group.kind))
+
+
+def stacks(graph: CouplingGraph, criterion: ImportanceCriterion) -> bool:
+    """Whether a criterion scores parameters with three axes, as stacks of experts are."""
+    groups = scorable(graph, criterion)
+    return any(len(graph.shapes[name]) == 3 for name in scored_parameters(graph, groups, criterion))
 
 
 def _check_finite(criterion: ImportanceCriterion, call: Call) -> None:

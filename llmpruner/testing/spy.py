@@ -50,11 +50,14 @@ class Call:
 
 
 class Spy(ImportanceCriterion):
-    """Passes every call on to another criterion, and records those that returned a tensor as `calls`."""
+    """Passes every call on to another criterion, and records those that returned a tensor as `calls`.
 
-    def __init__(self, inner: ImportanceCriterion, model: PreTrainedModel) -> None:
+    ``by_matrix``: None for that of the other criterion."""
+
+    def __init__(self, inner: ImportanceCriterion, model: PreTrainedModel, *, by_matrix: bool | None = None) -> None:
         self.inner, self.model = inner, model
         self.name = inner.name  # type: ignore[misc]
+        self.by_matrix = inner.by_matrix if by_matrix is None else by_matrix  # type: ignore[misc]
         self.settings = inner.settings
         self.calls: list[Call] = []
 
@@ -100,7 +103,7 @@ class Spy(ImportanceCriterion):
         gram = None if signals.inputs is None else signals.inputs.gram
         shown: dict[Signal, Any] = {s: getattr(signals, f, None) for s, f in FIELDS.items()}
         shown[Signal.GRAM] = gram
-        return Call(self._parameter(signals.weight), shown, expected)
+        return Call(self._parameter(signals.weight, signals.matrix), shown, expected)
 
     def _ask(self, method: str, call: Call, *arguments: Any) -> Any:
         try:
@@ -120,10 +123,15 @@ class Spy(ImportanceCriterion):
         self.calls.append(call)
         return result
 
-    def _parameter(self, weight: torch.Tensor) -> str:
-        """The name of a parameter, found by its values, as no two parameters of a random model are equal."""
+    def _parameter(self, weight: torch.Tensor, matrix: int | None) -> str:
+        """The name of a parameter, found by its values, as no two parameters of a random model are equal. ``matrix``:
+        the number of ``weight`` in a stack."""
         parameters: list[tuple[str, torch.Tensor]] = list(self.model.named_parameters())
-        return next(name for name, p in parameters if p.shape == weight.shape and torch.equal(p, weight))
+        for name, parameter in parameters:
+            shown = parameter if matrix is None else parameter[matrix : matrix + 1]
+            if shown.shape == weight.shape and torch.equal(shown, weight):
+                return name
+        raise ValueError(f"no parameter has the values of a weight of shape {tuple(weight.shape)}")
 
 
 class _Reader:

@@ -166,6 +166,38 @@ BROKEN_CRITERIA = [
 ]  # fmt: skip
 
 
+def on_stacks(function: Any, **members: Any) -> type[ImportanceCriterion]:
+    """A criterion that gives the absolute weight, and for a stack what ``function`` makes of it."""
+    return broken(
+        saliency=lambda self, s: s.weight.abs() if s.weight.dim() < 3 else function(s.weight.abs()), **members
+    )
+
+
+def over_the_stack(weight: torch.Tensor) -> torch.Tensor:
+    return weight / weight.mean()
+
+
+def nan_in_the_last(weight: torch.Tensor) -> torch.Tensor:
+    weight = weight.clone()
+    weight[-1, 0, 0] = float("nan")
+    return weight
+
+
+STACKS = "test_a_matrix_of_a_stack_scores_alike_alone"
+BROKEN_CRITERIA += [
+    (
+        STACKS,
+        on_stacks(over_the_stack, by_matrix=True),
+        r"by_matrix, but a stack scores otherwise when it is whole: gr",
+    ),
+    (SALIENCY, on_stacks(nan_in_the_last), r"experts.gate_up_proj' is nan at \(6, 0, 0\)|group .* not a finite"),
+    (SALIENCY, on_stacks(lambda w: w.sum(0)), r"saliency of '[\w.]*experts[\w.]*' has shape \(.*\), expected \(7, "),
+    (SALIENCY, on_stacks(lambda w: w.sum(0), by_matrix=True), r"experts.*' has shape \(.*\), expected \(1, "),
+    (SEEDED, on_stacks(lambda w: torch.rand(w.shape)), r"other scores when run again: group '.*', unit 0 scores"),
+    ("test_what_it_chooses_can_be_cut", on_stacks(nan_in_the_last), "score that is not a finite number"),
+]
+
+
 @pytest.mark.parametrize(("check", "cls", "message"), BROKEN_CRITERIA)
 def test_a_broken_criterion_is_caught(check, cls, message):
     with pytest.raises((AssertionError, ModelError), match=message):
@@ -190,6 +222,22 @@ def test_a_signal_that_was_not_asked_for_is_caught():
     case._scores = lambda loaded, spy, groups: spy.saliency(spied)
     with pytest.raises(AssertionError, match=r"did not ask for grad, and sees it of 'lm_head.weight'"):
         case.test_it_gets_what_it_needs_and_nothing_else()
+
+
+def test_a_stack_is_watched_as_it_is_scored():
+    """A criterion that says `by_matrix` gets one matrix at a time in the kit, too."""
+    shapes = []
+    seen = broken(saliency=lambda self, s: shapes.append(s.weight.shape) or s.weight.abs(), by_matrix=True)
+    run(CriterionConformance, "criterion", seen, SALIENCY)
+    assert {shape[0] for shape in shapes if len(shape) == 3} == {1}
+
+
+def test_a_criterion_of_attention_is_shown_no_mixture():
+    seen = []
+    cls = broken(kinds=frozenset({"attention"}), saliency=lambda self, s: seen.append(s.weight.dim()) or s.weight.abs())
+    for check in (SALIENCY, SEEDED, ALONE, STACKS):
+        run(CriterionConformance, "criterion", cls, check)
+    assert max(seen) == 2
 
 
 def test_a_cut_that_disagrees_is_caught(monkeypatch):
