@@ -66,7 +66,9 @@ def convert(
             raise LlmprunerError("--to meta keeps the type of the weights; leave --dtype out")
         if MetaReader().recognises(source):
             raise ModelError(f"{source} is in Meta's format already")
-        convert_to_meta(source, output, shards, tokenizer=None if no_tokenizer else tokenizer or True)
+        lost = convert_to_meta(source, output, shards, tokenizer=None if no_tokenizer else tokenizer or True)
+        for remark in lost:
+            typer.echo(f"note: {remark}", err=True)
     elif source is not None:
         if (source / "config.json").is_file():
             raise ModelError(f"{source} is in Hugging Face's format already; use --to meta for the other direction")

@@ -14,7 +14,8 @@ class MetaExporter(Exporter):
     fewer layers, but not pruned attention or hidden channels.
 
     Meta's own code has one factor for scaled rotary frequencies, 8, and ignores others in ``params.json``, which
-    llmpruner reads: of models with another (Llama 3.2 has 32), it computes slightly different logits.
+    llmpruner reads: of models with another (Llama 3.2 has 32), it computes slightly different logits. The length of the
+    context is not stored, because Meta's code takes it as an argument and refuses it in ``params.json``.
     """
 
     name = "meta"
@@ -30,11 +31,9 @@ class MetaExporter(Exporter):
 
     def export(self, task: ExportTask) -> str:
         from .meta_check import write_and_check
-        from .meta_params import META_FACTOR
 
         shards, own = self.settings.shards, task.source / TOKENIZER
         tokenizer = self.settings.tokenizer or (own if own.is_file() else None)
-        factor = write_and_check(task, shards, tokenizer).rope_scaling_factor
+        lost = "".join(f"; {remark}" for remark in write_and_check(task, shards, tokenizer))
         bare = "" if tokenizer else f"; without {TOKENIZER}, as the source has none (--set meta.tokenizer=PATH)"
-        other = "" if factor in (None, META_FACTOR) else f"; Meta's code has rotary factor 8, the model has {factor:g}"
-        return f"Meta's llama code loads it with model-parallel size {shards}, and llmpruner does{other}{bare}"
+        return f"Meta's llama code loads it with model-parallel size {shards}, and llmpruner does{lost}{bare}"

@@ -12,8 +12,7 @@ from llmpruner import CheckpointError, ExportTask
 from .meta_convert import config_of, tokenizer_in
 from .meta_files import TOKENIZER
 from .meta_format import MetaTensors
-from .meta_params import MetaParams
-from .meta_writer import meta_params, open_source, stored_name, write_files
+from .meta_writer import meta_params, open_source, remarks, stored_name, write_files
 from .tensors import TensorSource
 
 if TYPE_CHECKING:
@@ -25,16 +24,16 @@ _FIELDS = (
 )
 
 
-def write_and_check(task: ExportTask, shards: int, tokenizer: Path | None) -> MetaParams:
-    """Write ``task.source`` to ``task.directory`` in Meta's format, check it, and return the parameters that were
-    written. ``tokenizer``: file to copy."""
+def write_and_check(task: ExportTask, shards: int, tokenizer: Path | None) -> list[str]:
+    """Write ``task.source`` to ``task.directory`` in Meta's format, check it, and return `remarks`. ``tokenizer``: file
+    to copy."""
     tensors, config = open_source(task.source)
     params = meta_params(tensors, config, shards)
     task.progress.status("Writing Meta's format")
     write_files(tensors, params, task.directory, shards, tokenizer)
     task.progress.status("Reading it back")
     check_written(task.directory, tensors, config)
-    return params
+    return remarks(params, config)
 
 
 def check_written(directory: Path, source: TensorSource, config: LlamaConfig) -> None:

@@ -15,7 +15,7 @@ from llmpruner import CheckpointError, UnsupportedModelError, new_directory
 
 from .meta_files import PARAMS, TOKENIZER
 from .meta_format import Placement, placements, to_neighbours
-from .meta_params import MetaParams
+from .meta_params import META_FACTOR, MetaParams
 from .meta_tokenizer import is_tiktoken
 from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
 
@@ -45,9 +45,9 @@ def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shar
 
 def convert_to_meta(
     source: Path, target: Path, shards: int = 1, *, tokenizer: Path | Literal[True] | None = True
-) -> None:
-    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`. One shard is in
-    memory at a time.
+) -> list[str]:
+    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`. Returns
+    `remarks`. One shard is in memory at a time.
 
     ``tokenizer``: the ``tokenizer.model`` to copy, True for the one in ``source``, None for none.
     """
@@ -57,6 +57,19 @@ def convert_to_meta(
     params = meta_params(tensors, config, shards)
     with new_directory(target, empty=True) as stage:
         write_files(tensors, params, stage, shards, file)
+    return remarks(params, config)
+
+
+def remarks(params: MetaParams, config: LlamaConfig) -> list[str]:
+    """What the format, or Meta's code, does not keep of the model."""
+    found = []
+    factor, positions = params.rope_scaling_factor, config.max_position_embeddings
+    if factor not in (None, META_FACTOR):
+        found.append(f"its rotary factor is {factor:g}, and Meta's code takes {META_FACTOR:g}")
+    # ``max_seq_len`` in params.json is a second value for an argument that Meta's code gives, which Python refuses.
+    if positions != params.max_positions:
+        found.append(f"its context of {positions} tokens is not stored, and is read back as {params.max_positions}")
+    return found
 
 
 def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from llama_cases import DATA, TOKENIZER, copy_of, logits, read, set_param, tokens_of
 from llmpruner_llama import MetaExporter, MetaReader, meta_check
 from llmpruner_llama.meta_format import to_rotate_half
+from llmpruner_llama.meta_writer import convert_to_meta
 
 from llmpruner import CheckpointError, OutputError, UnsupportedModelError, build_graph, save_checkpoint
 from llmpruner.errors import SettingsError
@@ -59,9 +61,22 @@ def test_another_rotary_factor_than_that_of_metas_code_is_said(factor: float | N
         set_param(folder, rope_theta=500000.0, use_scaled_rope=True, rope_scaling_factor=factor)
     save_checkpoint(read(folder), tmp_path / "hf", record={}, family=llmpruner_llama.LlamaFamily())
     line = export(tmp_path / "hf", MetaExporter(), tmp_path / "meta", never)
-    assert ("rotary factor 8, the model has 32" in line) == (factor == 32.0)
+    assert ("its rotary factor is 32, and Meta's code takes 8" in line) == (factor == 32.0)
     if factor is not None:
         assert MetaReader().read_config(tmp_path / "meta").rope_parameters["factor"] == factor
+
+
+def test_a_context_that_the_format_does_not_keep_is_said(pruned: tuple[Path, Any], tmp_path: Path) -> None:
+    source, model = pruned
+    known = model.config.max_position_embeddings
+    config = json.loads((source / "config.json").read_text())
+    for positions in (known, 16 * known):
+        (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        said = f"its context of {positions} tokens is not stored, and is read back as {known}"
+        line = export(source, MetaExporter(), tmp_path / f"exported{positions}", never)
+        converted = convert_to_meta(source, tmp_path / f"converted{positions}", tokenizer=None)
+        assert (said in line) == (positions != known) and converted == ([said] if positions != known else [])
+        assert MetaReader().read_config(tmp_path / f"exported{positions}").max_position_embeddings == known
 
 
 def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tuple[Path, Any], tmp_path: Path) -> None:
