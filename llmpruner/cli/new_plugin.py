@@ -70,6 +70,8 @@ def new_plugin(
         facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts, kind=kind))
     types = "".join(f" for model type {model_type}" for model_type in facts.types) if facts else ""
+    if facts and facts.parent:
+        types = f" for models of the family {facts.parent.family}"
     lines = [f"{directory}: {adds.title} {name}{types}"]
     if facts and facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")

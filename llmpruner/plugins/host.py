@@ -14,6 +14,9 @@ from . import builtin, hookspecs
 from .calls import BUILTIN, Answer, HookCalls
 from .manager import HookManager
 
+IN_PROCESS = "in-process"
+"""Instead of a package, for plugins that a program has registered."""
+
 
 @dataclass(frozen=True, slots=True)
 class BrokenPlugin:
@@ -47,7 +50,7 @@ class PluginHost:
     _recorded: list[BrokenPlugin] = field(default_factory=list)
 
     def package_of(self, plugin: str) -> str:
-        return self.packages.get(plugin, "in-process")
+        return self.packages.get(plugin, IN_PROCESS)
 
     def call(
         self, hook: str, arguments: Callable[[], Mapping[str, Any]] = dict, *, returns: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import CONFIG_MAPPING
 
 from ..errors import ModelError, UnsupportedModelError, first_line
+from ..families.family import ModelFamily
 from ..loading.model import load_structure
 from ..models.quiet import quiet_transformers
 from ..oracle.tiny import small_config
 from ..oracle.verify import VERIFIED, verify
+from ..plugins.host import IN_PROCESS
 from ..settings import LoadSettings
-from .package import ModelFacts
+from .package import ModelFacts, Parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 """Values of a configuration about its origin, which constructors do not need."""
+LLMPRUNER = "llmpruner"
+"""The distribution that every plugin requires."""
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
@@ -38,22 +43,26 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     with quiet_transformers():
         config = read_config(source, catalog)
         small = small_config(config)
+        values = _arguments(small)
+        relative = _relative(config, catalog)
+        derived = relative is not None and _is_special(relative)
         facts = ModelFacts(
             types=(config.model_type,),
             config_class=type(config).__name__,
             config_module=_public_module(type(config)),
-            config_values=_arguments(small),
-            extends=_relative(config, catalog),
+            config_values=values,
+            extends=relative.name if relative else None,
             package=package,
             requires=distribution,
+            parent=_parent(relative, config, values, catalog) if relative and derived else None,
         )
-        return replace(facts, kinds=_proved(small))
+        return replace(facts, kinds=_proved(small, relative if derived else None))
 
 
-def _proved(small: PreTrainedConfig) -> tuple[str, ...]:
-    """The kinds of units that discovery finds. Raises `UnsupportedModelError` if the oracle does not verify them all,
-    as the family's tests would fail."""
-    verdicts = verify(None, small, shrink=False)
+def _proved(small: PreTrainedConfig, family: ModelFamily | None) -> tuple[str, ...]:
+    """The kinds of units of ``family``; None: those that discovery finds. Raises `UnsupportedModelError` if the oracle
+    does not verify them all, as the family's tests would fail."""
+    verdicts = verify(family, small, shrink=False)
     for verdict in verdicts:
         if verdict.verdict != VERIFIED:
             raise UnsupportedModelError(
@@ -111,11 +120,65 @@ def _import(package: str) -> str:
     return sorted(set(found))[0]
 
 
-def _relative(config: PreTrainedConfig, catalog: Catalog) -> str | None:
+def _relative(config: PreTrainedConfig, catalog: Catalog) -> ModelFamily | None:
     """The family that matches ``config`` already, which the new one must extend."""
-    if not any(cls().matches(config) for cls in catalog.families.values()):
+    return catalog.family_for(config) if catalog.matching(config) else None
+
+
+def _is_special(family: ModelFamily) -> bool:
+    """Whether a family is for some models of a type, or has a chat format: a family of the type that extends it would
+    take other models over, and lose the format."""
+    own_models = type(family).matches is not ModelFamily.matches
+    return family.extends is not None or family.has_own_format or own_models
+
+
+def _parent(family: ModelFamily, config: PreTrainedConfig, values: Mapping[str, Any], catalog: Catalog) -> Parent:
+    """What a family that derives from ``family`` needs. ``values``: of the small configuration.
+
+    Raises `UnsupportedModelError` where the class cannot be imported from an installed package, or does not recognise
+    the small model.
+    """
+    cls, distribution = type(family), catalog.families.package_of(family.name)
+    module = _public_module(cls)
+    importable = getattr(importlib.import_module(module), cls.__name__, None) is cls
+    if not importable or distribution == IN_PROCESS:
+        raise UnsupportedModelError(
+            f"these models have the family '{family.name}', which is in no installed package that a new one could "
+            "require"
+        )
+    known_as = _known_as(family, config, values)
+    if known_as is None:
+        raise UnsupportedModelError(
+            f"family '{family.name}' does not recognise a small model of this kind, which tests need; derive from "
+            f"{cls.__name__} of {module} by hand"
+        )
+    return Parent(
+        family.name,
+        cls.__name__,
+        module,
+        requires=None if distribution == LLMPRUNER else distribution,
+        known_as=known_as,
+        plain=_plain(family, type(config), catalog),
+    )
+
+
+def _known_as(family: ModelFamily, config: PreTrainedConfig, values: Mapping[str, Any]) -> str | None:
+    """A name or path with which ``family`` recognises the small configuration; None if there is none."""
+    for name in ("", Path(str(config.name_or_path)).name, family.name):
+        small = type(config)(**values)
+        small.name_or_path = name
+        if family.matches(small):
+            return name
+    return None
+
+
+def _plain(family: ModelFamily, cls: type[PreTrainedConfig], catalog: Catalog) -> str | None:
+    """The family of a default configuration of ``cls``; None where that is ``family``, or cannot be told."""
+    try:
+        found = catalog.family_for(cls())
+    except Exception:  # third-party constructors raise anything
         return None
-    return catalog.family_for(config).name
+    return None if found.name == family.name else found.name
 
 
 def _public_module(cls: type[Any]) -> str:

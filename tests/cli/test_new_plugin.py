@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import llmpruner
-from llmpruner import LlmprunerError, OutputError, UnknownNameError
-from llmpruner.scaffold.model import ModelFacts
-from llmpruner.scaffold.package import KINDS, PluginName, render, write
+from llmpruner import Catalog, LlmprunerError, ModelFamily, OutputError, UnknownNameError, UnsupportedModelError
+from llmpruner.scaffold.model import describe
+from llmpruner.scaffold.package import KINDS, ModelFacts, Parent, PluginName, render, write
+from llmpruner.testing import host_with
 from llmpruner.testing.fresh import run_fresh
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package"
@@ -182,6 +183,93 @@ def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_pat
     package = tmp_path / "llmpruner-alpaca"
     assert run("new-plugin", "alpaca", "--from", dense, "-o", package).code == 0
     assert 'extends = "llama"' in (package / "src" / "llmpruner_alpaca" / "family.py").read_text()
+
+
+@pytest.fixture
+def vicuna(dense, tmp_path) -> Path:
+    """A LLaMA that is recognised as Vicuna by its name."""
+    return Path(shutil.copytree(dense, tmp_path / "vicuna-7b-v1.5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "parent", "plain"),
+    [
+        ("vicuna", "VicunaFamily of llmpruner_vicuna", 'family_for(LlamaConfig()).name == "llama"'),
+        ("chatglm", "ChatGLMFamily of llmpruner_chatglm", None),
+    ],
+)
+def test_a_family_with_a_chat_format_is_derived_from(run, vicuna, tmp_path, source, parent, plain):
+    package = tmp_path / "llmpruner-mine"
+    done = run("new-plugin", "mine", "--from", vicuna if source == "vicuna" else source, "-o", package)
+    assert done.code == 0, done.err
+    assert f"family mine for models of the family {source}\n" in done.out
+    cls, module = parent.split(" of ")
+    code = (package / "src" / "llmpruner_mine" / "family.py").read_text()
+    assert f"from {module} import {cls}\n" in code and f"class MineFamily({cls}):" in code
+    assert f'extends = "{source}"' in code and "model_types" not in code and "def matches" not in code
+    assert '  "llmpruner",\n' not in (package / "pyproject.toml").read_text()
+    tests = (package / "tests" / "test_family.py").read_text()
+    assert (plain in tests) if plain else ("keep_their_family" not in tests)
+    check_style(package, tmp_path / "mypy")
+    install(tmp_path / "site", package)
+    passed = run_tests(package, tmp_path / "site", choose=f"{QUICK} or keep or prompt")
+    assert passed.startswith("7 passed" if plain else "6 passed")
+    check = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from transformers import LlamaConfig
+        from llmpruner import Catalog, plugin_manager
+        for name in ("", "llama-7b", "vicuna-7b", "vicuna-7b-v0"):
+            print(Catalog(plugin_manager()).family_for(LlamaConfig(name_or_path=name)).name)
+    """
+    names = run_fresh(check, tmp_path / "site").stdout.split()
+    assert names == ["llama", "llama", "mine" if source == "vicuna" else "vicuna", "vicuna-v0"]
+
+
+@pytest.mark.slow
+def test_a_family_that_is_recognised_by_its_template_is_derived_from(run, dense, tmp_path):
+    from llmpruner_vicuna.conversation import V1_1
+    from llmpruner_vicuna.recognition import chat_template
+
+    model = Path(shutil.copytree(dense, tmp_path / "tuned"))
+    (model / "chat_template.jinja").write_text(chat_template(V1_1))
+    assert run("new-plugin", "mine", "--from", model, "-o", tmp_path / "out").code == 0
+    assert 'config.name_or_path = "vicuna"' in (tmp_path / "out" / "tests" / "test_family.py").read_text()
+
+
+def test_the_package_of_a_parent_is_required():
+    parent = Parent("acme", "AcmeFamily", "acme_models.families", "acme-llm", "", "llama")
+    facts = ModelFacts(
+        types=("llama",), config_class="LlamaConfig", config_module="transformers", extends="acme", parent=parent
+    )
+    files = render(PluginName("mine"), facts)
+    assert '  "acme-llm",\n' in files["pyproject.toml"] and 'module = ["acme_models.*"]' in files["pyproject.toml"]
+    assert "from acme_models.families import AcmeFamily\n" in files["src/llmpruner_mine/family.py"]
+
+
+class ByFiles(ModelFamily):
+    """Recognises models by what a small one lacks."""
+
+    name = "by-files"
+    extends = "llama"
+
+    def matches(self, config):
+        return config.model_type == "llama" and config.vocab_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("in-process", "family 'by-files', which is in no installed package that a new one could require"),
+        ("by-files-package", "family 'by-files' does not recognise a small model of this kind, which tests need"),
+    ],
+)
+def test_a_parent_that_cannot_be_derived_from_is_refused(package, message):
+    host = host_with(ByFiles, entry_points=True)
+    host.packages["ByFiles"] = package
+    with pytest.raises(UnsupportedModelError, match=message):
+        describe("llama", Catalog(host))
 
 
 @pytest.mark.parametrize(
