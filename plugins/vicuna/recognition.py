@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 Version = Literal["v0", "v1"]
 
-_V0 = re.compile(r"(^|[-_.])v0([-_.]|$)")
+_V0 = re.compile(r"(^|[-_.])v0([-_.]|$)|stable[-_.]?vicuna")
+"""StableVicuna is v0, tuned further with the same roles (``### Human:``, ``### Assistant:``)."""
 
 
 def version_of(config: PreTrainedConfig) -> Version | None:
