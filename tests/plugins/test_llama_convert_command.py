@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from llama_cases import DATA, TOKENIZER, copy_of, logits, read, tokens_of
+from llama_cases import DATA, TOKENIZER, copy_of, logits, read, set_param, tokens_of
 from llmpruner_llama.deltas import DeltaFamily, delta_family
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -47,6 +47,14 @@ def test_meta_to_hugging_face_and_back(run: Run, tmp_path: Path) -> None:
     assert run("convert", tmp_path / "hf", "-o", tmp_path / "back", "--to", "meta", "--shards", 2)[0] == 0
     assert torch.equal(logits(read(tmp_path / "back"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_what_metas_format_loses_is_noted(run: Run, tmp_path: Path) -> None:
+    folder = copy_of("gqa", "1shard", tmp_path / "meta")
+    set_param(folder, max_seq_len=77)
+    assert run("convert", folder, "-o", tmp_path / "hf", "--no-tokenizer")[0] == 0
+    code, _, noted = run("convert", tmp_path / "hf", "-o", tmp_path / "back", "--to", "meta", "--no-tokenizer")
+    assert code == 0 and "note: its context of 77 tokens is not stored" in noted
 
 
 def test_weights_alone_in_another_type(run: Run, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from llmpruner_vicuna.recognition import chat_template
 
 from llmpruner.data.conversations import Conversation, Instruction, Message, read_sharegpt
 from llmpruner.families.chat import chat_prompt, conversation_prompt, training_texts
-from llmpruner.recovery.examples import load_examples, tokenise
+from llmpruner.recovery.examples import Examples, load_examples, tokenise
 
 DATA = Path(__file__).parents[1] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -101,6 +101,8 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
     )
     (text,) = training_texts(chat, family, chosen)
     assert "".join(a + b for a, b in text.closed_turns("</s>")) == expected["full"]
+    (row,) = tokenise(Examples((text,), "here"), chosen, cutoff=512, loss_on="answers")
+    assert row["input_ids"] == chosen(expected["full"])["input_ids"]
     (single,) = training_texts(Instruction(first, said), family, chosen)
     (turn,) = single.closed_turns("</s>")
     assert turn == (family.format_prompt(first), f" {said}{family.template.closing[1]}")
