@@ -169,7 +169,7 @@ class Oracle:
 
     def judge(self, kind: str) -> Verdict:
         every = self.graph.of_kinds([kind])
-        groups = [g for g in every if g.units > g.minimum]
+        groups = [g for g in every if _choices(g)]
         record = _Record(skipped=list(self.skipped))
         if len(groups) < len(every):
             record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
@@ -304,16 +304,23 @@ class Disagreement(LlmprunerError):
         self.difference, self.where = difference, where
 
 
+def _choices(group: CoupledGroup) -> list[int]:
+    """How many units of each block may be kept, a third of them or more; empty where no unit can be removed."""
+    per_block = group.units // group.blocks
+    least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
+    return [n for n in range(least, per_block) if n * group.blocks % group.multiple == 0]
+
+
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
-    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible."""
+    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible.
+    Groups of which no unit can be removed are left out."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for group in groups:
-        per_block = group.units // group.blocks
-        least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
-        choices = [n for n in range(least, per_block) if n * group.blocks % group.multiple == 0]
+        choices = _choices(group)
         if not choices:
             continue
+        per_block = group.units // group.blocks
         pick = int(torch.randint(len(choices), (1,), generator=generator)) if uneven else len(choices) // 2
         units: list[int] = []
         for block in range(group.blocks):
