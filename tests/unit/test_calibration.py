@@ -398,7 +398,7 @@ def test_a_question_ends_where_the_model_writes_what_follows_it():
     tokenizer = tiny_models.tokenizer()
     ids = tokenizer("Two rivers? ASSISTANT: Elbe.", add_special_tokens=False)["input_ids"]
     assert _text(tokenizer, ids, "ASSISTANT:") == "Two rivers?"
-    assert _text(tokenizer, ids) == "Two rivers? ASSISTANT: Elbe."
+    assert _text(tokenizer, ids, None) == "Two rivers? ASSISTANT: Elbe."
 
 
 def test_a_format_of_a_family_is_written_too(chatty):

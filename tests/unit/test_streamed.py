@@ -124,10 +124,10 @@ def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
     held: set[int] = set()
     run = ForwardWalk.run
 
-    def watched(walk, number, batch, hidden):
+    def watched(walk, number, *arguments, **options):
         names = [name for name, parameter in walk.executor.model.named_parameters() if not parameter.is_meta]
         held.add(len({walk.executor.weights.number(name) for name in names}))
-        return run(walk, number, batch, hidden)
+        return run(walk, number, *arguments, **options)
 
     monkeypatch.setattr(ForwardWalk, "run", watched)
     prune(dense("llama-gqa"), tmp_path / "out", streamed=True, **METHODS["best"])
