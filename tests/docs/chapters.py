@@ -145,6 +145,9 @@ def _environment(site: Path) -> dict[str, str]:
         "TUTORIAL": str(TUTORIAL),
         "COLUMNS": "100",
         "OMP_NUM_THREADS": "1",
+        # Warnings of other packages depend on their versions.
+        "PYTHONWARNINGS": "ignore",
+        "PYTEST_ADDOPTS": "-p no:warnings",
         "PIP_TARGET": str(site),
         "PIP_NO_INDEX": "1",
         "PIP_NO_DEPS": "1",
