@@ -150,7 +150,7 @@ class _Repair:
         return int(state["layers"])
 
     def _record(self, number: int) -> None:
-        # A continued run would lack what the layers have passed on.
+        # A continued run would lack the keys and values that layers have passed on; it fits all layers again.
         if self.journal is not None and not self.walk.passes_on:
             state = {
                 "layers": number + 1,

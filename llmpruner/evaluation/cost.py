@@ -53,8 +53,8 @@ def speed(
     with the cache.
 
     A run processes ``prompt_tokens`` tokens and predicts the next one, then decodes ``new_tokens`` tokens; the two are
-    timed separately. The first of ``runs + 1`` runs is not counted. Raises `DataError`
-    for a model with fewer positions.
+    timed separately. The first of ``runs + 1`` runs is not counted. Raises `DataError` for a model with
+    fewer positions.
     """
     check_table(model, prompt_tokens + new_tokens, *beyond(prompt_tokens, new_tokens))
     prompt = sample_tokens(model, prompt_tokens, seed)
