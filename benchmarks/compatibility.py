@@ -7,8 +7,9 @@
 Lowest: of every package that pyproject.toml names, the lower bound; of those that these need, the newest that fits.
 Where uv takes a newer one, as another package needs it, the results say so. A bound with which a test fails is wrong
 and must be raised. Newest: no bound but those of the packages themselves. The tools of the tests are the newest in
-both. ``--keep``: the environments are kept below this folder, and used again when they exist. Needs `uv <https://docs.astral.sh/uv>`_, which installs the lowest
-versions; exits with 1 when something cannot be installed or a test fails.
+both. ``--keep``: the environments are kept below this folder, and used again when they exist. Needs
+`uv <https://docs.astral.sh/uv>`_, which installs the lowest versions; exits with 1 when something cannot be installed
+or a test fails.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def passes_on(calls: Sequence[Call]) -> bool:
 
 
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that one into which layers put
-    values is still empty."""
+    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that one into which layers
+    put values is still empty."""
     return isinstance(value, MutableMapping) and not value
 
 
