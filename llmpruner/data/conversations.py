@@ -97,7 +97,7 @@ def example(record: Record) -> Example:
     a blank.
     """
     found = _example(record)
-    for text in _texts(found):
+    for text in example_texts(found):
         # Only of long texts, as looking takes time too.
         if len(text) > LONGEST_RUN and any(run.end() - run.start() > LONGEST_RUN for run in _RUN.finditer(text)):
             raise DataError(
@@ -107,7 +107,8 @@ def example(record: Record) -> Example:
     return found
 
 
-def _texts(found: Example) -> tuple[str, ...]:
+def example_texts(found: Example) -> tuple[str, ...]:
+    """All texts of an example, in order, without a chat format."""
     if isinstance(found, Conversation):
         return tuple(message.content for message in found.messages)
     if isinstance(found, Completion):

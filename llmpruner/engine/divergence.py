@@ -11,13 +11,18 @@ from ..errors import ModelError
 def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
     """Sum of KL(wanted ‖ logits) over all positions but the last of each sequence, in nats. Raises `ModelError` for
     different vocabularies."""
-    if wanted_BTV.shape != logits_BTV.shape:
-        raise ModelError(
-            f"the model predicts {logits_BTV.shape[-1]} tokens and the reference {wanted_BTV.shape[-1]}; KL divergence "
-            "needs one vocabulary"
-        )
+    check_vocabularies(wanted_BTV, logits_BTV)
     pairs = zip(wanted_BTV, logits_BTV, strict=True)
     return sum(float(divergences(wanted[:-1], logits[:-1]).double().sum()) for wanted, logits in pairs)
+
+
+def check_vocabularies(wanted: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise `ModelError` for logits (…, V) of different vocabularies."""
+    if wanted.shape != logits.shape:
+        raise ModelError(
+            f"the model predicts {logits.shape[-1]} tokens and the reference {wanted.shape[-1]}; KL divergence needs "
+            "one vocabulary"
+        )
 
 
 def divergences(wanted_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:

@@ -84,16 +84,12 @@ def perplexity(
             wanted = _predictions(reference, batch.to(reference.device), autocast)[:, first:]
             total_divergence += divergence(wanted, logits)
             agreed += _agreements(wanted, logits)
-        if math.isnan(total):
-            raise ModelError(
-                "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
-                f"{model.dtype} is too narrow for what it computes (try --dtype float32)"
-            )
+        check_number(total, model)
     predictions = windows * (window - first - 1)
     mean = total / predictions
     size = len(text.encode()) if whole else len(_decoded(tokenizer, used).encode())
     return PerplexityResult(
-        perplexity=_exponential(mean),
+        perplexity=exponential(mean),
         nll_per_token=mean,
         bits_per_byte=mean / math.log(2) * len(used) / size,
         tokens=len(used),
@@ -111,7 +107,17 @@ def beyond(window: int) -> tuple[str, str]:
     return f"windows of {window:,} tokens", "lower --window"
 
 
-def _exponential(value: float) -> float:
+def check_number(total: float, model: PreTrainedModel) -> None:
+    """Raise `ModelError` where a loss of ``model`` is NaN."""
+    if math.isnan(total):
+        raise ModelError(
+            "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
+            f"{model.dtype} is too narrow for what it computes (try --dtype float32)"
+        )
+
+
+def exponential(value: float) -> float:
+    """e^``value``; infinite where no float is as large."""
     try:
         return math.exp(value)
     except OverflowError:

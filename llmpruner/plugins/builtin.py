@@ -96,10 +96,11 @@ def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
+    from ..evaluation.answers import AnswersMetric
     from ..evaluation.generations import GenerationsMetric
     from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 
-    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, GenerationsMetric]
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, GenerationsMetric, AnswersMetric]
 
 
 @hookimpl

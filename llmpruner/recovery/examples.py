@@ -1,4 +1,4 @@
-"""Examples for recovery: read from a source, formatted for the model, tokenised with labels, and split into those that
+"""Examples for recovery: read from a source, formatted for the model, tokenised into rows, and split into those that
 are trained on and those for validation."""
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from ..data.conversations import Example, example
 from ..data.documents import read_records
 from ..data.mixture import mixed, parse_mixture
 from ..errors import DataError
-from ..families.chat import TrainingText, common_start, training_texts
+from ..families.chat import TrainingText, training_texts
+from ..families.labelled import IGNORED, labelled
 
 if TYPE_CHECKING:
     from ..families.family import ModelFamily
     from ..settings import LossOn
 
-IGNORED = -100
-"""The label of tokens that are not trained on (the convention of PyTorch's cross entropy and of transformers)."""
 LEAST_VALIDATION, MOST_VALIDATION = 16, 128
 """Examples for validation, where a share of the data is given: enough for a loss to compare by, and few enough that a
 validation takes a small part of the time of the steps between two."""
@@ -155,7 +154,7 @@ def tokenise(
 
 def rows_of(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn, pack: bool = False) -> Rows:
     """As `tokenise`, with the place of every row."""
-    rows = [_encode(text, tokenizer, None if pack else cutoff, loss_on) for text in examples.texts]
+    rows = [labelled(text, tokenizer, None if pack else cutoff, loss_on) for text in examples.texts]
     places = [examples.place(number) for number in range(len(rows))]
     if pack:
         rows, places = _packed(rows, places, cutoff, tokenizer.eos_token_id)
@@ -187,52 +186,3 @@ def _packed(
         [{"input_ids": ids[start : start + cutoff], "labels": labels[start : start + cutoff]} for start in starts],
         [first if first == last else f"{first} to {last}" for first, last in ends],
     )
-
-
-def _encode(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:
-    whole = text.has_special_tokens or (len(text.turns) > 1 and tokenizer.is_fast)
-    ids, answered = (_encode_whole if whole else _encode_turns)(text, tokenizer)
-    labels = [token if loss_on == "all" or yes else IGNORED for token, yes in zip(ids, answered, strict=True)]
-    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
-
-
-def _encode_turns(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokenised turn by turn: the token ids, and for each whether it belongs to an answer. A token with characters of
-    prompt and answer belongs to the answer, as the model has to generate it."""
-    ids: list[int] = []
-    answered: list[bool] = []
-    for number, turn in enumerate(text.turns):
-        prompt = _ids(tokenizer, turn.prompt, special=number == 0) if turn.prompt else []
-        piece = _ids(tokenizer, turn.prompt + turn.answer, special=number == 0)
-        start = common_start(prompt, piece)
-        ends = text.ends(number) and tokenizer.eos_token_id is not None
-        if ends and piece[-1:] != [tokenizer.eos_token_id]:
-            piece.append(tokenizer.eos_token_id)
-        ids += piece
-        answered += [index >= start for index in range(len(piece))]
-    return ids, answered
-
-
-def _encode_whole(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """As `_encode_turns`, but tokenised as one text, because some tokenizers treat the start of a text differently from
-    text after a special token."""
-    special = not text.has_special_tokens
-    joined = ""
-    answers: list[tuple[int, int]] = []
-    for turn in text.closed_turns(tokenizer.eos_token or ""):
-        piece = turn.prompt + turn.answer
-        answers.append((len(joined) + len(turn.prompt), len(joined) + len(piece)))
-        joined += piece
-    if not tokenizer.is_fast:
-        ids = _ids(tokenizer, joined, special=special)
-        spans = [
-            tuple(common_start(_ids(tokenizer, joined[:n], special=special), ids) for n in ends) for ends in answers
-        ]
-        return ids, [any(start <= index < end for start, end in spans) for index in range(len(ids))]
-    encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    return list(encoded["input_ids"]), [any(a < end and start < b for start, end in answers) for a, b in offsets]
-
-
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
+from ..families.labelled import IGNORED
 from ..files import check_space, remove_tree, writing
 from ..models.vocabulary import predicted_tokens
 from .example_walk import padded, walk_over
-from .examples import IGNORED
 from .schedule import micro_batch
 from .targets import Targets, check_vocabulary, inputs_of, trained_in
 from .token_loss import blocks

@@ -28,9 +28,9 @@ from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output,
 from ..engine.journal import Journal
 from ..engine.weights import Weights
 from ..errors import ModelError, UnsupportedModelError
+from ..families.labelled import IGNORED
 from .base import RecoveryJob, TrainingResult
 from .example_walk import padded, walk_over
-from .examples import IGNORED
 from .schedule import SCHEDULES, micro_batch, steps, warmup_steps
 
 if TYPE_CHECKING:

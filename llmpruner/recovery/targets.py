@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from ..errors import ModelError
+from ..families.labelled import IGNORED
 from ..models.vocabulary import predicted_tokens
-from .examples import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, Train
 from transformers.trainer_callback import PrinterCallback
 
 from ..engine.ranks import Ranks
+from ..families.labelled import IGNORED
 from .base import RecoveryJob, Validation
-from .examples import IGNORED
 from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps, worth_saving
 
 Batch = Mapping[str, torch.Tensor]

@@ -10,7 +10,8 @@ from llmpruner import DataError, ModelFamily, alpaca_prompt
 from llmpruner.data.conversations import Completion, Conversation, Instruction, Message
 from llmpruner.families.chat import TrainingText, Turn, chat_prompt, training_texts
 from llmpruner.families.chat_source import tokens_of
-from llmpruner.recovery.examples import IGNORED, Examples, load_examples, tokenise
+from llmpruner.families.labelled import IGNORED
+from llmpruner.recovery.examples import Examples, load_examples, tokenise
 
 FAMILY = ModelFamily()
 CHATML = (

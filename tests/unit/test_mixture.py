@@ -11,7 +11,8 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner import DataError
 from llmpruner.data.mixture import Part, mixed, parse_mixture
 from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.recovery.examples import IGNORED, Examples, load_examples, tokenise
+from llmpruner.families.labelled import IGNORED
+from llmpruner.recovery.examples import Examples, load_examples, tokenise
 
 
 def test_sources_and_shares(tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 
 from llmpruner import DataError, ModelFamily, alpaca_prompt
 from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.recovery.examples import IGNORED, Examples, load_examples, tokenise
+from llmpruner.families.labelled import IGNORED
+from llmpruner.recovery.examples import Examples, load_examples, tokenise
 from llmpruner.recovery.trainer import collator_for
 
 FAMILY = ModelFamily()
