@@ -50,6 +50,12 @@ def data_folder() -> Path:
     return next(f for f in (Path(root) / "data", Path(root)) if (f / "wikitext2_unk_test.txt").is_file())
 
 
+def instructions(data: Path) -> str:
+    """The answers of an instruction set, as one text."""
+    lines = (data / "alpaca_gpt4_en_999.jsonl").read_text(encoding="utf-8").splitlines()
+    return "\n\n".join(json.loads(line)["output"] for line in lines)
+
+
 def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str, float]:
     """Perplexity of ``model`` and, with ``kl``, its divergence from the dense one."""
     file = work / "evaluation.json"

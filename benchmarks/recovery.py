@@ -21,8 +21,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from .measure import as_json, data_folder, machine, measured, run
-from .quality import _instructions
+from .measure import as_json, data_folder, instructions, machine, measured, run
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 PAGE = Path(__file__).parents[1] / "docs" / "recovery-measured.md"
@@ -166,7 +165,7 @@ def steps_of_layers(layers: int, options: tuple[str, ...], pruned: Path, minutes
 
 def judged(model: str, data: Path, work: Path) -> dict[str, float]:
     text = work / "instructions.txt"
-    text.write_text(_instructions(data), encoding="utf-8")
+    text.write_text(instructions(data), encoding="utf-8")
     first = measured(model, data / "wikitext2_unk_test.txt", work)
     second = measured(model, text, work, kl=False)
     chats = work / "chats.txt"
@@ -179,7 +178,7 @@ def judged(model: str, data: Path, work: Path) -> dict[str, float]:
 
 
 def _chats(data: Path) -> str:
-    """The instructions of `quality._instructions` with their answers, in the demo model's chat format, which its
+    """The instructions of `measure.instructions` with their answers, in the demo model's chat format, which its
     tokenizer reads as special tokens."""
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     rows = map(json.loads, (data / "alpaca_gpt4_en_999.jsonl").read_text(encoding="utf-8").splitlines())

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from .measure import as_json, data_folder, machine, run
-from .quality import _instructions
 
 RESULTS = Path(__file__).parent / "results" / "reports.json"
 TOKENS, COMPARED_TOKENS, WINDOW = 2048, 1024, 512
@@ -59,7 +58,7 @@ def main() -> None:
             filled = [option.format(data=data) for option in options]
             run("prune", "demo", *filled, "--dtype", "float32", "--no-report", "-o", str(folder / name), timeout=7200)
     wikitext, instructions = data / "wikitext2_unk_test.txt", folder / "instructions.txt"
-    instructions.write_text(_instructions(data), encoding="utf-8")
+    instructions.write_text(instructions(data), encoding="utf-8")
     found = {
         "machine": machine(), "compared": compared(folder, wikitext),
         "warnings": {name: warnings(folder, name, wikitext, instructions) for name in REPAIRED},

@@ -1,0 +1,106 @@
+"""The rows of the benchmark `quality`: what is measured, and what was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from . import real_models
+
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
+SHAPES = ("uniform", "free")
+TEXTS = {
+    "WikiText-2 validation": "{wikitext}",
+    "C4 sample": "{c4}",
+    "self-generated": "self",
+    "C4 and self-generated": "{c4},self",
+}
+"""Calibration."""
+METHODS = ("best", "fast", "llm-pruner")
+_SAMPLES = ("--samples", "64", "--length", "512")
+CRITERIA = {
+    "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
+    "FLAP": ("--importance", "flap", "--compensate", "bias", "--allocation", "global", "--normalize", "zscore",
+             *_SAMPLES),
+    "ShortGPT": ("--importance", "block-influence", "--layers", "all", *_SAMPLES),
+}  # fmt: skip
+"""Our implementations of the criteria of other papers, with what goes with them there: FLAP with its bias and one
+ranking of standardized scores, ShortGPT with whole layers."""
+COMPARED = (
+    ("best", "uniform", "mlp"),
+    ("best", "uniform", "mlp,attention"),
+    ("llm-pruner", "free", "mlp"),
+    ("Wanda-sp", "uniform", "mlp"),
+    ("FLAP", "free", "mlp"),
+    ("ShortGPT", "free", "layer"),
+)
+"""Method, shape and kinds of the rows that every model has, calibrated on C4."""
+MODELS: dict[str, Callable[[], str]] = {
+    "demo": lambda: "demo",
+    "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
+}
+NAMES = {"demo": "SmolLM2-135M-Instruct"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point. ``text``: what the pruned model was calibrated on; the dense model has ratio 0 and no method.
+    ``shape``: of the result; free in the results of version 0.1, which knew no other. ``kinds``: that may be removed.
+    ``model``: of `MODELS`, or a checkpoint. ``samples``: of the calibration; 0 for the method's own number."""
+
+    method: str
+    ratio: float
+    text: str
+    shape: str = "free"
+    kinds: str = "mlp"
+    model: str = "demo"
+    samples: int = 0
+
+    @property
+    def key(self) -> str:
+        key = f"{self.method} {self.ratio:g} {self.text} {self.shape}"
+        defaults = {one.name: one.default for one in fields(self)}
+        more = (getattr(self, name) for name in ("kinds", "model", "samples") if getattr(self, name) != defaults[name])
+        return " ".join([key, *map(str, more)])
+
+
+def rows(ratios: tuple[float, ...], models: Sequence[str]) -> Iterator[Row]:
+    for model in models:
+        yield Row("dense", 0.0, "", model=model)
+        for ratio in (ratio for ratio in (0.2, 0.3) if ratio in ratios):
+            for method, shape, kinds in COMPARED:
+                yield Row(method, ratio, "C4 sample", shape, kinds, model)
+    if "demo" not in models:
+        return
+    # The row that says most comes first, should the run be cut short.
+    for text in TEXTS:
+        for method in METHODS:
+            for ratio in sorted(ratios, key=lambda r: abs(r - 0.2)):
+                for shape in SHAPES:
+                    yield Row(method, ratio, text, shape)
+
+
+def points_of(done: dict[str, dict[str, Any]], model: str = "demo") -> list[dict[str, Any]]:
+    """What was measured of pruned models, in the order of the tables."""
+    points = [entry for entry in done.values() if row_of(entry).model == model and row_of(entry).method != "dense"]
+
+    def place(entry: dict[str, Any]) -> tuple[Any, ...]:
+        row = row_of(entry)
+        return row.shape == "free", row.ratio, row.text, row.method, row.kinds
+
+    return sorted(points, key=place)
+
+
+def row_of(entry: dict[str, Any]) -> Row:
+    return Row(**entry["row"])
+
+
+def read_results() -> dict[str, dict[str, Any]]:
+    if not RESULTS.is_file():
+        return {}
+    found = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return {Row(**entry["row"]).key: entry for entry in found}
