@@ -85,7 +85,8 @@ def read_examples(source: str) -> list[Example]:
 def example(record: Record) -> Example:
     """One record as an example, of the first of these forms whose fields it has; other fields are ignored.
 
-    - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`;
+    - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`; with a system message, a
+      `Conversation`;
     - ``messages``, a list of ``{"role", "content"}`` (OpenAI): a `Conversation`;
     - ``conversations``, a list of ``{"from", "value"}`` (ShareGPT) or of ``{"role", "content"}``: a `Conversation`;
     - ``prompt`` and ``completion`` (TRL): as two strings a `Completion`, as two lists of messages a `Conversation`;
@@ -123,8 +124,7 @@ def _example(record: Record) -> Example:
         raise DataError(f"{where}: {_EXPECTED}; found {type(record.value).__name__}{hint}")
     fields = {name: value for name, value in record.value.items() if value is not None}
     if {"instruction", "output"} <= fields.keys():
-        instruction = _filled(fields, "instruction", where)
-        return Instruction(instruction, _text(fields, "output", where), _text({"input": ""} | fields, "input", where))
+        return _instruction(fields, where)
     if "messages" in fields:
         return _conversation(fields["messages"], "messages", where, fields)
     if "conversations" in fields:
@@ -137,6 +137,15 @@ def _example(record: Record) -> Example:
     if "text" in fields:
         return Completion(_filled(fields, "text", where))
     raise DataError(f"{where}: {_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
+
+
+def _instruction(fields: Mapping[str, Any], where: str) -> Instruction | Conversation:
+    instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
+    subject, system = (_text({name: ""} | fields, name, where) for name in ("input", "system"))
+    if not system.strip():
+        return Instruction(instruction, output, subject)
+    question = f"{instruction}\n{subject}" if subject else instruction
+    return Conversation((Message("system", system), Message("user", question), Message("assistant", output)))
 
 
 def read_sharegpt(sentences: Any, where: str) -> list[tuple[Speaker, str]]:

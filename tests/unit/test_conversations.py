@@ -37,6 +37,11 @@ SHAREGPT = sharegpt(
 )  # fmt: skip
 FORMS = {
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, Instruction("Add.", "4", "2 and 2")),
+    "alpaca with a system message": (
+        {"system": "Be brief.", "instruction": "Add.", "input": "2 and 2", "output": "4"},
+        Conversation((Message("system", "Be brief."), Message("user", "Add.\n2 and 2"), Message("assistant", "4"))),
+    ),
+    "alpaca without a system message": ({"system": " ", "instruction": "Add.", "output": ""}, Instruction("Add.", "")),
     "alpaca without input": ({"instruction": "Add.", "input": None, "output": ""}, Instruction("Add.", "")),
     "alpaca with its text": ({"instruction": "Add.", "output": "4", "text": "all"}, Instruction("Add.", "4")),
     "sharegpt": ({"id": "7", "conversations": SHAREGPT}, DIALOGUE),
