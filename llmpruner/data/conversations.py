@@ -141,7 +141,7 @@ def _example(record: Record) -> Example:
 
 def _instruction(fields: Mapping[str, Any], where: str) -> Instruction | Conversation:
     instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
-    subject, system = (_text({name: ""} | fields, name, where) for name in ("input", "system"))
+    subject, system = (_text({name: "", **fields}, name, where) for name in ("input", "system"))
     if not system.strip():
         return Instruction(instruction, output, subject)
     question = f"{instruction}\n{subject}" if subject else instruction
