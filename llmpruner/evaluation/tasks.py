@@ -8,12 +8,15 @@ import hashlib
 import inspect
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from functools import cache
 from importlib import metadata
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,27 @@ TASK_GROUPS = {
     "paper": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
 }
 """Names of task lists in addition to the groups of lm-eval; ``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
+
+
+class TaskScores(dict[str, dict[str, float]]):
+    """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error.
+
+    ``rows``: task → `RowScores`, for tasks with metrics that are means over their rows. Groups have none; their tasks
+    do.
+    """
+
+    def __init__(self, values: Mapping[str, dict[str, float]], rows: Mapping[str, RowScores]) -> None:
+        super().__init__(values)
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """The scores of the rows of one task. ``sha256``: checksum of the rows in their order. ``scores``: metric → one
+    number a row, in that order; their mean is the value of the metric. Whole numbers are int."""
+
+    sha256: str
+    scores: Mapping[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -47,12 +71,12 @@ class LoadedTasks:
 
     def rows(self, name: str, limit: int | None) -> int:
         """Number of rows that are evaluated; a group's are those of all its tasks."""
-        return sum(len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs)) for task in self._of(name))
+        return sum(len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs)) for task in self.of(name))
 
     def identity(self, name: str, limit: int | None) -> dict[str, Any]:
         """JSON values that change with anything that the scores depend on besides model and settings."""
         digest = hashlib.sha256()
-        for task in self._of(name):
+        for task in self.of(name):
             digest.update(json.dumps(task.dump_config(), sort_keys=True, default=_described).encode())
             digest.update(json.dumps(_docs(task, limit), sort_keys=True, default=str).encode())
             # Examples are drawn from all rows of another split.
@@ -61,9 +85,10 @@ class LoadedTasks:
 
     def text(self, name: str, limit: int | None) -> str:
         """All text of the rows that are evaluated."""
-        return "\n".join(text for task in self._of(name) for doc in _docs(task, limit) for text in _strings(doc))
+        return "\n".join(text for task in self.of(name) for doc in _docs(task, limit) for text in _strings(doc))
 
-    def _of(self, name: str) -> Iterator[Any]:
+    def of(self, name: str) -> Iterator[Any]:
+        """lm-eval's task objects of one name; for a group those of all its tasks."""
         for one in self.tasks[name]:
             yield from one.get_all_tasks() if hasattr(one, "get_all_tasks") else [one]
 
@@ -115,9 +140,9 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     seed: int = 0,
     progress: Progress = QUIET,
-) -> dict[str, dict[str, float]]:
+) -> TaskScores:
     """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error: the numbers of the
-    command ``lm_eval --model hf`` with the same batch size.
+    command ``lm_eval --model hf`` with the same batch size. Also the scores of single rows; see `TaskScores`.
 
     ``tasks``: names for `load_tasks`, or its result. ``limit``: number of rows per task. ``num_fewshot``: by default
     the task's own number. ``seed``: added to lm-eval's own seeds.
@@ -140,7 +165,7 @@ def evaluate_tasks(
                 tasks=[task for objects in tasks.tasks.values() for task in objects],
                 num_fewshot=num_fewshot,
                 limit=limit,
-                log_samples=False,
+                log_samples=True,
                 random_seed=DEFAULT_RANDOM_SEED + seed,
                 numpy_random_seed=DEFAULT_OTHER_SEED + seed,
                 torch_random_seed=DEFAULT_OTHER_SEED + seed,
@@ -150,7 +175,10 @@ def evaluate_tasks(
             )
         finally:
             model.train(was_training)
-    return {name: _metrics(values) for name, values in found["results"].items()}
+    values = {name: _metrics(of_task) for name, of_task in found["results"].items()}
+    averaged = {task.task_name: _averaged(task) for name in tasks.names for task in tasks.of(name)}
+    rows = {name: _row_scores(found["samples"][name], is_mean) for name, is_mean in averaged.items()}
+    return TaskScores(values, {name: one for name, one in rows.items() if one is not None})
 
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -232,5 +260,51 @@ def _metrics(values: dict[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         name, _, variant = key.partition(",")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and variant:
-            metrics[name if variant == "none" else f"{name} ({variant})"] = float(value)
+            metrics[_named(name, variant)] = float(value)
     return metrics
+
+
+def _named(metric: str, variant: str) -> str:
+    """``variant``: the filter of the answers; "none" for tasks without."""
+    return metric if variant == "none" else f"{metric} ({variant})"
+
+
+def _averaged(task: Any) -> Callable[[str], bool]:
+    """Whether the value of a metric is the mean of its rows; it is also that of a metric for which the task names no
+    aggregation."""
+    from lm_eval.api.metrics import mean
+
+    aggregations = task.aggregation()
+    return lambda metric: aggregations.get(metric, mean) is mean
+
+
+def _row_scores(samples: Sequence[Mapping[str, Any]], is_mean: Callable[[str], bool]) -> RowScores | None:
+    """``samples``: of one task, as lm-eval logs them: one for each filter and row, the rows of one filter after those
+    of another. None where no metric has a score for every row."""
+    by_filter: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for sample in samples:
+        by_filter[sample["filter"]].append(sample)
+    scores = {}
+    for variant, rows in by_filter.items():
+        for metric in dict.fromkeys(metric for row in rows for metric in row["metrics"]):
+            # A row may lack a metric, whose mean is then that of other rows.
+            found = [_number(row[metric]) if metric in row["metrics"] else None for row in rows]
+            numbers = [number for number in found if number is not None]
+            if is_mean(metric) and len(numbers) == len(rows):
+                scores[_named(metric, variant)] = numbers
+    if not scores:
+        return None
+    # Every filter sees all rows, in the same order.
+    first = next(iter(by_filter.values()))
+    return RowScores(hashlib.sha256("".join(row["doc_hash"] for row in first).encode()).hexdigest(), scores)
+
+
+def _number(value: Any) -> float | None:
+    """``value`` as int where it is whole, else as float; None for what is no finite number."""
+    # NumPy's bool is no number of Python's.
+    if not isinstance(value, Real) and type(value).__name__ not in ("bool", "bool_"):
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() else number

@@ -94,6 +94,101 @@ def accuracy(model, tokenizer, count):
     return hits / count
 
 
+MEASURED = """
+task: llmpruner_measured
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: mcc}}, {{metric: brier_score}}]
+"""
+WRITTEN = """
+task: llmpruner_written
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{label}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 4, do_sample: false}}
+filter_list:
+  - name: whole
+    filter: [{{function: take_first}}]
+  - name: digits
+    filter: [{{function: regex, regex_pattern: "([0-9])"}}, {{function: take_first}}]
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+  - {{metric: !function own.length, aggregation: mean, higher_is_better: false}}
+  - {{metric: !function own.odd, aggregation: mean, higher_is_better: false}}
+"""
+OWN = """
+def length(references, predictions):
+    return len(predictions[0]) / 7
+
+
+def odd(references, predictions):
+    return float("nan") if references[0] == "1" else 1.0
+"""
+ROLLED = """
+task: llmpruner_rolled
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
+"""
+GROUP = """
+group: llmpruner_group
+task: [llmpruner_capitals, llmpruner_measured]
+aggregate_metric_list:
+  - {metric: acc, aggregation: mean, weight_by_size: true}
+"""
+
+
+def test_the_scores_of_rows_have_the_mean_that_lm_eval_says(task_dir, tmp_path, monkeypatch):
+    # The errors of metrics that are no means take lm-eval a minute each.
+    monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", lambda **_: None)
+    for name, text in {"measured": MEASURED, "written": WRITTEN, "rolled": ROLLED}.items():
+        (task_dir / f"{name}.yaml").write_text(text.format(data=tmp_path / "rows.jsonl"))
+    (task_dir / "group.yaml").write_text(GROUP)
+    (task_dir / "own.py").write_text(OWN)
+    names = ["llmpruner_group", "llmpruner_written", "llmpruner_rolled"]
+    found = evaluate_tasks(tiny_models.llama(), tiny_models.tokenizer(), names, include_path=task_dir, limit=7)
+    assert set(found) == {*names, "llmpruner_capitals", "llmpruner_measured"}
+    # Neither a group nor a task whose metrics are no means over rows; no metric with a row that has no number.
+    scored = {task: set(rows.scores) for task, rows in found.rows.items()}
+    assert scored == {
+        "llmpruner_capitals": {"acc"},
+        "llmpruner_measured": {"acc", "acc_norm"},
+        "llmpruner_written": {f"{name} ({kind})" for name in ("exact_match", "length") for kind in ("whole", "digits")},
+    }
+    assert {"mcc", "brier_score"} < set(found["llmpruner_measured"]) and found["llmpruner_group"]["acc"] >= 0
+    for task, rows in found.rows.items():
+        for metric, scores in rows.scores.items():
+            assert len(scores) == 7 and sum(scores) / 7 == pytest.approx(found[task][metric], abs=1e-12)
+    written = found.rows["llmpruner_written"].scores
+    assert written["length (whole)"] != written["length (digits)"]
+    assert any(isinstance(score, float) for score in written["length (digits)"])
+    assert all(isinstance(score, int) for score in found.rows["llmpruner_measured"].scores["acc"])
+    # The rows of both tasks are the same, those of fewer rows are others.
+    same = {rows.sha256 for rows in found.rows.values()}
+    fewer = evaluate_tasks(
+        tiny_models.llama(), tiny_models.tokenizer(), ["llmpruner_capitals"], include_path=task_dir, limit=6
+    )
+    assert len(same) == 1 and fewer.rows["llmpruner_capitals"].sha256 not in same
+
+
 def test_loaded_tasks_serve_several_models(task_dir):
     tasks = load_tasks(["llmpruner_capitals"], include_path=task_dir)
     tokenizer = tiny_models.tokenizer()
