@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Row:
     """One number in the table. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
-    its standard error, if known."""
+    its standard error, if known.
+
+    ``scores``: where ``value`` is the mean of one score for each row of the data (question, document), these scores, in
+    the order of the data. The table then has a further line with the difference to the first model and its paired
+    standard error, for models that were scored on the same data: those with as many scores and an equal ``scored``, a
+    text that names the data, such as a checksum of its rows."""
 
     label: str
     value: float | None
     higher_is_better: bool | None = None
     error: float | None = None
+    scores: Sequence[float] | None = field(default=None, repr=False)
+    scored: str | None = None
 
 
 @dataclass(frozen=True)
