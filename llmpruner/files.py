@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .amounts import bytes_text
 from .errors import OutputError, first_line
@@ -30,6 +32,14 @@ def write_text(path: Path, text: str) -> None:
         _replace(real, text)
     except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points at itself, before Python 3.13
         raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def json_text(value: Any, *, indent: int, ensure_ascii: bool = False) -> str:
+    """``value`` as JSON with a final newline, where a list of nothing but numbers is on one line. Raises as
+    `json.dumps` does."""
+    text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
+    # The newlines of strings are escaped, so that one after "[" is never in a string.
+    return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: re.sub(r"\s", "", found[0]), text) + "\n"
 
 
 def _check_links(path: Path) -> None:

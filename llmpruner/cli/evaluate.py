@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..files import check_new_file, write_text
+from ..files import check_new_file, json_text, write_text
 from ..settings import CacheSettings, EvaluateSettings, LoadSettings, settings_from
 from .console import RichProgress, note, table, warning_line
 from .derive import takes
@@ -45,7 +44,7 @@ def evaluate(
         note(f"perplexity: {found.windows} windows of {found.window} tokens, {found.window - 1} predictions each")
     show_evaluations(results)
     if json_file is not None:
-        write_text(json_file, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
+        write_text(json_file, json_text(results.as_json(), indent=2))
 
 
 def show_evaluations(results: Evaluations) -> None:

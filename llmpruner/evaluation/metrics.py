@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from ..data.documents import PYDOC, is_file, read_text, shortened
 from ..errors import DataError, SettingsError
 from ..settings import Names, Seed
 from .base import Metric, MetricSubject, Row
+from .task_rows import task_rows, task_values, with_task_rows
 from .tasks import LoadedTasks, evaluate_tasks, load_tasks
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ class TasksMetric(Metric):
 
     def measure_part(self, subject: MetricSubject, part: str) -> Mapping[str, Any]:
         settings = self.settings
-        return evaluate_tasks(
+        found = evaluate_tasks(
             subject.model,
             _tokenizer(self, subject),
             self.tasks.only(part),
@@ -260,14 +261,18 @@ class TasksMetric(Metric):
             seed=settings.seed,
             progress=subject.progress,
         )
+        return with_task_rows(found, {name: asdict(rows) for name, rows in found.rows.items()})
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
-            for task, values in result.items()
-            for name, value in values.items()
-            if not name.endswith("_stderr")
-        ]
+        rows = []
+        for task, values in task_values(result).items():
+            scored = task_rows(result).get(task, {})
+            for name, value in values.items():
+                if not name.endswith("_stderr"):
+                    row = Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
+                    scores = scored.get("scores", {}).get(name)
+                    rows.append(row if scores is None else replace(row, scores=tuple(scores), scored=scored["sha256"]))
+        return rows
 
 
 def _higher_is_better(metric: str) -> bool | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..benching.results import Measurement
 from .base import Row
+from .task_rows import task_rows, task_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
-    ``rows``: the table's rows, in the order of the metrics. ``calibration_overlap``: text or task → share of its
-    passages that the model's calibration read (`llmpruner.data.passages`), for a model whose record says. Built-in
-    metrics are also typed attributes."""
+    """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers;
+    those of tasks are with the scores of rows, which `tasks` and `task_rows` give apart. ``rows``: the table's rows, in
+    the order of the metrics. ``calibration_overlap``: text or task → share of its passages that the model's calibration
+    read (`llmpruner.data.passages`), for a model whose record says. Built-in metrics are also typed
+    attributes."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
@@ -93,7 +95,14 @@ class Evaluation:
     @property
     def tasks(self) -> Mapping[str, Mapping[str, float]]:
         """Task → metric → value, as lm-eval names them; empty where no task was run."""
-        return self.results.get("tasks", {})
+        return task_values(self.results.get("tasks", {}))
+
+    @property
+    def task_rows(self) -> Mapping[str, Mapping[str, Any]]:
+        """Task → ``sha256``, the checksum of its rows, and ``scores``: metric → the score of every row, in the order of
+        the rows. For metrics that are means over rows (accuracy, exact match); their mean is the value in `tasks`.
+        Groups of tasks have none, nor have results that earlier versions kept."""
+        return task_rows(self.results.get("tasks", {}))
 
     @property
     def speed(self) -> Speed | None:
@@ -104,11 +113,12 @@ class Evaluation:
         return Speed(**{**found, **spread})
 
     def as_json(self) -> dict[str, Any]:
-        """``name``, the built-in metrics (null, for tasks ``{}``, where not measured), ``calibration_overlap``, and the
-        other metrics by name. Numbers that are not finite become null."""
+        """``name``, the built-in metrics (null, for tasks ``{}``, where not measured), ``calibration_overlap``, the
+        other metrics by name, and `task_rows` where there are any. Numbers that are not finite become null."""
         builtin: dict[str, Any] = {"size": None, "perplexity": None, "tasks": {}, "speed": None}
         builtin["calibration_overlap"] = self.calibration_overlap
-        plain: dict[str, Any] = finite({"name": self.name, **builtin, **self.results})
+        rows = {"task_rows": self.task_rows} if self.task_rows else {}
+        plain: dict[str, Any] = finite({"name": self.name, **builtin, **self.results, "tasks": self.tasks, **rows})
         return plain
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, first_line
-from ..files import write_text
+from ..files import json_text, write_text
 
 _LOG = logging.getLogger("llmpruner")
 _LAYOUT = 1
@@ -51,7 +51,7 @@ class ResultStore:
     def keep(self, identity: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Write a result of JSON values, which may include numbers that are not finite."""
         text, file = self._named(identity)
-        self._write(file, json.dumps({"identity": json.loads(text), "result": result}, indent=1))
+        self._write(file, json_text({"identity": json.loads(text), "result": result}, indent=1, ensure_ascii=True))
 
     @property
     def known_files(self) -> dict[str, list[Any]]:
@@ -61,7 +61,7 @@ class ResultStore:
 
     def keep_files(self, known: Mapping[str, list[Any]]) -> None:
         """Write checksums of model files for later calls."""
-        self._write(self.folder / _FILES, json.dumps({"files": known}, indent=1))
+        self._write(self.folder / _FILES, json.dumps({"files": known}, indent=1) + "\n")
 
     def _named(self, identity: Mapping[str, Any]) -> tuple[str, Path]:
         text = json.dumps({"layout": _LAYOUT, **identity}, sort_keys=True)
@@ -70,7 +70,7 @@ class ResultStore:
     def _write(self, file: Path, text: str) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, text + "\n")
+            write_text(file, text)
         except (OSError, OutputError) as error:
             if not self._warned:
                 _LOG.warning("results are not kept for another run: %s", first_line(error))

@@ -15,6 +15,7 @@ from ..evaluation.base import Row
 from ..evaluation.cost import size
 from ..evaluation.results import Evaluation
 from ..evaluation.table import side_by_side
+from ..evaluation.task_rows import with_task_rows
 from ..families.graph import build_graph
 from ..loading.model import load_structure
 from ..models.empty import meta_model
@@ -168,8 +169,10 @@ def _measurements(
 
 def _evaluation(name: str, found: Mapping[str, Any], catalog: Catalog) -> Evaluation:
     """With the rows that the metrics give; those of a metric that is not installed are its numbers."""
-    aside = ("name", "calibration_overlap")
+    aside = ("name", "calibration_overlap", "task_rows")
     results = {key: value for key, value in found.items() if key not in aside and isinstance(value, Mapping) and value}
+    if "tasks" in results:
+        results["tasks"] = with_task_rows(results["tasks"], found.get("task_rows") or {})
     rows: list[Row] = []
     for key, value in results.items():
         if key in catalog.metrics:

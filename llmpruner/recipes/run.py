@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..checkpoints.record import read_json, read_record
 from ..errors import ModelError, SettingsError
 from ..evaluation.table import Evaluations
-from ..files import check_new_directory, new_directory, write_text
+from ..files import check_new_directory, json_text, new_directory, write_text
 from ..loading.model import Model, Structure, brings_tokenizer, load_structure
 from ..loading.reference import resolve
 from ..models.devices import check_device
@@ -354,7 +354,7 @@ _DO: Mapping[str, Callable[[Session, Step, Actions, Path], Any]] = {
 
 def _write(folder: Path, value: Any) -> None:
     with new_directory(folder) as partial:
-        write_text(partial / RESULTS, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_text(partial / RESULTS, json_text(value, indent=2))
 
 
 def _form(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 import torch
@@ -157,8 +158,14 @@ def test_a_task_of_ones_own(run, dense, pruned, tmp_path, monkeypatch):
     result = run("evaluate", dense, pruned, *options, "--json", tmp_path / "report.json")
     assert result.code == 0, result.err
     assert "llmpruner_fox acc" in result.out and "perplexity" not in result.out
-    scores = [row["tasks"]["llmpruner_fox"]["acc"] for row in json.loads((tmp_path / "report.json").read_text())]
+    written = json.loads((tmp_path / "report.json").read_text())
+    scores = [row["tasks"]["llmpruner_fox"]["acc"] for row in written]
     assert len(scores) == 2 and all(score * 4 == int(score * 4) for score in scores)
+    before, after = (row["task_rows"]["llmpruner_fox"] for row in written)
+    assert [sum(of["scores"]["acc"]) / 4 for of in (before, after)] == scores and before["sha256"] == after["sha256"]
+    differences = [b - a for a, b in zip(before["scores"]["acc"], after["scores"]["acc"], strict=True)]
+    (line,) = (line for line in result.out.splitlines() if "llmpruner_fox acc, difference" in line)
+    assert f"{scores[1] - scores[0]:.4f} ± {stdev(differences) / 2:.4f}" in line
 
 
 def test_generate_as_json_for_several_models(run, dense, pruned):
