@@ -22,6 +22,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from llmpruner.evaluation.base import Row as Scored
+from llmpruner.evaluation.table import difference as paired
+
 from .measure import TOKENS, WINDOW, data_folder, instructions, machine, run
 from .quality_page import ANSWERS, TASKS, draw
 from .quality_rows import CRITERIA, MODELS, RATIOS, RESULTS, TEXTS, Row, read_results, rows
@@ -91,9 +94,9 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
         _task_files(data, work / "tasks")
         models = [dense] if model == dense else [dense, model]
         run("evaluate", *models, *limit, "--dtype", "float32", "--json", str(report), timeout=7200)
-        first, *others = json.loads(report.read_text())
-        found["tasks"] = (others or [first])[0]["tasks"] | {"rows": TASK_ROWS}
-        found["tasks"]["difference"] = {name: difference(first, *others, task=name) for name in TASKS}
+        first, last = (json.loads(report.read_text())[number] for number in (0, -1))
+        found["tasks"] = last["tasks"] | {"rows": TASK_ROWS}
+        found["tasks"]["difference"] = {name: difference(first, last, name) for name in TASKS}
     return found
 
 
@@ -123,15 +126,12 @@ def measured_on(dense: str, model: str, data: Path, work: Path) -> dict[str, dic
     return {name: {"perplexity": one["perplexity"], "kl": one["kl_per_token"]} for name, one in results.items()}
 
 
-def difference(first: dict[str, Any], other: dict[str, Any] | None = None, *, task: str) -> dict[str, float]:
+def difference(first: dict[str, Any], other: dict[str, Any], task: str) -> dict[str, float | None]:
     """The accuracy of ``other`` minus that of ``first`` on the same rows of a task, and its standard error."""
-    if other is None:
-        return {"mean": 0.0, "error": 0.0}
-    pairs = zip(*(one["task_rows"][task]["acc"] for one in (first, other)), strict=True)
-    of_rows = [after - before for before, after in pairs]
-    mean = sum(of_rows) / len(of_rows)
-    variance = sum((one - mean) ** 2 for one in of_rows) / (len(of_rows) - 1)
-    return {"mean": mean, "error": (variance / len(of_rows)) ** 0.5}
+    pair = [Scored("", None, scores=one["task_rows"][task]["scores"]["acc"]) for one in (first, other)]
+    found = paired(*pair)
+    assert found is not None
+    return dict(zip(("mean", "error"), found, strict=True))
 
 
 def _task_files(data: Path, folder: Path) -> None:
