@@ -26,7 +26,7 @@ from llmpruner.evaluation.base import Row as Scored
 from llmpruner.evaluation.table import difference as paired
 
 from .measure import TOKENS, WINDOW, data_folder, instructions, machine, run
-from .quality_page import ANSWERS, TASKS, draw
+from .quality_page import TASKS, answers_of, draw
 from .quality_rows import CRITERIA, MODELS, RATIOS, RESULTS, TEXTS, Row, read_results, rows
 
 TASK_ROWS = 1000
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(MODELS), help="of the benchmark's models, or checkpoints")
     parser.add_argument("--only", nargs="*", default=[""], help="measure only the rows whose name holds one of these")
     parser.add_argument("--samples", type=int, default=0, help="calibration samples of `best`, where its own are many")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text; fewer answers in the same proportion")
     parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too: minutes per row")
     parser.add_argument("--shared", action="store_true", help="say that the machine has other work meanwhile")
     arguments = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as work:
             # Whole, though some of it is known: a row speaks of one model.
-            found = measure(row, data, Path(work), tasks=arguments.tasks)
+            found = measure(row, data, Path(work), tokens=arguments.tokens, tasks=arguments.tasks)
         if arguments.shared:
             found["shared"] = True
         # Another run may have added rows meanwhile.
@@ -67,9 +68,9 @@ def main() -> None:
     draw(done)
 
 
-def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
+def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> dict[str, Any]:
     dense = MODELS.get(row.model, lambda: row.model)()
-    model, found = dense, {"row": vars(row), "machine": machine()}
+    model, found = dense, {"row": vars(row), "tokens": tokens, "machine": machine()}
     if row.method != "dense":
         model = str(work / "pruned")
         files = {"wikitext": data / "wikitext2_unk_validation.jsonl", "c4": work / "c4.jsonl"}
@@ -85,7 +86,7 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
         result = json.loads(done["output"])["result"]
         found |= {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
         found |= {"decoder_removed": result["decoder_removed"]}
-    found["texts"] = measured_on(dense, model, data, work)
+    found["texts"] = measured_on(dense, model, data, work, tokens)
     found |= {"perplexity": found["texts"]["WikiText-2"]["perplexity"], "kl": found["texts"]["WikiText-2"]["kl"]}
     found["perplexity_instructions"] = found["texts"]["instructions"]["perplexity"]
     if tasks:
@@ -100,7 +101,7 @@ def measure(row: Row, data: Path, work: Path, *, tasks: bool) -> dict[str, Any]:
     return found
 
 
-def measured_on(dense: str, model: str, data: Path, work: Path) -> dict[str, dict[str, float]]:
+def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, dict[str, float]]:
     """Text → perplexity, and with it the divergence from the dense model (0 for that itself), in nats per token."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()[C4_JUDGED]
     texts = {
@@ -115,8 +116,8 @@ def measured_on(dense: str, model: str, data: Path, work: Path) -> dict[str, dic
     report, answers = work / "evaluation.json", data / "alpaca_gpt4_en_999.jsonl"
     command = (
         "evaluate", dense, model, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())), "--kl",
-        "--tokens", str(TOKENS), "--window", str(WINDOW), "--autocast", "--metrics", "answers",
-        "--set", f"answers.data={answers}", "--set", f"answers.limit={ANSWERS}", "--set", "answers.kl=true",
+        "--tokens", str(tokens), "--window", str(WINDOW), "--autocast", "--metrics", "answers",
+        "--set", f"answers.data={answers}", "--set", f"answers.limit={answers_of(tokens)}", "--set", "answers.kl=true",
         "--set", "answers.autocast=true", "--json", str(report),
     )  # fmt: skip
     run(*command)

@@ -15,8 +15,11 @@ PLOT = Path(__file__).parents[1] / "docs" / "quality.svg"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TASKS = ("piqa", "arc_easy", "openbookqa")
-ANSWERS = 200
-"""Examples whose answers are measured."""
+
+
+def answers_of(tokens: int) -> int:
+    """Number of examples whose answers in the chat format are measured, beside so many tokens of other texts."""
+    return tokens // 100
 
 
 def draw(done: dict[str, dict[str, Any]]) -> None:
@@ -60,9 +63,9 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         "with the layers of both ends whole. *Cut*: MLP channels, KV heads with their query heads, or whole layers. "
         "*Ratio*: share of the decoder's parameters that was asked for, then that was removed. Each text has its "
         "perplexity and, in parentheses, the mean divergence (KL) from the dense model per token, in nats, where it "
-        f"was measured: the first {TOKENS:,} tokens in windows of {WINDOW}, float32 weights, bfloat16 products. None "
+        f"was measured: the first tokens of the text in windows of {WINDOW}, float32 weights, bfloat16 products. None "
         "of the texts was used for calibration: WikiText-2's test part (unknown words as `<unk>`), documents of C4, "
-        f"{ANSWERS} answers to instructions, each after its instruction in the model's chat format with the loss on "
+        "answers to instructions, each after its instruction in the model's chat format with the loss on "
         "the answer, the same set's answers as plain text, and modules of Python's standard library. Seconds: the "
         "whole `prune` command.",
     ]
@@ -74,6 +77,8 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         if model == "demo":
             lines += ["![Perplexity over the share of parameters removed](quality.svg)", ""]
         dense = done[Row("dense", 0.0, "", model=model).key]
+        tokens = dense.get("tokens", TOKENS)
+        lines += [f"{tokens:,} tokens of each text, {answers_of(tokens)} answers in chat.", ""]
         lines += _points(dense, points)
         lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
     lines += ["", "What each step of the method changes, and what does not help: [variants](quality-notes.md)."]
