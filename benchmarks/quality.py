@@ -70,7 +70,8 @@ def main() -> None:
 
 def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> dict[str, Any]:
     dense = MODELS.get(row.model, lambda: row.model)()
-    model, found = dense, {"row": vars(row), "tokens": tokens, "machine": machine()}
+    model = dense
+    found: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine()}
     if row.method != "dense":
         model = str(work / "pruned")
         files = {"wikitext": data / "wikitext2_unk_validation.jsonl", "c4": work / "c4.jsonl"}
