@@ -115,17 +115,18 @@ def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> 
     for name, file in files.items():
         file.write_text(texts[name], encoding="utf-8")
     report, answers = work / "evaluation.json", data / "alpaca_gpt4_en_999.jsonl"
+    models = (model,) if model == dense else (dense, model, "--kl", "--set", "answers.kl=true")
     command = (
-        "evaluate", dense, model, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())), "--kl",
+        "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
         "--tokens", str(tokens), "--window", str(WINDOW), "--autocast", "--metrics", "answers",
-        "--set", f"answers.data={answers}", "--set", f"answers.limit={answers_of(tokens)}", "--set", "answers.kl=true",
+        "--set", f"answers.data={answers}", "--set", f"answers.limit={answers_of(tokens)}",
         "--set", "answers.autocast=true", "--json", str(report),
     )  # fmt: skip
     run(*command)
-    found = json.loads(report.read_text())[1]
+    found = json.loads(report.read_text())[-1]
     of_texts = {str(files["WikiText-2"]): found["perplexity"], **found["perplexity"]["others"]}
     results = {name: of_texts[str(file)] for name, file in files.items()} | {"answers": found["answers"]}
-    return {name: {"perplexity": one["perplexity"], "kl": one["kl_per_token"]} for name, one in results.items()}
+    return {name: {"perplexity": one["perplexity"], "kl": one["kl_per_token"] or 0.0} for name, one in results.items()}
 
 
 def difference(first: dict[str, Any], other: dict[str, Any], task: str) -> dict[str, float | None]:
