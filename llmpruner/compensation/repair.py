@@ -248,8 +248,13 @@ class _Repair:
         c is the least-squares solution on the first batch of h, taken if its relative residual is below `_DIRECT`.
         """
         outputs: list[torch.Tensor] = []
+
+        def seen(use: WatchedProduct) -> None:
+            # The layer may add to them in place afterwards.
+            outputs.append(use.outputs.to(torch.float32, copy=True))
+
         batch, hidden = self.walk.batches[0], self.dense[0]
-        with WatchProducts(self.model, stream_writers(self.graph, number), lambda u: outputs.append(u.outputs.float())):
+        with WatchProducts(self.model, stream_writers(self.graph, number), seen):
             change = (self.walk.run(number, batch, hidden, self.dense.passed, tried=True) - hidden).flatten(0, -2)
         if not outputs or any(part.shape != change.shape for part in outputs):
             return None
@@ -262,7 +267,8 @@ class _Repair:
         inputs are fitted together, and are in one list; and of the last of the `stream_writers` that is used."""
         uses: dict[str, WatchedProduct] = {}
 
-        # Inputs are compared by address; all are kept until the end, so that no address is used twice.
+        # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
+        # which may have changed by then, are not read.
         def seen(use: WatchedProduct) -> None:
             uses.setdefault(use.parameter, use)
 
@@ -400,7 +406,7 @@ class _Repair:
         watch = WatchProducts(self.model, (), lambda _: None)
 
         def seen(use: WatchedProduct) -> None:
-            watched.uses.append(use)
+            watched.uses.append(use.copied())
             watched.rows.append(self.rows.of(batch, use))
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
@@ -454,7 +460,7 @@ class _Stage:
 
 @dataclass
 class _Watched:
-    """One run of a layer: the products with its consumers, and its output if it ran to the end."""
+    """One run of a layer: copies of the products with its consumers, and its output if it ran to the end."""
 
     uses: list[WatchedProduct] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)

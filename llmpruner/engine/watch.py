@@ -7,7 +7,7 @@ functions of torch. Intercepting these finds the inputs of a parameter independe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +35,10 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
 @dataclass(frozen=True)
 class WatchedProduct:
     """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
-    detached, in the dtype of the product."""
+    detached, in the dtype of the product.
+
+    They are the model's own tensors, which a later operator may overwrite (Falcon adds the outputs of attention to
+    those of the MLP in place): read them while the product is observed, or keep what `copied` returns."""
 
     parameter: str
     axis: int
@@ -55,6 +58,12 @@ class WatchedProduct:
     def leading_shape(self) -> tuple[int, ...]:
         """The original leading axes of ``outputs``, before they were flattened to rows."""
         return tuple(self.result.shape[:-1] if self.part is None else self.result.shape[1:-1])
+
+    def copied(self) -> WatchedProduct:
+        """The product with inputs and outputs of its own, to be read later; its ``result`` has no autograd graph."""
+        inputs, outputs = (t.clone(memory_format=torch.contiguous_format) for t in (self.inputs, self.outputs))
+        result = outputs.view(*self.leading_shape, outputs.shape[-1])
+        return replace(self, inputs=inputs, outputs=outputs, result=result, part=None)
 
     def on_gradient(self, call: Callable[[torch.Tensor], None]) -> None:
         """Call ``call`` with the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""

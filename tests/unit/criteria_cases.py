@@ -30,6 +30,7 @@ SMALL = {
 }
 GPT = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128, "n_inner": 56}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+FALCON = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "bias": False}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT | TOKENS),
     "gptj": ("gptj", GPT | TOKENS | {"rotary_dim": 4}),
     "phi": ("phi", SMALL),
+    "falcon": ("falcon", FALCON | TOKENS | {"num_kv_heads": 3, "new_decoder_architecture": True}),
+    "falcon-7b": ("falcon", FALCON | TOKENS | {"multi_query": True, "new_decoder_architecture": False}),
     "granite": ("granite", SMALL | {"residual_multiplier": 0.4}),
     "gemma2": ("gemma2", SMALL | {"sliding_window": 16}),
     "mixtral": ("mixtral", SMALL | EXPERTS),

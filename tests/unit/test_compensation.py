@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from criteria_cases import make, tokens
+from criteria_cases import layers_of, make, tokens
 
 from llmpruner import UnsupportedModelError
 from llmpruner.compensation import least_squares
@@ -30,6 +30,7 @@ PLANS = [
     *((name, "mlp+attention") for name in ("gpt2", "gptj", "phi", "granite", "gemma2", "glm")),
     ("granite", "hidden"), ("glm", "hidden"), ("mixtral", "mlp"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
     ("gpt_oss", "mlp"), ("olmo2", "attention"), ("minimax_m2", "query"),
+    ("falcon", "mlp"), ("falcon", "mlp+attention"), ("falcon-7b", "mlp"), ("falcon-7b", "mlp+query"),
 ]  # fmt: skip
 
 
@@ -95,6 +96,20 @@ def test_a_repaired_model_is_nearer_to_the_dense_one(name, kinds):
     # The oracle: removed units contribute nothing already before the cut.
     reference = logits(skipping(model, loaded, kept))
     assert float((logits(after) - reference).abs().max()) < 2e-4 * (1 + float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon-7b"])
+def test_outputs_that_the_layer_adds_to_in_place_are_fitted_as_they_were(name):
+    """Falcon without biases adds the outputs of attention to the tensor that the MLP's last product returned."""
+    loaded = make(name)
+    kept = plan_for(loaded, "mlp")
+    added = copy.deepcopy(loaded)
+    for layer in layers_of(added):
+        # The same sum, of a tensor of its own.
+        layer.mlp.register_forward_hook(lambda _, __, output: output.clone())
+    (one, fits), (other, wanted) = (repaired(each, kept) for each in (loaded, added))
+    assert fits == wanted
+    assert all(torch.equal(tensor, other.state_dict()[n]) for n, tensor in one.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,23 @@ def test_a_matrix_viewed_as_a_stack_is_no_use(weights):
     assert watch(weights, lambda m: torch.bmm(X[:1], m.square.view(1, 5, 5))) == []
 
 
+@pytest.mark.parametrize("how", ["matrix", "stack"])
+def test_a_copy_stays_as_it_was_when_the_model_overwrites_its_tensors(weights, how):
+    inputs = X.clone()
+    before = X.clone()
+    uses: list[WatchedProduct] = []
+    with torch.no_grad(), WatchProducts(weights, ["wide", "experts"], lambda use: uses.append(use.copied())):
+        result = functional.linear(inputs, weights.wide) if how == "matrix" else inputs @ weights.experts[:2].mT
+        wanted = result.clone()
+        result += 1
+        inputs.mul_(2)
+    for part, use in enumerate(uses):
+        of = slice(None) if how == "matrix" else part
+        assert torch.equal(use.inputs, before[of].flatten(0, -2))
+        assert torch.equal(use.outputs, wanted[of].flatten(0, -2))
+        assert use.leading_shape == wanted[of].shape[:-1]
+
+
 def test_parameters_in_one_storage_are_told_apart():
     """A checkpoint may be mapped into memory as a whole."""
     module = nn.Module()
