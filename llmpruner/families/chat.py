@@ -136,10 +136,11 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
 
     Every assistant turn of a conversation is an answer. There is one text for each example, except where a chat
     template, or the format of the family (`ModelFamily.one_answer_per_text`), renders earlier turns differently once
-    others follow (Qwen3's leaves out their reasoning): then there is one for each answer, with the prompt that the
-    model would get for it.
+    others follow (Qwen3's leaves out their reasoning, Mistral's the system message): then there is one for each answer,
+    with the prompt that the model would get for it.
 
-    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support.
+    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support,
+    and when it renders no answers.
     """
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
@@ -183,21 +184,61 @@ def _messages(example: Instruction | Conversation) -> list[dict[str, str]]:
 
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[TrainingText]:
-    """For each answer, the conversation up to it is rendered twice: without the answer but with the generation prompt,
-    and with the answer. The difference is the answer with its closing tokens."""
-    answers: list[tuple[str, int]] = []
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            asked = _render(tokenizer, messages[:number], add_generation_prompt=True)
-            answered = _render(tokenizer, messages[: number + 1])
-            # The generation prompt may contain text that is not before the answer (the start of a reasoning).
-            answers.append((answered, common_start(asked, answered)))
+    """The conversation up to each answer, as one text where every text is the beginning of the next."""
+    answers = [
+        _answered(tokenizer, messages[: number + 1])
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
     if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
         turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
         return [TrainingText(tuple(turns), True)]
     return [TrainingText((Turn(text[:start], text[start:]),), True) for text, start in answers]
+
+
+_QUESTION, _ANSWER = "\ue000", "\ue001"
+"""Messages that are found in what a template renders, whatever it does to messages: code points without a meaning."""
+
+
+def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, int]:
+    """The text of a conversation that ends with a question and its answer, and where in it the answer begins, with all
+    that the template renders of it. Before it is the prompt of a model that is asked.
+
+    Raises `DataError` for a template that renders no answers.
+    """
+    *before, last = messages
+    asked = _render(tokenizer, before, add_generation_prompt=True)
+    text = _render(tokenizer, messages)
+    if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:
+        return text, len(asked)
+
+    def marked(*after: dict[str, str], generates: bool = False) -> str:
+        """What follows the question."""
+        shown = _render(
+            tokenizer, [*before[:-1], {**before[-1], "content": _QUESTION}, *after], add_generation_prompt=generates
+        )
+        return shown.rpartition(_QUESTION)[2] if _QUESTION in shown else ""
+
+    mark = {**last, "content": _ANSWER}
+    lead, found, _ = _render(tokenizer, [*before, mark]).rpartition(_ANSWER)
+    if not found:
+        raise DataError("the chat template of the model's tokenizer renders no answers")
+    if text.startswith(asked):
+        return text, len(asked)
+    opened, closed = marked(generates=True), marked()
+    between = marked(mark).rpartition(_ANSWER)[0]
+    # A generation prompt may contain text that is not before the answer (the start of a reasoning), and which is left
+    # out. What closes the question stays: some templates put the system message there.
+    shared = common_start(opened, between)
+    beside = shared < common_start(opened, closed)
+    prompt = asked if beside else asked[: len(asked) - len(opened) + shared]
+    if text.startswith(prompt):
+        return text, len(prompt)
+    # With its answer the question looks otherwise: some templates have the system message in a last question alone.
+    gap = between[shared:] if lead.endswith(between) and not beside else ""
+    return prompt + gap + text[common_start(lead, text) :], len(prompt)
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:

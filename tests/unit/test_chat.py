@@ -126,11 +126,11 @@ def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each
     assert second.turns == (Turn(history, "<think></think> Elbe.</s>"),)
 
 
-def test_a_template_that_changes_its_beginning_for_a_question_gives_every_text_once():
+def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
-    texts = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
-    assert len(texts) == 2
-    assert all(text.turns[0].prompt + text.turns[0].answer in "chat" + rendered(CHAT) for text in texts)
+    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
+    assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask" + rendered(CHAT)
+    assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
 
 def test_a_generation_prompt_that_goes_on_beyond_the_template_is_cut_where_they_part():
