@@ -167,7 +167,8 @@ def prune(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Model:
-    """Remove the least important units of a model. A `Model` that is passed in is changed in place.
+    """Remove the least important units of a model. A `Model` that is passed in is changed in place, and
+    returned; where an exception ends this halfway, later uses of it are refused.
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; results of
     finished steps are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption.
@@ -203,7 +204,7 @@ def recover(
     **settings: Unpack[RecoverKeywords],
 ) -> Model:
     """Restore quality by a short training: by default distillation, on text that the dense model generates. A `Model`
-    that is passed in is changed in place.
+    that is passed in is changed in place, and returned, as by `prune`.
 
     ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
     call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The
@@ -344,6 +345,7 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
 
     ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
     (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
+    Raises `ModelError` for a model whose parameters are not those of its plans.
     """
     return _save(model, check_new_directory(Path(directory)), notes=notes)
 

@@ -88,7 +88,8 @@ class Model(Structure):
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
     last `llmpruner.save` in this process. ``passages``: fingerprints of the calibration text of prunes in this process
     (`llmpruner.data.passages`). ``work``: for each cut in this process, ``fits`` and ``scores`` as ``llmpruner.json``
-    keeps them. ``streamed``: reads the weights when they are needed; None where they are in memory."""
+    keeps them. ``streamed``: reads the weights when they are needed; None where they are in memory. ``unfinished``: the
+    stage that began to change the weights and did not end; None for a model that is whole."""
 
     model: PreTrainedModel
     tokenizer: Any | None
@@ -97,11 +98,33 @@ class Model(Structure):
     passages: tuple[str, ...] = ()
     work: tuple[Mapping[str, Any], ...] = ()
     streamed: StreamedWeights | None = None
+    unfinished: str | None = None
 
     @property
     def weights(self) -> Weights:
         """Where the weights of ``model`` come from."""
         return self.streamed or Weights(self.model, self.graph.layers)
+
+    @contextlib.contextmanager
+    def changing(self, stage: str) -> Iterator[None]:
+        """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``."""
+        vars(self)["unfinished"] = stage
+        yield
+        vars(self)["unfinished"] = None
+
+    def become(self, result: Model) -> Model:
+        """This object with all fields of ``result``, which has its weights. The class is frozen, as stages make new
+        values; but whoever holds a model whose weights were changed in place must have the graph and the plans of these
+        weights, too."""
+        vars(self).update({**vars(result), "unfinished": None})
+        return self
+
+    def check_whole(self) -> None:
+        """Raise `ModelError` for a model that is ``unfinished``."""
+        if self.unfinished is not None:
+            raise ModelError(
+                f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end; load the model again"
+            )
 
 
 def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:

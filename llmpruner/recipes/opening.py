@@ -37,7 +37,10 @@ class Opener:
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:
-        """The structure of a reference; a structure as it is. Reads no weights."""
+        """The structure of a reference; a structure as it is. Reads no weights. Raises `ModelError` for a model in
+        memory that a stage left half-changed."""
+        if isinstance(source, Model):
+            source.check_whole()
         if isinstance(source, Structure):
             return source
         found = load_structure(str(source), self.catalog, self.load)

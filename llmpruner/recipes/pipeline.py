@@ -187,19 +187,25 @@ def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Prog
 def apply_draft(
     model: Model, draft: Draft, catalog: Catalog, progress: Progress = QUIET, run: Run | None = None
 ) -> Model:
-    """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one."""
+    """`apply_plan` for a plan that may be preliminary. The last of the result's ``plans`` is the final one. The result
+    is ``model`` itself; where an exception ends this after weights were changed, it is ``unfinished``."""
     plan, run, read = draft.plan, run or Run(), draft.calibration
     plan.check(model.graph)
+    with run.stages.stage("cut"):
+        cost = draft.cost or recorded_cost(model, plan, catalog, progress)
     fits: Sequence[Fit] = ()
     if plan.compensation is not None:
         with run.stages.stage("compensation"):
-            plan, fits, read = _compensate(model, draft, plan.compensation, catalog, progress, run)
-    model = replace(model, passages=(*model.passages, *passages_in(read, model.tokenizer)))
-    chosen = {} if draft.chooser is None else draft.chooser.scores
-    work = {"fits": fits_record(fits), "scores": {**draft.scores, **chosen}}
-    with run.stages.stage("cut"):
-        cost = draft.cost or recorded_cost(model, plan, catalog, progress)
-        return cut_by(model, plan, cost, work)
+            read = _text_of(model, draft, plan.compensation, catalog, progress, run)
+    with model.changing("prune"):
+        if plan.compensation is not None:
+            with run.stages.stage("compensation"):
+                plan, fits = _compensate(model, draft, plan.compensation, read, catalog, progress, run)
+        chosen = {} if draft.chooser is None else draft.chooser.scores
+        work = {"fits": fits_record(fits), "scores": {**draft.scores, **chosen}}
+        with run.stages.stage("cut"):
+            passages = (*model.passages, *passages_in(read, model.tokenizer))
+            return model.become(cut_by(replace(model, passages=passages), plan, cost, work))
 
 
 def _open(
@@ -210,35 +216,48 @@ def _open(
     return cost, measured
 
 
-def _compensate(
+def _text_of(
     model: Model, draft: Draft, how: CompensationRecord, catalog: Catalog, progress: Progress, run: Run
-) -> tuple[PruningPlan, Sequence[Fit], CalibrationSet | None]:
-    """The plan with the units that were chosen, what the repair did, and the text that was read."""
-    plan, calibration = draft.plan, draft.calibration
-    compensation = catalog.compensations[how.name](**how.settings)
-    if calibration is None and how.calibration is not None and how.samples and how.length:
-        text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
-        sample = partial(
-            text.sample,
-            model.model,
-            model.tokenizer,
-            samples=how.samples,
-            length=how.length,
-            seed=plan.seed,
-            progress=progress,
-            family=model.family,
-        )
-        with model.weights.outside():
-            calibration = run.ranks.from_first(sample)
-        # Generated text depends on rounding, so that it may differ on another machine.
-        if not text.writes and calibration.fingerprint != how.fingerprint:
-            raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
+) -> CalibrationSet | None:
+    """The text of a compensation, read or written again for a plan that is replayed; None where it reads none."""
+    if draft.calibration is not None or how.calibration is None or not how.samples or not how.length:
+        return draft.calibration
+    text = parse_calibration(how.calibration, catalog.sources, how.source_settings)
+    sample = partial(
+        text.sample,
+        model.model,
+        model.tokenizer,
+        samples=how.samples,
+        length=how.length,
+        seed=draft.plan.seed,
+        progress=progress,
+        family=model.family,
+    )
+    with model.weights.outside():
+        calibration = run.ranks.from_first(sample)
+    # Generated text depends on rounding, so that it may differ on another machine.
+    if not text.writes and calibration.fingerprint != how.fingerprint:
+        raise DataError(f"'{how.calibration}' is not the text that this plan was made with; make a new plan")
+    return calibration
+
+
+def _compensate(
+    model: Model,
+    draft: Draft,
+    how: CompensationRecord,
+    calibration: CalibrationSet | None,
+    catalog: Catalog,
+    progress: Progress,
+    run: Run,
+) -> tuple[PruningPlan, Sequence[Fit]]:
+    """The plan with the units that were chosen, and what the repair did."""
+    compensation, kept = catalog.compensations[how.name](**how.settings), draft.plan.kept
     task = RepairTask(
-        model.model, model.graph, plan.kept, calibration, draft.chooser, progress, run.executor(model), run.journal
+        model.model, model.graph, kept, calibration, draft.chooser, progress, run.executor(model), run.journal
     )
     with torch.no_grad():
         repaired = compensation.repair(task)
-    return _with_units(model.graph, plan, repaired.kept), repaired.fits, calibration
+    return _with_units(model.graph, draft.plan, repaired.kept), repaired.fits
 
 
 def _with_units(graph: CouplingGraph, plan: PruningPlan, kept: Kept) -> PruningPlan:

@@ -78,7 +78,8 @@ class Pruning:
         way, expected = self._arranged(opened, job, work, opener, ranks)
         if output is None:
             run = pipeline.Run(way.boundary_memory, None, way.divided, ranks)
-            return _with_forecast(self._cut(self._loaded(opened, way, opener, run), job, opener, run), expected)
+            loaded = self._loaded(opened, way, opener, run)
+            return loaded.become(_with_forecast(self._cut(loaded, job, opener, run), expected))
         journal = self._journal(output, opened, way, opener, ranks)
         if expected is not None:
             written = 0 if journal is None else tree_bytes(journal.folder)
@@ -101,7 +102,7 @@ class Pruning:
                     pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, output)))
                 if ranks.first:
                     write_run(output, run.stages, "prune", opened.ref, self.given)
-            pruned = reopened(pruned, output, trust_remote_code=opener.load.trust_remote_code)
+            pruned = loaded.become(reopened(pruned, output, trust_remote_code=opener.load.trust_remote_code))
             if journal is not None:
                 journal.remove()
         return pruned

@@ -115,17 +115,17 @@ class Recovery:
         with stages.stage("training"):
             taught = fingerprint if job.strategy.needs_dense else None
             result = _trained(job, loaded, data, folder, way, opener, taught)
-        recovered = _recovered(loaded, result)
+        recovered = loaded.become(_recovered(loaded, result))
         if output is None:
             return recovered
         with stages.stage("saving"):
             form = ranks.from_first(lambda: _save(recovered, result, output, folder))
         if ranks.first:
             write_run(output, stages, "recover", opened.ref, job.settings.given())
-        recovered = reopened(replace(recovered, form=form), output, trust_remote_code=trusted)
+        loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=trusted))
         if self.work_dir is None and ranks.first:
             remove_tree(folder)
-        return recovered
+        return loaded
 
     def _checked(self, opener: Opener, folder: Path) -> RecoverJob:
         """The job, once all is checked that needs no model."""
@@ -264,6 +264,7 @@ def _trained(
             load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
             layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
             on_step=on_step, on_validation=lambda done: progress.status(str(done)), dense=dense, progress=progress,
+            changing=loaded.changing("recovery"),
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)

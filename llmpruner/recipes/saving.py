@@ -10,6 +10,7 @@ from .. import __version__
 from ..checkpoints.adapters import save_adapter
 from ..checkpoints.base_config import stated
 from ..checkpoints.save import save_checkpoint, vocabulary_files
+from ..errors import ModelError
 from ..loading.dense import base_record
 from .passages import passages_record
 
@@ -24,7 +25,7 @@ def save(
     for adapters that were not merged.
 
     ``notes``: further JSON values for ``llmpruner.json``, beside the plans; those of adapters are in
-    ``llmpruner-files.json``. ``extra_files``: copied into the directory.
+    ``llmpruner-files.json``. ``extra_files``: copied into the directory. Raises as `check_fits`.
     """
     notes = dict(notes or {})
     if hasattr(model.model, "peft_config"):
@@ -35,6 +36,7 @@ def save(
             model.model, directory, base=base, tokenizer=model.tokenizer, extra_files=extra_files, origin=origin
         )
         return "adapter"
+    check_fits(model)
     record = {
         **(model.record or {}),
         **notes,
@@ -54,6 +56,19 @@ def save(
         extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
         parts=model.streamed,
     )
+
+
+def check_fits(model: Model) -> None:
+    """Raise `ModelError` for a model that is half-changed, or whose parameters are not those of its plans: something
+    else than `llmpruner.prune` cut it, and what is saved could not be loaded."""
+    model.check_whole()
+    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+        expected, found = model.graph.shapes.get(name), tuple(parameter.shape)
+        if found != expected:
+            raise ModelError(
+                f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
+                f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
+            )
 
 
 def _all_work(model: Model) -> list[Mapping[str, Any] | None]:

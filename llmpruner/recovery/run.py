@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,7 @@ def recover(
     walk: LayerWalk | None = None,
     dense: str | None = None,
     progress: Progress = QUIET,
+    changing: AbstractContextManager[None] | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
@@ -148,7 +149,7 @@ def recover(
     if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
     it. ``layers``, ``walk``, ``progress``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its
     number from 1, the number of steps, and its loss. ``on_validation``: called after each validation. ``dense``: what
-    identifies the dense model, for strategies that need it.
+    identifies the dense model, for strategies that need it. ``changing``: active while weights change.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
@@ -181,7 +182,8 @@ def recover(
         validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
         progress=progress,
     )  # fmt: skip
-    with alone_in(work_dir) if Ranks.current().first else nullcontext(), _writing(work_dir):
+    alone = alone_in(work_dir) if Ranks.current().first else nullcontext()
+    with alone, _writing(work_dir), changing or nullcontext():
         result = strategy.train(job)
     seconds = time.perf_counter() - started
     chosen = Ranks.current().from_first(lambda: chosen_in(work_dir))

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import criteria_cases
 import pytest
+import tiny_models
 import torch
 
 import llmpruner
-from llmpruner import PlanError, PruningPlan, SelectionError
+from llmpruner import ModelError, OutputError, PlanError, PruningPlan, SelectionError
 from llmpruner.compensation.refit import Refit
 from llmpruner.importance.estimate import estimate
+from llmpruner.models.surgery import cut
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.wanted import inner_layers
 from llmpruner.testing.jobs import small_job
@@ -110,7 +112,8 @@ def test_query_heads_go_in_steps_with_their_kv_heads(shape, monkeypatch):
     options = {"kinds": "attention,query", "importance": "l1", "compensate": "none", "layers": "all", "shape": shape}
     made = llmpruner.plan(loaded, ratio=0.3, steps=3, **options)
     made.check(loaded.graph)
-    removed = 1 - llmpruner.prune(loaded, plan=made).graph.decoder_parameters / loaded.graph.decoder_parameters
+    whole = loaded.graph.decoder_parameters
+    removed = 1 - llmpruner.prune(loaded, plan=made).graph.decoder_parameters / whole
     assert abs(removed - 0.3) < 0.05
 
 
@@ -183,3 +186,79 @@ def test_final_scores_of_inputs_read_all_of_the_text(gqa, monkeypatch, criterion
     monkeypatch.setattr("llmpruner.recipes.pipeline.estimate", spy)
     llmpruner.plan(gqa, ratio=0.3, importance=criterion, kinds=kinds, samples=6, length=16, compensate=compensate)
     assert seen == ([] if tokens is None else [tokens])
+
+
+def test_a_model_that_was_changed_in_place_has_its_plans(gqa, tmp_path):
+    """`prune` returned another object, and this one had cut weights beside the graph of before."""
+    whole = gqa.graph
+    returned = llmpruner.prune(gqa, ratio=0.2, importance="l1")
+    assert returned is gqa and gqa.graph != whole and len(gqa.plans) == 1 and gqa.outcome is not None
+    llmpruner.save(gqa, tmp_path / "once")
+    assert llmpruner.load(tmp_path / "once").plans == gqa.plans
+    twice = llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "twice")
+    assert twice is gqa and len(gqa.plans) == 2 and gqa.form is not None
+    assert len(llmpruner.load(tmp_path / "twice").plans) == 2
+
+
+def test_a_model_that_a_prune_left_half_changed_is_refused(gqa, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SelectionError):
+        llmpruner.prune(gqa, ratio=1e-5, shape="free", importance="l1")
+    assert llmpruner.plan(gqa, ratio=0.2, importance="l1")  # nothing was changed
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("llmpruner.models.surgery._drop_layers", stopped)
+        llmpruner.prune(gqa, ratio=0.2, importance="l1", compensate="none")
+    uses = (
+        lambda: llmpruner.prune(gqa, ratio=0.2, importance="l1"),
+        lambda: llmpruner.plan(gqa, ratio=0.2, importance="l1"),
+        lambda: llmpruner.evaluate(gqa),
+        lambda: llmpruner.generate(gqa, "x"),
+        lambda: llmpruner.save(gqa, tmp_path / "out"),
+    )
+    for use in uses:
+        with pytest.raises(ModelError, match=r"'.*' was left half-changed by a prune that did not end; load the model"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OutputError("no space")
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError):
+        patched.setattr("llmpruner.recipes.pruning.save", full)
+        llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "out")
+    assert len(gqa.plans) == 1
+    llmpruner.save(gqa, tmp_path / "elsewhere")
+    assert llmpruner.load(tmp_path / "elsewhere").plans == gqa.plans
+
+
+def test_a_model_that_something_else_cut_is_not_saved(gqa, tmp_path):
+    group = gqa.graph.by_name["layers.1.mlp"]
+    cut(gqa.model, gqa.graph, {group.name: tuple(range(8))}, gqa.family)
+    with pytest.raises(ModelError, match=r"parameter 'model.layers.1.mlp.* has shape .*; save what llmpruner.prune"):
+        llmpruner.save(gqa, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_was_trained_in_place_has_its_record(tmp_path, monkeypatch):
+    tiny_models.llama().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "What is it?\n", "completion": "It is so."}) + "\n")
+    options = {"data": str(tmp_path / "data.jsonl"), "strategy": "full", "max_steps": 1, "validation": 0}
+    model = llmpruner.load(tmp_path / "model")
+    assert llmpruner.recover(model, work_dir=tmp_path / "work", **options) is model
+    assert len(model.record["recovery"]) == 1
+    out = llmpruner.recover(model, output=tmp_path / "out", **options)
+    assert out is model and model.form == "stock" and len(llmpruner.discover(tmp_path / "out").record["recovery"]) == 2
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+
+        def stopped(*_):
+            raise KeyboardInterrupt
+
+        patched.setattr("llmpruner.recovery.full.FullStrategy.train", stopped)
+        llmpruner.recover(model, work_dir=tmp_path / "other", **options)
+    with pytest.raises(ModelError, match="was left half-changed by a recovery that did not end"):
+        llmpruner.recover(model, work_dir=tmp_path / "other", **options)
