@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("llmpruner")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Structure:
     """A model without its weights.
 
@@ -67,6 +67,16 @@ class Structure:
     record: Mapping[str, Any] | None = None
     path: str | None = field(default=None, kw_only=True)
 
+    def __repr__(self) -> str:
+        """One line: the shapes and indices of all fields would be thousands."""
+        times = len(self.plans)
+        state = f"pruned {times} times" if times > 1 else "pruned" if times else "not pruned"
+        graph = self.graph
+        return (
+            f"<{type(self).__name__} '{self.ref}': {self.config.model_type}, {graph.num_layers} layers, "
+            f"{graph.total_parameters:,} parameters, {state}>"
+        )
+
     def _repr_html_(self) -> str:
         """A table for notebooks: family, layers, parameters, and the kinds of units."""
         graph = self.graph
@@ -82,7 +92,7 @@ class Structure:
         return f"<table>{cells}</table>"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the

@@ -262,3 +262,14 @@ def test_a_model_that_was_trained_in_place_has_its_record(tmp_path, monkeypatch)
         llmpruner.recover(model, work_dir=tmp_path / "other", **options)
     with pytest.raises(ModelError, match="was left half-changed by a recovery that did not end"):
         llmpruner.recover(model, work_dir=tmp_path / "other", **options)
+
+
+def test_models_and_structures_print_one_line(gqa, tmp_path):
+    start = f"'{gqa.ref}': llama, 4 layers, {gqa.graph.total_parameters:,} parameters"
+    assert repr(gqa) == f"<Model {start}, not pruned>"
+    llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "out")
+    assert repr(gqa).endswith("parameters, pruned>")
+    found = llmpruner.discover(tmp_path / "out")
+    assert repr(found).startswith("<Structure '") and repr(found).endswith("parameters, pruned>")
+    llmpruner.prune(gqa, ratio=0.2, importance="l1")
+    assert repr(gqa).endswith("pruned 2 times>")
