@@ -284,8 +284,6 @@ def bench(
     catalog = catalog or Catalog(plugin_manager())
     job = bench_job(settings_from(BenchSettings, settings), catalog)
     sources = listed(models)
-    if not sources:
-        raise SettingsError("nothing to measure: name at least one model")
     each = openers(load, sources, catalog, progress)
     for opener in each:
         check_bench(job, opener.load)
@@ -347,6 +345,8 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
     (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
     Raises `ModelError` for a model whose parameters are not those of its plans.
     """
+    if not isinstance(model, Model):
+        raise SettingsError(f"expected what llmpruner.load, prune or recover returned, got {type(model).__name__}")
     return _save(model, check_new_directory(Path(directory)), notes=notes)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from torch import nn
 
 from ..engine.ranks import Ranks
 from ..errors import DataError, SettingsError
@@ -38,9 +40,8 @@ class Opener:
 
     def structure(self, source: Source) -> Structure:
         """The structure of a reference; a structure as it is. Reads no weights. Raises `ModelError` for a model in
-        memory that a stage left half-changed."""
-        if isinstance(source, Model):
-            source.check_whole()
+        memory that a stage left half-changed, `SettingsError` for what is none of the three."""
+        check_source(source)
         if isinstance(source, Structure):
             return source
         found = load_structure(str(source), self.catalog, self.load)
@@ -96,5 +97,22 @@ def openers(
 
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:
-    """One model or several, as a list."""
-    return [models] if isinstance(models, (str, Path, Structure)) else list(models)
+    """One model or several, as a list. Raises `SettingsError` for none, and as `check_source`."""
+    several = isinstance(models, Iterable) and not isinstance(models, (str, Path, Structure, nn.Module))
+    sources: list[Source] = list(models) if several else [models]  # type: ignore[arg-type, list-item]
+    if not sources:
+        raise SettingsError("no model is named; name at least one")
+    for source in sources:
+        check_source(source)
+    return sources
+
+
+def check_source(source: object) -> None:
+    """Raise `SettingsError` for another object than a reference, a structure or a model, and `ModelError` for a model
+    that a stage left half-changed."""
+    if not isinstance(source, (str, Path, Structure)):
+        raise SettingsError(
+            f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
+        )
+    if isinstance(source, Model):
+        source.check_whole()

@@ -37,7 +37,7 @@ from .fitting import boundary_limit
 from .forecast import Residency
 from .inputs import digest, model_fingerprint
 from .jobs import RecoverJob, recover_job
-from .opening import Opener, Source
+from .opening import Opener, Source, check_source
 from .recovery_memory import arranged_layers, layers_disk, refuse_without_layers, states_bytes
 from .saving import save
 from .stages import Stages, write_run
@@ -71,6 +71,7 @@ class Recovery:
 
     def do(self, opener: Opener) -> Model:
         """The trained model. Raises as `llmpruner.recover`."""
+        check_source(self.source)
         folder = self._folder()
         job = self._checked(opener, folder)
         ranks, output = Ranks.current(), self.output

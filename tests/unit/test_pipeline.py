@@ -12,7 +12,7 @@ import tiny_models
 import torch
 
 import llmpruner
-from llmpruner import ModelError, OutputError, PlanError, PruningPlan, SelectionError
+from llmpruner import ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
 from llmpruner.compensation.refit import Refit
 from llmpruner.importance.estimate import estimate
 from llmpruner.models.surgery import cut
@@ -273,3 +273,32 @@ def test_models_and_structures_print_one_line(gqa, tmp_path):
     assert repr(found).startswith("<Structure '") and repr(found).endswith("parameters, pruned>")
     llmpruner.prune(gqa, ratio=0.2, importance="l1")
     assert repr(gqa).endswith("pruned 2 times>")
+
+
+def test_another_object_than_a_model_is_named(gqa, tmp_path):
+    uses = {
+        "load": llmpruner.load,
+        "discover": llmpruner.discover,
+        "plan": lambda one: llmpruner.plan(one, ratio=0.2),
+        "prune": lambda one: llmpruner.prune(one, ratio=0.2),
+        "recover": lambda one: llmpruner.recover(one, data="alpaca.jsonl", work_dir=tmp_path / "work"),
+        "generate": lambda one: llmpruner.generate(one, "x"),
+        "evaluate": llmpruner.evaluate,
+        "bench": llmpruner.bench,
+        "chat": llmpruner.chat,
+    }
+    for name, use in uses.items():
+        for other in (gqa.model, 3, None):
+            message = f"^expected a path, .* what llmpruner.load returned as a model, got {type(other).__name__}$"
+            with pytest.raises(SettingsError, match=message):
+                use(other)
+        if name not in ("evaluate", "bench", "chat"):
+            with pytest.raises(SettingsError, match=r"got list$"):
+                use(["demo"])
+            continue
+        with pytest.raises(SettingsError, match=r"got LlamaForCausalLM$"):
+            use([gqa, gqa.model])
+        with pytest.raises(SettingsError, match=r"^no model is named; name at least one$"):
+            use([])
+    with pytest.raises(SettingsError, match=r"^expected what llmpruner.load, prune or recover returned, got Llama"):
+        llmpruner.save(gqa.model, tmp_path / "out")
