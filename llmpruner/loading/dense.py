@@ -69,6 +69,28 @@ def open_dense(
     return dense
 
 
+def check_named_base(pruned: Structure, named: str, catalog: Catalog, *, trust_remote_code: bool = False) -> None:
+    """Raise `ModelError` unless ``named`` can be opened and can be the dense model of ``pruned``, instead of the one in
+    its record."""
+    # The recorded revision is one of the recorded model.
+    options = _options(pruned, named, trust_remote_code).model_copy(update={"revision": None})
+    try:
+        dense = load_structure(named, catalog, options)
+    except LlmprunerError as error:
+        raise ModelError(f"--base '{named}' cannot be opened: {error}") from error
+    if not _fits(pruned, dense):
+        recorded = pruned.plans[0].base.model
+        raise ModelError(
+            f"--base '{named}' is not the model that '{pruned.ref}' was pruned from ('{recorded}'): parameters differ "
+            "in name or shape"
+        )
+
+
+def _fits(pruned: Structure, dense: Structure) -> bool:
+    """Whether the plans of ``pruned`` are of a model with the parameters of ``dense``."""
+    return not dense.plans and structure_of(dense.graph) == pruned.plans[0].base.structure
+
+
 def _reference(pruned: Structure) -> str:
     if not pruned.plans:
         raise ModelError(f"'{pruned.ref}' was not pruned by llmpruner, so no dense model is known for it")
@@ -100,7 +122,7 @@ def _named(pruned: Structure) -> Iterator[None]:
 
 
 def _check(pruned: Structure, dense: Structure, ref: str) -> None:
-    if dense.plans or structure_of(dense.graph) != pruned.plans[0].base.structure:
+    if not _fits(pruned, dense):
         raise ModelError(
             f"{_looked_for(pruned)}, is another model now: parameters of '{ref}' differ in name or shape"
         )  # fmt: skip

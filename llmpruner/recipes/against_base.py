@@ -12,7 +12,7 @@ import torch
 from ..engine.cut_weights import CutWeights
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError
-from ..loading.dense import dense_structure, open_dense
+from ..loading.dense import check_named_base, dense_structure, open_dense
 from ..loading.model import loaded_bytes, why_not_streamed
 from ..models.empty import meta_model
 from ..models.surgery import cut
@@ -54,6 +54,8 @@ class Base:
     """
 
     def __init__(self, structure: Structure, named: str | None, load: LoadSettings, catalog: Catalog) -> None:
+        if named is not None:
+            check_named_base(structure, named, catalog, trust_remote_code=load.trust_remote_code)
         pruned = structure if named is None else _made_from(structure, named)
         dense = dense_structure(pruned, catalog, trust_remote_code=load.trust_remote_code)
         streams = why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None

@@ -210,7 +210,13 @@ def test_earlier_records_and_missing_bases_are_said(run, copy):
 
 def test_a_base_can_be_named(run, refused, cut, shared):
     assert states(run("verify", cut, "--base", shared / "dense", "--json"))["logits"] == "passed"
-    assert "is another model now" in refused("verify", cut, "--base", shared / "other", read=True)
+    recorded = json.loads((cut / "llmpruner.json").read_text())["plans"][0]["base"]["model"]
+    assert (
+        f"--base '{shared / 'other'}' is not the model that '{cut}' was pruned from ('{recorded}'): parameters differ"
+        in refused("verify", cut, "--base", shared / "other", read=True)
+    )
+    message = refused("verify", cut, "--base", "./nope", read=True)
+    assert "--base './nope' cannot be opened: model directory './nope' does not exist" in message
 
 
 @pytest.fixture(scope="module")
