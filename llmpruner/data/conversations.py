@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 from ..errors import DataError
-from .documents import Record, read_records
+from .documents import EXPECTED_EXAMPLES, Record, read_records
 
 Role = Literal["system", "user", "assistant"]
 Speaker = Literal["human", "gpt"]
@@ -76,7 +76,7 @@ _RUN = re.compile(r"\S+")
 def read_examples(source: str) -> list[Example]:
     """The records of a source (see `llmpruner.data.documents`) as examples, in order. Raises `DataError` with the
     place of the first malformed record, or when there is no record."""
-    found = [example(record) for record in read_records(source)]
+    found = [example(record) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not found:
         raise DataError(f"{source} has no examples")
     return found

@@ -27,8 +27,11 @@ PYDOC = "pydoc"
 TEXT_FIELDS = ("text", "page", "content")
 """Fields for the text of a record; the first that is a string is used."""
 
-_EXPECTED = f"expected a .txt, .json, .jsonl or .parquet file, the name of a data set, or '{PYDOC}'"
-_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+EXPECTED_TEXT = f"expected a .txt, .json, .jsonl or .parquet file, the name of a data set, or '{PYDOC}'"
+EXPECTED_EXAMPLES = "expected a .json, .jsonl or .parquet file, or the name of a data set"
+"""What a source of text, and one of instructions, may be; for messages."""
+SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+"""What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PARQUET_ROWS = 1024
@@ -43,15 +46,16 @@ class Record(NamedTuple):
     place: str
 
 
-def read_records(source: str) -> Iterator[Record]:
-    """Iterates over the records of a source, in order.
+def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
+    """Iterates over the records of a source, in order. ``expected``: what the message for a source that does not exist
+    says.
 
     Raises `DataError`: for a source that does not exist, at once; for a malformed record, when it is reached. Raises
     `MissingExtraError` where the library that reads the source is not installed.
     """
     if source == PYDOC:
         return _help_topics()
-    path = _existing_file(source)
+    path = _existing_file(source, expected)
     if path is None:
         return _dataset_rows(source)
     readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
@@ -118,27 +122,29 @@ def document(record: Record) -> str:
     )
 
 
-def check_source(source: str, read: Callable[[Record], object] = document) -> None:
+def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
     """Find errors in a source before long work starts.
 
-    ``read``: the function that the caller will apply to every record; it is applied to the first. For a data set, only
+    ``read``: the function that the caller will apply to every record; it is applied to the first. ``expected``: see
+    `read_records`. For a data set, only
     checks that ``datasets`` is installed, as it may have to be downloaded. Raises as `read_records` and ``read`` do,
     and `DataError` when there is no record.
     """
-    if source != PYDOC and _existing_file(source) is None:
+    if source != PYDOC and _existing_file(source, expected) is None:
         if find_spec("datasets") is None:
             raise MissingExtraError("datasets", "recover")
         return
-    first = next(read_records(source), None)
+    first = next(read_records(source, expected), None)
     if first is None:
         raise DataError(f"{source} holds no records")
     read(first)
 
 
-def _existing_file(source: str) -> Path | None:
-    """The file that ``source`` names; None for a name of a data set. Raises `DataError` for anything else."""
+def _existing_file(source: str, expected: str) -> Path | None:
+    """The file that ``source`` names; None for a name of a data set. Raises `DataError`, which says what was
+    ``expected``, for anything else."""
     if not source.strip():
-        raise DataError(f"the source of data has an empty name; {_EXPECTED}")
+        raise DataError(f"the source of data has an empty name; {expected}")
     path = Path(source)
     try:
         if path.is_file():
@@ -147,12 +153,12 @@ def _existing_file(source: str) -> Path | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if is_directory:
-        raise DataError(f"{source} is a directory; {_EXPECTED}")
+        raise DataError(f"{source} is a directory; {expected}")
     if exists:
         raise DataError(f"{source} is not a regular file; copy its content to a file first")
     name = source.partition(":")[0]
-    if Path(name).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):
-        raise DataError(f"{source}: no such file; {_EXPECTED}")
+    if Path(name).suffix.lower() in SUFFIXES or not _DATASET.fullmatch(source):
+        raise DataError(f"{source}: no such file; {expected}")
     return None
 
 

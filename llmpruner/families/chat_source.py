@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.conversations import example, read_examples
-from ..data.documents import check_source
+from ..data.documents import EXPECTED_EXAMPLES, check_source
 from ..data.source import CalibrationSource, SampleTask
 from ..errors import DataError, ModelError
 from .chat import TrainingText, training_texts
@@ -27,7 +27,7 @@ class ChatSource(CalibrationSource):
     def check(self, reference: str) -> None:
         if not reference:
             raise DataError("--calibration chat: name a file or data set with conversations, as chat:FILE")
-        check_source(reference, read=example)
+        check_source(reference, example, EXPECTED_EXAMPLES)
 
     def sample(self, task: SampleTask) -> torch.Tensor:
         """Raises `ModelError` where the model has no tokenizer or its family is not known."""

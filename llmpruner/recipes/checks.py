@@ -10,7 +10,7 @@ from ..budgets.base import BudgetSubject
 from ..budgets.costs import saving_units
 from ..data.calibration import check_length, parse_calibration
 from ..data.conversations import example
-from ..data.documents import check_source
+from ..data.documents import EXPECTED_EXAMPLES, check_source
 from ..data.mixture import parse_mixture
 from ..errors import MissingExtraError, ModelError, SelectionError, SettingsError, UnsupportedModelError
 from ..families.graph import build_graph
@@ -123,10 +123,13 @@ def check_recover(job: RecoverJob) -> None:
     """Raise `DataError` for training data that is missing or malformed, and as `check_adapters`."""
     check_adapters(job)
     own = dense_text_in(job.settings.data)
-    for source in (job.settings.data, job.settings.validation_data):
+    for source, expected in (
+        (job.settings.data, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text"),
+        (job.settings.validation_data, EXPECTED_EXAMPLES),
+    ):
         for part in parse_mixture(source) if source is not None else ():
             if own is None or part.source != own.source:
-                check_source(part.source, example)
+                check_source(part.source, example, expected)
 
 
 def check_adapters(job: RecoverJob) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
-from ..errors import SettingsError
+from ..data.documents import SUFFIXES, is_file
+from ..errors import ModelError, SettingsError
 from ..evaluation.base import MetricSubject
 from ..evaluation.run import Candidate, evaluate
 from ..evaluation.store import ResultStore, default_folder
@@ -34,6 +36,8 @@ def evaluate_models(
     compares = "--kl" if settings.kl else next((m.label() for m in job.metrics if m.needs_reference), None)
     if compares and len(sources) == 1:
         raise SettingsError(f"{compares} compares models with the first one, and only one is named; name two or more")
+    for source in sources:
+        _check_no_text(source)
     opened = [one.readable(source, "be evaluated") for one, source in zip(openers, sources, strict=True)]
     for found in opened:
         for metric in job.metrics:
@@ -53,6 +57,12 @@ def evaluate_models(
     except KeyboardInterrupt:
         progress.status("stopped; what was measured is kept, and the same command goes on with the rest")
         raise
+
+
+def _check_no_text(source: Source) -> None:
+    """Raise `ModelError` for a text in the place of a model, as where ``--perplexity`` was forgotten."""
+    if isinstance(source, (str, Path)) and Path(source).suffix.lower() in SUFFIXES and is_file(str(source)):
+        raise ModelError(f"'{source}' is a file, not a model directory; for a text use --perplexity {source}")
 
 
 def _subject(one: Structure, opener: Opener) -> MetricSubject:

@@ -71,6 +71,23 @@ def find(directory: Path) -> _Place:
     return _Place(directory)
 
 
+def json_value(path: Path, expected: str) -> Any:
+    """The JSON value in a file that a user names. ``expected``: what it should be. Raises `DataError`."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON; expected {expected}") from error
+
+
+def is_evaluation(value: Any) -> bool:
+    """Whether a JSON value has the form of what ``evaluate --json`` writes."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) and "name" in one for one in value)
+
+
 @dataclass(frozen=True)
 class ResultsFile:
     """A file that ``evaluate --json`` or ``bench --json`` wrote. ``value``: a list, or an object with ``cases``."""
@@ -89,13 +106,10 @@ class ResultsFile:
     @classmethod
     def read(cls, path: Path) -> ResultsFile:
         """Raises `DataError` for any other file."""
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {first_line(error)}") from error
-        evaluated = isinstance(value, list) and value and all(isinstance(o, dict) and "name" in o for o in value)
-        if not evaluated and not (isinstance(value, dict) and "cases" in value):
-            raise DataError(f"{path} was not written by `llmpruner evaluate --json` or `llmpruner bench --json`")
+        written = "what `llmpruner evaluate --json` or `llmpruner bench --json` wrote"
+        value = json_value(path, written)
+        if not is_evaluation(value) and not (isinstance(value, dict) and "cases" in value):
+            raise DataError(f"{path} is not {written}")
         return cls(path, value)
 
 

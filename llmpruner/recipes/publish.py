@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.record import RECORD_FILE, read_json
-from ..errors import DataError, ModelError, SettingsError, first_line
+from ..errors import DataError, ModelError, SettingsError
 from ..families.graph import build_graph
 from ..publishing.card import CARD_FILE, CardFacts, base_of, licence_of, model_card, named_licence
 from ..publishing.push import Upload, check_repo, public_record, upload_of
 from ..settings import PushSettings, flag_of
+from .evidence import is_evaluation, json_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,10 +63,8 @@ def _facts(
 
 def _evaluations(file: Path) -> list[dict[str, Any]]:
     """What ``evaluate --json`` wrote. Raises `DataError`."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
-    if not isinstance(found, list) or not found or any(not isinstance(one, dict) or "name" not in one for one in found):
-        raise DataError(f"{file} was not written by `llmpruner evaluate --json`")
+    written = "what `llmpruner evaluate --json` wrote"
+    found: list[dict[str, Any]] = json_value(file, written)
+    if not is_evaluation(found):
+        raise DataError(f"{file} is not {written}")
     return found

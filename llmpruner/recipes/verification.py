@@ -68,6 +68,12 @@ def check_checkpoint(directory: Path) -> None:
     if adapter_base(directory) is not None:
         return
     if not (directory / RECORD_FILE).is_file() and not has_shards(directory):
+        files = sorted(file.name for file in directory.glob("*.gguf"))
+        if files:
+            raise ModelError(
+                f"'{directory}' holds {', '.join(files)}, and verify reads safetensors files alone; export compared "
+                "the file with the model when it wrote it"
+            )
         raise ModelError(
             f"'{directory}' has neither a {RECORD_FILE} nor safetensors files, so there is nothing to verify"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.conversations import Example, example
-from ..data.documents import read_records
+from ..data.documents import EXPECTED_EXAMPLES, read_records
 from ..data.mixture import mixed, parse_mixture
 from ..errors import DataError
 from ..families.chat import TrainingText, training_texts
@@ -90,7 +90,7 @@ def _placed(source: str, written: Mapping[str, Sequence[Example]]) -> list[tuple
     there is none."""
     if source in written:
         return [(f"{source}, example {number}", found) for number, found in enumerate(written[source], start=1)]
-    found = [(record.place, example(record)) for record in read_records(source)]
+    found = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not found:
         raise DataError(f"{source} has no examples")
     return found

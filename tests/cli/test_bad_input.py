@@ -111,7 +111,22 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "pruning without a tokenizer": (
         ("prune", "{models}/bare", *FIFTH, *OUT), "prune the weights alone with --no-tokenizer"
     ),
-    "recovery: no file": (("recover", DENSE, "--data", "no.jsonl", *OUT), "no.jsonl: no such file"),
+    "recovery: no file": (
+        ("recover", DENSE, "--data", "no.jsonl", *OUT),
+        "no.jsonl: no such file; expected a .json, .jsonl or .parquet file, or the name of a data set, or self, self:N",
+    ),
+    "recovery: no file for validation": (
+        ("recover", DENSE, "--data", "{models}/data.jsonl", "--validation-data", "no.jsonl", *OUT),
+        "no.jsonl: no such file; expected a .json, .jsonl or .parquet file, or the name of a data set",
+    ),
+    "model: a text": (
+        ("evaluate", DENSE, "{models}/text.txt"),
+        "text.txt' is a file, not a model directory; for a text use --perplexity {models}/text.txt",
+    ),
+    "model: a text, to generate": (("generate", "{models}/text.txt", "-p", "x"), "is a file, not a model directory"),
+    "model: a file of weights": (
+        ("discover", "{models}/dense/model.safetensors"), "not a model directory; name the directory that it is in"
+    ),
     "recovery: no data set": (("recover", DENSE, "--data", "nobody/none", *OUT), "'nobody/none' is no file"),
     "recovery without a tokenizer": (
         ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
@@ -189,6 +204,34 @@ KNOWN_LATE = {
 def test_mistakes(refused, what, shared, tmp_path):
     arguments, message = MISTAKES[what]
     assert message.format(models=shared, tmp=tmp_path) in refused(*arguments, read=what in KNOWN_LATE)
+
+
+RESULTS = {
+    ("report", "--results"): "`llmpruner evaluate --json` or `llmpruner bench --json` wrote",
+    ("push", "me/x", "--dry-run", "--evaluation"): "`llmpruner evaluate --json` wrote",
+}
+
+
+@pytest.mark.parametrize("command", RESULTS)
+def test_results_that_are_no_json(refused, pruned, command):
+    name, *options = command
+    line = refused(name, pruned, *options, "{models}/text.txt")
+    assert f"text.txt is not JSON; expected what {RESULTS[command]}" in line
+    assert f"config.json is not what {RESULTS[command]}" in refused(name, pruned, *options, f"{pruned}/config.json")
+
+
+@pytest.mark.parametrize("command", [("generate", "-p", "x"), ("evaluate",), ("bench",)])
+def test_a_folder_of_gguf_files(refused, tmp_path, command):
+    name, *options = command
+    (tmp_path / "one.gguf").write_bytes(b"GGUF")
+    assert f"'{tmp_path}' has no config.json; it holds one.gguf: name that file" in refused(name, tmp_path, *options)
+    (tmp_path / "two.gguf").write_bytes(b"GGUF")
+    assert "it holds one.gguf, two.gguf: name one of these files" in refused(name, tmp_path, *options)
+
+
+def test_a_folder_of_gguf_files_to_verify(refused, tmp_path):
+    (tmp_path / "one.gguf").write_bytes(b"GGUF")
+    assert "holds one.gguf, and verify reads safetensors files alone" in refused("verify", tmp_path)
 
 
 @pytest.mark.slow

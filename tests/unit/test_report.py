@@ -200,7 +200,7 @@ def test_what_is_no_checkpoint_is_refused(places, tmp_path):
     with pytest.raises(ModelError, match="is no checkpoint of llmpruner, nor the output of a recipe"):
         llmpruner.write_report(places / "dense", tmp_path / "page.html")
     (tmp_path / "odd.json").write_text('{"a": 1}')
-    with pytest.raises(DataError, match="was not written by `llmpruner evaluate --json`"):
+    with pytest.raises(DataError, match="is not what `llmpruner evaluate --json`"):
         llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "odd.json"])
     assert not (tmp_path / "page.html").exists()
 
