@@ -23,7 +23,7 @@ from .checkpoints.record import REPORT_FILE
 from .errors import ModelError, PlanError, SettingsError
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
-from .families.chat import Prompt, chat_prompt
+from .families.chat import Prompt, chat_prompt, format_note
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
     BenchKeywords,
@@ -41,6 +41,7 @@ from .loading.model import (
     Model,
     Structure,
 )
+from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
 from .models.quiet import quiet_transformers
@@ -310,12 +311,20 @@ def generate(
     """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
     options = generate_job(settings_from(GenerateSettings, settings))
     opener = _opener(load, catalog, progress)
-    loaded = opener.weights(opener.readable(model, "read a prompt"))
+    opened = opener.readable(model, "read a prompt")
+    if not prompt and not options.chat:
+        # A tokenizer that puts a token before every text makes a prompt of no text.
+        check_not_empty(opener.tokenizer(opened), prompt)
+    loaded = opener.weights(opened)
     asked = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else Prompt(prompt, False)
+    note = format_note(loaded.ref, loaded.family, loaded.tokenizer, "the prompt is") if options.chat else None
+    if note is not None:
+        progress.status(note)
     return _generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed, stop_text=loaded.family.stop_text if options.chat else None,
+        note=lambda what: progress.status(f"'{loaded.ref}' {what}"),
     )  # fmt: skip
 
 

@@ -746,8 +746,8 @@ class GenerateSettings(Settings):
     chat: Annotated[
         bool,
         Field(
-            description="Put the prompt into the model's chat format: the tokenizer's chat template, else the family's "
-            "instruction format."
+            description="Put the prompt into the model's chat format: the tokenizer's chat template, or the family's "
+            "own; for a model without either, Stanford Alpaca's format for instructions."
         ),
     ] = False
     max_new_tokens: Annotated[int, Field(ge=1, le=2**20, description="Tokens to write at most.")] = 64

@@ -51,7 +51,7 @@ def chat(
     )
     for one in chats:
         if one.plain:
-            note(f"{one.name} has no chat template: it continues the text")
+            note(f"'{one.name}' has no chat format: it continues the text")
     if web:
         note(f"http://127.0.0.1:{where.getsockname()[1]}/ on this machine alone; Ctrl-C ends it")
         serve(chats, where)

@@ -90,7 +90,7 @@ class AnswersMetric(Metric):
         """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
         ``nll_per_token`` and ``kl_per_token``: means over them, in nats, the latter None without ``kl``."""
         from ..families.labelled import IGNORED
-        from ..models.position_tables import check_table
+        from ..models.position_tables import check_table, warn_beyond
         from .perplexity import check_number, exponential
 
         if subject.tokenizer is None or subject.family is None:
@@ -100,6 +100,9 @@ class AnswersMetric(Metric):
         total = divergence = 0.0
         tokens = 0
         rows = self._rows(subject.family, subject.tokenizer)
+        longest = max(len(row["input_ids"]) for row in rows)
+        how = f"--set {self.name}.cutoff leaves their ends out"
+        warn_beyond(subject.model.config, subject.name, longest, f"examples of up to {longest:,} tokens", how)
         for row in subject.progress.track(rows, self.name):
             counted = [at for at, label in enumerate(row["labels"][1:]) if label != IGNORED]
             loss, kl = _losses(subject.model, reference, row["input_ids"], counted, self.settings.autocast)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .results import PerplexityResult
 
 
+_OPENING = 64
+"""More tokens than any tokenizer puts before a text."""
+
+
 class SizeMetric(Metric):
     """Computed from shapes alone; see `llmpruner.evaluation.cost.size`."""
 
@@ -111,14 +115,21 @@ class PerplexityMetric(Metric):
             raise SettingsError(
                 f"{self.label()}: tokens = {tokens} is refused: expected at least one window of {window}"
             )
-        _ = self._texts
+        for name, text in self._texts.items():
+            # A token is a byte at least, but for a few that tokenizers put before a text.
+            size = len(text.encode())
+            if size + _OPENING < (tokens or window):
+                wanted = f"the {tokens:,} tokens asked for" if tokens else f"a window of {window:,} tokens"
+                raise DataError(f"{name} has {size:,} bytes, fewer than {wanted}")
 
     def check_model(self, ref: str, config: PreTrainedConfig) -> None:
-        from ..models.position_tables import check_table_of_config
+        from ..models.position_tables import check_table_of_config, warn_beyond
         from .perplexity import beyond
 
+        self.prepare()  # what is refused needs no warning
         window = self.settings.window
         check_table_of_config(config, ref, window, *beyond(window))
+        warn_beyond(config, ref, window, *beyond(window))
 
     def effort(self, part: str) -> float:
         # A token of a text in English has about four bytes.

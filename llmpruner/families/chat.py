@@ -167,6 +167,16 @@ def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
     return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
 
 
+def format_note(name: str, family: ModelFamily, tokenizer: Any, what: str) -> str | None:
+    """A line that says in which format ``what`` (a subject with its verb) of the model ``name`` is, where that is not
+    the chat template of its tokenizer; None where it is."""
+    if has_chat_template(family, tokenizer):
+        return None
+    if family.has_own_format:
+        return f"'{name}': {what} in the chat format of its family, {family.name}"
+    return f"'{name}' has no chat format: {what} in Stanford Alpaca's format for instructions"
+
+
 def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The number of equal items (characters, tokens) at the start of both."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

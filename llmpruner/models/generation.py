@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,15 +29,35 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop_text: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it; see
-    `generate_ids`."""
+    `generate_ids`. ``note``: called with a predicate about the model, where the continuation reached the last of its
+    positions."""
     ids = generate_ids(
         model, tokenizer, prompt,
         add_special_tokens=add_special_tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         stop_text=stop_text,
     )  # fmt: skip
+    if note is not None:
+        length = len(tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        reached = _reached(model, length + len(ids), ended=len(ids) < max_new_tokens)
+        if reached is not None:
+            note(reached)
     return text_before(tokenizer.decode(ids, skip_special_tokens=True), stop_text).strip("\n")
+
+
+def _reached(model: PreTrainedModel, tokens: int, *, ended: bool) -> str | None:
+    """What is to be said of a text of ``tokens`` tokens, of which the last is not read; None where the model has more
+    positions. ``ended``: before it was as long as asked for."""
+    limit = positions_of(model.config)
+    if limit is None or tokens <= limit:
+        return None
+    if table_of(model) is None:
+        if tokens == limit + 1:
+            return None
+        return f"was trained with {limit:,} positions, and the answer goes beyond them"
+    return f"reads at most {limit:,} tokens, and the answer ends there" if ended else None
 
 
 def text_before(text: str, stop: str | None) -> str:
@@ -70,8 +91,7 @@ def generate_ids(
     check_prompt(model.config, tokenizer, prompt)
     inputs = tokenizer(prompt, add_special_tokens=add_special_tokens, return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
-    if length == 0:
-        raise DataError("the prompt is empty")
+    _check_length(length)
     check_ids(inputs["input_ids"], model)
     limit = table_of(model)
     if limit is not None:
@@ -134,6 +154,16 @@ def check_prompt(config: PreTrainedConfig, tokenizer: Any, prompt: str) -> None:
     tokens = len(tokens_of(tokenizer, prompt))
     if tokens > limit:
         raise _too_long(tokens, limit)
+
+
+def check_not_empty(tokenizer: Any, prompt: str) -> None:
+    """Raise `DataError` for a prompt that ``tokenizer`` makes no token of."""
+    _check_length(len(tokenizer(prompt, verbose=False)["input_ids"]))
+
+
+def _check_length(length: int) -> None:
+    if length == 0:
+        raise DataError("the prompt is empty")
 
 
 def _too_long(tokens: int, limit: int) -> DataError:

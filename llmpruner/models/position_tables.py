@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -13,6 +14,8 @@ from .positions import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_LOG = logging.getLogger("llmpruner")
 
 _MORE_ROWS = 2
 """OPT and BART have this many rows more than positions."""
@@ -58,3 +61,11 @@ def check_table_of_config(config: PreTrainedConfig, ref: str, tokens: int, what:
         return
     if found is not None:
         raise DataError(f"{what} are beyond the {found:,} positions of '{ref}'; {how}")
+
+
+def warn_beyond(config: PreTrainedConfig, ref: str, tokens: int, what: str, how: str) -> None:
+    """Say that ``tokens``, which `check_table` took, are more than the model ``ref`` was trained with: one that
+    computes positions runs on, and its predictions get worse. ``what`` and ``how``: as there."""
+    limit = positions_of(config)
+    if limit is not None and tokens > limit:
+        _LOG.warning("%s are beyond the %s positions that '%s' was trained with; %s", what, f"{limit:,}", ref, how)

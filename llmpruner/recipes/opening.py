@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..engine.ranks import Ranks
 from ..errors import DataError, SettingsError
 from ..families.auto import AUTO
-from ..loading.model import Model, Structure, brings_tokenizer, load_model, load_structure, open_streamed
+from ..loading.model import (
+    Model,
+    Structure,
+    brings_tokenizer,
+    load_model,
+    load_structure,
+    load_tokenizer,
+    open_streamed,
+)
 from ..models.devices import check_device
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
@@ -72,6 +81,12 @@ class Opener:
             return open_streamed(opened.ref, self.catalog, self.load, opened, beside, ahead=ahead, once=once)
         self.progress.status(f"loading {opened.ref}")
         return load_model(opened.ref, self.catalog, self.load, opened)
+
+    def tokenizer(self, opened: Structure) -> Any | None:
+        """The tokenizer of a model, without its weights; None where it has none."""
+        if isinstance(opened, Model):
+            return opened.tokenizer
+        return load_tokenizer(opened, self.catalog, self.load)
 
     def has_tokenizer(self, opened: Structure) -> bool:
         """Whether a model has a tokenizer, or its folder the files of one."""

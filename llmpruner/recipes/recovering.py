@@ -16,10 +16,10 @@ from ..engine.launch import launched
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import DataError, ModelError, SettingsError
-from ..families.chat import has_chat_template
+from ..families.chat import format_note
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
-from ..loading.model import Model, Structure, load_tokenizer, loaded_bytes, reopened
+from ..loading.model import Model, Structure, loaded_bytes, reopened
 from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
@@ -78,9 +78,7 @@ class Recovery:
         opener = opener.of_ranks(ranks)
         own = dense_text_in(job.settings.data)
         opened = opener.readable(self.source, "be trained on text")
-        tokenizer = (
-            opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, opener.catalog, opener.load)
-        )
+        tokenizer = opener.tokenizer(opened)
         data = None if own is not None else prepare(job.settings, opened.family, tokenizer)
         trusted = opener.load.trust_remote_code
         job = _with_strategy(job, opened, opener)
@@ -300,8 +298,9 @@ def _dense_rows(
         model = open_model()
         if model.tokenizer is None:
             raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
-        if own.answers and not has_chat_template(model.family, model.tokenizer):
-            progress.status(f"'{model.ref}' has no chat template: instructions are in the format of its family")
+        note = format_note(model.ref, model.family, model.tokenizer, "instructions are") if own.answers else None
+        if note is not None:
+            progress.status(note)
         if model.streamed is not None:
             progress.status(f"'{model.ref}' is read from its files for every token; a file of examples is faster")
         rows.write(own, model.model, model.tokenizer, model.family, seed, progress)

@@ -148,7 +148,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "evaluation: no text": (("evaluate", DENSE, "--perplexity", "no.txt"), "no.txt: no such file"),
     "evaluation: short text": (
         ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--tokens", 10**6),
-        "fewer than the 1000000 asked for",
+        "text.txt has 3,760 bytes, fewer than the 1,000,000 tokens asked for",
+    ),
+    "evaluation: short text for a window": (
+        ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--window", 10**5),
+        "text.txt has 3,760 bytes, fewer than a window of 100,000 tokens",
     ),
     "evaluation: fewer tokens than a window": (
         ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--tokens", 64),
@@ -193,8 +197,6 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
 KNOWN_LATE = {
     "calibration: no data set",
     "recovery: no data set",
-    "evaluation: short text",
-    "an empty prompt",
     *(what for what in MISTAKES if what.startswith("weights")),
 }
 """What neither settings nor structure show: data sets are looked up when they are read, texts are counted in tokens."""

@@ -106,7 +106,7 @@ def test_layers_one_by_one_without_a_corpus(run, pruned, tmp_path):
     assert result.code == 0, result.err
     assert "mean loss of 4 layers 0." in result.out
     assert "needs about" in result.err and "the model is in memory" in result.err
-    assert "has no chat template: instructions are in the format of its family" in result.err
+    assert "has no chat format: instructions are in Stanford Alpaca's format for instructions" in result.err
     record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]
     assert record["data"] == "self:4" and [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -183,8 +183,24 @@ def test_chat_is_the_familys_prompt(run, dense):
     plain = run("generate", dense, "-p", alpaca_prompt(question), "--max-new-tokens", 5, "--json").json()
     chat = run("generate", dense, "--chat", "-p", question, "--max-new-tokens", 5, "--json").json()
     assert chat["answers"] == plain["answers"]
+    result = run("generate", dense, "--chat", "-p", question, "--max-new-tokens", 5)
+    assert f"'{dense}' has no chat format: the prompt is in Stanford Alpaca's format for instructions" in result.err
     bare = run("generate", dense, "-p", question, "--max-new-tokens", 5, "--json").json()
     assert bare["answers"] != chat["answers"]
+
+
+def test_an_answer_beyond_the_positions_is_said(run, dense):
+    result = run("generate", dense, "-p", "The", "--temperature", 1, "--max-new-tokens", 520)
+    assert f"'{dense}' was trained with 512 positions, and the answer goes beyond them" in result.err
+    assert "positions" not in run("generate", dense, "-p", "The", "--max-new-tokens", 3).err
+
+
+def test_windows_beyond_the_positions_are_said(run, dense, shared):
+    options = ("--perplexity", shared / "text.txt", "--window")
+    result = run("evaluate", dense, *options, 520)
+    message = f"warning: windows of 520 tokens are beyond the 512 positions that '{dense}' was trained with; lower"
+    assert result.code == 0 and message in result.err
+    assert "warning" not in run("evaluate", dense, *options, 512).err
 
 
 def test_sampling_follows_the_seed(run, dense):

@@ -108,7 +108,7 @@ def test_the_terminal_names_the_models_keeps_and_forgets(model, monkeypatch):
     found = talk(monkeypatch, chats, ["Why?", "/nothing", "And then?"])
     assert found.exit_code == 0 and [len(one.exchanges) for one in chats] == [2, 2]
     assert found.output.count("dense") == 2 and chats[0].exchanges[0][1].strip() in found.output
-    assert "pruned has no chat template: it continues the text" in found.output
+    assert "'pruned' has no chat format: it continues the text" in found.output
     assert "no such command: /nothing" in found.output
     talk(monkeypatch, chats, ["/reset", "/quit", "never asked"])
     assert [one.exchanges for one in chats] == [[], []]

@@ -137,3 +137,13 @@ def test_a_pruned_model_is_compared_with_its_dense_one(tmp_path, data):
     settings = {"answers": {"data": data, "kl": True}}
     first, second = llmpruner.evaluate([dense, pruned], metrics=["answers"], settings=settings)
     assert first.results["answers"]["kl_per_token"] == 0.0 < second.results["answers"]["kl_per_token"]
+
+
+def test_an_example_beyond_the_positions_is_said(data, caplog):
+    one, metric = subject(), AnswersMetric(AnswersMetric.Settings(data=str(data)))
+    one.model.config.max_position_embeddings = 20
+    measured(metric, one)
+    assert "tokens are beyond the 20 positions that 'tiny' was trained with; --set answers.cutoff" in caplog.text
+    caplog.clear()
+    measured(AnswersMetric(AnswersMetric.Settings(data=str(data), cutoff=20)), one)
+    assert not caplog.text
