@@ -24,10 +24,13 @@ from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class where the message is empty."""
+    """The first line of an exception's message, or the name of its class where the message is empty. Of a `KeyError`,
+    whose message is a name alone, that it is missing."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
+    if isinstance(error, KeyError) and len(lines[0].split()) == 1:
+        lines[0] += " is missing"
     if "weights_only" in lines[0]:
         # torch's own message advises to run what is in the file.
         return "the file holds more than tensors, and is not read"

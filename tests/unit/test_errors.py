@@ -44,6 +44,11 @@ def test_each_is_public_documented_and_handled_by_the_command_line(name):
     assert (cls.__doc__ and cls.__doc__ != LlmprunerError.__doc__) or cls is LlmprunerError
 
 
+def test_the_reason_that_a_key_error_is():
+    assert errors.first_line(KeyError("scores")) == "'scores' is missing"
+    assert errors.first_line(ValueError("scores")) == "scores"
+
+
 def test_an_unknown_name_offers_near_misses_and_lists_all():
     error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
     assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."

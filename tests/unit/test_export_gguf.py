@@ -407,6 +407,18 @@ def test_the_pre_tokenizer_of_the_dense_models_file_is_kept(tmp_path):
     assert value(file, "tokenizer.ggml.pre") == "smollm"
 
 
+def test_a_byte_level_tokenizer_without_merges_is_refused_before_writing(tmp_path, capfd):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ByteLevelBPETokenizer()
+    letters.train_from_iterator([], vocab_size=258, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(UnsupportedModelError, match=r"has no merges, and llama\.cpp opens no file of a byte-level"):
+        exported(byte_level_model(), tmp_path, tokenizer=tokenizer)
+    assert not list(tmp_path.rglob("*.gguf")) and capfd.readouterr() == ("", "")
+
+
 def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
     from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
 
@@ -516,6 +528,7 @@ def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):
 def test_the_shorthand_sets_the_type_of_this_exporter_alone(catalog):
     job = export_job(ExportSettings(to="gguf", quant="q4_k_m"), catalog)
     assert job.settings.quant == "q4_k_m"
+    assert export_job(ExportSettings(to="gguf", quant="Q4_K_M"), catalog).settings.quant == "q4_k_m"
     with pytest.raises(SettingsError, match="--quant has no effect with exporter stock"):
         export_job(ExportSettings(to="stock", quant="q4_k_m"), catalog)
     with pytest.raises(SettingsError, match="q9"):

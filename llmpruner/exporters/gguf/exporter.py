@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from ...component import ComponentSettings
 from ...errors import MissingExtraError
@@ -16,6 +16,11 @@ Quant = Literal[
     "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
     "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
 ]  # fmt: skip
+
+
+def _in_small_letters(value: Any) -> Any:
+    """llama.cpp writes the names in capitals."""
+    return value.lower() if isinstance(value, str) else value
 
 
 class GgufExporter(Exporter):
@@ -35,7 +40,7 @@ class GgufExporter(Exporter):
         type: Type = Field(
             "auto", description="Type of matrices: f32, f16, bf16; auto: --dtype, or as the checkpoint stores them."
         )
-        quant: Quant | None = Field(
+        quant: Annotated[Quant | None, BeforeValidator(_in_small_letters)] = Field(
             None, description="Quantise with llama.cpp: q8_0, q6_k, q5_k_m, q4_k_m … (needs llama-cpp-python)."
         )
         pre: str | None = Field(

@@ -84,6 +84,11 @@ def vocabulary_of(tokenizer: Any | None, config: Any, size: int, folder: Path, p
 def _byte_level(content: Mapping[str, Any], tokenizer: Any, pre: str | None) -> Vocabulary:
     if (content.get("decoder") or {}).get("type") != "ByteLevel":
         raise UnsupportedModelError("the tokenizer is neither byte-level nor SentencePiece's BPE; GGUF has no other")
+    if not content["model"].get("merges"):
+        raise UnsupportedModelError(
+            "the tokenizer has no merges, and llama.cpp opens no file of a byte-level tokenizer without them; to "
+            "export the weights alone, remove the tokenizer's files from a copy of the checkpoint"
+        )
     name = pre or tokenizer.init_kwargs.get(RECORDED_PRE) or pretokenizers.name_of(content)
     if name is None:
         raise UnsupportedModelError(
