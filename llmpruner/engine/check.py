@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import LlmprunerError, ModelError, first_line
 from ..models.logits import last_logits
+from ..models.precision import autocast_to
 from .calls import call_layer, first_output, hidden_of, not_walkable, record
 
 if TYPE_CHECKING:
@@ -84,13 +85,14 @@ class LayerCheck:
         self._compare(output, self._after[number], number)
 
     def runs_in(self, products: torch.dtype, number: int) -> bool:
-        """Whether operators of layer ``number`` take what autocast to ``products`` gives them. False where layers use
-        keys and values of earlier ones (Gemma 3n): those may have another dtype than the queries."""
+        """Whether operators of layer ``number`` take what autocast to ``products`` gives them with hidden states in
+        float32. Where layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of
+        models in ``products`` alone: others may have keys of another dtype than the queries."""
         if shares_keys(self.model):
-            return False
+            return bool(products == self.model.dtype)
         hidden = self._before[number].float()
         try:
-            with torch.autocast(hidden.device.type, products):
+            with autocast_to(hidden.device.type, products):
                 call_layer(self.layers[number], hidden, self._calls[number])
         except RuntimeError:
             return False

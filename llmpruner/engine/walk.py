@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..models.logits import logits_at
-from ..models.precision import computes_bfloat16_fast
+from ..models.precision import autocast_to, computes_bfloat16_fast
 from .boundaries import States, copied
 from .calls import (
     Batch,
@@ -59,13 +59,16 @@ class ForwardWalk:
     """Hidden states before the first layer, (samples, length, hidden size) in float32, one tensor for each
     micro-batch."""
     products: torch.dtype
-    """The dtype of matrix products; hidden states are in float32."""
+    """The dtype of matrix products; hidden states are in float32, unless they are in 16 bits in layers, see `narrow`.
+    """
     experts: list[PreTrainedConfig]
     """Configurations that select the implementation of experts."""
     tokens: int
     """In the calibration set, of all processes."""
     tuples: list[int | None] = field(default_factory=list)
     """How many further values each layer returns, see `record`."""
+    narrow: bool = False
+    """Whether layers of a model in 16 bits refuse hidden states in float32, and get them in the model's dtype."""
 
     @property
     def ranks(self) -> Ranks:
@@ -101,8 +104,10 @@ class ForwardWalk:
             for number in range(len(layers)):
                 with self.layer(number):
                     check.layer(number)
-                    if self.products != model.dtype and not check.runs_in(self.products, number):
-                        self.products = model.dtype
+                    if self.products == torch.float32 or self.narrow or check.runs_in(self.products, number):
+                        continue
+                    self.narrow = self.products == model.dtype
+                    self.products = model.dtype
             self.tuples = tuples = check.tuples
             for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
                 batch, hidden = record(model, layers, part, tuples, first)
@@ -140,11 +145,17 @@ class ForwardWalk:
     ) -> torch.Tensor:
         """Hidden states (samples, length, hidden size) after layer ``number``, in float32. ``passed``: of the `States`
         that ``hidden`` is one of. ``tried``: leave it as it is, as the layer will run again."""
-        mixed = self.products != torch.float32
         own = passed.setdefault(batch.first, {})
         call = with_passed(batch.calls[number], copied(own) if tried else own)
-        with torch.autocast(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
-            return first_output(call_layer(self.layers[number], hidden, call)).float()
+        with self._computing(hidden), eager_experts(self.experts):
+            return first_output(call_layer(self.layers[number], self._given(hidden), call)).float()
+
+    def _computing(self, hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        mixed = self.products != torch.float32 and not self.narrow
+        return autocast_to(hidden.device.type, self.products, enabled=mixed)
+
+    def _given(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.to(self.products) if self.narrow else hidden
 
     @property
     def passes_on(self) -> bool:
@@ -163,13 +174,13 @@ class ForwardWalk:
             further = self.tuples[number]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                found = hidden[None] if number == last else hidden_of(args, kwargs)
+                found = self._given(hidden[None]) if number == last else hidden_of(args, kwargs)
                 return found if further is None else (found, *(None for _ in range(further)))
 
             return forward
 
-        mixed, model, ids = self.products != torch.float32, self.executor.model, batch.input_ids[row : row + 1]
-        with replaced_layers(self.layers, stub), torch.autocast(hidden.device.type, self.products, enabled=mixed):
+        model, ids = self.executor.model, batch.input_ids[row : row + 1]
+        with replaced_layers(self.layers, stub), self._computing(hidden):
             found: torch.Tensor = (
                 model(input_ids=ids, use_cache=False).logits if positions is None else logits_at(model, ids, positions)
             )

@@ -168,8 +168,10 @@ def _predictions(model: PreTrainedModel, ids_1T: torch.Tensor, counted: Sequence
     """Logits (N, V) at the positions ``counted``."""
     import torch
 
+    from ..models.precision import autocast_to
+
     placed = ids_1T.to(model.device)
-    with torch.inference_mode(), torch.autocast(placed.device.type, torch.bfloat16, enabled=autocast):
+    with torch.inference_mode(), autocast_to(placed.device.type, torch.bfloat16, enabled=autocast):
         logits_TV: torch.Tensor = model(
             input_ids=placed, attention_mask=torch.ones_like(placed), use_cache=False
         ).logits[0]

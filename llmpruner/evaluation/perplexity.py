@@ -13,6 +13,7 @@ from ..data.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
 from ..models.position_tables import check_table
+from ..models.precision import autocast_to
 from ..models.tokens import tokens_of
 from ..models.vocabulary import check_ids
 from ..progress import Progress
@@ -126,7 +127,7 @@ def exponential(value: float) -> float:
 
 @torch.inference_mode()
 def _predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
-    with torch.autocast(ids_BT.device.type, torch.bfloat16, enabled=autocast):
+    with autocast_to(ids_BT.device.type, torch.bfloat16, enabled=autocast):
         logits_BTV: torch.Tensor = model(
             input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
         ).logits

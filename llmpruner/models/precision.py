@@ -1,14 +1,48 @@
-"""Whether matrix products in bfloat16 are faster than in float32 on a device."""
+"""Matrix products in 16 bits between values in float32: whether they are fast on a device, and autocast to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T")
+
+_NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
+_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
+
+
+@contextlib.contextmanager
+def autocast_to(device: str, dtype: torch.dtype, *, enabled: bool = True) -> Iterator[None]:
+    """`torch.autocast`, under which norms take weights in 16 bits for inputs in another dtype, as they do on a GPU; on
+    a CPU, torch refuses them."""
+    with torch.autocast(device, dtype, enabled=enabled), _WideNorms() if enabled else contextlib.nullcontext():
+        yield
+
+
+class _WideNorms(TorchFunctionMode):
+    """While active, weights and biases of norms are in float32 where they are in 16 bits and the inputs are not in the
+    same dtype. Their values are the same."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _NORMS:
+            dtype = (args[0] if args else kwargs["input"]).dtype
+            args = (*args[:1], *(_wide(value, dtype) for value in args[1:]))
+            kwargs = {name: value if name == "input" else _wide(value, dtype) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(value: Any, dtype: torch.dtype) -> Any:
+    other = isinstance(value, torch.Tensor) and value.dtype in _IN_16_BITS and value.dtype != dtype
+    return value.float() if other else value
 
 
 def computes_bfloat16_fast(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import Catalog, CouplingGraph, ModelFamily, plugin_manager
 from llmpruner.data.calibration import CalibrationSet
@@ -75,7 +75,11 @@ def make(name: str, seed: int = 0) -> Model:
     cut one."""
     config, family, graph = _structure(name)
     config = copy.deepcopy(config)
-    model = random_instance(config, seed)
+    return Model("tiny", config, family, graph, model=correlated(random_instance(config, seed), seed), tokenizer=None)
+
+
+def correlated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """``model`` with weights of rank 12 nearly."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -84,7 +88,7 @@ def make(name: str, seed: int = 0) -> Model:
                 few = few @ torch.randn(*parameter.shape[:-2], 12, parameter.shape[-1], generator=generator)
                 scale = parameter.std() / few.std()
                 parameter.mul_(0.3).add_(few, alpha=0.95 * float(scale))
-    return Model("tiny", config, family, graph, model=model, tokenizer=None)
+    return model
 
 
 @cache

@@ -1,0 +1,159 @@
+"""Models in 16 bits on a CPU, whose walks have hidden states in float32: every method gives what it should."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from criteria_cases import SMALL, correlated, layers_of, make, tokens
+from torch import nn
+from torch.nn import functional
+from transformers import CONFIG_MAPPING
+
+from llmpruner import api
+from llmpruner.checkpoints.load import load_pruned
+from llmpruner.data.calibration import CalibrationSet
+from llmpruner.engine.calls import call_layer
+from llmpruner.engine.executor import Executor
+from llmpruner.engine.walk import ForwardWalk
+from llmpruner.models.precision import autocast_to
+from llmpruner.oracle.silenced import distance, logits, silenced
+from llmpruner.oracle.tiny import random_instance
+from llmpruner.settings import LoadSettings, RunSettings
+
+TYPES = {
+    "starcoder2": SMALL,
+    "stablelm": SMALL,
+    "gpt_neox": SMALL,
+    "falcon": {"num_kv_heads": 3, "new_decoder_architecture": True, "bias": False},
+    "opt": {"ffn_dim": 56, "word_embed_proj_dim": 48, "max_position_embeddings": 128},
+    "llama": SMALL,
+}
+"""All but the last have layer norms, of which torch refuses weights in 16 bits for inputs in float32."""
+LAYERS_AND_HEADS = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 96}
+DTYPES = {"bfloat16": 0.06, "float16": 0.01}
+"""Largest accepted difference of logits between a cut and a silenced model, relative to the largest one."""
+METHODS = {
+    "fast": {"method": "fast"},
+    "gradients": {"method": "llm-pruner"},
+    "refit of weights' choice": {"importance": "l2", "compensate": "refit"},
+    "bias": {"importance": "flap", "compensate": "bias"},
+    "weighted": {"method": "best", "settings": {"refit": {"also": "attention", "token_weights": "divergence"}}},
+    "obs": {"importance": "obs", "compensate": "refit"},
+    "measured": {"method": "best", "allocation": "sensitivity", "shape": "free"},
+    "layers": {"importance": "block-influence", "kinds": "layer", "ratio": 0.34, "compensate": "none"},
+}
+TOKENS = torch.arange(20, 40).reshape(2, 10)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    made: dict[tuple[str, str], Path] = {}
+
+    def folder(name: str, dtype: str) -> Path:
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp(name) / "dense"
+            model = correlated(random_instance(CONFIG_MAPPING[name](**LAYERS_AND_HEADS | TYPES[name])))
+            model.to(getattr(torch, dtype)).save_pretrained(made[name, dtype])
+        return made[name, dtype]
+
+    return folder
+
+
+def prune(model: Path, output: Path, dtype: str, **how):
+    how = {"ratio": 0.2, "samples": 4, "length": 16, "calibration": "self", **how}
+    return api.prune(str(model), output=output, load=LoadSettings(dtype=dtype), **how)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TYPES)
+def test_a_cut_model_equals_the_silenced_one(dense, tmp_path, name, dtype):
+    folder = dense(name, dtype)
+    pruned = prune(folder, tmp_path / "pruned", dtype, method="fast", kinds="mlp,attention")
+    found = logits(load_pruned(tmp_path / "pruned"), TOKENS)
+    assert found.dtype == getattr(torch, dtype)
+    assert torch.equal(found, logits(pruned.model, TOKENS))
+    whole = api.load(str(folder), dtype=dtype)
+    before = logits(whole.model, TOKENS)
+    with silenced(whole.model, whole.graph, pruned.plans[-1].kept):
+        wanted = logits(whole.model, TOKENS)
+    assert distance(found.float(), wanted.float()) < DTYPES[dtype] < distance(before.float(), wanted.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TYPES)
+def test_a_compensated_model_is_nearer_to_the_dense_one(dense, tmp_path, name, dtype):
+    folder, far = dense(name, dtype), {}
+    one = logits(api.load(str(folder)).model, TOKENS).float().log_softmax(-1)
+    for compensation in ("refit", "none"):
+        how = {"method": "best", "compensate": compensation, "kinds": "mlp", "samples": 32, "length": 32}
+        pruned = prune(folder, tmp_path / compensation, dtype, ratio=0.15, **how)
+        other = logits(load_pruned(tmp_path / compensation), TOKENS)
+        assert torch.equal(other, logits(pruned.model, TOKENS))
+        far[compensation] = float((one.exp() * (one - other.float().log_softmax(-1))).sum(-1).mean())
+    assert far["refit"] < far["none"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=pytest.mark.long if dtype == "float16" else ()) for dtype in DTYPES]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(dense, tmp_path, method, dtype):
+    pruned = prune(dense("gpt_neox", dtype), tmp_path / "pruned", dtype, **METHODS[method])
+    found = logits(load_pruned(tmp_path / "pruned"), TOKENS)
+    assert bool(found.isfinite().all()) and torch.equal(found, logits(pruned.model, TOKENS))
+
+
+@pytest.mark.parametrize("method", [{"method": "best"}, {"method": "llm-pruner"}], ids=["best", "gradients"])
+def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, monkeypatch, method):
+    for streamed in (False, True):
+        monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_, streamed=streamed: streamed)
+        run = RunSettings(boundary_memory=0) if streamed else RunSettings()
+        prune(dense("starcoder2", "bfloat16"), tmp_path / str(streamed), "bfloat16", run=run, **method)
+    one, other = (load_pruned(tmp_path / str(streamed)).state_dict() for streamed in (False, True))
+    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_norms_have_weights_in_16_bits_for_inputs_in_another_dtype():
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(8), torch.randn(8)
+    for narrow in (torch.bfloat16, torch.float16):
+        w, b = weight.to(narrow), bias.to(narrow)
+        for inputs in (x, x.bfloat16()):
+            with autocast_to("cpu", torch.bfloat16):
+                found = functional.layer_norm(inputs, (8,), w, bias=b), functional.group_norm(inputs.mT, 2, w, b)
+            wide = w.float(), b.float()
+            assert torch.equal(found[0], functional.layer_norm(inputs, (8,), *wide).to(found[0].dtype))
+            assert torch.equal(found[1], functional.group_norm(inputs.mT, 2, *wide).to(found[1].dtype))
+    with pytest.raises(RuntimeError, match="mixed dtype"), autocast_to("cpu", torch.bfloat16, enabled=False):
+        functional.layer_norm(x, (8,), weight.bfloat16())
+
+
+class OneDtype(nn.Module):
+    """Passes on what it gets, and refuses another dtype than that of its weight."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(self.weight.expand(x.shape)).index_add_(1, torch.arange(x.shape[1]), x)
+
+
+def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
+    loaded = make("llama-gqa")
+    loaded.model.bfloat16()
+    layers_of(loaded)[1].input_layernorm = OneDtype(torch.ones(48, dtype=torch.bfloat16))
+    calibration = CalibrationSet(tokens(4, 16).input_ids, "steps")
+    walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), calibration)
+    assert (walk.narrow, walk.products) == (True, torch.bfloat16)
+    hidden, (batch,) = walk.embedded[0], walk.batches
+    with torch.no_grad():
+        for number, layer in enumerate(walk.layers):
+            wanted = call_layer(layer, hidden.bfloat16(), copy.deepcopy(batch.calls[number]))
+            hidden = walk.run(number, batch, hidden, {})
+            assert hidden.dtype == torch.float32 and torch.equal(hidden, wanted.float())
+        with walk.executor.weights.outside():
+            found = walk.logits(batch, 0, hidden[0])
+    assert torch.equal(found, logits(loaded.model, calibration.input_ids)[0].float())
