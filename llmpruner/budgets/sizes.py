@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
@@ -38,39 +39,31 @@ class SizeModel:
         return self._axes[name][axis].size(kept)
 
     def owned(self, name: str, axis: int, group: CoupledGroup, kept: Mapping[str, int]) -> int:
-        """Number of remaining indices of one axis among those that ``group`` and the groups nested in it own."""
+        """Number of remaining indices of one axis among those that ``group`` owns."""
         return self._axes[name][axis].owned(group, kept)
 
 
 class _Axis:
-    """One axis of one parameter, with the clusters of overlapping groups that own its indices."""
+    """One axis of one parameter. ``_parts``: numbers of indices that the same groups own, and these groups. In a fused
+    matrix, key/value heads own all rows and query heads some of them; the others stay when query heads go."""
 
     def __init__(self, parameter: str, axis: int, size: int, groups: Sequence[CoupledGroup]) -> None:
         self._size = size
-        self._clusters: list[tuple[int, list[CoupledGroup]]] = []
-        owned = {g.name: _owned(g, parameter, axis) for g in groups}
-        left = list(groups)
-        while left:
-            cluster = [left.pop(0)]
-            union = set(owned[cluster[0].name])
-            for group in list(left):
-                if union & owned[group.name]:
-                    cluster.append(group)
-                    left.remove(group)
-                    union |= owned[group.name]
-            self._clusters.append((len(union), cluster))
+        owned = [_owned(group, parameter, axis) for group in groups]
+        owners = Counter(tuple(n for n, of in enumerate(owned) if index in of) for index in set().union(*owned))
+        self._parts = [(count, [groups[n] for n in numbers]) for numbers, count in owners.items()]
 
     def size(self, kept: Mapping[str, int]) -> int:
-        return self._size - sum(owned - _stay(owned, cluster, kept) for owned, cluster in self._clusters)
+        return self._size - sum(count - _stay(count, owners, kept) for count, owners in self._parts)
 
     def owned(self, group: CoupledGroup, kept: Mapping[str, int]) -> int:
-        return sum(_stay(owned, cluster, kept) for owned, cluster in self._clusters if group in cluster)
+        return sum(_stay(count, owners, kept) for count, owners in self._parts if group in owners)
 
 
-def _stay(owned: int, cluster: Iterable[CoupledGroup], kept: Mapping[str, int]) -> int:
-    for group in cluster:
-        owned = owned * kept.get(group.name, group.units) // group.units
-    return owned
+def _stay(count: int, owners: Iterable[CoupledGroup], kept: Mapping[str, int]) -> int:
+    for group in owners:
+        count = count * kept.get(group.name, group.units) // group.units
+    return count
 
 
 def _owned(group: CoupledGroup, parameter: str, axis: int) -> set[int]:

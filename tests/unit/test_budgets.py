@@ -42,6 +42,7 @@ ALL = (0, 1, 2, 3)
 CONTEXT = 24
 BUDGETS = {cls.name: cls for cls in llmpruner_budgets()}
 KINDS = [("mlp",), ("attention",), ("mlp", "attention", "layer"), ("hidden",)]
+FALCON_40B = {"new_decoder_architecture": True, "hidden_size": 4096, "num_attention_heads": 64, "num_kv_heads": 8}
 
 
 def bytes_of_a_cached_token(model) -> int:
@@ -117,7 +118,7 @@ def check_counts(loaded: Model) -> None:
     inner = [g for g in graph.groups if not g.modules and g.units > g.minimum]
     for seed in range(2):
         kept = random_plan(inner, seed, uneven=True)
-        if seed:
+        if seed and "layers" in graph.by_name:
             kept["layers"] = [n for n in range(graph.num_layers) if n != 1]
         model = copy.deepcopy(loaded.model)
         left = cut(model, graph, kept, family)
@@ -131,20 +132,44 @@ def test_costs_are_those_of_the_cut_model(loaded):
 
 
 @pytest.mark.parametrize(
-    "model_type",
+    ("model_type", "options"),
     [
-        "gpt2",  # transposed weights, tied
-        pytest.param("gemma3_text", marks=pytest.mark.slow),  # sliding windows, norms over heads
-        pytest.param("mixtral", marks=pytest.mark.slow),  # experts
-        pytest.param("deepseek_v3", marks=pytest.mark.slow),  # caches a latent and one shared key, not its heads
+        ("gpt2", {}),  # transposed weights, tied
+        ("phi3", {"num_key_value_heads": 8}),  # query, key and value heads in one matrix
+        pytest.param("falcon", FALCON_40B, marks=pytest.mark.slow),  # the same, block by block
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("gpt_neox", "bloom", "mpt", "glm4")),
+        pytest.param("gemma3_text", {}, marks=pytest.mark.slow),  # sliding windows, norms over heads
+        pytest.param("mixtral", {}, marks=pytest.mark.slow),  # experts
+        pytest.param("deepseek_v3", {}, marks=pytest.mark.slow),  # caches a latent and one shared key, not its heads
     ],
 )
-def test_costs_of_other_architectures(catalog, model_type):
-    config = small_config(AutoConfig.for_model(model_type))
+def test_costs_of_other_architectures(catalog, model_type, options):
+    config = small_config(AutoConfig.for_model(model_type, **options))
     family = catalog.family_for(config, "auto")
     graph, model = build_graph(family, config), random_instance(config)
     family = with_rules(family, model, graph.kinds)
     check_counts(Model("tiny", config, family, graph, model=model, tokenizer=None))
+
+
+@pytest.mark.parametrize("budget", ["decoder", "parameters", "bytes", "macs"])
+def test_a_budget_that_is_met_from_above_removes_no_less_of_a_fused_matrix(catalog, budget):
+    config = AutoConfig.for_model(
+        "phi3", hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=16,
+        num_key_value_heads=2, vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    graph, model = build_graph(catalog.family_for(config, "auto"), config), random_instance(config)
+    family = with_rules(catalog.families["auto"](), model, graph.kinds)
+    scope = Scope(("query",), tuple(range(graph.num_layers)))
+    groups = scope.groups(graph)
+    cost = cost_for(Model("tiny", config, family, graph, model=model, tokenizer=None), budget, groups)
+    whole = real(budget, model, graph)
+    scores = Scores({g.name: torch.arange(g.units, dtype=torch.float64) for g in groups})
+    for ratio in (0.02, 0.05, 0.08):
+        demand = Demand(int(ratio * whole), meet="above")
+        kept = select(graph, groups, scores, scope, demand, Uniform(), cost=cost)
+        smaller = copy.deepcopy(model)
+        left = cut(smaller, graph, kept, family)
+        assert whole - real(budget, smaller, left) >= demand.amount
 
 
 def test_bytes_follow_the_type_of_every_parameter(gqa):
