@@ -155,6 +155,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             network = copy.deepcopy(model.model)
             graph = cut(network, model.graph, kept, model.family)
             scope = _renumbered(scope_of(job, model), model.graph, kept)
+            widths = widths_of(job, model).after(model.graph, kept)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
     plan = plan_of(model, job, kept, calibration, measured)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import SelectionError
 from ..selection.base import Demand
 from ..settings import layer_numbers as numbers_of
+from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, widths_for
 
@@ -40,7 +41,8 @@ def inner_layers(structure: Structure) -> tuple[int, ...]:
 def widths_of(job: PruneJob, structure: Structure) -> Widths:
     """The widths that a job allows in this model."""
     config = structure.config.get_text_config(decoder=True)
-    return widths_for(job.shape, job.round_to, int(getattr(config, "hidden_size", 0) or NARROW))
+    dense = dense_units(structure.plans, structure.graph)
+    return widths_for(job.shape, job.round_to, int(getattr(config, "hidden_size", 0) or NARROW), dense)
 
 
 def demand(

@@ -263,6 +263,22 @@ def original_layers(plans: Sequence[PruningPlan]) -> tuple[int, ...] | None:
     return numbers
 
 
+def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str, int]:
+    """Group name → its number of units before the first of ``plans``, for the groups of ``graph``, which is left after
+    the last one, that lost units."""
+    found: dict[str, int] = {}
+    numbers = list(range(graph.num_layers))
+    for plan in reversed(plans):
+        for cut in plan.cuts.values():
+            if cut.kind == LAYER:
+                numbers = [cut.kept[number] for number in numbers]
+        for group in graph.groups:
+            before = group.name if group.layer is None else group.in_layer(numbers[group.layer])
+            if before in plan.cuts and not group.modules:
+                found[group.name] = plan.cuts[before].units
+    return found
+
+
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
     """``kept`` as the ``cuts`` of a plan: in the graph's order, without groups that keep all units."""
     return {

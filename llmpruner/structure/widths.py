@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import lcm
 
-from .coupling import ATTENTION, EXPERT, LAYER, QUERY, CoupledGroup
+from .coupling import ATTENTION, EXPERT, LAYER, QUERY, CoupledGroup, CouplingGraph
+from .kept import Kept, renamed
 
 ALIGNMENT = 64
 """Default multiple of kept widths: kernels of matrix products run at full speed at multiples of 64."""
@@ -24,20 +25,24 @@ COUNTED = frozenset({ATTENTION, QUERY, LAYER, EXPERT})
 class Widths:
     """``uniform``: whether groups of the same kind and size in all layers keep the same number of units, so that one
     number in a configuration describes them. ``round_to``: kept widths are multiples of it. ``adapts``: whether
-    `round_to` is a default, which is halved for groups that it would leave too few widths (`FEWEST_WIDTHS`)."""
+    `round_to` is a default, which is halved for groups that it would leave too few widths (`FEWEST_WIDTHS`).
+    ``dense``: group name → number of units in the dense model, for groups that were cut before: multiples stay those of
+    the dense model in further steps and prunes."""
 
     uniform: bool = False
     round_to: int = 1
     adapts: bool = False
+    dense: Mapping[str, int] = field(default_factory=dict)
 
     def multiple(self, group: CoupledGroup) -> int:
         """What the kept number of units of ``group`` must be a multiple of, including the group's own multiple."""
+        units = self.dense.get(group.name, group.units)
         if group.kind == EXPERT and self.uniform:
-            return lcm(experts_multiple(group.units), group.multiple)
+            return lcm(experts_multiple(units), group.multiple)
         if group.kind in COUNTED:
             return group.multiple
         own = self.round_to
-        while self.adapts and own > 1 and group.units < FEWEST_WIDTHS * own:
+        while self.adapts and own > 1 and units < FEWEST_WIDTHS * own:
             own //= 2
         return lcm(own, group.multiple)
 
@@ -45,9 +50,16 @@ class Widths:
         """The names of the groups, those that must keep the same number of units together, in order of appearance."""
         found: dict[tuple[object, ...], list[str]] = {}
         for group in groups:
-            key = like(group) if self.uniform and group.layer is not None else (group.name,)
+            # Equal numbers of units may be left of different ones.
+            inside = self.uniform and group.layer is not None
+            key = (*like(group), self.multiple(group)) if inside else (group.name,)
             found.setdefault(key, []).append(group.name)
         return list(found.values())
+
+    def after(self, graph: CouplingGraph, kept: Kept) -> Widths:
+        """The same for what is left of ``graph`` after a cut to ``kept``."""
+        names = renamed(graph, kept).items()
+        return replace(self, dense={new: self.dense.get(old, graph.by_name[old].units) for old, new in names})
 
 
 def like(group: CoupledGroup) -> tuple[object, ...]:
@@ -59,11 +71,13 @@ ANY = Widths()
 """Any number of units in any group."""
 
 
-def widths_for(shape: str, round_to: int | None, hidden_size: int) -> Widths:
-    """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels."""
+def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mapping[str, int] | None = None) -> Widths:
+    """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels.
+    ``dense``: as in `Widths`."""
     if shape == "free":
         return Widths(uniform=False, round_to=round_to or 1)
-    return Widths(uniform=True, round_to=round_to or default_alignment(hidden_size), adapts=round_to is None)
+    own = round_to or default_alignment(hidden_size)
+    return Widths(uniform=True, round_to=own, adapts=round_to is None, dense=dense or {})
 
 
 def default_alignment(hidden_size: int) -> int:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from conftest import llama_config, random_llama
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
 from llmpruner.budgets.costs import Cost
+from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import Scores
+from llmpruner.loading.model import Model
+from llmpruner.oracle.tiny import random_instance
 from llmpruner.recipes.checks import check_prune
 from llmpruner.recipes.pipeline import make_plan
+from llmpruner.recipes.plan_record import plan_of
 from llmpruner.recipes.saving import save
 from llmpruner.selection.base import Demand
 from llmpruner.selection.ranking import GlobalRanking
@@ -18,7 +23,8 @@ from llmpruner.selection.search import Search
 from llmpruner.selection.select import select
 from llmpruner.selection.sensitivity import Sensitivity
 from llmpruner.selection.uniform import Uniform
-from llmpruner.structure.kept import parameters_after
+from llmpruner.structure.kept import parameters_after, restrict
+from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope
 from llmpruner.structure.widths import Widths, default_alignment, experts_multiple, widths_for
 from llmpruner.testing.jobs import cut_by, small_job
@@ -146,6 +152,58 @@ def test_multiples():
     assert default.multiple(group(64, "expert")) == 8
     assert widths_for("uniform", 48, 4096).multiple(group(256)) == 48
     assert widths_for("free", None, 4096).multiple(group(256, multiple=4)) == 4
+
+
+def wide_llama() -> LlamaConfig:
+    """Of 1,024 channels, whose alignment is 64, and 512 MLP channels, for which it is still 64."""
+    return llama_config(
+        hidden_size=1024, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=8, vocab_size=64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
+    config = wide_llama()
+    family = catalog.family_for(config, "auto")
+    loaded = Model("wide", config, family, build_graph(family, config), model=random_llama(config), tokenizer=None)
+    plan, _ = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
+    assert {len(cut.kept) for cut in plan.cuts.values()} == {320}
+    # A second prune of the result.
+    again, _ = make_plan(cut_by(loaded, plan), small_job(shape="uniform", amount=0.1, kinds=("mlp",)))
+    assert {(cut.units, len(cut.kept)) for cut in again.cuts.values()} == {(320, 256)}
+
+
+def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step(catalog):
+    config = MixtralConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+        vocab_size=64, num_local_experts=16, num_experts_per_tok=2,
+    )  # fmt: skip
+    family = catalog.family_for(config, "auto")
+    graph = build_graph(family, config)
+    loaded = Model("experts", config, family, graph, model=random_instance(config), tokenizer=None)
+    for amount, steps in ((0.3, 2), (0.55, 2), (0.55, 3)):
+        plan, _ = make_plan(loaded, small_job(shape="uniform", amount=amount, steps=steps, kinds=("expert",)))
+        assert {len(cut.kept) % 4 for cut in plan.cuts.values()} == {0}, (amount, steps, plan.kept)
+
+
+def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
+    first = {"layers": [0, 2, 3], "layers.2.mlp": range(64), "layers.3.mlp": range(32)}
+    pruned = cut_by(gqa, plan_of(gqa, small_job(), first, None, None))
+    second = {"layers": [1, 2], "layers.1.mlp": range(32)}
+    left = restrict(pruned.graph, second)
+    plans = (*pruned.plans, plan_of(pruned, small_job(), second, None, None))
+    found = dense_units(plans, left)
+    assert found == {"layers.0.mlp": 96, "layers.1.mlp": 96}
+    widths = widths_for("uniform", None, 512, dense_units(pruned.plans, pruned.graph))
+    assert widths.after(pruned.graph, second).dense.items() >= found.items()
+
+
+def test_groups_with_equal_numbers_left_of_different_ones_need_not_agree():
+    groups = [group(64, layer=0), group(64, layer=1)]
+    widths = widths_for("uniform", None, 1024, {groups[1].name: 512})
+    assert [widths.multiple(one) for one in groups] == [8, 64]
+    assert len(widths.alike(groups)) == 2
 
 
 def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_path):
