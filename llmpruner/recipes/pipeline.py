@@ -139,7 +139,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
                     else Executor.of(network, graph.layers, run.ranks),
                     removal=_removal(graph, groups, scope, demand(job, whole, cost, groups, scope, step), cost, job),
                 )  # fmt: skip
-            ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost)
+            ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost, widths.alike(groups))
         with run.stages.stage("selection"):
             chosen = run.ranks.from_first(
                 lambda: select(

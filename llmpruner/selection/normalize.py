@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, get_args
 
 from ..budgets.costs import Cost, savings
@@ -24,6 +24,7 @@ def normalize(
     scores: Mapping[str, torch.Tensor],
     how: str,
     cost: Cost | None = None,
+    alike: Iterable[Sequence[str]] = (),
 ) -> dict[str, torch.Tensor]:
     """Normalized ``scores`` (group name → tensor of shape (units,)). ``how``, with s the scores of one group:
 
@@ -31,7 +32,9 @@ def normalize(
     - ``mean``, ``max``, ``sum``: s divided by the mean, maximum or sum of abs(s);
     - ``zscore``: (s − mean) / standard deviation, as in FLAP (An et al., 2024);
     - ``parameters``: s divided by the number of parameters that are removed with one unit;
-    - ``cost``: s divided by the amount of ``cost`` that each unit saves (default: the decoder's parameters).
+    - ``cost``: s divided by the amount of ``cost`` that each unit saves (default: the decoder's parameters). ``alike``:
+      the names of groups that lose units together, as `Widths.alike` gives them; where they save different amounts, the
+      mean of them divides the scores of all, so that the mean score of a common step is divided by what it saves.
 
     The order within a group does not change, except under ``cost`` for layers of different costs. Raises
     `UnknownNameError` for another name.
@@ -40,8 +43,19 @@ def normalize(
         raise UnknownNameError("normalization", how, NORMALIZATIONS)
     if how == "cost":
         cost = cost or parameter_cost(graph, [groups[name] for name in scores], decoder=True)
-        return {name: _per_saving(values, savings(cost, groups[name])) for name, values in scores.items()}
+        saved = _shared({name: savings(cost, groups[name]) for name in scores}, alike)
+        return {name: _per_saving(values, saved[name]) for name, values in scores.items()}
     return {name: _normalized(graph, groups[name], values, how) for name, values in scores.items()}
+
+
+def _shared(saved: dict[str, list[float]], alike: Iterable[Sequence[str]]) -> dict[str, list[float]]:
+    """``saved`` (group name → the saving of each unit) with the mean where groups that lose units together differ."""
+    for names in alike:
+        present = [name for name in names if name in saved]
+        if any(saved[name] != saved[present[0]] for name in present):
+            mean = [sum(each) / len(present) for each in zip(*(saved[name] for name in present), strict=True)]
+            saved |= dict.fromkeys(present, mean)
+    return saved
 
 
 def _per_saving(values: torch.Tensor, saved: Sequence[float]) -> torch.Tensor:

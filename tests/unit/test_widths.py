@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
 from llmpruner.budgets.costs import Cost
+from llmpruner.budgets.weights import parameter_cost
 from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import Scores
 from llmpruner.loading.model import Model
@@ -18,6 +19,7 @@ from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.plan_record import plan_of
 from llmpruner.recipes.saving import save
 from llmpruner.selection.base import Demand
+from llmpruner.selection.normalize import normalize
 from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.selection.search import Search
 from llmpruner.selection.select import select
@@ -134,6 +136,21 @@ def test_layers_that_save_nothing_keep_as_many_units_as_the_others(gqa, allocati
     assert {name: len(units) for name, units in kept.items()} == {g.name: 72 for g in groups}
     free = select(graph, groups, scores, scope, **wanted)
     assert set(free) == {"layers.0.mlp", "layers.1.mlp"}
+
+
+def test_scores_per_cost_of_layers_that_are_cut_together_share_what_a_step_saves(gqa):
+    graph = gqa.graph
+    groups = {g.name: g for g in graph.of_kinds(["mlp"])}
+    scores = {name: torch.full((g.units,), 1.0 + (g.layer or 0), dtype=torch.float64) for name, g in groups.items()}
+    names = sorted(groups)
+    apart = normalize(graph, groups, scores, "cost", FirstLayers())
+    assert [float(apart[name][0]) for name in names] == [1.0, 2.0, 3.0, 4.0]
+    together = normalize(graph, groups, scores, "cost", FirstLayers(), UNIFORM.alike(groups.values()))
+    # A step of all four layers saves one unit in two of them.
+    assert [float(together[name][0]) for name in names] == [2.0, 4.0, 6.0, 8.0]
+    own = parameter_cost(graph, list(groups.values()), decoder=True)
+    alike = normalize(graph, groups, scores, "cost", own, UNIFORM.alike(groups.values()))
+    assert all(torch.equal(values, normalize(graph, groups, scores, "cost", own)[n]) for n, values in alike.items())
 
 
 def test_groups_of_different_sizes_need_not_agree():
