@@ -201,19 +201,93 @@ def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
+class Held:
+    """A folder in which a run works alone, see `alone_in`. ``folder``: its path, by which files are written; whoever
+    removes it or puts another one there takes it from the run. The open lock keeps its inode from being used again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._found = folder, _inode(folder)
+
+    @property
+    def still(self) -> bool:
+        """Whether the path still leads to this folder."""
+        return self._found is not None and _inode(self.folder) == self._found
+
+    def is_open_as(self, descriptor: int) -> bool:
+        """Whether the file ``descriptor`` is of this folder."""
+        facts = os.fstat(descriptor)
+        return self._found == (facts.st_dev, facts.st_ino)
+
+    def check(self) -> None:
+        """Raise `OutputError` where the path leads to another folder, or to none."""
+        if not self.still:
+            raise OutputError(
+                f"'{self.folder}', in which this run keeps its state, was removed or replaced; the run stops, as its "
+                "results would mix with those of another one"
+            )
+
+
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """While active, no other process can be in this block for the same existing ``folder``. Raises `OutputError` where
-    one is. Without effect where directories cannot be locked."""
-    try:
-        lock = _lock(folder)
-    except BlockingIOError:
-        raise OutputError(f"another run works in '{folder}'; wait for its end, or choose another output") from None
-    try:
-        yield
-    finally:
+def alone_in(folder: Path, *, anew: bool = False) -> Iterator[Held]:
+    """While active, no other process can be in this block for the same ``folder``, which is created where it does not
+    exist, and removed at the end if nothing is in it. ``anew``: whether all that is in it is removed first.
+
+    Raises `OutputError` where another process is in such a block, and for a folder that cannot be created. Where
+    directories cannot be locked, nothing keeps other processes out.
+    """
+    while True:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock_unless_taken(folder)
+        held = Held(folder)
+        # A run that ended since may have removed what was locked here, and another may have a new one by now.
+        if held.still and (lock is None or held.is_open_as(lock)):
+            break
         if lock is not None:
             os.close(lock)
+    try:
+        if anew:
+            _empty(folder)
+        yield held
+    finally:
+        if held.still:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def check_unused(folder: Path) -> None:
+    """Raise `OutputError` where another process works in ``folder``, see `alone_in`."""
+    lock = _lock_unless_taken(folder)
+    if lock is not None:
+        os.close(lock)
+
+
+def _lock_unless_taken(folder: Path) -> int | None:
+    try:
+        return _lock(folder)
+    except BlockingIOError:
+        raise OutputError(f"another run works in '{folder}'; wait for its end, or choose another output") from None
+
+
+def _inode(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one that has the same path later; None where there is none."""
+    try:
+        facts = folder.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder; what cannot be removed is left."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _lock(folder: Path) -> int | None:

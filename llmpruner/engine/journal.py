@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
-from ..files import alone_in, remove_tree, write_text, writing
+from ..files import Held, alone_in, check_unused, remove_tree, write_text, writing
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
@@ -35,12 +35,25 @@ class Journal:
     ``run``: JSON values that identify the run. Raises `OutputError` where the folder has results of another run.
     ``ranks``: the processes that share the run. The first one writes all but hidden states, of which each writes its
     own; they may have one file system or several. All must call `load`, `layer_done` and `resume` together.
+    ``anew``: whether what an earlier run left is removed, which `alone` does. ``check``: called before writing, where
+    `alone` is not used. Methods that write raise `OutputError` where the folder is not that of this run any more.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
-        self.folder, self._ranks = folder, ranks
+    def __init__(
+        self,
+        folder: Path,
+        run: Mapping[str, Any],
+        ranks: Ranks = SINGLE,
+        *,
+        anew: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self._ranks, self._anew = folder, ranks, anew
+        self.held: Held | None = None
+        self._check_folder = check
         self._own = json.dumps(run, sort_keys=True, indent=1)
-        ranks.from_first(self._check)
+        if not anew:
+            ranks.from_first(self._check)
         self._written, self._took = time.monotonic(), 0.0
 
     def _check(self) -> None:
@@ -48,6 +61,8 @@ class Journal:
         identity = folder / _RUN
         if identity.is_file():
             if identity.read_text(encoding="utf-8") != own:
+                if self.held is None:
+                    check_unused(folder)
                 raise OutputError(
                     f"'{folder}' has the results of an interrupted run with other settings; continue that one with its "
                     "own command, or start anew with --restart, which removes them"
@@ -57,23 +72,28 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """While active, no other run of one process works with this folder, which exists then; it is removed at the end
-        if nothing is in it. Raises `OutputError` where another one does."""
+        """While active, no other run works with this folder, see `alone_in`. Raises `OutputError` where another one
+        does."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack))
-            try:
-                yield
-            finally:
-                if self._ranks.first:
-                    with suppress(OSError):  # something is in it
-                        self.folder.rmdir()
+            yield
 
     def _enter(self, stack: ExitStack) -> None:
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        stack.enter_context(alone_in(self.folder))
+        self.held = stack.enter_context(alone_in(self.folder, anew=self._anew))
         # The results of a run that has ended since then are not those that were looked at.
         self._check()
+
+    def check(self) -> None:
+        """Raise `OutputError` where the folder was taken from this run."""
+        if self.held is None:
+            self._check_folder()
+        else:
+            self.held.check()
+
+    @property
+    def kept(self) -> bool:
+        """Whether there are results with which the run can go on."""
+        return self.held.still if self.held is not None else self.folder.exists()
 
     def load(self, name: str) -> Any:
         """The JSON value that `store` wrote under ``name``; None if there is none."""
@@ -84,6 +104,7 @@ class Journal:
         """Write a JSON value."""
         if not self._ranks.first:
             return
+        self.check()
         self._create()
         write_text(self.folder / f"{name}.json", json.dumps(value))
 
@@ -91,6 +112,7 @@ class Journal:
         """Write the changed parameters ``names`` of a layer."""
         if not self._ranks.first:
             return
+        self.check()
         self._create()
         with writing(self.folder):
             weights.keep(names, self._layer(number))
@@ -106,7 +128,7 @@ class Journal:
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
         enough ago."""
-        if self._ranks.from_first(lambda: time.monotonic() - self._written < max(INTERVAL, self._took / SHARE)):
+        if self._ranks.from_first(self._written_lately):
             return
         began = time.monotonic()
         layers = state["layers"]
@@ -123,6 +145,10 @@ class Journal:
                 old.unlink(missing_ok=True)
         self._written = time.monotonic()
         self._took = self._written - began
+
+    def _written_lately(self) -> bool:
+        self.check()
+        return time.monotonic() - self._written < max(INTERVAL, self._took / SHARE)
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
         """The last state, and the files of its hidden states, which `States.load` reads; None if there is none, or if
@@ -150,9 +176,10 @@ class Journal:
             write_text(self.folder / _RUN, self._own)
 
     def remove(self) -> None:
-        """Remove the folder, once the results of the run are saved."""
+        """Remove the folder, once the results of the run are saved, unless it is not that of this run any more."""
         if self._ranks.first:
-            remove_tree(self.folder)
+            if self.kept:
+                remove_tree(self.folder)
             return
         for file in self.folder.glob(f"*-{self._ranks.rank}-*.states"):
             file.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from .. import __version__
 from ..checkpoints.manifest import sampled_sha256, sha256
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
-from ..files import remove_tree
 from ..loading.model import Structure
 from ..progress import QUIET
 from ..settings import RunSettings
@@ -74,11 +73,9 @@ def journal_for(
     restart: bool,
 ) -> Journal:
     """The journal of a run, in a folder beside ``output``. The run is identified by all that the result, and the shapes
-    of hidden states, depend on. ``divided``: see `Residency`. ``restart``: whether an earlier run's is removed."""
+    of hidden states, depend on. ``divided``: see `Residency`. ``restart``: whether what is in it is removed."""
     folder = output.with_name(output.name + ending)
     named = what.compensation and what.compensation.calibration if isinstance(what, PruningPlan) else what.model_dump()
-    if restart and ranks.first:
-        remove_tree(folder)
     return Journal(
         folder,
         {
@@ -91,4 +88,5 @@ def journal_for(
             "versions": [__version__, torch.__version__, transformers.__version__],
         },
         ranks,
+        anew=restart,
     )

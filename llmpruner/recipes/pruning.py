@@ -26,7 +26,7 @@ from .forecast import Residency
 from .jobs import PruneJob, prune_job
 from .opening import Opener, Source
 from .outcome import outcome_of
-from .saving import save
+from .saving import save, save_alone
 from .stages import write_run
 from .work import Work, work_of, work_of_plan
 
@@ -99,7 +99,9 @@ class Pruning:
                 pruned = _with_forecast(self._cut(loaded, job, opener, run), expected)
                 opener.progress.status("saving")
                 with run.stages.stage("saving"):
-                    pruned = replace(pruned, form=ranks.from_first(lambda: save(pruned, output)))
+                    held = None if journal is None else journal.held
+                    form = ranks.from_first(lambda: save_alone(held, output, lambda: save(pruned, output)))
+                    pruned = replace(pruned, form=form)
                 if ranks.first:
                     write_run(output, run.stages, "prune", opened.ref, self.given)
             pruned = loaded.become(reopened(pruned, output, trust_remote_code=opener.load.trust_remote_code))
@@ -163,7 +165,7 @@ def _resumable(journal: Journal | None, progress: Progress) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OutputError) as error:
-        if journal is not None and journal.folder.exists():
+        if journal is not None and journal.kept:
             why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
             progress.status(f"{why}; the same command goes on with what is done ({journal.folder}), or --restart")
         raise

@@ -17,7 +17,7 @@ from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import DataError, ModelError, SettingsError
 from ..families.chat import format_note
-from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
+from ..files import Held, check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
 from ..loading.model import Model, Structure, loaded_bytes, reopened
 from ..models.devices import check_device
@@ -27,7 +27,7 @@ from ..recovery.checks import check_before_writing, check_steps
 from ..recovery.dense_text import ANSWER_TOKENS, TEXT_TOKENS, WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
-from ..recovery.run import RecoveryResult, TrainingData, check_work_dir, prepare, recover
+from ..recovery.run import RecoveryResult, TrainingData, alone_with, check_work_dir, prepare, recover
 from ..report.curve import loss_curve
 from ..settings import LoadSettings, RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
@@ -39,7 +39,7 @@ from .inputs import digest, model_fingerprint
 from .jobs import RecoverJob, recover_job
 from .opening import Opener, Source, check_source
 from .recovery_memory import arranged_layers, layers_disk, refuse_without_layers, states_bytes
-from .saving import save
+from .saving import save, save_alone
 from .stages import Stages, write_run
 from .training_memory import check_training, reads_dense_by_layer, training_forecast
 
@@ -91,40 +91,45 @@ class Recovery:
         if output is not None and job.strategy.by_layer:
             size = _disk(job, opened, lengths, way, opener) - tree_bytes(folder)
             check_space(output, size, "the result, finished layers and hidden states")
-        if self.run.restart:
-            ranks.from_first(lambda: remove_tree(folder))
-        stages, beside = Stages(), folder.resolve().parent
-        written = None
-        if own is not None and dense is not None:
-            placed = placed_as(opened, trusted) if isinstance(opened, Model) else opener.load
-            open_model = partial(open_dense, opened, opener.catalog, placed, streamed=way.streamed, beside=beside)
-            with stages.stage("writing examples"):
-                rows = _dense_rows(
-                    own, open_model, dense, placed, folder, job.settings.seed, opener.progress, fingerprint
+        with ExitStack() as stack:
+            held = alone_with(ranks, folder, stack, anew=self.run.restart)
+            if output is not None:
+                # Another run may have ended since it was looked for.
+                ranks.from_first(lambda: check_new_directory(output))
+            stages, beside = Stages(), folder.resolve().parent
+            written = None
+            if own is not None and dense is not None:
+                placed = placed_as(opened, trusted) if isinstance(opened, Model) else opener.load
+                open_model = partial(open_dense, opened, opener.catalog, placed, streamed=way.streamed, beside=beside)
+                with stages.stage("writing examples"):
+                    rows = _dense_rows(
+                        own, open_model, dense, placed, folder, job.settings.seed, opener.progress, fingerprint, held
+                    )
+                written = {own.source: rows}
+            with stages.stage("loading"):
+                loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
+            if written is not None:
+                examples = load_examples(
+                    job.settings.data, opened.family, tokenizer, limit=job.settings.limit, seed=job.settings.seed,
+                    written=written,
+                )  # fmt: skip
+                data = prepare(job.settings, opened.family, tokenizer, examples)
+            with stages.stage("training"):
+                taught = fingerprint if job.strategy.needs_dense else None
+                result = _trained(job, loaded, data, folder, way, opener, taught, held)
+            recovered = loaded.become(_recovered(loaded, result))
+            if output is None:
+                return recovered
+            with stages.stage("saving"):
+                form = ranks.from_first(
+                    lambda: save_alone(held, output, lambda: _save(recovered, result, output, folder))
                 )
-            written = {own.source: rows}
-        with stages.stage("loading"):
-            loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
-        if written is not None:
-            examples = load_examples(
-                job.settings.data, opened.family, tokenizer, limit=job.settings.limit, seed=job.settings.seed,
-                written=written,
-            )  # fmt: skip
-            data = prepare(job.settings, opened.family, tokenizer, examples)
-        with stages.stage("training"):
-            taught = fingerprint if job.strategy.needs_dense else None
-            result = _trained(job, loaded, data, folder, way, opener, taught)
-        recovered = loaded.become(_recovered(loaded, result))
-        if output is None:
-            return recovered
-        with stages.stage("saving"):
-            form = ranks.from_first(lambda: _save(recovered, result, output, folder))
-        if ranks.first:
-            write_run(output, stages, "recover", opened.ref, job.settings.given())
-        loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=trusted))
-        if self.work_dir is None and ranks.first:
-            remove_tree(folder)
-        return loaded
+            if ranks.first:
+                write_run(output, stages, "recover", opened.ref, job.settings.given())
+            loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=trusted))
+            if self.work_dir is None and ranks.first:
+                remove_tree(folder)
+            return loaded
 
     def _checked(self, opener: Opener, folder: Path) -> RecoverJob:
         """The job, once all is checked that needs no model."""
@@ -245,6 +250,7 @@ def _trained(
     way: _Way,
     opener: Opener,
     dense: str | None,
+    held: Held | None,
 ) -> RecoveryResult:
     """``dense``: identifies the dense model, where the strategy needs it."""
     progress, trusted = opener.progress, opener.load.trust_remote_code
@@ -264,6 +270,7 @@ def _trained(
             layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
             on_step=on_step, on_validation=lambda done: progress.status(str(done)), dense=dense, progress=progress,
             changing=loaded.changing("recovery"),
+            held=held,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)
@@ -289,11 +296,12 @@ def _dense_rows(
     seed: int,
     progress: Progress,
     fingerprint: str,
+    held: Held | None,
 ) -> list[Example]:
     """The examples that the dense model writes, of which those of an interrupted run are in ``folder``.
     ``fingerprint``: of the dense model's files."""
     identity = own.identity(f"{fingerprint} {structure_of(dense.graph)} {load.dtype}", seed)
-    rows = WrittenRows(folder / WRITTEN_FILE, identity)
+    rows = WrittenRows(folder / WRITTEN_FILE, identity, held)
     if not rows.whole:
         model = open_model()
         if model.tokenizer is None:

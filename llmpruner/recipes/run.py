@@ -87,9 +87,9 @@ class Session:
         resolve(self.model, catalog, revision=self.load.revision)
         self.state = State(self.output, progress)
 
-    def open_state(self) -> None:
-        """Read the state again, once the folder is this process's alone."""
-        self.state = State(self.output, self.progress)
+    def _lock(self, stack: ExitStack) -> None:
+        """Be alone in the folder until ``stack`` ends, and read the state again."""
+        self.state = State(self.output, self.progress, stack.enter_context(locked(self.output)))
 
     @cached_property
     def dense(self) -> Structure:
@@ -210,14 +210,12 @@ class Session:
         """Do all steps that are not done. ``on_step`` is called after each."""
         with ExitStack() as held:
             if self.output.exists():
-                held.enter_context(locked(self.output))
-                self.open_state()
+                self._lock(held)
             statuses = self._anew() if self.how.restart else self.statuses()
             self.check(statuses)
             if not self.output.exists():
                 check_new_directory(self.output)
-                held.enter_context(locked(self.output))
-                self.open_state()
+                self._lock(held)
             if self.how.restart:
                 self.state.clear()
             results = []

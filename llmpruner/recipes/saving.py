@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ from .. import __version__
 from ..checkpoints.adapters import save_adapter
 from ..checkpoints.base_config import stated
 from ..checkpoints.save import save_checkpoint, vocabulary_files
-from ..errors import ModelError
+from ..errors import ModelError, OutputError
+from ..files import Held, remove_tree
 from ..loading.dense import base_record
 from .passages import passages_record
 
@@ -69,6 +70,21 @@ def check_fits(model: Model) -> None:
                 f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
                 f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
             )
+
+
+def save_alone(held: Held | None, output: Path, write: Callable[[], str]) -> str:
+    """The form of the result that ``write`` writes to ``output``. ``held``: the folder that weights may be read from
+    meanwhile. Raises `OutputError`, and leaves no result, where it was taken from this run."""
+    if held is None:
+        return write()
+    held.check()
+    form = write()
+    try:
+        held.check()
+    except OutputError:
+        remove_tree(output)
+        raise
+    return form
 
 
 def _all_work(model: Model) -> list[Mapping[str, Any] | None]:

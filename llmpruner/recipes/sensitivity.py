@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -57,18 +58,25 @@ def sensitivity_of(
         journal = journal_for(
             file, opener, opened, settings, 1, Ranks.current(), ending=".measuring", restart=restart
         )  # fmt: skip
-    loaded = opener.weights(opened)
-    try:
-        curve = measure_curve(loaded, job, settings.shares, progress, journal)
-    except KeyboardInterrupt:
+    with ExitStack() as stack:
         if journal is not None:
-            progress.status(f"stopped; the same command goes on with what is measured ({journal.folder}), or --restart")
-        raise
-    if file is not None:
-        write_text(file, json.dumps(curve.as_json(), indent=1, ensure_ascii=False) + "\n")
-        write_text(file.with_suffix(".svg"), sensitivity_plot(curve) + "\n")
-    if journal is not None:
-        journal.remove()
+            stack.enter_context(journal.alone())
+        loaded = opener.weights(opened)
+        try:
+            curve = measure_curve(loaded, job, settings.shares, progress, journal)
+        except KeyboardInterrupt:
+            if journal is not None and journal.kept:
+                progress.status(
+                    f"stopped; the same command goes on with what is measured ({journal.folder}), or --restart"
+                )
+            raise
+        if journal is not None:
+            journal.check()
+        if file is not None:
+            write_text(file, json.dumps(curve.as_json(), indent=1, ensure_ascii=False) + "\n")
+            write_text(file.with_suffix(".svg"), sensitivity_plot(curve) + "\n")
+        if journal is not None:
+            journal.remove()
     return curve
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..checkpoints.manifest import sha256
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
-from ..files import check_new_directory, write_text
+from ..files import Held, check_new_directory, check_unused, write_text
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"
@@ -51,13 +51,14 @@ class Hashes:
 
 
 class State:
-    """The state of the steps in ``folder``. Nothing is written before `save`.
+    """The state of the steps in ``folder``. Nothing is written before `save`. ``held``: the folder, where this process
+    is alone in it.
 
     Raises `OutputError` for a folder that holds anything else, and for a damaged file.
     """
 
-    def __init__(self, folder: Path, progress: Progress = QUIET) -> None:
-        self.folder, self._file = folder, folder / STATE
+    def __init__(self, folder: Path, progress: Progress = QUIET, held: Held | None = None) -> None:
+        self.folder, self._file, self._held = folder, folder / STATE, held
         found = self._read()
         self.steps: dict[str, dict[str, Any]] = found.get("steps", {})
         """Name → ``inputs``, ``files`` (SHA-256 by name), ``result`` and ``seconds``."""
@@ -83,7 +84,9 @@ class State:
         return found
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file, whole or not at all. Raises `OutputError`, as all methods that write do, where the folder was
+        removed or replaced."""
+        self._check()
         value = {"version": VERSION, "steps": self.steps, "running": self.running, "hashes": self.hashes.known}
         write_text(self._file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -138,6 +141,7 @@ class State:
     ) -> None:
         """Record a finished step, and remove what is left of its work. ``order``: names of the recipe's steps, in which
         their records are kept, after those of other steps."""
+        self._check()
         for folder in self.work_of(name):
             shutil.rmtree(folder)
         record = {"inputs": dict(inputs), "files": self.files(name), "result": result, "seconds": round(seconds, 1)}
@@ -156,7 +160,15 @@ class State:
             del self.running[name]
             self.save()
 
+    def _check(self) -> None:
+        if self._held is not None:
+            self._held.check()
+
     def _remove(self, name: str) -> None:
+        self._check()
+        for work in self.work_of(name):
+            # The command of a step may run without the recipe.
+            check_unused(work)
         try:
             for folder in (self.folder / name, *self.work_of(name)):
                 if folder.exists():
@@ -177,7 +189,7 @@ def _place_in(order: Sequence[str]) -> Callable[[str], int]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Held]:
     """The folder, created where it does not exist, for this process alone. Raises `OutputError`."""
     if not folder.exists():
         check_new_directory(folder)
@@ -190,6 +202,6 @@ def locked(folder: Path) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         raise OutputError(f"'{folder}' cannot be locked: {getattr(error, 'strerror', None) or error}") from error
     try:
-        yield
+        yield Held(folder)
     finally:
         lock.release()

@@ -51,7 +51,8 @@ class RecoveryJob:
     where each of ``examples``, and after them of ``validation``, is from, for messages; empty where it is not known.
     ``began``: the `time.monotonic` from which ``settings.minutes`` are counted.
     ``walk``: for strategies that train `RecoveryStrategy.by_layer` or `RecoveryStrategy.streams_dense`, where weights
-    and hidden states are. ``progress``: for work before the first step.
+    and hidden states are. ``progress``: for work before the first step. ``check_folder``: raises `OutputError`
+    where ``work_dir`` was removed or replaced meanwhile; ``on_step`` and ``on_validation`` do it, too.
     """
 
     model: PreTrainedModel
@@ -69,6 +70,7 @@ class RecoveryJob:
     began: float = field(default_factory=time.monotonic)
     walk: LayerWalk = LayerWalk()
     progress: Progress = QUIET
+    check_folder: Callable[[], None] = field(default_factory=lambda: _unchecked)
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
@@ -88,6 +90,10 @@ class RecoveryJob:
             raise ModelError("the recovery strategy needs the dense model, which is not known here")
         dense = self.load_teacher()
         return dense.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
+
+
+def _unchecked() -> None:
+    """For a ``work_dir`` of which nothing is known."""
 
 
 @dataclass(frozen=True)

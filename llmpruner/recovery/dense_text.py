@@ -24,7 +24,7 @@ from ..data.documents import is_file
 from ..data.mixture import parse_mixture
 from ..errors import DataError, OutputError
 from ..families.chat import chat_prompt
-from ..files import write_text
+from ..files import Held, write_text
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -96,11 +96,12 @@ def instructions() -> tuple[str, ...]:
 class WrittenRows:
     """The rows of a job in ``file``, which is written after every batch, so that an interrupted job goes on.
 
-    Raises `OutputError` where the file has rows of another job.
+    ``held``: the folder of the run that the file is in; None where it is not known. Raises `OutputError` where the file
+    has rows of another job, and before a batch is written where the folder is not that of the run any more.
     """
 
-    def __init__(self, file: Path, identity: Mapping[str, Any]) -> None:
-        self._file, self._identity = file, dict(identity)
+    def __init__(self, file: Path, identity: Mapping[str, Any], held: Held | None = None) -> None:
+        self._file, self._identity, self._held = file, dict(identity), held
         self._batches, self._rows, self.whole = 0, list[dict[str, str]](), False
         if not file.is_file():
             return
@@ -148,6 +149,8 @@ class WrittenRows:
         self._save(whole=True)
 
     def _save(self, *, whole: bool) -> None:
+        if self._held is not None:
+            self._held.check()
         self.whole = whole
         head = {**self._identity, "batches": self._batches, "whole": whole}
         lines = [json.dumps(line, ensure_ascii=False) for line in (head, *self._rows)]

@@ -87,6 +87,7 @@ def _write(job: RecoveryJob, top: int, temperature: float, file: Path) -> None:
         found = log_p.topk(min(top, logits.shape[-1]), -1)
         parts.append((found.values.half().cpu(), found.indices.int().cpu()))
     values, indices = zip(*parts, strict=True)
+    job.check_folder()
     aside = file.with_suffix(".partial")
     with writing(file):
         save_file({"log_p": torch.cat(values), "tokens": torch.cat(indices)}, aside)
@@ -121,7 +122,7 @@ def _by_layer(job: RecoveryJob, dense: Weights) -> Iterator[torch.Tensor]:
         # As the dense model in memory, whatever the processor is fast at.
         walk.products = dense.model.dtype
     states, first, count = walk.embedded, 0, len(walk.layers)
-    journal = Journal(job.work_dir / _STATES, {"examples": len(rows)})
+    journal = Journal(job.work_dir / _STATES, {"examples": len(rows)}, check=job.check_folder)
     if (found := journal.resume(dense)) is not None:
         state, files = found
         states, first = walk.restored(files["dense"]), state["layers"]

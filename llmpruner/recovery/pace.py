@@ -84,6 +84,7 @@ def _chosen(pace: Pace, job: RecoveryJob, minutes: float) -> dict[str, int]:
         )
     count = min(count, settings.max_steps or count)
     found = {"steps": count, "batch_size": settings.batch_size, "seconds": asdict(pace)}
+    job.check_folder()
     write_text(job.work_dir / PACE_FILE, json.dumps(found, indent=2) + "\n")
     return chosen_in(job.work_dir)
 

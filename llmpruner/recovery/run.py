@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
-from ..files import alone_in, write_failure, write_text
+from ..files import Held, alone_in, write_failure, write_text
 from ..models.vocabulary import check_ids
 from ..progress import QUIET, Progress
 from ..settings import RecoverSettings, option_of
@@ -141,6 +141,7 @@ def recover(
     dense: str | None = None,
     progress: Progress = QUIET,
     changing: AbstractContextManager[None] | None = None,
+    held: Held | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
@@ -149,11 +150,13 @@ def recover(
     if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
     it. ``layers``, ``walk``, ``progress``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its
     number from 1, the number of steps, and its loss. ``on_validation``: called after each validation. ``dense``: what
-    identifies the dense model, for strategies that need it. ``changing``: active while weights change.
+    identifies the dense model, for strategies that need it. ``changing``: active while weights change. ``held``:
+    ``work_dir``, where the caller is alone in it already.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
-    result is saved. Raises `OutputError` when it contains anything else, `DataError` for data that cannot be used, and
-    `ModelError` when the training diverges.
+    result is saved. Raises `OutputError` when it contains anything else, when another run works in it, and when it is
+    removed or replaced meanwhile; `DataError` for data that cannot be used, and `ModelError` when the training
+    diverges.
 
     In several processes, all call this with the same arguments, and each has the result.
     """
@@ -167,26 +170,40 @@ def recover(
     identity = _identity(walk.pruned or Weights(model, graph.layers), data, strategy, settings)
     if dense is not None:
         identity["dense model"] = dense
-    Ranks.current().from_first(lambda: _claim(work_dir, identity))
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     started = time.perf_counter()
     done: list[Validation] = []
 
+    def check_folder() -> None:
+        if held is not None:
+            held.check()
+
+    # What is written for a step or a validation is written after its report.
+    def stepped(number: int, total: int, loss: float) -> None:
+        check_folder()
+        if on_step is not None:
+            on_step(number, total, loss)
+
     def validated(step: int, loss: float, perplexity: float | None) -> None:
+        check_folder()
         done.append(Validation(step, loss, perplexity))
         if on_validation is not None:
             on_validation(done[-1])
 
-    job = RecoveryJob(
-        model, tokenizer, data.rows.rows, graph, settings, work_dir, on_step, load_teacher, layers, walk=walk,
-        validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
-        progress=progress,
-    )  # fmt: skip
-    alone = alone_in(work_dir) if Ranks.current().first else nullcontext()
-    with alone, _writing(work_dir), changing or nullcontext():
-        result = strategy.train(job)
+    with ExitStack() as stack, _writing(work_dir):
+        if held is None:
+            held = alone_with(Ranks.current(), work_dir, stack)
+        Ranks.current().from_first(lambda: _claim(work_dir, identity))
+        job = RecoveryJob(
+            model, tokenizer, data.rows.rows, graph, settings, work_dir, stepped, load_teacher, layers, walk=walk,
+            validation=held_out.rows, on_validation=validated, places=[*data.rows.places, *held_out.places],
+            progress=progress, check_folder=check_folder,
+        )  # fmt: skip
+        with changing or nullcontext():
+            result = strategy.train(job)
+        check_folder()
+        chosen = Ranks.current().from_first(lambda: chosen_in(work_dir))
     seconds = time.perf_counter() - started
-    chosen = Ranks.current().from_first(lambda: chosen_in(work_dir))
     if chosen:
         settings = settings.model_copy(update={"batch_size": chosen["batch_size"]})
     if not isinstance(result, TrainingResult):
@@ -211,6 +228,13 @@ def recover(
         len(held_out.rows),
         result.details,
     )
+
+
+def alone_with(ranks: Ranks, work_dir: Path, stack: ExitStack, *, anew: bool = False) -> Held | None:
+    """``work_dir`` for this run alone, until ``stack`` ends, see `alone_in`; None in all processes but the first."""
+    found: list[Held] = []
+    ranks.from_first(lambda: found.append(stack.enter_context(alone_in(work_dir, anew=anew))))
+    return found[0] if found else None
 
 
 @contextmanager
