@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +40,10 @@ class Budget(Component):
     def check(self, config: PreTrainedConfig) -> None:
         """Raise for settings that the configuration of the model shows to be impossible, before its weights are read.
         Nothing by default."""
+
+    def check_kinds(self, kinds: Collection[str]) -> None:
+        """Raise `SelectionError` where units of these kinds save nothing of it in any model, before weights are read.
+        Nothing by default; what depends on the model is refused later, by its cost."""
 
     def measure(self, subject: BudgetSubject) -> Mapping[str, Any] | None:
         """JSON values measured on this machine that `cost` needs; None when it needs none.

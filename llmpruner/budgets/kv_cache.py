@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..errors import SelectionError
+from ..structure.coupling import EXPERT, MLP
 from .base import Budget, BudgetSubject
 from .costs import Cost
 
@@ -15,6 +17,12 @@ class KvCache(Budget):
 
     name = "kv-cache"
     summary = "bytes of key/value cache per token"
+
+    def check_kinds(self, kinds: Collection[str]) -> None:
+        if kinds and set(kinds) <= {MLP, EXPERT}:
+            raise SelectionError(
+                f"{', '.join(kinds)} units save nothing of the KV cache per token; give --kinds attention, or layer"
+            )
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
         del measured

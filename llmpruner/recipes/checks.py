@@ -57,6 +57,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
     job.allocation.check(groups)
     _check_calibration(job, structure, tokenizer=tokenizer)
     job.budget.check(structure.config)
+    job.budget.check_kinds(tuple(dict.fromkeys(group.kind for group in groups)))
     if not job.budget.from_shapes:
         return
     cost = _cost(job, structure, groups)

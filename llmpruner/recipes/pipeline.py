@@ -114,12 +114,14 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     network, graph = model.model, model.graph
     chooser = _chooser(job, model, scope.groups(graph))
     journal = run.journal
+    earlier = None if journal is None else journal.load("plan")
+    if earlier is None:
+        with run.stages.stage("budget"):
+            whole, measured = _open(model, job, scope, progress, run.ranks)
     with run.stages.stage("calibration text"):
         calibration = journaled(journal, model, job, progress, run.ranks)
-    if journal is not None and (earlier := journal.load("plan")) is not None:
+    if journal is not None and earlier is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser, scores=journal.load("scores") or {})
-    with run.stages.stage("budget"):
-        whole, measured = _open(model, job, scope, progress, run.ranks)
     scored, widths = scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     spreads: dict[str, Spread] = {}

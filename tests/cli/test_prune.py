@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmpruner import load_pruned
+import llmpruner
+from llmpruner import SelectionError, load_pruned
 
 FAST = ("--samples", 2, "--length", 16)
 TAYLOR = ("--importance", "taylor", *FAST)
@@ -161,10 +162,20 @@ def test_mistakes_about_budgets_are_one_line(refused, dense):
         ((*ratio, "--budget", "mac"), "unknown budget 'mac'; did you mean macs?"),
         (
             (*ratio, "--budget", "kv-cache"),
-            "mlp units save nothing of the KV cache per token; choose others with --kinds",
+            "mlp units save nothing of the KV cache per token; give --kinds attention, or layer",
         ),
         ((*ratio, "--budget", "latency", "--context", 512), "beyond the model's 512 positions; give at most 501"),
         ((*ratio, "--budget", "macs", "--context", 0), "budget macs: context = 0 is refused: expected at least 1"),
     ):
-        # What a model caches is counted in its cache.
-        assert message in refused("plan", dense, *options, read="kv-cache" in options)
+        assert message in refused("plan", dense, *options)
+
+
+def test_units_that_save_nothing_are_refused_before_text_is_written(run, dense, tmp_path):
+    """Which units of a model save some of its cache is counted in the cache, with its weights."""
+    options = ("--ratio", 0.2, "--budget", "kv-cache", "--samples", 4, "--length", 16, "-o", tmp_path / "out")
+    result = run("prune", dense, "--kinds", "hidden", *options)
+    assert result.code == 2 and "calibration text" not in result.err
+    assert "hidden units save nothing of the KV cache per token; choose others with --kinds" in result.err
+    with pytest.raises(SelectionError, match="mlp units save nothing of the KV cache per token; give --kinds att"):
+        llmpruner.prune(dense, ratio=0.2, budget="kv-cache")
+    assert list(tmp_path.iterdir()) == []
