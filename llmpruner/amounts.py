@@ -14,3 +14,9 @@ def count_text(value: float) -> str:
 def bytes_text(value: float) -> str:
     """Bytes as MiB or GiB."""
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+
+
+def counted(number: int | float, what: str) -> str:
+    """``1 step``, ``2 steps``, ``1,200 steps``, ``0.5 steps``; ``what`` in the singular."""
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {what}" if number == 1 else f"{shown} {what}s"

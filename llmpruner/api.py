@@ -16,6 +16,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from .amounts import counted
 from .benching.results import BenchResult
 from .benching.run import bench as _bench
 from .chatting.chat import Chat
@@ -450,7 +451,7 @@ def push(
     upload = prepare_upload(Path(model), repo, job, partial(_opener(None, catalog, progress).structure, model))
     if job.dry_run:
         return upload
-    progress.status(f"sending {len(upload.files)} files to {repo}")
+    progress.status(f"sending {counted(len(upload.files), 'file')} to {repo}")
     return replace(upload, url=send(upload, public=job.public))
 
 

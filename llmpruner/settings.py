@@ -317,7 +317,8 @@ class PruneSettings(Settings):
         Field(
             ge=1,
             description="Kept widths are multiples of this. By default 64 with --shape uniform (32 where hidden states "
-            "have fewer than 1,024 channels), else 1.",
+            "have fewer than 1,024 channels, and a sixteenth of them or less below 512), halved for a group until it "
+            "has at least 8 such multiples; else 1.",
         ),
         Option(_WHAT),
     ] = None

@@ -27,7 +27,7 @@ def _app() -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point of the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
+    """Run the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if "--help" in arguments:
         # Looking for garbage among all that is imported takes time.

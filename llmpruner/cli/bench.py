@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..amounts import counted
 from ..files import check_new_file, write_text
 from ..settings import BenchSettings, LoadSettings, settings_from
 from .console import RichProgress, note, table
@@ -51,10 +52,10 @@ def show_bench(result: BenchResult) -> None:
     """A table of prefill and one of decoding."""
     columns = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
     table("Prefill", columns, _rows(result, lambda case: case.prefill), left=3)
-    table(f"Decoding, {result.new_tokens} tokens", columns, _rows(result, lambda case: case.decode), left=3)
+    table(f"Decoding, {counted(result.new_tokens, 'token')}", columns, _rows(result, lambda case: case.decode), left=3)
     note(
-        f"medians of {result.rounds} runs in turn; ideal: by multiply-accumulate operations for the prefill, by bytes "
-        "of weights and cache read for decoding; reached: speed-up / ideal"
+        f"medians of {counted(result.rounds, 'run')} in turn; ideal: by multiply-accumulate operations for the "
+        "prefill, by bytes of weights and cache read for decoding; reached: speed-up / ideal"
     )
 
 

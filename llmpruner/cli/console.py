@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console
@@ -40,6 +41,8 @@ def _console(stream: TextIO, *, stderr: bool = False) -> Console:
 out = _console(sys.stdout)
 err = _console(sys.stderr, stderr=True)
 
+_NARROWEST = 5
+"""Columns to which a column of text is reduced before numbers are broken."""
 _LINE_EVERY = 60.0
 """Seconds between two lines about a bar where standard error is not a terminal."""
 
@@ -81,12 +84,22 @@ def print_json(value: Any) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> None:
-    """Print a table; the first ``left`` columns are text, the others are numbers."""
-    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan")
+    """Print a table; the first ``left`` columns are text, the others are numbers, which are not broken as long as they
+    fit beside columns of text that are."""
+    shown = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip_longest(columns, *shown, fillvalue="")]
+    # Three columns around each cell, and one at the end.
+    least = sum(min(width, _NARROWEST) for width in widths[:left]) + sum(widths[left:]) + 3 * len(columns) + 1
+    grid = Table(header_style="bold cyan")
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number < left else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(escape(str(cell)) for cell in row))
+        is_text = number < left
+        whole = not is_text and least <= out.width
+        grid.add_column(column, justify="left" if is_text else "right", overflow="fold", no_wrap=whole)
+    for row in shown:
+        grid.add_row(*map(escape, row))
+    if title is not None:
+        # A title of the table itself is broken at the width of the table.
+        out.print(f"[bold]{escape(title)}[/]", highlight=False)
     out.print(grid)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..amounts import counted
 from ..files import check_new_directory
 from .bench import show_bench
 from .console import RichProgress, count, out
@@ -85,7 +86,8 @@ def _show(recipe: Recipe, step: StepResult) -> None:
         first, last = step.result["losses"]
         examples, steps = step.result["examples"], step.result["steps"]
         out.print(
-            f"Distillation on {examples} rows of instructions and of text that the dense model wrote, {steps} steps: "
+            f"Distillation on {counted(examples, 'row')} of instructions and of text that the dense model wrote, "
+            f"{counted(steps, 'step')}: "
             f"divergence from its predictions {first:.3f} → {last:.3f} nats per token"
         )
         out.rule("4. Side by side")

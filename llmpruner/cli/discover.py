@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.tree import Tree
 
+from ..amounts import counted
 from ..errors import CouplingError, SettingsError
 from ..files import check_new_file
 from ..report.groups import KIND_COLUMNS, kind_rows
@@ -77,7 +78,7 @@ def discover(
 def _show(model: str, found: Structure) -> None:
     graph = found.graph
     out.print(
-        f"[bold]{escape(model)}[/]: family {found.family.name}, {graph.num_layers} layers, "
+        f"[bold]{escape(model)}[/]: family {found.family.name}, {counted(graph.num_layers, 'layer')}, "
         f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
     )
     table("Coupled groups", KIND_COLUMNS, kind_rows(graph))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import __version__
+from ..amounts import counted
 from ..errors import LlmprunerError, first_line
 from ..plugins.host import PluginHost
 from .console import err, print_json, size, table
@@ -149,7 +150,7 @@ def _devices() -> Iterator[Check]:
     except Exception:  # reported by `_imports`
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    yield _device(torch, "cpu", f"{torch.get_num_threads()} threads, {capability}")
+    yield _device(torch, "cpu", f"{counted(torch.get_num_threads(), 'thread')}, {capability}")
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(number)

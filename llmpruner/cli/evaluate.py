@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..amounts import counted
 from ..files import check_new_file, json_text, write_text
 from ..settings import CacheSettings, EvaluateSettings, LoadSettings, settings_from
 from .console import RichProgress, note, table, warning_line
@@ -41,7 +42,10 @@ def evaluate(
     )  # fmt: skip
     found = results[0].perplexity
     if found is not None:
-        note(f"perplexity: {found.windows} windows of {found.window} tokens, {found.window - 1} predictions each")
+        note(
+            f"perplexity: {counted(found.windows, 'window')} of {counted(found.window, 'token')}, "
+            f"{counted(found.window - 1, 'prediction')} each"
+        )
     show_evaluations(results)
     if json_file is not None:
         write_text(json_file, json_text(results.as_json(), indent=2))

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from ..amounts import counted
 from ..recovery.losses import loss_text
 from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
 from .console import RichProgress, done_line, print_json
@@ -51,4 +52,6 @@ def recover(
     if checked:
         best = min(checked, key=lambda one: float(one["loss"]))
         losses += f"validation loss {checked[0]['loss']:.3f} → {best['loss']:.3f}, "
-    done_line(f"{output}: {record['examples']} examples, {len(curve)} steps, {losses}{seconds:.0f} s")
+    done_line(
+        f"{output}: {counted(record['examples'], 'example')}, {counted(len(curve), 'step')}, {losses}{seconds:.0f} s"
+    )

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..amounts import counted
 from ..settings import LoadSettings, RunSettings, settings_from
 from .bench import show_bench
-from .console import RichProgress, count, done_line, note, out, print_json, table
+from .console import RichProgress, done_line, note, out, print_json, table
 from .derive import takes
 from .evaluate import show_evaluations
 from .options import Json, catalog_of
@@ -89,7 +90,7 @@ def run(
         print_json({**found.as_json(), "seconds": seconds})
         return
     skipped = sum(step.skipped for step in found.steps)
-    done = f"{len(found.steps)} steps" + (f", {skipped} of them done before" if skipped else "")
+    done = counted(len(found.steps), "step") + (f", {skipped} of them done before" if skipped else "")
     done_line(f"{found.output}: {done}; {seconds:.0f} s")
 
 
@@ -143,7 +144,7 @@ def show_step(step: StepResult) -> None:
 def recovery_text(step: StepResult) -> str:
     """``200 examples, 32 steps, loss 2.000 → 1.500``, as far as the record of the training has it."""
     found = step.result
-    parts = [f"{found[key]:,} {key}" for key in ("examples", "steps") if key in found]
+    parts = [counted(found[f"{what}s"], what) for what in ("example", "step") if f"{what}s" in found]
     return ", ".join([*parts, found["loss"]] if found.get("loss") else parts)
 
 
@@ -156,7 +157,7 @@ def _show_planned(planned: Sequence[PlannedStep]) -> None:
     rows = [(step.name, ", ".join(step.reads), _status(step), step.forecast) for step in planned]
     table(None, ("Step", "Reads", "", "Forecast"), rows, left=4)
     todo = sum(step.status != "done" for step in planned)
-    note(f"{count(todo)} of {count(len(planned))} steps to do; nothing was done now")
+    note(f"{todo:,} of {counted(len(planned), 'step')} to do; nothing was done now")
 
 
 def _status(step: PlannedStep) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from ..amounts import counted
 from ..data.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
@@ -59,7 +60,7 @@ def perplexity(
             check_table(one, window, *beyond(window))
     ids = tokens_of(tokenizer, text)
     if tokens is not None and len(ids) < tokens:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
+        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
     opening = opening_tokens(tokenizer, text) if bos else []
     of_text = window - len(opening)
     if of_text < 1:
@@ -67,7 +68,7 @@ def perplexity(
     windows = min(len(ids), tokens if tokens is not None else len(ids)) // of_text
     if windows == 0:
         raise DataError(
-            f"the text has {len(ids)} tokens of which {tokens or 'all'} are used: no full window of {window}"
+            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
         )
     used = ids[: windows * of_text]
     whole = len(used) == len(ids)

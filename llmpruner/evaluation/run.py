@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..amounts import counted
 from ..data.passages import overlap
 from ..errors import ModelError, PluginError, SettingsError
 from ..models.finite import first_not_finite
@@ -61,7 +62,9 @@ def evaluate(
     found: list[Found] = [_kept(store, identity) for identity in identities]
     known = sum(map(len, found))
     if known:
-        progress.status(f"{known} of {len(models) * len(pairs)} results were measured before and kept")
+        were = "was" if known == 1 else "were"
+        every = counted(len(models) * len(pairs), "result")
+        progress.status(f"{known:,} of {every} {were} measured before and kept")
     missing = [[(metric, part) for metric, part in pairs if (metric.name, part) not in one] for one in found]
     total = sum(metric.effort(part) for one in missing for metric, part in one)
     if total:

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..amounts import counted
 from ..checkpoints.adapters import adapter_base, with_adapter
 from ..checkpoints.base_config import values_of
 from ..checkpoints.lazy import LazyModel, lazy_checkpoint, tied_differ
@@ -482,9 +483,10 @@ def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> 
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ModelError(f"the checkpoint of '{text}' {what} '{keys[0]}'{more}; it is incomplete or damaged")
     if unexpected:
+        belong, were = ("belongs", "was") if len(unexpected) == 1 else ("belong", "were")
         _LOG.warning(
-            "%d tensors of '%s' belong to no module of the model and were left out (%s …)",
-            len(unexpected), text, unexpected[0],
+            "%s of '%s' %s to no module of the model and %s left out (%s …)",
+            counted(len(unexpected), "tensor"), text, belong, were, unexpected[0],
         )  # fmt: skip
 
 

@@ -83,6 +83,8 @@ def check_repo(repo: str) -> None:
     """Raises `SettingsError` for what is no name of a repository."""
     try:
         validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError("it has no owner")
     except HFValidationError as error:
         raise SettingsError(f"'{repo}' is no name of a repository: {first_line(error)}; expected OWNER/NAME") from error
 

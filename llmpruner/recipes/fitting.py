@@ -44,9 +44,10 @@ def fitting(
             if less.memory <= max_memory:
                 return less
     least = min(tried, key=lambda one: one.memory)
+    unit = " (a number without a unit is of bytes: 4GiB, 500MB)" if max_memory < 2**20 else ""
     raise SettingsError(
         f"--max-memory {size_text(max_memory)}: {what} needs at least {size_text(least.memory)} "
-        f"({size_text(least.base)} before it starts; {least.largest_parts}){detail}; raise it, or {advice}"
+        f"({size_text(least.base)} before it starts; {least.largest_parts}){detail}; raise it{unit}, or {advice}"
     )
 
 

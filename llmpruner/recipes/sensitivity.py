@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..amounts import counted
 from ..compensation.trials import Trials
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
@@ -52,7 +53,7 @@ def sensitivity_of(
     cuts = planned_cuts(opened, job, settings.shares)
     work = replace(work_of(job, opened, saves=False), trials=len(cuts))
     arrange(opener, opened, job, work, RunSettings(), whole="measuring cuts")
-    progress.status(f"{len(cuts)} cuts to measure")
+    progress.status(f"{counted(len(cuts), 'cut')} to measure")
     journal = None
     if file is not None and not isinstance(opened, Model):
         journal = journal_for(

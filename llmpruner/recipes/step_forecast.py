@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..amounts import counted
 from ..data.mixture import parse_mixture
 from ..loading.model import load_tokenizer
 from ..recovery.run import prepare
@@ -45,11 +46,11 @@ def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Ca
     trains layer by layer, what each layer of the dense model takes."""
     settings, layers = job.settings, dense.graph.num_layers if job.strategy.by_layer else 1
     if settings.minutes is not None:
-        return f"as many steps as fit into {settings.minutes:g} minutes", {"minutes": settings.minutes}
+        return f"as many steps as fit into {counted(settings.minutes, 'minute')}", {"minutes": settings.minutes}
     if not all(Path(part.source).is_file() for part in parse_mixture(settings.data)):
         if settings.max_steps is None:
-            return f"{settings.epochs:g} epochs of {settings.data}, which is not read before", {}
-        return f"{settings.max_steps:,} steps", {"steps": settings.max_steps}
+            return f"{counted(settings.epochs, 'epoch')} of {settings.data}, which is not read before", {}
+        return counted(settings.max_steps, "step"), {"steps": settings.max_steps}
     rows = prepare(settings, dense.family, load_tokenizer(dense, catalog, load)).rows.rows
     settings = with_batch(settings, lambda one: steps(one, len(rows)), processes=1)
     # A limit of steps is one of all layers together.
@@ -61,4 +62,5 @@ def _training(job: RecoverJob, dense: Structure, load: LoadSettings, catalog: Ca
     tokens = round(epoch * shown)
     facts = {"examples": len(rows), "steps": total, "tokens": tokens}
     each = f" in each of {layers} layers" if layers > 1 else ""
-    return f"{count:,} steps{each} over {len(rows):,} examples, about {tokens:,} tokens", facts
+    over = f"over {counted(len(rows), 'example')}, about {counted(tokens, 'token')}"
+    return f"{counted(count, 'step')}{each} {over}", facts

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..amounts import counted
 from ..checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
 from ..checkpoints.manifest import damaged_files, recorded_files
 from ..checkpoints.record import RECORD_FILE, read_any_record
@@ -124,8 +125,7 @@ def verification(
             progress.status("comparing shapes with the plans")
             weights = _opened(directory, structure, options, catalog)
         found.append((structure, weights))
-        count = len(structure.plans)
-        return f"those of {count} plan{'s' * (count != 1)}, no tensor missing or unknown"
+        return f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
 
     attempt("shapes", shapes)
     if not found:
@@ -169,18 +169,18 @@ def _files(directory: Path) -> Iterator[Check]:
     for line in damaged:
         yield Check("files", DAMAGED, line)
     if not damaged:
-        yield Check("files", PASSED, f"SHA-256 of {len(recorded)} files is as recorded")
+        yield Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")
 
 
 def _tensors(directory: Path, places: dict[str, str]) -> str:
     if adapter_base(directory) is not None and (directory / ADAPTER_WEIGHTS).is_file():
         places |= dict.fromkeys(names_in(directory / ADAPTER_WEIGHTS), ADAPTER_WEIGHTS)
-        return f"{len(places)} tensors in 1 file, as its header says"
+        return f"{counted(len(places), 'tensor')} in 1 file, as its header says"
     if not has_shards(directory):
         raise CheckpointError(f"{directory} has no safetensors files")
     places |= check_index(directory)
     files = len(set(places.values()))
-    return f"{len(places)} tensors in {files} file{'s' * (files > 1)}, as their headers and the index say"
+    return f"{counted(len(places), 'tensor')} in {counted(files, 'file')}, as their headers and the index say"
 
 
 def _values(directory: Path, places: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
+from ..amounts import counted
 from ..errors import MissingExtraError, UnsupportedModelError
 from .base import RecoveryJob, TrainingResult
 from .training import fit
@@ -56,7 +57,9 @@ def with_adapters(
         # peft reads a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model: Any = peft.get_peft_model(job.model, config)
-    notes = (f"{len(skipped)} parameters of experts get no adapters ({skipped[0]}, …)",) if skipped else ()
+    get = "gets" if len(skipped) == 1 else "get"
+    what = f"{counted(len(skipped), 'parameter')} of experts {get} no adapters"
+    notes = (f"{what} ({skipped[0]}, …)",) if skipped else ()
     return model, notes
 
 

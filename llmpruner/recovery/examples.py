@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..amounts import counted
 from ..data.conversations import Example, example
 from ..data.documents import EXPECTED_EXAMPLES, read_records
 from ..data.mixture import mixed, parse_mixture
@@ -122,8 +123,8 @@ def validation_records(validation: float, records: int, source: str) -> int:
     if validation >= 1:
         if int(validation) >= records:
             raise DataError(
-                f"{source} has {records} examples, and --validation takes {int(validation)} of them; leave some to "
-                "train on"
+                f"{source} has {counted(records, 'example')}, and --validation takes {int(validation)} of them; "
+                "leave some to train on"
             )
         return int(validation)
     count = min(max(round(validation * records), LEAST_VALIDATION), MOST_VALIDATION)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from ..amounts import counted
+
 
 def first_and_last(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
     """What the loss is, in words, its first and its last value; None for a training without losses. ``record``: an
@@ -15,7 +17,7 @@ def first_and_last(record: Mapping[str, Any]) -> tuple[str, float, float] | None
     single steps are of different layers."""
     if layers := record.get("layers"):
         before, after = (fmean(layer[key] for layer in layers) for key in ("before", "after"))
-        return f"mean loss of {len(layers)} layers", before, after
+        return f"mean loss of {counted(len(layers), 'layer')}", before, after
     losses = record.get("losses")
     return ("loss", losses[0], losses[-1]) if losses else None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..amounts import counted
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
@@ -114,10 +115,13 @@ def prepare(
     else:
         examples, held_out = split(examples, settings.validation, settings.seed)
         if held_out is None and settings.validation:
-            notes.append(f"{len(examples.texts)} examples are too few to hold some back: no validation")
+            count = len(examples.texts)
+            are = "is" if count == 1 else "are"
+            notes.append(f"{counted(count, 'example')} {are} too few to hold some back: no validation")
     rows = tokenised(examples)
     if rows.left_out:
-        notes.append(f"{rows.left_out} examples had nothing to train on and were left out")
+        were = "was" if rows.left_out == 1 else "were"
+        notes.append(f"{counted(rows.left_out, 'example')} had nothing to train on and {were} left out")
     validation = None if held_out is None else tokenised(held_out)
     return TrainingData(examples.source, fingerprint, rows, validation, tuple(notes))
 
@@ -266,7 +270,7 @@ def _said_of_validation(
         return [f"{strategy.label()} measures no validation loss; --validation 0 trains on all examples"]
     notes, best, last = [], min(done, key=lambda one: one.loss), done[-1]
     if settings.patience is not None and done.index(best) + settings.patience == len(done) - 1 and best is not last:
-        notes.append(f"stopped after step {last.step}: {settings.patience} validations without a lower loss")
+        notes.append(f"stopped after step {last.step}: {counted(settings.patience, 'validation')} without a lower loss")
     if best.step < len(result.losses):
         when = f"after step {best.step}" if best.step else "before the training"
         notes.append(f"the validation loss was lowest {when}; the result has the weights of then")

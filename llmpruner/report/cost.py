@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..amounts import bytes_text, count_text
+from ..amounts import bytes_text, count_text, counted
 from .base import Costs, ReportSection, ReportSubject
 from .templates import rendered
 
@@ -42,7 +42,8 @@ def _rows(dense: Costs, own: Costs) -> list[tuple[str, str, str, str]]:
 
 
 def _title(bench: Mapping[str, Any]) -> str:
-    return f"{bench['runtime']}, medians of {bench['rounds']} runs in turn, {bench['new_tokens']} tokens decoded"
+    runs, tokens = counted(bench["rounds"], "run"), counted(bench["new_tokens"], "token")
+    return f"{bench['runtime']}, medians of {runs} in turn, {tokens} decoded"
 
 
 def _speeds(bench: Mapping[str, Any]) -> list[tuple[str, ...]]:

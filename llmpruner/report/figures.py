@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..amounts import bytes_text, count_text
+from ..amounts import bytes_text, count_text, counted
 from .base import DENSE, Evidence, ReportSubject
 from .templates import bare
 
@@ -108,15 +108,16 @@ def sentence(subject: ReportSubject) -> str:
         won.append(f"it decodes {found.decode.ratio:.2f} times as fast{ideal}")
     if found.perplexity is not None:
         where = f" on {found.text}" if found.text else ""
-        rise = found.perplexity.ratio - 1
-        lost.append(
-            f"perplexity{where} went from {found.perplexity.dense:.2f} to {found.perplexity.pruned:.2f} ({rise:+.0%})"
-        )
+        rise = f"{found.perplexity.ratio - 1:+.0%}"
+        after = "" if rise in ("+0%", "-0%") else f" ({rise})"
+        lost.append(f"perplexity{where} {_change(found.perplexity, '.2f')}{after}")
     if found.tasks is not None:
-        lost.append(
-            f"accuracy over {found.count} task{'s' if found.count > 1 else ''} went from {found.tasks.dense:.1%} to "
-            f"{found.tasks.pruned:.1%}"
-        )
+        lost.append(f"accuracy over {counted(found.count, 'task')} {_change(found.tasks, '.1%')}")
     if not lost:
         lost.append("its quality was not measured")
     return f"{' and '.join(won)}; {', and '.join(lost)}."
+
+
+def _change(pair: Pair, form: str) -> str:
+    before, after = (format(value, form) for value in (pair.dense, pair.pruned))
+    return f"went from {before} to {after}" if before != after else f"did not change ({before})"

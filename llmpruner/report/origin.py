@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..amounts import bytes_text
+from ..amounts import bytes_text, counted
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
 from .base import ReportSection, ReportSubject
 from .templates import bare, rendered
@@ -67,10 +67,8 @@ def _memory(value: int | None) -> str:
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
-    return (
-        f"{machine['processor'] or 'unknown processor'}, {machine['cores']} cores, {bytes_text(machine['memory'])} of "
-        f"memory, {machine['system']}"
-    )
+    cores, memory = counted(machine["cores"], "core"), bytes_text(machine["memory"])
+    return f"{machine['processor'] or 'unknown processor'}, {cores}, {memory} of memory, {machine['system']}"
 
 
 def _versions(versions: Mapping[str, str]) -> str:

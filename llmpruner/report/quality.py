@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
+from ..amounts import counted
 from ..evaluation.remarks import SEEN, is_uneven
 from .base import DENSE, Evidence, Measurements, ReportSection, ReportSubject
 from .templates import bare, rendered
@@ -115,5 +116,7 @@ def _facts(one: Measurements) -> str:
     if found is None or "tokens" not in found:
         return ""
     several = {one.text_of(found): found, **(found.get("others") or {})}
-    each = "; ".join(f"{of['tokens']:,} tokens of {bare(text)}" for text, of in several.items())
-    return f"Perplexity: {each}; windows of {found['window']:,} tokens with {found['window'] - 1:,} predictions each."
+    each = "; ".join(f"{counted(of['tokens'], 'token')} of {bare(text)}" for text, of in several.items())
+    window, predicted = counted(found["window"], "token"), counted(found["window"] - 1, "prediction")
+    of_window = f"windows of {window} with {predicted}"
+    return f"Perplexity: {each}; {of_window} each."

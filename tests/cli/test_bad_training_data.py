@@ -27,7 +27,7 @@ CASES = {
     "answers beyond the cutoff": (
         json.dumps(LONG) + "\n", ("--loss-on", "answers", "--cutoff", 32), "no example has an answer within the first",
     ),
-    "all held back": (json.dumps(ROW) + "\n", ("--validation", 1), "has 1 examples, and --validation takes 1"),
+    "all held back": (json.dumps(ROW) + "\n", ("--validation", 1), "has 1 example, and --validation takes 1"),
     "no share": (json.dumps(ROW) + "\n", ("--validation", 1.5), "--validation '1.5': expected a share below 1, or"),
     "patience without validation": (
         json.dumps(ROW) + "\n", ("--validation", 0, "--patience", 2), "--patience has no effect with --validation 0",

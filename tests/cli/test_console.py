@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from llmpruner.amounts import counted
 from llmpruner.cli import console
 from llmpruner.cli.console import RichProgress, time_left
 
@@ -27,6 +30,23 @@ def test_a_line_a_minute(capsys, monkeypatch):
 def test_time_left():
     assert [time_left(30, share) for share in (0.0, 0.5, 1.0)] == ["", "30 s left", ""]
     assert [time_left(600, share) for share in (0.5, 0.05)] == ["10 min left", "3.2 h left"]
+
+
+def test_the_singular():
+    assert [counted(number, "step") for number in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]
+    assert [counted(number, "minute") for number in (1.0, 0.5)] == ["1 minute", "0.5 minutes"]
+
+
+@pytest.mark.parametrize("width", [80, 300])
+def test_numbers_and_titles_of_tables_are_not_broken(monkeypatch, capsys, width):
+    monkeypatch.setattr(console.out, "width", width)
+    title = "KL divergence from the dense model"
+    columns = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
+    rows = [("1", "128", name, "11,756 (11,756–11,756)", "1.00", "1.00", "100%") for name in ("dense", "long-name")]
+    console.table(title, columns, rows, left=3)
+    console.table(title, ("a", "b"), [("1", "2")])
+    shown = capsys.readouterr().out
+    assert shown.count("11,756 (11,756–11,756)") == 2 and shown.splitlines().count(title) == 2
 
 
 def test_square_brackets_of_paths_are_printed(run, shared, tmp_path):

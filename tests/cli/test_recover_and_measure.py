@@ -115,7 +115,7 @@ def test_layers_one_by_one_without_a_corpus(run, pruned, tmp_path):
 def test_answers_only_and_a_limit(run, pruned, shared, tmp_path):
     options = ("--loss-on", "answers", "--limit", 3, "--max-steps", 1, "--batch-size", 1, "--micro-batch-size", 1)
     result = run("recover", pruned, "--data", shared / "data.jsonl", *options, "-o", tmp_path / "out")
-    assert result.code == 0 and "3 examples, 1 steps" in result.out
+    assert result.code == 0 and "3 examples, 1 step," in result.out
     settings = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]["settings"]
     assert settings["loss_on"] == "answers"
 

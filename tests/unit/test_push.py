@@ -247,6 +247,7 @@ def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
         ("dense", "me/x", {}, ModelError, "has no llmpruner.json, so it was not pruned"),
         ("none", "me/x", {}, ModelError, "is no checkpoint directory"),
         ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
+        ("stock", "x", {}, SettingsError, "'x' is no name of a repository: it has no owner; expected OWNER/NAME"),
         ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
         ("stock", "me/x", {"evaluation": "none.json"}, DataError, "none.json cannot be read"),
     ],

@@ -18,6 +18,7 @@ from llmpruner.importance.spread import spread
 from llmpruner.publishing.push import upload_of
 from llmpruner.report.answers import Answer, measured_answers, side_by_side
 from llmpruner.report.base import Evidence, Measurements
+from llmpruner.report.figures import Pair, _change
 from llmpruner.report.quality import _same_source, text_losses, uneven
 from llmpruner.structure.plan import PruningPlan
 
@@ -88,6 +89,11 @@ def test_the_page_has_the_figures_of_the_files(places, tmp_path):
     stages = json.loads((places / "small" / "run.json").read_text())["stages"]
     assert [one["name"] for one in stages][-3:] == ["compensation", "cut", "saving"]
     assert all(one["peak_bytes"] > 1e6 and one["seconds"] >= 0 for one in stages)
+
+
+def test_figures_that_are_shown_alike_did_not_change():
+    assert _change(Pair("", 258.401, 258.399), ".2f") == "did not change (258.40)"
+    assert _change(Pair("", 0.5, 0.25), ".1%") == "went from 50.0% to 25.0%"
 
 
 def test_the_page_loads_nothing_and_names_its_regions(places, tmp_path):
