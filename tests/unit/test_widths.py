@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import llama_config, random_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
@@ -173,7 +172,7 @@ def test_multiples():
 
 def wide_llama() -> LlamaConfig:
     """Of 1,024 channels, whose alignment is 64, and 512 MLP channels, for which it is still 64."""
-    return llama_config(
+    return LlamaConfig(
         hidden_size=1024, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         head_dim=8, vocab_size=64,
     )  # fmt: skip
@@ -183,7 +182,7 @@ def wide_llama() -> LlamaConfig:
 def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
     config = wide_llama()
     family = catalog.family_for(config, "auto")
-    loaded = Model("wide", config, family, build_graph(family, config), model=random_llama(config), tokenizer=None)
+    loaded = Model("wide", config, family, build_graph(family, config), model=random_instance(config), tokenizer=None)
     plan, _ = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
     assert {len(cut.kept) for cut in plan.cuts.values()} == {320}
     # A second prune of the result.
