@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedModelError, first_line
 from ..models.one_token import fast_one_token_attention
 from ..models.precision import with_fast_products
 from ..models.quiet import quiet_transformers
@@ -51,7 +51,8 @@ def self_generated(
     probabilities.
 
     ``batch``: passages that are generated at once. Returns int64 of shape (samples, length) on the CPU. Deterministic
-    in ``seed``; torch's global generator is not used. Raises `ModelError` when the model's logits are NaN.
+    in ``seed``; torch's global generator is not used. Raises `ModelError` when the model's logits are NaN, and
+    `UnsupportedModelError` for a class that cannot generate.
     """
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
@@ -72,7 +73,7 @@ def self_generated(
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
-            with _generating_as(model, config), fast_one_token_attention():
+            with _generating_as(model, config), fast_one_token_attention(), _naming_failures(model):
                 ids = model.generate(start, attention_mask=mask, logits_processor=[draw])
             written.append(ids.cpu())
         return written
@@ -114,6 +115,19 @@ def answered(
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
         found = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in found]
+
+
+@contextmanager
+def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
+    """For classes that transformers cannot generate with: decoders of a kind that has another cache (Blenderbot), or
+    whose layers are all of a kind that has none (Bamba without attention)."""
+    try:
+        yield
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]}); give a "
+            "text with --calibration"
+        ) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmpruner import DataError, ModelError, PluginError
+from llmpruner import DataError, ModelError, PluginError, UnsupportedModelError
 from llmpruner.component import ComponentSettings
 from llmpruner.data import written
 from llmpruner.data.calibration import parse_calibration
@@ -124,6 +124,18 @@ def test_written_samples_begin_as_text_in_use_does(gqa):
     assert torch.equal(plain[1::2, :20], always[1::2, 4:]), "from the middle of the first passage"
     assert torch.equal(plain[1::2, 20:], always[1::2, :4]), "which begins at the end"
     assert torch.equal(written(None), plain)
+
+
+def test_a_class_that_cannot_generate_is_refused_in_one_line(gqa, monkeypatch):
+    """As Blenderbot's decoder, which looks for another cache than it is given."""
+
+    def generate(*_, **__):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(gqa.model, "generate", generate)
+    said = r"LlamaForCausalLM cannot generate text \(IndexError: list index out of range\); give a text with --calib"
+    with pytest.raises(UnsupportedModelError, match=said):
+        written.self_generated(gqa.model, None, 2, 8, 0)
 
 
 def test_settings_that_the_model_generates_with_do_not_change_the_text(gqa):
