@@ -19,6 +19,7 @@ RECORD = {
     "model, each later one for what the plans before it leave.",
     "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows. Numbers that "
     'JSON does not have are stated as transformers does: `{"__float__": "Infinity"}`.',
+    "adapters": "Names of the adapters, on a pruned model, that its weights contain. Absent without any.",
     "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
     "model.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "

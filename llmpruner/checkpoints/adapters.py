@@ -41,7 +41,10 @@ def save_adapter(
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     with new_directory(directory) as partial:
-        model.save_pretrained(partial)
+        with warnings.catch_warnings():
+            # peft looks for the vocabulary of the base, of which an adapter as the base has none.
+            warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
+            model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         for file in extra_files:

@@ -27,7 +27,8 @@ def load_pruned(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter for one.
+    """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter for one, or for another adapter, which is
+    merged then.
 
     ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: as saved unless given.
     ``trust_remote_code``: whether code in the checkpoint may run. Only a model whose class is in neither transformers
@@ -45,6 +46,9 @@ def load_pruned(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
+        if hasattr(model, "merge_and_unload"):
+            # Itself an adapter, whose names peft does not find in those of a second one.
+            model = model.merge_and_unload()
         return cast("PreTrainedModel", with_adapter(model, Path(path)))
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(f"{path} is no checkpoint: it has no config.json")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 _LOG = logging.getLogger("llmpruner")
+AnyStructure = TypeVar("AnyStructure", bound="Structure")
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,8 +57,9 @@ class Structure:
     """A model without its weights.
 
     ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model,
-    before all cuts. ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``. ``path``: the
-    absolute path of local files, None for a hub id and the demo model.
+    before all cuts. ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter,
+    that of its base, with the adapter's training. ``path``: the absolute path of local files (of an adapter, its own),
+    None for a hub id and the demo model.
     """
 
     ref: str
@@ -143,7 +145,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
-        return replace(load_structure(base, catalog, options), ref=text)
+        return _adapted(load_structure(base, catalog, options), text)
     ref = resolve(text, catalog, revision=options.revision)
     catalog.register_models()
     record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
@@ -170,7 +172,7 @@ def load_model(
         check_weights(Path(text))  # before the base is read
         loaded = load_model(base, catalog, options)
         merged = with_adapter(loaded.model, Path(text)).merge_and_unload().eval()
-        return replace(loaded, ref=text, model=merged)
+        return replace(_adapted(loaded, text), model=merged)
     ref = resolve(text, catalog, revision=options.revision)
     with _parsing(ref):
         structure = structure or load_structure(text, catalog, options)
@@ -184,11 +186,25 @@ def load_model(
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
+def _adapted(base: AnyStructure, text: str) -> AnyStructure:
+    """``base`` with the adapter in folder ``text``. Whoever reads the model again by its ``path`` needs both."""
+    folder, record = Path(text), base.record
+    if record is not None:
+        trained = (read_any_record(folder) or {}).get("recovery")
+        # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
+        record = {**record, "adapters": [*record.get("adapters", ()), folder.resolve().name]}
+        if _is_list_of(trained, (dict,)):
+            record["recovery"] = trained
+    return replace(base, ref=text, record=record, path=str(folder.resolve()))
+
+
 def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
     options = options or LoadSettings()
-    base = adapter_base(Path(structure.ref))
-    ref = resolve(base or structure.ref, catalog, revision=options.revision)
+    text = structure.ref
+    while (base := adapter_base(Path(text))) is not None:
+        text = base
+    ref = resolve(text, catalog, revision=options.revision)
     with _parsing(ref, keep=True):
         return _read_tokenizer(ref, options, structure.config)
 
@@ -366,11 +382,12 @@ def _recorded_structure(
 
 def _check_types(ref: Reference, record: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for what later stages read of a record, and would fail on after their work."""
-    work, recovery, path = (record.get(name) for name in ("work", "recovery", "base_path"))
+    work, recovery, path, adapters = (record.get(name) for name in ("work", "recovery", "base_path", "adapters"))
     for name, right in (
         ("work", work is None or _is_list_of(work, (dict, type(None)))),
         ("recovery", recovery is None or _is_list_of(recovery, (dict,))),
         ("base_path", path is None or isinstance(path, str)),
+        ("adapters", adapters is None or _is_list_of(adapters, (str,))),
     ):
         if not right:
             raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ('{name}' has a value of another type)")

@@ -61,7 +61,8 @@ class Base:
         streams = why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None
         large = loaded_bytes(dense, catalog, load) > psutil.virtual_memory().available // 2
         self.ref, self.plans, self._catalog = dense.ref, structure.plans, catalog
-        self._trained = bool((structure.record or {}).get("recovery"))
+        record = structure.record or {}
+        self._trained = bool(record.get("recovery") or record.get("adapters"))
         self._dense = open_dense(pruned, catalog, load, streamed=streams and large)
         generator = torch.Generator().manual_seed(0)
         vocabulary = int(self._dense.model.get_input_embeddings().weight.shape[0])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.manifest import sampled_sha256
+from ..checkpoints.record import read_any_record
 from ..data.conversations import Example
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
@@ -136,6 +137,8 @@ class Recovery:
         job, output = recover_job(self.settings, opener.catalog), self.output
         refuse_without_layers(job, self.run)
         _check_alone(job, dense_text_in(job.settings.data))
+        if output is not None and not job.settings.merge and isinstance(self.source, Model):
+            _check_files(self.source)
         check_device(opener.load.device)
         # Processes connect only now.
         ranks = Ranks.current()
@@ -233,6 +236,18 @@ def _with_strategy(job: RecoverJob, opened: Structure, opener: Opener) -> Recove
         opener.progress.status(why)
     job.strategy.check(opened.graph, {cut.kind for plan in opened.plans for cut in plan.cuts.values()})
     return job
+
+
+def _check_files(model: Model) -> None:
+    """Raise `ModelError` for a model that is not as its files, which adapters name as the model that they are for."""
+    record = model.record or {}
+    kept = read_any_record(model.path) if model.path is not None and Path(model.path).is_dir() else record
+    cuts, trainings = len(record.get("plans") or ()), len((kept or {}).get("recovery") or ())
+    if len(model.plans) != cuts or len(record.get("recovery") or ()) != trainings:
+        raise ModelError(
+            f"'{model.ref}' was pruned or trained in this process, and adapters name the folder of the model that they "
+            "are for; save it and pass its folder, or merge the adapters"
+        )
 
 
 def _check_alone(job: RecoverJob, own: DenseText | None) -> None:

@@ -1,0 +1,147 @@
+"""A model with an adapter is the two together: for what is pruned from it, trained toward it, or trained on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, get_peft_model
+
+import llmpruner
+from llmpruner import api
+from llmpruner.checkpoints.load import load_pruned
+from llmpruner.errors import ModelError
+from llmpruner.loading.dense import dense_structure, load_dense
+from llmpruner.loading.model import load_model, load_structure, load_tokenizer
+
+TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
+IDS = torch.arange(5, 37).unsqueeze(0)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def adapted(base: Path, folder: Path, seed: int) -> Path:
+    """An adapter that changes the model, as other programs write it: for ``base``, and without a tokenizer."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(load_pruned(base), config)
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    tiny_models.llama().save_pretrained(tmp_path / "base")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def one(base, tmp_path) -> Path:
+    return adapted(base, tmp_path / "one", 1)
+
+
+@pytest.fixture
+def two(one, tmp_path) -> Path:
+    """On the first, as `llmpruner.recover` saves it without merging."""
+    api.recover(one, data=data(tmp_path), merge=False, output=tmp_path / "two", strategy="lora", **TRAINING)
+    return tmp_path / "two"
+
+
+def data(folder: Path) -> str:
+    file = folder / "data.jsonl"
+    rows = [{"prompt": f"Question {n}: what is it?\n", "completion": f"It is {n * n} or so."} for n in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("which", ["one", "two"])
+def test_the_dense_model_has_the_adapter(which, request, catalog, tmp_path, monkeypatch):
+    """For a recovery, and for `verify`, from any folder."""
+    adapter = request.getfixturevalue(which)
+    monkeypatch.chdir(tmp_path)
+    llmpruner.prune(which, ratio=0.2, importance="l1", compensate="none", output="pruned")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    pruned = load_model("../pruned", catalog)
+    assert pruned.record["base_path"] == str(adapter) == dense_structure(pruned, catalog).path
+    whole = load_model(str(adapter), catalog)
+    assert torch.equal(logits(load_dense(pruned, catalog)), logits(whole.model))
+    assert not torch.allclose(logits(whole.model), logits(load_pruned(tmp_path / "base")), atol=1e-2)
+    states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
+    assert set(states.values()) == {"passed"}, states
+
+
+def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_path, monkeypatch):
+    llmpruner.prune(one, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
+    wrote = []
+    monkeypatch.setattr(
+        "llmpruner.recovery.dense_text._Writer._texts",
+        lambda self: wrote.append(logits(self._model)) or [{"text": "The quick brown fox jumps over the dog. " * 4}],
+    )
+    api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
+    assert torch.equal(wrote[0], logits(load_model(str(one), catalog).model))
+
+
+def test_training_an_adapted_model_keeps_the_first_training(two, one, base, catalog):
+    """The second adapter names the first, and what is loaded of it is what was trained."""
+    config = json.loads((two / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(one)
+    assert json.loads((two / "llmpruner-files.json").read_text())["adapters_of"] == str(one)
+    merged = two.with_name("merged")
+    api.recover(one, data=data(two.parent), output=merged, strategy="lora", **TRAINING)
+    for load in (load_pruned, lambda folder: load_model(str(folder), catalog).model):
+        torch.testing.assert_close(logits(load(two)), logits(load_pruned(merged)), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(logits(load(two)), logits(load(one)), atol=1e-3)
+        assert not torch.allclose(logits(load(two)), logits(load(base)), atol=1e-2)
+
+
+def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):
+    """The dense model is that of the first cut; the weights are not those of the two cuts, which `verify` knows."""
+    llmpruner.prune(base, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "first")
+    one = adapted(tmp_path / "first", tmp_path / "one", 1)
+    three = tmp_path / "three"
+    api.recover(one, data=data(tmp_path), merge=False, output=three, strategy="lora", **TRAINING)
+    for adapter, trainings in ((one, 0), (three, 1)):
+        out = tmp_path / f"pruned {adapter.name}"
+        llmpruner.prune(adapter, ratio=0.2, importance="l1", compensate="none", output=out)
+        record = json.loads((out / "llmpruner.json").read_text())
+        assert record["base_path"] == str(base) and len(record["plans"]) == 2
+        assert record["adapters"] == (["one"] if adapter is one else ["one", "three"])
+        assert len(record.get("recovery", ())) == trainings
+        checks = {check.name: check for check in api.verify_checkpoint(out, catalog=catalog).checks}
+        assert "damaged" not in {check.state for check in checks.values()}, checks
+        assert "trained after the cut" in checks["weights"].detail
+    assert load_structure(str(three), catalog).record["adapters"] == ["one", "three"]
+
+
+def test_a_tokenizer_below_two_adapters_is_found(one, catalog, tmp_path):
+    top = adapted(tmp_path / "base", tmp_path / "top", 2)
+    config = json.loads((top / "adapter_config.json").read_text())
+    (top / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(one)}))
+    structure = load_structure(str(top), catalog)
+    assert structure.path == str(top) and structure.ref == str(top)
+    assert load_tokenizer(structure, catalog) is not None
+
+
+def test_adapters_are_for_files(base, tmp_path):
+    """Those of a model in memory would name files that they do not fit, or that lack an earlier training."""
+    alone = {"data": data(tmp_path), "strategy": "lora", "merge": False, **TRAINING}
+    cut = llmpruner.prune(base, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
+    loaded = llmpruner.load(tmp_path / "pruned")
+    trained = api.recover(loaded, work_dir=tmp_path / "work", **{**alone, "merge": True})
+    for number, model in enumerate((cut, trained)):
+        with pytest.raises(ModelError, match="was pruned or trained in this process"):
+            api.recover(model, output=tmp_path / f"refused {number}", **alone)
+    api.recover(llmpruner.load(tmp_path / "pruned"), output=tmp_path / "adapter", **alone)
+    again = api.recover(llmpruner.load(tmp_path / "adapter"), output=tmp_path / "second", **alone)
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "second")), logits(again.model), atol=1e-4, rtol=1e-4)
