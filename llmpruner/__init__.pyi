@@ -65,6 +65,7 @@ from .errors import SelectionError as SelectionError
 from .errors import SettingsError as SettingsError
 from .errors import UnknownNameError as UnknownNameError
 from .errors import UnsupportedModelError as UnsupportedModelError
+from .evaluation.base import ComparedModel as ComparedModel
 from .evaluation.base import Metric as Metric
 from .evaluation.base import MetricSubject as MetricSubject
 from .evaluation.base import Row as Row

@@ -14,13 +14,18 @@ from pydantic import Field
 from ..component import ComponentSettings
 from ..data.conversations import Example, example_texts, read_examples
 from ..errors import DataError, SettingsError
-from .base import Metric, MetricSubject, Row
+from .base import ComparedModel, Metric, MetricSubject, Row
+from .comparable import check_one_vocabulary, check_same_tokens
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..families.family import ModelFamily
+
+
+_COMPARED = 64
+"""Examples, from the start, by which tokenizers are compared."""
 
 
 class AnswersMetric(Metric):
@@ -66,6 +71,17 @@ class AnswersMetric(Metric):
         from ..models.position_tables import check_table_of_config
 
         check_table_of_config(config, ref, self.settings.cutoff, *self._beyond())
+
+    def check_pair(self, first: ComparedModel, other: ComparedModel) -> None:
+        from ..families.chat import training_texts
+        from ..families.labelled import labelled
+
+        check_one_vocabulary(first, other)
+        # Both models are given the texts in the format of the second.
+        for example in self._examples[:_COMPARED]:
+            for text in training_texts(example, other.family, other.tokenizer):
+                rows = [labelled(text, one.tokenizer, self.settings.cutoff, "answers") for one in (first, other)]
+                check_same_tokens(first, other, [row["input_ids"] for row in rows])
 
     def _beyond(self) -> tuple[str, str]:
         """What is beyond a model's positions, and how to get less, for messages."""
@@ -151,9 +167,11 @@ def _losses(
     from torch.nn import functional
 
     from ..engine.divergence import check_vocabularies, divergences
-    from ..models.vocabulary import check_ids
+    from ..models.vocabulary import check_ids, check_one_head
 
     ids_1T = check_ids(torch.tensor([list(ids)]), model)
+    if reference is not None:
+        check_one_head(reference, model)
     logits_NV = _predictions(model, ids_1T, counted, autocast)
     following_N = ids_1T[0, [at + 1 for at in counted]].to(logits_NV.device)
     loss = float(functional.cross_entropy(logits_NV.float(), following_N, reduction="none").double().sum())

@@ -48,6 +48,16 @@ class MetricSubject:
     family: ModelFamily | None = None
 
 
+@dataclass(frozen=True)
+class ComparedModel:
+    """A model that is not loaded yet. ``config``: of the dense model where it was pruned."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: Any
+    family: ModelFamily
+
+
 class Metric(Component):
     """Measures one model at a time; created once for all models of a call.
 
@@ -80,6 +90,10 @@ class Metric(Component):
     def check_model(self, ref: str, config: PreTrainedConfig) -> None:
         """Raise `DataError` for a model that cannot be measured, as far as its configuration says. Called for every
         model that ``evaluate`` is given, before any is loaded; by default nothing is checked."""
+
+    def check_pair(self, first: ComparedModel, other: ComparedModel) -> None:
+        """Raise `ModelError` where ``other`` cannot be compared with ``first``, the reference. Called after `prepare`,
+        before any model is loaded, where `needs_reference`; by default nothing is checked."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite

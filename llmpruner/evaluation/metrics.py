@@ -16,7 +16,8 @@ from ..component import ComponentSettings
 from ..data.documents import PYDOC, is_file, read_text, shortened
 from ..errors import DataError, SettingsError
 from ..settings import Names, Seed
-from .base import Metric, MetricSubject, Row
+from .base import ComparedModel, Metric, MetricSubject, Row
+from .comparable import check_one_vocabulary, check_same_tokens
 from .task_rows import task_rows, task_values, with_task_rows
 from .tasks import LoadedTasks, evaluate_tasks, load_tasks
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _OPENING = 64
 """More tokens than any tokenizer puts before a text."""
+_COMPARED = 100_000
+"""Characters from the start of a text by which tokenizers are compared."""
 
 
 class SizeMetric(Metric):
@@ -130,6 +133,14 @@ class PerplexityMetric(Metric):
         window = self.settings.window
         check_table_of_config(config, ref, window, *beyond(window))
         warn_beyond(config, ref, window, *beyond(window))
+
+    def check_pair(self, first: ComparedModel, other: ComparedModel) -> None:
+        from ..models.tokens import tokens_of
+
+        check_one_vocabulary(first, other)
+        for text in self._texts.values():
+            begin = text[:_COMPARED]
+            check_same_tokens(first, other, [tokens_of(one.tokenizer, begin) for one in (first, other)])
 
     def effort(self, part: str) -> float:
         # A token of a text in English has about four bytes.

@@ -16,7 +16,7 @@ from ..errors import DataError, ModelError
 from ..models.position_tables import check_table
 from ..models.precision import autocast_to
 from ..models.tokens import tokens_of
-from ..models.vocabulary import check_ids
+from ..models.vocabulary import check_ids, check_one_head
 from ..progress import Progress
 from .results import PerplexityResult
 
@@ -58,6 +58,8 @@ def perplexity(
     for one in (model, reference):
         if one is not None:
             check_table(one, window, *beyond(window))
+    if reference is not None:
+        check_one_head(reference, model)
     ids = tokens_of(tokenizer, text)
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")

@@ -12,7 +12,7 @@ from ..data.passages import overlap
 from ..errors import ModelError, PluginError, SettingsError
 from ..models.finite import first_not_finite
 from ..progress import QUIET, Progress
-from .base import Metric, MetricSubject
+from .base import ComparedModel, Metric, MetricSubject
 from .pieces import Pieces
 from .results import Evaluation, finite
 from .store import ResultStore
@@ -29,12 +29,13 @@ Found = dict[tuple[str, str], Mapping[str, Any]]
 class Candidate:
     """A model to measure. ``fingerprint``: JSON values that are the same for equal weights that are loaded in the same
     way; None where that is not known, so that no result is kept. ``passages``: fingerprints of its calibration text
-    (`llmpruner.data.passages`)."""
+    (`llmpruner.data.passages`). ``compared``: what metrics that compare models check before any is loaded."""
 
     name: str
     load: Callable[[], MetricSubject]
     fingerprint: Any = None
     passages: Collection[str] = ()
+    compared: Callable[[], ComparedModel] | None = None
 
 
 def evaluate(
@@ -55,6 +56,7 @@ def evaluate(
     _check_names(metrics)
     for metric in metrics:
         metric.prepare()
+    _check_pairs(models, [metric for metric in metrics if metric.needs_reference])
     pairs = [(metric, part) for metric in metrics for part in metric.parts()]
     identities = [
         {(metric.name, part): _identity(one, models[0], metric, part) for metric, part in pairs} for one in models
@@ -137,6 +139,18 @@ def _evaluation(one: Candidate, metrics: Sequence[Metric], found: Found) -> Eval
         shares = {name: overlap(text, one.passages) for metric in metrics for name, text in metric.texts().items()}
         seen = {name: share for name, share in shares.items() if share is not None}
     return Evaluation(one.name, results, rows, seen)
+
+
+def _check_pairs(models: Sequence[Candidate], metrics: Sequence[Metric]) -> None:
+    first, *others = models
+    if not metrics or first.compared is None:
+        return
+    reference = first.compared()
+    for other in others:
+        if other.compared is not None:
+            compared = other.compared()
+            for metric in metrics:
+                metric.check_pair(reference, compared)
 
 
 def _check_names(metrics: Sequence[Metric]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ..data.documents import SUFFIXES, is_file
 from ..errors import ModelError, SettingsError
-from ..evaluation.base import MetricSubject
+from ..evaluation.base import ComparedModel, MetricSubject
 from ..evaluation.run import Candidate, evaluate
 from ..evaluation.store import ResultStore, default_folder
 from ..evaluation.table import Evaluations
-from ..loading.model import Structure
+from ..loading.model import Model, Structure, load_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..settings import CacheSettings, EvaluateSettings
@@ -47,7 +47,7 @@ def evaluate_models(
     candidates = [
         Candidate(
             one.ref, partial(_subject, one, opener), evaluated_fingerprint(one, opener.load, catalog, hashes),
-            read_passages(one),
+            read_passages(one), partial(_compared, one, opener),
         )
         for one, opener in zip(opened, openers, strict=True)
     ]  # fmt: skip
@@ -63,6 +63,11 @@ def _check_no_text(source: Source) -> None:
     """Raise `ModelError` for a text in the place of a model, as where ``--perplexity`` was forgotten."""
     if isinstance(source, (str, Path)) and Path(source).suffix.lower() in SUFFIXES and is_file(str(source)):
         raise ModelError(f"'{source}' is a file, not a model directory; for a text use --perplexity {source}")
+
+
+def _compared(one: Structure, opener: Opener) -> ComparedModel:
+    tokenizer = one.tokenizer if isinstance(one, Model) else load_tokenizer(one, opener.catalog, opener.load)
+    return ComparedModel(one.ref, one.config, tokenizer, one.family)
 
 
 def _subject(one: Structure, opener: Opener) -> MetricSubject:

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -14,9 +15,21 @@ from llmpruner_llama.family import LlamaFamily
 from pydantic import Field
 
 import llmpruner
-from llmpruner import ComponentSettings, DataError, Metric, MetricSubject, ModelError, PluginError, Row, build_graph
+from llmpruner import (
+    ComparedModel,
+    ComponentSettings,
+    DataError,
+    Metric,
+    MetricSubject,
+    ModelError,
+    ModelFamily,
+    PluginError,
+    Row,
+    build_graph,
+)
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
+from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.evaluation.results import Evaluation, Measurement, PerplexityResult, Size
 from llmpruner.evaluation.run import Candidate
 from llmpruner.evaluation.run import evaluate as evaluate_candidates
@@ -255,3 +268,72 @@ def test_too_few_positions_are_found_before_weights_are_read(text, tmp_path):
         DataError, match=r"256 \+ 32 tokens are beyond the 32 positions of '.*short'; lower --set speed"
     ):
         llmpruner.evaluate(tmp_path / "short", speed=True, cache=cache)
+
+
+def _unloadable(folder: Path, vocabulary: int = 300, text: str = tiny_models.TEXT) -> str:
+    """A model whose weights cannot be read, with a tokenizer that was trained on ``text``."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    base = ByteLevelBPETokenizer()
+    base.train_from_iterator([text], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    made = PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
+    LlamaConfig(**{**tiny_models.llama().config.to_dict(), "vocab_size": vocabulary}).save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    return str(folder)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "answers"])
+def test_models_of_other_vocabularies_are_not_compared(text, tmp_path, metric):
+    """The number was one of unrelated tokens, or IndexError ended the run where the first model had fewer."""
+    data = tmp_path / "answers.jsonl"
+    data.write_text(json.dumps({"prompt": "The quick", "completion": " brown fox"}) + "\n")
+    kept = {"cache": CacheSettings(cache=tmp_path / "cache")}
+    if metric == "answers":
+        options = {"metrics": ["answers"], "settings": {"answers": {"data": str(data), "kl": True}}, **kept}
+    else:
+        options = {"perplexity": text, "kl": True, "window": 16, **kept}
+    first, same = _unloadable(tmp_path / "first"), _unloadable(tmp_path / "same")
+    larger = _unloadable(tmp_path / "larger", vocabulary=310)
+    other = _unloadable(tmp_path / "other", text="Other words: zebra crossing, quiet foxes, brownish quarks. " * 9)
+    for pair, message in (
+        ((first, larger), "larger' predicts 310 tokens and '.*first' 300; KL divergence needs one vocabulary"),
+        ((larger, first), "first' predicts 300 tokens and '.*larger' 310; KL divergence needs one vocabulary"),
+        ((first, other), "tokenizers of '.*first' and '.*other' give other tokens for a text; KL"),
+        ((first, same), "one of both is damaged"),
+        ((first, same, other), "tokenizers of '.*first' and '.*other' give other tokens"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            llmpruner.evaluate(list(pair), **options)
+    with pytest.raises(ModelError, match="one of both is damaged"):
+        llmpruner.evaluate([first, other], perplexity=text, window=16, **kept)
+
+
+def test_a_tokenizer_that_splits_otherwise_has_the_same_tokens(text):
+    class Slow:
+        """As a slow one may: single bytes in place of merged ones."""
+
+        def __init__(self, fast):
+            self.fast = fast
+
+        def __call__(self, read, **options):
+            return {"input_ids": [one for char in read for one in self.fast(char, **options)["input_ids"]]}
+
+        def convert_ids_to_tokens(self, ids):
+            return self.fast.convert_ids_to_tokens(ids)
+
+    config, fast = tiny_models.llama().config, tiny_models.tokenizer()
+    models = [ComparedModel(name, config, one, ModelFamily()) for name, one in (("fast", fast), ("slow", Slow(fast)))]
+    assert fast("fox")["input_ids"] != Slow(fast)("fox")["input_ids"]
+    PerplexityMetric(text=text, kl=True).check_pair(*models)
+    PerplexityMetric(text=text, kl=True).check_pair(*reversed(models))
+
+
+def test_a_reference_of_another_vocabulary_is_refused_in_one_line(text):
+    for one, other in ((300, 310), (310, 300)):
+        model, reference = (tiny_models.llama() for _ in range(2))
+        model.resize_token_embeddings(one)
+        reference.resize_token_embeddings(other)
+        with pytest.raises(ModelError, match=f"predicts {one} tokens and the reference {other}"):
+            perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16, reference=reference)
