@@ -262,8 +262,8 @@ def sensitivity(
 
     ``output``: a ``.json`` file for the curve, which ``prune --allocation curve`` reads; a plot is written beside it,
     as ``.svg``. Every point is kept in ``OUTPUT.measuring`` until then, so that the same call continues after an
-    interruption; ``restart`` removes the points. Raises as `plan` does, and `OutputError` for an ``output`` that cannot
-    be written.
+    interruption; ``restart`` removes the points. Raises as `plan` does, and `OutputError` for an ``output`` that exists
+    or cannot be written.
     """
     options = settings_from(SensitivitySettings, settings)
     return sensitivity_of(model, options, _path(output), _opener(load, catalog, progress), restart=restart)

@@ -87,6 +87,17 @@ def check_new_file(path: Path) -> Path:
     return path
 
 
+def check_unused_file(path: Path) -> Path:
+    """As `check_new_file`, for a result that took long and that nothing else keeps. Raises `OutputError` for a file
+    that holds something, too; devices, pipes and empty files are written to."""
+    with _unwritable(check_new_file(path)):
+        # /dev/stdout may lead to a file that a shell appends to.
+        given_open = path.absolute().parts[1:2] in (("dev",), ("proc",))
+        if not given_open and path.is_file() and path.stat().st_size:
+            raise OutputError(f"output file '{path}' exists already; choose another or remove it")
+    return path
+
+
 def _check_parent(path: Path) -> None:
     """Tries to create a directory beside ``path``, as permissions, name length and free inodes matter."""
     parent = path.resolve().parent

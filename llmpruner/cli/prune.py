@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SettingsError
-from ..files import check_new_file
+from ..files import check_unused_file
 from ..recipes.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
@@ -46,7 +46,7 @@ def plan(
     from .. import api
 
     if output is not None:
-        check_new_file(output)
+        check_unused_file(output)
     started = time.monotonic()
     made, outcome = api.plan_with_outcome(
         model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),

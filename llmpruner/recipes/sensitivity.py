@@ -13,7 +13,7 @@ from ..compensation.trials import Trials
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import OutputError, SettingsError
-from ..files import check_new_file, write_text
+from ..files import check_unused_file, write_text
 from ..importance.estimate import estimate
 from ..loading.model import Model, Structure
 from ..progress import QUIET, Progress
@@ -43,7 +43,7 @@ def sensitivity_of(
 ) -> Curve:
     """The curve, written to ``output`` with a plot beside it. Raises as `llmpruner.sensitivity`."""
     job, progress = sensitivity_job(settings, opener.catalog), opener.progress
-    file = None if output is None else check_new_file(output)
+    file = None if output is None else check_unused_file(output)
     if file is not None and file.suffix != ".json":
         raise OutputError(f"'{file}': the curve is written as JSON, and its plot beside it; name a .json file")
     if restart and file is None:

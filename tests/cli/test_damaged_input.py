@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmpruner
+from llmpruner.files import check_unused_file
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 L2 = ("--ratio", "0.2", "--importance", "l2")
@@ -182,12 +183,26 @@ def test_an_output_that_is_a_device_stays_one(run, dense, command):
 
 def test_a_symbolic_link_keeps_its_target(run, dense, tmp_path):
     real = tmp_path / "real.json"
-    real.write_text("old")
+    real.touch()
     link = tmp_path / "link.json"
     link.symlink_to(real)
     assert run("plan", dense, *L2, "-o", link).code == 0
     assert link.is_symlink() and json.loads(real.read_text())["cuts"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="devices and pipes are POSIX")
+@pytest.mark.parametrize("command", ["plan", "sensitivity"])
+def test_an_earlier_plan_or_curve_is_not_replaced(run, dense, tmp_path, command):
+    """A curve may be hours of measuring."""
+    file = tmp_path / "result.json"
+    file.write_text("earlier")
+    result = run(command, dense, *(L2 if command == "plan" else ("--kinds", "mlp")), "-o", file)
+    assert result.code == 2 and file.read_text() == "earlier" and "• loading" not in result.err
+    assert f"output file '{file}' exists already; choose another or remove it" in result.err
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    assert check_unused_file(pipe) == pipe and check_unused_file(Path("/dev/stdout")) == Path("/dev/stdout")
 
 
 @pytest.mark.parametrize("command", ["plan", "evaluate", "discover", "prune"])
