@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from transformers import GenerationConfig
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..files import new_directory
@@ -234,13 +236,40 @@ def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
 
 
-def valid_generation_config(model: PreTrainedModel) -> Any:
-    """The generation configuration; with ``do_sample`` where published models set sampling options without it, which
-    transformers refuses to save."""
+def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
+    """The generation configuration, changed as little as it takes for transformers to save it: published models set
+    sampling options without ``do_sample``, options that have no effect, and a padding token of -1."""
     generation = copy.deepcopy(model.generation_config)
-    if generation is not None:
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            generation.do_sample = True
-    return generation
+    if generation is None or _refused_options(generation) == ():
+        return generation
+    before, sampled = _refused_options(generation), generation.do_sample
+    generation.do_sample = True
+    if _refused_options(generation) == before:
+        generation.do_sample = sampled
+    unset = GenerationConfig()
+    # To remove an option may have others refused.
+    while named := _refused_options(generation):
+        changed = [name for name in named if getattr(generation, name, None) != getattr(unset, name, None)]
+        if not changed:
+            break
+        for name in changed:
+            setattr(generation, name, getattr(unset, name, None))
+    if _refused_options(generation) == ():
+        return generation
+    tokens = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(
+        **{name: value for name, value in tokens.items() if isinstance(value, list) or _is_id(value)}
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _refused_options(generation: GenerationConfig) -> tuple[str, ...] | None:
+    """Names of the options that transformers does not save; None for a refusal that names none."""
+    try:
+        generation.validate(strict=True)
+    except Exception as error:  # values of any type, of which it expects some
+        return tuple(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or None
+    return ()

@@ -74,8 +74,9 @@ class NemotronNasExporter(Exporter):
         config = blocks.configuration(model, sizes)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(Path(__file__).with_name(f"{blocks.CODE}.py"), directory / f"{blocks.CODE}.py")
-        if model.generation_config is not None:
-            save.valid_generation_config(model).save_pretrained(directory)
+        generation = save.valid_generation_config(model)
+        if generation is not None:
+            generation.save_pretrained(directory)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(directory)
         for file in save.vocabulary_files(source.tokenizer):

@@ -158,9 +158,11 @@ def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: 
     """Write ``quantised`` to ``directory``, with what else is in ``dense``, which is removed."""
     from ..checkpoints.earlier_names import add_earlier_names
     from ..checkpoints.manifest import add_manifest
+    from ..checkpoints.save import valid_generation_config
     from ..models.quiet import quiet_transformers
 
     with quiet_transformers():
+        quantised.generation_config = valid_generation_config(quantised)
         quantised.save_pretrained(directory)
     add_earlier_names(directory, quantised.config.attribute_map)
     for file in dense.iterdir():

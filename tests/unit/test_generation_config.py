@@ -1,0 +1,91 @@
+"""Published models have generation configurations that transformers loads, and refuses to save."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import llmpruner
+from llmpruner.checkpoints.save import valid_generation_config
+
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+REFUSED = {
+    "a padding token of -1": ({"pad_token_id": -1}, {}),
+    "and no sampling": ({"pad_token_id": -1, "temperature": 0.6}, {"do_sample": True, "temperature": 0.6}),
+    "sampling alone": ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
+    "scores that are not returned": ({"output_scores": True, "top_k": None}, {"do_sample": None}),
+    "no samples and scores": ({"output_scores": True, "do_sample": False}, {"do_sample": False}),
+    "a cache that is not used": ({"use_cache": False, "cache_implementation": "static"}, {"use_cache": False}),
+    "many beams": ({"num_beams": 1, "length_penalty": 0.5, "pad_token_id": -1}, {}),
+}
+
+
+def model_with(folder: Path, options: dict, where: str) -> Path:
+    tiny_models.llama().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    file = folder / "generation_config.json"
+    if where == "config.json":
+        file.unlink()
+        file = folder / "config.json"
+        options = {**json.loads(file.read_text()), **options}
+    file.write_text(json.dumps({**options, **TOKENS}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "where"),
+    [
+        *((*case, "generation_config.json") for case in REFUSED.values()),
+        ({"pad_token_id": -1}, {}, "config.json"),
+    ],
+    ids=[*REFUSED, "in config.json"],
+)
+def test_it_is_saved_without_what_is_refused(options, kept, where, tmp_path):
+    model = model_with(tmp_path / "model", options, where)
+    llmpruner.prune(model, unit_ratio=0.25, importance="l1", compensate="none", output=tmp_path / "pruned")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
+    found.validate(strict=True)
+    assert {name: getattr(found, name) for name in (*TOKENS, *kept)} == {**TOKENS, **kept}
+
+
+@pytest.mark.parametrize("runtime", ["stock", "nemotron-nas", "torchao"])
+def test_exports(runtime, tmp_path):
+    if runtime == "torchao":
+        pytest.importorskip("torchao")
+    model = model_with(tmp_path / "model", {"pad_token_id": -1, "output_scores": True}, "generation_config.json")
+    llmpruner.export(model, to=runtime, output=tmp_path / "out")
+    file = tmp_path / "out" / "generation_config.json"
+    found = json.loads(file.read_text())
+    assert "output_scores" not in found and found.get("pad_token_id") is None and found["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_recovery(where, tmp_path):
+    model = model_with(tmp_path / "model", {"pad_token_id": -1}, where)
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"prompt": "Q", "completion": f"It is {n}."}) + "\n" for n in range(4))
+    )
+    llmpruner.recover(
+        model, data=str(tmp_path / "d.jsonl"), output=tmp_path / "out", strategy="full", max_steps=1, batch_size=2
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.validate(strict=True)
+
+
+def test_the_last_resort_has_the_tokens(monkeypatch):
+    """For a refusal that names no option."""
+    model = tiny_models.llama()
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=-1, max_length=9)
+
+    def refused(self, **_):
+        if self.max_length == 9:
+            raise TypeError("unorderable")
+
+    monkeypatch.setattr(GenerationConfig, "validate", refused)
+    found = valid_generation_config(model)
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, [2, 3], None)
+    model.generation_config = None
+    assert valid_generation_config(model) is None
