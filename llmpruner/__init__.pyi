@@ -110,6 +110,7 @@ from .selection.allocate import target_of as target_of
 from .selection.allocate import top_up as top_up
 from .selection.base import Allocation as Allocation
 from .selection.base import AllocationTask as AllocationTask
+from .selection.base import AllocationUse as AllocationUse
 from .selection.base import Demand as Demand
 from .selection.base import Meter as Meter
 from .settings import BenchSettings as BenchSettings

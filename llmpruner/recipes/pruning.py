@@ -22,6 +22,7 @@ from ..structure.plan import PruningPlan
 from . import pipeline
 from .arrangement import arrange, journal_for
 from .checks import check_prune, check_replay
+from .doubts import warn_of_allocation
 from .forecast import Residency
 from .jobs import PruneJob, prune_job
 from .opening import Opener, Source
@@ -42,6 +43,7 @@ def make_plan(source: Source, settings: PruneSettings, opener: Opener, run: RunS
         )
     opened = opener.structure(source)
     check_prune(job, opened, tokenizer=opener.has_tokenizer(opened))
+    warn_of_allocation(job, opened, opener.catalog, ranks)
     way, expected = ranks.from_first(lambda: arrange(opener, opened, job, work_of(job, opened, saves=False), run))
     if expected is not None:
         spilled, place = expected["disk"], Path(gettempdir()) / "llmpruner"
@@ -123,6 +125,7 @@ class Pruning:
             )
         if job is not None:
             check_prune(job, opened, tokenizer=has_tokenizer)
+            warn_of_allocation(job, opened, opener.catalog, Ranks.current())
             return work_of(job, opened, saves=saves)
         assert isinstance(self.what, PruningPlan)
         check_replay(self.what, opened, opener.catalog)

@@ -24,6 +24,7 @@ from ..structure.queues import Queue, build_queue, kept_units
 from .arrangement import arrange, journal_for
 from .calibrating import journaled, scored_on
 from .checks import check_prune
+from .doubts import use_of
 from .jobs import sensitivity_job
 from .pipeline import Run
 from .wanted import scope_of, widths_of
@@ -59,6 +60,8 @@ def sensitivity_of(
         journal = journal_for(
             file, opener, opened, settings, 1, Ranks.current(), ending=".measuring", restart=restart
         )  # fmt: skip
+    use = use_of(job, opened, opener.catalog)
+    known = {"structure": use.structure, **({} if use.files is None else {"files": use.files})}
     with ExitStack() as stack:
         if journal is not None:
             stack.enter_context(journal.alone())
@@ -71,6 +74,7 @@ def sensitivity_of(
                     f"stopped; the same command goes on with what is measured ({journal.folder}), or --restart"
                 )
             raise
+        curve = replace(curve, measured={**curve.measured, **known})
         if journal is not None:
             journal.check()
         if file is not None:

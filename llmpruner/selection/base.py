@@ -64,6 +64,19 @@ class AllocationTask:
     progress: Progress = QUIET
 
 
+@dataclass(frozen=True)
+class AllocationUse:
+    """What an allocation is used with. ``model``: the reference. ``structure``: SHA-256 over names and shapes of its
+    parameters. ``files``: what identifies its weights; None where they are in memory. ``criterion``, ``compensation``:
+    their names."""
+
+    model: str
+    structure: str
+    files: str | None
+    criterion: str
+    compensation: str
+
+
 class Allocation(Component):
     """Decides how many removal steps are taken from each group so that the demand is met.
 
@@ -85,6 +98,12 @@ class Allocation(Component):
     def check(self, groups: Sequence[CoupledGroup]) -> None:
         """Raise `SelectionError` where it cannot be used for ``groups``; called before weights are read. Does nothing
         by default."""
+
+    def doubts(self, use: AllocationUse) -> Sequence[str]:
+        """Lines for the user about a use that is possible, but perhaps a mistake; called before weights are read. None
+        by default."""
+        del use
+        return ()
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from ..component import ComponentSettings
 from ..errors import DataError, SelectionError, SettingsError, first_line
 from ..structure.coupling import CoupledGroup
 from ..structure.queues import Queue
-from .base import Allocation, AllocationTask, Taken
+from .base import Allocation, AllocationTask, AllocationUse, Taken
 from .ranking import GlobalRanking
 from .sensitivity import per_saving
 
@@ -144,6 +144,15 @@ class MeasuredCurve(Allocation):
                     f"{curves[group.name].units} units there and has {group.units}"
                 )
 
+    def doubts(self, use: AllocationUse) -> Sequence[str]:
+        measured = self._curve().measured
+        start = f"{self.settings.file} was measured "
+        found = [start + on for on in _of_another_model(measured, use)]
+        for what, now in (("criterion", use.criterion), ("compensation", use.compensation)):
+            if measured.get(what, now) != now:
+                found.append(f"{start}with the {what} {measured[what]}, and this prune has {now}")
+        return found
+
     def allocate(self, task: AllocationTask) -> Taken:
         self.check([queue.group for queue in task.queues])
         curves = {curve.name: curve for curve in self._curve().groups}
@@ -155,6 +164,19 @@ class MeasuredCurve(Allocation):
             ]
             ranked.append(replace(queue, scores=tuple(per_saving(queue, points, task.meter))))
         return GlobalRanking().allocate(replace(task, queues=ranked))
+
+
+def _of_another_model(measured: Mapping[str, Any], use: AllocationUse) -> Iterator[str]:
+    """How the model that was measured differs; nothing for the same one. A curve of the base model may be meant for a
+    model that was tuned from it."""
+    was, files = str(measured.get("model")), measured.get("files")
+    if measured.get("structure", use.structure) != use.structure:
+        yield f"on '{was}', whose parameters differ in name or shape from those of '{use.model}'"
+    elif files is not None and use.files is not None:
+        if files != use.files:
+            yield f"on '{was}', whose files are not those of '{use.model}'"
+    elif Path(was).name != Path(use.model).name:
+        yield f"on '{was}', and this is '{use.model}'"
 
 
 def _steps(queue: Queue, curves: Sequence[GroupCurve]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import xml.etree.ElementTree as xml
 
 import pytest
@@ -128,6 +129,47 @@ def test_a_curve_of_another_model_and_a_wrong_file_are_refused_before_work(sourc
                  settings={"curve": {"file": str(file)}})  # fmt: skip
     with pytest.raises(SettingsError, match=r"needs a curve: --set curve\.file=FILE"):
         api.plan(source, ratio=0.1, importance="l2", shape="free", allocation="curve")
+
+
+def test_a_curve_of_another_model_is_used_with_a_warning(source, measured, tmp_path, caplog):
+    file, _ = measured
+    shutil.copytree(source, tmp_path / "copied")
+    shutil.copytree(source, tmp_path / "tuned")
+    tiny_models.llama(layers=3, seed=1).save_pretrained(tmp_path / "tuned")
+    shutil.copytree(source, tmp_path / "biased")
+    biased = tiny_models.llama(layers=3)
+    type(biased)(type(biased.config)(**{**biased.config.to_dict(), "attention_bias": True})).save_pretrained(
+        tmp_path / "biased"
+    )
+
+    def warned(model, curve=file, **options):
+        caplog.clear()
+        options = {"importance": "l2", **options}
+        api.plan(
+            model, ratio=0.1, shape="free", allocation="curve", settings={"curve": {"file": str(curve)}}, **options
+        )
+        return [record.getMessage() for record in caplog.records if "curve.json" in record.getMessage()]
+
+    assert warned(source) == warned(tmp_path / "copied") == []
+    (line,) = warned(tmp_path / "tuned")
+    assert line == f"{file} was measured on '{source}', whose files are not those of '{tmp_path / 'tuned'}'"
+    (line,) = warned(tmp_path / "biased")
+    assert f"on '{source}', whose parameters differ in name or shape from those of '{tmp_path / 'biased'}'" in line
+    (line,) = warned(source, importance="l1")
+    assert line == f"{file} was measured with the criterion l2, and this prune has l1"
+    (line,) = warned(source, compensate="refit", samples=2, length=16)
+    assert line == f"{file} was measured with the compensation none, and this prune has refit"
+    # A file of before, which has the name of the model alone; a model in memory may not be that of its files.
+    values = json.loads(file.read_text())
+    del values["measured"]["structure"], values["measured"]["files"]
+    earlier = tmp_path / "earlier-curve.json"
+    earlier.write_text(json.dumps(values))
+    assert warned(source, earlier) == []
+    assert warned(tmp_path / "tuned", earlier) == [
+        f"{earlier} was measured on '{source}', and this is '{tmp_path / 'tuned'}'"
+    ]
+    assert warned(api.load(source)) == []
+    assert len(warned(api.load(tmp_path / "tuned"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,36 @@
+"""What identifies a model to an allocation that was measured, and what is doubtful about its use."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ..checkpoints.manifest import sampled_sha256
+from ..loading.model import Model
+from ..selection.base import Allocation, AllocationUse
+from ..structure.plan import structure_of
+from .inputs import digest, model_fingerprint
+
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
+    from ..loading.model import Structure
+    from ..plugins.catalog import Catalog
+    from .jobs import PruneJob
+
+_LOG = logging.getLogger("llmpruner")
+
+
+def use_of(job: PruneJob, opened: Structure, catalog: Catalog) -> AllocationUse:
+    """What the allocation of ``job`` is used with. A model in memory may differ from its files."""
+    in_memory = isinstance(opened, Model)
+    files = None if in_memory else digest(model_fingerprint(opened, catalog, sampled_sha256))
+    return AllocationUse(
+        opened.ref, structure_of(opened.graph), files, job.criterion.name, job.compensation.name
+    )  # fmt: skip
+
+
+def warn_of_allocation(job: PruneJob, opened: Structure, catalog: Catalog, ranks: Ranks) -> None:
+    """Show the doubts of the allocation of ``job``, in the first of several processes."""
+    if ranks.first and type(job.allocation).doubts is not Allocation.doubts:
+        for line in job.allocation.doubts(use_of(job, opened, catalog)):
+            _LOG.warning(line)
