@@ -22,7 +22,7 @@ from ..checkpoints.lazy import LazyModel, lazy_checkpoint, tied_differ
 from ..checkpoints.load import load_pruned
 from ..checkpoints.manifest import check_weights
 from ..checkpoints.number_types import check_quantisation, check_stored_types
-from ..checkpoints.record import read_any_record, read_record
+from ..checkpoints.record import read_any_record, read_json, read_record
 from ..checkpoints.shards import check_index, names_in
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
@@ -32,7 +32,7 @@ from ..models.empty import meta_model
 from ..models.gguf import RECORDED_PRE, gguf_parsed_once, pre_tokenizer_of
 from ..models.quiet import quiet_gguf, quiet_transformers
 from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
-from ..settings import LoadSettings
+from ..settings import DEMO, LoadSettings
 from ..structure.kept import restrict
 from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
@@ -307,6 +307,30 @@ def why_not_streamed(
 def dtype_of(structure: Structure, catalog: Catalog, options: LoadSettings) -> torch.dtype:
     """The dtype that weights will have in memory."""
     return _dtype(options, structure.config, resolve(structure.ref, catalog, revision=options.revision))
+
+
+def stored_dtype(structure: Structure) -> torch.dtype | None:
+    """The dtype that the files of a model state; None where they state none, and for GGUF files, which have types of
+    their own."""
+    place = None if structure.path is None else Path(structure.path)
+    if structure.ref == DEMO or (place is not None and place.suffix == ".gguf"):
+        return None
+    stated = getattr(structure.config, "dtype", None)
+    if structure.record is not None and place is not None and (place / "config.json").is_file():
+        # The configuration of the structure is that of the dense model.
+        stated = read_json(place / "config.json").get("dtype")
+    return getattr(torch, stated, None) if isinstance(stated, str) else stated
+
+
+def widened(structure: Structure, catalog: Catalog, options: LoadSettings) -> str | None:
+    """A line for a model whose weights take more room once they are saved than they are stored in; None for others."""
+    stored, memory = stored_dtype(structure), dtype_of(structure, catalog, options)
+    if options.dtype != "auto" or stored != torch.float16 or memory != torch.float32:
+        return None
+    return (
+        f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes; --dtype "
+        "float16 keeps it"
+    )
 
 
 def loaded_bytes(structure: Structure, catalog: Catalog, options: LoadSettings) -> int:

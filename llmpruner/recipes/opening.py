@@ -20,6 +20,7 @@ from ..loading.model import (
     load_structure,
     load_tokenizer,
     open_streamed,
+    widened,
 )
 from ..models.devices import check_device
 from ..plugins.catalog import Catalog
@@ -81,6 +82,12 @@ class Opener:
             return open_streamed(opened.ref, self.catalog, self.load, opened, beside, ahead=ahead, once=once)
         self.progress.status(f"loading {opened.ref}")
         return load_model(opened.ref, self.catalog, self.load, opened)
+
+    def say_widened(self, opened: Structure) -> None:
+        """Say where a result will be saved in a wider dtype than the model is stored in."""
+        line = None if isinstance(opened, Model) else widened(opened, self.catalog, self.load)
+        if line is not None:
+            self.progress.status(line)
 
     def tokenizer(self, opened: Structure) -> Any | None:
         """The tokenizer of a model, without its weights; None where it has none."""

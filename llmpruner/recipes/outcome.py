@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..budgets.costs import Cost
 from ..budgets.sizes import counts
 from ..budgets.weights import byte_cost
+from ..loading.model import stored_dtype
 from ..structure.kept import parameters_after
 from ..structure.outcome import BudgetOutcome, Outcome
 
@@ -24,9 +25,12 @@ def outcome_of(model: Model, plan: PruningPlan, cost: Cost | None) -> Outcome:
     weights = byte_cost(model.model, graph, groups)
     budget = None
     if cost is not None and plan.target.by == "ratio" and plan.target.budget not in ("decoder", "parameters", "bytes"):
-        before, after = cost.value(cost.remaining()), cost.value(cost.remaining(*left))
-        budget = BudgetOutcome(plan.target.budget, cost.label, before, after)
+        whole, after = cost.value(cost.remaining()), cost.value(cost.remaining(*left))
+        budget = BudgetOutcome(plan.target.budget, cost.label, whole, after)
+    before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
+    # The budget of bytes, by which the plan was made, counts those in memory.
+    if plan.target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
+        before = before * stored.itemsize // memory.itemsize
     return Outcome(
-        graph.total_parameters, total, graph.decoder_parameters, decoder,
-        weights.remaining(), weights.remaining(*left), budget,
-    )  # fmt: skip
+        graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget
+    )

@@ -82,6 +82,7 @@ class Pruning:
             run = pipeline.Run(way.boundary_memory, None, way.divided, ranks)
             loaded = self._loaded(opened, way, opener, run)
             return loaded.become(_with_forecast(self._cut(loaded, job, opener, run), expected))
+        opener.say_widened(opened)
         journal = self._journal(output, opened, way, opener, ranks)
         if expected is not None:
             written = 0 if journal is None else tree_bytes(journal.folder)

@@ -92,6 +92,8 @@ class Recovery:
         if output is not None and job.strategy.by_layer:
             size = _disk(job, opened, lengths, way, opener) - tree_bytes(folder)
             check_space(output, size, "the result, finished layers and hidden states")
+        if output is not None:
+            opener.say_widened(opened)
         with ExitStack() as stack:
             held = alone_with(ranks, folder, stack, anew=self.run.restart)
             if output is not None:

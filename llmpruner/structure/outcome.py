@@ -25,9 +25,10 @@ class BudgetOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights in memory. ``budget``: set
-    when the plan's budget counts something else. ``forecast``: what the run was expected to take, as JSON values; None
-    where nothing was forecast."""
+    """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights: after, in memory, which is
+    how they are saved; before, as the files have them where their dtype is smaller than that in memory (float16 on a
+    CPU) and the budget is not bytes, else in memory too. ``budget``: set when the plan's budget counts something else.
+    ``forecast``: what the run was expected to take, as JSON values; None where nothing was forecast."""
 
     parameters_before: int
     parameters_after: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -179,3 +180,23 @@ def test_units_that_save_nothing_are_refused_before_text_is_written(run, dense, 
     with pytest.raises(SelectionError, match="mlp units save nothing of the KV cache per token; give --kinds att"):
         llmpruner.prune(dense, ratio=0.2, budget="kv-cache")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float16_model_that_is_saved_wider_says_so(run, shared, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(shared / "dense", half)
+    AutoModelForCausalLM.from_pretrained(half, dtype=torch.float16).save_pretrained(half)
+    options = ("--unit-ratio", 0.25, "--importance", "l1")
+    line = f"'{half}' is stored in float16, and is loaded and saved as float32, in which a CPU computes"
+    wide = run("prune", half, *options, "-o", tmp_path / "wide")
+    assert wide.code == 0 and line in wide.err
+    found = run("plan", half, *options, "-o", tmp_path / "plan.json", "--json").json()["result"]
+    assert found["bytes_before"] == 2 * found["parameters_before"]
+    assert found["bytes_after"] == 4 * found["parameters_after"]
+    narrow = run("prune", half, *options, "--dtype", "float16", "-o", tmp_path / "narrow")
+    assert narrow.code == 0 and "is stored in" not in narrow.err
+    # What is stored in float32 already is not said again.
+    again = run("prune", tmp_path / "wide", "--unit-ratio", 0.1, "--importance", "l1", "-o", tmp_path / "again")
+    assert again.code == 0 and "is stored in" not in again.err
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("wide", "narrow")]
+    assert sizes[0] > 1.8 * sizes[1]
