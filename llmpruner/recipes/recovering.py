@@ -89,10 +89,8 @@ class Recovery:
         fingerprint = "" if dense is None else digest(model_fingerprint(dense, opener.catalog, sampled_sha256))
         lengths = _lengths(data, own)
         way = self._arranged(job, opened, dense, lengths, opener)
-        if output is not None and job.strategy.by_layer:
-            size = _disk(job, opened, lengths, way, opener) - tree_bytes(folder)
-            check_space(output, size, "the result, finished layers and hidden states")
         if output is not None:
+            _check_disk(output, folder, job, opened, lengths, way, opener)
             opener.say_widened(opened)
         with ExitStack() as stack:
             held = alone_with(ranks, folder, stack, anew=self.run.restart)
@@ -213,11 +211,17 @@ def _lengths(data: TrainingData | None, own: DenseText | None) -> list[int]:
     return [] if own is None else [ANSWER_TOKENS] * own.answers + [TEXT_TOKENS] * own.texts
 
 
-def _disk(job: RecoverJob, opened: Structure, lengths: Sequence[int], way: _Way, opener: Opener) -> int:
-    """Bytes that a training of one layer after the other takes on the disk."""
+def _check_disk(
+    output: Path, folder: Path, job: RecoverJob, opened: Structure, lengths: Sequence[int], way: _Way, opener: Opener
+) -> None:
+    """Raise `OutputError` where the disk has too little room for ``output`` and what a training of one layer after the
+    other keeps in ``folder``, beside what is there."""
+    if not job.strategy.by_layer:
+        return
     item = loaded_bytes(opened, opener.catalog, opener.load) // opened.graph.total_parameters
     states = states_bytes(job, opened, lengths)
-    return layers_disk(opened.graph, item, states, Residency(way.streamed, way.boundary_memory))
+    size = layers_disk(opened.graph, item, states, Residency(way.streamed, way.boundary_memory))
+    check_space(output, size - tree_bytes(folder), "the result, finished layers and hidden states")
 
 
 def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> Structure:
