@@ -15,6 +15,7 @@ from ..errors import ModelError, UnsupportedModelError, first_line
 from ..models.one_token import fast_one_token_attention
 from ..models.precision import with_fast_products
 from ..models.quiet import quiet_transformers
+from ..models.vocabulary import padding_id
 from ..progress import QUIET, Progress
 from .opening import opening_tokens
 
@@ -103,7 +104,7 @@ def answered(
     """
     eos = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    pad = next((t for t in (tokenizer.pad_token_id, *sorted(stops)) if t is not None), 0)
+    pad = padding_id(tokenizer, model, sorted(stops))
     length, device = max(map(len, prompts)), model.device
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=device)

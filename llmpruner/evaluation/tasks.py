@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
 from ..loggers import only_errors
+from ..models.vocabulary import with_padding
 from ..progress import QUIET, Progress
 from .task_bars import bars_to
 
@@ -155,9 +156,10 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
 
         was_training = model.training
-        # lm-eval gives the tokenizer a token for padding.
+        # lm-eval gives the tokenizer a token for padding where it has none.
+        padded = tokenizer if tokenizer.pad_token_id is None else with_padding(tokenizer, model)
         wrapped = HFLM(
-            pretrained=model.eval(), tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, backend="causal"
+            pretrained=model.eval(), tokenizer=copy.deepcopy(padded), batch_size=batch_size, backend="causal"
         )
         try:
             found = lm_eval.simple_evaluate(

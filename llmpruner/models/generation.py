@@ -13,7 +13,7 @@ from .position_tables import table_of
 from .positions import positions_of
 from .quiet import quiet_transformers
 from .tokens import tokens_of
-from .vocabulary import check_ids
+from .vocabulary import check_ids, padding_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -101,15 +101,13 @@ def generate_ids(
         max_new_tokens = min(max_new_tokens, limit - length + 1)
     own = model.generation_config
     stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id
-    first_stop = stop[0] if isinstance(stop, list) else stop
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         use_cache=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop,
-        pad_token_id=first_stop if pad is None else pad,
+        pad_token_id=padding_id(tokenizer, model, stop if isinstance(stop, list) else [stop]),
         **(sampling or {"do_sample": False}),
     )
     if stop_text:

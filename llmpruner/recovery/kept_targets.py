@@ -97,7 +97,7 @@ def _write(job: RecoveryJob, top: int, temperature: float, file: Path) -> None:
 
 def _in_memory(job: RecoveryJob) -> Iterator[torch.Tensor]:
     """Logits (n, V) of the trained tokens of all examples, in order, some at a time."""
-    teacher, collate = job.teacher(), collator_for(job.tokenizer)
+    teacher, collate = job.teacher(), collator_for(job.tokenizer, job.model)
     check_vocabulary(job, teacher)
     size, rows = micro_batch(job.settings), _all_rows(job)
     with job.progress.bar(_LABEL) as shown:

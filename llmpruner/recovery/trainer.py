@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..engine.ranks import Ranks
 from ..families.labelled import IGNORED
+from ..models.vocabulary import with_padding
 from .base import RecoveryJob, Validation
 from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps, worth_saving
 
@@ -29,14 +29,9 @@ ROW = "row"
 ``job.validation``."""
 
 
-def collator_for(tokenizer: Any) -> DataCollatorForSeq2Seq:
-    """Pads a batch to its longest example, on the tokenizer's padding side. Without a padding token, another token is
-    used, as padding is masked."""
-    if tokenizer.pad_token is None:
-        # A copy, as the tokenizer is saved with the model.
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+def collator_for(tokenizer: Any, model: Any) -> DataCollatorForSeq2Seq:
+    """Pads a batch to its longest example, on the tokenizer's padding side, with a token that ``model`` can read."""
+    return DataCollatorForSeq2Seq(with_padding(tokenizer, model), label_pad_token_id=IGNORED)
 
 
 def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | None = None) -> TrainingArguments:
@@ -116,7 +111,7 @@ class LossTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=args,
             train_dataset=rows[: len(job.examples)],
-            data_collator=collator_for(job.tokenizer),
+            data_collator=collator_for(job.tokenizer, job.model),
             callbacks=list(callbacks),
         )
         if loss is not None:

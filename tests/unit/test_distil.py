@@ -119,7 +119,7 @@ def test_targets_of_a_file_are_those_of_the_model(pruned, dense, tmp_path):
     size = dense.model.config.vocab_size
     kept = distillation._targets(job, DistilStrategy(top=size - 1).settings)
     live = distillation._targets(job, DistilStrategy().settings)
-    collate = collator_for(job.tokenizer)
+    collate = collator_for(job.tokenizer, job.model)
     batch = dict(collate([{**ROWS[n], "row": n} for n in (5, 0, 3)]))
     of_file, wanted = kept(batch), live(batch)
     assert of_file.tokens is not None

@@ -139,7 +139,7 @@ def test_batches_are_padded_to_the_longest_row(side, monkeypatch):
     assert tokenizer.pad_token is None
     monkeypatch.setattr(tokenizer, "padding_side", side)
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = collator_for(tokenizer)(rows)
+    batch = collator_for(tokenizer, tiny_models.llama())(rows)
     pad = tokenizer.eos_token_id
     expected = [8, pad, pad] if side == "right" else [pad, pad, 8]
     assert batch["input_ids"].tolist() == [[5, 6, 7], expected]
