@@ -24,18 +24,21 @@ from collections.abc import Iterable
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class where the message is empty. Of a `KeyError`,
-    whose message is a name alone, that it is missing."""
+    """The first line of an exception's message, or the name of its class where the message is empty."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    if isinstance(error, KeyError) and len(lines[0].split()) == 1:
-        lines[0] += " is missing"
     if "weights_only" in lines[0]:
         # torch's own message advises to run what is in the file.
         return "the file holds more than tensors, and is not read"
     shown = "".join(c if c.isprintable() else "�" for c in lines[0])
     return (shown if len(shown) <= 400 else f"{shown[:400]}…").rstrip(":")
+
+
+def reason_of(error: BaseException) -> str:
+    """`first_line`, for a reason that stands without the class of the exception: a `KeyError` has a name alone."""
+    line = first_line(error)
+    return f"there is no {line}" if isinstance(error, KeyError) and len(line.split()) == 1 else line
 
 
 def near(name: str, known: Iterable[str]) -> str:

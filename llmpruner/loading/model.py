@@ -25,7 +25,7 @@ from ..checkpoints.number_types import check_quantisation, check_stored_types
 from ..checkpoints.record import read_any_record, read_json, read_record
 from ..checkpoints.shards import check_index, names_in
 from ..engine.weights import StreamedWeights, Weights
-from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line
+from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line, reason_of
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
 from ..models.empty import meta_model
@@ -650,7 +650,7 @@ def _one_line(ref: Reference, damaged: Callable[[Path], str | None] | None = Non
         known = ref.directory.exists()
         what = "" if known else ": neither a directory, a .gguf file, 'demo', nor a hub id within reach"
         local = not ref.gguf_file and ref.reader is None
-        named = ((damaged or _damaged_weights)(ref.directory) if local else None) or first_line(error)
+        named = ((damaged or _damaged_weights)(ref.directory) if local else None) or reason_of(error)
         raise ModelError(f"cannot load model '{ref.text}'{what} ({named})") from error
 
 

@@ -45,8 +45,8 @@ def test_each_is_public_documented_and_handled_by_the_command_line(name):
 
 
 def test_the_reason_that_a_key_error_is():
-    assert errors.first_line(KeyError("scores")) == "'scores' is missing"
-    assert errors.first_line(ValueError("scores")) == "scores"
+    assert errors.reason_of(KeyError("scores")) == "there is no 'scores'"
+    assert errors.reason_of(ValueError("scores")) == "scores"
 
 
 def test_an_unknown_name_offers_near_misses_and_lists_all():
