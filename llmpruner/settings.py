@@ -588,7 +588,9 @@ class RecoverSettings(Settings):
     ] = "all"
     autocast: Annotated[
         bool,
-        Field(description="Compute in bfloat16 under autocast; weights keep their dtype."),
+        Field(
+            description="Compute in bfloat16 under autocast, as models in bfloat16 do anyway; weights keep their dtype."
+        ),
         Option(_TRAINING),
     ] = False
     gradient_checkpointing: Annotated[

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..settings import LoadSettings
     from .jobs import RecoverJob
 
-_BFLOAT16 = 2
+_BFLOAT16, _FLOAT32 = 2, 4
+"""Bytes of a value."""
 _KEPT_STATES = 2
 """Checkpoints of the training on the disk, each with the trained weights and two moments of AdamW for them."""
 _ADVICE = (
@@ -52,12 +53,17 @@ def training_forecast(
     """Memory and disk of a training that holds the whole pruned model, without its time, which its first steps show.
     ``dense``: of strategies that use the dense model; ``by_layer``: whether it is read layer by layer."""
     model = opened.model if isinstance(opened, Model) else None
-    item = (model.dtype if model is not None else dtype_of(opened, catalog, load)).itemsize
+    dtype = model.dtype if model is not None else dtype_of(opened, catalog, load)
+    item = dtype.itemsize
     graph, config = opened.graph, opened.config.get_text_config()
     # Sizes that a configuration calls otherwise are left out of the estimate.
     vocabulary, channels = (int(getattr(config, name, 0) or 0) for name in ("vocab_size", "hidden_size"))
     trained = job.strategy.trained_parameters(graph)
-    states = trained * item
+    widened = trained > 0 and item < _FLOAT32 and job.strategy.in_float32
+    states = trained * (_FLOAT32 if widened else item)
+    settings = job.settings.model_copy(
+        update={"autocast": job.settings.autocast or (widened and dtype == torch.bfloat16)}
+    )
     own = loaded_bytes(opened, catalog, load)
     stages, models = [], [opened]
     if dense is not None and job.strategy.streams_dense:
@@ -67,11 +73,15 @@ def training_forecast(
     memory = {
         "weights": sum(loaded_bytes(one, catalog, load) for one in models),
         "gradients and moments of AdamW": 3 * states,
-        **training_bytes(job.settings, vocabulary, channels, graph.num_layers, item),
+        **training_bytes(settings, vocabulary, channels, graph.num_layers, _FLOAT32 if widened else item),
         "modules and tokenizer": LATER,
     }
-    if job.settings.autocast:
-        memory["weights in bfloat16"] = sum(one.graph.total_parameters for one in models) * _BFLOAT16
+    if widened:
+        # Without autocast, the model is in float32 as a whole.
+        memory["weights in float32"] = (trained if settings.autocast else graph.total_parameters) * (_FLOAT32 - item)
+    if settings.autocast and (widened or item == _FLOAT32):
+        cast = trained if widened else sum(one.graph.total_parameters for one in models)
+        memory["weights in bfloat16"] = cast * _BFLOAT16
     free, kept = free_bytes(_device(opened, load)), "values for the backward pass"
     if job.settings.gradient_checkpointing == "on" or (
         job.settings.gradient_checkpointing == "auto" and sum(memory.values()) > free
@@ -94,7 +104,10 @@ def _of_dense(dense: Structure, item: int, by_layer: bool) -> dict[str, int]:
 def check_training(job: RecoverJob, opened: Structure, found: Forecast, load: LoadSettings) -> None:
     """Raise `SettingsError` where a CPU's machine does not have the memory, however much of it is free."""
     if _device(opened, load).type == "cpu":
-        check_machine(f"training '{opened.ref}' with {job.strategy.label()}", found, _ADVICE)
+        strategy, advice = job.strategy, _ADVICE
+        if getattr(strategy.settings, "float32", False):
+            advice += f"; weights of 16 bits take half with --set {strategy.name}.float32=false, and learn less"
+        check_machine(f"training '{opened.ref}' with {strategy.label()}", found, advice)
 
 
 def memory_of_device(opened: Structure, load: LoadSettings) -> int:

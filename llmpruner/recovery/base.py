@@ -15,6 +15,7 @@ from ..progress import QUIET, Progress
 from ..settings import RecoverSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from ..engine.weights import Weights
@@ -52,7 +53,8 @@ class RecoveryJob:
     ``began``: the `time.monotonic` from which ``settings.minutes`` are counted.
     ``walk``: for strategies that train `RecoveryStrategy.by_layer` or `RecoveryStrategy.streams_dense`, where weights
     and hidden states are. ``progress``: for work before the first step. ``check_folder``: raises `OutputError`
-    where ``work_dir`` was removed or replaced meanwhile; ``on_step`` and ``on_validation`` do it, too.
+    where ``work_dir`` was removed or replaced meanwhile; ``on_step`` and ``on_validation`` do it, too. ``dtype``: of the
+    model as it came, which `fit` changes for a while; None (the default) takes that of ``model``.
     """
 
     model: PreTrainedModel
@@ -71,9 +73,14 @@ class RecoveryJob:
     walk: LayerWalk = LayerWalk()
     progress: Progress = QUIET
     check_folder: Callable[[], None] = field(default_factory=lambda: _unchecked)
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", self.model.dtype)
 
     def teacher(self) -> PreTrainedModel:
-        """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
+        """The dense model that the pruned one was made from: on the same device, in ``dtype``, in evaluation mode,
         without gradients. Loaded by the first call; later ones return the same object.
 
         Raises `ModelError` when it cannot be found.
@@ -89,7 +96,7 @@ class RecoveryJob:
         if self.load_teacher is None:
             raise ModelError("the recovery strategy needs the dense model, which is not known here")
         dense = self.load_teacher()
-        return dense.to(device=self.model.device, dtype=self.model.dtype).eval().requires_grad_(False)
+        return dense.to(device=self.model.device, dtype=self.dtype).eval().requires_grad_(False)
 
 
 def _unchecked() -> None:
@@ -152,6 +159,9 @@ class RecoveryStrategy(Component):
     needs_dense: ClassVar[bool] = False
     """Whether `train` uses the dense model, so that a recovery without one is refused before anything is loaded."""
 
+    in_float32: ClassVar[bool] = True
+    """Whether `trained_parameters` of 16 bits are in float32 while they are trained, as `fit` has them, for the
+    forecast."""
     streams_dense: ClassVar[bool] = False
     """Whether `train` needs the dense model before the training alone, and can run it layer by layer, by
     ``job.walk.open_dense``, where it does not fit into memory beside the pruned one."""

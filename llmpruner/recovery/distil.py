@@ -38,12 +38,20 @@ class DistilStrategy(RecoveryStrategy):
         for name in ("rank", "alpha", "dropout", "rslora", "dora"):
             if own.trains != "lora" and getattr(own, name) != fields[name].default:
                 raise SettingsError(f"{self.label()}: {name} has no effect with trains={own.trains}; give trains=lora")
+        if own.trains == "lora" and not own.float32:
+            raise SettingsError(
+                f"{self.label()}: float32 has no effect with trains=lora, whose adapters are in float32; leave it out"
+            )
         if own.hidden and own.top:
             raise SettingsError(f"{self.label()}: hidden needs the dense model in every step; give either it or top")
 
     @property
     def adapters(self) -> bool:  # type: ignore[override]
         return self.settings.trains == "lora"
+
+    @property
+    def in_float32(self) -> bool:  # type: ignore[override]
+        return self.settings.float32
 
     @property
     def streams_dense(self) -> bool:  # type: ignore[override]

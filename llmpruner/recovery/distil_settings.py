@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..component import ComponentSettings
+from .trained_weights import TrainedWeights
 
 
-class DistilSettings(ComponentSettings):
+class DistilSettings(TrainedWeights):
     """Of `DistilStrategy`."""
 
     trains: Literal["all", "touched", "lora"] = Field(

@@ -17,7 +17,7 @@ from .kept_targets import kept_targets
 from .targets import Targets, check_vocabulary, inputs_of, trained_in
 from .token_loss import Term, mean_over_tokens
 from .trainer import Batch
-from .training import fit
+from .training import fit_weights
 
 if TYPE_CHECKING:
     from .distil_settings import DistilSettings
@@ -41,7 +41,7 @@ def train_distilled(job: RecoveryJob, settings: DistilSettings) -> TrainingResul
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(chosen is None or name in chosen)
-    losses = fit(model, job, _loss(targets, settings, job.layers))
+    losses = fit_weights(model, job, _loss(targets, settings, job.layers), float32=settings.float32)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return TrainingResult(model, losses, trainable, notes)
 

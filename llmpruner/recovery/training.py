@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..engine.ranks import Ranks
 from ..models.quiet import quiet_transformers
 from .base import RecoveryJob
 from .best import BestWeights
+from .float32 import in_float32
 from .memory import recomputing
 from .pace import paced
 from .schedule import steps
@@ -34,6 +35,9 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     ``logits[:, :-1]``. The ``model`` of a loss may be wrapped and is only to be called. By default, the loss is the
     model's own: the cross entropy of the next token, in nats.
 
+    Parameters of 16 bits that require gradients are in float32 meanwhile, and rounded to their dtype once, at the end.
+    A model in bfloat16 computes in bfloat16 under autocast, so that a loss sees logits in that dtype.
+
     With ``job.validation``, the same loss is measured on these rows before the first step, every ``eval_steps`` steps
     and after the last one, without gradients and in evaluation mode; the model has the weights with the lowest one at
     the end. The number of steps may be smaller than planned with ``patience``.
@@ -43,8 +47,17 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     (``torchrun``), all call this, share every batch, and have the result. Raises `ModelError` when the loss is not
     finite, with the rows, and `SettingsError` for a time or a warm-up that does not fit the steps.
     """
+    return fit_weights(model, job, loss, float32=True)
+
+
+def fit_weights(model: Any, job: RecoveryJob, loss: Loss | None = None, *, float32: bool) -> tuple[float, ...]:
+    """As `fit`, which is part of the hooks. ``float32``: whether parameters of 16 bits are in float32 meanwhile."""
     best = BestWeights(job.work_dir)
-    with quiet_transformers(), _as_before(model), recomputing(model, job):
+    with contextlib.ExitStack() as block:
+        block.enter_context(quiet_transformers())
+        block.enter_context(_as_before(model))
+        job = block.enter_context(in_float32(model, job, wanted=float32))
+        block.enter_context(recomputing(model, job))
         job = paced(model, job, loss)
         total = steps(job.settings, len(job.examples))
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -80,7 +93,7 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     return max(complete)[1] if complete else None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_before(model: Any) -> Iterator[None]:
     """A block after which the model is in evaluation mode and uses its cache as before."""
     config = model.config

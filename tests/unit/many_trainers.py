@@ -50,8 +50,10 @@ EXAMPLES = Examples(
 )
 
 
-def trained(folder: Path, strategy: RecoveryStrategy, **options: Any) -> dict[str, Any]:
-    model, family = tiny_models.llama(), LlamaFamily()
+def trained(
+    folder: Path, strategy: RecoveryStrategy, *, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, Any]:
+    model, family = tiny_models.llama().to(dtype), LlamaFamily()
     found = recover(
         model, tiny_models.tokenizer(), build_graph(family, model.config), family, strategy, SETTINGS, folder,
         examples=EXAMPLES, load_teacher=lambda: tiny_models.llama(seed=4), **options,
@@ -142,11 +144,12 @@ def fsdp() -> Iterator[None]:
 def run(place: Path) -> None:
     rank = os.environ.get("RANK", "0")
     cases = {name: lambda f, s=strategy: trained(f, s) for name, strategy in STRATEGIES.items()}
+    cases["bfloat16"] = lambda f: trained(f, FullStrategy(), dtype=torch.bfloat16)
     for case, make in {**cases, "continued": continued, "sharded": sharded}.items():
         torch.save(make(place / f"{case} work"), place / f"{case}-{rank}.pt")
     if Ranks.current().count > 1:
         with fsdp():
-            for case, make in {"full": cases["full"], "lora": cases["lora"], "continued": continued}.items():
+            for case, make in {**{n: cases[n] for n in ("full", "lora", "bfloat16")}, "continued": continued}.items():
                 torch.save(make(place / f"fsdp {case} work"), place / f"fsdp {case}-{rank}.pt")
 
 

@@ -27,10 +27,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def prepared(place: Path) -> Path:
+def prepared(place: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A model in ``place``, beside its data."""
     folder = place / "model"
-    tiny_models.llama().save_pretrained(folder)
+    tiny_models.llama().to(dtype).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     rows = [{"prompt": f"Question {n}: what is it?\n", "completion": f"It is {n * n} or so."} for n in range(24)]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,11 +45,13 @@ def result(folder: Path) -> tuple[list[float], dict[str, str]]:
 
 
 @pytest.mark.long
-def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
-    model, data = prepared(tmp_path), str(tmp_path / "data.jsonl")
+@pytest.mark.parametrize(("strategy", "dtype"), [("lora", torch.float32), ("full", torch.bfloat16)])
+def test_a_killed_training_ends_with_the_same_bytes(tmp_path, strategy, dtype):
+    model, data = prepared(tmp_path, dtype), str(tmp_path / "data.jsonl")
+    chosen = {**OPTIONS, "strategy": strategy}
     whole, out, state = tmp_path / "whole", tmp_path / "out", tmp_path / "out.recovery"
-    llmpruner.recover(model, data=data, output=whole, **OPTIONS)
-    options = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    llmpruner.recover(model, data=data, output=whole, **chosen)
+    options = [text for name, value in chosen.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "llmpruner", "recover", str(model), "--data", data, "-o", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     run = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -67,7 +69,7 @@ def test_a_killed_training_ends_with_the_same_bytes(tmp_path):
         def counter(self, label):
             yield lambda step, *_: steps.append(step)
 
-    llmpruner.recover(model, data=data, output=out, progress=Counted(), **OPTIONS)
+    llmpruner.recover(model, data=data, output=out, progress=Counted(), **chosen)
     assert 1 < steps[0] <= 40 and steps[-1] == 40
     (losses, files), (wanted, others) = result(out), result(whole)
     assert losses == pytest.approx(wanted, abs=1e-6) and len(losses) == 40

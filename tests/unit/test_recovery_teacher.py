@@ -134,7 +134,7 @@ def test_settings_of_a_strategy_are_checked(catalog):
         SettingsError, match="strategy imitation: temperature = 0 is refused: expected a number above 0"
     ):
         catalog.strategies["imitation"](temperature=0)
-    with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: none"):
+    with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: float32"):
         catalog.strategies["full"](rank=4)
     with pytest.raises(SettingsError, match="recovery strategy lora: rank = 0 is refused: expected at least 1"):
         catalog.strategies["lora"](rank=0)

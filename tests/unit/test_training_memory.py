@@ -10,7 +10,10 @@ import tiny_models
 
 import llmpruner
 from llmpruner import Catalog, Progress, RecoverSettings, SettingsError, plugin_manager
+from llmpruner.recipes.jobs import recover_job
+from llmpruner.recipes.training_memory import training_forecast
 from llmpruner.recovery.memory import training_bytes
+from llmpruner.settings import LoadSettings
 
 
 class Said(Progress):
@@ -59,6 +62,28 @@ def test_too_little_memory_is_refused_before_weights_are_read(home, tmp_path, mo
     with pytest.raises(SettingsError, match=message):
         recover(home, tmp_path / "out", strategy="distil")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_16_bits_are_counted_as_they_are_trained(home):
+    """In bytes for each weight, besides what does not depend on their number."""
+    catalog, job = Catalog(plugin_manager()), {"data": str(home / "data.jsonl"), "max_steps": 1}
+
+    def needs(dtype, **options):
+        opened = llmpruner.load(str(home / "pruned"), dtype=dtype)
+        found = recover_job(RecoverSettings(**job, **options), catalog)
+        needed = training_forecast(found, opened, None, LoadSettings(dtype=dtype), catalog)
+        parts = {name: size / opened.graph.total_parameters for name, size in needed.stages[-1].memory.items()}
+        return {name: size for name, size in parts.items() if name.split()[0] in ("weights", "gradients")}, needed.disk
+
+    narrow = {"strategy": "full", "settings": {"full": {"float32": False}}}
+    moments = "gradients and moments of AdamW"
+    (whole, disk), (half, less) = needs("bfloat16", strategy="full"), needs("bfloat16", **narrow)
+    assert whole == {"weights": 2, moments: 12, "weights in float32": 2, "weights in bfloat16": 2}
+    assert half == {"weights": 2, moments: 6} and disk > 1.8 * less
+    assert needs("float16", strategy="full")[0] == {"weights": 2, moments: 12, "weights in float32": 2}
+    assert needs("float32", strategy="full")[0] == needs("float32", **narrow)[0] == {"weights": 4, moments: 12}
+    assert needs("bfloat16", strategy="lora")[0] == {"weights": 2, moments: 0}
+    assert needs("bfloat16", strategy="lora", autocast=True)[0] == {"weights": 2, moments: 0}
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full", "distil"])
