@@ -166,6 +166,16 @@ def check_space(path: Path, size: float, what: str) -> None:
         )
 
 
+def model_name(folder: Path) -> str:
+    """The name of a model's folder; of a snapshot in the cache of the hub, which is named by its commit, that of the
+    model."""
+    real = folder.resolve()
+    repository = real.parent.parent.name
+    if real.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--", 2)[-1]
+    return real.name
+
+
 def tree_bytes(folder: Path) -> int:
     """Bytes of all files in ``folder``; 0 where it does not exist."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.adapters import adapter_base
 from ..checkpoints.record import RECORD_FILE, read_json
 from ..errors import DataError, ModelError, SettingsError
 from ..families.graph import build_graph
@@ -26,6 +27,11 @@ def prepare_upload(directory: Path, repo: str, job: PushSettings, find: Callable
     Raises `ModelError` for what is no checkpoint of llmpruner, and `SettingsError` for settings without effect.
     """
     check_repo(repo)
+    if adapter_base(directory) is not None:
+        raise ModelError(
+            f"'{directory}' has adapters alone, which push does not take; merge them first, in Python with "
+            f"llmpruner.save(llmpruner.load('{directory}'), 'OUTPUT'), or recover without --no-merge"
+        )
     if not (directory / "config.json").is_file():
         raise ModelError(f"'{directory}' is no checkpoint directory; push takes what prune, recover or export wrote")
     if not (directory / RECORD_FILE).is_file():

@@ -218,6 +218,23 @@ def test_auto_is_the_type_that_weights_were_asked_to_be_loaded_as(dtype, kind, t
     assert types["blk.0.attn_q.weight"] == kind.upper()
 
 
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models--me--small-2--b/snapshots/0123456789abcdef", "small-2--b"),
+        ("models--small/snapshots/0123456789abcdef", "small"),
+        ("snapshots/0123456789abcdef", "0123456789abcdef"),
+    ],
+)
+def test_a_snapshot_of_the_hub_has_the_name_of_the_model(folder, name, tmp_path, monkeypatch):
+    """From inside the folder too."""
+    save_checkpoint(random_model("llama"), tmp_path / folder, record=None)
+    monkeypatch.chdir(tmp_path / folder)
+    line = llmpruner.export(".", to="gguf", output=tmp_path / "out")
+    assert line.startswith(f"{name}.gguf (")
+    assert gguf.GGUFReader(tmp_path / "out" / f"{name}.gguf").get_field("general.name").contents() == name
+
+
 def test_values_too_large_for_float16_are_refused(tmp_path):
     model = random_model("llama")
     with torch.no_grad():

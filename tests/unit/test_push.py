@@ -241,6 +241,14 @@ def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
     assert "\n" not in str(caught.value) and not found.calls
 
 
+def test_adapters_are_merged_first(folders, hub, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    config = {"base_model_name_or_path": str(folders / "stock")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"has adapters alone, which push does not take; merge them first.*--no-merge"):
+        llmpruner.push(tmp_path / "adapter", "me/small", yes=True)
+
+
 @pytest.mark.parametrize(
     ("folder", "repo", "options", "kind", "message"),
     [

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ...checkpoints.load import model_class
 from ...errors import CheckpointError, first_line
+from ...files import model_name
 from ...models.empty import empty_model, meta_model
 from ...models.quiet import quiet_transformers
 from ...progress import Progress
@@ -46,7 +47,7 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
         _say_odd_rows(task.model if skeleton is None else skeleton, plan, quant, task.progress)
     kind = _stored_type(task) if kind == "auto" else kind
     vocabulary = _vocabulary(task, plan, pre)
-    name = task.source.resolve().name
+    name = model_name(task.source)
     target = task.directory / f"{name}.gguf"
     written = target if quant is None else task.directory / f"{name}-{kind}.gguf"
 
