@@ -53,8 +53,8 @@ class RecoveryJob:
     ``began``: the `time.monotonic` from which ``settings.minutes`` are counted.
     ``walk``: for strategies that train `RecoveryStrategy.by_layer` or `RecoveryStrategy.streams_dense`, where weights
     and hidden states are. ``progress``: for work before the first step. ``check_folder``: raises `OutputError`
-    where ``work_dir`` was removed or replaced meanwhile; ``on_step`` and ``on_validation`` do it, too. ``dtype``: of the
-    model as it came, which `fit` changes for a while; None (the default) takes that of ``model``.
+    where ``work_dir`` was removed or replaced meanwhile; ``on_step`` and ``on_validation`` do it, too.
+    ``dtype``: of the model as it came, which `fit` changes for a while; None (the default) takes that of ``model``.
     """
 
     model: PreTrainedModel
