@@ -138,7 +138,14 @@ def _subject(directory: Path, files: Sequence[ResultsFile], catalog: Catalog, us
     names = _Names(place, base, (structure.record or {}).get("base_path"))
     for file in files:
         if isinstance(file.value, list):
-            if found := _measurements([(names.shown(one["name"]), one) for one in file.value], place.name, catalog):
+            try:
+                found = _measurements([(names.shown(one["name"]), one) for one in file.value], place.name, catalog)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise DataError(
+                    f"{file.path} has results that are not as `llmpruner evaluate --json` writes them "
+                    f"({type(error).__name__}: {first_line(error)})"
+                ) from error
+            if found:
                 measured.append(found)
                 used.add(file.path)
         elif found_bench := _bench(file.value, names, place.name):

@@ -259,6 +259,14 @@ def test_a_few_words_in_common_are_no_text_that_was_read():
     assert not text_losses(Evidence("cut", measured=(measured,)), "corpus.txt")[0].own
 
 
+@pytest.mark.parametrize("perplexity", [{"text": "a.txt"}, {"perplexity": 10.0, "others": 3}, {"perplexity": "x"}])
+def test_results_that_lack_numbers_are_refused(perplexity, places, tmp_path):
+    found = [{"name": str(places / "small"), "perplexity": perplexity}]
+    (tmp_path / "part.json").write_text(json.dumps(found))
+    with pytest.raises(DataError, match=r"part\.json has results that are not as `llmpruner evaluate --json` writes"):
+        llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "part.json"])
+
+
 def test_results_of_other_models_are_refused(places, tmp_path):
     (tmp_path / "other.json").write_text('[{"name": "/elsewhere/small"}, {"name": "/elsewhere/dense"}]')
     with pytest.raises(DataError, match=r"other\.json has no results of .*small; it has those of '/elsewhere/small', "):
