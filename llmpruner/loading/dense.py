@@ -76,8 +76,12 @@ def check_named_base(pruned: Structure, named: str, catalog: Catalog, *, trust_r
     options = _options(pruned, named, trust_remote_code).model_copy(update={"revision": None})
     try:
         dense = load_structure(named, catalog, options)
-    except LlmprunerError as error:
-        raise ModelError(f"--base '{named}' cannot be opened: {error}") from error
+    except LlmprunerError:
+        # The recorded family may fail on another architecture.
+        try:
+            dense = load_structure(named, catalog, LoadSettings(trust_remote_code=trust_remote_code))
+        except LlmprunerError as error:
+            raise ModelError(f"--base '{named}' cannot be opened: {error}") from error
     if not _fits(pruned, dense):
         recorded = pruned.plans[0].base.model
         raise ModelError(
