@@ -93,7 +93,7 @@ class Recovery:
             _check_disk(output, folder, job, opened, lengths, way, opener)
             opener.say_widened(opened)
         with ExitStack() as stack:
-            held = alone_with(ranks, folder, stack, anew=self.run.restart)
+            alone = alone_with(ranks, folder, stack, anew=self.run.restart)
             if output is not None:
                 # Another run may have ended since it was looked for.
                 ranks.from_first(lambda: check_new_directory(output))
@@ -104,8 +104,9 @@ class Recovery:
                 open_model = partial(open_dense, opened, opener.catalog, placed, streamed=way.streamed, beside=beside)
                 with stages.stage("writing examples"):
                     rows = _dense_rows(
-                        own, open_model, dense, placed, folder, job.settings.seed, opener.progress, fingerprint, held
-                    )
+                        own, open_model, dense, placed, folder, job.settings.seed, opener.progress, fingerprint,
+                        alone.held,
+                    )  # fmt: skip
                 written = {own.source: rows}
             with stages.stage("loading"):
                 loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
@@ -117,13 +118,13 @@ class Recovery:
                 data = prepare(job.settings, opened.family, tokenizer, examples)
             with stages.stage("training"):
                 taught = fingerprint if job.strategy.needs_dense else None
-                result = _trained(job, loaded, data, folder, way, opener, taught, held)
+                result = _trained(job, loaded, data, folder, way, opener, taught, alone.check)
             recovered = loaded.become(_recovered(loaded, result))
             if output is None:
                 return recovered
             with stages.stage("saving"):
                 form = ranks.from_first(
-                    lambda: save_alone(held, output, lambda: _save(recovered, result, output, folder))
+                    lambda: save_alone(alone.held, output, lambda: _save(recovered, result, output, folder))
                 )
             if ranks.first:
                 write_run(output, stages, "recover", opened.ref, job.settings.given())
@@ -271,7 +272,7 @@ def _trained(
     way: _Way,
     opener: Opener,
     dense: str | None,
-    held: Held | None,
+    alone: Callable[[], None],
 ) -> RecoveryResult:
     """``dense``: identifies the dense model, where the strategy needs it."""
     progress, trusted = opener.progress, opener.load.trust_remote_code
@@ -290,8 +291,7 @@ def _trained(
             load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
             layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
             on_step=on_step, on_validation=lambda done: progress.status(str(done)), dense=dense, progress=progress,
-            changing=loaded.changing("recovery"),
-            held=held,
+            changing=loaded.changing("recovery"), alone=alone,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)

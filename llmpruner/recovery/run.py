@@ -145,7 +145,7 @@ def recover(
     dense: str | None = None,
     progress: Progress = QUIET,
     changing: AbstractContextManager[None] | None = None,
-    held: Held | None = None,
+    alone: Callable[[], None] | None = None,
 ) -> RecoveryResult:
     """Train ``model``, in place, with ``strategy``.
 
@@ -154,8 +154,9 @@ def recover(
     if given, are used instead of ``settings.data``. ``load_teacher``: loads the dense model, for strategies that need
     it. ``layers``, ``walk``, ``progress``: see `RecoveryJob`. ``on_step``: called after each optimizer step with its
     number from 1, the number of steps, and its loss. ``on_validation``: called after each validation. ``dense``: what
-    identifies the dense model, for strategies that need it. ``changing``: active while weights change. ``held``:
-    ``work_dir``, where the caller is alone in it already.
+    identifies the dense model, for strategies that need it. ``changing``: active while weights change. ``alone``: where
+    the caller is alone in ``work_dir`` already, what raises when that is not so any more; given in all of several
+    processes, or in none.
 
     When ``work_dir`` contains the state of the same job, training continues from it. Delete the directory once the
     result is saved. Raises `OutputError` when it contains anything else, when another run works in it, and when it is
@@ -179,8 +180,8 @@ def recover(
     done: list[Validation] = []
 
     def check_folder() -> None:
-        if held is not None:
-            held.check()
+        if alone is not None:
+            alone()
 
     # What is written for a step or a validation is written after its report.
     def stepped(number: int, total: int, loss: float) -> None:
@@ -195,8 +196,8 @@ def recover(
             on_validation(done[-1])
 
     with ExitStack() as stack, _writing(work_dir):
-        if held is None:
-            held = alone_with(Ranks.current(), work_dir, stack)
+        if alone is None:
+            alone = alone_with(Ranks.current(), work_dir, stack).check
         Ranks.current().from_first(lambda: _claim(work_dir, identity))
         job = RecoveryJob(
             model, tokenizer, data.rows.rows, graph, settings, work_dir, stepped, load_teacher, layers, walk=walk,
@@ -234,11 +235,23 @@ def recover(
     )
 
 
-def alone_with(ranks: Ranks, work_dir: Path, stack: ExitStack, *, anew: bool = False) -> Held | None:
-    """``work_dir`` for this run alone, until ``stack`` ends, see `alone_in`; None in all processes but the first."""
+class Alone:
+    """A folder of a run alone. ``held``: None in all processes but the first, which writes the files."""
+
+    def __init__(self, held: Held | None) -> None:
+        self.held = held
+
+    def check(self) -> None:
+        """Raise `OutputError` where the folder was taken from the run."""
+        if self.held is not None:
+            self.held.check()
+
+
+def alone_with(ranks: Ranks, work_dir: Path, stack: ExitStack, *, anew: bool = False) -> Alone:
+    """``work_dir`` for this run alone, until ``stack`` ends, see `alone_in`. All processes must call it together."""
     found: list[Held] = []
     ranks.from_first(lambda: found.append(stack.enter_context(alone_in(work_dir, anew=anew))))
-    return found[0] if found else None
+    return Alone(found[0] if found else None)
 
 
 @contextmanager
