@@ -31,14 +31,16 @@ CRITERIA = {
 """Our implementations of the criteria of other papers, with what goes with them there: FLAP with its bias and one
 ranking of standardized scores, ShortGPT with whole layers."""
 COMPARED = (
-    ("best", "uniform", "mlp"),
-    ("best", "uniform", "mlp,attention"),
-    ("llm-pruner", "free", "mlp"),
-    ("Wanda-sp", "uniform", "mlp"),
-    ("FLAP", "free", "mlp"),
-    ("ShortGPT", "free", "layer"),
+    ("best", "uniform", "mlp", "C4 sample"),
+    ("best", "uniform", "mlp,attention", "C4 sample"),
+    ("best", "free", "mlp", "C4 sample"),
+    ("best", "uniform", "mlp", "self-generated"),
+    ("llm-pruner", "free", "mlp", "C4 sample"),
+    ("Wanda-sp", "uniform", "mlp", "C4 sample"),
+    ("FLAP", "free", "mlp", "C4 sample"),
+    ("ShortGPT", "free", "layer", "C4 sample"),
 )
-"""Method, shape and kinds of the rows that every model has, calibrated on C4."""
+"""Method, shape, kinds and calibration text of the rows that every model has."""
 MODELS: dict[str, Callable[[], str]] = {
     "demo": lambda: "demo",
     "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
@@ -72,8 +74,8 @@ def rows(ratios: tuple[float, ...], models: Sequence[str]) -> Iterator[Row]:
     for model in models:
         yield Row("dense", 0.0, "", model=model)
         for ratio in (ratio for ratio in (0.2, 0.3) if ratio in ratios):
-            for method, shape, kinds in COMPARED:
-                yield Row(method, ratio, "C4 sample", shape, kinds, model)
+            for method, shape, kinds, text in COMPARED:
+                yield Row(method, ratio, text, shape, kinds, model)
     if "demo" not in models:
         return
     # The row that says most comes first, should the run be cut short.
