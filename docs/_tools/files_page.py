@@ -22,6 +22,8 @@ RECORD = {
     "adapters": "Names of the adapters, on a pruned model, that its weights contain. Absent without any.",
     "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
     "model.",
+    "base_weights": "SHA-256 over samples of the dense model's files with weights, where they were local: `recover` "
+    "and `verify` warn where they find others. Absent in checkpoints of earlier versions.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
     "calibration_passages": "Fingerprints (12 hexadecimal digits) of one in 32 passages of 13 words of the text that "

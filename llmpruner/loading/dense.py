@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.manifest import sampled_sha256
 from ..errors import LlmprunerError, ModelError
 from ..settings import LoadSettings, settings_from
 from ..structure.plan import structure_of
@@ -17,18 +21,35 @@ if TYPE_CHECKING:
 
     from ..plugins.catalog import Catalog
 
-_PATH = "base_path"
+_LOG = logging.getLogger("llmpruner")
+_PATH, _WEIGHTS = "base_path", "base_weights"
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
-    """The entry of ``llmpruner.json`` with the absolute path of a local model, by which `load_dense` finds it from any
-    folder; plans contain only the reference that the user gave. Empty for a model that is not local, and for one that
-    was pruned before, whose record has the path."""
-    return {_PATH: loaded.path} if loaded.record is None and loaded.path is not None else {}
+    """The entries of ``llmpruner.json`` of a local model: its absolute path, by which `load_dense` finds it from any
+    folder, as plans contain only the reference that the user gave; and what tells its weights from others. Empty for a
+    model that is not local, and for one that was pruned before, whose record has them."""
+    if loaded.record is not None or loaded.path is None:
+        return {}
+    weights = _sampled_weights(Path(loaded.path))
+    return {_PATH: loaded.path} | ({} if weights is None else {_WEIGHTS: weights})
+
+
+def _sampled_weights(place: Path) -> str | None:
+    """SHA-256 over the names of a model's files with weights and what `sampled_sha256` gives of each; None where there
+    are none, or one cannot be read."""
+    try:
+        files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in _SUFFIXES)
+        found = {file.name: sampled_sha256(file) for file in files if file.is_file()}
+    except OSError:
+        return None
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else None
 
 
 def dense_structure(pruned: Structure, catalog: Catalog, *, trust_remote_code: bool = False) -> Structure:
-    """The structure of the dense model, found by the record of ``pruned``. Reads no weights.
+    """The structure of the dense model, found by the record of ``pruned``. Reads no weights, but samples of the files,
+    for a warning where they are not those of the record: another model of the same shapes.
 
     Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
     """
@@ -36,6 +57,12 @@ def dense_structure(pruned: Structure, catalog: Catalog, *, trust_remote_code: b
         ref = _reference(pruned)
         dense = load_structure(ref, catalog, _options(pruned, ref, trust_remote_code))
     _check(pruned, dense, ref)
+    recorded = (pruned.record or {}).get(_WEIGHTS)
+    if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
+        _LOG.warning(
+            "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "
+            "stored in other files", ref, pruned.ref,
+        )  # fmt: skip
     return dense
 
 

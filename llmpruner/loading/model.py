@@ -406,11 +406,11 @@ def _recorded_structure(
 
 def _check_types(ref: Reference, record: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` for what later stages read of a record, and would fail on after their work."""
-    work, recovery, path, adapters = (record.get(name) for name in ("work", "recovery", "base_path", "adapters"))
+    work, recovery, adapters = (record.get(name) for name in ("work", "recovery", "adapters"))
     for name, right in (
         ("work", work is None or _is_list_of(work, (dict, type(None)))),
         ("recovery", recovery is None or _is_list_of(recovery, (dict,))),
-        ("base_path", path is None or isinstance(path, str)),
+        *((name, isinstance(record.get(name), str | None)) for name in ("base_path", "base_weights")),
         ("adapters", adapters is None or _is_list_of(adapters, (str,))),
     ):
         if not right:

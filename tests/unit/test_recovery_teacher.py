@@ -15,7 +15,7 @@ from llmpruner import Catalog, LoadSettings, ModelError, OutputError, RecoverSet
 from llmpruner.errors import SettingsError
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
-from llmpruner.loading.dense import load_dense
+from llmpruner.loading.dense import dense_structure, load_dense
 from llmpruner.loading.model import load_model
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.saving import save
@@ -193,6 +193,14 @@ def test_the_dense_model_of_a_model_pruned_twice_is_the_first(pruned, catalog, t
     twice = load_model(str(tmp_path / "twice"), catalog)
     assert len(twice.plans) == 2
     assert load_dense(twice, catalog).config.intermediate_size == 48
+
+
+def test_a_dense_model_of_the_same_shapes_with_other_weights_is_warned_of(pruned, catalog, tmp_path, caplog):
+    dense_structure(pruned, catalog)
+    assert caplog.text == ""
+    tiny_models.llama(seed=5).save_pretrained(tmp_path / "home" / "dense")
+    dense_structure(pruned, catalog)
+    assert "home/dense' are not those from which '../home/pruned' was pruned: another model" in caplog.text
 
 
 def test_a_dense_model_that_is_gone_or_another_is_refused(pruned, catalog, tmp_path, monkeypatch):
