@@ -24,12 +24,11 @@ METHODS = ("best", "fast", "llm-pruner")
 _SAMPLES = ("--samples", "64", "--length", "512")
 CRITERIA = {
     "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
-    "FLAP": ("--importance", "flap", "--compensate", "bias", "--allocation", "global", "--normalize", "zscore",
-             *_SAMPLES),
+    "FLAP": ("--importance", "flap", "--allocation", "global", "--normalize", "zscore", *_SAMPLES),
     "ShortGPT": ("--importance", "block-influence", "--layers", "all", *_SAMPLES),
 }  # fmt: skip
-"""Our implementations of the criteria of other papers, with what goes with them there: FLAP with its bias and one
-ranking of standardized scores, ShortGPT with whole layers."""
+"""Our implementations of the criteria of other papers, with what goes with them there: FLAP with one ranking of
+standardized scores, though without its biases, which these models do not have; ShortGPT with whole layers."""
 COMPARED = (
     ("best", "uniform", "mlp", "C4 sample"),
     ("best", "uniform", "mlp,attention", "C4 sample"),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..data.calibration import CalibrationSet
     from ..engine.executor import Executor
     from ..engine.journal import Journal
-    from ..structure.coupling import CouplingGraph
+    from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from .choose import Chooser
 
@@ -121,6 +121,10 @@ class Compensation(Component):
     def holds_out_sources(self) -> bool:
         """Whether fits are judged on one half of the sources of the text in turn, which forecasts count."""
         return False
+
+    def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
+        """Raise `UnsupportedModelError` where it cannot change the weights that read units of ``groups``, which may
+        lose some. Called before text is read; by default nothing is refused."""
 
     def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
         """Names of the groups whose readers may change, where ``changes_readers_alone``: those of ``kept``, which lose

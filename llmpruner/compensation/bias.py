@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from .base import Compensation, Repaired, RepairTask
+from .biases import check_biases
+
+if TYPE_CHECKING:
+    from ..structure.coupling import CoupledGroup, CouplingGraph
 
 
 class BiasShift(Compensation):
@@ -14,6 +21,9 @@ class BiasShift(Compensation):
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"
     by_layer = True
     changes_readers_alone = True
+
+    def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
+        check_biases(graph, groups)
 
     def repair(self, task: RepairTask) -> Repaired:
         from . import fitters, repair

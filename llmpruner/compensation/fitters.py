@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import UnsupportedModelError
 from .base import Fit
+from .biases import no_bias
 from .consumers import Consumer, matrix_of
 from .least_squares import NormalEquations
 from .rows import ALIKE, Rows
@@ -89,9 +89,7 @@ class BiasFitter:
     ) -> None:
         del mixed
         if bias is None:
-            raise UnsupportedModelError(
-                f"'{consumer.parameter}' has no bias to compensate with; use --compensate refit or none"
-            )
+            raise no_bias(consumer.parameter)
         self.consumer, self.bias, self.rows = consumer, bias, 0
         self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
 

@@ -55,6 +55,7 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
             "and only one kind may be cut; leave it out, or give --shape free"
         )
     job.allocation.check(groups)
+    job.compensation.check(structure.graph, groups)
     _check_calibration(job, structure, tokenizer=tokenizer)
     job.budget.check(structure.config)
     job.budget.check_kinds(tuple(dict.fromkeys(group.kind for group in groups)))
@@ -108,7 +109,8 @@ def check_replay(plan: PruningPlan, structure: Structure, catalog: Catalog) -> N
     catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
     if plan.compensation is None:
         return
-    catalog.create(catalog.compensations, plan.compensation.name, plan.compensation.settings)
+    compensation = catalog.create(catalog.compensations, plan.compensation.name, plan.compensation.settings)
+    compensation.check(structure.graph, [structure.graph.by_name[name] for name in plan.kept])
     if plan.compensation.calibration is not None:
         how = plan.compensation
         parse_calibration(plan.compensation.calibration, catalog.sources, how.source_settings).check()

@@ -171,6 +171,11 @@ def test_mistakes_about_budgets_are_one_line(refused, dense):
         assert message in refused("plan", dense, *options)
 
 
+def test_weights_without_biases_are_refused_before_text_is_read(refused, dense):
+    options = ("--ratio", 0.2, "--importance", "flap", "--compensate", "bias", "--calibration", "pydoc")
+    assert "layers.0.mlp.down_proj.weight' has no bias to compensate with; use" in refused("plan", dense, *options)
+
+
 def test_units_that_save_nothing_are_refused_before_text_is_written(run, dense, tmp_path):
     """Which units of a model save some of its cache is counted in the cache, with its weights."""
     options = ("--ratio", 0.2, "--budget", "kv-cache", "--samples", 4, "--length", 16, "-o", tmp_path / "out")
