@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
 from ..loggers import only_errors
-from ..models.vocabulary import with_padding
 from ..progress import QUIET, Progress
 from .task_bars import bars_to
 
@@ -154,6 +153,8 @@ def evaluate_tasks(
         import lm_eval
         from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
+
+        from ..models.vocabulary import with_padding
 
         was_training = model.training
         # lm-eval gives the tokenizer a token for padding where it has none.

@@ -194,8 +194,10 @@ def apply_draft(
     is ``model`` itself; where an exception ends this after weights were changed, it is ``unfinished``."""
     plan, run, read = draft.plan, run or Run(), draft.calibration
     plan.check(model.graph)
-    with run.stages.stage("cut"):
-        cost = draft.cost or recorded_cost(model, plan, catalog, progress)
+    cost = draft.cost
+    if cost is None:
+        with run.stages.stage("cut"):
+            cost = recorded_cost(model, plan, catalog, progress)
     fits: Sequence[Fit] = ()
     if plan.compensation is not None:
         with run.stages.stage("compensation"):

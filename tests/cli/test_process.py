@@ -114,6 +114,8 @@ class Interrupts:
         if name == "typer":
             os.kill(os.getpid(), signal.SIGINT)
 
+# A shell has commands in its background ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupts())
 from llmpruner.__main__ import main
 main()

@@ -144,7 +144,7 @@ def test_a_model_recovers_without_a_corpus(home, tmp_path):
     assert 14 <= sum("text" in row for row in rows) <= 18
     record = found.record["recovery"][0]
     assert record["data"] == "self:24" and record["examples"] == len(rows)
-    plain = [line for line in said.lines if "no chat template: instructions are in the format of its family" in line]
+    plain = [line for line in said.lines if "has no chat format: instructions are in" in line]
     assert len(plain) == (0 if "chat_template" in str(list((home / "dense").iterdir())) else 1)
 
 

@@ -290,7 +290,7 @@ def test_experts_are_skipped_with_a_note(tmp_path):
     assert adapter_targets(model, graph) == ([f"{path}.self_attn.o_proj"], [experts])
     settings = RecoverSettings(data="here", batch_size=4, max_steps=1, cutoff=32)
     result = run(model, graph, tmp_path / "work", LoraStrategy(), settings)
-    assert "1 parameters of experts get no adapters" in result.notes[0]
+    assert "1 parameter of experts gets no adapters" in result.notes[0]
     with pytest.raises(UnsupportedModelError, match="nothing to adapt"):
         adapter_targets(model, graph_of(model, lambda: groups[:1]))
 
