@@ -79,6 +79,9 @@ VARIANTS = (
     Variant("self, a sample in four is a conversation", _OWN, calibration="self", own={"chats": 0.25}),
 )  # fmt: skip
 
+_WITHOUT = {variant.name for variant in VARIANTS if variant.options.get("compensate") == "none"}
+_AGAINST = {variant.name: variant.against for variant in VARIANTS}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,6 +220,24 @@ def _written(passages: int) -> list[str]:
     return [model.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
 
+def changes(found: list[dict[str, Any]], row: Mapping[str, Any]) -> dict[str, float]:
+    """Text → the change of KL, in nats per token, from the variant that ``row`` differs from in one thing."""
+    base = _same_amount(found, row, _AGAINST.get(row["variant"], ""))
+    texts = row["texts"]
+    return {name: texts[name]["kl"] - base[name]["kl"] for name in TEXTS if name in texts and name in base}
+
+
+def no_gain(found: list[dict[str, Any]]) -> list[str]:
+    """A line for each variant that raised the sum of the KL of the texts, worst last."""
+    measured = [(row["variant"], changes(found, row)) for row in found if row["variant"] not in _WITHOUT]
+    worse = [(name, of) for name, of in measured if of and sum(of.values()) > 0]
+    return [
+        f"- {name} (instead of: {_AGAINST[name]}): KL "
+        + ", ".join(f"{change:+.3f} ({text})" for text, change in of.items())
+        for name, of in sorted(worse, key=lambda one: sum(one[1].values()))
+    ]
+
+
 def _same_amount(found: list[dict[str, Any]], row: Mapping[str, Any], against: str) -> Mapping[str, Any]:
     """The texts of the variant ``against``, with as many samples and tokens as ``row``."""
     key = against, row["samples"], row["tokens"]
@@ -246,11 +267,9 @@ def page(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = {variant.name: place for place, variant in enumerate(VARIANTS)}
-    against = {variant.name: variant.against for variant in VARIANTS}
     for row in sorted(found, key=lambda row: (order.get(row["variant"], -1), row["samples"])):
-        texts = row["texts"]
-        base = _same_amount(found, row, against.get(row["variant"], ""))
-        changes = [f"{texts[n]['kl'] - base[n]['kl']:+.4f}" if n in texts and n in base else "" for n in TEXTS]
+        texts, change = row["texts"], changes(found, row)
+        changed = [f"{change[name]:+.4f}" if name in change else "" for name in TEXTS]
         cells = [
             f"{texts[name][of]:.{digits}f}" if name in texts else ""
             for name in TEXTS
@@ -259,8 +278,8 @@ def page(found: list[dict[str, Any]]) -> str:
         if not row["samples"]:
             cells[::2] = ["", "", ""]
         tokens = f"{row['samples'] * LENGTH:,}" if row["samples"] else ""
-        named = against[row["variant"]] if base else ""
-        cells = [row["variant"], tokens, named, *changes, *cells, f"{row['seconds']:.0f}"]
+        named = _AGAINST[row["variant"]] if change else ""
+        cells = [row["variant"], tokens, named, *changed, *cells, f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     if not found:
         return "\n".join([*lines, "", "Nothing was measured yet."]) + "\n"

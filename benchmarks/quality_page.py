@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import ordering, plots
+from . import ablation, ordering, plots
 from .measure import TOKENS, WINDOW
 from .quality_rows import METHODS, NAMES, RATIOS, SHAPES, TEXTS, Row, points_of, row_of
 
@@ -81,7 +81,7 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         lines += [f"{tokens:,} tokens of each text, {answers_of(tokens)} answers in chat.", ""]
         lines += _points(dense, points)
         lines += _tasks([dense, *sorted(points, key=lambda e: e["perplexity"])])
-    lines += ["", "What each step of the method changes, and what does not help: [variants](quality-notes.md)."]
+    lines += _no_gain()
     lines += _ordering()
     return "\n".join(lines) + "\n"
 
@@ -162,6 +162,19 @@ def _tasks(entries: list[dict[str, Any]]) -> list[str]:
         mean = sum(tasks[name]["acc"] for name in names) / len(names)
         lines.append(f"| {label} | {tasks.get('rows', 400)} | {' | '.join(cells)} | {mean:.3f} |")
     return lines
+
+
+def _no_gain() -> list[str]:
+    return [
+        "",
+        "## What did not help",
+        "",
+        "Variants of the method that raised the divergence from the dense model, summed over three texts (SmolLM2, "
+        "20 %, few calibration tokens, texts that only choices are made by). [All variants](quality-notes.md), also "
+        "those that helped:",
+        "",
+        *ablation.no_gain(list(ablation.rows())),
+    ]
 
 
 def _ordering() -> list[str]:
