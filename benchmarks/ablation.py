@@ -231,11 +231,11 @@ def no_gain(found: list[dict[str, Any]]) -> list[str]:
     """A line for each variant that raised the sum of the KL of the texts, worst last."""
     measured = [(row["variant"], changes(found, row)) for row in found if row["variant"] not in _WITHOUT]
     worse = [(name, of) for name, of in measured if of and sum(of.values()) > 0]
-    return [
-        f"- {name} (instead of: {_AGAINST[name]}): KL "
-        + ", ".join(f"{change:+.3f} ({text})" for text, change in of.items())
-        for name, of in sorted(worse, key=lambda one: sum(one[1].values()))
-    ]
+    lines = []
+    for name, of in sorted(worse, key=lambda one: sum(one[1].values())):
+        changed = ", ".join(f"{change:+.3f} ({text})" for text, change in of.items())
+        lines.append(f"- {name} (instead of: {_AGAINST[name]}): KL {changed}")
+    return lines
 
 
 def _same_amount(found: list[dict[str, Any]], row: Mapping[str, Any], against: str) -> Mapping[str, Any]:
