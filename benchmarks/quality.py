@@ -81,7 +81,9 @@ def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> di
         options = CRITERIA.get(row.method, ("--method", row.method))
         if row.samples:
             options = (*options, "--samples", str(row.samples))
-        options = (*options, "--kinds", row.kinds, "--shape", row.shape, "--ratio", str(row.ratio))
+        # Layers that stay keep their widths.
+        shape = () if row.kinds == "layer" else ("--shape", row.shape)
+        options = (*options, "--kinds", row.kinds, *shape, "--ratio", str(row.ratio))
         text = TEXTS[row.text].format(**files)
         done = run("prune", dense, *options, "--dtype", "float32", "--calibration", text, "-o", model, "--json")
         result = json.loads(done["output"])["result"]
