@@ -222,6 +222,10 @@ def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
             os.close(lock)
 
 
+_TRIES = 100
+"""To lock a folder that other runs remove as they end, or on a file system that numbers it anew each time."""
+
+
 class Held:
     """A folder in which a run works alone, see `alone_in`. ``folder``: its path, by which files are written; whoever
     removes it or puts another one there takes it from the run. The open lock keeps its inode from being used again."""
@@ -256,7 +260,7 @@ def alone_in(folder: Path, *, anew: bool = False) -> Iterator[Held]:
     Raises `OutputError` where another process is in such a block, and for a folder that cannot be created. Where
     directories cannot be locked, nothing keeps other processes out.
     """
-    while True:
+    for _ in range(_TRIES):
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         lock = _lock_unless_taken(folder)
@@ -266,6 +270,8 @@ def alone_in(folder: Path, *, anew: bool = False) -> Iterator[Held]:
             break
         if lock is not None:
             os.close(lock)
+    else:
+        raise OutputError(f"'{folder}' is removed or replaced as soon as it is created; choose another output")
     try:
         if anew:
             _empty(folder)

@@ -161,3 +161,10 @@ def test_steps_of_a_recipe(tmp_path):
             with pytest.raises(OutputError, match="was removed or replaced"):
                 act()
     assert list(out.iterdir()) == []
+
+
+def test_a_folder_that_never_stays_is_refused_instead_of_tried_for_ever(tmp_path, monkeypatch):
+    numbers = iter(range(10**6))
+    monkeypatch.setattr("llmpruner.files._inode", lambda folder: (0, next(numbers)))
+    with pytest.raises(OutputError, match="is removed or replaced as soon as it is created"), alone_in(tmp_path / "a"):
+        pass
