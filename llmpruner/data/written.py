@@ -112,7 +112,7 @@ def answered(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=numbers.shape[1], eos_token_id=sorted(stops) or None, pad_token_id=pad
     )
-    with quiet_transformers(), torch.no_grad(), _generating_as(model, config):
+    with quiet_transformers(), torch.no_grad(), _generating_as(model, config), _naming_failures(model):
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
         found = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in found]
@@ -127,7 +127,7 @@ def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]}); give a "
-            "text with --calibration"
+            "text with --calibration, or --data of recover"
         ) from error
 
 
