@@ -27,7 +27,7 @@ from llmpruner.evaluation.table import difference as paired
 
 from .measure import TOKENS, WINDOW, data_folder, instructions, machine, run
 from .quality_page import TASKS, answers_of, draw
-from .quality_rows import CRITERIA, MODELS, RATIOS, RESULTS, TEXTS, Row, read_results, rows
+from .quality_rows import MODELS, OPTIONS, RATIOS, RESULTS, TEXTS, Row, read_results, rows
 
 TASK_ROWS = 1000
 C4_JUDGED = slice(150, 200)
@@ -50,7 +50,7 @@ def main() -> None:
     data = data_folder()
     done = read_results()
     for row in dict.fromkeys(rows(tuple(map(float, arguments.ratios.split(","))), arguments.models.split(","))):
-        if arguments.samples and row.method == "best":
+        if arguments.samples and row.method.startswith("best"):
             row = Row(**{**vars(row), "samples": arguments.samples})  # noqa: PLW2901
         known = done.get(row.key, {})
         chosen = any(text in row.key for text in arguments.only)
@@ -78,7 +78,7 @@ def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> di
         documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         judged = set(range(len(documents))[C4_JUDGED])
         files["c4"].write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
-        options = CRITERIA.get(row.method, ("--method", row.method))
+        options = OPTIONS.get(row.method, ("--method", row.method))
         if row.samples:
             options = (*options, "--samples", str(row.samples))
         # Layers that stay keep their widths.

@@ -22,18 +22,25 @@ TEXTS = {
 """Calibration."""
 METHODS = ("best", "fast", "llm-pruner")
 _SAMPLES = ("--samples", "64", "--length", "512")
-CRITERIA = {
+OPTIONS = {
+    "best, search": ("--method", "best", "--allocation", "search"),
     "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
     "FLAP": ("--importance", "flap", "--allocation", "global", "--normalize", "zscore", *_SAMPLES),
     "ShortGPT": ("--importance", "block-influence", "--layers", "all", *_SAMPLES),
 }  # fmt: skip
-"""Our implementations of the criteria of other papers, with what goes with them there: FLAP with one ranking of
-standardized scores, though without its biases, which these models do not have; ShortGPT with whole layers."""
+"""Of rows that are no method's name: `best` with shares that are moved between groups by measured divergence, heads
+and MLP compared; and our implementations of the criteria of other papers, with what goes with them there: FLAP with one
+ranking of standardized scores, though without its biases, which these models do not have; ShortGPT with whole
+layers."""
 COMPARED = (
     ("best", "uniform", "mlp", "C4 sample"),
     ("best", "uniform", "mlp,attention", "C4 sample"),
     ("best", "free", "mlp", "C4 sample"),
+    ("best, search", "free", "mlp", "C4 sample"),
+    ("best, search", "free", "mlp,attention", "C4 sample"),
     ("best", "uniform", "mlp", "self-generated"),
+    ("fast", "uniform", "mlp", "self-generated"),
+    ("llm-pruner", "free", "mlp", "self-generated"),
     ("llm-pruner", "free", "mlp", "C4 sample"),
     ("Wanda-sp", "uniform", "mlp", "C4 sample"),
     ("FLAP", "free", "mlp", "C4 sample"),
