@@ -4,6 +4,11 @@ Every function takes settings as keywords; they are those of the command of the 
 bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
 ``demo``), as the `Structure` that `discover` returned, or as the `Model` that `load` returned. Whatever can be refused
 is refused before weights are read.
+
+Every function raises `SettingsError` for settings that are unknown, out of bounds, or without effect beside the others,
+`UnknownNameError` for a component that no plugin has, `MissingExtraError` for a library that is not installed,
+`ModelError` for a model that cannot be found or read, and `CheckpointError` for a pruned checkpoint that is damaged.
+Docstrings name what else is raised.
 """
 
 from __future__ import annotations
@@ -106,7 +111,9 @@ def load(
 ) -> Model:
     """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default all installed ones.
 
-    Raises `ModelError` when there is no such model, or its checkpoint is damaged.
+    Raises `ModelError` when there is no such model, it has code of its own that is not trusted, or a tensor is missing
+    or misshapen; `CheckpointError` when files of a pruned checkpoint differ from its record; `UnsupportedModelError`
+    when its structure cannot be found.
     """
     return _opener(settings_from(LoadSettings, options), catalog, progress).model(model)
 
@@ -118,7 +125,11 @@ def discover(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Structure:
-    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
+    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights.
+
+    Raises `ModelError` when there is no such model, `UnsupportedModelError` when it cannot be traced, and
+    `CouplingError` when the groups that its family declares contradict its parameters.
+    """
     try:
         return _opener(settings_from(LoadSettings, options), catalog, progress).structure(model)
     finally:
@@ -137,7 +148,9 @@ def plan(
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``.
 
     Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
-    reached.
+    reached and for units that the criterion does not score, `UnknownNameError` for kinds that the model does not have,
+    `DataError` for calibration text that cannot be used, `UnsupportedModelError` for a criterion, a budget or a
+    compensation that does not work for this architecture, and `ModelError` when weights or scores are not finite.
     """
     made, _ = plan_with_outcome(model, load=load, run=run, progress=progress, catalog=catalog, **settings)
     return made
@@ -235,11 +248,15 @@ def evaluate(
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
-    """Measure models: parameters, perplexity, lm-eval tasks, speed, and metrics of plugins.
+    """Measure models: parameters and bytes, perplexity (KL divergence in nats per token), lm-eval tasks, speed (tokens
+    per second, peak bytes), and metrics of plugins. The first model is the reference of those that compare.
 
     One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded. ``load``:
     for all models, or one for each. Results of models that are given by reference are kept on disk as soon as they are
     measured (``cache``: where), except those that depend on the machine, and are used again.
+
+    Raises `DataError` for a text, a task or prompts that cannot be read, and for a model that cannot be measured on
+    them, and `ModelError` for models that cannot be compared, before the first is loaded.
     """
     catalog = catalog or Catalog(plugin_manager())
     options, sources = settings_from(EvaluateSettings, settings), listed(models)
@@ -277,8 +294,8 @@ def bench(
     catalog: Catalog | None = None,
     **settings: Unpack[BenchKeywords],
 ) -> BenchResult:
-    """Measure how fast models process prompts and decode, each against the first, and against the speed-up that its
-    sizes allow.
+    """Measure how fast models process prompts and decode, in tokens per second, each against the first, and against the
+    speed-up that its sizes allow.
 
     All models are in memory at the same time, and run in turn. Raises `ModelError` when they do not fit, or when the
     runtime cannot run one of them, before any is loaded. ``load``: for all models, or one for each.
@@ -309,7 +326,11 @@ def generate(
     catalog: Catalog | None = None,
     **settings: Unpack[GenerateKeywords],
 ) -> str:
-    """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
+    """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
+
+    Raises `DataError` for a model without a tokenizer, and for a prompt that is empty or has more tokens than the model
+    has positions.
+    """
     options = generate_job(settings_from(GenerateSettings, settings))
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
@@ -338,8 +359,11 @@ def chat(
     **settings: Unpack[ChatKeywords],
 ) -> list[Chat]:
     """A conversation with each model: ``for piece in chat.ask("Why?")`` gives the answer piece by piece, and the next
-    question continues the conversation. All models are in memory at the same time. ``load``: for all, or one for
-    each."""
+    question continues the conversation. All models are in memory at the same time. ``load``: for all, or one for each.
+
+    Raises `DataError` for a model without a tokenizer; `Chat.ask` also for a conversation that is longer than the model
+    can read.
+    """
     options, catalog = chat_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
@@ -353,7 +377,9 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
 
     ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
     (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
-    Raises `ModelError` for a model whose parameters are not those of its plans.
+
+    Raises `ModelError` for a model whose parameters are not those of its plans, `CheckpointError` for weights that are
+    NaN or infinite, and `OutputError` for a ``directory`` that exists or cannot be written.
     """
     if not isinstance(model, Model):
         raise SettingsError(f"expected what llmpruner.load, prune or recover returned, got {type(model).__name__}")
@@ -370,7 +396,12 @@ def export(
     **settings: Unpack[ExportKeywords],
 ) -> str:
     """Write the checkpoint directory ``model`` (for ``stock``, also a .gguf file) in the format of the exporter ``to``;
-    returns one line on how to load it."""
+    returns one line on how to load it.
+
+    Raises `ModelError` for what is no checkpoint, `UnsupportedModelError` for a model that the format cannot represent,
+    `CheckpointError` when the written model gives other outputs than ``model``, and `OutputError` for an ``output``
+    that exists or cannot be written.
+    """
     catalog = catalog or Catalog(plugin_manager())
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
     exporter.check()
@@ -444,7 +475,11 @@ def push(
     that is written from its record.
 
     Nothing is sent unless ``yes`` is given; ``dry_run`` returns what would be. Folders of this machine in the record
-    are left out. Raises `ModelError` for what is no checkpoint of llmpruner, and `OutputError` when the hub refuses.
+    are left out.
+
+    Raises `SettingsError` for neither or both of ``yes`` and ``dry_run``, `ModelError` for what is no checkpoint of
+    llmpruner, `CheckpointError` for one without weights, `DataError` for an ``evaluation`` that is no file of results,
+    and `OutputError` when the hub refuses.
     """
     job = push_job(settings_from(PushSettings, settings))
     catalog = catalog or Catalog(plugin_manager())
@@ -456,7 +491,11 @@ def push(
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
-    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing."""
+    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing, that is,
+    give the logits of the model in which the weights that consume the units are zero. One `Verdict` for each kind.
+
+    Raises `PlanError` for a pruned model, and `UnsupportedModelError` when no small model can be built or traced.
+    """
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
@@ -493,7 +532,7 @@ def write_page(
 ) -> list[str]:
     """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed.
 
-    ``settings``: section name → its settings.
+    ``settings``: section name → its settings. Raises `OutputError` for a ``path`` that cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)

@@ -38,8 +38,9 @@ class BenchModel(BenchStructure, Protocol):
 
 @dataclass(frozen=True)
 class BenchSubject:
-    """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``device``: to run on.
-    ``batch``, ``length``: the largest number of sequences, and of tokens in each. ``find``, ``find_dtype``, ``load``:
+    """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``device``: to run on, as
+    torch names it. ``batch``, ``length``: the largest number of sequences, and of tokens in each, prompt and
+    continuation together. ``find``, ``find_dtype``, ``load``:
     called when `structure`, `dtype` or `loaded` is first read, so that a runtime which loads models by itself needs
     none of them."""
 
@@ -78,7 +79,7 @@ class Session:
         """Prepare an empty cache for ``batch`` sequences of up to ``length`` tokens. Not timed."""
 
     def prefill(self, tokens: torch.Tensor) -> None:
-        """Process ``tokens``, ids of shape (B, T), and predict the next ones."""
+        """Process ``tokens``, ids of shape (batch, length), int64 on the CPU, and predict the next ones."""
         raise NotImplementedError
 
     def decode(self, count: int) -> None:

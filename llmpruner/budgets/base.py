@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BudgetSubject:
-    """The model whose cost is counted. ``groups``: those that may lose units. ``family``: for trial cuts, updates the
+    """The model whose cost is counted. ``model``: with its weights, or on the meta device where `Budget.from_shapes`.
+    ``graph``: its coupled groups, of which ``groups`` may lose units. ``family``: for trial cuts, updates the
     attributes of modules."""
 
     model: PreTrainedModel
@@ -54,7 +55,7 @@ class Budget(Component):
         return None
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
-        """The cost. ``measured``: the result of `measure`, now or when the plan was made.
+        """The cost, whose unit `Cost.unit` names. ``measured``: the result of `measure`, now or when the plan was made.
 
         Raises `UnsupportedModelError` where it cannot be known for this model.
         """

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Fit:
     """How one weight was fitted. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
-    number of tokens in the fit. ``ridge``: as a share of the mean diagonal of XᵀX; None: weights are unchanged.
-    ``before``, ``after``: squared error of the outputs on tokens that are held out, as a share of the mean square of
-    the targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed.
-    ``mix``: the share of the difference of the hidden states in the targets, where the fit chose it."""
+    number of tokens in the fit. ``ridge``: λ of `llmpruner.compensation.least_squares` as a share of the mean diagonal
+    of the Gram matrix XᵀX; None: weights are unchanged. ``before``, ``after``: squared error of the outputs on tokens
+    that are held out, as a share of the mean square of the targets, with the old weights of the inputs that stay and
+    with fitted ones; None where it was not computed. ``mix``: the share of the difference of the hidden states in the
+    targets, from 0 to 1, where the fit chose it."""
 
     parameter: str
     slot: int | None
@@ -66,7 +67,8 @@ def _fit_record(parameter: str, fits: Sequence[Fit]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Repaired:
-    """The result. ``kept``: group name → kept units, as planned or as a `Chooser` ranked them again."""
+    """The result. ``kept``: group name → kept units, as planned or as a `Chooser` ranked them again. ``fits``: one for
+    each matrix that was fitted or that kept its weights because no fit was better."""
 
     kept: dict[str, Sequence[int]]
     fits: Sequence[Fit] = ()
@@ -76,8 +78,9 @@ class Repaired:
 class RepairTask:
     """The inputs of a compensation.
 
-    ``model``: the dense model, changed in place; no shape may change. ``kept``: group name → kept units.
-    ``calibration``: token ids, None for a compensation that reads no text. ``chooser``: ranks the units of each layer
+    ``model``: the dense model, changed in place; no shape may change. ``graph``: its coupled groups. ``kept``: group
+    name → the units that are kept, in ascending order, for groups that lose units. ``calibration``: token ids, int64 of
+    shape (samples, length); None for a compensation that reads no text. ``chooser``: ranks the units of each layer
     again; None when ``kept`` is final. ``executor``: runs the model; None for one in memory. ``journal``: keeps the
     results of finished layers, for a run that is interrupted.
     """
@@ -134,5 +137,9 @@ class Compensation(Component):
 
     def repair(self, task: RepairTask) -> Repaired:
         """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the
-        changed weights that read them."""
+        changed weights that read them.
+
+        Raises `UnsupportedModelError` for a decoder that cannot be run as it needs, and `ModelError` for hidden states
+        that are not finite.
+        """
         raise NotImplementedError

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class SampleTask:
     """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
 
-    ``reference``: a file or data set; for other sources than text, what follows ``NAME:``. ``tokenizer``: None where
-    the model has none. ``family``: the model's `ModelFamily`, with its chat format; None where it is not known.
+    ``model``: with its weights, in evaluation mode. ``reference``: a file or data set; for other sources than text,
+    what follows ``NAME:``. ``tokenizer``: None where the model has none. ``family``: the model's `ModelFamily`, with
+    its chat format; None where it is not known.
     """
 
     model: PreTrainedModel
@@ -47,5 +48,7 @@ class CalibrationSource(Component):
         nothing by default."""
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        """int64 of shape (samples, length). The same task gives the same tokens. Raises `DataError`."""
+        """Token ids of the model's vocabulary, int64 of shape (samples, length). The same task gives the same tokens;
+        another shape or dtype is a `PluginError`. Raises `DataError` for a text that is missing, malformed or too
+        short, and for a model without a tokenizer where one is needed."""
         raise NotImplementedError

@@ -36,8 +36,9 @@ class Row:
 
 @dataclass(frozen=True)
 class MetricSubject:
-    """The model to measure, in evaluation mode. ``reference``: the first model of the same call (for that one, the
-    model itself); None unless a metric needs it. ``family``: for its chat format; None where it is not known."""
+    """The model to measure, in evaluation mode. ``name``: as the user gave it. ``graph``: its coupled groups, after all
+    cuts. ``reference``: the first model of the same call (for that one, the model itself); None unless a metric needs
+    it. ``family``: for its chat format; None where it is not known."""
 
     name: str
     model: PreTrainedModel
@@ -97,7 +98,8 @@ class Metric(Component):
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
-        is written as null."""
+        is written as null. Names state units where they are not plain (``kl_per_token``, in nats; ``weight_bytes``).
+        Raises `DataError` for a model that cannot be measured, such as one without a tokenizer."""
         raise NotImplementedError
 
     def parts(self) -> Sequence[str]:

@@ -46,8 +46,8 @@ class ExportTask:
     """``source``: the directory of the checkpoint, or a file (see `Exporter.takes_files`). ``directory``: new and
     empty; renamed to its final name when `Exporter.export` returns, and removed when it raises. ``load``: loads the
     source; called when `loaded` or `model` is first read, so that an exporter which streams tensors from ``source``
-    needs no memory for the model. ``dtype``: the name of the type that weights were asked to be loaded as
-    (``--dtype``); None for that of the checkpoint."""
+    needs no memory for the model. ``dtype``: "float32", "bfloat16" or "float16", where the user asked for it
+    (``--dtype``); None for the dtype of the checkpoint."""
 
     source: Path
     directory: Path
@@ -57,6 +57,7 @@ class ExportTask:
 
     @cached_property
     def loaded(self) -> ExportSource:
+        """The checkpoint with its weights, loaded when this is first read."""
         return self.load()
 
     @property
@@ -99,6 +100,7 @@ class Exporter(Component):
     def export(self, task: ExportTask) -> str:
         """Write into ``task.directory``; returns one line on how to load the result.
 
-        Raises `UnsupportedModelError` for a model that cannot be represented in the format.
+        Raises `UnsupportedModelError` for a model that cannot be represented in the format, and `CheckpointError` where
+        what was written gives other outputs than the model.
         """
         raise NotImplementedError

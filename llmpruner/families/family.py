@@ -61,7 +61,8 @@ class ModelFamily(Component):
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
         """The coupled groups of a model with this configuration, without its weights.
 
-        The default discovers them by tracing the model on the meta device.
+        The default discovers them by tracing the model on the meta device, and raises `UnsupportedModelError` when it
+        cannot be traced. Groups that contradict the shapes of the model's parameters are a `CouplingError`.
         """
         from ..discovery.groups import discover_groups
 

@@ -40,7 +40,8 @@ class ImportanceCriterion(Component):
     - `score_layers`: scores of all layers, from the residual stream.
 
     A criterion gets the signals in `signals`. It does not get module names: the position of a parameter is described by
-    kinds of units, roles and the number of its layer. Arguments must not be changed in place.
+    kinds of units, roles and the number of its layer. Arguments must not be changed in place. Scores that are not
+    finite end the command with `ModelError`; raise `UnsupportedModelError` for a model whose signals do not suffice.
     """
 
     kind: ClassVar[str] = "criterion"
@@ -90,21 +91,22 @@ class ImportanceCriterion(Component):
         raise NotImplementedError
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight``. Called once for each
-        parameter, or for each matrix of a stack (`by_matrix`)."""
+        """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight`` and on its device.
+        Called once for each parameter, or for each matrix of a stack (`by_matrix`). The absolute values are summed in
+        float64 over what each unit owns (with `signed`, the sums come first)."""
         raise NotImplementedError
 
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
-        """Scores of the units on one axis of a parameter, (units,); None for the sums of saliencies. Called for each
-        (group, span) of the parameter.
+        """Scores of the units on one axis of a parameter, (units,), of any real dtype; None for the sums of saliencies.
+        Called for each (group, span) of the parameter.
 
-        ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64. For layers, one unit that
-        owns all indices of axis 0.
+        ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64, on the device of
+        ``signals.weight``. For layers, one unit that owns all indices of axis 0.
         """
         del signals, axis, index_UK
         return None
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
-        """Scores of all layers, (layers,). The only method that is called for criteria that need `Signal.STREAM` or
-        `Signal.STREAM_BLOCKS`."""
+        """Scores of all layers, (layers,), of any real dtype. The only method that is called for criteria that need
+        `Signal.STREAM` or `Signal.STREAM_BLOCKS`."""
         raise NotImplementedError

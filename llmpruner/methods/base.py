@@ -17,6 +17,7 @@ class Method(Component):
     kind: ClassVar[str] = "method"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        """Field of `PruneSettings` → value. ``asked``: the user's settings. ``writes``: whether the model generates the
-        calibration text, which takes longer than reading it."""
+        """Field of `PruneSettings` → value. ``asked``: the user's settings; values for fields that it sets are ignored.
+        ``writes``: whether the model generates the calibration text, which takes longer than reading it. A field that
+        does not exist, or a value that is out of its bounds, is a `SettingsError`."""
         raise NotImplementedError

@@ -106,7 +106,8 @@ def _unchecked() -> None:
 @dataclass(frozen=True)
 class Validation:
     """The loss on the validation examples after ``step`` optimizer steps: that which is trained on, as a mean over
-    their trained tokens. ``perplexity``: None where the loss is not the cross entropy of the next token."""
+    their trained tokens (nats per token for cross entropies and divergences). ``perplexity``: exp of the loss; None
+    where the loss is not the cross entropy of the next token."""
 
     step: int
     loss: float
@@ -119,9 +120,9 @@ class Validation:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of a strategy. ``model``: see `RecoveryStrategy.train`. ``losses``: of every optimizer step, including
-    those before an interruption. ``notes``: messages for the user, one line each. ``details``: further JSON values for
-    the record."""
+    """The result of a strategy. ``model``: see `RecoveryStrategy.train`. ``losses``: of every optimizer step, as means
+    over its trained tokens, including those before an interruption. ``trainable_parameters``: how many numbers were
+    trained. ``notes``: messages for the user, one line each. ``details``: further JSON values for the record."""
 
     model: Any
     losses: tuple[float, ...]
@@ -183,5 +184,8 @@ class RecoveryStrategy(Component):
         The same job must give the same result: random numbers depend on ``job.settings.seed`` alone. An exception from
         ``job.on_step`` must end the training; training again with the same ``work_dir`` must give the same result as
         without the interruption.
+
+        Raises `ModelError` for a loss that is not finite, as `fit` does, and where the dense model is needed and not
+        known.
         """
         raise NotImplementedError

@@ -18,9 +18,10 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model takes, by the shapes of its weights. ``macs_per_token``: multiply-accumulate operations to decode
-    one token while ``context`` tokens are in the cache. ``cache_bytes``: that the key/value cache grows by with every
-    token; None where that cannot be known without weights."""
+    """What a model takes, by the shapes of its weights: number of parameters (tied ones once), of those in the decoder
+    layers, and bytes of all weights. ``macs_per_token``: multiply-accumulate operations to decode one token while
+    ``context`` tokens are in the cache. ``cache_bytes``: bytes that the key/value cache grows by with every token; None
+    where that cannot be known without weights."""
 
     parameters: int
     decoder_parameters: int

@@ -19,9 +19,9 @@ Taken = dict[str, int]
 
 @dataclass(frozen=True)
 class Demand:
-    """What must be removed: an ``amount`` of a cost, as in `Cost.remaining`; or ``units``: group name → number of
-    units, which need not be whole. ``meet``: how an amount is met that steps do not give exactly: ``nearest``
-    to it, at least it (``above``) or at most it (``below``)."""
+    """What must be removed: an ``amount`` of a cost, as in `Cost.remaining` (parameters, bytes …); or ``units``: group
+    name → number of units, which need not be whole. ``meet``: how an amount is met that steps do not give exactly:
+    ``nearest`` to it, at least it (``above``) or at most it (``below``)."""
 
     amount: int | None = None
     units: Mapping[str, float] | None = None
@@ -36,7 +36,8 @@ class Meter:
         self._dense = cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
-        """The amount of the cost that ``taken`` steps of each queue remove; missing groups lose none."""
+        """The amount of the cost that ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing
+        groups lose none."""
         kept: dict[str, int] = {}
         gone: set[int] = set()
         for queue in self._queues:

@@ -36,15 +36,17 @@ class Role(str, Enum):
     CONSUMES = "consumes"
     """The input axis of a projection."""
     NORM = "norm"
-    """The weight of an RMS norm over the units: cutting N units to N' rescales it by √(N/N') and the
-    norm's epsilon by N/N', which keeps the result equal to the model with the units silenced."""
+    """The weight of an RMS norm over the units (Zhang & Sennrich, 2019), ``w · x / √(mean(x²) + ε)``. With N − N' units
+    silenced, the mean over the N' others is N/N' times that over all N; so cutting multiplies w by √(N/N') and ε by
+    N/N', which keeps the result equal to the model with the units silenced."""
     LAYER_NORM = "layer_norm"
     """The weight or bias of a LayerNorm over the units; cutting has no exact equivalent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Regular index map: unit ``u`` owns ``start + u·stride … + width − 1``. ``stride`` defaults to ``width``."""
+    """Regular index map: unit ``u`` owns the ``width`` indices from ``start + u·stride`` to
+    ``start + u·stride + width − 1``. ``stride`` defaults to ``width``."""
 
     units: int
     width: int = 1
@@ -57,6 +59,7 @@ class Blocks:
         return self.width if self.stride is None else self.stride
 
     def of(self, unit: int) -> Sequence[int]:
+        """The indices of one unit."""
         first = self.start + unit * self.step
         return range(first, first + self.width)
 
@@ -76,13 +79,16 @@ class Explicit:
 
     @property
     def units(self) -> int:
+        """Number of units."""
         return len(self.rows)
 
     @property
     def width(self) -> int:
+        """Number of indices of each unit."""
         return len(self.rows[0]) if self.rows else 0
 
     def of(self, unit: int) -> Sequence[int]:
+        """The indices of one unit."""
         return self.rows[unit]
 
     def __str__(self) -> str:
@@ -104,7 +110,8 @@ def runs(indices: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
-    """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular."""
+    """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular. Raises
+    `CouplingError` where units have different numbers of indices."""
     width = len(rows[0]) if rows else 0
     if any(len(row) != width for row in rows):
         raise CouplingError("every unit of a span must own the same number of indices")
@@ -206,6 +213,7 @@ class CoupledGroup:
         return self.spans + self.buffers
 
     def spans_with(self, *roles: Role) -> Iterator[Span]:
+        """The spans of parameters with one of ``roles``, in order."""
         return (s for s in self.spans if s.role in roles)
 
 
@@ -245,6 +253,9 @@ class CouplingGraph:
     ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
     ``blocked``: axes without removable units, where the groups come from discovery.
     ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
+
+    Raises `CouplingError` for groups of one name, and for spans and modules that do not fit the shapes: a parameter or
+    an axis that does not exist, an index outside of its axis, or one that two units of a group own.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -289,6 +300,7 @@ class CouplingGraph:
 
     @cached_property
     def by_name(self) -> Mapping[str, CoupledGroup]:
+        """Name → group."""
         return {g.name: g for g in self.groups}
 
     @cached_property
@@ -298,13 +310,16 @@ class CouplingGraph:
 
     @cached_property
     def num_layers(self) -> int:
+        """Number of decoder layers."""
         return 1 + max(n for p in self.shapes if (n := self.layer_of(p)) is not None)
 
     def of_kinds(self, kinds: Iterable[str]) -> tuple[CoupledGroup, ...]:
+        """The groups of these kinds, in order."""
         wanted = set(kinds)
         return tuple(g for g in self.groups if g.kind in wanted)
 
     def is_decoder(self, parameter: str) -> bool:
+        """Whether the parameter is in a decoder layer."""
         return parameter.startswith(self.layers + ".")
 
     def layer_of(self, parameter: str) -> int | None:
@@ -313,10 +328,12 @@ class CouplingGraph:
 
     @cached_property
     def total_parameters(self) -> int:
+        """Number of parameters, tied ones once."""
         return sum(prod(s) for p, s in self.shapes.items() if p not in self.ties)
 
     @cached_property
     def decoder_parameters(self) -> int:
+        """Number of parameters in the decoder layers, tied ones once."""
         return sum(prod(s) for p, s in self.shapes.items() if self.is_decoder(p) and p not in self.ties)
 
     def parameters_per_unit(self, group: CoupledGroup) -> int:

@@ -1,7 +1,8 @@
 """Functions that build the spans of common parameter layouts.
 
-Each returns the spans of one coupled group. ``bias=True`` adds the bias of each producing projection. Weights have the
-shape (out, in), as in ``torch.nn.Linear``.
+Each returns the spans of one coupled group; modules are given by their paths. ``bias=True`` adds the bias of each
+producing projection, (out,). Weights have the shape (out, in), as in ``torch.nn.Linear``. Whether the spans fit the
+shapes of a model is checked by `CouplingGraph`, which raises `CouplingError`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ def consumes(module: str, index: IndexMap) -> list[Span]:
 
 
 def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """``down(act(gate(x)) · up(x))`` with separate gate and up projections; a unit is one channel."""
+    """``down(act(gate(x)) · up(x))`` with separate gate and up projections; a unit is one of F = ``width`` channels.
+
+    Weights: ``gate`` and ``up`` (F, hidden), ``down`` (hidden, F).
+    """
     channel = Blocks(width)
     return (*produces(gate, channel, bias=bias), *produces(up, channel, bias=bias), *consumes(down, channel))
 
 
 def packed_gated_mlp(gate_up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """As `gated_mlp`, with F = ``width`` gate rows ``0…F−1`` and up rows ``F…2F−1`` in one projection."""
+    """As `gated_mlp`, with F = ``width`` gate rows ``0…F−1`` and up rows ``F…2F−1`` in one projection, (2F, hidden)."""
     return (
         *produces(gate_up, Blocks(width), bias=bias),
         *produces(gate_up, Blocks(width, start=width), bias=bias),
@@ -40,14 +44,21 @@ def packed_gated_mlp(gate_up: str, down: str, width: int, *, bias: bool = False)
 
 
 def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
-    """``down(act(up(x)))``; a unit is one channel."""
+    """``down(act(up(x)))``; a unit is one of F = ``width`` channels.
+
+    Weights: ``up`` (F, hidden), ``down`` (hidden, F).
+    """
     return (*produces(up, Blocks(width), bias=bias), *consumes(down, Blocks(width)))
 
 
 def grouped_query_attention(
     q: str, k: str, v: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
 ) -> tuple[Span, ...]:
-    """Separate projections; a unit is one KV head with its ``heads/kv_heads`` query heads."""
+    """Separate projections; a unit is one KV head with its ``heads/kv_heads`` query heads, which follow one another.
+
+    Weights: ``q`` (heads · head_dim, hidden), ``k`` and ``v`` (kv_heads · head_dim, hidden), ``o`` (hidden, heads ·
+    head_dim).
+    """
     query, key = Blocks(kv_heads, heads // kv_heads * head_dim), Blocks(kv_heads, head_dim)
     return (
         *produces(q, query, bias=bias),
@@ -58,7 +69,8 @@ def grouped_query_attention(
 
 
 def query_heads(q: str, o: str, heads: int, head_dim: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """Query heads alone; the group must set ``blocks`` to the number of KV heads."""
+    """Query heads alone; the group must set ``blocks`` to the number of KV heads. Weights as in
+    `grouped_query_attention`."""
     head = Blocks(heads, head_dim)
     return (*produces(q, head, bias=bias), *consumes(o, head))
 
@@ -66,7 +78,8 @@ def query_heads(q: str, o: str, heads: int, head_dim: int, *, bias: bool = False
 def fused_qkv_attention(
     qkv: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
 ) -> tuple[Span, ...]:
-    """One projection holding all queries, then all keys, then all values (Phi-3, ChatGLM2/3)."""
+    """As `grouped_query_attention`, with all queries, then all keys, then all values in one projection,
+    ((heads + 2 · kv_heads) · head_dim, hidden) (Phi-3, ChatGLM2/3)."""
     query = Blocks(kv_heads, heads // kv_heads * head_dim)
     key = Blocks(kv_heads, head_dim, start=heads * head_dim)
     value = Blocks(kv_heads, head_dim, start=(heads + kv_heads) * head_dim)
@@ -79,8 +92,11 @@ def fused_qkv_attention(
 def interleaved_qkv_attention(
     qkv: str, o: str, kv_heads: int, head_dim: int, *, queries: int = 1, bias: bool = False
 ) -> tuple[Span, ...]:
-    """One projection holding, per KV head, its ``queries`` query heads, then key, then value (GPT-NeoX,
-    BLOOM, ChatGLM-6B with ``queries=1``; Falcon's new decoder with more)."""
+    """One projection with, for each KV head, its ``queries`` query heads, then its key, then its value (GPT-NeoX,
+    BLOOM, ChatGLM-6B with ``queries=1``; Falcon's new decoder with more).
+
+    Weights: ``qkv`` (kv_heads · (queries + 2) · head_dim, hidden), ``o`` (hidden, kv_heads · queries · head_dim).
+    """
     return (
         *produces(qkv, Blocks(kv_heads, (queries + 2) * head_dim), bias=bias),
         *consumes(o, Blocks(kv_heads, queries * head_dim)),
