@@ -27,7 +27,7 @@ class Component:
 
         class Magnitude(ImportanceCriterion):
             name = "magnitude"
-            summary = "mean of |w| to a power"
+            summary = "sum of |w| to a power"
 
             class Settings(ComponentSettings):
                 power: float = Field(1.0, gt=0, description="The power.")

@@ -55,6 +55,7 @@ class BenchSubject:
 
     @cached_property
     def structure(self) -> BenchStructure:
+        """The model without its weights."""
         return self.find()
 
     @cached_property

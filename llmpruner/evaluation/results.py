@@ -76,12 +76,13 @@ class Evaluation:
 
     @property
     def size(self) -> Size | None:
-        """None where it was not measured, as for `perplexity` and `speed`."""
+        """None where it was not measured."""
         found = self.results.get("size")
         return None if found is None else Size(**found)
 
     @property
     def perplexity(self) -> PerplexityResult | None:
+        """The result on the first text; None where it was not measured."""
         found = self.results.get("perplexity")
         return None if found is None else PerplexityResult(**found)
 
@@ -106,6 +107,7 @@ class Evaluation:
 
     @property
     def speed(self) -> Speed | None:
+        """None where it was not measured."""
         found = self.results.get("speed")
         if found is None:
             return None

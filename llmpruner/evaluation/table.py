@@ -62,6 +62,7 @@ class Evaluations(tuple[Evaluation, ...]):
 
     @property
     def lines(self) -> list[Line]:
+        """The table: a line for each quantity, with a value for each model."""
         return side_by_side(self)
 
     @property

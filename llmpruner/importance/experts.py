@@ -1,8 +1,8 @@
 """Criteria for experts, of their outputs on the tokens that the router sends to them.
 
 ``f_j(x)`` is the output of expert j on the token x, before the router's weight ``g_j(x)`` of the expert for the token;
-``X_j`` are the calibration tokens that are routed to j. Experts without tokens score 0. All four look at one expert at
-a time, and at sizes alone: none of them sees that two experts compute the same, and so neither does the cut.
+``X_j`` are the calibration tokens that are routed to j. Experts without tokens score 0. All four score each expert
+alone, by sizes: two experts that compute the same get equal scores, and neither is ranked lower for it.
 """
 
 from __future__ import annotations

@@ -50,7 +50,11 @@ class Kind(cached_property[Registry[T]], Generic[T]):
 
 
 class Catalog:
-    """The components of all plugins of a host."""
+    """The components of all plugins of a host.
+
+    Each attribute is the registry of one kind: a mapping from names to classes, which are collected when it is first
+    read. Looking a name up raises `UnknownNameError`, or `DuplicateNameError` where two plugins use it.
+    """
 
     families = Kind("family", "llmpruner_model_families", ModelFamily)
     criteria = Kind("criterion", "llmpruner_importance_criteria", ImportanceCriterion)

@@ -125,14 +125,15 @@ def llmpruner_compensations() -> Sequence[type[Compensation]]:
 
 @hookspec
 def llmpruner_calibration_sources() -> Sequence[type[CalibrationSource]]:
-    """Sources for ``--calibration``: providers of token sequences.
+    """Sources for ``--calibration``, which give token sequences.
 
     Returns: a list of `CalibrationSource` subclasses.
 
     Called: once, when a command first looks for a source. A part of ``--calibration`` that is no file and equals the
     name of a source, alone or before a colon, selects it; anything else is a file or a data set.
 
-    Errors: one that raises stops the command with its error.
+    Errors: one that raises stops the command with its error; one that returns tokens of another shape or dtype than
+    int64 (samples, length) stops it with `PluginError`.
     """
     raise NotImplementedError
 
@@ -159,7 +160,8 @@ def llmpruner_metrics() -> Sequence[type[Metric]]:
 
     Called: once, when a command first looks for a metric.
 
-    Errors: one that raises stops the command with its error.
+    Errors: one that raises stops the command with its error; one whose result is no mapping of JSON values stops it
+    with `PluginError`.
     """
     raise NotImplementedError
 
@@ -172,7 +174,8 @@ def llmpruner_exporters() -> Sequence[type[Exporter]]:
 
     Called: once, when a command first looks for an exporter.
 
-    Errors: one that raises stops the command with its error, and its output is removed.
+    Errors: one that raises stops the command with its error, and its output is removed; one that writes no file stops
+    it with `PluginError`.
     """
     raise NotImplementedError
 
@@ -212,7 +215,8 @@ def llmpruner_report_sections() -> Sequence[type[ReportSection]]:
 
     Called: once, when a page is made.
 
-    Errors: a section that raises is left out of the page, with a warning that names it.
+    Errors: a section that raises is left out of the page, with a warning that names it; a `SettingsError` stops the
+    command.
     """
     raise NotImplementedError
 

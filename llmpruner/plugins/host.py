@@ -50,6 +50,7 @@ class PluginHost:
     _recorded: list[BrokenPlugin] = field(default_factory=list)
 
     def package_of(self, plugin: str) -> str:
+        """The name of the package that ``plugin`` is from."""
         return self.packages.get(plugin, IN_PROCESS)
 
     def call(

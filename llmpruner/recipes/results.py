@@ -28,6 +28,7 @@ class StepResult:
     value: Any = field(default=None, repr=False)
 
     def as_json(self) -> dict[str, Any]:
+        """JSON values of all fields but ``value``."""
         return {
             "name": self.name,
             "command": self.command,
@@ -51,6 +52,7 @@ class RecipeResult:
         return {step.name: step for step in self.steps}[name]
 
     def as_json(self) -> dict[str, Any]:
+        """JSON values, as ``llmpruner run --json`` prints them."""
         return {"model": self.model, "output": str(self.output), "steps": [step.as_json() for step in self.steps]}
 
 
@@ -69,6 +71,7 @@ class PlannedStep:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
+        """JSON values, with ``facts`` under ``forecast``."""
         return {
             "name": self.name,
             "command": self.command,

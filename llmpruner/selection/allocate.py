@@ -8,7 +8,8 @@ from .base import AllocationTask, Taken
 
 
 def target_of(task: AllocationTask) -> int:
-    """The requested amount of ``task``. Raises `SelectionError` when all steps of all queues remove less."""
+    """The requested amount of ``task``, in the units of `Cost.remaining`; 0 where the demand is in units. Raises
+    `SelectionError` when all steps of all queues remove less."""
     target, cost = task.demand.amount or 0, task.meter.cost
     most = task.meter.removed({queue.group.name: len(queue.steps) for queue in task.queues})
     if target > most:
@@ -44,9 +45,11 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
     """Add single steps to ``taken`` until the removed amount meets the requested one, as ``task.demand.meet`` says, as
     nearly as one step allows, and return ``taken``.
 
-    One step of every queue in turn is taken if it fits, until none fits: the remainder after coarse units (a KV head
-    has the parameters of hundreds of MLP channels) is filled with finer ones. Finally, one step beyond the amount is
-    taken if that is nearer to it (``nearest``), or if the amount is not reached (``above``).
+    One step of every queue in turn is taken if it fits, until none fits: where a step of large units (a KV head has
+    the parameters of hundreds of MLP channels) would exceed the amount, smaller ones are taken. Finally, one step
+    beyond the amount is taken if that is nearer to it (``nearest``), or if the amount is not reached (``above``).
+
+    Raises `SelectionError` as `target_of` does.
     """
     target = target_of(task)
     moved = True

@@ -181,6 +181,7 @@ class PruningPlan(Frozen):
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:
+        """Group name → the units that are kept, in ascending order, for groups that lose units."""
         return {name: group.kept for name, group in self.cuts.items()}
 
     def check(self, graph: CouplingGraph) -> None:
@@ -214,6 +215,7 @@ class PruningPlan(Frozen):
         return f"<table><caption>{title}</caption><tr><th>layer</th>{head}</tr>{rows}</table>"
 
     def to_json(self) -> str:
+        """The text of the plan's file."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
@@ -222,7 +224,7 @@ class PruningPlan(Frozen):
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
-        """Raises `PlanError`, as `parse` does, or when the file cannot be read."""
+        """The plan in the file ``path``. Raises `PlanError`, as `parse` does, or when the file cannot be read."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -29,9 +29,11 @@ class Queue:
         return list(accumulate((len(step) for step in self.steps), initial=0))
 
     def removed_after(self, steps: int) -> int:
+        """Number of units that the first ``steps`` steps remove."""
         return self._totals[steps]
 
     def kept_after(self, steps: int) -> tuple[int, ...]:
+        """The units that are left after the first ``steps`` steps, in ascending order."""
         gone = {unit for step in self.steps[:steps] for unit in step}
         return tuple(unit for unit in range(self.group.units) if unit not in gone)
 
