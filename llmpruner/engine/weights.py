@@ -133,7 +133,7 @@ class StreamedWeights(Weights):
 
     def like(self, model: PreTrainedModel) -> StreamedWeights:
         """The same weights for another model with the same parameters, on the meta device."""
-        return StreamedWeights(_Passed(model, self), self.path, self.device)
+        return StreamedWeights(PassedParts(model, self), self.path, self.device)
 
     def _reading(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def read_and_run(*args: Any, **kwargs: Any) -> Any:
@@ -178,7 +178,7 @@ class StreamedWeights(Weights):
         return found
 
 
-class _Passed:
+class PassedParts:
     """The `Parts` of a model with the parameters of another one, whose weights it gets."""
 
     reads_ahead = False
