@@ -53,8 +53,9 @@ def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup
     """Raise `SelectionError` for units that ``criterion`` does not score."""
     refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
     if refused is not None:
-        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind)) or "none of this model's"
-        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units; use --kinds {kinds}")
+        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind))
+        advice = f"; use --kinds {kinds}" if kinds else ", nor others of this model; choose another criterion"
+        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units{advice}")
 
 
 def estimate(

@@ -196,6 +196,11 @@ def test_depth_criteria_score_layers_alone(llama):
         scores_of(llama, CRITERIA["block-influence"](), "layers.1.mlp")
 
 
+def test_a_criterion_of_no_kind_in_the_model_is_refused(llama):
+    with pytest.raises(SelectionError, match="'mlp' units, nor others of this model; choose another criterion"):
+        scores_of(llama, CRITERIA["expert-reap"](), "layers.1.mlp")
+
+
 @pytest.mark.parametrize("name", ["wanda-sp", "obs", "block-influence", "taylor"])
 def test_a_calibration_set_is_asked_for(llama, name):
     group = llama.graph.by_name["layers"]
