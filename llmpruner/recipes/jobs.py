@@ -230,27 +230,12 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("--unit-ratio goes in one step; use --ratio for iterative pruning")
-    reads = bool(criterion.signals - {Signal.WEIGHT}) or allocation.measures or compensation.reads_text
     calibration = None
-    if reads:
+    if bool(criterion.signals - {Signal.WEIGHT}) or allocation.measures or compensation.reads_text:
         for part in text.parts:
             given.use(part.source)
         calibration = CalibrationJob(text, chosen("samples"), chosen("length"), given.has("length"))
-        if len(text.parts) > calibration.samples:
-            raise SettingsError(
-                f"--samples {calibration.samples} cannot be shared by {len(text.parts)} sources; raise --samples"
-            )
-        if compensation.holds_out_sources and len(text.parts) == 1:
-            raise SettingsError(
-                f"{compensation.label()}: held_out = sources has no effect with one source of calibration text; "
-                "name several, or leave it out"
-            )
-        if allocation.measures and compensation.ranks_again and calibration.samples == 1:
-            raise SettingsError(
-                "cuts are measured on one sample or more, and weights fitted on the others, of which --samples 1 "
-                "leaves none; give 2 or more, or --compensate none"
-            )
-        text.order(calibration.samples)
+        _check_samples(calibration, allocation, compensation)
     else:
         for name in ("calibration", "samples", "length"):
             given.refuse(name, f"with {criterion.label()} and --compensate {compensation.name}, which read no text")
@@ -274,6 +259,25 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         meet=settings.meet,
         fixed_reduction=given.has("reduction"),
     )
+
+
+def _check_samples(calibration: CalibrationJob, allocation: Allocation, compensation: Compensation) -> None:
+    """Raise `SettingsError` (or `DataError`) for samples that the sources of the text, or those who use it, cannot
+    share."""
+    text, samples = calibration.text, calibration.samples
+    if len(text.parts) > samples:
+        raise SettingsError(f"--samples {samples} cannot be shared by {len(text.parts)} sources; raise --samples")
+    if compensation.holds_out_sources and len(text.parts) == 1:
+        raise SettingsError(
+            f"{compensation.label()}: held_out = sources has no effect with one source of calibration text; "
+            "name several, or leave it out"
+        )
+    if allocation.measures and compensation.ranks_again and samples == 1:
+        raise SettingsError(
+            "cuts are measured on one sample or more, and weights fitted on the others, of which --samples 1 "
+            "leaves none; give 2 or more, or --compensate none"
+        )
+    text.order(samples)
 
 
 def _refuse_without_effect(given: _Given, settings: PruneSettings, amount: str) -> None:
