@@ -21,21 +21,7 @@ class ComponentSettings(BaseModel):
 
 
 class Component:
-    """A class with a name, a one-line summary, and settings.
-
-    ::
-
-        class Magnitude(ImportanceCriterion):
-            name = "magnitude"
-            summary = "sum of |w| to a power"
-
-            class Settings(ComponentSettings):
-                power: float = Field(1.0, gt=0, description="The power.")
-
-            settings: Settings
-
-            def saliency(self, signals):
-                return signals.weight.abs() ** self.settings.power
+    """A class with a name, a one-line summary, and settings; `ImportanceCriterion` has a complete example.
 
     An instance is created from settings, as keywords or as an instance of ``Settings``, and keeps no other state
     between calls.
