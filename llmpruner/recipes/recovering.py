@@ -29,7 +29,7 @@ from ..recovery.dense_text import ANSWER_TOKENS, TEXT_TOKENS, WRITTEN_FILE, Dens
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
 from ..recovery.run import RecoveryResult, TrainingData, alone_with, check_work_dir, prepare, recover
-from ..report.curve import loss_curve
+from ..report.loss_curve import loss_curve
 from ..settings import LoadSettings, RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
 from .checks import check_adapters, check_recover

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, log10
 
-from .curve import Tick, round_numbers
+from .loss_curve import Tick, round_numbers
 from .templates import rendered
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 16, 44

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..recovery.losses import loss_text
 from .base import ReportSection, ReportSubject
-from .curve import loss_curve
+from .loss_curve import loss_curve
 from .templates import rendered
 
 

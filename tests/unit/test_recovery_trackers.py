@@ -15,7 +15,7 @@ from llmpruner import Catalog, ReportSubject, SettingsError, plugin_manager
 from llmpruner.recipes import jobs
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.losses import first_and_last
-from llmpruner.report.curve import loss_curve
+from llmpruner.report.loss_curve import loss_curve
 from llmpruner.report.recovery import RecoverySection
 from llmpruner.settings import RecoverSettings
 

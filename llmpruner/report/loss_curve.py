@@ -46,7 +46,7 @@ def loss_curve(training: Mapping[str, Any]) -> str:
         return [(f"{x(step):.1f}", f"{y(loss):.1f}") for step, loss in points]
 
     return rendered(
-        "curve.svg.j2",
+        "loss_curve.svg.j2",
         width=_WIDTH,
         height=_HEIGHT,
         left=_LEFT,
