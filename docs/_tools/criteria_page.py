@@ -15,7 +15,7 @@ from llmpruner import Catalog
 from llmpruner.compensation import least_squares, repair
 from llmpruner.component import Component
 from llmpruner.engine.signals import Signal
-from llmpruner.importance import reductions
+from llmpruner.importance import obs, reductions, removal
 from llmpruner.importance.base import ImportanceCriterion
 from llmpruner.plugins.registry import Registry
 from llmpruner.selection import normalize
@@ -108,7 +108,7 @@ def _amount(defaults: Any) -> str:
 def _criteria() -> list[str]:
     lines: list[str] = []
     for module, classes in criteria().items():
-        lines += _module(module)
+        lines += _module(EXPLAINED.get(module, module))
         for cls in classes:
             lines += [line.replace("### ", "#### ", 1) for line in _component(cls, _facts(cls))]
     return lines
@@ -139,6 +139,8 @@ def _compensations() -> list[str]:
     return [*_components(CATALOG.compensations), *_module(repair), *_module(least_squares)]
 
 
+EXPLAINED = {obs: removal}
+"""Module of a criterion → the one that has its equations, where they are elsewhere."""
 LISTED = {"reductions": get_args(Reduction), "normalizations": normalize.NORMALIZATIONS}
 SPECIAL = {
     "methods": _methods,

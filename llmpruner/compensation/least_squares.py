@@ -4,12 +4,12 @@ For inputs X (n × in), targets T (n × out) and old weights W₀ (out × in) th
 
     W = argmin ‖X Wᵀ − T‖² + λ‖W − W₀‖²  =  (TᵀX + λW₀)(XᵀX + λI)⁻¹,
 
-which keeps the old weights in directions of the input space without data. λ is one of `RIDGES` times the mean diagonal
-of XᵀX. With weights of the rows, X and T are multiplied by their roots. Sums over tokens are float32; systems are
-solved in float64.
+which keeps the old weights in directions of the input space without data. λ is the mean diagonal of XᵀX times one of
+`RIDGES`, from 0.001 to 3. With weights of the rows, X and T are multiplied by their roots. Sums over tokens are
+float32; systems are solved in float64.
 
-The targets may be T + m · D with m, one of `MIXES`, chosen like λ. All fits are judged by their error to T + D, so that
-m < 1 is chosen where a fit to less of D comes nearer to T + D on other tokens.
+The targets may be T + m · D with m, one of `MIXES` (0, 0.25, 0.5, 0.75 and 1), chosen like λ. All fits are compared by
+their error to T + D, so that m < 1 is chosen where a fit to less of D comes nearer to T + D on other tokens.
 """
 
 from __future__ import annotations

@@ -50,5 +50,5 @@ class CalibrationSource(Component):
     def sample(self, task: SampleTask) -> torch.Tensor:
         """Token ids of the model's vocabulary, int64 of shape (samples, length). The same task gives the same tokens;
         another shape or dtype is a `PluginError`. Raises `DataError` for a text that is missing, malformed or too
-        short, and for a model without a tokenizer where one is needed."""
+        short, and `ModelError` for a model without a tokenizer where one is needed."""
         raise NotImplementedError

@@ -29,10 +29,10 @@ _COMPARED = 64
 
 
 class AnswersMetric(Metric):
-    """Mean loss of the tokens of answers, each after its question in the model's chat format, as in recovery
-    (`llmpruner.families.labelled`): what a pruned chat model has lost in use, where perplexity on plain text says how
-    it continues documents. Tokens of questions and of the format are read and not counted, but for those that end an
-    answer.
+    """Mean loss in nats of the tokens of answers, each after its question in the model's chat format, as in recovery
+    (`llmpruner.families.labelled`), and its perplexity. It measures a chat model as it is used; perplexity of plain
+    text measures how a model continues documents. Tokens of questions and of the format are read and not counted, but
+    for those that end an answer.
 
     With ``kl``, the divergence is from the first model's predictions of the same tokens, and both are in memory.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ChatSource(CalibrationSource):
-    """Instruction data (for its forms see `llmpruner.data.conversations`) as the model sees it in use: in the
+    """Instruction data (for its forms see `llmpruner.data.conversations`) as the model gets it in use: in the
     tokenizer's chat template, else the format of the family. Every sample begins with a whole conversation, further
     ones follow until it is full, and the last is cut; all are used, in random order, before one is used again."""
 

@@ -18,8 +18,8 @@ class SelfWritten(CalibrationSource):
     """Text sampled from the model; nothing is read or downloaded. See `llmpruner.data.written`, and for conversations
     `llmpruner.families.written_chats`.
 
-    Text without conversations tells nothing of the tokens of a chat format, which every prompt in a chat has, and whose
-    hidden states differ from those of words. With ``chats``, a pruned model is nearer to the dense one in chats, and
+    Text without conversations has no tokens of a chat format, which every prompt in a chat has, and whose hidden states
+    differ from those of words. With ``chats``, a pruned model is nearer to the dense one in chats, and
     further from it on other text.
     """
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class OptimalBrainSurgeon(ImportanceCriterion):
     """Units are removed one after another, each time the one whose removal increases the squared error of the output
     least, with a least-squares update of the other weights. A unit's score is the accumulated error after its removal
-    (Hassibi and Stork, 1993; SlimGPT, Ling et al., 2024; equations in `llmpruner.importance.removal`)."""
+    (`llmpruner.importance.removal` has the equations; Hassibi and Stork, 1993; SlimGPT, Ling et al., 2024)."""
 
     name = "obs"
     summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon on the Gram matrix of a weight's inputs.
+"""Optimal Brain Surgeon, on the Gram matrix of a weight's inputs.
 
 Units are removed one after another, always the one whose removal increases the error least, and after each the weights
 of the remaining ones are fitted again. With the weight W (d_out, d_in), its inputs x, H = E[xxᵀ] + λI and the columns u
