@@ -576,8 +576,8 @@ class RecoverSettings(Settings):
     pack: Annotated[
         bool,
         Field(
-            description="Join examples to rows of --cutoff tokens, so that no time goes into padding; attention sees "
-            "the earlier examples of a row."
+            description="Join examples to rows of --cutoff tokens, so that no time goes into padding; attention "
+            "includes the earlier examples of a row."
         ),
         Option(_TRAINING),
     ] = False

@@ -49,8 +49,9 @@ def _plain(text: str) -> str:
 
 
 def document(thing: Any) -> str:
-    """The docstring of ``thing`` alone, not that of a base class; empty when it has none."""
-    return inspect.cleandoc(thing.__doc__ or "")
+    """The docstring of ``thing`` alone, not that of a base class; empty when it has none. Without the rule for the code
+    of a module, which is for those who change it."""
+    return inspect.cleandoc(thing.__doc__ or "").replace("Imports no torch.", "").strip()
 
 
 def attributes(cls: type) -> dict[str, tuple[str, str]]:

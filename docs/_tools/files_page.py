@@ -27,7 +27,7 @@ RECORD = {
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
     "calibration_passages": "Fingerprints (12 hexadecimal digits) of one in 32 passages of 13 words of the text that "
-    "calibrations read, from which `evaluate` sees that a model is judged on it; absent where none was read.",
+    "calibrations read, by which `evaluate` warns of a model that is measured on it; absent where none was read.",
     "work": "One for each of the plans: its [fits and scores](#work); null where an older version made the cut.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }

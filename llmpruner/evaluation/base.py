@@ -130,7 +130,7 @@ class Metric(Component):
         return 1000.0
 
     def texts(self) -> Mapping[str, str]:
-        """Name → text that models are judged on, which is compared with the calibration text of pruned models. Called
+        """Name → text that models are measured on, which is compared with the calibration text of pruned models. Called
         after `prepare`."""
         return {}
 

@@ -38,7 +38,7 @@ class AngularDistance(ImportanceCriterion):
 class AngularBlock(ImportanceCriterion):
     """The least angular distance E[arccos cos(h_l, h_l+n)]/π of all blocks l … l+n−1 that a layer is in, n being the
     number of layers that the plan removes: so the layers that go are one block, the one whose output is nearest to its
-    input (Gromov et al., 2024, algorithm 1). `AngularDistance` looks at each layer alone, and may remove layers that
+    input (Gromov et al., 2024, algorithm 1). `AngularDistance` scores each layer alone, and may remove layers that
     change little by themselves and much together.
 
     Blocks are of layers that may be removed. Memory: hidden states before every layer, up to ``--boundary-memory``,

@@ -26,7 +26,7 @@ class LocalStrategy(RecoveryStrategy):
     layer in the pruned and in the dense model: the norm of the next layer divides by ‖y‖, so every token counts alike.
     A hidden state counts as a trained token where the next token is one. Where layers were removed, the target of
     a layer is the output of the last removed layer after it (of the first one kept, those before it are covered too),
-    so that it learns to replace them. Embeddings, the final norm and the head stay as they are.
+    so that it is trained to replace them. Embeddings, the final norm and the head stay as they are.
 
     Each layer is trained by AdamW, in float32, without dropout, and rounded to its dtype
     afterwards. Where that does not lower its loss (over all of the data or, from 16 micro-batches on, over every second

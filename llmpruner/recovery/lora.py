@@ -20,7 +20,8 @@ class LoraStrategy(RecoveryStrategy):
         alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
         dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
         rslora: bool = Field(
-            False, description="Multiply by alpha / √rank, so that a high rank learns as fast (Kalajdzievski, 2023)."
+            False,
+            description="Multiply by alpha / √rank, so that updates do not shrink with the rank (Kalajdzievski, 2023).",
         )
         dora: bool = Field(
             False,
