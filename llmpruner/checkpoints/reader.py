@@ -26,11 +26,12 @@ class CheckpointReader(Component):
         raise NotImplementedError
 
     def read_config(self, path: Path) -> PreTrainedConfig:
-        """The configuration. Reads no weights."""
+        """The configuration. Reads no weights. Raises `CheckpointError` for a file that is damaged or missing."""
         raise NotImplementedError
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-        """The model with its weights, in ``dtype`` (None: as stored). Must never unpickle code."""
+        """The model with its weights, in ``dtype`` (None: as stored), on the CPU. Must never unpickle code. Raises
+        `CheckpointError` for a tensor that is missing, misshapen or damaged."""
         raise NotImplementedError
 
     def open_model(self, path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, TensorSource]:
@@ -38,7 +39,7 @@ class CheckpointReader(Component):
         source beside it. Names and shapes of the stored tensors are checked, and no values are read.
 
         It may be left out: models of this format are then loaded as a whole, and ``--max-memory`` refuses those that do
-        not fit."""
+        not fit. Raises `CheckpointError` as `read_model` does."""
         raise NotImplementedError
 
     def streams(self, path: Path) -> bool:

@@ -225,7 +225,9 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     if not allocation.compares_groups:
         given.refuse("normalize", f"with --allocation {allocation.name}, which compares no scores of different groups")
     if allocation.one_step and settings.steps > 1:
-        raise SettingsError(f"--allocation {allocation.name} knows the model before the first cut; leave --steps out")
+        raise SettingsError(
+            f"--allocation {allocation.name} holds for the model before the first cut alone; leave --steps out"
+        )
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
     if settings.steps > 1 and amount == "unit_ratio":

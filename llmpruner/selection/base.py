@@ -91,7 +91,7 @@ class Allocation(Component):
     compares_groups: ClassVar[bool] = False
     """Whether scores of different groups are compared, so that ``--normalize`` has an effect."""
     one_step: ClassVar[bool] = False
-    """Whether it knows the model before the first cut alone, so that ``--steps`` has no use."""
+    """Whether what it uses was measured on the model before the first cut, so that ``--steps`` is refused."""
     equal_shares: ClassVar[bool] = False
     """Whether the numbers of units do not depend on scores, but for which group loses the last unit; a compensation may
     choose the units then."""
