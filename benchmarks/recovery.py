@@ -203,15 +203,15 @@ def page(done: dict[str, Any]) -> str:
         "SmolLM2-135M-Instruct after 20 % of its decoder was removed by the default method, on text that it generated; "
         "in the rows that say so, 40 %, calibrated on WikiText-2's validation part. Perplexity on 20,480 tokens of "
         "WikiText-2 test, of answers to instructions, and of chats (the same answers with their instructions, in the "
-        "model's chat format), in windows of 512, which neither the cut nor the training has seen. "
-        "*Given back*: of the loss that the cut added, in nats per token, the share that is gone again. KL: mean "
+        "model's chat format), in windows of 512; neither the cut nor the training read these texts. "
+        "*Recovered*: of the loss that the cut added, in nats per token, the share that the training removed. KL: mean "
         "divergence from the dense model per token of WikiText-2, or of chats, in nats. Tokens: at most so many, as "
         "examples that are not packed may be shorter.",
         "",
-        "`full` and `lora` learn the next tokens of their data, so that perplexity falls on text like it, and the "
-        "divergence may rise; `distil` and `local` train toward the dense model.",
+        "`full` and `lora` are trained on the next tokens of their data, so that perplexity falls on text like it, and "
+        "the divergence may rise; the targets of `distil` and `local` are the dense model's outputs.",
         "",
-        "| | minutes | steps × examples | tokens | WikiText-2 | given back | instructions | given back | KL "
+        "| | minutes | steps × examples | tokens | WikiText-2 | recovered | instructions | recovered | KL "
         "| chats | KL, chats | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         _row("dense", done["dense"]),
@@ -223,7 +223,7 @@ def page(done: dict[str, Any]) -> str:
         lines.append(_row(start, done[start]))
         for name in sorted(ways, key=lambda name: float(done[name]["wikitext2"])):
             found = done[name]
-            # Every layer sees the same tokens.
+            # Every layer is trained on the same tokens.
             steps = found["steps"] // BY_LAYER.get(name, 1)
             trained = f"{steps} × {batch_of(found)}"
             tokens = f"{steps * batch_of(found) * _option(found, '--cutoff', CUTOFF):,}"
