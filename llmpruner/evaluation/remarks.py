@@ -11,8 +11,8 @@ from .results import Evaluation
 SEEN = 0.05
 """Share of a text's passages in the calibration text from which on the two are said to overlap."""
 _FACTOR, _NATS = 2.0, 0.2
-"""A repair is said to have helped its own text alone where the loss that the cut adds on another text is larger by this
-factor, and by so many nats per token, than on its own."""
+"""A cut is said to suit its calibration text most where the loss that it adds on another text is larger by this factor,
+and by so many nats per token, than on that text."""
 
 
 def is_uneven(own: float, other: float) -> bool:
@@ -21,13 +21,13 @@ def is_uneven(own: float, other: float) -> bool:
 
 
 def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
-    """One line each: texts that a model's calibration read, and repairs that helped these texts alone."""
+    """One line each: texts that a model's calibration read, and cuts that suit these texts alone."""
     first = evaluations[0] if evaluations else None
     found = []
     for one in evaluations:
         found += list(_seen(one))
         if first is not None and one is not first and not first.calibration_overlap:
-            found += list(_helped_its_own(one, first))
+            found += list(_suits_its_own(one, first))
     return found
 
 
@@ -40,7 +40,7 @@ def _seen(one: Evaluation) -> Iterator[str]:
             )
 
 
-def _helped_its_own(one: Evaluation, dense: Evaluation) -> Iterator[str]:
+def _suits_its_own(one: Evaluation, dense: Evaluation) -> Iterator[str]:
     """Compares the ratios of perplexities, pruned to dense, on a text that the calibration read and on others."""
     added = _added_loss(one, dense)
     own = {name: nats for name, nats in added.items() if one.calibration_overlap.get(name, 0.0) >= SEEN}
@@ -50,9 +50,9 @@ def _helped_its_own(one: Evaluation, dense: Evaluation) -> Iterator[str]:
     for name, nats in added.items():
         if name not in own and is_uneven(own[seen], nats):
             yield (
-                f"{one.name}: the repair helped its own text most: the perplexity is {exp(nats):.2f} times the dense "
-                f"model's on {Path(name).name}, {exp(own[seen]):.2f} times on {Path(seen).name}, which its calibration "
-                "read; calibrate on a mixture of texts like those that the model is for"
+                f"{one.name}: the cut suits its calibration text most: the perplexity is {exp(nats):.2f} times the "
+                f"dense model's on {Path(name).name}, {exp(own[seen]):.2f} times on {Path(seen).name}, which its "
+                "calibration read; calibrate on a mixture of texts like those that the model is for"
             )
 
 
