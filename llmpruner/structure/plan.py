@@ -69,7 +69,8 @@ class Frozen(BaseModel):
 
 
 class BaseRef(Frozen):
-    """The model a plan was made for. ``structure`` is `structure_of` its coupling graph."""
+    """The model a plan was made for. ``model``: its reference; ``revision``: of a hub model. ``structure``: SHA-256 over
+    the names and shapes of its parameters; a plan is refused for a model with another."""
 
     model: str
     revision: str | None = None
@@ -118,8 +119,8 @@ class EstimationRecord(Frozen):
 
 
 class SelectionRecord(Frozen):
-    """How units were selected by their scores. ``settings``: of the allocation. ``shape``,
-    ``round_to``: of kept widths."""
+    """How units were selected by their scores. ``kinds``, ``layers``: which units could be removed. ``settings``: of the
+    allocation. ``shape``, ``round_to``: of kept widths."""
 
     kinds: tuple[str, ...]
     layers: Units
@@ -157,7 +158,8 @@ class CompensationRecord(Frozen):
 
 
 class GroupCut(Frozen):
-    """One group that loses units: ``units`` before the cut, and which of them are ``kept``."""
+    """One group that loses units: their number ``units`` before the cut, and which of them are ``kept``, by their
+    numbers from 0."""
 
     kind: str
     layer: int | None = None
@@ -167,7 +169,8 @@ class GroupCut(Frozen):
 
 class PruningPlan(Frozen):
     """What is removed, and how that was chosen. ``cuts``: group name → its cut; groups that keep all units are left
-    out. ``compensation``: None where weights are left as they are."""
+    out. ``compensation``: None where weights are left as they are. ``seed``: of all random numbers. A plan of another
+    ``schema_version`` is refused."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     base: BaseRef
