@@ -69,8 +69,8 @@ class Frozen(BaseModel):
 
 
 class BaseRef(Frozen):
-    """The model a plan was made for. ``model``: its reference; ``revision``: of a hub model. ``structure``: SHA-256 over
-    the names and shapes of its parameters; a plan is refused for a model with another."""
+    """The model a plan was made for. ``model``: its reference; ``revision``: the commit of a hub model. ``structure``:
+    SHA-256 over the names and shapes of its parameters; a plan is refused for a model with another."""
 
     model: str
     revision: str | None = None
@@ -119,8 +119,8 @@ class EstimationRecord(Frozen):
 
 
 class SelectionRecord(Frozen):
-    """How units were selected by their scores. ``kinds``, ``layers``: which units could be removed. ``settings``: of the
-    allocation. ``shape``, ``round_to``: of kept widths."""
+    """How units were selected by their scores. ``kinds``, ``layers``: which units could be removed. ``settings``: of
+    the allocation. ``shape``, ``round_to``: of kept widths."""
 
     kinds: tuple[str, ...]
     layers: Units
