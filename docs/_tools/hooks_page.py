@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import structure_page
-from docstrings import attributes, class_section, document, function_lines, function_of, is_property, markdown, methods
+from docstrings import attributes, document, function_lines, function_of, is_property, markdown, methods
+from structure_page import class_with_import
 
-import llmpruner
 from llmpruner.benching.base import BenchSubject, Session
 from llmpruner.benching.work import Work
 from llmpruner.budgets.base import BudgetSubject
@@ -88,17 +87,12 @@ def render() -> str:
     for name, spec in hooks().items():
         first, _, _ = document(spec).partition("\n")
         lines.append(f"| [`{name}`](#{name}) | {markdown(first).rstrip('.')} |")
-    lines += ["", "## What all classes share", "", *(line for cls in SHARED for line in _class(cls))]
+    lines += ["", "## What all classes share", "", *(line for cls in SHARED for line in class_with_import(cls))]
     for name, spec in hooks().items():
         lines += ["", f"## {name}", "", *function_lines(spec, name)]
         lines += ["", LINKS[name]] if name in LINKS else []
-        lines += [line for cls in CLASSES.get(name, ()) for line in _class(cls)]
+        lines += [line for cls in CLASSES.get(name, ()) for line in class_with_import(cls)]
         for function in FUNCTIONS.get(name, ()):
             lines += ["", f"### {function.__name__}", "", f"`from llmpruner import {function.__name__}`", ""]
             lines += function_lines(function, function.__name__)
     return "\n".join(lines) + "\n"
-
-
-def _class(cls: type) -> Iterator[str]:
-    public = cls.__name__ in llmpruner.__all__
-    return class_section(cls, imported=f"from llmpruner import {cls.__name__}" if public else None)

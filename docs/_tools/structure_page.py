@@ -1,8 +1,9 @@
-"""The reference of structure and signals: spans, groups, layouts, and what criteria are shown."""
+"""The reference of structure and signals: spans, groups, layouts, and the signals that criteria get."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from docstrings import class_section, document, function_lines, markdown
@@ -39,13 +40,13 @@ def render() -> str:
     ]
     words = ", ".join(f"`{name}` (`{getattr(coupling, name)!r}`)" for name in KINDS)
     lines += [f"Kinds of units that llmpruner itself knows: {words}. A family may add words of its own.", ""]
-    lines += [line for cls in STRUCTURE for line in _class(cls)]
+    lines += [line for cls in STRUCTURE for line in class_with_import(cls)]
     lines += ["", "### index_map", "", "`from llmpruner import index_map`", "", *function_lines(index_map, "index_map")]
     lines += ["", "## Layouts", "", "`from llmpruner import layouts`", "", markdown(document(layouts))]
     for function in BUILDERS:
         lines += ["", f"### layouts.{function.__name__}", "", *function_lines(function, function.__name__)]
     lines += ["", "## Signals", "", markdown(document(signals)), "", markdown(document(position))]
-    lines += [line for cls in SIGNALS for line in _class(cls)]
+    lines += [line for cls in SIGNALS for line in class_with_import(cls)]
     return "\n".join(lines) + "\n"
 
 
@@ -56,6 +57,7 @@ INTRODUCTION = (
 )
 
 
-def _class(cls: type) -> Any:
+def class_with_import(cls: type) -> Iterator[str]:
+    """The section of a class, with its import where it is public."""
     public = cls.__name__ in llmpruner.__all__
     return class_section(cls, imported=f"from llmpruner import {cls.__name__}" if public else None)

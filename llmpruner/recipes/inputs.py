@@ -16,6 +16,7 @@ from .. import __version__
 from ..checkpoints.adapters import adapter_base
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..component import Component
+from ..data.documents import is_file
 from ..loading.model import Model
 from ..loading.reference import resolve
 from ..settings import LoadSettings
@@ -69,14 +70,7 @@ def files_in(value: Any) -> Iterator[Path]:
         for part in (text, *re.split(r"\s*,\s*", text)):
             share = re.fullmatch(r"\d+(?:\.\d+)?\*(.+)", part, re.S)
             name = share[1] if share else part
-            yield from (Path(found) for found in (name, name.partition(":")[2]) if found and _is_file(found))
-
-
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte
-        return False
+            yield from (Path(found) for found in (name, name.partition(":")[2]) if found and is_file(found))
 
 
 def model_fingerprint(structure: Structure, catalog: Catalog, hashes: Callable[[Path], str]) -> dict[str, Any]:
