@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..checkpoints.manifest import sha256
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
-from ..files import Held, check_new_directory, check_unused, write_text
+from ..files import Held, check_new_directory, check_unused, write_text, writing
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"
@@ -209,7 +209,9 @@ def locked(folder: Path) -> Iterator[Held]:
     """The folder, created where it does not exist, for this process alone. Raises `OutputError`."""
     if not folder.exists():
         check_new_directory(folder)
-        folder.mkdir()
+        # Another run may have created it meanwhile: the lock decides which of them goes on.
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
