@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..checkpoints.manifest import sha256
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
-from ..files import Held, check_new_directory, check_unused, write_text, writing
+from ..files import Held, check_new_directory, check_unused, holds_files, write_text, writing
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"
@@ -71,7 +71,7 @@ class State:
             raise OutputError(f"'{self.folder}' is no folder; choose another output")
         try:
             if not self._file.exists():
-                if self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):
+                if self.folder.exists() and holds_files(self.folder, but=LOCK):
                     raise OutputError(
                         f"'{self.folder}' exists already, and no recipe was run in it; choose another output"
                     )

@@ -17,7 +17,7 @@ from ..amounts import counted
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
-from ..files import Held, alone_in, write_failure, write_text
+from ..files import Held, alone_in, holds_files, write_failure, write_text
 from ..models.vocabulary import check_ids
 from ..progress import QUIET, Progress
 from ..settings import RecoverSettings, option_of
@@ -347,7 +347,7 @@ def check_work_dir(work_dir: Path) -> None:
     """Raise `OutputError` for a directory that is neither new, nor empty, nor that of a recovery job."""
     try:
         ours = any((work_dir / name).is_file() for name in (_IDENTITY, WRITTEN_FILE))
-        if work_dir.exists() and not ours and any(work_dir.iterdir()):
+        if work_dir.exists() and not ours and holds_files(work_dir):
             raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None
