@@ -358,7 +358,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     file = work_dir / _IDENTITY
     try:
         if file.is_file():
-            found = json.loads(file.read_text())
+            found = dict(json.loads(file.read_text()))
             changed = [key for key, value in identity.items() if found.get(key) != value]
             if changed:
                 raise OutputError(
@@ -369,7 +369,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
         check_work_dir(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(identity, indent=2) + "\n")
-    except json.JSONDecodeError:
+    except (ValueError, TypeError):
         raise OutputError(f"{file} is damaged; delete {work_dir} and start again") from None
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None
