@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -21,6 +22,7 @@ from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
+from llmpruner.families import written_chats
 from llmpruner.families.chat_source import ChatSource, packed
 from llmpruner.families.family import ModelFamily
 from llmpruner.families.self_written import SelfWritten
@@ -391,6 +393,34 @@ def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, me
     monkeypatch.setattr(written, "self_generated", None)
     with pytest.raises(error, match=message):
         sampled(loaded, tokenizer, **amount)
+
+
+def test_conversations_need_samples_of_more_than_twice_their_format(chatty):
+    with pytest.raises(DataError) as refused:
+        sampled(*chatty, samples=1, chats=1, length=16)
+    (most,) = (int(number) for number in re.findall(r"more than (\d+) tokens", str(refused.value)))
+    with pytest.raises(DataError, match="need samples of more than"):
+        sampled(*chatty, samples=1, chats=1, length=most)
+    assert sampled(*chatty, samples=1, chats=1, length=most + 1).shape == (1, most + 1)
+
+
+def test_an_answer_is_drawn_with_other_numbers_than_its_question(chatty, monkeypatch):
+    drawn, own = [], written_chats.answered
+    monkeypatch.setattr(written_chats, "answered", lambda *args: drawn.append(args[3]) or own(*args))
+    sampled(*chatty, samples=1, chats=1)
+    questions, answers = drawn
+    assert questions.shape[1] == written_chats.QUESTION_TOKENS and answers.shape[1] == written_chats.ANSWER_TOKENS
+    assert not torch.isin(questions, answers).any()
+
+
+@pytest.mark.parametrize("batch", [64, 2])
+def test_more_conversations_are_written_where_they_are_too_short_for_a_sample(chatty, monkeypatch, batch):
+    own = written_chats.answered
+    monkeypatch.setattr(written_chats, "answered", lambda *args: own(*args[:3], args[3][:, :2]))
+    found = sampled(*chatty, samples=1, chats=1, batch=batch)
+    assert found.shape == (1, 128) and torch.equal(found, sampled(*chatty, samples=1, chats=1))
+    text = chatty[1].decode(found[0])
+    assert text.count("user: ") > 4
 
 
 def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypatch):
