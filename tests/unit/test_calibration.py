@@ -373,6 +373,7 @@ def test_a_share_of_the_samples_is_conversations_that_the_model_writes(chatty):
     [
         ("no template", ModelError, "has no chat format, or one that changes messages, so it cannot write conv"),
         ("another form", ModelError, "changes messages, so it cannot write conversations; leave self.chats out"),
+        ("an encoder", ModelError, "has no chat format, or one that changes messages, so it cannot write conv"),
         ("no tokenizer", ModelError, "brings no tokenizer, so it cannot write conversations"),
         (
             "short samples",
@@ -387,6 +388,8 @@ def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, me
     amount = {"short samples": {"length": 16}, "few samples": {"samples": 3}}.get(why, {})
     if why == "no tokenizer":
         tokenizer = None
+    elif why == "an encoder":
+        loaded.model.config.is_encoder_decoder = True
     elif why in ("no template", "another form"):
         tokenizer.chat_template = {"no template": None, "another form": "{{ messages[0].content | upper }}"}[why]
     # Before passages are written, which takes longer.
@@ -454,6 +457,24 @@ def test_a_format_of_a_family_is_written_too(chatty):
     row = sampled(loaded, tokenizer, samples=1, chats=1, family=Named())[0]
     text = tokenizer.decode(row)
     assert text.startswith(("USER: ", "<s>USER: ", "<s> USER: ")) and text.count("ASSISTANT:") >= 1
+
+
+def test_an_answer_ends_at_the_text_at_which_its_family_stops(chatty, monkeypatch):
+    loaded, tokenizer = chatty
+    tokenizer.chat_template = None
+
+    class Stopping(ModelFamily):
+        has_own_format = True
+        stop_text = "###"
+
+        def format_prompt(self, instruction, input=""):
+            return f"USER: {instruction} ASSISTANT:"
+
+    said = tokenizer("Elbe and Loire.### Paris", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(written_chats, "answered", lambda model, tokenizer, prompts, numbers: [said] * len(prompts))
+    text = tokenizer.decode(sampled(loaded, tokenizer, samples=1, chats=1, family=Stopping())[0])
+    (answer, *_) = text.split("ASSISTANT:")[1].split("</s>")
+    assert answer.strip() == "Elbe and Loire."
 
 
 def test_every_conversation_is_used_before_one_is_used_again():
