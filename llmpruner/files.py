@@ -57,6 +57,13 @@ def _replace(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def holds_files(folder: Path, *, but: str | None = None) -> bool:
+    """Whether anything is in a folder, other than the file ``but`` and what killed processes had begun to write, see
+    `write_text` and `new_directory`."""
+    names = (file.name for file in folder.iterdir())
+    return any(name != but and not re.fullmatch(r"\..+\.\d+\.partial", name) for name in names)
+
+
 def exists(path: Path) -> bool:
     """As `Path.exists`; False for what no file system takes as a name, such as one of 300 characters."""
     try:

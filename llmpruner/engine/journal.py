@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
-from ..files import Held, alone_in, check_unused, remove_tree, write_text, writing
+from ..files import Held, alone_in, check_unused, holds_files, remove_tree, write_text, writing
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Journal:
                     f"'{folder}' has the results of an interrupted run with other settings; continue that one with its "
                     "own command, or start anew with --restart, which removes them"
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and holds_files(folder):
             raise OutputError(f"'{folder}' is in the way: it is not the folder of an interrupted run; move it away")
 
     @contextmanager
@@ -132,6 +132,9 @@ class Journal:
             return
         began = time.monotonic()
         layers = state["layers"]
+        if self._ranks.first:
+            # Before hidden states, without which a folder is not known as that of an interrupted run.
+            self._create()
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
             for name, found in states.items():

@@ -95,9 +95,8 @@ class AnswersMetric(Metric):
         return [text for one in self._examples for text in example_texts(one)]
 
     def depends_on(self, part: str) -> Mapping[str, Any]:
-        own = {key: value for key, value in self.record().items() if key != "data"}
-        content = json.dumps([[type(one).__name__, asdict(one)] for one in self._examples], sort_keys=True)
-        return {**own, "data": hashlib.sha256(content.encode()).hexdigest()}
+        content = json.dumps([asdict(one) for one in self._examples], sort_keys=True)
+        return {**self.record(), "data": hashlib.sha256(content.encode()).hexdigest()}
 
     def texts(self) -> Mapping[str, str]:
         return {self.name: "\n".join(self._all_texts())}

@@ -266,7 +266,7 @@ class TasksMetric(Metric):
 
     def depends_on(self, part: str) -> Mapping[str, Any]:
         own = {key: value for key, value in self.record().items() if key not in ("names", "include_path")}
-        return {**own, "task": self.tasks.identity(part, self.settings.limit)}
+        return {**own, "task": self.tasks.identity(part, self.settings.limit, self.settings.num_fewshot)}
 
     def texts(self) -> Mapping[str, str]:
         return {part: self.tasks.text(part, self.settings.limit) for part in self.parts()}

@@ -73,14 +73,18 @@ class LoadedTasks:
         """Number of rows that are evaluated; a group's are those of all its tasks."""
         return sum(len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs)) for task in self.of(name))
 
-    def identity(self, name: str, limit: int | None) -> dict[str, Any]:
-        """JSON values that change with anything that the scores depend on besides model and settings."""
+    def identity(self, name: str, limit: int | None, num_fewshot: int | None = None) -> dict[str, Any]:
+        """JSON values that change with anything that the scores depend on besides model and settings. ``num_fewshot``:
+        as in `evaluate_tasks`."""
         digest = hashlib.sha256()
         for task in self.of(name):
             digest.update(json.dumps(task.dump_config(), sort_keys=True, default=_described).encode())
             digest.update(json.dumps(_docs(task, limit), sort_keys=True, default=str).encode())
-            # Examples are drawn from all rows of another split.
-            digest.update(str(getattr(task.dataset, "num_rows", None)).encode())
+            if task.config.num_fewshot if num_fewshot is None else num_fewshot:
+                # Examples are drawn from these rows, which may be of another split.
+                with only_errors("lm_eval"):
+                    shown = list(task.fewshot_docs())
+                digest.update(json.dumps(shown, sort_keys=True, default=str).encode())
         return {"name": name, "sha256": digest.hexdigest(), "lm-eval": metadata.version("lm-eval")}
 
     def text(self, name: str, limit: int | None) -> str:

@@ -58,19 +58,27 @@ def written_chats(
             f"conversations need samples of more than {2 * around} tokens, as {around} are of the chat format; raise "
             "--length, or leave self.chats out"
         )
-    wanted = -(-samples * length // (around + WRITTEN_TOKENS))
     points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     end, chats = frame.after.strip(), list[list[int]]()
-    for first in progress.track(range(0, wanted, batch), "Writing conversations"):
-        numbers = points.draw(min(batch, wanted - first))
-        written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :QUESTION_TOKENS])
-        # Where the end of a message is text, not a token at which generation stops, the model writes it, and goes on.
-        questions = [_text(tokenizer, ids, end) for ids in written]
-        prompts = [_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
-        answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS:])
-        for question, ids in zip(questions, answers, strict=True):
-            example = Instruction(question, _text(tokenizer, ids, family.stop_text))
-            chats += [tokens_of(tokenizer, text) for text in training_texts(example, family, tokenizer)]
+
+    def write(count: int) -> None:
+        for first in progress.track(range(0, count, batch), "Writing conversations"):
+            numbers = points.draw(min(batch, count - first))
+            written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :QUESTION_TOKENS])
+            # Where the end of a message is text, not a token at which generation stops, the model writes it, and goes
+            # on.
+            questions = [_text(tokenizer, ids, end) for ids in written]
+            prompts = [_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
+            answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS:])
+            for question, ids in zip(questions, answers, strict=True):
+                example = Instruction(question, _text(tokenizer, ids, family.stop_text))
+                chats.extend(tokens_of(tokenizer, text) for text in training_texts(example, family, tokenizer))
+
+    write(-(-samples * length // (around + WRITTEN_TOKENS)))
+    short = length - sum(map(len, chats))
+    if short > 0:
+        # Of few samples, where conversations are shorter than what is counted on.
+        write(-(-short // max(around, 1)))
     return torch.tensor(packed(chats, samples, length, seed, "self.chats"), dtype=torch.long)
 
 

@@ -244,7 +244,7 @@ def lazily(
 ) -> LazyModel:
     """The model of `open_streamed` without weights, and what reads them; names and shapes are checked."""
     ref, graph = resolve(text, catalog, revision=options.revision), structure.graph
-    dtype = _dtype(options, structure.config, ref)
+    dtype = _dtype(options, structure, ref)
     with _one_line(ref), _naming_missing(ref.directory, graph):
         lazy = open_by_layer(
             ref, _reader(ref, structure), structure.config, dtype, graph.layers, beside, once=once,
@@ -306,19 +306,27 @@ def why_not_streamed(
 
 def dtype_of(structure: Structure, catalog: Catalog, options: LoadSettings) -> torch.dtype:
     """The dtype that weights will have in memory."""
-    return _dtype(options, structure.config, resolve(structure.ref, catalog, revision=options.revision))
+    return _dtype(options, structure, resolve(structure.ref, catalog, revision=options.revision))
 
 
 def stored_dtype(structure: Structure) -> torch.dtype | None:
     """The dtype that the files of a model state; None where they state none, and for GGUF files, which have types of
     their own."""
-    place = None if structure.path is None else Path(structure.path)
-    if structure.ref == DEMO or (place is not None and place.suffix == ".gguf"):
+    if structure.ref == DEMO or (structure.path is not None and structure.path.endswith(".gguf")):
         return None
+    return _stated_dtype(structure)
+
+
+def _stated_dtype(structure: Structure) -> torch.dtype | None:
+    """The dtype in the configuration of a model; None where there is none."""
     stated = getattr(structure.config, "dtype", None)
-    if structure.record is not None and place is not None and (place / "config.json").is_file():
-        # The configuration of the structure is that of the dense model.
-        stated = read_json(place / "config.json").get("dtype")
+    if structure.record is not None and structure.path is not None:
+        # The configuration of the structure is that of the dense model, which may be stored in another dtype.
+        folder = Path(structure.path)
+        while (base := adapter_base(folder)) is not None:
+            folder = Path(base)
+        file = folder / "config.json"
+        stated = read_json(file).get("dtype", stated) if file.is_file() else stated
     return getattr(torch, stated, None) if isinstance(stated, str) else stated
 
 
@@ -477,7 +485,7 @@ def _graph_of(text: str, family: ModelFamily, config: PreTrainedConfig) -> Coupl
 
 
 def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> PreTrainedModel:
-    dtype = _dtype(options, structure.config, ref)
+    dtype = _dtype(options, structure, ref)
     if structure.record is not None:
         return load_pruned(
             ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
@@ -567,14 +575,13 @@ def _read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedCon
     return tokenizer
 
 
-def _dtype(options: LoadSettings, config: PreTrainedConfig, ref: Reference) -> torch.dtype:
+def _dtype(options: LoadSettings, structure: Structure, ref: Reference) -> torch.dtype:
     if options.dtype != "auto":
         return cast("torch.dtype", getattr(torch, options.dtype))
-    stored = getattr(config, "dtype", None) or torch.float32
-    stored = getattr(torch, stored) if isinstance(stored, str) else stored
+    stored = _stated_dtype(structure) or torch.float32
     if ref.gguf_file or (stored == torch.float16 and options.device == "cpu"):
         return torch.float32
-    return cast("torch.dtype", stored)
+    return stored
 
 
 def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:

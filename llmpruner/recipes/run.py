@@ -100,13 +100,14 @@ class Session:
         return _digest(model_fingerprint(self.dense, self.catalog, self.state.hashes))
 
     def reference(self, name: str) -> str:
-        """The model ``name`` of the recipe, as other functions take it. A folder with one ``.gguf`` file is that
+        """The model ``name`` of the recipe, as other functions take it. A step that wrote one ``.gguf`` file is that
         file."""
         if name == DENSE:
             return self.model
         folder = self.output / name
-        files = list(folder.glob("*.gguf"))
-        return str(files[0] if len(files) == 1 else folder)
+        # Not of the files that are there: the user may have converted the model into its folder.
+        files = [file for file in self.state.steps[name]["files"] if "/" not in file and file.endswith(".gguf")]
+        return str(folder / files[0] if len(files) == 1 else folder)
 
     def load_of(self, name: str) -> LoadSettings:
         return self.load if name == DENSE else self.own_load
@@ -135,8 +136,13 @@ class Session:
         return found
 
     def _waiting(self, step: Step, missing: list[str]) -> _Status:
-        again = f"{missing[0]} is to be done again" if step.name in self.state.steps else ""
-        return _Status("to do", False, again)
+        if step.name not in self.state.steps:
+            return _Status("to do", False)
+        if step.name not in self.state.running:
+            # Before the steps that come first are done.
+            self.state.is_there(step.name)
+            self.state.check_removable(step.name)
+        return _Status("to do", False, f"{missing[0]} is to be done again")
 
     def status(self, step: Step) -> _Status:
         """Of a step whose models exist. Raises `OutputError` for a result that the user has changed."""
@@ -148,6 +154,7 @@ class Session:
             return _Status("to do")
         there = self.state.is_there(step.name)
         if changed := first_change(record["inputs"], self.inputs(step)):
+            self.state.check_removable(step.name)
             return _Status("to do", reason=changed)
         return _Status("done") if there else _Status("to do", reason="its folder is gone")
 

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from ..checkpoints.manifest import sha256
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
-from ..files import Held, check_new_directory, check_unused, write_text
+from ..files import Held, check_new_directory, check_unused, holds_files, write_text, writing
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"
@@ -71,7 +71,7 @@ class State:
             raise OutputError(f"'{self.folder}' is no folder; choose another output")
         try:
             if not self._file.exists():
-                if self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):
+                if self.folder.exists() and holds_files(self.folder, but=LOCK):
                     raise OutputError(
                         f"'{self.folder}' exists already, and no recipe was run in it; choose another output"
                     )
@@ -92,9 +92,7 @@ class State:
 
     def files(self, name: str) -> dict[str, str]:
         """SHA-256 of the files of a step, by their names inside its folder, without those that differ every time."""
-        folder = self.folder / name
-        found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in OF_THIS_MACHINE)
-        return {file.relative_to(folder).as_posix(): self.hashes(file) for file in found}
+        return {file: self.hashes(path) for file, path in _files_in(self.folder / name).items()}
 
     def is_there(self, name: str) -> bool:
         """Whether the folder of a recorded step exists. Raises `OutputError` where one of its files is missing or was
@@ -109,6 +107,18 @@ class State:
                     "step again"
                 )
         return True
+
+    def check_removable(self, name: str) -> None:
+        """Raise `OutputError` where the folder of a recorded step holds files that the step did not write (a conversion
+        of its model, say): they would be removed with it. Those of this machine, and hidden ones, may be lost."""
+        folder = self.folder / name
+        added = _files_in(folder).keys() - self.steps[name]["files"].keys()
+        kept = sorted(file for file in added if not any(part.startswith(".") for part in Path(file).parts))
+        if kept:
+            raise OutputError(
+                f"'{folder}' is to be replaced, and the step did not write all that is in it ({kept[0]}); move that "
+                "file away to keep it, or remove it"
+            )
 
     def work_of(self, name: str) -> list[Path]:
         """The folders in which an interrupted step keeps what it has done."""
@@ -183,6 +193,12 @@ class State:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _files_in(folder: Path) -> dict[str, Path]:
+    """The files of a result, by their names inside its folder, without those that differ every time."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in OF_THIS_MACHINE)
+    return {file.relative_to(folder).as_posix(): file for file in found}
+
+
 def _place_in(order: Sequence[str]) -> Callable[[str], int]:
     places = {name: place for place, name in enumerate(order)}
     return lambda name: places.get(name, -1)
@@ -193,7 +209,9 @@ def locked(folder: Path) -> Iterator[Held]:
     """The folder, created where it does not exist, for this process alone. Raises `OutputError`."""
     if not folder.exists():
         check_new_directory(folder)
-        folder.mkdir()
+        # Another run may have created it meanwhile: the lock decides which of them goes on.
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -20,9 +20,17 @@ from ..checkpoints.manifest import damaged_files, recorded_files
 from ..checkpoints.record import RECORD_FILE, read_any_record
 from ..checkpoints.shards import check_index, has_shards, names_in, opened
 from ..engine.weights import StreamedWeights
-from ..errors import CheckpointError, LlmprunerError, ModelError
+from ..errors import (
+    CheckpointError,
+    LlmprunerError,
+    MissingExtraError,
+    ModelError,
+    PluginError,
+    UnsupportedModelError,
+)
 from ..loading.model import lazily, load_structure, why_not_streamed
 from ..models.finite import first_not_finite
+from ..models.remote import ALLOW
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
 from .against_base import Base, NotComparable, at_hand
@@ -121,7 +129,7 @@ def verification(
         if form is not None:
             raise NotComparable(f"the format {form} is for other programs, and llmpruner does not open it")
         with _Placed(directory, places):
-            structure = load_structure(str(directory), catalog, options)
+            structure = _structure(directory, options, catalog)
             progress.status("comparing shapes with the plans")
             weights = _opened(directory, structure, options, catalog)
         found.append((structure, weights))
@@ -146,6 +154,16 @@ def verification(
     else:
         checks.append(Check("logits", NOT_CHECKED, "the weights differ already"))
     return Verification(str(directory), tuple(checks))
+
+
+def _structure(directory: Path, load: LoadSettings, catalog: Catalog) -> Structure:
+    """Raises `NotComparable` where a plugin, a library or the leave to run code is missing, which is no damage."""
+    try:
+        return load_structure(str(directory), catalog, load)
+    except LlmprunerError as error:
+        if isinstance(error, (PluginError, UnsupportedModelError, MissingExtraError)) or ALLOW in str(error):
+            raise NotComparable(str(error)) from error
+        raise
 
 
 def _rest_unchecked(directory: Path, checks: list[Check]) -> Verification:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from ..checkpoints.shards import opened
 from ..engine.ranks import Ranks
 from ..files import writing
 from .sharded import whole_tensor
@@ -30,8 +31,12 @@ class BestWeights:
         self._ranks.from_first(lambda: self._write(tensors, self._file(step)))
 
     def restore(self, model: Any, step: int) -> None:
-        """Give ``model``, whose parameters are whole, the weights after ``step``."""
-        kept = load_file(self._file(step)) if self._ranks.first else {}
+        """Give ``model``, whose parameters are whole, the weights after ``step``. Raises `CheckpointError` where their
+        file is missing or damaged."""
+        kept = {}
+        if self._ranks.first:
+            with opened(self._file(step)) as tensors:
+                kept = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         with torch.no_grad():
             for name, parameter in _trained(model).items():
                 if self._ranks.first:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..checkpoints.shards import names_in
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
+from ..errors import CheckpointError
 from ..families.labelled import IGNORED
 from ..files import check_space, remove_tree, writing
 from ..models.vocabulary import predicted_tokens
@@ -52,7 +54,7 @@ def kept_targets(job: RecoveryJob, *, top: int, temperature: float) -> Callable[
     layer by layer and does not fit into memory, and `OutputError` where the disk has no room for the file.
     """
     file = job.work_dir / TOP_FILE
-    Ranks.current().from_first(lambda: None if file.is_file() else _write(job, top, temperature, file))
+    Ranks.current().from_first(lambda: None if _is_whole(file) else _write(job, top, temperature, file))
     job.free_teacher()
     kept = load_file(file)
     counts = torch.tensor([_trained(row) for row in _all_rows(job)])
@@ -66,6 +68,15 @@ def kept_targets(job: RecoveryJob, *, top: int, temperature: float) -> Callable[
         return Targets(log_p=log_p.float(), tokens=tokens.long())
 
     return read
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the file is there; after a power failure, it may be cut off."""
+    try:
+        names_in(file)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _all_rows(job: RecoveryJob) -> list[dict[str, list[int]]]:

@@ -17,7 +17,7 @@ from ..amounts import counted
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import OutputError, PluginError
-from ..files import Held, alone_in, write_failure, write_text
+from ..files import Held, alone_in, holds_files, write_failure, write_text
 from ..models.vocabulary import check_ids
 from ..progress import QUIET, Progress
 from ..settings import RecoverSettings, option_of
@@ -347,7 +347,7 @@ def check_work_dir(work_dir: Path) -> None:
     """Raise `OutputError` for a directory that is neither new, nor empty, nor that of a recovery job."""
     try:
         ours = any((work_dir / name).is_file() for name in (_IDENTITY, WRITTEN_FILE))
-        if work_dir.exists() and not ours and any(work_dir.iterdir()):
+        if work_dir.exists() and not ours and holds_files(work_dir):
             raise OutputError(f"{work_dir} is not empty and holds no recovery job; choose another directory")
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None
@@ -358,7 +358,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     file = work_dir / _IDENTITY
     try:
         if file.is_file():
-            found = json.loads(file.read_text())
+            found = dict(json.loads(file.read_text()))
             changed = [key for key, value in identity.items() if found.get(key) != value]
             if changed:
                 raise OutputError(
@@ -369,7 +369,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
         check_work_dir(work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(identity, indent=2) + "\n")
-    except json.JSONDecodeError:
+    except (ValueError, TypeError):
         raise OutputError(f"{file} is damaged; delete {work_dir} and start again") from None
     except OSError as error:
         raise OutputError(f"{work_dir} cannot be used: {error.strerror}") from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.shards import names_in
 from ..engine.ranks import Ranks
+from ..errors import CheckpointError
 from ..models.quiet import quiet_transformers
 from .base import RecoveryJob
 from .best import BestWeights
@@ -81,16 +84,28 @@ def fit_weights(model: Any, job: RecoveryJob, loss: Loss | None = None, *, float
 
 def latest_checkpoint(work_dir: Path) -> str | None:
     """Path of the newest complete checkpoint; None when there is none. A checkpoint is complete when
-    ``trainer_state.json``, which is written last, can be read."""
+    ``trainer_state.json``, which is written last, can be read, and no file of tensors is cut off, as it may be after a
+    power failure."""
     complete = []
     for folder in work_dir.glob("checkpoint-*"):
         state = folder / "trainer_state.json"
-        if state.is_file():
+        if state.is_file() and not any(map(_is_cut_off, folder.iterdir())):
             try:
                 complete.append((int(json.loads(state.read_text())["global_step"]), str(folder)))
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 continue
     return max(complete)[1] if complete else None
+
+
+def _is_cut_off(file: Path) -> bool:
+    if file.suffix in (".pt", ".pth"):
+        return not zipfile.is_zipfile(file)  # the table is at the end
+    if file.suffix == ".safetensors":
+        try:
+            names_in(file)
+        except CheckpointError:
+            return True
+    return False
 
 
 @contextlib.contextmanager

@@ -187,6 +187,25 @@ def test_what_the_user_has_changed_is_not_lost(run, file, out):
     assert run("run", file, "-o", out).code == 0 and (out / "table" / "results.json").is_file()
 
 
+def test_what_the_user_has_added_is_not_lost(run, file, out):
+    model, export = out / "1-prune" / "model.gguf", out / "4-export" / "notes.txt"
+    model.write_text("what another program made of the model")
+    export.write_text("mine")
+    (out / "table" / ".DS_Store").write_text("")
+    assert set(reasons(run, file, "-o", out).values()) == {"done"}
+    for more in ((), ("--dry-run",)):
+        refused = run("run", file, "-o", out, "--set", "prune.ratio=0.3", *more)
+        assert refused.code == 2 and "1-prune' is to be replaced" in refused.err and "(model.gguf)" in refused.err
+    # A step that waits for others is looked at before they are done.
+    refused = run("run", file, "-o", out, "--set", "recover.max_steps=1")
+    assert refused.code == 2 and "4-export' is to be replaced" in refused.err and "(notes.txt)" in refused.err
+    assert export.read_text() == "mine"
+    export.unlink()
+    # Steps read what a step wrote, not what lies beside it.
+    assert run("run", file, "-o", out, "--set", "recover.max_steps=1").code == 0
+    assert model.is_file() and not (out / "table" / ".DS_Store").exists()
+
+
 class Killed(BaseException):
     """Stands for the end of the process: no handler of `Exception` sees it."""
 

@@ -147,6 +147,31 @@ def test_damage_is_named(run, copy, what):
     assert message in result.err and "Traceback" not in result.err
 
 
+def edit_family(file: Path) -> None:
+    record = json.loads(file.read_text())
+    record["plans"][0]["family"] = "of-a-plugin"
+    file.write_text(json.dumps(record))
+
+
+OF_INSTALLATION = {
+    "a plugin": (edit_family, "of-a-plugin"),
+    "leave to run code": (
+        lambda file: edit_base(file, model_type="alien", auto_map={"AutoConfig": "code.Config"}), "--trust-remote-code"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OF_INSTALLATION)
+def test_what_this_installation_lacks_is_no_damage(run, copy, what):
+    edit, message = OF_INSTALLATION[what]
+    edit(copy / "llmpruner.json")
+    result = run("verify", copy, "--json")
+    assert result.code == 0
+    expected = {"files": "passed", "tensors": "passed", "values": "passed"}
+    assert states(result) == {**expected, **dict.fromkeys(("shapes", "weights", "logits"), "not checked")}
+    assert message in json.loads(result.out)["checks"][3]["detail"]
+
+
 @pytest.mark.parametrize("what", ["a flipped bit", "a truncated file"])
 def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
     damage, message = DAMAGE[what]

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from criteria_cases import SMALL, correlated, layers_of, make, tokens
 from torch import nn
@@ -157,3 +158,22 @@ def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
         with walk.executor.weights.outside():
             found = walk.logits(batch, 0, hidden[0])
     assert torch.equal(found, logits(loaded.model, calibration.input_ids)[0].float())
+
+
+@pytest.mark.parametrize(("dense_in", "pruned_in"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("form", ["stock", "shim"])
+def test_a_pruned_model_is_loaded_in_the_dtype_that_it_is_stored_in(tmp_path, dense_in, pruned_in, form):
+    tiny_models.llama().to(getattr(torch, dense_in)).save_pretrained(tmp_path / "dense")
+    cut = {"stock": {}, "shim": {"shape": "free", "layers": "0"}}[form]
+    made = api.prune(
+        str(tmp_path / "dense"), output=tmp_path / "pruned", unit_ratio=0.3, importance="l1",
+        load=LoadSettings(dtype=pruned_in), **cut,
+    )  # fmt: skip
+    assert made.form == form
+    found = api.load(tmp_path / "pruned")
+    assert found.model.dtype == getattr(torch, pruned_in)
+    api.save(found, tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (
+        tmp_path / "pruned" / "model.safetensors"
+    ).read_bytes()
+    assert api.load(tmp_path / "pruned", dtype="float16").model.dtype == torch.float16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -161,6 +161,19 @@ def test_steps_of_a_recipe(tmp_path):
             with pytest.raises(OutputError, match="was removed or replaced"):
                 act()
     assert list(out.iterdir()) == []
+
+
+def test_two_runs_that_create_a_folder_at_once(tmp_path, monkeypatch):
+    out: Path = tmp_path / "out"
+    with ExitStack() as other:
+
+        def created_meanwhile(folder):
+            monkeypatch.undo()
+            other.enter_context(locked(folder))
+
+        monkeypatch.setattr("llmpruner.recipes.state.check_new_directory", created_meanwhile)
+        with pytest.raises(OutputError, match="another run works on"), locked(out):
+            pass
 
 
 def test_a_folder_that_never_stays_is_refused_instead_of_tried_for_ever(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -21,6 +22,7 @@ from llmpruner.data.source import CalibrationSource
 from llmpruner.data.text import TextSource
 from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
+from llmpruner.families import written_chats
 from llmpruner.families.chat_source import ChatSource, packed
 from llmpruner.families.family import ModelFamily
 from llmpruner.families.self_written import SelfWritten
@@ -371,6 +373,7 @@ def test_a_share_of_the_samples_is_conversations_that_the_model_writes(chatty):
     [
         ("no template", ModelError, "has no chat format, or one that changes messages, so it cannot write conv"),
         ("another form", ModelError, "changes messages, so it cannot write conversations; leave self.chats out"),
+        ("an encoder", ModelError, "has no chat format, or one that changes messages, so it cannot write conv"),
         ("no tokenizer", ModelError, "brings no tokenizer, so it cannot write conversations"),
         (
             "short samples",
@@ -385,12 +388,42 @@ def test_conversations_that_cannot_be_written_are_refused(chatty, why, error, me
     amount = {"short samples": {"length": 16}, "few samples": {"samples": 3}}.get(why, {})
     if why == "no tokenizer":
         tokenizer = None
+    elif why == "an encoder":
+        loaded.model.config.is_encoder_decoder = True
     elif why in ("no template", "another form"):
         tokenizer.chat_template = {"no template": None, "another form": "{{ messages[0].content | upper }}"}[why]
     # Before passages are written, which takes longer.
     monkeypatch.setattr(written, "self_generated", None)
     with pytest.raises(error, match=message):
         sampled(loaded, tokenizer, **amount)
+
+
+def test_conversations_need_samples_of_more_than_twice_their_format(chatty):
+    with pytest.raises(DataError) as refused:
+        sampled(*chatty, samples=1, chats=1, length=16)
+    (most,) = (int(number) for number in re.findall(r"more than (\d+) tokens", str(refused.value)))
+    with pytest.raises(DataError, match="need samples of more than"):
+        sampled(*chatty, samples=1, chats=1, length=most)
+    assert sampled(*chatty, samples=1, chats=1, length=most + 1).shape == (1, most + 1)
+
+
+def test_an_answer_is_drawn_with_other_numbers_than_its_question(chatty, monkeypatch):
+    drawn, own = [], written_chats.answered
+    monkeypatch.setattr(written_chats, "answered", lambda *args: drawn.append(args[3]) or own(*args))
+    sampled(*chatty, samples=1, chats=1)
+    questions, answers = drawn
+    assert questions.shape[1] == written_chats.QUESTION_TOKENS and answers.shape[1] == written_chats.ANSWER_TOKENS
+    assert not torch.isin(questions, answers).any()
+
+
+@pytest.mark.parametrize("batch", [64, 2])
+def test_more_conversations_are_written_where_they_are_too_short_for_a_sample(chatty, monkeypatch, batch):
+    own = written_chats.answered
+    monkeypatch.setattr(written_chats, "answered", lambda *args: own(*args[:3], args[3][:, :2]))
+    found = sampled(*chatty, samples=1, chats=1, batch=batch)
+    assert found.shape == (1, 128) and torch.equal(found, sampled(*chatty, samples=1, chats=1))
+    text = chatty[1].decode(found[0])
+    assert text.count("user: ") > 4
 
 
 def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypatch):
@@ -424,6 +457,24 @@ def test_a_format_of_a_family_is_written_too(chatty):
     row = sampled(loaded, tokenizer, samples=1, chats=1, family=Named())[0]
     text = tokenizer.decode(row)
     assert text.startswith(("USER: ", "<s>USER: ", "<s> USER: ")) and text.count("ASSISTANT:") >= 1
+
+
+def test_an_answer_ends_at_the_text_at_which_its_family_stops(chatty, monkeypatch):
+    loaded, tokenizer = chatty
+    tokenizer.chat_template = None
+
+    class Stopping(ModelFamily):
+        has_own_format = True
+        stop_text = "###"
+
+        def format_prompt(self, instruction, input=""):
+            return f"USER: {instruction} ASSISTANT:"
+
+    said = tokenizer("Elbe and Loire.### Paris", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(written_chats, "answered", lambda model, tokenizer, prompts, numbers: [said] * len(prompts))
+    text = tokenizer.decode(sampled(loaded, tokenizer, samples=1, chats=1, family=Stopping())[0])
+    (answer, *_) = text.split("ASSISTANT:")[1].split("</s>")
+    assert answer.strip() == "Elbe and Loire."
 
 
 def test_every_conversation_is_used_before_one_is_used_again():

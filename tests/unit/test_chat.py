@@ -5,6 +5,7 @@ import json
 
 import pytest
 import tiny_models
+from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelFamily, alpaca_prompt
 from llmpruner.data.conversations import Completion, Conversation, Instruction, Message
@@ -194,6 +195,15 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
 
 class Every(Numbered):
     eos_after = "every"
+
+
+def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
+    chosen = tiny_models.tokenizer()
+    both = "<s> $A </s> $B </s>"
+    chosen._tokenizer.post_processor = TemplateProcessing("<s> $A </s>", both, [("<s>", 0), ("</s>", 1)])
+    (row,) = rows(Completion("Elbe.", "A river? "), chosen)
+    assert row["input_ids"].count(1) == 1 and row["labels"][-1] == 1
+    assert [text.strip() for text in trained(row, chosen)] == ["Elbe.</s>"]
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -125,6 +125,29 @@ def test_an_interrupted_run_continues_after_the_layers_that_it_has_run(home, tmp
     )
     recover(home, tmp_path / "parts", free=1)
     assert ran[0] == 2
+    assert all(torch.equal(written[name], value) for name, value in whole.items())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+class StoppingInTraining(Progress):
+    """Stops after the first step."""
+
+    @contextmanager
+    def counter(self, label):
+        def at(step, *_):
+            raise KeyboardInterrupt
+
+        yield at
+
+
+def test_targets_that_are_cut_off_are_computed_again(home, tmp_path, written):
+    recover(home, tmp_path / "whole", free=1 << 40)
+    whole = dict(written)
+    with pytest.raises(KeyboardInterrupt):
+        recover(home, tmp_path / "parts", free=1 << 40, progress=StoppingInTraining())
+    file = tmp_path / "parts.recovery" / kept_targets.TOP_FILE
+    file.write_bytes(file.read_bytes()[:-5])
+    recover(home, tmp_path / "parts", free=1 << 40)
     assert all(torch.equal(written[name], value) for name, value in whole.items())
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 

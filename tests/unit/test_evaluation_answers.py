@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
 from test_chat import CHATML, tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmpruner
 from llmpruner import DataError, MetricSubject, ModelError, ModelFamily, build_graph
@@ -147,3 +149,32 @@ def test_an_example_beyond_the_positions_is_said(data, caplog):
     caplog.clear()
     measured(AnswersMetric(AnswersMetric.Settings(data=str(data), cutoff=20)), one)
     assert not caplog.text
+
+
+def test_an_example_beyond_a_table_of_positions_is_refused(data):
+    one = subject()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=one.model.config.vocab_size, n_embd=16, n_layer=1, n_head=2))
+    assert measured(AnswersMetric(data=data), replace(one, model=model))[0].results["answers"]["examples"] == 3
+    with pytest.raises(DataError, match=r"of 2,000 tokens are beyond the model.s 1,024 positions; lower --set"):
+        measured(AnswersMetric(data=data, cutoff=2000), replace(one, model=model))
+
+
+def test_predictions_that_are_no_numbers_are_refused(data):
+    one = subject()
+    one.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    with pytest.raises(ModelError, match="not numbers"):
+        measured(AnswersMetric(data=data), one)
+
+
+def test_autocast_computes_in_bfloat16(data):
+    one, kinds = subject(), set()
+    one.model.lm_head.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    for autocast in (False, True):
+        measured(AnswersMetric(data=data, autocast=autocast), one)
+        assert kinds == {torch.bfloat16 if autocast else torch.float32}
+        kinds.clear()
+
+
+def test_the_reference_is_read_too_for_the_time_left(data):
+    alone, both = AnswersMetric(data=data).effort(""), AnswersMetric(data=data, kl=True).effort("")
+    assert both == 2 * alone > 0

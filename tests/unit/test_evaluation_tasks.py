@@ -273,3 +273,23 @@ def test_a_task_is_known_by_its_rows_and_its_definition(task_dir, tmp_path):
     rows = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows.replace("Is 3 even", "Is 5 even"))
     assert identity() != other
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["asked for", "of the task"])
+def test_a_task_is_known_by_the_rows_that_its_examples_are_drawn_from(task_dir, tmp_path, own):
+    file, shown = task_dir / "capitals.yaml", tmp_path / "shown.jsonl"
+    rows = (tmp_path / "rows.jsonl").read_text()
+    shown.write_text(rows)
+    text = file.read_text().replace("    test: ", f"    train: {shown}\n    test: ") + "training_split: train\n"
+    assert "train: " in text
+    file.write_text(text + "num_fewshot: 2\n" if own else text)
+
+    def identity(num_fewshot, limit=3):
+        loaded = load_tasks(["llmpruner_capitals"], include_path=task_dir)
+        return loaded.identity("llmpruner_capitals", limit, num_fewshot)
+
+    shots = None if own else 2
+    with_examples, without = identity(shots), identity(0)
+    assert identity(shots) == with_examples
+    shown.write_text(rows.replace("Is 7 even", "Is 9 even"))
+    assert identity(0) == without and identity(shots) != with_examples

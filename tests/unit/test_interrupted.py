@@ -17,8 +17,10 @@ from llmpruner import api
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError, SettingsError
-from llmpruner.files import scratch_folder
+from llmpruner.files import scratch_folder, write_text
 from llmpruner.progress import Progress
+from llmpruner.recipes.state import LOCK, State
+from llmpruner.recovery.run import check_work_dir
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
@@ -124,6 +126,71 @@ def test_a_folder_of_the_user_is_not_touched(tmp_path):
     with pytest.raises(OutputError, match="is in the way"):
         Journal(tmp_path / "out.pruning", {})
     assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
+
+
+class States:
+    """``killed``: whether the process ends while they are written."""
+
+    def __init__(self, killed: bool) -> None:
+        self.killed = killed
+
+    def dump(self, file: Path) -> None:
+        file.with_suffix(".partial").write_bytes(b"half of them")
+        if self.killed:
+            raise Killed
+        file.with_suffix(".partial").replace(file)
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["states", "state"])
+def test_a_folder_with_first_states_alone_is_that_of_an_interrupted_run(tmp_path, monkeypatch, killed):
+    folder = tmp_path / "predictions"
+    monkeypatch.setattr(Journal, "store", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        Journal(folder, {"a": 1}).layer_done({"layers": 1}, {"dense": States(killed)})
+    assert Journal(folder, {"a": 1}).load("state") is None
+    with pytest.raises(OutputError, match="interrupted run with other settings"):
+        Journal(folder, {"a": 2})
+
+
+def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
+    """The process ends while the file is written by which its folder is known."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", killed)
+        for name in ("run.json", "job.json", "recipe.json"):
+            (tmp_path / name).mkdir()
+            with pytest.raises(Killed):
+                write_text(tmp_path / name / name, "{}")
+    journal, recovery, recipe = (tmp_path / name for name in ("run.json", "job.json", "recipe.json"))
+    assert all(len(list(folder.iterdir())) == 1 for folder in (journal, recovery, recipe))
+    Journal(journal, {})
+    check_work_dir(recovery)
+    (recipe / LOCK).touch()
+    assert State(recipe).steps == {}
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["half", "whole"])
+def test_a_result_whose_removal_was_interrupted_is_not_that_of_the_new_inputs(tmp_path, monkeypatch, half):
+    def killed(folder, *_, **__):
+        if half:
+            (folder / "weights").unlink()
+        raise Killed
+
+    state, folder = State(tmp_path), tmp_path / "cut"
+    state.begin("cut", {"ratio": 1})
+    folder.mkdir()
+    for name in ("weights", "config"):
+        (folder / name).touch()
+    state.finish("cut", {"ratio": 1}, None, 1.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("llmpruner.recipes.state.shutil.rmtree", killed)
+        state.begin("cut", {"ratio": 2})
+    assert State(tmp_path).goes_on("cut") is None
+    assert State(tmp_path).begin("cut", {"ratio": 2}) is False and not folder.exists()
 
 
 def test_a_refused_run_leaves_no_folder(dense, tmp_path):

@@ -5,10 +5,12 @@ import pytest
 import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
+from safetensors.torch import save_file
 
 from llmpruner import (
     MLP,
     Blocks,
+    CheckpointError,
     CoupledGroup,
     ModelError,
     OutputError,
@@ -27,6 +29,7 @@ from llmpruner.files import alone_in
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets
+from llmpruner.recovery.best import BestWeights
 from llmpruner.recovery.distil import DistilStrategy
 from llmpruner.recovery.examples import Examples
 from llmpruner.recovery.full import FullStrategy
@@ -118,6 +121,35 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_a_checkpoint_with_a_file_that_is_cut_off_is_passed_over(tmp_path):
+    names = ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_file({"a": torch.zeros(9)}, folder / names[0])
+        torch.save({"a": torch.zeros(9)}, folder / names[1])
+        torch.save({"a": torch.zeros(9)}, folder / names[2])
+        (folder / names[3]).write_text(json.dumps({"global_step": step}))
+    assert latest_checkpoint(tmp_path) == str(folder)
+    for name in names:
+        content = (folder / name).read_bytes()
+        for left in (content[:-3], b"", b"[]"):
+            (folder / name).write_bytes(left)
+            assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2"), (name, left)
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[1]", b'"a"', b"\xff\xfe"])
+def test_damaged_files_of_a_work_dir_are_named(tmp_path, damage):
+    model, graph = pruned()
+    (tmp_path / "job.json").write_bytes(damage)
+    with pytest.raises(OutputError, match=r"job\.json is damaged; delete"):
+        run(model, graph, tmp_path, FullStrategy())
+    (tmp_path / "best-3.safetensors").write_bytes(damage)
+    with pytest.raises(CheckpointError, match=r"best-3\.safetensors is missing or damaged"):
+        BestWeights(tmp_path).restore(model, 3)
 
 
 @pytest.mark.slow
