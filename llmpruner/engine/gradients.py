@@ -98,8 +98,11 @@ class LayerWalk:
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
         )
-        self.summed = rows < len(ids) or self._ranks.count > 1
-        """Whether gradients are sums over micro-batches or processes."""
+        tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
+        self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
+        """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
+        self.summed = rows < len(ids) or self._ranks.count > 1 or self._scale != 1
+        """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
         kept = executor.boundaries()
         self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
         """Before each layer, and after the last: a tensor for each micro-batch."""
@@ -179,7 +182,7 @@ class LayerWalk:
                 inputs.collect(batch.passed, batch.given.setdefault(number, {}))
                 del first, outputs, inputs  # frees its graph before that of the next micro-batch is built
                 for name, parameter in parameters.items():
-                    sums[name].add(parameter, batch.share)
+                    sums[name].add(parameter, batch.share, self._scale)
         if number + 1 < len(self.layers):
             # The head needs those after the last layer again.
             self.hidden[number + 1].clear()
@@ -206,7 +209,7 @@ class LayerWalk:
                 if outputs:
                     torch.autograd.backward([tensor for tensor, _ in outputs], [grad for _, grad in outputs])
                 for name, parameter in parameters.items():
-                    sums[name].add(parameter, batch.share)
+                    sums[name].add(parameter, batch.share, self._scale)
         self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
@@ -216,7 +219,7 @@ class LayerWalk:
             yield
             return
         watch = WatchProducts(self.model, (), lambda _: None)
-        reduced.next_batch(batch.first, batch.input_ids)
+        reduced.next_batch(batch.first, batch.input_ids, self._scale)
         with eager_experts(self._experts), reduced.following(watch), watch:
             yield
 
@@ -263,7 +266,7 @@ class LayerWalk:
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 loss = _loss(logits, targets.index_select(1, positions)) / targets.numel()
-                torch.autograd.backward(loss)
+                torch.autograd.backward(loss * self._scale)
                 total += float(loss.detach())
         assert last.grad is not None
         return last.grad, total
@@ -325,14 +328,15 @@ class _Gradients:
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for tensor in (self.grad, self.grad_sq) if tensor is not None]
 
-    def add(self, parameter: nn.Parameter, share: float) -> None:
+    def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
+        """``share``: of the mean; ``scale``: by which the loss was multiplied."""
         found, parameter.grad = parameter.grad, None
         if self.grad is None:
             self.grad = torch.zeros_like(parameter) if found is None else found
             return
         if found is None:
             return
-        grad = found.float()
+        grad = found.float() if scale == 1 else found.float().div_(scale)
         self.grad.add_(grad, alpha=share)
         if self.grad_sq is not None:
             self.grad_sq.addcmul_(grad, grad, value=share)

@@ -57,9 +57,10 @@ class ReduceProducts:
         with self._routing.following():
             yield
 
-    def next_batch(self, first: int, ids: torch.Tensor) -> None:
-        """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample."""
-        self._first, self._shape = first, (ids.shape[0], ids.shape[1])
+    def next_batch(self, first: int, ids: torch.Tensor, scale: float = 1.0) -> None:
+        """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample;
+        ``scale``: by which its loss is multiplied before the backward pass."""
+        self._first, self._shape, self._scale = first, (ids.shape[0], ids.shape[1]), scale
 
     def statistics(self, ranks: Ranks = SINGLE) -> dict[str, ProductStats]:
         """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
@@ -101,10 +102,11 @@ class ReduceProducts:
             row_gate_shares=None if rows is None else rows.shares,
         )
         # The hook must not refer to the graph, which refers to the hook: neither would be freed.
-        parameter_name, axis, slot, samples = watched.parameter, watched.axis, watched.slot, self._shape[0]
+        parameter_name, axis, slot = watched.parameter, watched.axis, watched.slot
+        samples = self._shape[0] / self._scale
 
         def measure(grad: torch.Tensor) -> None:
-            # The gradient is that of the mean loss over the samples of the micro-batch.
+            # The gradient is that of the mean loss over the samples of the micro-batch, scaled.
             self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * samples))
 
         if self._gradients:

@@ -35,6 +35,7 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
     from ..importance.depth import AngularBlock, AngularDistance, BlockInfluence
     from ..importance.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
+    from ..importance.fisher import Fisher
     from ..importance.magnitude import L1, L2, Random
     from ..importance.obs import OptimalBrainSurgeon
     from ..importance.taylor import Taylor
@@ -42,7 +43,7 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
     experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
-    return [*weights, Taylor, *forward, *experts, BlockInfluence, AngularDistance, AngularBlock]
+    return [*weights, Taylor, Fisher, *forward, *experts, BlockInfluence, AngularDistance, AngularBlock]
 
 
 @hookimpl

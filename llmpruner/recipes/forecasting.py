@@ -59,7 +59,7 @@ def forecast(
     float32 weights are computed in bfloat16. ``sample``: None where no layer could be run; activations are estimated
     from widths then, and the time is not known. ``converting``: values per second that are computed when a layer is
     read; None where it is mapped from its file. ``free``: bytes in which the system keeps files that were read."""
-    return _Forecaster(structure, work, dtype.itemsize, residency, sample, mixed, converting, free).run(base)
+    return _Forecaster(structure, work, dtype, residency, sample, mixed, converting, free).run(base)
 
 
 class _Forecaster:
@@ -67,14 +67,17 @@ class _Forecaster:
         self,
         structure: Structure,
         work: Work,
-        item: int,
+        dtype: torch.dtype,
         residency: Residency,
         sample: LayerSample | None,
         mixed: bool,
         converting: float | None,
         free: int,
     ) -> None:
+        item = dtype.itemsize
         self.graph, self.work, self.item, self.residency, self.sample = structure.graph, work, item, residency, sample
+        self.scaled = str(dtype) == "torch.float16"
+        """Whether the loss is scaled for the backward pass."""
         self.converting = converting
         config = structure.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
@@ -328,8 +331,8 @@ class _Forecaster:
 
     @property
     def summed(self) -> bool:
-        """Whether gradients are sums over micro-batches."""
-        return Signal.GRAD_SQ in self.work.signals or self.work.scored > self.micro_backward
+        """Whether gradients are float32 sums: over micro-batches, and of a scaled loss."""
+        return self.scaled or Signal.GRAD_SQ in self.work.signals or self.work.scored > self.micro_backward
 
     def scoring(self) -> int:
         """Float32 copies of the largest weight and of its gradient, and its saliency; with a Gram matrix, float64

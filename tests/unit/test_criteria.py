@@ -10,6 +10,7 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
+from llmpruner.data.calibration import CalibrationSet
 from llmpruner.engine.position import Position, UnitAxis
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
 from llmpruner.errors import SettingsError
@@ -77,6 +78,69 @@ def test_equations(llama, name, group, module, width):
     weight = llama.model.get_submodule(path).weight.detach().double()
     expected = EQUATIONS[name](weight, inputs_of(llama, path)).view(-1, width).sum(1)
     torch.testing.assert_close(scores_of(llama, CRITERIA[name](), group), expected, rtol=1e-3, atol=1e-7)
+
+
+def fisher_of(loaded, path: str) -> torch.Tensor:
+    """The mean over samples of Σ_t (x_tj · W_:jᵀg_t)², by autograd over the whole model, one sample at a time."""
+    module, ids = loaded.model.get_submodule(path), CALIBRATION.input_ids
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_hook(lambda _, a, out: seen.append((a[0][0], out)))
+    total = 0.0
+    for row in ids:
+        loss = loaded.model(input_ids=row[None], labels=row[None], use_cache=False).loss
+        x, out = seen.pop()
+        (gradient,) = torch.autograd.grad(loss, out)
+        weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
+        total = total + (x * (gradient[0] @ weight)).double().square().sum(0).detach() / len(ids)
+    handle.remove()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("group", "module", "width"), [("layers.1.mlp", "mlp.down_proj", 1), ("layers.0.attention", "self_attn.o_proj", 16)]
+)
+def test_fisher_is_that_of_autograd(llama, group, module, width):
+    path = f"model.{group.rpartition('.')[0]}.{module}"
+    found = scores_of(llama, CRITERIA["fisher"](), group)
+    torch.testing.assert_close(found, fisher_of(llama, path).view(-1, width).sum(1), rtol=1e-3, atol=0)
+
+
+def test_fisher_of_a_transposed_weight():
+    loaded = make("gpt2")
+    group = next(g for g in loaded.graph.of_kinds(["mlp"]) if g.layer == 1)
+    found = scores_of(loaded, CRITERIA["fisher"](), group.name)
+    torch.testing.assert_close(found, fisher_of(loaded, "transformer.h.1.mlp.c_proj"), rtol=1e-3, atol=0)
+
+
+def test_fisher_estimates_the_divergence_of_the_predictions(llama):
+    """Of one channel that is made smaller by a part, on text that the model draws itself: half the squares that one
+    token of a sample has on average, times the part squared."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 64, (256, 1), generator=generator)
+    model, part = llama.model, 0.05
+    with torch.no_grad():
+        for _ in range(15):
+            chances = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+        dense = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    text = CalibrationSet(ids, "its own")
+    scores = estimate(model, llama.graph, [llama.graph.by_name["layers.1.mlp"]], CRITERIA["fisher"](), text)
+    squares = scores.by_group["layers.1.mlp"]
+    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    chosen = squares.argsort(descending=True)[:8]
+    found = []
+    for unit in chosen.tolist():
+        before = weight.data[:, unit].clone()
+        weight.data[:, unit] *= 1 - part
+        with torch.no_grad():
+            cut = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+        weight.data[:, unit] = before
+        found.append(float((dense.exp() * (dense - cut)).sum(-1).mean()))
+    tokens = ids.shape[1] - 1
+    expected = 0.5 * tokens * squares[chosen] * part**2
+    ratio = torch.tensor(found, dtype=torch.float64) / expected
+    assert ratio.min() > 0.5 and ratio.max() < 2
+    assert torch.corrcoef(torch.stack([torch.tensor(found, dtype=torch.float64), expected]))[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
@@ -220,7 +284,7 @@ def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
     after = scores_of(llama, criterion, group)
     change = (after / before - 1).abs()
     assert int(change.argmax()) == 1
-    if not {Signal.GRAD, Signal.GRAD_SQ} & criterion.signals and criterion.name != "obs":
+    if not {Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD} & criterion.signals and criterion.name != "obs":
         torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=0)
 
 

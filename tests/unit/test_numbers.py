@@ -62,6 +62,23 @@ def test_every_criterion_in_every_dtype(models, name):
             assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("name", ["fisher", "taylor"])
+def test_gradients_of_many_tokens_in_float16(name):
+    """The gradient of a mean over 1,024 tokens is smaller than what float16 holds; scaled, it is as in float32."""
+    values = ODD | {"max_position_embeddings": 512}
+    text, criterion = tokens(2, 512), CATALOG.criteria[name]()
+    models = [model_of(values=values, dtype=dtype) for dtype in (torch.float16, torch.float32)]
+    for loaded in models:
+        # As small as gradients are in large models.
+        loaded.model.get_output_embeddings().weight.data.mul_(0.01)
+    found, exact = (
+        estimate(loaded.model, loaded.graph, loaded.graph.of_kinds(["mlp"]), criterion, text).by_group
+        for loaded in models
+    )
+    for group, scores in found.items():
+        torch.testing.assert_close(scores, exact[group], rtol=0.05, atol=0.01 * float(exact[group].mean()))
+
+
 DEGENERATE = {
     "one token again and again": (CalibrationSet(torch.full((4, 16), 7), "x"), 1.0),
     "one sample of two tokens": (CalibrationSet(torch.tensor([[5, 9]]), "x"), 1.0),
