@@ -333,18 +333,18 @@ class PruneSettings(Settings):
     method: Annotated[
         str | None,
         Field(
-            description="Defaults of the options below. best (the default): units chosen by one forward pass, weights "
-            "compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the paper's, first-order "
-            "Taylor on ten samples, no compensation, --shape free."
+            description="Defaults of the options below. best (the default): units chosen by gradients on 32,768 "
+            "tokens, weights compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the "
+            "paper's, first-order Taylor on ten samples, no compensation, --shape free."
         ),
         Option(_HOW),
     ] = None
     importance: Annotated[
         str | None,
         Field(
-            description="Criterion: random, l1, l2, taylor, energy, wanda-sp, flap, activation, pca, obs; angular, "
-            "angular-block and block-influence for layers; expert-reap and others for experts; or one that a plugin "
-            "adds (see `llmpruner plugins`). Without --method: on ten samples, without compensation."
+            description="Criterion: random, l1, l2, taylor, fisher, energy, wanda-sp, flap, activation, pca, obs; "
+            "angular, angular-block and block-influence for layers; expert-reap and others for experts; or one that a "
+            "plugin adds (see `llmpruner plugins`). Without --method: on ten samples, without compensation."
         ),
         Option(_HOW),
     ] = None

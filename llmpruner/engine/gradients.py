@@ -43,7 +43,7 @@ from .inputs import Measured, forward_statistics
 from .passed import Inputs, Place, as_now, tensors_of
 from .position import Position, positions
 from .reduce import Measure, ReduceProducts
-from .signals import InputStats, ParameterSignals, ProductStats, Signal
+from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal
 from .walk import check_tokens
 from .watch import WatchProducts
 
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from .executor import Executor
     from .weights import Weights
 
-_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 
 
@@ -385,7 +384,7 @@ def walk_signals(
 
     products = reduce if Signal.PRODUCT in needs and not with_gradients else None
     found = _forward(executor, wanted, needs, calibration, progress, products)
-    if not _GRADIENTS.intersection(needs):
+    if not GRADIENTS.intersection(needs):
         rest = set(wanted)
         for name, measured in found:
             rest.discard(name)

@@ -42,6 +42,10 @@ class Signal(str, Enum):
     """As `STREAM`, for blocks of consecutive layers of every length."""
 
 
+GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
+"""Those that need a backward pass."""
+
+
 @dataclass(frozen=True, slots=True)
 class InputStats:
     """Statistics of the inputs of a weight matrix, averaged over all calibration tokens; a token that is not routed to

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Best(Method):
-    """Output energy of the weights that read units, on 163,840 tokens (131,072 where the model generates them, which
-    takes longer than reading), then a least-squares fit of these weights. For layers alone, the angular distance
-    between their inputs and outputs, which predicts the loss better than weights do."""
+    """Fisher importance on 32,768 tokens, then a least-squares fit of the weights that consumed removed units, on
+    163,840 tokens (131,072 where the model generates them, which takes longer than reading). For layers alone, the
+    angular distance between their inputs and outputs, which predicts the loss better than weights do."""
 
     name = "best"
-    summary = "units chosen by one forward pass, then weights that read removed units are fitted again (the default)"
+    summary = "units chosen by gradients, then the weights that consumed removed units are refitted (the default)"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         return {
-            "importance": _of_inputs(asked),
+            "importance": _criterion(asked),
             "compensate": "refit",
             "samples": 256 if writes else 320,
             "length": 512,
@@ -37,7 +37,7 @@ class Fast(Method):
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         del writes
-        return {"importance": _of_inputs(asked), "compensate": "none", "samples": 64, "length": 128}
+        return {"importance": _criterion(asked), "compensate": "none", "samples": 64, "length": 128}
 
 
 class LlmPruner(Method):
@@ -73,5 +73,5 @@ def _of_paper(asked: PruneSettings) -> Mapping[str, Any]:
     return {} if asked.kinds == (LAYER,) else {"shape": "free"}
 
 
-def _of_inputs(asked: PruneSettings) -> str:
-    return "angular" if asked.kinds == (LAYER,) else "energy"
+def _criterion(asked: PruneSettings) -> str:
+    return "angular" if asked.kinds == (LAYER,) else "fisher"

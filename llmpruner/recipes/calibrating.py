@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data.calibration import CalibrationSet
-from ..engine.signals import Signal
+from ..engine.signals import GRADIENTS
 from ..models.positions import positions_of
 from ..progress import QUIET, Progress
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 
-GRADIENT_TOKENS = 16384
+GRADIENT_TOKENS = 32768
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""
 
 
@@ -66,5 +66,4 @@ def scored_on(calibration: CalibrationSet | None, job: PruneJob) -> CalibrationS
     more time."""
     if calibration is None or not job.compensation.ranks_again:
         return calibration
-    gradients = job.criterion.signals & {Signal.GRAD, Signal.GRAD_SQ}
-    return calibration.first(GRADIENT_TOKENS) if gradients else calibration
+    return calibration.first(GRADIENT_TOKENS) if job.criterion.signals & GRADIENTS else calibration

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..compensation.choose import can_wait
 from ..data.calibration import parse_calibration
-from ..engine.signals import Signal
+from ..engine.signals import GRADIENTS, Signal
 from ..families.self_written import SelfWritten
 from ..families.written_chats import ANSWER_TOKENS, QUESTION_TOKENS, WRITTEN_TOKENS
 from ..importance.estimate import scored_parameters
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
     from ..structure.plan import PruningPlan
     from .jobs import PruneJob
-
-_GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Work:
 
     @property
     def gradients(self) -> bool:
-        return bool(self.signals & _GRADIENTS)
+        return bool(self.signals & GRADIENTS)
 
 
 def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
@@ -92,7 +90,7 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         and can_wait(job.criterion, graph, groups)
     )
     reads = bool(job.criterion.signals - {Signal.WEIGHT})
-    limited = job.compensation.ranks_again and bool(job.criterion.signals & _GRADIENTS)
+    limited = job.compensation.ranks_again and bool(job.criterion.signals & GRADIENTS)
     scored = min(samples, max(1, GRADIENT_TOKENS // max(length, 1))) if limited else samples
     if chooses and saves:
         scored = 0

@@ -91,8 +91,8 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
 @pytest.mark.parametrize(
     ("options", "criterion", "compensation", "tokens"),
     [
-        ((), "energy", "refit", 320 * 512),
-        (("--method", "fast"), "energy", None, None),
+        ((), "fisher", "refit", 320 * 512),
+        (("--method", "fast"), "fisher", None, None),
         (("--method", "fast", "--kinds", "layer", "--layers", "all"), "angular", None, None),
         (("--method", "llm-pruner"), "taylor", None, None),
         (("--importance", "wanda-sp"), "wanda-sp", None, None),

@@ -21,6 +21,7 @@ from llmpruner.errors import SettingsError
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recipes import residency
+from llmpruner.recipes.calibrating import GRADIENT_TOKENS
 from llmpruner.recipes.forecast import LATER, Forecast, Residency, Stage, duration
 from llmpruner.recipes.forecasting import forecast
 from llmpruner.recipes.jobs import prune_job
@@ -157,9 +158,12 @@ def api_signal(name):
 
 
 def test_fits(structure, catalog):
-    job = job_of(catalog, method="best", samples=8, length=64, calibration="self", layers="all")
-    work = work_of(job, structure, saves=True)
-    assert work.fits and work.chooses and work.tokens == 512
+    def best(**settings) -> Work:
+        return work_of(job_of(catalog, method="best", length=64, calibration="self", **settings), structure, saves=True)
+
+    assert best(samples=8).scored == 512 and best(samples=1024).scored == GRADIENT_TOKENS
+    work = best(samples=8, importance="energy", layers="all")
+    assert work.fits and work.chooses and work.tokens == 512 and not work.scored
     kept = len(next(iter(work.kept.values())))
     share = 0.2 * LAYERS * LAYER / (LAYERS * 3 * H * MLP)
     assert kept == pytest.approx(MLP * (1 - share), abs=1)

@@ -56,7 +56,7 @@ def test_best_writes_fewer_samples_than_it_reads():
 
 @pytest.mark.parametrize("method", [Best, Fast])
 def test_whole_layers_are_chosen_by_their_inputs_and_outputs(method):
-    assert [method().defaults(asked, writes=True)["importance"] for asked in (MLP, LAYERS)] == ["energy", "angular"]
+    assert [method().defaults(asked, writes=True)["importance"] for asked in (MLP, LAYERS)] == ["fisher", "angular"]
 
 
 def test_the_papers_variant_belongs_to_the_papers_criterion():
