@@ -383,7 +383,8 @@ def export(
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
     opener = _opener(load, catalog, progress)
     asked = None if opener.load.dtype == "auto" else opener.load.dtype
-    return _export(source, exporter, directory, partial(opener.model, model), progress, asked)
+    read = partial(opener.model, model, keep_dtype=exporter.keeps_dtype)
+    return _export(source, exporter, directory, read, progress, asked)
 
 
 def run(

@@ -59,9 +59,14 @@ class Opener:
             self.progress.status(f"no plugin knows model type '{found.config.model_type}': its structure is discovered")
         return found
 
-    def model(self, source: Source) -> Model:
-        """A model with its weights in memory; a model as it is."""
-        return self.weights(self.structure(source))
+    def model(self, source: Source, *, keep_dtype: bool = False) -> Model:
+        """A model with its weights in memory; a model as it is. ``keep_dtype``: weights in float16 stay so on a CPU,
+        where no other dtype was asked for."""
+        opened = self.structure(source)
+        if keep_dtype and widened(opened, self.catalog, self.load) is not None:
+            narrow = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
+            return narrow.weights(opened)
+        return self.weights(opened)
 
     def weights(
         self,
