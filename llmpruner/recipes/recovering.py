@@ -205,6 +205,15 @@ def _check_data(
         check_steps(job.settings, len(data.rows.rows), layers, Ranks.current().count)
 
 
+def _format_of(data: TrainingData | None, job: RecoverJob, model: Model) -> str | None:
+    """A line on the format that the examples are in, where it is not the chat template that comes with the model; None
+    where it was said before the dense model answered instructions."""
+    own = dense_text_in(job.settings.data)
+    if data is None or not data.in_format or (own is not None and own.answers):
+        return None
+    return format_note(model.ref, model.family, model.tokenizer, "examples are")
+
+
 def _lengths(data: TrainingData | None, own: DenseText | None) -> list[int]:
     """Tokens of the examples, or of those that the dense model writes (``own``), at most and without prompts."""
     if data is not None:
@@ -276,6 +285,9 @@ def _trained(
 ) -> RecoveryResult:
     """``dense``: identifies the dense model, where the strategy needs it."""
     progress, trusted = opener.progress, opener.load.trust_remote_code
+    note = _format_of(data, job, loaded)
+    if note is not None:
+        progress.status(note)
     progress.status(f"training, strategy {job.strategy.name}")
     with ExitStack() as shown:
         started: list[Callable[[int, int, float], None]] = []
