@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from ..models.devices import check_device
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
+from ..validation import check_type
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -42,6 +44,7 @@ class Opener:
     @classmethod
     def of(cls, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
         """``load``: None for the defaults."""
+        check_type("load", load, (LoadSettings, NoneType), "LoadSettings")
         return cls(catalog, load or LoadSettings(), progress)
 
     def of_ranks(self, ranks: Ranks) -> Opener:
@@ -118,6 +121,7 @@ def openers(
     """One for each source. Raises `SettingsError` for another number of settings."""
     if load is None or isinstance(load, LoadSettings):
         return [Opener.of(load, catalog, progress)] * len(sources)
+    check_type("load", load, Sequence, "LoadSettings, or one for each model")
     if len(load) != len(sources):
         raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
     return [Opener.of(one, catalog, progress) for one in load]
