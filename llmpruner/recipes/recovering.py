@@ -22,6 +22,7 @@ from ..files import Held, check_new_directory, check_space, remove_tree, tree_by
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
 from ..loading.model import Model, Structure, loaded_bytes, reopened
 from ..models.devices import check_device
+from ..models.position_tables import check_table_of_config
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
 from ..recovery.checks import check_before_writing, check_steps
@@ -202,6 +203,9 @@ def _check_data(
     if own is not None:
         check_before_writing(job.settings, own, opened.family, tokenizer, layers)
     elif data is not None:
+        longest = max(map(len, (row["input_ids"] for row in data.rows.rows)))
+        what = f"examples of up to {longest:,} tokens"
+        check_table_of_config(opened.config, opened.ref, longest, what, "lower --cutoff")
         check_steps(job.settings, len(data.rows.rows), layers, Ranks.current().count)
 
 
