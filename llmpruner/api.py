@@ -13,10 +13,11 @@ Docstrings name what else is raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from typing_extensions import Unpack
@@ -100,6 +101,7 @@ from .settings import (
 )
 from .structure.outcome import Outcome
 from .structure.plan import PruningPlan
+from .validation import check_type, path_from
 
 
 def load(
@@ -167,7 +169,7 @@ def plan_with_outcome(
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
     options = settings_from(PruneSettings, settings)
-    return _make_plan(model, options, _opener(load, catalog, progress), run or RunSettings())
+    return _make_plan(model, options, _opener(load, catalog, progress), _limits(run))
 
 
 def prune(
@@ -201,9 +203,9 @@ def prune(
         what = settings_from(PruneSettings, settings)
         given = what.given()
     else:
-        what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
+        what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(path_from("plan", plan, "a plan or a file"))
         given = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
-    pruning = Pruning(model, what, given, _path(output), need_tokenizer, run or RunSettings())
+    pruning = Pruning(model, what, given, _path("output", output), need_tokenizer, _limits(run))
     return pruning.do(_opener(load, catalog, progress))
 
 
@@ -235,7 +237,7 @@ def recover(
     `OutputError` for directories that cannot be used, before weights are read.
     """
     options = settings_from(RecoverSettings, settings)
-    recovery = Recovery(model, options, _path(output), _path(work_dir), run or RunSettings())
+    recovery = Recovery(model, options, _path("output", output), _path("work_dir", work_dir), _limits(run))
     return recovery.do(_opener(load, catalog, progress))
 
 
@@ -259,6 +261,7 @@ def evaluate(
     them, and `ModelError` for models that cannot be compared, before the first is loaded.
     """
     catalog = catalog or Catalog(plugin_manager())
+    check_type("cache", cache, (CacheSettings, NoneType), "CacheSettings")
     options, sources = settings_from(EvaluateSettings, settings), listed(models)
     each = openers(load, sources, catalog, progress)
     return evaluate_models(sources, options, each, cache or CacheSettings(), catalog, progress)
@@ -283,7 +286,7 @@ def sensitivity(
     or cannot be written.
     """
     options = settings_from(SensitivitySettings, settings)
-    return sensitivity_of(model, options, _path(output), _opener(load, catalog, progress), restart=restart)
+    return sensitivity_of(model, options, _path("output", output), _opener(load, catalog, progress), restart=restart)
 
 
 def bench(
@@ -326,11 +329,16 @@ def generate(
     catalog: Catalog | None = None,
     **settings: Unpack[GenerateKeywords],
 ) -> str:
+<<<<<<< HEAD
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
 
     Raises `DataError` for a model without a tokenizer, and for a prompt that is empty or has more tokens than the model
     has positions.
     """
+=======
+    """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
+    check_type("prompt", prompt, str, "text")
+>>>>>>> h-m1
     options = generate_job(settings_from(GenerateSettings, settings))
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
@@ -383,7 +391,8 @@ def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None
     """
     if not isinstance(model, Model):
         raise SettingsError(f"expected what llmpruner.load, prune or recover returned, got {type(model).__name__}")
-    return _save(model, check_new_directory(Path(directory)), notes=notes)
+    check_type("notes", notes, (Mapping, NoneType), "a mapping")
+    return _save(model, check_new_directory(path_from("directory", directory)), notes=notes)
 
 
 def export(
@@ -403,10 +412,10 @@ def export(
     that exists or cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
+    source = path_from("model", model, "the path of a checkpoint")
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
     exporter.check()
-    directory = check_new_directory(Path(output))
-    source = Path(model)
+    directory = check_new_directory(path_from("output", output))
     is_file = source.suffix == ".gguf" and source.is_file()
     if is_file and not exporter.takes_files:
         raise ModelError(f"'{model}' is no checkpoint directory, and only --to stock takes a file; export it first")
@@ -414,7 +423,8 @@ def export(
         raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
     opener = _opener(load, catalog, progress)
     asked = None if opener.load.dtype == "auto" else opener.load.dtype
-    return _export(source, exporter, directory, partial(opener.model, model), progress, asked)
+    read = partial(opener.model, model, keep_dtype=exporter.keeps_dtype)
+    return _export(source, exporter, directory, read, progress, asked)
 
 
 def run(
@@ -457,7 +467,7 @@ def dry_run(
 ) -> list[PlannedStep]:
     """What `run` would do with the same arguments, step by step, with a forecast where one can be made. Writes nothing,
     reads no weights but for checksums, and raises what `run` raises before the first step."""
-    if run is not None and run.restart:
+    if _limits(run).restart:
         raise SettingsError("--restart has no effect on a dry run, which removes nothing; leave it out")
     catalog = catalog or Catalog(plugin_manager())
     return list(Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress).plan())
@@ -481,9 +491,10 @@ def push(
     llmpruner, `CheckpointError` for one without weights, `DataError` for an ``evaluation`` that is no file of results,
     and `OutputError` when the hub refuses.
     """
+    directory = path_from("model", model, "the path of a checkpoint")
     job = push_job(settings_from(PushSettings, settings))
     catalog = catalog or Catalog(plugin_manager())
-    upload = prepare_upload(Path(model), repo, job, partial(_opener(None, catalog, progress).structure, model))
+    upload = prepare_upload(directory, repo, job, partial(_opener(None, catalog, progress).structure, model))
     if job.dry_run:
         return upload
     progress.status(f"sending {counted(len(upload.files), 'file')} to {repo}")
@@ -491,11 +502,17 @@ def push(
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
+<<<<<<< HEAD
     """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing, that is,
     give the logits of the model in which the weights that consume the units are zero. One `Verdict` for each kind.
 
     Raises `PlanError` for a pruned model, and `UnsupportedModelError` when no small model can be built or traced.
     """
+=======
+    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing."""
+    check_type("structure", structure, Structure, "what llmpruner.discover returned")
+    check_type("seed", seed, int, "a whole number")
+>>>>>>> h-m1
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
@@ -518,9 +535,11 @@ def verify_checkpoint(
     ``base``: reference of the dense model, instead of that in the record. Damage is in the result; raises `ModelError`
     for what is no checkpoint, and for a ``base`` that cannot be opened or is another model.
     """
+    folder = path_from("directory", directory)
     load = LoadSettings(trust_remote_code=trust_remote_code)
+    check_type("base", base, (str, Path, NoneType), "a path or a hub id")
     named = None if base is None else str(base)
-    return verification(Path(directory), named, load, catalog or Catalog(plugin_manager()), progress)
+    return verification(folder, named, load, catalog or Catalog(plugin_manager()), progress)
 
 
 def write_page(
@@ -561,15 +580,15 @@ def write_report(
     `OutputError` for a ``path`` that cannot be written.
     """
     catalog = catalog or Catalog(plugin_manager())
-    places = [Path(one) for one in ([directories] if isinstance(directories, (str, Path)) else directories)]
+    places = _paths("directories", directories)
     if not places:
         raise SettingsError("nothing to report on: name at least one checkpoint")
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
     for place in places:
         find(place)
-    target = check_new_file(default if path is None else Path(path))
-    files = [ResultsFile.read(Path(one)) for one in results]
+    target = check_new_file(_path("path", path) or default)
+    files = [ResultsFile.read(one) for one in _paths("results", results)]
     subjects = subjects_of(places, files, catalog)
     page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
     write_text(target, page.html)
@@ -583,6 +602,8 @@ def _recipe(
         recipe = Recipe.read(recipe, catalog)
     elif isinstance(recipe, Mapping):
         recipe = Recipe.of(recipe)
+    check_type("recipe", recipe, Recipe, "a file, the name of a recipe, a Recipe or a mapping")
+    check_type("values", values, (Mapping, NoneType), "a mapping")
     return recipe.with_values(values) if values else recipe
 
 
@@ -590,5 +611,16 @@ def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progre
     return Opener.of(load, catalog or Catalog(plugin_manager()), progress)
 
 
-def _path(place: str | Path | None) -> Path | None:
-    return None if place is None else Path(place)
+def _limits(run: RunSettings | None) -> RunSettings:
+    check_type("run", run, (RunSettings, NoneType), "RunSettings")
+    return run or RunSettings()
+
+
+def _path(argument: str, place: str | Path | None) -> Path | None:
+    return None if place is None else path_from(argument, place)
+
+
+def _paths(argument: str, places: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One path or several, as a list."""
+    several = isinstance(places, Iterable) and not isinstance(places, (str, Path))
+    return [path_from(argument, one, "paths") for one in (places if several else [places])]  # type: ignore[union-attr]

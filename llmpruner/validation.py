@@ -1,13 +1,17 @@
-"""What pydantic refuses, in plain words: which value, and what was expected instead."""
+"""What is refused of values, in plain words: which one, and what was expected instead."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+
+from .errors import SettingsError
 
 _EXPECTED = {
     "int_parsing": "expected a whole number",
@@ -25,6 +29,18 @@ _EXPECTED = {
     "less_than": "expected a number below {lt}",
     "less_than_equal": "expected at most {le}",
 }
+
+
+def check_type(argument: str, value: object, types: type | tuple[type, ...], expected: str) -> None:
+    """Raise `SettingsError` for an argument of a function that is of none of ``types``."""
+    if not isinstance(value, types):
+        raise SettingsError(f"{argument}: expected {expected}, got {type(value).__name__}")
+
+
+def path_from(argument: str, value: object, expected: str = "a path") -> Path:
+    """``value`` as a path. Raises as `check_type`."""
+    check_type(argument, value, (str, PathLike), expected)
+    return Path(value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

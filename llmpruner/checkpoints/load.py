@@ -11,6 +11,7 @@ from ..errors import CheckpointError, first_line
 from ..models.modeling_llmpruner import base_class, pruned_model
 from ..models.quiet import quiet_transformers
 from ..models.remote import ALLOW, pruned_class
+from ..validation import path_from
 from .adapters import adapter_base, with_adapter
 from .manifest import check_weights
 
@@ -36,7 +37,7 @@ def load_pruned(
     Raises `CheckpointError` when a file is missing or damaged (see `manifest.check_weights`), or a tensor is missing,
     unknown or of another shape.
     """
-    base = adapter_base(Path(path))
+    base = adapter_base(path_from("path", path, "a path or a hub id"))
     if base is not None:
         check_weights(Path(path))
         model = load_pruned(

@@ -92,6 +92,9 @@ class Exporter(Component):
     kind: ClassVar[str] = "exporter"
     takes_files: ClassVar[bool] = False
     """Whether the source may also be a .gguf file instead of a directory. `ExportTask.load` reads either."""
+    keeps_dtype: ClassVar[bool] = False
+    """Whether weights are written in the dtype of `ExportTask.model`. Those that are stored in float16 are then loaded
+    in float16 on a CPU, too; otherwise in float32, in which a CPU computes."""
 
     def check(self) -> None:
         """Raise `MissingExtraError` for a library that is not installed, and `SettingsError` for settings that do not

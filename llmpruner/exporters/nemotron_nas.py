@@ -33,6 +33,7 @@ class NemotronNasExporter(Exporter):
 
     name = "nemotron-nas"
     summary = "LLaMA with widths per layer (block_configs), for vLLM, SGLang and mlx-lm"
+    keeps_dtype = True
 
     class Settings(ComponentSettings):
         equal_heads: bool = Field(

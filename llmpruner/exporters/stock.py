@@ -26,6 +26,7 @@ class StockExporter(Exporter):
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
     takes_files = True
+    keeps_dtype = True
 
     def export(self, task: ExportTask) -> str:
         from ..checkpoints import load, manifest, record, save

@@ -33,7 +33,8 @@ class ModelFamily(Component):
     model_types: ClassVar[tuple[str, ...]] = ()
     """The ``model_type`` values of ``config.json`` that this family matches."""
     extends: ClassVar[str | None] = None
-    """Name of the family this one specialises; when both match a model, this one is used."""
+    """Name of the family this one specialises; when both match a model, this one is used. Two families that extend the
+    same one are of one rank: their `matches` must not take the same models."""
     protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
     """Shares of the first and of the last layers that keep all units unless the user selects layers: three each of 30.
     LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""

@@ -28,6 +28,7 @@ from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, first_line, reason_of
 from ..families.family import ModelFamily
 from ..families.graph import build_graph
+from ..models.content import Content
 from ..models.empty import meta_model
 from ..models.gguf import RECORDED_PRE, gguf_parsed_once, pre_tokenizer_of
 from ..models.quiet import quiet_gguf, quiet_transformers
@@ -120,9 +121,17 @@ class Model(Structure):
 
     @contextlib.contextmanager
     def changing(self, stage: str) -> Iterator[None]:
-        """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``."""
+        """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``, unless
+        it is a refusal that came before anything was changed."""
+        # Changes of weights that are read from files are in files, too.
+        before = Content(self.model) if self.streamed is None else None
         vars(self)["unfinished"] = stage
-        yield
+        try:
+            yield
+        except LlmprunerError:
+            if before is not None and before.is_in(self.model):
+                vars(self)["unfinished"] = None
+            raise
         vars(self)["unfinished"] = None
 
     def become(self, result: Model) -> Model:

@@ -1,4 +1,4 @@
-"""Models that look positions up in a table, and so read no more tokens than it has rows (GPT-2, OPT)."""
+"""Models that look positions up in a table, and so read no more tokens than it has rows (GPT-2, OPT, RoBERTa)."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ _BUFFERS = ("embed_positions", "pos_encoding")
 
 
 def table_of(model: PreTrainedModel) -> int | None:
-    """The number of positions of ``model``, which may be on the meta device, where it has a table of them; None for a
-    model that computes positions, such as a rotary one."""
+    """The number of positions of ``model``, which may be on the meta device, where it has a table of them, or cannot
+    read more for another reason; None for a model that computes positions, such as a rotary one."""
     limit = positions_of(model.config)
     if limit is None:
         return None
+    if not hasattr(model.config.get_text_config(), "max_position_embeddings"):
+        return limit
     try:
-        # Encoders of images have tables of their own.
-        decoder = model.get_submodule(decoder_layers(model).rpartition(".")[0])
+        path = decoder_layers(model).rpartition(".")[0]
     except UnsupportedModelError:
         return None
+    # Encoders of images, beside what has the layers and the embeddings, have tables of their own.
     tokens = model.get_input_embeddings()
+    while path and all(module is not tokens for module in model.get_submodule(path).modules()):
+        path = path.rpartition(".")[0]
+    decoder = model.get_submodule(path)
     embeddings = (m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not tokens)
-    rows = {embedding.num_embeddings for embedding in embeddings}
+    rows = {m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1) for m in embeddings}
     rows |= {len(buffer) for name, buffer in decoder.named_buffers() if name.rpartition(".")[2] in _BUFFERS}
     return limit if any(limit <= count <= limit + _MORE_ROWS for count in rows) else None
 

@@ -157,7 +157,8 @@ class Catalog:
                 if f.extends is not None and f.extends not in families
             )
             raise UnsupportedModelError(
-                f"several families match model type '{config.model_type}': {names}{unknown}; choose with --family"
+                f"several families match model type '{config.model_type}': {names}{unknown}; choose with --family; in "
+                "plugins, name the family that is specialised with 'extends', or let 'matches' leave out other models"
             )
         if AUTO in families:
             return families[AUTO]()

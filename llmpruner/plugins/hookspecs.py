@@ -60,7 +60,10 @@ def llmpruner_model_families() -> Sequence[type[ModelFamily]]:
 
     Returns: a list of `ModelFamily` subclasses; an empty list when there is nothing to add. The family of a model is
     the one whose ``matches`` returns True and that no other match extends; if there are several, the error asks for
-    ``--family``; if there is none, the structure is discovered.
+    ``--family``; if there is none, the structure is discovered. Which of two matches is the more specific is known by
+    ``extends`` alone, not by what ``matches`` looks at: a family for all models of type ``llama`` that extends
+    ``llama`` is beside ``vicuna``, which extends it too, so its ``matches`` must leave out Vicuna; or it extends
+    ``vicuna``, and is used for both.
 
     Called: once, when a command first looks for a family. The classes are created without arguments whenever a model is
     matched.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from ..models.devices import check_device
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
+from ..validation import check_type
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -42,6 +44,7 @@ class Opener:
     @classmethod
     def of(cls, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
         """``load``: None for the defaults."""
+        check_type("load", load, (LoadSettings, NoneType), "LoadSettings")
         return cls(catalog, load or LoadSettings(), progress)
 
     def of_ranks(self, ranks: Ranks) -> Opener:
@@ -59,9 +62,14 @@ class Opener:
             self.progress.status(f"no plugin knows model type '{found.config.model_type}': its structure is discovered")
         return found
 
-    def model(self, source: Source) -> Model:
-        """A model with its weights in memory; a model as it is."""
-        return self.weights(self.structure(source))
+    def model(self, source: Source, *, keep_dtype: bool = False) -> Model:
+        """A model with its weights in memory; a model as it is. ``keep_dtype``: weights in float16 stay so on a CPU,
+        where no other dtype was asked for."""
+        opened = self.structure(source)
+        if keep_dtype and widened(opened, self.catalog, self.load) is not None:
+            narrow = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
+            return narrow.weights(opened)
+        return self.weights(opened)
 
     def weights(
         self,
@@ -113,6 +121,7 @@ def openers(
     """One for each source. Raises `SettingsError` for another number of settings."""
     if load is None or isinstance(load, LoadSettings):
         return [Opener.of(load, catalog, progress)] * len(sources)
+    check_type("load", load, Sequence, "LoadSettings, or one for each model")
     if len(load) != len(sources):
         raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
     return [Opener.of(one, catalog, progress) for one in load]

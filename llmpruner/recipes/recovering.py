@@ -22,6 +22,7 @@ from ..files import Held, check_new_directory, check_space, remove_tree, tree_by
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
 from ..loading.model import Model, Structure, loaded_bytes, reopened
 from ..models.devices import check_device
+from ..models.position_tables import check_table_of_config
 from ..progress import QUIET, Progress
 from ..recovery.base import LayerWalk
 from ..recovery.checks import check_before_writing, check_steps
@@ -202,7 +203,19 @@ def _check_data(
     if own is not None:
         check_before_writing(job.settings, own, opened.family, tokenizer, layers)
     elif data is not None:
+        longest = max(map(len, (row["input_ids"] for row in data.rows.rows)))
+        what = f"examples of up to {longest:,} tokens"
+        check_table_of_config(opened.config, opened.ref, longest, what, "lower --cutoff")
         check_steps(job.settings, len(data.rows.rows), layers, Ranks.current().count)
+
+
+def _format_of(data: TrainingData | None, job: RecoverJob, model: Model) -> str | None:
+    """A line on the format that the examples are in, where it is not the chat template that comes with the model; None
+    where it was said before the dense model answered instructions."""
+    own = dense_text_in(job.settings.data)
+    if data is None or not data.in_format or (own is not None and own.answers):
+        return None
+    return format_note(model.ref, model.family, model.tokenizer, "examples are")
 
 
 def _lengths(data: TrainingData | None, own: DenseText | None) -> list[int]:
@@ -276,6 +289,9 @@ def _trained(
 ) -> RecoveryResult:
     """``dense``: identifies the dense model, where the strategy needs it."""
     progress, trusted = opener.progress, opener.load.trust_remote_code
+    note = _format_of(data, job, loaded)
+    if note is not None:
+        progress.status(note)
     progress.status(f"training, strategy {job.strategy.name}")
     with ExitStack() as shown:
         started: list[Callable[[int, int, float], None]] = []

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoints.record import read_json, read_record
@@ -21,6 +22,7 @@ from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.losses import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
+from ..validation import check_type
 from .benches import check_bench
 from .checks import check_prune
 from .commands import DENSE
@@ -72,6 +74,10 @@ class Session:
         catalog: Catalog,
         progress: Progress = QUIET,
     ) -> None:
+        check_type("load", load, (LoadSettings, NoneType), "LoadSettings")
+        check_type("run", run, (RunSettings, NoneType), "RunSettings")
+        check_type("model", model, (str, Path, NoneType), "a path or a hub id")
+        check_type("output", output, (str, Path, NoneType), "a path")
         chosen, folder = model or recipe.model, output or recipe.output
         if chosen is None:
             raise SettingsError(f"{recipe.source} names no model; add 'model: …' to it, or give --model")

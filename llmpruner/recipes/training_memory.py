@@ -23,6 +23,8 @@ _BFLOAT16, _FLOAT32 = 2, 4
 """Bytes of a value."""
 _KEPT_STATES = 2
 """Checkpoints of the training on the disk, each with the trained weights and two moments of AdamW for them."""
+_KEPT_BEST = 2
+"""Files of the trained weights with the lowest validation loss: now, and when the newest checkpoint was saved."""
 _ADVICE = (
     "--strategy local reads one layer at a time, adapters (--strategy lora) have no gradients of all weights, and "
     "--micro-batch-size, --cutoff and --dtype bfloat16 save some"
@@ -88,7 +90,9 @@ def training_forecast(
     ):
         memory[kept] //= graph.num_layers
     saves_adapters = job.strategy.adapters and not job.settings.merge
+    validates = job.settings.validation_data is not None or job.settings.validation > 0
     disk = (0 if saves_adapters else graph.total_parameters * item) + _KEPT_STATES * 3 * states
+    disk += _KEPT_BEST * states if validates else 0
     return Forecast(Residency(), memory_before(model), (*stages, Stage("training", memory)), disk)
 
 

@@ -43,11 +43,11 @@ class BestWeights:
                     parameter.copy_(kept[name])
                 self._ranks.copy_from(0, [parameter.detach()])
 
-    def drop_all_but(self, step: int) -> None:
-        """Remove the files of other steps."""
+    def drop_all_but(self, step: int | None) -> None:
+        """Remove the files of other steps; with None, of all."""
         if self._ranks.first:
             for file in self._folder.glob(f"{_PREFIX}*"):
-                if file != self._file(step):
+                if step is None or file != self._file(step):
                     file.unlink(missing_ok=True)
 
     def _file(self, step: int) -> Path:

@@ -7,11 +7,11 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
-from ..data.conversations import Example, example
+from ..data.conversations import Completion, Example, example
 from ..data.documents import EXPECTED_EXAMPLES, read_records
 from ..data.mixture import mixed, parse_mixture
 from ..errors import DataError
@@ -31,11 +31,13 @@ validation takes a small part of the time of the steps between two."""
 class Examples:
     """The training text. ``source``: the source of the data, for messages and records. ``places``: for every text, the
     place of its record, such as ``a.jsonl, line 3``; several texts may be of one record. Empty where they are not
-    known."""
+    known. ``in_format``: whether some are instructions or conversations, which are in a chat format, and not text as it
+    is."""
 
     texts: tuple[TrainingText, ...]
     source: str
     places: tuple[str, ...] = ()
+    in_format: bool = False
 
     def place(self, number: int) -> str:
         """Where text ``number``, from 0, is from."""
@@ -83,7 +85,8 @@ def load_examples(
             raise DataError(f"{place}: {error}") from error
         texts += own
         of += [place] * len(own)
-    return Examples(tuple(texts), source, tuple(of))
+    in_format = any(not isinstance(found, Completion) for _, found in places)
+    return Examples(tuple(texts), source, tuple(of), in_format)
 
 
 def _placed(source: str, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:
@@ -113,7 +116,8 @@ def split(examples: Examples, validation: float, seed: int) -> tuple[Examples, E
 
     def part(held_out: bool) -> Examples:
         numbers = [number for number, place in enumerate(of) if (place in chosen) == held_out]
-        return Examples(tuple(examples.texts[n] for n in numbers), examples.source, tuple(of[n] for n in numbers))
+        texts, own = tuple(examples.texts[n] for n in numbers), tuple(of[n] for n in numbers)
+        return replace(examples, texts=texts, places=own)
 
     return part(False), part(True)
 

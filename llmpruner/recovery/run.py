@@ -40,13 +40,15 @@ _NOT_SHARED = {"data", "strategy", "limit", "merge", "settings", "report_to"}
 @dataclass(frozen=True)
 class TrainingData:
     """The rows of a training. ``source``, ``fingerprint``: of the data, see `Examples`; with data of its own for
-    validation, the fingerprint is of both. ``validation``: None without one. ``notes``: messages for the user."""
+    validation, the fingerprint is of both. ``validation``: None without one. ``notes``: messages for the user.
+    ``in_format``: see `Examples`."""
 
     source: str
     fingerprint: str
     rows: Rows
     validation: Rows | None = None
     notes: tuple[str, ...] = ()
+    in_format: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def prepare(
         were = "was" if rows.left_out == 1 else "were"
         notes.append(f"{counted(rows.left_out, 'example')} had nothing to train on and {were} left out")
     validation = None if held_out is None else tokenised(held_out)
-    return TrainingData(examples.source, fingerprint, rows, validation, tuple(notes))
+    return TrainingData(examples.source, fingerprint, rows, validation, tuple(notes), examples.in_format)
 
 
 def recover(

@@ -4,6 +4,7 @@ finite."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -28,13 +29,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, best: BestWeights) -> None:
         self._best = best
+        self._needed: int | None = None
+        """The step of the best weights when the newest checkpoint was saved, which goes on with them."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
         if self.trainer.job.validation and state.global_step == 0:
             self.trainer.evaluate()
             return
-        for done in validations(state.log_history):
+        earlier = validations(state.log_history)
+        self._needed = _best_step(earlier)
+        for done in earlier:
             self._report(done)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -72,6 +77,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self._report(done[-1])
         best = min(done, key=lambda one: one.loss)
         if best is done[-1] and best.step < state.max_steps:
+            # Before, so that there are two files at most.
+            self._best.drop_all_but(self._needed)
             self._best.keep(self.trainer.model, best.step)
         patience = self.trainer.job.settings.patience
         if patience is not None and len(done) - 1 - done.index(best) >= patience:
@@ -80,10 +87,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
-        done = validations(state.log_history)
-        if done:
-            # Only now: a checkpoint before this one may need weights that were the best by then.
-            self._best.drop_all_but(min(done, key=lambda one: one.loss).step)
+        self._needed = _best_step(validations(state.log_history))
+        if self._needed is not None:
+            self._best.drop_all_but(self._needed)
 
     def _report(self, done: Validation) -> None:
         if self.trainer.job.on_validation is not None:
@@ -101,3 +107,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         # Weights that are not finite any more spoil every micro-batch, a row that is at fault only its own.
         look = "look at them, " if wrong < whole else ""
         return f", with the rows {numbers} of the data{places}; {look}lower the learning rate, or use float32 weights"
+
+
+def _best_step(done: Sequence[Validation]) -> int | None:
+    return min(done, key=lambda one: one.loss).step if done else None

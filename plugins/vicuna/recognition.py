@@ -16,6 +16,8 @@ Version = Literal["v0", "v1"]
 
 _V0 = re.compile(r"(^|[-_.])v0([-_.]|$)|stable[-_.]?vicuna")
 """StableVicuna is v0, tuned further with the same roles (``### Human:``, ``### Assistant:``)."""
+_OTHER_FORMAT = re.compile(r"gpt[-_.]?4[-_.]?x[-_.]?vicuna")
+"""GPT4-x-Vicuna is v1.1, tuned further with Alpaca's format (``### Instruction:``, ``### Response:``)."""
 
 
 def version_of(config: PreTrainedConfig) -> Version | None:
@@ -24,14 +26,19 @@ def version_of(config: PreTrainedConfig) -> Version | None:
     Found by the name in the reference, else the name in saved configurations, else the chat template.
     """
     place = str(getattr(config, "name_or_path", "") or "")
+    if _OTHER_FORMAT.search(_own_name(place)):
+        return None  # its files may name the Vicuna that it was made from
     by_name = _version_in_name(_own_name(place))
     directory = Path(place)
     if by_name is not None or not place or not directory.is_dir():
         return by_name
     for file in ("config.json", "generation_config.json"):
         saved_as = _read(directory / file).get("_name_or_path")
-        if isinstance(saved_as, str) and (version := _version_in_name(_own_name(saved_as))):
-            return version
+        if isinstance(saved_as, str):
+            if _OTHER_FORMAT.search(_own_name(saved_as)):
+                return None
+            if version := _version_in_name(_own_name(saved_as)):
+                return version
     return _version_in_template(directory)
 
 

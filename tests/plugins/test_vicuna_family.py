@@ -35,6 +35,9 @@ def family_of(name_or_path: str, **values: object) -> str:
         ("TheBloke/stable-vicuna-13B-HF", "vicuna-v0"),
         ("models/StableVicuna_13b", "vicuna-v0"),
         ("TheBloke/Wizard-Vicuna-13B-HF", "vicuna"),
+        ("NousResearch/gpt4-x-vicuna-13b", "llama"),
+        ("NousResearch/GPT4-x-Vicuna-13b-fp16", "llama"),
+        ("models/gpt4_x_vicuna", "llama"),
         ("meta-llama/Llama-2-7b-hf", "llama"),
         ("/home/vicuna/models/llama-7b", "llama"),
         ("", "llama"),
@@ -42,6 +45,18 @@ def family_of(name_or_path: str, **values: object) -> str:
 )
 def test_by_name(name: str, family: str) -> None:
     assert family_of(name) == family
+
+
+@pytest.mark.parametrize(("folder", "saved_as"), [("gpt4-x-vicuna-13b", "vicuna-13b-1.1"), ("m", "gpt4-x-vicuna-13b")])
+def test_a_vicuna_that_was_tuned_on_another_format_has_that_of_llama(
+    folder: str, saved_as: str, tmp_path: Path
+) -> None:
+    """Alpaca's: its card gives prompts with ``### Instruction:`` and ``### Response:``."""
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / folder)
+    file = tmp_path / folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": saved_as}))
+    family = Catalog(plugin_manager()).family_for(AutoConfig.from_pretrained(tmp_path / folder))
+    assert family.name == "llama" and "### Instruction:" in family.format_prompt("Why?")
 
 
 def test_sizes_ids_and_common_settings_identify_no_vicuna(tmp_path: Path) -> None:

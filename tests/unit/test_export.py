@@ -10,8 +10,10 @@ from checkpoint_cases import INPUT_IDS, LLAMA, cut_llama
 from export_cases import OTHERS, Source, llama_source, logits, other_source
 from llmpruner_llama.family import LlamaFamily
 from pydantic import Field
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import llmpruner
 from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModelError, load_pruned
 from llmpruner.checkpoints import save
 from llmpruner.checkpoints.manifest import damaged_files, recorded_files
@@ -106,6 +108,15 @@ def test_a_uniform_model_becomes_a_checkpoint_of_transformers(tmp_path):
 def test_a_dense_model_gets_no_record(tmp_path):
     export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("nothing")))
     assert read_record(tmp_path / "out") is None and load_pruned(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["stock", "nemotron-nas"])
+def test_float16_stays_float16_on_a_cpu(to, tmp_path):
+    cut_llama("nothing", torch.float16).save_pretrained(tmp_path / "half")
+    llmpruner.export(tmp_path / "half", output=tmp_path / "out", to=to)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+    llmpruner.export(tmp_path / "half", output=tmp_path / "wide", to=to, load=llmpruner.LoadSettings(dtype="float32"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", [name for name, case in LLAMA.items() if case.form == "shim"])

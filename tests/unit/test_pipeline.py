@@ -12,7 +12,7 @@ import tiny_models
 import torch
 
 import llmpruner
-from llmpruner import ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
+from llmpruner import DataError, ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
 from llmpruner.compensation.refit import Refit
 from llmpruner.importance.estimate import estimate
 from llmpruner.models.surgery import cut
@@ -223,6 +223,35 @@ def test_a_model_that_a_prune_left_half_changed_is_refused(gqa, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_refusal_leaves_a_model_whole_until_something_is_changed(changes, tmp_path, monkeypatch):
+    tiny_models.llama().save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    model = llmpruner.load(tmp_path / "model")
+
+    def refuse(task):
+        if changes:
+            task.model.get_parameter("model.layers.1.mlp.down_proj.weight").data[3, 5] += 1.0
+        raise DataError("not this text")
+
+    def use(stage):
+        if not changes:
+            return llmpruner.plan(model, ratio=0.2, importance="l1")
+        with pytest.raises(ModelError, match=f"half-changed by a {stage} that"):
+            llmpruner.plan(model, ratio=0.2, importance="l1")
+        return model.become(model)  # whole again
+
+    monkeypatch.setattr(Refit, "repair", lambda _, task: refuse(task))
+    with pytest.raises(DataError, match="not this text"):
+        llmpruner.prune(model, ratio=0.2, importance="l1", compensate="refit", **LITTLE_TEXT)
+    use("prune")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "What is it?\n", "completion": "It is so."}) + "\n")
+    monkeypatch.setattr("llmpruner.recovery.full.FullStrategy.train", lambda _, job: refuse(job))
+    with pytest.raises(DataError, match="not this text"):
+        llmpruner.recover(model, data=str(tmp_path / "data.jsonl"), strategy="full", work_dir=tmp_path / "work")
+    use("recovery")
+
+
 def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OutputError("no space")
@@ -302,3 +331,46 @@ def test_another_object_than_a_model_is_named(gqa, tmp_path):
             use([])
     with pytest.raises(SettingsError, match=r"^expected what llmpruner.load, prune or recover returned, got Llama"):
         llmpruner.save(gqa.model, tmp_path / "out")
+
+
+CALLS = {
+    "plan load": lambda one, _: llmpruner.plan("demo", ratio=0.2, load=one),
+    "plan run": lambda one, _: llmpruner.plan("demo", ratio=0.2, run=one),
+    "prune plan": lambda one, _: llmpruner.prune("demo", plan=one),
+    "prune output": lambda one, _: llmpruner.prune("demo", ratio=0.2, output=one),
+    "recover output": lambda one, _: llmpruner.recover("demo", output=one),
+    "recover work_dir": lambda one, _: llmpruner.recover("demo", work_dir=one),
+    "sensitivity output": lambda one, _: llmpruner.sensitivity("demo", output=one),
+    "evaluate load": lambda one, _: llmpruner.evaluate("demo", load=one),
+    "evaluate cache": lambda one, _: llmpruner.evaluate("demo", cache=one),
+    "generate prompt": lambda one, _: llmpruner.generate("demo", one),
+    "save directory": lambda one, gqa: llmpruner.save(gqa, one),
+    "save notes": lambda one, gqa: llmpruner.save(gqa, "out", notes=one),
+    "export model": lambda one, _: llmpruner.export(one, output="out", to="stock"),
+    "export output": lambda one, _: llmpruner.export("model", output=one, to="stock"),
+    "run recipe": lambda one, _: llmpruner.run(one),
+    "run model": lambda one, _: llmpruner.run("demo", model=one),
+    "run output": lambda one, _: llmpruner.run("demo", output=one),
+    "run values": lambda one, _: llmpruner.run("demo", values=one),
+    "run load": lambda one, _: llmpruner.dry_run("demo", load=one),
+    "run run": lambda one, _: llmpruner.dry_run("demo", run=one),
+    "push model": lambda one, _: llmpruner.push(one, "a/b", dry_run=True),
+    "verify structure": lambda one, _: llmpruner.verify(one),
+    "verify seed": lambda one, gqa: llmpruner.verify(gqa, seed=one),
+    "verify_checkpoint directory": lambda one, _: llmpruner.verify_checkpoint(one),
+    "verify_checkpoint base": lambda one, _: llmpruner.verify_checkpoint("model", base=one),
+    "write_report directories": lambda one, _: llmpruner.write_report(one),
+    "write_report path": lambda one, _: llmpruner.write_report("model", one),
+    "write_report results": lambda one, _: llmpruner.write_report("model", results=one),
+    "load_pruned path": lambda one, _: llmpruner.load_pruned(one),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_argument_of_another_type_is_named(call, gqa, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "llmpruner.json").write_text("{}")
+    with pytest.raises(SettingsError, match=f"^{call.split()[1]}: expected [^,]*.*, got object$"):
+        CALLS[call](object(), gqa)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]

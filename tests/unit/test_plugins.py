@@ -828,6 +828,28 @@ def test_model_types_may_be_any_collection_of_texts(types):
     assert "zoo" in catalog.families and catalog.broken == ()
 
 
+def test_of_two_that_extend_one_family_the_message_says_what_an_author_does():
+    """Neither is known to be the more specific, though one looks at the name of a model and the other at its type."""
+
+    class Named(Giraffe):
+        name, extends = "named", "giraffe"
+
+        def matches(self, config):
+            return super().matches(config) and config.name_or_path == "named"
+
+    whole = component(ModelFamily, model_types=("llama",), extends="giraffe")
+    config = LlamaConfig(name_or_path="named")
+    message = (
+        r"several .*: named .*, zoo .*; choose with --family; in plugins, name .* with 'extends', or let 'matches'"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        catalog_with(one=family(Giraffe, Named, whole)).family_for(config)
+    whole.matches = lambda self, config: config.name_or_path != "named"
+    assert catalog_with(one=family(Giraffe, Named, whole)).family_for(config).name == "named"
+    whole = component(ModelFamily, model_types=("llama",), extends="named")
+    assert catalog_with(one=family(Giraffe, Named, whole)).family_for(config).name == "zoo"
+
+
 def test_what_a_family_extends_is_a_name():
     catalog = catalog_with(one=family(component(ModelFamily, extends=["giraffe"])))
     assert "zoo" not in catalog.families

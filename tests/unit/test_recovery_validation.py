@@ -176,6 +176,22 @@ def test_best_weights_and_patience_outlive_an_interruption(tmp_path, stop):
     torch.testing.assert_close(resumed.model.lm_head.weight, whole.model.lm_head.weight, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_no_more_than_two_of_the_best_weights_are_kept(tmp_path, monkeypatch, saves):
+    """Each is as large as all that is trained. Between two checkpoints, validations may go on getting better."""
+    monkeypatch.setattr(
+        "llmpruner.recovery.trainer.LossTrainer.worth_saving", lambda one: saves and one.state.global_step == 2
+    )
+    monkeypatch.setattr(Scripted, "losses", (5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.75))
+    kept = []
+    strategy, result = scripted(tmp_path, lambda *_: kept.append({file.name for file in tmp_path.glob("best-*")}))
+    names = [{f"best-{step}.safetensors" for step in steps} for steps in ([0], [1], [2], [3], [4], [5])]
+    if saves:
+        names[3:] = [one | names[2] for one in names[3:]]
+    assert kept == names
+    torch.testing.assert_close(result.model.lm_head.weight, strategy.weights[5], atol=1e-6, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("top", [0, 7])
 def test_distillation_validates_on_its_own_loss(tmp_path, top):

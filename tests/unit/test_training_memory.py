@@ -86,6 +86,16 @@ def test_weights_of_16_bits_are_counted_as_they_are_trained(home):
     assert needs("bfloat16", strategy="lora", autocast=True)[0] == {"weights": 2, moments: 0}
 
 
+def test_weights_that_a_validation_keeps_take_disk(home):
+    catalog, opened = Catalog(plugin_manager()), llmpruner.load(str(home / "pruned"))
+
+    def disk(**options):
+        job = recover_job(RecoverSettings(data=str(home / "data.jsonl"), strategy="full", **options), catalog)
+        return training_forecast(job, opened, None, LoadSettings(), catalog).disk
+
+    assert disk() == disk(validation_data="more.jsonl") == disk(validation=0) + 2 * 4 * opened.graph.total_parameters
+
+
 @pytest.mark.parametrize("strategy", ["lora", "full", "distil"])
 def test_parameters_with_gradients(strategy, home):
     graph, catalog = llmpruner.load(str(home / "pruned")).graph, Catalog(plugin_manager())

@@ -1,0 +1,84 @@
+"""Models that read only so many tokens are known, and asking for more is refused before weights are read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from transformers import (
+    MptConfig,
+    MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+
+import llmpruner
+from llmpruner import DataError
+from llmpruner.models.empty import meta_model
+from llmpruner.models.position_tables import table_of
+from llmpruner.models.positions import positions_of
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ROBERTA = {**SIZES, "intermediate_size": 48, "is_decoder": True}
+
+
+def mpt():
+    return MptForCausalLM(MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=32))
+
+
+def opt():
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32))
+
+
+def roberta(padding=1):
+    config = RobertaConfig(**ROBERTA, max_position_embeddings=33 + padding, pad_token_id=padding)
+    return RobertaForCausalLM(config)
+
+
+MODELS = {
+    "gpt2": tiny_models.gpt2, "mpt": mpt, "opt": opt, "roberta": roberta, "roberta, padding 5": lambda: roberta(5),
+}  # fmt: skip
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]().eval()
+
+
+def test_as_many_tokens_as_the_model_reads(model):
+    assert positions_of(model.config) == table_of(model) == table_of(meta_model(model.config)) == 32
+    ids = torch.arange(10, 43)[None]
+    model(ids[:, :32], use_cache=False)
+    with pytest.raises((RuntimeError, IndexError)):
+        model(ids, use_cache=False)
+
+
+def test_a_rotary_model_reads_more():
+    model = tiny_models.llama()
+    assert positions_of(model.config) == 512 and table_of(model) is None
+
+
+def test_more_is_refused_before_weights_are_read(model, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    llmpruner.prune(folder, ratio=0.1, importance="l1", compensate="none", output=tmp_path / "pruned")
+    for name in ("model", "pruned"):
+        weights = tmp_path / name / "model.safetensors"
+        weights.write_bytes(bytes(weights.stat().st_size))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": tiny_models.TEXT}) + "\n")
+    with pytest.raises(DataError, match="calibration length 33 is beyond the model's 32 positions; lower --length"):
+        llmpruner.prune(folder, ratio=0.2, importance="l1", compensate="refit", samples=4, length=33, output=out)
+    with pytest.raises(DataError, match=r"windows of 33 tokens are beyond the 32 positions of '.*model'; lower --win"):
+        llmpruner.evaluate(folder, perplexity=str(data), window=33)
+    for strategy in ("full", "local", "distil"):
+        with pytest.raises(
+            DataError, match=r"examples of up to 33 tokens are beyond the 32 positions of '.*pruned'; l"
+        ):
+            llmpruner.recover(tmp_path / "pruned", data=str(data), strategy=strategy, cutoff=33, output=out)
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "pruned", "data.jsonl"}
