@@ -49,11 +49,15 @@ def check_prune(job: PruneJob, structure: Structure, *, tokenizer: bool) -> None
             f"--reduction has no effect: {job.criterion.label()} scores one span of every group; leave it out"
         )
     widths = widths_of(job, structure)
-    if widths.uniform and len(widths.alike(groups)) == 1 and not isinstance(job.allocation, Uniform):
-        raise SettingsError(
-            f"--allocation {job.allocation.name} has no effect: with --shape uniform, all layers keep the same width, "
-            "and only one kind may be cut; leave it out, or give --shape free"
+    if len(widths.alike(groups)) == 1 and not isinstance(job.allocation, Uniform):
+        # A group of its own (hidden channels, layers, units of one layer) leaves nothing to divide with free widths.
+        why = (
+            f"nothing but '{groups[0].name}' may be cut; leave it out"
+            if len(groups) == 1
+            else "with --shape uniform, all layers keep the same width, and only one kind may be cut; leave it out, or "
+            "give --shape free"
         )
+        raise SettingsError(f"--allocation {job.allocation.name} has no effect: {why}")
     job.allocation.check(groups)
     job.compensation.check(structure.graph, groups)
     _check_calibration(job, structure, tokenizer=tokenizer)

@@ -19,6 +19,7 @@ from ..loading.model import Model, Structure
 from ..progress import QUIET, Progress
 from ..report.sensitivity import sensitivity_plot
 from ..selection.curve import Curve, GroupCurve, Point
+from ..selection.uniform import Uniform
 from ..settings import RunSettings
 from ..structure.queues import Queue, build_queue, kept_units
 from .arrangement import arrange, journal_for
@@ -50,7 +51,8 @@ def sensitivity_of(
     if restart and file is None:
         raise SettingsError("restart has no effect without an output, beside which points are kept; leave it out")
     opened = opener.structure(source)
-    check_prune(job, opened, tokenizer=opener.has_tokenizer(opened))
+    # One group has a curve, although a prune has nothing to divide between groups.
+    check_prune(replace(job, allocation=Uniform()), opened, tokenizer=opener.has_tokenizer(opened))
     cuts = planned_cuts(opened, job, settings.shares)
     work = replace(work_of(job, opened, saves=False), trials=len(cuts))
     arrange(opener, opened, job, work, RunSettings(), whole="measuring cuts")

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..structure.queues import Queue
-from .allocate import removed_units, top_up
+from .allocate import top_up
 from .base import Allocation, AllocationTask, Demand, Taken
 from .uniform import Uniform
 
 Removed = Callable[[Taken], int]
-"""Removal steps → removed amount of the cost, or number of units where the demand is in units."""
+"""Removal steps → removed amount of the cost."""
 
 
 class Search(Allocation):
@@ -27,7 +27,8 @@ class Search(Allocation):
     all shares at once towards groups of low marginal loss. The move is kept only if D decreases; otherwise its reach is
     halved and it is tried again. So cuts of several groups are evaluated in combination, at the requested amount, as in
     the searches of ZipLM (Kurtic et al., 2023) and Týr-the-Pruner (Li et al., 2024). The measured loss is never higher
-    than that of `Uniform`.
+    than that of `Uniform`. Where shares of units are asked for, the amount that equal shares save stays: a head is not
+    worth one MLP channel.
     """
 
     name = "search"
@@ -46,8 +47,9 @@ class Search(Allocation):
     def allocate(self, task: AllocationTask) -> Taken:
         assert task.loss is not None
         taken = Uniform().allocate(task)
-        removed = _counter(task)
+        removed = task.meter.removed
         goal = removed(taken)
+        same = replace(task, demand=Demand(amount=goal, meet=task.demand.meet))
         best, reach = task.loss(taken), self.settings.reach
         for _ in range(self.settings.rounds):
             slopes = {
@@ -55,9 +57,7 @@ class Search(Allocation):
                 for queue in task.progress.track(task.queues, "Searching shares")
             }
             while reach >= 0.5:
-                moved = self._moved(task.queues, taken, slopes, reach, goal, removed)
-                if task.demand.units is None:
-                    moved = top_up(replace(task, demand=Demand(amount=goal, meet=task.demand.meet)), moved)
+                moved = top_up(same, self._moved(task.queues, taken, slopes, reach, goal, removed))
                 found = task.loss(moved) if moved != taken else best
                 if found < best:
                     taken, best = moved, found
@@ -111,9 +111,3 @@ class Search(Allocation):
             middle = (low + high) / 2
             low, high = (middle, high) if removed(at(middle)) <= goal else (low, middle)
         return at(low)
-
-
-def _counter(task: AllocationTask) -> Removed:
-    if task.demand.units is None:
-        return task.meter.removed
-    return lambda taken: removed_units(task, taken)

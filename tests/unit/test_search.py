@@ -22,6 +22,7 @@ from llmpruner.selection.base import Demand
 from llmpruner.selection.search import Search
 from llmpruner.selection.select import select
 from llmpruner.selection.sensitivity import Sensitivity
+from llmpruner.selection.uniform import Uniform
 from llmpruner.structure.kept import parameters_after
 from llmpruner.structure.scope import Scope
 
@@ -93,6 +94,22 @@ def test_search_is_never_worse_than_equal_shares(gqa):
 
     demand = Demand(units={f"layers.{layer}.mlp": 24.0 for layer in range(4)})
     assert loss(choose(graph, ("mlp",), demand, loss, Search())) == 0.0
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention")], ids="+".join)
+def test_search_by_shares_of_units_removes_what_equal_shares_do(gqa, kinds):
+    """It removed fewer units, and put heads back for as many MLP channels, which have a fraction of their weights."""
+    graph = gqa.graph
+    groups = graph.of_kinds(kinds)
+    weights = {g.name: (5.0, 1.0, 2.0, 1.0)[g.layer] for g in groups}
+    for share in (0.2, 0.25, 0.3):
+        demand = Demand(units={g.name: share * g.units for g in groups})
+        equal, found = (
+            graph.decoder_parameters
+            - parameters_after(graph, choose(graph, kinds, demand, quadratic(graph, weights), how))[1]
+            for how in (Uniform(), Search())
+        )
+        assert 2 * abs(found - equal) <= min(graph.parameters_per_unit(g) for g in groups)
 
 
 @EACH

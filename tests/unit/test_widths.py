@@ -242,3 +242,18 @@ def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
     check_prune(
         small_job(shape="uniform", allocation=GlobalRanking(), kinds=("mlp", "attention")), gqa, tokenizer=False
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "group"),
+    [
+        ({"shape": "uniform", "kinds": ("layer",)}, "layers"),
+        ({"shape": "free", "kinds": ("hidden",)}, "hidden"),
+        ({"shape": "free", "layers": "2"}, "layers.2.mlp"),
+    ],
+    ids=["layer", "hidden", "mlp"],
+)
+def test_an_allocation_without_groups_to_divide_between_is_refused(gqa, changes, group):
+    """Of layers and hidden channels, the line said to give --shape free, which is refused, or as useless."""
+    with pytest.raises(SettingsError, match=f"global has no effect: nothing but '{group}' may be cut; leave it out"):
+        check_prune(small_job(allocation=GlobalRanking(), **changes), gqa, tokenizer=False)
