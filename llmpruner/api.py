@@ -329,16 +329,12 @@ def generate(
     catalog: Catalog | None = None,
     **settings: Unpack[GenerateKeywords],
 ) -> str:
-<<<<<<< HEAD
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
 
     Raises `DataError` for a model without a tokenizer, and for a prompt that is empty or has more tokens than the model
     has positions.
     """
-=======
-    """The model's continuation of ``prompt``, or its answer with ``chat=True``."""
     check_type("prompt", prompt, str, "text")
->>>>>>> h-m1
     options = generate_job(settings_from(GenerateSettings, settings))
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
@@ -502,17 +498,13 @@ def push(
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
-<<<<<<< HEAD
     """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing, that is,
     give the logits of the model in which the weights that consume the units are zero. One `Verdict` for each kind.
 
     Raises `PlanError` for a pruned model, and `UnsupportedModelError` when no small model can be built or traced.
     """
-=======
-    """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing."""
     check_type("structure", structure, Structure, "what llmpruner.discover returned")
     check_type("seed", seed, int, "a whole number")
->>>>>>> h-m1
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
