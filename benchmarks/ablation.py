@@ -2,9 +2,9 @@
 
     LLMPRUNER_DATA=… python -m benchmarks.ablation [--only TEXT …] [--samples 48] [--tokens 8192] [--render]
 
-The demo model loses 20 % of its decoder (``--method best``), calibrated on the first 200 documents of the C4 sample and
-on as much text that it wrote itself, or on the latter alone, read from files (in windows that begin anywhere) or as the
-source ``self`` gives it. It is judged on the other 100 documents, on answers (`alpaca_en_1k`, the second
+The demo model loses 20 % of its decoder (``--method best``, units chosen by ``energy`` unless the variant says
+otherwise), calibrated on the first 200 documents of the C4 sample and on as much text that it wrote itself, or on the
+latter alone, read from files (in windows that begin anywhere) or as the source ``self`` gives it. It is judged on the other 100 documents, on answers (`alpaca_en_1k`, the second
 half), and on the same with their instructions in the model's chat format. These texts are for choosing alone: no
 benchmark reports them. A row is one variant; rows are appended to ``results/ablation.jsonl``, so an interrupted run
 goes on where it stopped, and drawn in ``docs/quality-notes.md``.
@@ -54,6 +54,7 @@ _BASE, _IN_TURN, _WRITTEN, _FROM_BOS, _OWN = (
     "self, samples begin as texts do",
 )
 _BY_SOURCE = {"held_out": "sources"}
+_FREE, _FISHER = "widths that differ between layers", "units chosen by fisher"
 VARIANTS = (
     Variant(_BASE),
     Variant("without compensation", _BASE, options={"compensate": "none"}),
@@ -66,7 +67,14 @@ VARIANTS = (
     Variant("target chosen by held-out tokens", _BASE, {"target": "held-out"}),
     Variant("mix = 1", _BASE, {"mix": 1.0}),
     Variant("mix = 0.25", _BASE, {"mix": 0.25}),
-    Variant("widths that differ between layers", _BASE, options={"shape": "free"}),
+    Variant(_FREE, _BASE, options={"shape": "free"}),
+    Variant(_FISHER, _BASE, options={"importance": "fisher"}),
+    Variant(f"{_FREE}, {_FISHER}", _FREE, options={"shape": "free", "importance": "fisher"}),
+    Variant("units chosen by obs", _BASE, options={"importance": "obs"}),
+    Variant(
+        "fisher, without compensation", "without compensation",
+        options={"importance": "fisher", "compensate": "none"},
+    ),
     Variant("sources held out in turn, o_proj fitted too", _IN_TURN, {**_BY_SOURCE, "also": "attention"}),
     Variant("sources held out in turn, token weights", _IN_TURN, {**_BY_SOURCE, "token_weights": "divergence"}),
     Variant(
@@ -155,7 +163,8 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     catalog = Catalog(host)
     components = {"refit": dict(variant.settings), "self": dict(variant.own)}
     settings = {
-        "ratio": 0.2, "method": "best", "calibration": calibration, "samples": samples, "length": LENGTH,
+        "ratio": 0.2, "method": "best", "importance": "energy",
+        "calibration": calibration, "samples": samples, "length": LENGTH,
         **variant.options,
         "settings": {name: given for name, given in components.items() if given},
     }  # fmt: skip
@@ -252,8 +261,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "",
         "<!-- Written by benchmarks/ablation.py; do not edit. -->",
         "",
-        "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, no training. Calibrated on 200 "
-        "documents of C4 and as much text that the model wrote, or on what the row says; judged on 100 other documents "
+        "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, units chosen by `energy` unless "
+        "the row says otherwise, no training. Calibrated on 200 documents of C4 and as much text that the model wrote, or on what the row says; judged on 100 other documents "
         "of C4, on answers to instructions, and on the same with their instructions in the model's chat format, in "
         f"windows of {WINDOW}, float32 weights, bfloat16 products. No benchmark reports these texts. KL: mean "
         "divergence from the dense model per token, in nats. Few calibration tokens, so that a row takes minutes: "
