@@ -4,10 +4,11 @@
 
 The demo model loses 20 % of its decoder (``--method best``, units chosen by ``energy`` unless the variant says
 otherwise), calibrated on the first 200 documents of the C4 sample and on as much text that it wrote itself, or on the
-latter alone, read from files (in windows that begin anywhere) or as the source ``self`` gives it. It is judged on the other 100 documents, on answers (`alpaca_en_1k`, the second
-half), and on the same with their instructions in the model's chat format. These texts are for choosing alone: no
-benchmark reports them. A row is one variant; rows are appended to ``results/ablation.jsonl``, so an interrupted run
-goes on where it stopped, and drawn in ``docs/quality-notes.md``.
+latter alone, read from files (in windows that begin anywhere) or as the source ``self`` gives it. It is judged on the
+other 100 documents, on answers (`alpaca_en_1k`, the second half), and on the same with their instructions in the
+model's chat format. These texts are for choosing alone: no benchmark reports them. A row is one variant; rows are
+appended to ``results/ablation.jsonl``, so an interrupted run goes on where it stopped, and drawn in
+``docs/quality-notes.md``.
 """
 
 from __future__ import annotations
@@ -262,8 +263,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/ablation.py; do not edit. -->",
         "",
         "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, units chosen by `energy` unless "
-        "the row says otherwise, no training. Calibrated on 200 documents of C4 and as much text that the model wrote, or on what the row says; judged on 100 other documents "
-        "of C4, on answers to instructions, and on the same with their instructions in the model's chat format, in "
+        "the row says otherwise, no training. Calibrated on 200 documents of C4 and as much text that the model wrote, "
+        "or on what the row says; judged on 100 other documents of C4, on answers to instructions, and on the same with their instructions in the model's chat format, in "
         f"windows of {WINDOW}, float32 weights, bfloat16 products. No benchmark reports these texts. KL: mean "
         "divergence from the dense model per token, in nats. Few calibration tokens, so that a row takes minutes: "
         "differences between rows count, not their level. The settings are those of "
