@@ -67,7 +67,15 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
     (task.directory / "Modelfile").write_text(_modelfile(target, vocabulary), encoding="utf-8")
     size = target.stat().st_size / _MEGABYTE
     types = kind if quant is None else _types(target, quant)
-    return f"{target.name} ({plan.architecture.name}, {types}, {size:,.1f} MB): {how}"
+    return f"{target.name} ({plan.architecture.name}, {types}, {size:,.1f} MB): {how}{_needs(plan)}"
+
+
+def _needs(plan: GgufPlan) -> str:
+    """What runtimes must know that some do not, and would leave out without a word."""
+    if not plan.architecture.output_cap or plan.computation.output_cap is None:
+        return ""
+    # https://github.com/ggml-org/llama.cpp/pull/17811
+    return "; it caps output logits, which llama.cpp does for this architecture since December 2025"
 
 
 def _skeleton(source: Path) -> PreTrainedModel | None:
