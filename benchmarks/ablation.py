@@ -264,8 +264,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "",
         "SmolLM2-135M-Instruct, 20 % of the decoder, `--method best`, uniform widths, units chosen by `energy` unless "
         "the row says otherwise, no training. Calibrated on 200 documents of C4 and as much text that the model wrote, "
-        "or on what the row says; judged on 100 other documents of C4, on answers to instructions, and on the same with "
-        "their instructions in the model's chat format, in "
+        "or on what the row says; judged on 100 other documents of C4, on answers to instructions, and on the same "
+        "with their instructions in the model's chat format, in "
         f"windows of {WINDOW}, float32 weights, bfloat16 products. No benchmark reports these texts. KL: mean "
         "divergence from the dense model per token, in nats. Few calibration tokens, so that a row takes minutes: "
         "differences between rows count, not their level. The settings are those of "
