@@ -193,7 +193,7 @@ def _plot(dense: float, points: list[dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
     texts = dict(zip(TEXTS, ("-", "--", ":", "-."), strict=True))
-    colours = dict(zip(METHODS, ("tab:green", "tab:blue", "tab:red", "tab:olive", "tab:cyan"), strict=True))
+    colours = dict(zip(METHODS, ("tab:green", "tab:blue", "tab:red", "tab:olive"), strict=True))
     markers = dict(zip(SHAPES, ("o", "x"), strict=True))
     for (method, colour), (text, style), (shape, marker) in product(colours.items(), texts.items(), markers.items()):
         row = {"method": method, "text": text}

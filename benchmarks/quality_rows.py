@@ -20,18 +20,17 @@ TEXTS = {
     "C4 and self-generated": "{c4},self",
 }
 """Calibration."""
-METHODS = ("best", "fast", "llm-pruner", "best by energy", "fast by energy")
+METHODS = ("best", "fast", "llm-pruner", "best by energy")
 _SAMPLES = ("--samples", "64", "--length", "512")
 OPTIONS = {
     "best by energy": ("--method", "best", "--importance", "energy"),
-    "fast by energy": ("--method", "fast", "--importance", "energy"),
     "best, search": ("--method", "best", "--allocation", "search"),
     "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
     "FLAP": ("--importance", "flap", "--allocation", "global", "--normalize", "zscore", *_SAMPLES),
     "ShortGPT": ("--importance", "block-influence", "--layers", "all", *_SAMPLES),
 }  # fmt: skip
-"""Of rows that are no method's name: `best` and `fast` with the criterion that they had before; `best` with shares that
-are moved between groups by measured divergence, heads and MLP compared; and our implementations of the criteria of
+"""Of rows that are no method's name: `best` with the criterion that it had before, and with shares that are
+moved between groups by measured divergence, heads and MLP compared; and our implementations of the criteria of
 other papers, with what goes with them there: FLAP with one ranking of standardized scores, though without its biases,
 which these models do not have; ShortGPT with whole layers."""
 COMPARED = (

@@ -82,7 +82,7 @@ def prune(
 ) -> None:
     """Remove the least important units and write an ordinary Hugging Face directory.
 
-    By default the units are chosen by one forward pass over text that the model generates, and the weights that read
+    By default the units are chosen by gradients on text that the model generates, and the weights that consumed
     removed units are fitted again by least squares, without training or a corpus. `--method llm-pruner` is the method
     of LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023).
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..structure.coupling import LAYER
+from ..structure.coupling import EXPERT, LAYER
 from .base import Method
 
 if TYPE_CHECKING:
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 class Best(Method):
     """Fisher importance on 32,768 tokens, then a least-squares fit of the weights that consumed removed units, on
     163,840 tokens (131,072 where the model generates them, which takes longer than reading). For layers alone, the
-    angular distance between their inputs and outputs, which predicts the loss better than weights do."""
+    angular distance between their inputs and outputs, which predicts the loss better than weights do; for experts
+    alone, the mean square of what they add (`energy`)."""
 
     name = "best"
     summary = "units chosen by gradients, then the weights that consumed removed units are refitted (the default)"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         return {
-            "importance": _criterion(asked),
+            "importance": _criterion(asked, "fisher"),
             "compensate": "refit",
             "samples": 256 if writes else 320,
             "length": 512,
@@ -30,14 +31,14 @@ class Best(Method):
 
 
 class Fast(Method):
-    """The criteria of `Best` on 8,192 tokens, without compensation."""
+    """The mean square of what units add (`energy`) on 8,192 tokens, without compensation. For layers as `Best`."""
 
     name = "fast"
     summary = "units chosen by one forward pass over a few thousand tokens; no compensation"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         del writes
-        return {"importance": _criterion(asked), "compensate": "none", "samples": 64, "length": 128}
+        return {"importance": _criterion(asked, "energy"), "compensate": "none", "samples": 64, "length": 128}
 
 
 class LlmPruner(Method):
@@ -73,5 +74,6 @@ def _of_paper(asked: PruneSettings) -> Mapping[str, Any]:
     return {} if asked.kinds == (LAYER,) else {"shape": "free"}
 
 
-def _criterion(asked: PruneSettings) -> str:
-    return "angular" if asked.kinds == (LAYER,) else "fisher"
+def _criterion(asked: PruneSettings, of_units: str) -> str:
+    """The criterion for whole layers, for whole experts (which `Fisher` was not measured on), or ``of_units``."""
+    return {(LAYER,): "angular", (EXPERT,): "energy"}.get(asked.kinds, of_units)

@@ -92,7 +92,7 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
     ("options", "criterion", "compensation", "tokens"),
     [
         ((), "fisher", "refit", 320 * 512),
-        (("--method", "fast"), "fisher", None, None),
+        (("--method", "fast"), "energy", None, None),
         (("--method", "fast", "--kinds", "layer", "--layers", "all"), "angular", None, None),
         (("--method", "llm-pruner"), "taylor", None, None),
         (("--importance", "wanda-sp"), "wanda-sp", None, None),

@@ -54,9 +54,11 @@ def test_best_writes_fewer_samples_than_it_reads():
     assert [(found["samples"], found["length"]) for found in amounts] == [(256, 512), (320, 512)]
 
 
-@pytest.mark.parametrize("method", [Best, Fast])
-def test_whole_layers_are_chosen_by_their_inputs_and_outputs(method):
-    assert [method().defaults(asked, writes=True)["importance"] for asked in (MLP, LAYERS)] == ["fisher", "angular"]
+@pytest.mark.parametrize(("method", "criterion"), [(Best, "fisher"), (Fast, "energy")])
+def test_the_criterion_depends_on_what_is_removed(method, criterion):
+    experts = PruneSettings(ratio=0.2, kinds=["expert"])
+    found = [method().defaults(asked, writes=True)["importance"] for asked in (MLP, LAYERS, experts)]
+    assert found == [criterion, "angular", "energy"]
 
 
 def test_the_papers_variant_belongs_to_the_papers_criterion():
