@@ -76,4 +76,6 @@ def _of_paper(asked: PruneSettings) -> Mapping[str, Any]:
 
 def _criterion(asked: PruneSettings, of_units: str) -> str:
     """The criterion for whole layers, for whole experts (which `Fisher` was not measured on), or ``of_units``."""
-    return {(LAYER,): "angular", (EXPERT,): "energy"}.get(asked.kinds, of_units)
+    if asked.kinds == (LAYER,):
+        return "angular"
+    return "energy" if asked.kinds == (EXPERT,) else of_units
