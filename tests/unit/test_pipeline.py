@@ -302,3 +302,18 @@ def test_another_object_than_a_model_is_named(gqa, tmp_path):
             use([])
     with pytest.raises(SettingsError, match=r"^expected what llmpruner.load, prune or recover returned, got Llama"):
         llmpruner.save(gqa.model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", ["free", "uniform"])
+def test_equal_shares_in_many_steps_are_those_of_one(gqa, shape):
+    """Each step took an amount that was less than a head, so that MLP channels alone were removed."""
+    options = {"kinds": "mlp,attention", "ratio": 0.3, "importance": "l2", "shape": shape, "layers": "all"}
+    one, many = (
+        {
+            kind: sum(gqa.graph.by_name[name].units - len(cut.kept) for name, cut in made.cuts.items() if kind in name)
+            for kind in ("mlp", "attention")
+        }
+        for made in (llmpruner.plan(gqa, **options, steps=steps) for steps in (1, 10))
+    )
+    assert all(one.values())
+    assert one == many
