@@ -31,6 +31,7 @@ from ..selection.base import Demand
 from ..selection.normalize import normalize
 from ..selection.select import select
 from ..selection.uniform import Uniform
+from ..structure.coupling import LAYER
 from ..structure.kept import compose, layer_numbers
 from ..structure.plan import CompensationRecord, PruningPlan, cuts_of
 from ..structure.scope import Scope
@@ -40,7 +41,7 @@ from .jobs import PruneJob
 from .passages import passages_in
 from .plan_record import plan_of
 from .stages import Stages
-from .wanted import demand, scope_of, widths_of
+from .wanted import demand, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
+    from ..structure.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,15 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     scored, widths = scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     spreads: dict[str, Spread] = {}
+    # Layers that go take units of other groups with them, so that the numbers of a single step would not do.
+    in_parts = job.steps > 1 and job.allocation.equal_shares and LAYER not in job.kinds
+    at_once = _at_once(model.graph, scope, job, whole, widths) if in_parts else None
     for step in range(1, job.steps + 1):
         groups = scope.groups(graph)
         cost = CutCost(whole, model.graph, kept) if kept else whole
+        wanted, allocation = demand(job, whole, cost, groups, scope, step), job.allocation
+        if at_once is not None and step < job.steps:
+            wanted, allocation = part_of(model.graph, at_once, step / job.steps, groups), Uniform()
         if chooser is not None:
             # The numbers of units do not depend on scores, and the units are chosen later.
             ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
@@ -139,13 +147,13 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
                     executor=run.executor(model)
                     if network is model.model
                     else Executor.of(network, graph.layers, run.ranks),
-                    removal=_removal(graph, groups, scope, demand(job, whole, cost, groups, scope, step), cost, job),
+                    removal=_removal(graph, groups, scope, wanted, cost, job),
                 )  # fmt: skip
             ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost, widths.alike(groups))
         with run.stages.stage("selection"):
             chosen = run.ranks.from_first(
                 lambda: select(
-                    graph, groups, Scores(ranked), scope, demand(job, whole, cost, groups, scope, step), job.allocation,  # noqa: B023
+                    graph, groups, Scores(ranked), scope, wanted, allocation,  # noqa: B023
                     cost=cost, widths=widths,  # noqa: B023
                     loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
                 )
@@ -165,6 +173,14 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
         journal.store("scores", spreads)
         journal.store("plan", plan.model_dump(mode="json"))
     return Draft(plan, calibration, chooser, whole, spreads)
+
+
+def _at_once(graph: CouplingGraph, scope: Scope, job: PruneJob, whole: Cost, widths: Widths) -> Kept:
+    """What a single step would keep, as numbers of units: which ones, scores say."""
+    groups = scope.groups(graph)
+    alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
+    wanted = demand(job, whole, whole, groups, scope, job.steps)
+    return select(graph, groups, alike, scope, wanted, job.allocation, cost=whole, widths=widths)
 
 
 def _removal(

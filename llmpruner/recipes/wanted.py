@@ -16,7 +16,8 @@ from ..structure.widths import NARROW, Widths, widths_for
 if TYPE_CHECKING:
     from ..budgets.costs import Cost
     from ..loading.model import Structure
-    from ..structure.coupling import CoupledGroup
+    from ..structure.coupling import CoupledGroup, CouplingGraph
+    from ..structure.kept import Kept
     from .jobs import PruneJob
 
 
@@ -65,3 +66,17 @@ def demand(
     if gone <= 0:
         raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
     return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))), meet=job.meet)
+
+
+def part_of(graph: CouplingGraph, at_once: Kept, share: float, groups: Sequence[CoupledGroup]) -> Demand:
+    """What ``groups``, as earlier steps left those of ``graph``, must lose so that ``share`` of what a cut to
+    ``at_once`` removes is removed. No layers may go. Where steps took amounts, each could be less than a head, so that
+    heads would never go."""
+    units = {}
+    for group in groups:
+        dense = graph.by_name[group.name]
+        wanted = dense.units - len(at_once.get(group.name, range(dense.units)))
+        # Query heads that went with a key/value head are not part of what their own group loses.
+        blocks = dense.blocks / group.blocks
+        units[group.name] = (group.units * blocks - (dense.units - share * wanted)) / blocks
+    return Demand(units=units)

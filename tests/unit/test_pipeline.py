@@ -374,3 +374,18 @@ def test_an_argument_of_another_type_is_named(call, gqa, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match=f"^{call.split()[1]}: expected [^,]*.*, got object$"):
         CALLS[call](object(), gqa)
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("shape", ["free", "uniform"])
+def test_equal_shares_in_many_steps_are_those_of_one(gqa, shape):
+    """Each step took an amount that was less than a head, so that MLP channels alone were removed."""
+    options = {"kinds": "mlp,attention", "ratio": 0.3, "importance": "l2", "shape": shape, "layers": "all"}
+    one, many = (
+        {
+            kind: sum(gqa.graph.by_name[name].units - len(cut.kept) for name, cut in made.cuts.items() if kind in name)
+            for kind in ("mlp", "attention")
+        }
+        for made in (llmpruner.plan(gqa, **options, steps=steps) for steps in (1, 10))
+    )
+    assert all(one.values())
+    assert one == many
