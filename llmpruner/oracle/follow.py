@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -77,17 +77,24 @@ def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Seque
         if group.modules or len(units) == group.units:
             continue
         layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
+        near = {_pattern(graph, path) for path in _around(graph, group)}
         for rule in rules:
             if rule.kind != group.kind:
                 continue
             for layer in layers if "*" in rule.path else [0]:
                 module = _module(model, rule.path.replace("*", str(layer)))
-                if module is None:
-                    continue
+                if module is None or not _is_near(rule.path, module, near):
+                    continue  # it belongs to another group of this kind, whose size may be the same by chance
                 if isinstance(rule, Follow):
                     _scale(model, module, rule.attribute, len(units), group)
                 else:
                     slice_argument(module, rule.argument, rule.axis, group.units, units)
+
+
+def _is_near(path: str, module: nn.Module, near: Collection[str]) -> bool:
+    """Whether a rule's ``path`` is among those that `_nearby` gives, with ``near`` for the modules of `_around`."""
+    without_parameters = not any(True for _ in module.parameters())
+    return path in near or (without_parameters and path.rpartition(".")[0] in near)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
@@ -171,6 +178,17 @@ def _pattern(graph: CouplingGraph, path: str) -> str:
 def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose parameters are cut, the ones that contain them, and their children without parameters;
     within the layer for a group that belongs to one."""
+    paths = _around(graph, group)
+    for path in paths:
+        module = model.get_submodule(path)
+        yield path, module
+        for name, child in module.named_children():
+            if f"{path}.{name}" not in paths and not any(True for _ in child.parameters()):
+                yield f"{path}.{name}", child
+
+
+def _around(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
+    """The paths of the modules whose parameters are cut, and of those that contain them."""
     inside = "" if group.layer is None else f"{graph.layers}.{group.layer}"
     paths: dict[str, None] = {}
     for span in group.spans:
@@ -178,12 +196,7 @@ def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -
         while path.startswith(inside) and path:
             paths.setdefault(path)
             path = path.rpartition(".")[0]
-    for path in paths:
-        module = model.get_submodule(path)
-        yield path, module
-        for name, child in module.named_children():
-            if f"{path}.{name}" not in paths and not any(True for _ in child.parameters()):
-                yield f"{path}.{name}", child
+    return list(paths)
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -1,0 +1,31 @@
+"""A rule about what must follow a cut applies to the groups that it was found for."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner.models.surgery import cut, silence
+from llmpruner.oracle.silenced import logits
+from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.oracle.verify import representative
+
+
+def test_an_equal_number_of_another_module_stays() -> None:
+    """Jamba's `time_step_rank` follows the cut of its own channels, which are of the kind `mlp` as those of the layer's
+    MLP are. After a first cut, the MLP had as many as the rank, and a second cut made the rank smaller too."""
+    small = small_config(representative(CONFIG_MAPPING["jamba"]()))
+    family = Catalog(plugin_manager()).families["auto"]()
+    model, graph = random_instance(small, 0), build_graph(family, small)
+    rank = model.get_submodule("model.layers.0.mamba").time_step_rank
+    (mlp,) = [g for g in graph.of_kinds(["mlp"]) if g.layer == 0 and "feed_forward" in g.spans[0].parameter]
+    again = cut(model, graph, {mlp.name: tuple(range(rank))}, family)
+    assert again.by_name[mlp.name].units == rank
+    half = {mlp.name: tuple(range(rank // 2))}
+    reference = random_instance(small, 0)
+    silence(reference, graph, half)
+    cut(model, again, half, family)
+    assert model.get_submodule("model.layers.0.mamba").time_step_rank == rank
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(logits(model, ids), logits(reference, ids))
