@@ -60,7 +60,8 @@ def page(done: dict[str, dict[str, Any]]) -> str:
         "<!-- Written by benchmarks/quality.py; do not edit. -->",
         "",
         "Models after the cut, without training. *Shape*: uniform (the default), every layer of one width, or free, "
-        "with the layers of both ends whole. *Cut*: MLP channels, KV heads with their query heads, or whole layers. "
+        "with the layers of both ends whole. *Method*: best by energy is `--method best --importance energy`, as best "
+        "was before it chose units by `fisher`. *Cut*: MLP channels, KV heads with their query heads, or whole layers. "
         "*Ratio*: share of the decoder's parameters that was asked for, then that was removed. Each text has its "
         "perplexity and, in parentheses, the mean divergence (KL) from the dense model per token, in nats, where it "
         f"was measured: the first tokens of the text in windows of {WINDOW}, float32 weights, bfloat16 products. None "

@@ -209,13 +209,15 @@ class _Forecaster:
         seconds: float | None = None
         if work.gradients:
             memory["hidden states"] = self.in_memory(self.between())
-            arguments = self.layer_gradients()
+            of_weights = bool(work.signals & {Signal.GRAD, Signal.GRAD_SQ})
+            arguments = self.layer_gradients() if of_weights else self.product_bytes()
+            what = "gradients of one layer" if of_weights else "products of one layer"
             head = self.logits_at_once(self.micro_backward) * (self.item + 3 * _F32)
             backward = self.activations(self.micro_backward, backward=True) + arguments
             memory |= largest_of(
                 {"logits and their gradients": head},
-                {**self.two_layers(), "gradients of one layer": arguments, "activations": backward - arguments},
-                {**self.two_layers(), "gradients of one layer": arguments, "scores of one parameter": scoring},
+                {**self.two_layers(), what: arguments, "activations": backward - arguments},
+                {**self.two_layers(), what: arguments, "scores of one parameter": scoring},
             )
             if sample is not None:
                 seconds = self.gradient_seconds(sample, elements)
@@ -328,6 +330,23 @@ class _Forecaster:
         return max(
             (sum(found) * (sums * _F32 + self.item) + max(found) * copy for found in by_layer.values()), default=0
         )
+
+    def product_bytes(self) -> int:
+        """Products of one layer's weights in the backward pass: inputs and outputs in float32, and what a criterion
+        computes of one of them, with a float32 copy of its weight."""
+        chosen = _number(self.config, "num_experts_per_tok", 1)
+        kept: dict[int | None, int] = {}
+        largest = 0
+        for name in self.work.names:
+            shape = self.graph.shapes[name]
+            if len(shape) < 2:
+                continue
+            rows = self.micro_backward * (chosen if len(shape) > 2 else 1)
+            layer, widths = self.graph.layer_of(name), shape[-1] + shape[-2]
+            kept[layer] = kept.get(layer, 0) + rows * widths * _F32
+            weight = 0 if self.item == _F32 else prod(shape[-2:]) * _F32
+            largest = max(largest, rows * (shape[-2] + 3 * max(shape[-2:])) * _F32 + weight)
+        return max(kept.values(), default=0) + largest
 
     @property
     def summed(self) -> bool:

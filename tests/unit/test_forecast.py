@@ -151,6 +151,16 @@ def test_gradients_of_one_layer(structure):
     assert memory.get("gradients of one layer", expected) == expected
 
 
+def test_products_of_one_layer(structure, monkeypatch):
+    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", VOCABULARY)
+    names = frozenset(n for n in structure.graph.shapes if "down_proj" in n and ".2." not in n)
+    work = Work(4, 16, signals=frozenset({api_signal("product_grad")}), names=names, scored=64)
+    memory = found(structure, work, a_sample(), boundary_memory=0).stage("estimation").memory
+    # Inputs and outputs; gradients of outputs and inputs, products and squares; the weight: all in float32.
+    expected = 64 * (MLP + H) * 4 + 64 * (H + 3 * MLP) * 4 + H * MLP * 4
+    assert memory["products of one layer"] == expected and "gradients of one layer" not in memory
+
+
 def api_signal(name):
     from llmpruner.engine.signals import Signal
 
