@@ -30,7 +30,7 @@ from llmpruner.recipes import calibrating
 BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "best": ("llama-gqa", BEST),
-    "experts": ("mixtral", BEST),
+    "experts": ("mixtral", BEST | {"importance": "energy"}),
     "whole experts": ("mixtral", BEST | {"kinds": "expert", "importance": "expert-frequency", "ratio": 0.25}),
     "experts with biases": ("gpt_oss", BEST | {"samples": 2, "length": 12}),
     "channels of the residual stream": ("llama-gqa", BEST | {"kinds": "mlp,hidden"}),

@@ -80,8 +80,9 @@ def test_equations(llama, name, group, module, width):
     torch.testing.assert_close(scores_of(llama, CRITERIA[name](), group), expected, rtol=1e-3, atol=1e-7)
 
 
-def fisher_of(loaded, path: str) -> torch.Tensor:
-    """The mean over samples of Σ_t (x_tj · W_:jᵀg_t)², by autograd over the whole model, one sample at a time."""
+def fisher_of(loaded, path: str, width: int = 1) -> torch.Tensor:
+    """The mean over samples of Σ_t (Σ_j x_tj · W_:jᵀg_t)² for units of ``width`` inputs, by autograd over the whole
+    model, one sample at a time."""
     module, ids = loaded.model.get_submodule(path), CALIBRATION.input_ids
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = module.register_forward_hook(lambda _, a, out: seen.append((a[0][0], out)))
@@ -91,7 +92,8 @@ def fisher_of(loaded, path: str) -> torch.Tensor:
         x, out = seen.pop()
         (gradient,) = torch.autograd.grad(loss, out)
         weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
-        total = total + (x * (gradient[0] @ weight)).double().square().sum(0).detach() / len(ids)
+        effects = (x * (gradient[0] @ weight)).double().view(len(x), -1, width).sum(-1)
+        total = total + effects.square().sum(0).detach() / len(ids)
     handle.remove()
     return total
 
@@ -102,7 +104,7 @@ def fisher_of(loaded, path: str) -> torch.Tensor:
 def test_fisher_is_that_of_autograd(llama, group, module, width):
     path = f"model.{group.rpartition('.')[0]}.{module}"
     found = scores_of(llama, CRITERIA["fisher"](), group)
-    torch.testing.assert_close(found, fisher_of(llama, path).view(-1, width).sum(1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found, fisher_of(llama, path, width), rtol=1e-3, atol=0)
 
 
 def test_fisher_of_a_transposed_weight():
