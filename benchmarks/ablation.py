@@ -71,6 +71,10 @@ VARIANTS = (
     Variant(_FREE, _BASE, options={"shape": "free"}),
     Variant(_FISHER, _BASE, options={"importance": "fisher"}),
     Variant(f"{_FREE}, {_FISHER}", _FREE, options={"shape": "free", "importance": "fisher"}),
+    Variant(
+        "fisher, one ranking of all layers", f"{_FREE}, {_FISHER}",
+        options={"shape": "free", "importance": "fisher", "allocation": "global"},
+    ),
     Variant("units chosen by obs", _BASE, options={"importance": "obs"}),
     Variant(
         "fisher, without compensation", "without compensation",
