@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="calibration samples of `best`, where its own are many")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text; fewer answers in the same proportion")
     parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too: minutes per row")
+    parser.add_argument("--time", action="store_true", help="only prune again rows that are known, on an idle machine")
     parser.add_argument("--shared", action="store_true", help="say that the machine has other work meanwhile")
     arguments = parser.parse_args()
     data = data_folder()
@@ -54,6 +55,13 @@ def main() -> None:
             row = Row(**{**vars(row), "samples": arguments.samples})  # noqa: PLW2901
         known = done.get(row.key, {})
         chosen = any(text in row.key for text in arguments.only)
+        if arguments.time:
+            if chosen and "seconds" in known:
+                with tempfile.TemporaryDirectory() as work:
+                    timed = prune(row, data, Path(work), str(Path(work) / "pruned"))
+                found = {**known, **timed, "machine": machine(), "shared": arguments.shared}
+                write(row, found)
+            continue
         if not chosen or ("texts" in known and ("difference" in known.get("tasks", {}) or not arguments.tasks)):
             continue
         with tempfile.TemporaryDirectory() as work:
@@ -61,11 +69,15 @@ def main() -> None:
             found = measure(row, data, Path(work), tokens=arguments.tokens, tasks=arguments.tasks)
         if arguments.shared:
             found["shared"] = True
-        # Another run may have added rows meanwhile.
-        done = read_results() | {row.key: found}
-        RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
-        print(row.key, {k: v for k, v in done[row.key].items() if k not in ("row", "machine")}, flush=True)
-    draw(done)
+        write(row, found)
+    draw(read_results())
+
+
+def write(row: Row, found: dict[str, Any]) -> None:
+    """Into the results, to which another run may have added rows meanwhile."""
+    done = read_results() | {row.key: found}
+    RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
+    print(row.key, {k: v for k, v in found.items() if k not in ("row", "machine")}, flush=True)
 
 
 def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> dict[str, Any]:
@@ -74,21 +86,7 @@ def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> di
     found: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine()}
     if row.method != "dense":
         model = str(work / "pruned")
-        files = {"wikitext": data / "wikitext2_unk_validation.jsonl", "c4": work / "c4.jsonl"}
-        documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        judged = set(range(len(documents))[C4_JUDGED])
-        files["c4"].write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
-        options = OPTIONS.get(row.method, ("--method", row.method))
-        if row.samples:
-            options = (*options, "--samples", str(row.samples))
-        # Layers that stay keep their widths.
-        shape = () if row.kinds == "layer" else ("--shape", row.shape)
-        options = (*options, "--kinds", row.kinds, *shape, "--ratio", str(row.ratio))
-        text = TEXTS[row.text].format(**files)
-        done = run("prune", dense, *options, "--dtype", "float32", "--calibration", text, "-o", model, "--json")
-        result = json.loads(done["output"])["result"]
-        found |= {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
-        found |= {"decoder_removed": result["decoder_removed"]}
+        found |= prune(row, data, work, model)
     found["texts"] = measured_on(dense, model, data, work, tokens)
     found |= {"perplexity": found["texts"]["WikiText-2"]["perplexity"], "kl": found["texts"]["WikiText-2"]["kl"]}
     found["perplexity_instructions"] = found["texts"]["instructions"]["perplexity"]
@@ -102,6 +100,25 @@ def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> di
         found["tasks"] = last["tasks"] | {"rows": TASK_ROWS}
         found["tasks"]["difference"] = {name: difference(first, last, name) for name in TASKS}
     return found
+
+
+def prune(row: Row, data: Path, work: Path, output: str) -> dict[str, Any]:
+    """Write the pruned model of a row; its size, time and memory."""
+    files = {"wikitext": data / "wikitext2_unk_validation.jsonl", "c4": work / "c4.jsonl"}
+    documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    judged = set(range(len(documents))[C4_JUDGED])
+    files["c4"].write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
+    options = OPTIONS.get(row.method, ("--method", row.method))
+    if row.samples:
+        options = (*options, "--samples", str(row.samples))
+    # Layers that stay keep their widths.
+    shape = () if row.kinds == "layer" else ("--shape", row.shape)
+    options = (*options, "--kinds", row.kinds, *shape, "--ratio", str(row.ratio))
+    dense, text = MODELS.get(row.model, lambda: row.model)(), TEXTS[row.text].format(**files)
+    done = run("prune", dense, *options, "--dtype", "float32", "--calibration", text, "-o", output, "--json")
+    result = json.loads(done["output"])["result"]
+    took = {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
+    return {**took, "decoder_removed": result["decoder_removed"]}
 
 
 def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, dict[str, float]]:
