@@ -23,18 +23,20 @@ class Fisher(ImportanceCriterion):
     At token t, the unit adds δ = Σ_j W_:j x_tj to the output of the weight W (d_out, d_in); g_t (d_out,) is the
     gradient of the sample's mean next-token loss there. The gradient is zero on average over predictions, so that the
     divergence begins with ½ E[(gᵀδ)²], where E[ggᵀ] is the Fisher information (Theis et al., 2018, "Faster gaze
-    prediction with dense networks and Fisher pruning", eq. 7; for masks of units, Kwon et al., 2022, "A Fast
-    Post-Training Pruning Framework for Transformers", eq. 9). Products of different tokens are left out: signs differ,
-    and their sum is small; so are products of different channels of units that are neither channels nor heads. On text
-    that the model did not write, the next token of the text takes the place of one that the model draws (the empirical
-    Fisher information).
+    prediction with dense networks and Fisher pruning"; for masks of units, Kwon et al., 2022, "A Fast Post-Training
+    Pruning Framework for Transformers"; both square sums over a whole sample). Products of different tokens are left
+    out here; so are products of different channels of units that are neither channels nor heads. On text that the model
+    did not write, the next token of the text takes the place of one that the model draws (the empirical Fisher
+    information).
 
     Criteria of weights and inputs compare units by the size of what they add; this one also by how much the predictions
     depend on it.
     """
 
     name = "fisher"
-    summary = "change of the predictions, (x_j·W_:jᵀg)² at each token, from gradients (diagonal Fisher information)"
+    summary = (
+        "change of the predictions, (Σ_j x_j·W_:jᵀg)² of a unit at each token, from gradients (Fisher information)"
+    )
     needs = frozenset({Signal.PRODUCT_GRAD})
     roles = frozenset({Role.CONSUMES})
     by_matrix = True
