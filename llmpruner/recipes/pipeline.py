@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +41,7 @@ from .jobs import PruneJob
 from .passages import passages_in
 from .plan_record import plan_of
 from .stages import Stages
-from .wanted import demand, part_of, scope_of, widths_of
+from .wanted import demand, lost, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,45 +127,37 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     scored, widths = scored_on(calibration, job), widths_of(job, model)
     kept: dict[str, tuple[int, ...]] = {}
     spreads: dict[str, Spread] = {}
-    # Layers that go take units of other groups with them, so that the numbers of a single step would not do.
-    in_parts = job.steps > 1 and job.allocation.equal_shares and LAYER not in job.kinds
-    at_once = _at_once(model.graph, scope, job, whole, widths) if in_parts else None
+    # A group of layers alone loses as many as the amounts of all steps so far come to.
+    once = job.steps > 1 and (job.allocation.equal_shares or job.allocation.shares_once) and set(job.kinds) != {LAYER}
+    numbers: dict[str, float] = {}
+    now = _Stand(network, graph, scope, widths, whole)
     for step in range(1, job.steps + 1):
-        groups = scope.groups(graph)
-        cost = CutCost(whole, model.graph, kept) if kept else whole
-        wanted, allocation = demand(job, whole, cost, groups, scope, step), job.allocation
-        if at_once is not None and step < job.steps:
-            wanted, allocation = part_of(model.graph, at_once, step / job.steps, groups), Uniform()
+        wanted = demand(job, whole, now.cost, now.groups, now.scope, step)
         if chooser is not None:
             # The numbers of units do not depend on scores, and the units are chosen later.
-            ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+            now.ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in now.groups}
         else:
             with run.stages.stage("scores"):
-                scores = estimate(
-                    network, graph, groups, job.criterion, scored,
-                    reduction=job.reduction, seed=job.seed, progress=progress,
-                    executor=run.executor(model)
-                    if network is model.model
-                    else Executor.of(network, graph.layers, run.ranks),
-                    removal=_removal(graph, groups, scope, wanted, cost, job),
-                )  # fmt: skip
-            ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost, widths.alike(groups))
+                _rank(now, model, job, wanted, scored, progress, run)
         with run.stages.stage("selection"):
-            chosen = run.ranks.from_first(
-                lambda: select(
-                    graph, groups, Scores(ranked), scope, wanted, allocation,  # noqa: B023
-                    cost=cost, widths=widths,  # noqa: B023
-                    loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
-                )
-            )  # fmt: skip
+            choose = partial(_select, now, model, job, calibration, progress, run)
+            if once and step == 1:
+                numbers = lost(graph, now.groups, choose(demand(job, whole, whole, now.groups, scope, job.steps)))
+            chosen = None
+            if once and step < job.steps:
+                chosen = choose(part_of(model.graph, kept, numbers, step / job.steps, now.groups))
+            if chosen is None or _more_than_all(model.graph, kept, chosen, whole, now.cost, wanted):
+                chosen = choose(wanted)
         if chooser is None and job.steps == 1:
-            spreads = {name: spread(ranked[name].tolist(), units) for name, units in chosen.items()}
+            spreads = {name: spread(now.ranked[name].tolist(), units) for name, units in chosen.items()}
         kept = compose(model.graph, kept, chosen)
-        if step < job.steps:
+        # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
+        if step < job.steps and chosen:
             network = copy.deepcopy(model.model)
             graph = cut(network, model.graph, kept, model.family)
             scope = _renumbered(scope_of(job, model), model.graph, kept)
             widths = widths_of(job, model).after(model.graph, kept)
+            now = _Stand(network, graph, scope, widths, CutCost(whole, model.graph, kept))
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
     plan = plan_of(model, job, kept, calibration, measured)
@@ -175,24 +167,82 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     return Draft(plan, calibration, chooser, whole, spreads)
 
 
-def _at_once(graph: CouplingGraph, scope: Scope, job: PruneJob, whole: Cost, widths: Widths) -> Kept:
-    """What a single step would keep, as numbers of units: which ones, scores say."""
-    groups = scope.groups(graph)
-    alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
-    wanted = demand(job, whole, whole, groups, scope, job.steps)
-    return select(graph, groups, alike, scope, wanted, job.allocation, cost=whole, widths=widths)
+@dataclass
+class _Stand:
+    """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
+    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``losses``: kept
+    units of all groups that lose any → what a trial measured."""
+
+    network: PreTrainedModel
+    graph: CouplingGraph
+    scope: Scope
+    widths: Widths
+    cost: Cost
+    ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> tuple[CoupledGroup, ...]:
+        return self.scope.groups(self.graph)
 
 
-def _removal(
-    graph: CouplingGraph, groups: Sequence[CoupledGroup], scope: Scope, wanted: Demand, cost: Cost, job: PruneJob
-) -> Removal | None:
+def _rank(
+    now: _Stand, model: Model, job: PruneJob, wanted: Demand, text: CalibrationSet | None, progress: Progress, run: Run
+) -> None:
+    """Set ``now.ranked``, unless it is set and does not depend on the amount."""
+    groups, removal = now.groups, _removal(now, wanted, job)
+    if now.ranked and removal is None:
+        return
+    copied = now.network is not model.model
+    scores = estimate(
+        now.network, now.graph, groups, job.criterion, text,
+        reduction=job.reduction, seed=job.seed, progress=progress,
+        executor=Executor.of(now.network, now.graph.layers, run.ranks) if copied else run.executor(model),
+        removal=removal,
+    )  # fmt: skip
+    alike = now.widths.alike(groups)
+    now.ranked = normalize(now.graph, now.graph.by_name, scores.by_group, job.normalization, now.cost, alike)
+
+
+def _select(
+    now: _Stand,
+    model: Model,
+    job: PruneJob,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+    run: Run,
+    wanted: Demand,
+) -> Kept:
+    """By the job's allocation; numbers of units, where ``wanted`` has them for a step of several, are decided."""
+    decided = job.by != "units" and wanted.units is not None
+
+    def chosen() -> Kept:
+        return select(
+            now.graph, now.groups, Scores(now.ranked), now.scope, wanted, Uniform() if decided else job.allocation,
+            cost=now.cost, widths=now.widths,
+            loss=None if decided else _loss(now, model, job, calibration, progress), progress=progress,
+        )  # fmt: skip
+
+    return run.ranks.from_first(chosen)
+
+
+def _more_than_all(graph: CouplingGraph, kept: Kept, chosen: Kept, whole: Cost, cost: Cost, wanted: Demand) -> bool:
+    """Whether a part removes more than the whole amount, as layers that cost more go than those whose number was
+    decided. ``kept``: by earlier steps; ``cost``: after them."""
+    if wanted.whole is None or not chosen:
+        return False
+    return cost.remaining() - CutCost(whole, graph, compose(graph, kept, chosen)).remaining() > wanted.whole
+
+
+def _removal(now: _Stand, wanted: Demand, job: PruneJob) -> Removal | None:
     """How many layers the amount takes, for a criterion of blocks of layers, which scores nothing else."""
     if Signal.STREAM_BLOCKS not in job.criterion.signals:
         return None
+    groups = now.groups
     alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
-    kept = select(graph, groups, alike, scope, wanted, Uniform(), cost=cost)
+    kept = select(now.graph, groups, alike, now.scope, wanted, Uniform(), cost=now.cost)
     removed = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
-    return Removal(removed, scope.allowed_units(groups[0]))
+    return Removal(removed, now.scope.allowed_units(groups[0]))
 
 
 def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress = QUIET) -> Model:
@@ -296,19 +346,24 @@ def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) ->
 
 
 def _loss(
-    model: Model,
-    network: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    job: PruneJob,
-    calibration: CalibrationSet | None,
-    progress: Progress,
+    now: _Stand, model: Model, job: PruneJob, calibration: CalibrationSet | None, progress: Progress
 ) -> Callable[[Kept], float] | None:
     """The loss for an allocation that measures; None for others."""
     if not job.allocation.measures or calibration is None:
         return None
     refit = job.compensation.ranks_again
-    return Trials(network, graph, groups, model.family, calibration, refit=refit, progress=progress).loss
+
+    @cache
+    def trials() -> Trials:
+        return Trials(now.network, now.graph, now.groups, model.family, calibration, refit=refit, progress=progress)
+
+    def loss(kept: Kept) -> float:
+        key = tuple(sorted((name, tuple(units)) for name, units in kept.items()))
+        if key not in now.losses:
+            now.losses[key] = trials().loss(kept)
+        return now.losses[key]
+
+    return loss
 
 
 def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:

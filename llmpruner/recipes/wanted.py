@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
 from ..selection.base import Demand
 from ..settings import layer_numbers as numbers_of
+from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
-from ..structure.widths import NARROW, Widths, widths_for
+from ..structure.widths import NARROW, Widths, like, widths_for
 
 if TYPE_CHECKING:
     from ..budgets.costs import Cost
@@ -59,24 +60,42 @@ def demand(
             for g in groups
         }
         return Demand(units=units)
-    dense, steps = whole.remaining(), job.steps
+    dense, left = whole.remaining(), now.remaining()
     if job.by == "ratio":
-        return Demand(amount=now.remaining() - round(dense * (1 - job.amount * (step / steps))), meet=job.meet)
-    gone = dense - round(job.amount)
-    if gone <= 0:
-        raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
-    return Demand(amount=now.remaining() - (dense - ceil(gone * (step / steps))), meet=job.meet)
+        after = [dense - round(dense * job.amount * (n / job.steps)) for n in (step, job.steps)]
+    else:
+        gone = dense - round(job.amount)
+        if gone <= 0:
+            raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
+        after = [dense - ceil(gone * (n / job.steps)) for n in (step, job.steps)]
+    return Demand(amount=left - after[0], meet=job.meet, whole=None if step == job.steps else left - after[1])
 
 
-def part_of(graph: CouplingGraph, at_once: Kept, share: float, groups: Sequence[CoupledGroup]) -> Demand:
-    """What ``groups``, as earlier steps left those of ``graph``, must lose so that ``share`` of what a cut to
-    ``at_once`` removes is removed. No layers may go. Where steps took amounts, each could be less than a head, so that
-    heads would never go."""
+def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> dict[str, float]:
+    """Group name → how many units it loses by a cut to ``kept``: of a group in a layer that goes, as many as equal
+    groups of other layers lose on average, or others of its kind."""
+    gone = removed_layers(graph, kept)
+    stay = [group for group in groups if group.layer not in gone]
+    found: dict[str, float] = {g.name: g.units - len(kept.get(g.name, range(g.units))) for g in stay}
+    for group in groups:
+        if group.name not in found:
+            peers = [g for g in stay if like(g) == like(group)] or [g for g in stay if g.kind == group.kind]
+            share = sum(found[g.name] for g in peers) / max(sum(g.units for g in peers), 1)
+            found[group.name] = group.units * share
+    return found
+
+
+def part_of(
+    graph: CouplingGraph, cut: Kept, wanted: Mapping[str, float], share: float, groups: Sequence[CoupledGroup]
+) -> Demand:
+    """What ``groups``, as earlier steps left those of ``graph`` by ``cut``, must lose so that ``share`` of the
+    ``wanted`` units (of all groups of ``graph``, as `lost` gives them) is removed. Where steps took amounts, each could
+    be less than a head or a layer, so that heads and layers would never go."""
+    before = {new: old for old, new in renamed(graph, cut).items()}
     units = {}
     for group in groups:
-        dense = graph.by_name[group.name]
-        wanted = dense.units - len(at_once.get(group.name, range(dense.units)))
+        dense = graph.by_name[before[group.name]]
         # Query heads that went with a key/value head are not part of what their own group loses.
         blocks = dense.blocks / group.blocks
-        units[group.name] = (group.units * blocks - (dense.units - share * wanted)) / blocks
+        units[group.name] = (group.units * blocks - (dense.units - share * wanted[dense.name])) / blocks
     return Demand(units=units)

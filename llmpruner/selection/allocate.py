@@ -9,12 +9,13 @@ from .base import AllocationTask, Taken
 
 def target_of(task: AllocationTask) -> int:
     """The requested amount of ``task``, in the units of `Cost.remaining`; 0 where the demand is in units. Raises
-    `SelectionError` when all steps of all queues remove less."""
+    `SelectionError` when all steps of all queues remove less than it, or than what further cuts are to remove."""
     target, cost = task.demand.amount or 0, task.meter.cost
     most = task.meter.removed({queue.group.name: len(queue.steps) for queue in task.queues})
-    if target > most:
+    whole = max(target, task.demand.whole or 0)
+    if whole > most:
         raise SelectionError(
-            f"cannot remove {cost.number(target)} {cost.unit}: the selected kinds and layers can give at most "
+            f"cannot remove {cost.number(whole)} {cost.unit}: the selected kinds and layers can give at most "
             f"{cost.number(most)}; select more with --kinds or --layers, or ask for less"
         )
     return target

@@ -21,11 +21,14 @@ Taken = dict[str, int]
 class Demand:
     """What must be removed: an ``amount`` of a cost, as in `Cost.remaining` (parameters, bytes …); or ``units``: group
     name → number of units, which need not be whole. ``meet``: how an amount is met that steps do not give exactly:
-    ``nearest`` to it, at least it (``above``) or at most it (``below``)."""
+    ``nearest`` to it, at least it (``above``) or at most it (``below``). ``whole``: in all but the last of several
+    cuts (``--steps``), the amount that this one and those to come remove together. What this one leaves is added to the
+    amount of the next one, so that a unit that is too large for one cut can be left to a later one."""
 
     amount: int | None = None
     units: Mapping[str, float] | None = None
     meet: Meet = "nearest"
+    whole: int | None = None
 
 
 class Meter:
@@ -95,6 +98,9 @@ class Allocation(Component):
     equal_shares: ClassVar[bool] = False
     """Whether the numbers of units do not depend on scores, but for which group loses the last unit; a compensation may
     choose the units then."""
+    shares_once: ClassVar[bool] = False
+    """Whether with ``--steps`` the numbers of units are decided once, for the whole amount, and each step takes a part
+    of them; so it is where there are ``equal_shares``. Otherwise, `allocate` is called in every step for its amount."""
 
     def check(self, groups: Sequence[CoupledGroup]) -> None:
         """Raise `SelectionError` where it cannot be used for ``groups``; called before weights are read. Does nothing

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from .allocate import groups_of, removed_units, target_of, top_up
+from .allocate import groups_of, removed_units, take_if_it_fits, target_of, top_up
 from .base import Allocation, AllocationTask, Taken
 
 
 class GlobalRanking(Allocation):
     """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
-    requested amount, then `top_up`.
+    requested amount. A group whose next step does not fit loses no more, and the others go on in the same order; the
+    last step is as `top_up` says.
+
+    Where further cuts follow (`Demand.whole`), a step that only the whole amount has room for is not passed over: the
+    cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more or less.
 
     Scores of different groups must be comparable (`llmpruner.selection.normalize`).
     """
@@ -22,17 +26,37 @@ class GlobalRanking(Allocation):
 
     def allocate(self, task: AllocationTask) -> Taken:
         queues = {queue.group.name: queue for queue in task.queues}
-        order = sorted((s, number, q.group.name) for number, q in enumerate(task.queues) for s in q.scores)
+        order = [n for *_, n in sorted((s, at, q.group.name) for at, q in enumerate(task.queues) for s in q.scores)]
 
         def first(count: int) -> Taken:
-            counted = Counter(name for _, _, name in order[:count])
+            counted = Counter(order[:count])
             return {name: counted[name] for name in queues}
 
         if task.demand.units is not None:
             goal = sum(task.demand.units[name] * groups_of(queue) for name, queue in queues.items())
             return first(_largest(len(order), lambda n: removed_units(task, first(n)) <= goal + 0.5))
         target = target_of(task)
-        return top_up(task, first(_largest(len(order), lambda n: task.meter.removed(first(n)) <= target)))
+        start = _largest(len(order), lambda n: task.meter.removed(first(n)) <= target)
+        taken, full = first(start), set[str]()
+        for name in order[start:]:
+            if name in full or take_if_it_fits(task, taken, name, target):
+                continue
+            if _waits(task, taken, name, target):
+                return taken
+            full.add(name)
+        return taken if task.demand.whole is not None else top_up(task, taken)
+
+
+def _waits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
+    """Whether a step of group ``name``, which does not fit into this cut, fits into this one and those to come
+    together. Takes it if that is nearer to ``target``."""
+    more = {**taken, name: taken[name] + 1}
+    before, after = task.meter.removed(taken), task.meter.removed(more)
+    if task.demand.whole is None or not before < after <= task.demand.whole:
+        return False
+    if after - target < target - before:
+        taken.update(more)
+    return True
 
 
 def _largest(limit: int, holds: Callable[[int], bool]) -> int:

@@ -34,6 +34,7 @@ class Search(Allocation):
     name = "search"
     summary = "equal shares, moved to where cuts increase the divergence least in combination (minutes more)"
     measures = True
+    shares_once = True
 
     class Settings(ComponentSettings):
         rounds: int = Field(3, ge=1, description="Maximum number of moves; each measures every group once.")

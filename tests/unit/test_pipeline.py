@@ -10,14 +10,18 @@ import criteria_cases
 import pytest
 import tiny_models
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import DataError, ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
 from llmpruner.compensation.refit import Refit
+from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import estimate
+from llmpruner.loading.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.wanted import inner_layers
+from llmpruner.structure.kept import parameters_after
 from llmpruner.testing.jobs import small_job
 
 LITTLE_TEXT = {"samples": 2, "length": 12}
@@ -389,3 +393,86 @@ def test_equal_shares_in_many_steps_are_those_of_one(gqa, shape):
     )
     assert all(one.values())
     assert one == many
+
+
+@pytest.fixture
+def deep(catalog):
+    """Of eight layers, of which number 3 changes little."""
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=128, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    family = catalog.family_for(config)
+    network = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(0.0, 0.2)
+        for weight in network.model.layers[3].parameters():
+            weight.mul_(0.01)
+    return Model("tiny", config, family, build_graph(family, config), model=network, tokenizer=None)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "search"])
+@pytest.mark.parametrize("shape", ["free", "uniform"])
+def test_layers_go_in_many_steps_as_in_one(deep, allocation, shape):
+    """Each step's amount is less than a layer, so that MLP channels alone were removed."""
+    options = {"kinds": "layer,mlp", "ratio": 0.3, "importance": "l2", "shape": shape, "layers": "all", "seed": 1}
+    options |= {"allocation": allocation, "compensate": "none"}
+    options |= {"samples": 2, "length": 16} if allocation == "search" else {}
+    one, many = (llmpruner.plan(deep, **options, steps=steps) for steps in (1, 10))
+    assert len(many.cuts["layers"].kept) == len(one.cuts["layers"].kept) == 7
+    if allocation == "uniform":
+        gone = set(range(8)) - set(many.cuts["layers"].kept)
+        widths = {len(each.kept) for each in many.cuts.values() if each.kind == "mlp" and each.layer not in gone}
+        assert widths <= {63, 64, 65}
+    parameters = [parameters_after(deep.graph, made.kept)[1] for made in (one, many)]
+    assert abs(parameters[0] - parameters[1]) <= 3 * 64
+
+
+def test_a_ranking_in_many_steps_takes_the_layer_that_is_first(deep):
+    """Each step passed over the layers that its amount had no room for, and channels took their place."""
+    options = {"kinds": "layer,mlp", "importance": "l2", "normalize": "cost", "shape": "free", "layers": "all"}
+    options |= {"allocation": "global", "compensate": "none"}
+    one, many = (llmpruner.plan(deep, ratio=0.3, **options, steps=steps) for steps in (1, 10))
+    assert set(range(8)) - set(many.cuts["layers"].kept) == set(range(8)) - set(one.cuts["layers"].kept) == {3}
+    for made in (one, many):
+        assert abs(parameters_after(deep.graph, made.kept)[1] / deep.graph.decoder_parameters - 0.7) < 0.001
+    # A layer that the whole amount has no room for is passed over, and the ranking goes on.
+    few = [llmpruner.plan(deep, ratio=0.1, **options, steps=steps) for steps in (1, 10)]
+    assert few[0].cuts == few[1].cuts and {each.kind for each in few[0].cuts.values()} == {"mlp"}
+
+
+def test_a_step_that_removes_nothing_measures_nothing_again(deep, monkeypatch):
+    runs = []
+    monkeypatch.setattr("llmpruner.recipes.pipeline.estimate", lambda *a, **o: runs.append(a) or estimate(*a, **o))
+    options = {"kinds": "layer", "importance": "l2", "layers": "all", "compensate": "none"}
+    made = llmpruner.plan(deep, ratio=0.5, steps=8, **options)
+    assert len(made.cuts["layers"].kept) == 4
+    assert len(runs) == 4
+
+
+def test_steps_of_layers_that_cost_more_remove_no_more_than_was_asked_for(deep):
+    """The number of layers is decided for the cheap ones that rank first at the beginning."""
+    cuts = {f"layers.{n}.mlp": tuple(range(8)) for n in range(4)}
+    graph = cut(deep.model, deep.graph, cuts, deep.family)
+    uneven = replace(deep, graph=graph)
+    with torch.no_grad():
+        for n in range(4):
+            for weight in uneven.model.model.layers[n].parameters():
+                weight.mul_(0.01)
+    seen = []
+
+    def later(network, graph, groups, *rest, **options):
+        scores = estimate(network, graph, groups, *rest, **options)
+        seen.append(graph.num_layers)
+        if len(seen) > 1:  # The last layers, which are large, rank first after the first step.
+            scores.by_group["layers"] = torch.arange(graph.num_layers, 0, -1, dtype=torch.float64)
+        return scores
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("llmpruner.recipes.pipeline.estimate", later)
+        whole = graph.decoder_parameters
+        job = small_job(kinds=("layer", "mlp"), amount=0.4, steps=6, layers="all", meet="below")
+        plan, _ = make_plan(uneven, job)
+    assert parameters_after(graph, plan.kept)[1] >= whole * 0.6 - 1
