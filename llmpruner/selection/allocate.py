@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..errors import SelectionError
-from ..structure.queues import Queue
 from .base import AllocationTask, Taken
 
 
@@ -19,16 +18,6 @@ def target_of(task: AllocationTask) -> int:
             f"{cost.number(most)}; select more with --kinds or --layers, or ask for less"
         )
     return target
-
-
-def groups_of(queue: Queue) -> int:
-    """How many groups take the steps of ``queue``."""
-    return len(queue.members) or 1
-
-
-def removed_units(task: AllocationTask, taken: Taken) -> int:
-    """How many units ``taken`` removes, in all groups that take the steps of a queue together."""
-    return sum(groups_of(queue) * queue.removed_after(taken[queue.group.name]) for queue in task.queues)
 
 
 def take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:

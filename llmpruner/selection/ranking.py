@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
-from .allocate import groups_of, removed_units, take_if_it_fits, target_of, top_up
-from .base import Allocation, AllocationTask, Taken
+from .allocate import take_if_it_fits, target_of, top_up
+from .base import Allocation, AllocationTask, Demand, Taken
+from .uniform import Uniform
 
 
 class GlobalRanking(Allocation):
@@ -17,6 +19,7 @@ class GlobalRanking(Allocation):
     Where further cuts follow (`Demand.whole`), a step that only the whole amount has room for is not passed over: the
     cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more or less.
 
+    Where shares of units are asked for, the amount is what equal shares save: a head is not worth one MLP channel.
     Scores of different groups must be comparable (`llmpruner.selection.normalize`).
     """
 
@@ -33,8 +36,8 @@ class GlobalRanking(Allocation):
             return {name: counted[name] for name in queues}
 
         if task.demand.units is not None:
-            goal = sum(task.demand.units[name] * groups_of(queue) for name, queue in queues.items())
-            return first(_largest(len(order), lambda n: removed_units(task, first(n)) <= goal + 0.5))
+            amount = task.meter.removed(Uniform().allocate(task))
+            task = replace(task, demand=Demand(amount=amount, meet=task.demand.meet))
         target = target_of(task)
         start = _largest(len(order), lambda n: task.meter.removed(first(n)) <= target)
         taken, full = first(start), set[str]()

@@ -19,6 +19,7 @@ from llmpruner.importance.estimate import Scores
 from llmpruner.models.surgery import cut
 from llmpruner.progress import Progress
 from llmpruner.selection.base import Demand
+from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.selection.search import Search
 from llmpruner.selection.select import select
 from llmpruner.selection.sensitivity import Sensitivity
@@ -96,18 +97,20 @@ def test_search_is_never_worse_than_equal_shares(gqa):
     assert loss(choose(graph, ("mlp",), demand, loss, Search())) == 0.0
 
 
-@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention")], ids="+".join)
-def test_search_by_shares_of_units_removes_what_equal_shares_do(gqa, kinds):
-    """It removed fewer units, and put heads back for as many MLP channels, which have a fraction of their weights."""
+@pytest.mark.parametrize("allocation", (*MEASURED, GlobalRanking()), ids=lambda one: one.name)
+@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("layer", "mlp")], ids="+".join)
+def test_shares_of_units_remove_what_equal_shares_do(gqa, kinds, allocation):
+    """A head or a layer was counted as one MLP channel, and channels of layers that go as removed ones: 0.3 of the
+    units were up to all layers but one."""
     graph = gqa.graph
     groups = graph.of_kinds(kinds)
-    weights = {g.name: (5.0, 1.0, 2.0, 1.0)[g.layer] for g in groups}
+    weights = {g.name: 1.0 if g.layer is None else (5.0, 1.0, 2.0, 1.0)[g.layer] for g in groups}
     for share in (0.2, 0.25, 0.3):
         demand = Demand(units={g.name: share * g.units for g in groups})
         equal, found = (
             graph.decoder_parameters
             - parameters_after(graph, choose(graph, kinds, demand, quadratic(graph, weights), how))[1]
-            for how in (Uniform(), Search())
+            for how in (Uniform(), allocation)
         )
         assert 2 * abs(found - equal) <= min(graph.parameters_per_unit(g) for g in groups)
 
