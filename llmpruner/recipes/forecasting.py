@@ -332,8 +332,9 @@ class _Forecaster:
         )
 
     def product_bytes(self) -> int:
-        """Products of one layer's weights in the backward pass: inputs and outputs in float32, and what a criterion
-        computes of one of them, with a float32 copy of its weight."""
+        """Products of one layer's weights in the backward pass: inputs and outputs in float32, the criterion's sums in
+        float64, and what it computes of one of them, with a float32 copy of its weight; the result is added to the
+        sums in float64."""
         chosen = _number(self.config, "num_experts_per_tok", 1)
         kept: dict[int | None, int] = {}
         largest = 0
@@ -343,9 +344,11 @@ class _Forecaster:
                 continue
             rows = self.micro_backward * (chosen if len(shape) > 2 else 1)
             layer, widths = self.graph.layer_of(name), shape[-1] + shape[-2]
-            kept[layer] = kept.get(layer, 0) + rows * widths * _F32
+            numbers = self.work.measured.get(name, 0)
+            kept[layer] = kept.get(layer, 0) + rows * widths * _F32 + numbers * _F64
             weight = 0 if self.item == _F32 else prod(shape[-2:]) * _F32
-            largest = max(largest, rows * (shape[-2] + 3 * max(shape[-2:])) * _F32 + weight)
+            added = numbers // prod(shape[:-2]) * (_F32 + _F64)
+            largest = max(largest, rows * (shape[-2] + 3 * max(shape[-2:])) * _F32 + weight + added)
         return max(kept.values(), default=0) + largest
 
     @property

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, prod
 from typing import TYPE_CHECKING
 
 from ..compensation.choose import can_wait
 from ..data.calibration import parse_calibration
+from ..engine.position import positions
 from ..engine.signals import GRADIENTS, Signal
 from ..families.self_written import SelfWritten
 from ..families.written_chats import ANSWER_TOKENS, QUESTION_TOKENS, WRITTEN_TOKENS
 from ..importance.estimate import scored_parameters
+from ..structure.coupling import Role
 from .calibrating import GRADIENT_TOKENS, length_for
 from .wanted import scope_of
 
 if TYPE_CHECKING:
     from ..data.calibration import CalibrationText
+    from ..importance.base import ImportanceCriterion
     from ..loading.model import Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
@@ -44,7 +47,8 @@ class Work:
     ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
     whose readers it fits; ``weighted``: whether it weighs tokens first; ``mixed``: whether fits choose their targets;
     ``holds_out_sources``: whether sources of the text are held out in turn. ``trials``: runs of cut copies.
-    ``by_matrix``: whether one matrix of a stack is scored at a time.
+    ``by_matrix``: whether one matrix of a stack is scored at a time. ``measured``: parameter → how many numbers the
+    criterion keeps of its products in the backward pass.
     """
 
     samples: int = 0
@@ -64,6 +68,7 @@ class Work:
     trials: int = 0
     saves: bool = True
     by_matrix: bool = False
+    measured: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -96,12 +101,13 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         scored = 0
     stream = bool(job.criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS})
     kept = _equal_shares(job, structure, groups)
+    names = frozenset() if stream else frozenset(scored_parameters(graph, groups, job.criterion))
     return Work(
         samples=samples,
         length=length,
         written=written,
         signals=job.criterion.signals,
-        names=frozenset() if stream else frozenset(scored_parameters(graph, groups, job.criterion)),
+        names=names,
         scored=scored * length if reads else 0,
         kept=kept,
         fits=saves and job.compensation.reads_text,
@@ -114,7 +120,20 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         trials=3 * len(groups) if job.allocation.measures else 0,
         saves=saves,
         by_matrix=job.criterion.by_matrix,
+        measured=_measured(graph, names, job.criterion) if Signal.PRODUCT_GRAD in job.criterion.signals else {},
     )
+
+
+def _measured(graph: CouplingGraph, names: Collection[str], criterion: ImportanceCriterion) -> dict[str, int]:
+    where = positions(graph)
+    axes = {span.parameter: span.axis for group in graph.groups for span in group.spans_with(Role.CONSUMES)}
+    found = {}
+    for name in names:
+        shape = graph.shapes[name]
+        if len(shape) > 1:
+            each = criterion.measured_values(where[name], shape[axes.get(name, len(shape) - 1)])
+            found[name] = each * prod(shape[:-2])
+    return found
 
 
 def work_of_plan(plan: PruningPlan, graph: CouplingGraph, catalog: Catalog, *, saves: bool) -> Work:

@@ -17,7 +17,10 @@ from transformers import LlamaConfig
 from benchmarks.shapes import write_random
 from llmpruner import api
 from llmpruner.compensation.least_squares import NormalEquations, solve_bytes
+from llmpruner.engine.position import Position, positions
+from llmpruner.engine.signals import Product
 from llmpruner.errors import SettingsError
+from llmpruner.importance.fisher import Fisher
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.plugins.host import plugin_manager
 from llmpruner.recipes import residency
@@ -161,6 +164,38 @@ def test_products_of_one_layer(structure, monkeypatch):
     assert memory["products of one layer"] == expected and "gradients of one layer" not in memory
 
 
+def test_sums_of_products_of_heads(structure, catalog, monkeypatch):
+    """Fisher's products of the inputs of an attention output were not counted: float64, one for each pair of inputs."""
+    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", VOCABULARY)
+    job = job_of(catalog, importance="fisher", kinds="mlp,attention", samples=4, length=16, calibration="self")
+    work = work_of(job, structure, saves=True)
+    numbers = {name.split(".")[-2]: count for name, count in work.measured.items()}
+    assert numbers == {"down_proj": MLP, "o_proj": H + H * H}
+    kept, most = MLP + H + H * H, H + H * H
+    memory = found(structure, work, a_sample(), boundary_memory=0).stage("estimation").memory
+    rows = work.scored * (MLP + H + H + H) * 4
+    # Of one weight: a product in float32, and as it is added in float64; or what the larger one computes.
+    largest = max(
+        work.scored * (H + 3 * MLP) * 4 + H * MLP * 4 + 12 * MLP, work.scored * 4 * H * 4 + H * H * 4 + 12 * most
+    )
+    assert memory["products of one layer"] == rows + kept * 8 + largest
+    position = positions(structure.graph)["model.layers.0.self_attn.o_proj.weight"]
+    product = Product(torch.ones(3, H), torch.ones(3, H), torch.ones(H, H), position, None, 4, torch.ones(3, H))
+    assert sum(each.numel() for each in Fisher().measure(product).values()) == Fisher().measured_values(position, H)
+
+
+def test_memory_of_a_sum_of_products():
+    """As `ReduceProducts` adds what `Fisher` computes."""
+    width, rows = 512, 4
+    total = torch.zeros(width, width, dtype=torch.float64)
+    position = Position(0, frozenset({"attention"}))
+    product = Product(
+        *[torch.ones(rows, width)] * 2, torch.ones(width, width), position, None, 4, torch.ones(rows, width)
+    )
+    most = peak(lambda: total.add_(Fisher().measure(product)["products"]))
+    assert most == pytest.approx((4 + 8) * width**2, rel=0.05)
+
+
 def api_signal(name):
     from llmpruner.engine.signals import Signal
 
@@ -207,14 +242,20 @@ def test_memory_of_a_fit(width, out):
     equations = NormalEquations(width, out, torch.device("cpu"))
     equations.add(torch.randn(width, width), torch.randn(width, out))
     old = torch.randn(out, width)
+    most = peak(lambda: equations.solve(old))
+    assert solve_bytes(width, out) == pytest.approx(most + old.nbytes, rel=0.05)
+
+
+def peak(run) -> int:
+    """The most bytes of tensors that ``run`` has in memory beyond those of before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        equations.solve(old)
+        run()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    assert solve_bytes(width, out) == pytest.approx(most + old.nbytes, rel=0.05)
+    return most
 
 
 def test_time_grows_with_tokens(structure, catalog):
