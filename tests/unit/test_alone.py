@@ -13,6 +13,7 @@ from llmpruner import api
 from llmpruner.errors import OutputError
 from llmpruner.files import alone_in, check_unused
 from llmpruner.progress import Progress
+from llmpruner.recipes.saving import save_alone
 from llmpruner.recipes.state import State, locked
 from llmpruner.settings import RunSettings
 
@@ -181,3 +182,25 @@ def test_a_folder_that_never_stays_is_refused_instead_of_tried_for_ever(tmp_path
     monkeypatch.setattr("llmpruner.files._inode", lambda folder: (0, next(numbers)))
     with pytest.raises(OutputError, match="is removed or replaced as soon as it is created"), alone_in(tmp_path / "a"):
         pass
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_result_whose_folder_was_taken_while_it_was_written_is_removed(tmp_path, taken):
+    """Layers may have been read from the folder of another run."""
+    folder, out = tmp_path / "out.pruning", tmp_path / "out"
+
+    def write() -> str:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        if taken:
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+        return "stock"
+
+    with alone_in(folder) as held:
+        if taken:
+            with pytest.raises(OutputError, match="was removed or replaced"):
+                save_alone(held, out, write)
+        else:
+            assert save_alone(held, out, write) == "stock"
+    assert out.exists() is not taken

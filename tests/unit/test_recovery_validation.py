@@ -21,6 +21,7 @@ from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import fit, latest_checkpoint
+from llmpruner.recovery.watching import Watch
 
 FAMILY = LlamaFamily()
 EXAMPLES = Examples(
@@ -157,6 +158,25 @@ def test_training_stops_after_validations_without_a_lower_loss(tmp_path):
     assert [one.step for one in result.validation] == [0, 1, 2, 3, 4] and len(result.losses) == 4
     torch.testing.assert_close(result.model.lm_head.weight, strategy.weights[2], atol=1e-6, rtol=0)
     assert "stopped after step 4: 2 validations without a lower loss" in result.notes
+
+
+def test_a_training_is_validated_after_its_last_step(tmp_path):
+    result = scripted(tmp_path, eval_steps=4)[1]
+    assert [one.step for one in result.validation] == [0, 4, 6]
+
+
+@pytest.mark.parametrize(("patience", "last"), [(None, 5), (2, 3)])
+def test_no_checkpoint_is_written_where_a_training_ends(tmp_path, monkeypatch, patience, last):
+    """It would be read by no one, and is as large as the model and its optimizer's state."""
+    saved, real = [], Watch.on_save
+
+    def on_save(watch, args, state, control, **given):
+        saved.append(state.global_step)
+        real(watch, args, state, control, **given)
+
+    monkeypatch.setattr(Watch, "on_save", on_save)
+    scripted(tmp_path, patience=patience)
+    assert saved == list(range(1, last + 1))
 
 
 @pytest.mark.parametrize("stop", [3, 4])
