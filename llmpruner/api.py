@@ -331,8 +331,8 @@ def generate(
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
 
-    Raises `DataError` for a model without a tokenizer, and for a prompt that is empty or has more tokens than the model
-    has positions.
+    Raises `ModelError` for a model without a tokenizer, and `DataError` for a prompt that is empty or has more tokens
+    than the model has positions.
     """
     check_type("prompt", prompt, str, "text")
     options = generate_job(settings_from(GenerateSettings, settings))
@@ -365,8 +365,8 @@ def chat(
     """A conversation with each model: ``for piece in chat.ask("Why?")`` gives the answer piece by piece, and the next
     question continues the conversation. All models are in memory at the same time. ``load``: for all, or one for each.
 
-    Raises `DataError` for a model without a tokenizer; `Chat.ask` also for a conversation that is longer than the model
-    can read.
+    Raises `ModelError` for a model without a tokenizer; `Chat.ask` raises `DataError` for a conversation that is longer
+    than the model can read.
     """
     options, catalog = chat_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
     sources = listed(models)

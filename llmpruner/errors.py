@@ -71,6 +71,11 @@ class ModelError(LlmprunerError):
     """A model cannot be found, read or used."""
 
 
+def no_tokenizer(model: str, consequence: str) -> ModelError:
+    """``model``: as in "model 'name'"; ``consequence``: what cannot be done, and what to do."""
+    return ModelError(f"{model} brings no tokenizer, so {consequence}")
+
+
 class UnsupportedModelError(ModelError):
     """The model can be read, but its structure is not understood well enough to be cut exactly, or it cannot be
     represented in the output format."""

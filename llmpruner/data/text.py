@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ..component import ComponentSettings
-from ..errors import DataError, ModelError
+from ..errors import DataError, no_tokenizer
 from .documents import check_source, most_characters, read_documents
 from .source import CalibrationSource, SampleTask
 
@@ -50,9 +50,7 @@ class TextSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         """Raises `ModelError` where the model has no tokenizer."""
         if task.tokenizer is None:
-            raise ModelError(
-                f"the model brings no tokenizer, so it cannot be calibrated on '{task.reference}'; use 'self'"
-            )
+            raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         from .opening import opening_tokens
         from .windows import windows
 

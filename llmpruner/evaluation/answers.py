@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..data.conversations import Example, example_texts, read_examples
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, no_tokenizer
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .comparable import check_one_vocabulary, check_same_tokens
 
@@ -109,7 +109,7 @@ class AnswersMetric(Metric):
         from .perplexity import check_number, exponential
 
         if subject.tokenizer is None or subject.family is None:
-            raise DataError(f"model '{subject.name}' brings no tokenizer, so it cannot read answers")
+            raise no_tokenizer(f"model '{subject.name}'", "it cannot read answers")
         reference = subject.reference if self.settings.kl else None
         check_table(subject.model, self.settings.cutoff, *self._beyond())
         total = divergence = 0.0

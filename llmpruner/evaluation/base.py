@@ -99,7 +99,7 @@ class Metric(Component):
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
         is written as null. Names state units where they are not plain (``kl_per_token``, in nats; ``weight_bytes``).
-        Raises `DataError` for a model that cannot be measured, such as one without a tokenizer."""
+        Raises `ModelError` for a model that cannot be measured, such as one without a tokenizer."""
         raise NotImplementedError
 
     def parts(self) -> Sequence[str]:

@@ -90,12 +90,12 @@ class GenerationsMetric(Metric):
         }
 
     def _of(self, model: PreTrainedModel, subject: MetricSubject) -> list[list[int]]:
-        from ..errors import DataError
+        from ..errors import no_tokenizer
         from ..families.chat import Prompt, chat_prompt
         from ..models.generation import generate_ids
 
         if subject.tokenizer is None:
-            raise DataError(f"model '{subject.name}' brings no tokenizer, so it cannot read prompts")
+            raise no_tokenizer(f"model '{subject.name}'", "it cannot read prompts")
         answers = []
         for text in subject.progress.track(self._prompts, "answers"):
             asked, stop = Prompt(text, False), None

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..data.documents import PYDOC, is_file, read_text, shortened
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, no_tokenizer
 from ..settings import Names, Seed
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .comparable import check_one_vocabulary, check_same_tokens
@@ -306,5 +306,5 @@ def _higher_is_better(metric: str) -> bool | None:
 
 def _tokenizer(metric: Metric, subject: MetricSubject) -> Any:
     if subject.tokenizer is None:
-        raise DataError(f"model '{subject.name}' brings no tokenizer, so its {metric.name} cannot be measured")
+        raise no_tokenizer(f"model '{subject.name}'", f"its {metric.name} cannot be measured")
     return subject.tokenizer

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.conversations import example, read_examples
 from ..data.documents import EXPECTED_EXAMPLES, check_source
 from ..data.source import CalibrationSource, SampleTask
-from ..errors import DataError, ModelError
+from ..errors import DataError, no_tokenizer
 from .chat import TrainingText, training_texts
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ class ChatSource(CalibrationSource):
         import torch
 
         if task.tokenizer is None or task.family is None:
-            raise ModelError(
-                f"the model brings no tokenizer, so it cannot be calibrated on '{task.reference}'; use 'self'"
-            )
+            raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         examples = read_examples(task.reference)
         texts = [text for found in examples for text in training_texts(found, task.family, task.tokenizer)]
         encoded = [tokens_of(task.tokenizer, text) for text in texts]

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..data.source import CalibrationSource, SampleTask
-from ..errors import DataError, ModelError
+from ..errors import DataError, no_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ class SelfWritten(CalibrationSource):
         from .written_chats import written_chats
 
         if task.tokenizer is None or task.family is None:
-            raise ModelError("the model brings no tokenizer, so it cannot write conversations; leave self.chats out")
+            raise no_tokenizer("the model", "it cannot write conversations; leave self.chats out")
         return written_chats(
             task.model, task.tokenizer, task.family, count, task.length, task.seed,
             batch=-(-self.settings.batch // 2), progress=task.progress,

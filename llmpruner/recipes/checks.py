@@ -12,7 +12,7 @@ from ..data.calibration import check_length, parse_calibration
 from ..data.conversations import example
 from ..data.documents import EXPECTED_EXAMPLES, check_source
 from ..data.mixture import parse_mixture
-from ..errors import MissingExtraError, ModelError, SelectionError, SettingsError, UnsupportedModelError
+from ..errors import MissingExtraError, SelectionError, SettingsError, UnsupportedModelError, no_tokenizer
 from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
 from ..models.empty import meta_model
@@ -162,9 +162,7 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
     check_length(structure.config, length_for(job.calibration, structure))
     for part in job.calibration.text.parts:
         if not part.source.writes and not tokenizer:
-            raise ModelError(
-                f"'{structure.ref}' brings no tokenizer, so it cannot be calibrated on '{part.reference}'; use 'self'"
-            )
+            raise no_tokenizer(f"model '{structure.ref}'", f"it cannot be calibrated on '{part.reference}'; use 'self'")
     check_text(job)
     job.calibration.text.check_amount(job.calibration.samples)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..engine.ranks import Ranks
-from ..errors import DataError, SettingsError
+from ..errors import SettingsError, no_tokenizer
 from ..families.auto import AUTO
 from ..loading.model import (
     Model,
@@ -108,10 +108,10 @@ class Opener:
         return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, self.catalog)
 
     def readable(self, source: Source, purpose: str) -> Structure:
-        """`structure`. Raises `DataError` for a model without a tokenizer, which cannot ``purpose``."""
+        """`structure`. Raises `ModelError` for a model without a tokenizer, which cannot ``purpose``."""
         found = self.structure(source)
         if not self.has_tokenizer(found):
-            raise DataError(f"model '{found.ref}' brings no tokenizer, so it cannot {purpose}")
+            raise no_tokenizer(f"model '{found.ref}'", f"it cannot {purpose}")
         return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
-from ..errors import LlmprunerError, ModelError, OutputError, ProcessError, SettingsError
+from ..errors import LlmprunerError, OutputError, ProcessError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, tree_bytes
 from ..loading.model import Model, Structure, reopened
 from ..progress import Progress
@@ -116,9 +116,10 @@ class Pruning:
         """What is to be done, once it is sure that it can be done with this model."""
         has_tokenizer, saves = opener.has_tokenizer(opened), self.output is not None
         if self.need_tokenizer and not has_tokenizer:
-            raise ModelError(
-                f"model '{opened.ref}' brings no tokenizer, without which the pruned model can read no text; put its "
-                "files (tokenizer.model, say) into the folder, or prune the weights alone with --no-tokenizer"
+            raise no_tokenizer(
+                f"model '{opened.ref}'",
+                "the pruned model could read no text; put its files (tokenizer.model, say) into the folder, or prune "
+                "the weights alone with --no-tokenizer",
             )
         if self.run.restart and (not saves or isinstance(opened, Model)):
             raise SettingsError(

@@ -16,7 +16,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
-from ..errors import DataError, ModelError, SettingsError
+from ..errors import ModelError, SettingsError, no_tokenizer
 from ..families.chat import format_note
 from ..files import Held, check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
@@ -342,7 +342,7 @@ def _dense_rows(
     if not rows.whole:
         model = open_model()
         if model.tokenizer is None:
-            raise DataError(f"the dense model '{model.ref}' brings no tokenizer, so it cannot write examples")
+            raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
         note = format_note(model.ref, model.family, model.tokenizer, "instructions are") if own.answers else None
         if note is not None:
             progress.status(note)

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoints.record import read_json, read_record
-from ..errors import ModelError, SettingsError
+from ..errors import SettingsError, no_tokenizer
 from ..evaluation.table import Evaluations
 from ..files import check_new_directory, json_text, new_directory, write_text
 from ..loading.model import Model, Structure, brings_tokenizer, load_structure
@@ -173,9 +173,9 @@ class Session:
         weights."""
         todo = [step for step in self.recipe.steps if statuses[step.name].status != "done"]
         if todo and not brings_tokenizer(self.model, self.catalog):
-            raise ModelError(
-                f"model '{self.model}' brings no tokenizer, without which a pruned model can read no text; put its "
-                "files (tokenizer.model, say) into the folder"
+            raise no_tokenizer(
+                f"model '{self.model}'",
+                "a pruned model could read no text; put its files (tokenizer.model, say) into the folder",
             )
         for step in todo:
             job = self.jobs[step.name]

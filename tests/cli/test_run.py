@@ -430,7 +430,7 @@ BEFORE = {
     "an exporter": (("--set", "export.to=ggu"), "step 4 (export): unknown exporter 'ggu'; did you mean gguf?"),
     "a key": (("--set", "prune.ratoi=0.2"), "step 1 (prune): prune has no key 'ratoi'; did you mean ratio"),
     "a model": (("--model", "./none"), "model directory './none' does not exist"),
-    "no tokenizer": (("--model", "{models}/bare"), "bare' brings no tokenizer, without which a pruned model"),
+    "no tokenizer": (("--model", "{models}/bare"), "bare' brings no tokenizer, so a pruned model could read no text"),
     "a device": (("--device", "cud"), "device 'cud' cannot be used"),
     "memory": (("--max-memory", "1MB"), "step 1 (prune): --max-memory 1,000,000 bytes: "),
     "a step": (("--set", "prun.ratio=0.2"), "prun.ratio: unknown step 'prun'; did you mean prune"),

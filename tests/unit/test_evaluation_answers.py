@@ -115,7 +115,7 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
 
 def test_models_that_cannot_be_measured_are_named(data):
     bare = MetricSubject("bare", tiny_models.llama(), None, subject().graph)
-    with pytest.raises(DataError, match="'bare' brings no tokenizer"):
+    with pytest.raises(ModelError, match="model 'bare' brings no tokenizer"):
         measured(AnswersMetric(data=data), bare)
     other = subject("other")
     other.model.resize_token_embeddings(other.model.config.vocab_size + 8)

@@ -167,7 +167,7 @@ def test_texts_and_tasks_are_read_before_any_model_is_loaded(tmp_path):
 def test_a_model_without_a_tokenizer_has_a_size_and_a_speed_but_no_perplexity(text):
     bare = subject(tokenizer=False)
     assert evaluate([lambda: bare], [SizeMetric(), SpeedMetric(prompt_tokens=4, new_tokens=1, runs=1)])[0].speed
-    with pytest.raises(DataError, match="model 'tiny' brings no tokenizer, so its perplexity cannot be measured"):
+    with pytest.raises(ModelError, match="model 'tiny' brings no tokenizer, so its perplexity cannot be measured"):
         evaluate([lambda: bare], [PerplexityMetric(text=text)])
 
 
