@@ -61,7 +61,8 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
             # The loss that balances experts would be traced too, in which their number is counted.
             part.output_router_logits = False
     try:
-        model = meta_model(config)
+        # Whatever it is held in: in 16 bits, some do not run, as some of their parameters stay in float32 (XLNet).
+        model = meta_model(config, torch.float32)
     except LlmprunerError:
         raise
     except Exception as error:  # third-party constructors raise anything

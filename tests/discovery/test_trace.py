@@ -93,3 +93,11 @@ def test_experts_are_found_where_the_configuration_asks_for_their_balance():
     )
     assert [(g.name, g.kind, g.units) for g in balanced] == [(g.name, g.kind, g.units) for g in plain]
     assert "expert" in {g.kind for g in balanced}
+
+
+def test_a_model_is_traced_in_float32_whatever_it_is_stored_in():
+    """XLNet keeps parameters in float32 in 16 bits, and cannot run so; in float32 it can."""
+    config = CONFIG_MAPPING["xlnet"](vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=64, dtype="bfloat16")
+    traced = trace(config)
+    assert {parameter.dtype for parameter in traced.model.parameters()} == {torch.float32}
+    assert config.dtype == torch.bfloat16
