@@ -126,19 +126,19 @@ def llmpruner_report_sections() -> list[type[ReportSection]]:
     from ..report.answers import AnswersSection
     from ..report.block import BlockSection
     from ..report.comparison import ComparisonSection
+    from ..report.compensation import CompensationSection
     from ..report.cost import CostSection
     from ..report.groups import GroupsSection
     from ..report.origin import OriginSection
     from ..report.plan import PlanSection
     from ..report.quality import QualitySection
     from ..report.recovery import RecoverySection
-    from ..report.repair import RepairSection
     from ..report.scores import ScoresSection
     from ..report.summary import SummarySection
 
     return [
         SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection, GroupsSection, PlanSection,
-        ScoresSection, RepairSection, RecoverySection, OriginSection, BlockSection,
+        ScoresSection, CompensationSection, RecoverySection, OriginSection, BlockSection,
     ]  # fmt: skip
 
 

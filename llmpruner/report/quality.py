@@ -92,7 +92,7 @@ def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
         return ""
     fitted = f"; the weights were fitted to {calibration}" if calibration else ""
     return (
-        f"The repair helped its own text more than others: the loss rises by {least.rise:.2f} nats per token on "
+        f"The compensation helped its own text more than others: the loss rises by {least.rise:.2f} nats per token on "
         f"{least.text}, but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model "
         "is for, or a mixture."
     )

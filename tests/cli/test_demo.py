@@ -56,7 +56,7 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     sentence = next(line for line in shown.out.splitlines() if "of the decoder's parameters are gone" in line)
     assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
-    for title in ("Quality", "Answers", "Cost", "What was cut", "Scores and the cut", "Repair", "Recovery"):
+    for title in ("Quality", "Answers", "Cost", "What was cut", "Scores and the cut", "Compensation", "Recovery"):
         assert f">{title}</h2>" in page
     assert "Calibration text of the cut: 3*self,1*chat:instructions.jsonl." in page
     assert "first 10,240 tokens of Python's help topics, windows of 512" in shown.out

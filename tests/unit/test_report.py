@@ -103,6 +103,8 @@ def test_the_page_loads_nothing_and_names_its_regions(places, tmp_path):
     assert html.count('class="scroll') == html.count('role="region"') > 3
     links = set(re.findall(r'href="#([^"]+)"', html))
     assert links and links <= set(re.findall(r'<section id="([^"]+)"', html))
+    # The documentation knows no repair.
+    assert "Compensation</h2>" in html and "repair" not in html.lower()
 
 
 def test_several_checkpoints_are_compared(places, tmp_path):
@@ -133,7 +135,7 @@ WIKI, INSTRUCTIONS = "wikitext2_unk_test", "instructions"
     ],
     ids=["fitted to WikiText", "mixed", "no text", "uneven, but neither its own"],
 )
-def test_a_repair_that_helped_its_own_text_alone_is_warned_of(calibration, after, warns):
+def test_a_compensation_that_helped_its_own_text_alone_is_warned_of(calibration, after, warns):
     """With measurements of the real model: perplexity on WikiText-2 and on instructions, 20 % removed."""
     measured = tuple(
         Measurements(

@@ -1,4 +1,4 @@
-"""The section ``repair``: how well the weights that read removed units could be fitted again."""
+"""The section ``compensation``: how well the weights that read removed units could be fitted again."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MOST = 4
 """Charts at most; of more matrices, the table tells."""
 
 
-class RepairSection(ReportSection):
+class CompensationSection(ReportSection):
     """A chart for each kind of matrix, and a table; nothing where the record has no fits."""
 
-    name = "repair"
+    name = "compensation"
     summary = "the error of every fitted weight matrix before and after, and its ridge"
     order = 22
 
@@ -36,7 +36,7 @@ class RepairSection(ReportSection):
         charts = [_chart(matrix, of_one) for matrix, of_one in list(kinds.items())[:_MOST]]
         known = [row for row in rows if row["before"] is not None]
         return rendered(
-            "repair.html.j2", rows=rows, charts=[(one, drawn(one)) for one in charts], means=_means(known),
+            "compensation.html.j2", rows=rows, charts=[(one, drawn(one)) for one in charts], means=_means(known),
             compensation=plan["compensation"], kept=sum(1 for row in rows if not row["fitted"]),
         )  # fmt: skip
 
