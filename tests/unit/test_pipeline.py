@@ -18,6 +18,7 @@ from llmpruner.compensation.refit import Refit
 from llmpruner.families.graph import build_graph
 from llmpruner.importance.estimate import estimate
 from llmpruner.loading.model import Model
+from llmpruner.models.content import Content
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.wanted import inner_layers
@@ -269,6 +270,24 @@ def test_a_refusal_leaves_a_model_whole_until_something_is_changed(changes, tmp_
     with pytest.raises(DataError, match="not this text"):
         llmpruner.recover(model, data=str(tmp_path / "data.jsonl"), strategy="full", work_dir=tmp_path / "work")
     use("recovery")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_that_change_places_are_a_change(dtype, monkeypatch):
+    """Sums alone do not tell: a model with two exchanged rows counted as whole after a refusal."""
+    monkeypatch.setattr("llmpruner.models.content._COLUMNS", 4, raising=False)
+    model = torch.nn.Linear(13, 9, dtype=dtype)
+    weight, before = model.weight.data, Content(model)
+    kept = weight.clone()
+    assert before.is_in(model)
+    swaps = [(slice(0, 4), slice(20, 24)), (slice(0, 4), slice(64, 68)), (slice(112, 116), slice(0, 4))]
+    for one, other in swaps:
+        flat = weight.flatten().clone()
+        flat[one], flat[other] = flat[other].clone(), flat[one].clone()
+        weight.copy_(flat.view_as(weight))
+        assert not before.is_in(model)
+        weight.copy_(kept)
+        assert before.is_in(model)
 
 
 def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp_path, monkeypatch):
