@@ -324,6 +324,14 @@ class PrunedModelMixin:
         custom: bool = cls.pruned_base.is_custom_code()
         return custom
 
+    def initialize_weights(self) -> None:
+        """Of parameters that stay in files (``device_map`` with ``disk``) none has a value to initialize, and the code
+        of some stock classes (Mamba) makes values in the sizes of the dense model."""
+        for parameter in self.parameters():  # type: ignore[attr-defined]
+            if parameter.is_meta:
+                parameter._is_hf_initialized = True
+        super().initialize_weights()  # type: ignore[misc]
+
     def _get_static_cache_init_shape(self) -> None:
         """None: layers have no common shape, so a static cache takes each from the first keys and values."""
 
