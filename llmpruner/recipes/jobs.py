@@ -17,7 +17,7 @@ from ..compensation.base import Compensation
 from ..component import Component
 from ..data.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
-from ..errors import SettingsError
+from ..errors import PluginError, SettingsError
 from ..evaluation.base import Metric
 from ..exporters.base import Exporter
 from ..importance.base import ImportanceCriterion
@@ -211,9 +211,11 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     method = method_of(settings, catalog)
     defaults = _defaults(method, settings, writes=text.writes)
     given = _Given(settings, defaults.pop("settings", {}))
+    settings = _filled(method, settings, {name: value for name, value in defaults.items() if not given.has(name)})
+    text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
 
     def chosen(name: str) -> Any:
-        return getattr(settings, name) if given.has(name) else defaults.get(name, getattr(settings, name))
+        return getattr(settings, name)
 
     _refuse_without_effect(given, settings, amount)
     budget_name = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
@@ -248,7 +250,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         budget=budget,
         kinds=settings.kinds,
         layers=settings.layers,
-        shape=chosen("shape"),
+        shape=settings.shape,
         round_to=settings.round_to,
         criterion=criterion,
         reduction=settings.reduction,
@@ -298,11 +300,26 @@ def _refuse_without_effect(given: _Given, settings: PruneSettings, amount: str) 
 
 
 def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:
-    defaults = dict(method.defaults(settings, writes=writes))
+    """What ``method`` gives, and what `ByHand` does for what it leaves open."""
+    found = method.defaults(settings, writes=writes)
+    if not isinstance(found, Mapping):
+        raise PluginError(f"method {method.name} gave {type(found).__name__}; expected a mapping of settings")
+    defaults = {**ByHand().defaults(settings, writes=writes), **found}
     unknown = sorted(defaults.keys() - PruneSettings.model_fields.keys())
     if unknown:
         raise SettingsError(f"method {method.name} gives '{unknown[0]}', which is no setting of a prune")
+    if settings.importance is None and defaults.get("importance") is None:
+        raise SettingsError(f"method {method.name} gives no criterion; choose one with --importance")
     return defaults
+
+
+def _filled(method: Method, settings: PruneSettings, defaults: Mapping[str, Any]) -> PruneSettings:
+    """``settings`` with ``defaults`` for what they leave open. Raises `SettingsError` for a value that is refused."""
+    try:
+        checked = settings_from(PruneSettings, defaults)
+    except SettingsError as error:
+        raise SettingsError(f"method {method.name}: {error}") from error
+    return settings.model_copy(update={name: getattr(checked, name) for name in defaults})
 
 
 _WHOLE_MODEL = (
