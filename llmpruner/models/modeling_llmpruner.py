@@ -102,6 +102,10 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
                 if getattr(module, name, None) == old and isinstance(getattr(module, name), int):
                     setattr(module, name, number)
     stated = _follow_layers(model.config.get_text_config(), len(layers), kept)
+    record = getattr(model.config, "llmpruner", None)
+    if record is not None and "per_layer" not in record:
+        # The sizes of single layers are those of an earlier cut, which the uniform model does not have.
+        stated.pop(PER_LAYER, None)
     earlier = vars(model).get(LAYERS)
     if earlier:
         kept, stated = [earlier["kept"][n] for n in kept], {**stated, **earlier["config"]}

@@ -174,6 +174,17 @@ def test_a_pruned_model_is_pruned_again(first, second, tmp_path):
     assert torch.equal(resident, streamed)
 
 
+def test_a_layer_is_removed_where_the_others_state_sizes_of_their_own(dense, tmp_path):
+    """The configuration states what each layer kept, and the model is built with all layers before they are removed."""
+    first = {**WEIGHTS, "ratio": 0.2, "kinds": "mlp,attention", "shape": "free", "layers": "all"}
+    prune(dense("llama-gqa"), tmp_path / "once", streamed=False, **first)
+    pruned = prune(tmp_path / "once", tmp_path / "twice", streamed=False, **CUTS["layer"])
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(load_pruned(tmp_path / "twice")(ids).logits, pruned.model(ids).logits)
+    assert {check.state for check in api.verify_checkpoint(tmp_path / "twice").checks} == {"passed"}
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
 def test_a_pruned_model_whose_code_initializes_by_its_own_sizes(model_type, tmp_path):
     """transformers initializes what is not in memory too, and their code takes sizes of the dense model for it."""
