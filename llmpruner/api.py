@@ -44,10 +44,7 @@ from .keywords import (
     RecoverKeywords,
     SensitivityKeywords,
 )
-from .loading.model import (
-    Model,
-    Structure,
-)
+from .loading.model import Model, Structure
 from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf

@@ -20,7 +20,9 @@ from ..errors import DataError, ModelError, SettingsError
 from ..families.chat import format_note
 from ..files import Held, check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
-from ..loading.model import Model, Structure, loaded_bytes, reopened
+from ..loading.dtypes import loaded_bytes
+from ..loading.model import Model, Structure
+from ..loading.streamed import reopened
 from ..models.devices import check_device
 from ..models.position_tables import check_table_of_config
 from ..progress import QUIET, Progress

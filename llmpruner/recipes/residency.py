@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from ..loading.model import Model, conversion_rate, dtype_of, loaded_bytes, why_not_streamed
+from ..loading.dtypes import dtype_of, loaded_bytes
+from ..loading.model import Model
+from ..loading.streamed import conversion_rate, why_not_streamed
 from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings

@@ -16,8 +16,10 @@ from ..checkpoints.record import read_json, read_record
 from ..errors import ModelError, SettingsError
 from ..evaluation.table import Evaluations
 from ..files import check_new_directory, json_text, new_directory, write_text
-from ..loading.model import Model, Structure, brings_tokenizer, load_structure
+from ..loading.model import Model, Structure
 from ..loading.reference import resolve
+from ..loading.structure import load_structure
+from ..loading.tokenizer import brings_tokenizer
 from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.losses import first_and_last, loss_text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
 from ..data.mixture import parse_mixture
-from ..loading.model import load_tokenizer
+from ..loading.tokenizer import load_tokenizer
 from ..recovery.run import prepare
 from ..recovery.schedule import steps, with_batch
 from .residency import arranged

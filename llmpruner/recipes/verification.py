@@ -28,7 +28,8 @@ from ..errors import (
     PluginError,
     UnsupportedModelError,
 )
-from ..loading.model import lazily, load_structure, why_not_streamed
+from ..loading.streamed import lazily, why_not_streamed
+from ..loading.structure import load_structure
 from ..models.finite import first_not_finite
 from ..models.remote import ALLOW
 from ..progress import QUIET, Progress

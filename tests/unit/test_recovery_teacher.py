@@ -16,7 +16,7 @@ from llmpruner.errors import SettingsError
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.loading.dense import dense_structure, load_dense
-from llmpruner.loading.model import load_model
+from llmpruner.loading.in_memory import load_model
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.saving import save
 from llmpruner.recovery.base import RecoveryJob
