@@ -20,7 +20,7 @@ from llmpruner.errors import LlmprunerError, OutputError, SettingsError
 from llmpruner.files import scratch_folder, write_text
 from llmpruner.progress import Progress
 from llmpruner.recipes.state import LOCK, State
-from llmpruner.recovery.run import check_work_dir
+from llmpruner.recovery.work_dir import check_work_dir
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}

@@ -37,6 +37,7 @@ from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.schedule import micro_batch, steps
 from llmpruner.recovery.training import latest_checkpoint
+from llmpruner.recovery.training_data import prepare
 
 pytest.importorskip("peft")
 
@@ -64,7 +65,8 @@ def pruned(tied=False):
 
 def run(model, graph, work_dir, strategy, settings=SETTINGS, **options):
     tokenizer = tiny_models.tokenizer()
-    return recover(model, tokenizer, graph, FAMILY, strategy, settings, work_dir, examples=EXAMPLES, **options)
+    data = prepare(settings, FAMILY, tokenizer, EXAMPLES)
+    return recover(model, tokenizer, graph, data, strategy, settings, work_dir, **options)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)
