@@ -135,7 +135,7 @@ def test_gradients(structure, catalog, monkeypatch):
     spilled = found(structure, work, a_sample(), boundary_memory=1000)
     assert spilled.stage("estimation").memory["hidden states"] == 1000
     assert spilled.stage("estimation").bytes == sum(memory.values()) - 640 * H * 2 * (LAYERS + 2) + 1000
-    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", 600 * VOCABULARY)
+    monkeypatch.setattr("llmpruner.recipes.forecast_memory.LOGIT_ELEMENTS", 600 * VOCABULARY)
     for whole, tokens in ((False, 600), (True, 640)):
         sample = replace(a_sample(), whole_logits=whole)
         memory = found(structure, work, sample, boundary_memory=1 << 30).stage("estimation").memory
@@ -152,7 +152,7 @@ def test_gradients_of_one_layer(structure):
 
 
 def test_products_of_one_layer(structure, monkeypatch):
-    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr("llmpruner.recipes.forecast_memory.LOGIT_ELEMENTS", VOCABULARY)
     names = frozenset(n for n in structure.graph.shapes if "down_proj" in n and ".2." not in n)
     work = Work(4, 16, signals=frozenset({api_signal("product_grad")}), names=names, scored=64)
     memory = found(structure, work, a_sample(), boundary_memory=0).stage("estimation").memory
