@@ -43,7 +43,7 @@ def json_text(value: Any, *, indent: int, ensure_ascii: bool = False) -> str:
 
 
 def _check_links(path: Path) -> None:
-    """Raise `OSError` for a symbolic link that leads to itself; `Path.exists` says False of one."""
+    """Raise `OSError` for a symbolic link that leads to itself; for which `Path.exists` is False."""
     with suppress(FileNotFoundError, NotADirectoryError):
         path.stat()
 

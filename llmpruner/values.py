@@ -122,7 +122,7 @@ def _written_out(value: Any) -> Any:
 
 
 Text = Annotated[str, BeforeValidator(_written_out)]
-"""The name of a text or of data: a file, or what a source knows by it."""
+"""The name of a text or of data: a file, a data set, or a name that a calibration source reads."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_not_empty)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]

@@ -164,7 +164,7 @@ def _shell(
 
 
 def _outside(parts: StreamedParts | None) -> AbstractContextManager[None]:
-    """The weights outside the layers, which also tell the device."""
+    """Makes the weights outside the layers available, by which the device is found, too."""
     return nullcontext() if parts is None else parts.part(None)
 
 

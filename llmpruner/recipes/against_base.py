@@ -37,7 +37,7 @@ _ROWS, _LENGTH = 2, 16
 
 
 class NotComparable(Exception):
-    """A comparison says nothing here; the message says why."""
+    """The model cannot be compared with its base; the message says why."""
 
 
 def at_hand(structure: Structure) -> bool:

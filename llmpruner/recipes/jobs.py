@@ -246,8 +246,8 @@ _WHOLE_MODEL = (
 
 
 def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob:
-    """A prune of the largest share, which says how units are ranked, on which text, and whether weights are fitted.
-    Raises `SettingsError` (or `UnknownNameError`)."""
+    """A prune of the largest share, from which the measurement takes how units are ranked, on which text, and whether
+    weights are fitted. Raises `SettingsError` (or `UnknownNameError`)."""
     if list(settings.shares) != sorted(set(settings.shares)):
         raise SettingsError("--shares must ascend, each once: 0.1,0.25,0.5")
     given = settings.model_dump(exclude_unset=True, exclude={"shares"})
@@ -360,7 +360,7 @@ def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
 
 
 def push_job(settings: PushSettings) -> PushSettings:
-    """``settings``. Raises `SettingsError` unless they say whether anything is sent."""
+    """``settings``. Raises `SettingsError` unless exactly one of ``yes`` and ``dry_run`` is given."""
     if settings.yes == settings.dry_run:
         raise SettingsError(
             "--yes has no effect beside --dry-run; give one of them"

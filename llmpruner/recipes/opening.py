@@ -44,7 +44,7 @@ class Opener:
         return cls(catalog, load or LoadSettings(), progress)
 
     def of_ranks(self, ranks: Ranks) -> Opener:
-        """For a command that several processes share: the first one says what is done."""
+        """For a command that several processes share, of which the first one alone prints messages."""
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:

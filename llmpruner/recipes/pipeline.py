@@ -176,7 +176,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
 
 
 def _at_once(graph: CouplingGraph, scope: Scope, job: PruneJob, whole: Cost, widths: Widths) -> Kept:
-    """What a single step would keep, as numbers of units: which ones, scores say."""
+    """How many units of each group a single step would keep, before scores decide which ones."""
     groups = scope.groups(graph)
     alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
     wanted = demand(job, whole, whole, groups, scope, job.steps)

@@ -270,8 +270,8 @@ class Session:
         return StepResult(step.name, step.command.name, folder, False, seconds, self._result(step, facts), value)
 
     def _facts(self, step: Step, folder: Path) -> Any:
-        """What is said of a finished step, as JSON values: follows from its folder alone, so that it is the same where
-        the process was killed before it was written down. None for measurements, which are in a file."""
+        """The facts about a finished step, as JSON values: they follow from its folder alone, so that they are the
+        same where the process was killed before they were recorded. None for measurements, which are in a file."""
         if step.command.name == "prune":
             (source,) = self.recipe.sources(step)
             before, after = self.structure(source).graph, load_structure(str(folder), self.catalog, self.own_load).graph

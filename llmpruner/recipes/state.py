@@ -1,4 +1,4 @@
-"""What a recipe's output folder says of the steps that were done, in ``recipe.json``.
+"""The record of the steps that were done, ``recipe.json`` in the output folder of a recipe.
 
 A step's result counts as done when its record is in the file. Before a step begins, the file says that it is running,
 so that a killed run can tell a whole result, whose folder appears in one moment, from one of earlier inputs that was to

@@ -1,5 +1,5 @@
-"""What the training of a whole model takes, before its weights are read: said, and refused where the machine has
-less."""
+"""The memory and disk that the training of a whole model takes, computed before weights are read, and refused where
+the machine has less."""
 
 from __future__ import annotations
 

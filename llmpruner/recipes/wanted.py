@@ -1,4 +1,4 @@
-"""What a job asks of a model: which units may be cut, to which widths, and how much."""
+"""What a job means for a model: which units may be cut, to which widths, and how much."""
 
 from __future__ import annotations
 
