@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..files import new_directory
+from ..folders import new_directory
 from ..models.out_of_memory import is_out_of_memory
 from ..models.quiet import quiet_transformers
 from ..models.where import why_it_stops

@@ -18,7 +18,8 @@ from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import DataError, ModelError, SettingsError
 from ..families.chat import format_note
-from ..files import Held, check_new_directory, check_space, remove_tree, tree_bytes, write_text
+from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
+from ..folders import Held
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
 from ..loading.dtypes import loaded_bytes
 from ..loading.model import Model, Structure

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..checkpoints.record import read_json, read_record
 from ..errors import ModelError, SettingsError
 from ..evaluation.table import Evaluations
-from ..files import check_new_directory, json_text, new_directory, write_text
+from ..files import check_new_directory, json_text, write_text
+from ..folders import new_directory
 from ..loading.model import Model, Structure
 from ..loading.reference import resolve
 from ..loading.structure import load_structure

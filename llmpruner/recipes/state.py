@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from ..checkpoints.manifest import sha256
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
-from ..files import Held, check_new_directory, check_unused, holds_files, write_text, writing
+from ..files import check_new_directory, holds_files, write_text, writing
+from ..folders import Held, check_unused
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"

@@ -25,7 +25,7 @@ from llmpruner.checkpoints.adapters import save_adapter
 from llmpruner.checkpoints.save import save_checkpoint
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
-from llmpruner.files import alone_in
+from llmpruner.folders import alone_in
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets
