@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 
 from ..compensation.least_squares import solve_bytes
+from ..compensation.trials import TRIED
 from ..engine.check import TOKENS as CHECKED
 from ..engine.signals import Signal
 from ..models.logits import LOGIT_ELEMENTS
@@ -17,8 +18,6 @@ _TOKEN = 64
 """Bytes of a calibration token: as a Python number in a list, in two tensors, and as JSON in what a run keeps."""
 _LOGITS = 4
 """Copies of the logits in float32 in memory while tokens are drawn."""
-TRIAL_TOKENS = 2048
-"""Of the text on which trials of cuts are compared."""
 _FIRST_ORDER = frozenset({Signal.WEIGHT, Signal.GRAD})
 
 
@@ -85,7 +84,7 @@ class Memory:
         if work.steps > 1:
             memory["a copy of the model"] = self.sizes.weights
         if work.trials:
-            memory["logits of trials"] = 3 * TRIAL_TOKENS * self.vocabulary * F32
+            memory["logits of trials"] = 3 * TRIED * self.vocabulary * F32
             memory["Gram matrices"] = sum(f.matrices * f.inputs**2 * F32 for f in self.sizes.consumers())
         if work.gradients:
             memory["hidden states"] = self.in_memory(self.between())

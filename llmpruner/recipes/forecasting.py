@@ -9,10 +9,11 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..compensation.trials import TRIED
 from ..engine.journal import INTERVAL
 from ..structure.kept import parameters_after
 from .forecast import LATER, Forecast, Residency, Stage
-from .forecast_memory import TRIAL_TOKENS, Memory
+from .forecast_memory import Memory
 from .forecast_sizes import Sizes
 from .forecast_time import OPENING, READ, Time
 from .layer_sample import LayerSample
@@ -112,7 +113,7 @@ class _Forecaster:
                 step = time.gradients(elements)
             else:
                 step = time.forward(work.scored, work.names) + time.scoring(elements)
-            seconds = step * work.steps + work.trials * time.layers(time.sample.forward.of(TRIAL_TOKENS))
+            seconds = step * work.steps + work.trials * time.layers(time.sample.forward.of(TRIED))
         return Stage("estimation", self.memory.estimation(), seconds)
 
     def compensation(self) -> tuple[Stage, int]:
