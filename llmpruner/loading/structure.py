@@ -77,7 +77,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         reason = f"{found.key} of a plan {found.value}: {found.expected}"
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
     except Exception as error:
-        # Classes of configurations raise what they like for values that they do not expect.
+        # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
 

@@ -253,7 +253,7 @@ class _Placed:
         if error is None or isinstance(error, NotComparable) or not isinstance(error, Exception):
             return
         if not isinstance(error, LlmprunerError):
-            # transformers and torch raise what they like for a damaged configuration.
+            # transformers and torch raise exceptions of any type for a damaged configuration.
             raise CheckpointError(f"{self.directory} cannot be opened: {type(error).__name__}: {error}") from error
         named = next((name for name in re.findall(r"'([^']+)'", str(error)) if name in self.places), None)
         if named is not None:
