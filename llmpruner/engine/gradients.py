@@ -83,10 +83,10 @@ class LayerWalk:
     micro-batches, maybe none, and gradients are sums over all of them.
 
     ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. ``outer``: the
-    parameters outside the layers of which `backward_outer` will be asked. ``exact``: products of layers are in the
-    model's own precision; otherwise in bfloat16 under autocast where that is faster (`computes_bfloat16_fast`) and the
-    layers accept it (`LayerCheck.runs_in`), with hidden states and their gradients in float32. Gradients and
-    ``requires_grad`` flags of parameters are restored.
+    parameters outside the layers of which `backward_outer` will be asked. ``exact``: products of layers and of the head
+    are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
+    (`computes_bfloat16_fast`) and the layers accept it (`LayerCheck.runs_in`), with hidden states, their gradients and
+    the loss in float32. Gradients and ``requires_grad`` flags of parameters are restored.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class LayerWalk:
         self._places: list[Collection[Place]] = [()] * len(self.layers)
         """Of each layer, the arguments that the model computes from ``outer`` parameters."""
         self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
-        """Whether layers run under autocast."""
+        """Whether layers and head run under autocast."""
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -288,7 +288,7 @@ class LayerWalk:
         last = self.hidden[-1][position].detach().requires_grad_()
         vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
         total = 0.0
-        with self._stubs(batch, last), torch.enable_grad():
+        with self._stubs(batch, last), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 loss = _loss(logits, targets.index_select(1, positions)) / targets.numel()
