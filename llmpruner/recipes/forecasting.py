@@ -481,7 +481,8 @@ class _Forecaster:
     def gradient_seconds(self, sample: LayerSample, elements: int) -> float:
         tokens, micro = self.work.scored, self.micro_backward
         batches = max(1, ceil(tokens / micro))
-        rate = sample.product32 if self.item == _F32 else sample.head
+        exact = self.work.exact and self.item == _F32
+        rate = sample.product32 if exact else sample.head
         # Forwards, and backwards with a product for the inputs only: the head gets no gradient.
         head = 4 * tokens * self.hidden * self.vocabulary / rate + 6 * tokens * self.vocabulary * _F32 / sample.copy
         forward = self.layers(sample.plain.fixed * batches + sample.plain.token * tokens)
@@ -489,6 +490,12 @@ class _Forecaster:
         sums = elements * _F32 * 2 * batches / sample.copy
         others = self.summing(sample, tokens, self.work.names) if Signal.GRAM in self.work.signals else 0.0
         others += self.check_seconds(sample) if self.residency.streamed else 0.0
+        if Signal.PRODUCT_GRAD in self.work.signals:
+            # Gradients of inputs, from those of outputs.
+            chosen = _number(self.config, "num_experts_per_tok", 1)
+            shapes = [self.graph.shapes[name] for name in self.work.names]
+            sizes = sum(prod(shape[-2:]) * (chosen if len(shape) > 2 else 1) for shape in shapes)
+            others += 2 * tokens * sizes / rate
         return head + forward + backward + sums + others + elements * 40 / sample.copy + self.reading(3)
 
     def fit_seconds(self, sample: LayerSample, solved: Sequence[tuple[int, int, int]]) -> float:
