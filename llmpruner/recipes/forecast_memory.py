@@ -200,14 +200,13 @@ class Memory:
     def product_bytes(self) -> int:
         """Products of one layer's weights in the backward pass: inputs and outputs in float32, and what a criterion
         computes of one of them, with a float32 copy of its weight."""
-        chosen = self.sizes.configured("num_experts_per_tok", 1)
         kept: dict[int | None, int] = {}
         largest = 0
         for name in self.work.names:
             shape = self.graph.shapes[name]
             if len(shape) < 2:
                 continue
-            rows = self.sizes.micro_backward * (chosen if len(shape) > 2 else 1)
+            rows = self.sizes.micro_backward * self.sizes.chosen(name)
             layer, widths = self.graph.layer_of(name), shape[-1] + shape[-2]
             kept[layer] = kept.get(layer, 0) + rows * widths * F32
             weight = 0 if self.item == F32 else prod(shape[-2:]) * F32

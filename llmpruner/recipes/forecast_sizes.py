@@ -89,6 +89,11 @@ class Sizes:
             for consumer in fitted.values()
         ]
 
+    def chosen(self, name: str) -> int:
+        """How many matrices of a weight a token is multiplied with: those of the experts that it is routed to in a
+        stack, else one."""
+        return self.configured("num_experts_per_tok", 1) if len(self.graph.shapes[name]) > 2 else 1
+
     def configured(self, name: str, default: int) -> int:
         """A field of the configuration; ``default`` where it has none, or one for each layer."""
         value = getattr(self.config, name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import ceil
+from math import ceil, prod
 
 from ..compensation.least_squares import solve_operations
 from ..engine.check import TOKENS as CHECKED
@@ -86,13 +86,18 @@ class Time:
         """A walk forwards and backwards, with the scores of so many ``elements`` of weights."""
         tokens, micro = self.work.scored, self.sizes.micro_backward
         batches = max(1, ceil(tokens / micro))
+        rate = self.head_rate if self.work.exact else self.sample.head
         # Forwards, and backwards with a product for the inputs only: the head gets no gradient.
-        head = 2 * self.head(tokens) / self.head_rate + self.softmax(tokens)
+        head = 2 * self.head(tokens) / rate + self.softmax(tokens)
         forward = self.layers(self.sample.plain.fixed * batches + self.sample.plain.token * tokens)
         backward = self.layers(self.sample.backward.fixed * batches + self.sample.backward.token * tokens)
         sums = elements * F32 * 2 * batches / self.sample.copy
         others = self.summing(tokens, self.work.names) if Signal.GRAM in self.work.signals else 0.0
         others += self.check() if self.residency.streamed else 0.0
+        if Signal.PRODUCT_GRAD in self.work.signals:
+            # Gradients of inputs, from those of outputs.
+            sizes = [prod(self.graph.shapes[name][-2:]) * self.sizes.chosen(name) for name in self.work.names]
+            others += 2 * tokens * sum(sizes) / rate
         return head + forward + backward + sums + others + self.scoring(elements) + self.reading(3)
 
     def fits(self, solved: Sequence[Fitted]) -> float:

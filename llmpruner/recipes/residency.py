@@ -128,7 +128,9 @@ def _sample(opened: Structure, work: Work, dtype: torch.dtype, device: torch.dev
     """None where no layer can be run alone."""
     wanted = work.names if work.gradients else ()
     try:
-        return sample_layer(opened.config, opened.graph, dtype, device, work.length or 64, sorted(wanted))
+        return sample_layer(
+            opened.config, opened.graph, dtype, device, work.length or 64, sorted(wanted), exact=work.exact
+        )
     except Exception as error:  # a forecast must not keep a model from being pruned
         _LOG.debug("no layer of '%s' could be run alone: %s", opened.ref, error)
         return None

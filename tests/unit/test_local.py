@@ -29,6 +29,8 @@ from llmpruner.testing import RecoveryConformance
 from llmpruner.testing.jobs import pruned_by, small_job
 from llmpruner.testing.tiny import letters
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 SETTINGS = RecoverSettings(
     data="here", batch_size=4, micro_batch_size=2, epochs=10, learning_rate=5e-3, warmup_steps=0, cutoff=32
 )
@@ -53,11 +55,6 @@ class TestConformanceWithDenseInputs(TestConformance):
 
     test_an_entry_point_registers_it = None
     test_its_settings_have_defaults_and_descriptions = None
-
-
-@pytest.fixture(autouse=True)
-def no_rounding_to_bfloat16(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 @pytest.fixture
