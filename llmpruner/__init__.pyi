@@ -77,7 +77,7 @@ from .exporters.base import ExportTask as ExportTask
 from .families.family import ModelFamily as ModelFamily
 from .families.family import alpaca_prompt as alpaca_prompt
 from .families.graph import build_graph as build_graph
-from .files import new_directory as new_directory
+from .folders import new_directory as new_directory
 from .importance.base import ImportanceCriterion as ImportanceCriterion
 from .loading.model import Model as Model
 from .loading.model import Structure as Structure

@@ -138,10 +138,10 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
             wanted, allocation = part_of(model.graph, at_once, step / job.steps, groups), Uniform()
         if chooser is not None:
             # The numbers of units do not depend on scores, and the units are chosen later.
-            ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+            scores = _equal_scores(groups)
         else:
             with run.stages.stage("scores"):
-                scores = estimate(
+                found = estimate(
                     network, graph, groups, job.criterion, scored,
                     reduction=job.reduction, seed=job.seed, progress=progress,
                     executor=run.executor(model)
@@ -149,17 +149,18 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
                     else Executor.of(network, graph.layers, run.ranks),
                     removal=_removal(graph, groups, scope, wanted, cost, job),
                 )  # fmt: skip
-            ranked = normalize(graph, graph.by_name, scores.by_group, job.normalization, cost, widths.alike(groups))
+            ranked = normalize(graph, graph.by_name, found.by_group, job.normalization, cost, widths.alike(groups))
+            scores = Scores(ranked)
         with run.stages.stage("selection"):
             chosen = run.ranks.from_first(
                 lambda: select(
-                    graph, groups, Scores(ranked), scope, wanted, allocation,  # noqa: B023
+                    graph, groups, scores, scope, wanted, allocation,  # noqa: B023
                     cost=cost, widths=widths,  # noqa: B023
                     loss=_loss(model, network, graph, groups, job, calibration, progress), progress=progress,  # noqa: B023
                 )
             )  # fmt: skip
         if chooser is None and job.steps == 1:
-            spreads = {name: spread(ranked[name].tolist(), units) for name, units in chosen.items()}
+            spreads = {name: spread(scores.by_group[name].tolist(), units) for name, units in chosen.items()}
         kept = compose(model.graph, kept, chosen)
         if step < job.steps:
             network = copy.deepcopy(model.model)
@@ -175,12 +176,16 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     return Draft(plan, calibration, chooser, whole, spreads)
 
 
+def _equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
+    """All zero, for `select` where only the numbers of units matter."""
+    return Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
+
+
 def _at_once(graph: CouplingGraph, scope: Scope, job: PruneJob, whole: Cost, widths: Widths) -> Kept:
-    """What a single step would keep, as numbers of units: which ones, scores say."""
+    """How many units of each group a single step would keep, before scores decide which ones."""
     groups = scope.groups(graph)
-    alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
     wanted = demand(job, whole, whole, groups, scope, job.steps)
-    return select(graph, groups, alike, scope, wanted, job.allocation, cost=whole, widths=widths)
+    return select(graph, groups, _equal_scores(groups), scope, wanted, job.allocation, cost=whole, widths=widths)
 
 
 def _removal(
@@ -189,8 +194,7 @@ def _removal(
     """How many layers the amount takes, for a criterion of blocks of layers, which scores nothing else."""
     if Signal.STREAM_BLOCKS not in job.criterion.signals:
         return None
-    alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
-    kept = select(graph, groups, alike, scope, wanted, Uniform(), cost=cost)
+    kept = select(graph, groups, _equal_scores(groups), scope, wanted, Uniform(), cost=cost)
     removed = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
     return Removal(removed, scope.allowed_units(groups[0]))
 

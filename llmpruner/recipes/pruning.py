@@ -14,7 +14,8 @@ from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import LlmprunerError, ModelError, OutputError, ProcessError, SettingsError
 from ..files import check_new_directory, check_space, tree_bytes
-from ..loading.model import Model, Structure, reopened
+from ..loading.model import Model, Structure
+from ..loading.streamed import reopened
 from ..progress import Progress
 from ..settings import PruneSettings, RunSettings
 from ..structure.outcome import Outcome

@@ -1,4 +1,4 @@
-"""What a job asks of a model: which units may be cut, to which widths, and how much."""
+"""What a job means for a model: which units may be cut, to which widths, and how much."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
 from ..selection.base import Demand
-from ..settings import layer_numbers as numbers_of
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, widths_for
+from ..values import layer_numbers as numbers_of
 
 if TYPE_CHECKING:
     from ..budgets.costs import Cost

@@ -18,6 +18,8 @@ from llmpruner.errors import SettingsError
 from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.settings import RunSettings
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 METHODS = {
     "best": {"method": "best", "samples": 6, "length": 16},
     "taylor": {"method": "llm-pruner", "samples": 4, "length": 12},
@@ -43,11 +45,6 @@ def dense(tmp_path_factory):
         return made[name]
 
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_rounding_to_bfloat16(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def prune(model: Path, output: Path, *, streamed: bool, **settings):
