@@ -75,6 +75,9 @@ VARIANTS = (
         "fisher, one ranking of all layers", f"{_FREE}, {_FISHER}",
         options={"shape": "free", "importance": "fisher", "allocation": "global"},
     ),
+    Variant("units chosen by fisher and energy", _FISHER, options={"importance": "fisher-and-energy"}),
+    Variant("fisher of what other channels do not predict", _FISHER, options={"importance": "fisher-of-the-rest"}),
+    Variant("fisher of all removed channels together", _FISHER, options={"importance": "fisher-together"}),
     Variant("units chosen by obs", _BASE, options={"importance": "obs"}),
     Variant(
         "fisher, without compensation", "without compensation",
@@ -161,10 +164,11 @@ def pruned(variant: Variant, samples: int, calibration: str) -> Any:
     from llmpruner.recipes.jobs import prune_job
     from llmpruner.settings import PruneSettings, settings_from
 
-    from . import vocabulary
+    from . import fisher_variants, vocabulary
 
     host = plugin_manager()
-    host.manager.register(vocabulary)
+    for plugin in (vocabulary, fisher_variants):
+        host.manager.register(plugin)
     catalog = Catalog(host)
     components = {"refit": dict(variant.settings), "self": dict(variant.own)}
     settings = {

@@ -96,8 +96,9 @@ def work(model: str, method: str, samples: int, file: Path) -> None:
     from llmpruner.data.calibration import CalibrationText, Part
     from llmpruner.engine.ranks import Ranks
     from llmpruner.recipes.calibrating import calibrate
+    from llmpruner.recipes.execution import Run
     from llmpruner.recipes.jobs import prune_job
-    from llmpruner.recipes.pipeline import Run, apply_draft, draft_plan
+    from llmpruner.recipes.pipeline import apply_draft, draft_plan
     from llmpruner.settings import settings_from
 
     class Given(CalibrationSource):

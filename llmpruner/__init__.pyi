@@ -22,6 +22,7 @@ from .benching.base import BenchSubject as BenchSubject
 from .benching.base import Runtime as Runtime
 from .benching.base import Session as Session
 from .benching.results import BenchResult as BenchResult
+from .benching.torch_session import work_of as work_of
 from .benching.work import Work as Work
 from .budgets.base import Budget as Budget
 from .budgets.base import BudgetSubject as BudgetSubject
@@ -76,7 +77,7 @@ from .exporters.base import ExportTask as ExportTask
 from .families.family import ModelFamily as ModelFamily
 from .families.family import alpaca_prompt as alpaca_prompt
 from .families.graph import build_graph as build_graph
-from .files import new_directory as new_directory
+from .folders import new_directory as new_directory
 from .importance.base import ImportanceCriterion as ImportanceCriterion
 from .loading.model import Model as Model
 from .loading.model import Structure as Structure
@@ -114,6 +115,7 @@ from .selection.base import AllocationUse as AllocationUse
 from .selection.base import Demand as Demand
 from .selection.base import Meter as Meter
 from .settings import BenchSettings as BenchSettings
+from .settings import CacheSettings as CacheSettings
 from .settings import EvaluateSettings as EvaluateSettings
 from .settings import ExportSettings as ExportSettings
 from .settings import GenerateSettings as GenerateSettings

@@ -44,10 +44,7 @@ from .keywords import (
     RecoverKeywords,
     SensitivityKeywords,
 )
-from .loading.model import (
-    Model,
-    Structure,
-)
+from .loading.model import Model, Structure
 from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
@@ -63,11 +60,10 @@ from .recipes.evaluating import evaluate_models
 from .recipes.evidence import ResultsFile, find, subjects_of
 from .recipes.jobs import (
     bench_job,
-    chat_job,
     export_job,
-    generate_job,
     page_job,
     push_job,
+    text_job,
 )
 from .recipes.opening import Opener, Source, listed, openers
 from .recipes.pruning import Pruning
@@ -335,7 +331,7 @@ def generate(
     than the model has positions.
     """
     check_type("prompt", prompt, str, "text")
-    options = generate_job(settings_from(GenerateSettings, settings))
+    options = text_job(settings_from(GenerateSettings, settings))
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
     if not prompt and not options.chat:
@@ -368,7 +364,7 @@ def chat(
     Raises `ModelError` for a model without a tokenizer; `Chat.ask` raises `DataError` for a conversation that is longer
     than the model can read.
     """
-    options, catalog = chat_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
+    options, catalog = text_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
     opened = [opener.readable(source, "read a prompt") for opener, source in zip(each, sources, strict=True)]

@@ -1,16 +1,13 @@
-"""Writing files and directories completely or not at all."""
+"""Writing files completely or not at all, and checking before long work that a place can be written."""
 
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
 import re
 import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,7 +40,7 @@ def json_text(value: Any, *, indent: int, ensure_ascii: bool = False) -> str:
 
 
 def _check_links(path: Path) -> None:
-    """Raise `OSError` for a symbolic link that leads to itself; `Path.exists` says False of one."""
+    """Raise `OSError` for a symbolic link that leads to itself; for which `Path.exists` is False."""
     with suppress(FileNotFoundError, NotADirectoryError):
         path.stat()
 
@@ -74,7 +71,7 @@ def exists(path: Path) -> bool:
 
 def check_new_directory(path: Path) -> Path:
     """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
-    with _unwritable(path):
+    with unwritable(path):
         if path.exists() or path.is_symlink():
             raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
         _check_parent(path)
@@ -83,7 +80,7 @@ def check_new_directory(path: Path) -> Path:
 
 def check_new_file(path: Path) -> Path:
     """``path``, once it is sure that a file can be written there. Raises `OutputError`."""
-    with _unwritable(path):
+    with unwritable(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
         _check_links(path)
@@ -97,7 +94,7 @@ def check_new_file(path: Path) -> Path:
 def check_unused_file(path: Path) -> Path:
     """As `check_new_file`, for a result that took long and that nothing else keeps. Raises `OutputError` for a file
     that holds something, too; devices, pipes and empty files are written to."""
-    with _unwritable(check_new_file(path)):
+    with unwritable(check_new_file(path)):
         # /dev/stdout may lead to a file that a shell appends to.
         given_open = path.absolute().parts[1:2] in (("dev",), ("proc",))
         if not given_open and path.is_file() and path.stat().st_size:
@@ -117,7 +114,7 @@ def _check_parent(path: Path) -> None:
 
 
 @contextmanager
-def _unwritable(path: Path) -> Iterator[None]:
+def unwritable(path: Path) -> Iterator[None]:
     """What the system refuses about ``path``, a name that is too long as well, as an `OutputError`."""
     try:
         yield
@@ -164,7 +161,7 @@ def writing(what: Path | str) -> Iterator[None]:
 def check_space(path: Path, size: float, what: str) -> None:
     """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free. ``what``: which
     bytes these are."""
-    with _unwritable(path):
+    with unwritable(path):
         free = shutil.disk_usage(path.resolve().parent).free
     if size > free:
         raise OutputError(
@@ -194,184 +191,3 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder.resolve(), ignore_errors=True)
     if folder.is_symlink():
         folder.unlink()
-
-
-@contextmanager
-def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails. Those
-    that killed processes left for the same ``directory`` are removed first. ``empty``: whether ``directory`` may exist
-    if nothing is in it.
-
-    Raises `OutputError` when ``directory`` exists or cannot be written.
-    """
-    taken = empty and directory.is_dir() and not any(directory.iterdir())
-    if directory.exists() and not taken:
-        raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
-    _remove_abandoned(directory)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    lock = None
-    try:
-        with writing(directory):
-            with _unwritable(directory):
-                partial.mkdir(parents=True)
-            lock = _lock(partial)
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
-                    file.chmod(partial.stat().st_mode & 0o666)
-            if taken:
-                directory.rmdir()
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-_TRIES = 100
-"""To lock a folder that other runs remove as they end, or on a file system that numbers it anew each time."""
-
-
-class Held:
-    """A folder in which a run works alone, see `alone_in`. ``folder``: its path, by which files are written; whoever
-    removes it or puts another one there takes it from the run. The open lock keeps its inode from being used again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._found = folder, _inode(folder)
-
-    @property
-    def still(self) -> bool:
-        """Whether the path still leads to this folder."""
-        return self._found is not None and _inode(self.folder) == self._found
-
-    def is_open_as(self, descriptor: int) -> bool:
-        """Whether the file ``descriptor`` is of this folder."""
-        facts = os.fstat(descriptor)
-        return self._found == (facts.st_dev, facts.st_ino)
-
-    def check(self) -> None:
-        """Raise `OutputError` where the path leads to another folder, or to none."""
-        if not self.still:
-            raise OutputError(
-                f"'{self.folder}', in which this run keeps its state, was removed or replaced; the run stops, as its "
-                "results would mix with those of another one"
-            )
-
-
-@contextmanager
-def alone_in(folder: Path, *, anew: bool = False) -> Iterator[Held]:
-    """While active, no other process can be in this block for the same ``folder``, which is created where it does not
-    exist, and removed at the end if nothing is in it. ``anew``: whether all that is in it is removed first.
-
-    Raises `OutputError` where another process is in such a block, and for a folder that cannot be created. Where
-    directories cannot be locked, nothing keeps other processes out.
-    """
-    for _ in range(_TRIES):
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock_unless_taken(folder)
-        held = Held(folder)
-        # A run that ended since may have removed what was locked here, and another may have a new one by now.
-        if held.still and (lock is None or held.is_open_as(lock)):
-            break
-        if lock is not None:
-            os.close(lock)
-    else:
-        raise OutputError(f"'{folder}' is removed or replaced as soon as it is created; choose another output")
-    try:
-        if anew:
-            _empty(folder)
-        yield held
-    finally:
-        if held.still:
-            with suppress(OSError):  # something is in it
-                folder.rmdir()
-        if lock is not None:
-            os.close(lock)
-
-
-def check_unused(folder: Path) -> None:
-    """Raise `OutputError` where another process works in ``folder``, see `alone_in`."""
-    lock = _lock_unless_taken(folder)
-    if lock is not None:
-        os.close(lock)
-
-
-def _lock_unless_taken(folder: Path) -> int | None:
-    try:
-        return _lock(folder)
-    except BlockingIOError:
-        raise OutputError(f"another run works in '{folder}'; wait for its end, or choose another output") from None
-
-
-def _inode(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another one that has the same path later; None where there is none."""
-    try:
-        facts = folder.stat()
-    except OSError:
-        return None
-    return facts.st_dev, facts.st_ino
-
-
-def _empty(folder: Path) -> None:
-    """Remove what is in a folder; what cannot be removed is left."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                path.unlink()
-
-
-def _lock(folder: Path) -> int | None:
-    """A file descriptor that holds a lock on ``folder``, which the system releases when the process ends in any way;
-    None where directories cannot be locked (Windows, some network file systems). Raises `BlockingIOError` where it is
-    held already."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    found = -1
-    try:
-        found = os.open(folder, os.O_RDONLY)
-        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if found >= 0:
-            os.close(found)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None
-    return found
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove temporary directories of `new_directory` that no process writes any more."""
-    partials = directory.parent.glob(f".{glob.escape(directory.name)}.*.partial")
-    _remove_unused(p for p in partials if re.fullmatch(r"\.\d+\.partial", p.name[len(directory.name) + 1 :]))
-
-
-def _remove_unused(folders: Iterable[Path]) -> None:
-    """Remove those of the ``folders`` that no process holds a lock on."""
-    for folder in folders:
-        if folder.is_dir():
-            with suppress(BlockingIOError):
-                lock = _lock(folder)
-                if lock is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.close(lock)
-
-
-def scratch_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A new folder in ``parent`` (None: where the system has such folders) whose name begins with ``prefix``, removed
-    with the object and at the end of the process. Those that killed processes left there are removed first."""
-    within = Path(tempfile.gettempdir()) if parent is None else parent
-    _remove_unused(within.glob(f"{glob.escape(prefix)}*"))
-    while True:
-        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=within)
-        lock = _lock(Path(folder.name))
-        if lock is not None:
-            weakref.finalize(folder, os.close, lock)
-        # Another process may have removed it before it was locked.
-        if Path(folder.name).is_dir():
-            return folder

@@ -6,16 +6,16 @@ pages derive from these models. Names of components (criteria, budgets …) are 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import SettingsError
 from .validation import refusal
+from .values import ComponentValues, Count, Layers, Names, Numbers, ShareOrCount, Shares, Size, StepName, Text, Trackers
 
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -26,9 +26,11 @@ Shape = Literal["uniform", "free"]
 Meet = Literal["nearest", "above", "below"]
 Schedule = Literal["linear", "cosine", "constant"]
 Switch = Literal["auto", "on", "off"]
-Tracker = Literal["tensorboard", "wandb", "trackio"]
 
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
+_MACHINE = "Memory and time"
+_WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
+_TRAINING, _CHECKING = "Training", "Validation"
+"""Sections of ``--help``."""
 
 
 @dataclass(frozen=True)
@@ -85,91 +87,6 @@ def flag_of(model: type[Settings], name: str) -> str:
     return next((f for f in option_of(model, name).flags if f.startswith("--")), "--" + name.replace("_", "-"))
 
 
-def names_of(value: Any) -> Any:
-    """``"mlp, attention"`` as ``("mlp", "attention")``, without blanks and repetitions."""
-    if not isinstance(value, str):
-        return value
-    return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-
-
-def _written_out(value: Any) -> Any:
-    """A path as text."""
-    return str(value) if isinstance(value, Path) else value
-
-
-def _not_empty(value: Any) -> Any:
-    names = names_of(value)
-    if isinstance(names, tuple) and not names:
-        raise ValueError("expected at least one name")
-    return names
-
-
-def _numbers(value: Any) -> Any:
-    """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
-    numbers = (value,) if isinstance(value, (int, float)) else names_of(value)
-    if not numbers:
-        raise ValueError("expected at least one number")
-    return numbers
-
-
-def _count(value: Any) -> Any:
-    """``5.4B``, ``120M``, ``98000000`` as a number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
-    if isinstance(value, str) and match is None:
-        raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000")
-    return float(match[1]) * _UNITS[match[2]] if match else value
-
-
-def _layers(value: Any) -> Any:
-    """``3-26``, ``0,5,7-9`` or ``all``; numbers of layers become text."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = ",".join(map(str, value))
-    if isinstance(value, str) and value.strip() != "all":
-        for part in value.split(","):
-            match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-            if match is None or len(part) > 20 or int(match[2] or match[1]) < int(match[1]):
-                raise ValueError("expected layer numbers such as 3-26 or 0,5,7-9, or all")
-    return value
-
-
-def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
-    """The layer numbers that ``--layers`` selects in a model of ``count`` layers; None for None.
-
-    Raises `SettingsError` for a layer that the model does not have.
-    """
-    if text is None:
-        return None
-    if text.strip() == "all":
-        return tuple(range(count))
-    numbers: set[int] = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if int(last or first) >= count:
-            raise SettingsError(f"--layers {text}: the model has the layers 0-{count - 1}")
-        numbers.update(range(int(first), int(last or first) + 1))
-    return tuple(sorted(numbers))
-
-
-def _component_settings(value: Any) -> Any:
-    """``["taylor.variant=mix"]``, as the command line gives it, as ``{"taylor": {"variant": "mix"}}``."""
-    if isinstance(value, Mapping):
-        return value
-    found: dict[str, dict[str, Any]] = {}
-    for text in value or ():
-        match = re.fullmatch(r"([^.=\s]+)\.(\w+)=(.*)", str(text), re.S)
-        if match is None:
-            raise ValueError("expected NAME.key=value, such as taylor.variant=mix")
-        found.setdefault(match[1], {})[match[2]] = match[3]
-    return found
-
-
-Text = Annotated[str, BeforeValidator(_written_out)]
-"""The name of a text or of data: a file, or what a source knows by it."""
-Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
-Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
-ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same inputs: same result.")]
 Set = Annotated[
     ComponentValues,
@@ -199,26 +116,12 @@ class LoadSettings(Settings):
     trust_remote_code: Annotated[bool, Field(description="Run model code that is part of a checkpoint.")] = False
 
 
-def _size(value: Any) -> Any:
-    """``4GiB``, ``500MB`` or a number of bytes."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", value, re.I)
-        if match is None or len(match[1]) > 30:
-            raise ValueError("expected a size such as 4GiB, 500MB or a number of bytes")
-        base = 1024 if match[3] else 1000
-        return int(float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0))
-    return value
-
-
-_MACHINE = "Memory and time"
-
-
 class RunSettings(Settings):
     """How a long command runs. The result does not depend on it, except where a small ``max_memory`` needs smaller
     micro-batches: it differs by rounding then."""
 
     max_memory: Annotated[
-        Annotated[int, BeforeValidator(_size), Field(gt=0)] | None,
+        Annotated[Size, Field(gt=0)] | None,
         Field(
             description="Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its "
             "files layer by layer; if need be, hidden states are kept in a file and, where nothing else fits, "
@@ -229,7 +132,7 @@ class RunSettings(Settings):
         Option(_MACHINE, metavar="SIZE"),
     ] = None
     boundary_memory: Annotated[
-        Annotated[int, BeforeValidator(_size), Field(ge=0)] | None,
+        Annotated[Size, Field(ge=0)] | None,
         Field(
             description="Memory for the hidden states of the text between layers; those beyond are kept in a file. By "
             "default 128MiB, or less where --max-memory needs it."
@@ -241,9 +144,6 @@ class RunSettings(Settings):
         Field(description="Start anew instead of continuing an interrupted run of the same command."),
         Option(_MACHINE),
     ] = False
-
-
-_WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
 
 
 class PruneSettings(Settings):
@@ -270,7 +170,7 @@ class PruneSettings(Settings):
         Option(_WHAT, sets="budget.context"),
     ] = None
     target_params: Annotated[
-        Annotated[float, BeforeValidator(_count), Field(gt=0)] | None,
+        Annotated[Count, Field(gt=0)] | None,
         Field(description="Total parameters that remain: 5.4B, 120M, 98000000."),
         Option(_WHAT, metavar="NUMBER"),
     ] = None
@@ -295,7 +195,7 @@ class PruneSettings(Settings):
         Option(_WHAT),
     ] = ("mlp",)
     layers: Annotated[
-        Annotated[str, BeforeValidator(_layers)] | None,
+        Layers | None,
         Field(
             description="Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with "
             "free, and for whole layers, all but both ends (the first and last 10 %, as the paper protects the ends of "
@@ -333,7 +233,7 @@ class PruneSettings(Settings):
     method: Annotated[
         str | None,
         Field(
-            description="Defaults of the options below. best (the default): units chosen by gradients on 32,768 "
+            description="Defaults of the options below. best (the default): units chosen by gradients on 49,152 "
             "tokens, weights compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the "
             "paper's, first-order Taylor on ten samples, no compensation, --shape free."
         ),
@@ -428,15 +328,6 @@ class PruneSettings(Settings):
     settings: Set = {}
 
 
-def _share_or_count(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise ValueError("expected a share below 1, or a whole number of examples")
-    return value
-
-
-_TRAINING, _CHECKING = "Training", "Validation"
-
-
 class SensitivitySettings(Settings):
     """What cuts are measured, and how."""
 
@@ -444,12 +335,12 @@ class SensitivitySettings(Settings):
         Names, Field(description="Kinds of units that are cut, comma-separated, as for `prune`."), Option(_WHAT)
     ] = ("mlp",)
     layers: Annotated[
-        Annotated[str, BeforeValidator(_layers)] | None,
+        Layers | None,
         Field(description="Layers that are cut: 3-26, 0,5,7-9 or all (the default)."),
         Option(_WHAT),
     ] = None
     shares: Annotated[
-        Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_numbers)],
+        Shares,
         Field(description="Shares of each group's units that are removed, ascending, comma-separated."),
         Option(_WHAT, metavar="NUMBERS"),
     ] = (0.1, 0.25, 0.5, 0.75)
@@ -603,7 +494,7 @@ class RecoverSettings(Settings):
         Option(_TRAINING),
     ] = "auto"
     validation: Annotated[
-        Annotated[float, Field(ge=0), AfterValidator(_share_or_count)],
+        ShareOrCount,
         Field(
             description="Examples that are not trained on, but measured while training: below 1 a share of --data (16 "
             "to 128 examples, and none where that is more than a fifth), else a number of examples; 0 turns it off. "
@@ -631,7 +522,7 @@ class RecoverSettings(Settings):
         Option(_CHECKING),
     ] = None
     report_to: Annotated[
-        Annotated[tuple[Tracker, ...], BeforeValidator(_not_empty)] | None,
+        Trackers | None,
         Field(
             description="Programs that get the losses while training, comma-separated: tensorboard (into "
             "OUTPUT.tensorboard), wandb, trackio."
@@ -810,17 +701,11 @@ class ExportSettings(Settings):
     settings: Set = {}
 
 
-def _step_name(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
-        raise ValueError("expected a name of letters, digits, - and _, which begins with a letter or a digit")
-    return value
-
-
 class StepSettings(Settings):
     """What a step of a recipe has beside the settings of its command: on the command line, arguments and ``-o``."""
 
     name: Annotated[
-        Annotated[str, BeforeValidator(_step_name)] | None,
+        StepName | None,
         Field(
             description="Its folder in the output, and its name in tables; by default number and command, such as "
             "2-recover. The result of a named step stays when steps are put before it.",

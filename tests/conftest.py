@@ -85,6 +85,13 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
+def full_precision(monkeypatch):
+    """Products are in the model's own precision on every processor."""
+    for module in ("engine.walk", "engine.gradients"):
+        monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: False)
+
+
+@pytest.fixture
 def catalog() -> Catalog:
     return Catalog(plugin_manager())
 

@@ -52,6 +52,8 @@ SETTINGS = {
     for name in vars(keywords)
     if name.endswith("Keywords")
 }
+OPTIONS = {"run": settings.RunSettings, "cache": settings.CacheSettings}
+"""Keyword → the settings that it is an instance of, besides ``load``."""
 _OWN = {
     "progress": "shows what is being done; silent by default",
     "catalog": "the plugins to use; by default everything that is installed",
@@ -83,7 +85,7 @@ def render() -> str:
     for cls in VALUES:
         lines += class_section(cls)
     lines += ["", "## Settings", "", SETTINGS_TEXT]
-    for model in SETTINGS.values():
+    for model in (*SETTINGS.values(), *OPTIONS.values()):
         lines += [
             "",
             f"### {model.__name__}",
@@ -128,6 +130,9 @@ def _function(function: Any) -> Iterator[str]:
         if parameter.kind is inspect.Parameter.VAR_KEYWORD and found:
             model = SETTINGS[found[1]].__name__
             yield from ("", f"`**{parameter.name}`: the fields of [{model}](#{model.lower()}).")
+        elif parameter.name in OPTIONS and parameter.annotation is not inspect.Parameter.empty:
+            model = OPTIONS[parameter.name].__name__
+            yield from ("", f"`{parameter.name}`: a [`llmpruner.{model}`](#{model.lower()}).")
 
 
 def _call(name: str, signature: inspect.Signature) -> str:

@@ -10,6 +10,7 @@ from docstrings import attributes, document, function_lines, function_of, is_pro
 from structure_page import class_with_import
 
 from llmpruner.benching.base import BenchSubject, Session
+from llmpruner.benching.torch_session import work_of
 from llmpruner.benching.work import Work
 from llmpruner.budgets.base import BudgetSubject
 from llmpruner.budgets.costs import Cost
@@ -17,7 +18,7 @@ from llmpruner.checkpoints.source import TensorSource
 from llmpruner.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.data.source import SampleTask
-from llmpruner.evaluation.base import MetricSubject, Row
+from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
 from llmpruner.exporters.base import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
@@ -25,16 +26,17 @@ from llmpruner.plugins.manager import HOOKS
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
 from llmpruner.report.base import Costs, Evidence, Measurements, ReportSubject
-from llmpruner.selection.base import AllocationTask, Demand, Meter
+from llmpruner.selection.allocate import take_if_it_fits, target_of, top_up
+from llmpruner.selection.base import AllocationTask, AllocationUse, Demand, Meter
 from llmpruner.structure.queues import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {
-    "allocation": (AllocationTask, Demand, Meter, Queue),
+    "allocation": (AllocationTask, Demand, Meter, Queue, AllocationUse),
     "budget": (BudgetSubject, Cost),
     "compensation": (RepairTask, Repaired, Fit),
     "calibration source": (SampleTask,),
     "recovery strategy": (RecoveryJob, TrainingResult),
-    "metric": (MetricSubject, Row),
+    "metric": (MetricSubject, Row, ComparedModel),
     "exporter": (ExportTask,),
     "checkpoint reader": (TensorSource,),
     "runtime": (BenchSubject, Session, Work),
@@ -47,7 +49,11 @@ CLASSES: dict[str, tuple[type, ...]] = {
 }
 """Hook → the class that it returns, then those that this class is given or gives back."""
 SHARED = (Component, ComponentSettings)
-FUNCTIONS = {"llmpruner_recovery_strategies": (fit,)}
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "llmpruner_allocations": (target_of, take_if_it_fits, top_up),
+    "llmpruner_recovery_strategies": (fit,),
+    "llmpruner_runtimes": (work_of,),
+}
 """Hook → functions that implementations share."""
 LINKS = {
     "llmpruner_model_families": "Spans, groups and layouts are on the page [Structure and signals](structure.md).",

@@ -55,7 +55,7 @@ class BenchSubject:
 
     @cached_property
     def structure(self) -> BenchStructure:
-        """The model without its weights."""
+        """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
         return self.find()
 
     @cached_property
@@ -65,13 +65,31 @@ class BenchSubject:
 
     @cached_property
     def loaded(self) -> BenchModel:
-        """In evaluation mode."""
+        """The same with its ``model``, of transformers, in evaluation mode."""
         return self.load()
 
 
 class Session:
     """One model, ready to run. ``vocabulary``: its number of tokens. ``dtype``: of its weights, as the result names
-    it."""
+    it.
+
+    ::
+
+        class SlowSession(Session):
+            def __init__(self, model):
+                self.model, self.vocabulary = model, model.config.vocab_size
+                self.dtype = str(model.dtype).removeprefix("torch.")
+
+            def prefill(self, tokens):
+                self.tokens = tokens.to(self.model.device)
+                self.decode(1)
+
+            def decode(self, count):
+                with torch.no_grad():
+                    for _ in range(count):
+                        logits = self.model(self.tokens, use_cache=False).logits
+                        self.tokens = torch.cat([self.tokens, logits[:, -1:].argmax(-1)], dim=1)
+    """
 
     vocabulary: int
     dtype: str
@@ -111,7 +129,8 @@ class Runtime(Component):
                 return 4 * subject.structure.graph.total_parameters
 
             def open(self, subject):
-                return SlowSession(subject.loaded), work_of(subject.loaded)
+                loaded = subject.loaded
+                return SlowSession(loaded.model), work_of(loaded.model, loaded.graph)
     """
 
     kind: ClassVar[str] = "runtime"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from ..errors import CheckpointError, MissingExtraError, first_line
-from ..files import exists, new_directory
+from ..files import exists
+from ..folders import new_directory
 from .manifest import write_origin
 from .record import read_json
 

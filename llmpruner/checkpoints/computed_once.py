@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..files import scratch_folder, writing
+from ..files import writing
+from ..folders import scratch_folder
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from ..errors import CheckpointError, LlmprunerError, first_line
-from ..files import scratch_folder
+from ..folders import scratch_folder
 from ..models.empty import put_parameters
 from ..models.quiet import quiet_transformers
 from ..structure.coupling import layer_number

@@ -54,8 +54,8 @@ def _stored_types(directory: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def check_quantisation(config: Any, text: str) -> None:
-    """Raise `UnsupportedModelError` where ``config`` names a quantisation that transformers does not know: it would
-    load packed weights as they are. ``text``: the reference of the model."""
+    """Raise `UnsupportedModelError` where ``config`` names a quantisation that transformers does not support: it
+    would load packed weights as they are. ``text``: the reference of the model."""
     from transformers.quantizers import AutoHfQuantizer
 
     stated = getattr(config, "quantization_config", None)

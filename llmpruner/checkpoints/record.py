@@ -10,12 +10,12 @@ from ..errors import CheckpointError, first_line
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
-"""The record of a directory whose model has no plans: adapters, and what an export wrote for transformers. It says
-where the files come from, and their hashes. A ``llmpruner.json`` would make it a pruned model."""
+"""The record of a directory whose model has no plans: adapters, and what an export wrote for transformers. It has
+the origin of the files and their hashes. A ``llmpruner.json`` would make it a pruned model."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE)
-"""Files beside a checkpoint that tell of the machine and of the time it took. No result depends on them, and they are
+"""Files beside a checkpoint about the machine and the time that the run took. No result depends on them, and they are
 not published."""
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, UnsupportedModelError
-from ..files import new_directory
+from ..folders import new_directory
 from ..models.out_of_memory import is_out_of_memory
 from ..models.quiet import quiet_transformers
 from ..models.where import why_it_stops
@@ -164,7 +164,7 @@ def _shell(
 
 
 def _outside(parts: StreamedParts | None) -> AbstractContextManager[None]:
-    """The weights outside the layers, which also tell the device."""
+    """Makes the weights outside the layers available, by which the device is found, too."""
     return nullcontext() if parts is None else parts.part(None)
 
 

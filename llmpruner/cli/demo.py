@@ -74,7 +74,7 @@ def demo(
 
 
 def _show(recipe: Recipe, step: StepResult) -> None:
-    """Print what a step has to say, and the title of what comes next."""
+    """Print the results of a step, and the title of the next one."""
     given = {one.name: one.given for one in recipe.steps}[step.name]
     if step.command == "prune":
         show_plan(*step.value)

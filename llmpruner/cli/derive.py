@@ -18,7 +18,7 @@ from ..settings import Settings, flag_of, option_of
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "NAMES"}
 _OBVIOUS = 100_000
-"""A bound from here on is beyond what anybody asks for, and not worth a word."""
+"""Upper bounds from here on are beyond all values that users give, and left out of ``--help``."""
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 

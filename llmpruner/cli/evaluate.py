@@ -52,7 +52,7 @@ def evaluate(
 
 
 def show_evaluations(results: Evaluations) -> None:
-    """One column per model, one row per quantity, and what the table does not say."""
+    """One column per model, one row per quantity, and remarks on them."""
     rows = [(line.label, *line.cells) for line in results.lines]
     table(None, ("", *(result.name for result in results)), rows)
     for remark in results.remarks:

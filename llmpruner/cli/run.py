@@ -119,7 +119,7 @@ def recipes(
 
 
 def show_step(step: StepResult) -> None:
-    """Print what a step that was done now has to say."""
+    """Print the results of a step that was done in this run."""
     if step.skipped:
         return
     detail = ""

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field
 
 from ..component import ComponentSettings
 from ..errors import SettingsError
-from ..settings import names_of
 from ..structure.coupling import Role
+from ..values import names_of
 from .base import Compensation, Repaired, RepairTask
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a fit knows of the rows of a product: how much each counts, and whether it is of the other text.
+"""The weight of each row of a product in a fit, and whether the row is of the source of text that is held out.
 
 Where sources of the calibration text are held out, they are dealt to two sides in turn. Each side is held out while the
 fit to the other is judged, so that what fits one source alone is not taken for an improvement.
@@ -58,7 +58,7 @@ class CalibrationRows:
 
     @contextlib.contextmanager
     def following(self, watch: WatchProducts, names: Collection[str]) -> Iterator[None]:
-        """While active, `of` knows the rows of the weights ``names``, whose products ``watch`` observes."""
+        """While active, `of` finds the rows of the weights ``names``, whose products ``watch`` observes."""
         if not self.known:
             yield
             return

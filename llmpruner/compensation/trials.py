@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..structure.architecture import Follows
     from ..structure.kept import Kept
 
-_TRIED, _FITTED = 2048, 16384
+TRIED, _FITTED = 2048, 16384
 """Number of tokens for the divergence, and maximum number of other tokens for the fit."""
 
 
@@ -56,8 +56,8 @@ class Trials:
         self.model, self.graph = model, graph
         self.family = with_rules(family, model, {group.kind for group in groups})
         ids = check_tokens(model, calibration.input_ids)
-        rows = max(1, min(_TRIED // ids.shape[1], len(ids) // 2))
-        self.tried = torch.split(ids[-rows:], max(1, _TRIED // 4 // ids.shape[1]))
+        rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
+        self.tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
         self.dense = [self._logits(model, part) for part in self.tried]
         self._fitted: dict[str, list[tuple[bytes, nn.Parameter]]] = {}
         self._grams = self._measure(groups, ids[: -rows or None], calibration.source, progress) if refit else {}

@@ -141,8 +141,8 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
 
 
 def _existing_file(source: str, expected: str) -> Path | None:
-    """The file that ``source`` names; None for a name of a data set. Raises `DataError`, which says what was
-    ``expected``, for anything else."""
+    """The file that ``source`` names; None for a name of a data set. Raises `DataError` with what was
+    ``expected`` for anything else."""
     if not source.strip():
         raise DataError(f"the source of data has an empty name; {expected}")
     path = Path(source)

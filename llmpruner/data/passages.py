@@ -15,7 +15,7 @@ WORDS = 13
 _ONE_OF = 32
 """One passage in so many is kept."""
 _FEWEST = 5
-"""Fewest kept passages of a text that say something about it."""
+"""Fewest kept passages of a text by which its overlap is measured."""
 _WORD = re.compile(r"\w+")
 
 
@@ -26,7 +26,7 @@ def passages_of(texts: Iterable[str]) -> list[str]:
 
 def overlap(text: str, passages: Collection[str]) -> float | None:
     """The share of the passages of ``text`` that are among ``passages``, by the fingerprints that `passages_of` keeps.
-    None where ``text`` is too short to say."""
+    None for a text with too few of them."""
     found = list(_kept(text))
     if len(found) < _FEWEST:
         return None

@@ -30,7 +30,7 @@ def counts_layers(model: PreTrainedModel, layers: str) -> str | None:
 
 
 def _without_the_first(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of ``config`` without its first layer: many classes say of what kind the last one is."""
+    """A copy of ``config`` without its first layer; the last one stays, as many configurations set its kind apart."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
     count = text.num_hidden_layers

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from ..errors import ModelError
 from ..models.logits import logits_at, position_blocks
+from ..models.precision import autocast_to, computes_bfloat16_fast
 from .calls import (
     Call,
     Stop,
@@ -38,7 +39,7 @@ from .calls import (
     record,
     replaced_layers,
 )
-from .check import LayerCheck
+from .check import TOKENS, LayerCheck, shares_keys
 from .inputs import Measured, forward_statistics
 from .passed import Inputs, Place, as_now, tensors_of
 from .position import Position, positions
@@ -82,12 +83,20 @@ class LayerWalk:
     micro-batches, maybe none, and gradients are sums over all of them.
 
     ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. ``outer``: the
-    parameters outside the layers of which `backward_outer` will be asked. Gradients and ``requires_grad`` flags of
-    parameters are restored.
+    parameters outside the layers of which `backward_outer` will be asked. ``exact``: products of layers and of the head
+    are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
+    (`computes_bfloat16_fast`) and the layers accept it (`LayerCheck.runs_in`), with hidden states, their gradients and
+    the loss in float32. Gradients and ``requires_grad`` flags of parameters are restored.
     """
 
     def __init__(
-        self, executor: Executor, calibration: CalibrationSet, *, per_sample: bool, outer: Collection[str] = ()
+        self,
+        executor: Executor,
+        calibration: CalibrationSet,
+        *,
+        per_sample: bool,
+        outer: Collection[str] = (),
+        exact: bool = True,
     ) -> None:
         self.model, self.layers, self.weights = executor.model, executor.layers, executor.weights
         self._experts, self._ranks = expert_configs(self.model), executor.ranks
@@ -110,17 +119,20 @@ class LayerWalk:
         self._outer = [self.model.get_parameter(name) for name in outer]
         self._places: list[Collection[Place]] = [()] * len(self.layers)
         """Of each layer, the arguments that the model computes from ``outer`` parameters."""
+        self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
+        """Whether layers and head run under autocast."""
 
     @torch.no_grad()
     def forward(self) -> None:
         """Keep the hidden states between layers. Raises `UnsupportedModelError` for a decoder that cannot be run layer
         by layer, where weights are streamed."""
-        if not self.weights.streamed:
-            for batch in self.batches:
-                with self._recording(batch):
-                    self.model(input_ids=batch.input_ids, use_cache=False)
-            return
         if not self.batches:
+            return
+        if not self.weights.streamed:
+            self._mixed = self._mixed and self._whole_runs_mixed()
+            for batch in self.batches:
+                with self._computing(), self._recording(batch):
+                    self.model(input_ids=batch.input_ids, use_cache=False)
             return
         with self.weights.outside():
             check = LayerCheck(self.model, self.layers, self.batches[0].input_ids)
@@ -131,9 +143,12 @@ class LayerWalk:
         for number, layer in enumerate(self.layers):
             with self.weights.layer(number):
                 check.layer(number)
+                # Layers before it may have run under autocast: their hidden states are in the same dtype either way.
+                self._mixed = self._mixed and check.runs_in(torch.bfloat16, number)
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     call, batch.calls[number] = batch.calls[number], as_now(batch.calls[number])
-                    output = call_layer(layer, hidden, call)
+                    with self._computing():
+                        output = call_layer(layer, hidden, call)
                     batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
 
@@ -171,7 +186,7 @@ class LayerWalk:
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
                 inputs = Inputs(batch.calls[number], self._places[number])
-                with torch.enable_grad(), self._showing(reduced, batch):
+                with torch.enable_grad(), self._computing(), self._showing(reduced, batch):
                     first = first_output(call_layer(layer, hidden, inputs.call))
                 # Outside of the watch, which would also record products that a criterion computes.
                 outputs, grads = zip((first, self.grads[position]), *inputs.given(batch.passed), strict=True)
@@ -211,6 +226,18 @@ class LayerWalk:
                     sums[name].add(parameter, batch.share, self._scale)
         self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
+
+    def _whole_runs_mixed(self) -> bool:
+        """Whether operators of the model take what autocast gives them; it is run on the first tokens."""
+        try:
+            with self._computing():
+                self.model(input_ids=self.batches[0].input_ids[:1, :TOKENS], use_cache=False)
+        except RuntimeError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def _showing(self, reduced: ReduceProducts | None, batch: _Batch) -> Iterator[None]:
@@ -261,7 +288,7 @@ class LayerWalk:
         last = self.hidden[-1][position].detach().requires_grad_()
         vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
         total = 0.0
-        with self._stubs(batch, last), torch.enable_grad():
+        with self._stubs(batch, last), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 loss = _loss(logits, targets.index_select(1, positions)) / targets.numel()
@@ -401,7 +428,10 @@ def walk_signals(
             by_layer.setdefault(layer, []).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with _requiring_grad((), freeze=model):
-        walk = LayerWalk(executor, calibration, per_sample=squares, outer=outer if differentiated else ())
+        walk = LayerWalk(
+            executor, calibration,
+            per_sample=squares, outer=outer if differentiated else (), exact=bool(differentiated),
+        )  # fmt: skip
         walk.forward()
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):

@@ -111,15 +111,6 @@ class InputSums:
         return _Sums.like(self._model.get_parameter(name), axis, self._gram)
 
 
-class WatchInputs(WatchProducts):
-    """While active, sums the inputs of the weights ``names``; ``gram``: their outer products too."""
-
-    def __init__(self, model: PreTrainedModel, names: Collection[str], *, gram: bool) -> None:
-        self._sums = InputSums(model, gram=gram)
-        self.statistics = self._sums.statistics
-        super().__init__(model, names, self._sums.add)
-
-
 @dataclass
 class _Sums:
     """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
-from ..files import Held, alone_in, check_unused, holds_files, remove_tree, write_text, writing
+from ..files import holds_files, remove_tree, write_text, writing
+from ..folders import Held, alone_in, check_unused
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
-"""The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each does, and what they tell one
-another.
+"""The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each computes, and what they
+exchange.
 
 Whole micro-batches of the calibration text are spread over the processes, so that every product, and every row that a
 fit holds out, is that of one process; only the order differs in which the micro-batches are summed. Sums are reduced in

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import PluginError
+from ..models.precision import multiplies_bfloat16_fast
 from .position import Position
 from .ranks import SINGLE, Ranks
 from .routing import Routing, all_tokens
@@ -88,11 +89,12 @@ class ReduceProducts:
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         rows = None if watched.slot is None else self._routing.rows_of(watched)
         tokens = all_tokens(watched, *self._shape) if rows is None else rows.tokens
+        outputs = watched.outputs
         # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self._gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
-            outputs=self._with_bias(watched, watched.outputs.to(torch.float32, copy=copy)),
+            outputs=self._with_bias(watched, outputs.to(torch.float32, copy=copy)),
             weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
             position=self._positions[watched.parameter],
             expert=watched.slot,
@@ -100,6 +102,7 @@ class ReduceProducts:
             row_samples=None if tokens is None else self._first + tokens // self._shape[1],
             row_gates=None if rows is None else rows.gates,
             row_gate_shares=None if rows is None else rows.shares,
+            in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
         # The hook must not refer to the graph, which refers to the hook: neither would be freed.
         parameter_name, axis, slot = watched.parameter, watched.axis, watched.slot

@@ -135,12 +135,17 @@ class Product:
     """As `gates`, for an expert; None where unknown."""
     row_gate_shares: torch.Tensor | None = None
     """As `gate_shares`, for an expert; None where unknown."""
+    in_bfloat16: bool = False
+    """Whether ``outputs`` were computed in bfloat16 on a device that is faster so; `input_grads` are too then."""
 
     @property
     def input_grads(self) -> torch.Tensor:
-        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in): ``output_grads @ weight``."""
+        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in), float32:
+        ``output_grads @ weight``."""
         if self.output_grads is None:
             raise ValueError("gradients at a product need Signal.PRODUCT_GRAD")
+        if self.in_bfloat16:
+            return (self.output_grads.bfloat16() @ self.weight.bfloat16()).float()
         return self.output_grads @ self.weight.float()
 
     @property

@@ -119,7 +119,8 @@ class Metric(Component):
     def depends_on(self, part: str) -> Mapping[str, Any] | None:
         """JSON values on which the result of a part depends, besides the model and the versions of llmpruner, torch and
         transformers: settings (``self.record()``), checksums of texts, versions of other packages. A result is kept on
-        disk, and not measured again while they are the same. None (the default): it is measured every time, as must be
+        disk, and not measured again while they are the same. A part that is not described by them is named in them.
+        None (the default): it is measured every time, as must be
         where it depends on the machine. Called after `prepare`."""
         del part
         return None

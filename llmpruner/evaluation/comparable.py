@@ -14,7 +14,7 @@ _WHY = "KL divergence needs one vocabulary; compare models with the same tokeniz
 
 
 def check_one_vocabulary(first: ComparedModel, other: ComparedModel) -> None:
-    """Raise `ModelError` for two models that predict different numbers of tokens, as their configurations say."""
+    """Raise `ModelError` for two models whose configurations have vocabularies of different sizes."""
     one, two = (getattr(model.config.get_text_config(), "vocab_size", None) for model in (first, other))
     if one is not None and two is not None and one != two:
         raise ModelError(f"'{other.name}' predicts {two:,} tokens and '{first.name}' {one:,}; {_WHY}")

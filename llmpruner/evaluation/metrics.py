@@ -15,7 +15,8 @@ from pydantic import Field
 from ..component import ComponentSettings
 from ..data.documents import PYDOC, is_file, read_text, shortened
 from ..errors import DataError, SettingsError, no_tokenizer
-from ..settings import Names, Seed
+from ..settings import Seed
+from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .comparable import check_one_vocabulary, check_same_tokens
 from .task_rows import task_rows, task_values, with_task_rows

@@ -60,21 +60,11 @@ def perplexity(
             check_table(one, window, *beyond(window))
     if reference is not None:
         check_one_head(reference, model)
-    ids = tokens_of(tokenizer, text)
-    if tokens is not None and len(ids) < tokens:
-        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
     opening = opening_tokens(tokenizer, text) if bos else []
-    of_text = window - len(opening)
-    if of_text < 1:
-        raise DataError(f"a window of {window} has no room for text after the {len(opening)} tokens before it")
-    windows = min(len(ids), tokens if tokens is not None else len(ids)) // of_text
-    if windows == 0:
-        raise DataError(
-            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
-        )
-    used = ids[: windows * of_text]
-    whole = len(used) == len(ids)
-    table = check_ids(torch.tensor(used), model).view(windows, of_text)
+    ids = tokens_of(tokenizer, text)
+    used = _in_full_windows(ids, tokens, window, len(opening))
+    table = check_ids(torch.tensor(used), model).view(-1, window - len(opening))
+    windows = len(table)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
     # The first position whose next token is counted.
     first = max(0, len(opening) - 1)
@@ -91,7 +81,7 @@ def perplexity(
         check_number(total, model)
     predictions = windows * (window - first - 1)
     mean = total / predictions
-    size = len(text.encode()) if whole else len(_decoded(tokenizer, used).encode())
+    size = len((text if len(used) == len(ids) else _decoded(tokenizer, used)).encode())
     return PerplexityResult(
         perplexity=exponential(mean),
         nll_per_token=mean,
@@ -104,6 +94,22 @@ def perplexity(
         kl_per_token=None if reference is None else total_divergence / predictions,
         top1_agreement=None if reference is None else 1.0 if reference is model else agreed / predictions,
     )
+
+
+def _in_full_windows(ids: list[int], tokens: int | None, window: int, opening: int) -> list[int]:
+    """The first of ``ids``, at most ``tokens``, that fill windows of ``window`` tokens, each of which begins with
+    ``opening`` others. Raises `DataError` where that is none."""
+    if tokens is not None and len(ids) < tokens:
+        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
+    of_text = window - opening
+    if of_text < 1:
+        raise DataError(f"a window of {window} has no room for text after the {opening} tokens before it")
+    windows = min(len(ids), tokens if tokens is not None else len(ids)) // of_text
+    if windows == 0:
+        raise DataError(
+            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
+        )
+    return ids[: windows * of_text]
 
 
 def beyond(window: int) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a table of results does not say by itself: a model that is judged on the text that it was calibrated on."""
+"""Remarks on a table of results: a model that is judged on the text that it was calibrated on."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def evaluate(
     _check_pairs(models, [metric for metric in metrics if metric.needs_reference])
     pairs = [(metric, part) for metric in metrics for part in metric.parts()]
     identities = [
-        {(metric.name, part): _identity(one, models[0], metric, part) for metric, part in pairs} for one in models
+        {key: value for metric in metrics for key, value in _identities(one, models[0], metric).items()}
+        for one in models
     ]
     found: list[Found] = [_kept(store, identity) for identity in identities]
     known = sum(map(len, found))
@@ -108,6 +109,16 @@ def _measure(
 
 def _label(candidate: Candidate, metric: Metric, part: str) -> str:
     return f"{candidate.name}: {metric.name}" + (f" {part}" if part and part not in candidate.name else "")
+
+
+def _identities(one: Candidate, first: Candidate, metric: Metric) -> dict[tuple[str, str], dict[str, Any] | None]:
+    """(metric, part) → what the result depends on. Parts of which the metric says the same differ by their names."""
+    found = {part: _identity(one, first, metric, part) for part in metric.parts()}
+    every = list(found.values())
+    return {
+        (metric.name, part): {**value, "part": part} if value is not None and every.count(value) > 1 else value
+        for part, value in found.items()
+    }
 
 
 def _identity(one: Candidate, first: Candidate, metric: Metric, part: str) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ class Evaluations(tuple[Evaluation, ...]):
 
     @property
     def remarks(self) -> list[str]:
-        """What the table does not say; see `llmpruner.evaluation.remarks`."""
+        """Remarks on the results; see `llmpruner.evaluation.remarks`."""
         return remarks(self)
 
     def as_json(self) -> list[dict[str, Any]]:

@@ -251,8 +251,8 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _no_git() -> Iterator[None]:
-    """While active, lm-eval does not ask git for the commit of the working directory: it says nothing of lm-eval or of
-    the model, and outside of a repository git prints an error."""
+    """While active, lm-eval does not ask git for the commit of the working directory: it has nothing to do with lm-eval
+    or the model, and outside of a repository git prints an error."""
     from lm_eval import evaluator
 
     asked, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None

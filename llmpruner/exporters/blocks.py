@@ -146,7 +146,7 @@ def padded(source: ExportSource, sizes: Sizes, wanted: Sizes) -> Padded:
 
 
 def _units(graph: CouplingGraph, sizes: Sizes) -> dict[str, list[int]]:
-    """The first units of every group, as many as ``sizes`` says."""
+    """The first units of every group, in the numbers that ``sizes`` gives."""
     return {group.name: list(_first(group, sizes)) for group in graph.groups if group.kind in _FIRST}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import PluginError
-from ..files import new_directory
+from ..folders import new_directory
 from ..progress import QUIET, Progress
 from .base import Exporter, ExportSource, ExportTask
 

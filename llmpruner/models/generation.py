@@ -48,8 +48,8 @@ def generate(
 
 
 def _reached(model: PreTrainedModel, tokens: int, *, ended: bool) -> str | None:
-    """What is to be said of a text of ``tokens`` tokens, of which the last is not read; None where the model has more
-    positions. ``ended``: before it was as long as asked for."""
+    """A predicate about the model for a text of ``tokens`` tokens, the last of which is not read; None where the model
+    has more positions. ``ended``: whether the text is shorter than asked for."""
     limit = positions_of(model.config)
     if limit is None or tokens <= limit:
         return None

@@ -102,6 +102,10 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
                 if getattr(module, name, None) == old and isinstance(getattr(module, name), int):
                     setattr(module, name, number)
     stated = _follow_layers(model.config.get_text_config(), len(layers), kept)
+    record = getattr(model.config, "llmpruner", None)
+    if record is not None and "per_layer" not in record:
+        # The sizes of single layers are those of an earlier cut, which the uniform model does not have.
+        stated.pop(PER_LAYER, None)
     earlier = vars(model).get(LAYERS)
     if earlier:
         kept, stated = [earlier["kept"][n] for n in kept], {**stated, **earlier["config"]}
@@ -323,6 +327,14 @@ class PrunedModelMixin:
         the initialization of modules without tensors of their own."""
         custom: bool = cls.pruned_base.is_custom_code()
         return custom
+
+    def initialize_weights(self) -> None:
+        """Of parameters that stay in files (``device_map`` with ``disk``) none has a value to initialize, and the code
+        of some stock classes (Mamba) makes values in the sizes of the dense model."""
+        for parameter in self.parameters():  # type: ignore[attr-defined]
+            if parameter.is_meta:
+                parameter._is_hf_initialized = True
+        super().initialize_weights()  # type: ignore[misc]
 
     def _get_static_cache_init_shape(self) -> None:
         """None: layers have no common shape, so a static cache takes each from the first keys and values."""

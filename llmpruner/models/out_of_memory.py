@@ -1,6 +1,6 @@
-"""Whether an error says that the machine or the device has no memory left, which says nothing about the model.
+"""Whether an error means that the machine or the device has no memory left, and not that the model is at fault.
 
-Imports no torch: the command line asks it of any error.
+Imports no torch, as the command line checks every error.
 """
 
 from __future__ import annotations

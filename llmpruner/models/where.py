@@ -1,4 +1,4 @@
-"""Where in a model an error of its forward pass was raised, and the sentence that says so."""
+"""Where in a model an error of its forward pass was raised, as a sentence for messages."""
 
 from __future__ import annotations
 

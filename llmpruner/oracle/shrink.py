@@ -312,8 +312,8 @@ def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bo
 
 
 def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """Numbers that were not made smaller, as their names do not tell what they mean, and that were the product or the
-    quotient of two others that were: the same of the small ones."""
+    """Numbers with names of unknown meaning, which were not made smaller, but are the product or the quotient of two
+    numbers that were: they become the product or the quotient of the small ones."""
     sizes = {n: v for n, v in before.items() if type(v) is int and v > 1 and type(values.get(n)) is int}
     smaller = [n for n in sizes if values[n] < sizes[n]]
     for name in [n for n in sizes if n not in smaller]:

@@ -13,7 +13,8 @@ from ..engine.cut_weights import CutWeights
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError
 from ..loading.dense import check_named_base, dense_structure, open_dense
-from ..loading.model import loaded_bytes, why_not_streamed
+from ..loading.dtypes import loaded_bytes
+from ..loading.streamed import why_not_streamed
 from ..models.empty import meta_model
 from ..models.surgery import cut
 from ..oracle.silenced import distance, logits, silenced
@@ -36,7 +37,7 @@ _ROWS, _LENGTH = 2, 16
 
 
 class NotComparable(Exception):
-    """A comparison says nothing here; the message says why."""
+    """The model cannot be compared with its base; the message says why."""
 
 
 def at_hand(structure: Structure) -> bool:

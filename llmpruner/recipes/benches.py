@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ..benching.base import BenchSubject
 from ..errors import SettingsError
-from ..loading.model import Model, Structure, dtype_of, load_model
+from ..loading.dtypes import dtype_of
+from ..loading.in_memory import load_model
+from ..loading.model import Model, Structure
 from ..loading.reference import resolve
 from ..models.devices import check_device
 from ..settings import LoadSettings, flag_of

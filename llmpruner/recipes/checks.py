@@ -13,16 +13,14 @@ from ..data.conversations import example
 from ..data.documents import EXPECTED_EXAMPLES, check_source
 from ..data.mixture import parse_mixture
 from ..errors import MissingExtraError, SelectionError, SettingsError, UnsupportedModelError, no_tokenizer
-from ..families.graph import build_graph
 from ..importance.estimate import check_accepted
-from ..models.empty import meta_model
-from ..models.surgery import cut
 from ..recovery.dense_text import dense_text_in
 from ..selection.alike import allocate_alike
 from ..selection.base import AllocationTask, Meter
 from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
 from .calibrating import length_for
+from .cutting import without_weights
 from .jobs import EvaluateJob, PruneJob, RecoverJob
 from .wanted import demand, scope_of, widths_of
 
@@ -169,9 +167,5 @@ def _check_calibration(job: PruneJob, structure: Structure, *, tokenizer: bool) 
 
 def _cost(job: PruneJob, structure: Structure, groups: Sequence[CoupledGroup]) -> Cost:
     """The cost of the current model, from its shapes."""
-    model = meta_model(structure.config)
-    if structure.plans:
-        graph = build_graph(structure.family, structure.config)
-        for plan in structure.plans:
-            graph = cut(model, graph, plan.kept, structure.family)
-    return job.budget.cost(BudgetSubject(model, structure.graph, groups, structure.family), None)
+    subject = BudgetSubject(without_weights(structure), structure.graph, groups, structure.family)
+    return job.budget.cost(subject, None)

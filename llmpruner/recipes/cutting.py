@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..budgets.base import BudgetSubject
 from ..engine.cut_weights import CutWeights
+from ..families.graph import build_graph
 from ..models.empty import meta_model
 from ..models.surgery import cut
 from .outcome import outcome_of
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
     from ..budgets.costs import Cost
     from ..engine.weights import StreamedWeights
-    from ..loading.model import Model
+    from ..loading.model import Model, Structure
     from ..plugins.catalog import Catalog
     from ..progress import Progress
     from ..structure.outcome import Outcome
@@ -34,7 +38,7 @@ def cut_by(model: Model, plan: PruningPlan, cost: Cost, work: Mapping[str, Any])
 
 def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outcome: Outcome) -> Model:
     """A model without weights, cut, whose weights are cut when they are read."""
-    network = meta_model(model.config, model.model.dtype)
+    network = without_weights(model, model.model.dtype)
     network.generation_config = model.model.generation_config
     network.config.name_or_path = model.model.config.name_or_path
     graph = cut(network, model.graph, plan.kept, model.family)
@@ -42,6 +46,16 @@ def _cut_streamed(model: Model, dense: StreamedWeights, plan: PruningPlan, outco
     return replace(
         model, model=network, graph=graph, plans=(*model.plans, plan), outcome=outcome, streamed=weights
     )  # fmt: skip
+
+
+def without_weights(structure: Structure, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of ``structure`` after its cuts, with parameters on the meta device."""
+    network = meta_model(structure.config, dtype)
+    if structure.plans:
+        graph = build_graph(structure.family, structure.config)
+        for plan in structure.plans:
+            graph = cut(network, graph, plan.kept, structure.family)
+    return network
 
 
 def recorded_cost(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress) -> Cost:

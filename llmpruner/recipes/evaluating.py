@@ -12,7 +12,8 @@ from ..evaluation.base import ComparedModel, MetricSubject
 from ..evaluation.run import Candidate, evaluate
 from ..evaluation.store import ResultStore, default_folder
 from ..evaluation.table import Evaluations
-from ..loading.model import Model, Structure, load_tokenizer
+from ..loading.model import Model, Structure
+from ..loading.tokenizer import load_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..settings import CacheSettings, EvaluateSettings

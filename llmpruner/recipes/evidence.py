@@ -17,7 +17,7 @@ from ..evaluation.results import Evaluation
 from ..evaluation.table import side_by_side
 from ..evaluation.task_rows import with_task_rows
 from ..families.graph import build_graph
-from ..loading.model import load_structure
+from ..loading.structure import load_structure
 from ..models.empty import meta_model
 from ..models.surgery import cut
 from ..report.base import DENSE, Costs, Evidence, Measurements, ReportSubject

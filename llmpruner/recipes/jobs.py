@@ -6,7 +6,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal, TypeVar
@@ -14,17 +14,15 @@ from typing import Any, Final, Literal, TypeVar
 from ..benching.base import Runtime
 from ..budgets.base import Budget
 from ..compensation.base import Compensation
-from ..component import Component
 from ..data.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
-from ..errors import SettingsError
+from ..errors import PluginError, SettingsError
 from ..evaluation.base import Metric
 from ..exporters.base import Exporter
 from ..importance.base import ImportanceCriterion
 from ..methods.base import Method
 from ..methods.presets import ByHand
 from ..plugins.catalog import Catalog
-from ..plugins.registry import Registry
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from ..selection.base import Allocation
@@ -40,16 +38,14 @@ from ..settings import (
     PushSettings,
     RecoverSettings,
     SensitivitySettings,
-    Settings,
     Shape,
-    flag_of,
-    option_of,
     settings_from,
 )
 from ..structure.coupling import HIDDEN, LAYER
 from ..structure.widths import COUNTED
+from .given import Given
 
-C = TypeVar("C", bound=Component)
+TextSettings = TypeVar("TextSettings", ChatSettings, GenerateSettings)
 
 HOW_MUCH = "say how much to remove with one of --ratio, --target-params or --unit-ratio"
 _AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
@@ -132,68 +128,6 @@ class BenchJob:
     rounds: int
 
 
-class _Given:
-    """The settings that the user gave, and a record of the component settings that were used."""
-
-    def __init__(self, settings: Settings, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        self.settings = settings
-        self.names = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
-        self._own: Mapping[str, Mapping[str, Any]] = getattr(settings, "settings", {})
-        self._defaults = defaults or {}
-        self._used: dict[str, list[str]] = {}
-
-    def has(self, name: str) -> bool:
-        return name in self.names
-
-    def flag(self, name: str) -> str:
-        return flag_of(type(self.settings), name)
-
-    def refuse(self, name: str, reason: str) -> None:
-        """Raise `SettingsError` if the user gave ``name``, which has no effect for ``reason``."""
-        if self.has(name):
-            flag, negated = self.flag(name), getattr(self.settings, name) is False
-            flag = f"--no-{flag[2:]}" if negated and type(self.settings).model_fields[name].default is True else flag
-            raise SettingsError(f"{flag} has no effect {reason}; leave it out")
-
-    def create(self, field: str, registry: Registry[C], name: str) -> C:
-        """The component ``name``, which ``field`` selects, with the settings of the method and of the user for it."""
-        return self.configured(field, registry[name])
-
-    def configured(self, field: str, cls: type[C]) -> C:
-        values = {**self._defaults.get(cls.name, {}), **self._own.get(cls.name, {})}
-        for option, key in self._shorthands(field):
-            if key not in cls.Settings.model_fields:
-                self.refuse(option, f"with {cls.label()}, which has no setting '{key}'")
-            elif self.has(option):
-                if key in self._own.get(cls.name, {}):
-                    raise SettingsError(f"{self.flag(option)} and --set {cls.name}.{key} give the same; leave one out")
-                values[key] = getattr(self.settings, option)
-        return self.use(cls(**values))
-
-    def use(self, component: C) -> C:
-        """``component``; records that its settings were used."""
-        self._used.setdefault(component.name, []).append(component.kind)
-        return component
-
-    def unused_shorthands(self, field: str, reason: str) -> None:
-        """Refuse the shorthand options for settings of the component that ``field`` selects, where there is none."""
-        for option, _ in self._shorthands(field):
-            self.refuse(option, reason)
-
-    def _shorthands(self, field: str) -> Iterator[tuple[str, str]]:
-        for option in type(self.settings).model_fields:
-            owner, _, key = (option_of(type(self.settings), option).sets or "").partition(".")
-            if owner == field:
-                yield option, key
-
-    def check_all_used(self) -> None:
-        """Raise for ``--set NAME.key`` of a component that is not chosen."""
-        for name in self._own:
-            if name not in self._used:
-                chosen = ", ".join(f"{kinds[0]} {used}" for used, kinds in self._used.items())
-                raise SettingsError(f"--set {name}.… has no effect: '{name}' is not chosen here (chosen: {chosen})")
-
-
 def method_of(settings: PruneSettings, catalog: Catalog) -> Method:
     """The method that the user gave; else `ByHand` if the user gave a criterion, else ``best``."""
     if settings.method is not None:
@@ -210,17 +144,16 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
     method = method_of(settings, catalog)
     defaults = _defaults(method, settings, writes=text.writes)
-    given = _Given(settings, defaults.pop("settings", {}))
-
-    def chosen(name: str) -> Any:
-        return getattr(settings, name) if given.has(name) else defaults.get(name, getattr(settings, name))
-
+    given = Given(settings, defaults.pop("settings", {}))
+    settings = _filled(method, settings, {name: value for name, value in defaults.items() if not given.has(name)})
+    assert settings.importance and settings.compensate and settings.samples and settings.length, "given or filled in"
+    text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
     _refuse_without_effect(given, settings, amount)
     budget_name = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
     budget = given.create("budget", catalog.budgets, budget_name)
-    criterion = given.create("importance", catalog.criteria, chosen("importance"))
+    criterion = given.create("importance", catalog.criteria, settings.importance)
     allocation = given.create("allocation", catalog.allocations, settings.allocation)
-    compensation = given.create("compensate", catalog.compensations, chosen("compensate"))
+    compensation = given.create("compensate", catalog.compensations, settings.compensate)
     given.configured("method", type(method))
     if not allocation.compares_groups:
         given.refuse("normalize", f"with --allocation {allocation.name}, which compares no scores of different groups")
@@ -236,7 +169,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     if bool(criterion.signals - {Signal.WEIGHT}) or allocation.measures or compensation.reads_text:
         for part in text.parts:
             given.use(part.source)
-        calibration = CalibrationJob(text, chosen("samples"), chosen("length"), given.has("length"))
+        calibration = CalibrationJob(text, settings.samples, settings.length, given.has("length"))
         _check_samples(calibration, allocation, compensation)
     else:
         for name in ("calibration", "samples", "length"):
@@ -248,7 +181,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         budget=budget,
         kinds=settings.kinds,
         layers=settings.layers,
-        shape=chosen("shape"),
+        shape=settings.shape,
         round_to=settings.round_to,
         criterion=criterion,
         reduction=settings.reduction,
@@ -282,8 +215,8 @@ def _check_samples(calibration: CalibrationJob, allocation: Allocation, compensa
     text.order(samples)
 
 
-def _refuse_without_effect(given: _Given, settings: PruneSettings, amount: str) -> None:
-    """Refuse options that have none with this ``amount`` or these kinds."""
+def _refuse_without_effect(given: Given, settings: PruneSettings, amount: str) -> None:
+    """Refuse options that have no effect with this ``amount`` or these kinds of units."""
     if amount == "unit_ratio":
         given.refuse("meet", "with --unit-ratio, which is rounded to whole units in every group")
     if amount != "ratio":
@@ -298,11 +231,26 @@ def _refuse_without_effect(given: _Given, settings: PruneSettings, amount: str) 
 
 
 def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:
-    defaults = dict(method.defaults(settings, writes=writes))
+    """What ``method`` gives, and what `ByHand` does for what it leaves open."""
+    found = method.defaults(settings, writes=writes)
+    if not isinstance(found, Mapping):
+        raise PluginError(f"method {method.name} gave {type(found).__name__}; expected a mapping of settings")
+    defaults = {**ByHand().defaults(settings, writes=writes), **found}
     unknown = sorted(defaults.keys() - PruneSettings.model_fields.keys())
     if unknown:
         raise SettingsError(f"method {method.name} gives '{unknown[0]}', which is no setting of a prune")
+    if settings.importance is None and defaults.get("importance") is None:
+        raise SettingsError(f"method {method.name} gives no criterion; choose one with --importance")
     return defaults
+
+
+def _filled(method: Method, settings: PruneSettings, defaults: Mapping[str, Any]) -> PruneSettings:
+    """``settings`` with ``defaults`` for what they leave open. Raises `SettingsError` for a value that is refused."""
+    try:
+        checked = settings_from(PruneSettings, defaults)
+    except SettingsError as error:
+        raise SettingsError(f"method {method.name}: {error}") from error
+    return settings.model_copy(update={name: getattr(checked, name) for name in defaults})
 
 
 _WHOLE_MODEL = (
@@ -312,8 +260,8 @@ _WHOLE_MODEL = (
 
 
 def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob:
-    """A prune of the largest share, which says how units are ranked, on which text, and whether weights are fitted.
-    Raises `SettingsError` (or `UnknownNameError`)."""
+    """A prune of the largest share, from which the measurement takes how units are ranked, on which text, and whether
+    weights are fitted. Raises `SettingsError` (or `UnknownNameError`)."""
     if list(settings.shares) != sorted(set(settings.shares)):
         raise SettingsError("--shares must ascend, each once: 0.1,0.25,0.5")
     given = settings.model_dump(exclude_unset=True, exclude={"shares"})
@@ -329,7 +277,7 @@ def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
-    given, instead = _Given(settings), None
+    given, instead = Given(settings), None
     name = settings.strategy
     if name is None:
         adapters = "lora" in settings.settings or any(map(given.has, ("rank", "alpha", "dropout", "merge")))
@@ -354,7 +302,7 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     return RecoverJob(strategy, settings, instead)
 
 
-def _check_validation(given: _Given, settings: RecoverSettings) -> None:
+def _check_validation(given: Given, settings: RecoverSettings) -> None:
     if settings.validation_data is not None:
         given.refuse("validation", "with --validation-data, which is all that is validated on")
     elif settings.validation == 0:
@@ -390,7 +338,7 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
         wanted[name] = {}
     if settings.kl or (wanted.keys() == {"size"} and not size_alone):
         wanted.setdefault("perplexity", {})
-    given = _Given(settings, wanted)
+    given = Given(settings, wanted)
     for name, reason in (("perplexity", "without --perplexity"), ("tasks", "without --tasks"), ("speed", "")):
         if name not in wanted:
             given.unused_shorthands(name, reason)
@@ -403,7 +351,7 @@ def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
 
 def bench_job(settings: BenchSettings, catalog: Catalog) -> BenchJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect."""
-    given = _Given(settings)
+    given = Given(settings)
     runtime = given.create("runtime", catalog.runtimes, settings.runtime)
     given.check_all_used()
     return BenchJob(runtime, settings.batch, settings.prompt, settings.new, settings.rounds)
@@ -411,7 +359,7 @@ def bench_job(settings: BenchSettings, catalog: Catalog) -> BenchJob:
 
 def page_job(settings: PageSettings, catalog: Catalog) -> tuple[ReportSection, ...]:
     """The sections of a page. Raises `SettingsError` for settings that are wrong or of no section."""
-    given = _Given(settings)
+    given = Given(settings)
     sections = tuple(given.create("sections", catalog.sections, name) for name in catalog.sections)
     given.check_all_used()
     return sections
@@ -419,14 +367,14 @@ def page_job(settings: PageSettings, catalog: Catalog) -> tuple[ReportSection, .
 
 def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect."""
-    given = _Given(settings)
+    given = Given(settings)
     exporter = given.create("to", catalog.exporters, settings.to)
     given.check_all_used()
     return exporter
 
 
 def push_job(settings: PushSettings) -> PushSettings:
-    """``settings``. Raises `SettingsError` unless they say whether anything is sent."""
+    """``settings``. Raises `SettingsError` unless exactly one of ``yes`` and ``dry_run`` is given."""
     if settings.yes == settings.dry_run:
         raise SettingsError(
             "--yes has no effect beside --dry-run; give one of them"
@@ -434,19 +382,12 @@ def push_job(settings: PushSettings) -> PushSettings:
             else "nothing is sent without --yes; --dry-run shows the model card and the files"
         )
     if settings.dry_run:
-        _Given(settings).refuse("public", "with --dry-run, which sends nothing")
+        Given(settings).refuse("public", "with --dry-run, which sends nothing")
     return settings
 
 
-def chat_job(settings: ChatSettings) -> ChatSettings:
-    """``settings``. Raises `SettingsError` for those that have no effect together."""
+def text_job(settings: TextSettings) -> TextSettings:
+    """``settings`` of a chat or a generation. Raises `SettingsError` for those that have no effect together."""
     if settings.temperature == 0:
-        _Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
-    return settings
-
-
-def generate_job(settings: GenerateSettings) -> GenerateSettings:
-    """``settings``. Raises `SettingsError` for those that have no effect together."""
-    if settings.temperature == 0:
-        _Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
+        Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
     return settings

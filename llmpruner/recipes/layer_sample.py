@@ -57,8 +57,8 @@ class Line:
 class LayerSample:
     """Measurements of one layer with ``parameters`` parameters.
 
-    ``forward``: as a walk forwards runs it, in the dtype of its products; ``plain``: in the dtype of the weights;
-    ``backward``: that, with the backward pass, and gradients of the weights that are asked for. ``*_bytes``: the
+    ``forward``: as a walk forwards runs it, in the dtype of its products; ``plain``: as a walk for gradients runs it,
+    in the dtype of the weights if they get gradients; ``backward``: that, with the backward pass. ``*_bytes``: the
     largest sum of tensors that are alive in a run, without the weights. Rates: operations (multiply and add: two) per
     second of ``gram`` and ``product32`` in float32, ``product64``, ``factor`` (Cholesky, n³ / 3) in float64, and of the
     ``head``; ``copy``: bytes per second. ``whole_logits``: whether the model computes the logits of all positions even
@@ -88,10 +88,13 @@ def sample_layer(
     device: torch.device,
     length: int,
     wanted: Sequence[str],
+    *,
+    exact: bool = True,
 ) -> LayerSample:
     """Run the largest layer, of those with ``wanted`` parameters if there are any. ``length``: tokens per sample at
     most; ``wanted``: the parameters that get gradients, those of other layers are left out; none: no backward pass.
-    Raises whatever a layer raises that cannot be run alone."""
+    ``exact``: as for `LayerWalk`; without it, products with these parameters get gradients in their place. Raises
+    whatever a layer raises that cannot be run alone."""
     number = largest_layer(graph, {graph.layer_of(name) for name in wanted})
     prefix = f"{graph.layers}.{number}."
     model = meta_model(config, dtype)
@@ -104,9 +107,12 @@ def sample_layer(
     plain, plain_bytes = forward, forward_bytes
     backward, backward_bytes = plain, plain_bytes
     if inside:
-        if mixed:
+        if mixed and exact:
             plain, plain_bytes = runs.measure(lambda batch, hidden: runs.forward(batch, hidden, mixed=False))
-        backward, backward_bytes = runs.measure(lambda batch, hidden: runs.backward(batch, hidden, inside))
+        of_weights = inside if exact else []
+        backward, backward_bytes = runs.measure(
+            lambda batch, hidden: runs.backward(batch, hidden, of_weights, mixed=mixed and not exact)
+        )
     return LayerSample(
         count,
         forward,
@@ -166,11 +172,11 @@ class _Runs:
         with torch.no_grad(), torch.autocast(hidden.device.type, torch.bfloat16, enabled=mixed):
             first_output(call_layer(self.layer, hidden, batch.calls[self.number])).float()
 
-    def backward(self, batch: Batch, hidden: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    def backward(self, batch: Batch, hidden: torch.Tensor, parameters: Sequence[nn.Parameter], *, mixed: bool) -> None:
         for parameter in parameters:
             parameter.requires_grad_(True)
         hidden = hidden.detach().clone().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(hidden.device.type, torch.bfloat16, enabled=mixed):
             out = first_output(call_layer(self.layer, hidden, batch.calls[self.number]))
         torch.autograd.backward(out, torch.ones_like(out))
         for parameter in parameters:

@@ -13,16 +13,12 @@ from torch import nn
 from ..engine.ranks import Ranks
 from ..errors import SettingsError, no_tokenizer
 from ..families.auto import AUTO
-from ..loading.model import (
-    Model,
-    Structure,
-    brings_tokenizer,
-    load_model,
-    load_structure,
-    load_tokenizer,
-    open_streamed,
-    widened,
-)
+from ..loading.dtypes import widened
+from ..loading.in_memory import load_model
+from ..loading.model import Model, Structure
+from ..loading.streamed import open_streamed
+from ..loading.structure import load_structure
+from ..loading.tokenizer import brings_tokenizer, load_tokenizer
 from ..models.devices import check_device
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
@@ -48,7 +44,7 @@ class Opener:
         return cls(catalog, load or LoadSettings(), progress)
 
     def of_ranks(self, ranks: Ranks) -> Opener:
-        """For a command that several processes share: the first one says what is done."""
+        """For a command that several processes share, of which the first one alone prints messages."""
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:

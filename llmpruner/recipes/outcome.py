@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..budgets.costs import Cost
 from ..budgets.sizes import counts
 from ..budgets.weights import byte_cost
-from ..loading.model import stored_dtype
+from ..loading.dtypes import stored_dtype
 from ..structure.kept import parameters_after
 from ..structure.outcome import BudgetOutcome, Outcome
 

@@ -1,4 +1,4 @@
-"""What a pruned model's record says of the text that its calibration read."""
+"""The calibration text of a pruned model, as its record keeps it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _KEY = "calibration_passages"
 
 
 def passages_in(calibration: CalibrationSet | None, tokenizer: Any | None) -> tuple[str, ...]:
-    """Fingerprints of the passages that a calibration read; none without text, or without a tokenizer to tell words."""
+    """Fingerprints of the passages that a calibration read; none without text, or without a tokenizer to decode it."""
     if calibration is None or tokenizer is None:
         return ()
     return tuple(passages_of(tokenizer.batch_decode(calibration.input_ids.tolist(), skip_special_tokens=True)))

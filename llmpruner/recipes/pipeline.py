@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..budgets.base import BudgetSubject
-from ..budgets.costs import Cost, CutCost
+from ..budgets.costs import Cost
 from ..budgets.open import open_budget
 from ..compensation.base import Fit, RepairTask, fits_record
 from ..compensation.choose import Chooser, can_wait
-from ..compensation.trials import Trials
 from ..data.calibration import CalibrationSet, parse_calibration
-from ..engine.boundaries import DEFAULT_LIMIT
-from ..engine.executor import Executor
-from ..engine.journal import Journal
-from ..engine.ranks import SINGLE, Ranks
-from ..engine.signals import Signal
+from ..engine.ranks import Ranks
 from ..errors import DataError, SelectionError
-from ..importance.estimate import Removal, Scores, check_accepted, estimate
-from ..importance.spread import Spread, spread
-from ..models.surgery import cut
+from ..importance.estimate import check_accepted
+from ..importance.spread import Spread
 from ..progress import QUIET, Progress
-from ..selection.base import Demand
-from ..selection.normalize import normalize
-from ..selection.select import select
-from ..selection.uniform import Uniform
-from ..structure.coupling import LAYER
-from ..structure.kept import compose, layer_numbers
 from ..structure.plan import CompensationRecord, PruningPlan, cuts_of
 from ..structure.scope import Scope
-from .calibrating import journaled, scored_on
+from .calibrating import journaled
+from .choice import Choice
 from .cutting import cut_by, recorded_cost
+from .execution import Run
 from .jobs import PruneJob
 from .passages import passages_in
 from .plan_record import plan_of
-from .stages import Stages
-from .wanted import demand, lost, part_of, scope_of, widths_of
+from .wanted import scope_of, widths_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..loading.model import Model, Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
-    from ..structure.widths import Widths
 
 
 @dataclass(frozen=True)
@@ -66,24 +51,6 @@ class Draft:
     scores: Mapping[str, Spread] = field(default_factory=dict)
     """Group name → how the scores that chose its units are distributed. Empty as long as the units are not chosen, and
     where they are chosen in several steps."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """How stages run. ``boundary_memory``: bytes of hidden states in memory. ``journal``: keeps results for a run that
-    is interrupted. ``divided``: see `Executor`. ``ranks``: the processes that share the work; the first one reads or
-    writes text, measures a budget and selects, and all go on with its results. ``stages``: times them."""
-
-    boundary_memory: int = DEFAULT_LIMIT
-    journal: Journal | None = None
-    divided: int = 1
-    ranks: Ranks = SINGLE
-    stages: Stages = field(default_factory=Stages)
-
-    def executor(self, model: Model) -> Executor:
-        """For a stage that runs ``model``."""
-        folder = None if self.journal is None else self.journal.folder
-        return Executor(model.weights, self.boundary_memory, folder, self.divided, self.ranks)
 
 
 def make_plan(
@@ -113,8 +80,7 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
     """
     run = run or Run()
     scope = scope_of(job, model)
-    network, graph = model.model, model.graph
-    chooser = _chooser(job, model, scope.groups(graph))
+    chooser = _chooser(job, model, scope.groups(model.graph))
     journal = run.journal
     earlier = None if journal is None else journal.load("plan")
     if earlier is None:
@@ -124,125 +90,15 @@ def draft_plan(model: Model, job: PruneJob, progress: Progress = QUIET, run: Run
         calibration = journaled(journal, model, job, progress, run.ranks)
     if journal is not None and earlier is not None:
         return Draft(PruningPlan.model_validate(earlier), calibration, chooser, scores=journal.load("scores") or {})
-    scored, widths = scored_on(calibration, job), widths_of(job, model)
-    kept: dict[str, tuple[int, ...]] = {}
-    spreads: dict[str, Spread] = {}
-    # A group of layers alone loses as many as the amounts of all steps so far come to.
-    once = job.steps > 1 and (job.allocation.equal_shares or job.allocation.shares_once) and set(job.kinds) != {LAYER}
-    numbers: dict[str, float] = {}
-    now = _Stand(network, graph, scope, widths, whole)
-    for step in range(1, job.steps + 1):
-        wanted = demand(job, whole, now.cost, now.groups, now.scope, step)
-        if chooser is not None:
-            # The numbers of units do not depend on scores, and the units are chosen later.
-            now.ranked = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in now.groups}
-        else:
-            with run.stages.stage("scores"):
-                _rank(now, model, job, wanted, scored, progress, run)
-        with run.stages.stage("selection"):
-            choose = partial(_select, now, model, job, calibration, progress, run)
-            if once and step == 1:
-                numbers = lost(graph, now.groups, choose(demand(job, whole, whole, now.groups, scope, job.steps)))
-            chosen = None
-            if once and step < job.steps:
-                chosen = choose(part_of(model.graph, kept, numbers, step / job.steps, now.groups))
-            if chosen is None or _more_than_all(model.graph, kept, chosen, whole, now.cost, wanted):
-                chosen = choose(wanted)
-        if chooser is None and job.steps == 1:
-            spreads = {name: spread(now.ranked[name].tolist(), units) for name, units in chosen.items()}
-        kept = compose(model.graph, kept, chosen)
-        # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
-        if step < job.steps and chosen:
-            network = copy.deepcopy(model.model)
-            graph = cut(network, model.graph, kept, model.family)
-            scope = _renumbered(scope_of(job, model), model.graph, kept)
-            widths = widths_of(job, model).after(model.graph, kept)
-            now = _Stand(network, graph, scope, widths, CutCost(whole, model.graph, kept))
+    choice = Choice(model, job, scope, whole, calibration, progress, run)
+    kept = choice.units(ranked=chooser is None)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
     plan = plan_of(model, job, kept, calibration, measured)
     if journal is not None:
-        journal.store("scores", spreads)
+        journal.store("scores", choice.spreads)
         journal.store("plan", plan.model_dump(mode="json"))
-    return Draft(plan, calibration, chooser, whole, spreads)
-
-
-@dataclass
-class _Stand:
-    """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
-    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``losses``: kept
-    units of all groups that lose any → what a trial measured."""
-
-    network: PreTrainedModel
-    graph: CouplingGraph
-    scope: Scope
-    widths: Widths
-    cost: Cost
-    ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    losses: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = field(default_factory=dict)
-
-    @cached_property
-    def groups(self) -> tuple[CoupledGroup, ...]:
-        return self.scope.groups(self.graph)
-
-
-def _rank(
-    now: _Stand, model: Model, job: PruneJob, wanted: Demand, text: CalibrationSet | None, progress: Progress, run: Run
-) -> None:
-    """Set ``now.ranked``, unless it is set and does not depend on the amount."""
-    groups, removal = now.groups, _removal(now, wanted, job)
-    if now.ranked and removal is None:
-        return
-    copied = now.network is not model.model
-    scores = estimate(
-        now.network, now.graph, groups, job.criterion, text,
-        reduction=job.reduction, seed=job.seed, progress=progress,
-        executor=Executor.of(now.network, now.graph.layers, run.ranks) if copied else run.executor(model),
-        removal=removal,
-    )  # fmt: skip
-    alike = now.widths.alike(groups)
-    now.ranked = normalize(now.graph, now.graph.by_name, scores.by_group, job.normalization, now.cost, alike)
-
-
-def _select(
-    now: _Stand,
-    model: Model,
-    job: PruneJob,
-    calibration: CalibrationSet | None,
-    progress: Progress,
-    run: Run,
-    wanted: Demand,
-) -> Kept:
-    """By the job's allocation; numbers of units, where ``wanted`` has them for a step of several, are decided."""
-    decided = job.by != "units" and wanted.units is not None
-
-    def chosen() -> Kept:
-        return select(
-            now.graph, now.groups, Scores(now.ranked), now.scope, wanted, Uniform() if decided else job.allocation,
-            cost=now.cost, widths=now.widths,
-            loss=None if decided else _loss(now, model, job, calibration, progress), progress=progress,
-        )  # fmt: skip
-
-    return run.ranks.from_first(chosen)
-
-
-def _more_than_all(graph: CouplingGraph, kept: Kept, chosen: Kept, whole: Cost, cost: Cost, wanted: Demand) -> bool:
-    """Whether a part removes more than the whole amount, as layers that cost more go than those whose number was
-    decided. ``kept``: by earlier steps; ``cost``: after them."""
-    if wanted.whole is None or not chosen:
-        return False
-    return cost.remaining() - CutCost(whole, graph, compose(graph, kept, chosen)).remaining() > wanted.whole
-
-
-def _removal(now: _Stand, wanted: Demand, job: PruneJob) -> Removal | None:
-    """How many layers the amount takes, for a criterion of blocks of layers, which scores nothing else."""
-    if Signal.STREAM_BLOCKS not in job.criterion.signals:
-        return None
-    groups = now.groups
-    alike = Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
-    kept = select(now.graph, groups, alike, now.scope, wanted, Uniform(), cost=now.cost)
-    removed = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
-    return Removal(removed, now.scope.allowed_units(groups[0]))
+    return Draft(plan, calibration, chooser, whole, choice.spreads)
 
 
 def apply_plan(model: Model, plan: PruningPlan, catalog: Catalog, progress: Progress = QUIET) -> Model:
@@ -343,34 +199,3 @@ def _chooser(job: PruneJob, model: Structure, groups: Sequence[CoupledGroup]) ->
     check_accepted(job.criterion, groups, model.graph)
     chooser = Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
     return chooser if can_wait(job.criterion, model.graph, groups) else None
-
-
-def _loss(
-    now: _Stand, model: Model, job: PruneJob, calibration: CalibrationSet | None, progress: Progress
-) -> Callable[[Kept], float] | None:
-    """The loss for an allocation that measures; None for others."""
-    if not job.allocation.measures or calibration is None:
-        return None
-    refit = job.compensation.ranks_again
-
-    @cache
-    def trials() -> Trials:
-        return Trials(now.network, now.graph, now.groups, model.family, calibration, refit=refit, progress=progress)
-
-    def loss(kept: Kept) -> float:
-        key = tuple(sorted((name, tuple(units)) for name, units in kept.items()))
-        if key not in now.losses:
-            now.losses[key] = trials().loss(kept)
-        return now.losses[key]
-
-    return loss
-
-
-def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
-    """The scope with the layer numbers of the model after the cut."""
-    numbers = layer_numbers(graph, kept)
-
-    def those(layers: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(numbers[n] for n in layers if n in numbers)
-
-    return Scope(scope.kinds, those(scope.layers), None if scope.removable is None else those(scope.removable))

@@ -14,7 +14,8 @@ from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import LlmprunerError, OutputError, ProcessError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, tree_bytes
-from ..loading.model import Model, Structure, reopened
+from ..loading.model import Model, Structure
+from ..loading.streamed import reopened
 from ..progress import Progress
 from ..settings import PruneSettings, RunSettings
 from ..structure.outcome import Outcome
@@ -23,6 +24,7 @@ from . import pipeline
 from .arrangement import arrange, journal_for
 from .checks import check_prune, check_replay
 from .doubts import warn_of_allocation
+from .execution import Run
 from .forecast import Residency
 from .jobs import PruneJob, prune_job
 from .opening import Opener, Source
@@ -51,7 +53,7 @@ def make_plan(source: Source, settings: PruneSettings, opener: Opener, run: RunS
             lambda: check_space(place, spilled, "hidden states of the calibration text (TMPDIR names the folder)")
         )
     loaded = opener.weights(opened, streamed=way.streamed)
-    how = pipeline.Run(way.boundary_memory, divided=way.divided, ranks=ranks)
+    how = Run(way.boundary_memory, divided=way.divided, ranks=ranks)
     made, cost = pipeline.make_plan(loaded, job, opener.progress, how)
     return made, replace(outcome_of(loaded, made, cost), forecast=expected)
 
@@ -79,7 +81,7 @@ class Pruning:
         work = self._checked(opened, job, opener)
         way, expected = self._arranged(opened, job, work, opener, ranks)
         if output is None:
-            run = pipeline.Run(way.boundary_memory, None, way.divided, ranks)
+            run = Run(way.boundary_memory, None, way.divided, ranks)
             loaded = self._loaded(opened, way, opener, run)
             return loaded.become(_with_forecast(self._cut(loaded, job, opener, run), expected))
         opener.say_widened(opened)
@@ -94,7 +96,7 @@ class Pruning:
                 ranks.from_first(lambda: check_new_directory(output))
                 # The files of a result depend on how the model is held, and free memory may differ when a run goes on.
                 way = replace(way, streamed=bool((journal.load("way") or {"streamed": way.streamed})["streamed"]))
-            run = pipeline.Run(way.boundary_memory, journal, way.divided, ranks)
+            run = Run(way.boundary_memory, journal, way.divided, ranks)
             loaded = self._loaded(opened, way, opener, run)
             with _resumable(journal, opener.progress):
                 if journal is not None:
@@ -149,12 +151,12 @@ class Pruning:
             output, opener, opened, self.what, way.divided, ranks, ending=".pruning", restart=self.run.restart
         )
 
-    def _loaded(self, opened: Structure, way: Residency, opener: Opener, run: pipeline.Run) -> Model:
+    def _loaded(self, opened: Structure, way: Residency, opener: Opener, run: Run) -> Model:
         beside = None if self.output is None else self.output.resolve().parent
         with run.stages.stage("loading"):
             return opener.weights(opened, streamed=way.streamed, beside=beside, once=way.once)
 
-    def _cut(self, loaded: Model, job: PruneJob | None, opener: Opener, run: pipeline.Run) -> Model:
+    def _cut(self, loaded: Model, job: PruneJob | None, opener: Opener, run: Run) -> Model:
         if job is not None:
             draft = pipeline.draft_plan(loaded, job, opener.progress, run)
         else:

@@ -18,20 +18,26 @@ from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import ModelError, SettingsError, no_tokenizer
 from ..families.chat import format_note
-from ..files import Held, check_new_directory, check_space, remove_tree, tree_bytes, write_text
+from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
+from ..folders import Held
 from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
-from ..loading.model import Model, Structure, loaded_bytes, reopened
+from ..loading.dtypes import loaded_bytes
+from ..loading.model import Model, Structure
+from ..loading.streamed import reopened
 from ..models.devices import check_device
 from ..models.position_tables import check_table_of_config
-from ..progress import QUIET, Progress
+from ..progress import QUIET
 from ..recovery.base import LayerWalk
 from ..recovery.checks import check_before_writing, check_steps
 from ..recovery.dense_text import ANSWER_TOKENS, TEXT_TOKENS, WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
-from ..recovery.run import RecoveryResult, TrainingData, alone_with, check_work_dir, prepare, recover
+from ..recovery.result import RecoveryResult
+from ..recovery.run import recover
+from ..recovery.training_data import TrainingData, prepare
+from ..recovery.work_dir import alone_with, check_work_dir
 from ..report.loss_curve import loss_curve
-from ..settings import LoadSettings, RecoverSettings, RunSettings
+from ..settings import RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
 from .checks import check_adapters, check_recover
 from .default_strategy import with_strategy
@@ -61,6 +67,14 @@ class _Way:
 
 
 @dataclass(frozen=True)
+class _Dense:
+    """The dense model without its weights. ``fingerprint``: of its files."""
+
+    structure: Structure
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Recovery:
     """A training of ``source``. ``output``: where to save the result; None: nowhere. ``work_dir``: of the state of the
     training; None: beside ``output``."""
@@ -87,9 +101,8 @@ class Recovery:
         _check_data(job, opened, own, data, tokenizer)
         needs_dense = job.strategy.needs_dense or own is not None
         dense = _dense(opened, own, opener) if needs_dense else None
-        fingerprint = "" if dense is None else digest(model_fingerprint(dense, opener.catalog, sampled_sha256))
         lengths = _lengths(data, own)
-        way = self._arranged(job, opened, dense, lengths, opener)
+        way = self._arranged(job, opened, None if dense is None else dense.structure, lengths, opener)
         if output is not None:
             _check_disk(output, folder, job, opened, lengths, way, opener)
             opener.say_widened(opened)
@@ -99,26 +112,19 @@ class Recovery:
                 # Another run may have ended since it was looked for.
                 ranks.from_first(lambda: check_new_directory(output))
             stages, beside = Stages(), folder.resolve().parent
-            written = None
-            if own is not None and dense is not None:
-                placed = placed_as(opened, trusted) if isinstance(opened, Model) else opener.load
-                open_model = partial(open_dense, opened, opener.catalog, placed, streamed=way.streamed, beside=beside)
+            if data is None:
+                assert own is not None and dense is not None
                 with stages.stage("writing examples"):
-                    rows = _dense_rows(
-                        own, open_model, dense, placed, folder, job.settings.seed, opener.progress, fingerprint,
-                        alone.held,
-                    )  # fmt: skip
-                written = {own.source: rows}
-            with stages.stage("loading"):
-                loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
-            if written is not None:
+                    rows = _dense_rows(own, opened, dense, opener, way, folder, job.settings.seed, alone.held)
                 examples = load_examples(
                     job.settings.data, opened.family, tokenizer, limit=job.settings.limit, seed=job.settings.seed,
-                    written=written,
+                    written={own.source: rows},
                 )  # fmt: skip
                 data = prepare(job.settings, opened.family, tokenizer, examples)
+            with stages.stage("loading"):
+                loaded = opener.weights(opened, streamed=way.streamed, beside=beside, ahead=False)
             with stages.stage("training"):
-                taught = fingerprint if job.strategy.needs_dense else None
+                taught = dense.fingerprint if dense is not None and job.strategy.needs_dense else None
                 result = _trained(job, loaded, data, folder, way, opener, taught, alone.check)
             recovered = loaded.become(_recovered(loaded, result))
             if output is None:
@@ -209,11 +215,11 @@ def _check_data(
         check_steps(job.settings, len(data.rows.rows), layers, Ranks.current().count)
 
 
-def _format_of(data: TrainingData | None, job: RecoverJob, model: Model) -> str | None:
+def _format_of(data: TrainingData, job: RecoverJob, model: Model) -> str | None:
     """A line on the format that the examples are in, where it is not the chat template that comes with the model; None
     where it was said before the dense model answered instructions."""
     own = dense_text_in(job.settings.data)
-    if data is None or not data.in_format or (own is not None and own.answers):
+    if not data.in_format or (own is not None and own.answers):
         return None
     return format_note(model.ref, model.family, model.tokenizer, "examples are")
 
@@ -238,14 +244,14 @@ def _check_disk(
     check_space(output, size - tree_bytes(folder), "the result, finished layers and hidden states")
 
 
-def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> Structure:
-    """The structure of the dense model."""
+def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> _Dense:
     try:
-        return dense_structure(opened, opener.catalog, trust_remote_code=opener.load.trust_remote_code)
+        found = dense_structure(opened, opener.catalog, trust_remote_code=opener.load.trust_remote_code)
     except ModelError as error:
         if own is None:
             raise
         raise ModelError(f"{error}; it would write the examples of --data {own.source}: give --data FILE") from error
+    return _Dense(found, digest(model_fingerprint(found, opener.catalog, sampled_sha256)))
 
 
 def _with_strategy(job: RecoverJob, opened: Structure, opener: Opener) -> RecoverJob:
@@ -280,14 +286,15 @@ def _check_alone(job: RecoverJob, own: DenseText | None) -> None:
 def _trained(
     job: RecoverJob,
     loaded: Model,
-    data: TrainingData | None,
+    data: TrainingData,
     folder: Path,
     way: _Way,
     opener: Opener,
     dense: str | None,
-    alone: Callable[[], None],
+    check_folder: Callable[[], None],
 ) -> RecoveryResult:
-    """``dense``: identifies the dense model, where the strategy needs it."""
+    """The result of `recover` for ``loaded``, with messages for the user. ``dense``: the fingerprint of the dense
+    model, where the strategy needs it."""
     progress, trusted = opener.progress, opener.load.trust_remote_code
     note = _format_of(data, job, loaded)
     if note is not None:
@@ -303,11 +310,11 @@ def _trained(
             started[0](number, total, loss)
 
         result = recover(
-            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, job.strategy, job.settings, folder, data=data,
+            loaded.model, loaded.tokenizer, loaded.graph, data, job.strategy, job.settings, folder,
             load_teacher=partial(load_dense, loaded, opener.catalog, trust_remote_code=trusted),
             layers=original_layers(loaded.plans), walk=_layer_walk(loaded, way, opener, folder.resolve().parent),
             on_step=on_step, on_validation=lambda done: progress.status(str(done)), dense=dense, progress=progress,
-            changing=loaded.changing("recovery"), alone=alone,
+            changing=loaded.changing("recovery"), check_folder=check_folder,
         )  # fmt: skip
     for note in result.notes:
         progress.status(note)
@@ -326,21 +333,23 @@ def _save(recovered: Model, result: RecoveryResult, directory: Path, folder: Pat
 
 def _dense_rows(
     own: DenseText,
-    open_model: Callable[[], Model],
-    dense: Structure,
-    load: LoadSettings,
+    opened: Structure,
+    dense: _Dense,
+    opener: Opener,
+    way: _Way,
     folder: Path,
     seed: int,
-    progress: Progress,
-    fingerprint: str,
     held: Held | None,
 ) -> list[Example]:
-    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``.
-    ``fingerprint``: of the dense model's files."""
-    identity = own.identity(f"{fingerprint} {structure_of(dense.graph)} {load.dtype}", seed)
+    """The examples that the dense model writes, of which those of an interrupted run are in ``folder``. ``opened``: the
+    pruned model."""
+    load, progress = opener.load, opener.progress
+    if isinstance(opened, Model):
+        load = placed_as(opened, load.trust_remote_code)
+    identity = own.identity(f"{dense.fingerprint} {structure_of(dense.structure.graph)} {load.dtype}", seed)
     rows = WrittenRows(folder / WRITTEN_FILE, identity, held)
     if not rows.whole:
-        model = open_model()
+        model = open_dense(opened, opener.catalog, load, streamed=way.streamed, beside=folder.resolve().parent)
         if model.tokenizer is None:
             raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
         note = format_note(model.ref, model.family, model.tokenizer, "instructions are") if own.answers else None

@@ -18,7 +18,9 @@ import psutil
 import torch
 
 from ..errors import SettingsError
-from ..loading.model import Model, dtype_of, loaded_bytes, why_not_streamed
+from ..loading.dtypes import dtype_of, loaded_bytes
+from ..loading.model import Model
+from ..loading.streamed import why_not_streamed
 from ..recovery.schedule import micro_batch
 from ..settings import LoadSettings, RunSettings
 from .fitting import boundary_limit, fitting

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from ..loading.model import Model, conversion_rate, dtype_of, loaded_bytes, why_not_streamed
+from ..loading.dtypes import dtype_of, loaded_bytes
+from ..loading.model import Model
+from ..loading.streamed import conversion_rate, why_not_streamed
 from ..models.devices import check_device
 from ..models.precision import multiplies_bfloat16_fast
 from ..settings import LoadSettings, RunSettings
@@ -126,7 +128,9 @@ def _sample(opened: Structure, work: Work, dtype: torch.dtype, device: torch.dev
     """None where no layer can be run alone."""
     wanted = work.names if work.gradients else ()
     try:
-        return sample_layer(opened.config, opened.graph, dtype, device, work.length or 64, sorted(wanted))
+        return sample_layer(
+            opened.config, opened.graph, dtype, device, work.length or 64, sorted(wanted), exact=work.exact
+        )
     except Exception as error:  # a forecast must not keep a model from being pruned
         _LOG.debug("no layer of '%s' could be run alone: %s", opened.ref, error)
         return None

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..checkpoints.record import read_json, read_record
 from ..errors import SettingsError, no_tokenizer
 from ..evaluation.table import Evaluations
-from ..files import check_new_directory, json_text, new_directory, write_text
-from ..loading.model import Model, Structure, brings_tokenizer, load_structure
+from ..files import check_new_directory, json_text, write_text
+from ..folders import new_directory
+from ..loading.model import Model, Structure
 from ..loading.reference import resolve
+from ..loading.structure import load_structure
+from ..loading.tokenizer import brings_tokenizer
 from ..models.devices import check_device
 from ..progress import QUIET, Progress
 from ..recovery.losses import first_and_last, loss_text
@@ -268,8 +271,8 @@ class Session:
         return StepResult(step.name, step.command.name, folder, False, seconds, self._result(step, facts), value)
 
     def _facts(self, step: Step, folder: Path) -> Any:
-        """What is said of a finished step, as JSON values: follows from its folder alone, so that it is the same where
-        the process was killed before it was written down. None for measurements, which are in a file."""
+        """The facts about a finished step, as JSON values: they follow from its folder alone, so that they are the
+        same where the process was killed before they were recorded. None for measurements, which are in a file."""
         if step.command.name == "prune":
             (source,) = self.recipe.sources(step)
             before, after = self.structure(source).graph, load_structure(str(folder), self.catalog, self.own_load).graph

@@ -11,7 +11,8 @@ from ..checkpoints.adapters import save_adapter
 from ..checkpoints.base_config import stated
 from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..errors import ModelError, OutputError
-from ..files import Held, remove_tree
+from ..files import remove_tree
+from ..folders import Held
 from ..loading.dense import base_record
 from .passages import passages_record
 

@@ -26,8 +26,8 @@ from .arrangement import arrange, journal_for
 from .calibrating import journaled, scored_on
 from .checks import check_prune
 from .doubts import use_of
+from .execution import Run
 from .jobs import sensitivity_job
-from .pipeline import Run
 from .wanted import scope_of, widths_of
 from .work import work_of
 

@@ -1,4 +1,4 @@
-"""What a recipe's output folder says of the steps that were done, in ``recipe.json``.
+"""The record of the steps that were done, ``recipe.json`` in the output folder of a recipe.
 
 A step's result counts as done when its record is in the file. Before a step begins, the file says that it is running,
 so that a killed run can tell a whole result, whose folder appears in one moment, from one of earlier inputs that was to
@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from ..checkpoints.manifest import sha256
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..errors import OutputError, first_line
-from ..files import Held, check_new_directory, check_unused, holds_files, write_text, writing
+from ..files import check_new_directory, holds_files, write_text, writing
+from ..folders import Held, check_unused
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
 from ..data.mixture import parse_mixture
-from ..loading.model import load_tokenizer
-from ..recovery.run import prepare
+from ..loading.tokenizer import load_tokenizer
 from ..recovery.schedule import steps, with_batch
+from ..recovery.training_data import prepare
 from .residency import arranged
 from .work import work_of
 

@@ -1,5 +1,5 @@
-"""What the training of a whole model takes, before its weights are read: said, and refused where the machine has
-less."""
+"""The memory and disk that the training of a whole model takes, computed before weights are read, and refused where
+the machine has less."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.boundaries import DEFAULT_LIMIT
-from ..loading.model import Model, dtype_of, loaded_bytes, why_not_streamed
+from ..loading.dtypes import dtype_of, loaded_bytes
+from ..loading.model import Model
+from ..loading.streamed import why_not_streamed
 from ..recovery.memory import free_bytes, training_bytes
 from .forecast import LATER, Forecast, Residency, Stage, check_machine, machine_memory
 from .layer_sample import layer_parameters, memory_before

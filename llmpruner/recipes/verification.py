@@ -28,7 +28,8 @@ from ..errors import (
     PluginError,
     UnsupportedModelError,
 )
-from ..loading.model import lazily, load_structure, why_not_streamed
+from ..loading.streamed import lazily, why_not_streamed
+from ..loading.structure import load_structure
 from ..models.finite import first_not_finite
 from ..models.remote import ALLOW
 from ..progress import QUIET, Progress
@@ -97,63 +98,74 @@ def verification(
     cannot be opened or is another model.
     """
     check_checkpoint(directory)
-    checks: list[Check] = []
-    places: dict[str, str] = {}
+    return _Checks(directory, load, catalog, progress).run(base)
 
-    def attempt(name: str, run: Callable[[], str]) -> bool:
+
+class _Checks:
+    """The checks of one checkpoint, in their order. ``places``: tensor → the file that it is in, once these are known.
+    ``opened``: structure and weights, once their shapes were compared."""
+
+    def __init__(self, directory: Path, load: LoadSettings, catalog: Catalog, progress: Progress) -> None:
+        self.directory, self.load, self.catalog, self.progress = directory, load, catalog, progress
+        self.done: list[Check] = []
+        self.places: dict[str, str] = {}
+        self.opened: tuple[Structure, StreamedWeights] | None = None
+
+    def run(self, base: str | None) -> Verification:
+        self.progress.status("comparing files with the record")
+        self.done += _files(self.directory)
+        if self.attempt("tensors", lambda: _tensors(self.directory, self.places)):
+            self.progress.status("looking for values that are not finite")
+            self.attempt("values", lambda: _values(self.directory, self.places))
+        if any(check.state == DAMAGED for check in self.done):
+            return self.without_the_rest("the files are damaged")
+        adapted = adapter_base(self.directory)
+        if adapted is not None:
+            return self.without_the_rest(f"these are adapters; '{adapted}', which they change, is verified on its own")
+        load = self.load.model_copy(update={"dtype": _stored_dtype(self.directory, self.places)})
+        self.attempt("shapes", lambda: self.shapes(load))
+        if self.opened is None:
+            shapes = self.done[-1]
+            return self.without_the_rest(shapes.detail if shapes.state == NOT_CHECKED else "the files are damaged")
+        structure, weights = self.opened
+        dense = _base(structure, base, load, self.catalog)
+        if isinstance(dense, str):
+            return self.without_the_rest(dense)
+        self.progress.status(f"comparing with '{dense.ref}'")
+        if not self.attempt("weights", lambda: self.kept_weights(dense, weights)):
+            return self.without_the_rest("the weights differ already")
+        self.attempt("logits", lambda: dense.logits(weights))
+        return Verification(str(self.directory), tuple(self.done))
+
+    def attempt(self, name: str, check: Callable[[], str]) -> bool:
+        """Keep the result of ``check``, which returns what was compared; returns whether no damage was found."""
         try:
-            checks.append(Check(name, PASSED, run()))
+            self.done.append(Check(name, PASSED, check()))
         except NotComparable as reason:
-            checks.append(Check(name, NOT_CHECKED, str(reason)))
+            self.done.append(Check(name, NOT_CHECKED, str(reason)))
         except LlmprunerError as error:
-            checks.append(Check(name, DAMAGED, str(error)))
-        return checks[-1].state != DAMAGED
+            self.done.append(Check(name, DAMAGED, str(error)))
+        return self.done[-1].state != DAMAGED
 
-    progress.status("comparing files with the record")
-    checks += _files(directory)
-    if attempt("tensors", lambda: _tensors(directory, places)):
-        progress.status("looking for values that are not finite")
-        attempt("values", lambda: _values(directory, places))
-    if any(check.state == DAMAGED for check in checks):
-        return _rest_unchecked(directory, checks)
-    adapted = adapter_base(directory)
-    if adapted is not None:
-        reason = f"these are adapters; '{adapted}', which they change, is verified on its own"
-        checks += [Check(name, NOT_CHECKED, reason) for name in ("shapes", "weights", "logits")]
-        return Verification(str(directory), tuple(checks))
-    found: list[tuple[Structure, StreamedWeights]] = []
-    options = load.model_copy(update={"dtype": _stored_dtype(directory, places)})
+    def without_the_rest(self, reason: str) -> Verification:
+        """The result where ``reason`` keeps the remaining checks from being made."""
+        done = {check.name for check in self.done}
+        rest = [name for name in ("values", "shapes", "weights", "logits") if name not in done]
+        return Verification(str(self.directory), (*self.done, *(Check(name, NOT_CHECKED, reason) for name in rest)))
 
-    def shapes() -> str:
-        form = (read_any_record(directory) or {}).get("format")
+    def shapes(self, load: LoadSettings) -> str:
+        form = (read_any_record(self.directory) or {}).get("format")
         if form is not None:
             raise NotComparable(f"the format {form} is for other programs, and llmpruner does not open it")
-        with _Placed(directory, places):
-            structure = _structure(directory, options, catalog)
-            progress.status("comparing shapes with the plans")
-            weights = _opened(directory, structure, options, catalog)
-        found.append((structure, weights))
+        with _Placed(self.directory, self.places):
+            structure = _structure(self.directory, load, self.catalog)
+            self.progress.status("comparing shapes with the plans")
+            self.opened = structure, _opened(self.directory, structure, load, self.catalog)
         return f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
 
-    attempt("shapes", shapes)
-    if not found:
-        return _rest_unchecked(directory, checks)
-    structure, weights = found[0]
-    dense = _base(structure, base, options, catalog)
-    if isinstance(dense, str):
-        checks += [Check(name, NOT_CHECKED, dense) for name in ("weights", "logits")]
-        return Verification(str(directory), tuple(checks))
-    progress.status(f"comparing with '{dense.ref}'")
-
-    def kept_weights() -> str:
-        with _Placed(directory, places):
+    def kept_weights(self, dense: Base, weights: StreamedWeights) -> str:
+        with _Placed(self.directory, self.places):
             return dense.kept_weights(weights)
-
-    if attempt("weights", kept_weights):
-        attempt("logits", lambda: dense.logits(weights))
-    else:
-        checks.append(Check("logits", NOT_CHECKED, "the weights differ already"))
-    return Verification(str(directory), tuple(checks))
 
 
 def _structure(directory: Path, load: LoadSettings, catalog: Catalog) -> Structure:
@@ -164,13 +176,6 @@ def _structure(directory: Path, load: LoadSettings, catalog: Catalog) -> Structu
         if isinstance(error, (PluginError, UnsupportedModelError, MissingExtraError)) or ALLOW in str(error):
             raise NotComparable(str(error)) from error
         raise
-
-
-def _rest_unchecked(directory: Path, checks: list[Check]) -> Verification:
-    done = {check.name for check in checks}
-    rest = [name for name in ("values", "shapes", "weights", "logits") if name not in done]
-    reason = next((c.detail for c in checks if c.state == NOT_CHECKED and c.name == "shapes"), "the files are damaged")
-    return Verification(str(directory), (*checks, *(Check(name, NOT_CHECKED, reason) for name in rest)))
 
 
 def _files(directory: Path) -> Iterator[Check]:
@@ -248,7 +253,7 @@ class _Placed:
         if error is None or isinstance(error, NotComparable) or not isinstance(error, Exception):
             return
         if not isinstance(error, LlmprunerError):
-            # transformers and torch raise what they like for a damaged configuration.
+            # transformers and torch raise exceptions of any type for a damaged configuration.
             raise CheckpointError(f"{self.directory} cannot be opened: {type(error).__name__}: {error}") from error
         named = next((name for name in re.findall(r"'([^']+)'", str(error)) if name in self.places), None)
         if named is not None:

@@ -1,4 +1,4 @@
-"""What a job asks of a model: which units may be cut, to which widths, and how much."""
+"""What a job means for a model: which units may be cut, to which widths, and how much."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
 from ..selection.base import Demand
-from ..settings import layer_numbers as numbers_of
 from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, like, widths_for
+from ..values import layer_numbers as numbers_of
 
 if TYPE_CHECKING:
     from ..budgets.costs import Cost

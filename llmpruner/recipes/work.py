@@ -78,6 +78,11 @@ class Work:
     def gradients(self) -> bool:
         return bool(self.signals & GRADIENTS)
 
+    @property
+    def exact(self) -> bool:
+        """Whether gradients are computed in the model's own precision (see `LayerWalk`)."""
+        return bool(self.signals & GRADIENTS - {Signal.PRODUCT_GRAD})
+
 
 def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
     """The work of making a plan and, with ``saves``, of applying it."""

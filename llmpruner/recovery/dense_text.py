@@ -24,7 +24,8 @@ from ..data.documents import is_file
 from ..data.mixture import parse_mixture
 from ..errors import DataError, OutputError
 from ..families.chat import chat_prompt
-from ..files import Held, write_text
+from ..files import write_text
+from ..folders import Held
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ PACE_FILE = "pace.json"
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """``--schedule`` → its name in transformers."""
 _BATCHES, _STEPS = (64, 32, 16, 8, 4, 2), 200
-"""Examples per optimizer step, where the user does not say: as many as leave so many steps, or the fewest."""
+"""Examples per optimizer step, where the user gives no number: as many as leave so many steps, or the fewest."""
 _VALIDATIONS, _VALIDATION_SHARE = 10, 0.1
 _CHEAP_SAVING, _SAVING_SHARE = 0.5, 1 / 30
 """Seconds within which a state is saved by the number of steps alone; else the share of the time that it may take."""

@@ -75,7 +75,7 @@ def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | N
 
 
 def computing(job: RecoveryJob) -> AbstractContextManager[Any]:
-    """A block in which models compute as the settings say: in bfloat16 (``autocast``), or in their own dtype."""
+    """A block in which models compute in bfloat16 with the setting ``autocast``, else in their own dtype."""
     return torch.autocast(job.model.device.type, torch.bfloat16, enabled=job.settings.autocast)
 
 

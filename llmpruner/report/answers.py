@@ -72,7 +72,7 @@ def _first(words: Sequence[str]) -> tuple[str, str]:
 
 
 def measured_answers(measured: Measurements) -> list[tuple[str, list[Answer]]]:
-    """For each prompt of the metric ``generations``, which knows the tokens, the answers of all models."""
+    """For each prompt of the metric ``generations``, whose results have the tokens, the answers of all models."""
     found: dict[str, list[Answer]] = {}
     for name, result in zip(measured.names, measured.results, strict=True):
         for one in (result.get("generations") or {}).get("answers") or ():

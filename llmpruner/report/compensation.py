@@ -11,7 +11,7 @@ from .chart import Chart, Point, Series, drawn
 from .templates import rendered
 
 _MOST = 4
-"""Charts at most; of more matrices, the table tells."""
+"""Charts at most; the table has all matrices."""
 
 
 class CompensationSection(ReportSection):

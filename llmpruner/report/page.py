@@ -96,7 +96,7 @@ def report_page(subject: ReportSubject, sections: Iterable[ReportSection]) -> Pa
 
 
 def comparison_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSection]) -> Page:
-    """The page about several checkpoints: what sections say of all together, then of each one, which is folded away.
+    """The page about several checkpoints: sections about all together, then those about each one, folded away.
 
     Raises as `report_page`.
     """

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from ..errors import ModelError, UnsupportedModelError, first_line
 from ..families.family import ModelFamily
-from ..loading.model import load_structure
+from ..loading.structure import load_structure
 from ..models.quiet import quiet_transformers
 from ..oracle.tiny import small_config
 from ..oracle.verify import VERIFIED, verify

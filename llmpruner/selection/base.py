@@ -84,7 +84,7 @@ class AllocationUse:
 class Allocation(Component):
     """Decides how many removal steps are taken from each group so that the demand is met.
 
-    `llmpruner.selection.allocate` has functions for implementations: `target_of` refuses a demand that cannot be met,
+    `llmpruner` has functions for implementations: `target_of` refuses a demand that cannot be met,
     `take_if_it_fits` takes one step, `top_up` adds single steps up to the requested amount.
     """
 

@@ -10,8 +10,8 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from ..component import ComponentSettings
-from ..settings import names_of
 from ..structure.queues import Queue
+from ..values import names_of
 from .base import Allocation, AllocationTask, Meter, Taken
 from .ranking import GlobalRanking
 

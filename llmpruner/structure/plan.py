@@ -151,8 +151,8 @@ class CompensationRecord(Frozen):
 
     @property
     def source_settings(self) -> dict[str, dict[str, Any]]:
-        """``sources``, with what plans of earlier versions do not say: their windows of text were without BOS, and
-        samples that the model generated began with it."""
+        """``sources``, completed for plans of earlier versions: their windows of text were without BOS, and samples
+        that the model generated began with it."""
         written = {"starts": "bos", **self.sources.get("self", {})}
         return {"text": {"bos": False}, **self.sources, "self": written}
 

@@ -20,13 +20,14 @@ from ..recipes.saving import save
 from ..recovery.base import RecoveryStrategy
 from ..recovery.examples import Examples
 from ..recovery.run import recover
+from ..recovery.training_data import prepare
 from ..settings import RecoverSettings
 from .hosts import check_named, check_registered
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
     from ..loading.model import Model
-    from ..recovery.run import RecoveryResult
+    from ..recovery.result import RecoveryResult
 
 _DATA = "twelve lines of letters"
 _STEPS, _INTERRUPTED_AT = 6, 4
@@ -164,9 +165,10 @@ class RecoveryConformance:
     ) -> RecoveryResult:
         words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
         turns = [Turn(f"{words[n % 6]} ", f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}") for n in range(12)]
+        examples = Examples(tuple(TrainingText((turn,)) for turn in turns), settings.data)
+        data = prepare(settings, loaded.family, loaded.tokenizer, examples)
         return recover(
-            loaded.model, loaded.tokenizer, loaded.graph, loaded.family, self.strategy(), settings, work_dir,
-            examples=Examples(tuple(TrainingText((turn,)) for turn in turns), settings.data),
+            loaded.model, loaded.tokenizer, loaded.graph, data, self.strategy(), settings, work_dir,
             load_teacher=lambda: tiny_llama().model, on_step=on_step,
         )  # fmt: skip
 

@@ -16,7 +16,8 @@ from llmpruner.data.calibration import CalibrationSet
 from llmpruner.data.windows import windows
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import first_line
-from llmpruner.files import check_space, new_directory, remove_tree, write_failure
+from llmpruner.files import check_space, remove_tree, write_failure
+from llmpruner.folders import new_directory
 from llmpruner.progress import Progress
 from llmpruner.structure.plan import _MOST_UNITS, _unpack
 

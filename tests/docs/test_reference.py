@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import inspect
 import re
 from pathlib import Path
@@ -11,7 +13,7 @@ import cli_page
 import hooks_page
 import pytest
 import typer.main
-from docstrings import attributes, document, methods
+from docstrings import attributes, document, function_of, markdown, methods
 from pages import PAGES
 from typer.testing import CliRunner
 
@@ -89,6 +91,36 @@ def test_everything_that_a_plugin_can_set_or_override_is_documented(base):
     missing = [name for name, (_, text) in attributes(base).items() if not text]
     missing += [name for name, member in methods(base).items() if not document(member)]
     assert not missing, f"{base.__name__} does not say what these are for: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("hook", hooks_page.CLASSES)
+def test_examples_of_hooks_use_public_names_alone(hook):
+    """A reader of an example imports from ``llmpruner``, pydantic, torch and the standard library."""
+    text = "\n".join(markdown(document(cls)) for cls in hooks_page.CLASSES[hook])
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    defined = {node.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    defined |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    defined |= {node.arg for node in ast.walk(ast.parse(code)) if isinstance(node, ast.arg)}
+    elsewhere = {"Field", "torch", "escape", *dir(builtins)}
+    unknown = {node.id for node in names} - defined - elsewhere - set(llmpruner.__all__)
+    assert not unknown, f"the example of {hook} uses what no reader can import: {', '.join(sorted(unknown))}"
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
+def test_public_classes_that_a_plugin_is_given_are_described(base):
+    pages = page("reference/hooks.md") + page("reference/structure.md") + page("reference/api.md")
+    for name, member in methods(base).items():
+        types = set(re.findall(r"\w+", " ".join(map(str, function_of(member).__annotations__.values()))))
+        for one in types & set(llmpruner.__all__):
+            assert re.search(rf"^#+ {one}$", pages, re.M), f"{base.__name__}.{name} has {one}, which no page describes"
+
+
+def test_settings_that_functions_are_given_are_public_and_described():
+    for function in api_page.FUNCTIONS:
+        for name in set(re.findall(r"\w+Settings", str(function.__annotations__))):
+            assert name in llmpruner.__all__, f"llmpruner.{function.__name__} takes {name}, which is not public"
+            assert re.search(rf"^### {name}$", page("reference/api.md"), re.M), f"no page describes {name}"
 
 
 def test_the_promise_is_kept():

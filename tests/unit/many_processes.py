@@ -124,7 +124,8 @@ def prepare() -> None:
     """Makes text at once, and few tokens at once for gradients, so that there are several micro-batches."""
     torch.set_num_threads(1)
     calibrating.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
-    llmpruner.engine.walk.computes_bfloat16_fast = lambda model: False
+    for module in (llmpruner.engine.walk, llmpruner.engine.gradients):
+        module.computes_bfloat16_fast = lambda model: False
     llmpruner.engine.executor.TOKENS_WITH_GRADIENTS = 4 * 32
 
 

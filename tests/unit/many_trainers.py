@@ -34,6 +34,7 @@ from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.sharded import make_whole
+from llmpruner.recovery.training_data import prepare
 
 SETTINGS = RecoverSettings(
     data="here", batch_size=4, micro_batch_size=1, max_steps=6, learning_rate=5e-3, warmup_steps=0, cutoff=48,
@@ -53,10 +54,11 @@ EXAMPLES = Examples(
 def trained(
     folder: Path, strategy: RecoveryStrategy, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> dict[str, Any]:
-    model, family = tiny_models.llama().to(dtype), LlamaFamily()
+    model, tokenizer, family = tiny_models.llama().to(dtype), tiny_models.tokenizer(), LlamaFamily()
+    data = prepare(SETTINGS, family, tokenizer, EXAMPLES)
     found = recover(
-        model, tiny_models.tokenizer(), build_graph(family, model.config), family, strategy, SETTINGS, folder,
-        examples=EXAMPLES, load_teacher=lambda: tiny_models.llama(seed=4), **options,
+        model, tokenizer, build_graph(family, model.config), data, strategy, SETTINGS, folder,
+        load_teacher=lambda: tiny_models.llama(seed=4), **options,
     )  # fmt: skip
     return {
         "losses": found.losses, "validation": [one.loss for one in found.validation],

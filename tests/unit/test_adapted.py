@@ -15,7 +15,9 @@ from llmpruner import api
 from llmpruner.checkpoints.load import load_pruned
 from llmpruner.errors import ModelError
 from llmpruner.loading.dense import dense_structure, load_dense
-from llmpruner.loading.model import load_model, load_structure, load_tokenizer
+from llmpruner.loading.in_memory import load_model
+from llmpruner.loading.structure import load_structure
+from llmpruner.loading.tokenizer import load_tokenizer
 
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)

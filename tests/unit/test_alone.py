@@ -11,7 +11,7 @@ import tiny_models
 
 from llmpruner import api
 from llmpruner.errors import OutputError
-from llmpruner.files import alone_in, check_unused
+from llmpruner.folders import alone_in, check_unused
 from llmpruner.progress import Progress
 from llmpruner.recipes.saving import save_alone
 from llmpruner.recipes.state import State, locked
@@ -179,7 +179,7 @@ def test_two_runs_that_create_a_folder_at_once(tmp_path, monkeypatch):
 
 def test_a_folder_that_never_stays_is_refused_instead_of_tried_for_ever(tmp_path, monkeypatch):
     numbers = iter(range(10**6))
-    monkeypatch.setattr("llmpruner.files._inode", lambda folder: (0, next(numbers)))
+    monkeypatch.setattr("llmpruner.folders._inode", lambda folder: (0, next(numbers)))
     with pytest.raises(OutputError, match="is removed or replaced as soon as it is created"), alone_in(tmp_path / "a"):
         pass
 

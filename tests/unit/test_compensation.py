@@ -22,6 +22,8 @@ from llmpruner.models.surgery import cut, silence
 from llmpruner.oracle.verify import random_plan
 from llmpruner.structure.coupling import LAYER, Role
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 CALIBRATION, HELD_OUT = tokens(48, 32, seed=0), tokens(8, 32, seed=9).input_ids
 
 PLANS = [
@@ -32,11 +34,6 @@ PLANS = [
     ("gpt_oss", "mlp"), ("olmo2", "attention"), ("minimax_m2", "query"),
     ("falcon", "mlp"), ("falcon", "mlp+attention"), ("falcon-7b", "mlp"), ("falcon-7b", "mlp+query"),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def plan_for(loaded, kinds: str) -> dict[str, list[int]]:

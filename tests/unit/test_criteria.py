@@ -22,15 +22,12 @@ from llmpruner.testing import settings_grid
 from llmpruner.testing.criterion import scorable
 from llmpruner.testing.spy import label
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 CALIBRATION = tokens(8, 24)
 CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
 ALL = [criterion for cls in CRITERIA.values() for criterion in settings_grid(cls)]
 OF_UNITS = [criterion for criterion in ALL if criterion.accepts("mlp")]
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 @pytest.fixture

@@ -6,19 +6,14 @@ import json
 
 import pytest
 import tiny_models
+from said import Said
 
 import llmpruner
-from llmpruner import Catalog, ModelError, Progress, RecoverSettings, plugin_manager
+from llmpruner import Catalog, ModelError, RecoverSettings, plugin_manager
 from llmpruner.recipes.jobs import recover_job
 
 
-class Said(Progress):
-    def __init__(self):
-        self.lines = []
-
-    def status(self, label):
-        self.lines.append(label)
-
+class SaidOfStrategy(Said):
     @property
     def strategy(self):
         (line,) = [line for line in self.lines if line.startswith("strategy ")]
@@ -37,7 +32,7 @@ def home(tmp_path):
 
 def recover(home, **options):
     """The name in the record, and what was said."""
-    said, values = Said(), {"data": str(home / "data.jsonl"), **options}
+    said, values = SaidOfStrategy(), {"data": str(home / "data.jsonl"), **options}
     made = llmpruner.recover(
         str(home / "pruned"), output=home / "out", max_steps=1, batch_size=4, cutoff=64, progress=said, **values
     )

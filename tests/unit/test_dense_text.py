@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
+from said import Said
 
 from llmpruner import api
 from llmpruner.data.written import answered
@@ -114,14 +115,6 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(dense_text, "ANSWER_TOKENS", 8)
     monkeypatch.setattr(dense_text, "TEXT_TOKENS", 6)
     monkeypatch.setattr(dense_text, "_BATCH", 4)
-
-
-class Said(api.Progress):
-    def __init__(self):
-        self.lines = []
-
-    def status(self, label):
-        self.lines.append(label)
 
 
 def recover(home, output, data="self:24", **options):

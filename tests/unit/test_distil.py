@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recovery_cases import dense_llama, pruned_copy
 from torch.nn import functional
 
 from llmpruner import RecoverSettings
 from llmpruner.errors import ModelError, SettingsError, UnsupportedModelError
-from llmpruner.models.surgery import cut
 from llmpruner.recovery import distillation
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.distil import DistilStrategy
@@ -48,18 +48,12 @@ class TestConformanceWithKeptTargets(RecoveryConformance):
 
 @pytest.fixture
 def dense():
-    loaded = tiny_llama()
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            parameter.mul_(4 if parameter.dim() == 2 else 1)
-    return loaded
+    return dense_llama()
 
 
 @pytest.fixture
 def pruned(dense):
-    own = replace(dense, model=copy.deepcopy(dense.model))
-    kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
-    return replace(own, graph=cut(own.model, own.graph, kept, own.family))
+    return pruned_copy(dense)
 
 
 def job_of(pruned, dense, folder, **changes):

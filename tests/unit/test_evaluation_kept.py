@@ -57,6 +57,15 @@ class Compared(Metric):
         return {"same": subject.reference is subject.model}
 
 
+class Alike(Slow):
+    """Says the same of both parts."""
+
+    name = "alike"
+
+    def depends_on(self, part):
+        return self.record()
+
+
 CALLS: list[tuple[str, str]] = []
 STOP = None
 LOADED: list[str] = []
@@ -100,6 +109,12 @@ def test_a_run_that_is_stopped_keeps_what_it_measured_and_a_second_run_measures_
     CALLS.clear(), LOADED.clear()
     assert evaluate(models, [Slow()], store=ResultStore(tmp_path)) == found
     assert CALLS == LOADED == []
+
+
+def test_parts_of_which_a_metric_says_the_same_are_kept_apart(tmp_path, candidates):
+    store, models = ResultStore(tmp_path), candidates(one=1)
+    first, second = (evaluate(models, [Alike()], store=store) for _ in range(2))
+    assert CALLS == [("one", "a"), ("one", "b")] and first == second
 
 
 def test_a_changed_model_and_a_metric_of_the_machine_are_measured_again(tmp_path, candidates):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny_models
 from llmpruner_llama.family import LlamaFamily
+from said import Said
 
 from llmpruner import MetricSubject, api, build_graph
 from llmpruner.checkpoints.record import read_record
@@ -64,14 +65,9 @@ def test_a_pruned_checkpoint_knows_the_text_of_its_calibration(tmp_path):
     dense, pruned = api.evaluate([source, tmp_path / "pruned"], perplexity=f"{text},{other}", tokens=64, window=32)
     assert dense.calibration_overlap == {} and pruned.calibration_overlap[text] > 0.5
     assert pruned.calibration_overlap[other] == 0
-    again = []
-
-    class Said(api.Progress):
-        def status(self, label):
-            again.append(label)
-
-    api.evaluate([source, tmp_path / "pruned"], perplexity=text, tokens=64, window=32, progress=Said())
-    assert again == ["4 of 4 results were measured before and kept"]
+    said = Said()
+    api.evaluate([source, tmp_path / "pruned"], perplexity=text, tokens=64, window=32, progress=said)
+    assert said.lines == ["4 of 4 results were measured before and kept"]
 
 
 def test_answers_part_where_the_models_choose_other_tokens(tmp_path):

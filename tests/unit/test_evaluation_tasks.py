@@ -10,13 +10,15 @@ from llmpruner.progress import Progress
 
 pytest.importorskip("lm_eval")
 
-TASK = """
-task: llmpruner_capitals
+DATA = """
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {data}
 test_split: test
+"""
+TASK = """
+task: llmpruner_capitals
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
@@ -40,7 +42,7 @@ def task_dir(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "capitals.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
+    (folder / "capitals.yaml").write_text((DATA + TASK).format(data=tmp_path / "rows.jsonl"))
     return folder
 
 
@@ -96,11 +98,6 @@ def accuracy(model, tokenizer, count):
 
 MEASURED = """
 task: llmpruner_measured
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
@@ -109,11 +106,6 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: mcc}}, {{metric: 
 """
 WRITTEN = """
 task: llmpruner_written
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{label}}}}"
@@ -138,11 +130,6 @@ def odd(references, predictions):
 """
 ROLLED = """
 task: llmpruner_rolled
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
@@ -160,7 +147,7 @@ def test_the_scores_of_rows_have_the_mean_that_lm_eval_says(task_dir, tmp_path, 
     # The errors of metrics that are no means take lm-eval a minute each.
     monkeypatch.setattr("lm_eval.evaluator_utils.stderr_for_metric", lambda **_: None)
     for name, text in {"measured": MEASURED, "written": WRITTEN, "rolled": ROLLED}.items():
-        (task_dir / f"{name}.yaml").write_text(text.format(data=tmp_path / "rows.jsonl"))
+        (task_dir / f"{name}.yaml").write_text((DATA + text).format(data=tmp_path / "rows.jsonl"))
     (task_dir / "group.yaml").write_text(GROUP)
     (task_dir / "own.py").write_text(OWN)
     names = ["llmpruner_group", "llmpruner_written", "llmpruner_rolled"]

@@ -18,17 +18,14 @@ from llmpruner.importance.estimate import estimate
 from llmpruner.loading.model import Model
 from llmpruner.oracle.tiny import random_instance, small_config
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 ALL = ["mixtral", "deepseek_v3", "olmoe", "qwen3_moe", "deepseek_v2"]
 TYPES = [*ALL[:3], *(pytest.param(name, marks=pytest.mark.long) for name in ALL[3:])]
 CRITERIA = ["expert-reap", "expert-norm", "expert-frequency", "expert-contribution"]
 UNUSED, SILENT, CRUCIAL, COPIED, COPY = 0, 4, 2, 5, 6
 """Never chosen by the router; often chosen, with outputs of zero; rarely chosen, with large outputs; two alike. The two
 that can go are in different halves, as DeepSeek-V3 chooses from groups of experts."""
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 @functools.cache

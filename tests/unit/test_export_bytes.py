@@ -15,8 +15,8 @@ from llmpruner import save_checkpoint
 from llmpruner.exporters.gguf.exporter import GgufExporter
 from llmpruner.exporters.run import export
 from llmpruner.exporters.stock import StockExporter
-from llmpruner.files import new_directory
-from llmpruner.loading.model import forget_quantisation
+from llmpruner.folders import new_directory
+from llmpruner.loading.in_memory import forget_quantisation
 from llmpruner.testing.fresh import run_fresh
 
 STOCK = {"uniform": "mlp-uniform", "padded": "mlp", "grouped heads, padded": "gqa", "tied": "mlp-tied"}

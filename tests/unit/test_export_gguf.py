@@ -25,6 +25,7 @@ from gguf_cases import (
     random_model,
     randomised,
 )
+from said import Said
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -46,7 +47,6 @@ from llmpruner.exporters.gguf import check, run, runtime, write
 from llmpruner.exporters.gguf.exporter import GgufExporter
 from llmpruner.exporters.gguf.reference import GgufFile, gguf_logits
 from llmpruner.exporters.run import export
-from llmpruner.progress import Progress
 from llmpruner.recipes.jobs import export_job
 from llmpruner.settings import ExportSettings, LoadSettings
 
@@ -69,14 +69,6 @@ FREE = {
     "all": {"embedding_length": 20, "attention.head_count_kv": [1, 2], "feed_forward_length": [48, 30]},
 }
 """Cuts of a tiny LLaMA → what the file must state."""
-
-
-class Said(Progress):
-    def __init__(self):
-        self.lines = []
-
-    def status(self, label):
-        self.lines.append(label)
 
 
 def exported(model, folder, *, tokenizer=None, progress=None, name="tiny", **settings):

@@ -27,13 +27,10 @@ from llmpruner.errors import SettingsError
 from llmpruner.importance.activation import OutputEnergy
 from llmpruner.models.surgery import silence
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 CALIBRATION = tokens(24, 16, seed=0)
 TWO_SOURCES = replace(CALIBRATION, parts=(0, 1) * 12)
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def repaired(loaded, kept, calibration, **settings: Any):

@@ -17,8 +17,9 @@ from transformers import LlamaConfig
 from benchmarks.shapes import write_random
 from llmpruner import api
 from llmpruner.compensation.least_squares import NormalEquations, solve_bytes
+from llmpruner.engine.calls import call_layer
 from llmpruner.engine.position import Position, positions
-from llmpruner.engine.signals import Product
+from llmpruner.engine.signals import Product, Signal
 from llmpruner.errors import SettingsError
 from llmpruner.importance.fisher import Fisher
 from llmpruner.plugins.catalog import Catalog
@@ -138,7 +139,7 @@ def test_gradients(structure, catalog, monkeypatch):
     spilled = found(structure, work, a_sample(), boundary_memory=1000)
     assert spilled.stage("estimation").memory["hidden states"] == 1000
     assert spilled.stage("estimation").bytes == sum(memory.values()) - 640 * H * 2 * (LAYERS + 2) + 1000
-    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", 600 * VOCABULARY)
+    monkeypatch.setattr("llmpruner.recipes.forecast_memory.LOGIT_ELEMENTS", 600 * VOCABULARY)
     for whole, tokens in ((False, 600), (True, 640)):
         sample = replace(a_sample(), whole_logits=whole)
         memory = found(structure, work, sample, boundary_memory=1 << 30).stage("estimation").memory
@@ -147,7 +148,7 @@ def test_gradients(structure, catalog, monkeypatch):
 
 def test_gradients_of_one_layer(structure):
     names = frozenset(n for n in structure.graph.shapes if ".0.mlp." in n or ".1.mlp." in n)
-    work = Work(4, 16, signals=frozenset({api_signal("grad")}), names=names, scored=64)
+    work = Work(4, 16, signals=frozenset({Signal.GRAD}), names=names, scored=64)
     memory = found(structure, work, a_sample(), boundary_memory=0).stage("estimation").memory
     # Float32 sums, bfloat16 gradients of one micro-batch, and a float32 copy of the largest.
     expected = 3 * H * MLP * (4 + 2) + H * MLP * 4
@@ -155,9 +156,9 @@ def test_gradients_of_one_layer(structure):
 
 
 def test_products_of_one_layer(structure, monkeypatch):
-    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr("llmpruner.recipes.forecast_memory.LOGIT_ELEMENTS", VOCABULARY)
     names = frozenset(n for n in structure.graph.shapes if "down_proj" in n and ".2." not in n)
-    work = Work(4, 16, signals=frozenset({api_signal("product_grad")}), names=names, scored=64)
+    work = Work(4, 16, signals=frozenset({Signal.PRODUCT_GRAD}), names=names, scored=64)
     memory = found(structure, work, a_sample(), boundary_memory=0).stage("estimation").memory
     # Inputs and outputs; gradients of outputs and inputs, products and squares; the weight: all in float32.
     expected = 64 * (MLP + H) * 4 + 64 * (H + 3 * MLP) * 4 + H * MLP * 4
@@ -166,7 +167,7 @@ def test_products_of_one_layer(structure, monkeypatch):
 
 def test_sums_of_products_of_heads(structure, catalog, monkeypatch):
     """Fisher's products of the inputs of an attention output were not counted: float64, one for each pair of inputs."""
-    monkeypatch.setattr("llmpruner.recipes.forecasting.LOGIT_ELEMENTS", VOCABULARY)
+    monkeypatch.setattr("llmpruner.recipes.forecast_memory.LOGIT_ELEMENTS", VOCABULARY)
     job = job_of(catalog, importance="fisher", kinds="mlp,attention", samples=4, length=16, calibration="self")
     work = work_of(job, structure, saves=True)
     numbers = {name.split(".")[-2]: count for name, count in work.measured.items()}
@@ -194,12 +195,6 @@ def test_memory_of_a_sum_of_products():
     )
     most = peak(lambda: total.add_(Fisher().measure(product)["products"]))
     assert most == pytest.approx((4 + 8) * width**2, rel=0.05)
-
-
-def api_signal(name):
-    from llmpruner.engine.signals import Signal
-
-    return Signal(name)
 
 
 def test_fits(structure, catalog):
@@ -309,11 +304,31 @@ def test_a_sample_of_a_real_layer(structure):
     assert sample.backward_bytes.of(1000) > sample.plain_bytes.of(1000)
 
 
+def test_gradients_of_products_are_forecast_in_the_dtype_that_they_are_computed_in(structure, monkeypatch):
+    monkeypatch.setattr("llmpruner.recipes.layer_sample.computes_bfloat16_fast", lambda model: True)
+    names = [name for name in structure.graph.shapes if "mlp" in name]
+    ran: list[bool] = []
+    monkeypatch.setattr(
+        "llmpruner.recipes.layer_sample.call_layer",
+        lambda layer, hidden, call: ran.append(torch.is_autocast_enabled("cpu")) or call_layer(layer, hidden, call),
+    )
+    for exact in (True, False):
+        ran.clear()
+        sample_layer(structure.config, structure.graph, torch.float32, torch.device("cpu"), 64, names, exact=exact)
+        assert all(ran) is not exact
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """No layer is run, and the process takes nothing."""
     monkeypatch.setattr(residency, "_sample", lambda *_: a_sample())
     monkeypatch.setattr(residency, "memory_before", lambda *_: 0)
+
+
+def test_only_gradients_of_parameters_are_exact(structure, catalog):
+    jobs = {name: job_of(catalog, **BEST, importance=name) for name in ("fisher", "taylor")}
+    exact = {name: work_of(job, structure, saves=True).exact for name, job in jobs.items()}
+    assert exact == {"fisher": False, "taylor": True}
 
 
 def arranged(structure, catalog, settings, **run):

@@ -17,10 +17,11 @@ from llmpruner import api
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError, SettingsError
-from llmpruner.files import scratch_folder, write_text
+from llmpruner.files import write_text
+from llmpruner.folders import scratch_folder
 from llmpruner.progress import Progress
 from llmpruner.recipes.state import LOCK, State
-from llmpruner.recovery.run import check_work_dir
+from llmpruner.recovery.work_dir import check_work_dir
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
@@ -229,7 +230,7 @@ def test_kill_minus_nine(dense, tmp_path):
 def test_folders_of_killed_processes_are_removed(tmp_path):
     """Of those for converted tensors, a killed process leaves its own; one that is in use stays."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from llmpruner.files import scratch_folder; "
+        "import os, signal, sys; from pathlib import Path; from llmpruner.folders import scratch_folder; "
         "kept = scratch_folder('.converted-', Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)

@@ -11,7 +11,8 @@ from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
 import llmpruner
-from llmpruner.loading.model import load_model, load_structure
+from llmpruner.loading.in_memory import load_model
+from llmpruner.loading.structure import load_structure
 from llmpruner.models import gguf as parsing
 from llmpruner.models.quiet import quiet_gguf, quiet_transformers
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from criteria_cases import make
+from recovery_cases import dense_llama, pruned_copy
 from safetensors.torch import load_file
 
 from llmpruner import api
@@ -19,7 +20,6 @@ from llmpruner.checkpoints.record import OF_THIS_MACHINE
 from llmpruner.engine.boundaries import Boundaries
 from llmpruner.errors import LlmprunerError, ModelError, OutputError, SettingsError, UnsupportedModelError
 from llmpruner.files import tree_bytes
-from llmpruner.models.surgery import cut
 from llmpruner.recipes.forecast import Residency
 from llmpruner.recovery.base import LayerWalk, RecoveryJob
 from llmpruner.recovery.layerwise import steps_by_layer, used_examples
@@ -27,7 +27,9 @@ from llmpruner.recovery.local import LocalStrategy
 from llmpruner.settings import RecoverSettings, RunSettings
 from llmpruner.testing import RecoveryConformance
 from llmpruner.testing.jobs import pruned_by, small_job
-from llmpruner.testing.tiny import letters, tiny_llama
+from llmpruner.testing.tiny import letters
+
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 SETTINGS = RecoverSettings(
     data="here", batch_size=4, micro_batch_size=2, epochs=10, learning_rate=5e-3, warmup_steps=0, cutoff=32
@@ -55,28 +57,14 @@ class TestConformanceWithDenseInputs(TestConformance):
     test_its_settings_have_defaults_and_descriptions = None
 
 
-@pytest.fixture(autouse=True)
-def no_rounding_to_bfloat16(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
-
-
-def scaled(loaded):
-    with torch.no_grad():
-        for parameter in loaded.model.parameters():
-            parameter.mul_(4 if parameter.dim() == 2 else 1)
-    return loaded
-
-
 @pytest.fixture
 def dense():
-    return scaled(tiny_llama())
+    return dense_llama()
 
 
 @pytest.fixture
 def pruned(dense):
-    own = replace(dense, model=copy.deepcopy(dense.model))
-    kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
-    return replace(own, graph=cut(own.model, own.graph, kept, own.family))
+    return pruned_copy(dense)
 
 
 def job_of(pruned, dense, folder, **changes):

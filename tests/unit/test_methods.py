@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from llmpruner import Catalog, Method, plugin_manager
+from llmpruner.errors import LlmprunerError
 from llmpruner.methods.presets import Best, ByHand, Fast, LlmPruner
 from llmpruner.plugins import builtin
+from llmpruner.recipes.jobs import prune_job
 from llmpruner.settings import PruneSettings
 
 MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
@@ -68,3 +71,51 @@ def test_the_papers_variant_belongs_to_the_papers_criterion():
 
 def test_a_criterion_without_a_method_is_measured_on_ten_samples():
     assert ByHand().defaults(MLP, writes=True) == {"compensate": "none", "samples": 10, "length": 64}
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """``job(defaults, …)``: what a prune does by a method of a plugin with these defaults, and what the user gives."""
+
+    def job(defaults, **asked):
+        class Mine(Method):
+            name = "mine"
+            summary = "a method of a plugin"
+
+            def defaults(self, asked, *, writes):
+                return defaults
+
+        monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: Mine())
+        return prune_job(PruneSettings(ratio=0.2, **asked), Catalog(plugin_manager()))
+
+    return job
+
+
+def test_every_setting_of_a_method_is_used_unless_the_user_gives_it(job):
+    mine = {"importance": "l1", "kinds": "mlp,attention", "allocation": "global", "normalize": "mean", "steps": 3,
+            "shape": "free", "layers": "all", "round_to": 4, "budget": "bytes", "meet": "above", "seed": 7}  # fmt: skip
+    found = job(mine, steps=2)
+    assert (found.criterion.name, found.allocation.name, found.normalization) == ("l1", "global", "mean")
+    assert (found.kinds, found.steps, found.shape, found.round_to) == (("mlp", "attention"), 2, "free", 4)
+    assert (found.budget.name, found.meet, found.seed, found.layers) == ("bytes", "above", 7, "all")
+
+
+def test_what_a_method_leaves_open_is_as_without_one(job):
+    found = job({"importance": "taylor"})
+    assert (found.compensation.name, found.calibration.samples, found.calibration.length) == ("none", 10, 64)
+    assert job({}, importance="l2").criterion.name == "l2"
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        ({}, "method mine gives no criterion; choose one with --importance"),
+        ({"importance": "l1", "steps": -1}, "method mine: --steps"),
+        ({"importance": "l1", "importanze": "l1"}, "method mine gives 'importanze', which is no setting of a prune"),
+        (None, "method mine gave NoneType; expected a mapping of settings"),
+    ],
+)
+def test_what_a_method_must_not_give_is_said_in_one_line(job, defaults, message):
+    with pytest.raises(LlmprunerError) as error:
+        job(defaults)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

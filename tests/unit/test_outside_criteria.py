@@ -20,8 +20,7 @@ LENGTH = 16
 
 
 @pytest.fixture(autouse=True)
-def small_micro_batches_in_full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
+def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 2 * LENGTH)
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_WITH_GRADIENTS", 4 * LENGTH)
     monkeypatch.setattr("llmpruner.models.logits.LOGIT_ELEMENTS", 4 * 5 * 96)

@@ -28,8 +28,7 @@ CALIBRATION = tokens(6, 16)
 
 
 @pytest.fixture(autouse=True)
-def small_micro_batches_in_full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
+def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 4 * 16)
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_WITH_GRADIENTS", 4 * 16)
     monkeypatch.setattr("llmpruner.models.logits.LOGIT_ELEMENTS", 4 * 5 * 96)
@@ -53,8 +52,8 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     return found
 
 
-def signals_of(loaded, names, measure, *needs):
-    executor = Executor.of(loaded.model, loaded.graph.layers)
+def signals_of(loaded, names, measure, *needs, executor=None):
+    executor = executor or Executor.of(loaded.model, loaded.graph.layers)
     walk = walk_signals(executor, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
     return dict(walk)
 
@@ -267,3 +266,55 @@ def test_a_criterion_gets_no_names():
     found = shown(loaded.model, loaded.graph.layers, ["model.layers.1.mlp.down_proj.weight"])
     values = [getattr(found[0], f.name) for f in fields(Product)]
     assert not any(isinstance(value, str) for value in values)
+
+
+def effects(product: Product) -> dict[str, torch.Tensor]:
+    return {"squares": (product.inputs * product.input_grads).square().sum(0)}
+
+
+def fast(monkeypatch, *, yes: bool = True) -> None:
+    monkeypatch.setattr("llmpruner.engine.gradients.computes_bfloat16_fast", lambda model: yes)
+    monkeypatch.setattr("llmpruner.engine.reduce.multiplies_bfloat16_fast", lambda device: yes)
+
+
+# Rounding routes tokens of a mixtral to other experts.
+@pytest.mark.parametrize(("name", "near"), [("llama-gqa", 0.05), ("gpt2", 0.05), ("mixtral", 0.2), ("gemma2", 0.05)])
+def test_fast_products_with_gradients_stay_near(name, near, monkeypatch):
+    loaded = make(name)
+    names = [name for name, position in positions(loaded.graph).items() if "mlp" in position.reads]
+    sums = {}
+    for way in (False, True):
+        fast(monkeypatch, yes=way)
+        found = signals_of(loaded, names, effects, Signal.PRODUCT_GRAD)
+        sums[way] = torch.cat([found[n].products.sums["squares"].flatten() for n in sorted(found)])
+    difference = (sums[True] - sums[False]).norm() / sums[False].norm()
+    assert 0 < float(difference) < near
+    ranks = torch.stack([sums[way].argsort().argsort().double() for way in sums])
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.99
+
+
+def test_fast_products_are_for_gradients_of_products_alone(monkeypatch):
+    """Gradients of parameters are in the model's own precision."""
+    loaded, name = make("llama-gqa"), "model.layers.1.mlp.down_proj.weight"
+    grads = []
+    for way in (False, True):
+        fast(monkeypatch, yes=way)
+        grads.append(signals_of(loaded, [name], effects, Signal.PRODUCT_GRAD, Signal.GRAD)[name].grad)
+    assert torch.equal(*grads)
+
+
+def test_operators_that_refuse_autocast_have_gradients_in_the_models_precision(monkeypatch):
+    """As those of DBRX, which add products in bfloat16 to float32."""
+    loaded, name = make("llama-gqa"), "model.layers.0.mlp.down_proj.weight"
+    mlp = layers_of(loaded)[1].mlp
+    plain = mlp.forward
+
+    def forward(x):
+        return torch.zeros_like(x, dtype=torch.float32).index_add(1, torch.arange(x.shape[1]), plain(x))
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    found = []
+    for way in (False, True):
+        fast(monkeypatch, yes=way)
+        found.append(signals_of(loaded, [name], effects, Signal.PRODUCT_GRAD)[name].products.sums["squares"])
+    assert torch.equal(*found)

@@ -21,6 +21,7 @@ from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import fit, latest_checkpoint
+from llmpruner.recovery.training_data import prepare
 
 FAMILY = LlamaFamily()
 EXAMPLES = Examples(
@@ -38,10 +39,11 @@ def model(dtype=torch.bfloat16):
 
 
 def run(folder, strategy, made=None, settings=SETTINGS, **options):
-    made = made or model()
+    made, tokenizer = made or model(), tiny_models.tokenizer()
+    data = prepare(settings, FAMILY, tokenizer, EXAMPLES)
     return recover(
-        made, tiny_models.tokenizer(), build_graph(FAMILY, made.config), FAMILY, strategy, settings, folder,
-        examples=EXAMPLES, load_teacher=lambda: tiny_models.llama(seed=4), **options,
+        made, tokenizer, build_graph(FAMILY, made.config), data, strategy, settings, folder,
+        load_teacher=lambda: tiny_models.llama(seed=4), **options,
     )  # fmt: skip
 
 

@@ -16,12 +16,13 @@ from llmpruner.errors import SettingsError
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
 from llmpruner.loading.dense import dense_structure, load_dense
-from llmpruner.loading.model import load_model
+from llmpruner.loading.in_memory import load_model
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.saving import save
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import Examples, tokenise
 from llmpruner.recovery.run import recover
+from llmpruner.recovery.training_data import prepare
 from llmpruner.testing import RecoveryConformance, host_with
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "llmpruner-distil"
@@ -75,9 +76,10 @@ def prune(catalog, source, target):
 
 
 def run(loaded, catalog, strategy, work_dir, settings=SETTINGS, **options):
+    data = prepare(settings, loaded.family, loaded.tokenizer, EXAMPLES)
     return recover(
-        loaded.model, loaded.tokenizer, loaded.graph, loaded.family, strategy, settings, work_dir, examples=EXAMPLES,
-        load_teacher=lambda: load_dense(loaded, catalog), **options,
+        loaded.model, loaded.tokenizer, loaded.graph, data, strategy, settings, work_dir,
+        **{"load_teacher": lambda: load_dense(loaded, catalog), **options},
     )  # fmt: skip
 
 
@@ -174,10 +176,7 @@ def test_the_teacher_is_loaded_once_and_only_on_request(pruned, tmp_path):
 
 def test_a_job_without_a_dense_model_is_an_error(pruned, catalog, tmp_path):
     with pytest.raises(ModelError, match="needs the dense model, which is not known here"):
-        recover(
-            pruned.model, pruned.tokenizer, pruned.graph, pruned.family, catalog.strategies["imitation"](), SETTINGS,
-            tmp_path / "work", examples=EXAMPLES,
-        )  # fmt: skip
+        run(pruned, catalog, catalog.strategies["imitation"](), tmp_path / "work", load_teacher=None)
 
 
 def test_the_dense_model_is_found_from_any_folder_by_its_dtype_and_structure(pruned, catalog, tmp_path):

@@ -25,7 +25,7 @@ from llmpruner.checkpoints.adapters import save_adapter
 from llmpruner.checkpoints.save import save_checkpoint
 from llmpruner.families.chat import TrainingText, Turn
 from llmpruner.families.graph import build_graph
-from llmpruner.files import alone_in
+from llmpruner.folders import alone_in
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets
@@ -37,6 +37,7 @@ from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.schedule import micro_batch, steps
 from llmpruner.recovery.training import latest_checkpoint
+from llmpruner.recovery.training_data import prepare
 
 pytest.importorskip("peft")
 
@@ -64,7 +65,8 @@ def pruned(tied=False):
 
 def run(model, graph, work_dir, strategy, settings=SETTINGS, **options):
     tokenizer = tiny_models.tokenizer()
-    return recover(model, tokenizer, graph, FAMILY, strategy, settings, work_dir, examples=EXAMPLES, **options)
+    data = prepare(settings, FAMILY, tokenizer, EXAMPLES)
+    return recover(model, tokenizer, graph, data, strategy, settings, work_dir, **options)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name)

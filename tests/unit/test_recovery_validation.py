@@ -21,6 +21,7 @@ from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import fit, latest_checkpoint
+from llmpruner.recovery.training_data import prepare
 from llmpruner.recovery.watching import Watch
 
 FAMILY = LlamaFamily()
@@ -35,11 +36,10 @@ SETTINGS = RecoverSettings(
 
 def run(folder, strategy=None, settings=SETTINGS, **options):
     pytest.importorskip("peft")
-    model = tiny_models.llama()
-    return recover(
-        model, tiny_models.tokenizer(), build_graph(FAMILY, model.config), FAMILY, strategy or FullStrategy(),
-        settings, folder, examples=EXAMPLES, **options,
-    )  # fmt: skip
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    data = prepare(settings, FAMILY, tokenizer, EXAMPLES)
+    graph = build_graph(FAMILY, model.config)
+    return recover(model, tokenizer, graph, data, strategy or FullStrategy(), settings, folder, **options)
 
 
 def many(count, source="a.jsonl"):

@@ -15,15 +15,12 @@ from llmpruner.compensation.consumers import intact_readers
 from llmpruner.compensation.refit import Refit
 from llmpruner.errors import SettingsError
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 CALIBRATION = tokens(48, 32, seed=0)
 KEPT = {"layers.1.mlp": list(range(20))}
 OUT = "model.layers.2.self_attn.o_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def repaired(loaded, kept, calibration=CALIBRATION, **settings):

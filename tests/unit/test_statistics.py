@@ -17,12 +17,9 @@ from llmpruner.oracle.tiny import random_instance
 from llmpruner.oracle.verify import representative
 from llmpruner.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 CALIBRATION = tokens(6, 16)
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def statistics(loaded, wanted, *, gram=True):

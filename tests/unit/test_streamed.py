@@ -18,6 +18,8 @@ from llmpruner.errors import SettingsError
 from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.settings import RunSettings
 
+pytestmark = pytest.mark.usefixtures("full_precision")
+
 METHODS = {
     "best": {"method": "best", "samples": 6, "length": 16},
     "taylor": {"method": "llm-pruner", "samples": 4, "length": 12},
@@ -43,11 +45,6 @@ def dense(tmp_path_factory):
         return made[name]
 
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_rounding_to_bfloat16(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 def prune(model: Path, output: Path, *, streamed: bool, **settings):
@@ -149,3 +146,50 @@ def test_what_needs_the_whole_model_is_refused_beforehand(settings, why, dense, 
             **{"ratio": 0.2, **settings},
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+WEIGHTS = {"ratio": None, "importance": "l1", "compensate": "none"}
+CUTS = {
+    "heads": {**WEIGHTS, "unit_ratio": 0.25, "kinds": "attention", "shape": "free", "layers": "all"},
+    "layer": {**WEIGHTS, "unit_ratio": 0.5, "kinds": "layer", "layers": "0,1"},
+}
+
+
+@pytest.mark.parametrize("second", CUTS)
+@pytest.mark.parametrize("first", CUTS)
+def test_a_pruned_model_is_pruned_again(first, second, tmp_path):
+    """Modules of GPT-2 keep counts, which follow from those after the first cut."""
+    config = CONFIG_MAPPING["gpt2"](vocab_size=96, n_embd=32, n_layer=4, n_head=8, n_positions=64)
+    random_instance(config).save_pretrained(tmp_path / "dense")
+    prune(tmp_path / "dense", tmp_path / "once", streamed=False, **CUTS[first])
+    for way in ("resident", "streamed"):
+        prune(tmp_path / "once", tmp_path / way, streamed=way == "streamed", **CUTS[second])
+    assert_same(tmp_path / "resident", tmp_path / "streamed")
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        resident, streamed = (load_pruned(tmp_path / way)(ids).logits for way in ("resident", "streamed"))
+    assert torch.equal(resident, streamed)
+
+
+def test_a_layer_is_removed_where_the_others_state_sizes_of_their_own(dense, tmp_path):
+    """The configuration states what each layer kept, and the model is built with all layers before they are removed."""
+    first = {**WEIGHTS, "ratio": 0.2, "kinds": "mlp,attention", "shape": "free", "layers": "all"}
+    prune(dense("llama-gqa"), tmp_path / "once", streamed=False, **first)
+    pruned = prune(tmp_path / "once", tmp_path / "twice", streamed=False, **CUTS["layer"])
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(load_pruned(tmp_path / "twice")(ids).logits, pruned.model(ids).logits)
+    assert {check.state for check in api.verify_checkpoint(tmp_path / "twice").checks} == {"passed"}
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
+def test_a_pruned_model_whose_code_initializes_by_its_own_sizes(model_type, tmp_path):
+    """transformers initializes what is not in memory too, and their code takes sizes of the dense model for it."""
+    random_instance(small_config(CONFIG_MAPPING[model_type]())).save_pretrained(tmp_path / "dense")
+    settings = {**WEIGHTS, "unit_ratio": 0.2, "kinds": "mlp"}
+    prune(tmp_path / "dense", tmp_path / "once", streamed=True, **settings)
+    states = {check.name: check.state for check in api.verify_checkpoint(tmp_path / "once").checks}
+    assert set(states.values()) == {"passed"}, states
+    for way in ("resident", "streamed"):
+        prune(tmp_path / "once", tmp_path / way, streamed=way == "streamed", **settings)
+    assert_same(tmp_path / "resident", tmp_path / "streamed")

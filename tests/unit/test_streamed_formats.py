@@ -22,7 +22,7 @@ from llmpruner.checkpoints.computed_once import ComputedOnce
 from llmpruner.checkpoints.lazy import lazy_checkpoint
 from llmpruner.checkpoints.torch_files import lazy_torch
 from llmpruner.errors import CheckpointError, ModelError, OutputError, SettingsError
-from llmpruner.loading.model import open_streamed
+from llmpruner.loading.streamed import open_streamed
 from llmpruner.models.quiet import quiet_gguf
 from llmpruner.settings import LoadSettings, RunSettings
 

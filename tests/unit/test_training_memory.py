@@ -7,21 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_models
+from said import Said
 
 import llmpruner
-from llmpruner import Catalog, Progress, RecoverSettings, SettingsError, plugin_manager
+from llmpruner import Catalog, RecoverSettings, SettingsError, plugin_manager
 from llmpruner.recipes.jobs import recover_job
 from llmpruner.recipes.training_memory import training_forecast
 from llmpruner.recovery.memory import training_bytes
 from llmpruner.settings import LoadSettings
-
-
-class Said(Progress):
-    def __init__(self):
-        self.lines = []
-
-    def status(self, label):
-        self.lines.append(label)
 
 
 @pytest.fixture(scope="module")

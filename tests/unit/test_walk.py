@@ -23,10 +23,7 @@ from llmpruner.models.decoder import decoder_layers
 from llmpruner.models.precision import computes_bfloat16_fast
 from llmpruner.oracle.tiny import random_instance, small_config
 
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
+pytestmark = pytest.mark.usefixtures("full_precision")
 
 
 def joined(states) -> torch.Tensor:

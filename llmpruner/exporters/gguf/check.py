@@ -96,8 +96,8 @@ def check_tokens(tokenizer: Any | None, vocabulary: Vocabulary, path: Path) -> N
 
 
 def _expected_tokens(tokenizer: Any, vocabulary: Vocabulary) -> list[int]:
-    """The tokens of the tokenizer. One that transformers read from a GGUF file splits text as that file says, which
-    transformers does not keep."""
+    """The tokens of the tokenizer. One that transformers read from a GGUF file splits text by the rule that the
+    file names, which transformers does not keep."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     if vocabulary.pre is not None and vocabulary.pre == tokenizer.init_kwargs.get(RECORDED_PRE):
         backend["pre_tokenizer"] = pretokenizers.steps_of(vocabulary.pre) or backend["pre_tokenizer"]

@@ -71,7 +71,7 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
 
 
 def _needs(plan: GgufPlan) -> str:
-    """What runtimes must know that some do not, and would leave out without a word."""
+    """A note on a computation that some runtimes leave out without an error; empty for most models."""
     if not plan.architecture.output_cap or plan.computation.output_cap is None:
         return ""
     # https://github.com/ggml-org/llama.cpp/pull/17811

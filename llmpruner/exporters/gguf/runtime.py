@@ -57,7 +57,7 @@ def runtime_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def runtime_tokens(path: Path, text: str) -> list[int]:
-    """The tokens of ``text``, with the special tokens that the file says are added."""
+    """The tokens of ``text``, with the special tokens that are to be added according to the file."""
     model = _opened(path, vocab_only=True)
     try:
         return [int(token) for token in model.tokenize(text.encode(), add_bos=True, special=False)]
@@ -85,7 +85,7 @@ def _be_quiet() -> None:
 
 
 def _ignore(llama_cpp: Any) -> Any:
-    """A log function that does nothing; kept on the module, as llama.cpp calls it whenever it likes."""
+    """A log function that does nothing; kept on the module, as llama.cpp may call it at any time."""
     if not hasattr(_ignore, "callback"):
         _ignore.callback = llama_cpp.llama_log_callback(lambda level, text, data: None)  # type: ignore[attr-defined]
     return _ignore.callback  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A model as GGUF sees it: tensors under GGUF's names, sizes read from their shapes, and what the modules compute."""
+"""A model in the terms of GGUF: tensors under GGUF's names, sizes read from their shapes, and what modules compute."""
 
 from __future__ import annotations
 

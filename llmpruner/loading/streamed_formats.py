@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.gguf_tensors import dequantisation_rate, lazy_gguf
 from ..checkpoints.lazy import LazyModel, lazy_checkpoint
-from ..checkpoints.shards import WEIGHTS, has_shards
+from ..checkpoints.shards import has_shards
 from ..checkpoints.torch_files import can_be_mapped, lazy_torch, torch_files
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ..checkpoints.reader import CheckpointReader
     from .reference import Reference
-
-_WEIGHTS = {*WEIGHTS, ".pth"}
 
 
 def why_format_is_not_streamed(ref: Reference, reader: CheckpointReader | None) -> str | None:
@@ -66,9 +64,3 @@ def format_conversion_rate(ref: Reference, reader: CheckpointReader | None) -> f
     if ref.gguf_file:
         return dequantisation_rate(ref.directory / ref.gguf_file)
     return inf if reader is not None or not has_shards(ref.directory) else None
-
-
-def weight_file_bytes(path: Path) -> int:
-    """Bytes of the files with weights at ``path``, a folder or a file."""
-    files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in _WEIGHTS]
-    return sum(file.stat().st_size for file in files)

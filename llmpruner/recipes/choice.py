@@ -1,0 +1,205 @@
+"""The choice of the units that are removed, in one step or several: scores, then an allocation of the amount."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..budgets.costs import Cost, CutCost
+from ..compensation.trials import Trials
+from ..data.calibration import CalibrationSet
+from ..engine.executor import Executor
+from ..engine.signals import Signal
+from ..importance.estimate import Removal, Scores, estimate
+from ..importance.spread import Spread, spread
+from ..models.surgery import cut
+from ..progress import Progress
+from ..selection.base import Demand
+from ..selection.normalize import normalize
+from ..selection.select import select
+from ..selection.uniform import Uniform
+from ..structure.coupling import LAYER
+from ..structure.kept import compose, layer_numbers
+from ..structure.scope import Scope
+from .calibrating import scored_on
+from .execution import Run
+from .jobs import PruneJob
+from .wanted import demand, lost, part_of, scope_of, widths_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..loading.model import Model
+    from ..structure.coupling import CoupledGroup, CouplingGraph
+    from ..structure.kept import Kept
+    from ..structure.widths import Widths
+
+
+@dataclass
+class _Current:
+    """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
+    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``losses``: kept
+    units of all groups that lose any → what a trial measured."""
+
+    network: PreTrainedModel
+    graph: CouplingGraph
+    scope: Scope
+    widths: Widths
+    cost: Cost
+    ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> tuple[CoupledGroup, ...]:
+        return self.scope.groups(self.graph)
+
+
+class Choice:
+    """Of the units of ``model`` that ``job`` removes. ``whole``: the cost of the model; ``calibration``: the text of
+    scores and trials. With several steps, copies of the model are cut."""
+
+    def __init__(
+        self,
+        model: Model,
+        job: PruneJob,
+        scope: Scope,
+        whole: Cost,
+        calibration: CalibrationSet | None,
+        progress: Progress,
+        run: Run,
+    ) -> None:
+        self.model, self.job, self.whole, self.calibration = model, job, whole, calibration
+        self.progress, self.run = progress, run
+        self.kept: Kept = {}
+        """By the steps so far, in numbers of the model before the first one."""
+        self.spreads: dict[str, Spread] = {}
+        """As `Draft.scores`."""
+        self.now = _Current(model.model, model.graph, scope, widths_of(job, model), whole)
+
+    def units(self, *, ranked: bool) -> Kept:
+        """Group name → kept units. ``ranked``: by scores; otherwise only their numbers are right."""
+        job, text = self.job, scored_on(self.calibration, self.job)
+        # A group of layers alone loses as many as the amounts of all steps so far come to.
+        decided_once = job.allocation.equal_shares or job.allocation.shares_once
+        once = job.steps > 1 and decided_once and set(job.kinds) != {LAYER}
+        numbers: dict[str, float] = {}
+        for step in range(1, job.steps + 1):
+            now, last = self.now, step == job.steps
+            wanted = demand(job, self.whole, now.cost, now.groups, now.scope, step)
+            if ranked:
+                with self.run.stages.stage("scores"):
+                    self._rank(wanted, text)
+            else:
+                now.ranked = _equal_scores(now.groups).by_group
+            with self.run.stages.stage("selection"):
+                if once and step == 1:
+                    all_of_it = demand(job, self.whole, self.whole, now.groups, now.scope, job.steps)
+                    numbers = lost(now.graph, now.groups, self._select(all_of_it))
+                chosen = None
+                if once and not last:
+                    part = part_of(self.model.graph, self.kept, numbers, step / job.steps, now.groups)
+                    chosen = self._select(part, decided=True)
+                if chosen is None or self._is_more_than_all(chosen, wanted):
+                    chosen = self._select(wanted)
+            if ranked and job.steps == 1:
+                self.spreads = {name: spread(now.ranked[name].tolist(), units) for name, units in chosen.items()}
+            self.kept = compose(self.model.graph, self.kept, chosen)
+            # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
+            if chosen and not last:
+                self.now = self._cut()
+        return self.kept
+
+    def _cut(self) -> _Current:
+        model, job, kept = self.model, self.job, self.kept
+        network = copy.deepcopy(model.model)
+        graph = cut(network, model.graph, kept, model.family)
+        scope = _renumbered(scope_of(job, model), model.graph, kept)
+        widths = widths_of(job, model).after(model.graph, kept)
+        return _Current(network, graph, scope, widths, CutCost(self.whole, model.graph, kept))
+
+    def _rank(self, wanted: Demand, text: CalibrationSet | None) -> None:
+        """Set the scores, unless they are set and do not depend on the amount."""
+        now, job, run = self.now, self.job, self.run
+        removal = self._removal(wanted)
+        if now.ranked and removal is None:
+            return
+        copied = now.network is not self.model.model
+        scores = estimate(
+            now.network, now.graph, now.groups, job.criterion, text,
+            reduction=job.reduction, seed=job.seed, progress=self.progress,
+            executor=Executor.of(now.network, now.graph.layers, run.ranks) if copied else run.executor(self.model),
+            removal=removal,
+        )  # fmt: skip
+        alike = now.widths.alike(now.groups)
+        now.ranked = normalize(now.graph, now.graph.by_name, scores.by_group, job.normalization, now.cost, alike)
+
+    def _select(self, wanted: Demand, *, decided: bool = False) -> Kept:
+        """By the job's allocation. ``decided``: ``wanted`` has the number of units of each group."""
+        now = self.now
+
+        def chosen() -> Kept:
+            return select(
+                now.graph, now.groups, Scores(now.ranked), now.scope, wanted,
+                Uniform() if decided else self.job.allocation,
+                cost=now.cost, widths=now.widths, loss=None if decided else self._loss(), progress=self.progress,
+            )  # fmt: skip
+
+        return self.run.ranks.from_first(chosen)
+
+    def _is_more_than_all(self, chosen: Kept, wanted: Demand) -> bool:
+        """Whether a part removes more than the whole amount, as layers that cost more go than those whose number was
+        decided."""
+        if wanted.whole is None or not chosen:
+            return False
+        graph = self.model.graph
+        after = CutCost(self.whole, graph, compose(graph, self.kept, chosen))
+        return self.now.cost.remaining() - after.remaining() > wanted.whole
+
+    def _removal(self, wanted: Demand) -> Removal | None:
+        """How many layers the amount takes, for a criterion of blocks of layers, which scores nothing else."""
+        if Signal.STREAM_BLOCKS not in self.job.criterion.signals:
+            return None
+        now, groups = self.now, self.now.groups
+        kept = select(now.graph, groups, _equal_scores(groups), now.scope, wanted, Uniform(), cost=now.cost)
+        removed = sum(group.units - len(kept[group.name]) for group in groups if group.name in kept)
+        return Removal(removed, now.scope.allowed_units(groups[0]))
+
+    def _loss(self) -> Callable[[Kept], float] | None:
+        """The loss for an allocation that measures; None for others. No cut is measured twice."""
+        now, text, refit = self.now, self.calibration, self.job.compensation.ranks_again
+        if not self.job.allocation.measures or text is None:
+            return None
+
+        @cache
+        def trials() -> Trials:
+            return Trials(
+                now.network, now.graph, now.groups, self.model.family, text, refit=refit, progress=self.progress
+            )
+
+        def loss(kept: Kept) -> float:
+            key = tuple(sorted((name, tuple(units)) for name, units in kept.items()))
+            if key not in now.losses:
+                now.losses[key] = trials().loss(kept)
+            return now.losses[key]
+
+        return loss
+
+
+def _equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
+    """All zero, for `select` where only the numbers of units matter."""
+    return Scores({group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups})
+
+
+def _renumbered(scope: Scope, graph: CouplingGraph, kept: Kept) -> Scope:
+    """The scope with the layer numbers of the model after the cut."""
+    numbers = layer_numbers(graph, kept)
+
+    def those(layers: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(numbers[n] for n in layers if n in numbers)
+
+    return Scope(scope.kinds, those(scope.layers), None if scope.removable is None else those(scope.removable))
