@@ -233,7 +233,7 @@ class PruneSettings(Settings):
     method: Annotated[
         str | None,
         Field(
-            description="Defaults of the options below. best (the default): units chosen by gradients on 49,152 "
+            description="Defaults of the options below. best (the default): units chosen by gradients on 32,768 "
             "tokens, weights compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the "
             "paper's, first-order Taylor on ten samples, no compensation, --shape free."
         ),

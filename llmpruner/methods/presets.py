@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Best(Method):
-    """Fisher importance on 49,152 tokens, then a least-squares fit of the weights that consumed removed units, on
+    """Fisher importance on 32,768 tokens, then a least-squares fit of the weights that consumed removed units, on
     163,840 tokens (131,072 where the model generates them, which takes longer than reading). For layers alone, the
     angular distance between their inputs and outputs, which predicts the loss better than weights do; for experts
     alone, the mean square of what they add (`energy`)."""

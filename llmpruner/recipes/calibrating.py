@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 
-GRADIENT_TOKENS = 49152
+GRADIENT_TOKENS = 32768
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""
 
 
