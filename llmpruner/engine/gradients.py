@@ -102,6 +102,9 @@ class LayerWalk:
         self._experts, self._ranks = expert_configs(self.model), executor.ranks
         with self.weights.outside():
             ids = check_tokens(self.model, calibration.input_ids)
+            # The device of weights that are read when they are needed is known here alone.
+            self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
+            """Whether layers and head run under autocast."""
         rows = 1 if per_sample else executor.rows_backward(ids.shape[1])
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
@@ -119,8 +122,6 @@ class LayerWalk:
         self._outer = [self.model.get_parameter(name) for name in outer]
         self._places: list[Collection[Place]] = [()] * len(self.layers)
         """Of each layer, the arguments that the model computes from ``outer`` parameters."""
-        self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
-        """Whether layers and head run under autocast."""
 
     @torch.no_grad()
     def forward(self) -> None:
