@@ -61,10 +61,18 @@ def holds_files(folder: Path, *, but: str | None = None) -> bool:
     return any(name != but and not re.fullmatch(r"\..+\.\d+\.partial", name) for name in names)
 
 
-def exists(path: Path) -> bool:
+def exists(path: str | Path) -> bool:
     """As `Path.exists`; False for what no file system takes as a name, such as one of 300 characters."""
     try:
-        return path.exists()
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(name: str) -> bool:
+    """As `exists`, for a file."""
+    try:
+        return Path(name).is_file()
     except (OSError, ValueError):
         return False
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import DataError, PluginError
+from ..files import is_file
 from ..models.positions import positions_of
 from ..models.vocabulary import check_ids
 from ..progress import QUIET, Progress
-from .documents import is_file
 from .mixture import split_mixture
 from .source import CalibrationSource, SampleTask
 from .text import TextSource

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError, MissingExtraError, first_line
+from ..files import is_file
 
 PYDOC = "pydoc"
 TEXT_FIELDS = ("text", "page", "content")
@@ -74,14 +75,6 @@ def read_documents(source: str) -> list[str]:
 def read_text(source: str) -> str:
     """All documents of a source as one text, with a blank line between them. Raises as `read_documents`."""
     return "\n\n".join(read_documents(source))
-
-
-def is_file(name: str) -> bool:
-    """Whether a file of this name exists; False for what no file system takes as a name."""
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # too long for a name, or with a zero byte
-        return False
 
 
 def shortened(names: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import DataError
-from .documents import is_file
+from ..files import is_file
 
 T = TypeVar("T")
 

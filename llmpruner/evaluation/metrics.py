@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from ..component import ComponentSettings
-from ..data.documents import PYDOC, is_file, read_text, shortened
+from ..data.documents import PYDOC, read_text, shortened
 from ..errors import DataError, SettingsError, no_tokenizer
+from ..files import is_file
 from ..settings import Seed
 from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row

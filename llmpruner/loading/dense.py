@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.manifest import sampled_sha256
 from ..errors import LlmprunerError, ModelError
+from ..files import exists
 from ..settings import LoadSettings, settings_from
 from ..structure.plan import structure_of
 from .in_memory import load_model
@@ -129,13 +130,13 @@ def _reference(pruned: Structure) -> str:
     if not pruned.plans:
         raise ModelError(f"'{pruned.ref}' was not pruned by llmpruner, so no dense model is known for it")
     path = (pruned.record or {}).get(_PATH)
-    return path if isinstance(path, str) and Path(path).exists() else pruned.plans[0].base.model
+    return path if isinstance(path, str) and exists(path) else pruned.plans[0].base.model
 
 
 def _options(pruned: Structure, ref: str, trust_remote_code: bool, **further: str) -> LoadSettings:
     values: dict[str, Any] = {
         "family": pruned.family.name,
-        "revision": None if Path(ref).exists() else pruned.plans[0].base.revision,
+        "revision": None if exists(ref) else pruned.plans[0].base.revision,
         "trust_remote_code": trust_remote_code,
     }
     return settings_from(LoadSettings, {**values, **further})
@@ -150,7 +151,7 @@ def _named(pruned: Structure) -> Iterator[None]:
         if not pruned.plans:
             raise
         path = (pruned.record or {}).get(_PATH)
-        gone = isinstance(path, str) and not Path(path).exists() and path != pruned.plans[0].base.model
+        gone = isinstance(path, str) and not exists(path) and path != pruned.plans[0].base.model
         tried = f" (nothing is at {path} now)" if gone else ""
         raise ModelError(f"{_looked_for(pruned)}, cannot be opened{tried}: {error}") from error
 

@@ -12,6 +12,7 @@ import torch
 from ..engine.cut_weights import CutWeights
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError
+from ..files import exists
 from ..loading.dense import check_named_base, dense_structure, open_dense
 from ..loading.dtypes import loaded_bytes
 from ..loading.streamed import why_not_streamed
@@ -43,7 +44,7 @@ class NotComparable(Exception):
 def at_hand(structure: Structure) -> bool:
     """Whether the dense model is on this machine, by the record of ``structure``, which was pruned."""
     path, ref = (structure.record or {}).get("base_path"), structure.plans[0].base.model
-    return (isinstance(path, str) and Path(path).exists()) or ref == DEMO or Path(ref).exists()
+    return (isinstance(path, str) and exists(path)) or ref == DEMO or exists(ref)
 
 
 class Base:
@@ -167,7 +168,7 @@ def _parameters(weights: Weights) -> dict[str, torch.nn.Parameter]:
 def _made_from(structure: Structure, named: str) -> Structure:
     """``structure``, whose record names another base."""
     first, *later = structure.plans
-    ref = str(Path(named).absolute()) if Path(named).exists() else named
+    ref = str(Path(named).absolute()) if exists(named) else named
     first = first.model_copy(update={"base": first.base.model_copy(update={"model": ref, "revision": None})})
     record = {key: value for key, value in (structure.record or {}).items() if key != "base_path"}
     return replace(structure, plans=(first, *later), record=record)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ..data.documents import SUFFIXES, is_file
+from ..data.documents import SUFFIXES
 from ..errors import ModelError, SettingsError
 from ..evaluation.base import ComparedModel, MetricSubject
 from ..evaluation.run import Candidate, evaluate
 from ..evaluation.store import ResultStore, default_folder
 from ..evaluation.table import Evaluations
+from ..files import is_file
 from ..loading.model import Model, Structure
 from ..loading.tokenizer import load_tokenizer
 from ..plugins.catalog import Catalog

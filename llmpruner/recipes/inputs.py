@@ -16,7 +16,7 @@ from .. import __version__
 from ..checkpoints.adapters import adapter_base
 from ..checkpoints.record import OF_THIS_MACHINE
 from ..component import Component
-from ..data.documents import is_file
+from ..files import is_file
 from ..loading.model import Model
 from ..loading.reference import resolve
 from ..settings import LoadSettings

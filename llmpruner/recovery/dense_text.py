@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.conversations import Completion, Example, Instruction
-from ..data.documents import is_file
 from ..data.mixture import parse_mixture
 from ..errors import DataError, OutputError
 from ..families.chat import chat_prompt
-from ..files import write_text
+from ..files import is_file, write_text
 from ..folders import Held
 from ..progress import QUIET, Progress
 

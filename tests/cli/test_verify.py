@@ -224,10 +224,12 @@ def test_swapped_shards_are_named(copy):
         llmpruner.load_pruned(copy / "shards")
 
 
-def test_earlier_records_and_missing_bases_are_said(run, copy):
+@pytest.mark.parametrize("gone", ["gone", "9" * 5000])
+def test_earlier_records_and_missing_bases_are_said(run, copy, gone):
+    """The second is too long for a name of a file."""
     record = json.loads((copy / "llmpruner.json").read_text())
     del record["files"]
-    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / "gone")
+    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / gone)
     (copy / "llmpruner.json").write_text(json.dumps(record))
     result = run("verify", copy, "--json")
     assert result.code == 0 and "of an earlier version, without hashes" in result.out
