@@ -11,6 +11,7 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..data.documents import read_documents
+from ..errors import no_tokenizer
 from .base import Metric, MetricSubject, Row
 
 if TYPE_CHECKING:
@@ -90,7 +91,6 @@ class GenerationsMetric(Metric):
         }
 
     def _of(self, model: PreTrainedModel, subject: MetricSubject) -> list[list[int]]:
-        from ..errors import no_tokenizer
         from ..families.chat import Prompt, chat_prompt
         from ..models.generation import generate_ids
 
