@@ -14,9 +14,8 @@ checked on one sample.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -40,24 +39,15 @@ from .calls import (
     replaced_layers,
 )
 from .check import TOKENS, LayerCheck, shares_keys
-from .inputs import Measured, forward_statistics
+from .gradient_sums import GradientSums, requiring_grad
 from .passed import Inputs, Place, as_now, tensors_of
-from .position import Position, positions
-from .reduce import Measure, ReduceProducts
-from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal
+from .reduce import ReduceProducts
 from .walk import check_tokens
 from .watch import WatchProducts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..data.calibration import CalibrationSet
-    from ..progress import Progress
-    from ..structure.coupling import CouplingGraph
     from .executor import Executor
-    from .weights import Weights
-
-_INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 
 
 @dataclass
@@ -159,7 +149,7 @@ class LayerWalk:
         loss = 0.0
         with self.weights.outside():
             if self._outer and self.batches:
-                with _requiring_grad(self._outer):
+                with requiring_grad(self._outer):
                     self._places = [list(found) for found in self._inputs(0)[1]]
             for position, batch in enumerate(self.batches):
                 grad, of_batch = self._head(position)
@@ -172,7 +162,7 @@ class LayerWalk:
 
     def backward_layer(
         self, number: int, wanted: Collection[str], *, squares: bool, reduced: ReduceProducts | None = None
-    ) -> dict[str, _Gradients]:
+    ) -> dict[str, GradientSums]:
         """Gradients of those of the ``wanted`` parameters (names in the model) that are in layer ``number``. Must be
         called for all layers in turn, from the last, while the weights of the layer are in memory.
 
@@ -181,9 +171,9 @@ class LayerWalk:
         layer = self.layers[number]
         parameters = {n: self.model.get_parameter(n) for n in wanted if self.weights.number(n) == number}
         sums = {
-            name: _Gradients.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
+            name: GradientSums.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
         }
-        with _requiring_grad(parameters.values()):
+        with requiring_grad(parameters.values()):
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
                 inputs = Inputs(batch.calls[number], self._places[number])
@@ -204,15 +194,15 @@ class LayerWalk:
         self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
-    def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, _Gradients]:
+    def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, GradientSums]:
         """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head; for tied embeddings the
         sum of both uses. `backward_layer` must have been called for all layers before, and the weights outside the
         layers be in memory."""
         parameters = {n: self.model.get_parameter(n) for n in wanted}
         sums = {
-            name: _Gradients.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
+            name: GradientSums.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
         }
-        with _requiring_grad(parameters.values()):
+        with requiring_grad(parameters.values()):
             for position, batch in enumerate(self.batches):
                 down = self.grads[position]
                 self._head(position)
@@ -336,192 +326,6 @@ class LayerWalk:
         return replaced_layers(self.layers, stub)
 
 
-@dataclass
-class _Gradients:
-    """Sums over micro-batches: the gradient of the mean loss, and the mean squared gradient of single samples, float32.
-    A single micro-batch needs no sum: ``grad`` is that of autograd, in the dtype of the parameter."""
-
-    grad: torch.Tensor | None
-    grad_sq: torch.Tensor | None
-
-    @classmethod
-    def like(cls, parameter: torch.Tensor, *, summed: bool, squares: bool) -> _Gradients:
-        def zeros() -> torch.Tensor:
-            return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-
-        return cls(zeros() if summed else None, zeros() if squares else None)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensor in (self.grad, self.grad_sq) if tensor is not None]
-
-    def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
-        """``share``: of the mean; ``scale``: by which the loss was multiplied."""
-        found, parameter.grad = parameter.grad, None
-        if self.grad is None:
-            self.grad = torch.zeros_like(parameter) if found is None else found
-            return
-        if found is None:
-            return
-        grad = found.float() if scale == 1 else found.float().div_(scale)
-        self.grad.add_(grad, alpha=share)
-        if self.grad_sq is not None:
-            self.grad_sq.addcmul_(grad, grad, value=share)
-
-
-def walk_signals(
-    executor: Executor,
-    graph: CouplingGraph,
-    wanted: Collection[str],
-    needs: Collection[Signal],
-    calibration: CalibrationSet | None,
-    seed: int,
-    progress: Progress,
-    measure: Measure | None = None,
-    *,
-    by_matrix: bool = False,
-) -> Iterator[tuple[str, ParameterSignals]]:
-    """Yield every parameter of ``wanted`` once, with the signals in ``needs``. To save memory, keep no reference to
-    them.
-
-    ``measure``: `ImportanceCriterion.measure`, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`. ``by_matrix``: a stack
-    of matrices is yielded matrix by matrix instead.
-
-    Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see the
-    module), one layer's gradients, and the statistics of the inputs of all layers if they are needed too. Raises
-    `ModelError` without a calibration set, or for values that are not finite.
-    """
-    where, model, weights = positions(graph), executor.model, executor.weights
-
-    def signals(name: str, sums: _Gradients | None, found: Measured | None) -> Iterator[tuple[str, ParameterSignals]]:
-        inputs, products = (found.inputs, found.products) if found else (None, None)
-        parts = signals_of(model, name, where[name], sums, inputs, products, needs, seed, by_matrix=by_matrix)
-        return ((name, part) for part in parts)
-
-    if set(needs) <= {Signal.WEIGHT}:
-        yield from _of_weights(weights, wanted, lambda name: signals(name, None, None))
-        return
-    if calibration is None:
-        raise ModelError("this criterion runs the model and needs a calibration set")
-    number_of_samples = len(calibration.input_ids)
-    with_gradients = Signal.PRODUCT_GRAD in needs
-
-    def reduce(names: Collection[str]) -> ReduceProducts:
-        assert measure is not None, "statistics of products need a function that measures them"
-        return ReduceProducts(model, names, where, measure, number_of_samples, gradients=with_gradients)
-
-    products = reduce if Signal.PRODUCT in needs and not with_gradients else None
-    found = _forward(executor, wanted, needs, calibration, progress, products)
-    if not GRADIENTS.intersection(needs):
-        rest = set(wanted)
-        for name, measured in found:
-            rest.discard(name)
-            yield from signals(name, None, measured)
-        yield from _of_weights(weights, rest, lambda name: signals(name, None, None))
-        return
-    forward = dict(found)
-    squares = Signal.GRAD_SQ in needs
-    differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ}.intersection(needs) else ()
-    outer = sorted(name for name in wanted if not graph.is_decoder(name))
-    by_layer: dict[int, list[str]] = {}
-    for name in sorted(wanted):
-        if (layer := graph.layer_of(name)) is not None:
-            by_layer.setdefault(layer, []).append(name)
-    lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
-    with _requiring_grad((), freeze=model):
-        walk = LayerWalk(
-            executor, calibration,
-            per_sample=squares, outer=outer if differentiated else (), exact=bool(differentiated),
-        )  # fmt: skip
-        walk.forward()
-        walk.backward_head()
-        for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
-            names = by_layer.get(number, [])
-            with weights.layer(number):
-                reduced = reduce(names) if with_gradients else None
-                sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
-                of_products = reduced.statistics(executor.ranks) if reduced else {}
-                for name in names:
-                    measured = forward.get(name, Measured(None, None))
-                    measured = replace(measured, products=of_products.get(name))
-                    yield from signals(name, sums.pop(name, None), measured)
-        if outer:
-            with weights.outside():
-                sums = walk.backward_outer(outer, squares=squares) if differentiated else {}
-                for name in outer:
-                    yield from signals(name, sums.pop(name, None), None)
-
-
-def _of_weights(
-    weights: Weights, names: Collection[str], signals: Callable[[str], Iterator[tuple[str, ParameterSignals]]]
-) -> Iterator[tuple[str, ParameterSignals]]:
-    """``signals`` of each name, layer by layer."""
-    by_part: dict[int | None, list[str]] = {}
-    for name in sorted(names):
-        by_part.setdefault(weights.number(name), []).append(name)
-    for part in sorted(by_part, key=lambda number: -1 if number is None else number):
-        with weights.part(part):
-            for name in by_part[part]:
-                yield from signals(name)
-
-
-def _forward(
-    executor: Executor,
-    wanted: Collection[str],
-    needs: Collection[Signal],
-    calibration: CalibrationSet,
-    progress: Progress,
-    reduce: Callable[[Collection[str]], ReduceProducts] | None,
-) -> Iterator[tuple[str, Measured]]:
-    inputs = bool(_INPUTS.intersection(needs))
-    if inputs or reduce is not None:
-        gram = Signal.GRAM in needs
-        for layer in forward_statistics(
-            executor, wanted, calibration, progress, inputs=inputs, gram=gram, reduce=reduce
-        ):
-            yield from layer.items()
-
-
-def signals_of(
-    model: PreTrainedModel,
-    name: str,
-    position: Position,
-    sums: _Gradients | None,
-    inputs: InputStats | None,
-    products: ProductStats | None,
-    needs: Collection[Signal],
-    seed: int,
-    *,
-    by_matrix: bool = False,
-) -> Iterator[ParameterSignals]:
-    """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, so that one is in float32 at a
-    time. Raises `ModelError` when its values are not finite."""
-    parameter = model.get_parameter(name).detach()
-    if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
-        raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    grad = sums.grad if sums is not None and Signal.GRAD in needs else None
-    grad_sq = sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None
-    dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
-    if not (by_matrix and parameter.dim() == 3):
-        grad = None if grad is None else grad.float()
-        yield ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products, position)
-        return
-    for number in range(len(parameter)):
-        one = slice(number, number + 1)
-        yield ParameterSignals(
-            parameter[one].to(dtype),
-            None if grad is None else grad[one].float(),
-            None if grad_sq is None else grad_sq[one],
-            generator,
-            inputs and inputs.of_matrix(number),
-            products and products.of_matrix(number),
-            position,
-            number,
-        )
-
-
 def _among(tensor: torch.Tensor, others: list[Any]) -> bool:
     return any(tensor is other for other in others)
 
@@ -529,20 +333,3 @@ def _among(tensor: torch.Tensor, others: list[Any]) -> bool:
 def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sum of the cross entropies of ``targets`` (B, n), in float32."""
     return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-
-
-@contextlib.contextmanager
-def _requiring_grad(parameters: Any, freeze: nn.Module | None = None) -> Iterator[None]:
-    """While active, ``parameters`` require gradients, and all other parameters of ``freeze`` do not."""
-    chosen = list(parameters)
-    others = [] if freeze is None else list(freeze.parameters())
-    flags = [(p, p.requires_grad) for p in (*chosen, *others)]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.executor import Executor
-from ..engine.gradients import signals_of, walk_signals
+from ..engine.parameter_signals import signals_of, walk_signals
 from ..engine.position import UnitAxis, positions
 from ..engine.signals import InputStats, ParameterSignals, Signal
 from ..engine.stream import stream_statistics

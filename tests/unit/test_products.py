@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
 from llmpruner.engine.executor import Executor
-from llmpruner.engine.gradients import walk_signals
 from llmpruner.engine.inputs import forward_statistics
+from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.position import Position, positions
 from llmpruner.engine.reduce import ReduceProducts
 from llmpruner.errors import PluginError

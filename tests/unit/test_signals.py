@@ -13,7 +13,7 @@ from llmpruner import ModelError, Signal, UnsupportedModelError, build_graph
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.data.written import self_generated
 from llmpruner.engine.executor import Executor
-from llmpruner.engine.gradients import walk_signals
+from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.progress import Progress
 
