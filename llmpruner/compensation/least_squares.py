@@ -101,7 +101,7 @@ class NormalEquations:
     ``width``, ``out``: the numbers of inputs and outputs. ``mixed``: whether m is chosen too. Memory:
     2 · width · (width + out) float32, with ``mixed`` 2 · width · (width + 2 · out).
 
-    Several processes that add rows `reduce` their sums, and may each compute some of the `errors`.
+    Several processes that add rows `reduce` their sums, and may each compute the `error` of some trials.
     """
 
     trials = len(RIDGES) + 1

@@ -26,6 +26,7 @@ from ..structure.coupling import (
     CouplingGraph,
     Role,
     Span,
+    layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
 from .depth import counts_layers
@@ -151,7 +152,7 @@ def _has_an_end(unit_set: UnitSet) -> bool:
 
 
 def _name(unit_set: UnitSet, traced: Trace) -> Named:
-    numbers = {_layer_of(s.parameter, traced.layers) for s in unit_set.owned}
+    numbers = {layer_number(s.parameter, traced.layers) for s in unit_set.owned}
     if len(numbers) > 1 or None in numbers:
         if None not in numbers:
             return Named(_CROSS_LAYER, None, unit_set)
@@ -189,11 +190,6 @@ def _latent(found: list[Named], layers: str) -> list[Named]:
         else n
         for n in found
     ]
-
-
-def _layer_of(parameter: str, layers: str) -> int | None:
-    prefix = layers + "."
-    return int(parameter[len(prefix) :].split(".", maxsplit=1)[0]) if parameter.startswith(prefix) else None
 
 
 def _common_module(unit_set: UnitSet) -> str:
@@ -294,7 +290,7 @@ def _renumber(parameter: str, layers: str, number: int) -> str:
 
 def _everywhere(parameter: str, traced: Trace) -> list[str]:
     """The names of the parameter in all real layers that its traced layer represents."""
-    layer = _layer_of(parameter, traced.layers)
+    layer = layer_number(parameter, traced.layers)
     if layer is None:
         return [parameter]
     return [_renumber(parameter, traced.layers, number) for number in traced.stands_for[layer]]

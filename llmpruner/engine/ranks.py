@@ -171,7 +171,6 @@ _started: Ranks | None = None
 
 
 def _connected() -> Ranks:
-
     backend = "gloo"
     if torch.cuda.is_available():
         here, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
@@ -194,7 +193,6 @@ def _connected() -> Ranks:
 @contextmanager
 def _noticing() -> Iterator[None]:
     """Failures of the connection to other processes as a `ProcessError`."""
-
     try:
         yield
     except RuntimeError as error:

@@ -138,33 +138,37 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
 
 
 def tables(
-    model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup], batches: Sequence[torch.Tensor]
+    model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup, batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors passed by name to modules near the parameters of ``groups`` that are equal for all ``batches`` of token
+    """Tensors passed by name to modules near the parameters of ``group`` that are equal for all ``batches`` of token
     ids, and so no activations, with an axis whose size is a multiple of the number of units."""
-    found: dict[FollowTable, None] = {}
-    for group in groups:
-        for path, module in _nearby(model, graph, group):
-            calls: list[dict[str, torch.Tensor]] = []
-            handle = module.register_forward_pre_hook(
-                lambda _m, _a, kwargs, calls=calls: calls.append(
-                    {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
-                ),
-                with_kwargs=True,
-            )
-            with torch.no_grad():
-                for tokens in batches:
-                    model(input_ids=tokens, use_cache=False)
-            handle.remove()
-            if len(calls) != len(batches):
-                continue
-            for name, value in calls[0].items():
-                if all(torch.equal(value, call[name]) for call in calls[1:] if name in call):
-                    for axis, size in enumerate(value.shape):
-                        if size % group.units == 0:
-                            found.setdefault(FollowTable(group.kind, _pattern(graph, path), name, axis))
-        break  # every layer is given the same
+    found: set[FollowTable] = set()
+    for path, module in _nearby(model, graph, group):
+        first, *others = _named_tensors(model, module, batches) or [{}]
+        for name, value in first.items():
+            if all(torch.equal(value, other[name]) for other in others if name in other):
+                axes = (axis for axis, size in enumerate(value.shape) if size % group.units == 0)
+                found.update(FollowTable(group.kind, _pattern(graph, path), name, axis) for axis in axes)
     return sorted(found)
+
+
+def _named_tensors(
+    model: PreTrainedModel, module: nn.Module, batches: Sequence[torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """The tensors passed by name to ``module`` for each of ``batches``; none where it is not called once for each."""
+    calls: list[dict[str, torch.Tensor]] = []
+
+    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        calls.append({name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            for tokens in batches:
+                model(input_ids=tokens, use_cache=False)
+    finally:
+        handle.remove()
+    return calls if len(calls) == len(batches) else []
 
 
 def _pattern(graph: CouplingGraph, path: str) -> str:

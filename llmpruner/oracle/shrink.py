@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,11 @@ _WIDTH = re.compile(
 _EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
 _TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
+_HEADS = re.compile(r"heads$|n_head$")
+_STATE_SPACE = re.compile("mamba|mixer|ssm")
+_HEAD_DIM = re.compile(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels")
+_ROTARY = re.compile("rotary_dim|rotary_ndims|rope_dim")
+_HIDDEN = re.compile("hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj")
 _RANK = re.compile(r"rank$|_lora|low_rank")
 _TOKEN = re.compile(r"token_id$|_token$|token_index$")
 _LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$|^num_blocks$")
@@ -33,76 +39,99 @@ _LENGTH = re.compile(
 )
 
 
-def shrink(
-    config: PreTrainedConfig,
-    layers: int,
-    few: tuple[int, int],
-    *,
-    complete: bool = False,
-    each: int = 1,
-    wide: Mapping[int, int] = {},
-    shared: Mapping[int, int] = {},
-    beside: Mapping[int, int] = {},
-) -> dict[str, Any]:
-    """The values of ``config``, and of the configurations inside it, made small.
+@dataclass(frozen=True)
+class Small:
+    """How small. ``layers``: how many, unless more are needed to show every kind of layer. ``heads``: numbers of heads,
+    and of key/value heads where they are shared. ``complete``: also fill in numbers of heads that the configuration
+    leaves open, and keep products between numbers (see `_keep_products`). ``each``: how many layers of every kind,
+    where there are as many."""
 
-    ``layers``: how many, unless more are needed to show every kind of layer. ``few``: numbers of heads, and of
-    key/value heads where they are shared. What is equal stays equal, and flags stay as they are. ``complete``: also
-    fill in numbers of heads that the configuration leaves open, and keep products between numbers (see
-    `_keep_products`). ``each``: how many layers of every kind, where there are as many. ``wide``, ``shared``: hidden
-    size and number of key/value heads of the configuration around this one → the small ones. ``beside``: the hidden
-    size of the text model beside this part of a model → the small one, which projections to it must equal.
-    """
+    layers: int
+    heads: tuple[int, int]
+    complete: bool = False
+    each: int = 1
+
+
+@dataclass(frozen=True)
+class _Around:
+    """Sizes that a part of a configuration takes from others, each → the small one. ``hidden``, ``kv_heads``: hidden
+    size and number of key/value heads of the configuration around it; ``text``: hidden size of the text model beside
+    it, which projections to that model must equal."""
+
+    hidden: Mapping[int, int] = field(default_factory=dict)
+    kv_heads: Mapping[int, int] = field(default_factory=dict)
+    text: Mapping[int, int] = field(default_factory=dict)
+
+
+def shrink(config: PreTrainedConfig, small: Small) -> dict[str, Any]:
+    """The values of ``config``, and of the configurations inside it, made ``small``. What is equal stays equal, and
+    flags stay as they are."""
+    return _shrink(config, small, _Around())
+
+
+def _shrink(config: PreTrainedConfig, small: Small, around: _Around) -> dict[str, Any]:
     overrides = layer_overrides(config) or {}
     plain = for_all_layers(config)
-    values: dict[str, Any] = plain.to_dict()
-    # Some classes write other numbers than they hold, and take both.
-    values |= {n: v for n, v in vars(plain).items() if n in values and isinstance(v, int | list)}
-    # Sizes of single layers become values with the number of the layer in front of their name, so that what is made of
-    # a size of all layers is made of them.
-    values |= {f"{n}.{name}": value for n, stated in overrides.items() for name, value in stated.items()}
+    values = _values(plain, overrides)
     before = dict(values)
-    heads = _heads(plain)
-    hidden = getattr(plain, "hidden_size", None)
-    if isinstance(hidden, int):
-        _shrink_attention(plain, values, *(heads or (0, 0)), few, wide)
-        stated = values.get(getattr(plain, "attribute_map", {}).get("hidden_size", "hidden_size"))
-        wide = {hidden: stated} if isinstance(stated, int) else {}
-        shared = {heads[1]: few_heads(heads, few)[1]} if heads else {}
-    else:
-        for name in [n for n in values if _SHARED.search(n)]:
-            values[name] = shared.get(values[name], values[name])
-    text = plain.get_text_config()
-    parts = {n: part for n, v in before.items() if isinstance(v, dict) and _is_config(part := getattr(plain, n, None))}
-    for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
-        values[name] = shrink(
-            part,
-            layers,
-            few,
-            complete=complete,
-            each=each,
-            wide=wide,
-            shared=shared,
-            beside={} if part is text else beside,
-        )
-        if part is text and isinstance(getattr(part, "hidden_size", None), int):
-            beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
+    inner = _shrink_hidden(plain, values, small.heads, around)
+    text = _shrink_parts(plain, values, small, inner)
     _shrink_widths(values)
-    chosen = _shrink_layers(plain, values, layers, overrides, each)
+    chosen = _shrink_layers(plain, values, small, overrides)
     for name in [n for n in values if _TOKEN.search(n)]:
         values[name] = _small_token(values[name])
-    if complete:
+    if small.complete:
         for name in [n for n, v in values.items() if v is None and _SHARED.search(n)]:
             values[name] = values.get(plain.attribute_map.get("num_attention_heads", "num_attention_heads"))
         _keep_products(before, values)
-    for name in [n for n, v in before.items() if type(v) is int and values[n] == v and v in beside]:
-        values[name] = beside[values[name]]
-    small = {n: {name: values.pop(f"{n}.{name}") for name in stated} for n, stated in overrides.items()}
+    for name in [n for n, v in before.items() if type(v) is int and values[n] == v and v in text]:
+        values[name] = text[values[name]]
+    of_layers = {n: {name: values.pop(f"{n}.{name}") for name in stated} for n, stated in overrides.items()}
     if layer_overrides(config) is not None:
-        values[PER_LAYER] = {new: small[old] for new, old in enumerate(chosen) if old in small}
+        values[PER_LAYER] = {new: of_layers[old] for new, old in enumerate(chosen) if old in of_layers}
     for name in ("_name_or_path", "transformers_version", "architectures", "auto_map"):
         values.pop(name, None)
     return values
+
+
+def _values(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The values of a configuration, and those of single layers (``overrides``)."""
+    values: dict[str, Any] = config.to_dict()
+    # Some classes write other numbers than they hold, and take both.
+    values |= {n: v for n, v in vars(config).items() if n in values and isinstance(v, int | list)}
+    # Sizes of single layers become values with the number of the layer in front of their name, so that what is made of
+    # a size of all layers is made of them.
+    return values | {f"{n}.{name}": value for n, stated in overrides.items() for name, value in stated.items()}
+
+
+def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[int, int], around: _Around) -> _Around:
+    """Make the hidden size and the sizes of heads small; returns ``around`` for the parts of ``config``."""
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        for name in [n for n in values if _SHARED.search(n)]:
+            values[name] = around.kv_heads.get(values[name], values[name])
+        return around
+    heads = _heads(config)
+    _shrink_attention(config, values, *(heads or (0, 0)), few, around.hidden)
+    stated = values.get(getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size"))
+    return replace(
+        around,
+        hidden={hidden: stated} if isinstance(stated, int) else {},
+        kv_heads={heads[1]: few_heads(heads, few)[1]} if heads else {},
+    )
+
+
+def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: _Around) -> Mapping[int, int]:
+    """Make the configurations inside ``config`` small, that of its text model first; returns `_Around.text` for the
+    others and for ``config`` itself."""
+    text = config.get_text_config()
+    parts = {n: part for n, v in values.items() if isinstance(v, dict) and _is_config(part := getattr(config, n, None))}
+    beside = around.text
+    for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
+        values[name] = _shrink(part, small, replace(around, text={} if part is text else beside))
+        if part is text and isinstance(getattr(part, "hidden_size", None), int):
+            beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
+    return beside
 
 
 def _is_config(part: Any) -> bool:
@@ -140,7 +169,7 @@ def _shrink_attention(
     target: tuple[int, int],
     wide: Mapping[int, int],
 ) -> None:
-    """``heads``: 0 for a model without heads, whose hidden size is made small alone."""
+    """``heads``: 0 for a model without heads, whose hidden size is made small alone. ``wide``: see `_Around.hidden`."""
     before = dict(values)
     few, few_shared = few_heads((heads, shared), target)
     own = getattr(config, "head_dim", None)
@@ -148,36 +177,33 @@ def _shrink_attention(
     head_dim = own if isinstance(own, int) and own > 0 else max(hidden // max(heads, 1), 1)
     small_hidden = wide.get(hidden, few * HEAD_DIM) if not heads else few * HEAD_DIM
     scale = HEAD_DIM / head_dim
-    names = {v: k for k, v in getattr(config, "attribute_map", {}).items()}
 
-    def put(name: str, value: int) -> None:
-        key = config.attribute_map.get(name, name)
-        if key in values and isinstance(values[key], int) and not isinstance(values[key], bool):
-            values[key] = value
-
-    for name, value in list(values.items()):
-        meaning = names.get(name, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            continue
+    def small(meaning: str, value: int) -> int:
         if _SHARED.search(meaning):
-            values[name] = few_shared if value == shared else few if value == heads else min(value, few_shared)
-        elif re.search(r"heads$|n_head$", meaning) and not re.search("mamba|mixer|ssm", meaning):
-            values[name] = few if value == heads else min(value, 4)
-        elif re.search(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels", meaning) and "mamba" not in meaning:
-            values[name] = max(8, int(value * scale) // 8 * 8)
-        elif re.search(r"rotary_dim|rotary_ndims|rope_dim", meaning):
-            values[name] = max(4, int(value * scale) // 4 * 4)
-        elif value == hidden or re.search(
-            r"hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj", meaning
-        ):
-            values[name] = small_hidden * (value // hidden) if value % hidden == 0 else small_hidden // 2
+            return few_shared if value == shared else few if value == heads else min(value, few_shared)
+        if _HEADS.search(meaning) and not _STATE_SPACE.search(meaning):
+            return few if value == heads else min(value, 4)
+        if _HEAD_DIM.search(meaning) and "mamba" not in meaning:
+            return max(8, int(value * scale) // 8 * 8)
+        if _ROTARY.search(meaning):
+            return max(4, int(value * scale) // 4 * 4)
+        if value == hidden or _HIDDEN.search(meaning):
+            return small_hidden * (value // hidden) if value % hidden == 0 else small_hidden // 2
+        return value
+
+    meanings = {v: k for k, v in getattr(config, "attribute_map", {}).items()}
+    for name, value in list(values.items()):
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            values[name] = small(meanings.get(name, name), value)
     for name in [n for n in before if _SHARED.search(n)]:
         layer, single, _ = name.rpartition(".")
         queries = f"{layer}.num_attention_heads"
         if single and before[name] == before.get(queries):
             values[name] = values[queries]
     _keep_ratios(config, values, target[1])
-    put("hidden_size", small_hidden)
+    key = config.attribute_map.get("hidden_size", "hidden_size")
+    if isinstance(values.get(key), int):
+        values[key] = small_hidden
     if values.get("head_dim", HEAD_DIM) is None:
         values["head_dim"] = HEAD_DIM
     _shrink_state_space(values, small_hidden)
@@ -241,13 +267,9 @@ def _shrink_widths(values: dict[str, Any]) -> None:
 
 
 def _shrink_layers(
-    config: PreTrainedConfig,
-    values: dict[str, Any],
-    layers: int,
-    overrides: Mapping[int, Mapping[str, Any]],
-    number: int,
+    config: PreTrainedConfig, values: dict[str, Any], small: Small, overrides: Mapping[int, Mapping[str, Any]]
 ) -> list[int]:
-    """Choose layers so that ``number`` of every kind are among them; returns their numbers."""
+    """Choose layers so that ``small.each`` of every kind are among them; returns their numbers."""
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     if key not in values:  # it is derived from another number
         key = next((n for n in ("num_layers", "num_decoder_layers") if n in values), key)
@@ -258,10 +280,10 @@ def _shrink_layers(
     if each is not None:
         # Layers that run several times, and are counted as often.
         times = count // values[each]
-        values[each] = min(values[each], layers)
+        values[each] = min(values[each], small.layers)
         values[key] = values[each] * times
         return list(range(values[key]))
-    if count <= layers:
+    if count <= small.layers:
         return list(range(count))
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     parts = _parts(values, key, count)
@@ -270,7 +292,7 @@ def _shrink_layers(
     }
     among = [[n in value for n in range(count)] for value in numbered.values()]
     columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
-    chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, layers, number)
+    chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, small)
     # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
@@ -327,17 +349,17 @@ def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
                 break
 
 
-def _show_all(kinds: Sequence[tuple[str, ...]], count: int, layers: int, number: int) -> list[int]:
-    """Numbers of the first ``number`` layers of every kind, in order, with further first layers up to ``layers`` in
-    all."""
+def _show_all(kinds: Sequence[tuple[str, ...]], count: int, small: Small) -> list[int]:
+    """Numbers of the first ``small.each`` layers of every kind, in order, with further first layers up to
+    ``small.layers`` in all."""
     shown: Counter[tuple[str, ...]] = Counter()
     chosen = set()
     for n, kind in enumerate(kinds):
-        if shown[kind] < number:
+        if shown[kind] < small.each:
             chosen.add(n)
         shown[kind] += 1
-    least = max(layers, len(chosen))
-    chosen.update(n for n in range(count) if n < layers and len(chosen | {n}) <= least)
+    least = max(small.layers, len(chosen))
+    chosen.update(n for n in range(count) if n < small.layers and len(chosen | {n}) <= least)
     return sorted(chosen)
 
 

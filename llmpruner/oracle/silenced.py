@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
 
 
-def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[Any]:
+def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:
     """Silence all units that ``kept`` leaves out of the dense ``model``, in place; it must run inside the result.
 
     Removed layers return their inputs, removed experts are not selected by routers, and of other units the weights

@@ -14,7 +14,7 @@ from ..errors import UnsupportedModelError, first_line
 from ..models.quiet import quiet_transformers
 from ..models.remote import register_model_class
 from ..models.where import where
-from .shrink import shrink
+from .shrink import Small, shrink
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,34 +32,28 @@ products between numbers, are completed; and how many layers there are of every 
 
 
 def tiny_config(
-    config: PreTrainedConfig,
-    layers: int = LAYERS,
-    heads: tuple[int, int] = HEADS[0],
-    *,
-    complete: bool = False,
-    each: int = 1,
+    config: PreTrainedConfig, heads: tuple[int, int] = HEADS[0], *, complete: bool = False, each: int = 1
 ) -> PreTrainedConfig:
-    """A configuration of the same class with a few narrow layers, every layer type among them.
+    """A configuration of the same class with `LAYERS` narrow layers, or more if that shows every layer type.
 
-    ``layers``: how many, unless more are needed to show every type. ``heads``: number of heads, and of
-    key/value heads where they are shared; odd, so that other sizes are no multiples of them. ``complete``, ``each``:
-    see `shrink.shrink`. Raises `UnsupportedModelError` where the class refuses the small numbers.
+    ``heads``, ``complete``, ``each``: see `shrink.Small`; ``heads`` are odd, so that other sizes are no multiples of
+    them. Raises `UnsupportedModelError` where the class refuses the small numbers.
     """
     register_model_class(config)  # the small configuration has lost the reference to the code of its class
     try:
-        small = type(config).from_dict(shrink(config, layers, heads, complete=complete, each=each))
+        small = type(config).from_dict(shrink(config, Small(LAYERS, heads, complete, each)))
     except Exception as error:  # third-party constructors raise anything
         reason = " ".join(str(error).split())[:240]
         raise UnsupportedModelError(f"a {config.model_type} configuration refuses small numbers: {reason}") from error
     return cast("PreTrainedConfig", small)
 
 
-def small_config(config: PreTrainedConfig, layers: int = LAYERS) -> PreTrainedConfig:
+def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The first of `small_configs`. Raises `UnsupportedModelError` as they do."""
-    return next(small_configs(config, layers))
+    return next(small_configs(config))
 
 
-def small_configs(config: PreTrainedConfig, layers: int = LAYERS) -> Iterator[PreTrainedConfig]:
+def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     """Every `tiny_config`, over `ATTEMPTS`, whose model can be built and run.
 
     Raises `UnsupportedModelError` with the first reason when none can.
@@ -67,7 +61,7 @@ def small_configs(config: PreTrainedConfig, layers: int = LAYERS) -> Iterator[Pr
     reasons: list[UnsupportedModelError] = []
     for heads, complete, each in ATTEMPTS:
         try:
-            small = tiny_config(config, layers, heads, complete=complete, each=each)
+            small = tiny_config(config, heads=heads, complete=complete, each=each)
             _run(random_instance(small))
         except UnsupportedModelError as error:
             reasons.append(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 
 BATCH, TIME = 3, 13
+NEW_TOKENS = 4
+"""Tokens that are generated with a cache."""
 
 TOLERANCE = 2e-4
 """Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
@@ -242,7 +245,8 @@ class Oracle:
         attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
         found = find(attributes, agrees)
         if found is None:
-            for table in tables(dense, self.graph, groups, [self.tokens, self.tokens.flip(0, 1)]):
+            # Every layer is given the same tables, so one group of the kind shows them.
+            for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
                 found = find([table, *attributes], _only_with(table, agrees))
                 if found is not None:
                     break
@@ -285,7 +289,10 @@ class Oracle:
             raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
         return difference
 
-    def _reference(self, dense: PreTrainedModel, kept: Kept) -> tuple[torch.Tensor, PreTrainedModel, Any]:
+    def _reference(
+        self, dense: PreTrainedModel, kept: Kept
+    ) -> tuple[torch.Tensor, PreTrainedModel, AbstractContextManager[object]]:
+        """The logits of a silenced copy of ``dense``, that copy, and the context in which it must run."""
         model = copy.deepcopy(dense)
         mode = silenced(model, self.graph, kept)
         with mode:
@@ -341,8 +348,11 @@ def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
     return sorted([*layers[:-1], attention[0]])
 
 
-def first_difference(model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: Any) -> str:
-    """The first module, in order of execution, whose output differs between two models."""
+def first_difference(
+    model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: AbstractContextManager[object]
+) -> str:
+    """The path of the first module, in order of execution, whose output differs between two models; empty where none
+    does. ``mode``: in which ``reference`` runs, see `silenced`."""
     seen = _outputs(model, tokens)
     with mode:
         expected = _outputs(reference, tokens)
@@ -373,11 +383,11 @@ def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Te
     return outputs
 
 
-def cached_difference(model: PreTrainedModel, tokens: torch.Tensor, steps: int = 4) -> float:
+def cached_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """`distance` of logits with a key/value cache from those of full forward passes. Raises what generation raises."""
     with torch.no_grad(), quiet_transformers():
         output = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=steps, min_new_tokens=steps,
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
             do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
         )  # fmt: skip
         full = logits(model, output.sequences)

@@ -82,9 +82,7 @@ class Base:
         count = left = 0
         for part in (None, *range(len(checked.model.get_submodule(checked.path)))):
             with checked.part(part), self.weights.part(part):
-                found, expected = (
-                    dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, self.weights)
-                )
+                found, expected = _parameters(checked), _parameters(self.weights)
                 for name in sorted(n for n in expected if checked.number(n) == part):
                     if name.rpartition(".")[0] in changed:
                         left += 1
@@ -162,6 +160,7 @@ class Base:
 
 
 def _parameters(weights: Weights) -> dict[str, torch.nn.Parameter]:
+    """All names of all parameters, those of tied ones too."""
     return dict(weights.model.named_parameters(remove_duplicate=False))
 
 

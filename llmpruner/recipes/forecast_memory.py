@@ -27,12 +27,8 @@ class Memory:
 
     def __init__(self, sizes: Sizes, residency: Residency, sample: LayerSample | None, *, converts: bool) -> None:
         self.sizes, self.graph, self.work = sizes, sizes.graph, sizes.work
-        self.hidden, self.vocabulary, self.item, self.product = (
-            sizes.hidden,
-            sizes.vocabulary,
-            sizes.item,
-            sizes.product,
-        )
+        self.hidden, self.vocabulary = sizes.hidden, sizes.vocabulary
+        self.item, self.product = sizes.item, sizes.product
         self.residency, self.sample, self.converts = residency, sample, converts
 
     def weights(self) -> dict[str, int]:

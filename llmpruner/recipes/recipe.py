@@ -144,8 +144,8 @@ def values_of(texts: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Raw:
-    """A step before its settings are checked. ``at``: its path in the document; ``round``: which time, None outside of
-    rounds."""
+    """A step before its settings are checked. ``number``: its place among all steps, from 1; 0 until all are read.
+    ``values``: the settings of the command; ``own``: those of the step. ``at``: path of its command in the document."""
 
     number: int
     command: Command

@@ -11,7 +11,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..loading.dtypes import dtype_of, loaded_bytes
 from ..loading.model import Model
 from ..loading.streamed import why_not_streamed
-from ..recovery.memory import free_bytes, training_bytes
+from ..recovery.memory import KEPT_VALUES, free_bytes, training_bytes
 from .forecast import LATER, Forecast, Residency, Stage, check_machine, machine_memory
 from .layer_sample import layer_parameters, memory_before
 
@@ -86,16 +86,21 @@ def training_forecast(
     if settings.autocast and (widened or item == _FLOAT32):
         cast = trained if widened else sum(one.graph.total_parameters for one in models)
         memory["weights in bfloat16"] = cast * _BFLOAT16
-    free, kept = free_bytes(_device(opened, load)), "values for the backward pass"
-    if job.settings.gradient_checkpointing == "on" or (
-        job.settings.gradient_checkpointing == "auto" and sum(memory.values()) > free
-    ):
-        memory[kept] //= graph.num_layers
+    checkpointing = job.settings.gradient_checkpointing
+    fits = sum(memory.values()) <= free_bytes(_device(opened, load))
+    if checkpointing == "on" or (checkpointing == "auto" and not fits):
+        memory[KEPT_VALUES] //= graph.num_layers
+    disk = _disk(job, graph.total_parameters * item, states)
+    return Forecast(Residency(), memory_before(model), (*stages, Stage("training", memory)), disk)
+
+
+def _disk(job: RecoverJob, result: int, trained: int) -> int:
+    """Bytes of the result (all weights: ``result``), and of what is kept during the training. ``trained``: bytes of the
+    trained weights."""
     saves_adapters = job.strategy.adapters and not job.settings.merge
     validates = job.settings.validation_data is not None or job.settings.validation > 0
-    disk = (0 if saves_adapters else graph.total_parameters * item) + _KEPT_STATES * 3 * states
-    disk += _KEPT_BEST * states if validates else 0
-    return Forecast(Residency(), memory_before(model), (*stages, Stage("training", memory)), disk)
+    kept = _KEPT_STATES * 3 * trained + (_KEPT_BEST * trained if validates else 0)
+    return kept if saves_adapters else result + kept
 
 
 def _of_dense(dense: Structure, item: int, by_layer: bool) -> dict[str, int]:

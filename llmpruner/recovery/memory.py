@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _BYTES_PER_TOKEN_AND_CHANNEL = 34
 """Kept in a layer per token and channel of the hidden states, at 16 bits, without the scores of attention, which its
 kernels compute again (Korthikanti et al., 2022, equation 1)."""
+KEPT_VALUES = "values for the backward pass"
+"""Their name in `training_bytes`; with gradient checkpointing, those of one layer at a time."""
 _SHARE = 0.8
 """Of the free memory that may be used."""
 
@@ -66,7 +68,7 @@ def training_bytes(settings: RecoverSettings, vocabulary: int, channels: int, la
     tokens = micro_batch(settings, Ranks.current().count) * settings.cutoff
     width = 2 if settings.autocast else item
     return {
-        "values for the backward pass": tokens * channels * layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2,
+        KEPT_VALUES: tokens * channels * layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2,
         "logits": 3 * tokens * vocabulary * 4,
     }
 
