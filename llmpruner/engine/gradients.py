@@ -68,7 +68,7 @@ class _Batch:
     """Layer → gradients of the arguments that the model computes from parameters outside the layers."""
 
 
-class LayerWalk:
+class GradientWalk:
     """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
     micro-batches, maybe none, and gradients are sums over all of them.
 

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ModelError
 from .gradient_sums import GradientSums, requiring_grad
-from .gradients import LayerWalk
+from .gradients import GradientWalk
 from .inputs import Measured, forward_statistics
 from .position import Position, positions
 from .reduce import Measure, ReduceProducts
@@ -146,7 +146,7 @@ def _of_gradients(
             by_layer.setdefault(layer, []).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with requiring_grad((), freeze=executor.model):
-        walk = LayerWalk(
+        walk = GradientWalk(
             executor, calibration,
             per_sample=squares, outer=outer if differentiated else (), exact=bool(differentiated),
         )  # fmt: skip

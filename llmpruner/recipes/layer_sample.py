@@ -93,7 +93,7 @@ def sample_layer(
 ) -> LayerSample:
     """Run the largest layer, of those with ``wanted`` parameters if there are any. ``length``: tokens per sample at
     most; ``wanted``: the parameters that get gradients, those of other layers are left out; none: no backward pass.
-    ``exact``: as for `engine.gradients.LayerWalk`; without it, products with these parameters get gradients in their
+    ``exact``: as for `GradientWalk`; without it, products with these parameters get gradients in their
     place. Raises whatever a layer raises that cannot be run alone."""
     number = largest_layer(graph, {graph.layer_of(name) for name in wanted})
     prefix = f"{graph.layers}.{number}."

@@ -80,7 +80,7 @@ class Work:
 
     @property
     def exact(self) -> bool:
-        """Whether gradients are computed in the model's own precision (see `LayerWalk`)."""
+        """Whether gradients are computed in the model's own precision (see `GradientWalk`)."""
         return bool(self.signals & GRADIENTS - {Signal.PRODUCT_GRAD})
 
 
