@@ -19,6 +19,9 @@ from llmpruner.data.calibration import CalibrationSet
 from llmpruner.engine.calls import call_layer
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk
+from llmpruner.errors import ModelError
+from llmpruner.loading.mixed import check_runs
+from llmpruner.models.empty import meta_model
 from llmpruner.models.precision import autocast_to
 from llmpruner.oracle.silenced import distance, logits, silenced
 from llmpruner.oracle.tiny import random_instance
@@ -115,6 +118,35 @@ def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, mon
         prune(dense("starcoder2", "bfloat16"), tmp_path / str(streamed), "bfloat16", run=run, **method)
     one, other = (load_pruned(tmp_path / str(streamed)).state_dict() for streamed in (False, True))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "by layer"])
+@pytest.mark.parametrize("how", [{"method": "fast"}, {"importance": "l1", "compensate": "none"}], ids=["fast", "l1"])
+def test_a_model_that_does_not_run_in_16_bits_is_refused_before_work(tmp_path, monkeypatch, how, streamed):
+    """XLNet makes some of its parameters in float32 in any dtype, and multiplies them with the others."""
+    folder = tmp_path / "dense"
+    config = CONFIG_MAPPING["xlnet"](vocab_size=96, d_model=48, n_layer=2, n_head=4, d_inner=64)
+    random_instance(config).bfloat16().save_pretrained(folder)
+    monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
+    text = {"samples": 4, "length": 16, "calibration": "self"} if "method" in how else {}
+    with pytest.raises(ModelError, match=r"does not run in bfloat16: .*'transformer\.mask_emb'.*float32$"):
+        api.prune(str(folder), ratio=0.2, output=tmp_path / "pruned", **text, **how)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_a_model_with_parameters_in_float32_that_its_class_names_is_read_once():
+    """Those of DeepSeek's routers are meant to be so, and every layer of a large one is not run to see it."""
+    config = CONFIG_MAPPING["deepseek_v3"](
+        **SMALL | LAYERS_AND_HEADS, first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=2,
+        num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    model = meta_model(config, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
+    runs = []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    check_runs("deepseek", model)
+    assert not runs
 
 
 def test_norms_have_weights_in_16_bits_for_inputs_in_another_dtype():
