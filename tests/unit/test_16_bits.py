@@ -17,7 +17,9 @@ from llmpruner import api
 from llmpruner.checkpoints.load import load_pruned
 from llmpruner.data.calibration import CalibrationSet
 from llmpruner.engine.calls import call_layer
+from llmpruner.engine.check import LayerCheck
 from llmpruner.engine.executor import Executor
+from llmpruner.engine.gradients import LayerWalk
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import ModelError
 from llmpruner.loading.mixed import check_runs
@@ -147,6 +149,50 @@ def test_a_model_with_parameters_in_float32_that_its_class_names_is_read_once():
     model.register_forward_pre_hook(lambda *_: runs.append(1))
     check_runs("deepseek", model)
     assert not runs
+
+
+def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_are_held(tmp_path, monkeypatch):
+    """In memory, all layers run in float32 then; read one by one, those before it are not known to until it comes."""
+    tiny_models.llama(layers=3).save_pretrained(tmp_path / "dense")
+    kept, asked, forward = {}, [], LayerWalk.forward
+
+    def runs_in(_check, _products, number):
+        asked.append(number)
+        return number != 2
+
+    def watched(walk):
+        forward(walk)
+        kept[walk.weights.streamed] = [states[0].clone() for states in walk.hidden]
+
+    monkeypatch.setattr("llmpruner.engine.gradients.computes_bfloat16_fast", lambda _: True)
+    monkeypatch.setattr(LayerCheck, "runs_in", runs_in)
+    monkeypatch.setattr(LayerWalk, "_whole_runs_mixed", lambda _: False)
+    monkeypatch.setattr(LayerWalk, "forward", watched)
+    how = {"ratio": 0.2, "importance": "fisher", "samples": 2, "length": 16, "calibration": "self"}
+    for streamed in (False, True):
+        monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_, streamed=streamed: streamed)
+        api.plan(str(tmp_path / "dense"), **how)
+    assert asked[:3] == [0, 1, 2] and len(kept) == 2
+    assert all(map(torch.equal, kept[False], kept[True]))
+
+
+@pytest.mark.parametrize("strategy", ["lora", "distil"])
+def test_a_model_in_float16_with_layer_norms_is_trained_under_autocast(tmp_path, strategy):
+    """Weights that are not trained, and those of the dense model, stay in float16."""
+    tiny_models.gpt2(64).half().save_pretrained(tmp_path / "dense")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "dense")
+    load = LoadSettings(dtype="float16")
+    api.prune(
+        str(tmp_path / "dense"), ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned", load=load
+    )
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Question? ", "completion": "Paris."}\n' * 4)
+    recovered = api.recover(
+        str(tmp_path / "pruned"), output=tmp_path / "out", data=str(tmp_path / "data.jsonl"), strategy=strategy,
+        max_steps=2, batch_size=2, micro_batch_size=2, validation=0, cutoff=32, autocast=True, load=load,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    before = load_pruned(tmp_path / "pruned").state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in recovered.model.state_dict().items())
 
 
 def test_norms_have_weights_in_16_bits_for_inputs_in_another_dtype():
