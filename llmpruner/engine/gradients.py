@@ -127,6 +127,19 @@ class GradientWalk:
             return
         with self.weights.outside():
             check = LayerCheck(self.model, self.layers, self.batches[0].input_ids)
+        if not self._forward_by_layer(check):
+            # With the weights in memory, no layer would have run under autocast: neither must those before this one.
+            self._mixed = False
+            for states in self.hidden:
+                states.clear()
+            for batch in self.batches:
+                batch.output_rest = []
+            self._forward_by_layer(check)
+
+    def _forward_by_layer(self, check: LayerCheck) -> bool:
+        """`forward`, of weights that are read when they are needed. False, without going on, at a layer whose operators
+        refuse what autocast gives them."""
+        with self.weights.outside():
             for batch in self.batches:
                 recorded, embedded = record(self.model, self.layers, batch.input_ids, check.tuples)
                 batch.calls = recorded.calls
@@ -134,14 +147,15 @@ class GradientWalk:
         for number, layer in enumerate(self.layers):
             with self.weights.layer(number):
                 check.layer(number)
-                # Layers before it may have run under autocast: their hidden states are in the same dtype either way.
-                self._mixed = self._mixed and check.runs_in(torch.bfloat16, number)
+                if self._mixed and not check.runs_in(torch.bfloat16, number):
+                    return False
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     call, batch.calls[number] = batch.calls[number], as_now(batch.calls[number])
                     with self._computing():
                         output = call_layer(layer, hidden, call)
                     batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
+        return True
 
     def backward_head(self) -> float:
         """The gradient of the loss with respect to the hidden states after the last layer, through final norm and

@@ -17,6 +17,7 @@ from ..settings import LoadSettings
 from .complete import check_amount, check_files, check_loaded, check_number_types, check_shapes, check_ties
 from .dtypes import dtype_in_memory
 from .failures import in_one_line
+from .mixed import check_runs
 from .model import Model, Structure
 from .reference import Reference, resolve
 from .structure import adapted, load_structure
@@ -53,6 +54,7 @@ def load_model(
     model = model.to(options.device).eval()
     check_shapes(model, structure.graph, text)
     check_ties(ref, model, structure.graph)
+    check_runs(text, model)
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 

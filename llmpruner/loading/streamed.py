@@ -15,6 +15,7 @@ from ..settings import LoadSettings
 from .complete import check_files, check_loaded, check_number_types, check_shapes
 from .dtypes import dtype_in_memory
 from .failures import in_one_line, naming_missing
+from .mixed import check_runs
 from .model import Model, Structure
 from .reference import resolve
 from .streamed_formats import format_conversion_rate, open_by_layer, why_format_is_not_streamed
@@ -45,6 +46,7 @@ def open_streamed(
         lazy = lazily(text, catalog, options, structure, beside, once=once)
     lazy.reads_ahead = ahead
     streamed = StreamedWeights(lazy, structure.graph.layers, torch.device(options.device))
+    check_runs(text, lazy.model, streamed)
     return Model(**vars(structure), model=lazy.model, tokenizer=tokenizer, streamed=streamed)
 
 

@@ -19,7 +19,7 @@ from ..settings import RunSettings
 from ..structure.plan import PruningPlan
 from .fitting import boundary_limit
 from .forecast import SLOW_WRITING, Residency, duration
-from .inputs import data_fingerprint, model_fingerprint
+from .inputs import data_fingerprint, model_fingerprint, named_by
 from .opening import Opener
 from .residency import arranged, computed_once, is_streamed, weight_bytes
 from .work import Work
@@ -69,11 +69,13 @@ def journal_for(
     divided: int,
     ranks: Ranks,
     *,
+    job: PruneJob | None,
     ending: str,
     restart: bool,
 ) -> Journal:
     """The journal of a run, in a folder beside ``output``. The run is identified by all that the result, and the shapes
-    of hidden states, depend on. ``divided``: see `Residency`. ``restart``: whether what is in it is removed."""
+    of hidden states, depend on. ``job``: what ``what`` was turned into; None for a plan. ``divided``: see `Residency`.
+    ``restart``: whether what is in it is removed."""
     folder = output.with_name(output.name + ending)
     named = what.compensation and what.compensation.calibration if isinstance(what, PruningPlan) else what.model_dump()
     return Journal(
@@ -81,7 +83,7 @@ def journal_for(
         {
             "model": opened.path or opened.ref,
             "files": model_fingerprint(opened, opener.catalog, sampled_sha256),
-            "data": data_fingerprint(named, sha256),
+            "data": data_fingerprint([named, named_by(job)], sha256),
             "prune": what.model_dump(mode="json"),
             "load": opener.load.model_dump(mode="json"),
             "micro-batches divided by": divided,

@@ -43,7 +43,7 @@ def inputs_of(
         "settings": step.settings.model_dump(mode="json"),
         "load": load.model_dump(mode="json"),
         "models": dict(models),
-        "data": data_fingerprint(step.settings.model_dump(), hashes),
+        "data": data_fingerprint([step.settings.model_dump(), named_by(job)], hashes),
         "versions": _versions(step, job, family, catalog),
     }
     return found if step.prompt is None else {**found, "prompt": step.prompt}
@@ -52,6 +52,13 @@ def inputs_of(
 def data_fingerprint(settings: Any, hashes: Callable[[Path], str]) -> dict[str, str]:
     """What ``hashes`` gives of every file that ``settings`` name."""
     return {str(file): hashes(file) for file in sorted(set(files_in(settings)))}
+
+
+def named_by(job: Any) -> list[Any]:
+    """The values of a job that may name files: the settings of its components, and its calibration text. What a method
+    gives (``calibration``) is in no settings of the user."""
+    text = getattr(getattr(job, "calibration", None), "text", None)
+    return [*([] if text is None else [text.text]), *(component.record() for component in components_in(job))]
 
 
 def files_in(value: Any) -> Iterator[Path]:

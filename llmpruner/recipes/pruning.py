@@ -85,7 +85,7 @@ class Pruning:
             loaded = self._loaded(opened, way, opener, run)
             return loaded.become(_with_forecast(self._cut(loaded, job, opener, run), expected))
         opener.say_widened(opened)
-        journal = self._journal(output, opened, way, opener, ranks)
+        journal = self._journal(output, opened, job, way, opener, ranks)
         if expected is not None:
             written = 0 if journal is None else tree_bytes(journal.folder)
             ranks.from_first(lambda: check_space(output, expected["disk"] - written, "the result and its way there"))
@@ -143,12 +143,14 @@ class Pruning:
         room = None if self.output is None or ranks.count > 1 else disk_usage(self.output.resolve().parent).free
         return ranks.from_first(lambda: arrange(opener, opened, job, work, self.run, whole=whole, room=room))
 
-    def _journal(self, output: Path, opened: Structure, way: Residency, opener: Opener, ranks: Ranks) -> Journal | None:
+    def _journal(
+        self, output: Path, opened: Structure, job: PruneJob | None, way: Residency, opener: Opener, ranks: Ranks
+    ) -> Journal | None:
         """None for a model in memory, of which it is not known what it was read from."""
         if isinstance(opened, Model):
             return None
         return journal_for(
-            output, opener, opened, self.what, way.divided, ranks, ending=".pruning", restart=self.run.restart
+            output, opener, opened, self.what, way.divided, ranks, job=job, ending=".pruning", restart=self.run.restart
         )
 
     def _loaded(self, opened: Structure, way: Residency, opener: Opener, run: Run) -> Model:

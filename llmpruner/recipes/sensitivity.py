@@ -60,7 +60,7 @@ def sensitivity_of(
     journal = None
     if file is not None and not isinstance(opened, Model):
         journal = journal_for(
-            file, opener, opened, settings, 1, Ranks.current(), ending=".measuring", restart=restart
+            file, opener, opened, settings, 1, Ranks.current(), job=job, ending=".measuring", restart=restart
         )  # fmt: skip
     use = use_of(job, opened, opener.catalog)
     known = {"structure": use.structure, **({} if use.files is None else {"files": use.files})}

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _BFLOAT16, _FLOAT32 = 2, 4
 """Bytes of a value."""
-_KEPT_STATES = 2
-"""Checkpoints of the training on the disk, each with the trained weights and two moments of AdamW for them."""
+_KEPT_STATES = 3
+"""Checkpoints of the training on the disk, each with the trained weights and two moments of AdamW for them: two are
+kept (``save_total_limit``), and the older one is removed after a third is written."""
 _KEPT_BEST = 2
 """Files of the trained weights with the lowest validation loss: now, and when the newest checkpoint was saved."""
 _ADVICE = (

@@ -46,7 +46,8 @@ class Work:
     parameters ``names``; none for a replayed plan. ``kept``: as planned, or the numbers that equal shares give.
     ``fits``: whether a compensation reads text; ``chooses``: whether units are chosen in it; ``changed``: the groups
     whose readers it fits; ``weighted``: whether it weighs tokens first; ``mixed``: whether fits choose their targets;
-    ``holds_out_sources``: whether sources of the text are held out in turn. ``trials``: runs of cut copies.
+    ``holds_out_sources``: whether sources of the text are held out in turn. ``trials``: runs of cut copies, in
+    all steps.
     ``by_matrix``: whether one matrix of a stack is scored at a time. ``measured``: parameter → how many numbers the
     criterion keeps of its products in the backward pass.
     """
@@ -122,11 +123,17 @@ def work_of(job: PruneJob, structure: Structure, *, saves: bool) -> Work:
         mixed=job.compensation.chooses_target,
         holds_out_sources=job.compensation.holds_out_sources,
         steps=job.steps,
-        trials=3 * len(groups) if job.allocation.measures else 0,
+        trials=3 * len(groups) * _measured_steps(job) if job.allocation.measures else 0,
         saves=saves,
         by_matrix=job.criterion.by_matrix,
         measured=_measured(graph, names, job.criterion) if Signal.PRODUCT_GRAD in job.criterion.signals else {},
     )
+
+
+def _measured_steps(job: PruneJob) -> int:
+    """Of how many steps an allocation measures cuts: where it divides the amount once, of the first, in which it does,
+    and of the last, in which the rest goes."""
+    return min(job.steps, 2) if job.allocation.shares_once else job.steps
 
 
 def _measured(graph: CouplingGraph, names: Collection[str], criterion: ImportanceCriterion) -> dict[str, int]:

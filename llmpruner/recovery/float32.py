@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..models.precision import autocast_to
 from .base import RecoveryJob
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -64,7 +65,7 @@ def _takes_autocast(model: Any, job: RecoveryJob) -> bool:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad(), autocast_to(device.type, torch.bfloat16):
             model(input_ids=ids, use_cache=False)
     except RuntimeError:  # another cause raises again in the training
         return False

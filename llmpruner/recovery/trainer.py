@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..engine.ranks import Ranks
 from ..families.labelled import IGNORED
+from ..models.precision import autocast_to
 from ..models.vocabulary import with_padding
 from .base import RecoveryJob, Validation
 from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps, worth_saving
@@ -76,7 +77,7 @@ def arguments(job: RecoveryJob, folder: Path, total: int, *, accumulate: int | N
 
 def computing(job: RecoveryJob) -> AbstractContextManager[Any]:
     """A block in which models compute in bfloat16 with the setting ``autocast``, else in their own dtype."""
-    return torch.autocast(job.model.device.type, torch.bfloat16, enabled=job.settings.autocast)
+    return autocast_to(job.model.device.type, torch.bfloat16, enabled=job.settings.autocast)
 
 
 def validations(history: Sequence[Mapping[str, Any]]) -> list[Validation]:

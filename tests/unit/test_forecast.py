@@ -264,6 +264,17 @@ def test_time_grows_with_tokens(structure, catalog):
     assert seconds[1] - seconds[0] == pytest.approx(256 * 3 * 1e-3, rel=0.01)
 
 
+def test_cuts_are_measured_in_every_step_that_divides_the_amount(structure, catalog):
+    def trials(allocation, steps):
+        job = job_of(catalog, **BEST, allocation=allocation, shape="free", steps=steps)
+        return work_of(job, structure, saves=False).trials
+
+    once = 3 * LAYERS
+    assert [trials("sensitivity", steps) for steps in (1, 2, 5)] == [once, 2 * once, 5 * once]
+    assert [trials("search", steps) for steps in (1, 2, 5)] == [once, 2 * once, 2 * once]
+    assert trials("uniform", 5) == 0
+
+
 def test_writing(structure, catalog):
     job = job_of(catalog, importance="energy", samples=16, length=128, calibration="self")
     work = work_of(job, structure, saves=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 from said import Said
+from transformers.trainer_utils import rotate_checkpoints
 
 import llmpruner
 from llmpruner import Catalog, RecoverSettings, SettingsError, plugin_manager
 from llmpruner.recipes.jobs import recover_job
 from llmpruner.recipes.training_memory import training_forecast
 from llmpruner.recovery.memory import training_bytes
+from llmpruner.recovery.trainer import LossTrainer
 from llmpruner.settings import LoadSettings
 
 
@@ -87,6 +90,25 @@ def test_weights_that_a_validation_keeps_take_disk(home):
         return training_forecast(job, opened, None, LoadSettings(), catalog).disk
 
     assert disk() == disk(validation_data="more.jsonl") == disk(validation=0) + 2 * 4 * opened.graph.total_parameters
+
+
+def test_a_checkpoint_is_written_while_two_others_lie_there(home, tmp_path, monkeypatch):
+    lying: list[int] = []
+
+    def watched(output_dir, **options):
+        lying.append(sum(file.stat().st_size for file in Path(output_dir).glob("checkpoint-*/*")))
+        rotate_checkpoints(output_dir, **options)
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", watched)
+    monkeypatch.setattr("llmpruner.recovery.trainer.saving_steps", lambda total: 1)
+    monkeypatch.setattr(LossTrainer, "worth_saving", lambda self: True)
+    catalog, opened = Catalog(plugin_manager()), llmpruner.load(str(home / "pruned"))
+    settings = {"data": str(home / "data.jsonl"), "strategy": "full", "validation": 0, "max_steps": 5, "batch_size": 2}
+    job = recover_job(RecoverSettings(**settings), catalog)
+    llmpruner.recover(str(home / "pruned"), output=tmp_path / "out", **settings)
+    result = 4 * opened.graph.total_parameters
+    # Beside the tensors, each has the states of the generators and of the schedule.
+    assert 0.8 * max(lying) < training_forecast(job, opened, None, LoadSettings(), catalog).disk - result
 
 
 @pytest.mark.parametrize("strategy", ["lora", "full", "distil"])
