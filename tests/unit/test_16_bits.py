@@ -19,7 +19,7 @@ from llmpruner.data.calibration import CalibrationSet
 from llmpruner.engine.calls import call_layer
 from llmpruner.engine.check import LayerCheck
 from llmpruner.engine.executor import Executor
-from llmpruner.engine.gradients import LayerWalk
+from llmpruner.engine.gradients import GradientWalk
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import ModelError
 from llmpruner.loading.mixed import check_runs
@@ -154,7 +154,7 @@ def test_a_model_with_parameters_in_float32_that_its_class_names_is_read_once():
 def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_are_held(tmp_path, monkeypatch):
     """In memory, all layers run in float32 then; read one by one, those before it are not known to until it comes."""
     tiny_models.llama(layers=3).save_pretrained(tmp_path / "dense")
-    kept, asked, forward = {}, [], LayerWalk.forward
+    kept, asked, forward = {}, [], GradientWalk.forward
 
     def runs_in(_check, _products, number):
         asked.append(number)
@@ -166,8 +166,8 @@ def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_
 
     monkeypatch.setattr("llmpruner.engine.gradients.computes_bfloat16_fast", lambda _: True)
     monkeypatch.setattr(LayerCheck, "runs_in", runs_in)
-    monkeypatch.setattr(LayerWalk, "_whole_runs_mixed", lambda _: False)
-    monkeypatch.setattr(LayerWalk, "forward", watched)
+    monkeypatch.setattr(GradientWalk, "_whole_runs_mixed", lambda _: False)
+    monkeypatch.setattr(GradientWalk, "forward", watched)
     how = {"ratio": 0.2, "importance": "fisher", "samples": 2, "length": 16, "calibration": "self"}
     for streamed in (False, True):
         monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_, streamed=streamed: streamed)
