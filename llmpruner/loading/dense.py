@@ -34,7 +34,7 @@ def base_record(loaded: Structure) -> dict[str, str]:
     """The entries of ``llmpruner.json`` of a local model: its absolute path, by which `load_dense` finds it from any
     folder, as plans contain only the reference that the user gave; and what tells its weights from others. Empty for a
     model that is not local, and for one that was pruned before, whose record has them."""
-    if loaded.record is not None or loaded.path is None:
+    if (loaded.record or {}).get("plans") or loaded.path is None:
         return {}
     weights = _sampled_weights(Path(loaded.path))
     return {_PATH: loaded.path} | ({} if weights is None else {_WEIGHTS: weights})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.adapters import adapter_base
-from ..checkpoints.record import RECORD_FILE, read_json
+from ..checkpoints.record import RECORD_FILE, read_any_record, read_json
 from ..errors import DataError, ModelError, SettingsError
 from ..families.graph import build_graph
 from ..publishing.card import CARD_FILE, CardFacts, base_of, licence_of, model_card, named_licence
@@ -32,8 +32,17 @@ def prepare_upload(directory: Path, repo: str, job: PushSettings, find: Callable
             f"'{directory}' has adapters alone, which push does not take; merge them first, in Python with "
             f"llmpruner.save(llmpruner.load('{directory}'), 'OUTPUT'), or recover without --no-merge"
         )
+    form = _other_format(directory)
+    if form is not None:
+        raise ModelError(
+            f"'{directory}' holds {form}, for which push writes no card; push the checkpoint that it was exported "
+            f"from, or send this one as it is: hf upload {repo} '{directory}'"
+        )
     if not (directory / "config.json").is_file():
-        raise ModelError(f"'{directory}' is no checkpoint directory; push takes what prune, recover or export wrote")
+        raise ModelError(
+            f"'{directory}' is no checkpoint directory; push takes what prune and recover wrote, and export --to stock "
+            "or torchao"
+        )
     if not (directory / RECORD_FILE).is_file():
         raise ModelError(f"'{directory}' has no {RECORD_FILE}, so it was not pruned by llmpruner")
     record = read_json(directory / RECORD_FILE)
@@ -47,6 +56,17 @@ def prepare_upload(directory: Path, repo: str, job: PushSettings, find: Callable
                 raise SettingsError(f"{flag} has no effect on {card}, which is sent as it is; edit it, or remove it")
         return upload_of(directory, repo, card.read_text(encoding="utf-8"), public)
     return upload_of(directory, repo, model_card(public, _facts(directory, repo, job, base, record, find())), public)
+
+
+def _other_format(directory: Path) -> str | None:
+    """What an export wrote that is no checkpoint of transformers; None for anything else."""
+    form = (read_any_record(directory) or {}).get("format")
+    if form is not None:
+        return f"the format {form}"
+    if (directory / "config.json").is_file():
+        return None
+    files = sorted(file.name for pattern in ("*.gguf", "consolidated.*.pth") for file in directory.glob(pattern))
+    return ", ".join(files) or None
 
 
 def _facts(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..checkpoints.adapters import save_adapter
 from ..checkpoints.base_config import stated
+from ..checkpoints.record import read_any_record
 from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..errors import ModelError, OutputError
 from ..files import remove_tree
@@ -40,7 +41,7 @@ def save(
         return "adapter"
     check_fits(model)
     record = {
-        **(model.record or {}),
+        **_own_record(model),
         **notes,
         **base_record(model),
         **passages_record(model),
@@ -86,6 +87,18 @@ def save_alone(held: Held | None, output: Path, write: Callable[[], str]) -> str
         remove_tree(output)
         raise
     return form
+
+
+def _own_record(model: Model) -> dict[str, Any]:
+    """What the record of ``model`` takes over. At the first cut, trainings and adapters that are in the files of the
+    model are of the dense one, and restored nothing that was cut."""
+    record = dict(model.record or {})
+    if not model.plans or record.get("plans"):
+        return record
+    record.pop("adapters", None)
+    before = None if model.path is None else read_any_record(model.path)
+    since = record.pop("recovery", [])[len((before or {}).get("recovery") or ()) :]
+    return {**record, "recovery": since} if since else record
 
 
 def _all_work(model: Model) -> list[Mapping[str, Any] | None]:

@@ -24,11 +24,12 @@ class CompensationSection(ReportSection):
     def render(self, subject: ReportSubject) -> str | None:
         if subject.evidence is None:
             return None
-        work = [one for one in subject.record.get("work") or () if one and one["fits"]]
-        if not work:
+        plans, work = (subject.record.get(part) or () for part in ("plans", "work"))
+        fitted = [(plan, one) for plan, one in zip(plans, work, strict=False) if one and one["fits"]]
+        if not fitted:
             return None
-        rows = [_row(subject.graph.layers, fit) for fit in work[-1]["fits"]]
-        plan = subject.record["plans"][-1]
+        plan, last = fitted[-1]
+        rows = [_row(subject.graph.layers, fit) for fit in last["fits"]]
         kinds: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row["layer"] is not None and row["before"] is not None:

@@ -250,6 +250,33 @@ def test_a_base_can_be_named(run, refused, cut, shared, tmp_path):
     assert "--base './nope' cannot be opened: model directory './nope' does not exist" in message
 
 
+def test_a_training_before_the_first_cut_is_the_bases_own(run, shared, tmp_path, monkeypatch):
+    """The base is what was trained, found from any folder; the record of the cut has no training."""
+    training = ("--data", shared / "data.jsonl", "--strategy", "lora", "--max-steps", 1, "--batch-size", 2)
+    monkeypatch.chdir(tmp_path)
+    assert run("recover", shared / "dense", *training, "-o", "tuned").code == 0
+    assert run("prune", "tuned", "--ratio", 0.2, "--importance", "l1", "-o", "pruned").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert set(states(run("verify", "../pruned", "--json")).values()) == {"passed"}
+    record = json.loads((tmp_path / "pruned" / "llmpruner.json").read_text())
+    assert record["base_path"] == str(tmp_path / "tuned") and "recovery" not in record
+    assert run("recover", "../pruned", *training, "-o", "recovered").code == 0
+    record = json.loads(Path("recovered/llmpruner.json").read_text())
+    assert record["base_path"] == str(tmp_path / "tuned") and len(record["recovery"]) == 1
+    assert states(run("verify", "recovered", "--json"))["weights"] == "not checked"
+
+
+def test_a_training_in_memory_before_the_first_cut_changed_the_base(run, shared, tmp_path):
+    model = llmpruner.load(shared / "dense")
+    data = str(shared / "data.jsonl")
+    llmpruner.recover(model, data=data, strategy="lora", max_steps=1, batch_size=2, work_dir=tmp_path / "work")
+    llmpruner.prune(model, ratio=0.2, importance="l1", output=tmp_path / "out")
+    result = run("verify", tmp_path / "out", "--json")
+    assert result.code == 0 and states(result)["weights"] == "not checked"
+    assert len(json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]) == 1
+
+
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, shared, cut) -> Path:
     """Adapters for ``cut``, as ``recover --no-merge`` writes them."""

@@ -192,6 +192,19 @@ def test_a_hub_model_keeps_its_name(folders):
     assert card.base_of(record) is None
 
 
+def test_what_export_wrote_for_other_programs_is_named(folders, tmp_path):
+    """It was said to be no checkpoint, or not pruned by llmpruner."""
+    for to, what in (("nemotron-nas", "the format nemotron-nas"), ("meta", r"consolidated\.00\.pth")):
+        llmpruner.export(folders / "stock", to=to, output=tmp_path / to)
+        found = rf"holds {what}, for which push writes no card; push the checkpoint that it was exported from, or send"
+        with pytest.raises(ModelError, match=found):
+            llmpruner.push(tmp_path / to, "me/x", dry_run=True)
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "small.gguf").touch()
+    with pytest.raises(ModelError, match=r"holds small\.gguf, for which .*: hf upload me/x '.*gguf'"):
+        llmpruner.push(tmp_path / "gguf", "me/x", dry_run=True)
+
+
 # Sending
 
 

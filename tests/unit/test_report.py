@@ -52,6 +52,13 @@ def test_the_record_tells_fits_and_scores_of_every_group(record):
         assert (sum(scores["kept"]), sum(scores["removed"])) == (len(cut.kept), cut.units - len(cut.kept))
 
 
+def test_a_later_cut_without_compensation_leaves_the_fits_of_the_earlier_one(places, tmp_path):
+    llmpruner.prune(places / "small", ratio=0.1, importance="l1", output=tmp_path / "again")
+    made = llmpruner.write_report(tmp_path / "again", tmp_path / "page.html")
+    assert made.warnings == ()
+    assert "fitted again (refit, 192 tokens of text.txt)" in text_of(made.path.read_text(encoding="utf-8"))
+
+
 def test_scores_are_counted_in_bins():
     found = spread([1.0, 10.0, 100.0, float("inf")], kept=[2, 3])
     assert (found["low"], found["high"], found["log"]) == (1.0, 100.0, True)
