@@ -14,12 +14,12 @@ RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SHAPES = ("uniform", "free")
 TEXTS = {
-    "WikiText-2 validation": "{wikitext}",
-    "C4 sample": "{c4}",
     "self-generated": "self",
     "C4 and self-generated": "{c4},self",
+    "C4 sample": "{c4}",
+    "WikiText-2 validation": "{wikitext}",
 }
-"""Calibration."""
+"""Calibration, the default first."""
 METHODS = ("best", "fast", "llm-pruner", "best by energy")
 _SAMPLES = ("--samples", "64", "--length", "512")
 OPTIONS = {
@@ -99,7 +99,7 @@ def points_of(done: dict[str, dict[str, Any]], model: str = "demo") -> list[dict
 
     def place(entry: dict[str, Any]) -> tuple[Any, ...]:
         row = row_of(entry)
-        return row.shape == "free", row.ratio, row.text, row.method, row.kinds
+        return row.shape == "free", row.ratio, list(TEXTS).index(row.text), row.method, row.kinds
 
     return sorted(points, key=place)
 
