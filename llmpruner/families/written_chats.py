@@ -11,6 +11,7 @@ from ..data.written import answered
 from ..errors import DataError, ModelError
 from ..models.generation import text_before
 from ..models.position_tables import table_of
+from ..models.tokens import ids_to_continue
 from ..progress import QUIET, Progress
 from .chat import Prompt, chat_frame, chat_prompt, training_texts
 from .chat_source import packed, tokens_of
@@ -88,7 +89,7 @@ def written_chats(
 
 
 def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    return list(tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
+    return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
 
 
 def _text(tokenizer: Any, ids: list[int], end: str | None) -> str:

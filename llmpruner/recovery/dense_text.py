@@ -26,6 +26,7 @@ from ..families.chat import chat_prompt, training_texts
 from ..families.labelled import labelled
 from ..files import is_file, write_text
 from ..folders import Held
+from ..models.tokens import ids_to_continue
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def fitting_instructions(family: ModelFamily, tokenizer: Any, limit: int | None,
 
 def _prompt(family: ModelFamily, tokenizer: Any, instruction: str) -> list[int]:
     prompt = chat_prompt(family, tokenizer, instruction)
-    return list(tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
+    return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
 
 
 def _ending(family: ModelFamily, tokenizer: Any) -> int:
