@@ -10,6 +10,7 @@ from ..errors import DataError
 from ..families.chat import Prompt, conversation_prompt
 from ..models.generation import generate_ids
 from ..models.positions import positions_of
+from ..models.tokens import ids_to_continue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ class Chat:
 
     def _room(self, prompt: Prompt) -> int:
         """How many tokens the answer may have."""
-        ids = self._tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens, verbose=False)["input_ids"]
+        ids = ids_to_continue(self._tokenizer, prompt.text, special=not prompt.has_special_tokens)
         limit = positions_of(self._model.config)
         room = self._most if limit is None else min(self._most, limit - len(ids))
         if room < 1:

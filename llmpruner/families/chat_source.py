@@ -10,6 +10,7 @@ from ..data.conversations import example, read_examples
 from ..data.documents import EXPECTED_EXAMPLES, check_source
 from ..data.source import CalibrationSource, SampleTask
 from ..errors import DataError, no_tokenizer
+from ..models.tokens import ids_to_continue
 from .chat import TrainingText, training_texts
 
 if TYPE_CHECKING:
@@ -62,4 +63,4 @@ def tokens_of(tokenizer: Any, text: TrainingText) -> list[int]:
     """Token ids of a conversation; where its format has no special tokens, with the end of a sequence after answers, as
     in a recovery."""
     joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
-    return list(tokenizer(joined, add_special_tokens=not text.has_special_tokens, verbose=False)["input_ids"])
+    return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)

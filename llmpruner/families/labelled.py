@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..models.tokens import ids_to_continue
 from .chat import TrainingText, common_start
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ def _encode_whole(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[b
         ]
         return ids, [any(start <= index < end for start, end in spans) for index in range(len(ids))]
     encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
-    return list(encoded["input_ids"]), [any(a < end and start < b for start, end in answers) for a, b in offsets]
+    ids = _ids(tokenizer, joined, special=special)
+    offsets = encoded["offset_mapping"][: len(ids)]
+    return ids, [any(a < end and start < b for start, end in answers) for a, b in offsets]
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    return ids_to_continue(tokenizer, text, special=special)

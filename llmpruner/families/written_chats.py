@@ -10,6 +10,8 @@ from ..data.conversations import Instruction
 from ..data.written import answered
 from ..errors import DataError, ModelError
 from ..models.generation import text_before
+from ..models.position_tables import table_of
+from ..models.tokens import ids_to_continue
 from ..progress import QUIET, Progress
 from .chat import Prompt, chat_frame, chat_prompt, training_texts
 from .chat_source import packed, tokens_of
@@ -60,16 +62,20 @@ def written_chats(
         )
     points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     end, chats = frame.after.strip(), list[list[int]]()
+    limit = table_of(model)
+    # A third of the positions that the format leaves, for a question.
+    asked = QUESTION_TOKENS if limit is None else min(QUESTION_TOKENS, (limit - around) // 3)
 
     def write(count: int) -> None:
         for first in progress.track(range(0, count, batch), "Writing conversations"):
             numbers = points.draw(min(batch, count - first))
-            written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :QUESTION_TOKENS])
+            written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :asked])
             # Where the end of a message is text, not a token at which generation stops, the model writes it, and goes
             # on.
             questions = [_text(tokenizer, ids, end) for ids in written]
             prompts = [_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
-            answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS:])
+            room = ANSWER_TOKENS if limit is None else max(1, min(ANSWER_TOKENS, limit - max(map(len, prompts))))
+            answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS : QUESTION_TOKENS + room])
             for question, ids in zip(questions, answers, strict=True):
                 example = Instruction(question, _text(tokenizer, ids, family.stop_text))
                 chats.extend(tokens_of(tokenizer, text) for text in training_texts(example, family, tokenizer))
@@ -83,7 +89,7 @@ def written_chats(
 
 
 def _ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    return list(tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
+    return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
 
 
 def _text(tokenizer: Any, ids: list[int], end: str | None) -> str:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.record import read_any_record
 from ..errors import ModelError, SettingsError
 from ..files import exists
 from ..models.gguf import gguf_parsed_once
@@ -89,11 +90,20 @@ def _resolve(text: str, catalog: Catalog) -> Reference:
 
 
 def _check_directory(path: Path) -> None:
-    """Raise `ModelError` for a file of no reader, and for a directory that has only GGUF files, of which transformers
-    would say that a configuration lacks something."""
+    """Raise `ModelError` for a file of no reader; for what an export wrote for other programs, whose own code, if it
+    were allowed, would have no model; and for a directory that has only GGUF files, of which transformers would say
+    that a configuration lacks something."""
     if path.is_file():
         advice = "name the directory that it is in" if path.suffix in _WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
+    record = (read_any_record(path) if path.is_dir() else None) or {}
+    form, source = record.get("format"), record.get("exported_from")
+    if form is not None:
+        of = f", '{source}'" if isinstance(source, str) else ""
+        raise ModelError(
+            f"'{path}' is an export in the format {form}, for other programs; llmpruner does not open it: name the "
+            f"checkpoint that it was exported from{of}"
+        )
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(file.name for file in path.glob("*.gguf"))
         if files:

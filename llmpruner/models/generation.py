@@ -12,7 +12,7 @@ from ..errors import DataError
 from .position_tables import table_of
 from .positions import positions_of
 from .quiet import quiet_transformers
-from .tokens import tokens_of
+from .tokens import ids_to_continue, tokens_of
 from .vocabulary import check_ids, padding_id
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def generate(
         stop_text=stop_text,
     )  # fmt: skip
     if note is not None:
-        length = len(tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        length = len(ids_to_continue(tokenizer, prompt, special=add_special_tokens))
         reached = _reached(model, length + len(ids), ended=len(ids) < max_new_tokens)
         if reached is not None:
             note(reached)
@@ -89,10 +89,12 @@ def generate_ids(
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
     check_prompt(model.config, tokenizer, prompt)
-    inputs = tokenizer(prompt, add_special_tokens=add_special_tokens, return_tensors="pt").to(model.device)
-    length = inputs["input_ids"].shape[1]
+    ids_1T = torch.tensor(
+        [ids_to_continue(tokenizer, prompt, special=add_special_tokens)], dtype=torch.long, device=model.device
+    )
+    length = ids_1T.shape[1]
     _check_length(length)
-    check_ids(inputs["input_ids"], model)
+    check_ids(ids_1T, model)
     limit = table_of(model)
     if limit is not None:
         if length > limit:
@@ -120,7 +122,7 @@ def generate_ids(
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(seed)
-            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
+            output = model.generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), **options)
     finally:
         model.generation_config = own
     return [int(token) for token in output[0, length:]]

@@ -54,16 +54,23 @@ def check_table(model: PreTrainedModel, tokens: int, what: str, how: str) -> Non
         raise DataError(f"{what} are beyond the model's {limit:,} positions; {how}")
 
 
+def table_of_config(config: PreTrainedConfig) -> int | None:
+    """`table_of` for the model of ``config``, without its weights; None where it cannot be built."""
+    if positions_of(config) is None:
+        return None
+    try:
+        return table_of(meta_model(config))
+    except (LlmprunerError, *REFUSALS):
+        # Opening the model says what is wrong.
+        return None
+
+
 def check_table_of_config(config: PreTrainedConfig, ref: str, tokens: int, what: str, how: str) -> None:
     """`check_table` for the model ``ref`` of ``config``, without its weights."""
     limit = positions_of(config)
     if limit is None or tokens <= limit:
         return
-    try:
-        found = table_of(meta_model(config))
-    except (LlmprunerError, *REFUSALS):
-        # Opening the model says what is wrong.
-        return
+    found = table_of_config(config)
     if found is not None:
         raise DataError(f"{what} are beyond the {found:,} positions of '{ref}'; {how}")
 

@@ -4,7 +4,8 @@ their time grows with the square of its length."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 LONGEST_WORD = 2000
@@ -20,6 +21,23 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     for piece in _pieces(text):
         ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """The token ids of a text that goes on, such as a prompt. ``special``: with what the tokenizer puts before a text,
+    without an end-of-sequence token that it puts after each (``add_eos_token``)."""
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if special and eos is not None and len(ids) > 1 and ids[-1] == eos:
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if _at_end(ids, eos) > _at_end(own, eos):
+            ids.pop()
+    return ids
+
+
+def _at_end(ids: Sequence[int], token: int) -> int:
+    """How many of the last tokens are ``token``."""
+    return sum(1 for _ in takewhile(lambda one: one == token, reversed(ids)))
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
-from ..errors import ModelError, SettingsError, no_tokenizer
+from ..errors import DataError, ModelError, SettingsError, no_tokenizer
 from ..families.chat import format_note
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..folders import Held
@@ -25,11 +25,19 @@ from ..loading.dtypes import loaded_bytes
 from ..loading.model import Model, Structure
 from ..loading.streamed import reopened
 from ..models.devices import check_device
-from ..models.position_tables import check_table_of_config
+from ..models.position_tables import check_table_of_config, table_of_config
 from ..progress import QUIET
 from ..recovery.base import LayerWalk
 from ..recovery.checks import check_before_writing, check_steps
-from ..recovery.dense_text import ANSWER_TOKENS, TEXT_TOKENS, WRITTEN_FILE, DenseText, WrittenRows, dense_text_in
+from ..recovery.dense_text import (
+    ANSWER_TOKENS,
+    TEXT_TOKENS,
+    WRITTEN_FILE,
+    DenseText,
+    WrittenRows,
+    dense_text_in,
+    fitting_instructions,
+)
 from ..recovery.examples import load_examples
 from ..recovery.processes import check_processes
 from ..recovery.result import RecoveryResult
@@ -98,6 +106,8 @@ class Recovery:
         data = None if own is not None else prepare(job.settings, opened.family, tokenizer)
         trusted = opener.load.trust_remote_code
         job = _with_strategy(job, opened, opener)
+        if own is not None:
+            job = _within_positions(job, own, opened, tokenizer)
         _check_data(job, opened, own, data, tokenizer)
         needs_dense = job.strategy.needs_dense or own is not None
         dense = _dense(opened, own, opener) if needs_dense else None
@@ -213,6 +223,21 @@ def _check_data(
         what = f"examples of up to {longest:,} tokens"
         check_table_of_config(opened.config, opened.ref, longest, what, "lower --cutoff")
         check_steps(job.settings, len(data.rows.rows), layers, Ranks.current().count)
+
+
+def _within_positions(job: RecoverJob, own: DenseText, opened: Structure, tokenizer: Any) -> RecoverJob:
+    """``job`` with examples no longer than a table of positions of the model, which is that of the dense one. Raises
+    `DataError` where they were asked to be longer, and as `fitting_instructions`, before anything is written."""
+    limit, settings = table_of_config(opened.config), job.settings
+    if limit is None:
+        return job
+    if own.answers:
+        fitting_instructions(opened.family, tokenizer, limit, own.source)
+    if settings.cutoff <= limit:
+        return job
+    if "cutoff" in settings.model_fields_set:
+        raise DataError(f"--cutoff {settings.cutoff} is beyond the {limit:,} positions of '{opened.ref}'; lower it")
+    return replace(job, settings=settings.model_copy(update={"cutoff": limit}))
 
 
 def _format_of(data: TrainingData, job: RecoverJob, model: Model) -> str | None:

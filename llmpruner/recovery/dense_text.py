@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ..data.conversations import Completion, Example, Instruction
 from ..data.mixture import parse_mixture
 from ..errors import DataError, OutputError
-from ..families.chat import chat_prompt
+from ..families.chat import chat_prompt, training_texts
+from ..families.labelled import labelled
 from ..files import is_file, write_text
 from ..folders import Held
+from ..models.tokens import ids_to_continue
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
 """The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
+LEAST_ANSWER = 16
+"""Tokens for which a model with a table of positions must have room after an instruction."""
 _MIXED, _TEXTS = "self", "self-text"
 _OF = 4
 """One of so many rows of ``self`` is an answer."""
@@ -93,6 +97,33 @@ def instructions() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.strip())
 
 
+def fitting_instructions(family: ModelFamily, tokenizer: Any, limit: int | None, source: str) -> list[str]:
+    """The instructions after which a model with a table of ``limit`` positions has room for `LEAST_ANSWER` tokens of an
+    answer and for its end; all without a table. Raises `DataError` where there is none. ``source``: of the data."""
+    if limit is None:
+        return list(instructions())
+    most = limit - LEAST_ANSWER - _ending(family, tokenizer)
+    found = [one for one in instructions() if len(_prompt(family, tokenizer, one)) <= most]
+    if not found:
+        raise DataError(
+            f"--data {source}: no instruction with an answer fits into the model's {limit:,} positions; give self-text "
+            "or a file"
+        )
+    return found
+
+
+def _prompt(family: ModelFamily, tokenizer: Any, instruction: str) -> list[int]:
+    prompt = chat_prompt(family, tokenizer, instruction)
+    return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
+
+
+def _ending(family: ModelFamily, tokenizer: Any) -> int:
+    """How many tokens the format has after an answer, and one more, of the answer."""
+    asked = instructions()[0]
+    (text,) = training_texts(Instruction(asked, "a"), family, tokenizer)
+    return len(labelled(text, tokenizer, None, "all")["input_ids"]) - len(_prompt(family, tokenizer, asked))
+
+
 class WrittenRows:
     """The rows of a job in ``file``, which is written after every batch, so that an interrupted job goes on.
 
@@ -137,7 +168,8 @@ class WrittenRows:
         seed: int,
         progress: Progress = QUIET,
     ) -> None:
-        """Write the rows that are missing. Raises `DataError` for a model that writes nothing but blanks."""
+        """Write the rows that are missing. Raises `DataError` for a model that writes nothing but blanks, and as
+        `fitting_instructions`."""
         writer = _Writer(text, model, tokenizer, family, seed)
         batches = range(self._batches, len(writer.batches) + bool(text.texts))
         for number in progress.track(batches, "The dense model writes examples"):
@@ -167,11 +199,15 @@ class _Writer:
 
     def __init__(self, text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int) -> None:
         self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
-        self._stop = family.stop_text
-        asked = list(instructions())
+        from ..models.position_tables import table_of
+
+        self._stop, limit = family.stop_text, table_of(model)
+        self._text_tokens = TEXT_TOKENS if limit is None else min(TEXT_TOKENS, limit)
+        self._most = None if limit is None or not text.answers else limit - _ending(family, tokenizer)
+        asked = fitting_instructions(family, tokenizer, limit, text.source) if text.answers else []
         random.Random(seed).shuffle(asked)
         chosen = [asked[number % len(asked)] for number in range(text.answers)]
-        prompts = {one: self._ids(chat_prompt(family, tokenizer, one)) for one in set(chosen)}
+        prompts = {one: _prompt(family, tokenizer, one) for one in set(chosen)}
         pairs = sorted(((one, prompts[one]) for one in chosen), key=lambda pair: len(pair[1]))
         self.batches = [pairs[first : first + _BATCH] for first in range(0, len(pairs), _BATCH)]
 
@@ -182,12 +218,13 @@ class _Writer:
         from ..data.written import answered
 
         pairs, first = self.batches[number], number * _BATCH
-        written = answered(
-            self._model, self._tokenizer, [ids for _, ids in pairs], self._numbers[first : first + len(pairs)]
-        )
+        # In a batch, prompts have the length of the longest.
+        tokens = ANSWER_TOKENS if self._most is None else min(ANSWER_TOKENS, self._most - len(pairs[-1][1]))
+        numbers = self._numbers[first : first + len(pairs), :tokens]
+        written = answered(self._model, self._tokenizer, [ids for _, ids in pairs], numbers)
         found = []
         for (instruction, _), ids in zip(pairs, written, strict=True):
-            answer = self._decoded(ids, finished=len(ids) < ANSWER_TOKENS, stop=self._stop)
+            answer = self._decoded(ids, finished=len(ids) < tokens, stop=self._stop)
             if answer:
                 found.append({"instruction": instruction, "output": answer})
         return found
@@ -196,8 +233,9 @@ class _Writer:
         from ..data.written import self_generated
 
         tokens = self_generated(
-            self._model, self._tokenizer, self._text.texts, TEXT_TOKENS, self._seed, passage=TEXT_TOKENS, batch=_BATCH
-        )
+            self._model, self._tokenizer, self._text.texts, self._text_tokens, self._seed, passage=self._text_tokens,
+            batch=_BATCH,
+        )  # fmt: skip
         found = [self._decoded(ids, finished=False) for ids in tokens.tolist()]
         return [{"text": one} for one in found if one]
 
@@ -208,9 +246,6 @@ class _Writer:
 
         count = sum(map(len, self.batches))
         return SobolEngine(ANSWER_TOKENS, scramble=True, seed=self._seed).draw(count)  # type: ignore[no-untyped-call]
-
-    def _ids(self, prompt: Any) -> list[int]:
-        return list(self._tokenizer(prompt.text, add_special_tokens=not prompt.has_special_tokens)["input_ids"])
 
     def _decoded(self, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

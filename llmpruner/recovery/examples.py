@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
@@ -162,7 +163,7 @@ def rows_of(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn,
     rows = [labelled(text, tokenizer, None if pack else cutoff, loss_on) for text in examples.texts]
     places = [examples.place(number) for number in range(len(rows))]
     if pack:
-        rows, places = _packed(rows, places, cutoff, tokenizer.eos_token_id)
+        rows, places = _packed(rows, places, cutoff, tokenizer)
     # The first token of a text is not predicted.
     kept = [number for number, row in enumerate(rows) if any(label != IGNORED for label in row["labels"][1:])]
     if not kept:
@@ -172,16 +173,18 @@ def rows_of(examples: Examples, tokenizer: Any, *, cutoff: int, loss_on: LossOn,
 
 
 def _packed(
-    rows: Sequence[dict[str, list[int]]], places: Sequence[str], cutoff: int, eos: int | None
+    rows: Sequence[dict[str, list[int]]], places: Sequence[str], cutoff: int, tokenizer: Any
 ) -> tuple[list[dict[str, list[int]]], list[str]]:
-    """Rows of ``cutoff`` tokens; one row where all texts together are shorter. Texts that do not end with ``eos`` get
-    it, so that the model sees where one ends. And the place of every row: of its first text, and of its last."""
+    """Rows of ``cutoff`` tokens; one row where all texts together are shorter. Texts without an end of
+    sequence at their end get one, so that the model sees where one ends. And the place of every row: of its first text,
+    and of its last."""
+    eos = tokenizer.eos_token_id
     ids: list[int] = []
     labels: list[int] = []
     of: list[int] = []
     for number, row in enumerate(rows):
-        ended = eos is None or row["input_ids"][-1:] == [eos]
-        ids += row["input_ids"] if ended else [*row["input_ids"], eos]  # type: ignore[list-item]
+        ended = eos is None or _ends_with(eos, row["input_ids"], tokenizer)
+        ids += row["input_ids"] if ended else [*row["input_ids"], eos]
         labels += row["labels"] if ended else [*row["labels"], IGNORED]
         of += [number] * (len(ids) - len(of))
     whole = max(len(ids) - len(ids) % cutoff, min(len(ids), cutoff))
@@ -191,3 +194,13 @@ def _packed(
         [{"input_ids": ids[start : start + cutoff], "labels": labels[start : start + cutoff]} for start in starts],
         [first if first == last else f"{first} to {last}" for first, last in ends],
     )
+
+
+def _ends_with(eos: int, ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether nothing but blanks follows ``eos``: many chat templates have a new line there."""
+    after = list(takewhile(lambda token: token != eos, reversed(ids)))
+    return len(after) < min(len(ids), _BLANKS) and not tokenizer.decode(after[::-1]).strip()
+
+
+_BLANKS = 8
+"""Tokens that blanks at the end of a text have at most."""

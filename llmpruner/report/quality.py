@@ -53,12 +53,11 @@ class QualitySection(ReportSection):
 
 
 def calibration_of(record: Mapping[str, Any]) -> str | None:
-    """The text that the last plan was fitted to, or else ranked on, as the user named it; None without."""
-    plans = record.get("plans") or ()
-    if not plans:
-        return None
-    found = [(plans[-1].get(part) or {}).get("calibration") for part in ("compensation", "estimation")]
-    return next((bare(text) for text in found if text), None)
+    """The texts that the plans were ranked on and fitted to, as the user named them, each once, separated by commas;
+    None without. Those of an earlier plan count: the weights that it fitted are in the model."""
+    parts = [plan.get(part) for plan in record.get("plans") or () for part in ("estimation", "compensation")]
+    found = dict.fromkeys(bare(part["calibration"]) for part in parts if (part or {}).get("calibration"))
+    return ", ".join(found) or None
 
 
 def text_losses(evidence: Evidence, calibration: str | None) -> list[TextLoss]:
@@ -90,7 +89,7 @@ def uneven(losses: Sequence[TextLoss], calibration: str | None) -> str:
     least, most = min(own, key=lambda one: one.rise), max(others, key=lambda one: one.rise)
     if not is_uneven(least.rise, most.rise):
         return ""
-    fitted = f"; the weights were fitted to {calibration}" if calibration else ""
+    fitted = f"; it was calibrated on {calibration}" if calibration else ""
     return (
         f"The compensation helped its own text more than others: the loss rises by {least.rise:.2f} nats per token on "
         f"{least.text}, but by {most.rise:.2f} on {most.text}{fitted}. Calibrate with text of the kind that the model "

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from llmpruner import LoadSettings, OutputError, Progress, RunSettings, SettingsError, api
 from llmpruner.engine import journal
+from llmpruner.methods.presets import Fast
 from llmpruner.recipes import state as state_module
 from llmpruner.recipes.state import LOCK, State
 from llmpruner.structure.outcome import Outcome
@@ -169,6 +170,26 @@ def test_data_is_known_by_its_content(run, out, shared, tmp_path):
     assert [step.status for step in api.dry_run(recipe, output=out)] == ["done", "done"]
     data.write_text(data.read_text().replace("Paris", "Rome"))
     assert [step.reason for step in api.dry_run(recipe, output=out)] == ["", f"data.{data} has changed"]
+
+
+def test_the_text_that_a_method_names_is_known_by_its_content(shared, tmp_path, monkeypatch):
+    """No setting of the step names it."""
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps. " * 40)
+
+    class OfPlugin(Fast):
+        name = "of-plugin"
+
+        def defaults(self, asked, *, writes):
+            return {**super().defaults(asked, writes=writes), "calibration": str(text)}
+
+    monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
+    recipe = {**recipe_of(shared), "steps": recipe_of(shared)["steps"][:1]}
+    api.run(recipe, output=out)
+    text.touch()
+    assert [step.status for step in api.dry_run(recipe, output=out)] == ["done"]
+    text.write_text("The brown quick fox jumps. " * 40)
+    assert [step.reason for step in api.dry_run(recipe, output=out)] == [f"data.{text} has changed"]
 
 
 def test_what_the_user_has_changed_is_not_lost(run, file, out):

@@ -14,6 +14,7 @@ from said import Said
 from llmpruner import api
 from llmpruner.data.written import answered
 from llmpruner.errors import DataError, LlmprunerError, ModelError, OutputError, SettingsError
+from llmpruner.families.auto import AutoFamily
 from llmpruner.recovery import dense_text
 from llmpruner.recovery.dense_text import ROWS, DenseText, WrittenRows, dense_text_in, instructions, up_to_sentence
 from llmpruner.settings import RunSettings
@@ -252,3 +253,61 @@ def test_text_of_another_dense_model_is_not_used(home, tmp_path):
     save_file(changed, file, {"format": "pt"})
     with pytest.raises(OutputError, match="state of another recovery job"):
         recover(tmp_path / "home", tmp_path / "two", work_dir=tmp_path / "work")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """Folders of pruned models with a table of so many positions, and of the dense ones."""
+    home = tmp_path_factory.mktemp("short")
+
+    def made(positions):
+        folder = home / str(positions)
+        if not folder.exists():
+            model = tiny_models.gpt2(positions)
+            model.generation_config.eos_token_id = None
+            model.save_pretrained(folder / "dense")
+            tiny_models.tokenizer().save_pretrained(folder / "dense")
+            api.prune(str(folder / "dense"), output=folder / "pruned", ratio=0.2, importance="l1", compensate="none")
+        return folder
+
+    return made
+
+
+def test_texts_fit_into_few_positions(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(dense_text, "TEXT_TOKENS", 64)
+    found = api.recover(
+        str(short(16) / "pruned"), data="self-text:4", output=tmp_path / "out", work_dir=tmp_path / "work",
+        strategy="lora", max_steps=1, batch_size=4,
+    )  # fmt: skip
+    assert found.record["recovery"][0]["examples"] == 4
+    assert len(written(tmp_path / "work")[1]) == 4
+
+
+@pytest.mark.parametrize("data", ["self:4", "self-text:4"])
+def test_what_does_not_fit_into_the_positions_is_refused_before_it_is_written(data, short, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmpruner.recipes.recovering.open_dense", lambda *_, **__: pytest.fail("loaded"))
+    cutoff, message = ({}, "no instruction with an answer fits into the model's 16 positions; give self-text or a file")
+    if data == "self-text:4":
+        cutoff, message = {"cutoff": 17}, "--cutoff 17 is beyond the 16 positions of '.*pruned'; lower it"
+    with pytest.raises(DataError, match=message):
+        api.recover(str(short(16) / "pruned"), data=data, output=tmp_path / "out", strategy="lora", **cutoff)
+    assert not (tmp_path / "out.recovery").exists()
+
+
+def test_answers_end_where_the_positions_do(monkeypatch):
+    """Of the instructions, those are asked that leave room for an answer."""
+    monkeypatch.setattr(dense_text, "ANSWER_TOKENS", 192)
+    family, tokenizer = AutoFamily(), tiny_models.tokenizer()
+    prompts = {one: len(dense_text._prompt(family, tokenizer, one)) for one in instructions()}
+    limit = sorted(prompts.values())[60] + dense_text.LEAST_ANSWER + dense_text._ending(family, tokenizer)
+    fitting = dense_text.fitting_instructions(family, tokenizer, limit, "self")
+    assert 60 < len(fitting) < len(instructions())
+    model = tiny_models.gpt2(limit)
+    read = []
+    monkeypatch.setattr("llmpruner.data.written.answered", lambda *given: read.append(given) or answered(*given))
+    writer = dense_text._Writer(DenseText("self:32", 8, 24), model, tokenizer, family, 0)
+    rows = [row for number in range(len(writer.batches)) for row in writer.rows(number)]
+    assert rows and {row["instruction"] for row in rows} <= set(fitting)
+    for _, _, asked, numbers in read:
+        assert dense_text.LEAST_ANSWER <= numbers.shape[1] < 192
+        assert max(map(len, asked)) + numbers.shape[1] + dense_text._ending(family, tokenizer) <= limit

@@ -62,3 +62,13 @@ def test_packed_rows_are_full_and_hold_every_token_in_order():
     assert any(IGNORED in row["labels"] for row in packed)
     (short,) = tokenise(examples, tokenizer, cutoff=100_000, loss_on="all", pack=True)
     assert short["input_ids"] == [token for row in single for token in row["input_ids"]]
+
+
+def test_a_text_that_ends_with_blanks_after_its_end_gets_no_second_one():
+    """As ChatML, whose end of a message is the end of a sequence, with a new line after it."""
+    tokenizer = tiny_models.tokenizer()
+    end = tokenizer.eos_token_id
+    texts = (TrainingText((Turn("q ", "a</s>\n"),), True), TrainingText((Turn("q ", "a\n"),), True))
+    (row,) = tokenise(Examples(texts, "texts"), tokenizer, cutoff=1000, loss_on="all", pack=True)
+    assert tokenizer.decode(row["input_ids"]) == "q a</s>\nq a\n</s>"
+    assert row["input_ids"].count(end) == 2

@@ -18,7 +18,7 @@ from torch.nn.functional import linear, silu
 
 import llmpruner
 from llmpruner import UnsupportedModelError, build_graph
-from llmpruner.errors import CheckpointError
+from llmpruner.errors import CheckpointError, ModelError
 from llmpruner.exporters.blocks import LayerSizes, Sizes, multiplier, stated, width_of
 from llmpruner.exporters.nemotron_nas import NemotronNasExporter
 from llmpruner.exporters.run import export
@@ -78,6 +78,22 @@ def test_the_files_give_the_outputs_of_the_model(name, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (["DeciLMForCausalLM"], "nemotron-nas")
     assert {"no_op", "ffn_mult"} == set(config["block_configs"][0]["ffn"]), "mlx-lm refuses other names"
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_what_is_for_other_programs_is_not_opened(trust, tmp_path):
+    """Its code has no model class, so that leave to run it would not help."""
+    task = tmp_path / "served"
+    export(tmp_path / "pruned", NemotronNasExporter(), task, llama_source("gqa").load)
+    written = rf"'{task}' is an export in the format nemotron-nas, .* exported from, '{tmp_path / 'pruned'}'$"
+    for opened in (llmpruner.load, llmpruner.discover):
+        with pytest.raises(ModelError, match=written):
+            opened(task, trust_remote_code=trust)
+    record = json.loads((task / "llmpruner-files.json").read_text())
+    del record["exported_from"]
+    (task / "llmpruner-files.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=r"exported from$"):
+        llmpruner.load(task)
 
 
 def test_verify_names_a_damaged_file(tmp_path):

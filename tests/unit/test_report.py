@@ -19,7 +19,7 @@ from llmpruner.publishing.push import upload_of
 from llmpruner.report.answers import Answer, measured_answers, side_by_side
 from llmpruner.report.base import Evidence, Measurements
 from llmpruner.report.figures import Pair, _change
-from llmpruner.report.quality import _same_source, text_losses, uneven
+from llmpruner.report.quality import _same_source, calibration_of, text_losses, uneven
 from llmpruner.structure.plan import PruningPlan
 
 
@@ -158,6 +158,19 @@ def test_a_compensation_that_helped_its_own_text_alone_is_warned_of(calibration,
     found = uneven(losses, calibration)
     assert warns in found and bool(found) == bool(warns)
     assert uneven(losses[:1], calibration) == ""
+
+
+def test_texts_of_all_plans_are_the_calibrations_own():
+    """A second cut by l1 reads no text, and leaves the weights that the first one fitted."""
+    fitted = {"estimation": {"calibration": "/x/c4.jsonl"}, "compensation": {"calibration": "2*/data/wiki.txt,self"}}
+    unread = {"estimation": {"calibration": None}, "compensation": None}
+    ranked = {"estimation": {"calibration": "c4.jsonl"}, "compensation": None}
+    assert calibration_of({"plans": [fitted, unread]}) == "c4.jsonl, 2*wiki.txt,self"
+    assert calibration_of({"plans": [fitted, unread, ranked]}) == "c4.jsonl, 2*wiki.txt,self"
+    assert calibration_of({"plans": [unread]}) is None and calibration_of({}) is None
+    measured = Measurements(("dense", "cut"), ({"perplexity": {"perplexity": 9.0, "text": "wiki-test.txt"}},) * 2, ())
+    (loss,) = text_losses(Evidence("cut", measured=(measured,)), calibration_of({"plans": [fitted, unread]}))
+    assert loss.own
 
 
 def test_answers_part_at_the_first_other_word():

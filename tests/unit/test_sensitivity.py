@@ -13,6 +13,7 @@ import torch
 from llmpruner import api
 from llmpruner.compensation.trials import Trials
 from llmpruner.errors import LlmprunerError, OutputError, SelectionError, SettingsError
+from llmpruner.methods.presets import Fast
 from llmpruner.selection.curve import Curve, GroupCurve, Point
 
 OPTIONS = {"shares": "0.25,0.5", "importance": "l2", "samples": 4, "length": 32}
@@ -106,6 +107,32 @@ def test_a_run_that_is_killed_goes_on_with_the_points_it_has(source, text, measu
     found = api.sensitivity(source, output=tmp_path / "curve.json", **options)
     points = sum(len(group.points) for group in found.groups)
     assert found == measured[1] and len(seen) == 4 + points - 3
+
+
+def test_points_measured_with_other_text_of_a_method_are_not_used(source, tmp_path, monkeypatch):
+    """No setting of the command names the text."""
+    text, file = tmp_path / "text.txt", tmp_path / "curve.json"
+    text.write_text("The quick brown fox jumps. " * 40)
+
+    class OfPlugin(Fast):
+        name = "of-plugin"
+
+        def defaults(self, asked, *, writes):
+            return {**super().defaults(asked, writes=writes), "calibration": str(text)}
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
+    options = {"shares": "0.5", "samples": 2, "length": 16}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trials, "loss", stopped)
+        api.sensitivity(source, output=file, **options)
+    text.write_text("The brown quick fox jumps. " * 40)
+    with pytest.raises(OutputError, match="interrupted run with other settings"):
+        api.sensitivity(source, output=file, **options)
+    text.write_text("The quick brown fox jumps. " * 40)
+    api.sensitivity(source, output=file, **options)
 
 
 def test_a_curve_of_another_model_and_a_wrong_file_are_refused_before_work(source, measured, tmp_path):

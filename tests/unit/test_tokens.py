@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import tiny_models
+from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError
+from llmpruner.data.conversations import Conversation, Instruction, Message
 from llmpruner.data.windows import windows
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.generation import generate
-from llmpruner.models.tokens import LONGEST_WORD, tokens_of
+from llmpruner.families.auto import AutoFamily
+from llmpruner.families.chat import training_texts
+from llmpruner.families.chat_source import tokens_of as tokens_of_chat
+from llmpruner.families.labelled import labelled
+from llmpruner.models.generation import generate, generate_ids
+from llmpruner.models.tokens import LONGEST_WORD, ids_to_continue, tokens_of
 
 
 class Recording:
@@ -63,3 +69,33 @@ def test_a_text_that_is_too_short_for_one_window_is_refused_after_few_attempts()
     with pytest.raises(DataError, match="too short for 1000 samples"):
         windows(["short"], tokenizer, samples=1000, length=64, seed=0, source="x")
     assert len(tokenizer.texts) < 300
+
+
+def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_after_a_prompt():
+    """As LLaMA's with ``add_eos_token``. A format without an end of sequence (``eos_after`` none) gets none."""
+    tokenizer = tiny_models.tokenizer()
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    assert [tokenizer("ab")["input_ids"][place] for place in (0, -1)] == [start, end]
+    assert end not in ids_to_continue(tokenizer, "ab", special=True)
+    assert ids_to_continue(tokenizer, "ab</s>", special=True).count(end) == 1
+    prompts = []
+    model = tiny_models.llama()
+    model.generate = lambda input_ids, **_: prompts.append(input_ids) or input_ids
+    generate_ids(model, tokenizer, "ab")
+    assert prompts[0].tolist() == [ids_to_continue(tokenizer, "ab", special=True)]
+    talk = Conversation(tuple(Message(r, c) for r, c in (("user", "q"), ("assistant", "a")) * 2))
+    for after, ends in (("every", 2), ("last", 1), ("none", 0)):
+
+        class Family(AutoFamily):
+            eos_after = after
+
+        (text,) = training_texts(talk, Family(), tokenizer)
+        row = labelled(text, tokenizer, None, "answers")
+        assert row["labels"].count(end) == row["input_ids"].count(end) == ends
+        assert (row["input_ids"][-1] == end) is (ends > 0) and tokens_of_chat(tokenizer, text) == row["input_ids"]
+        (text,) = training_texts(Instruction("q", "a"), Family(), tokenizer)
+        row = labelled(text, tokenizer, None, "answers")
+        assert row["labels"].count(end) == row["input_ids"].count(end) == min(ends, 1)
