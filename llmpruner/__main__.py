@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def _open_closed_streams() -> None:
     None for them, and the next file that is opened would take their number."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
 
 
 if __name__ == "__main__":
