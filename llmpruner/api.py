@@ -31,7 +31,7 @@ from .errors import ModelError, PlanError, SettingsError
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
 from .families.chat import Prompt, chat_prompt, format_note
-from .files import check_new_directory, check_new_file, write_text
+from .files import HTML, check_new_directory, check_own_file, write_text
 from .keywords import (
     BenchKeywords,
     ChatKeywords,
@@ -539,13 +539,14 @@ def write_page(
 ) -> list[str]:
     """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed.
 
-    ``settings``: section name → its settings. Raises `OutputError` for a ``path`` that cannot be written.
+    ``settings``: section name → its settings. Raises `OutputError` for a ``path`` that cannot be written,
+    or holds anything but a page.
     """
     catalog = catalog or Catalog(plugin_manager())
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
     page = report_page(subject, sections)
-    write_text(check_new_file(Path(path)), page.html)
+    write_text(check_own_file(Path(path), HTML, "page in HTML"), page.html)
     return list(page.warnings)
 
 
@@ -565,7 +566,7 @@ def write_report(
     ``settings``: section name → its settings. Reads no weights.
 
     Raises `ModelError` for other directories, `DataError` for other files and those without results of them, and
-    `OutputError` for a ``path`` that cannot be written.
+    `OutputError` for a ``path`` that cannot be written, or holds anything but a page.
     """
     catalog = catalog or Catalog(plugin_manager())
     places = _paths("directories", directories)
@@ -575,7 +576,7 @@ def write_report(
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
     for place in places:
         find(place)
-    target = check_new_file(_path("path", path) or default)
+    target = check_own_file(_path("path", path) or default, HTML, "page in HTML")
     files = [ResultsFile.read(one) for one in _paths("results", results)]
     subjects = subjects_of(places, files, catalog)
     page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)

@@ -103,11 +103,37 @@ def check_unused_file(path: Path) -> Path:
     """As `check_new_file`, for a result that took long and that nothing else keeps. Raises `OutputError` for a file
     that holds something, too; devices, pipes and empty files are written to."""
     with unwritable(check_new_file(path)):
-        # /dev/stdout may lead to a file that a shell appends to.
-        given_open = path.absolute().parts[1:2] in (("dev",), ("proc",))
-        if not given_open and path.is_file() and path.stat().st_size:
+        if _holds_something(path):
             raise OutputError(f"output file '{path}' exists already; choose another or remove it")
     return path
+
+
+def check_own_file(path: Path, begins: str, what: str) -> Path:
+    """As `check_new_file`, for a result that replaces an earlier one of its kind. Raises `OutputError` for a file that
+    holds anything else (weights, a configuration), which would be lost.
+
+    ``begins``: the first characters of such results, in lower case and without spaces; ``what``: what they are called.
+    """
+    with unwritable(check_new_file(path)):
+        if _holds_something(path):
+            with path.open("rb") as stream:
+                head = stream.read(_HEAD)
+            if not b"".join(head.split()).lower().startswith(begins.encode()):
+                raise OutputError(f"'{path}' exists already and is no {what}; choose another or remove it")
+    return path
+
+
+HTML = "<!doctypehtml"
+"""For `check_own_file`: how pages begin."""
+_HEAD = 256
+"""Bytes of a file that tell which kind of result it is."""
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether a file that is not empty is at ``path``; not of devices and pipes, and of what the process was given
+    open: /dev/stdout may lead to a file that a shell appends to."""
+    given_open = path.absolute().parts[1:2] in (("dev",), ("proc",))
+    return not given_open and path.is_file() and path.stat().st_size > 0
 
 
 def _check_parent(path: Path) -> None:

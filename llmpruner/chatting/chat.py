@@ -82,7 +82,8 @@ class Chat:
         room = self._most if limit is None else min(self._most, limit - len(ids))
         if room < 1:
             raise DataError(
-                f"the conversation has {len(ids)} tokens and {self.name} reads {limit} with its answer; begin anew"
+                f"the conversation has {len(ids):,} tokens and {self.name} reads {limit:,} with its answer; "
+                "shorten the message, or begin anew"
             )
         return room
 

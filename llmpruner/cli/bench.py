@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..amounts import counted
-from ..files import check_new_file, write_text
+from ..files import check_own_file, write_text
 from ..settings import BenchSettings, LoadSettings, settings_from
 from .console import RichProgress, note, table
 from .derive import takes
@@ -39,7 +39,7 @@ def bench(
     from .. import api
 
     if json_file is not None:
-        check_new_file(json_file)
+        check_own_file(json_file, '{"runtime"', "result of bench --json")
     result = api.bench(
         models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
     )

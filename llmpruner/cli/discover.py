@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from ..amounts import counted
 from ..errors import CouplingError, SettingsError
-from ..files import check_new_file
+from ..files import HTML, check_own_file
 from ..report.groups import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
@@ -58,7 +58,7 @@ def discover(
     if page and html is None:
         raise SettingsError("--set has no effect without --html, whose sections have settings; leave it out")
     if html is not None:
-        check_new_file(html)
+        check_own_file(html, HTML, "page in HTML")
     found = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
     if html is not None:
         for warning in api.write_page(found, html, catalog=catalog_of(ctx), **page):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..amounts import counted
-from ..files import check_new_file, json_text, write_text
+from ..files import check_own_file, json_text, write_text
 from ..settings import CacheSettings, EvaluateSettings, LoadSettings, settings_from
 from .console import RichProgress, note, table, warning_line
 from .derive import takes
@@ -35,7 +35,7 @@ def evaluate(
     from .. import api
 
     if json_file is not None:
-        check_new_file(json_file)
+        check_own_file(json_file, '[{"name"', "result of evaluate --json")
     results = api.evaluate(
         models, load=settings_from(LoadSettings, options), cache=settings_from(CacheSettings, kept),
         progress=RichProgress(), catalog=catalog_of(ctx), **settings,

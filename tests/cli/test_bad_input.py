@@ -237,6 +237,35 @@ def test_a_folder_of_gguf_files_to_verify(refused, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", DENSE, "--json"),
+        ("bench", DENSE, "--json"),
+        ("discover", DENSE, "--html"),
+        ("report", "{pruned}", "-o"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_of_another_kind_is_not_replaced(refused, pruned, tmp_path, command):
+    command = [one.replace("{pruned}", str(pruned)) for one in command]
+    for name, content in (("config.json", '{"model_type": "llama"}'), ("model.safetensors", b"\x40\xff")):
+        write(tmp_path / name, content)
+        assert f"{tmp_path}/{name}' exists already and is no " in refused(*command, tmp_path / name)
+
+
+@pytest.mark.parametrize("before", ["", " \n<!DOCTYPE html>\n<p>earlier"])
+def test_an_earlier_page_is_replaced(run, pruned, tmp_path, before):
+    write(tmp_path / "r.html", before)
+    assert run("report", pruned, "-o", tmp_path / "r.html").code == 0
+    assert "earlier" not in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_earlier_results_are_replaced(run, dense, tmp_path):
+    for _ in range(2):
+        assert run("evaluate", dense, "--metrics", "size", "--json", tmp_path / "e.json").code == 0
+
+
 def test_an_unknown_task_is_named_before_any_model_loads(refused):
     pytest.importorskip("lm_eval")
     assert "task 'piqqa'; did you mean" in refused("evaluate", DENSE, "--tasks", "piqqa")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import typer
 
 from llmpruner.cli import _app
@@ -39,6 +40,14 @@ def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
         assert debug.returncode == 1
         assert "Traceback (most recent call last)" in debug.stderr
         assert debug.stderr.endswith(f"UnknownNameError: {message}")
+
+
+@pytest.mark.parametrize(("closed", "shown"), [(">&-", False), ("2>&-", True), ("<&- >&- 2>&-", False)])
+def test_streams_that_are_closed(closed, shown):
+    line = ["sh", "-c", f'exec "$0" -m llmpruner recipes {closed}', sys.executable]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("quality" in done.stdout) == shown
 
 
 LIBRARIES = "import pluggy, pydantic, rich.console, rich.markdown, rich.traceback, typer.rich_utils"

@@ -93,7 +93,7 @@ def test_without_a_template_the_text_is_continued_and_a_family_may_have_a_format
 
 def test_a_conversation_beyond_the_models_positions_is_refused_and_not_kept(model):
     one = chat(model)
-    with pytest.raises(DataError, match="tiny reads 512 with its answer; begin anew"):
+    with pytest.raises(DataError, match="tiny reads 512 with its answer; shorten the message, or begin anew"):
         list(one.ask("word " * 600))
     assert one.exchanges == []
 
