@@ -266,6 +266,7 @@ def test_earlier_results_are_replaced(run, dense, tmp_path):
         assert run("evaluate", dense, "--metrics", "size", "--json", tmp_path / "e.json").code == 0
 
 
+@pytest.mark.slow
 def test_an_unknown_task_is_named_before_any_model_loads(refused):
     pytest.importorskip("lm_eval")
     assert "task 'piqqa'; did you mean" in refused("evaluate", DENSE, "--tasks", "piqqa")
