@@ -198,9 +198,9 @@ class _Writer:
     texts."""
 
     def __init__(self, text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int) -> None:
-        self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
         from ..models.position_tables import table_of
 
+        self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
         self._stop, limit = family.stop_text, table_of(model)
         self._text_tokens = TEXT_TOKENS if limit is None else min(TEXT_TOKENS, limit)
         self._most = None if limit is None or not text.answers else limit - _ending(family, tokenizer)
