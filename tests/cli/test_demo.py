@@ -58,7 +58,7 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
     for title in ("Quality", "Answers", "Cost", "What was cut", "Scores and the cut", "Compensation", "Recovery"):
         assert f">{title}</h2>" in page
-    assert "Calibration text of the cut: 3*self,1*chat:instructions.jsonl." in page
+    assert "Calibration text: 3*self,1*chat:instructions.jsonl." in page
     assert "first 10,240 tokens of Python's help topics, windows of 512" in shown.out
     for folder in ("demo/pruned", "by_hand"):
         assert run("generate", tmp_path / folder, "-p", "The fox", "--max-new-tokens", 2).code == 0
