@@ -55,22 +55,24 @@ def chat(
     if web:
         note(f"http://127.0.0.1:{where.getsockname()[1]}/ on this machine alone; Ctrl-C ends it")
         serve(chats, where)
-    else:
-        _talk(chats)
+    elif not _talk(chats) and not sys.stdin.isatty():
+        raise typer.Exit(2)
 
 
-def _talk(chats: Sequence[Chat]) -> None:
+def _talk(chats: Sequence[Chat]) -> bool:
+    """Answer what is typed until the end of it; False where an answer failed, which its error said."""
     note(HELP)
+    answered = True
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
-            return
+            return answered
         except KeyboardInterrupt:
             note(f"\n{HELP}")
             continue
         if text == "/quit":
-            return
+            return answered
         if text == "/reset":
             for one in chats:
                 one.reset()
@@ -79,13 +81,13 @@ def _talk(chats: Sequence[Chat]) -> None:
             note(f"no such command: {text.split()[0]}; {HELP}")
         elif text:
             for one in chats:
-                _answer(one, text)
+                answered = _answer(one, text) and answered
 
 
-def _answer(one: Chat, text: str) -> None:
-    """Print an answer as it comes, until it ends or the user interrupts it."""
+def _answer(one: Chat, text: str) -> bool:
+    """Print an answer as it comes, until it ends or the user interrupts it; False where it failed."""
     out.print(f"[bold cyan]{escape(one.name)}[/]")
-    pieces = one.ask(text)
+    pieces, answered = one.ask(text), True
     try:
         for piece in pieces:
             out.file.write(piece)
@@ -95,5 +97,7 @@ def _answer(one: Chat, text: str) -> None:
         out.file.write(" […]")
     except LlmprunerError as error:
         error_line(str(error))
+        answered = False
     out.file.write("\n")
     out.file.flush()
+    return answered

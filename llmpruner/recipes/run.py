@@ -262,7 +262,7 @@ class Session:
             with step.named():
                 if not self.state.begin(step.name, {**inputs, **self._way()}):
                     value = _DO[step.command.name](self, step, actions, folder)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # of the user, or of SIGTERM
             self.progress.status(f"stopped in {step.name}; the same command goes on there")
             raise
         seconds = time.monotonic() - started

@@ -292,6 +292,23 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
     assert sorted(p.name for p in out.iterdir()) == sorted([*NAMES, "recipe.json", LOCK])
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_stopped_run_says_that_it_goes_on(stop, shared, tmp_path):
+    """Ctrl-C, and SIGTERM, which `main` turns into an exit."""
+    said = []
+
+    class Stops(Progress):
+        def track(self, items, label):
+            raise stop
+
+        def status(self, label):
+            said.append(label)
+
+    with pytest.raises(stop):
+        api.run(recipe_of(shared), output=tmp_path / "out", progress=Stops())
+    assert said[-1] == "stopped in 1-prune; the same command goes on there"
+
+
 def test_an_interrupted_step_with_other_settings_begins_anew(shared, tmp_path, out):
     recipe = recipe_of(shared)
     recipe["steps"] = recipe["steps"][:2]

@@ -114,6 +114,13 @@ def test_the_terminal_names_the_models_keeps_and_forgets(model, monkeypatch):
     assert [one.exchanges for one in chats] == [[], []]
 
 
+def test_a_failed_answer_to_a_pipe_ends_with_2_after_the_other_questions(model, monkeypatch):
+    one = chat(model)
+    found = talk(monkeypatch, [one], ["word " * 600, "Why?"])
+    assert found.exit_code == 2 and [asked for asked, _ in one.exchanges] == ["Why?"]
+    assert "shorten the message" in found.output
+
+
 def test_an_interrupt_stops_one_answer_and_the_next_model_answers(model, monkeypatch):
     stopped, other = chat(model, name="stopped"), chat(model, name="other")
     real = stopped._pieces
