@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 _SERVER = """
-import importlib, json, os, signal, sys
+import gc, importlib, json, os, signal, sys
 import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 
+# A process looks for garbage as it ends, among all that was imported: a second or more.
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -24,6 +27,8 @@ for line in sys.stdin:
         continue
     signal.alarm(job["timeout"])
     os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
     for number, path in enumerate((os.devnull, job["out"], job["err"])):
         os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
     importlib.invalidate_caches()
@@ -49,7 +54,7 @@ def run_fresh(
 
     ``folder``: to run it in; ``environment``: its variables; both default to those of this process. Standard input is
     empty. On Linux the process is forked from one that has imported transformers, which later calls with the same
-    environment share.
+    environment, but for llmpruner's own variables, share.
     """
     values = dict(os.environ if environment is None else environment)
     # pytest writes the name of the test there.
@@ -65,8 +70,8 @@ def run_fresh(
         out.touch()
         err.touch()
         job = {
-            "code": code, "arguments": texts, "folder": str(folder or Path.cwd()), "timeout": timeout, "out": str(out),
-            "err": str(err),
+            "code": code, "arguments": texts, "folder": str(folder or Path.cwd()), "environment": values,
+            "timeout": timeout, "out": str(out), "err": str(err),
         }  # fmt: skip
         status = _ask(_server(values), job)
         return subprocess.CompletedProcess(
@@ -91,7 +96,8 @@ def _ask(server: subprocess.Popen[str], job: Mapping[str, Any]) -> int:
 
 
 def _server(environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    key = frozenset(environment.items())
+    # Nothing that a server imports reads llmpruner's own variables.
+    key = frozenset((name, value) for name, value in environment.items() if not name.startswith("LLMPRUNER_"))
     if key not in _SERVERS or _SERVERS[key].poll() is not None:
         _SERVERS.pop(key, None)
         while len(_SERVERS) >= _MOST:

@@ -37,6 +37,17 @@ def test_one_program_leaves_nothing_to_the_next():
     assert (first.stdout, again.stdout) == ("1\n", "False False False\n"), (first.stderr, again.stderr)
 
 
+@pytest.mark.skipif(not fresh._FORKS, reason="without fork, every program is started anew")
+def test_one_server_gives_each_program_its_own_variables(monkeypatch):
+    """Each test has another cache folder: a server for each took most of the time of the tests."""
+    told = "import os; print(os.environ['LLMPRUNER_CACHE'], os.getppid())"
+    found = []
+    for folder in ("one", "two"):
+        monkeypatch.setenv("LLMPRUNER_CACHE", folder)
+        found.append(run_fresh(told).stdout.split())
+    assert [folder for folder, _ in found] == ["one", "two"] and found[0][1] == found[1][1]
+
+
 def test_an_error_is_the_last_line():
     done = run_fresh("raise ValueError('so it is')")
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: so it is"
