@@ -94,6 +94,12 @@ def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypat
         assert done.stdout.strip() == expected, done.stderr
 
 
+@pytest.fixture(scope="module")
+def mypy_cache(tmp_path_factory) -> Path:
+    """What mypy has read of torch and of llmpruner, half a minute's work, for all packages."""
+    return tmp_path_factory.mktemp("mypy")
+
+
 def check_style(package: Path, cache: Path) -> None:
     """ruff and mypy, as the package's own CI runs them. llmpruner is read from this checkout; errors of
     mypy in it do not count."""
@@ -110,7 +116,7 @@ def check_style(package: Path, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
+def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
     odd = ModelFacts(
         types=("made_up",),
         config_class="MadeUpConfig",
@@ -128,7 +134,7 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
     }
     for name, files in packages.items():
         write(tmp_path / name, files)
-        check_style(tmp_path / name, tmp_path / "mypy")
+        check_style(tmp_path / name, mypy_cache)
 
 
 @pytest.mark.slow
@@ -199,7 +205,7 @@ def vicuna(dense, tmp_path) -> Path:
         ("chatglm", "ChatGLMFamily of llmpruner_chatglm", None),
     ],
 )
-def test_a_family_with_a_chat_format_is_derived_from(run, vicuna, tmp_path, source, parent, plain):
+def test_a_family_with_a_chat_format_is_derived_from(run, vicuna, tmp_path, mypy_cache, source, parent, plain):
     package = tmp_path / "llmpruner-mine"
     done = run("new-plugin", "mine", "--from", vicuna if source == "vicuna" else source, "-o", package)
     assert done.code == 0, done.err
@@ -211,7 +217,7 @@ def test_a_family_with_a_chat_format_is_derived_from(run, vicuna, tmp_path, sour
     assert '  "llmpruner",\n' not in (package / "pyproject.toml").read_text()
     tests = (package / "tests" / "test_family.py").read_text()
     assert (plain in tests) if plain else ("keep_their_family" not in tests)
-    check_style(package, tmp_path / "mypy")
+    check_style(package, mypy_cache)
     install(tmp_path / "site", package)
     passed = run_tests(package, tmp_path / "site", choose=f"{QUICK} or keep or prompt")
     assert passed.startswith("7 passed" if plain else "6 passed")

@@ -33,29 +33,34 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
+EVERY = (*many_processes.CASES, "continued", "scores")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """What one process gives."""
+    folder = tmp_path_factory.mktemp("one")
+    subprocess.run([sys.executable, HERE / "many_processes.py", folder, *EVERY], env=ENVIRONMENT, check=True)
+    return folder
+
+
 @pytest.mark.slow
-def test_several_processes_give_the_result_of_one(tmp_path):
-    one = tmp_path / "one"
-    one.mkdir()
-    every = (*many_processes.CASES, "continued", "scores")
-    subprocess.run([sys.executable, HERE / "many_processes.py", one, *every], env=ENVIRONMENT, check=True, timeout=300)
-    for count, cases in ((2, every), (4, ("best", "experts", "squares"))):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        run = start(count, HERE / "many_processes.py", folder, *cases)
-        output, _ = run.communicate(timeout=400)
-        assert run.returncode == 0, output
-        for case in cases:
-            expected = torch.load(one / f"{case}-0.pt")
-            for rank in range(count):
-                found = torch.load(folder / f"{case}-{rank}.pt")
-                assert (found.get("plan"), found.get("kept")) == (expected.get("plan"), expected.get("kept")), case
-                # Normed channels of the residual stream are correlated most, so that the fit amplifies rounding most.
-                tolerance = 1e-3 if "residual" in case else 1e-5
-                for name, wanted in expected["weights"].items():
-                    assert (found["weights"][name] - wanted).norm() <= tolerance * wanted.norm(), (case, rank, name)
-        messages = {(folder / f"refusal-{rank}.txt").read_text() for rank in range(count)}
-        assert messages == {(one / "refusal-0.txt").read_text()}
+@pytest.mark.parametrize(("count", "cases"), [(2, EVERY), (4, ("best", "experts", "squares"))])
+def test_several_processes_give_the_result_of_one(count, cases, one, tmp_path):
+    run = start(count, HERE / "many_processes.py", tmp_path, *cases)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    for case in cases:
+        expected = torch.load(one / f"{case}-0.pt")
+        for rank in range(count):
+            found = torch.load(tmp_path / f"{case}-{rank}.pt")
+            assert (found.get("plan"), found.get("kept")) == (expected.get("plan"), expected.get("kept")), case
+            # Normed channels of the residual stream are correlated most, so that the fit amplifies rounding most.
+            tolerance = 1e-3 if "residual" in case else 1e-5
+            for name, wanted in expected["weights"].items():
+                assert (found["weights"][name] - wanted).norm() <= tolerance * wanted.norm(), (case, rank, name)
+    messages = {(tmp_path / f"refusal-{rank}.txt").read_text() for rank in range(count)}
+    assert messages == {(one / "refusal-0.txt").read_text()}
 
 
 @pytest.mark.slow
