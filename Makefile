@@ -5,6 +5,8 @@ BIN := .venv/bin
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Tests start many processes, and each would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-long test-fast coverage lint bench torture speed gpu-check export-check docs clean
 

