@@ -6,7 +6,9 @@ import copy
 import gc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph, plugin_manager
 from llmpruner.loading.model import Model
+from llmpruner.methods.base import Method
 
 
 def llama_config(**changes) -> LlamaConfig:
@@ -76,6 +79,27 @@ def pytest_collection_finish() -> None:
     # collects, and would take a quarter of a second longer.
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def text_of_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Method]], Path]:
+    """``text_of_method(Best)``: a text that this method, as one of a plugin, names as calibration text, and no setting
+    does; every job has the method."""
+
+    def made(base: type[Method]) -> Path:
+        text = tmp_path / "text.txt"
+        text.write_text("The quick brown fox jumps. " * 40, encoding="utf-8")
+
+        class OfPlugin(base):  # type: ignore[misc, valid-type]
+            name = "of-plugin"
+
+            def defaults(self, asked: Any, *, writes: bool) -> dict[str, Any]:
+                return {**super().defaults(asked, writes=writes), "calibration": str(text)}
+
+        monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
+        return text
+
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -172,18 +172,9 @@ def test_data_is_known_by_its_content(run, out, shared, tmp_path):
     assert [step.reason for step in api.dry_run(recipe, output=out)] == ["", f"data.{data} has changed"]
 
 
-def test_the_text_that_a_method_names_is_known_by_its_content(shared, tmp_path, monkeypatch):
+def test_the_text_that_a_method_names_is_known_by_its_content(shared, tmp_path, text_of_method):
     """No setting of the step names it."""
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("The quick brown fox jumps. " * 40)
-
-    class OfPlugin(Fast):
-        name = "of-plugin"
-
-        def defaults(self, asked, *, writes):
-            return {**super().defaults(asked, writes=writes), "calibration": str(text)}
-
-    monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
+    text, out = text_of_method(Fast), tmp_path / "out"
     recipe = {**recipe_of(shared), "steps": recipe_of(shared)["steps"][:1]}
     api.run(recipe, output=out)
     text.touch()

@@ -246,27 +246,23 @@ def test_folders_of_killed_processes_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["the text", "the text of a method", "the weights"])
-def test_a_change_of_what_it_read_is_another_run(what, tmp_path, monkeypatch):
+def test_a_change_of_what_it_read_is_another_run(what, tmp_path, text_of_method):
     """Of the same size, as two models of one architecture are."""
     model = tiny_models.llama()
     model.save_pretrained(tmp_path / "model")
     tiny_models.tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps. " * 40)
-    settings = {**SETTINGS, "calibration": str(tmp_path / "text.txt"), "output": tmp_path / "out"}
+    settings = {**SETTINGS, "output": tmp_path / "out"}
     if what == "the text of a method":
-
-        class OfPlugin(Best):
-            name = "of-plugin"
-
-            def defaults(self, asked, *, writes):
-                return {**super().defaults(asked, writes=writes), "calibration": str(tmp_path / "text.txt")}
-
-        monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
-        del settings["calibration"], settings["method"]
+        text = text_of_method(Best)
+        del settings["method"]
+    else:
+        text = tmp_path / "text.txt"
+        text.write_text("The quick brown fox jumps. " * 40)
+        settings["calibration"] = str(text)
     with pytest.raises(Killed):
         api.prune(str(tmp_path / "model"), progress=StopAt("Compensating", 1), **settings)
     if what != "the weights":
-        (tmp_path / "text.txt").write_text("The brown quick fox jumps. " * 40)
+        text.write_text("The brown quick fox jumps. " * 40)
     else:
         model.model.layers[0].mlp.down_proj.weight.data.mul_(1.01)
         model.save_pretrained(tmp_path / "model")

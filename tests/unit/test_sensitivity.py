@@ -109,21 +109,13 @@ def test_a_run_that_is_killed_goes_on_with_the_points_it_has(source, text, measu
     assert found == measured[1] and len(seen) == 4 + points - 3
 
 
-def test_points_measured_with_other_text_of_a_method_are_not_used(source, tmp_path, monkeypatch):
+def test_points_measured_with_other_text_of_a_method_are_not_used(source, tmp_path, text_of_method, monkeypatch):
     """No setting of the command names the text."""
-    text, file = tmp_path / "text.txt", tmp_path / "curve.json"
-    text.write_text("The quick brown fox jumps. " * 40)
-
-    class OfPlugin(Fast):
-        name = "of-plugin"
-
-        def defaults(self, asked, *, writes):
-            return {**super().defaults(asked, writes=writes), "calibration": str(text)}
+    text, file = text_of_method(Fast), tmp_path / "curve.json"
 
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
     options = {"shares": "0.5", "samples": 2, "length": 16}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trials, "loss", stopped)
