@@ -3,11 +3,13 @@
     python -m benchmarks.compatibility                    both; slow, and downloads two copies of torch
     python -m benchmarks.compatibility lowest             this one
     python -m benchmarks.compatibility newest --python 3.13 --keep DIR
+    python -m benchmarks.compatibility newest --failed    only the tests that failed, once they are mended
 
 Lowest: of every package that pyproject.toml names, the lower bound; of those that these need, the newest that fits.
 Where uv takes a newer one, as another package needs it, the results say so. A bound with which a test fails is wrong
 and must be raised. Newest: no bound but those of the packages themselves. The tools of the tests are the newest in
-both. ``--keep``: the environments are kept below this folder, and used again when they exist. Needs
+both. ``--keep``: the environments are kept below this folder, and used again when they exist. ``--failed``: the results
+of the whole run stay, and those of its failed tests are added as ``again``. Needs
 `uv <https://docs.astral.sh/uv>`_, which installs the lowest versions; exits with 1 when something cannot be installed
 or a test fails.
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .install_check import copy_of_the_tree
-from .measure import as_json, processor
+from .measure import as_json, commit, processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "compatibility.json"
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="lowest or newest; both by default")
     parser.add_argument("--python", default=sys.executable, help="version or path of the interpreter; this one")
     parser.add_argument("--keep", type=Path, help="folder for the environments, which are used again when they exist")
+    parser.add_argument("--failed", action="store_true", help="only the tests that failed in the committed results")
     options = parser.parse_args()
     names = options.names or list(RESOLUTIONS)
     if unknown := set(names) - set(RESOLUTIONS):
@@ -48,19 +51,28 @@ def main() -> None:
     if shutil.which("uv") is None:
         parser.error("uv is not installed: pip install uv")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    tested, wrong = commit(ROOT), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         source = copy_of_the_tree(Path(folder) / "source")
         for name in names:
             environment = (options.keep or Path(folder)).resolve() / name
-            results[name] = {**processor(), **examine(environment, name, options.python, source)}
-            print(name, results[name]["result"], *results[name]["failed"], sep="\n  ", flush=True)
+            failed = results[name]["failed"] if options.failed else []
+            tests = [line.split(" ", 1)[1].split(" - ")[0] for line in failed]
+            found = {**processor(), "commit": tested, **examine(environment, name, options.python, source, tests)}
+            if options.failed:
+                results[name]["again"] = {key: found[key] for key in ("commit", "passed", "result", "failed")}
+            else:
+                results[name] = found
+            print(name, found["result"], *found["failed"], sep="\n  ", flush=True)
             RESULTS.write_text(as_json(results), encoding="utf-8")
-    if wrong := [name for name in names if not results[name]["passed"]]:
+            if not found["passed"]:
+                wrong.append(name)
+    if wrong:
         sys.exit(f"not right: {', '.join(wrong)}; see {RESULTS.relative_to(ROOT)}")
 
 
-def examine(environment: Path, name: str, interpreter: str, source: Path) -> dict[str, Any]:
-    """Install and test; what stops it is the result."""
+def examine(environment: Path, name: str, interpreter: str, source: Path, tests: list[str]) -> dict[str, Any]:
+    """Install and test; what stops it is the result. ``tests``: only these; all of CI without any."""
     if not environment.exists():
         # With pip, which tests of `llmpruner new-plugin` use.
         run(["uv", "venv", "--seed", "--python", interpreter, environment], source)
@@ -80,7 +92,7 @@ def examine(environment: Path, name: str, interpreter: str, source: Path) -> dic
             frozen = run(["uv", "pip", "freeze", "--exclude-editable", "--python", python], source)
             chosen.write_text(frozen.stdout, encoding="utf-8")
     started = time.monotonic()
-    done = run([python, "-m", "pytest", "-rfE", "--color=no", *TESTS], source)
+    done = run([python, "-m", "pytest", "-rfE", "--color=no", *TESTS, *tests], source)
     said, found = done.stdout.splitlines(), versions(python, source)
     bounds = lower_bounds(source) if name == "lowest" else {}
     return {

@@ -72,6 +72,12 @@ def machine() -> dict[str, Any]:
     return {**processor(), "versions": {p: version(p) for p in packages}}
 
 
+def commit(checkout: Path) -> str:
+    """The commit of a checkout; ``-dirty`` follows where its files differ from it."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def processor() -> dict[str, Any]:
     model = next(
         (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),  # noqa: PTH123, SIM115

@@ -24,7 +24,7 @@ from PIL import Image
 from selenium import webdriver
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-SHOWN = "repaired-wikitext"
+SHOWN = "best-wikitext"
 VIEWS = {
     "light": (SHOWN, 1100, 1500, "light"),
     "dark": (SHOWN, 1100, 1500, "dark"),

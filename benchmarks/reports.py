@@ -1,5 +1,5 @@
-"""Reports of the real model: six prunes compared on one page, held to what ``evaluate`` wrote, and the warning about a
-repair that helped one kind of text.
+"""Reports of the real model: six prunes compared on one page, held to what ``evaluate`` wrote, and the warning about
+weights that were fitted to one kind of text.
 
     LLMPRUNER_DATA=… python -m benchmarks.reports FOLDER
 
@@ -21,7 +21,7 @@ from math import log, prod
 from pathlib import Path
 from typing import Any
 
-from .measure import as_json, data_folder, machine, run
+from .measure import as_json, data_folder, instructions, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "reports.json"
 TOKENS, COMPARED_TOKENS, WINDOW = 2048, 1024, 512
@@ -37,11 +37,11 @@ COMPARED = {
     )
     for (method, options), ratio in product(METHODS.items(), RATIOS)
 }  # fmt: skip
-REPAIRED = {
-    "repaired-wikitext": (*_SMALL, "--calibration", WIKITEXT),
-    "repaired-default": (*_SMALL, "--calibration", "self"),
+FITTED = {
+    "best-wikitext": (*_SMALL, "--calibration", WIKITEXT),
+    "best-self": (*_SMALL, "--calibration", "self"),
 }
-WARNED = {"repaired-wikitext": True, "repaired-default": False}
+WARNED = {"best-wikitext": True, "best-self": False}
 """Whether the page of the checkpoint is to have a warning."""
 PIXELS = 0.2
 """By which a place in the chart may be off: it is rounded to a tenth."""
@@ -53,15 +53,15 @@ def main() -> None:
     folder = parser.parse_args().folder
     data = data_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, options in (COMPARED | REPAIRED).items():
+    for name, options in (COMPARED | FITTED).items():
         if not (folder / name).is_dir():
             filled = [option.format(data=data) for option in options]
             run("prune", "demo", *filled, "--dtype", "float32", "--no-report", "-o", str(folder / name), timeout=7200)
-    wikitext, instructions = data / "wikitext2_unk_test.txt", folder / "instructions.txt"
-    instructions.write_text(instructions(data), encoding="utf-8")
+    texts = data / "wikitext2_unk_test.txt", folder / "instructions.txt"
+    texts[1].write_text(instructions(data), encoding="utf-8")
     found = {
-        "machine": machine(), "compared": compared(folder, wikitext),
-        "warnings": {name: warnings(folder, name, wikitext, instructions) for name in REPAIRED},
+        "machine": machine(), "compared": compared(folder, texts[0]),
+        "warnings": {name: warnings(folder, name, *texts) for name in FITTED},
     }  # fmt: skip
     text = as_json(found).replace(str(folder), "$FOLDER").replace(str(data), "$LLMPRUNER_DATA")
     RESULTS.write_text(text, encoding="utf-8")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from .measure import as_json, machine
+from .measure import as_json, commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "same_results.json"
@@ -239,12 +239,6 @@ def compare(this: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
         if names:
             return {"equal": False, "difference": f"{part}: {len(names)} differ, {', '.join(names[:3])} first"}
     return {"equal": True, "digest": digest(this)}
-
-
-def commit(checkout: Path) -> str:
-    """The commit of a checkout; ``-dirty`` follows where its files differ from it."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ FLAGS = (
 )  # fmt: skip
 WIDE, NARROW = 1100, 380
 REAL = os.environ.get("LLMPRUNER_REPORTS", "")
-REAL_PAGES = ("repaired-wikitext", "compared") if REAL else ()
+REAL_PAGES = ("best-wikitext", "compared") if REAL else ()
 SEVERAL = ("several", "compared") if REAL else ("several",)
 NAMES = ("one", "several", *REAL_PAGES)
 
