@@ -51,6 +51,8 @@ def main() -> None:
     if shutil.which("uv") is None:
         parser.error("uv is not installed: pip install uv")
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if options.failed and (whole := [name for name in names if not results.get(name, {}).get("failed")]):
+        parser.error(f"{whole[0]}: no test failed in {RESULTS.relative_to(ROOT)}; leave out --failed")
     tested, wrong = commit(ROOT), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         source = copy_of_the_tree(Path(folder) / "source")

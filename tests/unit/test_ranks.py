@@ -40,7 +40,8 @@ EVERY = (*many_processes.CASES, "continued", "scores")
 def one(tmp_path_factory) -> Path:
     """What one process gives."""
     folder = tmp_path_factory.mktemp("one")
-    subprocess.run([sys.executable, HERE / "many_processes.py", folder, *EVERY], env=ENVIRONMENT, check=True)
+    command = [sys.executable, HERE / "many_processes.py", folder, *EVERY]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
     return folder
 
 
@@ -48,7 +49,7 @@ def one(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("count", "cases"), [(2, EVERY), (4, ("best", "experts", "squares"))])
 def test_several_processes_give_the_result_of_one(count, cases, one, tmp_path):
     run = start(count, HERE / "many_processes.py", tmp_path, *cases)
-    output, _ = run.communicate()
+    output, _ = run.communicate(timeout=400)
     assert run.returncode == 0, output
     for case in cases:
         expected = torch.load(one / f"{case}-0.pt")
