@@ -46,7 +46,9 @@ def one(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "cases"), [(2, EVERY), (4, ("best", "experts", "squares"))])
+@pytest.mark.parametrize(
+    ("count", "cases"), [(2, EVERY), pytest.param(4, ("best", "experts", "squares"), marks=pytest.mark.long)]
+)
 def test_several_processes_give_the_result_of_one(count, cases, one, tmp_path):
     run = start(count, HERE / "many_processes.py", tmp_path, *cases)
     output, _ = run.communicate(timeout=400)
