@@ -103,6 +103,8 @@ def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], 
     for parameter in filter(graph.is_decoder, owned):
         path, _, leaf = parameter.rpartition(".")
         module = model.get_submodule(path)
+        if isinstance(module, nn.Conv1d):
+            continue  # its weight has three axes, too
         if len(graph.shapes[parameter]) == 3:
             skipped[parameter] = None
         elif leaf == "weight" and isinstance(module, nn.Linear | Conv1D):
