@@ -123,10 +123,13 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
     """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
     cuts = made.cuts.values()
     inner = list(dict.fromkeys(c.kind for c in cuts if c.layer is not None))
-    kept: dict[int, dict[str, str]] = {}
+    numbers: dict[int, dict[str, tuple[int, int]]] = {}
     for cut in cuts:
         if cut.layer is not None:
-            kept.setdefault(cut.layer, {})[cut.kind] = f"{len(cut.kept):,} of {cut.units:,}"
+            row = numbers.setdefault(cut.layer, {})
+            units_kept, units = row.get(cut.kind, (0, 0))  # as in the report, groups of one kind and layer are added
+            row[cut.kind] = units_kept + len(cut.kept), units + cut.units
+    kept = {n: {kind: f"{a:,} of {b:,}" for kind, (a, b) in row.items()} for n, row in numbers.items()}
     rows = [
         (",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(layers)), *cells)
         for cells, layers in _alike({n: tuple(row.get(kind, "all") for kind in inner) for n, row in kept.items()})

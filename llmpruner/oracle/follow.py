@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -31,12 +32,15 @@ class Follow:
     """``attribute`` of the modules at ``path`` is scaled with the number of units of ``kind``.
 
     ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the
-    module's own copy of the configuration, which is made when it is set.
+    module's own copy of the configuration, which is made when it is set. ``axes``: where a layer has several groups of
+    the kind at this module, the parameters, with ``*`` as in ``path``, and axes of the group whose units are counted:
+    the numbers of units alone do not tell them apart where they are equal (Mamba's channels and its rank).
     """
 
     kind: str
     path: str
     attribute: str
+    axes: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.path}.{self.attribute}"
@@ -78,8 +82,9 @@ def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Seque
             continue
         layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
         near = {_pattern(graph, path) for path in _around(graph, group)}
+        axes = _axes(graph, group)
         for rule in rules:
-            if rule.kind != group.kind:
+            if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
                 continue
             for layer in layers if "*" in rule.path else [0]:
                 module = _module(model, rule.path.replace("*", str(layer)))
@@ -128,13 +133,20 @@ def _counts(value: int, group: CoupledGroup) -> bool:
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
     """Attributes of the modules that ``groups`` cut, and of those around them, whose values are multiples of the number
     of units, or for groups in blocks of the number in a block."""
+    near = [(group, dict(_nearby(model, graph, group))) for group in groups]
+    sharing = Counter((group.kind, group.layer, path) for group, modules in near for path in modules)
     found: dict[Follow, None] = {}
-    for group in groups:
-        for path, module in _nearby(model, graph, group):
+    for group, modules in near:
+        for path, module in modules.items():
+            axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
             for name, value in _integers(module):
                 if _counts(value, group):
-                    found.setdefault(Follow(group.kind, _pattern(graph, path), name))
+                    found.setdefault(Follow(group.kind, _pattern(graph, path), name, axes))
     return sorted(found)
+
+
+def _axes(graph: CouplingGraph, group: CoupledGroup) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted({(_pattern(graph, span.parameter), span.axis) for span in group.spans}))
 
 
 def tables(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from .base import RecoveryJob, TrainingResult
 from .training import fit
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from ..structure.coupling import CouplingGraph
 
 
@@ -32,13 +35,17 @@ def with_adapters(
     job: RecoveryJob, *, rank: int, alpha: int, dropout: float, rslora: bool = False, dora: bool = False
 ) -> tuple[Any, tuple[str, ...]]:
     """``job.model`` as a peft model with new LoRA adapters, drawn by the job's seed; and notes for the user. The
-    settings are those of `LoraStrategy`."""
+    settings are those of `LoraStrategy`. Raises as `train_adapters` does, before ``job.model`` is changed."""
     try:
         import peft
     except ImportError:
         raise MissingExtraError("peft", "recover") from None
 
     targets, skipped = adapter_targets(job.model, job.graph)
+    refused = _refused(job.model, targets)
+    targets = [path for path in targets if path not in refused]
+    if not targets:
+        raise UnsupportedModelError(f"peft adapts no linear layer of a {job.model.config.model_type} model")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -57,10 +64,31 @@ def with_adapters(
         # peft reads a name that transformers has deprecated.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         model: Any = peft.get_peft_model(job.model, config)
-    get = "gets" if len(skipped) == 1 else "get"
-    what = f"{counted(len(skipped), 'parameter')} of experts {get} no adapters"
-    notes = (f"{what} ({skipped[0]}, …)",) if skipped else ()
+    notes = (*_note("parameter", " of experts", skipped), *_note("module", ", which peft refuses,", refused))
     return model, notes
+
+
+def _note(noun: str, which: str, names: Sequence[str]) -> tuple[str, ...]:
+    get = "gets" if len(names) == 1 else "get"
+    return (f"{counted(len(names), noun)}{which} {get} no adapters ({names[0]}, …)",) if names else ()
+
+
+def _refused(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Those of ``targets`` that peft refuses in models of this type, such as modules of which Mamba's kernels read the
+    weight past the module. peft would say so halfway through changing ``model``, so it is asked with a stand-in."""
+    import peft
+
+    leaves = {path.rpartition(".")[2] for path in targets}
+    refused = set()
+    for leaf in leaves:
+        stand_in = nn.Module()
+        stand_in.config = model.config
+        stand_in.add_module(leaf, nn.Linear(1, 1))
+        try:
+            peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=[leaf]), stand_in)
+        except ValueError:
+            refused.add(leaf)
+    return [path for path in targets if path.rpartition(".")[2] in refused]
 
 
 def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], list[str]]:
@@ -75,6 +103,8 @@ def adapter_targets(model: nn.Module, graph: CouplingGraph) -> tuple[list[str], 
     for parameter in filter(graph.is_decoder, owned):
         path, _, leaf = parameter.rpartition(".")
         module = model.get_submodule(path)
+        if isinstance(module, nn.Conv1d):
+            continue  # its weight has three axes, too
         if len(graph.shapes[parameter]) == 3:
             skipped[parameter] = None
         elif leaf == "weight" and isinstance(module, nn.Linear | Conv1D):

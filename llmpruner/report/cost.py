@@ -35,7 +35,8 @@ def _rows(dense: Costs, own: Costs) -> list[tuple[str, str, str, str]]:
         ("KV cache per token, bytes", dense.cache_bytes, own.cache_bytes, "{:,}".format),
     ]
     return [
-        (label, text(before), text(after), f"{1 - after / before:.1%}")
+        # A state space model has no keys and values, of which nothing can be removed.
+        (label, text(before), text(after), f"{1 - after / before:.1%}" if before else "–")
         for label, before, after, text in pairs
         if before is not None and after is not None
     ]

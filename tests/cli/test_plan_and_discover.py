@@ -9,10 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from typer.testing import CliRunner
 
-from llmpruner import ModelFamily, Verdict, hookimpl, plugin_manager
+from llmpruner import ModelFamily, PruningPlan, Verdict, hookimpl, plugin_manager
 from llmpruner.cli.app import build_app
 
 DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
@@ -305,3 +312,13 @@ def test_widths_that_cannot_be_quantised_are_named(run, tmp_path):
     said = run("plan", tmp_path / "wide", *options, "--shape", "free").err
     assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --round-to 32" in said
     assert "quantised" not in run("plan", tmp_path / "wide", *options, "--round-to", 32, "--shape", "free").err
+
+
+def test_units_of_several_groups_of_one_kind_in_a_layer_are_added(run, tmp_path):
+    """Mamba's channels and its rank; the table showed those of the last group alone."""
+    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=16)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    found = run("plan", tmp_path / "mamba", "--ratio", "0.25", "--importance", "l1", "-o", tmp_path / "plan.json")
+    cuts = [c for c in PruningPlan.load(tmp_path / "plan.json").cuts.values() if c.layer == 0]
+    assert len(cuts) == 2
+    assert f"{sum(len(c.kept) for c in cuts)} of 48" in found.out

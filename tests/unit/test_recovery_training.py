@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from llmpruner import (
     MLP,
     Blocks,
+    Catalog,
     CheckpointError,
     CoupledGroup,
     ModelError,
@@ -20,6 +21,7 @@ from llmpruner import (
     Role,
     Span,
     UnsupportedModelError,
+    plugin_manager,
 )
 from llmpruner.checkpoints.adapters import save_adapter
 from llmpruner.checkpoints.save import save_checkpoint
@@ -327,6 +329,25 @@ def test_experts_are_skipped_with_a_note(tmp_path):
     assert "1 parameter of experts gets no adapters" in result.notes[0]
     with pytest.raises(UnsupportedModelError, match="nothing to adapt"):
         adapter_targets(model, graph_of(model, lambda: groups[:1]))
+
+
+def test_modules_that_peft_refuses_are_skipped_with_a_note(tmp_path):
+    """peft refuses Mamba's output projection, which was a traceback."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    graph = build_graph(Catalog(plugin_manager()).families["auto"](), model.config)
+    path = "backbone.layers.0.mixer"
+    assert f"{path}.out_proj" in adapter_targets(model, graph)[0]
+    before = copy.deepcopy(model.state_dict())
+    settings = RecoverSettings(data="here", batch_size=4, max_steps=2, cutoff=32, warmup_steps=0)
+    result = run(model, graph, tmp_path / "work", LoraStrategy(), settings)
+    assert f"2 modules, which peft refuses, get no adapters ({path}.out_proj, …)" in result.notes
+    assert not any("experts" in note for note in result.notes)  # the weight of a convolution has three axes, too
+    after = result.model.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert f"{path}.in_proj.weight" in moved and f"{path}.out_proj.weight" not in moved
 
 
 def test_a_diverged_run_stops(tmp_path):

@@ -21,6 +21,8 @@ from llmpruner import (
     Span,
 )
 from llmpruner.plugins.builtin import llmpruner_report_sections
+from llmpruner.report.base import Costs, Evidence
+from llmpruner.report.cost import CostSection
 from llmpruner.report.groups import GroupsSection, kind_rows
 from llmpruner.report.page import report_page
 from llmpruner.report.plan import Cell, LayerRow, PlanSection, cut_tables
@@ -193,3 +195,13 @@ def test_without_plans_there_is_no_section_and_a_damaged_one_is_a_warning(gqa):
     (warning,) = page.warnings
     assert warning.startswith("report section plan is left out: plan 1 of the record is not a pruning plan")
     assert len(re.findall("<h2>", page.html)) == 2
+
+
+def test_costs_of_a_model_without_keys_and_values():
+    """Nothing can be removed of a cache that does not grow (Mamba); it was a division by zero."""
+    dense, own = (Costs(n, n, 4 * n, n, 512, cache_bytes=0) for n in (100, 75))
+    subject = ReportSubject("m", CouplingGraph((), {}, "layers"), {}, Evidence("m", dense, own))
+    section = CostSection().render(subject)
+    row = re.search(r"KV cache per token, bytes</th>(.*)", section)
+    assert re.findall(r">([^<>]+)<", row[1]) == ["0", "0", "–"]
+    assert section.count("25.0%") == 4
