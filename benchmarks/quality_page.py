@@ -35,20 +35,72 @@ def draw(done: dict[str, dict[str, Any]]) -> None:
 
 
 def overview(done: dict[str, dict[str, Any]]) -> str:
-    """WikiText-2 perplexity by method, calibration text and ratio."""
-    dense = done[Row("dense", 0.0, "").key]
-    ratios = [ratio for ratio in RATIOS if any(row_of(e).ratio == ratio for e in points_of(done))]
+    """The README's tables: the default first, then what it can be compared with."""
+    return "\n".join([*_at_one_ratio(done), "", *_over_ratios(done), "", *_other_models(done)]) + "\n"
+
+
+def _at_one_ratio(done: dict[str, dict[str, Any]], ratio: float = 0.2) -> list[str]:
+    """Perplexity and divergence of the demo model on every text, by method and calibration text."""
     lines = [
-        "| shape | method | calibrated on | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |",
-        "|---" * (3 + len(ratios)) + "|",
-        "| | dense | | " + " | ".join([f"{dense['perplexity']:.2f}"] * len(ratios)) + " |",
+        f"{ratio:.0%} of the decoder removed: perplexity and, in parentheses, divergence:",
+        "",
+        f"| shape | method | calibrated on | {' | '.join(COLUMNS.values())} |",
+        "|---" * (3 + len(COLUMNS)) + "|",
+        f"| | dense | | {' | '.join(_cells(done[Row('dense', 0.0, '').key]))} |",
     ]
     for shape, text, method in product(SHAPES, TEXTS, METHODS):
-        found = [done.get(Row(method, ratio, text, shape).key) for ratio in ratios]
-        if any(found):
+        entry = done.get(Row(method, ratio, text, shape).key)
+        if entry and "texts" in entry:
+            lines.append(f"| {shape} | {method} | {text} | {' | '.join(_cells(entry))} |")
+    return lines
+
+
+def _over_ratios(done: dict[str, dict[str, Any]], least: int = 3) -> list[str]:
+    """WikiText-2 perplexity of the demo model, for what was measured at ``least`` ratios or more."""
+    dense = done[Row("dense", 0.0, "").key]
+    lines = [
+        "Other ratios, on WikiText-2:",
+        "",
+        "| shape | method | calibrated on | " + " | ".join(f"{ratio:.0%}" for ratio in RATIOS) + " |",
+        "|---" * (3 + len(RATIOS)) + "|",
+        "| | dense | | " + " | ".join([f"{dense['perplexity']:.2f}"] * len(RATIOS)) + " |",
+    ]
+    for shape, text, method in product(SHAPES, TEXTS, METHODS):
+        found = [done.get(Row(method, ratio, text, shape).key) for ratio in RATIOS]
+        if sum(entry is not None for entry in found) >= least:
             cells = [f"{e['perplexity']:.2f}" if e else "" for e in found]
             lines.append(f"| {shape} | {method} | {text} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _other_models(done: dict[str, dict[str, Any]], text: str = "C4 sample") -> list[str]:
+    """Every method on the other models, calibrated on one text, on two texts by ratio."""
+    lines = []
+    for model in dict.fromkeys(row_of(entry).model for entry in done.values() if row_of(entry).model != "demo"):
+        points = [entry for entry in points_of(done, model) if row_of(entry).text == text]
+        ratios = sorted({row_of(entry).ratio for entry in points})
+        heads = [f"{name}, {ratio:.0%}" for ratio in ratios for name in ("WikiText-2", "C4")]
+        lines += [
+            f"{NAMES.get(model, model)}, calibrated on {text}:",
+            "",
+            f"| shape | cut | method | {' | '.join(heads)} |",
+            "|---" * (3 + len(heads)) + "|",
+            f"| | | dense | {' | '.join(_cells(done[Row('dense', 0.0, '', model=model).key])[:2] * len(ratios))} |",
+        ]
+        by_ratio: dict[tuple[str, str, str], dict[float, list[str]]] = {}
+        for entry in points:
+            row = row_of(entry)
+            by_ratio.setdefault((row.shape, KINDS[row.kinds], row.method), {})[row.ratio] = _cells(entry)[:2]
+        order = sorted(by_ratio, key=lambda what: (what[0] == "free", _place(what[2])))
+        for what, cells in ((what, by_ratio[what]) for what in order):
+            measured = [cell for ratio in ratios for cell in cells.get(ratio, ["", ""])]
+            lines.append(f"| {' | '.join((*what, *measured))} |")
+    return lines
+
+
+def _place(method: str) -> int:
+    """The default first, and what is of other papers last."""
+    return METHODS.index(method) if method in METHODS else len(METHODS)
 
 
 def page(done: dict[str, dict[str, Any]]) -> str:
