@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 FEW_TOKENS, FEW_DIFFERENT = 64, 8
 """Below them, a calibration set gets a warning."""
+_RUN = 8
+"""Tokens of a run that text hardly has twice, unless the same place of it is read twice."""
+_FACTOR = 6364136223846793005
+"""Of Knuth's linear congruential generator of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,25 @@ class CalibrationSet:
                 f"the {tokens:,} tokens of calibration text are only {different} different ones; a ranking by them "
                 "says little of other text"
             ]
+        repeated = self._repeated()
+        if repeated > 0.5:
+            samples, length = self.input_ids.shape
+            return [
+                f"{repeated:.0%} of the calibration text is repeated: '{self.source}' is short for {samples:,} samples "
+                f"of {length:,} tokens, which take time and add little; lower --samples, or give more text"
+            ]
         return []
+
+    def _repeated(self) -> float:
+        """The share of the runs of tokens that are in the samples before, too."""
+        ids_SL, places = self.input_ids.long(), self.input_ids.shape[1] - _RUN + 1
+        if places < 1:
+            return 0.0
+        # A polynomial modulo 2⁶⁴, by which different runs hardly ever are equal.
+        runs_SP = torch.zeros_like(ids_SL[:, :places])
+        for offset in range(_RUN):
+            runs_SP = runs_SP * _FACTOR + ids_SL[:, offset : offset + places]
+        return 1 - len(runs_SP.unique()) / runs_SP.numel()
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
