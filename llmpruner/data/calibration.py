@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import DataError, PluginError
@@ -67,14 +68,14 @@ class CalibrationSet:
 
     def _repeated(self) -> float:
         """The share of the runs of tokens that are in the samples before, too."""
-        ids_SL, places = self.input_ids.long(), self.input_ids.shape[1] - _RUN + 1
+        ids_SL, places = self.input_ids.long().cpu(), self.input_ids.shape[1] - _RUN + 1
         if places < 1:
             return 0.0
         # A polynomial modulo 2⁶⁴, by which different runs hardly ever are equal.
         runs_SP = torch.zeros_like(ids_SL[:, :places])
         for offset in range(_RUN):
             runs_SP = runs_SP * _FACTOR + ids_SL[:, offset : offset + places]
-        return 1 - len(runs_SP.unique()) / runs_SP.numel()
+        return 1 - len(np.unique(runs_SP.numpy())) / runs_SP.numel()
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
