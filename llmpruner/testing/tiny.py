@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from ..plugins.host import plugin_manager
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from ..families.family import ModelFamily
     from ..structure.coupling import CouplingGraph
 
@@ -27,6 +31,31 @@ if TYPE_CHECKING:
 def tiny_llama(seed: int = 0) -> Model:
     """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
     48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
+    return _model(_llama, seed)
+
+
+def tiny_mixture(seed: int = 0) -> Model:
+    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 2 layers, of which a token gets 2."""
+    return _model(_mixture, seed)
+
+
+_Parts: TypeAlias = "tuple[PreTrainedConfig, ModelFamily, CouplingGraph]"
+
+
+def _model(parts: Callable[[], _Parts], seed: int) -> Model:
+    # transformers takes several times as long to build a model as a copy takes.
+    config, family, graph = parts()
+    model = copy.deepcopy(_weights(parts, seed))
+    return Model("tiny", config, family, graph, model=model, tokenizer=letters())
+
+
+@cache
+def _weights(parts: Callable[[], _Parts], seed: int) -> PreTrainedModel:
+    return random_instance(parts()[0], seed)
+
+
+@cache
+def _llama() -> _Parts:
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=48,
@@ -41,18 +70,11 @@ def tiny_llama(seed: int = 0) -> Model:
         pad_token_id=0,
     )
     family = Catalog(plugin_manager()).families["llama"]()
-    graph = build_graph(family, config)
-    return Model("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
-
-
-def tiny_mixture(seed: int = 0) -> Model:
-    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 2 layers, of which a token gets 2."""
-    config, family, graph = _mixture()
-    return Model("tiny", config, family, graph, model=random_instance(config, seed), tokenizer=letters())
+    return config, family, build_graph(family, config)
 
 
 @cache
-def _mixture() -> tuple[MixtralConfig, ModelFamily, CouplingGraph]:
+def _mixture() -> _Parts:
     config = MixtralConfig(
         vocab_size=96,
         hidden_size=48,
