@@ -61,8 +61,9 @@ class CalibrationSet:
         if repeated > 0.5:
             samples, length = self.input_ids.shape
             return [
-                f"{repeated:.0%} of the calibration text is repeated: '{self.source}' is short for {samples:,} samples "
-                f"of {length:,} tokens, which take time and add little; lower --samples, or give more text"
+                f"about {(1 - repeated) * tokens:,.0f} of {tokens:,} tokens of calibration text are not repeated: "
+                f"'{self.source}' is short for {samples:,} samples of {length:,} tokens; lower --samples, or give more "
+                "text"
             ]
         return []
 

@@ -182,7 +182,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "weights with NaN, heard in the text": (("prune", "{models}/nan", *FIFTH, *OUT), "its weights are damaged"),
     "weights with NaN, seen in the loss": (
-        ("prune", "{models}/nan", *FIFTH, "--calibration", "{models}/text.txt", *OUT), "the weights are damaged"
+        ("prune", "{models}/nan", *FIFTH, "--calibration", "{models}/text.txt", "--samples", 2, "--length", 32, *OUT),
+        "the weights are damaged",
     ),
     "weights with NaN, chosen at random": (
         ("prune", "{models}/nan", *FIFTH, "--importance", "random", *OUT), "NaN"
