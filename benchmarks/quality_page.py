@@ -88,14 +88,18 @@ def _other_models(done: dict[str, dict[str, Any]], text: str = "C4 sample") -> l
             f"| | | dense | {' | '.join(_cells(done[Row('dense', 0.0, '', model=model).key])[:2] * len(ratios))} |",
         ]
         by_ratio: dict[tuple[str, str, str], dict[float, list[str]]] = {}
-        for entry in points:
+        for entry in sorted(points, key=lambda e: (row_of(e).shape == "free", _place(row_of(e).method))):
             row = row_of(entry)
-            by_ratio.setdefault((row.shape, KINDS[row.kinds], row.method), {})[row.ratio] = _cells(entry)[:2]
-        order = sorted(by_ratio, key=lambda what: (what[0] == "free", _place(what[2])))
-        for what, cells in ((what, by_ratio[what]) for what in order):
+            by_ratio.setdefault((row.shape, KINDS[row.kinds], _named(row)), {})[row.ratio] = _cells(entry)[:2]
+        for what, cells in by_ratio.items():
             measured = [cell for ratio in ratios for cell in cells.get(ratio, ["", ""])]
             lines.append(f"| {' | '.join((*what, *measured))} |")
     return lines
+
+
+def _named(row: Row) -> str:
+    """The method, and its number of samples where that is not its own."""
+    return row.method + (f", {row.samples} samples" if row.samples else "")
 
 
 def _place(method: str) -> int:
@@ -159,9 +163,8 @@ def _points(dense: dict[str, Any], points: list[dict[str, Any]]) -> list[str]:
     ]
     for entry in points:
         row, seconds = row_of(entry), f"{entry['seconds']:.0f}" + ("†" if entry.get("shared") else "")
-        method = row.method + (f", {row.samples} samples" if row.samples else "")
         lines.append(
-            f"| {row.shape} | {KINDS[row.kinds]} | {method} | {row.text} | {row.ratio:.0%} | "
+            f"| {row.shape} | {KINDS[row.kinds]} | {_named(row)} | {row.text} | {row.ratio:.0%} | "
             f"{entry['decoder_removed']:.1%} | {' | '.join(_cells(entry))} | {seconds} | {entry['peak_mib']} | "
             f"{entry['machine']['cpu']}, {entry['machine']['cores']} cores |"
         )

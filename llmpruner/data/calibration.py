@@ -68,7 +68,7 @@ class CalibrationSet:
         return []
 
     def _repeated(self) -> float:
-        """The share of the runs of tokens that are in the samples before, too."""
+        """The share of the runs of `_RUN` tokens that occur earlier in the samples, too, between 0 and 1."""
         ids_SL, places = self.input_ids.long().cpu(), self.input_ids.shape[1] - _RUN + 1
         if places < 1:
             return 0.0

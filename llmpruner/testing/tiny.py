@@ -46,7 +46,7 @@ def _model(parts: Callable[[], _Parts], seed: int) -> Model:
     # transformers takes several times as long to build a model as a copy takes.
     config, family, graph = parts()
     model = copy.deepcopy(_weights(parts, seed))
-    return Model("tiny", config, family, graph, model=model, tokenizer=letters())
+    return Model("tiny", copy.deepcopy(config), family, graph, model=model, tokenizer=letters())
 
 
 @cache

@@ -102,7 +102,7 @@ def mypy_cache(tmp_path_factory) -> Path:
 
 def check_style(package: Path, cache: Path) -> None:
     """ruff and mypy with the package's settings. llmpruner is read from this checkout; errors of mypy in it do not
-    count. transformers is not read, which would take three times as long as all else."""
+    count. transformers is not read, which would take longer than all else."""
     config = cache / f"{package.name}.toml"
     unread = '[[tool.mypy.overrides]]\nmodule = ["transformers.*"]\nfollow_imports = "skip"\n'
     config.write_text(f"{(package / 'pyproject.toml').read_text()}\n{unread}")
