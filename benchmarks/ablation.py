@@ -230,7 +230,7 @@ def _write(file: Path, texts: list[str]) -> None:
 
 def _written(passages: int) -> list[str]:
     from llmpruner import api
-    from llmpruner.data.written import self_generated
+    from llmpruner.calibration.written import self_generated
 
     model = api.load("demo", dtype="float32")
     ids = self_generated(model.model, model.tokenizer, passages, LENGTH, 0)

@@ -12,7 +12,7 @@ MEMORY_LIMIT = 9 << 30
 """Bytes of address space."""
 PRELOAD = (
     "torch._dynamo", "torch.export", "transformers.modeling_utils", "transformers.generation", "accelerate",
-    "llmpruner.checkpoints.save", "llmpruner.discovery.groups", "llmpruner.oracle.verify", "llmpruner.api",
+    "llmpruner.models.save", "llmpruner.discovery.groups", "llmpruner.discovery.verify", "llmpruner.api",
 )  # fmt: skip
 _CONTEXT = multiprocessing.get_context("forkserver")
 

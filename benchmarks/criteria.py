@@ -88,7 +88,7 @@ def _model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmpruner import Catalog, build_graph, plugin_manager
-    from llmpruner.loading.model import Model
+    from llmpruner.models.model import Model
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
@@ -170,8 +170,8 @@ def _correlations(
     loaded: Any, criterion: Any, truth: Mapping[str, torch.Tensor], ids: torch.Tensor, seed: int
 ) -> dict[str, dict[str, float]]:
     """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
-    from llmpruner.data.calibration import CalibrationSet
-    from llmpruner.importance.estimate import estimate
+    from llmpruner.calibration.calibration import CalibrationSet
+    from llmpruner.pruning.criteria.estimate import estimate
 
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
     kinds = [kind for kind in loaded.graph.kinds if criterion.accepts(kind)]

@@ -130,8 +130,8 @@ def examine(model_type: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     import llmpruner
+    from llmpruner.discovery.tiny import random_instance, small_config
     from llmpruner.errors import LlmprunerError
-    from llmpruner.oracle.tiny import random_instance, small_config
 
     from .support_matrix import INCOMPLETE
 

@@ -29,7 +29,7 @@ def measure(criteria: Sequence[str]) -> dict[str, Any]:
     """Rise of the loss, in nats per byte, by criterion and share, and rank correlation of scores with the rise when
     one expert alone is removed: mean and spread over calibration sets."""
     from llmpruner import Catalog, plugin_manager
-    from llmpruner.data.documents import PYDOC, read_documents
+    from llmpruner.calibration.documents import PYDOC, read_documents
 
     torch.set_num_threads(1)
     started = time.process_time()
@@ -80,7 +80,7 @@ def _model() -> Any:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     from llmpruner import Catalog, build_graph, plugin_manager
-    from llmpruner.loading.model import Model
+    from llmpruner.models.model import Model
 
     config = OlmoeConfig(
         vocab_size=256, max_position_embeddings=LENGTH, tie_word_embeddings=False,
@@ -93,8 +93,8 @@ def _model() -> Any:
 
 
 def _by(loaded: Any, groups: Any, criterion: Any, ids: torch.Tensor, seed: int) -> Mapping[str, torch.Tensor]:
-    from llmpruner.data.calibration import CalibrationSet
-    from llmpruner.importance.estimate import estimate
+    from llmpruner.calibration.calibration import CalibrationSet
+    from llmpruner.pruning.criteria.estimate import estimate
 
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
     return estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed).by_group

@@ -12,7 +12,7 @@ import torch
 
 from llmpruner import ImportanceCriterion, ParameterSignals, Product, hookimpl
 from llmpruner.engine.position import UnitAxis
-from llmpruner.importance.fisher import Fisher
+from llmpruner.pruning.criteria.fisher import Fisher
 from llmpruner.structure.coupling import Role
 
 RIDGE = 0.01

@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import CalibrationSource, Catalog, Model, PruneSettings, build_graph, plugin_manager
-from llmpruner.data.calibration import CalibrationText, Part
+from llmpruner.calibration.calibration import CalibrationText, Part
 from llmpruner.recipes.calibrating import calibrate
 from llmpruner.recipes.jobs import PruneJob, prune_job
 from llmpruner.recipes.pipeline import Draft, apply_draft, make_plan

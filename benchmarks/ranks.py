@@ -93,7 +93,7 @@ def work(model: str, method: str, samples: int, file: Path) -> None:
     import torch
 
     from llmpruner import CalibrationSource, Catalog, PruneSettings, api, plugin_manager
-    from llmpruner.data.calibration import CalibrationText, Part
+    from llmpruner.calibration.calibration import CalibrationText, Part
     from llmpruner.engine.ranks import Ranks
     from llmpruner.recipes.calibrating import calibrate
     from llmpruner.recipes.execution import Run

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmpruner.checkpoints.record import OF_THIS_MACHINE
+from llmpruner.models.record import OF_THIS_MACHINE
 
 from .measure import as_json, data_folder, machine, run
 

@@ -203,9 +203,9 @@ def examine(model_type: str, variant: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
+    from llmpruner.discovery.tiny import random_instance
+    from llmpruner.discovery.verify import representative, verify
     from llmpruner.errors import UnsupportedModelError, first_line
-    from llmpruner.oracle.tiny import random_instance
-    from llmpruner.oracle.verify import representative, verify
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()

@@ -80,9 +80,9 @@ def examine(model_type: str) -> dict[str, Any]:
     from transformers.utils import logging
 
     from llmpruner import Catalog, LoadSettings, ModelError, Signal, api, load_pruned, plugin_manager
+    from llmpruner.discovery.tiny import random_instance
+    from llmpruner.discovery.verify import logits, representative
     from llmpruner.exporters.gguf.plan import plan_of
-    from llmpruner.oracle.tiny import random_instance
-    from llmpruner.oracle.verify import logits, representative
     from llmpruner.testing.tiny import letters
 
     torch.set_num_threads(1)

@@ -23,14 +23,15 @@ from typing import Any
 from typing_extensions import Unpack
 
 from .amounts import counted
-from .benching.results import BenchResult
-from .benching.run import bench as _bench
+from .calibration.chat import Prompt, chat_prompt, format_note
 from .chatting.chat import Chat
-from .checkpoints.record import REPORT_FILE
+from .discovery.verify import Verdict
+from .discovery.verify import verify as _verify
 from .errors import ModelError, PlanError, SettingsError
+from .evaluation.speed.results import BenchResult
+from .evaluation.speed.run import bench as _bench
 from .evaluation.table import Evaluations
 from .exporters.run import export as _export
-from .families.chat import Prompt, chat_prompt, format_note
 from .files import HTML, check_new_directory, check_own_file, write_text
 from .keywords import (
     BenchKeywords,
@@ -44,16 +45,16 @@ from .keywords import (
     RecoverKeywords,
     SensitivityKeywords,
 )
-from .loading.model import Model, Structure
 from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
+from .models.model import Model, Structure
 from .models.quiet import quiet_transformers
-from .oracle.verify import Verdict
-from .oracle.verify import verify as _verify
+from .models.record import REPORT_FILE
 from .plugins.catalog import Catalog
 from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
+from .pruning.allocation.curve import Curve
 from .publishing.push import Upload, send
 from .recipes.benches import bench_subject, check_bench
 from .recipes.evaluating import evaluate_models
@@ -78,7 +79,6 @@ from .recipes.sensitivity import sensitivity_of
 from .recipes.verification import Verification, verification
 from .report.base import ReportSubject
 from .report.page import Report, comparison_page, facts_of, report_page
-from .selection.curve import Curve
 from .settings import (
     BenchSettings,
     CacheSettings,

@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph, plugin_manager
-from llmpruner.loading.model import Model
-from llmpruner.methods.base import Method
+from llmpruner.models.model import Model
+from llmpruner.pruning.methods.base import Method
 
 
 def llama_config(**changes) -> LlamaConfig:

@@ -11,9 +11,9 @@ from docstrings import class_section, document, markdown
 from settings_table import table as settings_table
 
 from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, settings
-from llmpruner.benching.results import BenchCase, Measurement, Rate
-from llmpruner.loading.model import Model, Structure
-from llmpruner.oracle.verify import Verdict
+from llmpruner.discovery.verify import Verdict
+from llmpruner.evaluation.speed.results import BenchCase, Measurement, Rate
+from llmpruner.models.model import Model, Structure
 from llmpruner.publishing.push import Upload
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.results import PlannedStep, RecipeResult, StepResult

@@ -12,13 +12,13 @@ from installed import own_host
 from settings_table import table
 
 from llmpruner import Catalog
-from llmpruner.compensation import least_squares, repair
 from llmpruner.component import Component
 from llmpruner.engine.signals import Signal
-from llmpruner.importance import obs, reductions, removal
-from llmpruner.importance.base import ImportanceCriterion
 from llmpruner.plugins.registry import Registry
-from llmpruner.selection import normalize
+from llmpruner.pruning.allocation import normalize
+from llmpruner.pruning.compensation import least_squares, repair
+from llmpruner.pruning.criteria import obs, reductions, removal
+from llmpruner.pruning.criteria.base import ImportanceCriterion
 from llmpruner.settings import PruneSettings, Reduction
 
 CATALOG = Catalog(own_host())

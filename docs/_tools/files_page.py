@@ -9,7 +9,7 @@ from docstrings import document, markdown
 from pydantic import BaseModel
 from settings_table import table
 
-from llmpruner.budgets.latency_cost import LatencyTable
+from llmpruner.pruning.budgets.latency_cost import LatencyTable
 from llmpruner.structure import plan
 from llmpruner.structure.plan import PruningPlan
 

@@ -9,25 +9,25 @@ import structure_page
 from docstrings import attributes, document, function_lines, function_of, is_property, markdown, methods
 from structure_page import class_with_import
 
-from llmpruner.benching.base import BenchSubject, Session
-from llmpruner.benching.torch_session import work_of
-from llmpruner.benching.work import Work
-from llmpruner.budgets.base import BudgetSubject
-from llmpruner.budgets.costs import Cost
-from llmpruner.checkpoints.source import TensorSource
-from llmpruner.compensation.base import Fit, Repaired, RepairTask
+from llmpruner.calibration.source import SampleTask
 from llmpruner.component import Component, ComponentSettings
-from llmpruner.data.source import SampleTask
 from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
+from llmpruner.evaluation.speed.base import BenchSubject, Session
+from llmpruner.evaluation.speed.torch_session import work_of
+from llmpruner.evaluation.speed.work import Work
 from llmpruner.exporters.base import ExportTask
+from llmpruner.models.source import TensorSource
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS
+from llmpruner.pruning.allocation.allocate import take_if_it_fits, target_of, top_up
+from llmpruner.pruning.allocation.base import AllocationTask, AllocationUse, Demand, Meter
+from llmpruner.pruning.budgets.base import BudgetSubject
+from llmpruner.pruning.budgets.costs import Cost
+from llmpruner.pruning.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
 from llmpruner.report.base import Costs, Evidence, Measurements, ReportSubject
-from llmpruner.selection.allocate import take_if_it_fits, target_of, top_up
-from llmpruner.selection.base import AllocationTask, AllocationUse, Demand, Meter
 from llmpruner.structure.queues import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {

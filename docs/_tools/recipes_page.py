@@ -9,7 +9,7 @@ from installed import own_host
 from settings_table import cell
 
 from llmpruner import Catalog
-from llmpruner.methods.shipped import Shipped
+from llmpruner.pruning.methods.shipped import Shipped
 from llmpruner.recipes.commands import COMMANDS
 from llmpruner.settings import RecipeSettings, Settings, StepSettings
 

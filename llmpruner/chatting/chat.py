@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
+from ..calibration.chat import Prompt, conversation_prompt
 from ..errors import DataError
-from ..families.chat import Prompt, conversation_prompt
 from ..models.generation import generate_ids
 from ..models.positions import positions_of
 from ..models.tokens import ids_to_continue
@@ -15,7 +15,7 @@ from ..models.tokens import ids_to_continue
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
 
 Exchange = tuple[str, str]
 """What was asked, and the answer."""

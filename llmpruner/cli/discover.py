@@ -22,8 +22,8 @@ from .derive import takes
 from .options import Json, ModelName, catalog_of
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
-    from ..oracle.verify import Verdict
+    from ..discovery.verify import Verdict
+    from ..models.model import Structure
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -13,7 +13,7 @@ from .derive import takes
 from .options import Json, ModelName, catalog_of
 
 if TYPE_CHECKING:
-    from ..selection.curve import Curve
+    from ..pruning.allocation.curve import Curve
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -46,7 +46,7 @@ from .walk import check_tokens
 from .watch import WatchProducts
 
 if TYPE_CHECKING:
-    from ..data.calibration import CalibrationSet
+    from ..calibration.calibration import CalibrationSet
     from .executor import Executor
 
 

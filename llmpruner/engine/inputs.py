@@ -19,7 +19,7 @@ from .watch import WatchedProduct, WatchProducts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..data.calibration import CalibrationSet
+    from ..calibration.calibration import CalibrationSet
     from ..progress import Progress
     from .executor import Executor
 

@@ -20,7 +20,7 @@ from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Sign
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..data.calibration import CalibrationSet
+    from ..calibration.calibration import CalibrationSet
     from ..progress import Progress
     from ..structure.coupling import CouplingGraph
     from .executor import Executor

@@ -11,7 +11,7 @@ from .signals import StreamStats
 from .walk import ForwardWalk
 
 if TYPE_CHECKING:
-    from ..data.calibration import CalibrationSet
+    from ..calibration.calibration import CalibrationSet
     from ..progress import Progress
     from .executor import Executor
 

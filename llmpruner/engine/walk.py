@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..data.calibration import CalibrationSet
+    from ..calibration.calibration import CalibrationSet
     from .ranks import Ranks
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..checkpoints.shards import names_in
 from ..models.empty import put_parameters
+from ..models.shards import names_in
 from ..structure.coupling import layer_number
 
 if TYPE_CHECKING:

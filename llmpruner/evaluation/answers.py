@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..calibration.conversations import Example, example_texts, read_examples
 from ..component import ComponentSettings
-from ..data.conversations import Example, example_texts, read_examples
 from ..errors import DataError, SettingsError, no_tokenizer
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .comparable import check_one_vocabulary, check_same_tokens
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
 
 
 _COMPARED = 64
@@ -30,7 +30,7 @@ _COMPARED = 64
 
 class AnswersMetric(Metric):
     """Mean loss in nats of the tokens of answers, each after its question in the model's chat format, as in recovery
-    (`llmpruner.families.labelled`), and its perplexity. It measures a chat model as it is used; perplexity of plain
+    (`llmpruner.calibration.labelled`), and its perplexity. It measures a chat model as it is used; perplexity of plain
     text measures how a model continues documents. Tokens of questions and of the format are read and not counted, but
     for those that end an answer.
 
@@ -73,8 +73,8 @@ class AnswersMetric(Metric):
         check_table_of_config(config, ref, self.settings.cutoff, *self._beyond())
 
     def check_pair(self, first: ComparedModel, other: ComparedModel) -> None:
-        from ..families.chat import training_texts
-        from ..families.labelled import labelled
+        from ..calibration.chat import training_texts
+        from ..calibration.labelled import labelled
 
         check_one_vocabulary(first, other)
         # Both models are given the texts in the format of the second.
@@ -104,7 +104,7 @@ class AnswersMetric(Metric):
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
         ``nll_per_token`` and ``kl_per_token``: means over them, in nats, the latter None without ``kl``."""
-        from ..families.labelled import IGNORED
+        from ..calibration.labelled import IGNORED
         from ..models.position_tables import check_table, warn_beyond
         from .perplexity import check_number, exponential
 
@@ -133,8 +133,8 @@ class AnswersMetric(Metric):
 
     def _rows(self, family: ModelFamily, tokenizer: Any) -> list[dict[str, list[int]]]:
         """Tokens and labels of every text that has a token of an answer. Raises `DataError` where none has."""
-        from ..families.chat import training_texts
-        from ..families.labelled import IGNORED, labelled
+        from ..calibration.chat import training_texts
+        from ..calibration.labelled import IGNORED, labelled
 
         texts = [text for one in self._examples for text in training_texts(one, family, tokenizer)]
         rows = [labelled(text, tokenizer, self.settings.cutoff, "answers") for text in texts]

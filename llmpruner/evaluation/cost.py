@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..benching.results import measurement
-from ..benching.timing import timed
-from ..benching.torch_session import TorchSession
 from ..models.arithmetic import macs_per_token
 from ..models.decoder import decoder_layers
 from ..models.decoding import sample_tokens
 from ..models.position_tables import check_table
 from ..progress import Progress
 from .results import Size, Speed
+from .speed.results import measurement
+from .speed.timing import timed
+from .speed.torch_session import TorchSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

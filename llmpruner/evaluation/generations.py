@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..calibration.documents import read_documents
 from ..component import ComponentSettings
-from ..data.documents import read_documents
 from ..errors import no_tokenizer
 from .base import Metric, MetricSubject, Row
 
@@ -91,7 +91,7 @@ class GenerationsMetric(Metric):
         }
 
     def _of(self, model: PreTrainedModel, subject: MetricSubject) -> list[list[int]]:
-        from ..families.chat import Prompt, chat_prompt
+        from ..calibration.chat import Prompt, chat_prompt
         from ..models.generation import generate_ids
 
         if subject.tokenizer is None:

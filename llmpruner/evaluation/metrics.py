@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..calibration.documents import PYDOC, read_text, shortened
 from ..component import ComponentSettings
-from ..data.documents import PYDOC, read_text, shortened
 from ..errors import DataError, SettingsError, no_tokenizer
 from ..files import is_file
 from ..settings import Seed

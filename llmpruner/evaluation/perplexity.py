@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from ..amounts import counted
-from ..data.opening import opening_tokens
+from ..calibration.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
 from ..models.position_tables import check_table

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..benching.results import Measurement
 from .base import Row
+from .speed.results import Measurement
 from .task_rows import task_rows, task_values
 
 
@@ -66,7 +66,7 @@ class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers;
     those of tasks are with the scores of rows, which `tasks` and `task_rows` give apart. ``rows``: the table's rows, in
     the order of the metrics. ``calibration_overlap``: text or task → share of its passages that the model's calibration
-    read (`llmpruner.data.passages`), for a model whose record says. Built-in metrics are also typed
+    read (`llmpruner.calibration.passages`), for a model whose record says. Built-in metrics are also typed
     attributes."""
 
     name: str

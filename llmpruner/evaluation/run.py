@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
-from ..data.passages import overlap
+from ..calibration.passages import overlap
 from ..errors import ModelError, PluginError, SettingsError
 from ..models.finite import first_not_finite
 from ..progress import QUIET, Progress
@@ -29,7 +29,7 @@ Found = dict[tuple[str, str], Mapping[str, Any]]
 class Candidate:
     """A model to measure. ``fingerprint``: JSON values that are the same for equal weights that are loaded in the same
     way; None where that is not known, so that no result is kept. ``passages``: fingerprints of its calibration text
-    (`llmpruner.data.passages`). ``compared``: what metrics that compare models check before any is loaded."""
+    (`llmpruner.calibration.passages`). ``compared``: what metrics that compare models check before any is loaded."""
 
     name: str
     load: Callable[[], MetricSubject]

@@ -14,7 +14,7 @@ from ..progress import QUIET, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
     from ..structure.plan import PruningPlan
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..checkpoints.shim import stock_config
-from ..checkpoints.stock import HEADS
 from ..errors import UnsupportedModelError
 from ..models.empty import base_of, empty_model
 from ..models.modeling_llmpruner import apply_record
 from ..models.padding import pad
+from ..models.shim import stock_config
+from ..models.stock import HEADS
 from ..structure.coupling import ATTENTION, HIDDEN, MLP, QUERY, CoupledGroup, CouplingGraph
 from .configuration_nemotron_nas import NemotronNasConfig
 from .padded import Padded, parameters, whole

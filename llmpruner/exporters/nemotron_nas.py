@@ -43,8 +43,8 @@ class NemotronNasExporter(Exporter):
     settings: Settings
 
     def export(self, task: ExportTask) -> str:
-        from ..checkpoints import manifest, save
         from ..errors import CheckpointError
+        from ..models import manifest, save
         from . import blocks
 
         source, model = task.loaded, task.model
@@ -66,7 +66,7 @@ class NemotronNasExporter(Exporter):
 
         from huggingface_hub import save_torch_state_dict
 
-        from ..checkpoints import save
+        from ..models import save
         from . import blocks
 
         tied = model.config.tie_word_embeddings

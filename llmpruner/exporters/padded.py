@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..families.graph import build_graph
+from ..discovery.graph import build_graph
 from ..models.empty import meta_model
 from ..models.padding import pad
 from ..models.surgery import cut

@@ -29,7 +29,7 @@ class StockExporter(Exporter):
     keeps_dtype = True
 
     def export(self, task: ExportTask) -> str:
-        from ..checkpoints import load, manifest, record, save
+        from ..models import load, manifest, record, save
 
         model, note = task.model, ""
         padded: Padded | None = None
@@ -66,7 +66,7 @@ class StockExporter(Exporter):
         return None
 
     def _write(self, task: ExportTask, model: PreTrainedModel, record: Mapping[str, Any] | None) -> None:
-        from ..checkpoints import save
+        from ..models import save
 
         # `save_checkpoint` creates its directory.
         written = task.directory / "stock"

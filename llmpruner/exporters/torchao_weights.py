@@ -54,7 +54,7 @@ class TorchAoExporter(Exporter):
     def export(self, task: ExportTask) -> str:
         """Raises `UnsupportedModelError` for a width that the kernel refuses, and `SettingsError` for a device or dtype
         that it does not have, before anything is written."""
-        from ..checkpoints import load, save
+        from ..models import load, save
         from ..models.stored import stored_bytes
 
         self.check()
@@ -144,7 +144,7 @@ def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _quantised(directory: Path, model: PreTrainedModel, config: TorchAoConfig) -> PreTrainedModel:
-    from ..checkpoints.load import model_class
+    from ..models.load import model_class
     from ..models.quiet import quiet_transformers
 
     with quiet_transformers():
@@ -156,10 +156,10 @@ def _quantised(directory: Path, model: PreTrainedModel, config: TorchAoConfig) -
 
 def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: list[Path]) -> None:
     """Write ``quantised`` to ``directory``, with what else is in ``dense``, which is removed."""
-    from ..checkpoints.earlier_names import add_earlier_names
-    from ..checkpoints.manifest import add_manifest
-    from ..checkpoints.save import valid_generation_config
+    from ..models.earlier_names import add_earlier_names
+    from ..models.manifest import add_manifest
     from ..models.quiet import quiet_transformers
+    from ..models.save import valid_generation_config
 
     with quiet_transformers():
         quantised.generation_config = valid_generation_config(quantised)
@@ -179,7 +179,7 @@ def _tokens(model: PreTrainedModel, tokenizer: Any | None) -> tuple[torch.Tensor
     """Token ids of shape (1, T) to compare predictions on, and what they are."""
     import torch
 
-    from ..data.documents import PYDOC, read_text
+    from ..calibration.documents import PYDOC, read_text
     from ..models.decoding import sample_tokens
     from ..models.positions import positions_of
 

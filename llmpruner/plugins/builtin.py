@@ -8,37 +8,37 @@ from typing import TYPE_CHECKING
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from ..benching.base import Runtime
-    from ..budgets.base import Budget
-    from ..compensation.base import Compensation
-    from ..data.source import CalibrationSource
+    from ..calibration.source import CalibrationSource
     from ..evaluation.base import Metric
+    from ..evaluation.speed.base import Runtime
     from ..exporters.base import Exporter
-    from ..families.family import ModelFamily
-    from ..importance.base import ImportanceCriterion
-    from ..methods.base import Method
-    from ..methods.recipe import NamedRecipe
+    from ..models.family import ModelFamily
+    from ..pruning.allocation.base import Allocation
+    from ..pruning.budgets.base import Budget
+    from ..pruning.compensation.base import Compensation
+    from ..pruning.criteria.base import ImportanceCriterion
+    from ..pruning.methods.base import Method
+    from ..pruning.methods.recipe import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
-    from ..selection.base import Allocation
 
 
 @hookimpl
 def llmpruner_model_families() -> list[type[ModelFamily]]:
-    from ..families.auto import AutoFamily
+    from ..models.auto import AutoFamily
 
     return [AutoFamily]
 
 
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
-    from ..importance.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
-    from ..importance.depth import AngularBlock, AngularDistance, BlockInfluence
-    from ..importance.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
-    from ..importance.fisher import Fisher
-    from ..importance.magnitude import L1, L2, Random
-    from ..importance.obs import OptimalBrainSurgeon
-    from ..importance.taylor import Taylor
+    from ..pruning.criteria.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
+    from ..pruning.criteria.depth import AngularBlock, AngularDistance, BlockInfluence
+    from ..pruning.criteria.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
+    from ..pruning.criteria.fisher import Fisher
+    from ..pruning.criteria.magnitude import L1, L2, Random
+    from ..pruning.criteria.obs import OptimalBrainSurgeon
+    from ..pruning.criteria.taylor import Taylor
 
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
@@ -58,39 +58,39 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
-    from ..selection.curve import MeasuredCurve
-    from ..selection.ranking import GlobalRanking
-    from ..selection.search import Search
-    from ..selection.sensitivity import Sensitivity
-    from ..selection.uniform import Uniform
+    from ..pruning.allocation.curve import MeasuredCurve
+    from ..pruning.allocation.ranking import GlobalRanking
+    from ..pruning.allocation.search import Search
+    from ..pruning.allocation.sensitivity import Sensitivity
+    from ..pruning.allocation.uniform import Uniform
 
     return [Uniform, GlobalRanking, Sensitivity, Search, MeasuredCurve]
 
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Budget]]:
-    from ..budgets.kv_cache import KvCache
-    from ..budgets.latency import Latency
-    from ..budgets.macs import Macs
-    from ..budgets.weights import AllParameters, DecoderParameters, WeightBytes
+    from ..pruning.budgets.kv_cache import KvCache
+    from ..pruning.budgets.latency import Latency
+    from ..pruning.budgets.macs import Macs
+    from ..pruning.budgets.weights import AllParameters, DecoderParameters, WeightBytes
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache, Latency]
 
 
 @hookimpl
 def llmpruner_compensations() -> list[type[Compensation]]:
-    from ..compensation.bias import BiasShift
-    from ..compensation.none import NoCompensation
-    from ..compensation.refit import Refit
+    from ..pruning.compensation.bias import BiasShift
+    from ..pruning.compensation.none import NoCompensation
+    from ..pruning.compensation.refit import Refit
 
     return [Refit, BiasShift, NoCompensation]
 
 
 @hookimpl
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
-    from ..data.text import TextSource
-    from ..families.chat_source import ChatSource
-    from ..families.self_written import SelfWritten
+    from ..calibration.chat_source import ChatSource
+    from ..calibration.self_written import SelfWritten
+    from ..calibration.text import TextSource
 
     return [SelfWritten, TextSource, ChatSource]
 
@@ -116,7 +116,7 @@ def llmpruner_exporters() -> list[type[Exporter]]:
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Runtime]]:
-    from ..benching.runtimes import LlamaCppRuntime, StaticRuntime, TransformersRuntime, VllmRuntime
+    from ..evaluation.speed.runtimes import LlamaCppRuntime, StaticRuntime, TransformersRuntime, VllmRuntime
 
     return [TransformersRuntime, StaticRuntime, LlamaCppRuntime, VllmRuntime]
 
@@ -144,13 +144,13 @@ def llmpruner_report_sections() -> list[type[ReportSection]]:
 
 @hookimpl
 def llmpruner_methods() -> list[type[Method]]:
-    from ..methods.presets import Best, Fast, LlmPruner
+    from ..pruning.methods.presets import Best, Fast, LlmPruner
 
     return [Best, Fast, LlmPruner]
 
 
 @hookimpl
 def llmpruner_recipes() -> list[type[NamedRecipe]]:
-    from ..methods.shipped import DemoRecipe, ExpertsRecipe, LlamaCppRecipe, PaperRecipe, QualityRecipe
+    from ..pruning.methods.shipped import DemoRecipe, ExpertsRecipe, LlamaCppRecipe, PaperRecipe, QualityRecipe
 
     return [PaperRecipe, QualityRecipe, LlamaCppRecipe, ExpertsRecipe, DemoRecipe]

@@ -8,23 +8,23 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from ..benching.base import Runtime
-from ..budgets.base import Budget
-from ..checkpoints.reader import CheckpointReader
-from ..compensation.base import Compensation
+from ..calibration.source import CalibrationSource
 from ..component import Component
-from ..data.source import CalibrationSource
 from ..errors import LlmprunerError, ModelError, PluginError, UnknownNameError, UnsupportedModelError, first_line, near
 from ..evaluation.base import Metric
+from ..evaluation.speed.base import Runtime
 from ..exporters.base import Exporter
-from ..families.auto import AUTO
-from ..families.family import ModelFamily
-from ..importance.base import ImportanceCriterion
-from ..methods.base import Method
-from ..methods.recipe import NamedRecipe
+from ..models.auto import AUTO
+from ..models.family import ModelFamily
+from ..models.reader import CheckpointReader
+from ..pruning.allocation.base import Allocation
+from ..pruning.budgets.base import Budget
+from ..pruning.compensation.base import Compensation
+from ..pruning.criteria.base import ImportanceCriterion
+from ..pruning.methods.base import Method
+from ..pruning.methods.recipe import NamedRecipe
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
-from ..selection.base import Allocation
 from .calls import Answer
 from .host import BrokenPlugin, PluginHost
 from .registry import Registry, problem_of

@@ -31,20 +31,20 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from ..benching.base import Runtime
-    from ..budgets.base import Budget
-    from ..checkpoints.reader import CheckpointReader
-    from ..compensation.base import Compensation
-    from ..data.source import CalibrationSource
+    from ..calibration.source import CalibrationSource
     from ..evaluation.base import Metric
+    from ..evaluation.speed.base import Runtime
     from ..exporters.base import Exporter
-    from ..families.family import ModelFamily
-    from ..importance.base import ImportanceCriterion
-    from ..methods.base import Method
-    from ..methods.recipe import NamedRecipe
+    from ..models.family import ModelFamily
+    from ..models.reader import CheckpointReader
+    from ..pruning.allocation.base import Allocation
+    from ..pruning.budgets.base import Budget
+    from ..pruning.compensation.base import Compensation
+    from ..pruning.criteria.base import ImportanceCriterion
+    from ..pruning.methods.base import Method
+    from ..pruning.methods.recipe import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
-    from ..selection.base import Allocation
 
 PROJECT = "llmpruner"
 HOOK_VERSION = 2

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from ..component import ComponentSettings
 from ..errors import DuplicateNameError, UnknownNameError
-from ..families.family import ModelFamily
+from ..models.family import ModelFamily
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints.record import OF_THIS_MACHINE, RECORD_FILE
 from ..errors import CheckpointError, OutputError, SettingsError, first_line
+from ..models.record import OF_THIS_MACHINE, RECORD_FILE
 from ..report.templates import bare
 from .card import CARD_FILE
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from ..discovery.silenced import distance, logits, silenced
+from ..discovery.verify import TOLERANCE
 from ..engine.cut_weights import CutWeights
 from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError
 from ..files import exists
-from ..loading.dense import check_named_base, dense_structure, open_dense
-from ..loading.dtypes import loaded_bytes
-from ..loading.streamed import why_not_streamed
+from ..models.dense import check_named_base, dense_structure, open_dense
+from ..models.dtypes import loaded_bytes
 from ..models.empty import meta_model
+from ..models.streamed import why_not_streamed
 from ..models.surgery import cut
-from ..oracle.silenced import distance, logits, silenced
-from ..oracle.verify import TOLERANCE
 from ..settings import DEMO, LoadSettings
 from ..structure.coupling import Role, layer_number
 from ..structure.kept import compose_all, layer_numbers, restrict
@@ -27,7 +27,7 @@ from ..structure.kept import compose_all, layer_numbers, restrict
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
     from ..structure.plan import PruningPlan

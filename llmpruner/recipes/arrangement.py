@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from .. import __version__
-from ..checkpoints.manifest import sampled_sha256, sha256
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
-from ..loading.model import Structure
+from ..models.manifest import sampled_sha256, sha256
+from ..models.model import Structure
 from ..progress import QUIET
 from ..settings import RunSettings
 from ..structure.plan import PruningPlan

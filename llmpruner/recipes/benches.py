@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import cache, partial
 from pathlib import Path
 
-from ..benching.base import BenchSubject
 from ..errors import SettingsError
-from ..loading.dtypes import dtype_of
-from ..loading.in_memory import load_model
-from ..loading.model import Model, Structure
-from ..loading.reference import resolve
+from ..evaluation.speed.base import BenchSubject
 from ..models.devices import check_device
+from ..models.dtypes import dtype_of
+from ..models.in_memory import load_model
+from ..models.model import Model, Structure
+from ..models.reference import resolve
 from ..settings import LoadSettings, flag_of
 from .jobs import BenchJob
 from .opening import Opener, Source

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..data.calibration import CalibrationSet
+from ..calibration.calibration import CalibrationSet
 from ..engine.signals import GRADIENTS
 from ..models.positions import positions_of
 from ..progress import QUIET, Progress
@@ -15,7 +15,7 @@ from ..progress import QUIET, Progress
 if TYPE_CHECKING:
     from ..engine.journal import Journal
     from ..engine.ranks import Ranks
-    from ..loading.model import Model, Structure
+    from ..models.model import Model, Structure
     from .jobs import CalibrationJob, PruneJob
 
 _LOG = logging.getLogger("llmpruner")

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..budgets.base import BudgetSubject
-from ..budgets.costs import saving_units
-from ..data.calibration import check_length, parse_calibration
-from ..data.conversations import example
-from ..data.documents import EXPECTED_EXAMPLES, check_source
-from ..data.mixture import parse_mixture
+from ..calibration.calibration import check_length, parse_calibration
+from ..calibration.conversations import example
+from ..calibration.documents import EXPECTED_EXAMPLES, check_source
+from ..calibration.mixture import parse_mixture
 from ..errors import MissingExtraError, SelectionError, SettingsError, UnsupportedModelError, no_tokenizer
-from ..importance.estimate import check_accepted
+from ..pruning.allocation.alike import allocate_alike
+from ..pruning.allocation.base import AllocationTask, Meter
+from ..pruning.allocation.uniform import Uniform
+from ..pruning.budgets.base import BudgetSubject
+from ..pruning.budgets.costs import saving_units
+from ..pruning.criteria.estimate import check_accepted
 from ..recovery.dense_text import dense_text_in
-from ..selection.alike import allocate_alike
-from ..selection.base import AllocationTask, Meter
-from ..selection.uniform import Uniform
 from ..structure.queues import build_queue
 from .calibrating import length_for
 from .cutting import without_weights
@@ -27,9 +27,9 @@ from .wanted import demand, scope_of, widths_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..budgets.costs import Cost
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
+    from ..pruning.budgets.costs import Cost
     from ..structure.coupling import CoupledGroup, Span
     from ..structure.plan import PruningPlan
     from ..structure.widths import Widths

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..budgets.costs import Cost, CutCost
-from ..compensation.trials import Trials
-from ..data.calibration import CalibrationSet
+from ..calibration.calibration import CalibrationSet
 from ..engine.executor import Executor
 from ..engine.signals import Signal
-from ..importance.estimate import Removal, Scores, estimate
-from ..importance.spread import Spread, spread
 from ..models.surgery import cut
 from ..progress import Progress
-from ..selection.base import Demand
-from ..selection.normalize import normalize
-from ..selection.select import select
-from ..selection.uniform import Uniform
+from ..pruning.allocation.base import Demand
+from ..pruning.allocation.normalize import normalize
+from ..pruning.allocation.select import select
+from ..pruning.allocation.uniform import Uniform
+from ..pruning.budgets.costs import Cost, CutCost
+from ..pruning.compensation.trials import Trials
+from ..pruning.criteria.estimate import Removal, Scores, estimate
+from ..pruning.criteria.spread import Spread, spread
 from ..structure.coupling import LAYER
 from ..structure.kept import compose, layer_numbers
 from ..structure.scope import Scope
@@ -34,7 +34,7 @@ from .wanted import demand, lost, part_of, scope_of, widths_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..loading.model import Model
+    from ..models.model import Model
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.widths import Widths

@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..budgets.base import BudgetSubject
+from ..discovery.graph import build_graph
 from ..engine.cut_weights import CutWeights
-from ..families.graph import build_graph
 from ..models.empty import meta_model
 from ..models.surgery import cut
+from ..pruning.budgets.base import BudgetSubject
 from .outcome import outcome_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..budgets.costs import Cost
     from ..engine.weights import StreamedWeights
-    from ..loading.model import Model, Structure
+    from ..models.model import Model, Structure
     from ..plugins.catalog import Catalog
     from ..progress import Progress
+    from ..pruning.budgets.costs import Cost
     from ..structure.outcome import Outcome
     from ..structure.plan import PruningPlan
 

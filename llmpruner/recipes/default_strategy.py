@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import LlmprunerError
-from ..loading.dense import dense_structure
+from ..models.dense import dense_structure
 from .forecast import size_text
 from .training_memory import memory_of_device, training_forecast
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from ..settings import LoadSettings
     from .jobs import RecoverJob

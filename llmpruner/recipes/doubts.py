@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..checkpoints.manifest import sampled_sha256
-from ..loading.model import Model
-from ..selection.base import Allocation, AllocationUse
+from ..models.manifest import sampled_sha256
+from ..models.model import Model
+from ..pruning.allocation.base import Allocation, AllocationUse
 from ..structure.plan import structure_of
 from .inputs import digest, model_fingerprint
 
 if TYPE_CHECKING:
     from ..engine.ranks import Ranks
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from .jobs import PruneJob
 

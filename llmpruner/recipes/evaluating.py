@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ..data.documents import SUFFIXES
+from ..calibration.documents import SUFFIXES
 from ..errors import ModelError, SettingsError
 from ..evaluation.base import ComparedModel, MetricSubject
 from ..evaluation.run import Candidate, evaluate
 from ..evaluation.store import ResultStore, default_folder
 from ..evaluation.table import Evaluations
 from ..files import is_file
-from ..loading.model import Model, Structure
-from ..loading.tokenizer import load_tokenizer
+from ..models.model import Model, Structure
+from ..models.tokenizer import load_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..settings import CacheSettings, EvaluateSettings

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..budgets.cached_bytes import bytes_per_token
-from ..checkpoints.record import RECORD_FILE, RUN_FILE, read_json
+from ..discovery.graph import build_graph
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.base import Row
 from ..evaluation.cost import size
 from ..evaluation.results import Evaluation
 from ..evaluation.table import side_by_side
 from ..evaluation.task_rows import with_task_rows
-from ..families.graph import build_graph
-from ..loading.structure import load_structure
 from ..models.empty import meta_model
+from ..models.record import RECORD_FILE, RUN_FILE, read_json
+from ..models.structure import load_structure
 from ..models.surgery import cut
+from ..pruning.budgets.cached_bytes import bytes_per_token
 from ..report.base import DENSE, Costs, Evidence, Measurements, ReportSubject
 from .run import RESULTS
 from .state import STATE
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
 

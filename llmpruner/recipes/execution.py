@@ -12,7 +12,7 @@ from ..engine.ranks import SINGLE, Ranks
 from .stages import Stages
 
 if TYPE_CHECKING:
-    from ..loading.model import Model
+    from ..models.model import Model
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 
-from ..compensation.least_squares import solve_bytes
-from ..compensation.trials import TRIED
 from ..engine.check import TOKENS as CHECKED
 from ..engine.signals import Signal
 from ..models.logits import LOGIT_ELEMENTS
+from ..pruning.compensation.least_squares import solve_bytes
+from ..pruning.compensation.trials import TRIED
 from .forecast import Residency
 from .forecast_sizes import F32, F64, Fitted, Sizes
 from .layer_sample import LayerSample

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..compensation.consumers import Consumer, consumers_of, intact_readers
 from ..engine.executor import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import Signal
+from ..pruning.compensation.consumers import Consumer, consumers_of, intact_readers
 from .forecast import Residency
 from .layer_sample import layer_parameters
 from .work import Work
@@ -16,7 +16,7 @@ from .work import Work
 if TYPE_CHECKING:
     import torch
 
-    from ..loading.model import Structure
+    from ..models.model import Structure
 
 F32, F64 = 4, 8
 """Bytes of a number."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import ceil, prod
 
-from ..compensation.least_squares import solve_operations
 from ..engine.check import TOKENS as CHECKED
 from ..engine.signals import Signal
+from ..pruning.compensation.least_squares import solve_operations
 from .forecast import Residency
 from .forecast_sizes import F32, F64, Fitted, Sizes
 from .layer_sample import LayerSample, gram_operations

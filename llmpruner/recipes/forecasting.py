@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from ..compensation.trials import TRIED
 from ..engine.journal import INTERVAL
+from ..pruning.compensation.trials import TRIED
 from ..structure.kept import parameters_after
 from .forecast import LATER, Forecast, Residency, Stage
 from .forecast_memory import Memory
@@ -22,7 +22,7 @@ from .work import Work
 if TYPE_CHECKING:
     import torch
 
-    from ..loading.model import Structure
+    from ..models.model import Structure
 
 
 def forecast(

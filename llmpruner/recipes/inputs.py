@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..checkpoints.adapters import adapter_base
-from ..checkpoints.record import OF_THIS_MACHINE
 from ..component import Component
 from ..files import is_file
-from ..loading.model import Model
-from ..loading.reference import resolve
+from ..models.adapters import adapter_base
+from ..models.model import Model
+from ..models.record import OF_THIS_MACHINE
+from ..models.reference import resolve
 from ..settings import LoadSettings
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
-    from ..loading.reference import Reference
+    from ..models.model import Structure
+    from ..models.reference import Reference
     from ..plugins.catalog import Catalog
     from .recipe import Step
     from .state import Hashes

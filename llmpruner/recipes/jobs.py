@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final, Literal, TypeVar
 
-from ..benching.base import Runtime
-from ..budgets.base import Budget
-from ..compensation.base import Compensation
-from ..data.calibration import CalibrationText, parse_calibration
+from ..calibration.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
 from ..errors import PluginError, SettingsError
 from ..evaluation.base import Metric
+from ..evaluation.speed.base import Runtime
 from ..exporters.base import Exporter
-from ..importance.base import ImportanceCriterion
-from ..methods.base import Method
-from ..methods.presets import ByHand
 from ..plugins.catalog import Catalog
+from ..pruning.allocation.base import Allocation
+from ..pruning.budgets.base import Budget
+from ..pruning.compensation.base import Compensation
+from ..pruning.criteria.base import ImportanceCriterion
+from ..pruning.methods.base import Method
+from ..pruning.methods.presets import ByHand
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
-from ..selection.base import Allocation
 from ..settings import (
     BenchSettings,
     ChatSettings,

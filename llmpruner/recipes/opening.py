@@ -12,14 +12,14 @@ from torch import nn
 
 from ..engine.ranks import Ranks
 from ..errors import SettingsError, no_tokenizer
-from ..families.auto import AUTO
-from ..loading.dtypes import widened
-from ..loading.in_memory import load_model
-from ..loading.model import Model, Structure
-from ..loading.streamed import open_streamed
-from ..loading.structure import load_structure
-from ..loading.tokenizer import brings_tokenizer, load_tokenizer
+from ..models.auto import AUTO
 from ..models.devices import check_device
+from ..models.dtypes import widened
+from ..models.in_memory import load_model
+from ..models.model import Model, Structure
+from ..models.streamed import open_streamed
+from ..models.structure import load_structure
+from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings

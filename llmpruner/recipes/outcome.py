@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..budgets.costs import Cost
-from ..budgets.sizes import counts
-from ..budgets.weights import byte_cost
-from ..loading.dtypes import stored_dtype
+from ..models.dtypes import stored_dtype
+from ..pruning.budgets.costs import Cost
+from ..pruning.budgets.sizes import counts
+from ..pruning.budgets.weights import byte_cost
 from ..structure.kept import parameters_after
 from ..structure.outcome import BudgetOutcome, Outcome
 
 if TYPE_CHECKING:
-    from ..loading.model import Model
+    from ..models.model import Model
     from ..structure.plan import PruningPlan
 
 

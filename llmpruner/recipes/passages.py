@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..data.calibration import CalibrationSet
-from ..data.passages import passages_of
-from ..loading.model import Model, Structure
+from ..calibration.calibration import CalibrationSet
+from ..calibration.passages import passages_of
+from ..models.model import Model, Structure
 
 _KEY = "calibration_passages"
 

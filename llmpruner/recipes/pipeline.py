@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..budgets.base import BudgetSubject
-from ..budgets.costs import Cost
-from ..budgets.open import open_budget
-from ..compensation.base import Fit, RepairTask, fits_record
-from ..compensation.choose import Chooser, can_wait
-from ..data.calibration import CalibrationSet, parse_calibration
+from ..calibration.calibration import CalibrationSet, parse_calibration
 from ..engine.ranks import Ranks
 from ..errors import DataError, SelectionError
-from ..importance.estimate import check_accepted
-from ..importance.spread import Spread
 from ..progress import QUIET, Progress
+from ..pruning.budgets.base import BudgetSubject
+from ..pruning.budgets.costs import Cost
+from ..pruning.budgets.open import open_budget
+from ..pruning.compensation.base import Fit, RepairTask, fits_record
+from ..pruning.compensation.choose import Chooser, can_wait
+from ..pruning.criteria.estimate import check_accepted
+from ..pruning.criteria.spread import Spread
 from ..structure.plan import CompensationRecord, PruningPlan, cuts_of
 from ..structure.scope import Scope
 from .calibrating import journaled
@@ -32,7 +32,7 @@ from .plan_record import plan_of
 from .wanted import scope_of, widths_of
 
 if TYPE_CHECKING:
-    from ..loading.model import Model, Structure
+    from ..models.model import Model, Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept

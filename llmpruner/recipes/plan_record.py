@@ -18,8 +18,8 @@ from ..structure.plan import (
 from .wanted import scope_of, widths_of
 
 if TYPE_CHECKING:
-    from ..data.calibration import CalibrationSet
-    from ..loading.model import Model
+    from ..calibration.calibration import CalibrationSet
+    from ..models.model import Model
     from ..structure.kept import Kept
     from .jobs import PruneJob
 

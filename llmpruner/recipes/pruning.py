@@ -14,8 +14,8 @@ from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import LlmprunerError, OutputError, ProcessError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, tree_bytes
-from ..loading.model import Model, Structure
-from ..loading.streamed import reopened
+from ..models.model import Model, Structure
+from ..models.streamed import reopened
 from ..progress import Progress
 from ..settings import PruneSettings, RunSettings
 from ..structure.outcome import Outcome

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.adapters import adapter_base
-from ..checkpoints.record import RECORD_FILE, read_any_record, read_json
+from ..discovery.graph import build_graph
 from ..errors import DataError, ModelError, SettingsError
-from ..families.graph import build_graph
+from ..models.adapters import adapter_base
+from ..models.record import RECORD_FILE, read_any_record, read_json
 from ..publishing.card import CARD_FILE, CardFacts, base_of, licence_of, model_card, named_licence
 from ..publishing.push import Upload, check_repo, public_record, upload_of
 from ..settings import PushSettings, flag_of
@@ -17,7 +17,7 @@ from .evidence import is_evaluation, json_value
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..loading.model import Structure
+    from ..models.model import Structure
 
 
 def prepare_upload(directory: Path, repo: str, job: PushSettings, find: Callable[[], Structure]) -> Upload:

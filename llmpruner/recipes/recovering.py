@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.manifest import sampled_sha256
-from ..checkpoints.record import read_any_record
-from ..data.conversations import Example
+from ..calibration.chat import format_note
+from ..calibration.conversations import Example
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
 from ..engine.ranks import Ranks
 from ..engine.weights import Weights
 from ..errors import DataError, ModelError, SettingsError, no_tokenizer
-from ..families.chat import format_note
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..folders import Held
-from ..loading.dense import dense_structure, load_dense, open_dense, placed_as
-from ..loading.dtypes import loaded_bytes
-from ..loading.model import Model, Structure
-from ..loading.streamed import reopened
+from ..models.dense import dense_structure, load_dense, open_dense, placed_as
 from ..models.devices import check_device
+from ..models.dtypes import loaded_bytes
+from ..models.manifest import sampled_sha256
+from ..models.model import Model, Structure
 from ..models.position_tables import check_table_of_config, table_of_config
+from ..models.record import read_any_record
+from ..models.streamed import reopened
 from ..progress import QUIET
 from ..recovery.base import LayerWalk
 from ..recovery.checks import check_before_writing, check_steps

@@ -18,9 +18,9 @@ import psutil
 import torch
 
 from ..errors import SettingsError
-from ..loading.dtypes import dtype_of, loaded_bytes
-from ..loading.model import Model
-from ..loading.streamed import why_not_streamed
+from ..models.dtypes import dtype_of, loaded_bytes
+from ..models.model import Model
+from ..models.streamed import why_not_streamed
 from ..recovery.schedule import micro_batch
 from ..settings import LoadSettings, RunSettings
 from .fitting import boundary_limit, fitting
@@ -28,7 +28,7 @@ from .forecast import LATER, Forecast, Residency, Stage
 from .layer_sample import layer_parameters, memory_before, sample_layer
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
     from .jobs import RecoverJob

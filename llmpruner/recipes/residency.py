@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from ..loading.dtypes import dtype_of, loaded_bytes
-from ..loading.model import Model
-from ..loading.streamed import conversion_rate, why_not_streamed
 from ..models.devices import check_device
+from ..models.dtypes import dtype_of, loaded_bytes
+from ..models.model import Model
 from ..models.precision import multiplies_bfloat16_fast
+from ..models.streamed import conversion_rate, why_not_streamed
 from ..settings import LoadSettings, RunSettings
 from .fitting import boundary_limit, fitting
 from .forecast import Forecast, Residency, check_machine
@@ -26,7 +26,7 @@ from .layer_sample import LayerSample, memory_before, sample_layer
 from .work import Work
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from .jobs import PruneJob
 

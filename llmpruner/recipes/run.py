@@ -12,16 +12,16 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..checkpoints.record import read_json, read_record
 from ..errors import SettingsError, no_tokenizer
 from ..evaluation.table import Evaluations
 from ..files import check_new_directory, json_text, write_text
 from ..folders import new_directory
-from ..loading.model import Model, Structure
-from ..loading.reference import resolve
-from ..loading.structure import load_structure
-from ..loading.tokenizer import brings_tokenizer
 from ..models.devices import check_device
+from ..models.model import Model, Structure
+from ..models.record import read_json, read_record
+from ..models.reference import resolve
+from ..models.structure import load_structure
+from ..models.tokenizer import brings_tokenizer
 from ..progress import QUIET, Progress
 from ..recovery.losses import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
@@ -35,7 +35,7 @@ from .state import State, locked
 from .step_forecast import step_forecast
 
 if TYPE_CHECKING:
-    from ..benching.results import BenchResult
+    from ..evaluation.speed.results import BenchResult
     from ..plugins.catalog import Catalog
     from .recipe import Recipe, Step
 

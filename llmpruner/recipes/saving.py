@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..checkpoints.adapters import save_adapter
-from ..checkpoints.base_config import stated
-from ..checkpoints.record import read_any_record
-from ..checkpoints.save import save_checkpoint, vocabulary_files
 from ..errors import ModelError, OutputError
 from ..files import remove_tree
 from ..folders import Held
-from ..loading.dense import base_record
+from ..models.adapters import save_adapter
+from ..models.base_config import stated
+from ..models.dense import base_record
+from ..models.record import read_any_record
+from ..models.save import save_checkpoint, vocabulary_files
 from .passages import passages_record
 
 if TYPE_CHECKING:
-    from ..loading.model import Model
+    from ..models.model import Model
 
 
 def save(

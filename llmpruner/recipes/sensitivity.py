@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..amounts import counted
-from ..compensation.trials import Trials
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import OutputError, SettingsError
 from ..files import check_unused_file, write_text
-from ..importance.estimate import estimate
-from ..loading.model import Model, Structure
+from ..models.model import Model, Structure
 from ..progress import QUIET, Progress
+from ..pruning.allocation.curve import Curve, GroupCurve, Point
+from ..pruning.allocation.uniform import Uniform
+from ..pruning.compensation.trials import Trials
+from ..pruning.criteria.estimate import estimate
 from ..report.sensitivity import sensitivity_plot
-from ..selection.curve import Curve, GroupCurve, Point
-from ..selection.uniform import Uniform
 from ..settings import RunSettings
 from ..structure.queues import Queue, build_queue, kept_units
 from .arrangement import arrange, journal_for

@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoints.record import RUN_FILE
 from ..files import write_text
+from ..models.record import RUN_FILE
 
 T = TypeVar("T")
 _LIBRARIES = ("llmpruner", "torch", "transformers")

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
-from ..data.mixture import parse_mixture
-from ..loading.tokenizer import load_tokenizer
+from ..calibration.mixture import parse_mixture
+from ..models.tokenizer import load_tokenizer
 from ..recovery.schedule import steps, with_batch
 from ..recovery.training_data import prepare
 from .residency import arranged
 from .work import work_of
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from ..settings import LoadSettings, RunSettings
     from .jobs import RecoverJob

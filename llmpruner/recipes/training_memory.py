@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.boundaries import DEFAULT_LIMIT
-from ..loading.dtypes import dtype_of, loaded_bytes
-from ..loading.model import Model
-from ..loading.streamed import why_not_streamed
+from ..models.dtypes import dtype_of, loaded_bytes
+from ..models.model import Model
+from ..models.streamed import why_not_streamed
 from ..recovery.memory import KEPT_VALUES, free_bytes, training_bytes
 from .forecast import LATER, Forecast, Residency, Stage, check_machine, machine_memory
 from .layer_sample import layer_parameters, memory_before
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from ..settings import LoadSettings
     from .jobs import RecoverJob

@@ -15,10 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..amounts import counted
-from ..checkpoints.adapters import ADAPTER_WEIGHTS, adapter_base
-from ..checkpoints.manifest import damaged_files, recorded_files
-from ..checkpoints.record import RECORD_FILE, read_any_record
-from ..checkpoints.shards import check_index, has_shards, names_in, opened
 from ..engine.weights import StreamedWeights
 from ..errors import (
     CheckpointError,
@@ -28,16 +24,20 @@ from ..errors import (
     PluginError,
     UnsupportedModelError,
 )
-from ..loading.streamed import lazily, why_not_streamed
-from ..loading.structure import load_structure
+from ..models.adapters import ADAPTER_WEIGHTS, adapter_base
 from ..models.finite import first_not_finite
+from ..models.manifest import damaged_files, recorded_files
+from ..models.record import RECORD_FILE, read_any_record
 from ..models.remote import ALLOW
+from ..models.shards import check_index, has_shards, names_in, opened
+from ..models.streamed import lazily, why_not_streamed
+from ..models.structure import load_structure
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
 from .against_base import Base, NotComparable, at_hand
 
 if TYPE_CHECKING:
-    from ..loading.model import Structure
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
 
 PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"

@@ -7,7 +7,7 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
-from ..selection.base import Demand
+from ..pruning.allocation.base import Demand
 from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
@@ -15,8 +15,8 @@ from ..structure.widths import NARROW, Widths, like, widths_for
 from ..values import layer_numbers as numbers_of
 
 if TYPE_CHECKING:
-    from ..budgets.costs import Cost
-    from ..loading.model import Structure
+    from ..models.model import Structure
+    from ..pruning.budgets.costs import Cost
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from .jobs import PruneJob

@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from ..compensation.choose import can_wait
-from ..data.calibration import parse_calibration
+from ..calibration.calibration import parse_calibration
+from ..calibration.self_written import SelfWritten
+from ..calibration.written_chats import ANSWER_TOKENS, QUESTION_TOKENS, WRITTEN_TOKENS
 from ..engine.position import positions
 from ..engine.signals import GRADIENTS, Signal
-from ..families.self_written import SelfWritten
-from ..families.written_chats import ANSWER_TOKENS, QUESTION_TOKENS, WRITTEN_TOKENS
-from ..importance.estimate import scored_parameters
+from ..pruning.compensation.choose import can_wait
+from ..pruning.criteria.estimate import scored_parameters
 from ..structure.coupling import Role
 from .calibrating import GRADIENT_TOKENS, length_for
 from .wanted import scope_of
 
 if TYPE_CHECKING:
-    from ..data.calibration import CalibrationText
-    from ..importance.base import ImportanceCriterion
-    from ..loading.model import Structure
+    from ..calibration.calibration import CalibrationText
+    from ..models.model import Structure
     from ..plugins.catalog import Catalog
+    from ..pruning.criteria.base import ImportanceCriterion
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.plan import PruningPlan

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..checkpoints.shards import opened
 from ..engine.ranks import Ranks
 from ..files import writing
+from ..models.shards import opened
 from .sharded import whole_tensor
 
 

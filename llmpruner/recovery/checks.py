@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..data.mixture import parse_mixture
+from ..calibration.mixture import parse_mixture
 from .examples import load_examples, rows_of, validation_records
 from .schedule import steps, warmup_steps, with_batch
 
 if TYPE_CHECKING:
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
     from ..settings import RecoverSettings
     from .dense_text import DenseText
 

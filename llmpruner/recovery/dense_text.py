@@ -19,11 +19,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.conversations import Completion, Example, Instruction
-from ..data.mixture import parse_mixture
+from ..calibration.chat import chat_prompt, training_texts
+from ..calibration.conversations import Completion, Example, Instruction
+from ..calibration.labelled import labelled
+from ..calibration.mixture import parse_mixture
 from ..errors import DataError, OutputError
-from ..families.chat import chat_prompt, training_texts
-from ..families.labelled import labelled
 from ..files import is_file, write_text
 from ..folders import Held
 from ..models.tokens import ids_to_continue
@@ -32,7 +32,7 @@ from ..progress import QUIET, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
 
 WRITTEN_FILE = "self-written.jsonl"
 """In the folder of a job: the rows that are written so far, after a line that identifies them."""
@@ -215,7 +215,7 @@ class _Writer:
         return self._texts() if number == len(self.batches) else self._answers(number)
 
     def _answers(self, number: int) -> list[dict[str, str]]:
-        from ..data.written import answered
+        from ..calibration.written import answered
 
         pairs, first = self.batches[number], number * _BATCH
         # In a batch, prompts have the length of the longest.
@@ -230,7 +230,7 @@ class _Writer:
         return found
 
     def _texts(self) -> list[dict[str, str]]:
-        from ..data.written import self_generated
+        from ..calibration.written import self_generated
 
         tokens = self_generated(
             self._model, self._tokenizer, self._text.texts, self._text_tokens, self._seed, passage=self._text_tokens,

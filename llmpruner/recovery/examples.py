@@ -12,15 +12,15 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..amounts import counted
-from ..data.conversations import Completion, Example, example
-from ..data.documents import EXPECTED_EXAMPLES, read_records
-from ..data.mixture import mixed, parse_mixture
+from ..calibration.chat import TrainingText, training_texts
+from ..calibration.conversations import Completion, Example, example
+from ..calibration.documents import EXPECTED_EXAMPLES, read_records
+from ..calibration.labelled import IGNORED, labelled
+from ..calibration.mixture import mixed, parse_mixture
 from ..errors import DataError
-from ..families.chat import TrainingText, training_texts
-from ..families.labelled import IGNORED, labelled
 
 if TYPE_CHECKING:
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
     from ..settings import LossOn
 
 LEAST_VALIDATION, MOST_VALIDATION = 16, 128
@@ -65,10 +65,10 @@ def load_examples(
     seed: int = 0,
     written: Mapping[str, Sequence[Example]] | None = None,
 ) -> Examples:
-    """Read the instruction data of ``source`` (see `llmpruner.data.conversations`) and format it for the model (see
-    `llmpruner.families.chat`).
+    """Read the instruction data of ``source`` (see `calibration.conversations`) and format it for the model (see
+    `llmpruner.calibration.chat`).
 
-    ``source``: one, or several (see `llmpruner.data.mixture`). ``limit``: number of examples to draw at random, by
+    ``source``: one, or several (see `calibration.mixture`). ``limit``: number of examples to draw at random, by
     ``seed``; None: all, in order. ``written``: the examples of sources that are not read. Raises `DataError` with the
     place of the first example that is malformed, or that the model's format does not support.
     """

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..checkpoints.shards import names_in
+from ..calibration.labelled import IGNORED
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import CheckpointError
-from ..families.labelled import IGNORED
 from ..files import check_space, remove_tree, writing
+from ..models.shards import names_in
 from ..models.vocabulary import predicted_tokens
 from .example_walk import padded, walk_over
 from .schedule import micro_batch

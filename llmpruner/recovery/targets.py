@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from ..calibration.labelled import IGNORED
 from ..errors import ModelError
-from ..families.labelled import IGNORED
 from ..models.vocabulary import predicted_tokens
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..calibration.labelled import IGNORED
 from ..engine.ranks import Ranks
-from ..families.labelled import IGNORED
 from ..models.precision import autocast_to
 from ..models.vocabulary import with_padding
 from .base import RecoveryJob, Validation

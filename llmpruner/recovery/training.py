@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.shards import names_in
 from ..engine.ranks import Ranks
 from ..errors import CheckpointError
 from ..models.quiet import quiet_transformers
+from ..models.shards import names_in
 from .base import RecoveryJob
 from .best import BestWeights
 from .float32 import in_float32

@@ -64,7 +64,7 @@ class ScoresSection(ReportSection):
 
 
 def panel(label: str, spread: Mapping[str, Any]) -> Panel:
-    """``spread``: see `llmpruner.importance.spread.Spread`."""
+    """``spread``: see `llmpruner.pruning.criteria.spread.Spread`."""
     kept, removed = spread["kept"], spread["removed"]
     most = max([k + r for k, r in zip(kept, removed, strict=True)] + [1])
     width = _WIDTH / len(kept)

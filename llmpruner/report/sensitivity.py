@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any
 
-from ..selection.curve import Curve, GroupCurve
+from ..pruning.allocation.curve import Curve, GroupCurve
 from .templates import rendered
 
 _PANEL, _HEIGHT = 460, 340

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING
 
+from ..discovery.tiny import small_config
+from ..discovery.verify import VERIFIED, verify
 from ..errors import ModelError, UnsupportedModelError, first_line
-from ..families.family import ModelFamily
-from ..loading.structure import load_structure
+from ..models.family import ModelFamily
 from ..models.quiet import quiet_transformers
-from ..oracle.tiny import small_config
-from ..oracle.verify import VERIFIED, verify
+from ..models.structure import load_structure
 from ..plugins.host import IN_PROCESS
 from ..settings import LoadSettings
 from .package import ModelFacts, Parent

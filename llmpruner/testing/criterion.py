@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..data.calibration import CalibrationSet
+from ..calibration.calibration import CalibrationSet
+from ..discovery.routes import ClosedRoutes
+from ..discovery.silenced import distance, logits
+from ..discovery.verify import TOLERANCE, first_difference
 from ..engine.signals import Signal
-from ..importance.base import ImportanceCriterion
-from ..importance.estimate import estimate, scored_parameters
 from ..models.surgery import silence
-from ..oracle.routes import ClosedRoutes
-from ..oracle.silenced import distance, logits
-from ..oracle.verify import TOLERANCE, first_difference
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
+from ..pruning.criteria.base import ImportanceCriterion
+from ..pruning.criteria.estimate import estimate, scored_parameters
 from ..recipes.pipeline import make_plan
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from ..structure.kept import removed_modules
@@ -31,7 +31,7 @@ from .tiny import first_change, scramble, tiny_llama, tiny_mixture
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..loading.model import Model
+    from ..models.model import Model
 
 
 class CriterionConformance:

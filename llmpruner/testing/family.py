@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
-from ..data.calibration import CalibrationSet
-from ..data.written import self_generated
+from ..calibration.calibration import CalibrationSet
+from ..calibration.written import self_generated
+from ..discovery.compare import differences
+from ..discovery.graph import build_graph
 from ..discovery.groups import discover_groups
+from ..discovery.tiny import random_instance
+from ..discovery.verify import VERIFIED, random_plan, verify
 from ..errors import UnsupportedModelError, near
-from ..families.family import ModelFamily
-from ..families.graph import build_graph
-from ..importance.estimate import estimate
-from ..loading.model import Model
 from ..models.empty import base_of
+from ..models.family import ModelFamily
+from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
-from ..oracle.compare import differences
-from ..oracle.tiny import random_instance
-from ..oracle.verify import VERIFIED, random_plan, verify
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
 from ..plugins.registry import problem_of_types
+from ..pruning.criteria.estimate import estimate
 from ..recipes.pipeline import make_plan
 from ..recipes.saving import save
 from ..recovery.base import RecoveryJob

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..budgets.weights import DecoderParameters
-from ..compensation.none import NoCompensation
-from ..data.calibration import CalibrationText, Part
-from ..families.self_written import SelfWritten
-from ..importance.base import ImportanceCriterion
-from ..importance.magnitude import L1
-from ..loading.model import Model
+from ..calibration.calibration import CalibrationText, Part
+from ..calibration.self_written import SelfWritten
+from ..models.model import Model
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
+from ..pruning.allocation.uniform import Uniform
+from ..pruning.budgets.weights import DecoderParameters
+from ..pruning.compensation.none import NoCompensation
+from ..pruning.criteria.base import ImportanceCriterion
+from ..pruning.criteria.magnitude import L1
 from ..recipes.jobs import CalibrationJob, PruneJob
 from ..recipes.pipeline import apply_plan, make_plan
-from ..selection.uniform import Uniform
 from ..structure.plan import PruningPlan
 
 

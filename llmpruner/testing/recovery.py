@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..checkpoints.load import load_pruned
-from ..families.chat import TrainingText, Turn
+from ..calibration.chat import TrainingText, Turn
+from ..models.load import load_pruned
 from ..models.surgery import cut
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
@@ -26,7 +26,7 @@ from .hosts import check_named, check_registered
 from .tiny import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
-    from ..loading.model import Model
+    from ..models.model import Model
     from ..recovery.result import RecoveryResult
 
 _DATA = "twelve lines of letters"

@@ -10,7 +10,7 @@ import torch
 from ..engine.position import UnitAxis
 from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats
 from ..errors import LlmprunerError
-from ..importance.base import ImportanceCriterion
+from ..pruning.criteria.base import ImportanceCriterion
 from .grid import changed
 
 if TYPE_CHECKING:

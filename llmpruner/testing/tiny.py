@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from ..families.graph import build_graph
-from ..loading.model import Model
-from ..oracle.tiny import random_instance
+from ..discovery.graph import build_graph
+from ..discovery.tiny import random_instance
+from ..models.model import Model
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..families.family import ModelFamily
+    from ..models.family import ModelFamily
     from ..structure.coupling import CouplingGraph
 
 

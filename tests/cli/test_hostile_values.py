@@ -11,9 +11,9 @@ import torch
 
 import llmpruner
 from llmpruner import OutputError
-from llmpruner.data import windows as windows_module
-from llmpruner.data.calibration import CalibrationSet
-from llmpruner.data.windows import windows
+from llmpruner.calibration import windows as windows_module
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.calibration.windows import windows
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import first_line
 from llmpruner.files import check_space, remove_tree, write_failure

@@ -207,7 +207,7 @@ def test_discover_proves_its_groups(run, dense):
 def test_discover_shows_buffers_like_parameters(run, tmp_path):
     from transformers import Glm4MoeConfig
 
-    from llmpruner.oracle.tiny import small_config
+    from llmpruner.discovery.tiny import small_config
 
     small_config(Glm4MoeConfig()).save_pretrained(tmp_path / "experts")
     options = ("discover", tmp_path / "experts", "--family", "auto")

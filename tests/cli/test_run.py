@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from llmpruner import LoadSettings, OutputError, Progress, RunSettings, SettingsError, api
 from llmpruner.engine import journal
-from llmpruner.methods.presets import Fast
+from llmpruner.pruning.methods.presets import Fast
 from llmpruner.recipes import state as state_module
 from llmpruner.recipes.state import LOCK, State
 from llmpruner.structure.outcome import Outcome

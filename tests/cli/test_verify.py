@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmpruner
-from llmpruner.checkpoints import manifest
+from llmpruner.models import manifest
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -15,10 +15,10 @@ from llmpruner_chatglm import ChatGLMFamily
 from transformers import GPT2Config, PreTrainedConfig
 
 from llmpruner import CoupledGroup, CouplingError, ModelFamily, UnknownNameError, UnsupportedModelError, build_graph
+from llmpruner.discovery import rules
+from llmpruner.discovery.tiny import random_instance
+from llmpruner.discovery.verify import VERIFIED, verify
 from llmpruner.models.surgery import cut, silence
-from llmpruner.oracle import rules
-from llmpruner.oracle.tiny import random_instance
-from llmpruner.oracle.verify import VERIFIED, verify
 from llmpruner.structure.kept import renamed, restrict
 from llmpruner.structure.scope import Scope
 

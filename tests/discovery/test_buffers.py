@@ -13,17 +13,17 @@ from composed import ComposedConfig
 from transformers import FalconH1Config, Glm4MoeConfig, PreTrainedConfig, ZayaConfig
 
 from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily
-from llmpruner.checkpoints.load import load_pruned
-from llmpruner.checkpoints.save import save_checkpoint
+from llmpruner.discovery.follow import Follower
 from llmpruner.discovery.groups import discover_graph, discover_groups
-from llmpruner.importance.estimate import estimate
-from llmpruner.importance.magnitude import L1
+from llmpruner.discovery.rules import rules_of
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle, verify
 from llmpruner.models.decoder import graph_of
+from llmpruner.models.load import load_pruned
+from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
-from llmpruner.oracle.follow import Follower
-from llmpruner.oracle.rules import rules_of
-from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import FAILED, VERIFIED, Oracle, verify
+from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.magnitude import L1
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 SCALED = ComposedConfig(scaled=True)

@@ -6,10 +6,10 @@ import torch
 from transformers import CONFIG_MAPPING, MambaConfig
 
 from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner.discovery.silenced import logits
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import representative
 from llmpruner.models.surgery import cut, silence
-from llmpruner.oracle.silenced import logits
-from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import representative
 
 
 def test_an_equal_number_of_another_module_stays() -> None:

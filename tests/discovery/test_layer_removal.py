@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner.checkpoints.load import load_pruned
-from llmpruner.checkpoints.save import save_checkpoint
-from llmpruner.checkpoints.shim import stock_config
+from llmpruner.discovery.silenced import logits
+from llmpruner.discovery.tiny import random_instance, tiny_config
+from llmpruner.discovery.verify import VERIFIED, cached_difference, verify, with_attention
 from llmpruner.models.decoder import decoder_layers
+from llmpruner.models.load import load_pruned
 from llmpruner.models.modeling_llmpruner import drop_layers
-from llmpruner.oracle.silenced import logits
-from llmpruner.oracle.tiny import random_instance, tiny_config
-from llmpruner.oracle.verify import VERIFIED, cached_difference, verify, with_attention
+from llmpruner.models.save import save_checkpoint
+from llmpruner.models.shim import stock_config
 from llmpruner.structure.coupling import LAYER
 
 TYPES = {

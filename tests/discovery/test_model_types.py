@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import CONFIG_MAPPING, FalconConfig
 
-from llmpruner.oracle.tiny import tiny_config
-from llmpruner.oracle.verify import VERIFIED, verify
+from llmpruner.discovery.tiny import tiny_config
+from llmpruner.discovery.verify import VERIFIED, verify
 
 REQUIRED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm", "glm4",

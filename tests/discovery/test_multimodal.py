@@ -13,9 +13,9 @@ from transformers import FuyuConfig, Gemma3Config, MossTranscribeDiarizeConfig, 
 
 from llmpruner import load_pruned, save_checkpoint
 from llmpruner.discovery.groups import discover_groups
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.decoder import graph_of
 from llmpruner.models.surgery import cut, silence
-from llmpruner.oracle.tiny import random_instance
 
 TEXT = {
     "vocab_size": 128, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmpruner import QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily, Role, Span
 from llmpruner.discovery.groups import discover_graph
-from llmpruner.oracle.verify import FAILED, VERIFIED, Oracle
+from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle
 
 CONFIG = ComposedConfig(
     qkv="concatenated", mlp="packed", norm="offset", num_key_value_heads=3, qkv_bias=True, mlp_bias=True, out_bias=True

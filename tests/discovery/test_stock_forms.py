@@ -10,10 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from llmpruner import UnsupportedModelError, api
-from llmpruner.checkpoints.save import save_checkpoint
 from llmpruner.discovery.groups import discover_graph
-from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import logits, representative
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import logits, representative
+from llmpruner.models.save import save_checkpoint
 from llmpruner.structure.scope import Scope
 
 TOKENS = torch.arange(20, 40).reshape(2, 10)

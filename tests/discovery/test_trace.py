@@ -12,10 +12,10 @@ from transformers import CONFIG_MAPPING
 from llmpruner import Role
 from llmpruner.discovery.groups import discover_groups
 from llmpruner.discovery.propagate import Propagation
+from llmpruner.discovery.tiny import small_config
 from llmpruner.discovery.trace import export, trace
 from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
-from llmpruner.oracle.tiny import small_config
 
 
 class Guessing(nn.Module):

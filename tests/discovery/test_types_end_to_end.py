@@ -13,9 +13,8 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import api, load_pruned
 from llmpruner.discovery.groups import discover_graph
-from llmpruner.errors import UnsupportedModelError
-from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import (
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import (
     VERIFIED,
     cached_difference,
     logits,
@@ -23,6 +22,7 @@ from llmpruner.oracle.verify import (
     verify,
     why_no_generation,
 )
+from llmpruner.errors import UnsupportedModelError
 from llmpruner.testing.fresh import run_fresh
 from llmpruner.testing.tiny import letters
 

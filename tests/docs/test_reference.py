@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import llmpruner
 from llmpruner import HOOK_VERSION
-from llmpruner.budgets.macs import Macs
 from llmpruner.evaluation.metrics import PerplexityMetric, TasksMetric
+from llmpruner.pruning.budgets.macs import Macs
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.settings import EvaluateSettings, PruneSettings, RecoverSettings, option_of
 

@@ -15,15 +15,15 @@ from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, Glm
 from transformers import DynamicCache
 
 from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
-from llmpruner.budgets.base import BudgetSubject
-from llmpruner.budgets.kv_cache import KvCache
-from llmpruner.budgets.macs import Macs
-from llmpruner.budgets.sizes import counts
-from llmpruner.data.conversations import Conversation, Message
-from llmpruner.families.chat import conversation_prompt, training_texts
+from llmpruner.calibration.chat import conversation_prompt, training_texts
+from llmpruner.calibration.conversations import Conversation, Message
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut, silence
+from llmpruner.pruning.budgets.base import BudgetSubject
+from llmpruner.pruning.budgets.kv_cache import KvCache
+from llmpruner.pruning.budgets.macs import Macs
+from llmpruner.pruning.budgets.sizes import counts
 
 FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
 KINDS = [("chatglm", k) for k in (MLP, ATTENTION)] + [

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import llmpruner
+from llmpruner.calibration.chat import chat_prompt
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.families.chat import chat_prompt
 from llmpruner.models.generation import generate
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 12

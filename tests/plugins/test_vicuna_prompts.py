@@ -21,8 +21,8 @@ from llmpruner_vicuna.conversation import (
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 from llmpruner_vicuna.recognition import chat_template
 
-from llmpruner.data.conversations import Conversation, Instruction, Message, read_sharegpt
-from llmpruner.families.chat import chat_prompt, conversation_prompt, training_texts
+from llmpruner.calibration.chat import chat_prompt, conversation_prompt, training_texts
+from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_sharegpt
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 
 DATA = Path(__file__).parents[1] / "data" / "vicuna"

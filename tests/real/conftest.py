@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import pytest
 
 from llmpruner import Catalog, plugin_manager
-from llmpruner.loading.in_memory import load_model
-from llmpruner.loading.model import Model
+from llmpruner.models.in_memory import load_model
+from llmpruner.models.model import Model
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import llmpruner
-from llmpruner.data.documents import read_text
+from llmpruner.calibration.documents import read_text
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
 from llmpruner.testing import run_probe

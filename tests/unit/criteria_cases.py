@@ -10,10 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import Catalog, CouplingGraph, ModelFamily, plugin_manager
-from llmpruner.data.calibration import CalibrationSet
-from llmpruner.families.graph import build_graph
-from llmpruner.loading.model import Model
-from llmpruner.oracle.tiny import random_instance
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.tiny import random_instance
+from llmpruner.models.model import Model
 
 SMALL = {
     "vocab_size": 96,

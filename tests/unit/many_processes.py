@@ -23,8 +23,8 @@ from llmpruner.engine.executor import Executor
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
-from llmpruner.importance.estimate import estimate
-from llmpruner.importance.experts import ExpertContribution
+from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.experts import ExpertContribution
 from llmpruner.recipes import calibrating
 
 BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches

@@ -22,10 +22,10 @@ from llmpruner_llama.family import LlamaFamily
 from torch.distributed.tensor import DTensor
 
 from llmpruner import RecoverSettings
+from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.cli import main
+from llmpruner.discovery.graph import build_graph
 from llmpruner.engine.ranks import Ranks
-from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.families.graph import build_graph
 from llmpruner.recovery.base import RecoveryStrategy
 from llmpruner.recovery.best import BestWeights
 from llmpruner.recovery.distil import DistilStrategy

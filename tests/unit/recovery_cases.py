@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from llmpruner.loading.model import Model
+from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.testing.tiny import tiny_llama
 

@@ -14,19 +14,19 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
-from llmpruner.checkpoints.load import load_pruned
-from llmpruner.data.calibration import CalibrationSet
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.silenced import distance, logits, silenced
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.calls import call_layer
 from llmpruner.engine.check import LayerCheck
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.gradients import GradientWalk
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import ModelError
-from llmpruner.loading.mixed import check_runs
 from llmpruner.models.empty import meta_model
+from llmpruner.models.load import load_pruned
+from llmpruner.models.mixed import check_runs
 from llmpruner.models.precision import autocast_to
-from llmpruner.oracle.silenced import distance, logits, silenced
-from llmpruner.oracle.tiny import random_instance
 from llmpruner.settings import LoadSettings, RunSettings
 
 TYPES = {

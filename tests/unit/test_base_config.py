@@ -7,8 +7,8 @@ from math import inf, isnan, nan
 
 from transformers import PreTrainedConfig
 
-from llmpruner.checkpoints.base_config import stated, values_of
-from llmpruner.checkpoints.record import record_text
+from llmpruner.models.base_config import stated, values_of
+from llmpruner.models.record import record_text
 
 
 def test_numbers_that_json_does_not_have_come_back() -> None:

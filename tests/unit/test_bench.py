@@ -12,10 +12,10 @@ from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
 from llmpruner import BenchSettings, BenchSubject, ModelError, Runtime, Session, SettingsError, Work
-from llmpruner.benching.results import measurement
-from llmpruner.benching.run import bench
-from llmpruner.benching.torch_session import StaticSession, TorchSession, work_of
-from llmpruner.families.graph import build_graph
+from llmpruner.discovery.graph import build_graph
+from llmpruner.evaluation.speed.results import measurement
+from llmpruner.evaluation.speed.run import bench
+from llmpruner.evaluation.speed.torch_session import StaticSession, TorchSession, work_of
 from llmpruner.models.stored import stored_bytes
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.jobs import bench_job

@@ -11,29 +11,29 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 import llmpruner
 from llmpruner import PlanError, PruningPlan, SelectionError, UnsupportedModelError
-from llmpruner.budgets import cached_bytes
-from llmpruner.budgets.base import BudgetSubject
-from llmpruner.budgets.costs import CutCost, savings
-from llmpruner.budgets.latency import Latency
-from llmpruner.budgets.macs import Macs
-from llmpruner.budgets.open import open_budget
-from llmpruner.budgets.sizes import counts
-from llmpruner.families.graph import build_graph
-from llmpruner.importance.estimate import Scores
-from llmpruner.loading.model import Model
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.rules import with_rules
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import random_plan
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
+from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut, cut_copy
-from llmpruner.oracle.rules import with_rules
-from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import random_plan
 from llmpruner.plugins.builtin import llmpruner_budgets
+from llmpruner.pruning.allocation.base import Demand
+from llmpruner.pruning.allocation.normalize import normalize
+from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.allocation.select import select
+from llmpruner.pruning.allocation.uniform import Uniform
+from llmpruner.pruning.budgets import cached_bytes
+from llmpruner.pruning.budgets.base import BudgetSubject
+from llmpruner.pruning.budgets.costs import CutCost, savings
+from llmpruner.pruning.budgets.latency import Latency
+from llmpruner.pruning.budgets.macs import Macs
+from llmpruner.pruning.budgets.open import open_budget
+from llmpruner.pruning.budgets.sizes import counts
+from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.recipes.pipeline import make_plan
-from llmpruner.selection.base import Demand
-from llmpruner.selection.normalize import normalize
-from llmpruner.selection.ranking import GlobalRanking
-from llmpruner.selection.select import select
-from llmpruner.selection.uniform import Uniform
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
 from llmpruner.testing.jobs import cut_by, small_job

@@ -15,18 +15,17 @@ from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, PluginError, UnsupportedModelError
+from llmpruner.calibration import written, written_chats
+from llmpruner.calibration.calibration import parse_calibration
+from llmpruner.calibration.chat_source import ChatSource, packed
+from llmpruner.calibration.self_written import SelfWritten
+from llmpruner.calibration.source import CalibrationSource
+from llmpruner.calibration.text import TextSource
+from llmpruner.calibration.written import _Draw
+from llmpruner.calibration.written_chats import _text
 from llmpruner.component import ComponentSettings
-from llmpruner.data import written
-from llmpruner.data.calibration import parse_calibration
-from llmpruner.data.source import CalibrationSource
-from llmpruner.data.text import TextSource
-from llmpruner.data.written import _Draw
 from llmpruner.errors import SettingsError
-from llmpruner.families import written_chats
-from llmpruner.families.chat_source import ChatSource, packed
-from llmpruner.families.family import ModelFamily
-from llmpruner.families.self_written import SelfWritten
-from llmpruner.families.written_chats import _text
+from llmpruner.models.family import ModelFamily
 from llmpruner.structure.plan import CompensationRecord
 
 

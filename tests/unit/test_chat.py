@@ -8,10 +8,10 @@ import tiny_models
 from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelFamily, alpaca_prompt
-from llmpruner.data.conversations import Completion, Conversation, Instruction, Message
-from llmpruner.families.chat import TrainingText, Turn, chat_prompt, training_texts
-from llmpruner.families.chat_source import tokens_of
-from llmpruner.families.labelled import IGNORED
+from llmpruner.calibration.chat import TrainingText, Turn, chat_prompt, training_texts
+from llmpruner.calibration.chat_source import tokens_of
+from llmpruner.calibration.conversations import Completion, Conversation, Instruction, Message
+from llmpruner.calibration.labelled import IGNORED
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 
 FAMILY = ModelFamily()

@@ -7,8 +7,8 @@ from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
 from test_chat import FAMILY, rows, tokenizer, trained
 
 from llmpruner import DataError
-from llmpruner.data.conversations import Conversation, Instruction, Message
-from llmpruner.families.chat import chat_prompt, conversation_prompt, training_texts
+from llmpruner.calibration.chat import chat_prompt, conversation_prompt, training_texts
+from llmpruner.calibration.conversations import Conversation, Instruction, Message
 
 SYSTEM = Message("system", "Answer in French.")
 ONE = (Message("user", "Say hello"), Message("assistant", "Bonjour"))

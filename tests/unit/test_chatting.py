@@ -12,10 +12,10 @@ from llmpruner_vicuna.family import VicunaFamily
 from typer.testing import CliRunner
 
 from llmpruner import DataError, api
+from llmpruner.calibration.chat import conversation_prompt
 from llmpruner.chatting.chat import Chat, before_text
 from llmpruner.cli.app import build_app
 from llmpruner.errors import SettingsError
-from llmpruner.families.chat import conversation_prompt
 from llmpruner.models.generation import generate
 
 TEMPLATE = (

@@ -19,8 +19,8 @@ from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
 from llmpruner import CheckpointError, OutputError, build_graph, load_pruned, save_checkpoint
-from llmpruner.checkpoints.record import read_record
 from llmpruner.models.modeling_llmpruner import pruned_config
+from llmpruner.models.record import read_record
 from llmpruner.models.surgery import cut
 
 FAMILY = LlamaFamily()

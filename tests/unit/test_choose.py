@@ -9,22 +9,22 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
-from llmpruner.compensation.base import RepairTask
-from llmpruner.compensation.bias import BiasShift
-from llmpruner.compensation.choose import Chooser, can_wait
-from llmpruner.compensation.none import NoCompensation
-from llmpruner.compensation.refit import Refit
-from llmpruner.importance.activation import Fluctuation, OutputEnergy, WandaSp
-from llmpruner.importance.depth import BlockInfluence
-from llmpruner.importance.estimate import estimate
-from llmpruner.importance.magnitude import L1
-from llmpruner.importance.obs import OptimalBrainSurgeon
-from llmpruner.importance.taylor import Taylor
-from llmpruner.oracle.verify import random_plan
+from llmpruner.discovery.verify import random_plan
 from llmpruner.progress import Progress
+from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.bias import BiasShift
+from llmpruner.pruning.compensation.choose import Chooser, can_wait
+from llmpruner.pruning.compensation.none import NoCompensation
+from llmpruner.pruning.compensation.refit import Refit
+from llmpruner.pruning.criteria.activation import Fluctuation, OutputEnergy, WandaSp
+from llmpruner.pruning.criteria.depth import BlockInfluence
+from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.magnitude import L1
+from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
+from llmpruner.pruning.criteria.taylor import Taylor
 from llmpruner.recipes.calibrating import calibrate
 from llmpruner.recipes.pipeline import apply_draft, draft_plan, make_plan
-from llmpruner.selection.ranking import GlobalRanking
 from llmpruner.structure.queues import build_queue
 from llmpruner.testing.jobs import cut_by, small_job
 

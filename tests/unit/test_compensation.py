@@ -10,16 +10,16 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import UnsupportedModelError
-from llmpruner.compensation import least_squares
-from llmpruner.compensation.base import RepairTask
-from llmpruner.compensation.bias import BiasShift
-from llmpruner.compensation.consumers import consumers_of, stream_writers
-from llmpruner.compensation.least_squares import NormalEquations
-from llmpruner.compensation.none import NoCompensation
-from llmpruner.compensation.refit import Refit
+from llmpruner.discovery.verify import random_plan
 from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut, silence
-from llmpruner.oracle.verify import random_plan
+from llmpruner.pruning.compensation import least_squares
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.bias import BiasShift
+from llmpruner.pruning.compensation.consumers import consumers_of, stream_writers
+from llmpruner.pruning.compensation.least_squares import NormalEquations
+from llmpruner.pruning.compensation.none import NoCompensation
+from llmpruner.pruning.compensation.refit import Refit
 from llmpruner.structure.coupling import LAYER, Role
 
 pytestmark = pytest.mark.usefixtures("full_precision")

@@ -25,9 +25,9 @@ from llmpruner import (
     hookimpl,
 )
 from llmpruner.component import ComponentSettings
-from llmpruner.importance.magnitude import L1
-from llmpruner.oracle.tiny import random_instance
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.plugins.host import plugin_manager
+from llmpruner.pruning.criteria.magnitude import L1
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, host_with, tiny_llama

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llmpruner import DataError
-from llmpruner.data.conversations import (
+from llmpruner.calibration.conversations import (
     Completion,
     Conversation,
     Instruction,
@@ -16,7 +16,7 @@ from llmpruner.data.conversations import (
     read_examples,
     read_sharegpt,
 )
-from llmpruner.data.documents import Record
+from llmpruner.calibration.documents import Record
 
 ASKED = [Message("user", "Two rivers?"), Message("assistant", "Elbe, Loire.")]
 DIALOGUE = Conversation((*ASKED, Message("user", "The longer?"), Message("assistant", "Elbe.")))

@@ -10,13 +10,13 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
-from llmpruner.data.calibration import CalibrationSet
+from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.engine.position import Position, UnitAxis
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
 from llmpruner.errors import SettingsError
-from llmpruner.importance.estimate import estimate
-from llmpruner.importance.obs import OptimalBrainSurgeon
-from llmpruner.selection.normalize import NORMALIZATIONS, normalize
+from llmpruner.pruning.allocation.normalize import NORMALIZATIONS, normalize
+from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
 from llmpruner.structure.coupling import Role
 from llmpruner.testing import settings_grid
 from llmpruner.testing.criterion import scorable

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from said import Said
 
 from llmpruner import api
-from llmpruner.data.written import answered
+from llmpruner.calibration.written import answered
 from llmpruner.errors import DataError, LlmprunerError, ModelError, OutputError, SettingsError
-from llmpruner.families.auto import AutoFamily
+from llmpruner.models.auto import AutoFamily
 from llmpruner.recovery import dense_text
 from llmpruner.recovery.dense_text import ROWS, DenseText, WrittenRows, dense_text_in, instructions, up_to_sentence
 from llmpruner.settings import RunSettings
@@ -304,7 +304,7 @@ def test_answers_end_where_the_positions_do(monkeypatch):
     assert 60 < len(fitting) < len(instructions())
     model = tiny_models.gpt2(limit)
     read = []
-    monkeypatch.setattr("llmpruner.data.written.answered", lambda *given: read.append(given) or answered(*given))
+    monkeypatch.setattr("llmpruner.calibration.written.answered", lambda *given: read.append(given) or answered(*given))
     writer = dense_text._Writer(DenseText("self:32", 8, 24), model, tokenizer, family, 0)
     rows = [row for number in range(len(writer.batches)) for row in writer.rows(number)]
     assert rows and {row["instruction"] for row in rows} <= set(fitting)

@@ -11,9 +11,9 @@ import torch
 
 import llmpruner
 from llmpruner import Catalog, SelectionError, StreamStats, plugin_manager
-from llmpruner.families.graph import build_graph
-from llmpruner.importance.depth import AngularBlock
-from llmpruner.loading.model import Model
+from llmpruner.discovery.graph import build_graph
+from llmpruner.models.model import Model
+from llmpruner.pruning.criteria.depth import AngularBlock
 
 FIRST, SECOND = 2, 3
 """Two layers that undo one another."""

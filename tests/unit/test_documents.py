@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmpruner import DataError
-from llmpruner.data.documents import (
+from llmpruner.calibration.documents import (
     PYDOC,
     Record,
     check_source,
@@ -249,9 +249,9 @@ def test_the_first_field_that_holds_a_string_counts():
 def test_reading_text_imports_no_heavy_library(tmp_path):
     source = write(tmp_path / "a.jsonl", '{"text": "x"}')
     code = (
-        "import sys; from llmpruner.data.documents import check_source, read_text; "
+        "import sys; from llmpruner.calibration.documents import check_source, read_text; "
         f"check_source({source!r}); check_source('some/thing'); assert read_text({source!r}) == 'x'; "
-        "import llmpruner.data.conversations; "
+        "import llmpruner.calibration.conversations; "
         "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

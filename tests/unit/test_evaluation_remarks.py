@@ -11,13 +11,13 @@ from llmpruner_llama.family import LlamaFamily
 from said import Said
 
 from llmpruner import MetricSubject, api, build_graph
-from llmpruner.checkpoints.record import read_record
-from llmpruner.data.passages import overlap, passages_of
+from llmpruner.calibration.passages import overlap, passages_of
 from llmpruner.evaluation.generations import GenerationsMetric
 from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.remarks import remarks
 from llmpruner.evaluation.results import Evaluation
 from llmpruner.evaluation.run import Candidate, evaluate
+from llmpruner.models.record import read_record
 
 
 def words(seed, count):

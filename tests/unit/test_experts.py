@@ -13,10 +13,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
 from llmpruner import Catalog, Role, plugin_manager
-from llmpruner.families.graph import build_graph
-from llmpruner.importance.estimate import estimate
-from llmpruner.loading.model import Model
-from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.models.model import Model
+from llmpruner.pruning.criteria.estimate import estimate
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModelError, load_pruned
-from llmpruner.checkpoints import save
-from llmpruner.checkpoints.manifest import damaged_files, recorded_files
-from llmpruner.checkpoints.record import read_record
 from llmpruner.errors import CheckpointError, OutputError
 from llmpruner.exporters.run import export
 from llmpruner.exporters.stock import StockExporter
+from llmpruner.models import save
+from llmpruner.models.manifest import damaged_files, recorded_files
+from llmpruner.models.record import read_record
 
 
 class Names(Exporter):

@@ -12,10 +12,10 @@ from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
 from llmpruner import LlmprunerError, MissingExtraError, SettingsError, UnsupportedModelError, load_pruned
-from llmpruner.checkpoints import load
 from llmpruner.exporters import torchao_weights
 from llmpruner.exporters.run import export
 from llmpruner.exporters.torchao_weights import TorchAoExporter, linear_layers
+from llmpruner.models import load
 from llmpruner.models.finite import first_not_finite
 from llmpruner.models.stored import stored_bytes
 

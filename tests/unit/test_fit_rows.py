@@ -11,21 +11,21 @@ import torch
 from criteria_cases import make, tokens
 
 from llmpruner import UnsupportedModelError
-from llmpruner.compensation import rows as rows_module
-from llmpruner.compensation.base import RepairTask, fits_record
-from llmpruner.compensation.choose import Chooser
-from llmpruner.compensation.least_squares import MIXES, RIDGES, NormalEquations
-from llmpruner.compensation.refit import Refit
-from llmpruner.compensation.rows import ALIKE, CalibrationRows, Rows
-from llmpruner.compensation.token_weights import LARGEST, normalized, token_weights
-from llmpruner.data.calibration import CalibrationSet
+from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.engine.calls import Batch
 from llmpruner.engine.divergence import divergences
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.watch import WatchProducts
 from llmpruner.errors import SettingsError
-from llmpruner.importance.activation import OutputEnergy
 from llmpruner.models.surgery import silence
+from llmpruner.pruning.compensation import rows as rows_module
+from llmpruner.pruning.compensation.base import RepairTask, fits_record
+from llmpruner.pruning.compensation.choose import Chooser
+from llmpruner.pruning.compensation.least_squares import MIXES, RIDGES, NormalEquations
+from llmpruner.pruning.compensation.refit import Refit
+from llmpruner.pruning.compensation.rows import ALIKE, CalibrationRows, Rows
+from llmpruner.pruning.compensation.token_weights import LARGEST, normalized, token_weights
+from llmpruner.pruning.criteria.activation import OutputEnergy
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -218,7 +218,7 @@ def test_weights_are_in_proportion_and_have_a_limit():
 
 def test_the_weights_are_the_divergence_of_the_cut(monkeypatch):
     """With a probe that is not fitted, it is the model with the removed units silenced."""
-    monkeypatch.setattr("llmpruner.compensation.token_weights.fitted", _cut_alone)
+    monkeypatch.setattr("llmpruner.pruning.compensation.token_weights.fitted", _cut_alone)
     for name, kinds in (("llama-gqa", ("mlp", "attention")), ("olmo2", ("attention",)), ("llama-gqa", ("hidden",))):
         loaded = make(name)
         kept = {g.name: list(range(g.units - g.units // 3)) for g in loaded.graph.of_kinds(kinds)}
@@ -247,7 +247,7 @@ def test_the_probe_has_the_units_that_are_chosen(monkeypatch):
     kept = {f"layers.{number}.mlp": list(range(30)) for number in (0, 1, 2)}
     used: list[list[int]] = []
     monkeypatch.setattr(
-        "llmpruner.compensation.token_weights.fitted",
+        "llmpruner.pruning.compensation.token_weights.fitted",
         lambda parameter, consumer, gram: (used.append(consumer.kept.tolist()), parameter)[1],
     )
     chooser = Chooser(OutputEnergy())

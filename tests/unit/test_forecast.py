@@ -16,14 +16,14 @@ from transformers import LlamaConfig
 
 from benchmarks.shapes import write_random
 from llmpruner import api
-from llmpruner.compensation.least_squares import NormalEquations, solve_bytes
 from llmpruner.engine.calls import call_layer
 from llmpruner.engine.position import Position, positions
 from llmpruner.engine.signals import Product, Signal
 from llmpruner.errors import SettingsError
-from llmpruner.importance.fisher import Fisher
 from llmpruner.plugins.catalog import Catalog
 from llmpruner.plugins.host import plugin_manager
+from llmpruner.pruning.compensation.least_squares import NormalEquations, solve_bytes
+from llmpruner.pruning.criteria.fisher import Fisher
 from llmpruner.recipes import residency
 from llmpruner.recipes.calibrating import GRADIENT_TOKENS
 from llmpruner.recipes.forecast import LATER, Forecast, Residency, Stage, duration

@@ -10,7 +10,7 @@ import tiny_models
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import llmpruner
-from llmpruner.checkpoints.save import valid_generation_config
+from llmpruner.models.save import valid_generation_config
 
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 REFUSED = {

@@ -9,8 +9,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
-from llmpruner.oracle.tiny import random_instance, small_config
-from llmpruner.oracle.verify import TOLERANCE, cached_difference, distance, logits
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import TOLERANCE, cached_difference, distance, logits
 from llmpruner.testing.fresh import run_fresh
 from llmpruner.testing.tiny import letters
 

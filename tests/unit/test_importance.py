@@ -8,14 +8,14 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
-from llmpruner.data.calibration import CalibrationSet
-from llmpruner.data.written import self_generated
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.calibration.written import self_generated
 from llmpruner.errors import SettingsError
-from llmpruner.importance.activation import OutputEnergy
-from llmpruner.importance.estimate import estimate
-from llmpruner.importance.magnitude import L1, L2, Random
-from llmpruner.importance.reductions import reduce_spans
-from llmpruner.importance.taylor import Taylor, Variant
+from llmpruner.pruning.criteria.activation import OutputEnergy
+from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.magnitude import L1, L2, Random
+from llmpruner.pruning.criteria.reductions import reduce_spans
+from llmpruner.pruning.criteria.taylor import Taylor, Variant
 from llmpruner.settings import Reduction
 
 

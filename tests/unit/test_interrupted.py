@@ -19,8 +19,8 @@ from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError, SettingsError
 from llmpruner.files import write_text
 from llmpruner.folders import scratch_folder
-from llmpruner.methods.presets import Best
 from llmpruner.progress import Progress
+from llmpruner.pruning.methods.presets import Best
 from llmpruner.recipes.state import LOCK, State
 from llmpruner.recovery.work_dir import check_work_dir
 from llmpruner.settings import RunSettings

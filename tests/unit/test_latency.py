@@ -14,16 +14,16 @@ from transformers import LlamaConfig
 
 import llmpruner
 from llmpruner import ModelError, PlanError, PruningPlan, SelectionError, UnsupportedModelError
-from llmpruner.budgets.base import BudgetSubject
-from llmpruner.budgets.latency import Latency
-from llmpruner.budgets.latency_cost import LatencyCost, LatencyTable
-from llmpruner.budgets.sizes import counts
-from llmpruner.budgets.timing import RUNS, WARM_UP, decode_one, falling, measure_latency
-from llmpruner.families.graph import build_graph
-from llmpruner.loading.model import Model
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.decoding import CachedModel, sample_tokens
+from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
-from llmpruner.oracle.tiny import random_instance
+from llmpruner.pruning.budgets.base import BudgetSubject
+from llmpruner.pruning.budgets.latency import Latency
+from llmpruner.pruning.budgets.latency_cost import LatencyCost, LatencyTable
+from llmpruner.pruning.budgets.sizes import counts
+from llmpruner.pruning.budgets.timing import RUNS, WARM_UP, decode_one, falling, measure_latency
 
 ALL = (0, 1, 2, 3)
 
@@ -89,7 +89,7 @@ def test_hidden_channels_scale_every_layer_and_what_is_outside(gqa):
 
 
 def test_a_plan_records_the_measurement_and_replays_without_another(gqa, monkeypatch):
-    monkeypatch.setattr("llmpruner.budgets.timing.decode_one", by_size)
+    monkeypatch.setattr("llmpruner.pruning.budgets.timing.decode_one", by_size)
     settings = {"ratio": 0.25, "budget": "latency", "context": 12, "kinds": "mlp,attention", "importance": "l1"}
     settings["shape"] = "free"
     first = llmpruner.plan(gqa, **settings)
@@ -97,7 +97,7 @@ def test_a_plan_records_the_measurement_and_replays_without_another(gqa, monkeyp
     assert llmpruner.plan(gqa, **settings).to_json() == first.to_json()
     read = PruningPlan.parse(first.to_json(), "plan")
     assert read == first
-    monkeypatch.setattr("llmpruner.budgets.timing.decode_one", None)
+    monkeypatch.setattr("llmpruner.pruning.budgets.timing.decode_one", None)
     before = sum(by_size(CachedModel(gqa.model), None, gqa.graph.layers))
     pruned = llmpruner.prune(gqa, plan=read)
     after = sum(by_size(CachedModel(pruned.model), None, pruned.graph.layers))

@@ -11,10 +11,10 @@ from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
 import llmpruner
-from llmpruner.loading.in_memory import load_model
-from llmpruner.loading.structure import load_structure
 from llmpruner.models import gguf as parsing
+from llmpruner.models.in_memory import load_model
 from llmpruner.models.quiet import quiet_gguf, quiet_transformers
+from llmpruner.models.structure import load_structure
 
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
 
@@ -137,8 +137,8 @@ def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
 
 
 def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):
-    from llmpruner.benching.gguf_work import gguf_work
-    from llmpruner.benching.torch_session import work_of
+    from llmpruner.evaluation.speed.gguf_work import gguf_work
+    from llmpruner.evaluation.speed.torch_session import work_of
 
     loaded = load_model(str(gguf_file), catalog)
     (ours, dtype), theirs = gguf_work(gguf_file), work_of(loaded.model, loaded.graph)

@@ -16,10 +16,10 @@ from recovery_cases import dense_llama, pruned_copy
 from safetensors.torch import load_file
 
 from llmpruner import api
-from llmpruner.checkpoints.record import OF_THIS_MACHINE
 from llmpruner.engine.boundaries import Boundaries
 from llmpruner.errors import LlmprunerError, ModelError, OutputError, SettingsError, UnsupportedModelError
 from llmpruner.files import tree_bytes
+from llmpruner.models.record import OF_THIS_MACHINE
 from llmpruner.recipes.forecast import Residency
 from llmpruner.recovery.base import LayerWalk, RecoveryJob
 from llmpruner.recovery.layerwise import steps_by_layer, used_examples

@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
-from llmpruner.checkpoints import mapped as module
-from llmpruner.checkpoints.mapped import give_back, pages_given_back
+from llmpruner.models import mapped as module
+from llmpruner.models.mapped import give_back, pages_given_back
 
 SIZE = 32 << 20
 

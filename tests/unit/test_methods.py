@@ -9,8 +9,8 @@ import pytest
 
 from llmpruner import Catalog, Method, plugin_manager
 from llmpruner.errors import LlmprunerError
-from llmpruner.methods.presets import Best, ByHand, Fast, LlmPruner
 from llmpruner.plugins import builtin
+from llmpruner.pruning.methods.presets import Best, ByHand, Fast, LlmPruner
 from llmpruner.recipes.jobs import prune_job
 from llmpruner.settings import PruneSettings
 

@@ -9,9 +9,9 @@ import tiny_models
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import DataError
-from llmpruner.data.mixture import Part, mixed, parse_mixture
-from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.families.labelled import IGNORED
+from llmpruner.calibration.chat import TrainingText, Turn
+from llmpruner.calibration.labelled import IGNORED
+from llmpruner.calibration.mixture import Part, mixed, parse_mixture
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 
 

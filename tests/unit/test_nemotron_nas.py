@@ -22,7 +22,7 @@ from llmpruner.errors import CheckpointError, ModelError
 from llmpruner.exporters.blocks import LayerSizes, Sizes, multiplier, stated, width_of
 from llmpruner.exporters.nemotron_nas import NemotronNasExporter
 from llmpruner.exporters.run import export
-from llmpruner.families.auto import AutoFamily
+from llmpruner.models.auto import AutoFamily
 from llmpruner.models.surgery import cut
 
 IDS = torch.tensor([3, 14, 15, 9, 26, 5, 35, 8])

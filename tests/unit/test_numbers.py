@@ -11,12 +11,12 @@ from criteria_cases import SMALL, random_instance, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Catalog, build_graph, plugin_manager
-from llmpruner.compensation.base import RepairTask
-from llmpruner.data.calibration import CalibrationSet
-from llmpruner.importance.estimate import estimate
-from llmpruner.loading.model import Model
+from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.finite import first_not_finite
+from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut, silence
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.criteria.estimate import estimate
 
 CATALOG = Catalog(plugin_manager())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

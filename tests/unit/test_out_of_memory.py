@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmpruner import cli
-from llmpruner.checkpoints.save import gives_logits
 from llmpruner.models.out_of_memory import is_out_of_memory
+from llmpruner.models.save import gives_logits
 
 LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")
 

@@ -11,7 +11,7 @@ import torch
 from criteria_cases import boundaries, layers_of, make, tokens
 
 from llmpruner import Catalog, SelectionError
-from llmpruner.importance.estimate import estimate
+from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.testing import CriterionConformance, host_with
 
 PACKAGES = Path(__file__).parents[1] / "packages"

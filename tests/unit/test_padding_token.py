@@ -9,7 +9,7 @@ import tiny_models
 import torch
 
 import llmpruner
-from llmpruner.data.written import answered
+from llmpruner.calibration.written import answered
 from llmpruner.evaluation.tasks import evaluate_tasks
 from llmpruner.models.vocabulary import embedding_rows, padding_id, with_padding
 

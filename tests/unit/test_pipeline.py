@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import DataError, ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
-from llmpruner.compensation.refit import Refit
-from llmpruner.families.graph import build_graph
-from llmpruner.importance.estimate import estimate
-from llmpruner.loading.model import Model
+from llmpruner.discovery.graph import build_graph
 from llmpruner.models.content import Content
+from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
+from llmpruner.pruning.compensation.refit import Refit
+from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.wanted import inner_layers
 from llmpruner.structure.kept import parameters_after

@@ -27,25 +27,25 @@ from llmpruner import (
     hookimpl,
     plugin_manager,
 )
-from llmpruner.benching.base import Runtime
-from llmpruner.budgets.base import Budget
+from llmpruner.calibration.source import CalibrationSource
 from llmpruner.cli.app import build_app
-from llmpruner.compensation.base import Compensation
 from llmpruner.component import ComponentSettings
-from llmpruner.data.source import CalibrationSource
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.verify import verify
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import Metric
+from llmpruner.evaluation.speed.base import Runtime
 from llmpruner.exporters.base import Exporter
-from llmpruner.families.graph import build_graph
-from llmpruner.methods.base import Method
-from llmpruner.methods.recipe import NamedRecipe
-from llmpruner.oracle.verify import verify
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.describe import SettingFacts, describe, summary_of
 from llmpruner.plugins.host import BrokenPlugin
 from llmpruner.plugins.manager import HOOKS
+from llmpruner.pruning.allocation.base import Allocation
+from llmpruner.pruning.budgets.base import Budget
+from llmpruner.pruning.compensation.base import Compensation
+from llmpruner.pruning.methods.base import Method
+from llmpruner.pruning.methods.recipe import NamedRecipe
 from llmpruner.report.base import ReportSection
-from llmpruner.selection.base import Allocation
 
 COMMANDS = "llmpruner_commands"
 METRICS = "llmpruner_metrics"

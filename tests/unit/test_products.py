@@ -13,16 +13,16 @@ from criteria_cases import layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
+from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.inputs import forward_statistics
 from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.position import Position, positions
 from llmpruner.engine.reduce import ReduceProducts
 from llmpruner.errors import PluginError
-from llmpruner.importance.estimate import estimate
 from llmpruner.models.decoder import decoder_layers
-from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.progress import Progress
+from llmpruner.pruning.criteria.estimate import estimate
 
 CALIBRATION = tokens(6, 16)
 

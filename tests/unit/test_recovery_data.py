@@ -6,8 +6,8 @@ import tiny_models
 import torch
 
 from llmpruner import DataError, ModelFamily, alpaca_prompt
-from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.families.labelled import IGNORED
+from llmpruner.calibration.chat import TrainingText, Turn
+from llmpruner.calibration.labelled import IGNORED
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 from llmpruner.recovery.trainer import collator_for
 

@@ -23,12 +23,12 @@ from llmpruner import (
     UnsupportedModelError,
     plugin_manager,
 )
-from llmpruner.checkpoints.adapters import save_adapter
-from llmpruner.checkpoints.save import save_checkpoint
-from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.families.graph import build_graph
+from llmpruner.calibration.chat import TrainingText, Turn
+from llmpruner.discovery.graph import build_graph
 from llmpruner.folders import alone_in
+from llmpruner.models.adapters import save_adapter
 from llmpruner.models.decoder import graph_of
+from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets
 from llmpruner.recovery.best import BestWeights

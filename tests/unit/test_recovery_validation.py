@@ -12,8 +12,8 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import DataError, ModelError, RecoverSettings, SettingsError
-from llmpruner.families.chat import TrainingText, Turn
-from llmpruner.families.graph import build_graph
+from llmpruner.calibration.chat import TrainingText, Turn
+from llmpruner.discovery.graph import build_graph
 from llmpruner.recovery.base import RecoveryJob, RecoveryStrategy, TrainingResult
 from llmpruner.recovery.distil import DistilStrategy
 from llmpruner.recovery.examples import Examples, split, tokenise

@@ -9,11 +9,11 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
-from llmpruner.compensation.base import RepairTask
-from llmpruner.compensation.bias import BiasShift
-from llmpruner.compensation.consumers import intact_readers
-from llmpruner.compensation.refit import Refit
 from llmpruner.errors import SettingsError
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.bias import BiasShift
+from llmpruner.pruning.compensation.consumers import intact_readers
+from llmpruner.pruning.compensation.refit import Refit
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

@@ -12,9 +12,9 @@ from tiny_report import EVALUATED, evaluated, page_of
 
 import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection, plugin_manager
-from llmpruner.budgets.cached_bytes import bytes_per_token
 from llmpruner.evaluation.cost import size
-from llmpruner.importance.spread import spread
+from llmpruner.pruning.budgets.cached_bytes import bytes_per_token
+from llmpruner.pruning.criteria.spread import spread
 from llmpruner.publishing.push import upload_of
 from llmpruner.report.answers import Answer, measured_answers, side_by_side
 from llmpruner.report.base import Evidence, Measurements

@@ -10,20 +10,20 @@ from torch.nn import functional
 
 import llmpruner
 from llmpruner import ModelError, SelectionError
-from llmpruner.compensation.consumers import Consumer
-from llmpruner.compensation.gram_fit import fitted
-from llmpruner.compensation.trials import Trials
-from llmpruner.data.calibration import CalibrationSet
+from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.errors import SettingsError
-from llmpruner.importance.estimate import Scores
 from llmpruner.models.surgery import cut
 from llmpruner.progress import Progress
-from llmpruner.selection.base import Demand
-from llmpruner.selection.ranking import GlobalRanking
-from llmpruner.selection.search import Search
-from llmpruner.selection.select import select
-from llmpruner.selection.sensitivity import Sensitivity
-from llmpruner.selection.uniform import Uniform
+from llmpruner.pruning.allocation.base import Demand
+from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.allocation.search import Search
+from llmpruner.pruning.allocation.select import select
+from llmpruner.pruning.allocation.sensitivity import Sensitivity
+from llmpruner.pruning.allocation.uniform import Uniform
+from llmpruner.pruning.compensation.consumers import Consumer
+from llmpruner.pruning.compensation.gram_fit import fitted
+from llmpruner.pruning.compensation.trials import Trials
+from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.structure.kept import parameters_after
 from llmpruner.structure.scope import Scope
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, Span, UnknownNameError
-from llmpruner.budgets.sizes import counts
-from llmpruner.budgets.weights import parameter_cost
-from llmpruner.importance.estimate import Scores
-from llmpruner.selection.base import Demand
-from llmpruner.selection.ranking import GlobalRanking
-from llmpruner.selection.select import select
-from llmpruner.selection.uniform import Uniform
+from llmpruner.pruning.allocation.base import Demand
+from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.allocation.select import select
+from llmpruner.pruning.allocation.uniform import Uniform
+from llmpruner.pruning.budgets.sizes import counts
+from llmpruner.pruning.budgets.weights import parameter_cost
+from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.queues import build_queue
 from llmpruner.structure.scope import Scope

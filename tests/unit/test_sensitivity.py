@@ -11,10 +11,10 @@ import tiny_models
 import torch
 
 from llmpruner import api
-from llmpruner.compensation.trials import Trials
 from llmpruner.errors import LlmprunerError, OutputError, SelectionError, SettingsError
-from llmpruner.methods.presets import Fast
-from llmpruner.selection.curve import Curve, GroupCurve, Point
+from llmpruner.pruning.allocation.curve import Curve, GroupCurve, Point
+from llmpruner.pruning.compensation.trials import Trials
+from llmpruner.pruning.methods.presets import Fast
 
 OPTIONS = {"shares": "0.25,0.5", "importance": "l2", "samples": 4, "length": 32}
 

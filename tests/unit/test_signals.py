@@ -10,11 +10,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, Signal, UnsupportedModelError, build_graph
-from llmpruner.data.calibration import CalibrationSet
-from llmpruner.data.written import self_generated
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.calibration.written import self_generated
+from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.parameter_signals import walk_signals
-from llmpruner.oracle.tiny import random_instance, small_config
 from llmpruner.progress import Progress
 
 BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}

@@ -9,12 +9,12 @@ import torch
 from criteria_cases import boundaries, layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
+from llmpruner.discovery.tiny import random_instance
+from llmpruner.discovery.verify import representative
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.inputs import input_statistics
 from llmpruner.engine.stream import stream_statistics
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.oracle.tiny import random_instance
-from llmpruner.oracle.verify import representative
 from llmpruner.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("full_precision")

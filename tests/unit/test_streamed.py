@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
-from llmpruner.checkpoints.load import load_pruned
+from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import SettingsError
-from llmpruner.oracle.tiny import random_instance, small_config
+from llmpruner.models.load import load_pruned
 from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")

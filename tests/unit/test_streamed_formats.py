@@ -17,13 +17,13 @@ from test_streamed import METHODS, assert_same, prune
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmpruner import api
-from llmpruner.checkpoints import gguf_tensors
-from llmpruner.checkpoints.computed_once import ComputedOnce
-from llmpruner.checkpoints.lazy import lazy_checkpoint
-from llmpruner.checkpoints.torch_files import lazy_torch
 from llmpruner.errors import CheckpointError, ModelError, OutputError, SettingsError
-from llmpruner.loading.streamed import open_streamed
+from llmpruner.models import gguf_tensors
+from llmpruner.models.computed_once import ComputedOnce
+from llmpruner.models.lazy import lazy_checkpoint
 from llmpruner.models.quiet import quiet_gguf
+from llmpruner.models.streamed import open_streamed
+from llmpruner.models.torch_files import lazy_torch
 from llmpruner.settings import LoadSettings, RunSettings
 
 DATA = Path(__file__).parents[1] / "data"
@@ -156,7 +156,7 @@ def test_the_result_is_that_of_a_model_in_memory(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["qwen3moe", "lfm2"])
 def test_a_gguf_file_is_dequantised_as_by_transformers(architecture, tmp_path):
     """Experts that are fused in the model, and an architecture that transformers reads by conversions alone."""
-    from llmpruner.checkpoints.gguf_tensors import lazy_gguf
+    from llmpruner.models.gguf_tensors import lazy_gguf
 
     file = write_gguf(tmp_path / "tiny.gguf", architecture)
     with quiet_gguf():

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
+from llmpruner.discovery.silenced import silenced
+from llmpruner.discovery.verify import random_plan
 from llmpruner.models.surgery import CutValues, cut, silence
-from llmpruner.oracle.silenced import silenced
-from llmpruner.oracle.verify import random_plan
 from llmpruner.structure.kept import check_kept, compose, compose_all, restrict
 
 

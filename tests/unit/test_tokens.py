@@ -7,13 +7,13 @@ import tiny_models
 from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError
-from llmpruner.data.conversations import Conversation, Instruction, Message
-from llmpruner.data.windows import windows
+from llmpruner.calibration.chat import training_texts
+from llmpruner.calibration.chat_source import tokens_of as tokens_of_chat
+from llmpruner.calibration.conversations import Conversation, Instruction, Message
+from llmpruner.calibration.labelled import labelled
+from llmpruner.calibration.windows import windows
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.families.auto import AutoFamily
-from llmpruner.families.chat import training_texts
-from llmpruner.families.chat_source import tokens_of as tokens_of_chat
-from llmpruner.families.labelled import labelled
+from llmpruner.models.auto import AutoFamily
 from llmpruner.models.generation import generate, generate_ids
 from llmpruner.models.tokens import LONGEST_WORD, ids_to_continue, tokens_of
 

@@ -12,16 +12,16 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError, api
-from llmpruner.data.calibration import CalibrationSet
-from llmpruner.data.written import self_generated
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.calibration.written import self_generated
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.calls import call_layer, replaced_layers
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk, _same
-from llmpruner.families.graph import build_graph
-from llmpruner.loading.model import Model
 from llmpruner.models.decoder import decoder_layers
+from llmpruner.models.model import Model
 from llmpruner.models.precision import computes_bfloat16_fast
-from llmpruner.oracle.tiny import random_instance, small_config
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -90,7 +90,7 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
         torch.testing.assert_close(joined(self.dense), expected[number], rtol=1e-3, atol=1e-3)
         seen.append(number)
 
-    monkeypatch.setattr("llmpruner.compensation.repair._Repair._record", record)
+    monkeypatch.setattr("llmpruner.pruning.compensation.repair._Repair._record", record)
     api.prune(
         sharing, ratio=0.15, kinds="mlp,query", importance="energy", compensate="refit", calibration="self",
         samples=5, length=16, layers="all", shape="free",

@@ -7,23 +7,23 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
-from llmpruner.budgets.costs import Cost
-from llmpruner.budgets.weights import parameter_cost
-from llmpruner.families.graph import build_graph
-from llmpruner.importance.estimate import Scores
-from llmpruner.loading.model import Model
-from llmpruner.oracle.tiny import random_instance
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.tiny import random_instance
+from llmpruner.models.model import Model
+from llmpruner.pruning.allocation.base import Demand
+from llmpruner.pruning.allocation.normalize import normalize
+from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.allocation.search import Search
+from llmpruner.pruning.allocation.select import select
+from llmpruner.pruning.allocation.sensitivity import Sensitivity
+from llmpruner.pruning.allocation.uniform import Uniform
+from llmpruner.pruning.budgets.costs import Cost
+from llmpruner.pruning.budgets.weights import parameter_cost
+from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.recipes.checks import check_prune
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.plan_record import plan_of
 from llmpruner.recipes.saving import save
-from llmpruner.selection.base import Demand
-from llmpruner.selection.normalize import normalize
-from llmpruner.selection.ranking import GlobalRanking
-from llmpruner.selection.search import Search
-from llmpruner.selection.select import select
-from llmpruner.selection.sensitivity import Sensitivity
-from llmpruner.selection.uniform import Uniform
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope

@@ -12,10 +12,10 @@ import gguf
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ...checkpoints.load import model_class
 from ...errors import CheckpointError, first_line
 from ...files import model_name
 from ...models.empty import empty_model, meta_model
+from ...models.load import model_class
 from ...models.quiet import quiet_transformers
 from ...progress import Progress
 from ..base import ExportTask

@@ -1,0 +1,213 @@
+"""Calibration: the token sequences for importance and compensation, from one or several sources."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError, PluginError
+from ..files import is_file
+from ..models.positions import positions_of
+from ..models.vocabulary import check_ids
+from ..progress import QUIET, Progress
+from .mixture import split_mixture
+from .source import CalibrationSource, SampleTask
+from .text import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+FEW_TOKENS, FEW_DIFFERENT = 64, 8
+"""Below them, a calibration set gets a warning."""
+_RUN = 8
+"""Tokens of a run that text hardly has twice, unless the same place of it is read twice."""
+_FACTOR = 6364136223846793005
+"""Of Knuth's linear congruential generator of 64 bits."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``.
+    ``parts``: for each sample, the number of the part of ``source`` that it is of; empty where there is one."""
+
+    input_ids: torch.Tensor
+    source: str
+    parts: tuple[int, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the shape and the tokens, as hexadecimal digits."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def doubts(self) -> list[str]:
+        """A line for each reason why the text is too little to rank units by: few tokens, or the same ones again."""
+        tokens, different = self.input_ids.numel(), len(set(self.input_ids.flatten().tolist()))
+        if tokens < FEW_TOKENS:
+            return [f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --length"]
+        if different < FEW_DIFFERENT:
+            return [
+                f"the {tokens:,} tokens of calibration text are only {different} different ones; a ranking by them "
+                "says little of other text"
+            ]
+        repeated = self._repeated()
+        if repeated > 0.5:
+            samples, length = self.input_ids.shape
+            return [
+                f"about {(1 - repeated) * tokens:,.0f} of {tokens:,} tokens of calibration text are not repeated: "
+                f"'{self.source}' is short for {samples:,} samples of {length:,} tokens; lower --samples, or give more "
+                "text"
+            ]
+        return []
+
+    def _repeated(self) -> float:
+        """The share of the runs of `_RUN` tokens that occur earlier in the samples, too, between 0 and 1."""
+        ids_SL, places = self.input_ids.long().cpu(), self.input_ids.shape[1] - _RUN + 1
+        if places < 1:
+            return 0.0
+        # A polynomial modulo 2⁶⁴, by which different runs hardly ever are equal.
+        runs_SP = torch.zeros_like(ids_SL[:, :places])
+        for offset in range(_RUN):
+            runs_SP = runs_SP * _FACTOR + ids_SL[:, offset : offset + places]
+        return 1 - len(np.unique(runs_SP.numpy())) / runs_SP.numel()
+
+    def first(self, tokens: int) -> CalibrationSet:
+        """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
+        count = max(1, tokens // self.input_ids.shape[1])
+        return CalibrationSet(self.input_ids[:count], self.source, self.parts[:count])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``. ``share``: how
+    many of the samples are of this source in proportion to the others; None where all have equal parts."""
+
+    source: CalibrationSource
+    reference: str
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The parsed value of ``--calibration``. ``text``: the value; ``parts``: mixed by their shares."""
+
+    text: str
+    parts: tuple[Part, ...]
+
+    @property
+    def writes(self) -> bool:
+        """Whether any part is text that the model writes."""
+        return any(part.source.writes for part in self.parts)
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Source name → settings as JSON values, for sources that have settings."""
+        return {part.source.name: values for part in self.parts if (values := part.source.record())}
+
+    def check(self) -> None:
+        """Raise `DataError` for errors that can be found before a model is loaded."""
+        for part in self.parts:
+            part.source.check(part.reference)
+
+    def check_amount(self, samples: int) -> None:
+        """Raise `DataError` where a part cannot have as many different samples as it would have of ``samples``."""
+        total = sum(part.share or 1.0 for part in self.parts)
+        for part in self.parts:
+            part.source.check_amount(part.reference, int(samples * (part.share or 1.0) / total))
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any | None,
+        *,
+        samples: int,
+        length: int,
+        seed: int,
+        progress: Progress = QUIET,
+        family: Any | None = None,
+    ) -> CalibrationSet:
+        """``samples`` sequences of ``length`` tokens, taken from the parts in turn, from those with larger shares more
+        often. ``family``: the model's, for sources of conversations.
+
+        Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
+        positions, and `PluginError` when a source returns another shape or dtype.
+        """
+        if samples < 1 or length < 2:
+            raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
+        check_length(model.config, length)
+        count = len(self.parts)
+        if count > samples:
+            raise DataError(f"{samples} samples cannot be shared by {count} sources; raise --samples")
+        order = self.order(samples)
+        rows: list[Iterator[torch.Tensor]] = []
+        for number, part in enumerate(self.parts):
+            # Equal parts are all of the size of the largest.
+            wanted = -(-samples // count) if part.share is None else order.count(number)
+            task = SampleTask(model, tokenizer, part.reference, wanted, length, seed, progress, family)
+            rows.append(iter(_checked(part.source.sample(task), task, part.source)))
+        ids = torch.stack([next(rows[number]) for number in order])
+        return CalibrationSet(ids, self.text, tuple(order) if count > 1 else ())
+
+    def order(self, samples: int) -> list[int]:
+        """The number of the part of each sample: always the one that is furthest behind its share, the first of those
+        that are alike. Raises `DataError` where ``samples`` are too few for every part to have one."""
+        shares = [1.0 if part.share is None else part.share for part in self.parts]
+        taken = [0] * len(shares)
+        found: list[int] = []
+        for total in range(1, samples + 1):
+            behind = [total * share / sum(shares) - had for share, had in zip(shares, taken, strict=True)]
+            found.append(behind.index(max(behind)))
+            taken[found[-1]] += 1
+        if 0 in taken:
+            named = self.text.split(",")[taken.index(0)].strip()
+            raise DataError(f"--samples {samples} gives '{named}' none by its share; raise --samples")
+        return found
+
+
+def check_length(config: PreTrainedConfig, length: int) -> None:
+    """Raise `DataError` for samples of more tokens than the model has positions for."""
+    limit = positions_of(config)
+    if limit is not None and length > limit:
+        raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+
+
+def _checked(ids: torch.Tensor, task: SampleTask, source: CalibrationSource) -> torch.Tensor:
+    wanted = task.samples, task.length
+    if ids.dtype != torch.int64 or tuple(ids.shape) != wanted:
+        raise PluginError(
+            f"{source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of shape {wanted}"
+        )
+    return check_ids(ids.cpu(), task.model)
+
+
+def parse_calibration(
+    text: str,
+    sources: Mapping[str, type[CalibrationSource]],
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> CalibrationText:
+    """Parse the value of ``--calibration``: one part, or several with commas between them, with shares as in
+    ``3*self,1*chat:FILE`` (see `llmpruner.calibration.mixture`).
+
+    A part that is an existing file is text. A part that is the name of a source, alone or before a colon, selects that
+    source. Any other is text: a file or the name of a data set. ``sources``: by name, including that of text;
+    ``settings``: source name → values. Raises `DataError` for an empty part and `SettingsError` for settings that a
+    source does not have. Reads no text.
+    """
+
+    def part(reference: str, share: float | None = None) -> Part:
+        name, _, rest = reference.partition(":")
+        if name == TextSource.name or name not in sources or is_file(reference):
+            name, rest = TextSource.name, reference
+        return Part(sources[name](**(settings or {}).get(name, {})), rest, share)
+
+    if is_file(text):
+        return CalibrationText(text, (part(text),))
+    if not all(reference.strip() for reference in text.split(",")):
+        raise DataError(f"--calibration '{text}' names an empty source; write them with one comma in between")
+    return CalibrationText(text, tuple(part(found.source, found.share) for found in split_mixture(text)))

@@ -1,0 +1,262 @@
+"""Chat formats: prompts for one instruction, and the training text of examples.
+
+The tokenizer's chat template is used if it has one, unless the family has its own format
+(`ModelFamily.has_own_format`); without either, Stanford Alpaca's format.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+
+from ..errors import DataError, first_line
+from .conversations import Completion, Conversation, Example, Instruction
+
+if TYPE_CHECKING:
+    from ..models.family import ModelFamily
+
+_TODAY = datetime.date(2024, 7, 26)
+"""The date for templates that print the current one, so that results, and the identity of an interrupted recovery, do
+not depend on the day."""
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class Prompt(NamedTuple):
+    """``has_special_tokens``: the text contains its special tokens (beginning of sequence, roles), so it is tokenised
+    with ``add_special_tokens=False``."""
+
+    text: str
+    has_special_tokens: bool
+
+
+class Frame(NamedTuple):
+    """What a chat format puts before a user's message, with its special tokens, and between that and the answer."""
+
+    before: Prompt
+    after: str
+
+
+class Turn(NamedTuple):
+    """A prompt and the answer to it. Text without a prompt has an empty one."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingText:
+    """The text of one training example: the texts of all turns joined.
+
+    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and the answers that ``eos_after``
+    names (`ModelFamily.eos_after`) get an end-of-sequence token.
+    """
+
+    turns: tuple[Turn, ...]
+    has_special_tokens: bool = False
+    eos_after: Literal["every", "last", "none"] = "every"
+
+    def ends(self, number: int) -> bool:
+        """Whether the answer of turn ``number`` gets an end-of-sequence token, if it does not end with one."""
+        if self.has_special_tokens or self.eos_after == "none":
+            return False
+        return self.eos_after == "every" or number == len(self.turns) - 1
+
+    def closed_turns(self, eos: str) -> list[Turn]:
+        """The turns, with the end-of-sequence token ``eos`` after the answers that get one."""
+        return [
+            Turn(turn.prompt, turn.answer + eos)
+            if self.ends(number) and not (turn.prompt + turn.answer).endswith(eos)
+            else turn
+            for number, turn in enumerate(self.turns)
+        ]
+
+
+def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: str = "") -> Prompt:
+    """The prompt for ``instruction``. ``input``: the text that the instruction refers to, if it is separate.
+
+    Raises `DataError` when the tokenizer's chat template fails.
+    """
+    if not has_chat_template(family, tokenizer):
+        return Prompt(family.format_prompt(instruction, input), False)
+    return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
+
+
+_MESSAGE = "message-of-the-user"
+"""Found in what a chat format makes of it."""
+
+
+def chat_frame(family: ModelFamily, tokenizer: Any) -> Frame | None:
+    """The text around a user's message; None for a model without a chat format (no template, and a family that has no
+    format of its own), and for a format that contains messages in another form.
+
+    Raises `DataError` when the tokenizer's chat template fails.
+    """
+    if not (has_chat_template(family, tokenizer) or family.has_own_format):
+        return None
+    prompt = chat_prompt(family, tokenizer, _MESSAGE)
+    before, found, after = prompt.text.partition(_MESSAGE)
+    return Frame(Prompt(before, prompt.has_special_tokens), after) if found else None
+
+
+def conversation_prompt(
+    family: ModelFamily, tokenizer: Any, exchanges: Sequence[tuple[str, str]], question: str
+) -> Prompt | None:
+    """The prompt for ``question`` after earlier (question, answer) pairs; None for a model without a chat format: no
+    template, and a family that has no format of its own. White space around answers is left out: models generate what
+    their format has before and after an answer.
+
+    Raises `DataError` when the tokenizer's chat template fails.
+    """
+    exchanges = [(asked, answered.strip()) for asked, answered in exchanges]
+    if has_chat_template(family, tokenizer):
+        messages = [
+            {"role": role, "content": text}
+            for exchange in exchanges
+            for role, text in zip(("user", "assistant"), exchange, strict=True)
+        ]
+        return Prompt(_render(tokenizer, [*messages, _question(question, "")], add_generation_prompt=True), True)
+    if not family.has_own_format:
+        return None
+    # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
+    pairs = family.format_conversation([*exchanges, (question, "-")])
+    # Closed with the last pair, as the last answer may be the only one that gets an end.
+    text = TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)
+    past = text.closed_turns(getattr(tokenizer, "eos_token", None) or "")[:-1]
+    return Prompt("".join(asked + answered for asked, answered in past) + pairs[-1][0], False)
+
+
+def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
+    """An example in the chat format of the model.
+
+    Every assistant turn of a conversation is an answer. There is one text for each example, except where a chat
+    template, or the format of the family (`ModelFamily.one_answer_per_text`), renders earlier turns differently once
+    others follow (Qwen3's leaves out their reasoning, Mistral's the system message): then there is one for each answer,
+    with the prompt that the model would get for it.
+
+    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support,
+    and when it renders no answers.
+    """
+    if isinstance(example, Completion):
+        return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
+    if has_chat_template(family, tokenizer):
+        return _rendered(tokenizer, _messages(example))
+    if isinstance(example, Instruction):
+        pair = family.training_pair(example.instruction, example.output, example.input)
+        return [TrainingText((Turn(*pair),), eos_after=family.eos_after)]
+    if not family.one_answer_per_text:
+        pairs = family.format_conversation(example.exchanges, example.system)
+        return [TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)]
+    texts = []
+    for count in range(1, len(example.exchanges) + 1):
+        *past, (prompt, answer) = family.format_conversation(example.exchanges[:count], example.system)
+        before = "".join(asked + answered for asked, answered in past)
+        texts.append(TrainingText((Turn(before + prompt, answer),), eos_after=family.eos_after))
+    return texts
+
+
+def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
+    """Whether prompts are in the tokenizer's chat template, not in the format of the family."""
+    template: Any = getattr(tokenizer, "chat_template", None)
+    # A dict of templates by name.
+    return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
+
+
+def format_note(name: str, family: ModelFamily, tokenizer: Any, what: str) -> str | None:
+    """A line that says in which format ``what`` (a subject with its verb) of the model ``name`` is, where that is not
+    the chat template of its tokenizer; None where it is."""
+    if has_chat_template(family, tokenizer):
+        return None
+    if family.has_own_format:
+        return f"'{name}': {what} in the chat format of its family, {family.name}"
+    return f"'{name}' has no chat format: {what} in Stanford Alpaca's format for instructions"
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The number of equal items (characters, tokens) at the start of both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _question(instruction: str, input: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{instruction}\n{input}" if input else instruction}
+
+
+def _messages(example: Instruction | Conversation) -> list[dict[str, str]]:
+    if isinstance(example, Instruction):
+        answer = {"role": "assistant", "content": example.output}
+        return [_question(example.instruction, example.input), answer]
+    return [{"role": message.role, "content": message.content} for message in example.messages]
+
+
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[TrainingText]:
+    """The conversation up to each answer, as one text where every text is the beginning of the next."""
+    answers = [
+        _answered(tokenizer, messages[: number + 1])
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    whole = answers[-1][0]
+    ends = [0, *(len(text) for text, _ in answers)]
+    if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
+        turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
+        return [TrainingText(tuple(turns), True)]
+    return [TrainingText((Turn(text[:start], text[start:]),), True) for text, start in answers]
+
+
+_QUESTION, _ANSWER = "\ue000", "\ue001"
+"""Messages that are found in what a template renders, whatever it does to messages: code points without a meaning."""
+
+
+def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, int]:
+    """The text of a conversation that ends with a question and its answer, and where in it the answer begins, with all
+    that the template renders of it. Before it is the prompt of a model that is asked.
+
+    Raises `DataError` for a template that renders no answers.
+    """
+    *before, last = messages
+    asked = _render(tokenizer, before, add_generation_prompt=True)
+    text = _render(tokenizer, messages)
+    if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:
+        return text, len(asked)
+
+    def marked(*after: dict[str, str], generates: bool = False) -> str:
+        """What follows the question."""
+        shown = _render(
+            tokenizer, [*before[:-1], {**before[-1], "content": _QUESTION}, *after], add_generation_prompt=generates
+        )
+        return shown.rpartition(_QUESTION)[2] if _QUESTION in shown else ""
+
+    mark = {**last, "content": _ANSWER}
+    lead, found, _ = _render(tokenizer, [*before, mark]).rpartition(_ANSWER)
+    if not found:
+        raise DataError("the chat template of the model's tokenizer renders no answers")
+    if text.startswith(asked):
+        return text, len(asked)
+    opened, closed = marked(generates=True), marked()
+    between = marked(mark).rpartition(_ANSWER)[0]
+    # A generation prompt may contain text that is not before the answer (the start of a reasoning), and which is left
+    # out. What closes the question stays: some templates put the system message there.
+    shared = common_start(opened, between)
+    beside = shared < common_start(opened, closed)
+    prompt = asked if beside else asked[: len(asked) - len(opened) + shared]
+    if text.startswith(prompt):
+        return text, len(prompt)
+    # With its answer the question looks otherwise: some templates have the system message in a last question alone.
+    gap = between[shared:] if lead.endswith(between) and not beside else ""
+    return prompt + gap + text[common_start(lead, text) :], len(prompt)
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    template = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
+    return text

@@ -1,1 +1,0 @@
-"""Checkpoints on disk: ordinary Hugging Face directories, with or without the shim."""

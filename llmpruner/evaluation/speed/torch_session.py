@@ -1,0 +1,87 @@
+"""Models that transformers runs, and what their steps cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StaticCache
+
+from ...errors import UnsupportedModelError
+from ...models.arithmetic import macs_per_token, multiplied
+from ...models.clock import clock_of
+from ...models.decoding import CachedModel
+from ...models.stored import stored_bytes
+from ...pruning.budgets.cached_bytes import bytes_per_token
+from .base import Session
+from .work import Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...structure.coupling import CouplingGraph
+
+
+class TorchSession(Session):
+    """A model in memory, step by step, with a cache that grows."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.model = model
+        self._clock = clock_of(model.device)
+
+    def start(self, batch: int, length: int) -> None:
+        del batch, length
+        self._cached = CachedModel(self.model)
+
+    def prefill(self, tokens: torch.Tensor) -> None:
+        self._logits = self._cached.process(tokens)
+
+    def decode(self, count: int) -> None:
+        for _ in range(count):
+            self._logits = self._cached.process(self._logits.argmax(-1, keepdim=True))
+
+    def milliseconds(self, step: Callable[[], None]) -> float:
+        begin = self._clock.now()
+        step()
+        return self._clock.between(begin, self._clock.now())
+
+    def close(self) -> None:
+        del self.model
+        vars(self).pop("_cached", None)
+
+
+class StaticSession(TorchSession):
+    """With a cache of fixed size."""
+
+    def start(self, batch: int, length: int) -> None:
+        del batch
+        self._cached = CachedModel(self.model, StaticCache(config=self.model.config, max_cache_len=length))
+
+
+def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
+    """What the steps of ``model`` cost. ``graph``: its coupling graph (after a cut, of the cut one)."""
+    whole = macs_per_token(model, graph, context=0)
+    head: Any = model.get_output_embeddings()
+    head_macs = 0 if head is None else int(head.weight.numel())
+    weights, routed = 0, Counter[float]()
+    for _, parameter, experts in multiplied(model):
+        if experts is None:
+            weights += stored_bytes(parameter)
+        else:
+            routed[experts / parameter.shape[0]] += stored_bytes(parameter)
+    try:
+        cached = sum(bytes_per_token(model, graph))
+    except UnsupportedModelError:
+        cached = None
+    return Work(
+        body_macs=whole - head_macs,
+        head_macs=head_macs,
+        pair_macs=macs_per_token(model, graph, context=1) - whole,
+        weight_bytes=weights,
+        routed_bytes=dict(routed),
+        cache_bytes=cached,
+    )

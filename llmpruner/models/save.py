@@ -1,0 +1,275 @@
+"""Saving a cut model as an ordinary Hugging Face directory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from transformers import GenerationConfig
+
+from ..errors import CheckpointError, UnsupportedModelError
+from ..folders import new_directory
+from .earlier_names import add_earlier_names
+from .manifest import add_manifest
+from .out_of_memory import is_out_of_memory
+from .quiet import quiet_transformers
+from .record import RECORD_FILE, record_text
+from .shards import INDEX, SINGLE, names_in
+from .shim import shim_model, stock_config
+from .stock import same_buffers, stock_model
+from .where import why_it_stops
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..structure.architecture import StatesConfigs
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    record: Mapping[str, Any] | None,
+    tokenizer: Any | None = None,
+    family: StatesConfigs | None = None,
+    extra_files: Sequence[Path] = (),
+    stock_only: bool = False,
+    parts: StreamedParts | None = None,
+) -> Literal["stock", "shim"]:
+    """Write ``model`` to the new ``directory``; returns the form.
+
+    *stock*: a configuration of transformers represents it exactly; transformers alone loads it.
+    *shim*: its layers differ, and the directory contains ``modeling_llmpruner.py``. Before writing, the model is
+    rebuilt from the configuration, sharing the weights, and must give the same logits as ``model`` on its
+    ``dummy_inputs``.
+
+    ``record``: JSON values, written to ``llmpruner.json`` beside the weights, with the size and the SHA-256 of every
+    file; None writes no such file.
+    ``family``: may propose further stock configurations.
+    ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
+    ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
+    ``parts``: the weights of ``model`` where they are not in memory; each part is written as a shard.
+
+    Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights
+    that are not finite and for a model that no configuration and record can state. ``directory`` does not exist then.
+    """
+    if parts is None:
+        _check_weights(model)
+    shell, form, of_shell = _shell(model, family, parts)
+    if stock_only and form != "stock":
+        raise UnsupportedModelError(
+            f"no configuration of transformers describes this {type(model).__name__} exactly, as a rule because its "
+            "layers have different widths; prune with --shape uniform for a stock checkpoint, or load this one with "
+            "llmpruner"
+        )
+    # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
+    shell.should_save_on_this_rank = lambda is_main_process: is_main_process
+    text = None if record is None else record_text(record)
+    with new_directory(directory) as partial:
+        if text is not None:
+            (partial / RECORD_FILE).write_text(text, encoding="utf-8")
+        with quiet_transformers():
+            # Other readers of a stock model expect transformers' original names (experts one by one).
+            if of_shell is None:
+                shell.save_pretrained(partial, save_original_format=form == "stock")
+            else:
+                _save_parts(shell, of_shell, partial, original=form == "stock")
+            if form == "stock":
+                add_earlier_names(partial, shell.config.attribute_map)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        for file in extra_files:
+            shutil.copyfile(file, partial / file.name)
+        add_manifest(partial)
+    return form
+
+
+class StreamedParts(Protocol):
+    """Weights of a model that are read part by part: the number of a decoder layer, or None for what is outside."""
+
+    @property
+    def numbers(self) -> Sequence[int | None]: ...
+    def number(self, name: str) -> int | None:
+        """The part that a tensor of the state dict is in."""
+
+    def part(self, number: int | None) -> AbstractContextManager[None]:
+        """While active, the model has the weights of a part."""
+
+    def like(self, model: PreTrainedModel) -> StreamedParts:
+        """The same for another model with the same parameters, on the meta device."""
+
+
+def _save_parts(shell: PreTrainedModel, parts: StreamedParts, directory: Path, *, original: bool) -> None:
+    """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
+    names: dict[str, list[str]] = {}
+    size = 0
+    for position, number in enumerate(parts.numbers):
+        aside = directory / "part"
+        with parts.part(number):
+            state = {n: t for n, t in shell.state_dict().items() if parts.number(n) == number}
+            _check_finite(state)
+            shell.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
+        shard = f"model-{position + 1:05}-of-{len(parts.numbers):05}.safetensors"
+        (aside / SINGLE).rename(directory / shard)
+        names[shard] = names_in(directory / shard)
+        size += (directory / shard).stat().st_size
+        if position == 0:
+            for file in aside.iterdir():
+                file.rename(directory / file.name)
+        shutil.rmtree(aside)
+    weight_map = {name: shard for shard, found in names.items() for name in sorted(found)}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shell(
+    model: PreTrainedModel, family: StatesConfigs | None, parts: StreamedParts | None
+) -> tuple[PreTrainedModel, Literal["stock", "shim"], StreamedParts | None]:
+    """An instance of the class that will be saved, with the weights of ``model``."""
+    config = stock_config(model)
+    with _outside(parts):
+        try:
+            expected = dummy_logits(model)
+        except _STOPS as error:
+            if is_out_of_memory(error):
+                raise
+            raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
+    stock = stock_model(model, config, family)
+    if stock is not None and _fill(stock, model):
+        of_stock = None if parts is None else parts.like(stock)
+        with _outside(of_stock):
+            if gives_logits(expected, stock):
+                return stock, "stock", of_stock
+    pruned = shim_model(model, config)
+    if not _fill(pruned, model):
+        raise CheckpointError(
+            f"{type(model).__name__} has buffers that a checkpoint cannot keep; they must be persistent"
+        )
+    of_pruned = None if parts is None else parts.like(pruned)
+    with _outside(of_pruned):
+        same = gives_logits(expected, pruned)
+    if not same:
+        raise CheckpointError(
+            f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
+            "something was changed that is neither a tensor nor a plain attribute of a module"
+        )
+    return pruned, "shim", of_pruned
+
+
+def _outside(parts: StreamedParts | None) -> AbstractContextManager[None]:
+    """Makes the weights outside the layers available, by which the device is found, too."""
+    return nullcontext() if parts is None else parts.part(None)
+
+
+def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Let ``shell`` share all tensors of ``model``; False when buffers that are not saved differ."""
+    if not same_buffers(model, shell):
+        return False
+    shell.load_state_dict(model.state_dict(), strict=True, assign=True)
+    saved = model.state_dict(keep_vars=True).keys()
+    for name, buffer in model.named_buffers():
+        if name not in saved:
+            path, _, leaf = name.rpartition(".")
+            shell.get_submodule(path)._buffers[leaf] = buffer
+    shell.tie_weights()
+    shell.generation_config = valid_generation_config(model)
+    return True
+
+
+_STOPS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What the code of a model raises for sizes that it was not made for."""
+
+
+def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits (B, T, V) of ``model.dummy_inputs``, a few tokens, in evaluation mode."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {name: tensor.to(device) for name, tensor in model.dummy_inputs.items()}
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits.float()
+    model.train(training)
+    return logits
+
+
+def gives_logits(expected: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Whether `dummy_logits` of ``model`` differ from ``expected`` by at most 1e-5 (16-bit weights: 2e-2) of the
+    largest logit. False for a model that cannot compute them, unless for want of memory, which is raised."""
+    try:
+        logits = dummy_logits(model)
+    except _STOPS as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 2e-2
+    scale = float(expected.abs().max())
+    return logits.shape == expected.shape and float((logits - expected).abs().max()) <= tolerance * max(scale, 1e-3)
+
+
+def vocabulary_files(tokenizer: Any | None) -> list[Path]:
+    """``tokenizer.model`` of a SentencePiece tokenizer: a fast one does not save it, and other formats need it."""
+    file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
+    return [file] if file.name == "tokenizer.model" and file.is_file() else []
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
+    _check_finite(state)
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # Smallest and largest value are NaN where any value is, and need no copy of the tensor.
+        if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor.detach())):
+            raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
+
+
+def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
+    """The generation configuration, changed as little as it takes for transformers to save it: published models set
+    sampling options without ``do_sample``, options that have no effect, and a padding token of -1."""
+    generation = copy.deepcopy(model.generation_config)
+    if generation is None or _refused_options(generation) == ():
+        return generation
+    before, sampled = _refused_options(generation), generation.do_sample
+    generation.do_sample = True
+    if _refused_options(generation) == before:
+        generation.do_sample = sampled
+    unset = GenerationConfig()
+    # To remove an option may have others refused.
+    while named := _refused_options(generation):
+        changed = [name for name in named if getattr(generation, name, None) != getattr(unset, name, None)]
+        if not changed:
+            break
+        for name in changed:
+            setattr(generation, name, getattr(unset, name, None))
+    if _refused_options(generation) == ():
+        return generation
+    tokens = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(
+        **{name: value for name, value in tokens.items() if isinstance(value, list) or _is_id(value)}
+    )
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def _refused_options(generation: GenerationConfig) -> tuple[str, ...] | None:
+    """Names of the options that transformers does not save; None for a refusal that names none."""
+    try:
+        generation.validate(strict=True)
+    except Exception as error:  # values of any type, of which it expects some
+        return tuple(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or None
+    return ()

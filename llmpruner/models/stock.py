@@ -1,0 +1,375 @@
+"""Finding a stock configuration that represents a cut model exactly.
+
+Candidates are derived from the sizes that changed. One is accepted when the model built from it has the same tensors
+and attributes; the caller also compares outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .decoder import decoder_layers
+from .empty import REFUSALS, base_of, empty_model, meta_model
+from .modeling_llmpruner import layer_overrides
+from .per_layer import for_all_layers, merged
+from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..structure.architecture import StatesConfigs
+
+
+Shape = tuple[int, ...]
+Axis = tuple[int, int]
+"""Size of an axis before and after the cut."""
+
+WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+HEADS = ("num_attention_heads", "num_key_value_heads")
+"""Common names of sizes in transformers; configurations with other names map them (``attribute_map``)."""
+
+MAX_CANDIDATES = 24
+_RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
+
+
+def stock_model(
+    model: PreTrainedModel, config: PreTrainedConfig, family: StatesConfigs | None = None
+) -> PreTrainedModel | None:
+    """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
+
+    ``config``: the stock configuration that ``model`` was cut from. Outputs are not compared.
+    """
+    try:
+        reference = empty_model(base_of(model), config)
+    except REFUSALS:
+        return None  # no configuration has the remaining layers
+    for candidate, moved in _candidates(model, reference, config):
+        # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
+        others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
+        for other in (candidate, *others):
+            built = _rebuild(other)
+            if built is None:
+                continue
+            try:
+                stock = meta_model(built)
+            except (*REFUSALS, UnsupportedModelError):
+                continue
+            if type(stock).__module__.startswith("transformers.") and is_same(model, stock, moved):
+                return stock
+    return None
+
+
+def tensor_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Name → shape of all tensors in the state dict, with tied parameters under each of their names."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
+    """Public attributes of ``module`` whose values are of one of ``kinds``, or tuples or lists of them."""
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, kinds) or (
+            isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, kinds) for v in value)
+        )
+
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in _RUN_STATE and is_plain(value)
+    }
+
+
+def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -> bool:
+    """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers.
+
+    ``moved``: old size in the configuration → new sizes. An attribute of the cut model may still have an old size that
+    nothing reads; the caller compares outputs.
+    """
+    if tensor_shapes(model) != tensor_shapes(other):
+        return False
+    modules, others = dict(model.named_modules()), dict(other.named_modules())
+    if modules.keys() != others.keys():
+        return False
+    for path, module in modules.items():
+        ours = plain_attributes(module, (int, float, bool))
+        theirs = plain_attributes(others[path], (int, float, bool))
+        if ours.keys() != theirs.keys():
+            return False
+        if any(v != theirs[n] and not _followed(v, theirs[n], moved) for n, v in ours.items()):
+            return False
+    return same_buffers(model, other)
+
+
+def same_buffers(model: nn.Module, other: nn.Module) -> bool:
+    """Whether the non-persistent buffers are equal, up to the rounding of a cast to 16 bits."""
+    names = tensor_shapes(model).keys()
+    others = dict(other.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in names:
+            continue
+        twin = others.get(name)
+        if twin is None or twin.shape != buffer.shape:
+            return False
+        if buffer.is_meta or twin.is_meta:
+            continue
+        if not torch.allclose(buffer.float().cpu(), twin.float().cpu(), rtol=2**-7, atol=1e-6):
+            return False
+    return True
+
+
+def changed_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> Counter[Axis]:
+    """How many axes of the tensors in both changed from each size to each other size."""
+    axes: Counter[Axis] = Counter()
+    for name, shape in after.items():
+        old = before.get(name, shape)
+        if len(old) == len(shape):
+            axes.update((a, b) for a, b in zip(old, shape, strict=True) if a != b)
+    return axes
+
+
+def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
+    """Attribute of a text configuration → values that explain some of the changed axes, most frequent first."""
+    head_dim = head_size(config)
+    options: dict[str, Counter[int]] = {}
+    for name in (*WIDTHS, *EXPERTS, *HEADS):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            continue
+        votes: Counter[int] = Counter()
+        for (old, new), count in axes.items():
+            if old % value:
+                continue
+            unit = old // value
+            possible = unit in (1, 2) if name in WIDTHS else unit == 1 if name in EXPERTS else unit % head_dim == 0
+            if possible and new % unit == 0 and new:
+                votes[new // unit] += count
+        options[name] = votes
+    query, key = (options.get(name, Counter[int]()) for name in HEADS)
+    if isinstance(getattr(config, HEADS[1], None), int):
+        # Fused projections have no axis of key/value heads alone: heads are removed with their key/value head, so the
+        # share is the same.
+        for heads in query:
+            shared, rest = divmod(heads * config.num_key_value_heads, config.num_attention_heads)
+            if not rest:
+                key[shared] += 0
+    return {name: [v for v, _ in votes.most_common()] for name, votes in options.items() if votes}
+
+
+def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
+    """As `size_options`, of attributes with names of their own: those with the size of a changed axis (OPT's
+    ``ffn_dim``, Falcon's ``ffn_hidden_size``), and widths that are left open (GPT-2's ``n_inner``)."""
+    options: dict[str, list[int]] = {}
+    for name, value in vars(config).items():
+        if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
+            continue
+        if type(value) is int:
+            found = [new for old, new in axes if old == value and new]
+        else:
+            found = [new for _, new in axes if new] if value is None and _OPEN_WIDTH.search(name) else []
+        if found:
+            options[name] = list(dict.fromkeys(found))
+    return options
+
+
+_NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
+_OPEN_WIDTH = re.compile(r"inner|ffn|intermediate")
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """``head_dim``, else the hidden size divided by the number of heads (1 for state space models)."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    return int(getattr(config, "head_dim", None) or max(1, config.hidden_size // heads))
+
+
+def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+    """Combinations of ``options``, the likeliest first; each attribute may also keep its value."""
+    ranked = [[*values, *({getattr(config, name)} - set(values))] for name, values in options.items()]
+    for values in islice(product(*ranked), MAX_CANDIDATES):
+        yield {n: v for n, v in zip(options, values, strict=True) if v != getattr(config, n)}
+
+
+def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
+    """A copy with new sizes, not validated: stock classes refuse some sizes that they compute correctly."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    for name, value in sizes.items():
+        setattr(text, name, value)
+    if "head_dim" in (text.per_layer_attributes or ()):
+        return changed
+    head_dim = head_size(for_all_layers(config.get_text_config()))
+    if hasattr(text, "head_dim") and not isinstance(getattr(type(text), "head_dim", None), property):
+        text.head_dim = head_dim
+    return changed
+
+
+def _candidates(
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
+) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
+    before, after = tensor_shapes(reference), tensor_shapes(model)
+    if before.keys() != after.keys():
+        return
+    if not _is_uniform(before, after):
+        yield from _per_layer_candidates(model, reference, config)
+        return
+    # What differs by layer already, one number for all layers cannot state.
+    differs = config.get_text_config().per_layer_attributes or set()
+    text = for_all_layers(config.get_text_config())
+    axes = changed_axes(before, after)
+    options = {n: v for n, v in size_options(text, axes).items() if n not in differs}
+    rows, hidden = model.get_input_embeddings().weight.shape
+    old_rows, old_hidden = reference.get_input_embeddings().weight.shape
+    always = {}
+    if old_hidden == text.hidden_size and hidden != old_hidden:
+        always["hidden_size"] = hidden
+    if old_rows == text.vocab_size and rows != old_rows:
+        always["vocab_size"] = rows
+    floats = _moved_floats(model, reference, text)
+    others = {n: v for n, v in other_widths(text, axes).items() if n not in differs}
+    for named in [options, options | others] if others else [options]:
+        for sizes in choices(text, named):
+            candidate = with_sizes(config, {**sizes, **always})
+            for name, value in floats.items():
+                setattr(candidate.get_text_config(), name, value)
+            moved: dict[int, set[int]] = {}
+            for name, new in {**sizes, **always}.items():
+                value = getattr(text, name)
+                for old in [before for before, after in axes if after == new] if value is None else [value]:
+                    moved.setdefault(old, set()).add(new)
+            yield candidate, moved
+    if differs:
+        yield from _per_layer_candidates(model, reference, config)
+
+
+def _per_layer_candidates(
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
+) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
+    """Configurations with ``per_layer_config``, for the classes that obey it."""
+    sizes = per_layer_sizes(model, reference, config, decoder_layers(model))
+    if not sizes:
+        return
+    moved: dict[int, set[int]] = {}
+    for number, changed in sizes.items():
+        for name, new in changed.items():
+            moved.setdefault(getattr(config.per_layer_config[number], name), set()).add(new)
+    layers = merged(layer_overrides(config), sizes)
+    # A class may read a size of all layers where it means a default; transformers refuses that unless it is allowed.
+    for allowed in (False, True):
+        candidate = copy.deepcopy(config)
+        candidate.per_layer_config = copy.deepcopy(layers)
+        candidate.allow_global_per_layer_attribute_access = allowed
+        yield candidate, moved
+
+
+def _is_uniform(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> bool:
+    """Whether parameters of one name, apart from numbers, and one old shape have one new shape."""
+    seen: dict[tuple[str, Shape], Shape] = {}
+    for name, shape in after.items():
+        key = re.sub(r"\d+", "*", name), before[name]
+        if seen.setdefault(key, shape) != shape:
+            return False
+    return True
+
+
+def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConfig) -> dict[str, float]:
+    """Floats of ``config`` (norm epsilons) → their new value, where all modules that changed it have the same."""
+    values: dict[float, set[float]] = {}
+    modules = dict(model.named_modules())
+    for path, module in reference.named_modules():
+        if path not in modules:
+            continue
+        for name, old in plain_attributes(module, (float,)).items():
+            new = vars(modules[path]).get(name)
+            if isinstance(old, float) and isinstance(new, float) and new != old:
+                values.setdefault(old, set()).add(new)
+    floats = {n: v for n, v in config.to_dict().items() if isinstance(v, float)}
+    return {n: next(iter(values[v])) for n, v in floats.items() if len(values.get(v, ())) == 1}
+
+
+def _followed(ours: Any, theirs: Any, moved: Mapping[int, set[int]]) -> bool:
+    return isinstance(ours, int) and not isinstance(ours, bool) and theirs in moved.get(ours, ())
+
+
+def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """``config`` as it would be read from its file, or None when its class refuses it."""
+    try:
+        with quiet_transformers():
+            built: PreTrainedConfig = type(config).from_dict(config.to_dict())
+            if built.is_heterogeneous:
+                # Saving does it too, and may read a size of all layers where the class itself does not.
+                built.validate()
+    except REFUSALS:
+        return None
+    built._attn_implementation = config._attn_implementation
+    return built
+
+
+def per_layer_sizes(
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig, layers: str
+) -> dict[int, dict[str, int]]:
+    """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``.
+
+    Each layer's sizes are verified by building one such layer. Empty unless they represent all layers.
+    """
+    before, after = tensor_shapes(reference), tensor_shapes(model)
+    outside = {n for n in after if not n.startswith(layers + ".")}
+    if any(before.get(n) != after[n] for n in outside):
+        return {}
+    text = config.get_text_config()
+    if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
+        # ``per_layer_config`` numbers the layers of the configuration that contains it.
+        return {}
+    overrides = layer_overrides(config) or {}
+    known: dict[Any, dict[str, int] | None] = {}
+    sizes: dict[int, dict[str, int]] = {}
+    types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
+    for n in range(len(model.get_submodule(layers))):
+        prefix = f"{layers}.{n}."
+        old, new = (
+            {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} for shapes in (before, after)
+        )
+        if old == new:
+            continue
+        key = types[n] if types else None, str(overrides.get(n)), tuple(old.items()), tuple(new.items())
+        if key not in known:
+            single = copy.deepcopy(config.per_layer_config[n])
+            try:
+                single.num_hidden_layers = 1
+            except NotImplementedError:  # encoder and decoder layers are counted apart
+                return {}
+            if types:
+                single.layer_types = [types[n]]
+            known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
+        found = known[key]
+        if found is None:
+            return {}
+        sizes[n] = found
+    return sizes
+
+
+def _layer_sizes(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    prefix: str,
+    before: Mapping[str, Shape],
+    after: Mapping[str, Shape],
+) -> dict[str, int] | None:
+    """Sizes with which the only layer of a model of ``config`` has the shapes ``after``; None if there are none."""
+    text = config.get_text_config()
+    for sizes in choices(text, size_options(text, changed_axes(before, after))):
+        try:
+            shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
+        except REFUSALS:
+            continue
+        if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
+            return sizes
+    return None

@@ -1,0 +1,175 @@
+"""Opening the structure of a model, from its configuration and ``llmpruner.json``, without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from ..discovery.graph import build_graph
+from ..errors import CheckpointError, LlmprunerError, ModelError, first_line
+from ..settings import LoadSettings
+from ..structure.kept import restrict
+from ..structure.plan import PruningPlan
+from ..validation import refusal
+from .adapters import adapter_base
+from .base_config import values_of
+from .empty import meta_model
+from .failures import in_one_line
+from .family import ModelFamily
+from .model import Structure
+from .quiet import quiet_transformers
+from .record import read_any_record, read_record
+from .reference import Reference, resolve
+from .remote import ALLOW, check_own_class, pruned_class, register_model_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..plugins.catalog import Catalog
+    from ..structure.coupling import CouplingGraph
+
+
+AnyStructure = TypeVar("AnyStructure", bound="Structure")
+
+
+def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
+    """The structure of a model, pruned or not, without reading its weights."""
+    options = options or LoadSettings()
+    base = adapter_base(Path(text))
+    if base is not None:
+        return adapted(load_structure(base, catalog, options), text)
+    ref = resolve(text, catalog, revision=options.revision)
+    catalog.register_models()
+    record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
+    if record is not None:
+        return _pruned_structure(ref, record, catalog, options)
+    config = _read_config(ref, options)
+    _check_values(text, config)
+    wanted = options.family or (ref.reader.family if ref.reader else None)
+    family = catalog.family_for(config, wanted)
+    return Structure(text, config, family, _graph_of(text, family, config), path=ref.local_path)
+
+
+def adapted(base: AnyStructure, text: str) -> AnyStructure:
+    """``base`` with the adapter in folder ``text``. Whoever reads the model again by its ``path`` needs both."""
+    folder, record = Path(text), base.record
+    if record is not None:
+        trained = (read_any_record(folder) or {}).get("recovery")
+        # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
+        record = {**record, "adapters": [*record.get("adapters", ()), folder.resolve().name]}
+        if _is_list_of(trained, (dict,)):
+            record["recovery"] = trained
+    return replace(base, ref=text, record=record, path=str(folder.resolve()))
+
+
+def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
+    try:
+        return _recorded_structure(ref, record, catalog, options)
+    except LlmprunerError:
+        raise
+    except ValidationError as error:
+        found = refusal(error)
+        reason = f"{found.key} of a plan {found.value}: {found.expected}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+    except Exception as error:
+        # Classes of configurations raise exceptions of any type for unexpected values.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+
+
+def _recorded_structure(
+    ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
+) -> Structure:
+    _check_types(ref, record)
+    values = values_of(record)
+    if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+        # Pruned from a model with code in its checkpoint, of which this one contains a copy.
+        if not options.trust_remote_code:
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+        pruned_class(ref.location)
+    plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    _check_values(ref.text, config)
+    family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
+    graph = build_graph(family, config)
+    for plan in plans:
+        plan.check(graph)
+        graph = restrict(graph, plan.kept)
+    return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
+
+
+def _check_types(ref: Reference, record: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for what later stages read of a record, and would fail on after their work."""
+    work, recovery, adapters = (record.get(name) for name in ("work", "recovery", "adapters"))
+    for name, right in (
+        ("work", work is None or _is_list_of(work, (dict, type(None)))),
+        ("recovery", recovery is None or _is_list_of(recovery, (dict,))),
+        *((name, isinstance(record.get(name), str | None)) for name in ("base_path", "base_weights")),
+        ("adapters", adapters is None or _is_list_of(adapters, (str,))),
+    ):
+        if not right:
+            raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ('{name}' has a value of another type)")
+
+
+def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(one, types) for one in value)
+
+
+def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
+    if ref.reader is not None:
+        return ref.reader.read_config(ref.directory)
+    with in_one_line(ref), quiet_transformers(), ref.parsed_once(keep=True):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
+        )
+        if options.trust_remote_code:
+            check_own_class(config)
+            register_model_class(config, options.revision)
+        return config
+
+
+_SIZES = {
+    "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26, "num_hidden_layers": 1 << 13,
+    "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
+}  # fmt: skip
+"""Far beyond all models that exist: a damaged configuration must not take all memory."""
+
+
+def _check_values(text: str, config: PreTrainedConfig) -> None:
+    """Raise `ModelError` for a size in a configuration that no model has, and where results would have no names."""
+    text_config = config.get_text_config()
+    for one in (config, text_config):
+        if not getattr(one, "return_dict", True):
+            raise ModelError(
+                f"the configuration of '{text}' has return_dict {one.return_dict!r}, with which transformers runs no "
+                "model; expected true"
+            )
+    values = text_config.to_dict()
+    for name, most in _SIZES.items():
+        value = values.get(name)
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise ModelError(
+                f"the configuration of '{text}' has {name} {value}; expected at most {most:,}, not below 0"
+            )
+
+
+def _graph_of(text: str, family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
+    """As `build_graph`. Raises `ModelError` where transformers cannot build a model of the configuration."""
+    try:
+        return build_graph(family, config)
+    except LlmprunerError:
+        raise
+    except Exception:
+        try:
+            meta_model(config)
+        except LlmprunerError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
+        raise

@@ -1,1 +1,0 @@
-"""The oracle: checks on a small random model that cutting units equals silencing them."""

@@ -1,0 +1,118 @@
+"""ImportanceCriterion: scores weights or units, one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from ...component import Component
+from ...engine.position import Position, UnitAxis
+from ...engine.signals import ParameterSignals, Product, Signal, StreamStats
+from ...structure.coupling import LAYER, Role
+
+if TYPE_CHECKING:
+    import torch
+
+_STREAM = frozenset({Signal.STREAM, Signal.STREAM_BLOCKS})
+
+
+class ImportanceCriterion(Component):
+    """Computes a saliency of every weight, or a score of every unit; higher is more important.
+
+    A complete criterion::
+
+        class Magnitude(ImportanceCriterion):
+            name = "magnitude"
+            summary = "sum of |w| to a power"
+
+            class Settings(ComponentSettings):
+                power: float = Field(1.0, gt=0, description="The power.")
+
+            settings: Settings
+
+            def saliency(self, signals):
+                return signals.weight.abs() ** self.settings.power
+
+    Override one of three methods:
+
+    - `saliency`: one tensor for each parameter; the core sums it over what each unit owns, for every group and span.
+    - `score_units`: scores of the units on one axis of a parameter, for each (group, span) of it.
+    - `score_layers`: scores of all layers, from the residual stream.
+
+    A criterion gets the signals in `signals`. It does not get module names: the position of a parameter is described by
+    kinds of units, roles and the number of its layer. Arguments must not be changed in place. Scores that are not
+    finite end the command with `ModelError`; raise `UnsupportedModelError` for a model whose signals do not suffice.
+    """
+
+    kind: ClassVar[str] = "criterion"
+    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
+    """The signals to measure; all but weights need a calibration set."""
+    kinds: ClassVar[frozenset[str] | None] = None
+    """Kinds of units that it can score; None: all. Criteria that need the residual stream score layers alone."""
+    roles: ClassVar[frozenset[Role] | None] = None
+    """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
+
+    by_matrix: ClassVar[bool] = False
+    """Whether the saliencies of a matrix in a stack (one per expert) depend on the signals of that matrix alone. Then
+    `saliency` is called for one matrix at a time, with a first axis of length one, so that only one is in float32, and
+    `score_units` is not called for stacks."""
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        """The signals that this instance needs; override it if they depend on settings."""
+        return self.needs
+
+    @property
+    def signed(self) -> bool:
+        """Whether the saliencies of one index are summed before the absolute value is taken (the first-order change of
+        the loss by a whole row), instead of after."""
+        return False
+
+    def accepts(self, kind: str) -> bool:
+        """Whether units of this kind can be scored."""
+        if self.signals & _STREAM:
+            return kind == LAYER
+        return self.kinds is None or kind in self.kinds
+
+    def counts(self, axis: UnitAxis) -> bool:
+        """Whether a span counts for the scores of its group; by default, if its role is in `roles`. A group without
+        spans that count is scored on all. For layers every parameter counts, and this is not called.
+        """
+        return self.roles is None or axis.role in self.roles
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        """Statistics of one product of tokens with a weight, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
+
+        Called for every product with a parameter that counts, for each micro-batch, and each expert that tokens are
+        routed to, in any order; use `Product.samples` where the order of samples matters. The tensors of one name must
+        have one shape for all products with a parameter; they are summed in float64 and available to `saliency` and
+        `score_units` as ``signals.products.sums[name]``. Return an empty mapping for products that are not needed.
+        """
+        raise NotImplementedError
+
+    def measured_values(self, position: Position, width: int) -> int:
+        """How many numbers `measure` returns for a product with a matrix of ``width`` inputs, for the forecast of
+        memory: they are kept in float64 for all matrices of a layer. By default one for each input."""
+        del position
+        return width
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight`` and on its device.
+        Called once for each parameter, or for each matrix of a stack (`by_matrix`). The absolute values are summed in
+        float64 over what each unit owns (with `signed`, the sums come first)."""
+        raise NotImplementedError
+
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
+        """Scores of the units on one axis of a parameter, (units,), of any real dtype; None for the sums of saliencies.
+        Called for each (group, span) of the parameter.
+
+        ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64, on the device of
+        ``signals.weight``. For layers, one unit that owns all indices of axis 0.
+        """
+        del signals, axis, index_UK
+        return None
+
+    def score_layers(self, stream: StreamStats) -> torch.Tensor:
+        """Scores of all layers, (layers,), of any real dtype. The only method that is called for criteria that need
+        `Signal.STREAM` or `Signal.STREAM_BLOCKS`."""
+        raise NotImplementedError

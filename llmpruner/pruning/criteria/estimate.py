@@ -1,0 +1,248 @@
+"""Estimation: from signals to a saliency of every weight, and to one score for each unit.
+
+Criteria do not depend on the layout of parameters. For one span, the saliencies are summed over the indices that a unit
+owns and over all other axes; the spans of a group are then reduced (sum, mean, max, prod or last) to one score for each
+unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...engine.executor import Executor
+from ...engine.parameter_signals import signals_of, walk_signals
+from ...engine.position import UnitAxis, positions
+from ...engine.signals import InputStats, ParameterSignals, Signal
+from ...engine.stream import stream_statistics
+from ...errors import ModelError, SelectionError
+from ...progress import QUIET, Progress
+from ...structure.coupling import CoupledGroup, CouplingGraph
+from .base import ImportanceCriterion
+from .reductions import reduce_spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...calibration.calibration import CalibrationSet
+
+
+_ELEMENTS = 1 << 20
+"""Of a saliency that are summed at once."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``by_group``: group name → float64 tensor of shape (units,); higher is more important."""
+
+    by_group: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """How many ``layers`` go, and which are ``removable`` (None: all), for criteria of blocks of layers."""
+
+    layers: int
+    removable: frozenset[int] | None
+
+
+def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
+    """Raise `SelectionError` for units that ``criterion`` does not score."""
+    refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
+    if refused is not None:
+        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind))
+        advice = f"; use --kinds {kinds}" if kinds else ", nor others of this model; choose another criterion"
+        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units{advice}")
+
+
+def estimate(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    calibration: CalibrationSet | None,
+    *,
+    reduction: str = "sum",
+    seed: int = 0,
+    progress: Progress = QUIET,
+    executor: Executor | None = None,
+    removal: Removal | None = None,
+) -> Scores:
+    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``executor``: runs
+    ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers, None where not known.
+
+    Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
+
+    Raises `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not
+    finite, or a calibration set is needed and missing.
+    """
+    check_accepted(criterion, groups, graph)
+    executor = executor or Executor.of(model, graph.layers)
+    if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        return _layers(executor, groups, criterion, calibration, progress, removal)
+    uses = _uses(graph, groups, criterion)
+    needs = criterion.signals
+    stream = walk_signals(
+        executor, graph, uses, needs, calibration, seed, progress, criterion.measure, by_matrix=criterion.by_matrix
+    )
+    return _score(graph, groups, criterion, uses, stream, reduction)
+
+
+def estimate_from(
+    inputs: Mapping[str, InputStats],
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    *,
+    reduction: str = "sum",
+    seed: int = 0,
+) -> Scores:
+    """`estimate` for a criterion of weights and inputs, from measured ``inputs`` (parameter → statistics)."""
+    uses, where = _uses(graph, groups, criterion), positions(graph)
+    needs, by_matrix = criterion.signals, criterion.by_matrix
+    stream = (
+        (name, signals)
+        for name in uses
+        for signals in signals_of(
+            model, name, where[name], None, inputs.get(name), None, needs, seed, by_matrix=by_matrix
+        )
+    )
+    return _score(graph, groups, criterion, uses, stream, reduction)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """One span of a group; for a group of modules, one parameter of a module. ``number``: among the group's spans, or
+    among the parameters of its modules."""
+
+    group: CoupledGroup
+    number: int
+    axis: UnitAxis
+
+
+def _score(
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    uses: Mapping[str, Sequence[_Use]],
+    stream: Iterable[tuple[str, ParameterSignals]],
+    reduction: str,
+) -> Scores:
+    partial: dict[tuple[str, int], torch.Tensor] = {}
+    sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
+    for name, signals in stream:
+        saliency: torch.Tensor | None = None
+        for use in uses[name]:
+            key = use.group.name, use.number
+            if signals.matrix is None:
+                scores = criterion.score_units(signals, use.axis, _index(use, signals.weight))
+                if scores is not None:
+                    partial[key] = scores.double().cpu()
+                    continue
+            saliency = criterion.saliency(signals) if saliency is None else saliency
+            found = _per_index(saliency, use, criterion.signed).cpu()
+            if key in sums:
+                _, before = sums[key]
+                follows = use.axis.axis == 0 and not use.group.modules
+                found = torch.cat([before, found]) if follows else before + found
+            sums[key] = use, found
+    for key, (use, values) in sums.items():
+        partial[key] = values if use.group.modules else values.abs()[_index(use, values)].sum(1)
+    return _finite({group.name: _reduce(graph, group, partial, reduction) for group in groups}, criterion)
+
+
+def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) -> Scores:
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
+    return Scores(scores)
+
+
+def _layers(
+    executor: Executor,
+    groups: Sequence[CoupledGroup],
+    criterion: ImportanceCriterion,
+    calibration: CalibrationSet | None,
+    progress: Progress,
+    removal: Removal | None,
+) -> Scores:
+    if calibration is None:
+        raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
+    blocks = Signal.STREAM_BLOCKS in criterion.signals
+    stream = stream_statistics(executor, calibration, progress, blocks=blocks)
+    if blocks and removal is not None:
+        stream = replace(stream, removed=removal.layers, removable=removal.removable)
+    values = criterion.score_layers(stream).double().cpu()
+    return _finite({group.name: values for group in groups}, criterion)
+
+
+def scored_parameters(graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion) -> set[str]:
+    """The parameters whose signals `estimate` asks for."""
+    return set(_uses(graph, groups, criterion))
+
+
+def _uses(
+    graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion
+) -> dict[str, list[_Use]]:
+    """Parameter → the spans that are scored; tied parameters are under the name they are stored by."""
+    uses: dict[str, list[_Use]] = {}
+    where = positions(graph)
+    for group in groups:
+        stored = [(n, span) for n, span in enumerate(group.spans) if span.parameter not in graph.ties]
+        found = [
+            (span.parameter, _Use(group, n, UnitAxis(group.kind, span.role, span.axis, where[span.parameter])))
+            for n, span in stored
+        ]
+        scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
+        for name, use in scored or found:
+            uses.setdefault(name, []).append(use)
+        for number, name in enumerate(_module_parameters(graph, group)):
+            axis = UnitAxis(group.kind, None, 0, where[name])
+            uses.setdefault(name, []).append(_Use(group, number, axis))
+    return uses
+
+
+def _module_parameters(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
+    return [p for m in group.modules for p in graph.shapes if p.startswith(m + ".") and p not in graph.ties]
+
+
+def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
+    """The indices on the axis that each unit owns, (units, width)."""
+    if use.group.modules:
+        return torch.arange(weight.shape[0] if weight.dim() else 1, device=weight.device)[None]
+    units = use.group.units
+    owned = use.group.spans[use.number].indices(range(units))
+    return torch.tensor(owned, device=weight.device).view(units, -1)
+
+
+def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
+    """Sums of saliencies over all axes but that of the units, float64; for modules one sum, (1,). Those of the matrices
+    of a stack add up, or follow one another where the units are the matrices."""
+    if use.group.modules:
+        per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
+        return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
+    others = [axis for axis in range(saliency.dim()) if axis != use.axis.axis]
+    if not others:
+        return (saliency if signed else saliency.abs()).double()
+    # A few rows at a time, as both the absolute values and torch's sum in float64 are copies.
+    parts = torch.split(saliency, max(1, _ELEMENTS * len(saliency) // max(1, saliency.numel())))
+    sums = [(part if signed else part.abs()).sum(others, dtype=torch.float64) for part in parts]
+    return torch.cat(sums) if use.axis.axis == 0 else torch.stack(sums).sum(0)
+
+
+def _reduce(
+    graph: CouplingGraph, group: CoupledGroup, partial: Mapping[tuple[str, int], torch.Tensor], reduction: str
+) -> torch.Tensor:
+    if not group.modules:
+        spans = [partial[group.name, n] for n in range(len(group.spans)) if (group.name, n) in partial]
+        return reduce_spans(torch.stack(spans), reduction)
+    names = _module_parameters(graph, group)
+    of_module = [
+        [partial[group.name, n] for n, name in enumerate(names) if name.startswith(module + ".")]
+        for module in group.modules
+    ]
+    return torch.cat([reduce_spans(torch.stack(values), reduction) for values in of_module])

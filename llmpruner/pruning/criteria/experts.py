@@ -1,0 +1,127 @@
+"""Criteria for experts, of their outputs on the tokens that the router sends to them.
+
+``f_j(x)`` is the output of expert j on the token x, before the router's weight ``g_j(x)`` of the expert for the token;
+``X_j`` are the calibration tokens that are routed to j. Experts without tokens score 0. All four score each expert
+alone, by sizes: two experts that compute the same get equal scores, and neither is ranked lower for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from ...component import ComponentSettings
+from ...engine.position import UnitAxis
+from ...engine.signals import ParameterSignals, Product, Signal
+from ...errors import UnsupportedModelError
+from ...structure.coupling import EXPERT, MLP
+from .base import ImportanceCriterion
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OfExpertOutputs(ImportanceCriterion):
+    """Scores an expert by a sum over its tokens, divided by `divisor`."""
+
+    needs = frozenset({Signal.PRODUCT})
+    kinds = frozenset({EXPERT})
+
+    def counts(self, axis: UnitAxis) -> bool:
+        """Of all that an expert owns, the projection that reads its inner channels: it computes the output."""
+        return MLP in axis.position.reads
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        if product.expert is None or MLP not in product.position.reads:
+            return {}
+        # Where a model computes every expert on all tokens, those that are not routed to one have inputs of zero.
+        routed = product.inputs.any(1) if product.row_gates is None else product.inputs.new_ones(len(product.inputs))
+        return {"sum": (self.of_tokens(product) * routed).sum(), "tokens": routed.float().sum()}
+
+    def of_tokens(self, product: Product) -> torch.Tensor:
+        """What each token of an expert adds to its sum, (rows,), float32."""
+        raise NotImplementedError
+
+    def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the sums (experts,) are divided by. ``tokens``: how many are routed to each, (experts,), float64."""
+        return tokens
+
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor:
+        del axis
+        sums = signals.products.sums if signals.products is not None else {}
+        if not sums:
+            raise UnsupportedModelError(
+                f"{self.name} cannot tell which weights compute the outputs of this model's experts; choose another "
+                "criterion"
+            )
+        scores = sums["sum"] / self.divisor(sums["tokens"]).clamp_min(1)
+        return scores[index_UK].sum(1)
+
+
+class ExpertReap(OfExpertOutputs):
+    """mean over X_j of ``g_j(x)·‖f_j(x)‖₂``, with the router's weights renormalised over the experts chosen for each
+    token: router-weighted expert activation pruning (REAP; Lasby et al., 2025). An expert is not ranked lower for being
+    rarely used. With one expert per token the renormalised weight is 1, and the score that of `ExpertNorm`."""
+
+    name = "expert-reap"
+    summary = "for experts: mean of router weight × norm of the output over an expert's tokens (REAP)"
+
+    class Settings(ComponentSettings):
+        renormalize: bool = Field(
+            True,
+            description="Divide the router's weights of a token by their sum over the chosen experts, also where the "
+            "model does not; else take them as the model applies them.",
+        )
+
+    settings: Settings
+
+    def of_tokens(self, product: Product) -> torch.Tensor:
+        gates = product.gate_shares if self.settings.renormalize else product.gates
+        return gates * _norms(product)
+
+
+class ExpertNorm(OfExpertOutputs):
+    """mean over X_j of ``‖f_j(x)‖₂``: the norm of an expert's outputs, whatever weight the router gives them."""
+
+    name = "expert-norm"
+    summary = "for experts: mean norm of the output over an expert's tokens, without the router's weight"
+
+    def of_tokens(self, product: Product) -> torch.Tensor:
+        return _norms(product)
+
+
+class ExpertFrequency(OfExpertOutputs):
+    """``|X_j|/Σ_i|X_i|``: the share of a layer's routed tokens that an expert gets; a token counts once for each expert
+    chosen for it. Outputs are not looked at: an expert that adds nothing ranks high if the router often chooses it."""
+
+    name = "expert-frequency"
+    summary = "for experts: share of the tokens that the router sends to an expert"
+
+    def of_tokens(self, product: Product) -> torch.Tensor:
+        return product.inputs.new_ones(len(product.inputs))
+
+    def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.sum()
+
+
+class ExpertContribution(OfExpertOutputs):
+    """``Σ over X_j of g_j(x)·‖f_j(x)‖₂ / Σ_i|X_i|``, with the router's weights as the model applies them: what an
+    expert adds to the residual stream in total. It is the weighted mean times the frequency, so rarely used experts
+    rank low even if their tokens depend on them."""
+
+    name = "expert-contribution"
+    summary = "for experts: router weight × norm of the output, summed over an expert's tokens"
+
+    def of_tokens(self, product: Product) -> torch.Tensor:
+        return product.gates * _norms(product)
+
+    def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.sum()
+
+
+def _norms(product: Product) -> torch.Tensor:
+    """‖f_j(x)‖₂ of each token of an expert, (rows,)."""
+    norms: torch.Tensor = product.outputs.norm(dim=1)
+    return norms

@@ -1,0 +1,65 @@
+"""Fisher importance: the divergence of the model's predictions when a unit is silenced, by a quadratic expansion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ...engine.position import Position, UnitAxis
+from ...engine.signals import ParameterSignals, Product, Signal
+from ...structure.coupling import ATTENTION, QUERY, Role
+from .base import ImportanceCriterion
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADS = frozenset({ATTENTION, QUERY})
+
+
+class Fisher(ImportanceCriterion):
+    """Σ_t (Σ_j x_tj · W_:jᵀg_t)², the mean over samples, with the inputs j of a weight that a unit owns. Times half the
+    tokens of a sample, this estimates the divergence (KL, nats per token) of the predictions when the unit is silenced.
+
+    At token t, the unit adds δ = Σ_j W_:j x_tj to the output of the weight W (d_out, d_in); g_t (d_out,) is the
+    gradient of the sample's mean next-token loss there. The gradient is zero on average over predictions, so that the
+    divergence begins with ½ E[(gᵀδ)²], where E[ggᵀ] is the Fisher information (Theis et al., 2018, "Faster gaze
+    prediction with dense networks and Fisher pruning"; for masks of units, Kwon et al., 2022, "A Fast Post-Training
+    Pruning Framework for Transformers"; both square sums over a whole sample). Products of different tokens are left
+    out here; so are products of different channels of units that are neither channels nor heads. On text that the model
+    did not write, the next token of the text takes the place of one that the model draws (the empirical Fisher
+    information).
+
+    Criteria of weights and inputs compare units by the size of what they add; this one also by how much the predictions
+    depend on it.
+    """
+
+    name = "fisher"
+    summary = (
+        "change of the predictions, (Σ_j x_j·W_:jᵀg)² of a unit at each token, from gradients (Fisher information)"
+    )
+    needs = frozenset({Signal.PRODUCT_GRAD})
+    roles = frozenset({Role.CONSUMES})
+    by_matrix = True
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        effects = product.inputs * product.input_grads
+        found = {"squares": effects.square().sum(0) / product.num_samples}
+        if product.expert is None and product.position.reads & _HEADS:
+            found["products"] = effects.mT @ effects / product.num_samples
+        return found
+
+    def measured_values(self, position: Position, width: int) -> int:
+        # Weights that heads are read by are matrices of their own, not in stacks.
+        return width + (width**2 if position.reads & _HEADS else 0)
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        if signals.products is None:
+            return signals.weight.new_zeros(signals.weight.shape)
+        return signals.over_inputs(signals.products.sums["squares"].float())
+
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
+        products = None if signals.products is None else signals.products.sums.get("products")
+        if products is None or axis.role is not Role.CONSUMES:
+            return None
+        index = index_UK.to(products.device)
+        return products[index[:, :, None], index[:, None, :]].sum((1, 2))

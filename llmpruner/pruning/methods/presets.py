@@ -1,0 +1,81 @@
+"""The built-in methods. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...structure.coupling import EXPERT, LAYER
+from .base import Method
+
+if TYPE_CHECKING:
+    from ...settings import PruneSettings
+
+
+class Best(Method):
+    """Fisher importance on 32,768 tokens, then a least-squares fit of the weights that consumed removed units, on
+    163,840 tokens (131,072 where the model generates them, which takes longer than reading). For layers alone, the
+    angular distance between their inputs and outputs, which predicts the loss better than weights do; for experts
+    alone, the mean square of what they add (`energy`)."""
+
+    name = "best"
+    summary = "units chosen by gradients, then the weights that consumed removed units are refitted (the default)"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        return {
+            "importance": _criterion(asked, "fisher"),
+            "compensate": "refit",
+            "samples": 256 if writes else 320,
+            "length": 512,
+        }
+
+
+class Fast(Method):
+    """The mean square of what units add (`energy`) on 8,192 tokens, without compensation. For layers as `Best`."""
+
+    name = "fast"
+    summary = "units chosen by one forward pass over a few thousand tokens; no compensation"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        del writes
+        return {"importance": _criterion(asked, "energy"), "compensate": "none", "samples": 64, "length": 128}
+
+
+class LlmPruner(Method):
+    """The selection of LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples,
+    without compensation, the first and last layers whole, so that widths differ between layers. Its recovery is
+    `llmpruner recover`."""
+
+    name = "llm-pruner"
+    summary = "the paper's: first-order Taylor importance on ten samples; no compensation"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        del writes
+        taylor = {"settings": {"taylor": {"variant": "element1"}}} if asked.importance in (None, "taylor") else {}
+        return {"importance": "taylor", **taylor, **_TEN_SAMPLES, **_of_paper(asked)}
+
+
+class ByHand(Method):
+    """The defaults for ``--importance`` without ``--method``: ten samples of 64 tokens, as in LLM-Pruner, and no
+    compensation. Not registered, as it sets no criterion."""
+
+    summary = "the given criterion on ten samples; no compensation"
+
+    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
+        del asked, writes
+        return _TEN_SAMPLES
+
+
+_TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length": 64}
+
+
+def _of_paper(asked: PruneSettings) -> Mapping[str, Any]:
+    """The shape of the paper's results, where widths may differ."""
+    return {} if asked.kinds == (LAYER,) else {"shape": "free"}
+
+
+def _criterion(asked: PruneSettings, of_units: str) -> str:
+    """The criterion for whole layers, for whole experts (which `Fisher` was not measured on), or ``of_units``."""
+    if asked.kinds == (LAYER,):
+        return "angular"
+    return "energy" if asked.kinds == (EXPERT,) else of_units
