@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from criteria_cases import layers_of, make, tokens
 
 from llmpruner import UnsupportedModelError
 from llmpruner.discovery.verify import random_plan
+from llmpruner.engine.ranks import SINGLE
 from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.pruning.compensation import least_squares
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.compensation.bias import BiasShift
-from llmpruner.pruning.compensation.consumers import consumers_of, stream_writers
+from llmpruner.pruning.compensation.consumers import Consumer, consumers_of, stream_writers
+from llmpruner.pruning.compensation.fitters import WeightFitter, write_all
 from llmpruner.pruning.compensation.least_squares import NormalEquations
 from llmpruner.pruning.compensation.none import NoCompensation
 from llmpruner.pruning.compensation.refit import Refit
@@ -413,3 +416,31 @@ def test_without_rows_nothing_is_fitted():
     new, ridge, _ = empty.solve(old)
     assert ridge is None, "five rows leave none to choose a ridge by"
     assert torch.equal(new, old)
+
+
+def test_a_ridge_that_cannot_be_solved_is_not_chosen(monkeypatch):
+    """With fewer tokens than channels, float32 sums have negative eigenvalues; the least ridge doesn't lift them."""
+    monkeypatch.setattr(least_squares, "RIDGES", (1e-12, 1.0))
+    monkeypatch.setattr(NormalEquations, "trials", 3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.exp(3 * torch.randn(256, generator=generator)) * torch.randn(64, 1, generator=generator) * 1e4
+    target = torch.randn(64, 3, generator=generator)
+    equations = NormalEquations(256, 3, x.device)
+    equations.add(x, target)
+    old = torch.zeros(3, 256)
+    assert equations.error(0, old) == inf
+    assert equations.solve(old)[1] in (None, 1.0)
+
+
+@pytest.mark.parametrize("scale", (3e18, 1e19))
+def test_weights_stay_where_no_ridge_can_be_solved(scale, caplog):
+    """Squares of so large activations overflow float32."""
+    x, target, true = problem()
+    weight = torch.nn.Linear(6, 3, bias=False)
+    weight.weight.data.copy_(true)
+    fitter = WeightFitter(Consumer("weight", 1, torch.arange(5), False, (3, 6)), weight.weight.data, None)
+    fitter.equations.add(x[:, :5] * scale, target * 1e-3)
+    (fit,) = write_all({("weight", None): fitter}, weight, SINGLE)
+    assert fit.ridge is None
+    torch.testing.assert_close(weight.weight[:, :5], true[:, :5])
+    assert "'weight' keeps its weights" in caplog.text

@@ -6,6 +6,8 @@ ones.
 
 from __future__ import annotations
 
+import logging
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from ...engine.ranks import Ranks
     from ...engine.watch import WatchedProduct
+
+_LOG = logging.getLogger("llmpruner")
 
 Values = tuple[int, float | None, float | None, float | None, float | None]
 """``rows``, ``ridge``, ``before``, ``after`` and ``mix`` of a `Fit`."""
@@ -139,6 +143,8 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
     of_matrix: dict[Matrix, list[float]] = {key: [] for key in fitters}
     for (key, _), error in zip(tasks, errors.tolist(), strict=True):
         of_matrix[key].append(error)
+    if ranks.first:
+        _say_unsolvable(fitters, of_matrix)
     own: dict[Matrix, Fit] = {}
     for number, (key, fitter) in enumerate(fitters.items()):
         if ranks.owns(number):
@@ -148,3 +154,20 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
     fits = ranks.merged(own)
     return [fits[key] for key in fitters]
+
+
+def _say_unsolvable(fitters: Mapping[Matrix, Fitter], errors: Mapping[Matrix, Sequence[float]]) -> None:
+    """Name the weights that stay because no ridge can be solved."""
+    unsolvable = {
+        name: None
+        for (name, slot), fitter in fitters.items()
+        if isinstance(fitter, WeightFitter)
+        and fitter.equations.comparable
+        and not any(map(isfinite, errors[name, slot][:-1]))
+    }
+    for name in unsolvable:
+        _LOG.warning(
+            "'%s' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
+            "activations; raise --samples or --length",
+            name,
+        )

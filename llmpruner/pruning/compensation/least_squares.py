@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,6 +117,11 @@ class NormalEquations:
     def rows(self) -> int:
         return self._fit.rows + self._held.rows
 
+    @property
+    def comparable(self) -> bool:
+        """Whether there are rows to fit to and rows to compare fits on."""
+        return self._fit.rows > 0 and self._held.rows > 0
+
     def add(
         self, inputs: torch.Tensor, targets: torch.Tensor, rows: Rows = ALIKE, toward: torch.Tensor | None = None
     ) -> None:
@@ -145,7 +150,7 @@ class NormalEquations:
         with two sides, the mean of their errors, each as a share of the mean square of its targets. Infinite where
         there are no rows. Where there are many outputs, it is that of `_OUTPUTS` evenly spaced ones or a few more,
         which are enough to choose a ridge."""
-        if self._fit.rows == 0 or self._held.rows == 0:
+        if not self.comparable:
             return inf
         return min(self._errors(trial, old_OI))
 
@@ -157,7 +162,8 @@ class NormalEquations:
         def on(held: _Sums, fitted: _Sums) -> list[float]:
             # As a list, so that the factor is freed before the errors are computed.
             weights = [*_ridge(fitted, old, RIDGES[trial], self._mixes, step)] if trial < len(RIDGES) else [old]
-            return [held.error(weight, step) for weight in weights]
+            errors = [held.error(weight, step) for weight in weights] or [inf] * len(self._mixes)
+            return [error if isfinite(error) else inf for error in errors]
 
         if not self._sides:
             return on(self._held, self._fit)
@@ -187,16 +193,18 @@ class NormalEquations:
         are known."""
         if errors is None:
             errors = [self.error(trial, old_OI) for trial in range(self.trials)]
-        best = min(range(len(RIDGES)), key=errors.__getitem__)
-        if not errors[best] < errors[-1]:
+        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
+        if not better:
             return old_OI.float(), None, None
         mix = self._mixes[0]
         if len(self._mixes) > 1:
-            of_mixes = self._errors(best, old_OI)
+            of_mixes = self._errors(better[0][1], old_OI)
             mix = self._mixes[of_mixes.index(min(of_mixes))]
         self._fit.join(self._held)
-        (new,) = _ridge(self._fit, old_OI.T.double(), RIDGES[best], (mix,))
-        return new.T.float(), RIDGES[best], mix if len(self._mixes) > 1 else None
+        for _, trial in better:
+            for new in _ridge(self._fit, old_OI.T.double(), RIDGES[trial], (mix,)):
+                return new.T.float(), RIDGES[trial], mix if len(self._mixes) > 1 else None
+        return old_OI.float(), None, None
 
 
 def solve_bytes(width: int, out: int) -> int:
@@ -228,15 +236,20 @@ def _tried(out: int) -> int:
 def _ridge(
     sums: _Sums, old_IO: torch.Tensor, ridge: float, mixes: Sequence[float], step: int = 1
 ) -> Iterator[torch.Tensor]:
-    """The fits (in, out), float64, for one ridge and each of ``mixes``. ``old_IO``: of every ``step``-th output, which
-    alone are fitted."""
+    """The fits (in, out), float64, for one ridge and each of ``mixes``. None where XᵀX + λI has no Cholesky factor:
+    rounded sums in float32 have negative eigenvalues. ``old_IO``: of every ``step``-th output, which alone are
+    fitted."""
     gram = sums.gram.double()
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
     gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
     # In place, as these are the largest tensors of a compensation: LAPACK stores columns, so that of rows the transpose
     # is given. Reads and writes the lower triangle alone.
-    torch.linalg.cholesky(gram.mT, upper=True, out=gram.mT)
+    _, failed = torch.linalg.cholesky_ex(
+        gram.mT, upper=True, out=(gram.mT, torch.empty((), dtype=torch.int32, device=gram.device))
+    )
+    if failed:
+        return
     for mix in mixes:
         targets = sums.cross[:, ::step].double().add_(old_IO, alpha=strength)
         if sums.toward is not None:
