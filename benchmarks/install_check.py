@@ -180,7 +180,6 @@ def check(environment: Environment, work: Path, *, demo: bool) -> dict[str, Any]
     if not Path(where).resolve().is_relative_to(environment.path):
         sys.exit(f"llmpruner comes from outside the environment: {where}")
     plugins = json.loads(environment.llmpruner("plugins", "--json"))
-    doctor = json.loads(environment.llmpruner("doctor", "--json"))
     environment.python("-c", SMALL_MODEL, work / "small")
     environment.llmpruner("prune", work / "small", "--no-tokenizer", "--ratio", 0.2, "-o", work / "pruned")
     kept = int(environment.python("-c", LOAD, work / "pruned"))
@@ -188,7 +187,6 @@ def check(environment: Environment, work: Path, *, demo: bool) -> dict[str, Any]
         "version": environment.llmpruner("--version").strip(),
         "families": sorted(p["name"] for p in plugins["plugins"] if p["kind"] == "family"),
         "broken_plugins": len(plugins["broken"]),
-        "doctor_finds_it_healthy": doctor["healthy"],
         "pruned_parameters": kept,
     }
     if demo:

@@ -1,7 +1,6 @@
 """The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
 
 from .api import bench as bench
-from .api import chat as chat
 from .api import discover as discover
 from .api import dry_run as dry_run
 from .api import evaluate as evaluate
@@ -10,7 +9,6 @@ from .api import generate as generate
 from .api import load as load
 from .api import plan as plan
 from .api import prune as prune
-from .api import push as push
 from .api import recover as recover
 from .api import run as run
 from .api import save as save
@@ -100,7 +98,6 @@ from .pruning.compensation.base import RepairTask as RepairTask
 from .pruning.criteria.base import ImportanceCriterion as ImportanceCriterion
 from .pruning.methods.base import Method as Method
 from .pruning.methods.recipe import NamedRecipe as NamedRecipe
-from .publishing.push import Upload as Upload
 from .recipes.recipe import Recipe as Recipe
 from .recipes.results import PlannedStep as PlannedStep
 from .recipes.results import RecipeResult as RecipeResult
@@ -121,7 +118,6 @@ from .settings import ExportSettings as ExportSettings
 from .settings import GenerateSettings as GenerateSettings
 from .settings import LoadSettings as LoadSettings
 from .settings import PruneSettings as PruneSettings
-from .settings import PushSettings as PushSettings
 from .settings import RecoverSettings as RecoverSettings
 from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts

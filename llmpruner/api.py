@@ -14,7 +14,6 @@ Docstrings name what else is raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
@@ -22,9 +21,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from .amounts import counted
-from .calibration.chat import Prompt, chat_prompt, format_note
-from .chatting.chat import Chat
+from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
 from .discovery.verify import Verdict
 from .discovery.verify import verify as _verify
 from .errors import ModelError, PlanError, SettingsError
@@ -35,13 +32,11 @@ from .exporters.run import export as _export
 from .files import HTML, check_new_directory, check_own_file, write_text
 from .keywords import (
     BenchKeywords,
-    ChatKeywords,
     EvaluateKeywords,
     ExportKeywords,
     GenerateKeywords,
     LoadKeywords,
     PruneKeywords,
-    PushKeywords,
     RecoverKeywords,
     SensitivityKeywords,
 )
@@ -55,7 +50,6 @@ from .plugins.catalog import Catalog
 from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .pruning.allocation.curve import Curve
-from .publishing.push import Upload, send
 from .recipes.benches import bench_subject, check_bench
 from .recipes.evaluating import evaluate_models
 from .recipes.evidence import ResultsFile, find, subjects_of
@@ -63,13 +57,11 @@ from .recipes.jobs import (
     bench_job,
     export_job,
     page_job,
-    push_job,
     text_job,
 )
 from .recipes.opening import Opener, Source, listed, openers
 from .recipes.pruning import Pruning
 from .recipes.pruning import make_plan as _make_plan
-from .recipes.publish import prepare_upload
 from .recipes.recipe import Recipe
 from .recipes.recovering import Recovery
 from .recipes.results import PlannedStep, RecipeResult, StepResult
@@ -82,14 +74,12 @@ from .report.page import Report, comparison_page, facts_of, report_page
 from .settings import (
     BenchSettings,
     CacheSettings,
-    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     LoadSettings,
     PageSettings,
     PruneSettings,
-    PushSettings,
     RecoverSettings,
     RunSettings,
     SensitivitySettings,
@@ -320,12 +310,17 @@ def generate(
     model: Source,
     prompt: str,
     *,
+    history: Sequence[tuple[str, str]] = (),
+    on_text: Callable[[str], None] | None = None,
     load: LoadSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[GenerateKeywords],
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
+
+    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text as
+    it comes; an exception in it ends the generation.
 
     Raises `ModelError` for a model without a tokenizer, and `DataError` for a prompt that is empty or has more tokens
     than the model has positions.
@@ -338,7 +333,10 @@ def generate(
         # A tokenizer that puts a token before every text makes a prompt of no text.
         check_not_empty(opener.tokenizer(opened), prompt)
     loaded = opener.weights(opened)
-    asked = chat_prompt(loaded.family, loaded.tokenizer, prompt) if options.chat else Prompt(prompt, False)
+    asked = Prompt(prompt, False)
+    if options.chat:
+        talk = conversation_prompt(loaded.family, loaded.tokenizer, history, prompt) if history else None
+        asked = talk or chat_prompt(loaded.family, loaded.tokenizer, prompt)
     note = format_note(loaded.ref, loaded.family, loaded.tokenizer, "the prompt is") if options.chat else None
     if note is not None:
         progress.status(note)
@@ -346,30 +344,8 @@ def generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed, stop_text=loaded.family.stop_text if options.chat else None,
-        note=lambda what: progress.status(f"'{loaded.ref}' {what}"),
+        note=lambda what: progress.status(f"'{loaded.ref}' {what}"), on_text=on_text,
     )  # fmt: skip
-
-
-def chat(
-    models: Source | Sequence[Source],
-    *,
-    load: LoadSettings | Sequence[LoadSettings] | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[ChatKeywords],
-) -> list[Chat]:
-    """A conversation with each model: ``for piece in chat.ask("Why?")`` gives the answer piece by piece, and the next
-    question continues the conversation. All models are in memory at the same time. ``load``: for all, or one for each.
-
-    Raises `ModelError` for a model without a tokenizer; `Chat.ask` raises `DataError` for a conversation that is longer
-    than the model can read.
-    """
-    options, catalog = text_job(settings_from(ChatSettings, settings)), catalog or Catalog(plugin_manager())
-    sources = listed(models)
-    each = openers(load, sources, catalog, progress)
-    opened = [opener.readable(source, "read a prompt") for opener, source in zip(each, sources, strict=True)]
-    loaded = [opener.weights(one) for opener, one in zip(each, opened, strict=True)]
-    return [Chat(one.ref, one.model, one.tokenizer, one.family, **dict(options)) for one in loaded]
 
 
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
@@ -463,34 +439,6 @@ def dry_run(
         raise SettingsError("--restart has no effect on a dry run, which removes nothing; leave it out")
     catalog = catalog or Catalog(plugin_manager())
     return list(Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress).plan())
-
-
-def push(
-    model: str | Path,
-    repo: str,
-    *,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PushKeywords],
-) -> Upload:
-    """Send the checkpoint directory ``model`` to the repository ``repo`` of the Hugging Face Hub, with a model card
-    that is written from its record.
-
-    Nothing is sent unless ``yes`` is given; ``dry_run`` returns what would be. Folders of this machine in the record
-    are left out.
-
-    Raises `SettingsError` for neither or both of ``yes`` and ``dry_run``, `ModelError` for what is no checkpoint of
-    llmpruner, `CheckpointError` for one without weights, `DataError` for an ``evaluation`` that is no file of results,
-    and `OutputError` when the hub refuses.
-    """
-    directory = path_from("model", model, "the path of a checkpoint")
-    job = push_job(settings_from(PushSettings, settings))
-    catalog = catalog or Catalog(plugin_manager())
-    upload = prepare_upload(directory, repo, job, partial(_opener(None, catalog, progress).structure, model))
-    if job.dry_run:
-        return upload
-    progress.status(f"sending {counted(len(upload.files), 'file')} to {repo}")
-    return replace(upload, url=send(upload, public=job.public))
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:

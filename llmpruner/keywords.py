@@ -119,14 +119,6 @@ class GenerateKeywords(TypedDict, total=False):
     seed: int
 
 
-class ChatKeywords(TypedDict, total=False):
-    """Of `ChatSettings`."""
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-
 class SensitivityKeywords(TypedDict, total=False):
     """Of `SensitivitySettings`."""
 
@@ -149,14 +141,3 @@ class ExportKeywords(TypedDict, total=False):
     to: Required[str]
     quant: str | None
     settings: Mapping[str, Mapping[str, Any]]
-
-
-class PushKeywords(TypedDict, total=False):
-    """Of `PushSettings`."""
-
-    yes: bool
-    dry_run: bool
-    public: bool
-    license: str | None
-    base_model: str | None
-    evaluation: str | Path | None

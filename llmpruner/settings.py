@@ -649,44 +649,10 @@ class GenerateSettings(Settings):
     seed: Seed = 0
 
 
-class ChatSettings(Settings):
-    """How answers are written."""
-
-    max_new_tokens: Annotated[int, Field(ge=1, le=2**20, description="Tokens of an answer, at most.")] = 512
-    temperature: Annotated[float, Field(ge=0, description="0 takes the likeliest token; above, answers are drawn.")] = (
-        0.0
-    )
-    seed: Seed = 0
-
-
 class PageSettings(Settings):
     """What an HTML page about a model shows."""
 
     settings: Set = {}
-
-
-class PushSettings(Settings):
-    """What a model card states, and whether it is sent."""
-
-    yes: Annotated[bool, Field(description="Send everything. Without it, nothing leaves this machine.")] = False
-    dry_run: Annotated[bool, Field(description="Show the card and the files, and send nothing.")] = False
-    public: Annotated[bool, Field(description="Make a new repository public; by default it is private.")] = False
-    license: Annotated[
-        str | None,
-        Field(
-            description="Identifier of the licence, such as apache-2.0; by default what the card of the dense model "
-            "states, if it is on this machine."
-        ),
-        Option(metavar="ID"),
-    ] = None
-    base_model: Annotated[
-        str | None,
-        Field(description="Hub id of the dense model, if it was pruned from local files."),
-        Option(metavar="OWNER/NAME"),
-    ] = None
-    evaluation: Annotated[
-        Path | None, Field(description="Figures for the card: a file that `evaluate --json` wrote.")
-    ] = None
 
 
 class ExportSettings(Settings):

@@ -14,7 +14,6 @@ from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, setti
 from llmpruner.discovery.verify import Verdict
 from llmpruner.evaluation.speed.results import BenchCase, Measurement, Rate
 from llmpruner.models.model import Model, Structure
-from llmpruner.publishing.push import Upload
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.results import PlannedStep, RecipeResult, StepResult
 from llmpruner.recipes.verification import Check, Verification
@@ -23,7 +22,7 @@ from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.sensitivity, api.bench,
-    api.generate, api.chat, api.write_report, api.save, api.export, api.verify_checkpoint, api.push, api.run,
+    api.generate, api.write_report, api.save, api.export, api.verify_checkpoint, api.run,
     api.dry_run,
 )  # fmt: skip
 VALUES = (
@@ -38,7 +37,6 @@ VALUES = (
     BenchCase,
     Rate,
     Measurement,
-    Upload,
     Verdict,
     Verification,
     Check,

@@ -16,10 +16,8 @@ MODELS = {
     "EvaluateKeywords": settings.EvaluateSettings,
     "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
-    "ChatKeywords": settings.ChatSettings,
     "SensitivityKeywords": settings.SensitivitySettings,
     "ExportKeywords": settings.ExportSettings,
-    "PushKeywords": settings.PushSettings,
 }
 WIDER = {
     "kinds": "str | Sequence[str]",

@@ -13,17 +13,14 @@ from ..errors import DuplicateNameError
 from ..plugins.host import PluginHost, plugin_manager
 from . import (
     bench,
-    chat,
     demo,
     discover,
-    doctor,
     evaluate,
     export,
     generate,
     new_plugin,
     plugins,
     prune,
-    push,
     recover,
     report,
     run,
@@ -79,14 +76,11 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         sensitivity,
         bench,
         generate,
-        chat,
         export,
         verify,
-        push,
         run,
         report,
         new_plugin,
-        doctor,
     ):
         module.add_commands(app)
     _add_plugin_commands(app, host)

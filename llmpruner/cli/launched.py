@@ -17,7 +17,7 @@ from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
 _ALONE = (
-    "bench", "chat", "demo", "discover", "doctor", "evaluate", "export", "generate", "new-plugin", "plugins", "push",
+    "bench", "demo", "discover", "evaluate", "export", "generate", "new-plugin", "plugins",
     "recipes", "report", "run", "sensitivity", "verify",
 )  # fmt: skip
 

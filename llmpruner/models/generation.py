@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from ..errors import DataError
 from .position_tables import table_of
@@ -30,14 +30,15 @@ def generate(
     seed: int = 0,
     stop_text: str | None = None,
     note: Callable[[str], None] | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it; see
     `generate_ids`. ``note``: called with a predicate about the model, where the continuation reached the last of its
-    positions."""
+    positions. ``on_text``: called with each piece as it comes; an exception in it ends the generation."""
     ids = generate_ids(
         model, tokenizer, prompt,
         add_special_tokens=add_special_tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        stop_text=stop_text,
+        stop_text=stop_text, **({} if on_text is None else {"streamer": _Pieces(tokenizer, on_text, stop_text)}),
     )  # fmt: skip
     if note is not None:
         length = len(ids_to_continue(tokenizer, prompt, special=add_special_tokens))
@@ -45,6 +46,27 @@ def generate(
         if reached is not None:
             note(reached)
     return text_before(tokenizer.decode(ids, skip_special_tokens=True), stop_text).strip("\n")
+
+
+class _Pieces(TextStreamer):  # type: ignore[misc]
+    """Calls ``on_text`` with the pieces of a continuation up to ``stop``. What may be the start of ``stop`` waits for
+    the next piece."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop: str | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text, self._stop = on_text, stop or ""
+        self._waiting, self._stopped = "", False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._stopped:
+            return
+        text, found, _ = (self._waiting + text).partition(self._stop) if self._stop else (self._waiting + text, "", "")
+        self._stopped = bool(found)
+        starts = (self._stop[:size] for size in range(len(self._stop) - 1, 0, -1))
+        part = "" if self._stopped or stream_end else next((start for start in starts if text.endswith(start)), "")
+        self._waiting = part
+        if len(text) > len(part):
+            self._on_text(text[: len(text) - len(part)])
 
 
 def _reached(model: PreTrainedModel, tokens: int, *, ended: bool) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 from ..calibration.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
@@ -28,14 +28,12 @@ from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from ..settings import (
     BenchSettings,
-    ChatSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     Meet,
     PageSettings,
     PruneSettings,
-    PushSettings,
     RecoverSettings,
     SensitivitySettings,
     Shape,
@@ -44,8 +42,6 @@ from ..settings import (
 from ..structure.coupling import HIDDEN, LAYER
 from ..structure.widths import COUNTED
 from .given import Given
-
-TextSettings = TypeVar("TextSettings", ChatSettings, GenerateSettings)
 
 HOW_MUCH = "say how much to remove with one of --ratio, --target-params or --unit-ratio"
 _AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
@@ -373,21 +369,8 @@ def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
     return exporter
 
 
-def push_job(settings: PushSettings) -> PushSettings:
-    """``settings``. Raises `SettingsError` unless exactly one of ``yes`` and ``dry_run`` is given."""
-    if settings.yes == settings.dry_run:
-        raise SettingsError(
-            "--yes has no effect beside --dry-run; give one of them"
-            if settings.yes
-            else "nothing is sent without --yes; --dry-run shows the model card and the files"
-        )
-    if settings.dry_run:
-        Given(settings).refuse("public", "with --dry-run, which sends nothing")
-    return settings
-
-
-def text_job(settings: TextSettings) -> TextSettings:
-    """``settings`` of a chat or a generation. Raises `SettingsError` for those that have no effect together."""
+def text_job(settings: GenerateSettings) -> GenerateSettings:
+    """``settings``. Raises `SettingsError` for those that have no effect together."""
     if settings.temperature == 0:
         Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
     return settings

@@ -132,8 +132,6 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
     ),
     "evaluation without a tokenizer": (("evaluate", "{models}/bare"), "model '{models}/bare' brings no tokenizer"),
-    "push: a dense model": (("push", DENSE, "me/x", "--dry-run"), "has no llmpruner.json, so it was not pruned"),
-    "push: no flag": (("push", DENSE, "me/x"), "nothing is sent without --yes"),
     "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
     "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch 'x': expected a whole number"),
     "bench: no batch": (("bench", DENSE, "--batch", ","), "--batch ',': expected at least one number"),
@@ -211,7 +209,6 @@ def test_mistakes(refused, what, shared, tmp_path):
 
 RESULTS = {
     ("report", "--results"): "`llmpruner evaluate --json` or `llmpruner bench --json` wrote",
-    ("push", "me/x", "--dry-run", "--evaluation"): "`llmpruner evaluate --json` wrote",
 }
 
 

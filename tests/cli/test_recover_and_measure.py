@@ -250,16 +250,6 @@ def test_speed_alone_reads_no_text(run, dense):
     assert result.code == 0 and "decode tokens/s" in result.out and "perplexity" not in result.out + result.err
 
 
-def test_what_would_be_published_is_shown(run, pruned):
-    before = {path: path.stat().st_mtime_ns for path in pruned.iterdir()}
-    result = run("push", pruned, "me/small", "--dry-run", "--license", "mit")
-    assert result.code == 0, result.err
-    assert result.out.startswith("---\nlibrary_name: transformers\nlicense: mit\n")
-    assert "Files for me/small" in result.out and "modeling_llmpruner.py" in result.out
-    assert "nothing was sent" in result.err
-    assert {path: path.stat().st_mtime_ns for path in pruned.iterdir()} == before
-
-
 @pytest.mark.slow
 def test_an_adapter_on_an_adapter_is_found_and_measured_by_itself(run, pruned, shared, tmp_path, monkeypatch):
     """Their files have the same names; and the model that an adapter is for is found from any folder."""

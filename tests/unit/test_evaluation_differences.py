@@ -7,6 +7,7 @@ import math
 
 import pytest
 import tiny_models
+from llmpruner_hub.card import _figures
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import Metric, MetricSubject, Row, build_graph
@@ -16,7 +17,6 @@ from llmpruner.evaluation.run import Candidate, evaluate
 from llmpruner.evaluation.store import ResultStore
 from llmpruner.evaluation.table import Evaluations, difference
 from llmpruner.files import json_text
-from llmpruner.publishing.card import _figures
 from llmpruner.recipes.evidence import _measurements
 
 

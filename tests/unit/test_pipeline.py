@@ -352,14 +352,13 @@ def test_another_object_than_a_model_is_named(gqa, tmp_path):
         "generate": lambda one: llmpruner.generate(one, "x"),
         "evaluate": llmpruner.evaluate,
         "bench": llmpruner.bench,
-        "chat": llmpruner.chat,
     }
     for name, use in uses.items():
         for other in (gqa.model, 3, None):
             message = f"^expected a path, .* what llmpruner.load returned as a model, got {type(other).__name__}$"
             with pytest.raises(SettingsError, match=message):
                 use(other)
-        if name not in ("evaluate", "bench", "chat"):
+        if name not in ("evaluate", "bench"):
             with pytest.raises(SettingsError, match=r"got list$"):
                 use(["demo"])
             continue
@@ -392,7 +391,6 @@ CALLS = {
     "run values": lambda one, _: llmpruner.run("demo", values=one),
     "run load": lambda one, _: llmpruner.dry_run("demo", load=one),
     "run run": lambda one, _: llmpruner.dry_run("demo", run=one),
-    "push model": lambda one, _: llmpruner.push(one, "a/b", dry_run=True),
     "verify structure": lambda one, _: llmpruner.verify(one),
     "verify seed": lambda one, gqa: llmpruner.verify(gqa, seed=one),
     "verify_checkpoint directory": lambda one, _: llmpruner.verify_checkpoint(one),

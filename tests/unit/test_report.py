@@ -15,7 +15,6 @@ from llmpruner import Catalog, DataError, ModelError, ReportSection, plugin_mana
 from llmpruner.evaluation.cost import size
 from llmpruner.pruning.budgets.cached_bytes import bytes_per_token
 from llmpruner.pruning.criteria.spread import spread
-from llmpruner.publishing.push import upload_of
 from llmpruner.report.answers import Answer, measured_answers, side_by_side
 from llmpruner.report.base import Evidence, Measurements
 from llmpruner.report.figures import Pair, _change
@@ -231,13 +230,6 @@ def test_what_is_no_checkpoint_is_refused(places, tmp_path):
     with pytest.raises(DataError, match="is not what `llmpruner evaluate --json`"):
         llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "odd.json"])
     assert not (tmp_path / "page.html").exists()
-
-
-def test_files_of_this_machine_are_not_published(places):
-    llmpruner.write_report(places / "worse")
-    assert (places / "worse" / "report.html").is_file() and (places / "worse" / "run.json").is_file()
-    sent = upload_of(places / "worse", "me/x", "", {}).files
-    assert not {"run.json", "report.html"} & set(sent) and "model.safetensors" in sent
 
 
 def test_metrics_that_are_not_installed_give_their_numbers(places, tmp_path):

@@ -11,20 +11,30 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import suppress
 from importlib.resources import files
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from queue import Queue
+from threading import Event, Lock, Thread
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import LlmprunerError, MissingExtraError, SettingsError
+from llmpruner import LlmprunerError, MissingExtraError, SettingsError
 
-if TYPE_CHECKING:
+from .conversation import Chat, Exchange
+
+try:
+    import uvicorn
+    from anyio import CancelScope
     from starlette.applications import Starlette
-
-    from .chat import Chat
+    from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise MissingExtraError("starlette or uvicorn", "chat") from error
 
 _HOST = "127.0.0.1"
 
@@ -39,49 +49,30 @@ class Question(BaseModel):
     text: str = Field(min_length=1)
 
 
-def check_web() -> None:
-    """Raise `MissingExtraError` where the libraries of the page are not installed."""
-    try:
-        import starlette
-        import uvicorn
-    except ImportError:
-        raise MissingExtraError("starlette and uvicorn", "chat") from None
-    del starlette, uvicorn
-
-
 def listen(port: int) -> socket.socket:
     """A socket on the loopback address; ``port`` 0 takes a free one. Raises `SettingsError` for one that is in use."""
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((_HOST, port))
+        listening.bind((_HOST, port))
     except OSError as error:
-        found.close()
+        listening.close()
         raise SettingsError(f"--port {port} cannot be used: {error.strerror or error}; choose another") from error
-    return found
+    return listening
 
 
-def serve(chats: Sequence[Chat], where: socket.socket) -> None:
+def serve(chats: Sequence[Chat], listening: socket.socket) -> None:
     """Answer requests until the process is interrupted."""
-    import uvicorn
-
-    port = where.getsockname()[1]
+    port = listening.getsockname()[1]
     config = uvicorn.Config(chat_app(chats, port), log_level="warning", timeout_graceful_shutdown=2)
     # uvicorn ends by the interrupt, and raises it again.
     with suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[where])
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
     """The ASGI application. ``port``: that of the addresses at which it may be asked."""
-    from starlette.applications import Starlette
-    from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
-    from starlette.middleware import Middleware
-    from starlette.requests import Request
-    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-    from starlette.routing import Route
-
-    page = files("llmpruner.chatting").joinpath("page.html").read_text(encoding="utf-8")
+    page = files("llmpruner_chat").joinpath("page.html").read_text(encoding="utf-8")
     # Models share the random state of the process, so one answers at a time.
     turn = Lock()
 
@@ -98,7 +89,7 @@ def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
         return HTMLResponse(page.replace("{{ nonce }}", nonce), headers=headers)
 
     async def models(_: Request) -> Response:
-        return JSONResponse([{"name": chat.name, "plain": chat.plain} for chat in chats])
+        return JSONResponse([{"name": chat.name} for chat in chats])
 
     async def answer(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -106,25 +97,26 @@ def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
         try:
             question = Question.model_validate(json.loads(await request.body()))
             chat = chats[question.model]
-            pieces = await run_in_threadpool(chat.answer, question.exchanges, question.text)
         except (ValueError, ValidationError, IndexError):
             return PlainTextResponse("no such question", 400)
+        pieces = _pieces(chat, question.exchanges, question.text, turn)
+        try:
+            # A conversation that is too long is refused before the first piece.
+            first = await run_in_threadpool(next, pieces, "")
         except LlmprunerError as error:
             return PlainTextResponse(str(error), 400)
 
         async def body() -> AsyncIterator[str]:
-            from anyio import CancelScope
-
-            own = _in_turn(pieces, turn)
             try:
-                async for piece in iterate_in_threadpool(own):
+                yield first
+                async for piece in iterate_in_threadpool(pieces):
                     yield piece
                     if await request.is_disconnected():
                         return
             finally:
                 # The reader has gone, or all is said: the model stops, and the next may begin.
                 with CancelScope(shield=True):
-                    await run_in_threadpool(own.close)
+                    await run_in_threadpool(pieces.close)
 
         return StreamingResponse(body(), media_type="text/plain; charset=utf-8", headers={"Cache-Control": "no-store"})
 
@@ -132,12 +124,38 @@ def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
     return Starlette(routes=routes, middleware=[Middleware(_Guard, port=port)])
 
 
-def _in_turn(pieces: Iterator[str], turn: Lock) -> Any:
-    with turn:
+class _Stopped(Exception):
+    """The reader has gone."""
+
+
+def _pieces(chat: Chat, exchanges: Sequence[Exchange], text: str, turn: Lock) -> Generator[str, None, None]:
+    """The pieces of an answer as they come. Closing the iterator stops the model. Raises what the model raises."""
+    pieces: Queue[str | BaseException | None] = Queue()
+    stop = Event()
+
+    def put(piece: str) -> None:
+        if stop.is_set():
+            raise _Stopped
+        pieces.put(piece)
+
+    def work() -> None:
         try:
-            yield from pieces
-        finally:
-            pieces.close()  # type: ignore[attr-defined]
+            with turn:
+                chat.answer(exchanges, text, put)
+        except BaseException as error:
+            pieces.put(error)
+        pieces.put(None)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        stop.set()
+        thread.join()
 
 
 class _Guard:
@@ -150,14 +168,12 @@ class _Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            given = [(name.lower(), value) for name, value in scope["headers"]]
-            hosts = [value for name, value in given if name == b"host"]
-            origins = [value for name, value in given if name == b"origin"]
-            sites = [value for name, value in given if name == b"sec-fetch-site"]
+            headers = [(name.lower(), value) for name, value in scope["headers"]]
+            hosts = [value for name, value in headers if name == b"host"]
+            origins = [value for name, value in headers if name == b"origin"]
+            sites = [value for name, value in headers if name == b"sec-fetch-site"]
             foreign = not set(origins) <= self._origins or not set(sites) <= {b"same-origin", b"none"}
             if len(hosts) != 1 or hosts[0] not in self._hosts or foreign:
-                from starlette.responses import PlainTextResponse
-
                 await PlainTextResponse("only the page of this server may ask", 403)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -12,10 +12,12 @@ import pytest
 import tiny_models
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from llmpruner_hub import card, push
+from typer.testing import CliRunner
 
 import llmpruner
 from llmpruner import CheckpointError, DataError, ModelError, OutputError, SettingsError
-from llmpruner.publishing import card, push
+from llmpruner.cli.app import build_app
 
 httpx = importlib.import_module(HTTPError.__module__.partition(".")[0])
 """The library by which this version of huggingface_hub sends."""
@@ -64,7 +66,7 @@ def hub(monkeypatch):
 
 
 def test_the_card_of_a_stock_checkpoint(folders):
-    upload = llmpruner.push(folders / "stock", "me/small", dry_run=True, base_model="org/dense", license="mit")
+    upload = push.prepare(folders / "stock", "me/small", base_model="org/dense", license="mit")
     read = ModelCard(upload.card)
     assert read.data.to_dict() == {
         "base_model": "org/dense",
@@ -85,7 +87,7 @@ def test_the_card_of_a_stock_checkpoint(folders):
 
 
 def test_the_card_of_a_shim_checkpoint(folders):
-    text = llmpruner.push(folders / "shim", "me/odd", dry_run=True).card
+    text = push.prepare(folders / "shim", "me/odd").card
     assert 'from_pretrained("me/odd", trust_remote_code=True)' in text and "`modeling_llmpruner.py`" in text
     assert "| 1 | 24 of 48 |" in text
     assert "base_model" not in text and "which its files do not state" in text
@@ -108,7 +110,7 @@ def test_recovery_quantisation_and_figures(folders, tmp_path):
         {"name": "x/made", "perplexity": {**perplexity, "kl_per_token": 0.25}, "tasks": {}},
     ]
     (tmp_path / "e.json").write_text(json.dumps(found))
-    text = llmpruner.push(folder, "me/made", dry_run=True, evaluation=tmp_path / "e.json").card
+    text = push.prepare(folder, "me/made", evaluation=tmp_path / "e.json").card
     assert "# Needs: pip install torchao" in text
     assert "- `lora` on 1,200 examples of `rows.jsonl`, 2 steps: loss 2.500 → 1.250" in text
     assert "- Calibration text: `text.txt`, SHA-256 of the tokens `abc`" in text
@@ -128,15 +130,8 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
         found = card.licence_of(None, str(tmp_path))
     assert found == card.Licence("other", "own", "https://a.b/c")
     readme.write_text("---\nlicense: [\n---\n")
-    with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; give --license"):
+    with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; use --license"):
         card.licence_of(None, str(tmp_path))
-
-
-def test_a_card_whose_metadata_are_not_read_back_is_refused():
-    from huggingface_hub import ModelCardData
-
-    with pytest.raises(CheckpointError, match="cannot be read back"):
-        card._check("---\nlicense: mit\n---\n", ModelCardData(license="apache-2.0"))
 
 
 def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
@@ -145,20 +140,18 @@ def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
     for file in (folders / "stock").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "README.md").write_text("# Mine\n")
-    assert llmpruner.push(folder, "me/own", dry_run=True).card == "# Mine\n"
-    with pytest.raises(SettingsError, match=r"--license has no effect on .*README.md, which is sent as it is"):
-        llmpruner.push(folder, "me/own", dry_run=True, license="mit")
+    assert push.prepare(folder, "me/own").card == "# Mine\n"
 
 
 # The files
 
 
 def test_folders_of_this_machine_stay_here(folders):
-    upload = llmpruner.push(folders / "stock", "me/small", dry_run=True)
+    upload = push.prepare(folders / "stock", "me/small")
     record = json.loads(upload.files["llmpruner.json"])
     assert "base_path" not in record and record["plans"][0]["base"]["model"] == "dense"
     assert str(folders) not in upload.files["llmpruner.json"].decode() + upload.card
-    named = llmpruner.push(folders / "stock", "me/small", dry_run=True, base_model="org/dense")
+    named = push.prepare(folders / "stock", "me/small", base_model="org/dense")
     assert json.loads(named.files["llmpruner.json"])["plans"][0]["base"]["model"] == "org/dense"
     own = json.loads((folders / "stock" / "llmpruner.json").read_text())
     assert own["base_path"] == str(folders / "dense")
@@ -192,39 +185,14 @@ def test_a_hub_model_keeps_its_name(folders):
     assert card.base_of(record) is None
 
 
-def test_what_export_wrote_for_other_programs_is_named(folders, tmp_path):
-    """It was said to be no checkpoint, or not pruned by llmpruner."""
-    for to, what in (("nemotron-nas", "the format nemotron-nas"), ("meta", r"consolidated\.00\.pth")):
-        llmpruner.export(folders / "stock", to=to, output=tmp_path / to)
-        found = rf"holds {what}, for which push writes no card; push the checkpoint that it was exported from, or send"
-        with pytest.raises(ModelError, match=found):
-            llmpruner.push(tmp_path / to, "me/x", dry_run=True)
-    (tmp_path / "gguf").mkdir()
-    (tmp_path / "gguf" / "small.gguf").touch()
-    with pytest.raises(ModelError, match=r"holds small\.gguf, for which .*: hf upload me/x '.*gguf'"):
-        llmpruner.push(tmp_path / "gguf", "me/x", dry_run=True)
-
-
 # Sending
-
-
-def test_nothing_is_sent_without_the_flag(folders, hub):
-    found = hub()
-    with pytest.raises(SettingsError, match="nothing is sent without --yes; --dry-run shows"):
-        llmpruner.push(folders / "stock", "me/small")
-    with pytest.raises(SettingsError, match="--yes has no effect beside --dry-run"):
-        llmpruner.push(folders / "stock", "me/small", yes=True, dry_run=True)
-    with pytest.raises(SettingsError, match="--public has no effect with --dry-run"):
-        llmpruner.push(folders / "stock", "me/small", public=True, dry_run=True)
-    assert llmpruner.push(folders / "stock", "me/small", dry_run=True).url is None
-    assert not found.calls
 
 
 @pytest.mark.parametrize("public", [False, True])
 def test_everything_is_sent_at_once(folders, hub, public):
     found = hub()
-    upload = llmpruner.push(folders / "stock", "me/small", yes=True, public=public)
-    assert upload.url == "https://hub/me/small/commit/1"
+    upload = push.prepare(folders / "stock", "me/small")
+    assert push.send(upload, public=public) == "https://hub/me/small/commit/1"
     (first, options), (second, files) = found.calls
     assert first == second == "me/small" and options == {"private": not public, "exist_ok": True}
     own = {file.name for file in (folders / "stock").iterdir()}
@@ -250,39 +218,39 @@ def refusal(status: int) -> HfHubHTTPError:
 def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
     found = hub(error)
     with pytest.raises(OutputError, match=message) as caught:
-        llmpruner.push(folders / "stock", "me/small", yes=True)
+        push.send(push.prepare(folders / "stock", "me/small"))
     assert "\n" not in str(caught.value) and not found.calls
-
-
-def test_adapters_are_merged_first(folders, hub, tmp_path):
-    (tmp_path / "adapter").mkdir()
-    config = {"base_model_name_or_path": str(folders / "stock")}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"has adapters alone, which push does not take; merge them first.*--no-merge"):
-        llmpruner.push(tmp_path / "adapter", "me/small", yes=True)
 
 
 @pytest.mark.parametrize(
     ("folder", "repo", "options", "kind", "message"),
     [
-        ("dense", "me/x", {}, ModelError, "has no llmpruner.json, so it was not pruned"),
-        ("none", "me/x", {}, ModelError, "is no checkpoint directory"),
+        ("dense", "me/x", {}, ModelError, "is no pruned checkpoint with config.json and llmpruner.json"),
         ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
         ("stock", "x", {}, SettingsError, "'x' is no name of a repository: it has no owner; expected OWNER/NAME"),
         ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
-        ("stock", "me/x", {"evaluation": "none.json"}, DataError, "none.json cannot be read"),
+        ("stock", "me/x", {"evaluation": Path("none.json")}, DataError, "none.json is not what"),
     ],
 )
 def test_mistakes(folders, folder, repo, options, kind, message):
     with pytest.raises(kind, match=message):
-        llmpruner.push(folders / folder, repo, dry_run=True, **options)
+        push.prepare(folders / folder, repo, **options)
 
 
 def test_a_folder_without_weights_or_plan(folders, tmp_path):
     for name in ("config.json", "llmpruner.json"):
         (tmp_path / name).write_bytes((folders / "stock" / name).read_bytes())
-    with pytest.raises(CheckpointError, match="holds no safetensors file"):
-        llmpruner.push(tmp_path, "me/x", dry_run=True)
+    with pytest.raises(CheckpointError, match="has no safetensors file"):
+        push.prepare(tmp_path, "me/x")
     (tmp_path / "llmpruner.json").write_text(json.dumps({"plans": []}))
-    with pytest.raises(CheckpointError, match=r"holds no plan|is damaged"):
-        llmpruner.push(tmp_path, "me/x", dry_run=True)
+    with pytest.raises(CheckpointError, match=r"has no plan|is damaged"):
+        push.prepare(tmp_path, "me/x")
+
+
+def test_the_command_shows_the_card_and_sends_nothing(folders, hub):
+    asked = hub()
+    result = CliRunner().invoke(build_app(), ["push", str(folders / "stock"), "me/small"])
+    assert result.exit_code == 0 and "# small" in result.output and "model.safetensors" in result.output
+    assert "nothing was sent; --yes sends these files" in result.output and not asked.calls
+    result = CliRunner().invoke(build_app(), ["push", str(folders / "stock"), "me/small", "--yes"])
+    assert "https://hub/me/small/commit/1" in result.output and len(asked.calls) == 2

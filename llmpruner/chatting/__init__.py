@@ -1,1 +1,0 @@
-"""Conversations with models: streamed answers, in the terminal or on a local page."""

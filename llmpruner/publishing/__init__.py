@@ -1,1 +1,0 @@
-"""Publishing: a model card from the record of a checkpoint, and sending both to the Hugging Face Hub."""

@@ -1,0 +1,159 @@
+"""The model card of a pruned checkpoint, from its record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from llmpruner import CheckpointError, PruningPlan, SettingsError, Structure, build_graph
+
+CARD_FILE = "README.md"
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+class Licence(NamedTuple):
+    """As the metadata of a card states it. ``name``, ``link``: of a licence without an identifier (``other``)."""
+
+    identifier: str
+    name: str | None = None
+    link: str | None = None
+
+
+def model_card(
+    structure: Structure,
+    repo: str,
+    record: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    license: str | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The text of ``README.md``, with metadata that the hub reads.
+
+    ``record``: of the checkpoint, as it is published. ``base``: the hub id of the dense model; None where it is not
+    known. ``evaluations``: what ``evaluate --json`` wrote. Raises `CheckpointError` for a record without a plan.
+    """
+    if not structure.plans:
+        raise CheckpointError("the record of the checkpoint has no plan, so there is nothing to write a card from")
+    local = (structure.record or {}).get("base_path")
+    licence = licence_of(base, local) if license is None else _named(license)
+    identifier, name, link = licence or (None, None, None)
+    data = ModelCardData(
+        base_model=base, library_name="transformers", license=identifier, license_name=name, license_link=link,
+        pipeline_tag="text-generation", tags=["llmpruner", "pruned"],
+    )  # fmt: skip
+    config = json.loads((Path(structure.path or structure.ref) / "config.json").read_text(encoding="utf-8"))
+    dense, graph = build_graph(structure.family, structure.config), structure.graph
+    plans = [PruningPlan.model_validate(plan) for plan in record["plans"]]
+    environment = Environment(
+        loader=PackageLoader("llmpruner_hub", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False,
+        undefined=StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    text = environment.get_template("card.md.j2").render(
+        metadata=data.to_yaml(),
+        repo=repo,
+        hub_id=base,
+        base=base or Path(plans[0].base.model).name,
+        licence=licence,
+        decoder=(dense.decoder_parameters, graph.decoder_parameters),
+        parameters=(dense.total_parameters, graph.total_parameters),
+        shim="llmpruner" in config,
+        quantised=(config.get("quantization_config") or {}).get("quant_method"),
+        steps=[(plan, *_cuts(plan)) for plan in plans],
+        recoveries=[(training, _losses(training)) for training in record.get("recovery") or ()],
+        rows=_figures(evaluations),
+        measured=evaluations[0].get("perplexity") if evaluations else None,
+        version=record.get("llmpruner", ""),
+    )
+    if (read := ModelCard(text).data.to_dict()) != data.to_dict():
+        raise CheckpointError(f"the metadata of the model card cannot be read back: {read}")
+    return text
+
+
+def _cuts(plan: PruningPlan) -> tuple[list[str], list[str], list[tuple[str, tuple[str, ...]]]]:
+    """Lines about what is not of one layer; kinds of units; and, for layers that lose the same, their numbers with a
+    cell for each kind."""
+    whole: list[str] = []
+    kinds = list(dict.fromkeys(cut.kind for cut in plan.cuts.values() if cut.layer is not None))
+    units: dict[int, dict[str, tuple[int, int]]] = {}
+    for cut in plan.cuts.values():
+        if cut.layer is None:
+            gone = sorted(set(range(cut.units)) - set(cut.kept)) if cut.kind == "layer" else []
+            numbers = f" (gone: {', '.join(map(str, gone))})" if gone else ""
+            whole.append(f"{cut.kind}: {len(cut.kept):,} of {cut.units:,} units kept{numbers}")
+        else:
+            kept, total = units.setdefault(cut.layer, {}).get(cut.kind, (0, 0))
+            units[cut.layer][cut.kind] = kept + len(cut.kept), total + cut.units
+    rows: list[tuple[list[int], tuple[str, ...]]] = []
+    for layer, numbers_of in sorted(units.items()):
+        cells = tuple("{:,} of {:,}".format(*numbers_of[kind]) if kind in numbers_of else "all" for kind in kinds)
+        if rows and rows[-1][0][-1] == layer - 1 and rows[-1][1] == cells:
+            rows[-1][0].append(layer)
+        else:
+            rows.append(([layer], cells))
+    return whole, kinds, [("–".join(map(str, dict.fromkeys((n[0], n[-1])))), cells) for n, cells in rows]
+
+
+def _losses(training: Mapping[str, Any]) -> str:
+    losses = training.get("losses")
+    return f"loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
+
+
+def base_of(record: Mapping[str, Any]) -> str | None:
+    """The hub id of the dense model in a record; None for a local model."""
+    plans = record.get("plans") or ()
+    name = str(plans[0]["base"]["model"]) if plans and "base_path" not in record else ""
+    return name if _HUB_ID.fullmatch(name) else None
+
+
+def licence_of(base: str | None, path: str | None) -> Licence | None:
+    """The licence that the card of the dense model states: in its local directory ``path``, or in the cache of the hub
+    model ``base``. None where no such card is on this machine, or it states none."""
+    cached = None if base is None else try_to_load_from_cache(base, CARD_FILE)
+    files = [Path(path) / CARD_FILE] if path else []
+    # The cache answers with a mark of its own for files that are known not to exist.
+    files += [Path(cached)] if isinstance(cached, str) else []
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        except Exception as error:  # cards have YAML by many hands
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"the licence cannot be read from {file}: {reason}; use --license") from error
+        if isinstance(data.license, str):
+            return Licence(data.license, data.license_name, data.license_link)
+    return None
+
+
+def _named(identifier: str) -> Licence:
+    if not _LICENCE.fullmatch(identifier):
+        raise SettingsError(f"--license '{identifier}': expected an identifier in lower case, such as apache-2.0, mit")
+    return Licence(identifier)
+
+
+def _figures(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Rows of the table of figures: a label, and a cell for each model; the first row has their names."""
+    if not evaluations:
+        return []
+    rows = [("", [Path(str(model["name"])).name for model in evaluations])]
+    perplexities = [model.get("perplexity") or {} for model in evaluations]
+    for key, label in (("perplexity", "perplexity"), ("kl_per_token", "KL divergence from the first, nats per token")):
+        if any(values.get(key) is not None for values in perplexities):
+            rows.append((label, [_cell(values.get(key)) for values in perplexities]))
+    tasks = [model.get("tasks") or {} for model in evaluations]
+    for task, metric in dict.fromkeys((t, m) for of_model in tasks for t, values in of_model.items() for m in values):
+        if not metric.endswith("_stderr"):
+            rows.append((f"{task} {metric}", [_cell(of_model.get(task, {}).get(metric)) for of_model in tasks]))
+    return rows
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
