@@ -242,7 +242,7 @@ def drill(name: str, work: Path, python: Path) -> dict[str, Any]:
     table = work / "evaluation.json"
     took = run(
         "evaluate", str(source), str(work / "prune-25"), str(work / "recover"), "--perplexity", str(text),
-        "--tokens", "256", "--window", "64", "--json", str(table),
+        "--set", "perplexity.tokens=256", "--window", "64", "--json", str(table),
     )  # fmt: skip
     del took["output"]
     rows = json.loads(table.read_text())

@@ -79,7 +79,18 @@ def prune(model: str, out: Path, *options: str) -> dict[str, Any]:
 
 def perplexity(model: str, text: str, work: Path) -> float:
     file = work / "evaluation.json"
-    run("evaluate", model, "--perplexity", text, "--tokens", "20480", "--dtype", "float32", "--json", str(file))
+    run(
+        "evaluate",
+        model,
+        "--perplexity",
+        text,
+        "--set",
+        "perplexity.tokens=20480",
+        "--dtype",
+        "float32",
+        "--json",
+        str(file),
+    )
     return float(json.loads(file.read_text())[0]["perplexity"]["perplexity"])
 
 

@@ -59,7 +59,8 @@ def instructions(data: Path) -> str:
 def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str, float]:
     """Perplexity of ``model`` and, with ``kl``, its divergence from the dense one."""
     file = work / "evaluation.json"
-    options = ("--tokens", str(TOKENS), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
+    options = ("--set", f"perplexity.tokens={TOKENS}", "--window", str(WINDOW), "--dtype", "float32")
+    options = (*options, "--set", "perplexity.autocast=true")
     models = ("demo", model, "--kl") if kl else (model,)
     run("evaluate", *models, "--perplexity", str(text), *options, "--json", str(file))
     found: dict[str, float] = json.loads(file.read_text())[-1]["perplexity"]

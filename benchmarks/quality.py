@@ -5,7 +5,7 @@
 Every row is one `llmpruner prune` in a process of its own, then perplexity, and the divergence from the dense model, on
 texts that no calibration has seen: WikiText-2's test part, documents of C4, answers to instructions in the model's
 chat format and without it, and code. ``--models``: of `MODELS`, or a checkpoint. ``--tasks``: zero-shot tasks too
-(the first 1,000 rows of each, with the error of the difference from the dense model, row by row). Rows are kept in
+(the first 1,000 rows of each, with the standard error of the difference from the dense model). Rows are kept in
 ``results/quality.jsonl``, so an interrupted run goes on where it stopped; ``docs/quality.md``, its plot and the
 README's table are drawn from them.
 """
@@ -19,11 +19,9 @@ import subprocess
 import sys
 import tempfile
 from importlib import import_module
+from math import hypot
 from pathlib import Path
 from typing import Any
-
-from llmpruner.evaluation.base import Row as Scored
-from llmpruner.evaluation.table import difference as paired
 
 from .measure import TOKENS, WINDOW, data_folder, instructions, machine, run
 from .quality_page import TASKS, answers_of, draw
@@ -92,7 +90,7 @@ def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> di
     found["perplexity_instructions"] = found["texts"]["instructions"]["perplexity"]
     if tasks:
         report = work / "tasks.json"
-        limit = ("--tasks", ",".join(TASKS), "--limit", str(TASK_ROWS), "--include-path", str(work / "tasks"))
+        limit = ("--tasks", ",".join(TASKS), "--limit", str(TASK_ROWS), "--set", f"tasks.include_path={work}/tasks")
         _task_files(data, work / "tasks")
         models = [dense] if model == dense else [dense, model]
         run("evaluate", *models, *limit, "--dtype", "float32", "--json", str(report), timeout=7200)
@@ -137,7 +135,8 @@ def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> 
     models = (model,) if model == dense else (dense, model, "--kl", "--set", "answers.kl=true")
     command = (
         "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
-        "--tokens", str(tokens), "--window", str(WINDOW), "--autocast", "--metrics", "answers",
+        "--set", f"perplexity.tokens={tokens}", "--set", "perplexity.autocast=true", "--window", str(WINDOW),
+        "--metrics", "answers",
         "--set", f"answers.data={answers}", "--set", f"answers.limit={answers_of(tokens)}",
         "--set", "answers.autocast=true", "--json", str(report),
     )  # fmt: skip
@@ -149,11 +148,9 @@ def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> 
 
 
 def difference(first: dict[str, Any], other: dict[str, Any], task: str) -> dict[str, float | None]:
-    """The accuracy of ``other`` minus that of ``first`` on the same rows of a task, and its standard error."""
-    pair = [Scored("", None, scores=one["task_rows"][task]["scores"]["acc"]) for one in (first, other)]
-    found = paired(*pair)
-    assert found is not None
-    return dict(zip(("mean", "error"), found, strict=True))
+    """The accuracy of ``other`` minus that of ``first`` on a task, and its standard error (not of paired rows)."""
+    before, after = (one["tasks"][task] for one in (first, other))
+    return {"mean": after["acc"] - before["acc"], "error": hypot(before["acc_stderr"], after["acc_stderr"])}
 
 
 def _task_files(data: Path, folder: Path) -> None:

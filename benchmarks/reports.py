@@ -74,7 +74,8 @@ def main() -> None:
 def evaluated(file: Path, models: Sequence[Path], texts: Sequence[Path], tokens: int) -> dict[str, Any]:
     """Name → what ``evaluate --json`` wrote of the dense model (``demo``) and of ``models``, to ``file`` or earlier."""
     if not file.is_file():
-        options = ("--kl", "--tokens", str(tokens), "--window", str(WINDOW), "--dtype", "float32", "--autocast")
+        options = ("--kl", "--set", f"perplexity.tokens={tokens}", "--window", str(WINDOW), "--dtype", "float32")
+        options = (*options, "--set", "perplexity.autocast=true")
         where = ("--perplexity", ",".join(map(str, texts)))
         run("evaluate", "demo", *map(str, models), *where, *options, "--json", str(file), timeout=14400)
     return {Path(one["name"]).name: one for one in json.loads(file.read_text(encoding="utf-8"))}

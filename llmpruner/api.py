@@ -14,20 +14,24 @@ Docstrings name what else is raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+import torch
 from typing_extensions import Unpack
 
 from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
 from .discovery.verify import Verdict
 from .discovery.verify import verify as _verify
 from .errors import ModelError, PlanError, SettingsError
-from .evaluation.speed.results import BenchResult
-from .evaluation.speed.run import bench as _bench
-from .evaluation.table import Evaluations
+from .evaluation.base import ComparedModel
+from .evaluation.bench import BenchResult
+from .evaluation.bench import bench as _bench
+from .evaluation.evaluate import Evaluations
+from .evaluation.evaluate import evaluate as _evaluate
+from .evaluation.runtime import BenchSubject
 from .exporters.run import export as _export
 from .files import HTML, check_new_directory, check_own_file, write_text
 from .keywords import (
@@ -40,24 +44,25 @@ from .keywords import (
     RecoverKeywords,
     SensitivityKeywords,
 )
+from .models.devices import check_device
+from .models.dtypes import dtype_of
 from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
 from .models.model import Model, Structure
 from .models.quiet import quiet_transformers
 from .models.record import REPORT_FILE
+from .models.reference import resolve
 from .plugins.catalog import Catalog
 from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .pruning.allocation.curve import Curve
-from .recipes.benches import bench_subject, check_bench
-from .recipes.evaluating import evaluate_models
 from .recipes.evidence import ResultsFile, find, subjects_of
 from .recipes.jobs import (
     bench_job,
+    evaluate_job,
     export_job,
     page_job,
-    text_job,
 )
 from .recipes.opening import Opener, Source, listed, openers
 from .recipes.pruning import Pruning
@@ -73,7 +78,6 @@ from .report.base import ReportSubject
 from .report.page import Report, comparison_page, facts_of, report_page
 from .settings import (
     BenchSettings,
-    CacheSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -231,7 +235,6 @@ def evaluate(
     models: Source | Sequence[Source],
     *,
     load: LoadSettings | Sequence[LoadSettings] | None = None,
-    cache: CacheSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
@@ -239,18 +242,21 @@ def evaluate(
     """Measure models: parameters and bytes, perplexity (KL divergence in nats per token), lm-eval tasks, speed (tokens
     per second, peak bytes), and metrics of plugins. The first model is the reference of those that compare.
 
-    One is in memory at a time (with ``kl``, beside the first); all are looked up before the first is loaded. ``load``:
-    for all models, or one for each. Results of models that are given by reference are kept on disk as soon as they are
-    measured (``cache``: where), except those that depend on the machine, and are used again.
+    One is in memory at a time (with ``kl``, next to the first); all are looked up before the first is loaded.
+    ``load``: for all models, or one for each.
 
     Raises `DataError` for a text, a task or prompts that cannot be read, and for a model that cannot be measured on
     them, and `ModelError` for models that cannot be compared, before the first is loaded.
     """
     catalog = catalog or Catalog(plugin_manager())
-    check_type("cache", cache, (CacheSettings, NoneType), "CacheSettings")
-    options, sources = settings_from(EvaluateSettings, settings), listed(models)
+    job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
+    sources = listed(models)
     each = openers(load, sources, catalog, progress)
-    return evaluate_models(sources, options, each, cache or CacheSettings(), catalog, progress)
+    opened = [opener.readable(source, "be evaluated") for opener, source in zip(each, sources, strict=True)]
+    pairs = list(zip(each, opened, strict=True))
+    compared = [ComparedModel(one.ref, one.config, opener.tokenizer(one), one.family) for opener, one in pairs]
+    loaders = [partial(opener.weights, one) for opener, one in pairs]
+    return _evaluate(compared, loaders, job.metrics, progress)
 
 
 def sensitivity(
@@ -293,17 +299,29 @@ def bench(
     job = bench_job(settings_from(BenchSettings, settings), catalog)
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
-    for opener in each:
-        check_bench(job, opener.load)
     batch, length = max(job.batches), max(job.prompts) + job.new
-    subjects = [
-        bench_subject(source, opener, batch=batch, length=length)
-        for source, opener in zip(sources, each, strict=True)
-    ]  # fmt: skip
+    subjects = [_bench_subject(source, opener, batch, length) for source, opener in zip(sources, each, strict=True)]
     return _bench(
         subjects, job.runtime, batches=job.batches, prompts=job.prompts, new_tokens=job.new, rounds=job.rounds,
         device=each[0].load.device, progress=progress,
     )  # fmt: skip
+
+
+def _bench_subject(source: Source, opener: Opener, batch: int, length: int) -> BenchSubject:
+    """Opens the model only as far as the runtime asks for."""
+    check_device(opener.load.device)
+    find = cache(partial(opener.structure, source))
+    if isinstance(source, Structure):
+        ref, path = source.ref, None if source.path is None else Path(source.path)
+    else:
+        ref, place = str(source), resolve(str(source), opener.catalog, revision=opener.load.revision)
+        path = place.directory / (place.gguf_file or "") if place.directory.exists() else None
+
+    def find_dtype() -> torch.dtype:
+        found = find()
+        return found.model.dtype if isinstance(found, Model) else dtype_of(found, opener.catalog, opener.load)
+
+    return BenchSubject(ref, path, opener.load.device, batch, length, find, find_dtype, lambda: opener.weights(find()))
 
 
 def generate(
@@ -326,7 +344,7 @@ def generate(
     than the model has positions.
     """
     check_type("prompt", prompt, str, "text")
-    options = text_job(settings_from(GenerateSettings, settings))
+    options = settings_from(GenerateSettings, settings)
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
     if not prompt and not options.chat:

@@ -83,19 +83,13 @@ class RecoverKeywords(TypedDict, total=False):
 class EvaluateKeywords(TypedDict, total=False):
     """Of `EvaluateSettings`."""
 
-    tasks: str | Sequence[str] | None
     perplexity: str | Path | None
     window: int | None
-    tokens: int | None
     kl: bool
+    tasks: str | Sequence[str] | None
+    limit: int | None
     speed: bool
     metrics: str | Sequence[str] | None
-    limit: int | None
-    num_fewshot: int | None
-    include_path: str | Path | None
-    batch_size: int | None
-    autocast: bool
-    seed: int
     settings: Mapping[str, Mapping[str, Any]]
 
 

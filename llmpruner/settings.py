@@ -536,13 +536,6 @@ class RecoverSettings(Settings):
 class EvaluateSettings(Settings):
     """What to measure of models."""
 
-    tasks: Annotated[
-        Names | None,
-        Field(
-            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
-            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."
-        ),
-    ] = None
     perplexity: Annotated[
         Text | None,
         Field(
@@ -556,11 +549,6 @@ class EvaluateSettings(Settings):
         Field(description="Tokens per window of the perplexity, by default 512; windows do not overlap."),
         Option(sets="perplexity.window"),
     ] = None
-    tokens: Annotated[
-        int | None,
-        Field(description="Number of tokens of the text to use, from its start; all by default."),
-        Option(sets="perplexity.tokens"),
-    ] = None
     kl: Annotated[
         bool,
         Field(
@@ -569,46 +557,20 @@ class EvaluateSettings(Settings):
         ),
         Option(sets="perplexity.kl"),
     ] = False
-    speed: Annotated[bool, Field(description="Tokens per second and peak memory.")] = False
-    metrics: Annotated[
-        Names | None, Field(description="Further metrics by name, comma-separated; see `llmpruner plugins`.")
-    ] = None
-    limit: Annotated[int | None, Field(description="Rows per task; all by default."), Option(sets="tasks.limit")] = None
-    num_fewshot: Annotated[
-        int | None,
-        Field(description="Examples shown in each task's prompt; by default the task's own number, mostly 0."),
-        Option(sets="tasks.num_fewshot"),
-    ] = None
-    include_path: Annotated[
-        Path | None,
-        Field(description="Folder with additional lm-eval task files, such as for offline data."),
-        Option(sets="tasks.include_path"),
-    ] = None
-    batch_size: Annotated[
-        int | None, Field(description="Rows per batch of tasks. By default 8."), Option(sets="tasks.batch_size")
-    ] = None
-    autocast: Annotated[
-        bool,
-        Field(description="Compute the perplexity in bfloat16 under autocast (faster, rounds)."),
-        Option(sets="perplexity.autocast"),
-    ] = False
-    seed: Annotated[Seed, Option(sets="tasks.seed")] = 0
-    settings: Set = {}
-
-
-class CacheSettings(Settings):
-    """Where results of evaluations are kept, so that a second run measures only what is new."""
-
-    cache: Annotated[
-        Path | None,
+    tasks: Annotated[
+        Names | None,
         Field(
-            description="Folder for results and checksums, by default $LLMPRUNER_CACHE or ~/.cache/llmpruner. A result "
-            "is used again for models, texts, settings and versions that are the same in content."
+            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
+            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."
         ),
     ] = None
-    again: Annotated[bool, Field(description="Measure again what was measured before, and keep the new results.")] = (
-        False
-    )
+    limit: Annotated[int | None, Field(description="Rows per task; all by default."), Option(sets="tasks.limit")] = None
+    speed: Annotated[bool, Field(description="Tokens per second and peak memory.")] = False
+    metrics: Annotated[
+        Names | None,
+        Field(description="Metrics by name, comma-separated, such as those of plugins; see `llmpruner plugins`."),
+    ] = None
+    settings: Set = {}
 
 
 class BenchSettings(Settings):

@@ -12,7 +12,7 @@ from settings_table import table as settings_table
 
 from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, settings
 from llmpruner.discovery.verify import Verdict
-from llmpruner.evaluation.speed.results import BenchCase, Measurement, Rate
+from llmpruner.evaluation.bench import BenchCase, Measurement, Rate
 from llmpruner.models.model import Model, Structure
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.results import PlannedStep, RecipeResult, StepResult
@@ -50,7 +50,7 @@ SETTINGS = {
     for name in vars(keywords)
     if name.endswith("Keywords")
 }
-OPTIONS = {"run": settings.RunSettings, "cache": settings.CacheSettings}
+OPTIONS = {"run": settings.RunSettings}
 """Keyword → the settings that it is an instance of, besides ``load``."""
 _OWN = {
     "progress": "shows what is being done; silent by default",

@@ -26,8 +26,6 @@ RECORD = {
     "and `verify` warn where they find others. Absent in checkpoints of earlier versions.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
-    "calibration_passages": "Fingerprints (12 hexadecimal digits) of one in 32 passages of 13 words of the text that "
-    "calibrations read, by which `evaluate` warns of a model that is measured on it; absent where none was read.",
     "work": "One for each of the plans: its [fits and scores](#work); null where an older version made the cut.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }

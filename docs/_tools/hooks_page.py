@@ -12,9 +12,8 @@ from structure_page import class_with_import
 from llmpruner.calibration.source import SampleTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
-from llmpruner.evaluation.speed.base import BenchSubject, Session
-from llmpruner.evaluation.speed.torch_session import work_of
-from llmpruner.evaluation.speed.work import Work
+from llmpruner.evaluation.runtime import BenchSubject, Session, Work
+from llmpruner.evaluation.transformers_runtime import work_of
 from llmpruner.exporters.base import ExportTask
 from llmpruner.models.source import TensorSource
 from llmpruner.plugins import hookspecs

@@ -17,7 +17,7 @@ from .derive import takes
 from .options import ModelNames, catalog_of
 
 if TYPE_CHECKING:
-    from ..evaluation.speed.results import BenchCase, BenchResult, Rate
+    from ..evaluation.bench import BenchCase, BenchResult, Rate
 
 
 def add_commands(app: typer.Typer) -> None:

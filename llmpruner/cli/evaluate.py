@@ -7,28 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..amounts import counted
 from ..files import check_own_file, json_text, write_text
-from ..settings import CacheSettings, EvaluateSettings, LoadSettings, settings_from
-from .console import RichProgress, note, table, warning_line
+from ..settings import EvaluateSettings, LoadSettings, settings_from
+from .console import RichProgress, table
 from .derive import takes
 from .options import ModelNames, catalog_of
 
 if TYPE_CHECKING:
-    from ..evaluation.table import Evaluations
+    from ..evaluation.evaluate import Evaluations
 
 
 def add_commands(app: typer.Typer) -> None:
     app.command()(evaluate)
 
 
-@takes(settings=EvaluateSettings, options=LoadSettings, kept=CacheSettings)
+@takes(settings=EvaluateSettings, options=LoadSettings)
 def evaluate(
     ctx: typer.Context,
     models: ModelNames,
     settings: dict[str, Any],
     options: dict[str, Any],
-    kept: dict[str, Any],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
 ) -> None:
     """Measure models side by side: size, perplexity, lm-eval tasks, speed."""
@@ -37,23 +35,14 @@ def evaluate(
     if json_file is not None:
         check_own_file(json_file, '[{"name"', "result of evaluate --json")
     results = api.evaluate(
-        models, load=settings_from(LoadSettings, options), cache=settings_from(CacheSettings, kept),
-        progress=RichProgress(), catalog=catalog_of(ctx), **settings,
-    )  # fmt: skip
-    found = results[0].perplexity
-    if found is not None:
-        note(
-            f"perplexity: {counted(found.windows, 'window')} of {counted(found.window, 'token')}, "
-            f"{counted(found.window - 1, 'prediction')} each"
-        )
+        models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
+    )
     show_evaluations(results)
     if json_file is not None:
         write_text(json_file, json_text(results.as_json(), indent=2))
 
 
 def show_evaluations(results: Evaluations) -> None:
-    """One column per model, one row per quantity, and remarks on them."""
+    """One column per model, one row per quantity."""
     rows = [(line.label, *line.cells) for line in results.lines]
     table(None, ("", *(result.name for result in results)), rows)
-    for remark in results.remarks:
-        warning_line(remark)

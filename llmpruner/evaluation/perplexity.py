@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +19,39 @@ from ..models.position_tables import check_table
 from ..models.precision import autocast_to
 from ..models.tokens import tokens_of
 from ..models.vocabulary import check_ids, check_one_head
-from ..progress import Progress
-from .results import PerplexityResult
+from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityResult:
+    """``tokens``: tokens of the text in the windows. Each window of ``window`` tokens gives ``window − 1`` predictions.
+    ``bos``: whether windows begin with what the tokenizer puts before a text (one token of the ``window``, as a rule;
+    where it puts several, predictions are of text alone). ``nll_per_token``: mean negative log-likelihood in nats.
+    ``bits_per_byte`` counts UTF-8 bytes, and is comparable between tokenizers. ``kl_per_token``: mean Kullback-Leibler
+    divergence KL(reference ‖ model) of the predictions, in nats; ``top1_agreement``: share of the predictions whose
+    most probable token is the reference's; both None without a reference. ``text_sha256``: of the whole text in UTF-8.
+    ``text``: its name, as it was given. ``others``: the results on further texts, by their names, as JSON values of the
+    same keys."""
+
+    perplexity: float
+    nll_per_token: float
+    bits_per_byte: float
+    tokens: int
+    windows: int
+    window: int
+    bos: bool
+    text_sha256: str
+    kl_per_token: float | None = None
+    top1_agreement: float | None = None
+    text: str | None = None
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, without the name of the text and the results on others."""
+        return {key: value for key, value in asdict(self).items() if key not in ("text", "others")}
 
 
 def perplexity(
@@ -35,7 +65,7 @@ def perplexity(
     autocast: bool = False,
     bos: bool = True,
     reference: PreTrainedModel | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
 
@@ -70,17 +100,17 @@ def perplexity(
     first = max(0, len(opening) - 1)
     total = total_divergence = 0.0
     agreed = 0
-    for batch in (progress or Progress()).track(torch.split(table, batch_size), "perplexity"):
+    for batch in progress.track(torch.split(table, batch_size), "perplexity"):
         placed = batch.to(model.device)
-        logits = _predictions(model, placed, autocast)[:, first:]
+        logits = predictions(model, placed, autocast)[:, first:]
         total += _negative_log_likelihood(logits, placed[:, first:])
         if reference is not None and reference is not model:
-            wanted = _predictions(reference, batch.to(reference.device), autocast)[:, first:]
-            total_divergence += divergence(wanted, logits)
-            agreed += _agreements(wanted, logits)
+            expected = predictions(reference, batch.to(reference.device), autocast)[:, first:]
+            total_divergence += divergence(expected, logits)
+            agreed += _agreements(expected, logits)
         check_number(total, model)
-    predictions = windows * (window - first - 1)
-    mean = total / predictions
+    predicted = windows * (window - first - 1)
+    mean = total / predicted
     size = len((text if len(used) == len(ids) else _decoded(tokenizer, used)).encode())
     return PerplexityResult(
         perplexity=exponential(mean),
@@ -91,8 +121,8 @@ def perplexity(
         window=window,
         bos=bool(opening),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        kl_per_token=None if reference is None else total_divergence / predictions,
-        top1_agreement=None if reference is None else 1.0 if reference is model else agreed / predictions,
+        kl_per_token=None if reference is None else total_divergence / predicted,
+        top1_agreement=None if reference is None else 1.0 if reference is model else agreed / predicted,
     )
 
 
@@ -135,7 +165,8 @@ def exponential(value: float) -> float:
 
 
 @torch.inference_mode()
-def _predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
+def predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
+    """Logits (B, T, V)."""
     with autocast_to(ids_BT.device.type, torch.bfloat16, enabled=autocast):
         logits_BTV: torch.Tensor = model(
             input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
@@ -143,9 +174,9 @@ def _predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -
     return logits_BTV
 
 
-def _agreements(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> int:
+def _agreements(expected_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> int:
     """At how many positions, without the last of each sequence, both have the same most probable token."""
-    one, other = (logits[:, :-1].argmax(-1) for logits in (wanted_BTV, logits_BTV))
+    one, other = (logits[:, :-1].argmax(-1) for logits in (expected_BTV, logits_BTV))
     return int((one == other.to(one.device)).sum())
 
 

@@ -10,7 +10,7 @@ from .hookspecs import hookimpl
 if TYPE_CHECKING:
     from ..calibration.source import CalibrationSource
     from ..evaluation.base import Metric
-    from ..evaluation.speed.base import Runtime
+    from ..evaluation.runtime import Runtime
     from ..exporters.base import Exporter
     from ..models.family import ModelFamily
     from ..pruning.allocation.base import Allocation
@@ -98,10 +98,9 @@ def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
 @hookimpl
 def llmpruner_metrics() -> list[type[Metric]]:
     from ..evaluation.answers import AnswersMetric
-    from ..evaluation.generations import GenerationsMetric
     from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 
-    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, GenerationsMetric, AnswersMetric]
+    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, AnswersMetric]
 
 
 @hookimpl
@@ -116,7 +115,8 @@ def llmpruner_exporters() -> list[type[Exporter]]:
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Runtime]]:
-    from ..evaluation.speed.runtimes import LlamaCppRuntime, StaticRuntime, TransformersRuntime, VllmRuntime
+    from ..evaluation.speed.runtimes import LlamaCppRuntime, VllmRuntime
+    from ..evaluation.transformers_runtime import StaticRuntime, TransformersRuntime
 
     return [TransformersRuntime, StaticRuntime, LlamaCppRuntime, VllmRuntime]
 

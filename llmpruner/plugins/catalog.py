@@ -12,7 +12,7 @@ from ..calibration.source import CalibrationSource
 from ..component import Component
 from ..errors import LlmprunerError, ModelError, PluginError, UnknownNameError, UnsupportedModelError, first_line, near
 from ..evaluation.base import Metric
-from ..evaluation.speed.base import Runtime
+from ..evaluation.runtime import Runtime
 from ..exporters.base import Exporter
 from ..models.auto import AUTO
 from ..models.family import ModelFamily

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..calibration.source import CalibrationSource
     from ..evaluation.base import Metric
-    from ..evaluation.speed.base import Runtime
+    from ..evaluation.runtime import Runtime
     from ..exporters.base import Exporter
     from ..models.family import ModelFamily
     from ..models.reader import CheckpointReader

@@ -17,7 +17,7 @@ from ..settings import (
     Settings,
 )
 from .checks import check_metrics, check_recover, check_text
-from .jobs import bench_job, evaluate_job, export_job, prune_job, recover_job, text_job
+from .jobs import bench_job, evaluate_job, export_job, prune_job, recover_job
 
 DENSE = "dense"
 """The model of the recipe, among the models that a step reads."""
@@ -62,7 +62,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
             "bench", BenchSettings, bench_job, several=True, libraries=("llama-cpp-python", "vllm")
         ),
         Command(
-            "generate", GenerateSettings, lambda settings, _: text_job(settings), several=True, prompt=True
+            "generate", GenerateSettings, lambda settings, _: settings, several=True, prompt=True
         ),
         Command(
             "export", ExportSettings, export_job, lambda exporter: exporter.check(), model=True, needs_checkpoint=True,

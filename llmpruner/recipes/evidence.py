@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..discovery.graph import build_graph
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.base import Row
-from ..evaluation.cost import size
-from ..evaluation.results import Evaluation
-from ..evaluation.table import side_by_side
-from ..evaluation.task_rows import with_task_rows
+from ..evaluation.costs import size
+from ..evaluation.evaluate import Evaluation, side_by_side
 from ..models.empty import meta_model
 from ..models.record import RECORD_FILE, RUN_FILE, read_json
 from ..models.structure import load_structure
@@ -190,10 +188,7 @@ def _measurements(
 
 def _evaluation(name: str, found: Mapping[str, Any], catalog: Catalog) -> Evaluation:
     """With the rows that the metrics give; those of a metric that is not installed are its numbers."""
-    aside = ("name", "calibration_overlap", "task_rows")
-    results = {key: value for key, value in found.items() if key not in aside and isinstance(value, Mapping) and value}
-    if "tasks" in results:
-        results["tasks"] = with_task_rows(results["tasks"], found.get("task_rows") or {})
+    results = {key: value for key, value in found.items() if isinstance(value, Mapping) and value}
     rows: list[Row] = []
     for key, value in results.items():
         if key in catalog.metrics:

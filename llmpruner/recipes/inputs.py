@@ -16,7 +16,6 @@ from .. import __version__
 from ..component import Component
 from ..files import is_file
 from ..models.adapters import adapter_base
-from ..models.model import Model
 from ..models.record import OF_THIS_MACHINE
 from ..models.reference import resolve
 from ..settings import LoadSettings
@@ -105,31 +104,9 @@ def _files(place: Reference) -> list[Path]:
     return [file for file in found if file.suffix not in _NO_WEIGHTS and file.name not in OF_THIS_MACHINE]
 
 
-def _unknown(fingerprint: Mapping[str, Any]) -> bool:
-    """Whether it is of a model of the hub, or of an adapter of one, whose commit is not known."""
-    inner = fingerprint.get(_BASE, fingerprint)
-    return _unknown(inner) if inner is not fingerprint else _HUB in inner and inner["commit"] is None
-
-
 def digest(fingerprint: Mapping[str, Any]) -> str:
     """A fingerprint as one short value."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-
-
-def evaluated_fingerprint(
-    structure: Structure, load: LoadSettings | None, catalog: Catalog, hashes: Hashes
-) -> dict[str, Any] | None:
-    """What results of an evaluation depend on: the model's files, how it is loaded, and versions. None for a model that
-    is in memory, which may differ from its files, and for one of the hub whose commit is not known."""
-    if isinstance(structure, Model):
-        return None
-    files = model_fingerprint(structure, catalog, hashes)
-    if _unknown(files):
-        return None
-    packages = {catalog.families.package_of(structure.family.name)} if structure.family.name in catalog.families else ()
-    versions = {name: _version(name) for name in sorted({*_LIBRARIES, *packages, "llmpruner"})}
-    # Where the files lie says nothing of them.
-    return {"files": files, "load": (load or LoadSettings()).model_dump(mode="json"), "versions": versions}
 
 
 def _versions(step: Step, job: Any, family: str, catalog: Catalog) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..calibration.calibration import CalibrationText, parse_calibration
 from ..engine.signals import Signal
 from ..errors import PluginError, SettingsError
 from ..evaluation.base import Metric
-from ..evaluation.speed.base import Runtime
+from ..evaluation.runtime import Runtime
 from ..exporters.base import Exporter
 from ..plugins.catalog import Catalog
 from ..pruning.allocation.base import Allocation
@@ -30,7 +30,6 @@ from ..settings import (
     BenchSettings,
     EvaluateSettings,
     ExportSettings,
-    GenerateSettings,
     Meet,
     PageSettings,
     PruneSettings,
@@ -314,33 +313,23 @@ def _check_trackers(settings: RecoverSettings) -> None:
 
 
 def evaluate_job(settings: EvaluateSettings, catalog: Catalog) -> EvaluateJob:
-    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together.
-
-    The size is always measured; perplexity on Python's help topics, when nothing is named. ``--metrics size`` alone
-    measures nothing else.
-    """
-    wanted: dict[str, dict[str, Any]] = {"size": {}}
-    for name, key in (("perplexity", "text"), ("tasks", "names")):
-        if getattr(settings, name) is not None:
-            if key in settings.settings.get(name, {}):
-                raise SettingsError(f"--{name} and --set {name}.{key} give the same; leave one out")
-            wanted[name] = {key: getattr(settings, name)}
+    """The metrics to measure: always the size, and perplexity on Python's help topics when nothing is named. Raises
+    `SettingsError` (or `UnknownNameError`) for settings that are wrong."""
+    chosen: dict[str, dict[str, Any]] = {"size": {}}
+    if settings.perplexity is not None or settings.window is not None or settings.kl:
+        chosen["perplexity"] = {} if settings.perplexity is None else {"text": settings.perplexity}
+    if settings.tasks is not None:
+        chosen["tasks"] = {"names": settings.tasks}
+    elif settings.limit is not None:
+        raise SettingsError("--limit is of --tasks; name tasks")
     if settings.speed:
-        wanted["speed"] = {}
-    size_alone = settings.metrics == ("size",) and wanted.keys() == {"size"} and not settings.kl
-    for name in () if size_alone else settings.metrics or ():
-        if name in wanted:
-            raise SettingsError(f"--metrics names '{name}', which is measured already; leave it out")
-        wanted[name] = {}
-    if settings.kl or (wanted.keys() == {"size"} and not size_alone):
-        wanted.setdefault("perplexity", {})
-    given = Given(settings, wanted)
-    for name, reason in (("perplexity", "without --perplexity"), ("tasks", "without --tasks"), ("speed", "")):
-        if name not in wanted:
-            given.unused_shorthands(name, reason)
-    # The table has the built-in metrics in this order, then the others in the given order.
-    order = [name for name in ("size", "perplexity", "tasks", "speed") if name in wanted]
-    metrics = tuple(given.create(name, catalog.metrics, name) for name in dict.fromkeys([*order, *wanted]))
+        chosen["speed"] = {}
+    for name in settings.metrics or ():
+        chosen.setdefault(name, {})
+    if len(chosen) == 1 and not settings.metrics:
+        chosen["perplexity"] = {}
+    given = Given(settings, chosen)
+    metrics = tuple(given.create(name, catalog.metrics, name) for name in chosen)
     given.check_all_used()
     return EvaluateJob(metrics)
 
@@ -367,10 +356,3 @@ def export_job(settings: ExportSettings, catalog: Catalog) -> Exporter:
     exporter = given.create("to", catalog.exporters, settings.to)
     given.check_all_used()
     return exporter
-
-
-def text_job(settings: GenerateSettings) -> GenerateSettings:
-    """``settings``. Raises `SettingsError` for those that have no effect together."""
-    if settings.temperature == 0:
-        Given(settings).refuse("seed", "at --temperature 0, which takes the likeliest token and draws nothing")
-    return settings

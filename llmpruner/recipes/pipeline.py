@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,6 @@ from .choice import Choice
 from .cutting import cut_by, recorded_cost
 from .execution import Run
 from .jobs import PruneJob
-from .passages import passages_in
 from .plan_record import plan_of
 from .wanted import scope_of, widths_of
 
@@ -131,8 +130,7 @@ def apply_draft(
         chosen = {} if draft.chooser is None else draft.chooser.scores
         work = {"fits": fits_record(fits), "scores": {**draft.scores, **chosen}}
         with run.stages.stage("cut"):
-            passages = (*model.passages, *passages_in(read, model.tokenizer))
-            return model.become(cut_by(replace(model, passages=passages), plan, cost, work))
+            return model.become(cut_by(model, plan, cost, work))
 
 
 def _open(

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SettingsError, no_tokenizer
-from ..evaluation.table import Evaluations
+from ..evaluation.evaluate import Evaluations
 from ..files import check_new_directory, json_text, write_text
 from ..folders import new_directory
 from ..models.devices import check_device
@@ -26,7 +26,6 @@ from ..progress import QUIET, Progress
 from ..recovery.losses import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
 from ..validation import check_type
-from .benches import check_bench
 from .checks import check_prune
 from .commands import DENSE
 from .inputs import digest, first_change, inputs_of, model_fingerprint
@@ -35,7 +34,7 @@ from .state import State, locked
 from .step_forecast import step_forecast
 
 if TYPE_CHECKING:
-    from ..evaluation.speed.results import BenchResult
+    from ..evaluation.bench import BenchResult
     from ..plugins.catalog import Catalog
     from .recipe import Recipe, Step
 
@@ -184,8 +183,6 @@ class Session:
             job = self.jobs[step.name]
             with step.named():
                 step.command.check(job)
-                if step.command.name == "bench":
-                    check_bench(job, self.bench_load(step, DENSE))
                 (first, *_) = self.recipe.sources(step)
                 if step.command.name == "prune" and statuses[step.name].ready:
                     source = self.structure(first)
@@ -193,14 +190,6 @@ class Session:
                     if self.how.max_memory is not None:
                         # Raises where it is too little.
                         self._forecast(step, source)
-
-    def bench_load(self, step: Step, name: str) -> LoadSettings:
-        """Runtimes that open files by themselves read the device alone."""
-        load = self.load_of(name)
-        given = _given(load)
-        if not self.jobs[step.name].runtime.through_transformers:
-            given = {key: one for key, one in given.items() if key == "device"}
-        return LoadSettings(**given)
 
     def plan(self) -> Iterator[PlannedStep]:
         """What a run would do."""
@@ -331,7 +320,7 @@ def _bench(session: Session, step: Step, actions: Actions, folder: Path) -> Benc
     names = session.recipe.sources(step)
     found = actions.bench(
         [session.reference(name) for name in names],
-        **{**session.shared(DENSE), "load": [session.bench_load(step, name) for name in names]},
+        **{**session.shared(DENSE), "load": [session.load_of(name) for name in names]},
         **step.given,
     )
     named = replace(found, models=names)

@@ -15,7 +15,6 @@ from ..models.base_config import stated
 from ..models.dense import base_record
 from ..models.record import read_any_record
 from ..models.save import save_checkpoint, vocabulary_files
-from .passages import passages_record
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -44,7 +43,6 @@ def save(
         **_own_record(model),
         **notes,
         **base_record(model),
-        **passages_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "work": _all_work(model),

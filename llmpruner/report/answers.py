@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .base import Measurements, ReportSection, ReportSubject
+from .base import ReportSection, ReportSubject
 from .templates import rendered
 
 
 @dataclass(frozen=True)
 class Answer:
     """A text in three parts: ``same`` as the first model's, the word ``parts`` where they differ first, and ``rest``.
-    ``equal``: how much is the same, in words or tokens; empty for the first model, and where both texts are equal."""
+    ``equal``: how much is the same, in words; empty for the first model, and where both texts are equal."""
 
     name: str
     same: str
@@ -36,8 +36,6 @@ class AnswersSection(ReportSection):
             (texts[0]["prompt"], side_by_side([(one["name"], one["text"]) for one in texts]))
             for texts in subject.evidence.answers
         ]
-        for one in subject.evidence.measured:
-            asked += measured_answers(one)
         return rendered("answers.html.j2", asked=asked) if asked else None
 
     def style(self) -> str:
@@ -69,20 +67,3 @@ def _first(words: Sequence[str]) -> tuple[str, str]:
     """The first word or sign, with a blank before it, which alone could not be seen; and what follows."""
     end = 2 if words and words[0].isspace() else 1
     return "".join(words[:end]), "".join(words[end:])
-
-
-def measured_answers(measured: Measurements) -> list[tuple[str, list[Answer]]]:
-    """For each prompt of the metric ``generations``, whose results have the tokens, the answers of all models."""
-    found: dict[str, list[Answer]] = {}
-    for name, result in zip(measured.names, measured.results, strict=True):
-        for one in (result.get("generations") or {}).get("answers") or ():
-            answers = found.setdefault(one["prompt"], [])
-            same, text = one["common"], one["answer"]
-            if not answers or one["equal"] or not text.startswith(same):
-                answers.append(Answer(name, text))
-            else:
-                shown, rest = _first(_words(text[len(same) :]))
-                tokens = one["common_tokens"]
-                told = f"{tokens} token{'' if tokens == 1 else 's'}"
-                answers.append(Answer(name, same, shown, rest, told))
-    return list(found.items())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..component import Component
 
 if TYPE_CHECKING:
-    from ..evaluation.table import Line
+    from ..evaluation.evaluate import Line
     from ..structure.coupling import CouplingGraph
 
 DENSE = "dense"

@@ -138,9 +138,7 @@ def facts_of(subject: ReportSubject) -> dict[str, Any]:
 
 
 def _named(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    # The page shows no scores of single rows, of which there may be tens of thousands.
-    shown = ({key: value for key, value in one.items() if key != "task_rows"} for one in results)
-    return [{**one, "name": name} for name, one in zip(names, shown, strict=True)]
+    return [{**one, "name": name} for name, one in zip(names, results, strict=True)]
 
 
 def _in_order(sections: Iterable[ReportSection]) -> list[ReportSection]:

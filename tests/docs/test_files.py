@@ -20,7 +20,7 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     pruned, data = tmp_path / "pruned", TUTORIAL / "lines.jsonl"
     llmpruner.prune(tmp_path / "dense", ratio=0.2, importance="l1", output=pruned)
     record = json.loads((pruned / "llmpruner.json").read_text(encoding="utf-8"))
-    assert record.keys() == files_page.RECORD.keys() - {"recovery", "calibration_passages", "adapters"}
+    assert record.keys() == files_page.RECORD.keys() - {"recovery", "adapters"}
     assert record["plans"][0].keys() == llmpruner.PruningPlan.model_fields.keys()
     (work,) = record["work"]
     assert work.keys() == {"fits", "scores"} and work["fits"] == []
@@ -28,7 +28,7 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     assert json.loads((pruned / "run.json").read_text(encoding="utf-8")).keys() == files_page.RUN.keys()
     llmpruner.recover(pruned, data=str(data), max_steps=1, batch_size=2, output=tmp_path / "recovered")
     record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))
-    assert record.keys() == files_page.RECORD.keys() - {"calibration_passages", "adapters"}
+    assert record.keys() == files_page.RECORD.keys() - {"adapters"}
     assert record["recovery"][0].keys() == files_page.RECOVERY.keys()
     more = {"merge": False, "max_steps": 1, "batch_size": 2, "output": tmp_path / "adapters"}
     llmpruner.recover(pruned, data=str(data), **more)

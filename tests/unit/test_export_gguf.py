@@ -167,7 +167,7 @@ def test_experts_that_were_removed(tmp_path):
 @pytest.mark.parametrize(("name", "share"), [("mixtral", 2 / 4), ("qwen3-moe", 2 / 6), ("olmoe", 2 / 6)])
 def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share, tmp_path):
     from llmpruner.evaluation.speed.gguf_work import gguf_work
-    from llmpruner.evaluation.speed.torch_session import work_of
+    from llmpruner.evaluation.transformers_runtime import work_of
     from llmpruner.models.decoder import graph_of
 
     model = random_model(name)

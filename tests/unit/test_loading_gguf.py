@@ -138,7 +138,7 @@ def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
 
 def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):
     from llmpruner.evaluation.speed.gguf_work import gguf_work
-    from llmpruner.evaluation.speed.torch_session import work_of
+    from llmpruner.evaluation.transformers_runtime import work_of
 
     loaded = load_model(str(gguf_file), catalog)
     (ours, dtype), theirs = gguf_work(gguf_file), work_of(loaded.model, loaded.graph)

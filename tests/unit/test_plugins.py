@@ -34,7 +34,7 @@ from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.verify import verify
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import Metric
-from llmpruner.evaluation.speed.base import Runtime
+from llmpruner.evaluation.runtime import Runtime
 from llmpruner.exporters.base import Exporter
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.describe import SettingFacts, describe, summary_of

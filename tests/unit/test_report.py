@@ -12,7 +12,7 @@ from tiny_report import EVALUATED, evaluated, page_of
 
 import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection, plugin_manager
-from llmpruner.evaluation.cost import size
+from llmpruner.evaluation.costs import size
 from llmpruner.pruning.budgets.cached_bytes import bytes_per_token
 from llmpruner.pruning.criteria.spread import spread
 from llmpruner.report.answers import Answer, measured_answers, side_by_side

@@ -8,7 +8,7 @@ from typing import Any
 from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType
 
-from .work import Work
+from ..runtime import Work
 
 _CACHE_ITEM = 2
 """Bytes of a number in the cache, which is float16 by default."""

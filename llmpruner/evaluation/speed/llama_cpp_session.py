@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import ModelError
-from .base import Session
+from ..runtime import Session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The built-in runtimes; their sessions are in modules of their own. Imports no torch."""
+"""Runtimes for llama.cpp and vLLM. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,47 +8,10 @@ from pydantic import Field
 
 from ...component import ComponentSettings
 from ...errors import MissingExtraError, ModelError
-from .base import BenchSubject, Runtime, Session
-from .work import Work
+from ..runtime import BenchSubject, Runtime, Session, Work
+from ..transformers_runtime import TransformersRuntime
 
 GGUF = ".gguf"
-
-
-class TransformersRuntime(Runtime):
-    """Each step calls the model from Python, with a cache that grows."""
-
-    name = "transformers"
-    summary = "transformers, step by step, with a cache that grows"
-
-    def check(self, subject: BenchSubject) -> int:
-        from ...models.positions import positions_of
-
-        limit = positions_of(subject.structure.config)
-        if limit is not None and subject.length > limit:
-            raise ModelError(
-                f"'{subject.ref}' reads at most {limit} tokens, and {subject.length} are asked for; take a shorter "
-                "--prompt, or fewer --new"
-            )
-        return subject.structure.graph.total_parameters * subject.dtype.itemsize
-
-    def open(self, subject: BenchSubject) -> tuple[Session, Work]:
-        from .torch_session import TorchSession, work_of
-
-        loaded = subject.loaded
-        return TorchSession(loaded.model), work_of(loaded.model, loaded.graph)
-
-
-class StaticRuntime(TransformersRuntime):
-    """As `TransformersRuntime`, with a cache that is allocated once for all tokens."""
-
-    name = "transformers-static"
-    summary = "transformers, step by step, with a cache of fixed size"
-
-    def open(self, subject: BenchSubject) -> tuple[Session, Work]:
-        from .torch_session import StaticSession, work_of
-
-        loaded = subject.loaded
-        return StaticSession(loaded.model), work_of(loaded.model, loaded.graph)
 
 
 class LlamaCppRuntime(Runtime):
@@ -57,7 +20,6 @@ class LlamaCppRuntime(Runtime):
 
     name = "llama-cpp"
     summary = "llama.cpp, for .gguf files"
-    through_transformers = False
 
     def check(self, subject: BenchSubject) -> int:
         if find_spec("llama_cpp") is None:
@@ -103,7 +65,7 @@ class VllmRuntime(TransformersRuntime):
         return super().check(subject)
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
-        from .torch_session import work_of
+        from ..transformers_runtime import work_of
         from .vllm_session import VllmSession
 
         # transformers' model is needed for its sizes alone, and freed before vLLM loads its own.

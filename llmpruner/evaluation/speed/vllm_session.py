@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm import LLM, SamplingParams
 
-from .base import Session
+from ..runtime import Session
 
 if TYPE_CHECKING:
     import torch
 
-    from .base import BenchSubject
+    from ..runtime import BenchSubject
 
 
 class VllmSession(Session):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import tiny_models
 import torch
-from llmpruner_llama.family import LlamaFamily
+from evaluated_models import evaluated, in_memory
 from test_chat import CHATML, tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
 
-import llmpruner
-from llmpruner import DataError, MetricSubject, ModelError, ModelFamily, build_graph
+from llmpruner import ComparedModel, DataError, ModelError, ModelFamily
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.answers import AnswersMetric
-from llmpruner.evaluation.run import Candidate, evaluate
 
 RECORDS = (
     {"instruction": "Name two rivers.", "output": "Elbe, Loire."},
@@ -37,13 +33,11 @@ def data(tmp_path):
 
 
 def subject(name="tiny", *, template=CHATML, **options):
-    model = tiny_models.llama(**options)
-    graph = build_graph(LlamaFamily(), model.config)
-    return MetricSubject(name, model, tokenizer(template), graph, family=ModelFamily())
+    return in_memory(name, tokenizer=tokenizer(template), family=ModelFamily(), **options)
 
 
 def measured(metric, *subjects):
-    return evaluate([Candidate(one.name, lambda one=one: one) for one in subjects], [metric])
+    return evaluated([lambda one=one: one for one in subjects], [metric])
 
 
 def by_hand(model, pieces):
@@ -108,14 +102,14 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
         (AnswersMetric(data=str(tmp_path / "no.jsonl")), DataError, "no.jsonl"),
     ):
         with pytest.raises(error, match=message):
-            evaluate([Candidate("tiny", never)], [metric])
+            evaluated([never], [metric])
     with pytest.raises(DataError, match="no example has an answer within the first 2 tokens"):
         measured(AnswersMetric(data=data, cutoff=2), subject())
 
 
 def test_models_that_cannot_be_measured_are_named(data):
-    bare = MetricSubject("bare", tiny_models.llama(), None, subject().graph)
-    with pytest.raises(ModelError, match="model 'bare' brings no tokenizer"):
+    bare = in_memory("bare", tokenizer=False)
+    with pytest.raises(ModelError, match="model 'model 0' brings no tokenizer"):
         measured(AnswersMetric(data=data), bare)
     other = subject("other")
     other.model.resize_token_embeddings(other.model.config.vocab_size + 8)
@@ -123,40 +117,10 @@ def test_models_that_cannot_be_measured_are_named(data):
         measured(AnswersMetric(data=data, kl=True), subject(), other)
 
 
-def test_a_result_depends_on_the_content_of_the_file_alone(tmp_path, data):
-    (tmp_path / "copy.jsonl").write_text((tmp_path / "answers.jsonl").read_text())
-    metric, copied = AnswersMetric(data=data), AnswersMetric(data=str(tmp_path / "copy.jsonl"))
-    fewer = AnswersMetric(data=data, limit=2)
-    assert metric.depends_on("") == copied.depends_on("") != fewer.depends_on("")
-    assert "Elbe and the Loire" in metric.texts()["answers"]
-
-
-def test_a_pruned_model_is_compared_with_its_dense_one(tmp_path, data):
-    dense, pruned = str(tmp_path / "dense"), str(tmp_path / "pruned")
-    tiny_models.llama().save_pretrained(dense)
-    tokenizer(CHATML).save_pretrained(dense)
-    llmpruner.prune(dense, output=pruned, unit_ratio=0.5, importance="l2", shape="free")
-    settings = {"answers": {"data": data, "kl": True}}
-    first, second = llmpruner.evaluate([dense, pruned], metrics=["answers"], settings=settings)
-    assert first.results["answers"]["kl_per_token"] == 0.0 < second.results["answers"]["kl_per_token"]
-
-
-def test_an_example_beyond_the_positions_is_said(data, caplog):
-    one, metric = subject(), AnswersMetric(AnswersMetric.Settings(data=str(data)))
-    one.model.config.max_position_embeddings = 20
-    measured(metric, one)
-    assert "tokens are beyond the 20 positions that 'tiny' was trained with; --set answers.cutoff" in caplog.text
-    caplog.clear()
-    measured(AnswersMetric(AnswersMetric.Settings(data=str(data), cutoff=20)), one)
-    assert not caplog.text
-
-
 def test_an_example_beyond_a_table_of_positions_is_refused(data):
-    one = subject()
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=one.model.config.vocab_size, n_embd=16, n_layer=1, n_head=2))
-    assert measured(AnswersMetric(data=data), replace(one, model=model))[0].results["answers"]["examples"] == 3
-    with pytest.raises(DataError, match=r"of 2,000 tokens are beyond the model.s 1,024 positions; lower --set"):
-        measured(AnswersMetric(data=data, cutoff=2000), replace(one, model=model))
+    gpt2 = ComparedModel("gpt2", tiny_models.gpt2(positions=32).config, tokenizer(), ModelFamily())
+    with pytest.raises(DataError, match=r"of 2,000 tokens are beyond the 32 positions of 'gpt2'; lower --set"):
+        AnswersMetric(data=data, cutoff=2000).check_models([gpt2])
 
 
 def test_predictions_that_are_no_numbers_are_refused(data):
@@ -173,8 +137,3 @@ def test_autocast_computes_in_bfloat16(data):
         measured(AnswersMetric(data=data, autocast=autocast), one)
         assert kinds == {torch.bfloat16 if autocast else torch.float32}
         kinds.clear()
-
-
-def test_the_reference_is_read_too_for_the_time_left(data):
-    alone, both = AnswersMetric(data=data).effort(""), AnswersMetric(data=data, kl=True).effort("")
-    assert both == 2 * alone > 0

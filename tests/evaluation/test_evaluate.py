@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from llmpruner_llama.family import LlamaFamily
+from evaluated_models import evaluated, in_memory
 from pydantic import Field
 
 import llmpruner
@@ -20,21 +20,17 @@ from llmpruner import (
     ComponentSettings,
     DataError,
     Metric,
-    MetricSubject,
     ModelError,
     ModelFamily,
     PluginError,
     Row,
-    build_graph,
 )
 from llmpruner.errors import SettingsError
+from llmpruner.evaluation.bench import Measurement
+from llmpruner.evaluation.costs import Size
+from llmpruner.evaluation.evaluate import Evaluation, Evaluations
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
-from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.evaluation.results import Evaluation, Measurement, PerplexityResult, Size
-from llmpruner.evaluation.run import Candidate
-from llmpruner.evaluation.run import evaluate as evaluate_candidates
-from llmpruner.evaluation.table import Evaluations
-from llmpruner.settings import CacheSettings
+from llmpruner.evaluation.perplexity import PerplexityResult, perplexity
 
 
 class Largest(Metric):
@@ -64,17 +60,6 @@ class Distance(Metric):
         return {"to first": max(float((a - b).detach().abs().max()) for a, b in pairs)}
 
 
-def evaluate(loaders, metrics, *rest):
-    """The models that functions load, none of whose results can be kept."""
-    return evaluate_candidates([Candidate(f"model {n}", load) for n, load in enumerate(loaders)], metrics, *rest)
-
-
-def subject(name="tiny", model=None, tokenizer=True, **options):
-    model = model or tiny_models.llama(**options)
-    tokenizer = tiny_models.tokenizer() if tokenizer else None
-    return MetricSubject(name, model, tokenizer, build_graph(LlamaFamily(), model.config))
-
-
 @pytest.fixture
 def text(tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.TEXT)
@@ -82,7 +67,7 @@ def text(tmp_path):
 
 
 def test_an_outside_metric_with_its_setting_stands_beside_the_built_in_ones():
-    found = evaluate([subject, lambda: subject("other", seed=1)], [SizeMetric(), Largest(power=2)])
+    found = evaluated([in_memory, lambda: in_memory("other", seed=1)], [SizeMetric(), Largest(power=2)])
     largest = float(tiny_models.llama().lm_head.weight.detach().abs().max())
     assert found[0].results["largest"] == {"weight": pytest.approx(largest**2), "finite": True}
     assert [line.label for line in found.lines][-2:] == ["MACs per token", "largest weight"]
@@ -91,7 +76,7 @@ def test_an_outside_metric_with_its_setting_stands_beside_the_built_in_ones():
 
 def test_built_in_results_are_typed_and_keep_their_layout(text):
     metrics = [SizeMetric(), PerplexityMetric(text=text, window=16, tokens=64), SpeedMetric(prompt_tokens=8, runs=2)]
-    (found,) = evaluate([subject], metrics)
+    (found,) = evaluated([in_memory], metrics)
     assert isinstance(found.size, Size) and found.size.parameters == sum(
         p.numel() for p in tiny_models.llama().parameters()
     )
@@ -102,23 +87,18 @@ def test_built_in_results_are_typed_and_keep_their_layout(text):
         2,
     )
     plain = json.loads(json.dumps(found.as_json(), allow_nan=False))
-    assert (
-        list(plain) == ["name", "size", "perplexity", "tasks", "speed", "calibration_overlap"] and plain["tasks"] == {}
-    )
+    assert list(plain) == ["name", "size", "perplexity", "speed"]
     assert plain["speed"]["decode"]["median"] == found.speed.decode.median
-    assert evaluate([subject], [SizeMetric()])[0].as_json()["speed"] is None
 
 
 def test_the_context_and_the_batch_reach_what_measures(text, monkeypatch):
     import llmpruner.evaluation.perplexity as heavy
 
-    real, sizes = heavy._predictions, []
-    monkeypatch.setattr(
-        heavy, "_predictions", lambda model, ids, half: sizes.append(len(ids)) or real(model, ids, half)
-    )
-    short, long = (evaluate([subject], [SizeMetric(context=n)])[0].size for n in (1, 100))
+    real, sizes = heavy.predictions, []
+    monkeypatch.setattr(heavy, "predictions", lambda model, ids, half: sizes.append(len(ids)) or real(model, ids, half))
+    short, long = (evaluated([in_memory], [SizeMetric(context=n)])[0].size for n in (1, 100))
     assert long.macs_per_token > short.macs_per_token
-    evaluate([subject], [PerplexityMetric(text=text, window=16, tokens=64, batch_size=3)])
+    evaluated([in_memory], [PerplexityMetric(text=text, window=16, tokens=64, batch_size=3)])
     assert sizes == [3, 1]
 
 
@@ -130,11 +110,11 @@ def test_one_model_is_in_memory_at_a_time_unless_a_metric_asks_for_the_first():
         def load(seed, alive=alive, models=models):
             gc.collect()
             alive.append(sum(ref() is not None for ref in models))
-            loaded = subject(f"seed {seed}", seed=seed)
+            loaded = in_memory(f"seed {seed}", seed=seed)
             models.append(weakref.ref(loaded.model))
             return loaded
 
-        found = evaluate([lambda: load(0), lambda: load(1), lambda: load(2)], metrics)
+        found = evaluated([lambda: load(0), lambda: load(1), lambda: load(2)], metrics)
         assert alive == [0, held, held]
     distances = [evaluation.results["distance"]["to first"] for evaluation in found]
     assert distances[0] == 0 and min(distances[1:]) > 0
@@ -142,11 +122,11 @@ def test_one_model_is_in_memory_at_a_time_unless_a_metric_asks_for_the_first():
 
 def test_divergence_is_from_the_first_model_and_only_where_it_is_asked_for(text):
     options = {"text": text, "window": 16, "tokens": 64}
-    models = [subject, lambda: subject("other", seed=1)]
-    first, second = evaluate(models, [PerplexityMetric(**options, kl=True)])
+    models = [in_memory, lambda: in_memory("other", seed=1)]
+    first, second = evaluated(models, [PerplexityMetric(**options, kl=True)])
     assert first.perplexity.kl_per_token == pytest.approx(0, abs=1e-9)
     assert second.perplexity.kl_per_token > 1e-6
-    plain = evaluate(models, [PerplexityMetric(**options), Distance()])
+    plain = evaluated(models, [PerplexityMetric(**options), Distance()])
     assert [evaluation.perplexity.kl_per_token for evaluation in plain] == [None, None]
 
 
@@ -155,20 +135,19 @@ def test_texts_and_tasks_are_read_before_any_model_is_loaded(tmp_path):
         raise AssertionError("a model was loaded")
 
     with pytest.raises(DataError, match=r"nowhere\.txt: no such file"):
-        evaluate([never], [SizeMetric(), PerplexityMetric(text="nowhere.txt")])
+        evaluated([never], [SizeMetric(), PerplexityMetric(text="nowhere.txt")])
     pytest.importorskip("lm_eval")
     with pytest.raises(DataError, match="no such directory"):
-        evaluate([never], [TasksMetric(names="piqa", include_path=tmp_path / "none")])
-    for metrics, message in (([], "nothing to measure"), ([Largest(), Largest(power=2)], "'largest' is named twice")):
-        with pytest.raises(SettingsError, match=message):
-            evaluate([never], metrics)
+        evaluated([never], [TasksMetric(names="piqa", include_path=tmp_path / "none")])
+    with pytest.raises(SettingsError, match="metric perplexity compares models with the first"):
+        evaluated([never], [PerplexityMetric(kl=True)])
 
 
 def test_a_model_without_a_tokenizer_has_a_size_and_a_speed_but_no_perplexity(text):
-    bare = subject(tokenizer=False)
-    assert evaluate([lambda: bare], [SizeMetric(), SpeedMetric(prompt_tokens=4, new_tokens=1, runs=1)])[0].speed
-    with pytest.raises(ModelError, match="model 'tiny' brings no tokenizer, so its perplexity cannot be measured"):
-        evaluate([lambda: bare], [PerplexityMetric(text=text)])
+    bare = in_memory(tokenizer=False)
+    assert evaluated([lambda: bare], [SizeMetric(), SpeedMetric(prompt_tokens=4, new_tokens=1, runs=1)])[0].speed
+    with pytest.raises(ModelError, match="model 'model 0' brings no tokenizer, so its perplexity cannot be measured"):
+        evaluated([lambda: bare], [PerplexityMetric(text=text)])
 
 
 def test_a_model_with_nan_is_refused_by_name():
@@ -176,7 +155,7 @@ def test_a_model_with_nan_is_refused_by_name():
     with torch.no_grad():
         damaged.model.norm.weight[3] = torch.nan
     with pytest.raises(ModelError, match=r"model 'tiny': parameter 'model\.norm\.weight' holds NaN"):
-        evaluate([lambda: subject(model=damaged)], [SizeMetric()])
+        evaluated([lambda: in_memory(model=damaged)], [SizeMetric()])
 
 
 @pytest.mark.parametrize(("result", "message"), [({"a": torch.ones(1)}, "written as JSON"), (3.0, "values by name")])
@@ -188,7 +167,7 @@ def test_a_metric_whose_result_is_no_json_object_is_named(result, message):
             return result
 
     with pytest.raises(PluginError, match=rf"metric 'wrong'.*{message}"):
-        evaluate([subject], [Wrong()])
+        evaluated([in_memory], [Wrong()])
 
 
 @pytest.mark.parametrize(
@@ -259,15 +238,15 @@ def test_too_few_positions_are_found_before_weights_are_read(text, tmp_path):
     model.save_pretrained(tmp_path / "short")
     tiny_models.tokenizer().save_pretrained(tmp_path / "short")
     (tmp_path / "short" / "model.safetensors").write_bytes(b"no weights")
-    cache = CacheSettings(cache=tmp_path / "cache")
     with pytest.raises(
-        DataError, match=r"windows of 64 tokens are beyond the 32 positions of '.*short'; lower --window$"
+        DataError,
+        match=r"windows of 64 tokens are beyond the 32 positions of '.*short'; lower --window$",
     ):
-        llmpruner.evaluate(tmp_path / "short", perplexity=text, window=64, cache=cache)
+        llmpruner.evaluate(tmp_path / "short", perplexity=text, window=64)
     with pytest.raises(
         DataError, match=r"256 \+ 32 tokens are beyond the 32 positions of '.*short'; lower --set speed"
     ):
-        llmpruner.evaluate(tmp_path / "short", speed=True, cache=cache)
+        llmpruner.evaluate(tmp_path / "short", speed=True)
 
 
 def _unloadable(folder: Path, vocabulary: int = 300, text: str = tiny_models.TEXT) -> str:
@@ -289,25 +268,24 @@ def test_models_of_other_vocabularies_are_not_compared(text, tmp_path, metric):
     """The number was one of unrelated tokens, or IndexError ended the run where the first model had fewer."""
     data = tmp_path / "answers.jsonl"
     data.write_text(json.dumps({"prompt": "The quick", "completion": " brown fox"}) + "\n")
-    kept = {"cache": CacheSettings(cache=tmp_path / "cache")}
     if metric == "answers":
-        options = {"metrics": ["answers"], "settings": {"answers": {"data": str(data), "kl": True}}, **kept}
+        options = {"metrics": ["answers"], "settings": {"answers": {"data": str(data), "kl": True}}}
     else:
-        options = {"perplexity": text, "kl": True, "window": 16, **kept}
+        options = {"perplexity": text, "kl": True, "window": 16}
     first, same = _unloadable(tmp_path / "first"), _unloadable(tmp_path / "same")
     larger = _unloadable(tmp_path / "larger", vocabulary=310)
     other = _unloadable(tmp_path / "other", text="Other words: zebra crossing, quiet foxes, brownish quarks. " * 9)
     for pair, message in (
         ((first, larger), "larger' predicts 310 tokens and '.*first' 300; KL divergence needs one vocabulary"),
         ((larger, first), "first' predicts 300 tokens and '.*larger' 310; KL divergence needs one vocabulary"),
-        ((first, other), "tokenizers of '.*first' and '.*other' give other tokens for a text; KL"),
+        ((first, other), "tokenizers of '.*first' and '.*other' have other tokens; KL"),
         ((first, same), "one of both is damaged"),
-        ((first, same, other), "tokenizers of '.*first' and '.*other' give other tokens"),
+        ((first, same, other), "tokenizers of '.*first' and '.*other' have other tokens"),
     ):
         with pytest.raises(ModelError, match=message):
             llmpruner.evaluate(list(pair), **options)
     with pytest.raises(ModelError, match="one of both is damaged"):
-        llmpruner.evaluate([first, other], perplexity=text, window=16, **kept)
+        llmpruner.evaluate([first, other], perplexity=text, window=16)
 
 
 def test_a_tokenizer_that_splits_otherwise_has_the_same_tokens(text):
@@ -326,8 +304,8 @@ def test_a_tokenizer_that_splits_otherwise_has_the_same_tokens(text):
     config, fast = tiny_models.llama().config, tiny_models.tokenizer()
     models = [ComparedModel(name, config, one, ModelFamily()) for name, one in (("fast", fast), ("slow", Slow(fast)))]
     assert fast("fox")["input_ids"] != Slow(fast)("fox")["input_ids"]
-    PerplexityMetric(text=text, kl=True).check_pair(*models)
-    PerplexityMetric(text=text, kl=True).check_pair(*reversed(models))
+    PerplexityMetric(text=text, kl=True).check_models(models)
+    PerplexityMetric(text=text, kl=True).check_models(models[::-1])
 
 
 def test_a_reference_of_another_vocabulary_is_refused_in_one_line(text):

@@ -1,4 +1,4 @@
-"""Models that transformers runs, and what their steps cost."""
+"""The built-in runtimes: transformers, step by step, with a key/value cache. Imports torch when a model is opened."""
 
 from __future__ import annotations
 
@@ -6,34 +6,30 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import StaticCache
-
-from ...errors import UnsupportedModelError
-from ...models.arithmetic import macs_per_token, multiplied
-from ...models.clock import clock_of
-from ...models.decoding import CachedModel
-from ...models.stored import stored_bytes
-from ...pruning.budgets.cached_bytes import bytes_per_token
-from .base import Session
-from .work import Work
+from ..errors import ModelError, UnsupportedModelError
+from .runtime import BenchSubject, Runtime, Session, Work
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
-    from ...structure.coupling import CouplingGraph
+    from ..structure.coupling import CouplingGraph
 
 
 class TorchSession(Session):
     """A model in memory, step by step, with a cache that grows."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from ..models.clock import clock_of
+
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.model = model
         self._clock = clock_of(model.device)
 
     def start(self, batch: int, length: int) -> None:
+        from ..models.decoding import CachedModel
+
         del batch, length
         self._cached = CachedModel(self.model)
 
@@ -58,12 +54,51 @@ class StaticSession(TorchSession):
     """With a cache of fixed size."""
 
     def start(self, batch: int, length: int) -> None:
+        from transformers import StaticCache
+
+        from ..models.decoding import CachedModel
+
         del batch
         self._cached = CachedModel(self.model, StaticCache(config=self.model.config, max_cache_len=length))
 
 
+class TransformersRuntime(Runtime):
+    """Each step calls the model from Python, with a cache that grows."""
+
+    name = "transformers"
+    summary = "transformers, step by step, with a cache that grows"
+    session: type[TorchSession] = TorchSession
+
+    def check(self, subject: BenchSubject) -> int:
+        from ..models.positions import positions_of
+
+        limit = positions_of(subject.structure.config)
+        if limit is not None and subject.length > limit:
+            raise ModelError(
+                f"'{subject.ref}' reads at most {limit} tokens, and {subject.length} are asked for; take a shorter "
+                "--prompt, or fewer --new"
+            )
+        return subject.structure.graph.total_parameters * subject.dtype.itemsize
+
+    def open(self, subject: BenchSubject) -> tuple[Session, Work]:
+        loaded = subject.loaded
+        return self.session(loaded.model), work_of(loaded.model, loaded.graph)
+
+
+class StaticRuntime(TransformersRuntime):
+    """As `TransformersRuntime`, with a cache that is allocated once for all tokens."""
+
+    name = "transformers-static"
+    summary = "transformers, step by step, with a cache of fixed size"
+    session = StaticSession
+
+
 def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
     """What the steps of ``model`` cost. ``graph``: its coupling graph (after a cut, of the cut one)."""
+    from ..models.arithmetic import macs_per_token, multiplied
+    from ..models.stored import stored_bytes
+    from ..pruning.budgets.cached_bytes import bytes_per_token
+
     whole = macs_per_token(model, graph, context=0)
     head: Any = model.get_output_embeddings()
     head_macs = 0 if head is None else int(head.weight.numel())

@@ -9,7 +9,7 @@ from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import DataError
 from llmpruner.discovery.graph import build_graph
-from llmpruner.evaluation.cost import size, speed
+from llmpruner.evaluation.costs import size, speed
 from llmpruner.models.arithmetic import macs_per_token
 from llmpruner.models.decoding import cache_argument
 from llmpruner.models.surgery import cut

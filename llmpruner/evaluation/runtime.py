@@ -3,58 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
-from ...component import Component
-from .work import Work
+from ..component import Component
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ...structure.coupling import CouplingGraph
-
-
-class BenchStructure(Protocol):
-    """A model without its weights. ``graph``: after all cuts."""
-
-    @property
-    def config(self) -> PreTrainedConfig: ...
-
-    @property
-    def graph(self) -> CouplingGraph: ...
-
-
-class BenchModel(BenchStructure, Protocol):
-    """The same, loaded by transformers."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
+    from ..models.model import Model, Structure
 
 
 @dataclass(frozen=True)
 class BenchSubject:
     """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``device``: to run on, as
     torch names it. ``batch``, ``length``: the largest number of sequences, and of tokens in each, prompt and
-    continuation together. ``find``, ``find_dtype``, ``load``:
-    called when `structure`, `dtype` or `loaded` is first read, so that a runtime which loads models by itself needs
-    none of them."""
+    continuation together. ``find``, ``find_dtype``, ``load``: called when `structure`, `dtype` or `loaded` is first
+    read, so that a runtime which loads models by itself needs none of them."""
 
     ref: str
     path: Path | None
     device: str
     batch: int
     length: int
-    find: Callable[[], BenchStructure]
+    find: Callable[[], Structure]
     find_dtype: Callable[[], torch.dtype]
-    load: Callable[[], BenchModel]
+    load: Callable[[], Model]
 
     @cached_property
-    def structure(self) -> BenchStructure:
+    def structure(self) -> Structure:
         """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
         return self.find()
 
@@ -64,9 +44,41 @@ class BenchSubject:
         return self.find_dtype()
 
     @cached_property
-    def loaded(self) -> BenchModel:
+    def loaded(self) -> Model:
         """The same with its ``model``, of transformers, in evaluation mode."""
         return self.load()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the steps of one model cost, from its sizes: what its speed could be.
+
+    ``body_macs``: multiply-accumulate operations per token of all weights but the head's. ``head_macs``: of the head
+    per predicted token. ``pair_macs``: of attention for each token that a token reads. ``weight_bytes``: bytes of the
+    weights that every step reads, the head included and the embedding not. ``routed_bytes``: share of experts that a
+    token is routed to → bytes of all experts. ``cache_bytes``: of the key/value cache per token; None where they are
+    not known.
+    """
+
+    body_macs: int
+    head_macs: int
+    pair_macs: int
+    weight_bytes: int
+    routed_bytes: Mapping[float, int] = field(default_factory=dict)
+    cache_bytes: int | None = None
+
+    def prefill(self, tokens: int) -> int:
+        """Multiply-accumulate operations to process a sequence of ``tokens`` and to predict one more."""
+        return self.body_macs * tokens + self.head_macs + self.pair_macs * tokens * (tokens + 1) // 2
+
+    def decode(self, batch: int, context: float) -> float | None:
+        """Bytes that a step for ``batch`` sequences of ``context`` tokens reads: weights once, of experts those that a
+        sequence is routed to (if they are drawn evenly), and the cache of every sequence. None where the cache is not
+        known."""
+        if self.cache_bytes is None:
+            return None
+        experts = sum(size * (1 - (1 - share) ** batch) for share, size in self.routed_bytes.items())
+        return self.weight_bytes + experts + batch * context * self.cache_bytes
 
 
 class Session:
@@ -134,8 +146,6 @@ class Runtime(Component):
     """
 
     kind: ClassVar[str] = "runtime"
-    through_transformers: ClassVar[bool] = True
-    """Whether `BenchSubject.loaded` or its dtype is used, so that the options by which models are opened apply."""
 
     def check(self, subject: BenchSubject) -> int:
         """The bytes of memory that the model takes, before anything is loaded. Raises `MissingExtraError` or

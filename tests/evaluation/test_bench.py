@@ -13,9 +13,8 @@ from llmpruner_llama.family import LlamaFamily
 import llmpruner
 from llmpruner import BenchSettings, BenchSubject, ModelError, Runtime, Session, SettingsError, Work
 from llmpruner.discovery.graph import build_graph
-from llmpruner.evaluation.speed.results import measurement
-from llmpruner.evaluation.speed.run import bench
-from llmpruner.evaluation.speed.torch_session import StaticSession, TorchSession, work_of
+from llmpruner.evaluation.bench import bench, measurement
+from llmpruner.evaluation.transformers_runtime import StaticSession, TorchSession, work_of
 from llmpruner.models.stored import stored_bytes
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.jobs import bench_job

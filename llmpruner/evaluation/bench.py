@@ -1,0 +1,219 @@
+"""Speed of several models in one runtime: all in memory, and their runs in turn, so that other load on the machine
+affects all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from statistics import median, quantiles
+from typing import Any
+
+import psutil
+import torch
+
+from ..errors import ModelError
+from ..progress import QUIET, Progress
+from .runtime import BenchSubject, Runtime, Session, Work
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Median of ``runs`` repetitions, with the smallest and the largest of them, and the first and the third
+    quartile."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+    lower_quartile: float
+    upper_quartile: float
+
+
+def measurement(values: Sequence[float]) -> Measurement:
+    """The `Measurement` of one value or more."""
+    quartiles = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return Measurement(median(values), min(values), max(values), len(values), quartiles[0], quartiles[2])
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """The speed of one model in one case. ``tokens_per_second``: of all sequences together. ``speedup``: over the first
+    model, of runs of the same round. ``ideal``: the speed-up that sizes allow; None where they are not known."""
+
+    tokens_per_second: Measurement
+    speedup: Measurement
+    ideal: float | None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the ideal speed-up that is reached: ``speedup / ideal``."""
+        return None if self.ideal is None else self.speedup.median / self.ideal
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "share_of_ideal": self.share}
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCase:
+    """All models at one batch size and one length of prompt; ``prefill`` and ``decode`` in the order of the models."""
+
+    batch: int
+    prompt_tokens: int
+    prefill: tuple[Rate, ...]
+    decode: tuple[Rate, ...]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """The speed of several models in one runtime. ``models``: as they were named. ``runtime``: its name, with
+    ``settings``. ``facts``: what the times depend on: dtype, device, threads, versions."""
+
+    models: tuple[str, ...]
+    runtime: str
+    settings: dict[str, Any]
+    new_tokens: int
+    rounds: int
+    facts: dict[str, Any]
+    cases: tuple[BenchCase, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; each case has ``models``, a list with ``name``, ``prefill`` and ``decode``."""
+        cases = [
+            {
+                "batch": case.batch,
+                "prompt_tokens": case.prompt_tokens,
+                "models": [
+                    {"name": name, "prefill": prefill.as_json(), "decode": decode.as_json()}
+                    for name, prefill, decode in zip(self.models, case.prefill, case.decode, strict=True)
+                ],
+            }
+            for case in self.cases
+        ]
+        return {
+            "runtime": self.runtime, "settings": self.settings, "new_tokens": self.new_tokens, "rounds": self.rounds,
+            **self.facts, "cases": cases,
+        }  # fmt: skip
+
+
+def bench(
+    subjects: Sequence[BenchSubject],
+    runtime: Runtime,
+    *,
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    device: str = "cpu",
+    progress: Progress = QUIET,
+) -> BenchResult:
+    """Measure prefill and decoding of all models, in every case of ``batches`` × ``prompts``.
+
+    In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
+    tokens once; the order of the models turns from round to round. Raises `ModelError` when the models do not fit into
+    memory together, and what `Runtime.check` raises, before any of them is loaded.
+    """
+    _check_memory(subjects, [runtime.check(subject) for subject in subjects], device)
+    with ExitStack() as stack:
+        sessions, works = [], []
+        for subject in subjects:
+            progress.status(f"loading {subject.ref}")
+            session, work = runtime.open(subject)
+            stack.callback(session.close)
+            sessions.append(session)
+            works.append(work)
+        times = _measure(sessions, list(product(batches, prompts)), new_tokens, rounds, progress)
+        cases = tuple(_case(works, *case, new_tokens, of_models) for case, of_models in times.items())
+        facts = {
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "dtypes": [session.dtype for session in sessions],
+        }
+    names = tuple(subject.ref for subject in subjects)
+    return BenchResult(names, runtime.name, runtime.record(), new_tokens, rounds, facts, cases)
+
+
+def _check_memory(subjects: Sequence[BenchSubject], needed: Sequence[int], device: str) -> None:
+    """Raise `ModelError` for models that do not fit into the free memory of ``device`` together."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        return
+    free = psutil.virtual_memory().available if kind == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
+    if sum(needed) > free:
+        each = ", ".join(f"'{s.ref}' {size / 2**30:.1f} GiB" for s, size in zip(subjects, needed, strict=True))
+        raise ModelError(
+            f"the weights do not fit into the {free / 2**30:.1f} GiB of memory that are free: {each}; all models are "
+            "in memory at the same time, so name fewer, or give --dtype bfloat16"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Milliseconds of the prefill, and of all decoding steps after it."""
+
+    prefill: float
+    decode: float
+
+
+def timed(session: Session, tokens: torch.Tensor, new_tokens: int) -> Times:
+    """Process ``tokens``, ids of shape (B, T), then decode ``new_tokens`` steps; the two are timed separately."""
+    batch, length = tokens.shape
+    session.start(batch, length + new_tokens)
+    return Times(
+        session.milliseconds(partial(session.prefill, tokens)),
+        session.milliseconds(partial(session.decode, new_tokens)),
+    )
+
+
+def _measure(
+    sessions: Sequence[Session],
+    cases: Sequence[tuple[int, int]],
+    new_tokens: int,
+    rounds: int,
+    progress: Progress,
+) -> dict[tuple[int, int], list[list[Times]]]:
+    """Case → the times of every model, one per counted round."""
+    times: dict[tuple[int, int], list[list[Times]]] = {case: [[] for _ in sessions] for case in cases}
+    vocabulary = min(session.vocabulary for session in sessions)
+    steps = [
+        (case, number, (place + number) % len(sessions))
+        for case in cases
+        for number in range(rounds + 1)
+        for place in range(len(sessions))
+    ]
+    for case, number, place in progress.track(steps, "measuring"):
+        # Tokens change from round to round, as a runtime may keep what it computed for a prompt.
+        generator = torch.Generator().manual_seed(number)
+        tokens = torch.randint(vocabulary, case, generator=generator)
+        run = timed(sessions[place], tokens, new_tokens)
+        if number:
+            times[case][place].append(run)
+    return times
+
+
+def _case(
+    works: Sequence[Work], batch: int, prompt: int, new_tokens: int, times: Sequence[Sequence[Times]]
+) -> BenchCase:
+    prefill = [work.prefill(prompt) for work in works]
+    # The cache grows by a token with every step.
+    decode = [work.decode(batch, prompt + new_tokens / 2) for work in works]
+    return BenchCase(
+        batch,
+        prompt,
+        _rates([[t.prefill for t in own] for own in times], batch * prompt, prefill),
+        _rates([[t.decode for t in own] for own in times], batch * new_tokens, decode),
+    )
+
+
+def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:
+    """Speeds from milliseconds per model and round, and from what the steps of each model cost."""
+    return tuple(
+        Rate(
+            measurement([tokens * 1e3 / ms for ms in own]),
+            measurement([first / ms for first, ms in zip(times[0], own, strict=True)]),
+            None if costs[0] is None or cost is None else costs[0] / cost,
+        )
+        for own, cost in zip(times, costs, strict=True)
+    )

@@ -1,0 +1,201 @@
+"""Measure several models by several metrics, one model in memory at a time, and lay the results out as a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from ..amounts import bytes_text, count_text
+from ..errors import ModelError, PluginError, SettingsError
+from ..progress import QUIET, Progress
+from .base import ComparedModel, Metric, MetricSubject, Row
+from .costs import Size, Speed
+from .perplexity import PerplexityResult
+from .tasks import Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..models.model import Model
+
+
+def evaluate(
+    models: Sequence[ComparedModel],
+    loaders: Sequence[Callable[[], Model]],
+    metrics: Sequence[Metric],
+    progress: Progress = QUIET,
+) -> Evaluations:
+    """Measure every model by every metric, in the given order. ``loaders``: load the model of the same place.
+
+    A model is loaded after the previous one was measured and freed; the first stays in memory as ``subject.reference``
+    where a metric needs it. Raises `SettingsError` when a metric needs a reference and there is one model,
+    `ModelError` for weights that are not finite, `PluginError` for a metric whose result has no JSON form, and whatever
+    the metrics raise; what they refuse without weights comes before any model is loaded.
+    """
+    comparing = [metric for metric in metrics if metric.needs_reference]
+    if comparing and len(models) == 1:
+        raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")
+    for metric in metrics:
+        metric.prepare()
+        metric.check_models(models)
+    reference: PreTrainedModel | None = None
+    evaluations = []
+    for named, load in zip(models, loaders, strict=True):
+        model = load()
+        _check_finite(model)
+        if comparing and reference is None:
+            reference = model.model
+        results = {}
+        for metric in metrics:
+            progress.status(f"measuring {metric.name} of {named.name}")
+            subject = MetricSubject(
+                named.name, model.model, model.tokenizer, model.graph,
+                reference if metric.needs_reference else None, progress, model.family,
+            )  # fmt: skip
+            results[metric.name] = _json_object(metric, metric.measure(subject))
+        rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
+        evaluations.append(Evaluation(named.name, results, rows))
+        # The next model is loaded into the memory of this one.
+        del model, subject
+    return Evaluations(evaluations)
+
+
+def _check_finite(model: Model) -> None:
+    """Raise `ModelError` unless all weights are finite: the score of a task would be a number all the same."""
+    from ..models.finite import first_not_finite
+
+    wrong = first_not_finite(model.model.named_parameters())
+    if wrong is not None:
+        raise ModelError(
+            f"model '{model.ref}': parameter '{wrong}' holds NaN or infinite values; the checkpoint is damaged, or "
+            f"{model.model.dtype} is too narrow for it"
+        )
+
+
+def _json_object(metric: Metric, result: Any) -> Mapping[str, Any]:
+    """``result``. Raises `PluginError` unless it can be written as a JSON object."""
+    if not isinstance(result, Mapping):
+        raise PluginError(f"metric '{metric.name}' must give values by name, it gave {type(result).__name__}")
+    try:
+        json.dumps(finite(result))
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"the result of metric '{metric.name}' cannot be written as JSON: {error}") from error
+    return result
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
+    ``rows``: the table's rows, in the order of the metrics. Built-in metrics are also typed attributes."""
+
+    name: str
+    results: Mapping[str, Mapping[str, Any]]
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def size(self) -> Size | None:
+        """None where it was not measured."""
+        result = self.results.get("size")
+        return None if result is None else Size(**result)
+
+    @property
+    def perplexity(self) -> PerplexityResult | None:
+        """The result on the first text; None where it was not measured."""
+        result = self.results.get("perplexity")
+        return None if result is None else PerplexityResult(**result)
+
+    @property
+    def tasks(self) -> Scores:
+        """Task → metric → value, as lm-eval names them; empty where no task was run."""
+        return {task: dict(values) for task, values in self.results.get("tasks", {}).items()}
+
+    @property
+    def speed(self) -> Speed | None:
+        """None where it was not measured."""
+        result = self.results.get("speed")
+        return None if result is None else Speed.of(result)
+
+    def as_json(self) -> dict[str, Any]:
+        """``name``, and the results of the metrics by name. Numbers that are not finite become null."""
+        plain: dict[str, Any] = finite({"name": self.name, **self.results})
+        return plain
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None in place of all numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Evaluations(tuple[Evaluation, ...]):
+    """The evaluations of one call, in the order of its models. A notebook shows them as a table."""
+
+    __slots__ = ()
+
+    @property
+    def lines(self) -> list[Line]:
+        """The table: a line for each quantity, with a value for each model."""
+        return side_by_side(self)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """One object per model; see `Evaluation.as_json`."""
+        return [evaluation.as_json() for evaluation in self]
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(evaluation.name)}</th>" for evaluation in self)
+        body = "".join(
+            f"<tr><th>{escape(line.label)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line.cells)}</tr>"
+            for line in self.lines
+        )
+        return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One quantity for all models; None for models without it. ``higher_is_better``: None for neither. ``errors``:
+    standard errors, None where not known."""
+
+    label: str
+    values: tuple[float | None, ...]
+    higher_is_better: bool | None
+    errors: tuple[float | None, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The formatted values, ``-`` for None."""
+        return tuple(self._cell(value, error) for value, error in zip(self.values, self.errors, strict=True))
+
+    def _cell(self, value: float | None, error: float | None) -> str:
+        if value is None:
+            return "-"
+        if self.label.endswith("bytes"):
+            return bytes_text(value)
+        if 1e5 <= value < math.inf:
+            return count_text(value)
+        if value >= 1e3 and float(value).is_integer():
+            return f"{value:,.0f}"
+        digits = 4 if value < 10 else 2
+        return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def side_by_side(evaluations: Sequence[Evaluation]) -> list[Line]:
+    """The rows of ``evaluations`` by label, in the order of first occurrence, without labels that have no value."""
+    columns = [{row.label: row for row in evaluation.rows} for evaluation in evaluations]
+    lines = []
+    for label in dict.fromkeys(label for column in columns for label in column):
+        rows = [column.get(label) for column in columns]
+        values = tuple(None if row is None else row.value for row in rows)
+        errors = tuple(None if row is None else row.error for row in rows)
+        better = next(row.higher_is_better for row in rows if row is not None)
+        if any(value is not None for value in values):
+            lines.append(Line(label, values, better, errors))
+    return lines

@@ -1,0 +1,25 @@
+"""Evaluating models that are in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tiny_models
+from llmpruner_llama.family import LlamaFamily
+
+from llmpruner import ComparedModel, Metric, Model, build_graph
+from llmpruner.evaluation.evaluate import Evaluations, evaluate
+
+
+def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -> Model:
+    """``tokenizer``: False for none."""
+    model = model or tiny_models.llama(**options)
+    graph = build_graph(LlamaFamily(), model.config) if model.config.model_type == "llama" else None
+    own = None if tokenizer is False else tokenizer or tiny_models.tokenizer()
+    return Model(name, model.config, family or LlamaFamily(), graph, model=model, tokenizer=own)
+
+
+def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric]) -> Evaluations:
+    """The models that ``loaders`` load, of which nothing is known before."""
+    named = tiny_models.llama().config, tiny_models.tokenizer(), LlamaFamily()
+    return evaluate([ComparedModel(f"model {n}", *named) for n in range(len(loaders))], loaders, metrics)

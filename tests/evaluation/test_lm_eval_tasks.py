@@ -1,0 +1,140 @@
+import json
+
+import pytest
+import tiny_models
+
+from llmpruner import DataError, UnknownNameError
+from llmpruner.evaluation.tasks import TASK_GROUPS, builtin_manager, evaluate_tasks, expand, load_tasks
+
+pytest.importorskip("lm_eval")
+
+DATA = """
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+"""
+TASK = """
+task: llmpruner_capitals
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        {"question": f"Is {n} even? Answer:", "choices": [" yes", " no, it is not"], "label": n % 2} for n in range(10)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "capitals.yaml").write_text((DATA + TASK).format(data=tmp_path / "rows.jsonl"))
+    return folder
+
+
+def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd, monkeypatch):
+    # No repository of git, of whose commit lm-eval would ask.
+    monkeypatch.chdir(task_dir)
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    tokenizer.pad_token = pad = None
+    tasks = load_tasks(["llmpruner_capitals"], include_path=task_dir)
+    result = evaluate_tasks(model, tokenizer, tasks, batch_size=4)
+    assert result["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 10))
+    assert result["llmpruner_capitals"]["acc_stderr"] > 0
+    limited = evaluate_tasks(model, tokenizer, tasks, limit=3)
+    assert limited["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 3))
+    captured = capfd.readouterr()
+    assert captured.out == "" and "fatal" not in captured.err
+    assert tokenizer.pad_token == pad, "lm-eval sets one"
+
+
+def accuracy(model, tokenizer, count):
+    """The same task, scored by hand: the answer with the greater log-likelihood wins."""
+    import torch
+
+    hits = 0
+    for n in range(count):
+        scores = []
+        question = tokenizer(f"Is {n} even? Answer:")["input_ids"]
+        for answer in (" yes", " no, it is not"):
+            ids = torch.tensor([question + tokenizer(answer)["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+            scores.append(float(logs[len(question) - 1 :].sum()))
+        hits += scores.index(max(scores)) == n % 2
+    return hits / count
+
+
+def test_loaded_tasks_serve_several_models(task_dir):
+    tasks = load_tasks(["llmpruner_capitals"], include_path=task_dir)
+    tokenizer = tiny_models.tokenizer()
+    for seed in (0, 5):
+        model = tiny_models.llama(seed=seed)
+        result = evaluate_tasks(model, tokenizer, tasks, num_fewshot=0, limit=7)
+        assert result["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 7))
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused():
+    with pytest.raises(UnknownNameError, match=r"unknown task 'piqqa'; did you mean .*piqa") as caught:
+        load_tasks(["openbookqa", "piqqa"])
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_unreachable_data_names_the_way_out(task_dir, tmp_path):
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data of task 'llmpruner_capitals' cannot be.*tasks\.include_path"):
+        load_tasks(["llmpruner_capitals"], include_path=task_dir)
+
+
+def test_names_are_expanded_once():
+    known = ["arc_easy", "arc_challenge", *TASK_GROUPS["paper"], "mmlu_law", "mmlu_logic"]
+    assert expand(["paper", "piqa"], known) == list(TASK_GROUPS["paper"])
+    assert expand(["mmlu_*"], known) == ["mmlu_law", "mmlu_logic"]
+    with pytest.raises(DataError, match="no task was named"):
+        expand([], known)
+
+
+@pytest.mark.slow
+def test_the_paper_suite_exists_in_lm_eval():
+    assert expand(["paper"], builtin_manager().all_tasks) == list(TASK_GROUPS["paper"])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1000)
+def test_the_numbers_are_those_of_the_lm_eval_command_to_the_digit(task_dir, tmp_path):
+    """With an example in the prompt, which is drawn by a seed."""
+    import os
+    import subprocess
+    import sys
+
+    model, name = tiny_models.llama(), "llmpruner_capitals"
+    model.save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+        f"pretrained={tmp_path / 'model'},dtype=float32",
+        "--tasks", name, "--include_path", str(task_dir), "--device", "cpu", "--batch_size", "8",
+        "--num_fewshot", "1", "--output_path", str(tmp_path / "out"),
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(written.read_text())["results"][name]
+    wanted = {key.partition(",")[0]: value for key, value in theirs.items() if isinstance(value, float)}
+    tasks = load_tasks([name], include_path=task_dir)
+    ours = evaluate_tasks(model, tiny_models.tokenizer(), tasks, num_fewshot=1)
+    assert wanted.keys() == {"acc", "acc_stderr"} and ours[name] == wanted
