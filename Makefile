@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Tests start many processes, and each would compile what it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-long test-fast coverage lint bench torture speed gpu-check export-check docs clean
+.PHONY: demo test test-long test-fast coverage lint bench speed gpu-check export-check docs clean
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("llmpruner needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
@@ -40,11 +40,8 @@ coverage: .venv/ready  ## the tests of CI, and the share of the program's lines 
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not long" --cov --cov-context=test --cov-report= --junitxml=.coverage-tests.xml
 	$(BIN)/coverage report --fail-under=92
 
-bench: .venv/ready  ## slow measurements; results are committed under benchmarks/
-	$(BIN)/python -m benchmarks
-
-torture: .venv/ready  ## kills, full disks and damaged files under every command: benchmarks/torture.md, fifteen minutes
-	$(BIN)/python -m benchmarks.torture
+bench: .venv/ready  ## quality of pruned models, hours; results are committed under benchmarks/results
+	$(BIN)/python -m benchmarks.quality
 
 docs: .venv/ready  ## the documentation site, in site/; a warning is an error
 	$(BIN)/python docs/_tools

@@ -1,8 +1,8 @@
-"""Runs in an environment without llmpruner, for `benchmarks.export_vllm` and `benchmarks.export_mlx`: reads a job from
-standard input (JSON), writes the result to the file that the job names.
+"""Greedy continuations in the programs that `benchmarks.export_vllm` compares. Runs in an environment without
+llmpruner, too: reads a job from standard input (JSON), writes the result to the file that the job names.
 
-Job: ``what`` ("vllm", "mlx" or "transformers"), ``model`` (a directory), ``prompts`` (lists of token ids), ``tokens``
-(how many to generate), ``trust`` (whether code in the directory may run), ``result`` (a file).
+Job: ``program`` ("vllm" or "transformers"), ``model`` (a directory), ``prompts`` (lists of token ids), ``tokens`` (how
+many to generate), ``trust`` (whether code in the directory may run), ``result`` (a file).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 
-def generate(job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy continuations of all prompts in vLLM, in float32 without compilation."""
+def vllm(job: dict[str, Any]) -> dict[str, Any]:
+    """In float32, without compilation."""
     from vllm import LLM, SamplingParams
 
     model = LLM(
@@ -33,43 +33,47 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def generate_mlx(job: dict[str, Any]) -> dict[str, Any]:
-    """Greedy continuations of one prompt after the other in mlx-lm, in float32."""
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(Path(job["model"]))
-    model.set_dtype(mx.float32)
-    return {
-        "class": type(model).__module__,
-        "tokens": [
-            [int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=job["tokens"])]
-            for ids in job["prompts"]
-        ],
-        "versions": {name: version(name) for name in ("mlx-lm", "mlx")},
-    }
-
-
-def logits(job: dict[str, Any]) -> dict[str, Any]:
-    """The logits of all prompts after their last token, with transformers alone, in float32."""
+def transformers(job: dict[str, Any]) -> dict[str, Any]:
+    """In float32. Exits where llmpruner is installed, which would make the comparison worth nothing."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    if importlib.util.find_spec("llmpruner"):
+        raise SystemExit("llmpruner is installed in the other environment")
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, trust_remote_code=job["trust"])
-    model.eval()
-    with torch.no_grad():
-        found = [model(torch.tensor([ids])).logits[0, -1].tolist() for ids in job["prompts"]]
-    return {"class": type(model).__name__, "logits": found, "versions": {"transformers": version("transformers")}}
+    tokens = [greedy(model, ids, job["tokens"])[0] for ids in job["prompts"]]
+    versions = {name: version(name) for name in ("transformers", "torch")}
+    return {"class": type(model).__name__, "tokens": tokens, "versions": versions}
 
 
-def main() -> None:
-    job = json.load(sys.stdin)
-    if importlib.util.find_spec("llmpruner") is not None:
-        raise SystemExit("llmpruner can be imported here, so the check would show nothing")
-    result = {"vllm": generate, "mlx": generate_mlx, "transformers": logits}[job["what"]](job)
-    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+def continuations(directory: str) -> dict[str, Any]:
+    """With llmpruner: ``prompts``, ``tokens``, and ``gaps``: at each step the difference of the two largest logits as a
+    share of the largest absolute one."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from benchmarks.export_vllm import TOKENS
+    from benchmarks.measure import PROMPTS
+    from llmpruner import load_pruned
+
+    model, tokenizer = load_pruned(directory, dtype=torch.float32), AutoTokenizer.from_pretrained(directory)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    tokens, gaps = zip(*(greedy(model, ids, TOKENS) for ids in prompts), strict=True)
+    return {"prompts": prompts, "tokens": tokens, "gaps": gaps}
+
+
+def greedy(model: Any, ids: list[int], count: int) -> tuple[list[int], list[float]]:
+    import torch
+
+    made = model.generate(
+        torch.tensor([ids]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+        eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    gaps = [float(-step[0].topk(2).values.diff() / step.abs().max()) for step in made.logits]
+    return made.sequences[0, len(ids) :].tolist(), gaps
 
 
 if __name__ == "__main__":
-    main()
+    job = json.load(sys.stdin)
+    result = {"vllm": vllm, "transformers": transformers}[job["program"]](job)
+    Path(job["result"]).write_text(json.dumps(result))

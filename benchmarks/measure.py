@@ -15,6 +15,13 @@ from typing import Any
 
 TOKENS, WINDOW = 20480, 512
 """Of the text that perplexity is measured on."""
+PROMPTS = (
+    "The capital of France is", "Once upon a time there was a", "To bake a loaf of bread, you need",
+    "In 1969, the first people", "Write a short poem about the sea.", "def fibonacci(n):",
+    "The three states of water are", "My favourite animal is the", "If you add 12 and 30, you get",
+    "The president said on Monday that",
+)  # fmt: skip
+"""To continue, where runtimes are compared."""
 
 
 def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""Quality for size: model × shape × kinds × method × ratio × calibration text on real models, without training.
+"""Quality for size: model × method × shape × ratio × calibration text on real models, without training.
 
-    LLMPRUNER_DATA=… python -m benchmarks.quality [--only TEXT …] [--ratios 0.1,0.2] [--models demo] [--tasks]
+    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--only TEXT …] [--models demo]
+    python -m benchmarks.quality --render
 
 Every row is one `llmpruner prune` in a process of its own, then perplexity, and the divergence from the dense model, on
-texts that no calibration has seen: WikiText-2's test part, documents of C4, answers to instructions in the model's
-chat format and without it, and code. ``--models``: of `MODELS`, or a checkpoint. ``--tasks``: zero-shot tasks too
-(the first 1,000 rows of each, with the standard error of the difference from the dense model). Rows are kept in
-``results/quality.jsonl``, so an interrupted run goes on where it stopped; ``docs/quality.md``, its plot and the
-README's table are drawn from them.
+texts that no calibration has seen: WikiText-2's test part, documents of C4, answers to instructions in the model's chat
+format and as plain text, and code. Rows are kept in ``results/quality.jsonl``, so that an interrupted run goes on where
+it stopped. The tables of ``docs/quality.md`` and the README are made of them (``--render``: nothing is measured).
 """
 
 from __future__ import annotations
@@ -15,112 +14,135 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
-from math import hypot
 from pathlib import Path
 from typing import Any
 
-from .measure import TOKENS, WINDOW, data_folder, instructions, machine, run
-from .quality_page import TASKS, answers_of, draw
-from .quality_rows import MODELS, OPTIONS, RATIOS, RESULTS, TEXTS, Row, read_results, rows
+from . import real_models
+from .measure import TOKENS, WINDOW, as_json, data_folder, instructions, machine, run
 
-TASK_ROWS = 1000
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+MODELS: dict[str, Callable[[], str]] = {
+    "SmolLM2-135M-Instruct": lambda: "demo",
+    "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
+}
+CALIBRATION = {"self-written": "self", "C4": "{c4}", "WikiText-2": "{wikitext}", "C4 and self-written": "{c4},self"}
+_SAMPLES = ("--samples", "64", "--length", "512")
+METHODS = {
+    "best": ("--method", "best"),
+    "fast": ("--method", "fast"),
+    "llm-pruner": ("--method", "llm-pruner"),
+    "best by energy": ("--method", "best", "--importance", "energy"),
+    "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
+    "FLAP": ("--importance", "flap", "--allocation", "global", "--set", "global.normalize=zscore", *_SAMPLES),
+    "ShortGPT": ("--importance", "block-influence", "--kinds", "layer", "--layers", "all", *_SAMPLES),
+}
+"""The last three are our implementations of the criteria of other papers, with what goes with them there."""
+COLUMNS = {
+    "WikiText-2": "WikiText-2",
+    "C4": "C4",
+    "answers": "answers in chat",
+    "instructions": "answers",
+    "code": "code",
+}
+"""Text → the heading of its column."""
 C4_JUDGED = slice(150, 200)
-"""Documents of the C4 sample that are measured; no row is calibrated on them, and no choice was made by them
-(`benchmarks.ablation` chooses by those after them)."""
+"""Documents of the C4 sample that are measured; no row is calibrated on them."""
 CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarfile", "typing")
 """Modules of Python's standard library."""
 
 
+@dataclass(frozen=True)
+class Row:
+    """One result. ``method``: of `METHODS`, or "dense" with ratio 0. ``text``: of `CALIBRATION`. ``samples``: of the
+    calibration; 0 for the method's own number."""
+
+    model: str
+    method: str = "dense"
+    ratio: float = 0.0
+    shape: str = ""
+    text: str = ""
+    samples: int = 0
+
+
+def rows() -> Iterator[Row]:
+    demo, qwen = MODELS
+    yield Row(demo)
+    for ratio in (0.2, 0.1, 0.3, 0.5):
+        yield Row(demo, "best", ratio, "uniform", "self-written")
+    for method in ("fast", "llm-pruner", "best by energy"):
+        yield Row(demo, method, 0.2, "uniform", "self-written")
+    for shape, text in (("uniform", "C4 and self-written"), ("uniform", "WikiText-2"), ("free", "WikiText-2")):
+        yield Row(demo, "best", 0.2, shape, text)
+    yield Row(qwen)
+    for ratio in (0.2, 0.3):
+        for method, shape in (
+            ("best", "uniform"),
+            ("best by energy", "uniform"),
+            ("best", "free"),
+            ("llm-pruner", "free"),
+        ):
+            yield Row(qwen, method, ratio, shape, "C4", 64 if method.startswith("best") else 0)
+        for method, shape in (("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
+            yield Row(qwen, method, ratio, shape, "C4")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ratios", default=",".join(map(str, RATIOS)))
-    parser.add_argument("--models", default=",".join(MODELS), help="of the benchmark's models, or checkpoints")
-    parser.add_argument("--only", nargs="*", default=[""], help="measure only the rows whose name holds one of these")
-    parser.add_argument("--samples", type=int, default=0, help="calibration samples of `best`, where its own are many")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--only", nargs="*", default=[""], help="measure only the rows that hold one of these words")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text; fewer answers in the same proportion")
-    parser.add_argument("--tasks", action="store_true", help="zero-shot tasks too: minutes per row")
-    parser.add_argument("--time", action="store_true", help="only prune again rows that are known, on an idle machine")
-    parser.add_argument("--shared", action="store_true", help="say that the machine has other work meanwhile")
-    arguments = parser.parse_args()
-    data = data_folder()
-    done = read_results()
-    for row in dict.fromkeys(rows(tuple(map(float, arguments.ratios.split(","))), arguments.models.split(","))):
-        if arguments.samples and row.method.startswith("best"):
-            row = Row(**{**vars(row), "samples": arguments.samples})  # noqa: PLW2901
-        known = done.get(row.key, {})
-        chosen = any(text in row.key for text in arguments.only)
-        if arguments.time:
-            if chosen and "seconds" in known:
-                with tempfile.TemporaryDirectory() as work:
-                    timed = prune(row, data, Path(work), str(Path(work) / "pruned"))
-                found = {**known, **timed, "machine": machine(), "shared": arguments.shared}
-                write(row, found)
-            continue
-        if not chosen or ("texts" in known and ("difference" in known.get("tasks", {}) or not arguments.tasks)):
+    parser.add_argument("--render", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    for row in rows() if not options.render else ():
+        done = read()
+        if row in done or row.model not in options.models or not any(word in str(row) for word in options.only):
             continue
         with tempfile.TemporaryDirectory() as work:
-            # Whole, though some of it is known: a row speaks of one model.
-            found = measure(row, data, Path(work), tokens=arguments.tokens, tasks=arguments.tasks)
-        if arguments.shared:
-            found["shared"] = True
-        write(row, found)
-    draw(read_results())
+            done[row] = measure(row, data_folder(), Path(work), options.tokens)
+        RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
+        print(row, as_json(done[row]), flush=True)
+    PAGE.write_text(page(read()), encoding="utf-8")
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{overview(read())}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
-def write(row: Row, found: dict[str, Any]) -> None:
-    """Into the results, to which another run may have added rows meanwhile."""
-    done = read_results() | {row.key: found}
-    RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
-    print(row.key, {k: v for k, v in found.items() if k not in ("row", "machine")}, flush=True)
+def read() -> dict[Row, dict[str, Any]]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    return {Row(**entry["row"]): entry for entry in map(json.loads, lines)}
 
 
-def measure(row: Row, data: Path, work: Path, *, tokens: int, tasks: bool) -> dict[str, Any]:
-    dense = MODELS.get(row.model, lambda: row.model)()
-    model = dense
+def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
+    dense = model = MODELS[row.model]()
     found: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine()}
     if row.method != "dense":
         model = str(work / "pruned")
-        found |= prune(row, data, work, model)
-    found["texts"] = measured_on(dense, model, data, work, tokens)
-    found |= {"perplexity": found["texts"]["WikiText-2"]["perplexity"], "kl": found["texts"]["WikiText-2"]["kl"]}
-    found["perplexity_instructions"] = found["texts"]["instructions"]["perplexity"]
-    if tasks:
-        report = work / "tasks.json"
-        limit = ("--tasks", ",".join(TASKS), "--limit", str(TASK_ROWS), "--set", f"tasks.include_path={work}/tasks")
-        _task_files(data, work / "tasks")
-        models = [dense] if model == dense else [dense, model]
-        run("evaluate", *models, *limit, "--dtype", "float32", "--json", str(report), timeout=7200)
-        first, last = (json.loads(report.read_text())[number] for number in (0, -1))
-        found["tasks"] = last["tasks"] | {"rows": TASK_ROWS}
-        found["tasks"]["difference"] = {name: difference(first, last, name) for name in TASKS}
-    return found
+        found |= prune(row, dense, data, work, model)
+    return found | {"texts": measured_on(dense, model, data, work, tokens)}
 
 
-def prune(row: Row, data: Path, work: Path, output: str) -> dict[str, Any]:
+def prune(row: Row, dense: str, data: Path, work: Path, output: str) -> dict[str, Any]:
     """Write the pruned model of a row; its size, time and memory."""
     files = {"wikitext": data / "wikitext2_unk_validation.jsonl", "c4": work / "c4.jsonl"}
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     judged = set(range(len(documents))[C4_JUDGED])
     files["c4"].write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
-    options = OPTIONS.get(row.method, ("--method", row.method))
-    if row.samples:
-        options = (*options, "--samples", str(row.samples))
-    # Layers that stay keep their widths.
-    shape = () if row.kinds == "layer" else ("--shape", row.shape)
-    options = (*options, "--kinds", row.kinds, *shape, "--ratio", str(row.ratio))
-    dense, text = MODELS.get(row.model, lambda: row.model)(), TEXTS[row.text].format(**files)
-    done = run("prune", dense, *options, "--dtype", "float32", "--calibration", text, "-o", output, "--json")
-    result = json.loads(done["output"])["result"]
+    options = [*METHODS[row.method], "--ratio", str(row.ratio), "--calibration", CALIBRATION[row.text].format(**files)]
+    options += ["--shape", row.shape] if row.shape else []
+    options += ["--samples", str(row.samples)] if row.samples else []
+    done = run("prune", dense, *options, "--dtype", "float32", "-o", output, "--json", timeout=7200)
     took = {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
-    return {**took, "decoder_removed": result["decoder_removed"]}
+    return {**took, "decoder_removed": json.loads(done["output"])["result"]["decoder_removed"]}
 
 
 def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, dict[str, float]]:
-    """Text → perplexity, and with it the divergence from the dense model (0 for that itself), in nats per token."""
+    """Text → perplexity, and the divergence from the dense model (0 for that itself), in nats per token."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()[C4_JUDGED]
     texts = {
         "WikiText-2": (data / "wikitext2_unk_test.txt").read_text(encoding="utf-8"),
@@ -131,31 +153,60 @@ def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> 
     files = {name: work / f"{name}.txt" for name in texts}
     for name, file in files.items():
         file.write_text(texts[name], encoding="utf-8")
-    report, answers = work / "evaluation.json", data / "alpaca_gpt4_en_999.jsonl"
+    settings = {
+        "perplexity.tokens": tokens, "perplexity.window": WINDOW, "perplexity.autocast": True,
+        "answers.data": data / "alpaca_gpt4_en_999.jsonl", "answers.limit": tokens // 100, "answers.autocast": True,
+    }  # fmt: skip
     models = (model,) if model == dense else (dense, model, "--kl", "--set", "answers.kl=true")
-    command = (
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    report = work / "evaluation.json"
+    run(
         "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
-        "--set", f"perplexity.tokens={tokens}", "--set", "perplexity.autocast=true", "--window", str(WINDOW),
-        "--metrics", "answers",
-        "--set", f"answers.data={answers}", "--set", f"answers.limit={answers_of(tokens)}",
-        "--set", "answers.autocast=true", "--json", str(report),
+        "--metrics", "answers", *options, "--json", str(report),
     )  # fmt: skip
-    run(*command)
     found = json.loads(report.read_text())[-1]
     of_texts = {str(files["WikiText-2"]): found["perplexity"], **found["perplexity"]["others"]}
     results = {name: of_texts[str(file)] for name, file in files.items()} | {"answers": found["answers"]}
     return {name: {"perplexity": one["perplexity"], "kl": one["kl_per_token"] or 0.0} for name, one in results.items()}
 
 
-def difference(first: dict[str, Any], other: dict[str, Any], task: str) -> dict[str, float | None]:
-    """The accuracy of ``other`` minus that of ``first`` on a task, and its standard error (not of paired rows)."""
-    before, after = (one["tasks"][task] for one in (first, other))
-    return {"mean": after["acc"] - before["acc"], "error": hypot(before["acc_stderr"], after["acc_stderr"])}
+def overview(done: dict[Row, dict[str, Any]]) -> str:
+    """The README's table: the first model at 20 %."""
+    model = next(iter(MODELS))
+    return "\n".join(table({row: entry for row, entry in done.items() if row.model == model and row.ratio in (0, 0.2)}))
 
 
-def _task_files(data: Path, folder: Path) -> None:
-    script = next(f for f in (data / "mk_tasks.py", data.parent / "mk_tasks.py") if f.is_file())
-    subprocess.run([sys.executable, str(script), str(folder)], check=True, stdout=subprocess.DEVNULL)
+def page(done: dict[Row, dict[str, Any]]) -> str:
+    """``docs/quality.md``"""
+    lines = [
+        "# Quality for size",
+        "",
+        "<!-- Written by benchmarks/quality.py; do not edit. -->",
+        "",
+        "Models after the cut, without training. Each text has its perplexity and, in parentheses, the mean divergence "
+        f"(KL) from the dense model per token, in nats: the first tokens in windows of {WINDOW}. None was used for "
+        "calibration: WikiText-2's test part, documents of C4, answers to instructions (after the instruction in the "
+        "model's chat format, and as plain text), and modules of Python's standard library. *Uniform*: every layer has "
+        "one width; *free*: the layers of both ends stay whole. FLAP, Wanda-sp and ShortGPT are this project's "
+        "implementations of those papers' criteria.",
+    ]
+    for model in MODELS:
+        chosen = {row: entry for row, entry in done.items() if row.model == model}
+        if chosen:
+            tokens = chosen[Row(model)]["tokens"]
+            lines += ["", f"## {model}", "", f"{tokens:,} tokens of each text.", "", *table(chosen)]
+    return "\n".join([*lines, ""])
+
+
+def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
+    heads = ("method", "shape", "calibrated on", "removed", *COLUMNS.values())
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row, entry in sorted(done.items(), key=lambda item: (item[0].ratio, list(rows()).index(item[0]))):
+        texts = [entry["texts"][name] for name in COLUMNS]
+        cells = [f"{one['perplexity']:.2f}" + (f" ({one['kl']:.3f})" if one["kl"] else "") for one in texts]
+        about = [row.method, row.shape or "–", row.text or "–", f"{entry.get('decoder_removed', 0):.1%}"]
+        lines.append(f"| {' | '.join([*about, *cells])} |")
+    return lines
 
 
 if __name__ == "__main__":

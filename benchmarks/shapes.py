@@ -28,20 +28,11 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabu
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "70b": ("llama", _llama(8192, 28672, 80, 64, 8, vocabulary=128256)),
-    # As Qwen3-Coder-480B.
-    "480b-moe": (
-        "qwen3_moe",
-        {"hidden_size": 6144, "moe_intermediate_size": 2560, "num_hidden_layers": 62, "num_experts": 160}
-        | {"num_experts_per_tok": 8, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128}
-        | {"vocab_size": 151936},
-    ),
     "7b": ("llama", _llama(4096, 11008, 32, 32, 32)),
     "13b": ("llama", _llama(5120, 13824, 40, 40, 40)),
     "3b": ("llama", _llama(3200, 8640, 26, 32, 32)),
     "1b": ("llama", _llama(2048, 8192, 16, 32, 8)),
     "wide": ("llama", _llama(1024, 4096, 12, 16, 8)),
-    "small": ("llama", _llama(768, 2048, 12, 12, 12)),
     "tiny": ("llama", _llama(512, 1408, 8, 8, 4, vocabulary=8000)),
     "moe-7b": (
         "olmoe",

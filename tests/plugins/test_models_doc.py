@@ -52,15 +52,3 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
             names["path/to/llama-7B"] = "path/to/llama-base"
         code, _, err = run(*(names.get(word, word) for word in words[1:]), *extra)
         assert code == 0, f"{' '.join(words)}: {err}"
-
-
-def test_the_document_has_the_committed_results() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "chatglm_drill.json").read_text())
-    table = DOCUMENT.partition("<!-- drill:begin -->\n")[2].partition("\n<!-- drill:end -->")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    expected = []
-    for name, found in results["models"].items():
-        for step, took in found["steps"].items():
-            assert took.get("greatest_difference", 0.0) <= 1e-5
-            expected.append([name, step, *(str(took[key]) for key in ("seconds", "cpu_seconds", "peak_mib"))])
-    assert [row[:5] for row in rows] == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,3 @@ def test_make_targets_exist():
     called = [target for command in commands() for target in re.findall(r"\bmake (\S+)", command)]
     assert {"test", "docs"} <= set(called)
     assert [target for target in called if not re.search(rf"^{re.escape(target)}:", makefile, re.M)] == []
-
-
-def test_scripts_exist_and_know_the_versions():
-    (module,) = (module for command in commands() for module in re.findall(r"\bpython -m (benchmarks\.\w+)", command))
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
-    known = next(
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "RESOLUTIONS"
-    )
-    asked = [row["versions"] for row in jobs()["versions"]["strategy"]["matrix"]["include"]]
-    assert set(asked) == {"lowest", "newest"} <= set(known)

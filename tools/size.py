@@ -1,0 +1,62 @@
+"""How large the project is: lines, files, functions, options, public names, words of documentation, tests.
+
+python tools/size.py [CHECKOUT]
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]).resolve()
+
+
+def main() -> None:
+    core = sources("llmpruner")
+    functions = [node for file in core for node in ast.walk(ast.parse(file.read_text())) if is_function(node)]
+    print("llmpruner/", f"{sum(map(lines, core)):,} lines, {len(core)} files, median {median(map(lines, core)):.0f};",
+          f"{sum(lines(file) <= 60 for file in core)} files of at most 60 lines;",
+          f"{len(functions):,} functions, {sum(n.end_lineno - n.lineno < 4 for n in functions):,} of at most 4 lines")  # fmt: skip
+    for folder in ("plugins", "tests", "benchmarks", "tools"):
+        files = sources(folder)
+        print(f"{folder}/", f"{sum(map(lines, files)):,} lines, {len(files)} files")
+    for command in ("prune", "recover", "evaluate"):
+        print(f"options of {command}:", options(command))
+    names = (ROOT / "llmpruner" / "__init__.pyi").read_text()
+    print("public names:", len(re.findall(r" as \w+$", names, re.M)))
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    print("words of README, CHANGELOG, CONTRIBUTING and docs:", f"{sum(len(p.read_text().split()) for p in pages):,}")
+    collected = run("-m", "pytest", "--collect-only", "-m", "not long", "-p", "no:cacheprovider")
+    print("tests of `make test`:", re.search(r"(\d+)(/\d+)? tests", collected).group(1))
+
+
+def sources(folder: str) -> list[Path]:
+    return [file for file in (ROOT / folder).rglob("*.py") if ".venv" not in file.parts]
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def options(command: str) -> int:
+    """All but ``--help``."""
+    shown = run("-m", "llmpruner", command, "--help")
+    return len(set(re.findall(r"^\W*(--[a-z][a-z-]+)", shown, re.M)) - {"--help"})
+
+
+def run(*words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()
