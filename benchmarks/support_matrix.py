@@ -81,7 +81,9 @@ def run(types: Iterable[str]) -> None:
     def one(name: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.support_matrix", "--one", name]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment, check=False
+            )
             if done.returncode == 0:
                 return {"type": name, **json.loads(done.stdout.splitlines()[-1])}
             return {"type": name, "reason": f"the process ended with status {done.returncode}"}
@@ -150,8 +152,8 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "<!-- Written by benchmarks/support_matrix.py; do not edit. -->",
         "",
-        f"All {len(results)} causal language model types of transformers {version('transformers')}: discovery, then the "
-        "oracle (random uneven cuts equal the silenced model, with the cache, after saving and loading) on a small "
+        f"All {len(results)} causal language model types of transformers {version('transformers')}: discovery, then "
+        "the oracle (random uneven cuts equal the silenced model, with the cache, after saving and loading) on a small "
         f"random instance of each. {len(results) - len(runnable)} cannot be built or run on a CPU. Your own model: "
         "`llmpruner discover MODEL --verify`.",
         "",

@@ -18,10 +18,13 @@ ROOT = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]).res
 
 def main() -> None:
     core = sources("llmpruner")
-    functions = [node for file in core for node in ast.walk(ast.parse(file.read_text())) if is_function(node)]
-    print("llmpruner/", f"{sum(map(lines, core)):,} lines, {len(core)} files, median {median(map(lines, core)):.0f};",
-          f"{sum(lines(file) <= 60 for file in core)} files of at most 60 lines;",
-          f"{len(functions):,} functions, {sum(n.end_lineno - n.lineno < 4 for n in functions):,} of at most 4 lines")  # fmt: skip
+    functions = [
+        node for file in core for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
+    small = sum(node.end_lineno - node.lineno < 4 for node in functions)
+    print(f"llmpruner/ {sum(map(lines, core)):,} lines, {len(core)} files, median {median(map(lines, core)):.0f}")
+    print(f"  {sum(lines(file) <= 60 for file in core)} files of at most 60 lines")
+    print(f"  {len(functions):,} functions, {small:,} of at most 4 lines")
     for folder in ("plugins", "tests", "benchmarks", "tools"):
         files = sources(folder)
         print(f"{folder}/", f"{sum(map(lines, files)):,} lines, {len(files)} files")
@@ -41,10 +44,6 @@ def sources(folder: str) -> list[Path]:
 
 def lines(file: Path) -> int:
     return len(file.read_text(encoding="utf-8").splitlines())
-
-
-def is_function(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def options(command: str) -> int:
