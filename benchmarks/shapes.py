@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
 
-from llmpruner.models.empty import meta_model
+from llmpruner.models.meta import meta_model
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32000) -> dict[str, int]:

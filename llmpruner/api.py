@@ -44,13 +44,12 @@ from .keywords import (
     RecoverKeywords,
     SensitivityKeywords,
 )
-from .models.devices import check_device
-from .models.dtypes import dtype_of
 from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
+from .models.messages import quiet_transformers
 from .models.model import Model, Structure
-from .models.quiet import quiet_transformers
+from .models.numbers import check_device, dtype_of
 from .models.record import REPORT_FILE
 from .models.reference import resolve
 from .plugins.catalog import Catalog

@@ -118,3 +118,10 @@ class MissingExtraError(LlmprunerError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'llmpruner[{extra}]'")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the device has no memory left: `MemoryError`, or what torch's allocators raise."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in ("allocate memory", "out of memory"))
+    )

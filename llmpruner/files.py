@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .amounts import bytes_text
-from .errors import OutputError, first_line
+from .errors import CheckpointError, OutputError, first_line
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,6 +37,17 @@ def json_text(value: Any, *, indent: int, ensure_ascii: bool = False) -> str:
     text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
     # The newlines of strings are escaped, so that one after "[" is never in a string.
     return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: re.sub(r"\s", "", found[0]), text) + "\n"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``. Raises `CheckpointError`."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is damaged: expected a JSON object")
+    return value
 
 
 def _check_links(path: Path) -> None:

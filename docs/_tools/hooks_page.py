@@ -15,7 +15,6 @@ from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.runtime import BenchSubject, Session, Work
 from llmpruner.evaluation.transformers_runtime import work_of
 from llmpruner.exporters.base import ExportTask
-from llmpruner.models.source import TensorSource
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS
@@ -37,7 +36,6 @@ _GIVEN: dict[str, tuple[type, ...]] = {
     "recovery strategy": (RecoveryJob, TrainingResult),
     "metric": (MetricSubject, Row, ComparedModel),
     "exporter": (ExportTask,),
-    "checkpoint reader": (TensorSource,),
     "runtime": (BenchSubject, Session, Work),
     "report section": (ReportSubject, Evidence, Measurements, Costs),
 }

@@ -13,7 +13,7 @@ import torch
 from ..errors import DataError, PluginError
 from ..files import is_file
 from ..models.positions import positions_of
-from ..models.vocabulary import check_ids
+from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
 from .mixture import split_mixture
 from .source import CalibrationSource, SampleTask

@@ -19,7 +19,7 @@ from ..errors import DataError, first_line
 from .conversations import Completion, Conversation, Example, Instruction
 
 if TYPE_CHECKING:
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
 
 _TODAY = datetime.date(2024, 7, 26)
 """The date for templates that print the current one, so that results, and the identity of an interrupted recovery, do

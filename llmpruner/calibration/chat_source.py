@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, no_tokenizer
-from ..models.tokens import ids_to_continue
+from ..models.tokenizer import ids_to_continue
 from .chat import TrainingText, training_texts
 from .conversations import example, read_examples
 from .documents import EXPECTED_EXAMPLES, check_source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..models.tokens import ids_to_continue
+from ..models.tokenizer import ids_to_continue
 from .chat import TrainingText, common_start
 
 if TYPE_CHECKING:

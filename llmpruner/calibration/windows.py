@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from ..models.tokens import LONGEST_WORD, tokens_of
+from ..models.tokenizer import LONGEST_WORD, tokens_of
 
 _CHARACTERS_PER_TOKEN = 12
 """More than the average in any language, so that a piece of text has enough tokens."""

@@ -12,10 +12,10 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import ModelError, UnsupportedModelError, first_line
-from ..models.one_token import fast_one_token_attention
-from ..models.precision import with_fast_products
-from ..models.quiet import quiet_transformers
-from ..models.vocabulary import padding_id
+from ..models.generation import fast_one_token_attention
+from ..models.messages import quiet_transformers
+from ..models.numbers import with_fast_products
+from ..models.tokenizer import padding_id
 from ..progress import QUIET, Progress
 from .opening import opening_tokens
 

@@ -8,8 +8,8 @@ import torch
 
 from ..errors import DataError, ModelError
 from ..models.generation import text_before
-from ..models.position_tables import table_of
-from ..models.tokens import ids_to_continue
+from ..models.positions import table_of
+from ..models.tokenizer import ids_to_continue
 from ..progress import QUIET, Progress
 from .chat import Prompt, chat_frame, chat_prompt, training_texts
 from .chat_source import packed, tokens_of
@@ -19,7 +19,7 @@ from .written import answered
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
 
 QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
 """The most tokens of a question and of its answer."""

@@ -13,9 +13,8 @@ from typing import NoReturn
 import typer
 
 from ..allocator import keep_freed_memory
-from ..errors import LlmprunerError, SettingsError, first_line
+from ..errors import LlmprunerError, SettingsError, first_line, is_out_of_memory
 from ..files import write_failure
-from ..models.out_of_memory import is_out_of_memory
 from .console import error_line
 from .launched import is_first, let_first_print, run_together, shares_work
 

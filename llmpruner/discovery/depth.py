@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..models.empty import REFUSALS, meta_model
+from ..models.meta import REFUSALS, meta_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..models.decoder import graph_of
-from ..models.empty import meta_model
-from ..models.family import ModelFamily
+from ..models.meta import graph_of, meta_model
 from ..structure.architecture import declared_groups
 from ..structure.coupling import CouplingGraph
+from .family import ModelFamily
 from .groups import collect_blocked
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..models.decoder import graph_of
-from ..models.empty import meta_model
+from ..models.meta import graph_of, meta_model
 from ..structure.coupling import (
     ATTENTION,
     EXPERT,

@@ -11,9 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ..errors import UnsupportedModelError, first_line
-from ..models.quiet import quiet_transformers
+from ..models.messages import quiet_transformers, where
 from ..models.remote import register_model_class
-from ..models.where import where
 from .shrink import Small, shrink
 
 if TYPE_CHECKING:

@@ -17,10 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import LlmprunerError, UnsupportedModelError
 from ..loggers import only_errors
-from ..models.decoder import decoder_layers
-from ..models.empty import meta_model
-from ..models.quiet import quiet_transformers
-from ..models.where import where
+from ..models.messages import quiet_transformers, where
+from ..models.meta import decoder_layers, meta_model
 from .positions import EveryPosition
 
 if TYPE_CHECKING:

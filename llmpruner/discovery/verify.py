@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
-from ..models.decoder import graph_of
-from ..models.load import load_pruned
-from ..models.per_layer import for_all_layers
-from ..models.quiet import quiet_transformers
+from ..models.checkpoint import load_pruned
+from ..models.config import for_all_layers
+from ..models.messages import quiet_transformers, why_it_stops
+from ..models.meta import graph_of
 from ..models.save import save_checkpoint
 from ..models.surgery import cut
-from ..models.where import why_it_stops
 from ..structure.architecture import declared_groups
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import LlmprunerError, ModelError, first_line
-from ..models.logits import last_logits
-from ..models.precision import autocast_to
+from ..models.numbers import autocast_to
+from ..models.positions import last_logits
 from .calls import call_layer, first_output, hidden_of, not_walkable, record
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models.decoder import decoder_list
+from ..models.meta import decoder_list
+from ..models.weights import Weights
 from .boundaries import DEFAULT_LIMIT, Boundaries
 from .ranks import SINGLE, Ranks
-from .weights import Weights
 
 if TYPE_CHECKING:
     from torch import nn

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from ..models.logits import logits_at, position_blocks
-from ..models.precision import autocast_to, computes_bfloat16_fast
+from ..models.numbers import autocast_to, computes_bfloat16_fast
+from ..models.positions import logits_at, position_blocks
 from .calls import (
     Call,
     Stop,

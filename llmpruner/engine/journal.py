@@ -20,8 +20,8 @@ from ..folders import Held, alone_in, check_unused
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
+    from ..models.weights import Weights
     from .boundaries import States
-    from .weights import Weights
 
 _RUN = "run.json"
 INTERVAL = 20.0

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
+    from ..models.weights import Weights
     from ..progress import Progress
     from ..structure.coupling import CouplingGraph
     from .executor import Executor
-    from .weights import Weights
 
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import PluginError
-from ..models.precision import multiplies_bfloat16_fast
+from ..models.numbers import multiplies_bfloat16_fast
 from .position import Position
 from .ranks import SINGLE, Ranks
 from .routing import Routing, all_tokens

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..models.logits import logits_at
-from ..models.precision import autocast_to, computes_bfloat16_fast
+from ..models.numbers import autocast_to, computes_bfloat16_fast
+from ..models.positions import logits_at
 from .boundaries import States, copied
 from .calls import (
     Batch,

@@ -58,7 +58,7 @@ class AnswersMetric(Metric):
         _ = self._examples
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.position_tables import check_table_of_config
+        from ..models.positions import check_table_of_config
 
         what, hint = f"examples of {self.settings.cutoff:,} tokens", f"lower --set {self.name}.cutoff"
         for model in models:
@@ -124,7 +124,7 @@ def _sums(
     from torch.nn import functional
 
     from ..engine.divergence import check_vocabularies, divergences
-    from ..models.vocabulary import check_ids
+    from ..models.tokenizer import check_ids
     from .perplexity import predictions
 
     ids_1T = check_ids(torch.tensor([ids]), model)

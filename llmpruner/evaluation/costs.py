@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.arithmetic import macs_per_token
-from ..models.decoder import decoder_layers
-from ..models.decoding import sample_tokens
-from ..models.position_tables import check_table
+from ..models.generation import sample_tokens
+from ..models.meta import decoder_layers, macs_per_token
+from ..models.positions import check_table
 from ..progress import QUIET, Progress
 from .bench import Measurement, measurement, timed
 from .transformers_runtime import TorchSession

@@ -66,7 +66,7 @@ def evaluate(
 
 def _check_finite(model: Model) -> None:
     """Raise `ModelError` unless all weights are finite: the score of a task would be a number all the same."""
-    from ..models.finite import first_not_finite
+    from ..models.numbers import first_not_finite
 
     wrong = first_not_finite(model.model.named_parameters())
     if wrong is not None:

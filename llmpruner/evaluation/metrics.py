@@ -98,7 +98,7 @@ class PerplexityMetric(Metric):
         _ = self._texts
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.position_tables import check_table_of_config, warn_beyond
+        from ..models.positions import check_table_of_config, warn_beyond
         from .perplexity import beyond
 
         window = self.settings.window
@@ -152,7 +152,7 @@ class SpeedMetric(Metric):
     settings: Settings
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.position_tables import check_table_of_config
+        from ..models.positions import check_table_of_config
         from .costs import beyond
 
         counts = self.settings.prompt_tokens, self.settings.new_tokens
@@ -234,7 +234,7 @@ def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
     """Raise `ModelError` where the predictions of a model cannot be compared with those of the first one token by
     token: its vocabulary has another size, or the first tokenizer reads its tokens of ``text`` as others. Their ids may
     differ: a fast and a slow tokenizer of one vocabulary do not split every text alike."""
-    from ..models.tokens import tokens_of
+    from ..models.tokenizer import tokens_of
 
     first, *others = models
     why = "KL divergence needs one vocabulary; compare models with the same tokenizer, or leave kl out"

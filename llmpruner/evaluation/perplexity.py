@@ -15,10 +15,9 @@ from ..amounts import counted
 from ..calibration.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
-from ..models.position_tables import check_table
-from ..models.precision import autocast_to
-from ..models.tokens import tokens_of
-from ..models.vocabulary import check_ids, check_one_head
+from ..models.numbers import autocast_to
+from ..models.positions import check_table
+from ..models.tokenizer import check_ids, check_one_head, tokens_of
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ def evaluate_tasks(
         from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
 
-        from ..models.vocabulary import with_padding
+        from ..models.tokenizer import with_padding
 
         was_training = model.training
         # lm-eval gives the tokenizer a token for padding where it has none.

@@ -20,7 +20,7 @@ class TorchSession(Session):
     """A model in memory, step by step, with a cache that grows."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from ..models.clock import clock_of
+        from ..models.numbers import clock_of
 
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.dtype = str(model.dtype).removeprefix("torch.")
@@ -28,7 +28,7 @@ class TorchSession(Session):
         self._clock = clock_of(model.device)
 
     def start(self, batch: int, length: int) -> None:
-        from ..models.decoding import CachedModel
+        from ..models.generation import CachedModel
 
         del batch, length
         self._cached = CachedModel(self.model)
@@ -56,7 +56,7 @@ class StaticSession(TorchSession):
     def start(self, batch: int, length: int) -> None:
         from transformers import StaticCache
 
-        from ..models.decoding import CachedModel
+        from ..models.generation import CachedModel
 
         del batch
         self._cached = CachedModel(self.model, StaticCache(config=self.model.config, max_cache_len=length))
@@ -95,8 +95,8 @@ class StaticRuntime(TransformersRuntime):
 
 def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
     """What the steps of ``model`` cost. ``graph``: its coupling graph (after a cut, of the cut one)."""
-    from ..models.arithmetic import macs_per_token, multiplied
-    from ..models.stored import stored_bytes
+    from ..models.meta import macs_per_token, multiplied
+    from ..models.numbers import stored_bytes
     from ..pruning.budgets.cached_bytes import bytes_per_token
 
     whole = macs_per_token(model, graph, context=0)

@@ -14,7 +14,7 @@ from ..progress import QUIET, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
     from ..structure.plan import PruningPlan
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..errors import UnsupportedModelError
-from ..models.empty import base_of, empty_model
+from ..models.meta import base_of, empty_model
 from ..models.modeling_llmpruner import apply_record
-from ..models.padding import pad
 from ..models.shim import stock_config
 from ..models.stock import HEADS
+from ..models.surgery import pad
 from ..structure.coupling import ATTENTION, HIDDEN, MLP, QUERY, CoupledGroup, CouplingGraph
 from .configuration_nemotron_nas import NemotronNasConfig
 from .padded import Padded, parameters, whole

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..discovery.graph import build_graph
-from ..models.empty import meta_model
-from ..models.padding import pad
-from ..models.surgery import cut
+from ..models.meta import meta_model
+from ..models.surgery import cut, pad
 from ..structure.coupling import LAYER, CouplingGraph
 from ..structure.kept import Kept, compose_all, renamed
 from ..structure.wider import dense, widest

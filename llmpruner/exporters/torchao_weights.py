@@ -55,7 +55,7 @@ class TorchAoExporter(Exporter):
         """Raises `UnsupportedModelError` for a width that the kernel refuses, and `SettingsError` for a device or dtype
         that it does not have, before anything is written."""
         from ..models import load, save
-        from ..models.stored import stored_bytes
+        from ..models.numbers import stored_bytes
 
         self.check()
         loaded, model = task.loaded, task.model
@@ -125,7 +125,7 @@ class TorchAoExporter(Exporter):
 
     def _check_complete(self, quantised: PreTrainedModel) -> None:
         """torchao leaves a layer that it cannot quantise as it is, without an error."""
-        from ..models.stored import stored_bytes
+        from ..models.numbers import stored_bytes
 
         for path, module in linear_layers(quantised):
             weight = module.weight
@@ -144,8 +144,8 @@ def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _quantised(directory: Path, model: PreTrainedModel, config: TorchAoConfig) -> PreTrainedModel:
-    from ..models.load import model_class
-    from ..models.quiet import quiet_transformers
+    from ..models.checkpoint import model_class
+    from ..models.messages import quiet_transformers
 
     with quiet_transformers():
         loaded: PreTrainedModel = model_class(directory, False).from_pretrained(
@@ -156,10 +156,9 @@ def _quantised(directory: Path, model: PreTrainedModel, config: TorchAoConfig) -
 
 def _save(quantised: PreTrainedModel, dense: Path, directory: Path, vocabulary: list[Path]) -> None:
     """Write ``quantised`` to ``directory``, with what else is in ``dense``, which is removed."""
-    from ..models.earlier_names import add_earlier_names
-    from ..models.manifest import add_manifest
-    from ..models.quiet import quiet_transformers
-    from ..models.save import valid_generation_config
+    from ..models.messages import quiet_transformers
+    from ..models.record import add_manifest
+    from ..models.save import add_earlier_names, valid_generation_config
 
     with quiet_transformers():
         quantised.generation_config = valid_generation_config(quantised)
@@ -180,7 +179,7 @@ def _tokens(model: PreTrainedModel, tokenizer: Any | None) -> tuple[torch.Tensor
     import torch
 
     from ..calibration.documents import PYDOC, read_text
-    from ..models.decoding import sample_tokens
+    from ..models.generation import sample_tokens
     from ..models.positions import positions_of
 
     count = min(_TOKENS, positions_of(model.config) or _TOKENS)

@@ -1,22 +1,25 @@
-"""Text generation: greedy unless a temperature is given, with the key/value cache."""
+"""Text generation, the key/value cache, and fast attention of one token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import DataError
-from .position_tables import table_of
-from .positions import positions_of
-from .quiet import quiet_transformers
-from .tokens import ids_to_continue, tokens_of
-from .vocabulary import check_ids, padding_id
+from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
+from .messages import quiet_transformers
+from .positions import last_logits, positions_of, table_of
+from .tokenizer import check_ids, ids_to_continue, padding_id, tokens_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 
 def generate(
@@ -190,3 +193,113 @@ def _check_length(length: int) -> None:
 
 def _too_long(tokens: int, limit: int) -> DataError:
     return DataError(f"the prompt has {tokens:,} tokens, and the model reads {limit:,}; shorten it")
+
+
+class CachedModel:
+    """A model with the key/value cache of the tokens that it has processed. ``cache``: an empty one; by default one
+    that grows."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache | None = None) -> None:
+        self.model = model
+        with _in_one_line(model):
+            self.cache = DynamicCache(config=model.config) if cache is None else cache
+        self._cache_argument = cache_argument(model)
+        # As generation does: the head computes the logits of the last token alone.
+        self._options: dict[str, Any] = {"use_cache": True, **last_logits(model)}
+
+    @torch.inference_mode()
+    def process(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``tokens``: ids of shape (B, n). Returns the logits of the last ones, of shape (B, V). Raises
+        `UnsupportedModelError` when the model cannot continue from a cache."""
+        options = {self._cache_argument: self.cache, **self._options}
+        with _in_one_line(self.model):
+            logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **options).logits
+            return logits[:, -1]
+
+    @torch.inference_mode()
+    def fork(self) -> CachedModel:
+        """The same model with a copy of the cache."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+
+@contextlib.contextmanager
+def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
+    try:
+        yield
+    except LlmprunerError:
+        raise
+    except Exception as error:  # caches and forward passes of any architecture may raise anything
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"memory is too small to run the {model.config.model_type} model with so many tokens at once; take "
+                "fewer: a smaller batch, or shorter prompts"
+            ) from error
+        raise UnsupportedModelError(
+            f"a {model.config.model_type} model does not run with a key/value cache, so its cost cannot be measured "
+            f"({type(error).__name__}: {first_line(error)[:160]}); choose another --budget"
+        ) from error
+
+
+def sample_tokens(model: PreTrainedModel, count: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids of shape (1, count), the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(int(model.config.get_text_config().vocab_size), (1, count), generator=generator)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Name of the argument of ``forward`` for the key/value cache, which transformers is renaming."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+_NAME = "sdpa"
+
+
+@contextmanager
+def fast_one_token_attention() -> Iterator[None]:
+    """While active, models with the attention ``sdpa`` on a CPU compute that of a single query in each sequence, to all
+    of the keys, by matrix products. Results are those of ``sdpa`` up to rounding."""
+    own: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
+
+    def attend(
+        module: Any,
+        query_BHQD: torch.Tensor,
+        key_BGTD: torch.Tensor,
+        value_BGTE: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[torch.Tensor, None]:
+        batch, heads, queries, dim = query_BHQD.shape
+        # Masks of one query are left out by transformers where it attends to all tokens.
+        if queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu" or _has_more(dropout, options):
+            found: tuple[torch.Tensor, None] = own(
+                module, query_BHQD, key_BGTD, value_BGTE, attention_mask, dropout=dropout, scaling=scaling, **options
+            )
+            return found
+        # The query heads of a group, which share keys and values, are the rows of one product.
+        groups = key_BGTD.shape[1]
+        scale = dim**-0.5 if scaling is None else scaling
+        # In float32, as oneDNN, which multiplies bfloat16, keeps code of its own for every number of cached tokens.
+        with torch.autocast("cpu", enabled=False):
+            rows_BGRD = scale * query_BHQD.float().reshape(batch, groups, heads // groups, dim)
+            weights_BGRT = (rows_BGRD @ key_BGTD.float().transpose(-1, -2)).softmax(-1)
+            attended_BGRE = weights_BGRT @ value_BGTE.float()
+        # As many sequences as have keys, also where their queries are the same.
+        return attended_BGRE.reshape(len(attended_BGRE), 1, heads, -1).to(value_BGTE.dtype), None
+
+    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[_NAME] = own
+
+
+def _has_more(dropout: float, options: dict[str, Any]) -> bool:
+    """Whether something else than scaled products is asked for: a bias of positions, soft caps, weights as a result."""
+    return bool(dropout) or any(
+        options.get(name) is not None and options[name] is not False
+        for name in ("position_bias", "softcap", "output_attentions")
+    )

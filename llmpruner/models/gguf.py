@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import modeling_gguf_pytorch_utils as legacy
 
-from .quiet import quiet_transformers
+from .messages import quiet_transformers
 
 RECORDED_PRE = "gguf_pre"
 """Key of ``tokenizer_config.json``: the name that the GGUF file of the dense model has for its pre-tokenizer."""

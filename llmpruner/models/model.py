@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..engine.weights import StreamedWeights, Weights
-from ..errors import LlmprunerError, ModelError
+from ..errors import ModelError
 from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
-from .content import Content
-from .family import ModelFamily
+from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..discovery.family import ModelFamily
     from ..structure.coupling import CouplingGraph
 
 
@@ -87,17 +86,9 @@ class Model(Structure):
 
     @contextlib.contextmanager
     def changing(self, stage: str) -> Iterator[None]:
-        """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``, unless
-        it is a refusal that came before anything was changed."""
-        # Changes of weights that are read from files are in files, too.
-        before = Content(self.model) if self.streamed is None else None
+        """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``."""
         vars(self)["unfinished"] = stage
-        try:
-            yield
-        except LlmprunerError:
-            if before is not None and before.is_in(self.model):
-                vars(self)["unfinished"] = None
-            raise
+        yield
         vars(self)["unfinished"] = None
 
     def become(self, result: Model) -> Model:

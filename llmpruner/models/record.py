@@ -1,12 +1,19 @@
-"""``llmpruner.json``: the record of how a checkpoint was made."""
+"""The record of a checkpoint, ``llmpruner.json``: how it was made, and size and SHA-256 of each of its files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, first_line
+from ..errors import CheckpointError
+from ..files import read_json
+from .shards import WEIGHTS, check_index
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
@@ -43,12 +50,110 @@ def read_any_record(path: str | Path) -> dict[str, Any] | None:
     return read_json(file) if record is None and file.is_file() else record
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``. Raises `CheckpointError`."""
+FILES = "files"
+"""The key of ``llmpruner.json``."""
+HASHED = 1 << 30
+"""Bytes of weights up to which their hashes are compared when a checkpoint is loaded; beyond, sizes and the names of
+tensors are, and ``llmpruner verify`` compares the rest."""
+_PIECE = 1 << 22
+_SAMPLES, _SAMPLE = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """``size``: in bytes. ``sha256``: of the content, as hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+
+def sha256(file: Path) -> str:
+    """Of the content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sampled_sha256(file: Path) -> str:
+    """Of the size and of 64 evenly spaced pieces of 64 KiB, of a smaller file of all of it: distinguishes files with
+    weights of two models without reading them whole."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if size <= _SAMPLES * _SAMPLE:
+            digest.update(stream.read())
+        else:
+            for number in range(_SAMPLES):
+                stream.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def add_manifest(directory: Path) -> None:
+    """Put the facts of every other file of ``directory`` into its ``llmpruner.json``, if it has one."""
+    record = directory / RECORD_FILE
+    if record.is_file():
+        _write(record, read_json(record))
+
+
+def write_origin(directory: Path, origin: Mapping[str, Any]) -> None:
+    """Write ``llmpruner-files.json``: ``origin``, JSON values, and the facts of every other file of ``directory``."""
+    _write(directory / ORIGIN_FILE, origin)
+
+
+def _write(record: Path, values: Mapping[str, Any]) -> None:
+    directory = record.parent
+    files = sorted(file for file in directory.rglob("*") if file.is_file() and file != record)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = pool.map(sha256, files)
+        facts = {
+            file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": found}
+            for file, found in zip(files, sums, strict=True)
+        }
+    record.write_text(record_text({**values, FILES: facts}), encoding="utf-8")
+
+
+def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | None:
+    """Path → facts, as ``record`` has them; None for a record without them, as earlier versions wrote it. Raises
+    `CheckpointError` where they are malformed, or name files outside the checkpoint."""
+    stated = None if record is None else record.get(FILES)
+    if stated is None:
+        return None
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is damaged: expected a JSON object")
-    return value
+        found = {str(name): FileFacts(int(one["bytes"]), str(one["sha256"])) for name, one in stated.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the record is damaged: '{FILES}' must give bytes and sha256 of each file") from error
+    for name in found:
+        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"the record is damaged: {name!r} is no file of the checkpoint")
+    return found
+
+
+def damaged_files(
+    directory: Path, recorded: Mapping[str, FileFacts], *, hashes: bool = True
+) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of the files that are not as ``recorded``: missing, of another size, or, with ``hashes``,
+    of another content."""
+    for name, facts in recorded.items():
+        file = directory / name
+        if not file.is_file():
+            yield name, "is missing"
+        elif file.stat().st_size != facts.size:
+            yield name, f"has {file.stat().st_size:,} bytes, and had {facts.size:,} when it was saved"
+        elif hashes and sha256(file) != facts.sha256:
+            yield name, "has another content than when it was saved (SHA-256 differs)"
+
+
+def check_weights(directory: Path) -> None:
+    """Check the weight files of a checkpoint or of adapters before they are loaded: sizes, tensor names in the index,
+    and for up to `HASHED` bytes the content. Other files may be edited by hand. Raises `CheckpointError` that names the
+    file."""
+    recorded = recorded_files(read_any_record(directory))
+    if recorded is not None:
+        weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
+        small = sum(facts.size for facts in weights.values()) <= HASHED
+        for name, what in damaged_files(directory, weights, hashes=small):
+            raise CheckpointError(f"{directory / name} {what}; restore the file, or make the checkpoint again")
+    check_index(directory)

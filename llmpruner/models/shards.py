@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, first_line
-from .record import read_json
+from ..files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHTS = {".safetensors", ".bin", ".gguf"}
@@ -37,17 +36,6 @@ def opened(file: Path) -> Iterator[Any]:
             yield tensors
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {first_line(error)}") from error
-
-
-def places_in(file: Path) -> list[tuple[str, int, int]]:
-    """(tensor, first byte, byte after the last) in a safetensors file, in order of bytes. Raises `CheckpointError`."""
-    names_in(file)  # the library checks the header
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    start = 8 + length
-    spans = ((n, *facts["data_offsets"]) for n, facts in header.items() if n != "__metadata__")
-    return sorted(((name, start + first, start + last) for name, first, last in spans), key=lambda span: span[1:])
 
 
 def check_index(directory: Path) -> dict[str, str]:

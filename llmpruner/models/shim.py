@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 from ..errors import CheckpointError
-from .decoder import decoder_layers
-from .empty import base_of, empty_model
+from .config import is_same_by_type, merged
+from .meta import base_of, decoder_layers, empty_model
 from .modeling_llmpruner import (
     LAYERS,
     RECORD_VERSION,
@@ -22,7 +22,6 @@ from .modeling_llmpruner import (
     pruned_model,
     with_all_layers,
 )
-from .per_layer import is_same_by_type, merged
 from .stock import per_layer_sizes, plain_attributes, tensor_shapes
 
 if TYPE_CHECKING:

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .decoder import decoder_layers
-from .empty import REFUSALS, base_of, empty_model, meta_model
+from .config import for_all_layers, merged
+from .messages import quiet_transformers
+from .meta import REFUSALS, base_of, decoder_layers, empty_model, meta_model
 from .modeling_llmpruner import layer_overrides
-from .per_layer import for_all_layers, merged
-from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -1,19 +1,26 @@
-"""The tokenizer of a model, without its weights."""
+"""The tokenizer of a model, token ids of texts, and the vocabulary that a model reads."""
 
 from __future__ import annotations
 
+import copy
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from ..errors import CheckpointError, DataError, ModelError, first_line
+from ..files import read_json
 from ..settings import LoadSettings
-from .adapters import adapter_base
-from .failures import in_one_line
+from .checkpoint import adapter_base
+from .checks import in_one_line
 from .gguf import RECORDED_PRE, pre_tokenizer_of
-from .quiet import quiet_transformers
+from .messages import quiet_transformers
 from .reference import Reference, resolve
-from .tokenizer_files import TOKENIZER_FILES, damaged_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,3 +69,124 @@ def read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConf
         # Saved with the tokenizer: transformers does not keep the name, and a GGUF file of the pruned model needs it.
         tokenizer.init_kwargs[RECORDED_PRE] = pre
     return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+"""A model that has none of them brings no tokenizer."""
+_FAST = "tokenizer.json"
+_OBJECTS = (_FAST, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+
+
+def damaged_tokenizer(directory: Path) -> str | None:
+    """What is wrong with the first damaged file of a tokenizer in ``directory``; None where each can be read alone."""
+    for name in _OBJECTS:
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            read_json(file)
+        except CheckpointError as error:
+            return str(error)
+        if name == _FAST:
+            try:
+                Tokenizer.from_file(str(file))
+            except Exception as error:  # tokenizers raises no class of its own
+                return f"{file} is damaged: {first_line(error)}"
+    return None
+
+
+LONGEST_WORD = 2000
+"""Characters without a blank that are encoded at once. Words are shorter, and so are most paragraphs in scripts without
+blanks."""
+_WORD = re.compile(r"\S+")
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of ``text``, without special tokens. Text is encoded as one string, but for runs of more than
+    `LONGEST_WORD` characters without a blank, which are cut at every so many."""
+    ids: list[int] = []
+    for piece in _pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """The token ids of a text that goes on, such as a prompt. ``special``: with what the tokenizer puts before a text,
+    without an end-of-sequence token that it puts after each (``add_eos_token``)."""
+    ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    eos = tokenizer.eos_token_id
+    if special and eos is not None and len(ids) > 1 and ids[-1] == eos:
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if _at_end(ids, eos) > _at_end(own, eos):
+            ids.pop()
+    return ids
+
+
+def _at_end(ids: Sequence[int], token: int) -> int:
+    """How many of the last tokens are ``token``."""
+    return sum(1 for _ in takewhile(lambda one: one == token, reversed(ids)))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    for word in _WORD.finditer(text) if len(text) > LONGEST_WORD else ():
+        for stop in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
+            yield text[start:stop]
+            start = stop
+    if start < len(text) or not text:
+        yield text[start:]
+
+
+def predicted_tokens(model: Any) -> int:
+    """How many tokens a model predicts. Reads no weights."""
+    # Some classes do not say what their head is; it has as many tokens as the embeddings.
+    head = model.get_output_embeddings() or model.get_input_embeddings()
+    return int(head.weight.shape[0])
+
+
+def check_one_head(reference: Any, model: Any) -> None:
+    """Raise `ModelError` for models that predict different numbers of tokens: one cannot read what the other can, and
+    their predictions are not of the same tokens."""
+    wanted, found = predicted_tokens(reference), predicted_tokens(model)
+    if wanted != found:
+        raise ModelError(
+            f"the model predicts {found} tokens and the reference {wanted}; KL divergence needs one vocabulary"
+        )
+
+
+def embedding_rows(model: Any) -> int:
+    """How many tokens a model reads. Reads no weights."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
+    """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, if ``model``
+    can read it, which it cannot where one was added to the tokenizer alone; else one of ``others``, the end of the
+    sequence, or 0."""
+    rows = embedding_rows(model)
+    found = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in found if token is not None and 0 <= token < rows)
+
+
+def with_padding(tokenizer: Any, model: Any) -> Any:
+    """``tokenizer`` with `padding_id` as its padding token; a copy where that is another one, as the tokenizer is saved
+    with the model."""
+    token = padding_id(tokenizer, model)
+    if token == tokenizer.pad_token_id:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+    return tokenizer
+
+
+def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:
+    """``ids``, once it is sure that ``model`` can read them. Raises `DataError` for a tokenizer of another model."""
+    if not ids.numel():
+        return ids
+    rows = embedding_rows(model)
+    largest = int(ids.max())
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer gives token {largest}, and the model has {rows} embeddings: it is that of another model"
+        )
+    return ids

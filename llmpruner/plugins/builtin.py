@@ -9,10 +9,10 @@ from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ..calibration.source import CalibrationSource
+    from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime
     from ..exporters.base import Exporter
-    from ..models.family import ModelFamily
     from ..pruning.allocation.base import Allocation
     from ..pruning.budgets.base import Budget
     from ..pruning.compensation.base import Compensation
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def llmpruner_model_families() -> list[type[ModelFamily]]:
-    from ..models.auto import AutoFamily
+    from ..discovery.family import AutoFamily
 
     return [AutoFamily]
 

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from ..calibration.source import CalibrationSource
 from ..component import Component
+from ..discovery.family import AUTO, ModelFamily
 from ..errors import LlmprunerError, ModelError, PluginError, UnknownNameError, UnsupportedModelError, first_line, near
 from ..evaluation.base import Metric
 from ..evaluation.runtime import Runtime
 from ..exporters.base import Exporter
-from ..models.auto import AUTO
-from ..models.family import ModelFamily
-from ..models.reader import CheckpointReader
+from ..models.reference import CheckpointReader
 from ..pruning.allocation.base import Allocation
 from ..pruning.budgets.base import Budget
 from ..pruning.compensation.base import Compensation
@@ -26,7 +25,7 @@ from ..pruning.methods.recipe import NamedRecipe
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from .calls import Answer
-from .host import BrokenPlugin, PluginHost
+from .host import BrokenPlugin, PluginHost, plugin_manager
 from .registry import Registry, problem_of
 
 if TYPE_CHECKING:
@@ -225,3 +224,17 @@ def _ancestors(family: ModelFamily, families: Mapping[str, type[ModelFamily]]) -
         found.add(parent)
         parent = families[parent].extends if parent in families else None
     return found - {family.name}
+
+
+def register() -> None:
+    """Let AutoConfig and AutoModelForCausalLM load pruned checkpoints without remote code, for the model types of
+    transformers and of the families of installed plugins. Repeated calls have no further effect."""
+    from transformers import CONFIG_MAPPING
+
+    from ..models.modeling_llmpruner import MODEL_TYPE_PREFIX
+    from ..models.modeling_llmpruner import register as register_types
+
+    catalog = Catalog(plugin_manager())
+    catalog.register_models()
+    types = {*CONFIG_MAPPING, *(t for cls in catalog.families.values() for t in cls.model_types)}
+    register_types(sorted(t for t in types if not t.startswith(MODEL_TYPE_PREFIX)))

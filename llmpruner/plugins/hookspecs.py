@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     import typer
 
     from ..calibration.source import CalibrationSource
+    from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime
     from ..exporters.base import Exporter
-    from ..models.family import ModelFamily
-    from ..models.reader import CheckpointReader
+    from ..models.reference import CheckpointReader
     from ..pruning.allocation.base import Allocation
     from ..pruning.budgets.base import Budget
     from ..pruning.compensation.base import Compensation

@@ -9,8 +9,8 @@ from reprlib import repr as short_repr
 from typing import Any, Generic, TypeVar
 
 from ..component import ComponentSettings
+from ..discovery.family import ModelFamily
 from ..errors import DuplicateNameError, UnknownNameError
-from ..models.family import ModelFamily
 
 T = TypeVar("T")
 

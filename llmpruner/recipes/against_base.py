@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from ..discovery.dense import check_named_base, dense_structure, open_dense
 from ..discovery.silenced import distance, logits, silenced
 from ..discovery.verify import TOLERANCE
-from ..engine.cut_weights import CutWeights
-from ..engine.weights import StreamedWeights, Weights
 from ..errors import CheckpointError
 from ..files import exists
-from ..models.dense import check_named_base, dense_structure, open_dense
-from ..models.dtypes import loaded_bytes
-from ..models.empty import meta_model
-from ..models.streamed import why_not_streamed
+from ..models.meta import meta_model
+from ..models.numbers import loaded_bytes
+from ..models.opening import why_not_streamed
 from ..models.surgery import cut
+from ..models.weights import CutWeights, StreamedWeights, Weights
 from ..settings import DEMO, LoadSettings
 from ..structure.coupling import Role, layer_number
 from ..structure.kept import compose_all, layer_numbers, restrict
@@ -60,8 +59,8 @@ class Base:
             check_named_base(structure, named, catalog, trust_remote_code=load.trust_remote_code)
         pruned = structure if named is None else _made_from(structure, named)
         dense = dense_structure(pruned, catalog, trust_remote_code=load.trust_remote_code)
-        streams = why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None
-        large = loaded_bytes(dense, catalog, load) > psutil.virtual_memory().available // 2
+        streams = why_not_streamed(dense, catalog, load, cuts=False) is None
+        large = loaded_bytes(dense, load) > psutil.virtual_memory().available // 2
         self.ref, self.plans, self._catalog = dense.ref, structure.plans, catalog
         record = structure.record or {}
         self._trained = bool(record.get("recovery") or record.get("adapters"))

@@ -12,8 +12,8 @@ import transformers
 from .. import __version__
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
-from ..models.manifest import sampled_sha256, sha256
 from ..models.model import Structure
+from ..models.record import sampled_sha256, sha256
 from ..progress import QUIET
 from ..settings import RunSettings
 from ..structure.plan import PruningPlan
@@ -21,7 +21,7 @@ from .fitting import boundary_limit
 from .forecast import SLOW_WRITING, Residency, duration
 from .inputs import data_fingerprint, model_fingerprint, named_by
 from .opening import Opener
-from .residency import arranged, computed_once, is_streamed, weight_bytes
+from .residency import arranged, is_streamed, weight_bytes
 from .work import Work
 
 if TYPE_CHECKING:
@@ -40,18 +40,16 @@ def arrange(
     run: RunSettings,
     *,
     whole: str | None = None,
-    room: int | None = None,
 ) -> tuple[Residency, Mapping[str, Any] | None]:
     """How the model is held, and the forecast, which is shown; None for a small model where nobody would read it.
-    ``job``: None for a plan that is replayed. ``whole``: what needs the model in memory. ``room``: see
-    `computed_once`."""
+    ``job``: None for a plan that is replayed. ``whole``: what needs the model in memory."""
     load, catalog, progress = opener.load, opener.catalog, opener.progress
     if progress is QUIET and run.max_memory is None and weight_bytes(opened, load, catalog) < _SMALL:
         # A forecast takes a second.
         limit = boundary_limit(run)
         streamed = whole is None and is_streamed(opened, job, load, catalog)
-        return Residency(streamed, limit, once=streamed and computed_once(opened, load, catalog, room)), None
-    found = arranged(opened, job, work, load, run, catalog, whole=whole, room=room)
+        return Residency(streamed, limit), None
+    found = arranged(opened, job, work, load, run, catalog, whole=whole)
     progress.status(str(found))
     writing = found.stage("writing")
     if writing is not None and writing.seconds is not None and writing.seconds > SLOW_WRITING:

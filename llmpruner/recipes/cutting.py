@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..discovery.graph import build_graph
-from ..engine.cut_weights import CutWeights
-from ..models.empty import meta_model
+from ..models.meta import meta_model
 from ..models.surgery import cut
+from ..models.weights import CutWeights
 from ..pruning.budgets.base import BudgetSubject
 from .outcome import outcome_of
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..engine.weights import StreamedWeights
     from ..models.model import Model, Structure
+    from ..models.weights import StreamedWeights
     from ..plugins.catalog import Catalog
     from ..progress import Progress
     from ..pruning.budgets.costs import Cost

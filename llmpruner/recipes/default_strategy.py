@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..discovery.dense import dense_structure
 from ..errors import LlmprunerError
-from ..models.dense import dense_structure
 from .forecast import size_text
 from .training_memory import memory_of_device, training_forecast
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..models.manifest import sampled_sha256
 from ..models.model import Model
+from ..models.record import sampled_sha256
 from ..pruning.allocation.base import Allocation, AllocationUse
 from ..structure.plan import structure_of
 from .inputs import digest, model_fingerprint

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..discovery.graph import build_graph
+from ..discovery.structure import load_structure
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.base import Row
 from ..evaluation.costs import size
 from ..evaluation.evaluate import Evaluation, side_by_side
-from ..models.empty import meta_model
-from ..models.record import RECORD_FILE, RUN_FILE, read_json
-from ..models.structure import load_structure
+from ..files import read_json
+from ..models.meta import meta_model
+from ..models.record import RECORD_FILE, RUN_FILE
 from ..models.surgery import cut
 from ..pruning.budgets.cached_bytes import bytes_per_token
 from ..report.base import DENSE, Costs, Evidence, Measurements, ReportSubject

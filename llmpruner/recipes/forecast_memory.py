@@ -7,7 +7,7 @@ from math import prod
 
 from ..engine.check import TOKENS as CHECKED
 from ..engine.signals import Signal
-from ..models.logits import LOGIT_ELEMENTS
+from ..models.positions import LOGIT_ELEMENTS
 from ..pruning.compensation.least_squares import solve_bytes
 from ..pruning.compensation.trials import TRIED
 from .forecast import Residency

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..component import Component
 from ..files import is_file
-from ..models.adapters import adapter_base
+from ..models.checkpoint import adapter_base
 from ..models.record import OF_THIS_MACHINE
 from ..models.reference import resolve
 from ..settings import LoadSettings

@@ -22,11 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..engine.calls import call_layer, eager_experts, expert_configs, first_output, record
 from ..engine.gram import add_gram
-from ..models.decoder import decoder_list
-from ..models.empty import meta_model
-from ..models.logits import computes_some_logits
-from ..models.precision import computes_bfloat16_fast
-from ..models.quiet import quiet_transformers
+from ..models.messages import quiet_transformers
+from ..models.meta import decoder_list, meta_model
+from ..models.numbers import computes_bfloat16_fast
+from ..models.positions import computes_some_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

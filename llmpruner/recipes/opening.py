@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from ..discovery.family import AUTO
+from ..discovery.structure import load_structure
 from ..engine.ranks import Ranks
 from ..errors import SettingsError, no_tokenizer
-from ..models.auto import AUTO
-from ..models.devices import check_device
-from ..models.dtypes import widened
-from ..models.in_memory import load_model
 from ..models.model import Model, Structure
-from ..models.streamed import open_streamed
-from ..models.structure import load_structure
+from ..models.numbers import check_device, widened
+from ..models.opening import load_model, open_streamed
 from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
@@ -62,7 +60,7 @@ class Opener:
         """A model with its weights in memory; a model as it is. ``keep_dtype``: weights in float16 stay so on a CPU,
         where no other dtype was asked for."""
         opened = self.structure(source)
-        if keep_dtype and widened(opened, self.catalog, self.load) is not None:
+        if keep_dtype and widened(opened, self.load) is not None:
             narrow = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
             return narrow.weights(opened)
         return self.weights(opened)
@@ -74,22 +72,21 @@ class Opener:
         streamed: bool = False,
         beside: Path | None = None,
         ahead: bool = True,
-        once: bool = False,
     ) -> Model:
         """``opened`` with its weights, in memory or, ``streamed``, read layer by layer; a model as it is. ``beside``,
-        ``ahead``, ``once``: see `open_streamed`."""
+        ``ahead``: see `open_streamed`."""
         if isinstance(opened, Model):
             return opened
         check_device(self.load.device)
         if streamed:
             self.progress.status(f"{opened.ref} is read layer by layer")
-            return open_streamed(opened.ref, self.catalog, self.load, opened, beside, ahead=ahead, once=once)
+            return open_streamed(opened, self.catalog, self.load, beside, ahead=ahead)
         self.progress.status(f"loading {opened.ref}")
-        return load_model(opened.ref, self.catalog, self.load, opened)
+        return load_model(opened, self.catalog, self.load)
 
     def say_widened(self, opened: Structure) -> None:
         """Say where a result will be saved in a wider dtype than the model is stored in."""
-        line = None if isinstance(opened, Model) else widened(opened, self.catalog, self.load)
+        line = None if isinstance(opened, Model) else widened(opened, self.load)
         if line is not None:
             self.progress.status(line)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..models.dtypes import stored_dtype
+from ..models.numbers import stored_dtype
 from ..pruning.budgets.costs import Cost
 from ..pruning.budgets.sizes import counts
 from ..pruning.budgets.weights import byte_cost

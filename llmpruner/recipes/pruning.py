@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import disk_usage
 from tempfile import gettempdir
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..engine.ranks import Ranks
 from ..errors import LlmprunerError, OutputError, ProcessError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, tree_bytes
 from ..models.model import Model, Structure
-from ..models.streamed import reopened
+from ..models.opening import reopened
 from ..progress import Progress
 from ..settings import PruneSettings, RunSettings
 from ..structure.outcome import Outcome
@@ -139,9 +138,7 @@ class Pruning:
         self, opened: Structure, job: PruneJob | None, work: Work, opener: Opener, ranks: Ranks
     ) -> tuple[Residency, Mapping[str, Any] | None]:
         whole = "a result in memory" if self.output is None else None
-        # Each of several processes would have files of its own.
-        room = None if self.output is None or ranks.count > 1 else disk_usage(self.output.resolve().parent).free
-        return ranks.from_first(lambda: arrange(opener, opened, job, work, self.run, whole=whole, room=room))
+        return ranks.from_first(lambda: arrange(opener, opened, job, work, self.run, whole=whole))
 
     def _journal(
         self, output: Path, opened: Structure, job: PruneJob | None, way: Residency, opener: Opener, ranks: Ranks
@@ -156,7 +153,7 @@ class Pruning:
     def _loaded(self, opened: Structure, way: Residency, opener: Opener, run: Run) -> Model:
         beside = None if self.output is None else self.output.resolve().parent
         with run.stages.stage("loading"):
-            return opener.weights(opened, streamed=way.streamed, beside=beside, once=way.once)
+            return opener.weights(opened, streamed=way.streamed, beside=beside)
 
     def _cut(self, loaded: Model, job: PruneJob | None, opener: Opener, run: Run) -> Model:
         if job is not None:

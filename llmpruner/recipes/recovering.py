@@ -11,21 +11,19 @@ from typing import Any
 
 from ..calibration.chat import format_note
 from ..calibration.conversations import Example
+from ..discovery.dense import dense_structure, load_dense, open_dense, placed_as
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
 from ..engine.ranks import Ranks
-from ..engine.weights import Weights
 from ..errors import DataError, ModelError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..folders import Held
-from ..models.dense import dense_structure, load_dense, open_dense, placed_as
-from ..models.devices import check_device
-from ..models.dtypes import loaded_bytes
-from ..models.manifest import sampled_sha256
 from ..models.model import Model, Structure
-from ..models.position_tables import check_table_of_config, table_of_config
-from ..models.record import read_any_record
-from ..models.streamed import reopened
+from ..models.numbers import check_device, loaded_bytes
+from ..models.opening import reopened
+from ..models.positions import check_table_of_config, table_of_config
+from ..models.record import read_any_record, sampled_sha256
+from ..models.weights import Weights
 from ..progress import QUIET
 from ..recovery.base import LayerWalk
 from ..recovery.checks import check_before_writing, check_steps
@@ -263,7 +261,7 @@ def _check_disk(
     other keeps in ``folder``, beside what is there."""
     if not job.strategy.by_layer:
         return
-    item = loaded_bytes(opened, opener.catalog, opener.load) // opened.graph.total_parameters
+    item = loaded_bytes(opened, opener.load) // opened.graph.total_parameters
     states = states_bytes(job, opened, lengths)
     size = layers_disk(opened.graph, item, states, Residency(way.streamed, way.boundary_memory))
     check_space(output, size - tree_bytes(folder), "the result, finished layers and hidden states")

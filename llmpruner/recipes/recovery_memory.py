@@ -18,9 +18,9 @@ import psutil
 import torch
 
 from ..errors import SettingsError
-from ..models.dtypes import dtype_of, loaded_bytes
 from ..models.model import Model
-from ..models.streamed import why_not_streamed
+from ..models.numbers import dtype_of, loaded_bytes
+from ..models.opening import why_not_streamed
 from ..recovery.schedule import micro_batch
 from ..settings import LoadSettings, RunSettings
 from .fitting import boundary_limit, fitting
@@ -72,7 +72,7 @@ def arranged_layers(
     """
     reason = whole or _why_whole(opened, dense, load, catalog)
     if run.max_memory is None:
-        size = sum(loaded_bytes(structure, catalog, load) for structure in (opened, dense))
+        size = sum(loaded_bytes(structure, load) for structure in (opened, dense))
         large = size > psutil.virtual_memory().available // 2
         way = Residency(reason is None and large, boundary_limit(run))
         return _Estimate(job, opened, dense, load, catalog, lengths).of(way) if shown else way
@@ -89,7 +89,7 @@ def _why_whole(opened: Structure, dense: Structure, load: LoadSettings, catalog:
     if isinstance(opened, Model):
         return "the pruned model is loaded already"
     for structure in (opened, dense):
-        reason = why_not_streamed(structure.ref, catalog, load, structure, cuts=False)
+        reason = why_not_streamed(structure, catalog, load, cuts=False)
         if reason is not None:
             return f"'{structure.ref}': {reason}"
     return None
@@ -128,7 +128,7 @@ class _Estimate:
         lengths: Sequence[int],
     ) -> None:
         loaded = opened.model if isinstance(opened, Model) else None
-        dtype = loaded.dtype if loaded is not None else dtype_of(opened, catalog, load)
+        dtype = loaded.dtype if loaded is not None else dtype_of(opened, load)
         device = loaded.device if loaded is not None else torch.device(load.device)
         self._base = memory_before(loaded)
         self._size = dtype.itemsize

@@ -5,19 +5,14 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
-from functools import cache
-from math import inf
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from ..models.devices import check_device
-from ..models.dtypes import dtype_of, loaded_bytes
 from ..models.model import Model
-from ..models.precision import multiplies_bfloat16_fast
-from ..models.streamed import conversion_rate, why_not_streamed
+from ..models.numbers import check_device, dtype_of, loaded_bytes, multiplies_bfloat16_fast
+from ..models.opening import why_not_streamed
 from ..settings import LoadSettings, RunSettings
 from .fitting import boundary_limit, fitting
 from .forecast import Forecast, Residency, check_machine
@@ -43,22 +38,9 @@ def is_streamed(opened: Structure, job: PruneJob | None, load: LoadSettings, cat
     launcher started on this machine holds the model."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = psutil.virtual_memory().available // 2
-    if isinstance(opened, Model) or loaded_bytes(opened, catalog, load) * processes <= available:
+    if isinstance(opened, Model) or loaded_bytes(opened, load) * processes <= available:
         return False
     return _why_whole(opened, job, load, catalog) is None
-
-
-def computed_once(opened: Structure, load: LoadSettings, catalog: Catalog, room: int | None) -> bool:
-    """Whether a model that is read layer by layer has its weights, where they are computed of what is stored, in files
-    beside the result after they were computed once. ``room``: bytes of disk that are free there; None without a result.
-
-    It is so where the files fit into free memory, in which the system keeps them; a disk gives them no faster than they
-    are computed. Three times their size must be free: for them, the result, and weights that are fitted.
-    """
-    size = loaded_bytes(opened, catalog, load)
-    if isinstance(opened, Model) or room is None or room < 3 * size or psutil.virtual_memory().available < size:
-        return False
-    return conversion_rate(opened, catalog, load) not in (None, inf)
 
 
 def arranged(
@@ -70,11 +52,10 @@ def arranged(
     catalog: Catalog,
     *,
     whole: str | None = None,
-    room: int | None = None,
 ) -> Forecast:
     """The forecast of the way in which the model is held; with ``run.max_memory``, of the first that fits (`fitting`).
 
-    ``whole``: what else needs the model in memory. ``room``: see `computed_once`. Reads no weights. Raises
+    ``whole``: what else needs the model in memory. Reads no weights. Raises
     `SettingsError` where none fits, with what the smallest takes.
     """
     dtype, device = _placed(opened, load, catalog)
@@ -83,20 +64,8 @@ def arranged(
     free = psutil.virtual_memory().available
     mixed = dtype == torch.float32 and multiplies_bfloat16_fast(device.type)
 
-    @cache
-    def converting() -> float | None:
-        return conversion_rate(opened, catalog, load)
-
-    @cache
-    def once() -> bool:
-        return computed_once(opened, load, catalog, room)
-
     def found(residency: Residency) -> Forecast:
-        residency = replace(residency, once=residency.streamed and once())
-        rate = converting() if residency.streamed else None
-        return forecast(
-            opened, work, dtype, residency, sample, base=base, mixed=mixed, converting=rate, free=free
-        )  # fmt: skip
+        return forecast(opened, work, dtype, residency, sample, base=base, mixed=mixed, free=free)
 
     if run.max_memory is None:
         way = found(Residency(whole is None and is_streamed(opened, job, load, catalog), boundary_limit(run)))
@@ -121,7 +90,7 @@ def _placed(opened: Structure, load: LoadSettings, catalog: Catalog) -> tuple[to
     if isinstance(opened, Model):
         return opened.model.dtype, opened.model.device
     check_device(load.device)
-    return dtype_of(opened, catalog, load), torch.device(load.device)
+    return dtype_of(opened, load), torch.device(load.device)
 
 
 def _sample(opened: Structure, work: Work, dtype: torch.dtype, device: torch.device) -> LayerSample | None:
@@ -140,7 +109,7 @@ def _why_whole(opened: Structure, job: PruneJob | None, load: LoadSettings, cata
     """Why a model has to be in memory as a whole; None if it need not be."""
     if isinstance(opened, Model):
         return "it is loaded already" if opened.streamed is None else None
-    return why_not_streamed(opened.ref, catalog, load, opened) or (None if job is None else _needs_all(job))
+    return why_not_streamed(opened, catalog, load) or (None if job is None else _needs_all(job))
 
 
 def _needs_all(job: PruneJob) -> str | None:

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..discovery.structure import load_structure
 from ..errors import SettingsError, no_tokenizer
 from ..evaluation.evaluate import Evaluations
-from ..files import check_new_directory, json_text, write_text
+from ..files import check_new_directory, json_text, read_json, write_text
 from ..folders import new_directory
-from ..models.devices import check_device
 from ..models.model import Model, Structure
-from ..models.record import read_json, read_record
+from ..models.numbers import check_device
+from ..models.record import read_record
 from ..models.reference import resolve
-from ..models.structure import load_structure
 from ..models.tokenizer import brings_tokenizer
 from ..progress import QUIET, Progress
 from ..recovery.losses import first_and_last, loss_text

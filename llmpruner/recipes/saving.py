@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..discovery.dense import base_record
 from ..errors import ModelError, OutputError
 from ..files import remove_tree
 from ..folders import Held
-from ..models.adapters import save_adapter
-from ..models.base_config import stated
-from ..models.dense import base_record
+from ..models.checkpoint import save_adapter
+from ..models.config import stated
 from ..models.record import read_any_record
 from ..models.save import save_checkpoint, vocabulary_files
 

@@ -19,8 +19,7 @@ from filelock import FileLock, Timeout
 from ..errors import OutputError, first_line
 from ..files import check_new_directory, holds_files, write_text, writing
 from ..folders import Held, check_unused
-from ..models.manifest import sha256
-from ..models.record import OF_THIS_MACHINE
+from ..models.record import OF_THIS_MACHINE, sha256
 from ..progress import QUIET, Progress
 
 STATE, LOCK = "recipe.json", ".recipe.lock"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engine.boundaries import DEFAULT_LIMIT
-from ..models.dtypes import dtype_of, loaded_bytes
 from ..models.model import Model
-from ..models.streamed import why_not_streamed
+from ..models.numbers import dtype_of, loaded_bytes
+from ..models.opening import why_not_streamed
 from ..recovery.memory import KEPT_VALUES, free_bytes, training_bytes
 from .forecast import LATER, Forecast, Residency, Stage, check_machine, machine_memory
 from .layer_sample import layer_parameters, memory_before
@@ -41,9 +41,9 @@ def reads_dense_by_layer(
     take more than half of the device's free memory."""
     if dense is None or not job.strategy.streams_dense:
         return False
-    size = sum(loaded_bytes(structure, catalog, load) for structure in (opened, dense))
+    size = sum(loaded_bytes(structure, load) for structure in (opened, dense))
     large = size > free_bytes(_device(opened, load)) // 2
-    return large and why_not_streamed(dense.ref, catalog, load, dense, cuts=False) is None
+    return large and why_not_streamed(dense, catalog, load, cuts=False) is None
 
 
 def training_forecast(
@@ -58,7 +58,7 @@ def training_forecast(
     """Memory and disk of a training that holds the whole pruned model, without its time, which its first steps show.
     ``dense``: of strategies that use the dense model; ``by_layer``: whether it is read layer by layer."""
     model = opened.model if isinstance(opened, Model) else None
-    dtype = model.dtype if model is not None else dtype_of(opened, catalog, load)
+    dtype = model.dtype if model is not None else dtype_of(opened, load)
     item = dtype.itemsize
     graph, config = opened.graph, opened.config.get_text_config()
     # Sizes that a configuration calls otherwise are left out of the estimate.
@@ -69,14 +69,14 @@ def training_forecast(
     settings = job.settings.model_copy(
         update={"autocast": job.settings.autocast or (widened and dtype == torch.bfloat16)}
     )
-    own = loaded_bytes(opened, catalog, load)
+    own = loaded_bytes(opened, load)
     stages, models = [], [opened]
     if dense is not None and job.strategy.streams_dense:
         stages.append(Stage("predictions of the dense model", {"weights": own, **_of_dense(dense, item, by_layer)}))
     elif dense is not None:
         models.append(dense)
     memory = {
-        "weights": sum(loaded_bytes(one, catalog, load) for one in models),
+        "weights": sum(loaded_bytes(one, load) for one in models),
         "gradients and moments of AdamW": 3 * states,
         **training_bytes(settings, vocabulary, channels, graph.num_layers, _FLOAT32 if widened else item),
         "modules and tokenizer": LATER,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..amounts import counted
-from ..engine.weights import StreamedWeights
+from ..discovery.structure import load_structure
 from ..errors import (
     CheckpointError,
     LlmprunerError,
@@ -24,14 +24,13 @@ from ..errors import (
     PluginError,
     UnsupportedModelError,
 )
-from ..models.adapters import ADAPTER_WEIGHTS, adapter_base
-from ..models.finite import first_not_finite
-from ..models.manifest import damaged_files, recorded_files
-from ..models.record import RECORD_FILE, read_any_record
+from ..models.checkpoint import ADAPTER_WEIGHTS, adapter_base
+from ..models.numbers import first_not_finite
+from ..models.opening import open_weights, why_not_streamed
+from ..models.record import RECORD_FILE, damaged_files, read_any_record, recorded_files
 from ..models.remote import ALLOW
 from ..models.shards import check_index, has_shards, names_in, opened
-from ..models.streamed import lazily, why_not_streamed
-from ..models.structure import load_structure
+from ..models.weights import StreamedWeights
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
 from .against_base import Base, NotComparable, at_hand
@@ -230,14 +229,14 @@ def _stored_dtype(directory: Path, places: Mapping[str, str]) -> str:
 
 def _opened(directory: Path, structure: Structure, load: LoadSettings, catalog: Catalog) -> StreamedWeights:
     """The weights of the checkpoint, layer by layer, once its tensors are those of the structure."""
-    reason = why_not_streamed(str(directory), catalog, load, structure, cuts=False)
+    reason = why_not_streamed(structure, catalog, load, cuts=False)
     if reason is not None:
         raise NotComparable(f"only weights that can be read layer by layer are compared: {reason}")
-    lazy = lazily(str(directory), catalog, load, structure)
-    unknown = sorted(map(str, (lazy.info or {}).get("unexpected_keys", ())))
+    weights = open_weights(structure, catalog, load)
+    unknown = sorted(map(str, weights.info["unexpected_keys"]))
     if unknown:
         raise CheckpointError(f"tensor '{unknown[0]}' belongs to no module of the model")
-    return StreamedWeights(lazy, structure.graph.layers, torch.device("cpu"))
+    return weights
 
 
 class _Placed:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..engine.weights import Weights
+    from ..models.weights import Weights
     from ..structure.coupling import CouplingGraph
 
 

@@ -9,7 +9,7 @@ from .examples import load_examples, rows_of, validation_records
 from .schedule import steps, warmup_steps, with_batch
 
 if TYPE_CHECKING:
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
     from ..settings import RecoverSettings
     from .dense_text import DenseText
 

@@ -26,13 +26,13 @@ from ..calibration.mixture import parse_mixture
 from ..errors import DataError, OutputError
 from ..files import is_file, write_text
 from ..folders import Held
-from ..models.tokens import ids_to_continue
+from ..models.tokenizer import ids_to_continue
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
 
 WRITTEN_FILE = "self-written.jsonl"
 """In the folder of a job: the rows that are written so far, after a line that identifies them."""
@@ -198,7 +198,7 @@ class _Writer:
     texts."""
 
     def __init__(self, text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int) -> None:
-        from ..models.position_tables import table_of
+        from ..models.positions import table_of
 
         self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
         self._stop, limit = family.stop_text, table_of(model)

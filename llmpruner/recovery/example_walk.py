@@ -14,7 +14,7 @@ from ..engine.walk import ForwardWalk
 from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from ..engine.weights import Weights
+    from ..models.weights import Weights
     from .base import RecoveryJob
 
 

@@ -20,7 +20,7 @@ from ..calibration.mixture import mixed, parse_mixture
 from ..errors import DataError
 
 if TYPE_CHECKING:
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
     from ..settings import LossOn
 
 LEAST_VALIDATION, MOST_VALIDATION = 16, 128

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models.precision import autocast_to
+from ..models.numbers import autocast_to
 from .base import RecoveryJob
 
 _NARROW = (torch.bfloat16, torch.float16)

@@ -24,7 +24,7 @@ from ..engine.ranks import Ranks
 from ..errors import CheckpointError
 from ..files import check_space, remove_tree, writing
 from ..models.shards import names_in
-from ..models.vocabulary import predicted_tokens
+from ..models.tokenizer import predicted_tokens
 from .example_walk import padded, walk_over
 from .schedule import micro_batch
 from .targets import Targets, check_vocabulary, inputs_of, trained_in
@@ -34,7 +34,7 @@ from .trainer import ROW, Batch, collator_for, computing
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..engine.weights import Weights
+    from ..models.weights import Weights
     from .base import RecoveryJob
 
 TOP_FILE = "teacher.safetensors"

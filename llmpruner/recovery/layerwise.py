@@ -27,8 +27,8 @@ from ..calibration.labelled import IGNORED
 from ..engine.boundaries import copied
 from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output, with_passed
 from ..engine.journal import Journal
-from ..engine.weights import Weights
 from ..errors import ModelError, UnsupportedModelError
+from ..models.weights import Weights
 from .base import RecoveryJob, TrainingResult
 from .example_walk import padded, walk_over
 from .schedule import SCHEDULES, micro_batch, steps, warmup_steps

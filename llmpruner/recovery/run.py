@@ -12,9 +12,9 @@ import torch
 
 from ..amounts import counted
 from ..engine.ranks import Ranks
-from ..engine.weights import Weights
 from ..errors import PluginError
-from ..models.vocabulary import check_ids
+from ..models.tokenizer import check_ids
+from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..settings import RecoverSettings
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation

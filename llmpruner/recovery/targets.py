@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..calibration.labelled import IGNORED
 from ..errors import ModelError
-from ..models.vocabulary import predicted_tokens
+from ..models.tokenizer import predicted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,8 +17,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..calibration.labelled import IGNORED
 from ..engine.ranks import Ranks
-from ..models.precision import autocast_to
-from ..models.vocabulary import with_padding
+from ..models.numbers import autocast_to
+from ..models.tokenizer import with_padding
 from .base import RecoveryJob, Validation
 from .schedule import SCHEDULES, micro_batch, saving_steps, warmup_steps, worth_saving
 

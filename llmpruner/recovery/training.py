@@ -11,7 +11,7 @@ from typing import Any
 
 from ..engine.ranks import Ranks
 from ..errors import CheckpointError
-from ..models.quiet import quiet_transformers
+from ..models.messages import quiet_transformers
 from ..models.shards import names_in
 from .base import RecoveryJob
 from .best import BestWeights

@@ -11,7 +11,7 @@ from ..settings import RecoverSettings
 from .examples import Examples, Rows, load_examples, rows_of, split
 
 if TYPE_CHECKING:
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..engine.ranks import Ranks
-from ..engine.weights import Weights
 from ..errors import OutputError
 from ..files import holds_files, write_failure, write_text
 from ..folders import Held, alone_in
+from ..models.weights import Weights
 from ..settings import RecoverSettings
 from .base import RecoveryStrategy
 from .dense_text import WRITTEN_FILE

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import CONFIG_MAPPING
 
+from ..discovery.family import ModelFamily
+from ..discovery.structure import load_structure
 from ..discovery.tiny import small_config
 from ..discovery.verify import VERIFIED, verify
 from ..errors import ModelError, UnsupportedModelError, first_line
-from ..models.family import ModelFamily
-from ..models.quiet import quiet_transformers
-from ..models.structure import load_structure
+from ..models.messages import quiet_transformers
 from ..plugins.host import IN_PROCESS
 from ..settings import LoadSettings
 from .package import ModelFacts, Parent

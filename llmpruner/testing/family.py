@@ -13,13 +13,13 @@ import torch
 from ..calibration.calibration import CalibrationSet
 from ..calibration.written import self_generated
 from ..discovery.compare import differences
+from ..discovery.family import ModelFamily
 from ..discovery.graph import build_graph
 from ..discovery.groups import discover_groups
 from ..discovery.tiny import random_instance
 from ..discovery.verify import VERIFIED, random_plan, verify
 from ..errors import UnsupportedModelError, near
-from ..models.empty import base_of
-from ..models.family import ModelFamily
+from ..models.meta import base_of
 from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
 from ..plugins.catalog import Catalog

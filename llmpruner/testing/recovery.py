@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..calibration.chat import TrainingText, Turn
-from ..models.load import load_pruned
+from ..models.checkpoint import load_pruned
 from ..models.surgery import cut
 from ..plugins.catalog import Catalog
 from ..plugins.host import plugin_manager

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..models.family import ModelFamily
+    from ..discovery.family import ModelFamily
     from ..structure.coupling import CouplingGraph
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from .weights import ReleasedTensors
-
 
 def _peek(path: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint in a released format, empty for any other. Never raises."""
@@ -26,14 +24,7 @@ def _peek(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) and values.get("model_type") == "chatglm" else {}
 
 
-class _ReleasedReader(CheckpointReader):
-    def streams(self, path: Path) -> bool:
-        from .weights import can_be_mapped
-
-        return can_be_mapped(path)
-
-
-class ChatGLM6BReader(_ReleasedReader):
+class ChatGLM6BReader(CheckpointReader):
     """ChatGLM-6B (the first generation) as released, and as this plugin saves it."""
 
     name = "chatglm-6b"
@@ -53,18 +44,13 @@ class ChatGLM6BReader(_ReleasedReader):
 
         return read_6b_model(path, dtype)
 
-    def open_model(self, path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, ReleasedTensors]:
-        from .released import open_6b_model
-
-        return open_6b_model(path, dtype)
-
     def read_tokenizer(self, path: Path) -> Any | None:
         from .released import read_6b_tokenizer
 
         return read_6b_tokenizer(path)
 
 
-class ChatGLMReader(_ReleasedReader):
+class ChatGLMReader(CheckpointReader):
     """ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format, read into `GlmForCausalLM`."""
 
     name = "chatglm-original"
@@ -82,11 +68,6 @@ class ChatGLMReader(_ReleasedReader):
         from .released import read_later_model
 
         return read_later_model(path, dtype)
-
-    def open_model(self, path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, ReleasedTensors]:
-        from .released import open_later_model
-
-        return open_later_model(path, dtype)
 
     def read_tokenizer(self, path: Path) -> Any | None:
         from .tokenizers import read_glm_tokenizer

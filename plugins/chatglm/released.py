@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrainedModel
 
-from llmpruner import ModelError, UnsupportedModelError, meta_model
+from llmpruner import ModelError, UnsupportedModelError
 
 from .configuration_chatglm import ChatGLMConfig
 from .glm import CHAT_FORMAT, LATER_KEY, ROLES, ROUNDS
 from .registration import register
 from .tokenization_chatglm import VOCABULARY_FILE, ChatGLMTokenizer
 from .tokenizers import chat_format, one_line, role_stops
-from .weights import Convert, ReleasedTensors, fill, read_json
+from .weights import Convert, fill, read_json
 
 
 def read_6b_config(path: Path) -> PreTrainedConfig:
@@ -33,10 +33,6 @@ def read_6b_config(path: Path) -> PreTrainedConfig:
 
 def read_6b_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return _with_generation_config(fill(read_6b_config(path), path, _of_6b, dtype), path)
-
-
-def open_6b_model(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, ReleasedTensors]:
-    return _opened(read_6b_config(path), path, _of_6b, dtype)
 
 
 def _of_6b(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -67,11 +63,6 @@ def read_later_config(path: Path) -> PreTrainedConfig:
 def read_later_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     config = read_later_config(path)
     return _with_generation_config(fill(config, path, _of_later(config), dtype), path)
-
-
-def open_later_model(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, ReleasedTensors]:
-    config = read_later_config(path)
-    return _opened(config, path, _of_later(config), dtype)
 
 
 def _of_later(config: PreTrainedConfig) -> Convert:
@@ -172,15 +163,6 @@ def _refuse_variants(values: Mapping[str, Any], path: Path) -> None:
     for reason, applies in refused.items():
         if applies:
             raise UnsupportedModelError(f"{path} cannot be read as GLM: {reason}")
-
-
-def _opened(
-    config: PreTrainedConfig, path: Path, convert: Convert, dtype: torch.dtype
-) -> tuple[PreTrainedModel, ReleasedTensors]:
-    """The model without weights, and what reads them."""
-    config.dtype = dtype
-    model = meta_model(config, dtype)
-    return _with_generation_config(model, path), ReleasedTensors(path, model, convert, dtype)
 
 
 def _with_generation_config(model: PreTrainedModel, path: Path) -> PreTrainedModel:

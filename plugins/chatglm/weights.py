@@ -47,11 +47,6 @@ def weight_files(directory: Path) -> list[Path]:
     raise ModelError(f"{directory} holds no weights; expected {' or '.join(_SINGLE)}, whole or in shards")
 
 
-def can_be_mapped(directory: Path) -> bool:
-    """Whether single tensors can be read: not of ``.bin`` files from before torch 1.6, which are plain pickles."""
-    return all(file.suffix == ".safetensors" or zipfile.is_zipfile(file) for file in weight_files(directory))
-
-
 def _indexed(index: Path) -> list[str]:
     if not index.is_file():
         return []
@@ -102,7 +97,7 @@ def _safetensors(file: Path) -> Tensors:
 
 
 def _pickled(file: Path) -> Tensors:
-    # See `can_be_mapped`.
+    # Files from before torch 1.6 are plain pickles, which cannot be mapped.
     mapped = zipfile.is_zipfile(file)
     # A damaged pickle can raise anything.
     try:
@@ -133,7 +128,7 @@ def fill(config: PreTrainedConfig, directory: Path, convert: Convert, dtype: tor
     ``dtype``: None keeps what is stored. Raises `CheckpointError` when a parameter is missing, unknown or misshapen."""
     model = empty(config)
     released = ReleasedTensors(directory, model, convert, dtype)
-    model.load_state_dict(released.read(released.names, own=True), strict=False, assign=True)
+    model.load_state_dict(released.read(released.names), strict=False, assign=True)
     model.tie_weights()
     kinds = {parameter.dtype for parameter in model.parameters()}
     if len(kinds) == 1:
@@ -150,7 +145,7 @@ def empty(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class ReleasedTensors:
-    """The weights in ``directory`` by the names of the parameters of ``model``; a `TensorSource`.
+    """The weights in ``directory`` by the names of the parameters of ``model``.
 
     ``dtype``: None keeps what is stored. Creation reads names and shapes. It raises `CheckpointError` when a parameter
     is missing, unknown or misshapen, and when tied parameters differ.
@@ -182,15 +177,15 @@ class ReleasedTensors:
         """Of the parameters that are not tied to another one."""
         return list(self._places)
 
-    def read(self, names: Collection[str], *, own: bool = False) -> dict[str, torch.Tensor]:
-        """Parameter → value. ``own``: in memory of its own; else it may be mapped, from a file mapped anew."""
+    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Parameter → value, in memory of its own."""
         stored = {self._stored_as.get(name, name): name for name in names}
         found: dict[str, torch.Tensor] = {}
         for file in sorted({self._places[name] for name in names}):
             for stored_name, tensor in read_tensors(file):
                 for name, part in self._convert(stored_name, tensor):
                     if name in stored:
-                        found[stored[name]] = part.detach().to(self._dtype or part.dtype, copy=own)
+                        found[stored[name]] = part.detach().to(self._dtype or part.dtype, copy=True)
         return found
 
     def _settle_ties(self, model: PreTrainedModel, directory: Path) -> None:

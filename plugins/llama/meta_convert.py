@@ -12,36 +12,23 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 from llmpruner import CheckpointError, meta_model, new_directory
 
 from .meta_files import PARAMS, TOKENIZER
-from .meta_format import MetaLayers, MetaTensors
+from .meta_format import MetaTensors
 from .meta_params import MetaParams
 from .meta_tokenizer import find_tokenizer, is_tiktoken, read_tokenizer, stop_tokens
 from .output import write_safetensors
-from .tensors import SMALL_BUDGET
 
 
 def model_in(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model in the folder ``path``; ``dtype`` None: as stored. Peak memory: the model and its largest tensor."""
     tensors = MetaTensors(path)
-    model = _without_weights(tensors, dtype)
-    state = {name: tensors.read_own(name, dtype) for name in tensors.specs}
-    model.load_state_dict(state, strict=not tensors.tied, assign=True)
-    model.tie_weights()
-    return model.eval()
-
-
-def opened_in(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, MetaLayers]:
-    """The model in the folder ``path`` without weights, and what reads them."""
-    tensors = MetaTensors(path, SMALL_BUDGET)
-    tensors.close()
-    return _without_weights(tensors, dtype), MetaLayers(tensors, dtype)
-
-
-def _without_weights(tensors: MetaTensors, dtype: torch.dtype | None) -> PreTrainedModel:
     config = config_of(tensors, tokenizer_in(tensors.directory))
     config.dtype = dtype or tensors.dtype
     model = meta_model(config)
     model.config.name_or_path = str(tensors.directory)
-    return model
+    state = {name: tensors.read_own(name, dtype) for name in tensors.specs}
+    model.load_state_dict(state, strict=not tensors.tied, assign=True)
+    model.tie_weights()
+    return model.eval()
 
 
 def config_in(path: Path) -> LlamaConfig:

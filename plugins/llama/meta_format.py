@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +109,6 @@ class MetaTensors:
         mapped = not placement.heads and (placement.axis is None or len(self._paths) == 1)
         return tensor.clone() if mapped else tensor
 
-    def close(self) -> None:
-        """Let go of the files, whose pages count as memory while they are mapped."""
-        self._files.close()
-
     def _check_count(self) -> None:
         """Compare the number of shards with that computed from the query projection, which is split by rows."""
         name = "layers.0.attention.wq.weight"
@@ -183,19 +179,6 @@ class MetaTensors:
                     f"{self.directory}: {self._placements[name].meta} has shape {spec.shape}; "
                     f"{PARAMS} makes it {expected}"
                 )
-
-
-class MetaLayers:
-    """The weights of ``tensors`` in ``dtype``, read layer by layer; a `TensorSource` of llmpruner."""
-
-    def __init__(self, tensors: MetaTensors, dtype: torch.dtype) -> None:
-        self._tensors, self._dtype = tensors, dtype
-
-    def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        try:
-            return {name: self._tensors.read_own(name, self._dtype) for name in names}
-        finally:
-            self._tensors.close()
 
 
 def _expected_shape(name: str, dim: int, kv_rows: int, width: int, vocabulary: int) -> tuple[int, ...]:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, PreTrainedModel
 
-    from .meta_format import MetaLayers
-
 
 class MetaReader(CheckpointReader):
     """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""
@@ -39,11 +37,6 @@ class MetaReader(CheckpointReader):
         from .meta_convert import model_in
 
         return model_in(path, dtype)
-
-    def open_model(self, path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, MetaLayers]:
-        from .meta_convert import opened_in
-
-        return opened_in(path, dtype)
 
     def read_tokenizer(self, path: Path) -> Any | None:
         from .meta_convert import tokenizer_in

@@ -18,8 +18,8 @@ from llmpruner.discovery.groups import discover_graph, discover_groups
 from llmpruner.discovery.rules import rules_of
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle, verify
-from llmpruner.models.decoder import graph_of
-from llmpruner.models.load import load_pruned
+from llmpruner.models.checkpoint import load_pruned
+from llmpruner.models.meta import graph_of
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.criteria.estimate import estimate

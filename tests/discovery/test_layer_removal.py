@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING
 from llmpruner.discovery.silenced import logits
 from llmpruner.discovery.tiny import random_instance, tiny_config
 from llmpruner.discovery.verify import VERIFIED, cached_difference, verify, with_attention
-from llmpruner.models.decoder import decoder_layers
-from llmpruner.models.load import load_pruned
+from llmpruner.models.checkpoint import load_pruned
+from llmpruner.models.meta import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.shim import stock_config

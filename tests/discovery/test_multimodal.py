@@ -14,7 +14,7 @@ from transformers import FuyuConfig, Gemma3Config, MossTranscribeDiarizeConfig, 
 from llmpruner import load_pruned, save_checkpoint
 from llmpruner.discovery.groups import discover_groups
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.models.decoder import graph_of
+from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut, silence
 
 TEXT = {

@@ -15,7 +15,7 @@ from llmpruner import BenchSettings, BenchSubject, ModelError, Runtime, Session,
 from llmpruner.discovery.graph import build_graph
 from llmpruner.evaluation.bench import bench, measurement
 from llmpruner.evaluation.transformers_runtime import StaticSession, TorchSession, work_of
-from llmpruner.models.stored import stored_bytes
+from llmpruner.models.numbers import stored_bytes
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.jobs import bench_job
 from llmpruner.settings import settings_from

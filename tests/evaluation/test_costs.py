@@ -10,8 +10,8 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner import DataError
 from llmpruner.discovery.graph import build_graph
 from llmpruner.evaluation.costs import size, speed
-from llmpruner.models.arithmetic import macs_per_token
-from llmpruner.models.decoding import cache_argument
+from llmpruner.models.generation import cache_argument
+from llmpruner.models.meta import macs_per_token
 from llmpruner.models.surgery import cut
 
 FAMILY = LlamaFamily()
@@ -52,7 +52,7 @@ def test_macs_agree_with_the_profiler():
 def test_experts_count_as_often_as_they_are_visited():
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from llmpruner.models.decoder import graph_of
+    from llmpruner.models.meta import graph_of
 
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
     config = MixtralConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, **shape)

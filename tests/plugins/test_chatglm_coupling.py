@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
 from llmpruner.calibration.chat import conversation_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation, Message
-from llmpruner.models.arithmetic import macs_per_token
-from llmpruner.models.decoding import cache_argument
+from llmpruner.models.generation import cache_argument
+from llmpruner.models.meta import macs_per_token
 from llmpruner.models.surgery import cut, silence
 from llmpruner.pruning.budgets.base import BudgetSubject
 from llmpruner.pruning.budgets.kv_cache import KvCache

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 import pytest
 
 from llmpruner import Catalog, plugin_manager
-from llmpruner.models.in_memory import load_model
 from llmpruner.models.model import Model
+from llmpruner.models.opening import load_model
 
 
 def pytest_collection_modifyitems(items):

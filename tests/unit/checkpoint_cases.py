@@ -11,8 +11,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import ATTENTION, MLP, Blocks, CoupledGroup, Role, Span, build_graph, layouts
-from llmpruner.models.decoder import graph_of
-from llmpruner.models.empty import meta_model
+from llmpruner.models.meta import graph_of, meta_model
 from llmpruner.models.surgery import cut
 
 LAYERS = 3

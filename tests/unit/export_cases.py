@@ -13,7 +13,7 @@ from checkpoint_cases import LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import ModelFamily, build_graph
-from llmpruner.models.auto import AutoFamily
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.models.surgery import cut
 
 

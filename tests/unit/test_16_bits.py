@@ -23,10 +23,10 @@ from llmpruner.engine.executor import Executor
 from llmpruner.engine.gradients import GradientWalk
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import ModelError
-from llmpruner.models.empty import meta_model
-from llmpruner.models.load import load_pruned
-from llmpruner.models.mixed import check_runs
-from llmpruner.models.precision import autocast_to
+from llmpruner.models.checkpoint import load_pruned
+from llmpruner.models.checks import check_runs
+from llmpruner.models.meta import meta_model
+from llmpruner.models.numbers import autocast_to
 from llmpruner.settings import LoadSettings, RunSettings
 
 TYPES = {

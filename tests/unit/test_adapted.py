@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 
 import llmpruner
 from llmpruner import api
+from llmpruner.discovery.dense import dense_structure, load_dense
+from llmpruner.discovery.structure import load_structure
 from llmpruner.errors import ModelError
-from llmpruner.models.dense import dense_structure, load_dense
-from llmpruner.models.in_memory import load_model
-from llmpruner.models.load import load_pruned
-from llmpruner.models.structure import load_structure
+from llmpruner.models.checkpoint import load_pruned
+from llmpruner.models.opening import load_model
 from llmpruner.models.tokenizer import load_tokenizer
 
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}

@@ -7,7 +7,7 @@ from math import inf, isnan, nan
 
 from transformers import PreTrainedConfig
 
-from llmpruner.models.base_config import stated, values_of
+from llmpruner.models.config import stated, values_of
 from llmpruner.models.record import record_text
 
 

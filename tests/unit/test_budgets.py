@@ -15,8 +15,8 @@ from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.rules import with_rules
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import random_plan
-from llmpruner.models.arithmetic import macs_per_token
-from llmpruner.models.decoding import cache_argument
+from llmpruner.models.generation import cache_argument
+from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut, cut_copy
 from llmpruner.plugins.builtin import llmpruner_budgets
@@ -296,7 +296,7 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
             self.layers = [Compressed() for _ in self.layers]
 
     with monkeypatch.context() as patch:
-        patch.setattr("llmpruner.models.decoding.DynamicCache", Other)
+        patch.setattr("llmpruner.models.generation.DynamicCache", Other)
         with pytest.raises(UnsupportedModelError, match="is a Compressed, which may not grow with every token"):
             measure()
     # No layer caches less than three heads, whatever is left of it.

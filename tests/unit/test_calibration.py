@@ -24,8 +24,8 @@ from llmpruner.calibration.text import TextSource
 from llmpruner.calibration.written import _Draw
 from llmpruner.calibration.written_chats import _text
 from llmpruner.component import ComponentSettings
+from llmpruner.discovery.family import ModelFamily
 from llmpruner.errors import SettingsError
-from llmpruner.models.family import ModelFamily
 from llmpruner.structure.plan import CompensationRecord
 
 

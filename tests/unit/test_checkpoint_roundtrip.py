@@ -107,7 +107,7 @@ def test_fresh_process(name: str, mode: str, probed: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_remote_code_needs_no_llmpruner(probed: dict[str, Any]) -> None:
     assert probed["remote"]["modules"] == []
-    assert "llmpruner.models.register" in probed["registered"]["modules"]
+    assert "llmpruner.plugins.catalog" in probed["registered"]["modules"]
 
 
 @pytest.mark.slow

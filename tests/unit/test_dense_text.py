@@ -13,8 +13,8 @@ from said import Said
 
 from llmpruner import api
 from llmpruner.calibration.written import answered
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.errors import DataError, LlmprunerError, ModelError, OutputError, SettingsError
-from llmpruner.models.auto import AutoFamily
 from llmpruner.recovery import dense_text
 from llmpruner.recovery.dense_text import ROWS, DenseText, WrittenRows, dense_text_in, instructions, up_to_sentence
 from llmpruner.settings import RunSettings
@@ -71,7 +71,7 @@ def test_text_ends_with_a_sentence():
 
 def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
     """The token of a step is where the cumulative probability exceeds the row's number, whatever the padding."""
-    monkeypatch.setattr("llmpruner.models.precision.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
     tokenizer = tiny_models.tokenizer()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,7 @@ from llmpruner.errors import CheckpointError, OutputError
 from llmpruner.exporters.run import export
 from llmpruner.exporters.stock import StockExporter
 from llmpruner.models import save
-from llmpruner.models.manifest import damaged_files, recorded_files
-from llmpruner.models.record import read_record
+from llmpruner.models.record import damaged_files, read_record, recorded_files
 
 
 class Names(Exporter):

@@ -16,7 +16,7 @@ from llmpruner.exporters.gguf.exporter import GgufExporter
 from llmpruner.exporters.run import export
 from llmpruner.exporters.stock import StockExporter
 from llmpruner.folders import new_directory
-from llmpruner.models.in_memory import forget_quantisation
+from llmpruner.models.opening import forget_quantisation
 from llmpruner.testing.fresh import run_fresh
 
 STOCK = {"uniform": "mlp-uniform", "padded": "mlp", "grouped heads, padded": "gqa", "tied": "mlp-tied"}

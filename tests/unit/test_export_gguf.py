@@ -168,7 +168,7 @@ def test_experts_that_were_removed(tmp_path):
 def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share, tmp_path):
     from llmpruner.evaluation.speed.gguf_work import gguf_work
     from llmpruner.evaluation.transformers_runtime import work_of
-    from llmpruner.models.decoder import graph_of
+    from llmpruner.models.meta import graph_of
 
     model = random_model(name)
     _, file = exported(model, tmp_path)

@@ -16,8 +16,7 @@ from llmpruner.exporters import torchao_weights
 from llmpruner.exporters.run import export
 from llmpruner.exporters.torchao_weights import TorchAoExporter, linear_layers
 from llmpruner.models import load
-from llmpruner.models.finite import first_not_finite
-from llmpruner.models.stored import stored_bytes
+from llmpruner.models.numbers import first_not_finite, stored_bytes
 
 
 def loaded(model, tokenizer=None):

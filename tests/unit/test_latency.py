@@ -16,7 +16,7 @@ import llmpruner
 from llmpruner import ModelError, PlanError, PruningPlan, SelectionError, UnsupportedModelError
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.models.decoding import CachedModel, sample_tokens
+from llmpruner.models.generation import CachedModel, sample_tokens
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.budgets.base import BudgetSubject

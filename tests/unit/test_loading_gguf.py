@@ -11,10 +11,10 @@ from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
 import llmpruner
+from llmpruner.discovery.structure import load_structure
 from llmpruner.models import gguf as parsing
-from llmpruner.models.in_memory import load_model
-from llmpruner.models.quiet import quiet_gguf, quiet_transformers
-from llmpruner.models.structure import load_structure
+from llmpruner.models.messages import quiet_gguf, quiet_transformers
+from llmpruner.models.opening import load_model
 
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
 

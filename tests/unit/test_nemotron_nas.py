@@ -18,11 +18,11 @@ from torch.nn.functional import linear, silu
 
 import llmpruner
 from llmpruner import UnsupportedModelError, build_graph
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.errors import CheckpointError, ModelError
 from llmpruner.exporters.blocks import LayerSizes, Sizes, multiplier, stated, width_of
 from llmpruner.exporters.nemotron_nas import NemotronNasExporter
 from llmpruner.exporters.run import export
-from llmpruner.models.auto import AutoFamily
 from llmpruner.models.surgery import cut
 
 IDS = torch.tensor([3, 14, 15, 9, 26, 5, 35, 8])

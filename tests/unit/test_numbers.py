@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import Catalog, build_graph, plugin_manager
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.models.finite import first_not_finite
 from llmpruner.models.model import Model
+from llmpruner.models.numbers import first_not_finite
 from llmpruner.models.surgery import cut, silence
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate

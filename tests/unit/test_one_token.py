@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmpruner.models.one_token import fast_one_token_attention
+from llmpruner.models.generation import fast_one_token_attention
 
 SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 

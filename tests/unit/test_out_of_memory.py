@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmpruner import cli
-from llmpruner.models.out_of_memory import is_out_of_memory
+from llmpruner.errors import is_out_of_memory
 from llmpruner.models.save import gives_logits
 
 LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")

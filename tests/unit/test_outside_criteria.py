@@ -23,7 +23,7 @@ LENGTH = 16
 def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 2 * LENGTH)
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_WITH_GRADIENTS", 4 * LENGTH)
-    monkeypatch.setattr("llmpruner.models.logits.LOGIT_ELEMENTS", 4 * 5 * 96)
+    monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
 def module(name: str):

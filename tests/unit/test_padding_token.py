@@ -11,7 +11,7 @@ import torch
 import llmpruner
 from llmpruner.calibration.written import answered
 from llmpruner.evaluation.tasks import evaluate_tasks
-from llmpruner.models.vocabulary import embedding_rows, padding_id, with_padding
+from llmpruner.models.tokenizer import embedding_rows, padding_id, with_padding
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import criteria_cases
 import pytest
 import tiny_models
 import torch
+from llmpruner.models.content import Content
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import DataError, ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
 from llmpruner.discovery.graph import build_graph
-from llmpruner.models.content import Content
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.compensation.refit import Refit

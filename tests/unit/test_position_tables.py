@@ -18,9 +18,8 @@ from transformers import (
 
 import llmpruner
 from llmpruner import DataError
-from llmpruner.models.empty import meta_model
-from llmpruner.models.position_tables import table_of
-from llmpruner.models.positions import positions_of
+from llmpruner.models.meta import meta_model
+from llmpruner.models.positions import positions_of, table_of
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ROBERTA = {**SIZES, "intermediate_size": 48, "is_decoder": True}

@@ -20,7 +20,7 @@ from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.position import Position, positions
 from llmpruner.engine.reduce import ReduceProducts
 from llmpruner.errors import PluginError
-from llmpruner.models.decoder import decoder_layers
+from llmpruner.models.meta import decoder_layers
 from llmpruner.progress import Progress
 from llmpruner.pruning.criteria.estimate import estimate
 
@@ -31,7 +31,7 @@ CALIBRATION = tokens(6, 16)
 def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 4 * 16)
     monkeypatch.setattr("llmpruner.engine.executor.TOKENS_WITH_GRADIENTS", 4 * 16)
-    monkeypatch.setattr("llmpruner.models.logits.LOGIT_ELEMENTS", 4 * 5 * 96)
+    monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
 def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:

@@ -13,10 +13,10 @@ from llmpruner_llama.family import LlamaFamily
 import llmpruner
 from llmpruner import Catalog, LoadSettings, ModelError, OutputError, RecoverSettings, fit
 from llmpruner.calibration.chat import TrainingText, Turn
+from llmpruner.discovery.dense import dense_structure, load_dense
 from llmpruner.discovery.graph import build_graph
 from llmpruner.errors import SettingsError
-from llmpruner.models.dense import dense_structure, load_dense
-from llmpruner.models.in_memory import load_model
+from llmpruner.models.opening import load_model
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.saving import save
 from llmpruner.recovery.base import RecoveryJob

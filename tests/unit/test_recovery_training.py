@@ -26,8 +26,8 @@ from llmpruner import (
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.graph import build_graph
 from llmpruner.folders import alone_in
-from llmpruner.models.adapters import save_adapter
-from llmpruner.models.decoder import graph_of
+from llmpruner.models.checkpoint import save_adapter
+from llmpruner.models.meta import graph_of
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.adapters import adapter_targets

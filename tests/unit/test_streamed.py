@@ -15,7 +15,7 @@ from llmpruner import api
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import SettingsError
-from llmpruner.models.load import load_pruned
+from llmpruner.models.checkpoint import load_pruned
 from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")

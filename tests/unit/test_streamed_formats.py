@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from criteria_cases import make
+from llmpruner.models.computed_once import ComputedOnce
+from llmpruner.models.torch_files import lazy_torch
 from safetensors.torch import load_file, save_file
 from test_streamed import METHODS, assert_same, prune
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,11 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmpruner import api
 from llmpruner.errors import CheckpointError, ModelError, OutputError, SettingsError
 from llmpruner.models import gguf_tensors
-from llmpruner.models.computed_once import ComputedOnce
-from llmpruner.models.lazy import lazy_checkpoint
-from llmpruner.models.quiet import quiet_gguf
-from llmpruner.models.streamed import open_streamed
-from llmpruner.models.torch_files import lazy_torch
+from llmpruner.models.messages import quiet_gguf
+from llmpruner.models.opening import open_streamed
+from llmpruner.models.weights import lazy_checkpoint
 from llmpruner.settings import LoadSettings, RunSettings
 
 DATA = Path(__file__).parents[1] / "data"
@@ -141,7 +141,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_result_is_that_of_a_model_in_memory(name, tmp_path, monkeypatch):
     """With products in bfloat16, as on a processor that is faster so; `test_streamed` has those in full precision."""
-    monkeypatch.setattr("llmpruner.models.precision.multiplies_bfloat16_fast", lambda device: device == "cpu")
+    monkeypatch.setattr("llmpruner.models.numbers.multiplies_bfloat16_fast", lambda device: device == "cpu")
     model = written(name, tmp_path / "dense")
     settings = {"kinds": "mlp", "layers": "all", **FORMATS[name]}
     resident = prune(model, tmp_path / "resident", streamed=False, **settings)

@@ -12,10 +12,10 @@ from llmpruner.calibration.chat_source import tokens_of as tokens_of_chat
 from llmpruner.calibration.conversations import Conversation, Instruction, Message
 from llmpruner.calibration.labelled import labelled
 from llmpruner.calibration.windows import windows
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.auto import AutoFamily
 from llmpruner.models.generation import generate, generate_ids
-from llmpruner.models.tokens import LONGEST_WORD, ids_to_continue, tokens_of
+from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, tokens_of
 
 
 class Recording:

@@ -19,9 +19,9 @@ from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.calls import call_layer, replaced_layers
 from llmpruner.engine.executor import Executor
 from llmpruner.engine.walk import ForwardWalk, _same
-from llmpruner.models.decoder import decoder_layers
+from llmpruner.models.meta import decoder_layers
 from llmpruner.models.model import Model
-from llmpruner.models.precision import computes_bfloat16_fast
+from llmpruner.models.numbers import computes_bfloat16_fast
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -249,7 +249,7 @@ def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch)
     walk, _ = walked(loaded, tokens(4, 16))
     assert walk.products == torch.float32
     written = self_generated(loaded.model, None, 2, 8, 0)
-    monkeypatch.setattr("llmpruner.models.precision.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
     assert torch.equal(written, self_generated(loaded.model, None, 2, 8, 0))
 
 

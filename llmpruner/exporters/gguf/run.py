@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ...errors import CheckpointError, first_line
 from ...files import model_name
-from ...models.empty import empty_model, meta_model
-from ...models.load import model_class
-from ...models.quiet import quiet_transformers
+from ...models.checkpoint import model_class
+from ...models.messages import quiet_transformers
+from ...models.meta import empty_model, meta_model
 from ...progress import Progress
 from ..base import ExportTask
 from .check import check_logits, check_tokens

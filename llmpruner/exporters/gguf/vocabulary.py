@@ -13,7 +13,7 @@ import gguf
 
 from ...errors import UnsupportedModelError
 from ...models.gguf import RECORDED_PRE
-from ...models.quiet import quiet_transformers
+from ...models.messages import quiet_transformers
 from . import pretokenizers
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

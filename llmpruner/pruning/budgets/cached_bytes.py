@@ -17,7 +17,7 @@ from transformers import cache_utils
 
 from ...discovery.rules import with_rules
 from ...errors import UnsupportedModelError
-from ...models.decoding import CachedModel, sample_tokens
+from ...models.generation import CachedModel, sample_tokens
 from ...models.surgery import cut_copy
 from ...structure.coupling import LAYER, CouplingGraph
 from ...structure.queues import Queue, build_queue

@@ -15,7 +15,7 @@ from .sizes import SizeModel
 
 
 class MacsCost(Cost):
-    """Multiply-accumulate operations (MACs) to decode one token, exactly as `llmpruner.models.arithmetic` counts them:
+    """Multiply-accumulate operations (MACs) to decode one token, exactly as `llmpruner.models.meta` counts them:
 
         Σ elements(p) · share of p's experts that a token is routed to  +  2 · context · Σ attention channels
 
@@ -68,7 +68,7 @@ class Macs(Budget):
 
     def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> MacsCost:
         del measured
-        from ...models.arithmetic import multiplied
+        from ...models.meta import multiplied
 
         routed = {name: experts for name, _, experts in multiplied(subject.model)}
         return MacsCost(subject.graph, subject.groups, routed, self.settings.context)

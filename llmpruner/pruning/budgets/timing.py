@@ -14,9 +14,9 @@ import torch
 
 from ...discovery.rules import with_rules
 from ...errors import SelectionError, UnsupportedModelError
-from ...models.clock import clock_of
-from ...models.decoding import CachedModel, sample_tokens
+from ...models.generation import CachedModel, sample_tokens
 from ...models.modeling_llmpruner import per_layer_lists
+from ...models.numbers import clock_of
 from ...models.positions import positions_of
 from ...models.surgery import cut_copy
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph

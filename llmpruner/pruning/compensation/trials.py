@@ -21,7 +21,7 @@ from ...engine.executor import Executor
 from ...engine.inputs import input_statistics
 from ...engine.walk import check_tokens
 from ...errors import ModelError
-from ...models.precision import with_fast_products
+from ...models.numbers import with_fast_products
 from ...models.surgery import cut_copy
 from ...progress import Progress
 from ...structure.coupling import CoupledGroup, CouplingGraph

@@ -1,11 +1,8 @@
-"""The configuration of the dense model in ``llmpruner.json``.
-
-JSON has no infinite numbers, which configurations of state-space layers contain (``time_step_limit``). They are stated
-as transformers does in ``config.json``: ``{"__float__": "Infinity"}``.
-"""
+"""Configurations: as JSON in ``llmpruner.json``, and sizes of single layers (``per_layer_config``)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from math import inf, isfinite, isnan, nan
 from typing import Any
@@ -47,3 +44,29 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {name: _mapped(one, change) for name, one in value.items()}
     return [_mapped(one, change) for one in value] if isinstance(value, list | tuple) else value
+
+
+def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """``config``, or where layers differ by ``per_layer_config``, a copy of which the values for all layers can be
+    read: transformers refuses to read them from a configuration with others."""
+    if not config.is_heterogeneous:
+        return config
+    plain = copy.deepcopy(config)
+    plain.per_layer_config = None
+    return plain
+
+
+def merged(
+    overrides: Mapping[int, Mapping[str, Any]] | None, sizes: Mapping[int, Mapping[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """``per_layer_config`` with the ``overrides`` of a model and ``sizes`` after a cut, which replace them."""
+    overrides = overrides or {}
+    return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}
+
+
+def is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Whether layers of one type have the same ``overrides``: classes whose layer types differ in size read the sizes
+    of a type (for rotary tables), which transformers refuses where layers of a type differ."""
+    types = getattr(config, "layer_types", None) or ()
+    first: dict[str, Mapping[str, Any]] = {}
+    return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmprunerError, ModelError
 from ..files import exists
+from ..models.model import Model, Structure
+from ..models.opening import load_model, open_streamed
+from ..models.record import sampled_sha256
 from ..settings import LoadSettings, settings_from
 from ..structure.plan import structure_of
-from .in_memory import load_model
-from .manifest import sampled_sha256
-from .model import Model, Structure
-from .streamed import open_streamed
 from .structure import load_structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..plugins.catalog import Catalog
+
 
 _LOG = logging.getLogger("llmpruner")
 _PATH, _WEIGHTS = "base_path", "base_weights"
@@ -91,11 +91,11 @@ def open_dense(
     with _named(pruned):
         ref = _reference(pruned)
         options = _options(pruned, ref, load.trust_remote_code, dtype=load.dtype, device=load.device)
+        structure = load_structure(ref, catalog, options)
         if streamed:
-            structure = load_structure(ref, catalog, options)
-            dense = open_streamed(ref, catalog, options, structure, beside, ahead=False)
+            dense = open_streamed(structure, catalog, options, beside, ahead=False)
         else:
-            dense = load_model(ref, catalog, options)
+            dense = load_model(structure, catalog, options)
     _check(pruned, dense, ref)
     return dense
 

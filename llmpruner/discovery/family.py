@@ -1,4 +1,4 @@
-"""ModelFamily: what the stages need to know about one model architecture."""
+"""ModelFamily: what the stages need to know about one model architecture; and AutoFamily, for all others."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ModelFamily(Component):
         The default discovers them by tracing the model on the meta device, and raises `UnsupportedModelError` when it
         cannot be traced. Groups that contradict the shapes of the model's parameters are a `CouplingError`.
         """
-        from ..discovery.groups import discover_groups
+        from .groups import discover_groups
 
         return discover_groups(config)
 
@@ -86,7 +86,7 @@ class ModelFamily(Component):
         exactly in this architecture.
         """
         if self.is_discovered:
-            from ..discovery.rules import with_rules
+            from .rules import with_rules
 
             with_rules(self, model, {graph.by_name[name].kind for name in kept}).follow(model, graph, kept)
         else:
@@ -163,3 +163,18 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
         "Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{instruction}\n\n### Response:\n"
     )
+
+
+AUTO = "auto"
+
+
+class AutoFamily(ModelFamily):
+    """Any decoder: its structure is discovered by tracing, and every cut is verified on a small model. The catalog
+    uses it when no other family matches."""
+
+    name = AUTO
+    summary = "any decoder: structure is discovered by tracing, and every cut is verified on a small model"
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        del config
+        return False

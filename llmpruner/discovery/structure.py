@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from ..discovery.graph import build_graph
 from ..errors import CheckpointError, LlmprunerError, ModelError, first_line
+from ..models.checkpoint import adapter_base
+from ..models.checks import in_one_line
+from ..models.config import values_of
+from ..models.messages import quiet_transformers
+from ..models.meta import meta_model
+from ..models.model import Structure
+from ..models.record import read_any_record, read_record
+from ..models.reference import Reference, resolve
+from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
 from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan
 from ..validation import refusal
-from .adapters import adapter_base
-from .base_config import values_of
-from .empty import meta_model
-from .failures import in_one_line
 from .family import ModelFamily
-from .model import Structure
-from .quiet import quiet_transformers
-from .record import read_any_record, read_record
-from .reference import Reference, resolve
-from .remote import ALLOW, check_own_class, pruned_class, register_model_class
+from .graph import build_graph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -1,0 +1,165 @@
+"""Models without weights: parameters on the meta device, where they take no memory; and what their modules tell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+
+from ..errors import UnsupportedModelError
+from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
+from .messages import quiet_transformers
+from .remote import register_model_class
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..structure.coupling import CouplingGraph
+
+
+REFUSALS = (
+    *(ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError),
+    StrictDataclassError,
+)
+"""The exceptions of configurations and constructors that refuse sizes."""
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)
+    with their values. ``dtype``: of the parameters; None: as ``config`` says.
+
+    Raises `ModelError` when the class is code of a checkpoint that may not run, `UnsupportedModelError` when there is
+    no class, and whatever the class's constructor raises.
+    """
+    register_model_class(config)
+    options = {} if dtype is None else {"dtype": dtype}
+    return _without_weights(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, **options), config)
+
+
+def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of ``model``; where that is a pruned class, the dense class that it resizes."""
+    base: type[PreTrainedModel] = getattr(model, "pruned_base", type(model))
+    return base
+
+
+def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance of ``model_class`` with parameters on the meta device and buffers with their values."""
+    return _without_weights(model_class, config)
+
+
+def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give ``model`` other parameters under the names of its own."""
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = parameter
+
+
+def _without_weights(build: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    with init_empty_weights(include_buffers=False), quiet_transformers(), _WithoutDrawing():
+        model = build(copy.deepcopy(config))
+    model.tie_weights()
+    return model.eval()
+
+
+_DRAWING = (
+    "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
+)  # fmt: skip
+"""Names of the functions that fill a tensor with random numbers."""
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves out random numbers for tensors on the meta device. They have no values, but the operators run all the
+    same, in Python, which took three quarters of the time of building a model. Tensors elsewhere (buffers) are filled.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # Compared by name: transformers puts functions of its own into `torch.nn.init` while it initialises a model.
+        if getattr(func, "__name__", "") in _DRAWING:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]]) -> CouplingGraph:
+    """The coupling graph of ``groups()`` and the shapes of ``model``. Raises `CouplingError` where they contradict."""
+    names: dict[int, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        first = names.setdefault(id(parameter), name)
+        if first != name:
+            ties[name] = first
+    buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)}
+    return CouplingGraph(tuple(groups()), shapes, decoder_layers(model), ties, buffers=buffers)
+
+
+def decoder_layers(model: Any) -> str:
+    """Path of the module list of the decoder layers: of as many modules as the configuration has layers, else the
+    longest. Raises `UnsupportedModelError` when there is none.
+    """
+    # In a multimodal model, only inside the language model.
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = next((n for n, m in model.named_modules() if m is decoder), "")
+    found = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    # Some classes call their head the decoder.
+    lists = [entry for entry in found if entry[2].startswith(inside)] or found
+    with_parameters = [entry for entry in lists if any(True for _ in model.get_submodule(entry[2]).parameters())]
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    exact = [entry for entry in with_parameters if entry[0] == expected]
+    if not with_parameters:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
+    path: str = max(exact or with_parameters)[2]
+    return path
+
+
+def decoder_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    """The module at ``path``. Raises `UnsupportedModelError` unless it is a list of layers."""
+    modules = model.get_submodule(path)
+    if not isinstance(modules, nn.ModuleList):
+        raise UnsupportedModelError(f"'{path}' of {type(model).__name__} is not a list of layers")
+    return modules
+
+
+def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
+    """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache.
+
+    One per weight of every linear layer, the language model head included (also where it is tied to the
+    embedding, which itself is a look-up); of expert weights, the share of experts that a token is routed to; and
+    for attention, ``context`` products per channel for the scores and again for the values.
+    """
+    weights = sum(
+        parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed
+        for _, parameter, routed in multiplied(model)
+    )
+    width = sum(
+        span.index.width * group.units
+        for group in graph.of_kinds([ATTENTION])
+        for span in group.spans_with(Role.CONSUMES)
+    )
+    return weights + 2 * context * width
+
+
+def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int | None]]:
+    """The parameters that tokens are multiplied by: (name, parameter, experts). ``experts``: for weights of experts,
+    which are stacked along the first axis, how many of them a token is routed to; None for all others."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}" if path else leaf
+            if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+                config = model.config.get_text_config()
+                yield name, parameter, int(getattr(config, "num_experts_per_tok", parameter.shape[0]))
+            elif parameter.ndim >= 2:
+                yield name, parameter, None

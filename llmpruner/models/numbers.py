@@ -1,0 +1,194 @@
+"""Types of numbers: of weights in files and in memory, of matrix products, and on devices."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ..errors import LlmprunerError, first_line
+from ..files import read_json
+from ..settings import DEMO, LoadSettings
+from .checkpoint import below_adapters
+
+if TYPE_CHECKING:
+    from .model import Structure
+
+
+def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
+    """The dtype that weights will have in memory."""
+    if options.dtype != "auto":
+        return cast("torch.dtype", getattr(torch, options.dtype))
+    stored = stored_dtype(structure) or torch.float32
+    return torch.float32 if stored == torch.float16 and options.device == "cpu" else stored
+
+
+def loaded_bytes(structure: Structure, options: LoadSettings) -> int:
+    """Bytes that the weights of a model take in memory."""
+    return structure.graph.total_parameters * dtype_of(structure, options).itemsize
+
+
+def widened(structure: Structure, options: LoadSettings) -> str | None:
+    """A line for a model whose weights take more room once they are saved than they are stored in; None for others."""
+    if options.dtype != "auto" or stored_dtype(structure) != torch.float16 or dtype_of(structure, options).itemsize < 4:
+        return None
+    return (
+        f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes; --dtype "
+        "float16 keeps it"
+    )
+
+
+def stored_dtype(structure: Structure) -> torch.dtype | None:
+    """The dtype that the configuration of a model states; None where it states none, and for GGUF files, which have
+    types of their own."""
+    text = below_adapters(structure.ref)
+    if text == DEMO or text.endswith(".gguf"):
+        return None
+    stated = getattr(structure.config, "dtype", None)
+    if structure.record is not None and structure.path is not None:
+        # The configuration of the structure is that of the dense model, which may be stored in another dtype.
+        file = Path(below_adapters(structure.path)) / "config.json"
+        stated = read_json(file).get("dtype", stated) if file.is_file() else stated
+    return getattr(torch, stated, None) if isinstance(stated, str) else stated
+
+
+T = TypeVar("T")
+
+_NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
+_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
+
+
+@contextlib.contextmanager
+def autocast_to(device: str, dtype: torch.dtype, *, enabled: bool = True) -> Iterator[None]:
+    """`torch.autocast`, under which norms take weights in 16 bits for inputs in another dtype, as they do on a GPU; on
+    a CPU, torch refuses them."""
+    with torch.autocast(device, dtype, enabled=enabled), _WideNorms() if enabled else contextlib.nullcontext():
+        yield
+
+
+class _WideNorms(TorchFunctionMode):
+    """While active, weights and biases of norms are in float32 where they are in 16 bits and the inputs are not in the
+    same dtype. Their values are the same."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _NORMS:
+            dtype = (args[0] if args else kwargs["input"]).dtype
+            args = (*args[:1], *(_wide(value, dtype) for value in args[1:]))
+            kwargs = {name: value if name == "input" else _wide(value, dtype) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _wide(value: Any, dtype: torch.dtype) -> Any:
+    other = isinstance(value, torch.Tensor) and value.dtype in _IN_16_BITS and value.dtype != dtype
+    return value.float() if other else value
+
+
+def computes_bfloat16_fast(model: nn.Module) -> bool:
+    """Whether the model is in float32, and its device multiplies faster in bfloat16."""
+    parameter = next(model.parameters())
+    return parameter.dtype == torch.float32 and multiplies_bfloat16_fast(parameter.device.type)
+
+
+def with_fast_products(model: nn.Module, run: Callable[[], T]) -> T:
+    """``run()``, with products in bfloat16 where that is faster. Where operators of the model refuse what autocast
+    gives them (DBRX adds bfloat16 to float32), ``run()`` in the model's own precision."""
+    if not computes_bfloat16_fast(model):
+        return run()
+    try:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+            return run()
+    except RuntimeError:  # another cause raises again
+        return run()
+
+
+def multiplies_bfloat16_fast(device: str) -> bool:
+    """Whether a type of device multiplies faster in bfloat16 than in float32."""
+    if device == "cpu":
+        return _is_bfloat16_faster(_processor())
+    return device == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _processor() -> Mapping[str, Any]:
+    """What torch reports of this processor: older versions report less."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return dict(torch.cpu.get_capabilities())
+    return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}
+
+
+def _is_bfloat16_faster(cpu: Mapping[str, Any]) -> bool:
+    """True with AMX tiles, or AVX-512 BF16 other than Intel's, which is slower than float32."""
+    vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
+    return bool(cpu.get("amx_bf16")) or vectors
+
+
+def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold ``tensor``: of a quantised one, its integers, scales and zero points; else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from stored_parts(getattr(tensor, name))
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that ``tensor`` takes, of a quantised one with its scales."""
+    return sum(part.numel() * part.element_size() for part in stored_parts(tensor))
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor of (name, tensor) pairs that contains NaN or infinite values; None if all are finite."""
+    for name, tensor in tensors:
+        for part in stored_parts(tensor):
+            # Minimum and maximum are NaN where any value is, and need no copy of the tensor.
+            is_float = part.is_floating_point() and part.numel()
+            if is_float and not all(torch.isfinite(bound) for bound in torch.aminmax(part.detach())):
+                return name
+    return None
+
+
+def check_device(device: str) -> None:
+    """Raises `LlmprunerError` unless torch can compute on ``device``."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise LlmprunerError(f"device '{device}' cannot be used: {first_line(error)}; try --device cpu") from error
+
+
+class Clock:
+    """Of the host, for devices that compute while it waits."""
+
+    def now(self) -> Any:
+        return time.perf_counter()
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Milliseconds between two results of `now`, once the work before ``end`` is done."""
+        return float(end - begin) * 1e3
+
+
+class CudaClock(Clock):
+    """CUDA events, so that timing does not make the host wait for the device after each mark."""
+
+    def now(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for work on ``device``."""
+    return CudaClock() if device.type == "cuda" else Clock()

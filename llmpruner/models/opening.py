@@ -1,0 +1,149 @@
+"""Opening a model with its weights: in memory, or read from safetensors files layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ..settings import LoadSettings
+from .checkpoint import adapter_base, load_pruned, with_adapter
+from .checks import (
+    check_files,
+    check_loaded,
+    check_number_types,
+    check_shapes,
+    check_ties,
+    in_one_line,
+    naming_missing,
+)
+from .messages import quiet_gguf, quiet_transformers
+from .model import Model, Structure
+from .numbers import dtype_of
+from .record import check_weights
+from .reference import Reference, resolve
+from .shards import has_shards
+from .tokenizer import read_tokenizer
+from .weights import CheckpointWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..plugins.catalog import Catalog
+
+
+def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Model:
+    """The model of ``structure``, pruned or not, with weights on ``options.device``, in evaluation mode. Adapters are
+    merged. Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
+    options = options or LoadSettings()
+    adapters, text = [], structure.ref
+    while (base := adapter_base(Path(text))) is not None:
+        check_weights(Path(text))  # before the base is read
+        adapters.append(Path(text))
+        text = base
+    ref = resolve(text, catalog, revision=options.revision)
+    with ref.parsed_once():
+        tokenizer = read_tokenizer(ref, options, structure.config)
+        model = _read_model(ref, structure, options)
+    check_number_types(ref, structure, model, options)
+    model = model.to(options.device).eval()
+    check_shapes(model, structure.graph, text)
+    check_ties(ref, model, structure.graph)
+    for adapter in reversed(adapters):
+        model = with_adapter(model, adapter).merge_and_unload().eval()
+    return Model(**vars(structure), model=model, tokenizer=tokenizer)
+
+
+def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> PreTrainedModel:
+    dtype = dtype_of(structure, options)
+    if structure.record is not None:
+        return load_pruned(
+            ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
+        )
+    if ref.reader is not None:
+        return ref.reader.read_model(ref.directory, dtype)
+    check_files(ref)
+    with in_one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            ref.location,
+            dtype=dtype,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **ref.gguf_argument,
+        )
+    check_loaded(ref.text, model, info)
+    if ref.gguf_file:
+        forget_quantisation(model)
+    return cast("PreTrainedModel", model)
+
+
+def forget_quantisation(model: Any) -> None:
+    """Remove the marks of quantisation from a dequantised model, which prevent training and saving."""
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+
+
+def open_streamed(
+    structure: Structure, catalog: Catalog, options: LoadSettings, beside: Path | None = None, *, ahead: bool = True
+) -> Model:
+    """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
+    layer by layer. ``beside``, ``ahead``: see `CheckpointWeights`."""
+    ref = resolve(structure.ref, catalog, revision=options.revision)
+    check_files(ref)
+    tokenizer = read_tokenizer(ref, options, structure.config)
+    weights = open_weights(structure, catalog, options, beside, ahead=ahead)
+    return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
+
+
+def open_weights(
+    structure: Structure, catalog: Catalog, options: LoadSettings, beside: Path | None = None, *, ahead: bool = True
+) -> CheckpointWeights:
+    """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
+    ref, graph = resolve(structure.ref, catalog, revision=options.revision), structure.graph
+    with in_one_line(ref), naming_missing(ref.directory, graph):
+        weights = CheckpointWeights(
+            ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), beside,
+            ahead=ahead, trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    check_loaded(ref.text, weights.model, weights.info)
+    check_number_types(ref, structure, weights.model, options)
+    check_shapes(weights.model, graph, ref.text)
+    return weights
+
+
+def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
+    """``pruned``, whose weights were read from the files of the dense model, with those that it was saved with in
+    ``directory``, read layer by layer too. ``pruned`` where this process does not see the directory."""
+    if pruned.streamed is None or not (directory / "config.json").is_file():
+        return pruned
+    weights = CheckpointWeights(
+        directory, pruned.model.dtype, pruned.graph.layers, pruned.streamed.device, directory.resolve().parent,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return replace(pruned, model=weights.model, streamed=weights)
+
+
+def why_not_streamed(structure: Structure, catalog: Catalog, options: LoadSettings, *, cuts: bool = True) -> str | None:
+    """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
+    ref = resolve(structure.ref, catalog, revision=options.revision)
+    shares = any(structure.graph.is_decoder(name) for name in structure.graph.ties)
+    convert = f"convert it once by llmpruner export {structure.ref} --to stock -o DIR, and take DIR"
+    reasons = {
+        "it is an adapter, which is added to a model in memory": adapter_base(Path(structure.ref)) is not None,
+        "it is not on this machine; download it first": not ref.directory.is_dir(),
+        f"its weights are not in safetensors files; {convert}": (
+            ref.gguf_file or ref.weights_reader(structure) is not None or not has_shards(ref.directory)
+        ),
+        "it was pruned before, and is loaded as a whole": cuts and bool(structure.plans),
+        "it is quantised": getattr(structure.config, "quantization_config", None) is not None,
+        "its layers share parameters": shares,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)

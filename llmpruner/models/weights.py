@@ -1,0 +1,309 @@
+"""The weights of a model: in memory, or read layer by layer from the safetensors files of a checkpoint.
+
+Code that looks at the values of weights does so inside `Weights.layer` or `Weights.outside`. Running a layer, or the
+whole model, is possible anywhere: layers that are not in memory are read when they are called, and freed afterwards.
+
+A *part* is the number of a decoder layer, or None for everything outside the layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import CheckpointError, LlmprunerError, first_line
+from ..structure.coupling import layer_number
+from ..structure.kept import layer_numbers
+from .checkpoint import model_class
+from .messages import quiet_transformers
+from .meta import put_parameters
+from .shards import names_in
+from .surgery import CutValues
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..structure.coupling import CouplingGraph
+    from ..structure.kept import Kept
+
+
+class Weights:
+    """The weights of a model that is in memory. ``path``: of its module list of decoder layers."""
+
+    streamed = False
+    """Whether weights are read part by part; then values are there only inside `layer` and `outside`."""
+
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        self.model, self.path = model, path
+
+    def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """While active, the parameters of a layer have their values; after it, changes in place are lost unless `keep`
+        was called."""
+        return self.part(number)
+
+    def outside(self) -> contextlib.AbstractContextManager[None]:
+        """While active, the parameters outside the decoder layers have their values."""
+        return self.part(None)
+
+    def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
+        """`layer`, or `outside` for None."""
+        del number
+        return contextlib.nullcontext()
+
+    def number(self, name: str) -> int | None:
+        """The number of the layer that a parameter is in; None outside the layers."""
+        return layer_number(name, self.path)
+
+    def keep(self, names: Collection[str], file: Path) -> None:
+        """Write the values of parameters, which were changed in place, to ``file``, and use them from now on."""
+        tensors = {name: self.model.get_parameter(name).detach().contiguous() for name in sorted(names)}
+        aside = file.with_suffix(".partial")
+        save_file(tensors, aside)
+        aside.replace(file)
+
+    def use(self, file: Path) -> None:
+        """Use the values that `keep` wrote to ``file``."""
+        for name, tensor in load_file(file).items():
+            self.model.get_parameter(name).data.copy_(tensor)
+
+
+class StreamedWeights(Weights):
+    """Weights that are read part by part. ``model``: with parameters on the meta device. ``device``: of the
+    computation. Subclasses say what `read` gives.
+
+    At most two layers are in memory: the one in use and, unless ``ahead`` is False, the next one in the direction of
+    the walk, which a thread reads meanwhile.
+    """
+
+    streamed = True
+
+    def __init__(self, model: PreTrainedModel, path: str, device: torch.device, *, ahead: bool = False) -> None:
+        super().__init__(model, path)
+        self.device = device
+        self._users: dict[int | None, int] = {}
+        self._kept: dict[int | None, Path] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmpruner-read") if ahead else None
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
+        self._meta: dict[int | None, dict[str, nn.Parameter]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._meta.setdefault(self.number(name), {})[name] = parameter
+        self._names: dict[int | None, list[str]] = {}
+        """Part → its parameters; of tied ones, the first."""
+        for name, _ in model.named_parameters():
+            self._names.setdefault(self.number(name), []).append(name)
+        self._layers: Any = model.get_submodule(path)
+        for number, layer in enumerate(self._layers):
+            layer.forward = self._reading(number, layer.forward)
+        model.register_forward_pre_hook(lambda *_: self._enter(None))
+        model.register_forward_hook(lambda *_: self._leave(None), always_call=True)
+
+    def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        """Parameter or buffer → its value, on the CPU. Raises `CheckpointError` for files that are damaged or gone."""
+        raise NotImplementedError
+
+    @property
+    def numbers(self) -> list[int | None]:
+        """All parts."""
+        return [None, *range(len(self._layers))]
+
+    @contextlib.contextmanager
+    def part(self, number: int | None) -> Iterator[None]:
+        try:
+            self._enter(number)
+            yield
+        finally:
+            self._leave(number)
+
+    def keep(self, names: Collection[str], file: Path) -> None:
+        super().keep(names, file)
+        self._kept[self.number(next(iter(names)))] = file
+
+    def use(self, file: Path) -> None:
+        self._kept[self.number(names_in(file)[0])] = file
+
+    def like(self, model: PreTrainedModel) -> StreamedWeights:
+        """The same weights for another model with the same parameters, on the meta device."""
+        return SharedWeights(model, self)
+
+    def _reading(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def read_and_run(*args: Any, **kwargs: Any) -> Any:
+            with self.part(number):
+                return forward(*args, **kwargs)
+
+        return read_and_run
+
+    def _enter(self, part: int | None) -> None:
+        self._users[part] = self._users.get(part, 0) + 1
+        if self._users[part] > 1:
+            return
+        for name, tensor in self._read(part).items():
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if leaf in module._buffers:
+                module._buffers[leaf] = tensor
+            else:
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        if part is None:
+            self.model.tie_weights()
+        if part in self._kept:
+            super().use(self._kept[part])
+        for name in self._names.get(part, ()):
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            if parameter.device != self.device:
+                parameter.data = parameter.data.to(self.device)
+
+    def _leave(self, part: int | None) -> None:
+        self._users[part] -= 1
+        if not self._users[part]:
+            put_parameters(self.model, self._meta[part])
+
+    def _read(self, part: int | None) -> Mapping[str, torch.Tensor]:
+        """`read`, by the thread if it has begun with ``part``; it goes on with the next one."""
+        running, self._next = self._next, None
+        tensors = running[1].result() if running is not None and running[0] == part else self.read(part)
+        if part is not None:
+            following = part + (1 if part > self._last else -1)
+            self._last = part
+            if self._thread is not None and 0 <= following < len(self._layers):
+                self._next = following, self._thread.submit(self._read_pages, following)
+        return tensors
+
+    def _read_pages(self, part: int) -> dict[str, torch.Tensor]:
+        """`read`, and one byte of every page, so that mapped files are read from the disk now."""
+        tensors = self.read(part)
+        for tensor in filter(torch.numel, tensors.values()):
+            tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
+        return tensors
+
+
+class CheckpointWeights(StreamedWeights):
+    """The weights in the safetensors files of ``directory``.
+
+    transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
+    has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
+    in ``beside`` (None: where the system has such folders), which is removed with this object. accelerate's hooks,
+    which read the weights of single modules, are removed.
+
+    ``info``: the loading info of ``from_pretrained``.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        path: str,
+        device: torch.device,
+        beside: Path | None = None,
+        *,
+        ahead: bool = True,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
+        with quiet_transformers():
+            model, self.info = model_class(directory, trust_remote_code).from_pretrained(
+                str(directory),
+                dtype=dtype,
+                device_map={"": "disk"},
+                offload_folder=self._folder.name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=trust_remote_code,
+            )
+        self._stored = _offloaded(model)
+        remove_hook_from_submodules(model)
+        vars(model).pop("hf_device_map", None)
+        _tie(directory, model, self._stored)
+        super().__init__(model.eval(), path, device, ahead=ahead)
+
+    def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        try:
+            return {name: self._stored[name] for name in self._names.get(part, ())}
+        except LlmprunerError:
+            raise
+        except Exception as error:  # safetensors, torch and the system raise what they like
+            raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
+
+
+def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """accelerate's map from parameters to their values in files, which its hooks on ``model`` share."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            weights = getattr(each, "weights_map", None)
+            if weights is not None:
+                stored: Mapping[str, torch.Tensor] = getattr(weights, "dataset", weights)
+                return stored
+    raise CheckpointError("accelerate keeps none of this model's weights on disk")
+
+
+def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
+    """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
+    values to compare. Raises `CheckpointError` where the values differ."""
+    before = dict(model.named_parameters(remove_duplicate=False))
+    model.tie_weights()
+    after = dict(model.named_parameters(remove_duplicate=False))
+    kept = {id(value): name for name, value in after.items() if before[name] is value}
+    for name, value in before.items():
+        if after[name] is not value and not torch.equal(stored[name], stored[kept[id(after[name])]]):
+            raise tied_differ(directory, name, kept[id(after[name])])
+
+
+def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
+    """For parameters that the configuration ties, and that are stored with different values."""
+    return CheckpointError(
+        f"{directory}: {name} and {other} differ, but the configuration ties them; "
+        'set "tie_word_embeddings": false in config.json'
+    )
+
+
+class SharedWeights(StreamedWeights):
+    """The weights of ``source`` for another model with the same parameters."""
+
+    def __init__(self, model: PreTrainedModel, source: StreamedWeights) -> None:
+        super().__init__(model, source.path, source.device)
+        self._source = source
+
+    def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        source = self._source
+        with source.part(part):
+            return {name: tensor for name, tensor in source.model.state_dict().items() if source.number(name) == part}
+
+
+class CutWeights(StreamedWeights):
+    """The weights of ``model``, a copy of the model of ``dense`` cut to ``kept``: cut when they are read. ``graph``: of
+    the dense model."""
+
+    def __init__(self, model: PreTrainedModel, dense: StreamedWeights, graph: CouplingGraph, kept: Kept) -> None:
+        super().__init__(model, dense.path, dense.device)
+        self._cut = dense, graph, kept
+        self._values = CutValues(graph, kept)
+        self._old: dict[int | None, int | None] = {None: None}
+        self._old.update({new: old for old, new in layer_numbers(graph, kept).items()})
+
+    def like(self, model: PreTrainedModel) -> CutWeights:
+        return CutWeights(model, *self._cut)
+
+    def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        dense, old = self._cut[0], self._old[part]
+        with dense.part(old):
+            tensors = dense.model.state_dict()
+            return {
+                self._renamed(name, old, part): self._values.of(name, tensors[name])
+                for name in tensors
+                if dense.number(name) == old
+            }
+
+    def _renamed(self, name: str, old: int | None, new: int | None) -> str:
+        return name if old == new else f"{self.path}.{new}.{name.removeprefix(f'{self.path}.{old}.')}"
