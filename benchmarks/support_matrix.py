@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def all_types() -> list[str]:
-    from transformers.discovery.family.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 

@@ -45,7 +45,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.discovery.family.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.dynamic_module_utils import get_relative_import_files
 
 MODEL_TYPE_PREFIX = "llmpruner_"

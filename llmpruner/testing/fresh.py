@@ -14,7 +14,7 @@ from typing import Any
 
 _SERVER = """
 import gc, importlib, json, os, signal, sys
-import torch, transformers.discovery.family.modeling_auto, transformers.models.llama.modeling_llama
+import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 
 # A process looks for garbage as it ends, among all that was imported: a second or more. What is frozen is not freed,
 # which the bindings of triton would print as leaks.
