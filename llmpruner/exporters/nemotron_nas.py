@@ -44,7 +44,7 @@ class NemotronNasExporter(Exporter):
 
     def export(self, task: ExportTask) -> str:
         from ..errors import CheckpointError
-        from ..models import manifest, save
+        from ..models import record, save
         from . import blocks
 
         source, model = task.loaded, task.model
@@ -54,7 +54,7 @@ class NemotronNasExporter(Exporter):
         task.progress.status("Padding layers to the widths of the format")
         padded = blocks.padded(source, sizes, stated)
         self._write(task.directory, source, padded.model, stated)
-        manifest.write_origin(task.directory, {**origin_of(task, padded), "format": self.name})
+        record.write_origin(task.directory, {**origin_of(task, padded), "format": self.name})
         task.progress.status("Comparing the outputs of the written checkpoint")
         if not save.gives_logits(save.dummy_logits(model), blocks.read(task.directory, model)):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")

@@ -29,7 +29,7 @@ class StockExporter(Exporter):
     keeps_dtype = True
 
     def export(self, task: ExportTask) -> str:
-        from ..models import load, manifest, record, save
+        from ..models import checkpoint, record, save
 
         model, note = task.model, ""
         padded: Padded | None = None
@@ -44,9 +44,9 @@ class StockExporter(Exporter):
             note = f"; {padded.cost}"
         if not (task.directory / record.RECORD_FILE).is_file():
             # For transformers, and for llmpruner too, the result is a dense model.
-            manifest.write_origin(task.directory, origin_of(task, padded))
+            record.write_origin(task.directory, origin_of(task, padded))
         task.progress.status("Comparing the outputs of the written checkpoint")
-        again = load.load_pruned(task.directory, dtype=model.dtype, device=model.device)
+        again = checkpoint.load_pruned(task.directory, dtype=model.dtype, device=model.device)
         if not save.gives_logits(save.dummy_logits(model), again):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"

@@ -54,7 +54,8 @@ class TorchAoExporter(Exporter):
     def export(self, task: ExportTask) -> str:
         """Raises `UnsupportedModelError` for a width that the kernel refuses, and `SettingsError` for a device or dtype
         that it does not have, before anything is written."""
-        from ..models import load, save
+        from ..models import save
+        from ..models.checkpoint import load_pruned
         from ..models.numbers import stored_bytes
 
         self.check()
@@ -70,7 +71,7 @@ class TorchAoExporter(Exporter):
         self._check_complete(quantised)
         _save(quantised, dense, task.directory, save.vocabulary_files(loaded.tokenizer))
         task.progress.status("Comparing the outputs of the written checkpoint")
-        again = load.load_pruned(task.directory, dtype=model.dtype, device=model.device)
+        again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         if not save.gives_logits(save.dummy_logits(quantised), again):
             raise CheckpointError(f"the checkpoint written from {task.source} gives other outputs than the model")
         return _line(before, sum(map(stored_bytes, again.parameters())), expected, _logits(again, tokens), what)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..errors import ModelError, UnsupportedModelError

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from llmpruner.models import in_memory
+from llmpruner.models import opening
 
 ROW = {"instruction": "Name the capital of France.", "output": "Paris."}
 LONG = {"instruction": "Name it. " * 200, "output": "Paris."}
@@ -54,7 +54,7 @@ def test_one_line_before_the_model_is_loaded(refused, tmp_path, monkeypatch, cas
     text, options, message = CASES[case]
     monkeypatch.setattr("llmpruner.recipes.jobs.find_spec", lambda name: None)
     loads = []
-    monkeypatch.setattr(in_memory, "_read_model", lambda *_: loads.append(1))
+    monkeypatch.setattr(opening, "_read_model", lambda *_: loads.append(1))
     (tmp_path / "a.jsonl").write_text(text)
     found = refused("recover", "{models}/dense", "--data", "{tmp}/a.jsonl", "-o", "{tmp}/out", *options)
     assert message in found and not loads

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from llmpruner import Catalog, plugin_manager
+from llmpruner.discovery.structure import load_structure
 from llmpruner.models.model import Model
 from llmpruner.models.opening import load_model
 
@@ -21,4 +22,5 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def real() -> Model:
-    return load_model("demo", Catalog(plugin_manager()))
+    catalog = Catalog(plugin_manager())
+    return load_model(load_structure("demo", catalog), catalog)

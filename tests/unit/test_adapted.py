@@ -74,9 +74,9 @@ def test_the_dense_model_has_the_adapter(which, request, catalog, tmp_path, monk
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    pruned = load_model("../pruned", catalog)
+    pruned = load_model(load_structure("../pruned", catalog), catalog)
     assert pruned.record["base_path"] == str(adapter) == dense_structure(pruned, catalog).path
-    whole = load_model(str(adapter), catalog)
+    whole = load_model(load_structure(str(adapter), catalog), catalog)
     assert torch.equal(logits(load_dense(pruned, catalog)), logits(whole.model))
     assert not torch.allclose(logits(whole.model), logits(load_pruned(tmp_path / "base")), atol=1e-2)
     states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
@@ -91,7 +91,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
         lambda self: wrote.append(logits(self._model)) or [{"text": "The quick brown fox jumps over the dog. " * 4}],
     )
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
-    assert torch.equal(wrote[0], logits(load_model(str(one), catalog).model))
+    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog), catalog).model))
 
 
 def test_training_an_adapted_model_keeps_the_first_training(two, one, base, catalog):
@@ -101,7 +101,7 @@ def test_training_an_adapted_model_keeps_the_first_training(two, one, base, cata
     assert json.loads((two / "llmpruner-files.json").read_text())["adapters_of"] == str(one)
     merged = two.with_name("merged")
     api.recover(one, data=data(two.parent), output=merged, strategy="lora", **TRAINING)
-    for load in (load_pruned, lambda folder: load_model(str(folder), catalog).model):
+    for load in (load_pruned, lambda folder: load_model(load_structure(str(folder), catalog), catalog).model):
         torch.testing.assert_close(logits(load(two)), logits(load_pruned(merged)), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(logits(load(two)), logits(load(one)), atol=1e-3)
         assert not torch.allclose(logits(load(two)), logits(load(base)), atol=1e-2)

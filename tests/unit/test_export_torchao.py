@@ -15,7 +15,7 @@ from llmpruner import LlmprunerError, MissingExtraError, SettingsError, Unsuppor
 from llmpruner.exporters import torchao_weights
 from llmpruner.exporters.run import export
 from llmpruner.exporters.torchao_weights import TorchAoExporter, linear_layers
-from llmpruner.models import load
+from llmpruner.models import checkpoint
 from llmpruner.models.numbers import first_not_finite, stored_bytes
 
 
@@ -71,7 +71,7 @@ def test_it_is_measured_on_text_and_can_be_used_further(installed, tmp_path):
 
 
 def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
-    read = load.load_pruned
+    read = checkpoint.load_pruned
 
     def damaged(*arguments, **options):
         model = read(*arguments, **options)
@@ -79,7 +79,7 @@ def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
             model.get_output_embeddings().weight[5] += 1.0
         return model
 
-    monkeypatch.setattr(load, "load_pruned", damaged)
+    monkeypatch.setattr(checkpoint, "load_pruned", damaged)
     with pytest.raises(LlmprunerError, match="gives other outputs"):
         export(tmp_path, TorchAoExporter(), tmp_path / "out", loaded(cut_llama("mlp")))
     assert not list(tmp_path.iterdir())

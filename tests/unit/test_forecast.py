@@ -6,8 +6,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from math import inf
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,45 +85,6 @@ def test_weights_alone(structure, catalog):
     streamed = found(structure, work, a_sample(), streamed=True).stage("estimation").memory
     assert streamed["weights outside the layers"] == 2 * OUTSIDE
     assert streamed["weights of two layers"] == 2 * 2 * LAYER
-
-
-def test_layers_that_are_converted_when_they_are_read(structure, catalog):
-    work = work_of(job_of(catalog, importance="l1"), structure, saves=True)
-    way, sample = Residency(streamed=True), a_sample()
-    mapped, converted = (
-        forecast(structure, work, torch.bfloat16, way, sample, base=0, converting=rate).stage("saving")
-        for rate in (None, 1e3)
-    )
-    assert converted.bytes - mapped.bytes == 2 * LAYER
-    assert converted.seconds - mapped.seconds == pytest.approx(LAYERS * LAYER / 1e3)
-
-
-def test_layers_that_are_computed_once(structure, catalog):
-    work, total = work_of(job_of(catalog, importance="l1"), structure, saves=True), structure.graph.total_parameters
-    each, once = (
-        forecast(
-            structure, work, torch.bfloat16, Residency(streamed=True, once=once), a_sample(), base=0, converting=1e3
-        )
-        for once in (False, True)
-    )
-    assert once.memory == each.memory and once.disk - each.disk == 2 * total
-    opening, saving = (once.stage(name).seconds - each.stage(name).seconds for name in ("opening", "saving"))
-    assert opening == pytest.approx(total / 1e3, rel=1e-3) and saving == pytest.approx(-LAYERS * LAYER / 1e3, rel=1e-3)
-
-
-def test_what_decides_whether_layers_are_computed_once(structure, catalog, monkeypatch):
-    size = structure.graph.total_parameters * 2
-    for rate, room, available, expected in (
-        (1e9, 3 * size, size, True),
-        (1e9, 3 * size - 1, size, False),
-        (1e9, 3 * size, size - 1, False),
-        (1e9, None, size, False),
-        (inf, 3 * size, size, False),
-        (None, 3 * size, size, False),
-    ):
-        monkeypatch.setattr(residency, "conversion_rate", lambda *_, rate=rate: rate)
-        monkeypatch.setattr(residency.psutil, "virtual_memory", lambda size=available: SimpleNamespace(available=size))
-        assert residency.computed_once(structure, LoadSettings(), catalog, room) is expected
 
 
 def test_gradients(structure, catalog, monkeypatch):

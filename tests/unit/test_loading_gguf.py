@@ -57,7 +57,7 @@ def gguf_file(tmp_path):
 
 
 def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
-    loaded = load_model(str(gguf_file), catalog)
+    loaded = load_model(load_structure(str(gguf_file), catalog), catalog)
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
     assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"
@@ -97,7 +97,7 @@ def test_the_file_is_parsed_once(structure_first, gguf_file, catalog, parses):
     own = gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint
     for _ in range(2):
         structure = load_structure(str(gguf_file), catalog) if structure_first else None
-        load_model(str(gguf_file), catalog, structure=structure)
+        load_model(load_structure(str(gguf_file), catalog), catalog, structure=structure)
         assert parses == ONCE
         assert own == (gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint)
         assert parsing._last is None
@@ -140,7 +140,7 @@ def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, 
     from llmpruner.evaluation.speed.gguf_work import gguf_work
     from llmpruner.evaluation.transformers_runtime import work_of
 
-    loaded = load_model(str(gguf_file), catalog)
+    loaded = load_model(load_structure(str(gguf_file), catalog), catalog)
     (ours, dtype), theirs = gguf_work(gguf_file), work_of(loaded.model, loaded.graph)
     assert dtype == "f32" and ours.weight_bytes == theirs.weight_bytes
     assert (ours.body_macs, ours.head_macs, ours.pair_macs) == (theirs.body_macs, theirs.head_macs, theirs.pair_macs)

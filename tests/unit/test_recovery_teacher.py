@@ -15,6 +15,7 @@ from llmpruner import Catalog, LoadSettings, ModelError, OutputError, RecoverSet
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.dense import dense_structure, load_dense
 from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.structure import load_structure
 from llmpruner.errors import SettingsError
 from llmpruner.models.opening import load_model
 from llmpruner.models.surgery import cut
@@ -68,7 +69,9 @@ def pruned(tmp_path, monkeypatch, catalog):
     monkeypatch.chdir(home)
     prune(catalog, "dense", home / "pruned")
     monkeypatch.chdir(elsewhere)
-    return load_model("../home/pruned", catalog)  # from ``elsewhere``, where there is no folder ``dense``
+    return load_model(
+        load_structure("../home/pruned", catalog), catalog
+    )  # from ``elsewhere``, where there is no folder ``dense``
 
 
 def prune(catalog, source, target):
@@ -96,7 +99,7 @@ def divergence(model, teacher):
 
 
 def test_an_outside_strategy_distils_from_the_dense_model_and_is_recorded(pruned, catalog, tmp_path):
-    dense = load_model(str(tmp_path / "home" / "dense"), catalog).model
+    dense = load_model(load_structure(str(tmp_path / "home" / "dense"), catalog), catalog).model
     before = divergence(pruned.model, dense)
     result = run(pruned, catalog, catalog.strategies["imitation"](temperature=1.0), tmp_path / "work")
     assert divergence(result.model, dense) < before
@@ -110,7 +113,7 @@ def test_an_outside_strategy_distils_from_the_dense_model_and_is_recorded(pruned
 
 @pytest.mark.slow
 def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalog, tmp_path):
-    again = load_model(pruned.ref, catalog)
+    again = load_model(load_structure(pruned.ref, catalog), catalog)
     settings = SETTINGS.model_copy(update={"max_steps": 4})
     distil = catalog.strategies["imitation"]
     whole = run(pruned, catalog, distil(), tmp_path / "whole", settings)
@@ -121,7 +124,7 @@ def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(pruned, catalo
 
     with pytest.raises(KeyboardInterrupt):
         run(again, catalog, distil(), tmp_path / "parts", settings, on_step=interrupt)
-    again = load_model(pruned.ref, catalog)
+    again = load_model(load_structure(pruned.ref, catalog), catalog)
     with pytest.raises(OutputError, match=r"another recovery job \(strategy settings differ\)"):
         run(again, catalog, distil(temperature=3.0), tmp_path / "parts", settings)
     steps = []
@@ -183,13 +186,13 @@ def test_the_dense_model_is_found_from_any_folder_by_its_dtype_and_structure(pru
     dense = load_dense(pruned, catalog)
     expected = dense_model().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in dense.state_dict().items())
-    half = load_model(pruned.ref, catalog, LoadSettings(dtype="bfloat16"))
+    half = load_model(load_structure(pruned.ref, catalog), catalog, LoadSettings(dtype="bfloat16"))
     assert load_dense(half, catalog).dtype == torch.bfloat16
 
 
 def test_the_dense_model_of_a_model_pruned_twice_is_the_first(pruned, catalog, tmp_path):
     prune(catalog, pruned.ref, tmp_path / "twice")
-    twice = load_model(str(tmp_path / "twice"), catalog)
+    twice = load_model(load_structure(str(tmp_path / "twice"), catalog), catalog)
     assert len(twice.plans) == 2
     assert load_dense(twice, catalog).config.intermediate_size == 48
 
@@ -217,7 +220,7 @@ def test_a_dense_model_that_is_gone_or_another_is_refused(pruned, catalog, tmp_p
     with pytest.raises(ModelError, match=r"is another model now: parameters of '.*home/dense' differ in name or shape"):
         load_dense(pruned, catalog)
     with pytest.raises(ModelError, match="was not pruned by llmpruner"):
-        load_dense(load_model(str(dense), catalog), catalog)
+        load_dense(load_model(load_structure(str(dense), catalog), catalog), catalog)
 
 
 def next_token_loss(model, batch):

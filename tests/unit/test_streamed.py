@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from criteria_cases import make
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.errors import SettingsError
+from llmpruner.errors import CheckpointError, SettingsError
 from llmpruner.models.checkpoint import load_pruned
+from llmpruner.models.weights import CheckpointWeights
 from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")
@@ -47,8 +48,8 @@ def dense(tmp_path_factory):
     return folder
 
 
-def prune(model: Path, output: Path, *, streamed: bool, **settings):
-    run = RunSettings(boundary_memory=0) if streamed else RunSettings()
+def prune(model: Path, output: Path, *, streamed: bool, max_memory: int | None = None, **settings):
+    run = RunSettings(boundary_memory=0) if streamed else RunSettings(max_memory=max_memory)
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides.
         patch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
@@ -193,3 +194,28 @@ def test_a_pruned_model_whose_code_initializes_by_its_own_sizes(model_type, tmp_
     for way in ("resident", "streamed"):
         prune(tmp_path / "once", tmp_path / way, streamed=way == "streamed", **settings)
     assert_same(tmp_path / "resident", tmp_path / "streamed")
+
+
+def test_tied_parameters_that_are_stored_twice(tmp_path):
+    model = make("gpt2").model
+    model.save_pretrained(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    cpu = torch.device("cpu")
+    opened = CheckpointWeights(tmp_path, torch.float32, "transformer.h", cpu).model
+    assert opened.lm_head.weight is opened.transformer.wte.weight
+    state["lm_head.weight"][0] += 1
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="differ, but the configuration ties them"):
+        CheckpointWeights(tmp_path, torch.float32, "transformer.h", cpu)
+
+
+def test_other_formats_are_to_be_converted_once(tmp_path):
+    model = make("llama-gqa").model
+    model.save_pretrained(tmp_path / "dense")
+    torch.save(load_file(tmp_path / "dense/model.safetensors"), tmp_path / "dense/pytorch_model.bin")
+    (tmp_path / "dense/model.safetensors").unlink()
+    with pytest.raises(
+        SettingsError, match=r"not in safetensors files; convert it once by llmpruner export .* --to stock"
+    ):
+        prune(tmp_path / "dense", tmp_path / "out", streamed=False, importance="l1", max_memory=1000)
