@@ -90,26 +90,21 @@ ONCE = {"__init__": 1, "get_tensor_name_map": 1, "_OWN_LOAD": 2}
 """transformers looks at the values of the header again when it loads the tensors."""
 
 
-@pytest.mark.parametrize("structure_first", [True, False])
-def test_the_file_is_parsed_once(structure_first, gguf_file, catalog, parses):
+def test_the_file_is_parsed_once(gguf_file, catalog, parses):
     import gguf
 
     own = gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint
     for _ in range(2):
-        structure = load_structure(str(gguf_file), catalog) if structure_first else None
-        load_model(load_structure(str(gguf_file), catalog), catalog, structure=structure)
+        load_model(load_structure(str(gguf_file), catalog), catalog)
         assert parses == ONCE
         assert own == (gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint)
         assert parsing._last is None
         parses.clear()
 
 
-@pytest.mark.parametrize("streamed", [True, False])
-def test_a_command_parses_the_file_once(streamed, gguf_file, tmp_path, parses, monkeypatch):
-    monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
-    monkeypatch.setattr("llmpruner.recipes.residency.is_streamed", lambda *_: streamed)
+def test_a_command_parses_the_file_once(gguf_file, tmp_path, parses):
     llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
-    assert parses == {**ONCE, "_OWN_LOAD": 1 if streamed else 2}
+    assert parses == ONCE
 
 
 def test_what_was_parsed_is_freed_and_follows_the_file(gguf_file, catalog, parses):
