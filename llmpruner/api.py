@@ -318,7 +318,7 @@ def _bench_subject(source: Source, opener: Opener, batch: int, length: int) -> B
 
     def find_dtype() -> torch.dtype:
         found = find()
-        return found.model.dtype if isinstance(found, Model) else dtype_of(found, opener.catalog, opener.load)
+        return found.model.dtype if isinstance(found, Model) else dtype_of(found, opener.load)
 
     return BenchSubject(ref, path, opener.load.device, batch, length, find, find_dtype, lambda: opener.weights(find()))
 

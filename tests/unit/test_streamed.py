@@ -215,5 +215,5 @@ def test_other_formats_are_to_be_converted_once(tmp_path):
     model.save_pretrained(tmp_path / "dense")
     torch.save(load_file(tmp_path / "dense/model.safetensors"), tmp_path / "dense/pytorch_model.bin")
     (tmp_path / "dense/model.safetensors").unlink()
-    with pytest.raises(SettingsError, match="convert it once by llmpruner export .* --to stock"):
+    with pytest.raises(SettingsError, match=r"convert it once by llmpruner export .* --to stock"):
         prune(tmp_path / "dense", tmp_path / "out", streamed=False, importance="l1", max_memory=1000)
