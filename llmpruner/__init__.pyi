@@ -72,10 +72,8 @@ from .models.reference import CheckpointReader as CheckpointReader
 from .models.save import save_checkpoint as save_checkpoint
 from .plugins.catalog import Catalog as Catalog
 from .plugins.catalog import register as register
-from .plugins.hookspecs import HOOK_VERSION as HOOK_VERSION
 from .plugins.hookspecs import hookimpl as hookimpl
-from .plugins.host import PluginHost as PluginHost
-from .plugins.host import plugin_manager as plugin_manager
+from .plugins.manager import plugin_manager as plugin_manager
 from .progress import Progress as Progress
 from .pruning.allocation.allocate import take_if_it_fits as take_if_it_fits
 from .pruning.allocation.allocate import target_of as target_of

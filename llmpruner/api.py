@@ -53,7 +53,6 @@ from .models.numbers import check_device, dtype_of
 from .models.record import REPORT_FILE
 from .models.reference import resolve
 from .plugins.catalog import Catalog
-from .plugins.host import plugin_manager
 from .progress import QUIET, Progress
 from .pruning.allocation.curve import Curve
 from .recipes.evidence import ResultsFile, find, subjects_of
@@ -247,7 +246,7 @@ def evaluate(
     Raises `DataError` for a text, a task or prompts that cannot be read, and for a model that cannot be measured on
     them, and `ModelError` for models that cannot be compared, before the first is loaded.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
@@ -294,7 +293,7 @@ def bench(
     All models are in memory at the same time, and run in turn. Raises `ModelError` when they do not fit, or when the
     runtime cannot run one of them, before any is loaded. ``load``: for all models, or one for each.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     job = bench_job(settings_from(BenchSettings, settings), catalog)
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
@@ -396,7 +395,7 @@ def export(
     `CheckpointError` when the written model gives other outputs than ``model``, and `OutputError` for an ``output``
     that exists or cannot be written.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     source = path_from("model", model, "the path of a checkpoint")
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
     exporter.check()
@@ -433,7 +432,7 @@ def run(
     an interruption, the same call goes on. Raises `SettingsError` for a recipe that is wrong, before anything is done;
     `OutputError` for an ``output`` that is of something else or in use; and what the functions of the steps raise.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     session = Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress)
     actions = Actions(prune=prune, recover=recover, evaluate=evaluate, bench=bench, generate=generate, export=export)
     return session.run(actions, on_step)
@@ -454,7 +453,7 @@ def dry_run(
     reads no weights but for checksums, and raises what `run` raises before the first step."""
     if _limits(run).restart:
         raise SettingsError("--restart has no effect on a dry run, which removes nothing; leave it out")
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     return list(Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress).plan())
 
 
@@ -492,7 +491,7 @@ def verify_checkpoint(
     load = LoadSettings(trust_remote_code=trust_remote_code)
     check_type("base", base, (str, Path, NoneType), "a path or a hub id")
     named = None if base is None else str(base)
-    return verification(folder, named, load, catalog or Catalog(plugin_manager()), progress)
+    return verification(folder, named, load, catalog or Catalog(), progress)
 
 
 def write_page(
@@ -507,7 +506,7 @@ def write_page(
     ``settings``: section name → its settings. Raises `OutputError` for a ``path`` that cannot be written,
     or holds anything but a page.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
     page = report_page(subject, sections)
@@ -533,7 +532,7 @@ def write_report(
     Raises `ModelError` for other directories, `DataError` for other files and those without results of them, and
     `OutputError` for a ``path`` that cannot be written, or holds anything but a page.
     """
-    catalog = catalog or Catalog(plugin_manager())
+    catalog = catalog or Catalog()
     places = _paths("directories", directories)
     if not places:
         raise SettingsError("nothing to report on: name at least one checkpoint")
@@ -562,7 +561,7 @@ def _recipe(
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
-    return Opener.of(load, catalog or Catalog(plugin_manager()), progress)
+    return Opener.of(load, catalog or Catalog(), progress)
 
 
 def _limits(run: RunSettings | None) -> RunSettings:

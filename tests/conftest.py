@@ -15,11 +15,15 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
+from fresh import run_fresh
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner import Catalog, build_graph
 from llmpruner.models.model import Model
 from llmpruner.pruning.methods.base import Method
+from llmpruner.testing import processes
+
+processes.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
 
 
 def llama_config(**changes) -> LlamaConfig:
@@ -117,7 +121,7 @@ def full_precision(monkeypatch):
 
 @pytest.fixture
 def catalog() -> Catalog:
-    return Catalog(plugin_manager())
+    return Catalog()
 
 
 @pytest.fixture(params=["gqa", "mha", "tied"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import typer
-from installed import own_host
+from installed import own_manager
 from rich.text import Text
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
@@ -34,7 +34,7 @@ class Shown:
 
 def application() -> typer.Typer:
     """The command line with llmpruner's own plugins."""
-    return build_app(own_host())
+    return build_app(own_manager())
 
 
 def commands(app: typer.Typer, prefix: str = "") -> Iterator[tuple[str, CommandInfo]]:

@@ -8,20 +8,20 @@ from types import ModuleType
 from typing import Any, get_args
 
 from docstrings import document, markdown
-from installed import own_host
+from installed import own_manager
 from settings_table import table
 
 from llmpruner import Catalog
 from llmpruner.component import Component
 from llmpruner.engine.signals import Signal
-from llmpruner.plugins.registry import Registry
+from llmpruner.plugins.catalog import Registry
 from llmpruner.pruning.allocation import normalize
 from llmpruner.pruning.compensation import least_squares, repair
 from llmpruner.pruning.criteria import obs, reductions, removal
 from llmpruner.pruning.criteria.base import ImportanceCriterion
 from llmpruner.settings import PruneSettings, Reduction
 
-CATALOG = Catalog(own_host())
+CATALOG = Catalog(own_manager())
 KINDS = (
     ("methods", "Methods", "`--method` fills in what is not given."),
     ("criteria", "Criteria", "`--importance` chooses what a unit's score is computed from."),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import structure_page
-from docstrings import attributes, document, function_lines, function_of, is_property, markdown, methods
+from docstrings import document, function_lines, markdown
 from structure_page import class_with_import
 
 from llmpruner.calibration.source import SampleTask
@@ -64,28 +62,8 @@ def hooks() -> dict[str, Any]:
     return HOOKS
 
 
-def promise() -> list[str]:
-    """One line for each thing that a plugin may rely on while `HOOK_VERSION` stays: names, arguments and defaults."""
-    lines = [f"{name}{_arguments(spec)}" for name, spec in hooks().items()]
-    given = [*SHARED, *(cls for classes in CLASSES.values() for cls in classes), *structure_page.CLASSES]
-    for cls in given:
-        lines += [f"{cls.__name__}.{name}" for name in attributes(cls)]
-        for name, member in methods(cls).items():
-            lines.append(f"{cls.__name__}.{name}" + ("" if is_property(member) else _arguments(function_of(member))))
-    functions = [function for several in FUNCTIONS.values() for function in several]
-    lines += [f"{function.__name__}{_arguments(function)}" for function in (*functions, *structure_page.FUNCTIONS)]
-    return lines
-
-
-def _arguments(function: Any) -> str:
-    signature = inspect.signature(function)
-    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    return str(inspect.Signature(bare))
-
-
 def render() -> str:
     lines = ["# Hooks", "", markdown(document(hookspecs)), ""]
-    lines += [f"This is version {hookspecs.HOOK_VERSION} of the hooks (`llmpruner.HOOK_VERSION`).", ""]
     lines += ["| hook | gives |", "|---|---|"]
     for name, spec in hooks().items():
         first, _, _ = document(spec).partition("\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from llmpruner import PluginHost, plugin_manager
+from llmpruner import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 
 
-def own_host() -> PluginHost:
-    host = plugin_manager()
-    for name, _ in host.manager.list_name_plugin():
-        if host.package_of(name) != "llmpruner":
-            host.manager.unregister(name=name)
-    return host
+def own_manager() -> PluginManager:
+    manager = plugin_manager(entry_points=True)
+    for name, plugin in manager.list_name_plugin():
+        module = plugin.__name__.partition(".")[0] if hasattr(plugin, "__name__") else type(plugin).__module__
+        if manager.packages.get(module) != "llmpruner":
+            manager.unregister(name=name)
+    return manager

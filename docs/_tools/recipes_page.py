@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from docstrings import markdown
-from installed import own_host
+from installed import own_manager
 from settings_table import cell
 
 from llmpruner import Catalog
@@ -50,7 +50,7 @@ def render() -> str:
     lines += ["", BESIDE, "", *_table("key", _fields(StepSettings)), "", ROUNDS, "", "```yaml", EXAMPLE, "```"]
     lines += ["", "## The output", "", *_table("file", FILES.items()), "", INPUTS]
     lines += ["", "## Recipes of llmpruner", "", "`${llmpruner}` in them is the folder of the package."]
-    for cls in Catalog(own_host()).recipes.values():
+    for cls in Catalog(own_manager()).recipes.values():
         assert issubclass(cls, Shipped)
         lines += ["", f"### {cls.name}", "", markdown(cls.summary) + ".", "", "```yaml", cls.file().rstrip(), "```"]
     return "\n".join(lines) + "\n"

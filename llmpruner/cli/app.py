@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.main
-from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
-from ..errors import DuplicateNameError
-from ..plugins.host import PluginHost, plugin_manager
+from ..plugins.manager import PluginManager, plugin_manager
 from . import (
     bench,
     demo,
@@ -29,7 +27,6 @@ from . import (
 )
 from .console import show_warnings, warning_line
 
-_HOOK = "llmpruner_commands"
 HELP = """
 Structural pruning of large language models: smaller, faster, still ordinary models.
 
@@ -38,9 +35,9 @@ MODEL is a directory, a hub id, a .gguf file, or 'demo'. Try `llmpruner demo` fi
 """
 
 
-def build_app(host: PluginHost | None = None) -> typer.Typer:
-    """The Typer application over a plugin host (by default: everything installed)."""
-    host = host or plugin_manager()
+def build_app(manager: PluginManager | None = None) -> typer.Typer:
+    """The Typer application, with the commands of plugins (by default of all that are installed)."""
+    manager = manager or plugin_manager()
     app = typer.Typer(
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -61,10 +58,10 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         del version, debug
         from ..plugins.catalog import Catalog  # help is shown without it, and without pydantic
 
-        ctx.obj = Catalog(host)
+        ctx.obj = Catalog(manager)
         show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
-        ctx.call_on_close(lambda: _warn(host))
+        ctx.call_on_close(lambda: _warn(manager))
 
     for module in (
         demo,
@@ -83,13 +80,13 @@ def build_app(host: PluginHost | None = None) -> typer.Typer:
         new_plugin,
     ):
         module.add_commands(app)
-    _add_plugin_commands(app, host)
+    _add_plugin_commands(app, manager)
     return app
 
 
-def _warn(host: PluginHost) -> None:
-    for broken in dict.fromkeys(host.broken):
-        warning_line(str(broken))
+def _warn(manager: PluginManager) -> None:
+    for line in manager.broken:
+        warning_line(line)
 
 
 def _version(value: bool) -> None:
@@ -98,34 +95,23 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def _add_plugin_commands(app: typer.Typer, host: PluginHost) -> None:
-    """Add the commands and groups of every plugin. Those that Typer cannot build, or whose name exists already, are
-    left out and recorded in ``host.broken``."""
-    # Typer's own names, which it would only give after it built every command.
-    own_names = (c.name or typer.main.get_command_name(_function(c)) for c in app.registered_commands)
-    owner = dict.fromkeys(own_names, "llmpruner")
-    for answer in host.call(_HOOK, lambda: {"app": typer.Typer()}, returns=False):
-        plugin, own = answer.plugin or answer.wrappers[0], answer.arguments["app"]
-        for kind in ("registered_commands", "registered_groups"):
-            for command in getattr(own, kind):
-                alone = typer.Typer()
-                getattr(alone, kind).append(command)
-                try:
-                    names = _names(alone)
-                    for name in names:
-                        if name in owner:
-                            raise DuplicateNameError(f"command '{name}' exists already in {owner[name]}")
-                except Exception as error:  # Typer raises various errors for a function that is no command
-                    host.record(plugin, f"{type(error).__name__}: {error}", _HOOK, _function(command))
-                    continue
-                owner.update(dict.fromkeys(names, host.package_of(plugin)))
-                getattr(app, kind).append(command)
+def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
+    """Add the commands and groups of plugins, except those whose name exists already."""
+    own = typer.Typer()
+    manager.call("llmpruner_commands", app=own)
+    names = {_name(command) for command in app.registered_commands}
+    for commands, mine in (
+        (app.registered_commands, own.registered_commands),
+        (app.registered_groups, own.registered_groups),
+    ):
+        for command in mine:
+            if (name := _name(command)) in names:
+                manager.broken.append(f"a plugin's command '{name}' was skipped: it exists already")
+                continue
+            names.add(name)
+            commands.append(command)  # type: ignore[arg-type]
 
 
-def _names(app: typer.Typer) -> list[str]:
-    """The names of the commands and groups of an application, as they are typed."""
-    return list(typer.main.get_group(app).commands)
-
-
-def _function(command: CommandInfo | TyperInfo) -> str:
-    return getattr(command.callback, "__name__", "a group")
+def _name(command: Any) -> str:
+    """As it is typed."""
+    return command.name if isinstance(command.name, str) else typer.main.get_command_name(command.callback.__name__)

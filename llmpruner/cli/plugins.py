@@ -1,19 +1,29 @@
-"""``llmpruner plugins``."""
+"""``llmpruner plugins``: the components of all plugins, and the settings of one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from ..errors import UnknownNameError
 from .console import out, print_json, table
 from .options import Json, catalog_of
 
 if TYPE_CHECKING:
-    from ..plugins.describe import ComponentFacts
+    from ..component import Component
+
+_TYPES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "null": "none", "object": "mapping"}
+_BOUNDS = {
+    "minimum": "≥ {}",
+    "exclusiveMinimum": "> {}",
+    "maximum": "≤ {}",
+    "exclusiveMaximum": "< {}",
+    "minItems": "at least {} values",
+    "maxItems": "at most {} values",
+}
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -28,31 +38,77 @@ def list_plugins(
     as_json: Json = False,
 ) -> None:
     """List the components of all plugins with their packages; or show one component with its settings."""
-    from ..plugins.describe import describe, summary_of
-
     catalog = catalog_of(ctx)
-    if name is not None:
-        _show(describe(catalog, name), as_json=as_json)
-        return
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": summary_of(cls)}
         for registry in catalog.registries
         for key, cls in registry.items()
     ]
-    broken = [{"plugin": b.name, **{k: v for k, v in asdict(b).items() if k != "name"}} for b in catalog.broken]
-    if as_json:
-        print_json({"plugins": rows, "broken": broken, "blocked": catalog.host.blocked})
+    if name is None:
+        if as_json:
+            print_json({"plugins": rows, "broken": catalog.manager.broken})
+        else:
+            table(None, ("Kind", "Name", "Package", "What it is"), [tuple(row.values()) for row in rows], left=4)
         return
-    table(None, ("Kind", "Name", "Package", "What it is"), [tuple(row.values()) for row in rows], left=4)
+    named: list[dict[str, Any]] = [
+        {**row, "module": cls.__module__, "settings": settings_of(cls)}
+        for row in rows
+        if row["name"] == name
+        for cls in [catalog.registry(row["kind"])[name]]
+    ]
+    if not named:
+        raise UnknownNameError("component", name, {row["name"] for row in rows})
+    if as_json:
+        print_json(named)
+        return
+    for component in named:
+        what = "{kind} of {package} ({module}): {summary}".format(**component)
+        out.print(f"[bold]{escape(name)}[/], {escape(what)}")
+        cells = [
+            (f"{name}.{s['key']}", f"{s['type']} {s['bounds']}", s["default"], s["description"])
+            for s in component["settings"]
+        ]
+        if cells:
+            table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), cells, left=4)
 
 
-def _show(found: Sequence[ComponentFacts], *, as_json: bool) -> None:
-    if as_json:
-        print_json([asdict(fact) for fact in found])
-        return
-    for fact in found:
-        told = escape(f"{fact.kind} of {fact.package} ({fact.module}): {fact.summary}")
-        out.print(f"[bold]{escape(fact.name)}[/], {told}")
-        rows = [(f"{fact.name}.{s.key}", f"{s.type} {s.bounds}", s.default, s.description) for s in fact.settings]
-        if rows:
-            table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), rows, left=4)
+def summary_of(cls: type[Component]) -> str:
+    """A one-line description of a component: its own summary, else the first line of its docstring, else the summary of
+    a base class."""
+    text = vars(cls).get("summary") or cls.__doc__ or cls.summary
+    return next(iter(str(text).strip().splitlines()), "").strip()
+
+
+def settings_of(cls: type[Component]) -> list[dict[str, Any]]:
+    """The settings of a component, in order of definition: key, type, default, bounds, description."""
+    schema = cls.Settings.model_json_schema(by_alias=False)
+    definitions, defaults = schema.get("$defs", {}), cls.Settings().model_dump(mode="json")
+    return [
+        {
+            "key": key,
+            "type": _type(value, definitions),
+            "default": defaults[key],
+            "bounds": _bounds(value),
+            "description": value.get("description", ""),
+        }
+        for key, value in schema.get("properties", {}).items()
+    ]
+
+
+def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """``int``, ``float | none``, or the possible values: ``mean | max``."""
+    if "$ref" in schema:
+        return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    if "enum" in schema or "const" in schema:
+        return " | ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(_type(part, definitions) for part in schema["anyOf"]))
+    if schema.get("type") == "array":
+        return f"list of {_type(schema.get('items', {}), definitions)}"
+    return _TYPES.get(schema.get("type", ""), "any")
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    """``> 0, ≤ 1``, in ``schema`` and in the alternatives of a union, such as those of ``int`` in ``int | None``."""
+    parts = [schema, *schema.get("anyOf", ())]
+    return ", ".join(text.format(part[key]) for part in parts for key, text in _BOUNDS.items() if key in part)

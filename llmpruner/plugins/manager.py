@@ -1,93 +1,89 @@
-"""pluggy's plugin manager, but leaving out single invalid implementations instead of whole plugins."""
+"""Loading plugins: the built-in components, then installed packages one by one."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from difflib import get_close_matches
-from reprlib import repr as short_repr
-from typing import TYPE_CHECKING, Any
+import os
+import sys
+from importlib import metadata
+from typing import Any
 
 import pluggy
 
-from . import hookspecs
+from ..errors import PluginError, first_line
+from . import builtin, hookspecs
 
-if TYPE_CHECKING:
-    from pluggy import HookimplOpts
-
-HOOKS: dict[str, Callable[..., Any]] = {
-    name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")
-}
+HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
 """Name of every hook → its specification, in order of definition."""
 
 
-class HookManager(pluggy.PluginManager):
-    """A plugin manager with the hooks of `hookspecs`. ``refused``: implementations that were left out at registration,
-    each as (plugin, hook, reason)."""
+class PluginManager(pluggy.PluginManager):
+    """pluggy's manager with the hooks of llmpruner.
+
+    ``packages``: the distribution of each top-level module that an entry point names. ``broken``: a line for each
+    plugin, and each class of one, that was left out.
+    """
 
     def __init__(self) -> None:
         super().__init__(hookspecs.PROJECT)
-        self.refused: list[tuple[object, str, str]] = []
         self.add_hookspecs(hookspecs)
+        self.packages = {"llmpruner": "llmpruner"}
+        self.broken: list[str] = []
 
-    def parse_hookimpl_opts(self, plugin: Any, name: str) -> HookimplOpts | None:
-        """The options of an implementation, None for other attributes; pluggy calls it for all attributes of a plugin.
+    def package_of(self, thing: Any) -> str:
+        """The distribution of a class or function; its top-level module where no entry point names that."""
+        module = str(thing.__module__).partition(".")[0]
+        return self.packages.get(module, module)
 
-        Raises `TypeError` for a plugin that cannot be used at all.
-        """
-        options = super().parse_hookimpl_opts(plugin, name)
-        if options is None:
-            if name in HOOKS:
-                self._refuse_unmarked(plugin, name)
-            return None
-        hash(plugin)  # raises for a plugin without a hash value, which pluggy could not call
-        hook = options.get("specname") or name
-        if hook not in HOOKS and options.get("optionalhook"):
-            return None
-        reason = _mismatch(hook, getattr(plugin, name)) or self._wrong_wrapper(plugin, name, hook, options)
-        if reason is None:
-            return options
-        self.refused.append((plugin, hook, reason))
-        return None
+    def call(self, hook: str, **arguments: Any) -> list[Any]:
+        """What all implementations of a hook return. Raises `PluginError` where one raises."""
+        try:
+            return list(getattr(self.hook, hook)(**arguments))
+        except Exception as error:
+            place, frames = "", error.__traceback__
+            while frames is not None:
+                if frames.tb_frame.f_code.co_name == hook:
+                    place = f" of {frames.tb_frame.f_globals['__name__']}"
+                frames = frames.tb_next
+            raise PluginError(
+                f"{hook}{place} failed: {type(error).__name__}: {first_line(error)}; LLMPRUNER_BLOCK=NAME leaves a "
+                "plugin out"
+            ) from error
 
-    def _refuse_unmarked(self, plugin: Any, hook: str) -> None:
-        value = getattr(plugin, hook)
-        if not callable(value):
-            raise TypeError(f"{hook} is {short_repr(value)}; expected a function marked with @hookimpl")
-        self.refused.append((plugin, hook, "the function is not marked with @hookimpl"))
-
-    def _wrong_wrapper(self, plugin: Any, name: str, hook: str, options: HookimplOpts) -> str | None:
-        """Why a wrapper cannot be called; None when it can, or when the function is no wrapper."""
-        if not _wraps(options):
-            return None
-        if options.get("wrapper") and options.get("hookwrapper"):
-            return "the function is marked both wrapper and hookwrapper; keep wrapper"
-        if not inspect.isgeneratorfunction(getattr(plugin, name)):
-            return "the function is marked as a wrapper and does not yield"
-        # A hook is called for one plugin by leaving out the others, and with them their wrappers.
-        for other in dir(plugin):
-            found = super().parse_hookimpl_opts(plugin, other)
-            if found and (found.get("specname") or other) == hook and not _wraps(found):
-                return "a plugin either implements a hook or wraps it; give the wrapper an entry point of its own"
-        return None
+    def load(self, entry: metadata.EntryPoint) -> None:
+        """Register the plugin of an entry point; one that is broken is left out, with a line in ``broken``."""
+        package = entry.dist.name if entry.dist else "unknown package"
+        plugin = None
+        # Importing a plugin may raise anything, even SystemExit, which must not end the program.
+        try:
+            plugin = entry.load()
+            self.register(plugin, entry.name)
+            self.check_pending()  # raises for a hook that does not exist
+        except (Exception, SystemExit) as error:
+            if self.is_registered(plugin):
+                self.unregister(plugin)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            self.broken.append(f"plugin '{entry.name}' ({package}) is broken and was skipped: {reason}")
+        else:
+            self.packages[entry.module.partition(".")[0]] = package
 
 
-def _wraps(options: HookimplOpts) -> bool:
-    return bool(options.get("wrapper") or options.get("hookwrapper"))
+def plugin_manager(*, entry_points: bool = True) -> PluginManager:
+    """A new manager with the built-ins and, unless switched off, every installed plugin.
 
-
-def _mismatch(hook: str, function: Callable[..., Any]) -> str | None:
-    """Why this version cannot call ``function`` for ``hook``; None when it can."""
-    if hook not in HOOKS:
-        near = get_close_matches(hook, HOOKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"this version of llmpruner (hooks {hookspecs.HOOK_VERSION}) has no such hook{hint}"
-    known = inspect.signature(HOOKS[hook]).parameters
-    unknown = [
-        p.name
-        for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in known
-    ]
-    if not unknown:
-        return None
-    return f"the hook has no argument {' or '.join(unknown)}; it has: {', '.join(known) or 'none'}"
+    ``LLMPRUNER_BLOCK`` (comma-separated plugin names) leaves plugins out, the built-ins too (``builtin``).
+    ``LLMPRUNER_TRACE=1`` prints every hook call with its result to standard error.
+    """
+    manager = PluginManager()
+    if os.environ.get("LLMPRUNER_TRACE"):
+        manager.trace.root.setwriter(sys.stderr.write)
+        manager.enable_tracing()
+    for name in os.environ.get("LLMPRUNER_BLOCK", "").split(","):
+        manager.set_blocked(name.strip())
+    manager.register(builtin, "builtin")
+    if entry_points:
+        # The same distribution may be on the path twice.
+        found = {(entry.name, entry.value): entry for entry in metadata.entry_points(group=hookspecs.PROJECT)}
+        for _, entry in sorted(found.items()):
+            if not manager.is_blocked(entry.name):
+                manager.load(entry)
+    return manager

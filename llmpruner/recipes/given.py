@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from ..component import Component
 from ..errors import SettingsError
-from ..plugins.registry import Registry
+from ..plugins.catalog import Registry
 from ..settings import Settings, flag_of, option_of
 
 C = TypeVar("C", bound=Component)

@@ -18,7 +18,6 @@ from ..discovery.tiny import small_config
 from ..discovery.verify import VERIFIED, verify
 from ..errors import ModelError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers
-from ..plugins.host import IN_PROCESS
 from ..settings import LoadSettings
 from .package import ModelFacts, Parent
 
@@ -141,7 +140,7 @@ def _parent(family: ModelFamily, config: PreTrainedConfig, values: Mapping[str, 
     cls, distribution = type(family), catalog.families.package_of(family.name)
     module = _public_module(cls)
     importable = getattr(importlib.import_module(module), cls.__name__, None) is cls
-    if not importable or distribution == IN_PROCESS:
+    if not importable or module.partition(".")[0] not in catalog.manager.packages:
         raise UnsupportedModelError(
             f"these models have the family '{family.name}', which is in no installed package that a new one could "
             "require"

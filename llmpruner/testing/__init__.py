@@ -18,27 +18,23 @@ Subclass the conformance classes, and run pytest::
 
 Failures name the parameter, unit, module or kind. For your own tests, use `tiny_llama` (a model with every kind of
 unit), `letters` (a tokenizer for it), `settings_grid` (instances of a component with each value of its settings of type
-Literal or bool) and `host_with` (a plugin host with given plugins); ``from llmpruner.testing.fixtures import
-plugin_host`` imports the last as a pytest fixture.
+Literal or bool) and `catalog_with` (a catalog with given plugins).
 """
 
 from __future__ import annotations
 
+from .components import catalog_with, settings_grid
 from .criterion import CriterionConformance
 from .family import FamilyConformance
-from .grid import settings_grid
-from .hosts import host_with
-from .probe import run_probe
+from .models import letters, tiny_llama
 from .recovery import RecoveryConformance
-from .tiny import letters, tiny_llama
 
 __all__ = [
     "CriterionConformance",
     "FamilyConformance",
     "RecoveryConformance",
-    "host_with",
+    "catalog_with",
     "letters",
-    "run_probe",
     "settings_grid",
     "tiny_llama",
 ]

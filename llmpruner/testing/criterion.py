@@ -13,25 +13,36 @@ from ..calibration.calibration import CalibrationSet
 from ..discovery.routes import ClosedRoutes
 from ..discovery.silenced import distance, logits
 from ..discovery.verify import TOLERANCE, first_difference
-from ..engine.signals import Signal
+from ..engine.position import UnitAxis
+from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats
+from ..errors import LlmprunerError
 from ..models.surgery import silence
-from ..plugins.catalog import Catalog
-from ..plugins.host import plugin_manager
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_parameters
 from ..recipes.pipeline import make_plan
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from ..structure.kept import removed_modules
-from .grid import settings_grid
-from .hosts import check_named, check_registered, check_settings
-from .jobs import cut_by, small_job
-from .spy import Call, Spy, label, unasked, unread
-from .tiny import first_change, scramble, tiny_llama, tiny_mixture
+from .components import check_component, label, settings_grid
+from .models import cut_by, first_change, scramble, small_job, tiny_llama, tiny_mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..models.model import Model
+
+
+FIELDS = {
+    Signal.WEIGHT: "weight",
+    Signal.GRAD: "grad",
+    Signal.GRAD_SQ: "grad_sq",
+    Signal.INPUT_STATS: "inputs",
+    Signal.GRAM: "gram",
+    Signal.PRODUCT: "products",
+    Signal.PRODUCT_GRAD: "output_grads",
+    Signal.STREAM: "stream",
+    Signal.STREAM_BLOCKS: "stream",
+}
+"""Signal → the attribute that contains it."""
 
 
 class CriterionConformance:
@@ -54,15 +65,9 @@ class CriterionConformance:
         more = stacks(mixture.graph, criterion) and not stacks(loaded.graph, criterion)
         return [loaded, mixture] if more else [loaded]
 
-    def test_an_entry_point_registers_it(self) -> None:
-        host = plugin_manager()
-        check_registered(Catalog(host).criteria, host, self.criterion)
-
-    def test_it_says_what_it_is(self) -> None:
+    def test_it_is_a_component_that_an_entry_point_registers(self) -> None:
         """It has a name, a summary, settings with defaults and descriptions, and a set of signals."""
-        cls = self.criterion
-        check_named("criterion", cls)
-        check_settings("criterion", cls)
+        check_component("criterion", self.criterion)
         for criterion in self._instances():
             asked = criterion.signals
             assert isinstance(asked, frozenset) and asked <= set(Signal), (
@@ -76,24 +81,17 @@ class CriterionConformance:
     def test_every_saliency_is_a_finite_tensor(self) -> None:
         """Its shape is that of the parameter, or (units,); it has negative values if the criterion is ``signed``."""
         for criterion in self._instances():
-            calls = [call for loaded in self._models(criterion) for call in self._observe(criterion, loaded)]
-            for call in calls:
-                _check_finite(criterion, call)
+            spies = [self._observe(criterion, loaded) for loaded in self._models(criterion)]
             if criterion.signed:
-                assert any(bool((call.returned < 0).any()) for call in calls), (
+                assert any(bool((value < 0).any()) for spy in spies for value in spy.returned), (
                     f"{label(criterion)} is signed, but none of its saliencies is negative"
                 )
 
-    def test_it_gets_what_it_needs_and_nothing_else(self) -> None:
-        """Signals that it does not need are None; those that it needs are read, as each takes time and memory."""
+    def test_it_reads_what_it_needs(self) -> None:
+        """A signal in `signals` takes time and memory, so that it must be read."""
         for criterion in self._instances():
-            calls = self._observe(criterion, self.loaded())
-            for call in calls:
-                extra = unasked(criterion, call)
-                assert not extra, (
-                    f"{label(criterion)} did not ask for {', '.join(extra)}, and sees it of '{call.parameter}'"
-                )
-            idle = unread(criterion, calls)
+            read = self._observe(criterion, self.loaded()).read
+            idle = sorted(FIELDS[s] for s in criterion.signals - {Signal.WEIGHT} if FIELDS[s] not in read)
             assert not idle, f"{label(criterion)} asks for {', '.join(idle)}, and reads it of no parameter"
 
     def test_it_leaves_the_model_as_it_was(self) -> None:
@@ -134,7 +132,7 @@ class CriterionConformance:
         for criterion in self._instances():
             for loaded in self._models(criterion) if criterion.by_matrix else ():
                 groups = scorable(loaded.graph, criterion)
-                whole = Spy(criterion, loaded.model, by_matrix=False)
+                whole = _Spy(criterion, loaded.model, by_matrix=False)
                 _check_equal(
                     self._scores(loaded, whole, groups),
                     self._scores(loaded, criterion, groups),
@@ -177,10 +175,105 @@ class CriterionConformance:
         tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
         return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
 
-    def _observe(self, criterion: ImportanceCriterion, loaded: Model) -> list[Call]:
-        spy = Spy(criterion, loaded.model)
+    def _observe(self, criterion: ImportanceCriterion, loaded: Model) -> _Spy:
+        spy = _Spy(criterion, loaded.model)
         self._scores(loaded, spy, scorable(loaded.graph, criterion))
-        return spy.calls
+        return spy
+
+
+class _Spy(ImportanceCriterion):
+    """Passes every call on to another criterion, and checks the results. ``read``: the attributes of signals that were
+    read. ``returned``: the results."""
+
+    def __init__(self, inner: ImportanceCriterion, model: PreTrainedModel, *, by_matrix: bool | None = None) -> None:
+        self.inner, self.model = inner, model
+        self.name = inner.name  # type: ignore[misc]
+        self.by_matrix = inner.by_matrix if by_matrix is None else by_matrix  # type: ignore[misc]
+        self.settings = inner.settings
+        self.read, self.returned = set[str](), list[torch.Tensor]()
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        return self.inner.signals
+
+    @property
+    def signed(self) -> bool:
+        return self.inner.signed
+
+    def accepts(self, kind: str) -> bool:
+        return self.inner.accepts(kind)
+
+    def counts(self, axis: UnitAxis) -> bool:
+        return self.inner.counts(axis)
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        place = f"a product in layer {product.position.layer}"
+        values: Mapping[str, torch.Tensor] = self._ask("measure", place, _Reader(product, self.read))
+        if "input_grads" in self.read:
+            self.read.add(FIELDS[Signal.PRODUCT_GRAD])
+        for name, value in values.items():
+            self._check("measure", f"{place}, '{name}'", value, tuple(value.shape))
+        return values
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        place = self._parameter(signals)
+        value = self._ask("saliency", place, _Reader(signals, self.read))
+        return self._check("saliency", place, value, tuple(signals.weight.shape))
+
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
+        place = self._parameter(signals)
+        value = self._ask("score_units", place, _Reader(signals, self.read), axis, index_UK)
+        return None if value is None else self._check("score_units", place, value, (len(index_UK),))
+
+    def score_layers(self, stream: StreamStats) -> torch.Tensor:
+        self.read.add("stream")
+        value = self._ask("score_layers", "the layers", stream)
+        return self._check("score_layers", "the layers", value, (stream.cosine.shape[1],))
+
+    def _ask(self, method: str, place: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self.inner, method)(*arguments)
+        except LlmprunerError:
+            raise
+        except Exception as error:
+            raise AssertionError(
+                f"{label(self.inner)}: {method} of {place} raises {type(error).__name__}: {error} (signals that it "
+                "does not ask for are None)"
+            ) from error
+
+    def _check(self, method: str, place: str, value: Any, expected: tuple[int, ...]) -> torch.Tensor:
+        where = f"{label(self.inner)}: {method} of {place}"
+        assert isinstance(value, torch.Tensor) and value.is_floating_point(), (
+            f"{where} is {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, "
+            "not a tensor of floating-point numbers"
+        )
+        assert tuple(value.shape) == expected, f"{where} has shape {tuple(value.shape)}, expected {expected}"
+        wrong = torch.nonzero(~torch.isfinite(value))
+        assert not len(wrong), f"{where} is {value[tuple(wrong[0])]:g} at {tuple(wrong[0].tolist())}"
+        assert not value.requires_grad, f"{where} still carries a graph; compute it without gradients"
+        self.returned.append(value)
+        return value
+
+    def _parameter(self, signals: ParameterSignals) -> str:
+        """The name of a parameter, by its values: no two parameters of a random model are equal."""
+        weight, matrix = signals.weight, signals.matrix
+        for name, parameter in self.model.named_parameters():
+            shown = parameter if matrix is None else parameter[matrix : matrix + 1]
+            if shown.shape == weight.shape and torch.equal(shown, weight):
+                return f"'{name}'"
+        return "a parameter"
+
+
+class _Reader:
+    """A proxy of signals that records the attributes that are read."""
+
+    def __init__(self, shown: Any, read: set[str]) -> None:
+        self._shown, self._read = shown, read
+
+    def __getattr__(self, name: str) -> Any:
+        self._read.add(name)
+        value = getattr(self._shown, name)
+        return _Reader(value, self._read) if isinstance(value, InputStats) else value
 
 
 def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[CoupledGroup, ...]:
@@ -192,14 +285,6 @@ def stacks(graph: CouplingGraph, criterion: ImportanceCriterion) -> bool:
     """Whether a criterion scores parameters with three axes, as stacks of experts are."""
     groups = scorable(graph, criterion)
     return any(len(graph.shapes[name]) == 3 for name in scored_parameters(graph, groups, criterion))
-
-
-def _check_finite(criterion: ImportanceCriterion, call: Call) -> None:
-    value = torch.as_tensor(call.returned)
-    where = f"{label(criterion)}: what it returns for '{call.parameter}'"
-    wrong = torch.nonzero(~torch.isfinite(value))
-    assert not len(wrong), f"{where} is {value[tuple(wrong[0])]:g} at {tuple(wrong[0].tolist())}"
-    assert not value.requires_grad, f"{where} still carries a graph; compute it without gradients"
 
 
 def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor], what: str) -> None:

@@ -23,8 +23,6 @@ from ..models.meta import base_of
 from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
 from ..plugins.catalog import Catalog
-from ..plugins.host import plugin_manager
-from ..plugins.registry import problem_of_types
 from ..pruning.criteria.estimate import estimate
 from ..recipes.pipeline import make_plan
 from ..recipes.saving import save
@@ -32,12 +30,10 @@ from ..recovery.base import RecoveryJob
 from ..recovery.lora import LoraStrategy
 from ..recovery.run import merge_adapters
 from ..settings import RecoverSettings
+from .components import label, settings_grid
 from .criterion import scorable
-from .grid import settings_grid
-from .jobs import cut_by, pruned_by, small_job
-from .probe import run_probes
-from .spy import label
-from .tiny import letters
+from .models import cut_by, letters, pruned_by, small_job
+from .processes import run_probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -67,9 +63,10 @@ class FamilyConformance:
         return Model("tiny", config, family, build_graph(family, config), model=self.build(config), tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
-        problem = problem_of_types(self.family)
-        assert problem is None, f"family '{self.family.name}': {problem}"
-        extends, known = self.family.extends, Catalog(plugin_manager()).families
+        # A text would match every model type that is a part of it.
+        types: object = self.family.model_types
+        assert not isinstance(types, str), f"family '{self.family.name}': model_types is a text; expected a tuple"
+        extends, known = self.family.extends, Catalog().families
         assert extends is None or extends in known, (
             f"family '{self.family.name}' extends '{extends}', which is no known family{near(str(extends), known)}"
         )
@@ -113,7 +110,7 @@ class FamilyConformance:
     def test_every_criterion_scores_every_kind(self) -> None:
         loaded = self.loaded()
         calibration = CalibrationSet(self_generated(loaded.model, None, 2, 8, 0), "self")
-        for cls in Catalog(plugin_manager()).criteria.values():
+        for cls in Catalog().criteria.values():
             for criterion in settings_grid(cls):
                 groups = scorable(loaded.graph, criterion)
                 if not groups:
@@ -137,12 +134,13 @@ class FamilyConformance:
             with torch.no_grad():
                 expected.append(pruned.model.eval()(input_ids=ids).logits)
         loaders = ("llmpruner", "transformers") if self.loads_elsewhere else ("llmpruner",)
-        for loader, results in run_probes(directories, loaders, ids.tolist()).items():
-            for directory, logits, found in zip(directories, expected, results, strict=True):
+        for loader in loaders:
+            results = run_probe(directories, loader, ids.tolist())
+            for directory, logits, result in zip(directories, expected, results, strict=True):
                 where = f"the {directory.name} model, loaded by {loader}"
-                difference = float((torch.tensor(found["logits"]) - logits).abs().max())
+                difference = float((torch.tensor(result["logits"]) - logits).abs().max())
                 assert difference <= 1e-5 * (1 + float(logits.abs().max())), f"{where}: logits differ by {difference}"
-                assert found["cached"] == found["plain"], f"{where}: cached generation differs"
+                assert result["cached"] == result["plain"], f"{where}: cached generation differs"
 
     def _pruned(self, *, uneven: bool) -> Model:
         """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""

@@ -14,16 +14,14 @@ import torch
 from ..calibration.chat import TrainingText, Turn
 from ..models.checkpoint import load_pruned
 from ..models.surgery import cut
-from ..plugins.catalog import Catalog
-from ..plugins.host import plugin_manager
 from ..recipes.saving import save
 from ..recovery.base import RecoveryStrategy
 from ..recovery.examples import Examples
 from ..recovery.run import recover
 from ..recovery.training_data import prepare
 from ..settings import RecoverSettings
-from .hosts import check_named, check_registered
-from .tiny import first_change, scramble, tiny_llama
+from .components import check_component
+from .models import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -61,19 +59,9 @@ class RecoveryConformance:
         kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
         return replace(loaded, graph=cut(loaded.model, loaded.graph, kept, loaded.family))
 
-    def test_an_entry_point_registers_it(self) -> None:
-        host = plugin_manager()
-        check_registered(Catalog(host).strategies, host, self.strategy)
-
-    def test_it_says_what_it_is(self) -> None:
-        check_named("recovery strategy", self.strategy)
-
-    def test_its_settings_have_defaults_and_descriptions(self) -> None:
-        """A strategy can be created without settings, and each setting has a description."""
-        name = self.strategy.name
-        for key, field in self.strategy.Settings.model_fields.items():
-            assert not field.is_required(), f"strategy '{name}': its setting '{key}' has no default"
-            assert field.description, f"strategy '{name}': its setting '{key}' has no description"
+    def test_it_is_a_component_that_an_entry_point_registers(self) -> None:
+        """It has a name, a summary, and settings with defaults and descriptions."""
+        check_component("recovery strategy", self.strategy)
         json.dumps(self.strategy().record())
 
     def test_it_trains(self, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh import run_fresh
 
 import llmpruner
-from llmpruner import Catalog, LlmprunerError, ModelFamily, OutputError, UnknownNameError, UnsupportedModelError
+from llmpruner import LlmprunerError, ModelFamily, OutputError, UnknownNameError, UnsupportedModelError
 from llmpruner.scaffold.model import describe
 from llmpruner.scaffold.package import KINDS, ModelFacts, Parent, PluginName, render, write
-from llmpruner.testing import host_with
-from llmpruner.testing.fresh import run_fresh
+from llmpruner.testing import catalog_with
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
@@ -270,15 +270,15 @@ class ByFiles(ModelFamily):
 @pytest.mark.parametrize(
     ("package", "message"),
     [
-        ("in-process", "family 'by-files', which is in no installed package that a new one could require"),
+        (None, "family 'by-files', which is in no installed package that a new one could require"),
         ("by-files-package", "family 'by-files' does not recognise a small model of this kind, which tests need"),
     ],
 )
 def test_a_parent_that_cannot_be_derived_from_is_refused(package, message):
-    host = host_with(ByFiles, entry_points=True)
-    host.packages["ByFiles"] = package
+    catalog = catalog_with(ByFiles, entry_points=True)
+    catalog.manager.packages |= {} if package is None else {__name__: package}
     with pytest.raises(UnsupportedModelError, match=message):
-        describe("llama", Catalog(host))
+        describe("llama", catalog)
 
 
 @pytest.mark.parametrize(

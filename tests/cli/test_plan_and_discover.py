@@ -248,11 +248,11 @@ def test_verify_shows_what_was_not_checked_and_which_parameter_is_wrong(dense, m
         def llmpruner_model_families(self):
             return [Forgetful]
 
-    host = plugin_manager()
-    host.manager.register(Plugin(), "forgetful")
+    manager = plugin_manager()
+    manager.register(Plugin(), "forgetful")
     monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
     command = ["discover", str(dense), "--family", "forgetful", "--verify"]
-    shown = CliRunner().invoke(build_app(host), [*command, "--json"])
+    shown = CliRunner().invoke(build_app(manager), [*command, "--json"])
     verdicts = {v["kind"]: v for v in json.loads(shown.stdout)["verdicts"]}
     assert verdicts["mlp"]["verdict"] == "refused" and verdicts["layer"]["verdict"] == "verified"
     (difference,) = verdicts["mlp"]["differences"]
@@ -261,7 +261,7 @@ def test_verify_shows_what_was_not_checked_and_which_parameter_is_wrong(dense, m
     assert skipped.startswith("sdpa attention: ")
     found = [Verdict(**verdict) for verdict in verdicts.values()]
     monkeypatch.setattr("llmpruner.api.verify", lambda *arguments, **options: found)
-    table = " ".join(CliRunner().invoke(build_app(host), command).stdout.split())
+    table = " ".join(CliRunner().invoke(build_app(manager), command).stdout.split())
     assert f"mlp: {difference}" in table and f"layer: not checked: {skipped.strip()}" in table
 
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import typer
+from fresh import run_fresh
 
 from llmpruner.cli import _app
 from llmpruner.cli.launched import _ALONE, _TOGETHER
-from llmpruner.testing.fresh import run_fresh
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import run_fresh
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api, load_pruned
@@ -23,8 +24,7 @@ from llmpruner.discovery.verify import (
     why_no_generation,
 )
 from llmpruner.errors import UnsupportedModelError
-from llmpruner.testing.fresh import run_fresh
-from llmpruner.testing.tiny import letters
+from llmpruner.testing.models import letters
 
 TYPES = {
     "gemma4_text": {},

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
 
-from llmpruner.testing.fresh import run_fresh
+from fresh import run_fresh
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial"
 

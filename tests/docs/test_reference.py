@@ -18,7 +18,6 @@ from pages import PAGES
 from typer.testing import CliRunner
 
 import llmpruner
-from llmpruner import HOOK_VERSION
 from llmpruner.evaluation.metrics import PerplexityMetric, TasksMetric
 from llmpruner.pruning.budgets.macs import Macs
 from llmpruner.recovery.lora import LoraStrategy
@@ -26,7 +25,6 @@ from llmpruner.settings import EvaluateSettings, PruneSettings, RecoverSettings,
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PROMISE = Path(__file__).parent / f"hooks-{HOOK_VERSION}.txt"
 
 APP = cli_page.application()
 COMMANDS = dict(cli_page.commands(APP))
@@ -121,18 +119,6 @@ def test_settings_that_functions_are_given_are_public_and_described():
         for name in set(re.findall(r"\w+Settings", str(function.__annotations__))):
             assert name in llmpruner.__all__, f"llmpruner.{function.__name__} takes {name}, which is not public"
             assert re.search(rf"^### {name}$", page("reference/api.md"), re.M), f"no page describes {name}"
-
-
-def test_the_promise_is_kept():
-    """What a version of the hooks promised once stays; what is new is promised from now on."""
-    promised, current = PROMISE.read_text(encoding="utf-8").splitlines(), hooks_page.promise()
-    broken = [line for line in promised if line not in current]
-    assert not broken, (
-        f"version {HOOK_VERSION} of the hooks promises what is gone or changed: {'; '.join(broken)}. Keep it, or raise "
-        "HOOK_VERSION and start the next list"
-    )
-    new = [line for line in current if line not in promised]
-    assert not new, f"write into {PROMISE.name} what plugins may rely on from now on: {'; '.join(new)}"
 
 
 def test_every_public_function_of_the_api_is_documented():

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from chatglm_tiny import prompts, tiny_model, train_sentencepiece
+from fresh import run_fresh
 from llmpruner_chatglm import ChatGLMFamily, GlmFamily
 from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from safetensors.torch import load_file, save_file
 
 from llmpruner import build_graph, load_pruned, save_checkpoint
 from llmpruner.models.surgery import cut
-from llmpruner.testing.fresh import run_fresh
 
 pytestmark = pytest.mark.slow
 

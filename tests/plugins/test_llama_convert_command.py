@@ -122,9 +122,9 @@ class AlpacaPlugin:
 
 
 def test_another_family_with_deltas_has_to_be_chosen(tmp_path: Path) -> None:
-    host = plugin_manager()
-    host.manager.register(AlpacaPlugin(), "alpaca")
-    catalog = Catalog(host)
+    manager = plugin_manager()
+    manager.register(AlpacaPlugin(), "alpaca")
+    catalog = Catalog(manager)
     with pytest.raises(PluginError, match="alpaca, vicuna; choose one with --family"):
         delta_family(catalog, None)
     with pytest.raises(UnknownNameError, match="did you mean alpaca"):

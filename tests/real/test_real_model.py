@@ -17,7 +17,7 @@ import llmpruner
 from llmpruner.calibration.documents import read_text
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
-from llmpruner.testing import run_probe
+from llmpruner.testing.processes import run_probe
 
 DATA = os.environ.get("LLMPRUNER_DATA")
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
@@ -51,7 +51,7 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
     )  # fmt: skip
     removed = 1 - pruned.graph.decoder_parameters / 106_202_880
     assert abs(removed - 0.2) < 1728 / 106_202_880
-    found = run_probe(tmp_path / "out", "transformers", IDS)
+    found = run_probe([tmp_path / "out"], "transformers", IDS)[0]
     with torch.no_grad():
         expected = pruned.model(torch.tensor(IDS)).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ import torch
 
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
-from llmpruner.testing.tiny import tiny_llama
+from llmpruner.testing.models import tiny_llama
 
 
 def dense_llama() -> Model:

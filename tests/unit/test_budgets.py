@@ -36,7 +36,7 @@ from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
-from llmpruner.testing.jobs import cut_by, small_job
+from llmpruner.testing.models import cut_by, small_job
 
 ALL = (0, 1, 2, 3)
 CONTEXT = 24

@@ -12,11 +12,11 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_cases import INPUT_IDS, LLAMA, OTHERS, cut_llama
+from fresh import run_fresh
 from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import save_file
 
 from llmpruner import save_checkpoint
-from llmpruner.testing.fresh import run_fresh
 
 PROBE = Path(__file__).with_name("checkpoint_probe.py")
 NAMES = [*LLAMA, *OTHERS]

@@ -26,7 +26,7 @@ from llmpruner.pruning.criteria.taylor import Taylor
 from llmpruner.recipes.calibrating import calibrate
 from llmpruner.recipes.pipeline import apply_draft, draft_plan, make_plan
 from llmpruner.structure.queues import build_queue
-from llmpruner.testing.jobs import cut_by, small_job
+from llmpruner.testing.models import cut_by, small_job
 
 CALIBRATION = tokens(24, 32, seed=0)
 JOB = small_job(OutputEnergy(), amount=0.3, layers="0-2", compensation=Refit(), seed=3)

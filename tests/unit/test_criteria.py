@@ -19,8 +19,8 @@ from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
 from llmpruner.structure.coupling import Role
 from llmpruner.testing import settings_grid
+from llmpruner.testing.components import label
 from llmpruner.testing.criterion import scorable
-from llmpruner.testing.spy import label
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

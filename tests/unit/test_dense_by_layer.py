@@ -16,7 +16,7 @@ from llmpruner.errors import OutputError, UnsupportedModelError
 from llmpruner.recipes import recovering, training_memory
 from llmpruner.recipes.jobs import recover_job
 from llmpruner.recovery import kept_targets
-from llmpruner.testing.tiny import letters
+from llmpruner.testing.models import letters
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,7 @@ from llmpruner.recovery.targets import Targets, trained_in
 from llmpruner.recovery.trainer import collator_for
 from llmpruner.structure.plan import original_layers
 from llmpruner.testing import RecoveryConformance
-from llmpruner.testing.jobs import pruned_by, small_job
-from llmpruner.testing.tiny import tiny_llama
+from llmpruner.testing.models import pruned_by, small_job, tiny_llama
 
 SETTINGS = RecoverSettings(
     data="here", batch_size=4, micro_batch_size=2, max_steps=12, learning_rate=5e-3, warmup_steps=0, cutoff=32

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_cases import INPUT_IDS
 from export_cases import llama_source, logits
+from fresh import run_fresh
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,6 @@ from llmpruner.exporters.run import export
 from llmpruner.exporters.stock import StockExporter
 from llmpruner.folders import new_directory
 from llmpruner.models.opening import forget_quantisation
-from llmpruner.testing.fresh import run_fresh
 
 STOCK = {"uniform": "mlp-uniform", "padded": "mlp", "grouped heads, padded": "gqa", "tied": "mlp-tied"}
 

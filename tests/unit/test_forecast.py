@@ -19,7 +19,7 @@ from llmpruner.engine.position import Position, positions
 from llmpruner.engine.signals import Product, Signal
 from llmpruner.errors import SettingsError
 from llmpruner.plugins.catalog import Catalog
-from llmpruner.plugins.host import plugin_manager
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.compensation.least_squares import NormalEquations, solve_bytes
 from llmpruner.pruning.criteria.fisher import Fisher
 from llmpruner.recipes import residency

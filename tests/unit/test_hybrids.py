@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from fresh import run_fresh
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import TOLERANCE, cached_difference, distance, logits
-from llmpruner.testing.fresh import run_fresh
-from llmpruner.testing.tiny import letters
+from llmpruner.testing.models import letters
 
 LAYER_TYPES = {"lfm2_moe": ["conv", "conv", "full_attention"] * 8}
 """What the default configuration of a type leaves open."""

@@ -26,8 +26,7 @@ from llmpruner.recovery.layerwise import steps_by_layer, used_examples
 from llmpruner.recovery.local import LocalStrategy
 from llmpruner.settings import RecoverSettings, RunSettings
 from llmpruner.testing import RecoveryConformance
-from llmpruner.testing.jobs import pruned_by, small_job
-from llmpruner.testing.tiny import letters
+from llmpruner.testing.models import letters, pruned_by, small_job
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

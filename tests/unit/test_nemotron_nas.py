@@ -122,7 +122,7 @@ config.save_pretrained(sys.argv[2])
 
 @pytest.mark.slow
 def test_the_configuration_is_read_in_a_fresh_process(tmp_path, monkeypatch):
-    from llmpruner.testing.fresh import run_fresh
+    from fresh import run_fresh
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", llama_source("gqa").load)

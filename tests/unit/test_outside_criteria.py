@@ -10,9 +10,9 @@ import pytest
 import torch
 from criteria_cases import boundaries, layers_of, make, tokens
 
-from llmpruner import Catalog, SelectionError
+from llmpruner import SelectionError
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.testing import CriterionConformance, host_with
+from llmpruner.testing import CriterionConformance, catalog_with
 
 PACKAGES = Path(__file__).parents[1] / "packages"
 CALIBRATION = tokens(6, 16)
@@ -36,7 +36,7 @@ def module(name: str):
 
 
 def criterion(name: str, **settings):
-    return Catalog(host_with(module(name))).criteria[name](**settings)
+    return catalog_with(module(name)).criteria[name](**settings)
 
 
 def scores_of(loaded, chosen, groups) -> dict[str, torch.Tensor]:

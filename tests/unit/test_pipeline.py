@@ -23,7 +23,7 @@ from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.wanted import inner_layers
 from llmpruner.structure.kept import parameters_after
-from llmpruner.testing.jobs import small_job
+from llmpruner.testing.models import small_job
 
 LITTLE_TEXT = {"samples": 2, "length": 12}
 

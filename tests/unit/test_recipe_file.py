@@ -7,11 +7,10 @@ import re
 import pytest
 
 from llmpruner import LoadSettings, NamedRecipe, Recipe, SettingsError, UnknownNameError, api, hookimpl
-from llmpruner.plugins.catalog import Catalog
 from llmpruner.recipes.commands import COMMANDS
 from llmpruner.recipes.recipe import values_of
 from llmpruner.recipes.yaml_file import read_yaml
-from llmpruner.testing import host_with
+from llmpruner.testing import catalog_with
 
 GOOD = """\
 model: some/model
@@ -236,7 +235,7 @@ def test_a_plugin_ships_a_recipe():
         def llmpruner_recipes(self):
             return [Twice]
 
-    catalog = Catalog(host_with(Plugin()))
+    catalog = catalog_with(Plugin())
     recipe = Recipe.read("twice", catalog)
     assert [step.name for step in recipe.steps] == ["1-prune", "2-prune"] and recipe.source == "recipe twice"
 

@@ -11,7 +11,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import Catalog, LoadSettings, ModelError, OutputError, RecoverSettings, fit
+from llmpruner import LoadSettings, ModelError, OutputError, RecoverSettings, fit
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.dense import dense_structure, load_dense
 from llmpruner.discovery.graph import build_graph
@@ -24,7 +24,7 @@ from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import Examples, tokenise
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training_data import prepare
-from llmpruner.testing import RecoveryConformance, host_with
+from llmpruner.testing import RecoveryConformance, catalog_with
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "llmpruner-distil"
 SETTINGS = RecoverSettings(
@@ -56,7 +56,7 @@ def distil():
 
 @pytest.fixture(scope="module")
 def catalog(distil):
-    return Catalog(host_with(distil, entry_points=True))
+    return catalog_with(distil, entry_points=True)
 
 
 @pytest.fixture

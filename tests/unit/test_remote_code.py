@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fresh import run_fresh
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
-
-from llmpruner.testing.fresh import run_fresh
 
 pytestmark = pytest.mark.slow
 

@@ -214,12 +214,12 @@ class Plugin:
 
 
 def test_a_plugin_adds_a_section(places, tmp_path):
-    host = plugin_manager()
-    host.manager.register(Plugin(), "made-up")
-    html, facts = page_of(places, tmp_path, "small", catalog=Catalog(host))
+    manager = plugin_manager()
+    manager.register(Plugin(), "made-up")
+    html, facts = page_of(places, tmp_path, "small", catalog=Catalog(manager))
     assert f"<p>{facts[0]['costs']['macs_per_token']} MACs</p>" in html
     assert html.index("Cost</h2>") < html.index("<h2>Mine</h2>") < html.index("What was cut</h2>")
-    html, _ = page_of(places, tmp_path, "small", "worse", catalog=Catalog(host))
+    html, _ = page_of(places, tmp_path, "small", "worse", catalog=Catalog(manager))
     assert "<h2>All of mine</h2><p>2 models</p>" in html and html.count("<h2>Mine</h2>") == 2
 
 

@@ -28,7 +28,7 @@ from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope
 from llmpruner.structure.widths import Widths, default_alignment, experts_multiple, widths_for
-from llmpruner.testing.jobs import cut_by, small_job
+from llmpruner.testing.models import cut_by, small_job
 
 UNIFORM = Widths(uniform=True, round_to=8)
 

@@ -1,4 +1,4 @@
-"""A tiny model and a tokenizer."""
+"""Tiny models, a tokenizer, and small pruning jobs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
+from ..calibration.calibration import CalibrationText, Part
+from ..calibration.self_written import SelfWritten
 from ..discovery.graph import build_graph
 from ..discovery.tiny import random_instance
 from ..models.model import Model
 from ..plugins.catalog import Catalog
-from ..plugins.host import plugin_manager
+from ..plugins.manager import plugin_manager
+from ..pruning.allocation.uniform import Uniform
+from ..pruning.budgets.weights import DecoderParameters
+from ..pruning.compensation.none import NoCompensation
+from ..pruning.criteria.base import ImportanceCriterion
+from ..pruning.criteria.magnitude import L1
+from ..recipes.jobs import CalibrationJob, PruneJob
+from ..recipes.pipeline import apply_plan, make_plan
+from ..structure.plan import PruningPlan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,43 +64,31 @@ def _weights(parts: Callable[[], _Parts], seed: int) -> PreTrainedModel:
     return random_instance(parts()[0], seed)
 
 
+_SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 @cache
 def _llama() -> _Parts:
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    family = Catalog(plugin_manager()).families["llama"]()
+    config = LlamaConfig(num_hidden_layers=3, **_SIZES)
+    family = Catalog().families["llama"]()
     return config, family, build_graph(family, config)
 
 
 @cache
 def _mixture() -> _Parts:
-    config = MixtralConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=8,
-        max_position_embeddings=128,
-        num_local_experts=7,
-        num_experts_per_tok=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    family = Catalog(plugin_manager()).families["auto"]()
+    config = MixtralConfig(num_hidden_layers=2, num_local_experts=7, num_experts_per_tok=2, **_SIZES)
+    family = Catalog().families["auto"]()
     return config, family, build_graph(family, config)
 
 
@@ -102,6 +100,42 @@ def letters() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )
+
+
+def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> PruneJob:
+    """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
+    by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob` to
+    replace."""
+    text = CalibrationText("self", (Part(SelfWritten(), ""),))
+    values: dict[str, Any] = {
+        "by": "ratio",
+        "amount": 0.2,
+        "budget": DecoderParameters(),
+        "kinds": ("mlp",),
+        "layers": None,
+        "shape": "free",
+        "round_to": None,
+        "criterion": criterion or L1(),
+        "reduction": "sum",
+        "allocation": Uniform(),
+        "normalization": "none",
+        "steps": 1,
+        "compensation": NoCompensation(),
+        "calibration": CalibrationJob(text, samples=1, length=4, fixed_length=True),
+        "seed": 0,
+    }
+    return PruneJob(**{**values, **changes})
+
+
+def pruned_by(model: Model, job: PruneJob) -> Model:
+    """``model``, cut in place by the plan of ``job``."""
+    plan, _ = make_plan(model, job)
+    return cut_by(model, plan)
+
+
+def cut_by(model: Model, plan: PruningPlan) -> Model:
+    """``model``, cut in place by ``plan``, with the built-in components alone."""
+    return apply_plan(model, plan, Catalog(plugin_manager(entry_points=False)))
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:

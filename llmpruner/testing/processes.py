@@ -1,13 +1,13 @@
-"""Loading checkpoints in another process."""
+"""Loading checkpoints in another process, with and without llmpruner."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from .fresh import run_fresh
 
 _PROBE = """
 import json, sys, torch
@@ -34,30 +34,23 @@ for directory in directories:
         logits = model.eval()(input_ids=ids).logits
     cached = model.generate(ids, use_cache=True, **options)
     plain = model.generate(ids, use_cache=False, **options)
-    found = {"logits": logits.tolist(), "cached": cached.tolist(), "plain": plain.tolist()}
-    print(json.dumps(found), flush=True)
+    print(json.dumps({"logits": logits.tolist(), "cached": cached.tolist(), "plain": plain.tolist()}), flush=True)
 """
 
 
-def run_probe(directory: Path, loader: str, ids: list[list[int]]) -> dict[str, Any]:
-    """`run_probes` of one checkpoint by one loader."""
-    return run_probes([directory], [loader], ids)[loader][0]
+def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
+    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone.
 
-
-def run_probes(
-    directories: Sequence[Path], loaders: Sequence[str], ids: list[list[int]]
-) -> Mapping[str, list[dict[str, Any]]]:
-    """Load checkpoints in new processes, one for each of ``loaders``: ``llmpruner``, or ``transformers`` alone.
-
-    ``ids``: token ids, (batch, time). Returns, for each loader and checkpoint, the ``logits`` and the tokens that are
-    generated with a cache (``cached``) and without (``plain``). Raises `AssertionError` with the last line of standard
-    error.
+    ``ids``: token ids, (batch, time). Returns, for each checkpoint, the ``logits`` and the tokens that are generated
+    with a cache (``cached``) and without (``plain``). Raises `AssertionError` with the last line of standard error.
     """
-    return {loader: _probe(directories, loader, ids) for loader in loaders}
-
-
-def _probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    done = run_fresh(_PROBE, loader, json.dumps(ids), *directories)
+    done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"logits"')]
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``python -c CODE ARGUMENTS``."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

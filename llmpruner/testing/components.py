@@ -1,0 +1,99 @@
+"""Catalogs for tests, and what every component must have."""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from ..component import Component, ComponentSettings
+from ..errors import SettingsError
+from ..plugins.catalog import KINDS, Catalog, problem_of
+from ..plugins.hookspecs import hookimpl
+from ..plugins.manager import plugin_manager
+
+C = TypeVar("C", bound=Component)
+
+
+def catalog_with(*plugins: Any, entry_points: bool = False) -> Catalog:
+    """A new catalog of the built-ins and ``plugins``; with ``entry_points`` also of all installed plugins.
+
+    A plugin is a module or object with hooks, or a component class: a family, a criterion, a metric … Raises
+    `TypeError` for another class, and pluggy's error for hooks that do not exist.
+    """
+    manager = plugin_manager(entry_points=entry_points)
+    for plugin in plugins:
+        manager.register(_plugin_with(plugin) if isinstance(plugin, type) else plugin)
+    manager.check_pending()
+    return Catalog(manager)
+
+
+def _plugin_with(cls: type) -> Any:
+    """A plugin with one hook, which returns ``cls``."""
+    kind = next((kind for kind in KINDS.values() if issubclass(cls, kind.base)), None)
+    if kind is None:
+        raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a component class")
+
+    def implementation(self: Any) -> list[type]:
+        del self
+        return [cls]
+
+    implementation.__name__ = kind.hook
+    return type(cls.__name__, (), {kind.hook: hookimpl(implementation)})()
+
+
+def check_component(kind: str, cls: type[Component]) -> None:
+    """Raise `AssertionError` unless an installed plugin registers ``cls``, its name is valid, its summary one line, and
+    its settings have defaults and descriptions."""
+    problem = problem_of(cls, KINDS[kind].base)
+    assert problem is None, f"{kind} {cls.__name__}: {problem}"
+    name, catalog = cls.name, Catalog()
+    registry = catalog.registry(kind)
+    broken = "".join(f"; {line}" for line in catalog.manager.broken)
+    assert name in registry, (
+        f"no installed plugin has the {kind} '{name}': expected an entry point in the group 'llmpruner' that names a "
+        f"module whose {KINDS[kind].hook} returns {cls.__name__}{broken}"
+    )
+    assert registry[name] is cls, (
+        f"the {kind} '{name}' is {registry[name].__qualname__} of {registry.package_of(name)}, not {cls.__qualname__} "
+        f"of {cls.__module__}"
+    )
+    summary = getattr(cls, "summary", "")
+    assert isinstance(summary, str) and summary.strip() and "\n" not in summary, (
+        f"{kind} '{name}' has the summary {summary!r}; expected one line"
+    )
+    assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
+    for key, field in cls.Settings.model_fields.items():
+        assert not field.is_required(), f"{kind} '{name}': setting '{key}' has no default"
+        assert field.description, f"{kind} '{name}': setting '{key}' has no description"
+    try:
+        cls(no_such_setting=1)
+    except SettingsError:
+        return
+    raise AssertionError(f"{kind} '{name}' accepts a setting that it does not have")
+
+
+def settings_grid(cls: type[C]) -> list[C]:
+    """Instances of ``cls``: with its defaults, and with each other value of each setting of type `Literal` or `bool`,
+    one at a time."""
+    grid = [cls()]
+    for key, field in cls.Settings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        grid += [cls(**{key: value}) for value in _values(field.annotation) if value != default]
+    return grid
+
+
+def _values(annotation: Any) -> tuple[Any, ...]:
+    if annotation is bool:
+        return (False, True)
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(value for part in get_args(annotation) for value in _values(part))
+    return ()
+
+
+def label(component: Component) -> str:
+    """The name of a component with the settings that differ from their defaults, for messages."""
+    defaults, values = type(component).Settings().model_dump(), component.settings.model_dump()
+    changed = ", ".join(f"{key}={value}" for key, value in values.items() if value != defaults.get(key))
+    return f"{component.kind} '{component.name}'" + (f" ({changed})" if changed else "")

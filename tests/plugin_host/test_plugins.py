@@ -1,0 +1,476 @@
+"""Finding plugins, calling their hooks, checking what they return, and choosing among families."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field
+from transformers import BertConfig, LlamaConfig
+from typer.testing import CliRunner
+
+from llmpruner import (
+    Catalog,
+    CheckpointReader,
+    DuplicateNameError,
+    ImportanceCriterion,
+    ModelFamily,
+    PluginError,
+    RecoveryStrategy,
+    UnknownNameError,
+    UnsupportedModelError,
+    hookimpl,
+    plugin_manager,
+)
+from llmpruner.calibration.source import CalibrationSource
+from llmpruner.cli.app import build_app
+from llmpruner.cli.plugins import settings_of, summary_of
+from llmpruner.component import ComponentSettings
+from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.verify import verify
+from llmpruner.errors import SettingsError
+from llmpruner.evaluation.base import Metric
+from llmpruner.evaluation.runtime import Runtime
+from llmpruner.exporters.base import Exporter
+from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.manager import HOOKS
+from llmpruner.pruning.allocation.base import Allocation
+from llmpruner.pruning.budgets.base import Budget
+from llmpruner.pruning.compensation.base import Compensation
+from llmpruner.pruning.methods.base import Method
+from llmpruner.pruning.methods.recipe import NamedRecipe
+from llmpruner.report.base import ReportSection
+
+METRICS = "llmpruner_metrics"
+
+
+def component(base: type, name: str = "zoo", **members) -> type:
+    return type(name.title(), (base,), {"name": name, **members})
+
+
+class Zoo:
+    """A plugin that uses every hook: a component named zoo of every kind, and a command."""
+
+    @hookimpl
+    def llmpruner_model_families(self):
+        return [component(ModelFamily, model_types=("llama",))]
+
+    @hookimpl
+    def llmpruner_importance_criteria(self):
+        return [component(ImportanceCriterion)]
+
+    @hookimpl
+    def llmpruner_allocations(self):
+        return (component(Allocation),)
+
+    @hookimpl
+    def llmpruner_budgets(self):
+        return [component(Budget)]
+
+    @hookimpl
+    def llmpruner_compensations(self):
+        return [component(Compensation)]
+
+    @hookimpl
+    def llmpruner_calibration_sources(self):
+        return [component(CalibrationSource)]
+
+    @hookimpl
+    def llmpruner_recovery_strategies(self):
+        return [component(RecoveryStrategy)]
+
+    @hookimpl
+    def llmpruner_metrics(self):
+        yield component(Metric)
+
+    @hookimpl
+    def llmpruner_exporters(self):
+        return [component(Exporter)]
+
+    @hookimpl
+    def llmpruner_runtimes(self):
+        return [component(Runtime)]
+
+    @hookimpl
+    def llmpruner_checkpoint_readers(self):
+        return [component(CheckpointReader, recognises=lambda self, path: path.suffix == ".zoo")]
+
+    @hookimpl
+    def llmpruner_report_sections(self):
+        return [component(ReportSection)]
+
+    @hookimpl
+    def llmpruner_methods(self):
+        return [component(Method)]
+
+    @hookimpl
+    def llmpruner_recipes(self):
+        return [component(NamedRecipe)]
+
+    @hookimpl
+    def llmpruner_commands(self, app):
+        app.command("feed")(lambda: None)
+
+
+def plugin(function, hook: str = METRICS):
+    """A plugin with one hook, whose body is ``function`` (without self)."""
+    return type("Plugin", (), {hook: staticmethod(hookimpl(specname=hook)(function))})()
+
+
+def giving(*classes, hook: str = METRICS):
+    return plugin(lambda: list(classes), hook)
+
+
+def catalog_with(*plugins, entry_points: bool = False) -> Catalog:
+    manager = plugin_manager(entry_points=entry_points)
+    for each in plugins:
+        manager.register(each)
+    return Catalog(manager)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a package with one entry point on the path, as an installer would."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    installed: list[str] = []
+
+    def install(package: str, code: str, *, entry: str | None = None) -> None:
+        module = package.replace("-", "_")
+        (tmp_path / f"{module}.py").write_text(f"from llmpruner import *\n{code}\n", encoding="utf-8")
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n", encoding="utf-8")
+        (info / "entry_points.txt").write_text(f"[llmpruner]\n{entry or package} = {module}\n", encoding="utf-8")
+        installed.append(module)
+
+    yield install
+    for module in installed:
+        sys.modules.pop(module, None)
+
+
+CRITERION = """
+class Mine(ImportanceCriterion):
+    name = "{name}"
+@hookimpl
+def llmpruner_importance_criteria():
+    return [Mine]
+"""
+
+# Every hook
+
+
+def test_every_hook_is_that_of_one_kind_or_adds_commands():
+    assert sorted(HOOKS) == sorted(["llmpruner_commands", *(kind.hook for kind in KINDS.values())])
+    assert set(HOOKS) <= set(vars(Zoo)), "the plugin of these tests uses every hook"
+    assert not any(hook.llmpruner_spec["firstresult"] for hook in HOOKS.values())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_plugin_adds_a_component_of_each_kind(kind):
+    catalog = catalog_with(Zoo())
+    registry = catalog.registry(kind.name)
+    assert registry is getattr(catalog, kind.attrname) and issubclass(registry["zoo"], kind.base)
+    assert registry.package_of("zoo") == __name__ and type(catalog.create(registry, "zoo")) is registry["zoo"]
+    assert catalog.manager.broken == []
+    assert getattr(kind.base, "kind", kind.name) == kind.name
+
+
+def test_a_plugin_adds_a_command():
+    app = build_app(catalog_with(Zoo()).manager)
+    assert CliRunner().invoke(app, ["feed"]).exit_code == 0
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_hook_is_called_once_and_only_when_its_kind_is_asked_for(kind):
+    calls = []
+    catalog = catalog_with(plugin(lambda: calls.append(1) or [], kind.hook))
+    for other in KINDS.values():
+        if other is not kind:
+            list(getattr(catalog, other.attrname))
+    assert calls == []
+    assert len(catalog.registries) == len(KINDS) == len(catalog.registries)
+    assert calls == [1]
+
+
+# Plugins that are installed
+
+
+def test_fifty_plugins_and_a_broken_one_among_them(install):
+    for number in range(50):
+        install(f"plugin-{number:02}", CRITERION.format(name=f"mine-{number:02}"))
+    install("plugin-broken", "1 / 0")
+    catalog = Catalog()
+    mine = [name for name in catalog.criteria if name.startswith("mine-")]
+    assert mine == [f"mine-{number:02}" for number in range(50)]
+    assert catalog.criteria.package_of("mine-07") == "plugin-07" and catalog.families.package_of("llama") == "llmpruner"
+    (line,) = catalog.manager.broken
+    assert line.startswith("plugin 'plugin-broken' (plugin-broken) is broken and was skipped: ZeroDivisionError: ")
+
+
+BROKEN = {
+    "an exception": ("raise RuntimeError('no such luck')", "RuntimeError: no such luck"),
+    "an exit": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "a missing module": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such"),
+    "bad syntax": ("def (:", "SyntaxError: "),
+    "a hook that does not exist": ("@hookimpl\ndef llmpruner_metric(): return []", "unknown hook 'llmpruner_metric'"),
+    "an argument that the hook lacks": (
+        "@hookimpl\ndef llmpruner_metrics(door): return []",
+        "PluginValidationError: Plugin 'a-bad-plugin' for hook 'llmpruner_metrics'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_plugin_that_cannot_be_loaded_is_named_and_skipped(install, what):
+    code, reason = BROKEN[what]
+    install("a-bad-plugin", CRITERION.format(name="half") + code)
+    install("good-plugin", CRITERION.format(name="good"))
+    catalog = Catalog()
+    (line,) = catalog.manager.broken
+    assert reason in line and "\n" not in line
+    assert line.startswith("plugin 'a-bad-plugin' (a-bad-plugin) is broken and was skipped: ")
+    assert "half" not in catalog.criteria and {"good", "taylor"} <= {*catalog.criteria}
+
+
+def test_a_hook_that_raises_is_an_error_that_names_its_module(install):
+    install("a-bad-plugin", "@hookimpl\ndef llmpruner_metrics(): raise ValueError('not today')")
+    message = "^llmpruner_metrics of a_bad_plugin failed: ValueError: not today; LLMPRUNER_BLOCK=NAME leaves"
+    with pytest.raises(PluginError, match=message):
+        list(Catalog().metrics)
+    assert "taylor" in Catalog().criteria
+
+
+def test_two_plugins_of_one_name(install):
+    install("a-plugin", CRITERION.format(name="first"), entry="zoo")
+    install("b-plugin", CRITERION.format(name="second"), entry="zoo")
+    catalog = Catalog()
+    (line,) = catalog.manager.broken
+    assert "'zoo' (b-plugin)" in line and "first" in catalog.criteria and "second" not in catalog.criteria
+
+
+def test_plugins_may_be_blocked_the_built_in_one_too(install, monkeypatch):
+    install("good-plugin", CRITERION.format(name="good"))
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "good-plugin, vicuna")
+    catalog = Catalog()
+    assert "good" not in catalog.criteria and "vicuna" not in catalog.families and catalog.manager.broken == []
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
+    assert "auto" not in Catalog().families and list(Catalog().metrics) == []
+
+
+def test_calls_are_traced(monkeypatch, capsys):
+    monkeypatch.setenv("LLMPRUNER_TRACE", "1")
+    list(Catalog().metrics)
+    assert "llmpruner_metrics" in capsys.readouterr().err
+
+
+# What hooks return
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem"),
+    [
+        (dict, "it is no subclass of Metric"),
+        (3, "it is no subclass of Metric"),
+        (component(Metric, ""), "its name is ''; expected lower case"),
+        (component(Metric, "Loud"), "its name is 'Loud'"),
+        (component(Metric, "a,b"), "its name is 'a,b'"),
+        (component(Metric, "a=b"), "its name is 'a=b'"),
+        (component(ImportanceCriterion), "it is no subclass of Metric"),
+    ],
+)
+def test_a_class_that_cannot_be_used_is_left_out(returned, problem):
+    catalog = catalog_with(giving(returned, component(Metric)))
+    assert "zoo" in catalog.metrics
+    (line,) = catalog.manager.broken
+    assert line.startswith("llmpruner_metrics: ") and problem in line
+
+
+def test_two_classes_of_one_name_are_an_error_when_selected():
+    first = giving(component(ImportanceCriterion, "taylor"), hook="llmpruner_importance_criteria")
+    catalog = catalog_with(first)
+    assert "taylor" in catalog.criteria and "taylor" not in list(catalog.criteria) and "l1" in catalog.criteria
+    with pytest.raises(DuplicateNameError, match=r"several criterion classes are named 'taylor': Taylor of \w+ and"):
+        catalog.criteria["taylor"]
+    shared = component(Metric)
+    assert catalog_with(giving(shared), giving(shared)).metrics["zoo"] is shared
+
+
+class Power(Metric):
+    """Its summary is shown instead of this."""
+
+    name = "power"
+    summary = "a metric with settings"
+
+    class Settings(ComponentSettings):
+        power: float = Field(1.0, gt=0, le=4, description="The power.")
+        limit: int | None = Field(None, ge=1, description="Rows.")
+        norm: Literal["mean", "max"] = Field("mean", description="How rows are joined.")
+        layers: tuple[int, ...] = ()
+
+
+def test_a_component_is_created_by_name_with_settings():
+    catalog = catalog_with(giving(Power))
+    power = catalog.create(catalog.metrics, "power", {"power": "2"})
+    assert power.record() == {"power": 2.0, "limit": None, "norm": "mean", "layers": []}
+    with pytest.raises(SettingsError, match=r"metric power: power = 9 is refused: expected at most 4"):
+        catalog.create(catalog.metrics, "power", {"power": 9})
+    with pytest.raises(SettingsError, match="metric power has no setting 'colour'; it has: power, limit, norm, layers"):
+        catalog.create(catalog.metrics, "power", {"colour": "red"})
+    with pytest.raises(UnknownNameError, match="unknown metric 'powr'; did you mean power"):
+        catalog.create(catalog.metrics, "powr")
+    with pytest.raises(UnknownNameError, match="unknown kind 'metrics'; did you mean metric"):
+        catalog.registry("metrics")
+
+
+def test_the_command_shows_every_setting():
+    app = build_app(catalog_with(giving(Power)).manager)
+    (shown,) = json.loads(CliRunner().invoke(app, ["plugins", "power", "--json"]).stdout)
+    assert (shown["kind"], shown["package"], shown["summary"]) == ("metric", __name__, "a metric with settings")
+    facts = [tuple(setting.values()) for setting in settings_of(Power)]
+    assert (
+        facts
+        == [tuple(setting.values()) for setting in shown["settings"]]
+        == [
+            ("power", "float", 1.0, "> 0, ≤ 4", "The power."),
+            ("limit", "int | none", None, "≥ 1", "Rows."),
+            ("norm", "mean | max", "mean", "", "How rows are joined."),
+            ("layers", "list of int", [], "", ""),
+        ]
+    )
+    result = CliRunner().invoke(app, ["plugins", "powr"])
+    assert isinstance(result.exception, UnknownNameError)
+
+
+def test_the_summary_of_a_component_is_that_of_its_base_class_only_if_nothing_else_is_there():
+    class Cube(Power):
+        """The third power.
+
+        More about it."""
+
+    assert summary_of(Cube) == "The third power."
+    assert summary_of(type("Plain", (Power,), {})) == summary_of(Power) == "a metric with settings"
+
+
+def test_every_installed_component_has_a_summary(catalog):
+    bare = [f"{r.kind} {name}" for r in catalog.registries for name, cls in r.items() if not cls.summary.strip()]
+    assert bare == []
+
+
+# Families
+
+
+class Giraffe(ModelFamily):
+    name = "giraffe"
+    model_types = ("llama",)
+
+
+class TallGiraffe(Giraffe):
+    name = "tall-giraffe"
+    extends = "giraffe"
+
+
+def family(*classes):
+    return giving(*classes, hook="llmpruner_model_families")
+
+
+@pytest.mark.parametrize(
+    ("path", "family"), [("models/llama-7b", "llama"), ("vicuna-7b-v1.5", "vicuna"), ("vicuna-7b-v0", "vicuna-v0")]
+)
+def test_vicuna_wins_over_llama_which_it_extends(catalog, path, family):
+    config = LlamaConfig(name_or_path=path)
+    assert catalog.families["llama"]().matches(config)
+    assert catalog.family_for(config).name == family
+
+
+def test_the_users_choice_wins(catalog):
+    assert catalog.family_for(LlamaConfig(name_or_path="vicuna-7b"), "llama").name == "llama"
+    assert catalog.family_for(LlamaConfig(), "auto").name == "auto"
+    with pytest.raises(UnknownNameError, match="unknown family 'vicunia'; did you mean vicuna"):
+        catalog.family_for(LlamaConfig(), "vicunia")
+
+
+def test_two_families_of_one_rank_are_both_named():
+    catalog = catalog_with(family(Giraffe), entry_points=True)
+    message = r"several families match model type 'llama': giraffe \(test_plugins\), llama \(llmpruner\); .*--family"
+    with pytest.raises(UnsupportedModelError, match=message):
+        catalog.family_for(LlamaConfig())
+    assert catalog.family_for(LlamaConfig(), "giraffe").name == "giraffe"
+
+
+@pytest.mark.parametrize("order", [(Giraffe, TallGiraffe), (TallGiraffe, Giraffe)])
+def test_neither_order_nor_installation_chooses(order):
+    first, second = order
+    catalog = catalog_with(family(first), family(second))
+    assert catalog.family_for(LlamaConfig()).name == "tall-giraffe"
+
+
+def test_what_no_family_matches_is_discovered(catalog):
+    assert catalog.family_for(BertConfig()).name == "auto"
+
+
+def test_one_reader_may_recognise_a_path():
+    catalog = catalog_with(Zoo())
+    assert catalog.reader_for(Path("a.zoo")).name == "zoo"
+    assert catalog.reader_for(Path("a.wood")) is None
+
+
+def raising(error):
+    def method(self, *arguments):
+        raise error
+
+    return method
+
+
+BAD_GROUPS = {
+    "None": (lambda self, config: None, "returned None; expected a list of CoupledGroup"),
+    "a text": (
+        lambda self, config: [*Giraffe().coupled_groups(config), "mlp"],
+        "returned 'mlp' in its list; expected Cou",
+    ),
+    "KeyError": (lambda self, config: {}["n_heads"], "raised KeyError: 'n_heads'"),
+    "later": (lambda self, config: (config.no_such_size for _ in range(2)), "raised AttributeError: 'LlamaConfig' "),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GROUPS)
+def test_groups_that_are_none_name_the_family_and_its_package(what):
+    groups, reason = BAD_GROUPS[what]
+    config = LlamaConfig(hidden_size=16, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
+    broken = component(ModelFamily, coupled_groups=groups, refresh=lambda self, model, counts: None)()
+    for ask in (build_graph, lambda family, config: verify(family, config, shrink=False)):
+        with pytest.raises(PluginError) as caught:
+            ask(broken, config)
+        message = str(caught.value)
+        assert message.startswith(f"family 'zoo' of package {__name__.split('.')[0]}: coupled_groups {reason}")
+        assert "\n" not in message
+
+
+def test_an_error_of_discovery_is_not_blamed_on_a_plugin(monkeypatch):
+    monkeypatch.setattr("llmpruner.discovery.groups.discover_groups", raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        build_graph(component(ModelFamily)(), LlamaConfig(num_hidden_layers=1))
+
+
+def test_of_two_that_extend_one_family_the_message_says_what_an_author_does():
+    """Neither is known to be the more specific, though one looks at the name of a model and the other at its type."""
+
+    class Named(Giraffe):
+        name, extends = "named", "giraffe"
+
+        def matches(self, config):
+            return super().matches(config) and config.name_or_path == "named"
+
+    whole = component(ModelFamily, model_types=("llama",), extends="giraffe")
+    config = LlamaConfig(name_or_path="named")
+    message = (
+        r"several .*: named .*, zoo .*; choose with --family; in plugins, name .* with 'extends', or let 'matches'"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        catalog_with(family(Giraffe, Named, whole)).family_for(config)
+    whole.matches = lambda self, config: config.name_or_path != "named"
+    assert catalog_with(family(Giraffe, Named, whole)).family_for(config).name == "named"
+    whole = component(ModelFamily, model_types=("llama",), extends="named")
+    assert catalog_with(family(Giraffe, Named, whole)).family_for(config).name == "zoo"
