@@ -9,7 +9,6 @@ from pathlib import Path
 
 import api_page
 import cli_page
-import copies
 import criteria_page
 import files_page
 import hooks_page
@@ -32,5 +31,4 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/hooks.md": partial(_noted, hooks_page.render),
     "reference/recipes.md": partial(_noted, recipes_page.render),
     "reference/structure.md": partial(_noted, structure_page.render),
-    **{page: partial(_noted, partial(copies.copy, page)) for page in copies.COPIES},
 }
