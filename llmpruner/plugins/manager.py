@@ -59,7 +59,7 @@ class PluginManager(pluggy.PluginManager):
             self.register(plugin, entry.name)
             self.check_pending()  # raises for a hook that does not exist
         except (Exception, SystemExit) as error:
-            if self.is_registered(plugin):
+            if plugin is not None and self.is_registered(plugin):
                 self.unregister(plugin)
             reason = f"{type(error).__name__}: {first_line(error)}"
             self.broken.append(f"plugin '{entry.name}' ({package}) is broken and was skipped: {reason}")
@@ -77,7 +77,7 @@ def plugin_manager(*, entry_points: bool = True) -> PluginManager:
     if os.environ.get("LLMPRUNER_TRACE"):
         manager.trace.root.setwriter(sys.stderr.write)
         manager.enable_tracing()
-    for name in os.environ.get("LLMPRUNER_BLOCK", "").split(","):
+    for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
         manager.set_blocked(name.strip())
     manager.register(builtin, "builtin")
     if entry_points:
