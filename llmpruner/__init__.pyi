@@ -2,7 +2,6 @@
 
 from .api import bench as bench
 from .api import discover as discover
-from .api import dry_run as dry_run
 from .api import evaluate as evaluate
 from .api import export as export
 from .api import generate as generate
@@ -96,9 +95,8 @@ from .pruning.criteria.base import ImportanceCriterion as ImportanceCriterion
 from .pruning.methods.base import Method as Method
 from .pruning.methods.recipe import NamedRecipe as NamedRecipe
 from .recipes.recipe import Recipe as Recipe
-from .recipes.results import PlannedStep as PlannedStep
-from .recipes.results import RecipeResult as RecipeResult
-from .recipes.results import StepResult as StepResult
+from .recipes.run import RecipeResult as RecipeResult
+from .recipes.run import StepResult as StepResult
 from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult

@@ -1,22 +1,21 @@
 """The Python API, which the command line calls too.
 
-Every function takes settings as keywords; they are those of the command of the same name, with the same defaults,
-bounds and checks (`llmpruner.settings`). A model is given as a reference (a directory, a hub id, a ``.gguf`` file,
-``demo``), as the `Structure` that `discover` returned, or as the `Model` that `load` returned. Whatever can be refused
-is refused before weights are read.
+Every function takes the settings of the command of the same name as keywords (`llmpruner.settings`). A model is a
+reference (a directory, a hub id, a ``.gguf`` file, ``demo``), the `Structure` that `discover` returned, or the `Model`
+that `load` returned. ``load``: how models are opened; ``run``: memory, and whether to start anew; ``progress``: shows
+what is done; ``catalog``: of plugins, by default all installed ones.
 
-Every function raises `SettingsError` for settings that are unknown, out of bounds, or without effect beside the others,
-`UnknownNameError` for a component that no plugin has, `MissingExtraError` for a library that is not installed,
-`ModelError` for a model that cannot be found or read, and `CheckpointError` for a pruned checkpoint that is damaged.
-Docstrings name what else is raised.
+Whatever can be refused is refused before weights are read, by a subclass of `LlmprunerError`: `SettingsError` for
+settings, `UnknownNameError` for a component that no plugin has, `MissingExtraError` for a library that is not
+installed, `ModelError` for a model that can't be found, read or used, `DataError` for text that can't be used,
+`CheckpointError` for a damaged checkpoint, and `OutputError` for an output that exists or can't be written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -55,7 +54,8 @@ from .models.reference import resolve
 from .plugins.catalog import Catalog
 from .progress import QUIET, Progress
 from .pruning.allocation.curve import Curve
-from .recipes.evidence import ResultsFile, find, subjects_of
+from .pruning.verify import Verification
+from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.jobs import (
     bench_job,
     evaluate_job,
@@ -67,12 +67,11 @@ from .recipes.pruning import Pruning
 from .recipes.pruning import make_plan as _make_plan
 from .recipes.recipe import Recipe
 from .recipes.recovering import Recovery
-from .recipes.results import PlannedStep, RecipeResult, StepResult
-from .recipes.run import Actions, Session
+from .recipes.run import RecipeResult, RecipeRun, StepResult
 from .recipes.saving import save as _save
 from .recipes.sensitivity import sensitivity_of
-from .recipes.verification import Verification, verification
 from .report.base import ReportSubject
+from .report.evidence import report_place, report_subjects
 from .report.page import Report, comparison_page, facts_of, report_page
 from .settings import (
     BenchSettings,
@@ -89,7 +88,6 @@ from .settings import (
 )
 from .structure.outcome import Outcome
 from .structure.plan import PruningPlan
-from .validation import check_type, path_from
 
 
 def load(
@@ -99,12 +97,7 @@ def load(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Model:
-    """A model with its weights, in evaluation mode. ``catalog``: of plugins; by default all installed ones.
-
-    Raises `ModelError` when there is no such model, it has code of its own that is not trusted, or a tensor is missing
-    or misshapen; `CheckpointError` when files of a pruned checkpoint differ from its record; `UnsupportedModelError`
-    when its structure cannot be found.
-    """
+    """A model with its weights, in evaluation mode."""
     return _opener(settings_from(LoadSettings, options), catalog, progress).model(model)
 
 
@@ -115,11 +108,7 @@ def discover(
     catalog: Catalog | None = None,
     **options: Unpack[LoadKeywords],
 ) -> Structure:
-    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights.
-
-    Raises `ModelError` when there is no such model, `UnsupportedModelError` when it cannot be traced, and
-    `CouplingError` when the groups that its family declares contradict its parameters.
-    """
+    """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
     try:
         return _opener(settings_from(LoadSettings, options), catalog, progress).structure(model)
     finally:
@@ -135,13 +124,8 @@ def plan(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> PruningPlan:
-    """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``.
-
-    Raises `SettingsError` for settings that are wrong or have no effect, `SelectionError` for an amount that cannot be
-    reached and for units that the criterion does not score, `UnknownNameError` for kinds that the model does not have,
-    `DataError` for calibration text that cannot be used, `UnsupportedModelError` for a criterion, a budget or a
-    compensation that does not work for this architecture, and `ModelError` when weights or scores are not finite.
-    """
+    """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
+    `SelectionError` for an amount that can't be reached, besides what all functions raise."""
     made, _ = plan_with_outcome(model, load=load, run=run, progress=progress, catalog=catalog, **settings)
     return made
 
@@ -156,8 +140,8 @@ def plan_with_outcome(
     **settings: Unpack[PruneKeywords],
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
-    options = settings_from(PruneSettings, settings)
-    return _make_plan(model, options, _opener(load, catalog, progress), _limits(run))
+    opener = _opener(load, catalog, progress)
+    return _make_plan(model, settings_from(PruneSettings, settings), opener, run or RunSettings())
 
 
 def prune(
@@ -172,17 +156,15 @@ def prune(
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
 ) -> Model:
-    """Remove the least important units of a model. A `Model` that is passed in is changed in place, and
-    returned; where an exception ends this halfway, later uses of it are refused.
+    """Remove the least important units of a model. A `Model` that is passed in is changed in place, and returned.
 
-    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; results of
-    finished steps are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption.
-    ``need_tokenizer``: raise `ModelError` for a model without a tokenizer. ``run``: limits of memory, and whether to
-    start anew; without an ``output`` the whole model is in memory. Raises as `plan` does, `PlanError` for a ``plan`` of
-    another model, and `OutputError` for an ``output`` that exists or cannot be written.
+    ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; finished
+    layers are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption; without
+    it, the whole model is in memory. ``need_tokenizer``: refuse a model without a tokenizer. Raises as `plan` does, and
+    `PlanError` for a ``plan`` of another model.
 
-    Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
-    they share the work, the first one writes ``output``, and each has the result. Raises `ProcessError` when one ends.
+    Processes that ``torchrun`` started share the work; all must make the same call, and the first one writes
+    ``output``.
     """
     if plan is not None and settings:
         raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
@@ -191,9 +173,9 @@ def prune(
         what = settings_from(PruneSettings, settings)
         given = what.given()
     else:
-        what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(path_from("plan", plan, "a plan or a file"))
+        what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
         given = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
-    pruning = Pruning(model, what, given, _path("output", output), need_tokenizer, _limits(run))
+    pruning = Pruning(model, what, given, _path(output), need_tokenizer, run or RunSettings())
     return pruning.do(_opener(load, catalog, progress))
 
 
@@ -208,24 +190,21 @@ def recover(
     catalog: Catalog | None = None,
     **settings: Unpack[RecoverKeywords],
 ) -> Model:
-    """Restore quality by a short training: by default distillation, on text that the dense model generates. A `Model`
-    that is passed in is changed in place, and returned, as by `prune`.
+    """Restore quality by a short training: by default distillation, on text that the dense model writes. A `Model` that
+    is passed in is changed in place, and returned.
 
-    ``output``: where to save the result. ``work_dir``: directory for the state of the training, from which the same
-    call resumes after an interruption; by default ``OUTPUT.recovery``, which is removed once the result is saved. The
-    losses are also drawn, in ``loss.svg`` of ``output``. ``run``: limits of memory, for strategies that train layer by
-    layer, and whether to start anew; without an ``output`` whole models are in memory. ``record["recovery"]`` of the
-    result lists the trainings.
-
-    Where ``torchrun`` or ``accelerate launch`` started several processes, all must call this with the same arguments:
-    they share every batch, the first one writes ``output``, and each has the result. ``work_dir`` must be one folder
-    for all of them.
-
-    Raises `DataError` for data that cannot be used, `ModelError` where the dense model is needed and not found, and
-    `OutputError` for directories that cannot be used, before weights are read.
+    ``output``: where to save the result. ``work_dir``: for the state of the training, from which the same call resumes
+    after an interruption; by default ``OUTPUT.recovery``. ``record["recovery"]`` of the result lists the trainings.
+    Processes that ``torchrun`` started share every batch, as for `prune`.
     """
     options = settings_from(RecoverSettings, settings)
-    recovery = Recovery(model, options, _path("output", output), _path("work_dir", work_dir), _limits(run))
+    recovery = Recovery(
+        model,
+        options,
+        _path(output),
+        _path(work_dir),
+        run or RunSettings(),
+    )
     return recovery.do(_opener(load, catalog, progress))
 
 
@@ -237,14 +216,9 @@ def evaluate(
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
-    """Measure models: parameters and bytes, perplexity (KL divergence in nats per token), lm-eval tasks, speed (tokens
-    per second, peak bytes), and metrics of plugins. The first model is the reference of those that compare.
-
-    One is in memory at a time (with ``kl``, next to the first); all are looked up before the first is loaded.
-    ``load``: for all models, or one for each.
-
-    Raises `DataError` for a text, a task or prompts that cannot be read, and for a model that cannot be measured on
-    them, and `ModelError` for models that cannot be compared, before the first is loaded.
+    """Measure models: size, perplexity, KL divergence, lm-eval tasks, speed, and metrics of plugins. The first model is
+    the reference of those that compare. One is in memory at a time (with ``kl``, next to the first). ``load``: for
+    all models, or one for each.
     """
     catalog = catalog or Catalog()
     job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
@@ -268,15 +242,10 @@ def sensitivity(
     **settings: Unpack[SensitivityKeywords],
 ) -> Curve:
     """Measure how much cuts of each group alone change the predictions: KL divergence in nats per token, at several
-    shares of its units.
-
-    ``output``: a ``.json`` file for the curve, which ``prune --allocation curve`` reads; a plot is written beside it,
-    as ``.svg``. Every point is kept in ``OUTPUT.measuring`` until then, so that the same call continues after an
-    interruption; ``restart`` removes the points. Raises as `plan` does, and `OutputError` for an ``output`` that exists
-    or cannot be written.
+    shares of its units. ``output``: a ``.json`` file for the curve, with a plot next to it.
     """
     options = settings_from(SensitivitySettings, settings)
-    return sensitivity_of(model, options, _path("output", output), _opener(load, catalog, progress), restart=restart)
+    return sensitivity_of(model, options, _path(output), _opener(load, catalog, progress), restart=restart)
 
 
 def bench(
@@ -287,11 +256,9 @@ def bench(
     catalog: Catalog | None = None,
     **settings: Unpack[BenchKeywords],
 ) -> BenchResult:
-    """Measure how fast models process prompts and decode, in tokens per second, each against the first, and against the
-    speed-up that its sizes allow.
-
-    All models are in memory at the same time, and run in turn. Raises `ModelError` when they do not fit, or when the
-    runtime cannot run one of them, before any is loaded. ``load``: for all models, or one for each.
+    """Measure how fast models process prompts and decode, in tokens per second, against the first and against the
+    speed-up that their sizes allow. All are in memory at the same time, and run in turn. ``load``: for all models, or
+    one for each.
     """
     catalog = catalog or Catalog()
     job = bench_job(settings_from(BenchSettings, settings), catalog)
@@ -334,14 +301,8 @@ def generate(
     **settings: Unpack[GenerateKeywords],
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
-
-    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text as
-    it comes; an exception in it ends the generation.
-
-    Raises `ModelError` for a model without a tokenizer, and `DataError` for a prompt that is empty or has more tokens
-    than the model has positions.
+    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text.
     """
-    check_type("prompt", prompt, str, "text")
     options = settings_from(GenerateSettings, settings)
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
@@ -353,9 +314,8 @@ def generate(
     if options.chat:
         talk = conversation_prompt(loaded.family, loaded.tokenizer, history, prompt) if history else None
         asked = talk or chat_prompt(loaded.family, loaded.tokenizer, prompt)
-    note = format_note(loaded.ref, loaded.family, loaded.tokenizer, "the prompt is") if options.chat else None
-    if note is not None:
-        progress.status(note)
+        if note := format_note(loaded.ref, loaded.family, loaded.tokenizer, "the prompt is"):
+            progress.status(note)
     return _generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
@@ -365,18 +325,12 @@ def generate(
 
 
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
-    """Write an ordinary Hugging Face directory, whole or not at all.
+    """Write an ordinary Hugging Face directory, whole or not at all. ``notes``: JSON values for ``llmpruner.json``.
 
-    ``notes``: JSON values for ``llmpruner.json``. Returns its form: ``stock`` (transformers alone loads it), ``shim``
-    (layers differ in size; it contains a modeling file), or ``adapter`` for a model whose adapters were not merged.
-
-    Raises `ModelError` for a model whose parameters are not those of its plans, `CheckpointError` for weights that are
-    NaN or infinite, and `OutputError` for a ``directory`` that exists or cannot be written.
+    Returns its form: ``stock`` (transformers alone loads it), ``shim`` (layers differ in size; it contains a modeling
+    file), or ``adapter`` for a model whose adapters were not merged.
     """
-    if not isinstance(model, Model):
-        raise SettingsError(f"expected what llmpruner.load, prune or recover returned, got {type(model).__name__}")
-    check_type("notes", notes, (Mapping, NoneType), "a mapping")
-    return _save(model, check_new_directory(path_from("directory", directory)), notes=notes)
+    return _save(model, check_new_directory(Path(directory)), notes=notes)
 
 
 def export(
@@ -389,17 +343,13 @@ def export(
     **settings: Unpack[ExportKeywords],
 ) -> str:
     """Write the checkpoint directory ``model`` (for ``stock``, also a .gguf file) in the format of the exporter ``to``;
-    returns one line on how to load it.
-
-    Raises `ModelError` for what is no checkpoint, `UnsupportedModelError` for a model that the format cannot represent,
-    `CheckpointError` when the written model gives other outputs than ``model``, and `OutputError` for an ``output``
-    that exists or cannot be written.
+    returns one line on how to load it. Raises `CheckpointError` where the result gives other outputs than ``model``.
     """
     catalog = catalog or Catalog()
-    source = path_from("model", model, "the path of a checkpoint")
+    source = Path(model)
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
     exporter.check()
-    directory = check_new_directory(path_from("output", output))
+    directory = check_new_directory(Path(output))
     is_file = source.suffix == ".gguf" and source.is_file()
     if is_file and not exporter.takes_files:
         raise ModelError(f"'{model}' is no checkpoint directory, and only --to stock takes a file; export it first")
@@ -423,48 +373,29 @@ def run(
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
 ) -> RecipeResult:
-    """Do the steps of a recipe, each with its result in a folder of ``output``; those that were done before with the
-    same inputs are skipped.
+    """Do the steps of a recipe, each with its result in a folder of ``output``; a step that was done before with the
+    same inputs is skipped, and an interrupted one goes on.
 
     ``recipe``: a file, the name of a recipe of llmpruner or of a plugin, a `Recipe`, or a mapping with the keys of a
     recipe file. ``model``, ``output``, ``values`` (see `Recipe.with_values`) and ``load`` replace what the recipe has.
-    ``on_step``: called after each step, skipped ones too. ``run``: limits of memory, and whether to start anew. After
-    an interruption, the same call goes on. Raises `SettingsError` for a recipe that is wrong, before anything is done;
-    `OutputError` for an ``output`` that is of something else or in use; and what the functions of the steps raise.
+    ``on_step``: called after each step, skipped ones too.
     """
     catalog = catalog or Catalog()
-    session = Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress)
-    actions = Actions(prune=prune, recover=recover, evaluate=evaluate, bench=bench, generate=generate, export=export)
-    return session.run(actions, on_step)
-
-
-def dry_run(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
-    *,
-    model: str | Path | None = None,
-    output: str | Path | None = None,
-    values: Mapping[str, Any] | None = None,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-) -> list[PlannedStep]:
-    """What `run` would do with the same arguments, step by step, with a forecast where one can be made. Writes nothing,
-    reads no weights but for checksums, and raises what `run` raises before the first step."""
-    if _limits(run).restart:
-        raise SettingsError("--restart has no effect on a dry run, which removes nothing; leave it out")
-    catalog = catalog or Catalog()
-    return list(Session(_recipe(recipe, values, catalog), model, output, load, run, catalog, progress).plan())
+    if isinstance(recipe, (str, Path)):
+        recipe = Recipe.read(recipe, catalog)
+    elif isinstance(recipe, Mapping):
+        recipe = Recipe.of(recipe)
+    recipe = recipe.with_values(values or {})
+    commands = (prune, recover, evaluate, bench, generate, export)
+    functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
+    load, run = load or LoadSettings(), run or RunSettings()
+    return RecipeRun(recipe, model, output, load, run, catalog, progress, functions).do(on_step)
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
     """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing, that is,
-    give the logits of the model in which the weights that consume the units are zero. One `Verdict` for each kind.
-
-    Raises `PlanError` for a pruned model, and `UnsupportedModelError` when no small model can be built or traced.
+    give the logits of the model in which the weights that read the units are zero. One `Verdict` for each kind.
     """
-    check_type("structure", structure, Structure, "what llmpruner.discover returned")
-    check_type("seed", seed, int, "a whole number")
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
@@ -480,18 +411,12 @@ def verify_checkpoint(
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
 ) -> Verification:
-    """Check a checkpoint directory that `prune`, `recover`, `save` or `export` wrote: files against the hashes in its
-    record, tensors against the index, shapes against the plans, values (finite), and, where the dense model is on this
-    machine, kept weights and logits against it. Reads one layer at a time.
-
-    ``base``: reference of the dense model, instead of that in the record. Damage is in the result; raises `ModelError`
-    for what is no checkpoint, and for a ``base`` that cannot be opened or is another model.
+    """Check a checkpoint directory: files against the hashes in its record, shapes against its plans, and weights and
+    logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
+    Damage is in the result.
     """
-    folder = path_from("directory", directory)
-    load = LoadSettings(trust_remote_code=trust_remote_code)
-    check_type("base", base, (str, Path, NoneType), "a path or a hub id")
-    named = None if base is None else str(base)
-    return verification(folder, named, load, catalog or Catalog(), progress)
+    load, named = LoadSettings(trust_remote_code=trust_remote_code), None if base is None else str(base)
+    return _verify_checkpoint(Path(directory), named, load, catalog or Catalog(), progress)
 
 
 def write_page(
@@ -501,10 +426,8 @@ def write_page(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     catalog: Catalog | None = None,
 ) -> list[str]:
-    """Write an HTML page about a model from the sections of all plugins; returns a warning for each that failed.
-
-    ``settings``: section name → its settings. Raises `OutputError` for a ``path`` that cannot be written,
-    or holds anything but a page.
+    """Write an HTML page about a model; returns a warning for each section that failed. ``settings``: section name →
+    its settings.
     """
     catalog = catalog or Catalog()
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
@@ -522,58 +445,26 @@ def write_report(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     catalog: Catalog | None = None,
 ) -> Report:
-    """Write an HTML page about a pruned model: size, speed and quality beside the dense model, and what was cut.
+    """Write an HTML page about pruned models: size, speed and quality next to the dense model, and what was cut.
 
-    ``directories``: checkpoints, or outputs of recipes, each of which stands for its last checkpoint. Several are
+    ``directories``: checkpoints, or outputs of recipes, each of which stands for its last checkpoint; several are
     compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, in the current
-    folder. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are found without.
-    ``settings``: section name → its settings. Reads no weights.
-
-    Raises `ModelError` for other directories, `DataError` for other files and those without results of them, and
-    `OutputError` for a ``path`` that cannot be written, or holds anything but a page.
+    folder. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are known.
     """
     catalog = catalog or Catalog()
-    places = _paths("directories", directories)
-    if not places:
-        raise SettingsError("nothing to report on: name at least one checkpoint")
+    places = [Path(place) for place in ([directories] if isinstance(directories, (str, Path)) else directories)]
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
     sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
-    for place in places:
-        find(place)
-    target = check_own_file(_path("path", path) or default, HTML, "page in HTML")
-    files = [ResultsFile.read(one) for one in _paths("results", results)]
-    subjects = subjects_of(places, files, catalog)
+    target = check_own_file(Path(path or default), HTML, "page in HTML")
+    subjects = report_subjects([report_place(place) for place in places], list(map(Path, results)), catalog)
     page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
     write_text(target, page.html)
-    return Report(target, tuple(facts_of(one) for one in subjects), page.warnings)
-
-
-def _recipe(
-    recipe: Recipe | Mapping[str, Any] | str | Path, values: Mapping[str, Any] | None, catalog: Catalog
-) -> Recipe:
-    if isinstance(recipe, (str, Path)):
-        recipe = Recipe.read(recipe, catalog)
-    elif isinstance(recipe, Mapping):
-        recipe = Recipe.of(recipe)
-    check_type("recipe", recipe, Recipe, "a file, the name of a recipe, a Recipe or a mapping")
-    check_type("values", values, (Mapping, NoneType), "a mapping")
-    return recipe.with_values(values) if values else recipe
+    return Report(target, tuple(facts_of(subject) for subject in subjects), page.warnings)
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
     return Opener.of(load, catalog or Catalog(), progress)
 
 
-def _limits(run: RunSettings | None) -> RunSettings:
-    check_type("run", run, (RunSettings, NoneType), "RunSettings")
-    return run or RunSettings()
-
-
-def _path(argument: str, place: str | Path | None) -> Path | None:
-    return None if place is None else path_from(argument, place)
-
-
-def _paths(argument: str, places: str | Path | Sequence[str | Path]) -> list[Path]:
-    """One path or several, as a list."""
-    several = isinstance(places, Iterable) and not isinstance(places, (str, Path))
-    return [path_from(argument, one, "paths") for one in (places if several else [places])]  # type: ignore[union-attr]
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place)

@@ -14,16 +14,15 @@ from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, setti
 from llmpruner.discovery.verify import Verdict
 from llmpruner.evaluation.bench import BenchCase, Measurement, Rate
 from llmpruner.models.model import Model, Structure
+from llmpruner.pruning.verify import Check, Verification
 from llmpruner.recipes.recipe import Recipe
-from llmpruner.recipes.results import PlannedStep, RecipeResult, StepResult
-from llmpruner.recipes.verification import Check, Verification
+from llmpruner.recipes.run import RecipeResult, StepResult
 from llmpruner.structure.outcome import BudgetOutcome, Outcome
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.sensitivity, api.bench,
     api.generate, api.write_report, api.save, api.export, api.verify_checkpoint, api.run,
-    api.dry_run,
 )  # fmt: skip
 VALUES = (
     Structure,
@@ -43,7 +42,6 @@ VALUES = (
     Recipe,
     RecipeResult,
     StepResult,
-    PlannedStep,
 )
 SETTINGS = {
     name: getattr(settings, name.replace("Keywords", "Settings"))

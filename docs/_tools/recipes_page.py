@@ -10,7 +10,7 @@ from settings_table import cell
 
 from llmpruner import Catalog
 from llmpruner.pruning.methods.shipped import Shipped
-from llmpruner.recipes.commands import COMMANDS
+from llmpruner.recipes.recipe import COMMANDS, MEASURES
 from llmpruner.settings import RecipeSettings, Settings, StepSettings
 
 FOLDERS = {
@@ -23,12 +23,9 @@ FOLDERS = {
 }
 """Command → what its folder holds."""
 FILES = {
-    "recipe.json": "The state: for every finished step its inputs, SHA-256 of its files, and facts about its result; "
-    "for a step that was begun its inputs; size, time of change and SHA-256 of all files that were read. Written anew, "
-    "whole or not at all, after every step.",
-    "NAME": "The result of the step NAME. It gets its name when it is whole.",
-    "NAME.pruning, NAME.recovery": "What an interrupted prune or training has done so far; removed at its end.",
-    ".recipe.lock": "Locked while a run works on the folder, so that a second one is refused.",
+    "NAME": "The result of the step NAME, once it is whole.",
+    "NAME/step.json": "The inputs of the step, seconds, and facts about its result.",
+    "NAME.work": "What an interrupted step has done so far; removed at its end.",
 }
 """File in the output → what it is."""
 
@@ -58,8 +55,8 @@ def render() -> str:
 
 INTRODUCTION = (
     "What `llmpruner run` reads: a YAML file, or the same keys as a mapping in Python ([`Recipe`](api.md#recipe)). "
-    "[Recipes](../how-to/recipes.md) shows how they are used. Unknown keys and keys that are given twice are refused, "
-    "with the line. An empty value counts as not given. Relative paths are relative to the folder in which the command "
+    "[Recipes](../how-to/recipes.md) shows how they are used. Unknown keys are refused, with the step. "
+    "An empty value counts as not given. Relative paths are relative to the folder in which the command "
     "runs."
 )
 STEPS = (
@@ -81,24 +78,18 @@ steps:
     models: [dense, last]
     name: quality"""
 INPUTS = (
-    "The inputs of a step are: its settings with all defaults, how models are opened, SHA-256 of the files of the "
-    "models that it reads (of a hub model its commit) and of the data files that its settings name, and the versions "
-    "of llmpruner, Python, torch, transformers, of the packages of all components that it uses and of the model's "
-    "family, "
-    "and of the libraries that its command uses. A data set of the hub is known by its name alone. How a run takes "
-    "place (`--max-memory`, `--boundary-memory`) is no input. A result whose files were changed is not replaced: the "
-    "run is refused until they are moved away."
+    "The inputs of a step are its settings with all defaults, how models are opened, the files of the models that it "
+    "reads (of a hub model its commit), and the data files that its settings name. A step with the same inputs is "
+    "skipped; with others it is done again."
 )
 
 
 def _commands() -> Iterator[str]:
-    for name, command in COMMANDS.items():
-        model = command.settings.__name__
+    for name, settings in COMMANDS.items():
+        model = settings.__name__
         reads = "the newest checkpoint, or the dense model"
-        if command.several:
+        if name in MEASURES:
             reads = "the dense model and all checkpoints so far, or those under `models`"
-        elif command.needs_checkpoint:
-            reads = "the newest checkpoint"
         yield f"| `{name}` | [{model}](api.md#{model.lower()}) | {reads} | {FOLDERS[name]} |"
 
 

@@ -23,7 +23,7 @@ from .run import show_texts
 
 if TYPE_CHECKING:
     from ..recipes.recipe import Recipe
-    from ..recipes.results import StepResult
+    from ..recipes.run import StepResult
 
 RECIPE = "demo"
 
@@ -65,7 +65,7 @@ def demo(
     )
     out.rule("2. Pruning and compensation")
     api.run(recipe, output=output, on_step=lambda step: _show(recipe, step), **shared)
-    folders = [escape(str(output / step.name)) for step in recipe.steps if step.command.checkpoint]
+    folders = [escape(str(output / step.name)) for step in recipe.steps if step.command in ("prune", "recover")]
     out.print(f"Files: {' and '.join(folders)}; both load with")
     out.print(f"  llmpruner generate {folders[-1]} --chat --prompt …", highlight=False)
     if not no_report:
@@ -75,7 +75,7 @@ def demo(
 
 def _show(recipe: Recipe, step: StepResult) -> None:
     """Print the results of a step, and the title of the next one."""
-    given = {one.name: one.given for one in recipe.steps}[step.name]
+    given = next(each.settings.given() for each in recipe.steps if each.name == step.name)
     if step.command == "prune":
         show_plan(*step.value)
         options = f"--ratio {given['ratio']:g} --samples {given['samples']} --seed {given['seed']}"
@@ -93,9 +93,10 @@ def _show(recipe: Recipe, step: StepResult) -> None:
         out.rule("4. Side by side")
     elif step.command == "evaluate":
         show_evaluations(step.value)
+        perplexity = given["settings"]["perplexity"]
         out.print(
-            f"[dim]Perplexity: first {given['tokens']:,} tokens of Python's help topics, windows of {given['window']}, "
-            "bfloat16 autocast.[/]"
+            f"[dim]Perplexity: first {perplexity['tokens']:,} tokens of Python's help topics, windows of "
+            f"{given['window']}, bfloat16 autocast.[/]"
         )
     elif step.command == "generate":
         show_texts(step.result)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..engine.stages import peak_memory
 from ..errors import SettingsError
 from ..files import check_unused_file
-from ..recipes.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED

@@ -11,7 +11,7 @@ import typer
 from ..amounts import counted
 from ..settings import LoadSettings, RunSettings, settings_from
 from .bench import show_bench
-from .console import RichProgress, done_line, note, out, print_json, table
+from .console import RichProgress, done_line, out, print_json, table
 from .derive import takes
 from .evaluate import show_evaluations
 from .options import Json, catalog_of
@@ -21,7 +21,7 @@ from .report import NoReport, write_beside
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ..recipes.results import PlannedStep, StepResult
+    from ..recipes.run import StepResult
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -55,9 +55,6 @@ def run(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done and what it would take; do nothing.")
-    ] = False,
     no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
@@ -75,13 +72,6 @@ def run(
         "load": settings_from(LoadSettings, options), "run": settings_from(RunSettings, how),
         "catalog": catalog_of(ctx),
     }  # fmt: skip
-    if dry_run:
-        planned = api.dry_run(recipe, **shared)
-        if as_json:
-            print_json({"steps": [step.as_json() for step in planned]})
-        else:
-            _show_planned(planned)
-        return
     found = api.run(recipe, on_step=None if as_json else show_step, **shared)
     seconds = round(time.monotonic() - started, 1)
     if not no_report and any(step.command in ("prune", "recover") for step in found.steps):
@@ -151,14 +141,3 @@ def recovery_text(step: StepResult) -> str:
 def show_texts(found: Sequence[dict[str, Any]]) -> None:
     """A table of what the models wrote."""
     table(None, ("", f"“{found[0]['prompt']}”"), [(one["name"], one["text"]) for one in found], left=2)
-
-
-def _show_planned(planned: Sequence[PlannedStep]) -> None:
-    rows = [(step.name, ", ".join(step.reads), _status(step), step.forecast) for step in planned]
-    table(None, ("Step", "Reads", "", "Forecast"), rows, left=4)
-    todo = sum(step.status != "done" for step in planned)
-    note(f"{todo:,} of {counted(len(planned), 'step')} to do; nothing was done now")
-
-
-def _status(step: PlannedStep) -> str:
-    return f"{step.status}: {step.reason}" if step.reason else step.status

@@ -27,8 +27,7 @@ def verify(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a checkpoint: its files against the hashes in its record, tensors, shapes, values, and its weights against
-    the dense model.
+    """Check a checkpoint: its files against the hashes in its record, shapes, and its weights against the dense model.
 
     Exit code 1 when something is damaged, with a line that names the file and the tensor. Reads one layer at a time.
     """

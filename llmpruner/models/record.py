@@ -21,7 +21,11 @@ ORIGIN_FILE = "llmpruner-files.json"
 the origin of the files and their hashes. A ``llmpruner.json`` would make it a pruned model."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
-OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE)
+STEP_FILE = "step.json"
+"""In the folder of a recipe's step: what it was made from."""
+RESULTS_FILE = "results.json"
+"""In the folder of a recipe's step that measures."""
+OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE, STEP_FILE)
 """Files beside a checkpoint about the machine and the time that the run took. No result depends on them, and they are
 not published."""
 

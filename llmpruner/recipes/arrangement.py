@@ -12,14 +12,13 @@ import transformers
 from .. import __version__
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
+from ..models.identity import data_identity, model_identity
 from ..models.model import Structure
-from ..models.record import sampled_sha256, sha256
 from ..progress import QUIET
 from ..settings import RunSettings
 from ..structure.plan import PruningPlan
 from .fitting import boundary_limit
 from .forecast import SLOW_WRITING, Residency, duration
-from .inputs import data_fingerprint, model_fingerprint, named_by
 from .opening import Opener
 from .residency import arranged, is_streamed, weight_bytes
 from .work import Work
@@ -80,8 +79,8 @@ def journal_for(
         folder,
         {
             "model": opened.path or opened.ref,
-            "files": model_fingerprint(opened, opener.catalog, sampled_sha256),
-            "data": data_fingerprint([named, named_by(job)], sha256),
+            "files": model_identity(opened, opener.catalog),
+            "data": data_identity(named, job),
             "prune": what.model_dump(mode="json"),
             "load": opener.load.model_dump(mode="json"),
             "micro-batches divided by": divided,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from ..models.identity import model_identity
 from ..models.model import Model
-from ..models.record import sampled_sha256
 from ..pruning.allocation.base import Allocation, AllocationUse
 from ..structure.plan import structure_of
-from .inputs import digest, model_fingerprint
 
 if TYPE_CHECKING:
     from ..engine.ranks import Ranks
@@ -23,7 +22,7 @@ _LOG = logging.getLogger("llmpruner")
 def use_of(job: PruneJob, opened: Structure, catalog: Catalog) -> AllocationUse:
     """What the allocation of ``job`` is used with. A model in memory may differ from its files."""
     in_memory = isinstance(opened, Model)
-    files = None if in_memory else digest(model_fingerprint(opened, catalog, sampled_sha256))
+    files = None if in_memory else model_identity(opened, catalog)
     return AllocationUse(
         opened.ref, structure_of(opened.graph), files, job.criterion.name, job.compensation.name
     )  # fmt: skip

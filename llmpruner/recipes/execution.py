@@ -9,7 +9,7 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.executor import Executor
 from ..engine.journal import Journal
 from ..engine.ranks import SINGLE, Ranks
-from .stages import Stages
+from ..engine.stages import Stages
 
 if TYPE_CHECKING:
     from ..models.model import Model

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
+from ..engine.stages import write_run
 from ..errors import LlmprunerError, OutputError, ProcessError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, tree_bytes
 from ..models.model import Model, Structure
@@ -29,7 +30,6 @@ from .jobs import PruneJob, prune_job
 from .opening import Opener, Source
 from .outcome import outcome_of
 from .saving import save, save_alone
-from .stages import write_run
 from .work import Work, work_of, work_of_plan
 
 

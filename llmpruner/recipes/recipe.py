@@ -1,61 +1,74 @@
-"""A recipe: the steps from a dense model to its pruned, recovered, measured and exported ones, as one value."""
+"""Recipe files: the steps from a dense model to its pruned, recovered, measured and exported versions.
+
+A recipe is YAML, or a mapping with the same keys. Each step is one command with the settings that it has on the command
+line; ``rounds: N`` with ``steps`` stands for these steps N times. `Recipe` is what `recipes.run` executes.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line, near
+from ..errors import SettingsError, UnknownNameError, first_line, near
 from ..plugins.catalog import Catalog
-from ..settings import LoadSettings, RecipeSettings, Settings, StepSettings, flag_of
+from ..settings import (
+    BenchSettings,
+    EvaluateSettings,
+    ExportSettings,
+    GenerateSettings,
+    LoadSettings,
+    PruneSettings,
+    RecipeSettings,
+    RecoverSettings,
+    Settings,
+    StepSettings,
+)
 from ..validation import refusal
-from .commands import COMMANDS, DENSE, LAST, Command
-from .yaml_file import Lines, read_yaml, scalar
-from .yaml_file import Path as Place
 
 S = TypeVar("S", bound=Settings)
-_ROUNDS = "rounds"
+DENSE: Final = "dense"
+"""The model of the recipe, among the models that a step reads."""
+LAST: Final = "last"
+"""The newest checkpoint."""
+COMMANDS: Final[Mapping[str, type[Settings]]] = {
+    "prune": PruneSettings,
+    "recover": RecoverSettings,
+    "evaluate": EvaluateSettings,
+    "bench": BenchSettings,
+    "generate": GenerateSettings,
+    "export": ExportSettings,
+}
+"""The commands that a step can run."""
+CHECKPOINTS: Final = ("prune", "recover")
+"""Commands whose result later steps take; each takes the newest one."""
+MEASURES: Final = ("evaluate", "bench", "generate")
+"""Commands that read several models: the dense one and all checkpoints so far, or those under ``models``."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``given``: the settings as they were given; ``settings``: with all defaults. ``models``: see
-    `StepSettings`; None where nothing was given. ``place``: where it stands, for messages."""
+    """One command. ``name``: of its folder. ``reads``: the models it takes: ``dense``, and names of earlier steps.
+    ``place``: the file and the step, for messages."""
 
     number: int
-    command: Command
+    command: str
     name: str
-    given: Mapping[str, Any]
     settings: Settings
-    models: tuple[str, ...] | None
+    reads: tuple[str, ...]
     prompt: str | None
     place: str
-
-    def job(self, catalog: Catalog) -> Any:
-        """What the command does, with components created. Raises `LlmprunerError` for settings that are wrong or have
-        no effect together."""
-        with self.named():
-            return self.command.job(self.settings, catalog)
-
-    def named(self) -> _Named:
-        """A context in which the message of every `LlmprunerError` begins with the place of this step, and names
-        settings as they are written in a recipe."""
-        return _Named(self.place, type(self.settings))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, and what they share.
-
-    ``model``, ``output``: None where the caller gives them. ``load``: how models are opened, as it was given.
-    ``source``: file or name, for messages.
-    """
+    """Steps, and what they share. ``model``, ``output``: None where the caller names them. ``source``: file or name,
+    for messages."""
 
     steps: tuple[Step, ...]
     model: str | None = None
@@ -63,56 +76,60 @@ class Recipe:
     load: LoadSettings = field(default_factory=LoadSettings)
     source: str = "recipe"
     _value: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    _lines: Lines = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, reference: str | Path, catalog: Catalog | None = None) -> Recipe:
-        """The recipe in a file; with a ``catalog``, also one of a plugin or of llmpruner by its name.
-
-        Raises `SettingsError`, in one line with the place, for what is no recipe: an unknown key, a value out of
-        bounds, a key that is given twice.
-        """
+        """The recipe in a file; with a ``catalog``, also one of llmpruner or of a plugin by its name. Raises
+        `SettingsError`, in one line with the step and the key, for what is no recipe."""
         text, source = _text(str(reference), catalog)
-        value, lines = read_yaml(text, source)
-        return cls.of(value, source, lines)
+        try:
+            return cls.of(yaml.safe_load(text), source)
+        except (yaml.YAMLError, ValueError) as error:
+            mark = getattr(error, "problem_mark", None)
+            place = source if mark is None else f"{source}, line {mark.line + 1}"
+            problem = getattr(error, "problem", None) or first_line(error)
+            raise SettingsError(f"{place}: not valid YAML: {problem}") from error
 
     @classmethod
-    def of(cls, value: Mapping[str, Any], source: str = "recipe", lines: Lines | None = None) -> Recipe:
-        """The recipe in ``value``, which has the keys of a recipe file. ``lines``: where its parts stand. Raises
+    def of(cls, value: Mapping[str, Any], source: str = "recipe", changes: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe in ``value``, which has the keys of a recipe file. ``changes``: see `with_values`. Raises
         `SettingsError`."""
-        return _Reader(source, lines or {}).recipe(value, {})
+        top = _settings(RecipeSettings, value, source)
+        steps: list[Step] = []
+        for entry in _written_out(top.steps, source):
+            steps.append(_step(entry, steps, changes or {}, source))
+        if not steps:
+            raise SettingsError(f"{source}: expected at least one step under 'steps'")
+        known = {name for step in steps for name in (step.command, step.name, str(step.number))}
+        for key in changes or {}:
+            if key.partition(".")[0] not in known:
+                raise SettingsError(f"{key}: {UnknownNameError('step', key.partition('.')[0], known)}")
+        return cls(tuple(steps), top.model, top.output, top.load, source, value)
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """The same recipe with other settings: ``{"prune.ratio": 0.3}``. Before the dot: a command (all its steps), the
         name of a step, or its number; after it a setting, or ``settings.NAME.key`` for one of a component. Raises
         `SettingsError`."""
-        return _Reader(self.source, self._lines).recipe(self._value, values)
+        return Recipe.of(self._value, self.source, values)
 
-    def check(self, catalog: Catalog) -> list[Any]:
-        """The jobs of all steps. Raises `LlmprunerError` for a mistake that needs no model and no file to be seen."""
-        jobs = [step.job(catalog) for step in self.steps]
-        for step, job in zip(self.steps, jobs, strict=True):
-            compares = [m.label() for m in getattr(job, "metrics", ()) if m.needs_reference]
-            if compares and len(self.sources(step)) == 1:
-                raise SettingsError(
-                    f"{step.place}: {compares[0]} compares models with the first one, and only one is measured; put "
-                    "the step after prune or recover, or name two under 'models'"
-                )
-        return jobs
 
-    def sources(self, step: Step) -> tuple[str, ...]:
-        """The names of the models that a step reads: ``dense``, and names of earlier steps."""
-        before = [one for one in self.steps if one.number < step.number]
-        checkpoints = [DENSE, *(one.name for one in before if one.command.checkpoint)]
-        if not step.command.several:
-            return (checkpoints[-1],)
-        if step.models is None:
-            return tuple(checkpoints)
-        return tuple(dict.fromkeys(checkpoints[-1] if name == LAST else name for name in step.models))
+def values_of(texts: Sequence[str]) -> dict[str, Any]:
+    """``["prune.ratio=0.3"]``, as the command line gives it, for `Recipe.with_values`. Values are read as YAML. Raises
+    `SettingsError`."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.partition(".")):
+            raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
+        try:
+            values[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            values[key] = value
+    return values
 
 
 def _text(reference: str, catalog: Catalog | None) -> tuple[str, str]:
-    """The text of a recipe, and how messages name it."""
+    """The text of a recipe, and its name in messages."""
     if catalog is not None and reference in catalog.recipes:
         return catalog.recipes[reference]().text(), f"recipe {reference}"
     path = Path(reference)
@@ -126,235 +143,78 @@ def _text(reference: str, catalog: Catalog | None) -> tuple[str, str]:
     raise UnknownNameError("recipe", reference, catalog.recipes)
 
 
-def values_of(texts: Sequence[str]) -> dict[str, Any]:
-    """``["prune.ratio=0.3"]``, as the command line gives it, for `Recipe.with_values`. Values are read as YAML. Raises
-    `SettingsError`."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[^.\s]+(\.[^.\s]+)+", key):
-            raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
-        try:
-            read = scalar(value)
-        except (yaml.YAMLError, ValueError):
-            read = value
-        found[key] = value if isinstance(read, Mapping) else read
-    return found
+def _written_out(entries: Any, place: str) -> Iterator[Mapping[str, Any]]:
+    """The steps of a list, with rounds written out."""
+    if not isinstance(entries, Sequence) or isinstance(entries, str):
+        raise SettingsError(f"{place}: expected a list of steps under 'steps'")
+    for entry in entries:
+        step = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(step, Mapping):
+            raise SettingsError(f"{place}: '{entry}': expected a step: a command ({', '.join(COMMANDS)}) with settings")
+        rounds = step.get("rounds", 1)
+        if not isinstance(rounds, int) or rounds < 1:
+            raise SettingsError(f"{place}: rounds: '{rounds}': expected a whole number of at least 1")
+        for _ in range(rounds):
+            yield from _written_out(step.get("steps"), place) if "rounds" in step else [step]
 
 
-@dataclass(frozen=True)
-class _Raw:
-    """A step before its settings are checked. ``number``: its place among all steps, from 1; 0 until all are read.
-    ``values``: the settings of the command; ``own``: those of the step. ``at``: path of its command in the document."""
-
-    number: int
-    command: Command
-    values: dict[str, Any]
-    own: StepSettings
-    at: Place
-
-    @property
-    def name(self) -> str:
-        return self.own.name or f"{self.number}-{self.command.name}"
-
-
-class _Reader:
-    """Turns values into a `Recipe`."""
-
-    def __init__(self, source: str, lines: Lines) -> None:
-        self.source, self.lines = source, lines
-
-    def recipe(self, value: Any, changes: Mapping[str, Any]) -> Recipe:
-        if not isinstance(value, Mapping):
-            raise self.wrong((), "expected a mapping with 'steps'")
-        known = RecipeSettings.model_fields
-        self.refuse_unknown(value, known, (), "a recipe")
-        steps = list(self.raw_steps(value.get("steps"), ("steps",)))
-        if not steps:
-            raise self.wrong(("steps",), "expected at least one step under 'steps'")
-        steps = [_numbered(number, raw) for number, raw in enumerate(steps, start=1)]
-        self.check_names(steps)
-        self.change(steps, changes)
-        load = value.get("load") or {}
-        if not isinstance(load, Mapping):
-            raise self.wrong(("load",), "expected a mapping of settings under 'load'")
-        own = {key: one for key, one in value.items() if key not in ("load", "steps") and one is not None}
-        top = self.settings(RecipeSettings, {**own, "steps": []}, (), "a recipe")
-        recipe = Recipe(
-            tuple(self.step(raw) for raw in steps),
-            top.model,
-            top.output,
-            self.settings(LoadSettings, load, ("load",), "load"),
-            self.source,
-            value,
-            self.lines,
-        )
-        self.check_models(recipe)
-        return recipe
-
-    def raw_steps(self, value: Any, at: Place) -> Iterator[_Raw]:
-        """The steps of a list, with rounds written out."""
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise self.wrong(at, "expected a list of steps under 'steps'")
-        for number, one in enumerate(value):
-            here = (*at, number)
-            step = {one: {}} if isinstance(one, str) else one
-            if not isinstance(step, Mapping):
-                raise self.wrong(here, f"expected a step: a command ({', '.join(COMMANDS)}) with its settings")
-            if _ROUNDS in step:
-                yield from self.rounds(step, here)
-            else:
-                yield self.raw_step(step, here)
-
-    def rounds(self, step: Mapping[str, Any], here: Place) -> Iterator[_Raw]:
-        self.refuse_unknown(step, (_ROUNDS, "steps"), here, "a step with rounds")
-        count = step[_ROUNDS]
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise self.wrong((*here, _ROUNDS), f"rounds: '{count}': expected a whole number of at least 1")
-        for _ in range(count):
-            for raw in self.raw_steps(step.get("steps"), (*here, "steps")):
-                if raw.own.name is not None and count > 1:
-                    raise self.wrong(
-                        (*raw.at, "name"), f"'{raw.own.name}' would be the name of {count} steps; leave it out"
-                    )
-                yield raw
-
-    def raw_step(self, step: Mapping[str, Any], here: Place) -> _Raw:
-        own = StepSettings.model_fields
-        self.refuse_unknown(step, (*COMMANDS, *own, _ROUNDS), here, "a step")
-        named = [key for key in step if key in COMMANDS]
-        if len(named) != 1:
-            many = f"has {len(named)} commands ({', '.join(named)})" if named else "has no command"
-            raise self.wrong(here, f"a step {many}; expected one of {', '.join(COMMANDS)}")
-        command = COMMANDS[named[0]]
-        values = {} if step[command.name] is None else step[command.name]
-        if not isinstance(values, Mapping):
-            raise self.wrong(
-                (*here, command.name), f"{command.name}: expected a mapping of its settings, found '{values}'"
-            )
-        given = {key: step[key] for key in own if step.get(key) is not None}
-        for key, useful in (("models", command.several), ("prompt", command.prompt)):
-            if key in given and not useful:
-                raise self.wrong((*here, key), f"'{key}' has no effect on {command.name}; leave it out")
-        if command.prompt and "prompt" not in given:
-            raise self.wrong(here, f"a step of {command.name} needs a 'prompt' beside it")
-        return _Raw(0, command, dict(values), self.settings(StepSettings, given, here, "a step"), (*here, command.name))
-
-    def check_names(self, steps: Sequence[_Raw]) -> None:
-        first: dict[str, _Raw] = {}
-        for raw in steps:
-            if raw.name in (DENSE, LAST):
-                raise self.wrong(
-                    (*raw.at[:-1], "name"), f"the name '{raw.name}' has a meaning of its own; choose another"
-                )
-            if raw.name in first:
-                where = first[raw.name].number
-                raise self.wrong((*raw.at[:-1], "name"), f"step {where} is named '{raw.name}' too; choose another name")
-            first[raw.name] = raw
-
-    def change(self, steps: Sequence[_Raw], changes: Mapping[str, Any]) -> None:
-        """Apply the values of `Recipe.with_values`."""
-        for key, value in changes.items():
-            which, _, rest = key.partition(".")
-            chosen = [raw for raw in steps if which in (raw.command.name, raw.name, str(raw.number))]
-            if not chosen:
-                known = (name for raw in steps for name in (raw.command.name, raw.name))
-                raise SettingsError(f"{key}: {UnknownNameError('step', which, set(known))}")
-            for raw in chosen:
-                *outer, last = rest.split(".")
-                inside = raw.values
-                for part in outer:
-                    found = inside.get(part)
-                    inside[part] = dict(found) if isinstance(found, Mapping) else {}
-                    inside = inside[part]
-                inside[last] = value
-
-    def step(self, raw: _Raw) -> Step:
-        # None is what an empty value reads as, and what every setting without a value is.
-        given = {key: value for key, value in raw.values.items() if value is not None}
-        settings = self.settings(raw.command.settings, given, raw.at, raw.command.name, raw.number)
-        models = raw.own.models
-        return Step(
-            raw.number,
-            raw.command,
-            raw.name,
-            given,
-            settings,
-            models,
-            raw.own.prompt,
-            self.place(raw.at, raw.number, raw.command.name),
-        )
-
-    def check_models(self, recipe: Recipe) -> None:
-        """Refuse models that do not exist when a step reads them."""
-        known = [DENSE, LAST]
-        for step in recipe.steps:
-            for name in step.models or ():
-                if name not in known:
-                    raise SettingsError(f"{step.place}: models: {UnknownNameError('model', name, known)}")
-            if step.command.needs_checkpoint and recipe.sources(step) == (DENSE,):
-                raise SettingsError(
-                    f"{step.place}: no step before it makes a checkpoint; put it after prune or recover"
-                )
-            if step.command.model:
-                known.append(step.name)
-
-    def settings(self, model: type[S], values: Mapping[str, Any], at: Place, what: str, number: int | None = None) -> S:
-        """An instance of ``model``. ``what``: has these settings, for messages."""
-        self.refuse_unknown(values, model.model_fields, at, what, number)
-        try:
-            return model(**values)
-        except ValidationError as error:
-            found = refusal(error)
-            key = found.key.partition(".")[0]
-            line = self.place((*at, key), number, what) if number else self.place((*at, key))
-            if found.kind == "missing":
-                raise SettingsError(f"{line}: '{key}' must be given") from error
-            raise SettingsError(f"{line}: {key}: {found.value}: {found.expected}") from error
-
-    def refuse_unknown(
-        self, values: Mapping[str, Any], known: Any, at: Place, what: str, number: int | None = None
-    ) -> None:
-        for key in values:
-            if key not in known:
-                line = self.place((*at, key), number, what) if number else self.place((*at, key))
-                hint = near(str(key), known) or "."
-                raise SettingsError(f"{line}: {what} has no key '{key}'{hint} Known: {', '.join(known)}")
-
-    def place(self, at: Place, number: int | None = None, command: str = "") -> str:
-        """``recipe.yaml, line 7, step 2 (prune)``; the line is that of the innermost part that stands in the file."""
-        step = "" if number is None else f", step {number} ({command})"
-        while at and at not in self.lines:
-            at = at[:-1]
-        line = f", line {self.lines[at]}" if at in self.lines else ""
-        return f"{self.source}{line}{step}"
-
-    def wrong(self, at: Place, message: str) -> SettingsError:
-        return SettingsError(f"{self.place(at)}: {message}")
+def _step(entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str, Any], source: str) -> Step:
+    """``before``: the steps before this one."""
+    number = len(before) + 1
+    commands = [key for key in entry if key in COMMANDS]
+    if len(commands) != 1:
+        unknown = next((str(key) for key in entry if key not in (*COMMANDS, *StepSettings.model_fields)), None)
+        hint = f", got '{unknown}'{near(unknown, COMMANDS)}" if unknown else ""
+        raise SettingsError(f"{source}, step {number}: expected one of {', '.join(COMMANDS)}{hint}")
+    command = commands[0]
+    place = f"{source}, step {number} ({command})"
+    own = _settings(StepSettings, {key: value for key, value in entry.items() if key != command}, place)
+    name = own.name or f"{number}-{command}"
+    if name in (DENSE, LAST, *(step.name for step in before)):
+        raise SettingsError(f"{place}: name: '{name}' is taken; choose another name")
+    if (own.prompt is None) == (command == "generate"):
+        raise SettingsError(f"{place}: 'prompt' belongs to generate, and to it alone")
+    values = deepcopy(entry[command] or {})
+    for key, value in changes.items():
+        step, *path = key.split(".")
+        if step in (command, name, str(number)):
+            _put(values, path, value)
+    settings = _settings(COMMANDS[command], values, place)
+    return Step(number, command, name, settings, _reads(command, own, before, place), own.prompt, place)
 
 
-def _numbered(number: int, raw: _Raw) -> _Raw:
-    # The same step stands several times in the list where it is done in rounds.
-    return _Raw(number, raw.command, dict(raw.values), raw.own, raw.at)
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        values[key] = values.get(key) or {}
+        values = values[key]
+    values[path[-1]] = value
 
 
-class _Named:
-    """See `Step.named`."""
+def _reads(command: str, own: StepSettings, before: Sequence[Step], place: str) -> tuple[str, ...]:
+    checkpoints = [DENSE, *(step.name for step in before if step.command in CHECKPOINTS)]
+    if command not in MEASURES:
+        return (checkpoints[-1],)
+    if own.models is None:
+        return tuple(checkpoints)
+    known = (DENSE, LAST, *(step.name for step in before if step.command not in MEASURES))
+    for name in own.models:
+        if name not in known:
+            raise SettingsError(f"{place}: models: {UnknownNameError('model', name, known)}")
+    return tuple(dict.fromkeys(checkpoints[-1] if name == LAST else name for name in own.models))
 
-    def __init__(self, place: str, settings: type[Settings]) -> None:
-        self.place, self.model = place, settings
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, LlmprunerError) and not str(error).startswith(self.place):
-            # Some classes of errors are made from other arguments than their message.
-            error.args = (f"{self.place}: {as_keys(str(error), self.model)}",)
-
-
-def as_keys(text: str, model: type[Settings]) -> str:
-    """A message of the command line with ``round_to`` where it has ``--round-to``, and ``merge: false`` for
-    ``--no-merge``."""
-    names = {flag_of(model, name): name for name in model.model_fields}
-    negated = {f"--no-{flag[2:]}": f"{name}: false" for flag, name in names.items()}
-    return re.sub(r"--[a-z][a-z-]*", lambda found: names.get(found[0]) or negated.get(found[0]) or found[0], text)
+def _settings(model: type[S], values: Any, place: str) -> S:
+    """An instance of ``model``; an empty value counts as not given. Raises `SettingsError`."""
+    if not isinstance(values, Mapping):
+        raise SettingsError(f"{place}: expected a mapping of settings, got '{values}'")
+    try:
+        return model(**{str(key): value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        refused = refusal(error)
+        if refused.kind == "extra_forbidden":
+            known = ", ".join(model.model_fields)
+            hint = near(refused.key, model.model_fields) or "."
+            raise SettingsError(f"{place}: no setting '{refused.key}'{hint} Known: {known}") from error
+        if refused.kind == "missing":
+            raise SettingsError(f"{place}: '{refused.key}' is missing") from error
+        raise SettingsError(f"{place}: {refused.key}: {refused.value}: {refused.expected}") from error

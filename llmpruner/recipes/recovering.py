@@ -15,14 +15,16 @@ from ..discovery.dense import dense_structure, load_dense, open_dense, placed_as
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.launch import launched
 from ..engine.ranks import Ranks
+from ..engine.stages import Stages, write_run
 from ..errors import DataError, ModelError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..folders import Held
+from ..models.identity import model_identity
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, loaded_bytes
 from ..models.opening import reopened
 from ..models.positions import check_table_of_config, table_of_config
-from ..models.record import read_any_record, sampled_sha256
+from ..models.record import read_any_record
 from ..models.weights import Weights
 from ..progress import QUIET
 from ..recovery.base import LayerWalk
@@ -49,12 +51,10 @@ from .checks import check_adapters, check_recover
 from .default_strategy import with_strategy
 from .fitting import boundary_limit
 from .forecast import Residency
-from .inputs import digest, model_fingerprint
 from .jobs import RecoverJob, recover_job
 from .opening import Opener, Source, check_source
 from .recovery_memory import arranged_layers, layers_disk, refuse_without_layers, states_bytes
 from .saving import save, save_alone
-from .stages import Stages, write_run
 from .training_memory import check_training, reads_dense_by_layer, training_forecast
 
 
@@ -274,7 +274,7 @@ def _dense(opened: Structure, own: DenseText | None, opener: Opener) -> _Dense:
         if own is None:
             raise
         raise ModelError(f"{error}; it would write the examples of --data {own.source}: give --data FILE") from error
-    return _Dense(found, digest(model_fingerprint(found, opener.catalog, sampled_sha256)))
+    return _Dense(found, model_identity(found, opener.catalog) or found.ref)
 
 
 def _with_strategy(job: RecoverJob, opened: Structure, opener: Opener) -> RecoverJob:

@@ -1,377 +1,341 @@
-"""Running a recipe: every step whose result is not there yet, or was made of other inputs."""
+"""Running a recipe: one folder of the output for each step.
+
+A step is done if ``step.json`` in its folder names the inputs that it has now: its settings, the models it reads and
+the data it names. Until its result is whole, a step works in ``NAME.work``, where the same command goes on after an
+interruption. Nothing else is kept.
+"""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..discovery.structure import load_structure
-from ..errors import SettingsError, no_tokenizer
+from ..errors import LlmprunerError, OutputError, SettingsError
 from ..evaluation.evaluate import Evaluations
-from ..files import check_new_directory, json_text, read_json, write_text
-from ..folders import new_directory
-from ..models.model import Model, Structure
+from ..files import check_new_directory, json_text, read_json, remove_tree, write_text
+from ..folders import alone_in, new_directory
+from ..models.identity import data_identity, folder_identity, model_identity
 from ..models.numbers import check_device
-from ..models.record import read_record
+from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import resolve
-from ..models.tokenizer import brings_tokenizer
-from ..progress import QUIET, Progress
+from ..progress import Progress
 from ..recovery.losses import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
-from ..validation import check_type
-from .checks import check_prune
-from .commands import DENSE
-from .inputs import digest, first_change, inputs_of, model_fingerprint
-from .results import PlannedStep, RecipeResult, StepResult
-from .state import State, locked
-from .step_forecast import step_forecast
+from .checks import check_metrics, check_prune, check_recover, check_text
+from .jobs import bench_job, evaluate_job, export_job, prune_job, recover_job
+from .recipe import DENSE, Recipe, Step
 
 if TYPE_CHECKING:
-    from ..evaluation.bench import BenchResult
     from ..plugins.catalog import Catalog
-    from .recipe import Recipe, Step
-
-RESULTS = "results.json"
-"""The file of a step that measures."""
 
 
 @dataclass(frozen=True)
-class Actions:
-    """The functions of the Python API, which are above this package."""
+class StepResult:
+    """One finished step. ``directory``: its folder. ``skipped``: whether it was done before, with the same inputs.
+    ``seconds``: without those before an interruption.
 
-    prune: Callable[..., Model]
-    recover: Callable[..., Model]
-    evaluate: Callable[..., Evaluations]
-    bench: Callable[..., BenchResult]
-    generate: Callable[..., str]
-    export: Callable[..., str]
+    ``result``: JSON values: sizes of a prune, facts of a training, what ``evaluate --json`` and ``bench --json`` write,
+    generated texts, files of an export. ``value``: what the function of the command returned: for prune (`PruningPlan`,
+    `Outcome`), for evaluate `Evaluations`, for bench `BenchResult`; None for other commands and for skipped steps.
+    """
+
+    name: str
+    command: str
+    directory: Path
+    skipped: bool
+    seconds: float
+    result: Any
+    value: Any = field(default=None, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values of all fields but ``value``."""
+        values = {key: getattr(self, key) for key in ("name", "command", "skipped", "result")}
+        return {**values, "directory": str(self.directory), "seconds": round(self.seconds, 1)}
 
 
 @dataclass(frozen=True)
-class _Status:
-    """``ready``: whether the models that the step reads exist. ``reason``: why it is to be done again."""
+class RecipeResult:
+    """All steps of a recipe, in their order. ``model``: the dense model; ``output``: the folder."""
 
-    status: Literal["done", "interrupted", "to do"]
-    ready: bool = True
-    reason: str = ""
+    model: str
+    output: Path
+    steps: tuple[StepResult, ...]
+
+    def __getitem__(self, name: str) -> StepResult:
+        """The step of that name. Raises `KeyError`."""
+        return {step.name: step for step in self.steps}[name]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values, as ``llmpruner run --json`` prints them."""
+        return {"model": self.model, "output": str(self.output), "steps": [step.as_json() for step in self.steps]}
 
 
-class Session:
-    """A recipe with all that a run of it needs. Raises `LlmprunerError` for mistakes that need no weights."""
+_JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], None]]] = {
+    "prune": (prune_job, check_text),
+    "recover": (recover_job, check_recover),
+    "evaluate": (evaluate_job, check_metrics),
+    "bench": (bench_job, lambda job: None),
+    "generate": (lambda settings, catalog: settings, lambda job: None),
+    "export": (export_job, lambda exporter: exporter.check()),
+}
+"""Command → what creates its job from settings, and what checks its data."""
+
+
+def recipe_jobs(recipe: Recipe, catalog: Catalog) -> dict[str, Any]:
+    """Name → job of every step. Raises `LlmprunerError` for a mistake that needs no model and no file to be seen."""
+    jobs = {}
+    for step in recipe.steps:
+        with _naming(step):
+            job = jobs[step.name] = _JOBS[step.command][0](step.settings, catalog)
+            compares = next((metric for metric in getattr(job, "metrics", ()) if metric.needs_reference), None)
+            if compares is not None and len(step.reads) == 1:
+                raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
+    return jobs
+
+
+@contextmanager
+def _naming(step: Step) -> Iterator[None]:
+    """Put the place of a step before the message of every error."""
+    try:
+        yield
+    except LlmprunerError as error:
+        error.args = (f"{step.place}: {error}",)
+        raise
+
+
+class RecipeRun:
+    """A recipe with all that a run of it needs. ``functions``: those of the Python API, by command. Raises
+    `LlmprunerError` for mistakes that need no weights."""
 
     def __init__(
         self,
         recipe: Recipe,
         model: str | Path | None,
         output: str | Path | None,
-        load: LoadSettings | None,
-        run: RunSettings | None,
+        load: LoadSettings,
+        run: RunSettings,
         catalog: Catalog,
-        progress: Progress = QUIET,
+        progress: Progress,
+        functions: Mapping[str, Callable[..., Any]],
     ) -> None:
-        check_type("load", load, (LoadSettings, NoneType), "LoadSettings")
-        check_type("run", run, (RunSettings, NoneType), "RunSettings")
-        check_type("model", model, (str, Path, NoneType), "a path or a hub id")
-        check_type("output", output, (str, Path, NoneType), "a path")
-        chosen, folder = model or recipe.model, output or recipe.output
-        if chosen is None:
-            raise SettingsError(f"{recipe.source} names no model; add 'model: …' to it, or give --model")
-        if folder is None:
-            raise SettingsError(f"{recipe.source} names no output; add 'output: …' to it, or give --output")
-        self.recipe, self.model, self.output = recipe, str(chosen), Path(folder)
-        self.catalog, self.progress, self.how = catalog, progress, run or RunSettings()
-        self.load = LoadSettings(**{**_given(recipe.load), **_given(load or LoadSettings())})
-        # Checkpoints that the steps make are local, and have no revisions.
-        self.own_load = LoadSettings(**{key: one for key, one in _given(self.load).items() if key != "revision"})
-        self.jobs = dict(zip((step.name for step in recipe.steps), recipe.check(catalog), strict=True))
+        model, output = model or recipe.model, output or recipe.output
+        if model is None or output is None:
+            missing = "model" if model is None else "output"
+            raise SettingsError(f"{recipe.source} names no {missing}; add '{missing}: …' to it, or give --{missing}")
+        self.recipe, self.model, self.output = recipe, str(model), Path(output)
+        self.run, self.catalog, self.progress, self.functions = run, catalog, progress, functions
+        self.load = LoadSettings(**{**_explicit(recipe.load), **_explicit(load)})
+        self.jobs = recipe_jobs(recipe, catalog)
         check_device(self.load.device)
         resolve(self.model, catalog, revision=self.load.revision)
-        self.state = State(self.output, progress)
-
-    def _lock(self, stack: ExitStack) -> None:
-        """Be alone in the folder until ``stack`` ends, and read the state again."""
-        self.state = State(self.output, self.progress, stack.enter_context(locked(self.output)))
+        for step in recipe.steps:
+            with _naming(step):
+                _JOBS[step.command][1](self.jobs[step.name])
+                if step.command == "prune" and step.reads == (DENSE,):
+                    check_prune(self.jobs[step.name], self.dense, tokenizer=True)
+            folder = self.output / step.name
+            if folder.exists() and not (folder / STEP_FILE).is_file():
+                raise OutputError(f"'{folder}' exists already, and no step of a recipe made it; move it away")
 
     @cached_property
-    def dense(self) -> Structure:
+    def dense(self) -> Any:
+        """The structure of the dense model."""
         return load_structure(self.model, self.catalog, self.load)
 
-    @cached_property
-    def _dense_fingerprint(self) -> Any:
-        return _digest(model_fingerprint(self.dense, self.catalog, self.state.hashes))
-
     def reference(self, name: str) -> str:
-        """The model ``name`` of the recipe, as other functions take it. A step that wrote one ``.gguf`` file is that
-        file."""
+        """A model of the recipe, as other functions take it; the one .gguf file of a step is that file."""
         if name == DENSE:
             return self.model
-        folder = self.output / name
-        # Not of the files that are there: the user may have converted the model into its folder.
-        files = [file for file in self.state.steps[name]["files"] if "/" not in file and file.endswith(".gguf")]
-        return str(folder / files[0] if len(files) == 1 else folder)
+        files = list((self.output / name).glob("*.gguf"))
+        return str(files[0] if len(files) == 1 else self.output / name)
 
     def load_of(self, name: str) -> LoadSettings:
-        return self.load if name == DENSE else self.own_load
+        """Checkpoints of steps are local, and have no revisions."""
+        explicit = _explicit(self.load)
+        return LoadSettings(**{key: explicit[key] for key in explicit if name == DENSE or key != "revision"})
 
-    def structure(self, name: str) -> Structure:
-        return self.dense if name == DENSE else load_structure(self.reference(name), self.catalog, self.own_load)
+    def call(self, step: Step, **more: Any) -> Any:
+        """Call the function of a step's command for the model that it reads, or for all of them."""
+        models: Any = [self.reference(name) for name in step.reads]
+        loads: Any = [self.load_of(name) for name in step.reads]
+        if step.command not in ("evaluate", "bench"):
+            (models,), (loads,) = models, loads
+        return self.functions[step.command](
+            models, load=loads, progress=self.progress, catalog=self.catalog, **more, **step.settings.given()
+        )
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        """All that the result of a step depends on, once the models that it reads exist."""
-        models = {name: self._fingerprint(name) for name in self.recipe.sources(step)}
-        found = inputs_of(
-            step, self.jobs[step.name], models, self.load, self.dense.family.name, self.catalog, self.state.hashes
-        )
-        plain: dict[str, Any] = json.loads(json.dumps(found))
+        """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
+        models = {
+            name: model_identity(self.dense, self.catalog) or self.model
+            if name == DENSE
+            else folder_identity(self.output / name, self.catalog)
+            for name in step.reads
+        }
+        settings = step.settings.model_dump(mode="json")
+        inputs = {
+            "command": step.command,
+            "settings": settings,
+            "load": self.load.model_dump(mode="json"),
+            "models": models,
+            "data": data_identity(settings, self.jobs[step.name]),
+            "prompt": step.prompt,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(inputs))
         return plain
 
-    def _fingerprint(self, name: str) -> Any:
-        return self._dense_fingerprint if name == DENSE else _digest(self.state.steps[name]["files"])
-
-    def statuses(self) -> dict[str, _Status]:
-        """Name → status of every step, as it is now. Raises `OutputError` for results that the user has changed."""
-        found: dict[str, _Status] = {}
-        for step in self.recipe.steps:
-            missing = [name for name in self.recipe.sources(step) if name in found and found[name].status != "done"]
-            found[step.name] = self._waiting(step, missing) if missing else self.status(step)
-        return found
-
-    def _waiting(self, step: Step, missing: list[str]) -> _Status:
-        if step.name not in self.state.steps:
-            return _Status("to do", False)
-        if step.name not in self.state.running:
-            # Before the steps that come first are done.
-            self.state.is_there(step.name)
-            self.state.check_removable(step.name)
-        return _Status("to do", False, f"{missing[0]} is to be done again")
-
-    def status(self, step: Step) -> _Status:
-        """Of a step whose models exist. Raises `OutputError` for a result that the user has changed."""
-        record, begun = self.state.steps.get(step.name), self.state.goes_on(step.name)
-        if begun is not None:
-            changed = first_change(begun, {**self.inputs(step), **self._way()})
-            return _Status("to do", reason=changed) if changed else _Status("interrupted")
-        if record is None or step.name in self.state.running:
-            return _Status("to do")
-        there = self.state.is_there(step.name)
-        if changed := first_change(record["inputs"], self.inputs(step)):
-            self.state.check_removable(step.name)
-            return _Status("to do", reason=changed)
-        return _Status("done") if there else _Status("to do", reason="its folder is gone")
-
-    def _way(self) -> dict[str, Any]:
-        """What an interrupted step cannot be continued without, but its result hardly depends on."""
-        return {"run": {"max_memory": self.how.max_memory}}
-
-    def check(self, statuses: Mapping[str, _Status]) -> None:
-        """Raise for what keeps any of the steps that are to be done from being done, as far as it can be known without
-        weights."""
-        todo = [step for step in self.recipe.steps if statuses[step.name].status != "done"]
-        if todo and not brings_tokenizer(self.model, self.catalog):
-            raise no_tokenizer(
-                f"model '{self.model}'",
-                "a pruned model could read no text; put its files (tokenizer.model, say) into the folder",
-            )
-        for step in todo:
-            job = self.jobs[step.name]
-            with step.named():
-                step.command.check(job)
-                (first, *_) = self.recipe.sources(step)
-                if step.command.name == "prune" and statuses[step.name].ready:
-                    source = self.structure(first)
-                    check_prune(job, source, tokenizer=True)
-                    if self.how.max_memory is not None:
-                        # Raises where it is too little.
-                        self._forecast(step, source)
-
-    def plan(self) -> Iterator[PlannedStep]:
-        """What a run would do."""
-        statuses = self.statuses()
-        self.check(statuses)
-        for step in self.recipe.steps:
-            status, text = statuses[step.name], ""
-            facts: dict[str, Any] = {}
-            if status.status != "done":
-                source = self.structure(self.recipe.sources(step)[0]) if status.ready else None
-                with step.named():
-                    text, facts = self._forecast(step, source)
-            yield PlannedStep(
-                step.name, step.command.name, status.status, status.reason, self.recipe.sources(step), text, facts
-            )
-
-    def _forecast(self, step: Step, source: Structure | None) -> tuple[str, dict[str, Any]]:
-        (first, *_) = self.recipe.sources(step)
-        load = self.load_of(first)
-        return step_forecast(step, self.jobs[step.name], source, self.dense, load, self.how, self.catalog)
-
-    def run(self, actions: Actions, on_step: Callable[[StepResult], None] | None = None) -> RecipeResult:
+    def do(self, on_step: Callable[[StepResult], None] | None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
-        with ExitStack() as held:
-            if self.output.exists():
-                self._lock(held)
-            statuses = self._anew() if self.how.restart else self.statuses()
-            self.check(statuses)
-            if not self.output.exists():
-                check_new_directory(self.output)
-                self._lock(held)
-            if self.how.restart:
-                self.state.clear()
-            results = []
+        if not self.output.exists():
+            check_new_directory(self.output)
+        results = []
+        with alone_in(self.output):
             for step in self.recipe.steps:
-                results.append(self._do(step, actions))
+                results.append(self.step(step))
                 if on_step is not None:
                     on_step(results[-1])
-            return RecipeResult(self.model, self.output, tuple(results))
+        return RecipeResult(self.model, self.output, tuple(results))
 
-    def _anew(self) -> dict[str, _Status]:
-        """As `statuses`, where no step has been done."""
-        return {step.name: _Status("to do", self.recipe.sources(step) == (DENSE,)) for step in self.recipe.steps}
-
-    def _do(self, step: Step, actions: Actions) -> StepResult:
-        count = f"step {step.number} of {len(self.recipe.steps)}, {step.name}"
-        folder, status = self.output / step.name, self.status(step)
-        if status.status == "done":
-            self.progress.status(f"{count}: done before with the same inputs, skipped")
-            record = self.state.steps[step.name]
-            return StepResult(
-                step.name, step.command.name, folder, True, record["seconds"], self._result(step, record["result"])
-            )
-        again = {"interrupted": ", continued"}.get(status.status, f", again: {status.reason}" if status.reason else "")
-        self.progress.status(count + again)
+    def step(self, step: Step) -> StepResult:
+        """The result of a step, which is done unless it was before."""
+        folder, work = self.output / step.name, self.output / f"{step.name}.work"
+        before, begun = _record(folder), _record(work)
         inputs = self.inputs(step)
-        started, value = time.monotonic(), None
+        title = f"step {step.number} of {len(self.recipe.steps)}, {step.name}"
+        if before and before["inputs"] == inputs and not self.run.restart:
+            self.progress.status(f"{title}: done before with the same inputs, skipped")
+            return self._finished(step, before, skipped=True)
+        again = f", again: {_changes(before['inputs'], inputs)}" if before and not self.run.restart else ""
+        if self.run.restart or not begun or begun["inputs"] != inputs:
+            remove_tree(work)
+            work.mkdir()
+            _write_record(work, {"inputs": inputs})
+        else:
+            again = ", continued"
+        self.progress.status(title + again)
+        value = None
+        if not _record(work / "result"):
+            value = self._work(step, work / "result", inputs)
+        if folder.exists():
+            folder.rename(work / "before")
+        (work / "result").rename(folder)
+        remove_tree(work)
+        return self._finished(step, read_json(folder / STEP_FILE), value=value)
+
+    def _work(self, step: Step, result: Path, inputs: Mapping[str, Any]) -> Any:
+        """Run the command of a step into the folder ``result``; returns its value."""
+        remove_tree(result)
+        started = time.monotonic()
         try:
-            with step.named():
-                if not self.state.begin(step.name, {**inputs, **self._way()}):
-                    value = _DO[step.command.name](self, step, actions, folder)
+            with _naming(step):
+                facts, value = _DO[step.command](self, step, result)
         except (KeyboardInterrupt, SystemExit):  # of the user, or of SIGTERM
             self.progress.status(f"stopped in {step.name}; the same command goes on there")
             raise
-        seconds = time.monotonic() - started
-        facts = self._facts(step, folder)
-        self.state.finish(step.name, inputs, facts, seconds, [one.name for one in self.recipe.steps])
-        return StepResult(step.name, step.command.name, folder, False, seconds, self._result(step, facts), value)
-
-    def _facts(self, step: Step, folder: Path) -> Any:
-        """The facts about a finished step, as JSON values: they follow from its folder alone, so that they are the
-        same where the process was killed before they were recorded. None for measurements, which are in a file."""
-        if step.command.name == "prune":
-            (source,) = self.recipe.sources(step)
-            before, after = self.structure(source).graph, load_structure(str(folder), self.catalog, self.own_load).graph
-            return {
-                "checkpoint": _form(folder),
-                "parameters": after.total_parameters,
-                "decoder_parameters": after.decoder_parameters,
-                "decoder_removed": 1 - after.decoder_parameters / before.decoder_parameters,
-            }
-        if step.command.name == "recover":
-            record = (read_record(folder) or {}).get("recovery", [{}])[-1]
-            kept = ("strategy", "data", "examples", "trainable_parameters")
-            facts: dict[str, Any] = {}
-            if (found := first_and_last(record)) is not None:
-                facts = {"steps": len(record["losses"]), "losses": list(found[1:]), "loss": loss_text(record)}
-            return {"checkpoint": _form(folder), **{key: record[key] for key in kept if key in record}, **facts}
-        if step.command.name == "export":
-            return {"files": {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}}
-        return None
-
-    def _result(self, step: Step, facts: Any) -> Any:
-        if facts is not None:
-            return facts
-        return json.loads((self.output / step.name / RESULTS).read_text(encoding="utf-8"))
-
-    def shared(self, name: str) -> dict[str, Any]:
-        """Keywords of a function that reads the model ``name``."""
-        return {"load": self.load_of(name), "progress": self.progress, "catalog": self.catalog}
-
-
-def _prune(session: Session, step: Step, actions: Actions, folder: Path) -> Any:
-    (source,) = session.recipe.sources(step)
-    how = RunSettings(**{key: one for key, one in _given(session.how).items() if key != "restart"})
-    made = actions.prune(session.reference(source), output=folder, run=how, **session.shared(source), **step.given)
-    return made.plans[-1], made.outcome
-
-
-def _recover(session: Session, step: Step, actions: Actions, folder: Path) -> None:
-    (source,) = session.recipe.sources(step)
-    actions.recover(session.reference(source), output=folder, **session.shared(source), **step.given)
-
-
-def _evaluate(session: Session, step: Step, actions: Actions, folder: Path) -> Evaluations:
-    names = session.recipe.sources(step)
-    found = actions.evaluate(
-        [session.reference(name) for name in names],
-        **{**session.shared(DENSE), "load": [session.load_of(name) for name in names]},
-        **step.given,
-    )
-    named = Evaluations(replace(one, name=name) for one, name in zip(found, names, strict=True))
-    _write(folder, named.as_json())
-    return named
-
-
-def _bench(session: Session, step: Step, actions: Actions, folder: Path) -> BenchResult:
-    names = session.recipe.sources(step)
-    found = actions.bench(
-        [session.reference(name) for name in names],
-        **{**session.shared(DENSE), "load": [session.load_of(name) for name in names]},
-        **step.given,
-    )
-    named = replace(found, models=names)
-    _write(folder, named.as_json())
-    return named
-
-
-def _generate(session: Session, step: Step, actions: Actions, folder: Path) -> None:
-    texts = [
-        {
-            "name": name,
-            "prompt": step.prompt,
-            "text": actions.generate(session.reference(name), step.prompt, **session.shared(name), **step.given),
-        }
-        for name in session.recipe.sources(step)
-    ]
-    _write(folder, texts)
-
-
-def _export(session: Session, step: Step, actions: Actions, folder: Path) -> str:
-    (source,) = session.recipe.sources(step)
-    return actions.export(session.reference(source), output=folder, **session.shared(source), **step.given)
-
-
-_DO: Mapping[str, Callable[[Session, Step, Actions, Path], Any]] = {
-    "prune": _prune,
-    "recover": _recover,
-    "evaluate": _evaluate,
-    "bench": _bench,
-    "generate": _generate,
-    "export": _export,
-}
-
-
-def _write(folder: Path, value: Any) -> None:
-    with new_directory(folder) as partial:
-        write_text(partial / RESULTS, json_text(value, indent=2))
-
-
-def _form(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        return "adapter"
-    return "shim" if "llmpruner" in read_json(folder / "config.json") else "stock"
-
-
-def _given(settings: LoadSettings | RunSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
-
-
-def _digest(value: Any) -> Any:
-    """A fingerprint as one short value; that of a model of the hub, with name and commit, as it is."""
-    if "hub" in value and "commit" in value:
+        except LlmprunerError:
+            if [file.name for file in result.parent.iterdir()] == [STEP_FILE]:
+                remove_tree(result.parent)  # refused before anything was done
+            raise
+        record = {"number": step.number, "name": step.name, "command": step.command, "inputs": inputs}
+        _write_record(result, {**record, "seconds": round(time.monotonic() - started, 1), "result": facts})
         return value
-    return digest(value)
+
+    def _finished(
+        self, step: Step, record: Mapping[str, Any], *, skipped: bool = False, value: Any = None
+    ) -> StepResult:
+        folder, facts = self.output / step.name, record["result"]
+        if facts is None:
+            facts = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        return StepResult(step.name, step.command, folder, skipped, record["seconds"], facts, value)
+
+
+def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
+    limits = RunSettings(**{key: value for key, value in _explicit(run.run).items() if key != "restart"})
+    model = run.call(step, output=output, run=limits, need_tokenizer=True)
+    outcome = model.outcome
+    facts = {
+        "checkpoint": model.form,
+        "parameters": outcome.parameters_after,
+        "decoder_parameters": outcome.decoder_after,
+        "decoder_removed": outcome.decoder_removed,
+    }
+    return facts, (model.plans[-1], outcome)
+
+
+def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
+    model = run.call(step, output=output)
+    record = model.record["recovery"][-1]
+    facts = {key: record[key] for key in ("strategy", "data", "examples", "trainable_parameters") if key in record}
+    if (losses := first_and_last(record)) is not None:
+        facts |= {"steps": len(record["losses"]), "losses": list(losses[1:]), "loss": loss_text(record)}
+    return {"checkpoint": model.form, **facts}, None
+
+
+def _export(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
+    line = run.call(step, output=output)
+    return {"files": {file.name: file.stat().st_size for file in sorted(output.iterdir()) if file.is_file()}}, line
+
+
+def _evaluate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
+    named = Evaluations(replace(each, name=name) for each, name in zip(run.call(step), step.reads, strict=True))
+    _write_results(output, named.as_json())
+    return None, named
+
+
+def _bench(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
+    named = replace(run.call(step), models=step.reads)
+    _write_results(output, named.as_json())
+    return None, named
+
+
+def _generate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
+    texts = [
+        {"name": name, "prompt": step.prompt, "text": run.call(replace(step, reads=(name,)), prompt=step.prompt)}
+        for name in step.reads
+    ]
+    _write_results(output, texts)
+    return None, None
+
+
+_DO: Mapping[str, Callable[[RecipeRun, Step, Path], tuple[Any, Any]]] = {
+    "prune": _prune, "recover": _recover, "evaluate": _evaluate, "bench": _bench, "generate": _generate,
+    "export": _export,
+}  # fmt: skip
+"""Command → what does it: writes the folder, and returns facts as JSON values (None where they are in results.json) and
+the value of `StepResult`."""
+
+
+def _write_results(folder: Path, value: Any) -> None:
+    with new_directory(folder) as partial:
+        write_text(partial / RESULTS_FILE, json_text(value, indent=2))
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    return read_json(folder / STEP_FILE) if (folder / STEP_FILE).is_file() else None
+
+
+def _write_record(folder: Path, value: Mapping[str, Any]) -> None:
+    write_text(folder / STEP_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The inputs that differ, as ``settings.ratio``."""
+    names = []
+    for key, value in now.items():
+        old = before.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            names += [f"{key}.{inner}" for inner in {**old, **value} if old.get(inner) != value.get(inner)]
+        elif old != value:
+            names.append(key)
+    return f"{', '.join(names)} changed"
+
+
+def _explicit(settings: LoadSettings | RunSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in settings.model_fields_set}

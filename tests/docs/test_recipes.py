@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import recipes_page
+import yaml
 
 from llmpruner import Recipe
-from llmpruner.recipes.commands import COMMANDS
-from llmpruner.recipes.yaml_file import read_yaml
+from llmpruner.recipes.recipe import COMMANDS
+from llmpruner.recipes.run import recipe_jobs
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("how-to/recipes.md", "reference/recipes.md")
@@ -23,10 +24,8 @@ BLOCKS = [
 
 @pytest.mark.parametrize(("page", "number", "text"), BLOCKS, ids=[f"{page} {number}" for page, number, _ in BLOCKS])
 def test_recipes_on_pages_are_valid(page, number, text, catalog):
-    source = f"docs/{page}, recipe {number + 1}"
-    value, lines = read_yaml(text, source)
-    recipe = Recipe.of(value, source, lines)
-    assert len(recipe.check(catalog)) == len(recipe.steps) > 2
+    recipe = Recipe.of(yaml.safe_load(text), f"docs/{page}, recipe {number + 1}")
+    assert len(recipe_jobs(recipe, catalog)) == len(recipe.steps) > 2
 
 
 def test_there_are_recipes_on_both_pages(catalog):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import tiny_models
@@ -14,7 +13,6 @@ from llmpruner.errors import OutputError
 from llmpruner.folders import alone_in, check_unused
 from llmpruner.progress import Progress
 from llmpruner.recipes.saving import save_alone
-from llmpruner.recipes.state import State, locked
 from llmpruner.settings import RunSettings
 
 AGAIN = RunSettings(restart=True)
@@ -143,38 +141,6 @@ def test_restart_goes_through_a_link(tmp_path):
     assert (tmp_path / "disk" / "new").exists()
     check_unused(tmp_path / "disk")
     check_unused(tmp_path / "nowhere")
-
-
-def test_steps_of_a_recipe(tmp_path):
-    """A step's own command may run without the recipe; and the recipe's folder may be taken."""
-    out: Path = tmp_path / "out"
-    with locked(out) as held:
-        state = State(out, held=held)
-        state.begin("cut", {"a": 1})
-        with alone_in(out / "cut.pruning") as work:
-            (work.folder / "layer").write_text("x")
-            with pytest.raises(OutputError, match="another run works in"):
-                state.clear()
-        assert (out / "cut.pruning" / "layer").exists()
-        out.rename(tmp_path / "moved")
-        out.mkdir()
-        for act in (state.save, state.clear, lambda: state.finish("cut", {"a": 1}, None, 1.0)):
-            with pytest.raises(OutputError, match="was removed or replaced"):
-                act()
-    assert list(out.iterdir()) == []
-
-
-def test_two_runs_that_create_a_folder_at_once(tmp_path, monkeypatch):
-    out: Path = tmp_path / "out"
-    with ExitStack() as other:
-
-        def created_meanwhile(folder):
-            monkeypatch.undo()
-            other.enter_context(locked(folder))
-
-        monkeypatch.setattr("llmpruner.recipes.state.check_new_directory", created_meanwhile)
-        with pytest.raises(OutputError, match="another run works on"), locked(out):
-            pass
 
 
 def test_a_folder_that_never_stays_is_refused_instead_of_tried_for_ever(tmp_path, monkeypatch):

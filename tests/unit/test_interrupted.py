@@ -21,7 +21,6 @@ from llmpruner.files import write_text
 from llmpruner.folders import scratch_folder
 from llmpruner.progress import Progress
 from llmpruner.pruning.methods.presets import Best
-from llmpruner.recipes.state import LOCK, State
 from llmpruner.recovery.work_dir import check_work_dir
 from llmpruner.settings import RunSettings
 
@@ -163,36 +162,14 @@ def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         patch.setattr(Path, "unlink", killed)
-        for name in ("run.json", "job.json", "recipe.json"):
+        for name in ("run.json", "job.json"):
             (tmp_path / name).mkdir()
             with pytest.raises(Killed):
                 write_text(tmp_path / name / name, "{}")
-    journal, recovery, recipe = (tmp_path / name for name in ("run.json", "job.json", "recipe.json"))
-    assert all(len(list(folder.iterdir())) == 1 for folder in (journal, recovery, recipe))
+    journal, recovery = (tmp_path / name for name in ("run.json", "job.json"))
+    assert all(len(list(folder.iterdir())) == 1 for folder in (journal, recovery))
     Journal(journal, {})
     check_work_dir(recovery)
-    (recipe / LOCK).touch()
-    assert State(recipe).steps == {}
-
-
-@pytest.mark.parametrize("half", [True, False], ids=["half", "whole"])
-def test_a_result_whose_removal_was_interrupted_is_not_that_of_the_new_inputs(tmp_path, monkeypatch, half):
-    def killed(folder, *_, **__):
-        if half:
-            (folder / "weights").unlink()
-        raise Killed
-
-    state, folder = State(tmp_path), tmp_path / "cut"
-    state.begin("cut", {"ratio": 1})
-    folder.mkdir()
-    for name in ("weights", "config"):
-        (folder / name).touch()
-    state.finish("cut", {"ratio": 1}, None, 1.0)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("llmpruner.recipes.state.shutil.rmtree", killed)
-        state.begin("cut", {"ratio": 2})
-    assert State(tmp_path).goes_on("cut") is None
-    assert State(tmp_path).begin("cut", {"ratio": 2}) is False and not folder.exists()
 
 
 def test_a_refused_run_leaves_no_folder(dense, tmp_path):

@@ -1,0 +1,96 @@
+"""What a result depends on: the files of a model, and the data files that settings name.
+
+Interrupted runs, steps of recipes and kept measurements compare these to tell whether they may be used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..component import Component
+from ..files import is_file
+from .checkpoint import adapter_base
+from .record import OF_THIS_MACHINE, sampled_sha256, sha256
+from .reference import resolve
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
+    from .model import Structure
+    from .reference import Reference
+
+_NO_WEIGHTS = (".md", ".log")
+
+
+def model_identity(structure: Structure, catalog: Catalog) -> str | None:
+    """A digest of the files of a model, and of those of the base of adapters; of a model of the hub, of its commit.
+    None where the commit is not known."""
+    return _digest(_model_files(structure.ref, getattr(structure.config, "_commit_hash", None), catalog))
+
+
+def folder_identity(folder: Path, catalog: Catalog) -> str | None:
+    """`model_identity` of the model in a local folder, which is not opened."""
+    return _digest(_model_files(str(folder), None, catalog))
+
+
+def _digest(files: dict[str, Any] | None) -> str | None:
+    return None if files is None else hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _model_files(ref: str, commit: str | None, catalog: Catalog) -> dict[str, Any] | None:
+    place = resolve(ref, catalog)
+    if not place.gguf_file and not place.directory.exists():
+        return None if commit is None else {"hub": ref, "commit": commit}
+    files: dict[str, Any] = {file.name: sampled_sha256(file) for file in _files(place)}
+    base = adapter_base(place.directory) if place.directory.is_dir() else None
+    if base is None:
+        return files
+    base_files = _model_files(base, commit, catalog)
+    return None if base_files is None else {**files, "base of the adapter": base_files}
+
+
+def _files(place: Reference) -> list[Path]:
+    if place.gguf_file:
+        return [place.directory / place.gguf_file]
+    if place.directory.is_file():
+        return [place.directory]
+    return [
+        file
+        for file in sorted(place.directory.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix not in _NO_WEIGHTS
+        and file.name not in OF_THIS_MACHINE
+    ]
+
+
+def data_identity(*values: Any) -> dict[str, str]:
+    """Path → SHA-256 of every file that ``values`` name: settings, components, or jobs, which are made of them."""
+    return {str(file): sha256(file) for file in sorted(set(_files_named(values)))}
+
+
+def _files_named(value: Any) -> Iterator[Path]:
+    """Data is named by a file, several with commas between them, with shares (``3*FILE``), and after the name of a
+    calibration source (``NAME:FILE``). A folder that is given as a path stands for all files in it."""
+    if isinstance(value, Component):
+        value = value.record()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = tuple(getattr(value, field.name) for field in fields(value))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for element in value:
+            yield from _files_named(element)
+    elif isinstance(value, Path) and value.is_dir():
+        yield from (file for file in value.rglob("*") if file.is_file())
+    elif isinstance(value, (str, Path)):
+        text = str(value)
+        for part in (text, *re.split(r"\s*,\s*", text)):
+            share = re.fullmatch(r"\d+(?:\.\d+)?\*(.+)", part, re.S)
+            name = share[1] if share else part
+            yield from (Path(path) for path in (name, name.partition(":")[2]) if path and is_file(path))

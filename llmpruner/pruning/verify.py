@@ -1,0 +1,277 @@
+"""``llmpruner verify``: whether a checkpoint is as it was saved, and its weights those of the dense model.
+
+The checks, in order: the SHA-256 of its files; the names and shapes of its tensors, by its plans; the weights that the
+cut left as they are, bit for bit those of the dense model; and the logits. Weights are read one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from ..amounts import counted
+from ..discovery.dense import check_named_base, dense_structure, open_dense
+from ..discovery.silenced import distance, logits, silenced
+from ..discovery.structure import load_structure
+from ..discovery.verify import TOLERANCE
+from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
+from ..files import exists, read_json
+from ..models.checkpoint import adapter_base
+from ..models.meta import meta_model
+from ..models.numbers import loaded_bytes
+from ..models.opening import open_weights, why_not_streamed
+from ..models.record import RECORD_FILE, damaged_files, read_any_record, recorded_files
+from ..models.remote import ALLOW
+from ..models.shards import check_index, has_shards
+from ..models.surgery import cut
+from ..models.weights import CutWeights, StreamedWeights, Weights
+from ..progress import QUIET, Progress
+from ..settings import DEMO, LoadSettings
+from ..structure.coupling import Role, layer_number
+from ..structure.kept import compose_all, layer_numbers, restrict
+
+if TYPE_CHECKING:
+    from ..models.model import Model, Structure
+    from ..plugins.catalog import Catalog
+    from ..structure.coupling import CouplingGraph
+    from ..structure.plan import PruningPlan
+
+PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
+_CHECKS = ("files", "shapes", "weights", "logits")
+_ROUNDED = 2e-2
+"""As `TOLERANCE` of the oracle, for 16-bit weights."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """``name``: ``files``, ``shapes``, ``weights`` or ``logits``. ``state``: ``passed``, ``damaged`` or ``not
+    checked``. ``detail``: what was compared; for damage, the file or the tensor; else why not."""
+
+    name: str
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of `verify_checkpoint`."""
+
+    directory: str
+    checks: tuple[Check, ...]
+
+    @property
+    def damage(self) -> tuple[str, ...]:
+        """A line for each thing that is damaged; empty for a checkpoint that is not."""
+        return tuple(check.detail for check in self.checks if check.state == DAMAGED)
+
+    def as_json(self) -> dict[str, Any]:
+        checks = [{"check": c.name, "state": c.state, "detail": c.detail} for c in self.checks]
+        return {"directory": self.directory, "damaged": bool(self.damage), "checks": checks}
+
+
+class _NotComparable(Exception):
+    """Nothing more can be compared; the message says why."""
+
+
+def verify_checkpoint(
+    directory: Path, base: str | None, load: LoadSettings, catalog: Catalog, progress: Progress = QUIET
+) -> Verification:
+    """Check ``directory``. ``base``: reference of the dense model, instead of that in the record.
+
+    Damage is part of the result. Raises `ModelError` for a directory that holds no checkpoint, and for a ``base`` that
+    cannot be opened or is another model.
+    """
+    recorded = (directory / RECORD_FILE).is_file() or adapter_base(directory) is not None
+    if not recorded and not has_shards(directory):
+        raise ModelError(
+            f"'{directory}' has neither a {RECORD_FILE} nor safetensors files, so there is nothing to verify"
+        )
+    checks = list(_file_checks(directory))
+    reason = "the files are damaged"
+    if not any(check.state == DAMAGED for check in checks):
+        try:
+            for name, compared in _model_checks(directory, base, load, catalog, progress):
+                checks.append(Check(name, PASSED, compared))
+        except _NotComparable as why:
+            reason = str(why)
+        except CheckpointError as error:
+            checks.append(Check(_CHECKS[len(checks)], DAMAGED, str(error)))
+    done = [check.name for check in checks]
+    rest = [Check(name, NOT_CHECKED, reason) for name in _CHECKS if name not in done]
+    return Verification(str(directory), (*checks, *rest))
+
+
+def _file_checks(directory: Path) -> Iterator[Check]:
+    try:
+        recorded = recorded_files(read_any_record(directory))
+        damaged = [f"{directory / name} {what}" for name, what in damaged_files(directory, recorded or {})]
+    except CheckpointError as error:
+        damaged, recorded = [str(error)], {}
+    for line in damaged:
+        yield Check("files", DAMAGED, line)
+    if recorded is None:
+        yield Check("files", NOT_CHECKED, "there is no record with hashes")
+    elif not damaged:
+        yield Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")
+
+
+def _model_checks(
+    directory: Path, named: str | None, load: LoadSettings, catalog: Catalog, progress: Progress
+) -> Iterator[tuple[str, str]]:
+    """The checks after those of the files, with what was compared. Raises `_NotComparable`, and `CheckpointError` for
+    damage."""
+    progress.status("comparing shapes with the plans")
+    structure, weights = _opened(directory, load, catalog)
+    yield "shapes", f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
+    if not structure.plans:
+        raise _NotComparable("it was not pruned by llmpruner")
+    base = structure.plans[0].base.model
+    if named is None and not any(map(exists, (base, str((structure.record or {}).get("base_path"))))) and base != DEMO:
+        raise _NotComparable(f"the base '{base}' is not on this machine; name it with --base")
+    record = structure.record or {}
+    if record.get("recovery") or record.get("adapters"):
+        raise _NotComparable("weights were trained after the cut")
+    dense = _dense(structure, named, _typed(directory, load), catalog)
+    progress.status(f"comparing with '{dense.ref}'")
+    changed = _changed_modules(dense.graph, structure.plans, catalog)
+    vocabulary = dense.model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    expected = None
+    if not changed and dense.streamed is None and dense.model.dtype == torch.float32:
+        # What is silenced is cut afterwards, so that no copy is needed.
+        with silenced(dense.model, dense.graph, compose_all(dense.graph, [plan.kept for plan in structure.plans])):
+            expected = logits(dense.model, tokens)
+    cut_weights = _cut(dense, structure.plans)
+    yield "weights", _compare_weights(weights, cut_weights, changed, dense.ref)
+    if changed:
+        raise _NotComparable("weights were fitted to compensate for the cut")
+    what = "a new cut of the base" if expected is None else "the base with the removed units silenced"
+    expected = logits(cut_weights.model, tokens) if expected is None else expected
+    difference = distance(logits(weights.model, tokens).float(), expected.float())
+    if not difference <= (TOLERANCE if weights.model.dtype == torch.float32 else _ROUNDED):
+        raise CheckpointError(
+            f"the logits differ from {what} by {difference:.0e} of the largest, although the weights are right: "
+            "config.json or the code next to it is not that of the model"
+        )
+    yield "logits", f"those of {what} (difference {difference:.0e} of the largest)"
+
+
+def _typed(directory: Path, load: LoadSettings) -> LoadSettings:
+    """In the dtype that the tensors are stored in, so that they are compared as they are."""
+    dtype = read_json(directory / "config.json").get("dtype")
+    return load.model_copy(update={"dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "float32"})
+
+
+def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Structure, StreamedWeights]:
+    """The checkpoint, once its tensors are those of its plans."""
+    if (base := adapter_base(directory)) is not None:
+        raise _NotComparable(f"these are adapters; '{base}', which they change, is verified on its own")
+    if (form := (read_any_record(directory) or {}).get("format")) is not None:
+        raise _NotComparable(f"the format {form} is for other programs, and llmpruner does not open it")
+    try:
+        check_index(directory)
+        load = _typed(directory, load)
+        structure = load_structure(str(directory), catalog, load)
+        if (why := why_not_streamed(structure, catalog, load, cuts=False)) is not None:
+            raise _NotComparable(f"only weights that can be read layer by layer are compared: {why}")
+        weights = open_weights(structure, catalog, load)
+    except LlmprunerError as error:
+        # A plugin, a library or the leave to run code is missing, which is no damage.
+        if isinstance(error, (PluginError, UnsupportedModelError, MissingExtraError)) or ALLOW in str(error):
+            raise _NotComparable(str(error)) from error
+        raise CheckpointError(str(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:  # of transformers
+        raise CheckpointError(f"{directory} cannot be opened: {type(error).__name__}: {error}") from error
+    if unknown := sorted(map(str, weights.info["unexpected_keys"])):
+        raise CheckpointError(f"{directory}: tensor '{unknown[0]}' belongs to no module of the model")
+    return structure, weights
+
+
+def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog: Catalog) -> Model:
+    """The dense model, in memory if it takes less than half of the free memory, else read layer by layer. Raises
+    `ModelError` where ``named`` cannot be opened, or is another model."""
+    trusted = load.trust_remote_code
+    if named is not None:
+        check_named_base(structure, named, catalog, trust_remote_code=trusted)
+        first, *later = structure.plans
+        ref = str(Path(named).absolute()) if exists(named) else named
+        first = first.model_copy(update={"base": first.base.model_copy(update={"model": ref, "revision": None})})
+        record = {key: value for key, value in (structure.record or {}).items() if key != "base_path"}
+        structure = replace(structure, plans=(first, *later), record=record)
+    try:
+        dense = dense_structure(structure, catalog, trust_remote_code=trusted)
+        large = loaded_bytes(dense, load) > psutil.virtual_memory().available // 2
+        streamed = large and why_not_streamed(dense, catalog, load, cuts=False) is None
+        return open_dense(structure, catalog, load, streamed=streamed)
+    except LlmprunerError as error:
+        if named is not None:
+            raise
+        raise _NotComparable(str(error)) from error
+
+
+def _cut(dense: Model, plans: tuple[PruningPlan, ...]) -> Weights:
+    """The weights of ``dense``, cut by the plans once more; of a streamed model, layer by layer as they are read."""
+    graph = dense.graph
+    if dense.streamed is None:
+        for plan in plans:
+            graph = cut(dense.model, graph, plan.kept, dense.family)
+        return Weights(dense.model, graph.layers)
+    weights = dense.streamed
+    for number, plan in enumerate(plans, start=1):
+        model, after = meta_model(dense.config, dense.model.dtype), dense.graph
+        for done in plans[:number]:
+            after = cut(model, after, done.kept, dense.family)
+        weights = CutWeights(model, weights, graph, plan.kept)
+        graph = after
+    return weights
+
+
+def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catalog: Catalog) -> set[str]:
+    """Paths of the modules, in the pruned model, whose weights a compensation changed."""
+    changed: set[str] = set()
+    for plan in plans:
+        if plan.compensation is not None:
+            record = plan.compensation
+            compensation = catalog.create(catalog.compensations, record.name, record.settings)
+            if not compensation.changes_readers_alone:
+                raise _NotComparable(f"{compensation.label()} may have changed any weight")
+            changed |= {
+                span.parameter.rpartition(".")[0]
+                for name in compensation.changed_groups(graph, plan.kept)
+                for span in graph.by_name[name].spans_with(Role.CONSUMES)
+            }
+        changed = {path for old in changed if (path := _path_after(old, graph, plan)) is not None}
+        graph = restrict(graph, plan.kept)
+    return changed
+
+
+def _path_after(path: str, graph: CouplingGraph, plan: PruningPlan) -> str | None:
+    """A module path after the cut; None where its layer is removed."""
+    number = layer_number(path, graph.layers)
+    if number is None:
+        return path
+    now = layer_numbers(graph, plan.kept).get(number)
+    return None if now is None else f"{graph.layers}.{now}{path.removeprefix(f'{graph.layers}.{number}')}"
+
+
+def _compare_weights(checked: Weights, expected: Weights, changed: set[str], base: str) -> str:
+    """Compare all weights but those in ``changed`` modules, bit for bit; returns what was compared. Raises
+    `CheckpointError` with the first tensor that differs."""
+    count = left = 0
+    for part in (None, *range(len(checked.model.get_submodule(checked.path)))):
+        with checked.part(part), expected.part(part):
+            own, others = (dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, expected))
+            for name in sorted(name for name in others if checked.number(name) == part):
+                if name.rpartition(".")[0] in changed:
+                    left += 1
+                elif name not in own or not torch.equal(own[name], others[name]):
+                    raise CheckpointError(f"tensor '{name}' is not that of the base '{base}', cut by the plans")
+                else:
+                    count += 1
+    rest = f"; {left} that a compensation fitted are left out" if left else ""
+    return f"{count} tensors are those of '{base}', bit for bit{rest}"
