@@ -60,8 +60,8 @@ from .evaluation.runtime import Runtime as Runtime
 from .evaluation.runtime import Session as Session
 from .evaluation.runtime import Work as Work
 from .evaluation.transformers_runtime import work_of as work_of
-from .exporters.base import Exporter as Exporter
-from .exporters.base import ExportTask as ExportTask
+from .exporters import Exporter as Exporter
+from .exporters import ExportTask as ExportTask
 from .folders import new_directory as new_directory
 from .models.checkpoint import load_pruned as load_pruned
 from .models.meta import meta_model as meta_model

@@ -31,7 +31,7 @@ from .evaluation.bench import bench as _bench
 from .evaluation.evaluate import Evaluations
 from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.runtime import BenchSubject
-from .exporters.run import export as _export
+from .exporters import export as _export
 from .files import HTML, check_new_directory, check_own_file, write_text
 from .keywords import (
     BenchKeywords,
@@ -348,7 +348,6 @@ def export(
     catalog = catalog or Catalog()
     source = Path(model)
     exporter = export_job(settings_from(ExportSettings, settings), catalog)
-    exporter.check()
     directory = check_new_directory(Path(output))
     is_file = source.suffix == ".gguf" and source.is_file()
     if is_file and not exporter.takes_files:

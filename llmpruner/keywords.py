@@ -133,5 +133,4 @@ class ExportKeywords(TypedDict, total=False):
     """Of `ExportSettings`."""
 
     to: Required[str]
-    quant: str | None
     settings: Mapping[str, Mapping[str, Any]]

@@ -580,7 +580,7 @@ class BenchSettings(Settings):
         str,
         Field(
             description="The program that runs the models: transformers, transformers-static (a cache of fixed size), "
-            "llama-cpp (.gguf files), vllm; see `llmpruner plugins`."
+            "llama-cpp (.gguf files), vllm …; see `llmpruner plugins`."
         ),
     ] = "transformers"
     batch: Annotated[
@@ -621,11 +621,6 @@ class ExportSettings(Settings):
     """In which format a checkpoint is written."""
 
     to: Annotated[str, Field(description="Exporter; see `llmpruner plugins`.")]
-    quant: Annotated[
-        str | None,
-        Field(description="Quantise the file of --to gguf: q8_0, q6_k, q5_k_m, q4_k_m … (with llama-cpp-python)."),
-        Option(sets="to.quant"),
-    ] = None
     settings: Set = {}
 
 

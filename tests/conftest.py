@@ -50,8 +50,8 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
 
 
 LONGEST = [
-    "plugins/test_chatglm_conformance.py",
-    "plugins/test_llama_family.py",
+    "plugins/chatglm/test_chatglm_conformance.py",
+    "plugins/llama/test_llama_family.py",
     "discovery/test_model_types.py",
     "unit/test_remote_code.py",
     "real/test_real_model.py",

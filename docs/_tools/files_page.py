@@ -72,10 +72,8 @@ ORIGIN = {
     "adapters_of": "The model that adapters change, as the user named it; absent in exports.",
     "recovery": "As in `llmpruner.json`; absent in exports.",
     "exported_from": "The checkpoint that was exported, as the user named it; absent beside adapters.",
-    "padded": "`parameters_before` and `parameters_after`: parameters before and after zeros were added; absent where "
-    "none were.",
-    "format": "The exporter, `nemotron-nas`, whose format llmpruner does not open: `verify` checks files, tensors and "
-    "values alone; absent in others.",
+    "format": "The exporter (such as `nemotron-nas`) whose format llmpruner does not open: `verify` checks files, "
+    "tensors and values alone; absent in others.",
 }
 """Key of ``llmpruner-files.json`` → what it is."""
 RECOVERY = {

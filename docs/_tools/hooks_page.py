@@ -12,7 +12,7 @@ from llmpruner.component import Component, ComponentSettings
 from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.runtime import BenchSubject, Session, Work
 from llmpruner.evaluation.transformers_runtime import work_of
-from llmpruner.exporters.base import ExportTask
+from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime
-    from ..exporters.base import Exporter
+    from ..exporters import Exporter
     from ..pruning.allocation.base import Allocation
     from ..pruning.budgets.base import Budget
     from ..pruning.compensation.base import Compensation
@@ -105,20 +105,16 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 @hookimpl
 def llmpruner_exporters() -> list[type[Exporter]]:
-    from ..exporters.gguf.exporter import GgufExporter
-    from ..exporters.nemotron_nas import NemotronNasExporter
-    from ..exporters.stock import StockExporter
-    from ..exporters.torchao_weights import TorchAoExporter
+    from ..exporters import StockExporter
 
-    return [StockExporter, NemotronNasExporter, GgufExporter, TorchAoExporter]
+    return [StockExporter]
 
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Runtime]]:
-    from ..evaluation.speed.runtimes import LlamaCppRuntime, VllmRuntime
     from ..evaluation.transformers_runtime import StaticRuntime, TransformersRuntime
 
-    return [TransformersRuntime, StaticRuntime, LlamaCppRuntime, VllmRuntime]
+    return [TransformersRuntime, StaticRuntime]
 
 
 @hookimpl

@@ -15,7 +15,7 @@ from ..discovery.family import AUTO, ModelFamily
 from ..errors import DuplicateNameError, ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric
 from ..evaluation.runtime import Runtime
-from ..exporters.base import Exporter
+from ..exporters import Exporter
 from ..models.reference import CheckpointReader
 from ..pruning.allocation.base import Allocation
 from ..pruning.budgets.base import Budget

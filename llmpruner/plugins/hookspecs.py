@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime
-    from ..exporters.base import Exporter
+    from ..exporters import Exporter
     from ..models.reference import CheckpointReader
     from ..pruning.allocation.base import Allocation
     from ..pruning.budgets.base import Budget

@@ -16,7 +16,7 @@ from ..engine.signals import Signal
 from ..errors import PluginError, SettingsError
 from ..evaluation.base import Metric
 from ..evaluation.runtime import Runtime
-from ..exporters.base import Exporter
+from ..exporters import Exporter
 from ..plugins.catalog import Catalog
 from ..pruning.allocation.base import Allocation
 from ..pruning.budgets.base import Budget

@@ -13,6 +13,24 @@ if TYPE_CHECKING:
     from .configuration_chatglm import ChatGLMConfig
 
 
+def register() -> None:
+    """Register model type ``chatglm`` with AutoConfig, AutoModel, AutoModelForCausalLM and AutoTokenizer.
+
+    ChatGLM2, ChatGLM3 and GLM-4 in the original format have the same model type; `ChatGLMConfig` refuses their
+    configurations. Repeated calls have no further effect.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from .configuration_chatglm import ChatGLMConfig
+    from .modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+    from .tokenization_chatglm import ChatGLMTokenizer
+
+    AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
+    AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
+    AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+    AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+
+
 class ChatGLMFamily(ModelFamily):
     """ChatGLM-6B, the first generation. Its hidden channels cannot be cut exactly, because of LayerNorms over them."""
 
@@ -24,8 +42,6 @@ class ChatGLMFamily(ModelFamily):
 
     def register_models(self) -> None:
         """Register ``model_type: chatglm`` with the auto classes of transformers."""
-        from .registration import register
-
         register()
 
     def coupled_groups(self, config: ChatGLMConfig) -> Sequence[CoupledGroup]:

@@ -12,11 +12,11 @@ from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrain
 from llmpruner import ModelError, UnsupportedModelError
 
 from .configuration_chatglm import ChatGLMConfig
+from .family import register
 from .glm import CHAT_FORMAT, LATER_KEY, ROLES, ROUNDS
-from .registration import register
 from .tokenization_chatglm import VOCABULARY_FILE, ChatGLMTokenizer
 from .tokenizers import chat_format, one_line, role_stops
-from .weights import Convert, fill, read_json
+from .weights import Convert, read_json, read_model
 
 
 def read_6b_config(path: Path) -> PreTrainedConfig:
@@ -32,7 +32,7 @@ def read_6b_config(path: Path) -> PreTrainedConfig:
 
 
 def read_6b_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    return _with_generation_config(fill(read_6b_config(path), path, _of_6b, dtype), path)
+    return _with_generation_config(read_model(read_6b_config(path), path, _of_6b, dtype), path)
 
 
 def _of_6b(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,7 +62,7 @@ def read_later_config(path: Path) -> PreTrainedConfig:
 
 def read_later_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     config = read_later_config(path)
-    return _with_generation_config(fill(config, path, _of_later(config), dtype), path)
+    return _with_generation_config(read_model(config, path, _of_later(config), dtype), path)
 
 
 def _of_later(config: PreTrainedConfig) -> Convert:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from llmpruner import hookimpl
 
-from .commands import add_commands
-from .exporter import MetaExporter
 from .family import LlamaFamily
-from .meta_reader import MetaReader
-
-if TYPE_CHECKING:
-    import typer
+from .meta import MetaExporter, MetaReader
 
 __all__ = ["LlamaFamily", "MetaExporter", "MetaReader"]
 
@@ -30,8 +23,3 @@ def llmpruner_checkpoint_readers() -> list[type]:
 @hookimpl
 def llmpruner_exporters() -> list[type]:
     return [MetaExporter]
-
-
-@hookimpl
-def llmpruner_commands(app: typer.Typer) -> None:
-    add_commands(app)

@@ -1,20 +1,26 @@
-"""Meta's official weight files, ``consolidated.NN.pth``: names, splits over shards, rotary layout."""
+"""Reading Meta's official format: ``params.json``, ``consolidated.NN.pth`` and ``tokenizer.model``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import pickle
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
-from llmpruner import CheckpointError
+from llmpruner import CheckpointError, meta_model
 
-from .meta_files import PARAMS, SHARDS
 from .meta_params import MetaParams
-from .tensors import READ_BUDGET, TensorFiles, TensorSpec
+from .meta_tokenizer import find_tokenizer, read_tokenizer, stop_tokens
 
-_IGNORED = "rope.freqs"
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel
+
+PARAMS = "params.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +35,13 @@ class Placement:
     heads: int = 0
 
 
-def placements(params: MetaParams, *, tied: bool, embedding_axis: int = 1) -> Iterator[Placement]:
+def placements(params: MetaParams, *, tied: bool, embedding_axis: int) -> Iterator[Placement]:
     """Every tensor, in the model's order. Llama 1 and 2 split the embedding on axis 1, Llama 3 on axis 0."""
     yield Placement("tok_embeddings.weight", "model.embed_tokens.weight", embedding_axis)
     for n in range(params.n_layers):
         ours, theirs = f"model.layers.{n}", f"layers.{n}"
         yield Placement(f"{theirs}.attention_norm.weight", f"{ours}.input_layernorm.weight", None)
-        for m, axis, heads in (
-            ("q", 0, params.n_heads),
-            ("k", 0, params.n_kv_heads),
-            ("v", 0, 0),
-            ("o", 1, 0),
-        ):
+        for m, axis, heads in (("q", 0, params.n_heads), ("k", 0, params.n_kv_heads), ("v", 0, 0), ("o", 1, 0)):
             yield Placement(f"{theirs}.attention.w{m}.weight", f"{ours}.self_attn.{m}_proj.weight", axis, heads)
         yield Placement(f"{theirs}.ffn_norm.weight", f"{ours}.post_attention_layernorm.weight", None)
         for w, m, axis in (("w1", "gate", 0), ("w3", "up", 0), ("w2", "down", 1)):
@@ -61,151 +62,137 @@ def to_neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-class MetaTensors:
-    """The weights of a folder in Meta's format, merged over its shards; a `TensorSource`.
+class MetaFolder:
+    """A folder in Meta's format, its weights mapped from the files. Creation raises `CheckpointError` for a missing
+    file, shard or tensor."""
 
-    Creation raises `CheckpointError` for a missing file, shard or tensor, and for shapes that contradict
-    ``params.json``; it reads no values. ``budget``: of `TensorFiles`.
-    """
-
-    def __init__(self, directory: Path, budget: int = READ_BUDGET) -> None:
+    def __init__(self, directory: Path) -> None:
         if not (directory / PARAMS).is_file():
             raise CheckpointError(f"{directory} is no LLaMA folder in Meta's format: it has no {PARAMS}")
-        self.directory = directory
-        self.params = MetaParams.read(directory / PARAMS)
-        self._files = TensorFiles(budget)
-        self._paths = _shard_paths(directory)
-        self._shards = [self._files.specs(path) for path in self._paths]
-        self._check_count()
+        self.directory, self.params = directory, MetaParams.read(directory / PARAMS)
+        paths = _shard_paths(directory)
+        self._shards = [_mapped(path) for path in paths]
+        self._check_count(paths)
         self.tied = "output.weight" not in self._shards[0]
-        self._placements = {
-            p.name: p for p in placements(self.params, tied=self.tied, embedding_axis=self._embedding_axis())
-        }
-        self._check_names()
-        self.specs: Mapping[str, TensorSpec] = {name: self._merged(p) for name, p in self._placements.items()}
-        self.vocabulary = self.specs["model.embed_tokens.weight"].shape[0]
-        self._check_shapes()
+        embedding = self._shards[0].get("tok_embeddings.weight")
+        axis = 0 if embedding is not None and embedding.shape[-1] == self.params.dim else 1
+        self._placements = {p.name: p for p in placements(self.params, tied=self.tied, embedding_axis=axis)}
+        expected = {p.meta for p in self._placements.values()}
+        for path, shard in zip(paths, self._shards, strict=True):
+            for name in sorted(expected - set(shard)):
+                raise CheckpointError(f"{path} lacks {name}, which {PARAMS} promises")
+            for name in sorted(set(shard) - expected - {"rope.freqs"}):
+                raise CheckpointError(f"{path} holds {name}, which no LLaMA with {self.params.n_layers} layers has")
+        self.dtype = self._shards[0]["norm.weight"].dtype
+        self.vocabulary = self._shards[0]["tok_embeddings.weight"].shape[0] * (1 if axis else len(paths))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the stored weights."""
-        return self.specs["model.embed_tokens.weight"].dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        placement = self._placements[name]
-        if placement.axis is None or len(self._paths) == 1:
-            tensor = self._files.read(self._paths[0], placement.meta)
-        else:
-            parts = [self._files.read(path, placement.meta) for path in self._paths]
-            tensor = torch.cat(parts, placement.axis)
-        return to_rotate_half(tensor, placement.heads) if placement.heads else tensor
-
-    def read_own(self, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-        """The tensor in its own memory instead of the mapped file; ``dtype`` None: as stored."""
-        tensor = self.read(name)
-        if dtype not in (None, tensor.dtype):
-            return tensor.to(dtype)
-        placement = self._placements[name]
-        mapped = not placement.heads and (placement.axis is None or len(self._paths) == 1)
-        return tensor.clone() if mapped else tensor
-
-    def _check_count(self) -> None:
+    def _check_count(self, paths: list[Path]) -> None:
         """Compare the number of shards with that computed from the query projection, which is split by rows."""
-        name = "layers.0.attention.wq.weight"
+        name, dim = "layers.0.attention.wq.weight", self.params.dim
         first = self._shards[0].get(name)
-        if first is None or len(first.shape) != 2:
-            raise CheckpointError(f"{self._paths[0]} lacks {name}: it is no LLaMA checkpoint of Meta's")
-        dim, rows, found = self.params.dim, first.shape[0], len(self._paths)
-        if first.shape[1] != dim or dim % rows:
+        if first is None or first.ndim != 2 or first.shape[1] != dim or dim % first.shape[0]:
             raise CheckpointError(
-                f"{self._paths[0]}: {name} has shape {first.shape}, but {PARAMS} has dim {dim}: "
+                f"{paths[0]}: {name} does not have the width {dim} of {PARAMS}: they belong to different models"
+            )
+        count = dim // first.shape[0]
+        if count != len(paths):
+            missing = ", ".join(f"consolidated.{n:02}.pth" for n in range(len(paths), count))
+            what = f"{missing} missing" if missing else "the others belong to another model"
+            raise CheckpointError(f"{self.directory} has {len(paths)} of {count} shards: {what}")
+
+    def state(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """The weights by Hugging Face's names, merged over the shards; ``dtype`` None: as stored."""
+        state = {}
+        for name, placement in self._placements.items():
+            parts = [shard[placement.meta] for shard in self._shards]
+            try:
+                tensor = parts[0] if placement.axis is None else torch.cat(parts, placement.axis)
+                tensor = to_rotate_half(tensor, placement.heads) if placement.heads else tensor
+            except RuntimeError:
+                raise CheckpointError(
+                    f"{self.directory}: {placement.meta} has shapes {[tuple(p.shape) for p in parts]}, which do not "
+                    f"belong to the same model as {PARAMS}"
+                ) from None
+            state[name] = tensor.to(dtype or tensor.dtype, copy=tensor is parts[0])
+        return state
+
+    def config(self, tokenizer: Any | None) -> LlamaConfig:
+        """Without a tokenizer, the special ids are those of the SentencePiece models of Llama 1 and 2."""
+        if tokenizer is not None and len(tokenizer) > self.vocabulary:
+            raise CheckpointError(
+                f"{self.directory}: its tokenizer has {len(tokenizer)} tokens, its embedding {self.vocabulary} rows: "
                 "the two belong to different models"
             )
-        if dim // rows != found:
-            missing = [f"consolidated.{n:02}.pth" for n in range(found, dim // rows)]
-            what = f"{', '.join(missing)} missing" if missing else "the others belong to another model"
-            raise CheckpointError(f"{self.directory} has {found} of {dim // rows} shards: {what}")
+        config = self.params.to_config(
+            self.vocabulary,
+            tied=self.tied,
+            bos=1 if tokenizer is None else tokenizer.bos_token_id,
+            eos=2 if tokenizer is None else tokenizer.eos_token_id,
+            dtype=self.dtype,
+        )
+        config.name_or_path = str(self.directory)
+        return config
 
-    def _embedding_axis(self) -> int:
-        spec = self._shards[0].get("tok_embeddings.weight")
-        return 0 if spec is not None and spec.shape[-1] == self.params.dim else 1
 
-    def _check_names(self) -> None:
-        expected = {p.meta for p in self._placements.values()}
-        for path, shard in zip(self._paths, self._shards, strict=True):
-            missing = sorted(expected - set(shard))
-            if missing:
-                raise CheckpointError(f"{path} lacks {missing[0]}, which {PARAMS} promises")
-            unknown = sorted(set(shard) - expected - {_IGNORED})
-            if unknown:
-                raise CheckpointError(
-                    f"{path} holds {unknown[0]}, which no LLaMA with {self.params.n_layers} layers has"
-                )
+def config_in(directory: Path) -> LlamaConfig:
+    return MetaFolder(directory).config(tokenizer_in(directory))
 
-    def _merged(self, placement: Placement) -> TensorSpec:
-        specs = [shard[placement.meta] for shard in self._shards]
-        if any(spec != specs[0] for spec in specs):
+
+def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model in ``directory``; ``dtype`` None: as stored."""
+    folder = MetaFolder(directory)
+    tokenizer = tokenizer_in(directory)
+    config = folder.config(tokenizer)
+    config.dtype = dtype or folder.dtype
+    model, state = meta_model(config), folder.state(dtype)
+    for name, parameter in model.named_parameters():
+        if state[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{self.directory}: {placement.meta} differs in shape or type from shard to shard: "
-                "they belong to different checkpoints"
+                f"{directory}: {name} has shape {tuple(state[name].shape)}; {PARAMS} makes it {tuple(parameter.shape)}"
             )
-        shape = list(specs[0].shape)
-        if placement.axis is not None and placement.axis < len(shape):
-            shape[placement.axis] *= len(specs)
-        return TensorSpec(tuple(shape), specs[0].dtype)
-
-    def _check_shapes(self) -> None:
-        params, vocabulary = self.params, self.vocabulary
-        if params.vocab_size not in (-1, vocabulary):
-            raise CheckpointError(
-                f"{self.directory}: {PARAMS} has vocab_size {params.vocab_size}, the embedding has {vocabulary} rows"
-            )
-        width = self.specs["model.layers.0.mlp.gate_proj.weight"].shape[0]
-        if width != params.ffn_width:
-            raise CheckpointError(
-                f"{self.directory}: {PARAMS} makes the MLP {params.ffn_width} wide, the weights make it "
-                f"{width}: the two belong to different models"
-            )
-        kv_rows = params.n_kv_heads * (params.dim // params.n_heads)
-        for name, spec in self.specs.items():
-            if not spec.dtype.is_floating_point:
-                raise CheckpointError(
-                    f"{self.directory}: {self._placements[name].meta} is stored as {spec.dtype}; expected "
-                    "floating-point numbers, as quantised weights cannot be read"
-                )
-            expected = _expected_shape(name, params.dim, kv_rows, width, vocabulary)
-            if spec.shape != expected:
-                raise CheckpointError(
-                    f"{self.directory}: {self._placements[name].meta} has shape {spec.shape}; "
-                    f"{PARAMS} makes it {expected}"
-                )
+    model.load_state_dict(state, strict=not folder.tied, assign=True)
+    model.tie_weights()
+    stops = [config.eos_token_id] if tokenizer is None else stop_tokens(tokenizer)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=stops if len(stops) > 1 else stops[0]
+    )
+    return model.eval()
 
 
-def _expected_shape(name: str, dim: int, kv_rows: int, width: int, vocabulary: int) -> tuple[int, ...]:
-    kind = name.split(".")[-2]
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens": (vocabulary, dim),
-        "lm_head": (vocabulary, dim),
-        "q_proj": (dim, dim),
-        "k_proj": (kv_rows, dim),
-        "v_proj": (kv_rows, dim),
-        "o_proj": (dim, dim),
-        "gate_proj": (width, dim),
-        "up_proj": (width, dim),
-        "down_proj": (dim, width),
-    }
-    return shapes.get(kind, (dim,))
+def tokenizer_in(directory: Path) -> Any | None:
+    """The tokenizer of a folder (see `find_tokenizer`); None when it has none."""
+    file = find_tokenizer(directory)
+    if file is None:
+        return None
+    return read_tokenizer(file, scaled_rope=MetaParams.read(directory / PARAMS).rope_scaling_factor is not None)
 
 
 def _shard_paths(directory: Path) -> list[Path]:
-    numbered: dict[int, Path] = {}
-    for path in directory.glob(SHARDS):
-        number = path.name.split(".")[1]
-        if number.isdecimal():
-            numbered[int(number)] = path
-    if not numbered:
-        raise CheckpointError(f"{directory} has no weights in Meta's format: consolidated.00.pth is missing")
-    for n in range(max(numbered) + 1):
-        if n not in numbered:
-            raise CheckpointError(f"{directory} lacks shard consolidated.{n:02}.pth: download it")
-    return [numbered[n] for n in sorted(numbered)]
+    numbers = (path.name.split(".")[1] for path in directory.glob("consolidated.*.pth"))
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    paths = [directory / f"consolidated.{n:02}.pth" for n in range(last + 1)]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{directory} lacks {path.name}: download it")
+    return paths
+
+
+def _mapped(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped into memory, without unpickling code."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is truncated, or not a checkpoint that PyTorch 1.6 or later wrote: download it again"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path} holds a pickle with more than tensors, which could run code: it was not loaded"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}): download it again") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors.values()
+    ):
+        raise CheckpointError(f"{path} is not a plain dictionary of floating-point tensors, as a model's weights are")
+    return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 from transformers import LlamaConfig
 
 from llmpruner import CheckpointError, UnsupportedModelError
-
-from .tensors import read_json
 
 _SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants of ``use_scaled_rope`` in Meta's code."""
@@ -52,7 +51,10 @@ class MetaParams:
     @classmethod
     def read(cls, path: Path) -> MetaParams:
         """Raises `CheckpointError` when a field is missing or invalid."""
-        values = read_json(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}): download it again") from error
 
         def count(key: str, default: int | None = None) -> int:
             value = values.get(key, default) if values.get(key) is not None else default
@@ -89,8 +91,8 @@ class MetaParams:
         return params
 
     @classmethod
-    def of(cls, config: LlamaConfig, width: int) -> MetaParams:
-        """For a model of ``config`` whose MLPs all have the width ``width``.
+    def of(cls, config: LlamaConfig, *, width: int, vocabulary: int) -> MetaParams:
+        """For a model of ``config`` whose MLPs all have the width ``width``. ``vocabulary``: rows of the embedding.
 
         Any width can be represented: with ``multiple_of`` 1, Meta's formula is int(m · int(8·dim/3)), and
         m = (width + ½) / int(8·dim/3) solves it. Raises `UnsupportedModelError` for other rotary scaling than Meta's.
@@ -116,7 +118,7 @@ class MetaParams:
             multiple_of=multiple_of,
             ffn_dim_multiplier=multiplier,
             norm_eps=config.rms_norm_eps,
-            vocab_size=config.vocab_size,
+            vocab_size=vocabulary,
             rope_theta=theta,
             rope_scaling_factor=factor,
         )

@@ -14,8 +14,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from llmpruner import CheckpointError
 
-from .meta_files import TOKENIZER
-
+TOKENIZER = "tokenizer.model"
 _BEGIN, _END, _END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 _SPECIAL_TOKENS = 256
 _PATTERN = (

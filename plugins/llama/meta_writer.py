@@ -4,135 +4,77 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig
 
-from llmpruner import CheckpointError, UnsupportedModelError, new_directory
+from llmpruner import CheckpointError, UnsupportedModelError
 
-from .meta_files import PARAMS, TOKENIZER
-from .meta_format import Placement, placements, to_neighbours
+from .meta_format import PARAMS, MetaFolder, Placement, placements, to_neighbours, tokenizer_in
 from .meta_params import META_FACTOR, MetaParams
-from .meta_tokenizer import is_tiktoken
-from .tensors import HuggingFaceTensors, ModelTensors, TensorSource, read_json
+from .meta_tokenizer import TOKENIZER, is_tiktoken
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_THETA_OF_LLAMA_3 = 500000.0
-"""Code Llama has 1e6, and Llama 1 and 2 have 1e4."""
 _REFUSED = "Meta's format cannot hold this model"
-_EVENLY = "prune every MLP by the same share (--unit-ratio with --layers all), or whole layers (--kinds layer)"
 
 
-def write_meta(model: PreTrainedModel, tokenizer: Any | None, target: Path, shards: int = 1) -> None:
-    """Write ``model`` to ``target`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
-
-    The format can represent MLPs of one pruned width and fewer layers, but not pruned attention. ``tokenizer``: one
-    that was read from a folder with ``tokenizer.model``, the path of such a file, or None to write none. Raises
-    `UnsupportedModelError` when the format cannot represent the model, `OutputError` when ``target`` exists.
-    """
-    file = None if tokenizer is None else _tokenizer_file(tokenizer)
-    tensors = ModelTensors(model)
-    params = meta_params(tensors, model.config, shards)
-    with new_directory(target, empty=True) as stage:
-        write_files(tensors, params, stage, shards, file)
-
-
-def convert_to_meta(
-    source: Path, target: Path, shards: int = 1, *, tokenizer: Path | Literal[True] | None = True
-) -> list[str]:
-    """Write the Hugging Face checkpoint in ``source`` to ``target`` in Meta's format; see `write_meta`. Returns
-    `remarks`. One shard is in memory at a time.
-
-    ``tokenizer``: the ``tokenizer.model`` to copy, True for the one in ``source``, None for none.
-    """
-    tensors, config = open_source(source)
-    place = source / TOKENIZER if tokenizer is True else tokenizer
-    file = None if place is None else _tokenizer_file(place)
-    params = meta_params(tensors, config, shards)
-    with new_directory(target, empty=True) as stage:
-        write_files(tensors, params, stage, shards, file)
-    return remarks(params, config)
-
-
-def remarks(params: MetaParams, config: LlamaConfig) -> list[str]:
-    """What the format, or Meta's code, does not keep of the model."""
-    found = []
-    factor, positions = params.rope_scaling_factor, config.max_position_embeddings
-    if factor not in (None, META_FACTOR):
-        found.append(f"its rotary factor is {factor:g}, and Meta's code takes {META_FACTOR:g}")
-    # ``max_seq_len`` in params.json is a second value for an argument that Meta's code gives, which Python refuses.
-    if positions != params.max_positions:
-        found.append(f"its context of {positions} tokens is not stored, and is read back as {params.max_positions}")
-    return found
-
-
-def open_source(source: Path) -> tuple[HuggingFaceTensors, LlamaConfig]:
-    """The weights and the configuration of a Hugging Face checkpoint. Raises `CheckpointError` for another directory,
-    and `UnsupportedModelError` for a model that is not LLaMA."""
-    if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} is no Hugging Face checkpoint: it has no config.json")
-    values = read_json(source / "config.json")
-    if "llmpruner" in values:
-        raise UnsupportedModelError(
-            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, and those of this one differ; {_EVENLY}"
-        )
-    if values.get("model_type") not in ("llama", "mistral"):
-        raise UnsupportedModelError(
-            f"{_REFUSED}: it holds LLaMA whose layers all have one shape, "
-            f"and config.json has the model_type '{values.get('model_type')}'"
-        )
-    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    return HuggingFaceTensors(source), config
-
-
-def meta_params(source: TensorSource, config: LlamaConfig, shards: int) -> MetaParams:
-    """The content of ``params.json``. Raises `UnsupportedModelError` when the format cannot represent the model in
-    ``shards`` files, `CheckpointError` when a tensor is missing."""
-    if EMBEDDING not in source.specs:
-        raise CheckpointError(f"the weights are incomplete: {EMBEDDING} is missing")
-    width = _check(source, config)
-    params = replace(MetaParams.of(config, width), vocab_size=source.specs[EMBEDDING].shape[0])
-    if shards < 1 or params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
+def write_meta(model: PreTrainedModel, tokenizer: Path | None, directory: Path, shards: int = 1) -> MetaParams:
+    """Write ``model`` into ``directory`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
+    ``tokenizer``: the ``tokenizer.model`` to copy, if any. Raises `UnsupportedModelError` when the format can't
+    represent the model."""
+    state = model.state_dict()
+    params = MetaParams.of(model.config, width=_check(model, state), vocabulary=len(state["model.embed_tokens.weight"]))
+    if params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
         raise UnsupportedModelError(
             f"{_REFUSED} in {shards} shards: {params.n_kv_heads} KV heads, {params.vocab_size} tokens and an "
             f"MLP of width {params.ffn_width} must all divide by the number of shards"
         )
-    for placement in placements(params, tied=stored_name(source, HEAD) == EMBEDDING):
-        if placement.name not in source.specs:
-            raise CheckpointError(f"the weights are incomplete: {placement.name} is missing")
-    return params
-
-
-def write_files(source: TensorSource, params: MetaParams, directory: Path, shards: int, tokenizer: Path | None) -> None:
-    """Write all files of the format into ``directory``; ``tokenizer``: the file to copy, if any."""
-    axis = _embedding_axis(params, tokenizer)
+    # Llama 3 and later are known by their rotary settings or their tokenizer; Code Llama has a base of 1e6.
+    llama_3 = params.rope_scaling_factor is not None or params.rope_theta == 500000.0
+    axis = 0 if llama_3 or (tokenizer is not None and is_tiktoken(tokenizer)) else 1
     for number in range(shards):
-        state = {}
-        for placement in placements(params, tied=False, embedding_axis=axis):
-            state[placement.meta] = _part(source.read(stored_name(source, placement.name)), placement, number, shards)
-        torch.save(state, directory / f"consolidated.{number:02}.pth")
+        # Meta's format has no tied embeddings.
+        parts = {
+            placement.meta: _part(state[placement.name], placement, number, shards)
+            for placement in placements(params, tied=False, embedding_axis=axis)
+        }
+        torch.save(parts, directory / f"consolidated.{number:02}.pth")
     (directory / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
     if tokenizer is not None:
         shutil.copyfile(tokenizer, directory / TOKENIZER)
+    return params
 
 
-def stored_name(source: TensorSource, name: str) -> str:
-    """The name of the tensor ``name`` in ``source``: that of the embedding for a tied head, as Meta's format has no
-    tied embeddings."""
-    return EMBEDDING if name == HEAD and HEAD not in source.specs else name
+def check_written(directory: Path, model: PreTrainedModel) -> None:
+    """Read ``directory`` back and compare it with ``model``: the sizes and rotary settings of the configuration, and
+    every tensor bit by bit. Raises `CheckpointError` for the first difference."""
+    folder, state = MetaFolder(directory), model.state_dict()
+    # `tokenizer_in` also searches the parent of ``directory``.
+    again = folder.config(tokenizer_in(directory) if (directory / TOKENIZER).is_file() else None)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for field in (*sizes, "rms_norm_eps", "rope_parameters"):
+        ours, theirs = getattr(again, field), getattr(model.config, field)
+        if ours != theirs:
+            raise CheckpointError(f"Meta's format does not keep {field}: it was {theirs}, and is read back as {ours}")
+    for name, tensor in folder.state(None).items():
+        if not torch.equal(tensor, state[name].cpu()):
+            raise CheckpointError(f"{name} is read back with other values than were written: check disk and memory")
 
 
-def _embedding_axis(params: MetaParams, tokenizer: Path | None) -> int:
-    """The axis of the embedding that the code of the model's release splits over shards: 0 for Llama 3 and later, which
-    are known by their rotary settings or their tokenizer, else 1."""
-    of_llama_3 = params.rope_scaling_factor is not None or params.rope_theta == _THETA_OF_LLAMA_3
-    return 0 if of_llama_3 or (tokenizer is not None and is_tiktoken(tokenizer)) else 1
+def remarks(params: MetaParams, config: LlamaConfig) -> list[str]:
+    """What the format, or Meta's code, does not keep of the model."""
+    notes = []
+    factor, positions = params.rope_scaling_factor, config.max_position_embeddings
+    if factor not in (None, META_FACTOR):
+        notes.append(f"its rotary factor is {factor:g}, and Meta's code takes {META_FACTOR:g}")
+    # ``max_seq_len`` in params.json is a second value for an argument that Meta's code gives, which Python refuses.
+    if positions != params.max_positions:
+        notes.append(f"its context of {positions} tokens is not stored, and is read back as {params.max_positions}")
+    return notes
 
 
 def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:
@@ -141,56 +83,39 @@ def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) 
     if placement.axis is not None:
         tensor = tensor.chunk(shards, placement.axis)[number]
     # torch.save would write the whole storage of a view.
-    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.contiguous().clone()
+    return tensor.cpu().contiguous().clone()
 
 
-def _check(source: TensorSource, config: LlamaConfig) -> int:
-    """The width of all MLPs. Raises `UnsupportedModelError` for models that Meta's code cannot build."""
-    specs = source.specs
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    if config.hidden_act != "silu" or getattr(config, "sliding_window", None):
-        raise UnsupportedModelError(f"{_REFUSED}: its activation or attention is not LLaMA's")
-    if specs[EMBEDDING].shape[1] != hidden:
+def _check(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> int:
+    """The width of all MLPs. Raises `UnsupportedModelError` for models that Meta's code can't build."""
+    config = model.config
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.model_type not in ("llama", "mistral") or config.hidden_act != "silu":
+        raise UnsupportedModelError(f"{_REFUSED}: it holds LLaMA, and the model_type is '{config.model_type}'")
+    if getattr(config, "sliding_window", None):
+        raise UnsupportedModelError(f"{_REFUSED}: its attention has a sliding window")
+    left = state["model.embed_tokens.weight"].shape[1]
+    if left != hidden:
         raise UnsupportedModelError(
-            f"{_REFUSED}: hidden channels were pruned ({specs[EMBEDDING].shape[1]} of {hidden} are left), and "
-            "there head_dim is dim / n_heads; prune MLP channels or layers instead"
+            f"{_REFUSED}: hidden channels were pruned ({left} of {hidden} are left), and there head_dim is "
+            "dim / n_heads; prune MLP channels or layers instead"
         )
-    biases = sorted(name for name in specs if name.endswith(".bias"))
-    if biases:
-        raise UnsupportedModelError(f"{_REFUSED}: it has biases ({biases[0]})")
-    for n in range(layers):
-        for m, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
-            name = f"model.layers.{n}.self_attn.{m}_proj.weight"
-            rows = specs[name].shape[0] if name in specs else 0
-            if hidden % config.num_attention_heads or rows != heads * (hidden // config.num_attention_heads):
+    biased = next((name for name in state if name.endswith(".bias")), None)
+    if biased is not None:
+        raise UnsupportedModelError(f"{_REFUSED}: it has biases ({biased})")
+    widths = set()
+    for number, layer in enumerate(model.model.layers):
+        widths.add(len(layer.mlp.gate_proj.weight))
+        for m, count in (("q", heads), ("k", config.num_key_value_heads)):
+            rows = len(state[f"model.layers.{number}.self_attn.{m}_proj.weight"])
+            if hidden % heads or rows != count * (hidden // heads):
                 raise UnsupportedModelError(
-                    f"{_REFUSED}: heads were pruned (layer {n}: {rows} rows in {m}_proj), and there head_dim "
+                    f"{_REFUSED}: heads were pruned (layer {number}: {rows} rows in {m}_proj), and there head_dim "
                     "is dim / n_heads in every layer; prune MLP channels or layers instead"
                 )
-    widths = [
-        specs[name].shape[0] for n in range(layers) if (name := f"model.layers.{n}.mlp.gate_proj.weight") in specs
-    ]
-    if len(widths) != layers or len(set(widths)) != 1:
+    if len(widths) != 1:
         raise UnsupportedModelError(
-            f"{_REFUSED}: there all MLPs have one width, here they have {min(widths, default=0)} to "
-            f"{max(widths, default=0)}; {_EVENLY}"
+            f"{_REFUSED}: there all MLPs have the same width, here they have {min(widths)} to {max(widths)}; prune "
+            "every MLP by the same share (--unit-ratio with --layers all), or whole layers (--kinds layer)"
         )
-    return widths[0]
-
-
-def _tokenizer_file(tokenizer: Any) -> Path:
-    """``tokenizer.model`` of a tokenizer, or the file itself."""
-    if isinstance(tokenizer, Path):
-        places = [tokenizer]
-    else:
-        named = getattr(tokenizer, "vocab_file", None)
-        places = [Path(named)] if named else []
-        places.append(Path(str(tokenizer.name_or_path)) / TOKENIZER)
-    for place in places:
-        if place.is_file() and place.suffix == ".model":
-            return place
-    raise CheckpointError(
-        f"{places[-1]} is missing, and Meta's format has no other tokenizer: name it (--tokenizer), or "
-        "write the weights alone (--no-tokenizer)"
-    )
+    return widths.pop()

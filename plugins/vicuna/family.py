@@ -1,24 +1,21 @@
-"""The families of Vicuna: LLaMA with a conversation format and delta weights."""
+"""The families of Vicuna: LLaMA with a conversation format."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from llmpruner_llama.deltas import DeltaFamily
 from llmpruner_llama.family import LlamaFamily
 
 from .conversation import V0_ZERO_SHOT, V1_1, Template, Turn
 from .recognition import Version, version_of
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig
 
 
-class VicunaFamily(LlamaFamily, DeltaFamily):
+class VicunaFamily(LlamaFamily):
     """Vicuna v1.1, v1.3 and v1.5."""
 
     name = "vicuna"
@@ -45,11 +42,6 @@ class VicunaFamily(LlamaFamily, DeltaFamily):
         """With the closing text of the answer."""
         prompt, answered = super().training_pair(instruction, answer, input)
         return prompt, answered + self.template.closing[1]
-
-    def apply_delta(self, base: Path, delta: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-        from .delta import apply_delta
-
-        apply_delta(base, delta, target, dtype)
 
 
 class VicunaV0Family(VicunaFamily):

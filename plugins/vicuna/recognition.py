@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .conversation import V0_ZERO_SHOT, V1_1, Template
+from .conversation import V0_ZERO_SHOT, V1_1
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,27 +74,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def chat_template(template: Template) -> str:
-    """``template`` as a chat template of transformers, starting with the beginning-of-sequence token. A system message
-    replaces the official one."""
-    human, assistant = (f"{template.before}{name}:" for name in template.names)
-    return (
-        "{% if messages and messages[0]['role'] == 'system' %}"
-        "{% set system, messages = messages[0]['content'], messages[1:] %}"
-        f"{{% else %}}{{% set system = {_quoted(template.system)} %}}{{% endif %}}"
-        f"{{{{ bos_token + system + {_quoted(template.lead)} }}}}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}"
-        f"{{{{ {_quoted(human + ' ')} + message['content'] + {_quoted(template.closing[0])} }}}}"
-        "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {_quoted(assistant + ' ')} + message['content'] + {_quoted(template.closing[1])} }}}}"
-        "{% else %}{{ raise_exception('only user and assistant may follow the system message') }}{% endif %}"
-        "{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {_quoted(assistant)} }}}}{{% endif %}}"
-    )
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)

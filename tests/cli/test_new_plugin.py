@@ -238,8 +238,7 @@ def test_a_family_with_a_chat_format_is_derived_from(run, vicuna, tmp_path, mypy
 
 @pytest.mark.slow
 def test_a_family_that_is_recognised_by_its_template_is_derived_from(run, dense, tmp_path):
-    from llmpruner_vicuna.conversation import V1_1
-    from llmpruner_vicuna.recognition import chat_template
+    from llmpruner_vicuna.conversation import V1_1, chat_template
 
     model = Path(shutil.copytree(dense, tmp_path / "tuned"))
     (model / "chat_template.jinja").write_text(chat_template(V1_1))

@@ -420,8 +420,8 @@ def test_a_shipped_recipe_runs_by_its_name(run, shared, tmp_path):
 
 
 def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch):
-    monkeypatch.setattr("llmpruner.exporters.gguf.runtime.is_installed", lambda: False)
-    quantised = ("--set", "export.to=gguf", "--set", "export.quant=q8_0")
+    monkeypatch.setattr("llmpruner_gguf.find_spec", lambda name: True if name == "gguf" else None)
+    quantised = ("--set", "export.to=gguf", "--set", "export.settings.gguf.quant=q8_0")
     found = refused("run", file, "-o", "{tmp}/out", *quantised)
     assert "step 4 (export): llama-cpp-python is not installed; run: pip install 'llmpruner[llama-cpp]'" in found
     monkeypatch.setattr("llmpruner.recipes.checks.find_spec", lambda name: None)

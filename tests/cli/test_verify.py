@@ -362,7 +362,6 @@ def padded(tmp_path_factory, shared) -> Path:
 def test_a_padded_export_says_where_it_is_from(run, padded):
     record = json.loads((padded / "llmpruner-files.json").read_text())
     assert record["exported_from"] == str(padded.parent / "cut")
-    assert record["padded"]["parameters_before"] < record["padded"]["parameters_after"]
     assert record["files"].keys() == {file.name for file in padded.iterdir()} - {"llmpruner-files.json"}
     found = states(run("verify", padded, "--json"))
     assert {found[name] for name in ("files", "shapes")} == {"passed"}

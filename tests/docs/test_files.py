@@ -33,7 +33,7 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     more = {"merge": False, "max_steps": 1, "batch_size": 2, "output": tmp_path / "adapters"}
     llmpruner.recover(pruned, data=str(data), **more)
     origin = json.loads((tmp_path / "adapters" / "llmpruner-files.json").read_text(encoding="utf-8"))
-    assert origin.keys() == files_page.ORIGIN.keys() - {"exported_from", "padded", "format"}
+    assert origin.keys() == files_page.ORIGIN.keys() - {"exported_from", "format"}
     narrow = {"unit_ratio": 0.25, "layers": [1], "importance": "l1", "output": tmp_path / "narrow"}
     llmpruner.prune(tmp_path / "dense", **narrow)
     llmpruner.export(tmp_path / "narrow", to="stock", output=tmp_path / "stock")

@@ -34,7 +34,7 @@ from llmpruner.discovery.verify import verify
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import Metric
 from llmpruner.evaluation.runtime import Runtime
-from llmpruner.exporters.base import Exporter
+from llmpruner.exporters import Exporter
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS
 from llmpruner.pruning.allocation.base import Allocation

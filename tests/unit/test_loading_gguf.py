@@ -132,7 +132,8 @@ def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
 
 
 def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):
-    from llmpruner.evaluation.speed.gguf_work import gguf_work
+    from llmpruner_gguf.bench import gguf_work
+
     from llmpruner.evaluation.transformers_runtime import work_of
 
     loaded = load_model(load_structure(str(gguf_file), catalog), catalog)

@@ -1,1 +1,0 @@
-"""Speed: prefill and decoding of several models in one program, against what their sizes allow."""

@@ -1,0 +1,254 @@
+"""Export: a checkpoint in another format, checked against its source, or nothing at all.
+
+`Exporter` is the base class for formats; `StockExporter` is the built-in one. Others come from plugins.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .component import Component
+from .errors import CheckpointError, PluginError, UnsupportedModelError
+from .files import model_name
+from .folders import new_directory
+from .progress import QUIET, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .models.model import Model
+    from .structure.coupling import CouplingGraph
+    from .structure.kept import Kept
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """``source``: the directory of the checkpoint, or a file (see `Exporter.takes_files`). ``directory``: new and
+    empty; it gets its final name when `Exporter.export` returns, and is removed when it raises. ``load``: loads the
+    source, when `loaded` or `model` is first read. ``dtype``: "float32", "bfloat16" or "float16" if the user set
+    ``--dtype``, else None."""
+
+    source: Path
+    directory: Path
+    load: Callable[[], Model]
+    progress: Progress = QUIET
+    dtype: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model: of its folder or, for a snapshot in the hub's cache, of its repository."""
+        return model_name(self.source)
+
+    @cached_property
+    def loaded(self) -> Model:
+        """The checkpoint with its weights; ``config`` is that of the dense model."""
+        return self.load()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """In evaluation mode."""
+        return self.loaded.model
+
+    def save_tokenizer(self) -> None:
+        """Write the tokenizer and the generation settings into `directory`."""
+        from .models import save
+
+        tokenizer, generation = self.loaded.tokenizer, save.valid_generation_config(self.model)
+        if generation is not None:
+            generation.save_pretrained(self.directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.directory)
+        for file in save.vocabulary_files(tokenizer):
+            shutil.copyfile(file, self.directory / file.name)
+
+    def check_logits(self, written: PreTrainedModel, expected: PreTrainedModel | None = None) -> None:
+        """Raise `CheckpointError` unless ``written`` gives the logits of ``expected``, by default of `model`."""
+        from .models import save
+
+        self.progress.status("Comparing the outputs of the written checkpoint")
+        if not save.gives_logits(save.dummy_logits(self.model if expected is None else expected), written):
+            raise CheckpointError(f"the checkpoint written from {self.source} gives other outputs than the model")
+
+
+class Exporter(Component):
+    """Writes one format. `export` must check what it wrote, by loading it or by comparing outputs.
+
+    ::
+
+        class Weights(Exporter):
+            name = "weights"
+            summary = "the state dict alone, as PyTorch saves it"
+
+            class Settings(ComponentSettings):
+                file: str = Field("weights.pt", description="Name of the file.")
+
+            settings: Settings
+
+            def export(self, task):
+                state = task.model.state_dict()
+                torch.save(state, task.directory / self.settings.file)
+                written = torch.load(task.directory / self.settings.file, weights_only=True)
+                if any(not torch.equal(written[name], tensor) for name, tensor in state.items()):
+                    raise OutputError("the written weights differ from the model's")
+                return "torch.load reads it"
+    """
+
+    kind: ClassVar[str] = "exporter"
+    takes_files: ClassVar[bool] = False
+    """Whether the source may also be a .gguf file instead of a directory. `ExportTask.load` reads either."""
+    keeps_dtype: ClassVar[bool] = False
+    """Whether float16 weights are loaded in float16 on a CPU, too, to be written so; otherwise in float32, in which a
+    CPU computes."""
+    for_other_programs: ClassVar[bool] = False
+    """Whether llmpruner can't open what is written."""
+
+    def check(self) -> None:
+        """Raise `MissingExtraError` for a missing library, and `SettingsError` for settings that contradict each other,
+        before the model is loaded. Checks nothing by default."""
+
+    def export(self, task: ExportTask) -> str:
+        """Write into ``task.directory``; returns one line on how to load the result.
+
+        Raises `UnsupportedModelError` for a model that the format can't represent, and `CheckpointError` when what was
+        written gives other outputs than the model.
+        """
+        raise NotImplementedError
+
+
+def export(
+    source: Path,
+    exporter: Exporter,
+    directory: Path,
+    load: Callable[[], Model],
+    progress: Progress = QUIET,
+    dtype: str | None = None,
+) -> str:
+    """Write the checkpoint ``source`` to the new ``directory``; see `ExportTask` for the rest. Returns one line on how
+    to load the result.
+
+    Raises `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing,
+    and whatever the exporter raises; no files remain then.
+    """
+    from .models.messages import quiet_transformers
+
+    exporter.check()
+    with new_directory(directory) as partial, quiet_transformers():
+        line = exporter.export(ExportTask(source, partial, load, progress, dtype))
+        if not any(partial.iterdir()):
+            raise PluginError(f"{exporter.label()} wrote no file")
+        if (partial / "config.json").is_file():
+            _add_hashes(partial, source, exporter)
+    return line
+
+
+def _add_hashes(directory: Path, source: Path, exporter: Exporter) -> None:
+    """Record the hash of every file, in ``llmpruner.json`` or, for a dense model, with where it is from."""
+    from . import __version__
+    from .models import record
+
+    if (directory / record.RECORD_FILE).is_file():
+        record.add_manifest(directory)
+        return
+    origin = {"llmpruner": __version__, "exported_from": str(source)}
+    record.write_origin(directory, origin | ({"format": exporter.name} if exporter.for_other_programs else {}))
+
+
+class StockExporter(Exporter):
+    """For models in other formats (GGUF, Meta's, adapters on a base model), and pruned ones. If no configuration of
+    transformers describes the widths of a pruned model, its layers are padded with zeros to the widest of them, so that
+    outputs are equal; the line that is printed says what that costs. Raises `UnsupportedModelError` where zeros can't
+    pad (experts, units under a norm)."""
+
+    name = "stock"
+    summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
+    takes_files = True
+    keeps_dtype = True
+
+    def export(self, task: ExportTask) -> str:
+        from .models.checkpoint import load_pruned
+
+        note = ""
+        try:
+            _save_stock(task, task.model, task.loaded.record)
+        except UnsupportedModelError as error:
+            if not task.loaded.plans:
+                raise
+            task.progress.status("Padding all layers to one width")
+            wide = _save_padded(task)
+            if wide is None:
+                raise error
+            note = f"; {padding_cost(task.model, wide)}"
+        again = load_pruned(task.directory, dtype=task.model.dtype, device=task.model.device)
+        task.check_logits(again)
+        return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"
+
+
+def padding_cost(model: PreTrainedModel, padded: PreTrainedModel) -> str:
+    """One clause on the parameters that zeros add."""
+    before, after = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, padded))
+    return f"padded with zeros from {before:,} to {after:,} parameters ({after / before - 1:+.1%})"
+
+
+def _save_stock(task: ExportTask, model: PreTrainedModel, record: Mapping[str, Any] | None) -> None:
+    from .models import save
+
+    # `save_checkpoint` creates its directory.
+    written = task.directory / "stock"
+    save.save_checkpoint(
+        model,
+        written,
+        record=record,
+        tokenizer=task.loaded.tokenizer,
+        family=task.loaded.family,
+        extra_files=save.vocabulary_files(task.loaded.tokenizer),
+        stock_only=True,
+    )
+    for file in written.iterdir():
+        file.rename(task.directory / file.name)
+    written.rmdir()
+
+
+def _save_padded(task: ExportTask) -> PreTrainedModel | None:
+    """Save the model with all layers as wide as the widest or, for classes that derive the size of a head from their
+    number, as in the dense model; None if a stock class can load neither."""
+    from .models.surgery import pad
+    from .structure.wider import dense, widest
+
+    source = task.loaded
+    for widen in (widest, dense):
+        wide, graph, kept = _dense_without_removed_layers(source)
+        pad(source.model, wide, graph, kept, widen(graph, kept), source.family)
+        try:
+            # A record would state the widths before padding.
+            _save_stock(task, wide.eval(), None)
+        except UnsupportedModelError:
+            continue
+        return wide
+    return None
+
+
+def _dense_without_removed_layers(source: Model) -> tuple[PreTrainedModel, CouplingGraph, Kept]:
+    """The dense model, without weights, with the layers that ``source`` still has; its graph; and its remaining
+    units."""
+    from .discovery.graph import build_graph
+    from .models.meta import meta_model
+    from .models.surgery import cut
+    from .structure.coupling import LAYER
+    from .structure.kept import compose_all, renamed
+
+    wide, full = meta_model(source.config), build_graph(source.family, source.config)
+    graph = full
+    for plan in source.plans:
+        removable = {group.name for group in graph.of_kinds([LAYER])}
+        layers = {name: units for name, units in plan.kept.items() if name in removable}
+        if layers:
+            graph = cut(wide, graph, layers, source.family)
+    kept = compose_all(full, [plan.kept for plan in source.plans])
+    names = renamed(full, kept)
+    now = {names[name]: units for name, units in kept.items() if name in names and full.by_name[name].kind != LAYER}
+    return wide, graph, now

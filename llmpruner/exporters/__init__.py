@@ -1,1 +1,0 @@
-"""Export: writing checkpoints in the formats of other runtimes."""

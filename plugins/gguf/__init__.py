@@ -1,0 +1,97 @@
+"""GGUF files for llama.cpp, Ollama and what builds on them: the exporter ``gguf``, and the runtime ``llama-cpp``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+from pydantic import Field
+
+from llmpruner import (
+    BenchSubject,
+    ComponentSettings,
+    Exporter,
+    ExportTask,
+    MissingExtraError,
+    ModelError,
+    Runtime,
+    Session,
+    Work,
+    hookimpl,
+)
+
+Quant = Literal[
+    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+]  # fmt: skip
+
+
+class GgufExporter(Exporter):
+    """LLaMA, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, OLMoE, Gemma 1, 2 and 3 (text) as architectures of their own
+    if all layers have the same sizes; LLaMA-like models (LLaMA, Mistral, Qwen2) with different widths and numbers of
+    heads per layer as llama.cpp's ``deci``.
+
+    Every tensor is read back, and if llama-cpp-python is installed, llama.cpp's logits and tokens are compared with the
+    model's. A ``Modelfile`` for Ollama is written, too. Raises `UnsupportedModelError` with the reason for a model that
+    GGUF can't state exactly.
+    """
+
+    name = "gguf"
+    summary = "a file for llama.cpp and Ollama, with tokenizer and chat template; gguf.quant=q4_k_m … quantises"
+
+    class Settings(ComponentSettings):
+        type: Literal["auto", "f32", "f16", "bf16"] = Field(
+            "auto", description="Type of matrices: f32, f16, bf16; auto: --dtype, or as the checkpoint stores them."
+        )
+        quant: Quant | None = Field(
+            None, description="Quantise with llama.cpp: q8_0, q6_k, q5_k_m, q4_k_m … (needs llama-cpp-python)."
+        )
+        pre: str | None = Field(
+            None, description="llama.cpp's name for how the tokenizer splits text; by default found by its settings."
+        )
+
+    settings: Settings
+
+    def check(self) -> None:
+        if find_spec("gguf") is None:
+            raise MissingExtraError("gguf", "gguf")
+        if self.settings.quant is not None and find_spec("llama_cpp") is None:
+            raise MissingExtraError("llama-cpp-python", "llama-cpp")
+
+    def export(self, task: ExportTask) -> str:
+        from .export import export_gguf
+
+        return export_gguf(task, self.settings.type, self.settings.quant, self.settings.pre)
+
+
+class LlamaCppRuntime(Runtime):
+    """Runs GGUF files through the Python package of llama.cpp, with as many threads as torch has."""
+
+    name = "llama-cpp"
+    summary = "llama.cpp, for .gguf files"
+
+    def check(self, subject: BenchSubject) -> int:
+        for module, package, extra in (("llama_cpp", "llama-cpp-python", "llama-cpp"), ("gguf", "gguf", "gguf")):
+            if find_spec(module) is None:
+                raise MissingExtraError(package, extra)
+        if subject.path is None or subject.path.suffix != ".gguf":
+            raise ModelError(
+                f"'{subject.ref}' is no .gguf file, which --runtime llama-cpp needs; write it with llmpruner export "
+                "--to gguf"
+            )
+        return subject.path.stat().st_size
+
+    def open(self, subject: BenchSubject) -> tuple[Session, Work]:
+        from .bench import opened
+
+        return opened(subject)
+
+
+@hookimpl
+def llmpruner_exporters() -> list[type]:
+    return [GgufExporter]
+
+
+@hookimpl
+def llmpruner_runtimes() -> list[type]:
+    return [LlamaCppRuntime]

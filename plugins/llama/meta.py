@@ -1,0 +1,79 @@
+"""Meta's official format as a checkpoint reader and as an exporter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, FilePath
+
+from llmpruner import CheckpointReader, ComponentSettings, Exporter, ExportTask
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, PreTrainedModel
+
+
+class MetaReader(CheckpointReader):
+    """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""
+
+    name = "meta-llama"
+    summary = "LLaMA 1, 2 and 3 as Meta publishes them: params.json and consolidated.NN.pth"
+    family = "llama"
+
+    def recognises(self, path: Path) -> bool:
+        if not path.is_dir() or (path / "config.json").exists():
+            return False
+        # A folder without its shards is recognised too, so that the error names what is missing.
+        weights = any(path.glob("consolidated.*.pth"))
+        return weights or ((path / "params.json").is_file() and not any(path.glob("*.safetensors")))
+
+    def read_config(self, path: Path) -> LlamaConfig:
+        from .meta_format import config_in
+
+        return config_in(path)
+
+    def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+        from .meta_format import model_in
+
+        return model_in(path, dtype)
+
+    def read_tokenizer(self, path: Path) -> Any | None:
+        from .meta_format import tokenizer_in
+
+        return tokenizer_in(path)
+
+
+class MetaExporter(Exporter):
+    """LLaMA in Meta's format, which can represent MLPs of the same pruned width and fewer layers, but not pruned
+    attention or hidden channels. Every tensor is read back and compared.
+
+    Meta's own code has one factor for scaled rotary frequencies, 8, and ignores others in ``params.json``, which
+    llmpruner reads: of models with another (Llama 3.2 has 32), it computes slightly different logits. The length of the
+    context is not stored, because Meta's code takes it as an argument and refuses it in ``params.json``.
+    """
+
+    name = "meta"
+    summary = "Meta's LLaMA format: params.json, consolidated.NN.pth and tokenizer.model"
+    keeps_dtype = True
+
+    class Settings(ComponentSettings):
+        shards: int = Field(1, ge=1, description="Number of consolidated.NN.pth files.")
+        tokenizer: FilePath | None = Field(
+            None, description="A tokenizer.model from elsewhere; by default the source's, if it has any."
+        )
+
+    settings: Settings
+
+    def export(self, task: ExportTask) -> str:
+        from .meta_writer import check_written, remarks, write_meta
+
+        shards, own = self.settings.shards, task.source / "tokenizer.model"
+        tokenizer = self.settings.tokenizer or (own if own.is_file() else None)
+        task.progress.status("Writing Meta's format")
+        params = write_meta(task.model, tokenizer, task.directory, shards)
+        task.progress.status("Reading it back")
+        check_written(task.directory, task.model)
+        notes = "".join(f"; {remark}" for remark in remarks(params, task.model.config))
+        bare = "" if tokenizer else "; without tokenizer.model, as the source has none (--set meta.tokenizer=PATH)"
+        return f"Meta's llama code loads it with model-parallel size {shards}, and llmpruner does{notes}{bare}"

@@ -1,0 +1,14 @@
+"""Nemotron-NAS: LLaMA with a width of its own for every layer, as vLLM, SGLang and mlx-lm read it."""
+
+from __future__ import annotations
+
+from llmpruner import hookimpl
+
+from .exporter import NemotronNasExporter
+
+__all__ = ["NemotronNasExporter"]
+
+
+@hookimpl
+def llmpruner_exporters() -> list[type]:
+    return [NemotronNasExporter]

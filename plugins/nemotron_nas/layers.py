@@ -1,0 +1,163 @@
+"""Sizes of LLaMA's layers as Nemotron-NAS can state them, and padding to these.
+
+``config.json`` has for each layer the number of query heads per key/value head, and a multiplier m from which readers
+compute the MLP width: int(2·m·hidden/3), rounded up to a multiple of 256. The number of query heads is the same in all
+layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CODE = "configuration_nemotron_nas"
+"""The file with the class of the configuration."""
+STEP = 256
+"""MLP widths are multiples of it."""
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """``width``: of the MLP. ``queries``: query heads per key/value head."""
+
+    width: int
+    kv_heads: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden: int
+    head_dim: int
+    layers: tuple[LayerSizes, ...]
+
+    @property
+    def heads(self) -> int:
+        """Query heads of every layer if they are equal; else of the layer with the most."""
+        return max(layer.kv_heads * layer.queries for layer in self.layers)
+
+    @property
+    def equal_heads(self) -> bool:
+        """Whether all layers have the same number of key/value heads, which SGLang expects."""
+        return len({layer.kv_heads for layer in self.layers}) == 1
+
+    @property
+    def fills_hidden(self) -> bool:
+        """Whether the query heads together are as wide as the hidden states, which mlx-lm expects."""
+        return self.heads * self.head_dim == self.hidden
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    head_dim = model.model.layers[0].self_attn.head_dim
+    layers = []
+    for layer in model.model.layers:
+        kv_heads = len(layer.self_attn.k_proj.weight) // head_dim
+        heads = len(layer.self_attn.q_proj.weight) // head_dim
+        layers.append(LayerSizes(len(layer.mlp.gate_proj.weight), kv_heads, heads // kv_heads))
+    return Sizes(model.get_input_embeddings().weight.shape[1], head_dim, tuple(layers))
+
+
+def stated(sizes: Sizes, *, equal: bool = False) -> Sizes:
+    """The smallest sizes, none below ``sizes``, that the format can state: MLP widths in multiples of 256, and the same
+    number of query heads in all layers, which the key/value heads of each layer divide. ``equal``: the same number of
+    key/value heads in all layers, too."""
+    layers = sizes.layers
+    most_kv = max(layer.kv_heads for layer in layers)
+    most_queries = max(layer.queries for layer in layers)
+    if equal:
+        layers = tuple(LayerSizes(layer.width, most_kv, most_queries) for layer in layers)
+    possible: dict[int, list[int]] = {}
+    for heads in range(sizes.heads, most_kv * most_queries + 1):
+        numbers = [_fewest_kv_heads(heads, layer) for layer in layers]
+        if all(numbers):
+            possible[heads] = numbers
+    # The largest number, the groups of the layer with the most, suits every layer. A layer has two projections of query
+    # heads and two of key/value heads.
+    heads = min(possible, key=lambda heads: heads * len(layers) + sum(possible[heads]))
+    wide = (
+        LayerSizes(-(-layer.width // STEP) * STEP, number, heads // number)
+        for layer, number in zip(layers, possible[heads], strict=True)
+    )
+    return Sizes(sizes.hidden, sizes.head_dim, tuple(wide))
+
+
+def _fewest_kv_heads(heads: int, layer: LayerSizes) -> int:
+    """The fewest key/value heads that divide ``heads`` and leave room for those of ``layer``; 0 if there are none."""
+    return next((n for n in range(layer.kv_heads, heads // layer.queries + 1) if heads % n == 0), 0)
+
+
+def padded(model: PreTrainedModel, sizes: Sizes, wide: Sizes) -> dict[str, torch.Tensor]:
+    """The state dict of ``model``, whose layers have ``sizes``, with zeros up to ``wide``: what reads an added channel
+    is zero, so that outputs are equal."""
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    hidden, size = sizes.hidden, sizes.head_dim
+    for number, (old, new) in enumerate(zip(sizes.layers, wide.layers, strict=True)):
+        q, k, v, o = (f"model.layers.{number}.self_attn.{m}_proj.weight" for m in "qkvo")
+        gate, up, down = (f"model.layers.{number}.mlp.{m}_proj.weight" for m in ("gate", "up", "down"))
+        by_head = state[q].view(old.kv_heads, old.queries, size, hidden)
+        state[q] = _with_zeros(by_head, new.kv_heads, new.queries, size, hidden).flatten(0, 2)
+        by_head = state[o].view(hidden, old.kv_heads, old.queries, size)
+        state[o] = _with_zeros(by_head, hidden, new.kv_heads, new.queries, size).flatten(1)
+        for name in (k, v):
+            state[name] = _with_zeros(state[name], new.kv_heads * size, hidden)
+        for name in (gate, up):
+            state[name] = _with_zeros(state[name], new.width, hidden)
+        state[down] = _with_zeros(state[down], hidden, new.width)
+    return state
+
+
+def _with_zeros(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """``tensor`` at the start of every axis of ``shape``, and zeros beyond."""
+    wide = tensor.new_zeros(shape)
+    wide[tuple(slice(size) for size in tensor.shape)] = tensor
+    return wide
+
+
+def configuration(model: PreTrainedModel, sizes: Sizes) -> dict[str, Any]:
+    """The content of ``config.json`` for ``model``, padded to ``sizes``."""
+    config = model.config.to_dict()
+    rope = dict(config.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None)
+    return {
+        **{name: value for name, value in config.items() if name not in ("per_layer_config", "llmpruner")},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "architectures": ["DeciLMForCausalLM"],
+        "auto_map": {"AutoConfig": f"{CODE}.NemotronNasConfig"},
+        "model_type": "nemotron-nas",
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": len(sizes.layers),
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": None,
+        "head_dim": sizes.head_dim,
+        "intermediate_size": max(layer.width for layer in sizes.layers),
+        "rms_norm_eps": model.model.norm.variance_epsilon,
+        # Readers from before transformers 5 expect these two instead of `rope_parameters`.
+        **({} if theta is None else {"rope_theta": theta}),
+        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
+        "block_configs": [
+            {
+                "attention": {"no_op": False, "n_heads_in_group": layer.queries},
+                # No `intermediate_size`: mlx-lm refuses names that it does not know.
+                "ffn": {"no_op": False, "ffn_mult": multiplier(layer.width, sizes.hidden)},
+            }
+            for layer in sizes.layers
+        ],
+    }
+
+
+def multiplier(width: int, hidden: int) -> float:
+    """``ffn_mult`` for a width that is a multiple of 256: in the middle of the interval that gives it, as readers round
+    the product, and mlx-lm the multiplier, too."""
+    return round(3 * (width - STEP // 2) / (2 * hidden), 6)
+
+
+def width_of(ffn_mult: float, hidden: int) -> int:
+    """The MLP width that readers compute."""
+    return -(-int(2 * ffn_mult * hidden / 3) // STEP) * STEP

@@ -1,0 +1,178 @@
+"""Export with weights in 8 or 4 bits, as torchao stores them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from llmpruner import (
+    ComponentSettings,
+    Exporter,
+    ExportTask,
+    MissingExtraError,
+    SettingsError,
+    UnsupportedModelError,
+    load_pruned,
+    read_text,
+    register,
+    save_checkpoint,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_TOKENS = 512
+
+
+class TorchAoExporter(Exporter):
+    """Rounds the weights of linear layers, except for the head, to integers. ``int8``: one scale per output channel,
+    any width, any device. ``int4``: one scale and zero point per ``group`` of inputs, packed for the kernel that torch
+    has for NVIDIA GPUs of compute capability 8.0 or newer, so that it must be exported with ``--device cuda``.
+
+    The written checkpoint is loaded again, and must give the logits of the quantised model in memory. The line that is
+    printed states bytes before and after, and the KL divergence from the model before, on the first 512 tokens of
+    Python's help topics (random tokens for a model without a tokenizer).
+    """
+
+    name = "torchao"
+    summary = "weights in 8 or 4 bits (torchao), for transformers and vLLM"
+
+    class Settings(ComponentSettings):
+        scheme: Literal["int8", "int4"] = Field("int8", description="int8 or int4.")
+        group: int = Field(128, ge=32, le=256, description="Inputs that share a scale in int4: 256, 128, 64 or 32.")
+
+    settings: Settings
+
+    def check(self) -> None:
+        if find_spec("torchao") is None:
+            raise MissingExtraError("torchao", "torchao")
+
+    def export(self, task: ExportTask) -> str:
+        """Raises `UnsupportedModelError` for a width that the kernel refuses, and `SettingsError` for a device or dtype
+        that it does not have, before anything is written."""
+        loaded, model = task.loaded, task.model
+        if self.settings.scheme == "int4":
+            self._check_int4(model)
+        tokens, what = _tokens(model, loaded.tokenizer)
+        expected = _logits(model, tokens)
+        dense = task.directory / "dense"
+        save_checkpoint(model, dense, record=loaded.record, tokenizer=loaded.tokenizer, family=loaded.family)
+        before = _weight_bytes(dense)
+        task.progress.status(f"Quantising to {self.settings.scheme}")
+        quantised = self._quantised(dense, model)
+        quantised.save_pretrained(task.directory)
+        _complete(task.directory, dense)
+        task.save_tokenizer()
+        again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
+        task.check_logits(again, quantised)
+        kl = _divergence(expected, _logits(again, tokens))
+        return (
+            f"{before / 2**20:,.1f} MiB of weights became {_weight_bytes(task.directory) / 2**20:,.1f} MiB; KL "
+            f"divergence from the model before: {kl:.4f} nats per token on {tokens.shape[1]} {what}; "
+            "AutoModelForCausalLM.from_pretrained loads it, with torchao installed"
+        )
+
+    def _check_int4(self, model: PreTrainedModel) -> None:
+        import torch
+
+        group = self.settings.group
+        wrong = [(path, m.in_features) for path, m in linear_layers(model) if m.in_features % group]
+        if wrong:
+            raise UnsupportedModelError(
+                f"int4 in groups of {group} needs input widths that are multiples of {group}, and '{wrong[0][0]}' has "
+                f"{wrong[0][1]:,}; give a smaller torchao.group, prune with --round-to {group}, or export to int8"
+            )
+        if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
+            raise SettingsError(
+                "torchao packs 4-bit weights only on NVIDIA GPUs of compute capability 8.0 or newer; give --device "
+                "cuda, or --set torchao.scheme=int8"
+            )
+        if model.dtype != torch.bfloat16:
+            raise SettingsError("torchao's int4 computes in bfloat16; give --dtype bfloat16")
+
+    def _quantised(self, directory: Path, model: PreTrainedModel) -> PreTrainedModel:
+        """The checkpoint in ``directory``, quantised while it is loaded."""
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from transformers import AutoModelForCausalLM, TorchAoConfig
+
+        if self.settings.scheme == "int8":
+            scheme: Any = Int8WeightOnlyConfig()
+        else:
+            scheme = Int4WeightOnlyConfig(group_size=self.settings.group, int4_packing_format="tile_packed_to_4d")
+        register()
+        quantised: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=model.dtype,
+            quantization_config=TorchAoConfig(scheme),
+            device_map={"": model.device},
+        )
+        for path, module in linear_layers(quantised):
+            # torchao leaves a layer that it cannot quantise as it is, without an error.
+            if not is_traceable_wrapper_subclass(module.weight):
+                raise UnsupportedModelError(f"torchao did not quantise '{path}' of shape {tuple(module.weight.shape)}")
+        return quantised.eval()
+
+
+def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of a model by path, without its head."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield path, module
+
+
+def _complete(directory: Path, dense: Path) -> None:
+    """Move what else ``dense`` has into ``directory``, and add the quantisation to its configuration, which states
+    sizes under the names of other programs, too."""
+    written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = written["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file in dense.iterdir():
+        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+        if not weights and not (directory / file.name).exists():
+            file.rename(directory / file.name)
+    shutil.rmtree(dense)
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _tokens(model: PreTrainedModel, tokenizer: Any | None) -> tuple[torch.Tensor, str]:
+    """Token ids of shape (1, T) to compare predictions on, and what they are."""
+    import torch
+
+    config = model.config.get_text_config()
+    count = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (1, count), generator=generator), "random tokens"
+    ids = tokenizer(read_text("pydoc")[: 20 * count], add_special_tokens=False)["input_ids"][:count]
+    return torch.tensor([ids]), "tokens of Python's help topics"
+
+
+def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits[0].float()
+
+
+def _divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
+    """KL(expected ‖ logits), in nats per token; both (T, V)."""
+    from torch.nn.functional import kl_div
+
+    return float(kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True))

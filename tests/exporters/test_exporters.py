@@ -1,0 +1,180 @@
+"""Exports are whole or not there, load their model only when they need it, and stock ones are stock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoint_cases import INPUT_IDS, LLAMA, cut_llama
+from export_cases import OTHERS, Source, llama_source, logits, other_source
+from llmpruner_llama.family import LlamaFamily
+from pydantic import Field
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import llmpruner
+from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModelError, load_pruned
+from llmpruner.errors import CheckpointError, OutputError
+from llmpruner.exporters import StockExporter, export
+from llmpruner.models import save
+from llmpruner.models.record import damaged_files, read_record, recorded_files
+
+
+class Names(Exporter):
+    """What a plugin could add."""
+
+    name = "names"
+    summary = "the names of all parameters"
+
+    class Settings(ComponentSettings):
+        file: str = Field("names.txt", description="Where to.")
+
+    settings: Settings
+
+    def export(self, task):
+        (task.directory / self.settings.file).write_text("\n".join(name for name, _ in task.model.named_parameters()))
+        return f"a text editor opens {task.loaded.tokenizer}"
+
+
+def loaded(model, record=None):
+    return Source(model, LlamaFamily(), None if model is None else model.config, record=record).load
+
+
+def test_an_outside_exporter_with_its_setting(tmp_path):
+    model = cut_llama("mlp")
+    assert export(tmp_path, Names(file="a.txt"), tmp_path / "out", loaded(model)) == "a text editor opens None"
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.name == "a.txt" and file.read_text().startswith("model.embed_tokens.weight\n")
+
+
+def test_the_model_is_loaded_once_and_only_for_who_reads_it(tmp_path):
+    calls = []
+
+    def load():
+        calls.append(1)
+        return loaded(cut_llama("mlp"))()
+
+    class Copy(Names):
+        def export(self, task):
+            (task.directory / "source").write_text(str(task.source))
+            return ""
+
+    export(tmp_path, Copy(), tmp_path / "copy", load)
+    assert not calls
+    export(tmp_path, Names(), tmp_path / "names", load)
+    assert len(calls) == 1
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path):
+    class Fails(Names):
+        def export(self, task):
+            super().export(task)
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        export(tmp_path, Fails(), tmp_path / "out", loaded(cut_llama("mlp")))
+    assert not list(tmp_path.iterdir())
+
+    class Empty(Names):
+        def export(self, task):
+            return "done"
+
+    with pytest.raises(PluginError, match="exporter names wrote no file"):
+        export(tmp_path, Empty(), tmp_path / "out", loaded(None))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        export(tmp_path, Names(), tmp_path / "out", loaded(None))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_uniform_model_becomes_a_checkpoint_of_transformers(tmp_path):
+    model = cut_llama("mlp-uniform")
+    line = export(tmp_path, StockExporter(), tmp_path / "out", loaded(model, {"plans": []}))
+    assert "LlamaForCausalLM of transformers" in line
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(stock) is LlamaForCausalLM
+    with torch.no_grad():
+        assert torch.equal(stock.eval()(INPUT_IDS).logits, model(INPUT_IDS).logits)
+    record = read_record(tmp_path / "out")
+    assert record is not None and record["plans"] == []
+    assert [name for name, _ in damaged_files(tmp_path / "out", recorded_files(record) or {})] == []
+    assert "model.safetensors" in record["files"]
+    assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_dense_model_gets_no_record(tmp_path):
+    export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("nothing")))
+    assert read_record(tmp_path / "out") is None and load_pruned(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["stock", "nemotron-nas"])
+def test_float16_stays_float16_on_a_cpu(to, tmp_path):
+    cut_llama("nothing", torch.float16).save_pretrained(tmp_path / "half")
+    llmpruner.export(tmp_path / "half", output=tmp_path / "out", to=to)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+    llmpruner.export(tmp_path / "half", output=tmp_path / "wide", to=to, load=llmpruner.LoadSettings(dtype="float32"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", [name for name, case in LLAMA.items() if case.form == "shim"])
+def test_layers_of_different_widths_are_padded_with_zeros(name, tmp_path):
+    source = llama_source(name)
+    line = export(tmp_path, StockExporter(), tmp_path / "out", source.load)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(stock) is LlamaForCausalLM
+    assert torch.allclose(logits(stock, INPUT_IDS), logits(source.model, INPUT_IDS), atol=1e-6)
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (source.model, stock))
+    assert f"from {before:,} to {after:,} parameters (+{after / before - 1:.1%})" in line
+    assert read_record(tmp_path / "out") is None, "its plans would state the widths before padding"
+
+
+def test_padding_is_no_wider_than_the_widest_layer(tmp_path):
+    source = llama_source("depth-mlp")
+    export(tmp_path, StockExporter(), tmp_path / "out", source.load)
+    widths = [layer.mlp.gate_proj.out_features for layer in load_pruned(tmp_path / "out").model.layers]
+    assert widths == [48, 48]
+    narrow = llama_source("all")
+    export(tmp_path, StockExporter(), tmp_path / "narrow", narrow.load)
+    config = load_pruned(tmp_path / "narrow").config
+    assert (config.intermediate_size, config.num_hidden_layers, config.hidden_size) == (48, 2, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (_, case) in OTHERS.items() if case.refused is None])
+def test_any_architecture_is_padded(name, tmp_path):
+    source = other_source(name)
+    export(tmp_path, StockExporter(), tmp_path / "out", source.load)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(stock) is type(source.model)
+    expected = logits(source.model, INPUT_IDS)
+    assert torch.allclose(logits(stock, INPUT_IDS), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (_, case) in OTHERS.items() if case.refused is not None])
+def test_what_zeros_do_not_silence_is_refused_with_the_reason(name, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=OTHERS[name][1].refused) as caught:
+        export(tmp_path, StockExporter(), tmp_path / "out", other_source(name).load)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_plans_of_another_model_are_refused(tmp_path):
+    source = replace(llama_source("mlp"), plans=llama_source("mlp-tied").plans)
+    with pytest.raises(UnsupportedModelError, match=r"has 40 entries along axis 0; its plans leave 48"):
+        export(tmp_path, StockExporter(), tmp_path / "out", source.load)
+
+
+def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
+    write = save.save_checkpoint
+
+    def damaged(model, directory, **options):
+        form = write(model, directory, **options)
+        with torch.no_grad():
+            model.lm_head.weight[5] += 1.0
+        return form
+
+    monkeypatch.setattr(save, "save_checkpoint", damaged)
+    with pytest.raises(CheckpointError, match="gives other outputs"):
+        export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("mlp-uniform")))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,83 @@
+"""Outputs of the original code, reproduced. The data was made by running it on tiny random weights; see cases.json."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from chatglm_tiny import DATA
+from llmpruner_chatglm.family import register
+from llmpruner_chatglm.readers import ChatGLM6BReader, ChatGLMReader
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+# The tied model's larger weights amplify rounding.
+TOLERANCE = {"chatglm_v1": 2e-5, "chatglm_v1/tied": 1e-4, "chatglm2": 2e-5, "chatglm3": 2e-5}
+CASES = [
+    (folder, case) for folder in TOLERANCE for case in json.loads((DATA / folder / "cases.json").read_text())["cases"]
+]
+LOGITS = [(f, c) for f, c in CASES if "greedy" not in c]
+GREEDY = [(f, c) for f, c in CASES if "greedy" in c]
+
+
+@cache
+def model(folder: str) -> Any:
+    reader = ChatGLM6BReader() if folder.startswith("chatglm_v1") else ChatGLMReader()
+    return reader.read_model(DATA / folder, torch.float32)
+
+
+@cache
+def tensors(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(DATA / folder / "cases.safetensors")
+
+
+def case_of(folder: str, name: str) -> dict[str, torch.Tensor]:
+    return {k.split(".")[1]: v for k, v in tensors(folder).items() if k.split(".")[0] == name}
+
+
+def padding_mask(case: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = case["attention_mask"]
+    return mask if mask.dim() == 2 else (~mask[:, 0, -1]).long()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("folder", "name"), LOGITS)
+def test_logits_of_the_original(folder: str, name: str, attention: str) -> None:
+    case = case_of(folder, name)
+    model(folder).set_attn_implementation(attention)
+    mask = padding_mask(case)
+    ways = [
+        {"attention_mask": mask},
+        {"attention_mask": case["attention_mask"], "position_ids": case["position_ids"]},
+    ]
+    if bool(mask.all()):
+        ways.append({})
+    for arguments in ways:
+        with torch.no_grad():
+            logits = model(folder)(case["input_ids"], **arguments).logits
+        assert (logits - case["logits"])[mask == 1].abs().max() <= TOLERANCE[folder]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize(("folder", "name"), GREEDY)
+def test_greedy_ids_of_the_original(folder: str, name: str, options: dict[str, Any]) -> None:
+    case = case_of(folder, name)
+    length, new = case["input_ids"].shape[1], case["new_tokens"].shape[1]
+    given = {"attention_mask": case["attention_mask"], "position_ids": case["position_ids"]}
+    for arguments in ({"attention_mask": padding_mask(case)}, given):
+        ids = model(folder).generate(case["input_ids"], max_new_tokens=new, do_sample=False, **arguments, **options)
+        assert torch.equal(ids[:, length:], case["new_tokens"])
+
+
+@pytest.mark.parametrize("folder", ["chatglm_v1", "chatglm_v1/tied"])
+def test_auto_classes_read_the_released_layout(folder: str) -> None:
+    register()
+    auto = AutoModelForCausalLM.from_pretrained(DATA / folder)
+    assert auto.config.tie_word_embeddings is (folder == "chatglm_v1/tied")
+    assert (auto.lm_head.weight is auto.transformer.word_embeddings.weight) is (folder == "chatglm_v1/tied")
+    case = case_of(folder, "a_gmask")
+    with torch.no_grad():
+        assert (auto(case["input_ids"]).logits - case["logits"]).abs().max() <= TOLERANCE[folder]

@@ -1,0 +1,249 @@
+"""Original checkpoints in every shape they come in, and the messages for damaged ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chatglm_tiny import DATA, train_sentencepiece
+from llmpruner_chatglm.readers import ChatGLM6BReader, ChatGLMReader
+from safetensors.torch import load_file, save_file
+
+from llmpruner import Catalog, CheckpointError, LlmprunerError, ModelError, UnsupportedModelError, plugin_manager
+
+READERS = {"chatglm_v1": ChatGLM6BReader(), "chatglm2": ChatGLMReader()}
+
+
+@pytest.fixture(params=list(READERS))
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
+    """A copy without weights, and the reader for it."""
+    shutil.copyfile(DATA / request.param / "config.json", tmp_path / "config.json")
+    return tmp_path, READERS[request.param]
+
+
+def weights(reader: Any) -> dict[str, torch.Tensor]:
+    return load_file(DATA / next(k for k, v in READERS.items() if v is reader) / "model.safetensors")
+
+
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor], suffix: str, index: bool, shards: int = 3) -> None:
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{stem}-{n:05d}-of-{shards:05d}.{suffix}" for n in range(1, shards + 1)]
+    for number, name in enumerate(names):
+        part = {k: v for n, (k, v) in enumerate(tensors.items()) if n % shards == number}
+        if suffix == "safetensors":
+            save_file(part, directory / name)
+        else:
+            torch.save(part, directory / name)
+    if index:
+        table = {k: names[n % shards] for n, k in enumerate(tensors)}
+        (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, torch.Tensor]], None]] = {
+    "one .bin": lambda d, t: torch.save(t, d / "pytorch_model.bin"),
+    "one .bin of old torch": lambda d, t: torch.save(t, d / "pytorch_model.bin", _use_new_zipfile_serialization=False),
+    "three .bin": lambda d, t: write_shards(d, t, "bin", index=True),
+    "three .bin without index": lambda d, t: write_shards(d, t, "bin", index=False),
+    "three safetensors": lambda d, t: write_shards(d, t, "safetensors", index=True),
+    "safetensors preferred": lambda d, t: (save_file(t, d / "model.safetensors"), (d / "pytorch_model.bin").touch())[1],
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_file_layout_gives_the_same_model(checkpoint: tuple[Path, Any], writer: str) -> None:
+    directory, reader = checkpoint
+    tensors = weights(reader)
+    WRITERS[writer](directory, {k: v.half() for k, v in tensors.items()})
+    model = reader.read_model(directory, torch.float32)
+    folder = "chatglm_v1" if reader.name == "chatglm-6b" else "chatglm2"
+    expected = reader.read_model(DATA / folder, None).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    stored = reader.read_model(directory, None)
+    assert {p.dtype for p in stored.parameters()} == {torch.float16}
+    assert stored.config.dtype == torch.float16
+    assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
+
+
+def test_the_catalog_finds_the_one_reader() -> None:
+    catalog = Catalog(plugin_manager())
+    assert catalog.manager.broken == []
+    names = {f: getattr(catalog.reader_for(DATA / f), "name", None) for f in ("chatglm_v1", "chatglm2", "chatglm3")}
+    assert names == {"chatglm_v1": "chatglm-6b", "chatglm2": "chatglm-original", "chatglm3": "chatglm-original"}
+    assert catalog.reader_for(DATA) is None
+
+
+def test_glm_tensors_are_renamed_and_split() -> None:
+    model = ChatGLMReader().read_model(DATA / "chatglm2", None)
+    tensors = load_file(DATA / "chatglm2" / "model.safetensors")
+    fused = tensors["transformer.encoder.layers.1.self_attention.query_key_value.bias"]
+    attention = model.model.layers[1].self_attn
+    assert torch.equal(torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias]), fused)
+    assert (model.config.head_dim, model.config.num_key_value_heads) == (16, 2)
+    storages = {p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters()}
+    assert storages == {True}, "a parameter keeps a larger tensor in memory"
+
+
+def test_rope_ratio_and_generation_config_are_taken_over(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "chatglm3", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rope_ratio": 500}))
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.8}))
+    model = ChatGLMReader().read_model(tmp_path / "m", None)
+    assert model.config.rope_parameters["rope_theta"] == 5_000_000
+    assert model.config.rope_parameters["partial_rotary_factor"] == 0.5
+    assert model.generation_config.eos_token_id == [2, 7]
+
+
+def test_chatglm2_with_long_context_divides_positions(tmp_path: Path) -> None:
+    """Position interpolation: token 3r has the position of token 3 of the short model."""
+    shutil.copytree(DATA / "chatglm2", tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rope_ratio": 4}))
+    train_sentencepiece(tmp_path / "m" / "tokenizer", "bpe", [])
+    long, short = (ChatGLMReader().read_model(d, None) for d in (tmp_path / "m", DATA / "chatglm2"))
+    ids, positions = torch.tensor([[190, 192, 7, 8, 9]]), torch.arange(5)[None]
+    with torch.no_grad():
+        got = long(ids, position_ids=4 * positions).logits
+        assert (got - short(ids, position_ids=positions).logits).abs().max() < 1e-5
+        assert (got - long(ids, position_ids=positions).logits).abs().max() > 1e-3
+
+
+def break_it(directory: Path, reader: Any, how: str) -> None:
+    tensors = weights(reader)
+    if how == "no weights":
+        return
+    if how in ("missing shard", "missing shard without index"):
+        write_shards(directory, tensors, "bin", index=how == "missing shard")
+        (directory / "pytorch_model-00002-of-00003.bin").unlink()
+    elif how.startswith("truncated"):
+        name = "model.safetensors" if how == "truncated safetensors" else "pytorch_model.bin"
+        if name.endswith("safetensors"):
+            save_file(tensors, directory / name)
+        else:
+            torch.save(tensors, directory / name, _use_new_zipfile_serialization="old" not in how)
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: len(content) // 2])
+    elif how == "code":
+        with (directory / "pytorch_model.bin").open("wb") as file:
+            pickle.dump({"lm_head.weight": Boom(directory / "ran")}, file)
+    elif how == "code in a zip":
+        torch.save({"lm_head.weight": Boom(directory / "ran")}, directory / "pytorch_model.bin")
+    elif how == "no dictionary":
+        torch.save([1, 2], directory / "pytorch_model.bin")
+    elif how == "missing tensor":
+        save_file(dict(list(tensors.items())[1:]), directory / "model.safetensors")
+    elif how == "unknown tensor":
+        save_file({**tensors, "transformer.prefix_encoder.weight": torch.ones(2)}, directory / "model.safetensors")
+    elif how == "misshapen tensor":
+        save_file({k: v[:-1].clone() for k, v in tensors.items()}, directory / "model.safetensors")
+    elif how == "damaged index":
+        (directory / "pytorch_model.bin.index.json").write_text("{")
+
+
+class Boom:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("no weights", ModelError, "holds no weights"),
+        (
+            "missing shard",
+            CheckpointError,
+            "1 of 3 weight files are missing, the first is pytorch_model-00002-of-00003",
+        ),
+        ("missing shard without index", CheckpointError, "1 of 3 weight files are missing"),
+        ("truncated safetensors", CheckpointError, r"model\.safetensors is damaged or truncated"),
+        ("truncated bin", CheckpointError, r"pytorch_model\.bin is damaged or truncated"),
+        ("truncated bin of old torch", CheckpointError, r"pytorch_model\.bin is damaged or truncated"),
+        ("code", CheckpointError, "pickled code besides tensors, which is never run"),
+        ("code in a zip", CheckpointError, "pickled code besides tensors, which is never run"),
+        ("no dictionary", CheckpointError, "holds a list; expected named tensors"),
+        ("missing tensor", CheckpointError, "1 of .* parameters are in none of the weight files"),
+        ("unknown tensor", CheckpointError, "the configuration has none of that name"),
+        ("misshapen tensor", CheckpointError, "the configuration has"),
+        ("damaged index", CheckpointError, r"index\.json is damaged"),
+    ],
+)
+def test_damage_is_one_line(checkpoint: tuple[Path, Any], how: str, error: type[LlmprunerError], message: str) -> None:
+    directory, reader = checkpoint
+    break_it(directory, reader, how)
+    with pytest.raises(error, match=message) as caught:
+        reader.read_model(directory, None)
+    assert "\n" not in str(caught.value)
+    assert not (directory / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "change", "message"),
+    [
+        ("chatglm_v1", {"quantization_bit": 4}, "quantized to 4 bits"),
+        ("chatglm_v1", {"pre_seq_len": 128}, "P-tuning prefix"),
+        ("chatglm_v1", {"position_encoding_2d": False}, "without 2D position encoding"),
+        ("chatglm2", {"quantization_bit": 8}, "quantized"),
+        ("chatglm2", {"add_bias_linear": True}, "add_bias_linear"),
+        ("chatglm2", {"rmsnorm": False}, "LayerNorm"),
+    ],
+)
+def test_variants_that_cannot_be_read_exactly_are_refused(
+    folder: str, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = json.loads((DATA / folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedModelError, match=message):
+        READERS[folder].read_config(tmp_path)
+
+
+def test_config_without_a_field_names_it(tmp_path: Path) -> None:
+    config = json.loads((DATA / "chatglm2" / "config.json").read_text())
+    del config["ffn_hidden_size"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="lacks 'ffn_hidden_size'"):
+        ChatGLMReader().read_config(tmp_path)
+
+
+@pytest.mark.parametrize("folder", READERS)
+def test_a_missing_tokenizer_is_none(folder: str) -> None:
+    assert READERS[folder].read_tokenizer(DATA / folder) is None
+
+
+def test_a_damaged_ice_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ice_text.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match=r"ice_text\.model is no readable vocabulary") as caught:
+        ChatGLM6BReader().read_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_embeddings_may_be_stored_once_but_not_differ(tmp_path: Path) -> None:
+    shutil.copyfile(DATA / "chatglm_v1" / "tied" / "config.json", tmp_path / "config.json")
+    tensors = load_file(DATA / "chatglm_v1" / "tied" / "model.safetensors")
+    for left_out in ("lm_head.weight", "transformer.word_embeddings.weight"):
+        save_file({k: v for k, v in tensors.items() if k != left_out}, tmp_path / "model.safetensors")
+        model = ChatGLM6BReader().read_model(tmp_path, None)
+        assert model.lm_head.weight is model.transformer.word_embeddings.weight
+        assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="differ, but the configuration ties them"):
+        ChatGLM6BReader().read_model(tmp_path, None)
+
+
+def test_later_generations_are_refused_by_the_class_of_the_first() -> None:
+    from llmpruner_chatglm.family import register
+    from transformers import AutoConfig
+
+    register()
+    with pytest.raises(Exception, match="ChatGLM2, ChatGLM3 or GLM-4"):
+        AutoConfig.from_pretrained(DATA / "chatglm2")

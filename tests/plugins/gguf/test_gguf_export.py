@@ -1,0 +1,465 @@
+"""A GGUF file gives the model's logits: computed from the file alone, by transformers, and by llama.cpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import pytest
+import tiny_models
+import torch
+from checkpoint_cases import cut_llama
+from gguf_cases import (
+    BOTH_ROPES,
+    CONFIGS,
+    LLAMA3,
+    SIZES,
+    WINDOWS_AND_FULL,
+    YARN,
+    logits,
+    prompt,
+    random_model,
+    randomised,
+)
+from gguf_reference import GgufFile, gguf_logits
+from llmpruner_gguf import GgufExporter, write
+from llmpruner_gguf import export as steps
+from llmpruner_gguf.export import relative_errors
+from said import Said
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+import llmpruner
+from llmpruner import save_checkpoint, work_of
+from llmpruner.errors import CheckpointError, MissingExtraError, ModelError, UnsupportedModelError
+from llmpruner.exporters import export
+
+BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
+HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
+HOW = "verified by llama.cpp's logits" if HAS_RUNTIME else "read back; install llama-cpp-python"
+needs_runtime = pytest.mark.skipif(not HAS_RUNTIME, reason="llama-cpp-python is not installed")
+
+READ_BY_TRANSFORMERS = {
+    **{name: lambda name=name: random_model(name) for name in ("llama", "llama-tied-wide-heads", "mistral", "qwen2")},
+    # With the defaults of Gemma 2, which transformers takes, as it does not read caps and the scale of attention.
+    "gemma2": lambda: randomised(AutoModelForCausalLM.from_config(Gemma2Config(**SIZES))),
+}
+"""It does not read the size of heads or experts of the other architectures."""
+FREE = {
+    "mlp": {"feed_forward_length": [40, 48, 17]},
+    "gqa": {"attention.head_count_kv": [1, 2, 2], "attention.head_count": [2, 4, 4]},
+    "mha": {"attention.head_count_kv": [4, 2, 3]},
+    "query": {"attention.head_count": [2, 4, 4], "feed_forward_length": [48, 8, 48]},
+    "all": {"embedding_length": 20, "attention.head_count_kv": [1, 2], "feed_forward_length": [48, 30]},
+}
+"""Cuts of a tiny LLaMA → what the file must state."""
+
+
+def exported(model, folder, *, tokenizer=None, progress=None, name="tiny", **settings):
+    """The line, and the file that the export of ``model`` wrote."""
+    source = folder / name
+    save_checkpoint(model, source, record={}, tokenizer=tokenizer)
+    loaded = SimpleNamespace(model=model, tokenizer=tokenizer, family=None, record={})
+    line = export(source, GgufExporter(**settings), folder / "out", lambda: loaded, progress or Said())
+    return line, folder / "out" / f"{name}.gguf"
+
+
+def value(file, key):
+    return gguf.GGUFReader(file).fields[key].contents()
+
+
+def assert_same_logits(model, found, tolerance=1e-4):
+    errors = relative_errors(logits(model, prompt(model)), found)
+    assert float(errors.max()) < tolerance
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture(name, tmp_path):
+    model = random_model(name)
+    line, file = exported(model, tmp_path)
+    assert line.startswith(f"tiny.gguf ({CONFIGS[name][0]}, f32, ") and HOW in line
+    assert_same_logits(model, gguf_logits(file, prompt(model)))
+    assert {path.name for path in file.parent.iterdir()} == {"tiny.gguf", "Modelfile"}
+
+
+@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+def test_transformers_reads_it_as_the_same_model(name, tmp_path):
+    model = READ_BY_TRANSFORMERS[name]()
+    _, file = exported(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    assert_same_logits(model, logits(again, prompt(model)))
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_different_sizes_per_layer(name, tmp_path):
+    model = randomised(cut_llama(name))
+    line, file = exported(model, tmp_path)
+    assert "(deci, f32" in line and HOW in line
+    assert_same_logits(model, gguf_logits(file, prompt(model)))
+    for key, expected in FREE[name].items():
+        assert value(file, f"deci.{key}") == expected
+    assert value(file, "deci.attention.key_length") == value(file, "deci.rope.dimension_count") == 8
+
+
+def test_uniform_cuts_keep_their_architecture_and_state_the_head_size(tmp_path):
+    model = randomised(cut_llama("mha-indivisible"))
+    line, file = exported(model, tmp_path)
+    assert "(llama, f32" in line
+    assert value(file, "llama.attention.head_count") == 3 and value(file, "llama.attention.key_length") == 8
+    assert_same_logits(model, gguf_logits(file, prompt(model)))
+
+
+def test_qwen2_whose_heads_do_not_fill_the_hidden_size_is_written_as_llama(tmp_path):
+    model = randomised(AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            for projection, rows in ((attention.q_proj, 16), (attention.k_proj, 8), (attention.v_proj, 8)):
+                projection.weight = torch.nn.Parameter(projection.weight[:rows].clone())
+                projection.bias = torch.nn.Parameter(projection.bias[:rows].clone())
+                projection.out_features = rows
+            attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :16].clone())
+            attention.o_proj.in_features = 16
+    line, file = exported(model, tmp_path)
+    assert "(llama, f32" in line and value(file, "llama.attention.head_count_kv") == 1
+    assert_same_logits(model, gguf_logits(file, prompt(model)))
+
+
+def test_experts_that_were_removed(tmp_path):
+    model = random_model("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            router, experts = layer.mlp.gate, layer.mlp.experts
+            router.weight = torch.nn.Parameter(router.weight[[0, 2, 3]].clone())
+            experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[[0, 2, 3]].clone())
+            experts.down_proj = torch.nn.Parameter(experts.down_proj[[0, 2, 3]].clone())
+            router.num_experts = experts.num_experts = 3
+    line, file = exported(model, tmp_path)
+    assert "(llama, f32" in line and value(file, "llama.expert_count") == 3
+    assert_same_logits(model, gguf_logits(file, prompt(model)))
+
+
+@pytest.mark.parametrize(("name", "share"), [("mixtral", 2 / 4), ("qwen3-moe", 2 / 6), ("olmoe", 2 / 6)])
+def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share, tmp_path):
+    from llmpruner_gguf.bench import gguf_work
+
+    from llmpruner.models.meta import graph_of
+
+    model = random_model(name)
+    _, file = exported(model, tmp_path)
+    (ours, _), theirs = gguf_work(file), work_of(model, graph_of(model, tuple))
+    assert (ours.body_macs, ours.head_macs) == (theirs.body_macs, theirs.head_macs)
+    assert ours.weight_bytes == theirs.weight_bytes and ours.routed_bytes == theirs.routed_bytes
+    assert list(ours.routed_bytes) == [share]
+
+
+def test_outside_its_window_the_context_ends(tmp_path):
+    model = randomised(AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=40)))
+    _, file = exported(model, tmp_path)
+    assert value(file, "llama.context_length") == 40
+    errors = relative_errors(logits(model, prompt(model)), gguf_logits(file, prompt(model)))
+    assert float(errors[:40].max()) < 1e-4 < float(errors[40:].max())
+
+
+@pytest.mark.parametrize(("kind", "stored"), [("f16", "F16"), ("bf16", "BF16"), ("f32", "F32")])
+def test_types(kind, stored, tmp_path):
+    line, file = exported(random_model("qwen3-moe"), tmp_path, type=kind)
+    types = {name: found.name for name, found in GgufFile(file).types.items()}
+    assert f", {kind}, " in line and types["blk.1.attn_q.weight"] == types["blk.0.ffn_up_exps.weight"] == stored
+    assert types["blk.0.attn_norm.weight"] == types["blk.0.ffn_gate_inp.weight"] == "F32"
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")])
+def test_auto_is_the_type_of_the_checkpoint(dtype, kind, tmp_path):
+    model = random_model("llama").to(dtype)
+    save_checkpoint(model, tmp_path / "tiny", record={})
+    # As a checkpoint of float16 is loaded on a CPU.
+    loaded = SimpleNamespace(model=model.float(), tokenizer=None, family=None, record={})
+    assert f"(llama, {kind}, " in export(tmp_path / "tiny", GgufExporter(), tmp_path / "out", lambda: loaded)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("models--me--small-2--b/snapshots/0123456789abcdef", "small-2--b"),
+        ("models--small/snapshots/0123456789abcdef", "small"),
+        ("snapshots/0123456789abcdef", "0123456789abcdef"),
+    ],
+)
+def test_a_snapshot_of_the_hub_has_the_name_of_the_model(folder, name, tmp_path, monkeypatch):
+    """From inside the folder too."""
+    save_checkpoint(random_model("llama"), tmp_path / folder, record=None)
+    monkeypatch.chdir(tmp_path / folder)
+    line = llmpruner.export(".", to="gguf", output=tmp_path / "out")
+    assert line.startswith(f"{name}.gguf (")
+    assert gguf.GGUFReader(tmp_path / "out" / f"{name}.gguf").get_field("general.name").contents() == name
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path):
+    model = random_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = 1e6
+    with pytest.raises(UnsupportedModelError, match=r"output\.weight has values that are too large for float16.*f32"):
+        exported(model, tmp_path, type="f16")
+    assert not (tmp_path / "out").exists()
+
+
+def _with(config_class, **changes):
+    return lambda: randomised(AutoModelForCausalLM.from_config(config_class(**{**SIZES, **changes})))
+
+
+def _other_epsilon():
+    model = random_model("llama")
+    model.model.norm.variance_epsilon = 1e-3
+    return model
+
+
+def _free_qwen3():
+    model = random_model("qwen3")
+    mlp = model.model.layers[1].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight[:20].clone())
+        linear.out_features = 20
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :20].clone())
+    mlp.down_proj.in_features = 20
+    return model
+
+
+def _other_embedding_scale():
+    model = random_model("gemma")
+    model.model.embed_tokens.scalar_embed_scale = 3.0
+    return model
+
+
+REFUSED = {
+    "another type": (_with(GPT2Config), "does not write models of type 'gpt2'; it writes llama, mistral"),
+    "widths of qwen3": (_free_qwen3, "different numbers of channels.*--shape uniform"),
+    "norms": (_other_epsilon, r"different norm epsilons \(1e-06, 0.001\)"),
+    "dynamic rope": (
+        _with(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "cannot state rotary scaling 'dynamic'",
+    ),
+    "llama3 rope of qwen3": (_with(Qwen3Config, rope_parameters=LLAMA3), "cannot state rotary scaling 'llama3'"),
+    "yarn's bounds": (_with(LlamaConfig, rope_parameters={**YARN, "beta_fast": 16.0}), "beta_fast 32"),
+    "activation": (_with(LlamaConfig, hidden_act="gelu"), "its activation is silu, not gelu"),
+    "weights of experts": (
+        _with(Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False),
+        "norm_topk_prob must be True",
+    ),
+    "ordinary layers among experts": (
+        _with(Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, mlp_only_layers=[1]),
+        r"model\.layers\.1\.mlp\.gate_proj\.weight: GGUF's architecture 'qwen3moe' has no such tensor",
+    ),
+    "caps": (_with(Gemma2Config, head_dim=16, attn_logit_softcapping=None), "it always caps attention logits"),
+    "output bias of attention": (_with(Qwen3Config, attention_bias=True), r"no bias 'blk\.0\.attn_output\.bias'"),
+    # As after the removal of layers: llama.cpp derives which layers have a window from their numbers alone.
+    "windows of gemma2": (
+        _with(Gemma2Config, head_dim=16, sliding_window=8, layer_types=[*WINDOWS_AND_FULL[::-1], "sliding_attention"]),
+        r"llama\.cpp gives all layers but each 2nd a sliding window, which layer 0 of the model does not fit",
+    ),
+    "windows of gemma3": (
+        _with(
+            Gemma3TextConfig,
+            head_dim=16,
+            sliding_window=8,
+            rope_parameters=BOTH_ROPES,
+            layer_types=[*WINDOWS_AND_FULL, "sliding_attention"],
+        ),
+        r"all layers but each 6th a sliding window, which layer 1 of the model does not fit; .* 6 layers in a row$",
+    ),
+    "no window in gemma2": (
+        _with(Gemma2Config, head_dim=16, layer_types=["full_attention"] * 3),
+        "which layer 0 of the model does not fit",
+    ),
+    "scale of embeddings": (_other_embedding_scale, "multiplies embeddings by 5.65685, the model by 3"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_gguf_cannot_state_is_refused(case, tmp_path):
+    make, message = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        exported(make(), tmp_path)
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_the_windows_are_those_that_llama_cpp_derives_whatever_the_file_says(tmp_path):
+    model = random_model("gemma3")
+    _, file = exported(model, tmp_path)
+    assert value(file, "gemma3.attention.sliding_window_pattern") == [True] * 5 + [False, True]
+    read = GgufFile(file)
+    assert read.windows == [8] * 5 + [None, 8]
+    read.key = lambda name, default=None: None if name.endswith("_pattern") else GgufFile.key(read, name, default)
+    del read.windows
+    assert read.windows == [8] * 5 + [None, 8]
+
+
+MISTAKES = {
+    "rotary order": ("llama", "interleaved", lambda tensor, heads: tensor),
+    "rotary scaling": (
+        "qwen3-yarn", "_add_rope", lambda writer, facts: writer.add_rope_freq_base(facts.rope["rope_theta"])
+    ),
+    "rotary factors": ("llama-llama3", "_rope_factors", lambda model, facts: torch.ones(4)),
+    "base of sliding layers": ("gemma3", "_add_rope", lambda writer, facts: writer.add_rope_freq_base(1e6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_reference_notices_a_wrong_file(mistake, tmp_path, monkeypatch):
+    name, function, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(write, function, wrong)
+    monkeypatch.setattr(steps, "find_spec", lambda name: None)
+    model = random_model(name)
+    _, file = exported(model, tmp_path)
+    assert float(relative_errors(logits(model, prompt(model)), gguf_logits(file, prompt(model))).max()) > 1e-2
+
+
+def byte_level_model():
+    """With more rows of the embedding than the tokenizer has tokens."""
+    return randomised(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"vocab_size": 310, "eos_token_id": 1})))
+
+
+def test_a_byte_level_tokenizer(tmp_path):
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    _, file = exported(byte_level_model(), tmp_path, tokenizer=tokenizer)
+    assert (value(file, "tokenizer.ggml.model"), value(file, "tokenizer.ggml.pre")) == ("gpt2", "gpt-2")
+    assert value(file, "tokenizer.chat_template") == tokenizer.chat_template
+    assert (value(file, "tokenizer.ggml.bos_token_id"), value(file, "tokenizer.ggml.eos_token_id")) == (0, 1)
+    assert value(file, "tokenizer.ggml.add_bos_token") is False
+    tokens, types = value(file, "tokenizer.ggml.tokens"), value(file, "tokenizer.ggml.token_type")
+    vocabulary = tokenizer.get_vocab()
+    assert len(tokens) == 310 and types[0] == gguf.TokenType.CONTROL
+    think = vocabulary["<think>"]
+    assert tokens[think] == "<think>" and types[think] == gguf.TokenType.USER_DEFINED
+    assert tokens[think + 1] == f"[PAD{think + 1}]" and types[think + 1] == gguf.TokenType.UNUSED
+    assert (file.parent / "Modelfile").read_text() == 'FROM ./tiny.gguf\nPARAMETER stop "</s>"\n'
+    again = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    assert again(tiny_models.TEXT)["input_ids"] == tokenizer(tiny_models.TEXT)["input_ids"]
+
+
+def test_the_pre_tokenizer_of_the_dense_models_file_is_kept(tmp_path):
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.init_kwargs["gguf_pre"] = "smollm"
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    _, file = exported(byte_level_model(), tmp_path, tokenizer=again)
+    assert value(file, "tokenizer.ggml.pre") == "smollm"
+
+
+def test_a_byte_level_tokenizer_without_merges_is_refused_before_writing(tmp_path, capfd):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ByteLevelBPETokenizer()
+    letters.train_from_iterator([], vocab_size=258, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters._tokenizer, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(UnsupportedModelError, match=r"byte-level tokenizer has no merges"):
+        exported(byte_level_model(), tmp_path, tokenizer=tokenizer)
+    assert not list(tmp_path.rglob("*.gguf")) and capfd.readouterr() == ("", "")
+
+
+def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
+    from tokenizers.pre_tokenizers import ByteLevel, Punctuation, Sequence
+
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Punctuation(), ByteLevel(add_prefix_space=False)])
+    with pytest.raises(UnsupportedModelError, match=r"splits text in a way .* --set gguf\.pre=NAME"):
+        exported(byte_level_model(), tmp_path, tokenizer=tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    _, file = exported(byte_level_model(), tmp_path, tokenizer=tokenizer, name="named", pre="olmo")
+    assert value(file, "tokenizer.ggml.pre") == "olmo"
+
+
+@needs_runtime
+def test_a_wrong_name_of_the_pre_tokenizer_is_found(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    base = Tokenizer(models.BPE())
+    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    base.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    base.train_from_iterator([tiny_models.TEXT], trainers.BpeTrainer(vocab_size=310, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
+    with pytest.raises(CheckpointError, match=r"llama\.cpp splits text into other tokens .*--set gguf\.pre"):
+        exported(byte_level_model(), tmp_path, tokenizer=tokenizer, pre="gpt-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_sentencepiece_tokenizer(tmp_path):
+    (tmp_path / "spm").mkdir()
+    shutil.copyfile(BYTE_FALLBACK, tmp_path / "spm" / "tokenizer.model")
+    (tmp_path / "spm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "spm")
+    model = randomised(AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer) + 8})))
+    _, file = exported(model, tmp_path, tokenizer=tokenizer)
+    assert value(file, "tokenizer.ggml.model") == "llama"
+    types = value(file, "tokenizer.ggml.token_type")
+    assert types[0] == gguf.TokenType.UNKNOWN and types[1] == gguf.TokenType.CONTROL and gguf.TokenType.BYTE in types
+    again = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for text in ("Hello world", "two  blanks", "Übersetze 12345 你好"):
+        assert (
+            again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+
+
+def test_without_a_tokenizer(tmp_path):
+    _, file = exported(random_model("llama"), tmp_path)
+    assert value(file, "tokenizer.ggml.model") == "none" and value(file, "llama.vocab_size") == 64
+    assert (file.parent / "Modelfile").read_text() == "FROM ./tiny.gguf\n"
+
+
+def wide_model():
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 320, "vocab_size": 300}
+    return randomised(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), 0.05)
+
+
+@needs_runtime
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
+def test_quantised(quant, tmp_path):
+    line, file = exported(wide_model(), tmp_path, tokenizer=tiny_models.tokenizer(), quant=quant)
+    types = {name: kind.name for name, kind in GgufFile(file).types.items()}
+    assert HOW in line and {path.name for path in file.parent.iterdir()} == {"tiny.gguf", "Modelfile"}
+    if quant == "q8_0":
+        assert types["blk.0.ffn_down.weight"] == types["blk.0.attn_q.weight"] == "Q8_0"
+    else:
+        # Rows of 320 do not fill the blocks of 256.
+        assert types["blk.0.attn_q.weight"] == "Q4_K" and types["blk.0.ffn_down.weight"] in ("Q5_0", "Q8_0")
+        assert "q4_k_m: " in line
+
+
+def test_quantising_without_llama_cpp_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmpruner_gguf.find_spec", lambda name: True if name == "gguf" else None)
+    with pytest.raises(MissingExtraError, match=r"llama-cpp-python is not installed; .*llmpruner\[llama-cpp\]"):
+        export(tmp_path, GgufExporter(quant="q8_0"), tmp_path / "out", None)
+
+
+def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):
+    model, tokenizer = byte_level_model(), tiny_models.tokenizer()
+    _, file = exported(model, tmp_path, tokenizer=tokenizer)
+    line = llmpruner.export(file, to="stock", output=tmp_path / "stock")
+    assert line.startswith("LlamaForCausalLM of transformers loads it")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
+    assert_same_logits(model, logits(again, prompt(model)))
+    read = AutoTokenizer.from_pretrained(tmp_path / "stock")
+    assert read(tiny_models.TEXT)["input_ids"] == tokenizer(tiny_models.TEXT)["input_ids"]
+    with pytest.raises(ModelError, match=r"tiny\.gguf' is no checkpoint directory, and only --to stock takes a file"):
+        llmpruner.export(file, to="gguf", output=tmp_path / "gguf")
+    with pytest.raises(ModelError, match=r"none\.gguf' is no checkpoint directory; export takes what prune"):
+        llmpruner.export(tmp_path / "none.gguf", to="stock", output=tmp_path / "gguf")

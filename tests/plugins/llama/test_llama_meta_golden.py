@@ -1,0 +1,150 @@
+"""Meta's format against the outputs of the original code, meta-llama/llama's model.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from llama_cases import DATA, LAYOUTS, MODELS, copy_of, logits, read, resave, set_param, tokens_of
+from llmpruner_llama import MetaReader
+from llmpruner_llama.meta_format import to_neighbours, to_rotate_half
+from llmpruner_llama.meta_params import MetaParams
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import llmpruner
+
+TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_with_and_without_cache_and_greedy_tokens(name: str, layout: str, attention: str) -> None:
+    cases = load_file(DATA / name / "cases.safetensors")
+    prefill = json.loads((DATA / name / "cases.json").read_text())["prefill_then_steps_from"]
+    tokens = cases["tokens"].long()
+    model = read(DATA / name / layout)
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        full = model(tokens).logits
+        step = model(tokens[:, :prefill], use_cache=True)
+        steps = [step.logits]
+        for n in range(prefill, tokens.shape[1]):
+            step = model(tokens[:, n : n + 1], past_key_values=step.past_key_values, use_cache=True)
+            steps.append(step.logits)
+        new = model.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert (full - cases["logits_full"]).abs().max() <= TOLERANCE
+    assert (torch.cat(steps, 1) - cases["logits_incremental"]).abs().max() <= TOLERANCE
+    assert torch.equal(new[:, tokens.shape[1] :], cases["greedy_new_tokens"].long())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_and_two_shards_are_the_same_model(name: str) -> None:
+    one, two = (read(DATA / name / layout).state_dict() for layout in LAYOUTS)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_conversion_is_what_the_reader_reads_in_the_stored_type(name: str, layout: str, tmp_path: Path) -> None:
+    llmpruner.export(DATA / name / layout, to="stock", output=tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    expected = MetaReader().read_model(DATA / name / layout, None)
+    stored = torch.float16 if name == "mha" else torch.bfloat16
+    assert model.dtype == expected.dtype == stored
+    ours, theirs = (m.config.to_diff_dict() for m in (model, expected))
+    assert {key: ours.get(key) for key in theirs} == theirs
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_embedding_split_by_rows_as_in_llama_3(tmp_path: Path) -> None:
+    folder = copy_of("gqa", "2shards", tmp_path / "llama3")
+    name = "tok_embeddings.weight"
+    whole = torch.load(DATA / "gqa" / "1shard" / "consolidated.00.pth", weights_only=True)[name]
+    for number, part in enumerate(whole.chunk(2, 0)):
+        resave(folder, number, lambda state, part=part: state.update({name: part.clone()}))
+    expected = read(DATA / "gqa" / "1shard").get_input_embeddings().weight
+    assert torch.equal(read(folder).get_input_embeddings().weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("dim", "factor"),
+    [(2048, 32.0), (3072, 32.0), (4096, 8.0), (8192, 8.0), (16384, 8.0)],
+    ids=["3.2-1B", "3.2-3B", "3.1-8B", "3.3-70B", "3.1-405B"],
+)
+def test_the_factor_of_scaled_rope_follows_the_release(dim: int, factor: float, tmp_path: Path) -> None:
+    file = tmp_path / "params.json"
+    values = {"dim": dim, "n_layers": 2, "n_heads": 16, "rope_theta": 500000.0, "use_scaled_rope": True}
+    file.write_text(json.dumps(values))
+    params = MetaParams.read(file)
+    assert params.rope_scaling_factor == factor and "rope_scaling_factor" not in params.to_json()
+    for other in (8.0, 32.0, 16.0):
+        written = replace(params, rope_scaling_factor=other).to_json()
+        assert written.get("rope_scaling_factor") == (None if other == factor else other)
+        file.write_text(json.dumps(written))
+        assert MetaParams.read(file).rope_scaling_factor == other
+
+
+def test_scaled_rope_becomes_llama3_scaling(tmp_path: Path) -> None:
+    folder = copy_of("gqa", "1shard", tmp_path / "llama31")
+    set_param(folder, rope_theta=500000.0, use_scaled_rope=True)
+    model = read(folder)
+    assert model.config.rope_parameters == {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert model.config.max_position_embeddings == 131072
+    plain = read(DATA / "gqa" / "1shard")
+    assert not torch.equal(logits(model, tokens_of("gqa")), logits(plain, tokens_of("gqa")))
+
+
+@pytest.mark.parametrize(
+    ("values", "positions"),
+    [({}, 2048), ({"norm_eps": 1e-5}, 4096), ({"rope_theta": 5e5}, 8192), ({"rope_theta": 1e6}, 16384)],
+)
+def test_context_follows_the_release(values: dict[str, float], positions: int, tmp_path: Path) -> None:
+    folder = copy_of("mha", "1shard", tmp_path / "meta")
+    set_param(folder, **values)
+    assert MetaReader().read_config(folder).max_position_embeddings == positions
+
+
+def test_without_an_output_matrix_the_embedding_is_tied(tmp_path: Path) -> None:
+    folder = copy_of("mha", "1shard", tmp_path / "tied")
+    resave(folder, 0, lambda state: state.pop("output.weight"))
+    model = read(folder)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    llmpruner.export(folder, to="stock", output=tmp_path / "hf")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert torch.equal(again(tokens_of("mha")).logits, model(tokens_of("mha")).logits)
+
+
+def test_rotary_layouts_are_inverse_and_commute_with_slicing_heads() -> None:
+    weight = torch.randn(3 * 8, 5)
+    assert torch.equal(to_neighbours(to_rotate_half(weight, 3), 3), weight)
+    assert torch.equal(to_rotate_half(weight, 3)[8:16], to_rotate_half(weight[8:16], 1))
+    assert not torch.equal(to_rotate_half(weight, 3), weight)
+
+
+def test_recognises_meta_folders_only(tmp_path: Path) -> None:
+    reader = MetaReader()
+    assert reader.recognises(DATA / "mha" / "1shard")
+    assert not reader.recognises(DATA / "mha")
+    both = copy_of("mha", "1shard", tmp_path / "both")
+    (both / "config.json").write_text("{}")
+    assert not reader.recognises(both)
+    mistral = tmp_path / "mistral"
+    mistral.mkdir()
+    (mistral / "params.json").write_text("{}")
+    (mistral / "consolidated.safetensors").touch()
+    assert not reader.recognises(mistral)

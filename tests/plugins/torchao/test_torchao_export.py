@@ -1,0 +1,116 @@
+"""Weights in 8 and 4 bits: what is written gives the outputs of what was quantised, and what cannot be is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+from checkpoint_cases import INPUT_IDS, cut_llama
+from llmpruner_llama.family import LlamaFamily
+from llmpruner_torchao import exporter as torchao_exporter
+from llmpruner_torchao.exporter import TorchAoExporter, linear_layers
+
+import llmpruner
+from llmpruner import LlmprunerError, MissingExtraError, load_pruned
+from llmpruner.exporters import export
+from llmpruner.models.numbers import first_not_finite, stored_bytes
+
+
+def loaded(model, tokenizer=None):
+    return lambda: SimpleNamespace(model=model, tokenizer=tokenizer, family=LlamaFamily(), record={"plans": []})
+
+
+@pytest.fixture
+def installed():
+    pytest.importorskip("torchao", reason="needs pip install 'llmpruner[torchao]'")
+
+
+@pytest.fixture
+def assumed(monkeypatch):
+    """For what is refused before torchao is used."""
+    monkeypatch.setattr(torchao_exporter, "find_spec", lambda name: True)
+
+
+@pytest.mark.parametrize("cut", ["mlp-uniform", "mlp"])
+def test_eight_bits(installed, tmp_path, cut):
+    model = cut_llama(cut)
+    with torch.no_grad():
+        expected = model(INPUT_IDS).logits
+    line = export(tmp_path, TorchAoExporter(), tmp_path / "out", loaded(model))
+    again = load_pruned(tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
+        ["config.json", "generation_config.json", "llmpruner.json", "model.safetensors"]
+        + (["modeling_llmpruner.py"] if cut == "mlp" else [])
+    )
+    for _, module in linear_layers(again):
+        assert stored_bytes(module.weight) < 2 * module.weight.numel()
+    head = again.get_output_embeddings().weight
+    assert stored_bytes(head) == 4 * head.numel()
+    with torch.no_grad():
+        found = again(INPUT_IDS).logits
+    assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
+    assert "MiB of weights became" in line and "on 64 random tokens" in line
+    assert first_not_finite(again.named_parameters()) is None
+
+
+def test_it_is_measured_on_text_and_can_be_used_further(installed, tmp_path):
+    folder = tmp_path / "dense"
+    tiny_models.llama().save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    line = llmpruner.export(
+        folder, to="torchao", output=tmp_path / "out", load=llmpruner.LoadSettings(dtype="bfloat16")
+    )
+    assert "on 512 tokens of Python's help topics" in line
+    result = llmpruner.bench([folder, tmp_path / "out"], batch=1, prompt=4, new=2, rounds=1)
+    assert result.cases[0].decode[1].ideal > 1.5
+
+
+def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
+    read = torchao_exporter.load_pruned
+
+    def damaged(*arguments, **options):
+        model = read(*arguments, **options)
+        with torch.no_grad():
+            model.get_output_embeddings().weight[5] += 1.0
+        return model
+
+    monkeypatch.setattr(torchao_exporter, "load_pruned", damaged)
+    with pytest.raises(LlmprunerError, match="gives other outputs"):
+        export(tmp_path, TorchAoExporter(), tmp_path / "out", loaded(cut_llama("mlp")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_torchao(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchao_exporter, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"llmpruner\[torchao\]"):
+        export(tmp_path, TorchAoExporter(), tmp_path / "out", None)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        # Hidden states have 32 channels, and MLPs 64.
+        (64, r"multiples of 64, and '.*q_proj' has 32; give a smaller torchao.group, prune with --round-to 64, or"),
+        (32, r"only on NVIDIA GPUs of compute capability 8.0 or newer; give --device cuda, or"),
+    ],
+)
+def test_what_four_bits_refuse(assumed, tmp_path, group, message):
+    with pytest.raises(LlmprunerError, match=message):
+        export(tmp_path, TorchAoExporter(scheme="int4", group=group), tmp_path / "out", loaded(wide()))
+    assert not list(tmp_path.iterdir())
+
+
+def wide():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=1, **shape)).eval()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="packs on NVIDIA GPUs alone")
+def test_four_bits(installed, tmp_path):
+    model = wide().to("cuda", torch.bfloat16)
+    line = export(tmp_path, TorchAoExporter(scheme="int4", group=32), tmp_path / "out", loaded(model))
+    assert "MiB of weights became" in line

@@ -1,0 +1,141 @@
+"""Official delta weights: bit for bit what FastChat's apply_delta gives, or one line that says why not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmpruner_llama import MetaReader
+from llmpruner_llama.meta_writer import write_meta
+from llmpruner_vicuna.delta import apply_delta
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llmpruner import Catalog, CheckpointError, LlmprunerError, plugin_manager
+from llmpruner.cli import main
+
+DATA = Path(__file__).parents[2] / "data" / "vicuna"
+VERSIONS = {"delta_v0": "vicuna-v0", "delta_v1": "vicuna"}
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k].view(torch.int16), other[k].view(torch.int16))
+        for k in one
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_sum_is_bit_identical_and_gives_the_logits(version: str, tmp_path: Path) -> None:
+    apply_delta(DATA / version / "base", DATA / version / "delta", tmp_path / "sum")
+    assert same_bits(
+        load_file(tmp_path / "sum" / "model.safetensors"), load_file(DATA / version / "expected.safetensors")
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["sum"]
+    expected = load_file(DATA / version / "logits.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sum", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(expected["input_ids"].long()).logits
+    assert (logits - expected["logits_fp32"]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_configuration_and_tokenizer_are_the_deltas(version: str, tmp_path: Path) -> None:
+    apply_delta(DATA / version / "base", DATA / version / "delta", tmp_path / "sum")
+    ours, theirs = (AutoTokenizer.from_pretrained(p) for p in (tmp_path / "sum", DATA / version / "delta"))
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert (ours.pad_token == "[PAD]") == (version == "delta_v0")
+    assert ours("hi there</s>")["input_ids"] == theirs("hi there</s>")["input_ids"]
+    config = AutoConfig.from_pretrained(tmp_path / "sum")
+    assert config.vocab_size == len(ours)
+    assert config.dtype == torch.float16
+    generation = json.loads((tmp_path / "sum" / "generation_config.json").read_text())
+    assert generation == json.loads((DATA / version / "delta" / "generation_config.json").read_text())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_result_is_recognised_and_its_base_is_not(version: str, tmp_path: Path) -> None:
+    apply_delta(DATA / version / "base", DATA / version / "delta", tmp_path / "sum")
+    catalog = Catalog(plugin_manager())
+    assert catalog.family_for(AutoConfig.from_pretrained(tmp_path / "sum")).name == VERSIONS[version]
+    assert catalog.family_for(AutoConfig.from_pretrained(DATA / version / "base")).name == "llama"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_safetensors_and_meta_bases_give_the_same(version: str, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(DATA / version / "base")
+    base.save_pretrained(tmp_path / "hf")
+    (tmp_path / "meta").mkdir()
+    write_meta(base, DATA / version / "base" / "tokenizer.model", tmp_path / "meta")
+    assert MetaReader().recognises(tmp_path / "meta")
+    for kind in ("hf", "meta"):
+        apply_delta(tmp_path / kind, DATA / version / "delta", tmp_path / f"from-{kind}")
+        ours = load_file(tmp_path / f"from-{kind}" / "model.safetensors")
+        assert same_bits(ours, load_file(DATA / version / "expected.safetensors"))
+
+
+def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path, Path], None]:
+    def damage(base: Path, delta: Path) -> None:
+        del base
+        state = torch.load(delta / "pytorch_model.bin", weights_only=True)
+        change(state)
+        torch.save(state, delta / "pytorch_model.bin")
+
+    return damage
+
+
+def set_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def widen(name: str, rows: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda state: state.update({name: torch.zeros(rows, 32, dtype=torch.float16)})
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "a shard of the base is missing": (lambda b, d: (b / "pytorch_model-00002-of-00002.bin").unlink(), ""),
+    "the delta has no weights": (lambda b, d: (d / "pytorch_model.bin").unlink(), ""),
+    "the delta is truncated": (
+        lambda b, d: (d / "pytorch_model.bin").write_bytes((d / "pytorch_model.bin").read_bytes()[:9000]), ""
+    ),
+    "the delta has no tokenizer": (lambda b, d: (d / "tokenizer.model").unlink(), r"delta has no tokenizer \(tokeni"),
+    "the delta has no configuration": (lambda b, d: (d / "config.json").unlink(), ""),
+    "the base is no LLaMA": (lambda b, d: set_config(b, model_type="gpt2"), ""),
+    "other heads": (lambda b, d: set_config(b, num_attention_heads=2), "num_attention_heads is 4 there and 2 in the"),
+    "another depth": (edit(lambda s: s.pop("model.layers.1.mlp.up_proj.weight")), ""),
+    "another width": (edit(widen("model.layers.0.mlp.up_proj.weight", 40)), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_one_line_and_nothing_is_written(what: str, tmp_path: Path) -> None:
+    base, delta = (shutil.copytree(DATA / "delta_v0" / p, tmp_path / "in" / p) for p in ("base", "delta"))
+    damage, message = DAMAGE[what]
+    damage(base, delta)
+    with pytest.raises(LlmprunerError, match=message) as caught:
+        apply_delta(base, delta, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_deltas_of_the_two_releases_are_not_interchangeable(tmp_path: Path) -> None:
+    for base, delta in (("delta_v0", "delta_v1"), ("delta_v1", "delta_v0")):
+        with pytest.raises(CheckpointError, match="is no delta for"):
+            apply_delta(DATA / base / "base", DATA / delta / "delta", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_at_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = DATA / "delta_v0"
+    command = ["apply-delta", folder / "base", folder / "delta", "-o", tmp_path / "sum"]
+    monkeypatch.setattr("sys.argv", ["llmpruner", *map(str, command)])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    assert same_bits(load_file(tmp_path / "sum" / "model.safetensors"), load_file(folder / "expected.safetensors"))

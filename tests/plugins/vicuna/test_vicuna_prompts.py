@@ -1,0 +1,161 @@
+"""Vicuna's prompts and labels against those of FastChat (tests/data/vicuna)."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmpruner_vicuna.conversation import (
+    V0_FIRST,
+    V0_ONE_SHOT,
+    V0_ONE_SHOT_FIRST,
+    V0_ZERO_SHOT,
+    V1_1,
+    Template,
+    Turn,
+    chat_template,
+)
+from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
+
+from llmpruner.calibration.chat import chat_prompt, conversation_prompt, training_texts
+from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_sharegpt
+from llmpruner.recovery.examples import Examples, load_examples, tokenise
+
+DATA = Path(__file__).parents[2] / "data" / "vicuna"
+PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
+MASKS = json.loads((DATA / "masks.json").read_text(encoding="utf-8"))
+OFFICIAL = {
+    "head/vicuna_v1.1": V1_1,
+    "head/one_shot": V0_ONE_SHOT,
+    "head/zero_shot": V0_ZERO_SHOT,
+    "00d9e667/conv_one_shot": V0_ONE_SHOT_FIRST,
+    "f34f28c/v1 (first release, default)": V0_FIRST,
+}
+RENDERED = [(c, t) for c, case in PROMPTS.items() for t, text in case["prompts"].items() if isinstance(text, dict)]
+
+
+def turns_of(conversation: str) -> list[Turn]:
+    return [Turn(*turn) for turn in read_sharegpt(PROMPTS[conversation]["conversations"], conversation)]
+
+
+@pytest.mark.parametrize(("conversation", "template"), RENDERED)
+def test_prompts_to_the_character(conversation: str, template: str) -> None:
+    turns = turns_of(conversation)
+    expected = PROMPTS[conversation]["prompts"][template]
+    ours = OFFICIAL[template]
+    assert ours.render(turns) == expected["full"]
+    assert ours.render([*turns[:-1], Turn("gpt", None)]) == expected["generation"]
+    assert "".join(prompt + answer for prompt, answer in ours.exchanges(turns)) == expected["full"]
+    if expected["stop_str"]:
+        assert ours.stop == expected["stop_str"]
+
+
+def test_every_official_template_is_in_the_data() -> None:
+    assert {template for _, template in RENDERED} == set(OFFICIAL)
+
+
+@pytest.mark.parametrize("conversation", PROMPTS)
+def test_the_answers_are_the_text_with_loss(conversation: str) -> None:
+    answers = [answer for _, answer in V1_1.exchanges(turns_of(conversation))]
+    for version in ("v1.1 HEAD", "v1.1 @00d9e667"):
+        assert answers == PROMPTS[conversation]["train"][version]["span_texts"]
+
+
+@cache
+def tokenizer(legacy: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DATA / "tokenizer", legacy=legacy)
+
+
+def test_the_families_prompt_and_train_with_their_template() -> None:
+    question, answer = "What is pruning?", "Pruning removes weights from a network."
+    for family, template in ((VicunaFamily(), "head/vicuna_v1.1"), (VicunaV0Family(), "head/zero_shot")):
+        expected = PROMPTS["one_turn"]["prompts"][template]
+        assert family.format_prompt(question) == expected["generation"]
+        assert family.format_prompt("What is", "pruning?") == expected["generation"].replace("What is ", "What is\n")
+        assert [prompt for prompt, _ in family.format_conversation([(question, answer)])] == [expected["generation"]]
+    expected = PROMPTS["two_turns"]
+    exchanges = VicunaFamily().format_conversation(
+        [("Name two rivers.", "The Elbe and the Loire."), ("Which one is longer?", "The Loire, at about 1006 km.")]
+    )
+    assert "".join(a + b for a, b in exchanges) == expected["prompts"]["head/vicuna_v1.1"]["full"]
+    assert [b for _, b in exchanges] == expected["train"]["v1.1 HEAD"]["span_texts"]
+
+
+@pytest.mark.parametrize(
+    ("family", "template"), [(VicunaFamily(), "head/vicuna_v1.1"), (VicunaV0Family(), "head/zero_shot")]
+)
+def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: VicunaFamily, template: str) -> None:
+    turns, expected = turns_of("two_turns"), PROMPTS["two_turns"]["prompts"][template]
+    chosen = tokenizer(False)
+    first, second = (turn.text or "" for turn in turns if turn.speaker == "human")
+    said, last = (turn.text or "" for turn in turns if turn.speaker == "gpt")
+    assert conversation_prompt(family, chosen, [(first, f" {said}\n")], second) == (expected["generation"], False)
+    chat = Conversation(
+        (Message("user", first), Message("assistant", said), Message("user", second), Message("assistant", last))
+    )
+    (text,) = training_texts(chat, family, chosen)
+    assert "".join(a + b for a, b in text.closed_turns("</s>")) == expected["full"]
+    (row,) = tokenise(Examples((text,), "here"), chosen, cutoff=512, loss_on="answers")
+    assert row["input_ids"] == chosen(expected["full"])["input_ids"]
+    (single,) = training_texts(Instruction(first, said), family, chosen)
+    (turn,) = single.closed_turns("</s>")
+    assert turn == (family.format_prompt(first), f" {said}{family.template.closing[1]}")
+
+
+def test_answers_of_v0_stop_where_fastchat_stops_them() -> None:
+    assert VicunaFamily().stop_text is None
+    assert VicunaV0Family().stop_text == PROMPTS["one_turn"]["prompts"]["head/zero_shot"]["stop_str"] == "###"
+
+
+def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:
+    templated = copy.deepcopy(tokenizer(False))
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    expected = PROMPTS["one_turn"]["prompts"]["head/vicuna_v1.1"]
+    assert chat_prompt(VicunaFamily(), templated, "What is pruning?") == (expected["generation"], False)
+    (tmp_path / "data.json").write_text(json.dumps([PROMPTS["one_turn"]]))
+    (text,) = load_examples(str(tmp_path / "data.json"), VicunaFamily(), templated).texts
+    assert "".join(a + b for a, b in text.turns) == expected["full"]
+    assert not text.has_special_tokens
+
+
+def test_a_system_message_takes_the_place_of_the_official_one() -> None:
+    ((prompt, answer),) = VicunaFamily().format_conversation([("What is pruning?", "Less.")], "Be brief.")
+    assert (prompt, answer) == ("Be brief. USER: What is pruning? ASSISTANT:", " Less.</s>")
+
+
+@pytest.mark.parametrize("template", [V1_1, V0_ZERO_SHOT], ids=lambda t: t.name)
+@pytest.mark.parametrize("conversation", PROMPTS)
+def test_chat_templates_render_the_same(template: Template, conversation: str) -> None:
+    turns = turns_of(conversation)
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
+
+    def render(messages: list[dict[str, Any]], **options: Any) -> str:
+        text: str = tokenizer(False).apply_chat_template(
+            messages, chat_template=chat_template(template), tokenize=False, **options
+        )
+        return text
+
+    assert render(messages) == "<s>" + template.render(turns)
+    opened = "<s>" + template.render([*turns[:-1], Turn("gpt", None)])
+    assert render(messages[:-1], add_generation_prompt=True) == opened
+    own = render([{"role": "system", "content": "Be brief."}, *messages])
+    assert own == "<s>" + template.render(turns).replace(template.system, "Be brief.")
+
+
+@pytest.mark.parametrize("version", [v for v in MASKS["one_turn"] if v.startswith("HEAD")])
+@pytest.mark.parametrize("conversation", PROMPTS)
+def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, version: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([PROMPTS[conversation]]))
+    chosen = tokenizer("legacy=True" in version)
+    expected = MASKS[conversation][version]
+    examples = load_examples(str(tmp_path / "data.json"), VicunaFamily(), chosen)
+    cutoff = len(expected["input_ids"]) if version.endswith("full-6") else 256
+    (row,) = tokenise(examples, chosen, cutoff=cutoff, loss_on="answers")
+    assert row == {"input_ids": expected["input_ids"], "labels": expected["labels"]}
