@@ -12,11 +12,12 @@ import pytest
 import sentencepiece
 import tiktoken
 import torch
-from llama_cases import DATA, TOKENIZER, copy_of, set_param
+from llama_cases import DATA, TOKENIZER, copy_of, set_param, write
 from llmpruner_llama import MetaReader
 from llmpruner_llama.meta_tokenizer import _PATTERN, find_tokenizer, read_tokenizer, stop_tokens
-from llmpruner_llama.meta_writer import write_meta
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import llmpruner
 
 BYTE_FALLBACK = TOKENIZER.parents[2] / "tokenizer" / "tokenizer.model"
 TEXTS = ["Hello world", "two  blanks \nand a line", "Übersetze 你好 „Hallo“ 🙂", "It's 12345 o'clock.\n\n\t x", ""]
@@ -62,7 +63,7 @@ def llama3(folder: Path, **params: Any) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    write_meta(LlamaForCausalLM(config), None, folder)
+    write(LlamaForCausalLM(config), None, folder)
     set_param(folder, **params)
     ranks = [bytes([n]) for n in range(256)] + MERGES
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
