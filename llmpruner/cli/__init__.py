@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
-import signal
 import sys
-import threading
-from typing import NoReturn
 
 import typer
 
-from ..allocator import keep_freed_memory
-from ..errors import LlmprunerError, SettingsError, first_line, is_out_of_memory
+from ..errors import LlmprunerError, first_line, is_out_of_memory
 from ..files import write_failure
 from .console import error_line
-from .launched import is_first, let_first_print, run_together, shares_work
+from .process import end_as_exits, is_first, keep_freed_memory, let_first_print, run_together, shares_work
 
 
 def _app() -> typer.Typer:
@@ -28,29 +23,25 @@ def _app() -> typer.Typer:
 def main() -> None:
     """Run the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
     if "--help" in arguments:
-        # Looking for garbage among all that is imported takes time.
-        gc.disable()
+        gc.disable()  # going over all that is imported takes time
     else:
         keep_freed_memory()
-    ended_by: list[int] = []
-    if threading.current_thread() is threading.main_thread():
-        _end_as_exits(ended_by)
-    debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
+    ended_by = end_as_exits()
     try:
-        _check_text(arguments)
         if shares_work(arguments):
             run_together(lambda: _app()(args=arguments, prog_name="llmpruner"), debug=debug)
         _app()(args=arguments, prog_name="llmpruner")
     except KeyboardInterrupt:
         if debug:
             raise
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(130)
     except Exception as error:
-        if ended_by and not debug:
-            # While it is imported, a library may turn the end of the process into an error of its own.
-            sys.exit(128 + ended_by[0])
         line = _line(error)
+        if ended_by and not debug:
+            # A library may turn the end of the process into an error of its own while it is imported.
+            sys.exit(128 + ended_by[0])
         if debug or line is None:
             raise
         if is_first():
@@ -70,36 +61,7 @@ def _line(error: Exception) -> str | None:
         return f"an output cannot be written: {reason}"
     if is_out_of_memory(error):
         return (
-            f"memory is too small for this run ({first_line(error)}); take fewer or shorter samples, a smaller batch "
-            "or a smaller --dtype, or a machine with more of it"
+            f"out of memory ({first_line(error)}); take fewer or shorter samples, a smaller batch, a "
+            "smaller --dtype, or a machine with more memory"
         )
     return None
-
-
-def _check_text(arguments: list[str]) -> None:
-    """Raise `SettingsError` for bytes that are no UTF-8, which neither JSON files nor tokenizers take."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:
-            shown = argument.encode(errors="backslashreplace").decode()
-            raise SettingsError(f"the argument '{shown}' is not UTF-8 text; give paths and texts in UTF-8") from None
-
-
-def _end_as_exits(ended_by: list[int]) -> None:
-    """Let SIGTERM end the process as an exit does, and SIGINT as Python does, so that temporary files are removed; the
-    number of the signal is put into ``ended_by``."""
-
-    def terminated(number: int, _: object) -> NoReturn:
-        ended_by.append(number)
-        sys.exit(128 + number)
-
-    def interrupted(number: int, _: object) -> NoReturn:
-        ended_by.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminated)
-    # While the interpreter ends, the exception would only be printed, as a traceback.
-    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupted)

@@ -9,22 +9,7 @@ import typer.main
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from . import (
-    bench,
-    demo,
-    discover,
-    evaluate,
-    export,
-    generate,
-    new_plugin,
-    plugins,
-    prune,
-    recover,
-    report,
-    run,
-    sensitivity,
-    verify,
-)
+from . import demo, discover, export, measure, plugins, prune, recover, report, run, sensitivity, verify
 from .console import show_warnings, warning_line
 
 HELP = """
@@ -63,22 +48,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         # Hooks are called when their components are first looked up, so failures are known at the end.
         ctx.call_on_close(lambda: _warn(manager))
 
-    for module in (
-        demo,
-        plugins,
-        discover,
-        prune,
-        recover,
-        evaluate,
-        sensitivity,
-        bench,
-        generate,
-        export,
-        verify,
-        run,
-        report,
-        new_plugin,
-    ):
+    for module in (demo, discover, prune, recover, measure, sensitivity, export, verify, run, report, plugins):
         module.add_commands(app)
     _add_plugin_commands(app, manager)
     return app

@@ -13,10 +13,9 @@ from rich.markup import escape
 
 from ..amounts import counted
 from ..files import check_new_directory
-from .bench import show_bench
 from .console import RichProgress, count, out
-from .evaluate import show_evaluations
-from .options import catalog_of
+from .derive import catalog_of
+from .measure import show_bench, show_evaluations
 from .prune import show_plan
 from .report import NoReport, write_beside
 from .run import show_texts

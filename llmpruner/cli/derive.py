@@ -1,4 +1,5 @@
-"""Command-line options derived from settings models: flags, types, help and defaults are those of the fields.
+"""Options that several commands share, and options derived from settings models, whose flags, types, help and defaults
+are those of the fields.
 
 Values are passed on as text, so that the settings model checks them.
 """
@@ -6,15 +7,18 @@ Values are passed on as text, so that the settings model checks them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
 from ..settings import Settings, flag_of, option_of
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "NAMES"}
 _OBVIOUS = 100_000
@@ -22,14 +26,33 @@ _OBVIOUS = 100_000
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def takes(**models: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hub id, .gguf file, or 'demo'.")]
+ModelNames = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Directories, hub ids, .gguf files, or 'demo'.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to read.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist.")]
+
+
+def catalog_of(ctx: typer.Context) -> Catalog:
+    """The catalog of plugins of this run."""
+    catalog: Catalog = ctx.obj
+    return catalog
+
+
+def takes(
+    *, omit: Sequence[str] = (), **models: type[Settings]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that adds the options of settings models to a command. For each name in ``models``, the command gets
-    a dictionary of the values that the user gave."""
+    a dictionary of the values that the user gave. ``omit``: fields without an option."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters
         kept = [p for name, p in own.items() if name not in models]
-        derived = {name: [_parameter(model, field) for field in model.model_fields] for name, model in models.items()}
+        derived = {
+            name: [_parameter(model, field) for field in model.model_fields if field not in omit]
+            for name, model in models.items()
+        }
         every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))]
         # Python requires parameters without defaults first.
         every.sort(key=lambda p: p.default is not Parameter.empty)

@@ -12,14 +12,13 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from ..amounts import counted
-from ..errors import CouplingError, SettingsError
+from ..errors import CouplingError
 from ..files import HTML, check_own_file
 from ..report.groups import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
 from .console import RichProgress, count, note, out, print_json, table, warning_line
-from .derive import takes
-from .options import Json, ModelName, catalog_of
+from .derive import Json, ModelName, catalog_of, takes
 
 if TYPE_CHECKING:
     from ..discovery.verify import Verdict
@@ -30,7 +29,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(discover)
 
 
-@takes(options=LoadSettings, page=PageSettings)
+@takes(options=LoadSettings, page=PageSettings, omit=("dtype", "device"))
 def discover(
     ctx: typer.Context,
     model: ModelName,
@@ -44,19 +43,12 @@ def discover(
         ),
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with a drawing of one block to this file.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of --verify. By default 0.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of --verify.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Show the coupled groups of a model: parameters that must be removed together. Reads no weights."""
     from .. import api
 
-    for name in ("dtype", "device"):
-        if name in options:
-            raise SettingsError(f"--{name} has no effect on discover, which reads no weights; leave it out")
-    if seed is not None and not verify:
-        raise SettingsError("--seed has no effect without --verify; leave it out")
-    if page and html is None:
-        raise SettingsError("--set has no effect without --html, whose sections have settings; leave it out")
     if html is not None:
         check_own_file(html, HTML, "page in HTML")
     found = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
@@ -64,7 +56,7 @@ def discover(
         for warning in api.write_page(found, html, catalog=catalog_of(ctx), **page):
             warning_line(warning)
         note(f"written to {html}")
-    verdicts = api.verify(found, seed=seed or 0, progress=RichProgress()) if verify else []
+    verdicts = api.verify(found, seed=seed, progress=RichProgress()) if verify else []
     if as_json:
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
         print_json({"model": model, "family": found.family.name, **_graph_json(found.graph), **proof})

@@ -9,8 +9,7 @@ import typer
 
 from ..settings import ExportSettings, LoadSettings, settings_from
 from .console import RichProgress, done_line
-from .derive import takes
-from .options import Output, catalog_of
+from .derive import Output, catalog_of, takes
 
 
 def add_commands(app: typer.Typer) -> None:

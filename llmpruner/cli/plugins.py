@@ -1,16 +1,19 @@
-"""``llmpruner plugins``: the components of all plugins, and the settings of one."""
+"""``llmpruner plugins``: the components of all plugins, and the settings of one; and ``llmpruner new-plugin``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from ..errors import UnknownNameError
-from .console import out, print_json, table
-from .options import Json, catalog_of
+from ..errors import LlmprunerError, UnknownNameError
+from ..files import check_new_directory
+from ..scaffold.package import KINDS, PluginName, kind_named, render, write
+from .console import note, out, print_json, table
+from .derive import Json, catalog_of
 
 if TYPE_CHECKING:
     from ..component import Component
@@ -28,6 +31,7 @@ _BOUNDS = {
 
 def add_commands(app: typer.Typer) -> None:
     app.command(name="plugins")(list_plugins)
+    app.command()(new_plugin)
 
 
 def list_plugins(
@@ -112,3 +116,59 @@ def _bounds(schema: Mapping[str, Any]) -> str:
     """``> 0, ≤ 1``, in ``schema`` and in the alternatives of a union, such as those of ``int`` in ``int | None``."""
     parts = [schema, *schema.get("anyOf", ())]
     return ", ".join(text.format(part[key]) for part in parts for key, text in _BOUNDS.items() if key in part)
+
+
+def new_plugin(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of what is added; the package is llmpruner-NAME.")],
+    kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(KINDS)}.", metavar="KIND")] = "family",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="For a family: its model, as a directory, a hub id, or a model type (qwen2).",
+        ),
+    ] = None,
+    package: Annotated[
+        str | None,
+        typer.Option(
+            "--import",
+            metavar="PACKAGE",
+            help="For a family: an installed package that registers the architecture with AutoConfig and "
+            "AutoModelForCausalLM, where transformers lacks it.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory to write; must not exist. By default ./llmpruner-NAME."),
+    ] = None,
+) -> None:
+    """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
+    strategy."""
+    from ..plugins.catalog import KINDS as CATALOG
+
+    catalog = catalog_of(ctx)
+    plugin = PluginName(name)
+    adds = kind_named(kind)
+    registry = catalog.registry(next(known.name for known in CATALOG.values() if known.hook == adds.hook))
+    if name in registry:
+        raise LlmprunerError(
+            f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"
+        )
+    directory = check_new_directory(output or Path(plugin.distribution))
+    facts = None
+    if source is not None:
+        from ..scaffold.model import describe
+
+        note(f"tracing a small {source}")
+        facts = describe(source, catalog, package=package)
+    write(directory, render(plugin, facts, kind=kind))
+    types = "".join(f" for model type {model_type}" for model_type in facts.types) if facts else ""
+    if facts and facts.parent:
+        types = f" for models of the family {facts.parent.family}"
+    lines = [f"{directory}: {adds.title} {name}{types}"]
+    if facts and facts.kinds:
+        lines.append(f"can remove: {', '.join(facts.kinds)}")
+    lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")
+    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -16,9 +16,8 @@ from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settin
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
 from .console import RichProgress, count, done_line, note, out, print_json, size, table
-from .derive import takes
-from .launched import is_first
-from .options import Json, ModelName, Output, catalog_of
+from .derive import Json, ModelName, Output, catalog_of, takes
+from .process import is_first
 from .report import NoReport, write_beside
 
 if TYPE_CHECKING:

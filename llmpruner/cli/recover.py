@@ -11,8 +11,7 @@ from ..amounts import counted
 from ..recovery.losses import loss_text
 from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
 from .console import RichProgress, done_line, print_json
-from .derive import takes
-from .options import Json, ModelName, Output, catalog_of
+from .derive import Json, ModelName, Output, catalog_of, takes
 
 
 def add_commands(app: typer.Typer) -> None:

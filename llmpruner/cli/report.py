@@ -11,9 +11,8 @@ from rich.markup import escape
 from ..errors import LlmprunerError
 from ..settings import PageSettings
 from .console import done_line, note, out, print_json, warning_line
-from .derive import takes
-from .launched import is_first
-from .options import Json, catalog_of
+from .derive import Json, catalog_of, takes
+from .process import is_first
 
 NoReport = Annotated[
     bool, typer.Option("--no-report", help="Write no report.html; `llmpruner report` can do so later.")

@@ -10,11 +10,9 @@ import typer
 
 from ..amounts import counted
 from ..settings import LoadSettings, RunSettings, settings_from
-from .bench import show_bench
 from .console import RichProgress, done_line, out, print_json, table
-from .derive import takes
-from .evaluate import show_evaluations
-from .options import Json, catalog_of
+from .derive import Json, catalog_of, takes
+from .measure import show_bench, show_evaluations
 from .prune import show_plan
 from .report import NoReport, write_beside
 

@@ -9,8 +9,7 @@ import typer
 
 from ..settings import LoadSettings, SensitivitySettings, settings_from
 from .console import RichProgress, note, print_json, table
-from .derive import takes
-from .options import Json, ModelName, catalog_of
+from .derive import Json, ModelName, catalog_of, takes
 
 if TYPE_CHECKING:
     from ..pruning.allocation.curve import Curve

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import RichProgress, done_line, error_line, print_json, table
-from .options import Json, catalog_of
+from .derive import Json, catalog_of
 
 
 def add_commands(app: typer.Typer) -> None:

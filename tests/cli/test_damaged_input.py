@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import llmpruner
-from llmpruner.files import check_unused_file
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 L2 = ("--ratio", "0.2", "--importance", "l2")
@@ -84,12 +81,6 @@ def whole_numbers(model):
     save_file(tensors | {DOWN: (tensors[DOWN] * 100).to(torch.int8)}, model / "model.safetensors")
 
 
-def whole_numbers_in_bin(model):
-    tensors = load_file(model / "model.safetensors")
-    torch.save(tensors | {DOWN: (tensors[DOWN] * 100).to(torch.int32)}, model / "pytorch_model.bin")
-    (model / "model.safetensors").unlink()
-
-
 def unknown_quantisation(model):
     file = model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "nope"}}))
@@ -97,7 +88,6 @@ def unknown_quantisation(model):
 
 WRONG = {
     "whole numbers": (whole_numbers, f"model.safetensors: tensor '{DOWN}' is stored as I8"),
-    "whole numbers in .bin": (whole_numbers_in_bin, f"pytorch_model.bin: tensor '{DOWN}' is stored as int32"),
     "a head that is tied by the configuration": (head_of_its_own, "differ, but the configuration ties them"),
     "an unknown quantisation": (unknown_quantisation, "nope"),
 }
@@ -135,15 +125,6 @@ def test_weights_that_would_be_cast_or_left_out_are_refused(run, dense, shared, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_head_that_is_stored_twice_with_the_same_values_is_taken(run, dense, tmp_path, monkeypatch):
-    again = "lm_head.weight", "model.embed_tokens.weight"
-    model = damaged(dense, tmp_path / "model", lambda t: t.update({again[0]: t[again[1]].clone()}))
-    head_of_its_own(model)
-    assert run("prune", model, *L2, "-o", tmp_path / "out").code == 0
-    read_by_layer(monkeypatch)
-    assert run("prune", model, *L2, "-o", tmp_path / "other").code == 0
-
-
 def test_tensors_of_modules_that_the_model_lacks_are_named(run, dense, tmp_path):
     model = damaged(dense, tmp_path / "model", lambda t: t.update({"model.layers.9.extra.weight": torch.zeros(2)}))
     done = run("plan", model, *L2)
@@ -167,75 +148,3 @@ def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
         "evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32"
     )
     assert done.code == 2 and "does not fit" in done.err
-
-
-@pytest.mark.skipif(os.name != "posix", reason="devices and pipes are POSIX")
-@pytest.mark.parametrize("command", ["plan", "evaluate", "discover"])
-def test_an_output_that_is_a_device_stays_one(run, dense, command):
-    arguments = {
-        "plan": (dense, *L2, "-o", "/dev/null"),
-        "evaluate": (dense, "--metrics", "size", "--json", "/dev/null"),
-        "discover": (dense, "--html", "/dev/null"),
-    }[command]
-    assert run(command, *arguments).code == 0
-    assert Path("/dev/null").is_char_device()
-
-
-def test_a_symbolic_link_keeps_its_target(run, dense, tmp_path):
-    real = tmp_path / "real.json"
-    real.touch()
-    link = tmp_path / "link.json"
-    link.symlink_to(real)
-    assert run("plan", dense, *L2, "-o", link).code == 0
-    assert link.is_symlink() and json.loads(real.read_text())["cuts"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["link.json", "real.json"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="devices and pipes are POSIX")
-@pytest.mark.parametrize("command", ["plan", "sensitivity"])
-def test_an_earlier_plan_or_curve_is_not_replaced(run, dense, tmp_path, command):
-    """A curve may be hours of measuring."""
-    file = tmp_path / "result.json"
-    file.write_text("earlier")
-    result = run(command, dense, *(L2 if command == "plan" else ("--kinds", "mlp")), "-o", file)
-    assert result.code == 2 and file.read_text() == "earlier" and "• loading" not in result.err
-    assert f"output file '{file}' exists already; choose another or remove it" in result.err
-    pipe = tmp_path / "pipe.json"
-    os.mkfifo(pipe)
-    assert check_unused_file(pipe) == pipe and check_unused_file(Path("/dev/stdout")) == Path("/dev/stdout")
-
-
-@pytest.mark.parametrize("command", ["plan", "evaluate", "discover", "prune"])
-def test_an_output_that_is_a_link_to_itself(run, dense, tmp_path, command):
-    loop = tmp_path / "loop"
-    loop.symlink_to(loop)
-    arguments = {
-        "plan": (*L2, "-o", loop),
-        "evaluate": ("--metrics", "size", "--json", loop),
-        "discover": ("--html", loop),
-        "prune": (*L2, "-o", loop),
-    }[command]
-    result = run(command, dense, *arguments)
-    assert result.code == 2 and f"'{loop}'" in result.err and "Traceback" not in result.err
-    assert loop.is_symlink() and "• loading" not in result.err
-
-
-def test_a_line_separator_inside_a_string_is_text(run, dense, tmp_path):
-    words = "the quick brown fox jumps over the lazy dog. " * 40
-    text = tmp_path / "text.jsonl"
-    rows = [json.dumps({"text": f"{words}\u2028{words}\u2029\u0085{words}"}, ensure_ascii=False) for _ in range(4)]
-    text.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    calibrated = ("--importance", "energy", "--calibration", text, "--samples", "4", "--length", "16")
-    assert run("plan", dense, "--ratio", "0.2", *calibrated).code == 0
-    assert run("evaluate", dense, "--perplexity", text, "--window", "32", "--tokens", "64").code == 0
-    data = tmp_path / "data.jsonl"
-    row = {"instruction": "Say\u2028hello.", "output": "Hello."}
-    data.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    steps = ("--max-steps", "1", "--batch-size", "1")
-    assert run("recover", dense, "--data", data, *steps, "-o", tmp_path / "out").code == 0
-
-
-def test_the_api_refuses_an_incomplete_checkpoint_too(dense, tmp_path):
-    model = damaged(dense, tmp_path / "model", lambda t: t.pop(DOWN))
-    with pytest.raises(llmpruner.ModelError, match="lacks tensor"):
-        llmpruner.load(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +11,9 @@ from safetensors.torch import load_file
 from transformers import (
     GPT2Config,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from typer.testing import CliRunner
-
-from llmpruner import ModelFamily, PruningPlan, Verdict, hookimpl, plugin_manager
-from llmpruner.cli.app import build_app
 
 DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
 CRITERIA = ["random", "l1", "l2", "taylor:element1", "taylor:element2", "taylor:mix", "taylor:vector"]
@@ -34,29 +27,6 @@ def test_plugins_names_everything_with_its_package(run):
     assert {("family", name) for name in ("llama", "vicuna", "chatglm")} <= found
     assert {("recovery strategy", "lora"), ("recovery strategy", "full")} <= found
     assert all(row["package"] and row["summary"] for row in rows)
-
-
-def test_plugins_as_a_table(run):
-    result = run("plugins")
-    assert result.code == 0 and result.err == ""
-    line = next(line for line in result.out.splitlines() if " taylor " in line)
-    assert "criterion" in line and "llmpruner" in line and "Taylor expansion" in line
-
-
-def test_plugins_shows_what_a_component_can_be_set_to(run):
-    (taylor,) = run("plugins", "taylor", "--json").json()
-    (variant,) = taylor["settings"]
-    assert (taylor["kind"], variant["key"], variant["default"]) == ("criterion", "variant", "element1")
-    assert variant["type"] == "element1 | element2 | mix | vector"
-    shown = run("plugins", "lora")
-    assert shown.code == 0 and "recovery strategy of llmpruner" in shown.out
-    line = next(line for line in shown.out.splitlines() if "lora.rank" in line)
-    assert "int" in line and "8" in line and "≥ 1" in line and "Rank" in line
-
-
-def test_a_component_that_does_not_exist_has_near_misses(run):
-    missed = run("plugins", "tailor")
-    assert missed.code == 2 and missed.err.startswith("error: unknown component 'tailor'; did you mean taylor")
 
 
 def test_discover_as_json(run, dense):
@@ -116,26 +86,6 @@ def test_kinds(run, dense, kinds, amount):
     assert found["result"]["decoder_removed"] == pytest.approx(amount, abs=0.04)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_every_criterion_and_every_reduction(run, dense, criterion):
-    """Reductions know nothing of criteria: one without and one with calibration text meet all of them, the others
-    one each."""
-    name, _, variant = criterion.partition(":")
-    place = CRITERIA.index(criterion) % len(REDUCTIONS)
-    reductions = REDUCTIONS if criterion in ("l1", "taylor:element1") else [REDUCTIONS[place]]
-    options = ["--variant", variant, "--samples", 2, "--length", 16] if variant else []
-    options += ["--shape", "free"]
-    for reduction in reductions:
-        found = run(
-            "plan", dense, "--ratio", 0.2, "--importance", name, *options, "--reduction", reduction, "--json"
-        ).json()  # fmt: skip
-        made = found["plan"]["estimation"]
-        assert (made["criterion"], made["reduction"]) == (name, reduction)
-        assert made["settings"] == ({"variant": variant} if variant else {})
-        assert (made["calibration"] == "self") == (name == "taylor")
-        assert abs(found["result"]["decoder_removed"] * DECODER - 0.2 * DECODER) <= MLP_UNIT / 2
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("power", [1, 2])
 def test_magnitudes_by_hand(run, dense, power, reduction):
@@ -154,11 +104,6 @@ def test_magnitudes_by_hand(run, dense, power, reduction):
         }[reduction]  # fmt: skip
         gone = scores.argsort()[:12].tolist()
         assert set(kept(cut)) == set(range(48)) - set(gone)
-
-
-def test_rounding(run, dense):
-    found = run("plan", dense, "--ratio", 0.2, "--importance", "l1", "--round-to", 8, "--json").json()
-    assert {len(kept(cut)) % 8 for cut in found["plan"]["cuts"].values()} == {0}
 
 
 def test_steps_measure_again(run, dense, shared):
@@ -229,42 +174,6 @@ def test_discover_shows_axes_that_it_found_no_units_on(run, tmp_path):
     assert {"parameter": "transformer.wte.weight", "axis": 0, "reason": "rows are looked up by number"} in blocked
 
 
-class Forgetful(ModelFamily):
-    """Llama's groups without the spans of down_proj."""
-
-    name = "forgetful"
-
-    def coupled_groups(self, config):
-        return [
-            replace(g, spans=tuple(s for s in g.spans if not (g.kind == "mlp" and "down_proj" in s.parameter)))
-            for g in super().coupled_groups(config)
-        ]
-
-
-@pytest.mark.slow
-def test_verify_shows_what_was_not_checked_and_which_parameter_is_wrong(dense, monkeypatch):
-    class Plugin:
-        @hookimpl
-        def llmpruner_model_families(self):
-            return [Forgetful]
-
-    manager = plugin_manager()
-    manager.register(Plugin(), "forgetful")
-    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
-    command = ["discover", str(dense), "--family", "forgetful", "--verify"]
-    shown = CliRunner().invoke(build_app(manager), [*command, "--json"])
-    verdicts = {v["kind"]: v for v in json.loads(shown.stdout)["verdicts"]}
-    assert verdicts["mlp"]["verdict"] == "refused" and verdicts["layer"]["verdict"] == "verified"
-    (difference,) = verdicts["mlp"]["differences"]
-    assert "group layers.0.mlp: model.layers.0.mlp.down_proj.weight axis 1: missing" in difference
-    (skipped,) = verdicts["layer"]["skipped"]
-    assert skipped.startswith("sdpa attention: ")
-    found = [Verdict(**verdict) for verdict in verdicts.values()]
-    monkeypatch.setattr("llmpruner.api.verify", lambda *arguments, **options: found)
-    table = " ".join(CliRunner().invoke(build_app(manager), command).stdout.split())
-    assert f"mlp: {difference}" in table and f"layer: not checked: {skipped.strip()}" in table
-
-
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory, shared):
     """A type of model without a plugin."""
@@ -290,11 +199,6 @@ def test_a_model_without_a_plugin_needs_no_option(run, qwen, tmp_path):
     assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 2).code == 0
 
 
-@pytest.mark.parametrize("options", [("--family", "auto"), ()], ids=["auto is asked for", "a pruned one"])
-def test_no_notice_on_discovery_when_it_is_asked_for_or_recorded(run, qwen, dense, pruned, options):
-    assert "no plugin knows" not in run("discover", qwen if options else pruned, *options).err
-
-
 def test_discover_draws_a_block(run, dense, tmp_path):
     assert run("discover", dense, "--html", tmp_path / "block.html").code == 0
     page = (tmp_path / "block.html").read_text()
@@ -312,13 +216,3 @@ def test_widths_that_cannot_be_quantised_are_named(run, tmp_path):
     said = run("plan", tmp_path / "wide", *options, "--shape", "free").err
     assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --round-to 32" in said
     assert "quantised" not in run("plan", tmp_path / "wide", *options, "--round-to", 32, "--shape", "free").err
-
-
-def test_units_of_several_groups_of_one_kind_in_a_layer_are_added(run, tmp_path):
-    """Mamba's channels and its rank; the table showed those of the last group alone."""
-    config = MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=16)
-    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    found = run("plan", tmp_path / "mamba", "--ratio", "0.25", "--importance", "l1", "-o", tmp_path / "plan.json")
-    cuts = [c for c in PruningPlan.load(tmp_path / "plan.json").cuts.values() if c.layer == 0]
-    assert len(cuts) == 2
-    assert f"{sum(len(c.kept) for c in cuts)} of 48" in found.out

@@ -8,12 +8,7 @@ import signal
 import subprocess
 import sys
 
-import pytest
-import typer
 from fresh import run_fresh
-
-from llmpruner.cli import _app
-from llmpruner.cli.launched import _ALONE, _TOGETHER
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
 
@@ -40,14 +35,6 @@ def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
         assert debug.returncode == 1
         assert "Traceback (most recent call last)" in debug.stderr
         assert debug.stderr.endswith(f"UnknownNameError: {message}")
-
-
-@pytest.mark.parametrize(("closed", "shown"), [(">&-", False), ("2>&-", True), ("<&- >&- 2>&-", False)])
-def test_streams_that_are_closed(closed, shown):
-    line = ["sh", "-c", f'exec "$0" -m llmpruner recipes {closed}', sys.executable]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=250)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert ("quality" in done.stdout) == shown
 
 
 LIBRARIES = "import pluggy, pydantic, rich.console, rich.markdown, rich.traceback, typer.rich_utils"
@@ -148,10 +135,3 @@ def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
         assert run(*options, "--seed", seed, "-o", tmp_path / name).code == 0
     new, here, other = ((tmp_path / name).read_bytes() for name in ("new", "here", "other"))
     assert new == here != other
-
-
-def test_a_launcher_starts_no_command_twice():
-    """Every command of llmpruner shares its work between processes, or is refused in several."""
-    found = typer.main.get_command(_app()).commands
-    commands = {name for name, command in found.items() if command.callback.__module__.startswith("llmpruner.")}
-    assert commands == {*_TOGETHER, *_ALONE}

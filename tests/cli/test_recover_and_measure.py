@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from statistics import stdev
 
 import pytest
@@ -100,18 +99,6 @@ def test_neither_data_nor_a_strategy_need_be_named(run, pruned, tmp_path, monkey
     assert (record["strategy"], record["data"]) == ("distil", "self") and record["examples"] == 8
 
 
-def test_layers_one_by_one_without_a_corpus(run, pruned, tmp_path):
-    options = ("--strategy", "local", "--data", "self:4", "--epochs", 1, "--batch-size", 2, "--max-memory", "64GiB")
-    result = run("recover", pruned, *options, "-o", tmp_path / "out")
-    assert result.code == 0, result.err
-    assert "mean loss of 4 layers 0." in result.out
-    assert "needs about" in result.err and "the model is in memory" in result.err
-    assert "has no chat format: instructions are in Stanford Alpaca's format for instructions" in result.err
-    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]
-    assert record["data"] == "self:4" and [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
 def test_answers_only_and_a_limit(run, pruned, shared, tmp_path):
     options = ("--loss-on", "answers", "--limit", 3, "--max-steps", 1, "--batch-size", 1, "--micro-batch-size", 1)
     result = run("recover", pruned, "--data", shared / "data.jsonl", *options, "-o", tmp_path / "out")
@@ -205,26 +192,6 @@ def test_chat_is_the_familys_prompt(run, dense):
     assert bare["answers"] != chat["answers"]
 
 
-def test_an_answer_beyond_the_positions_is_said(run, dense):
-    result = run("generate", dense, "-p", "The", "--temperature", 1, "--max-new-tokens", 520)
-    assert f"'{dense}' was trained with 512 positions, and the answer goes beyond them" in result.err
-    assert "positions" not in run("generate", dense, "-p", "The", "--max-new-tokens", 3).err
-
-
-def test_windows_beyond_the_positions_are_said(run, dense, shared):
-    options = ("--perplexity", shared / "text.txt", "--window")
-    result = run("evaluate", dense, *options, 520)
-    message = f"warning: windows of 520 tokens are beyond the 512 positions that '{dense}' was trained with; lower"
-    assert result.code == 0 and message in result.err
-    assert "warning" not in run("evaluate", dense, *options, 512).err
-
-
-def test_sampling_follows_the_seed(run, dense):
-    options = ("generate", dense, "-p", "The", "--temperature", 1.5, "--max-new-tokens", 12, "--json", "--seed")
-    first, again, other = (run(*options, seed).json()["answers"] for seed in (1, 1, 2))
-    assert first == again != other
-
-
 def test_speed_side_by_side(run, dense, pruned, tmp_path):
     options = ("--batch", "1,2", "--prompt", 16, "--new", 3, "--rounds", 2, "--json", tmp_path / "b.json")
     result = run("bench", dense, pruned, *options)
@@ -243,42 +210,3 @@ def test_speed_side_by_side(run, dense, pruned, tmp_path):
             assert 1 < second[stage]["ideal"] < 1.2
             speedup = second[stage]["speedup"]["median"]
             assert second[stage]["share_of_ideal"] == pytest.approx(speedup / second[stage]["ideal"])
-
-
-def test_speed_alone_reads_no_text(run, dense):
-    result = run("evaluate", dense, "--speed", "--set", "speed.prompt_tokens=8", "--set", "speed.runs=1")
-    assert result.code == 0 and "decode tokens/s" in result.out and "perplexity" not in result.out + result.err
-
-
-@pytest.mark.slow
-def test_an_adapter_on_an_adapter_is_found_and_measured_by_itself(run, pruned, shared, tmp_path, monkeypatch):
-    """Their files have the same names; and the model that an adapter is for is found from any folder."""
-    monkeypatch.setenv("LLMPRUNER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(pruned.parent)
-    options = ("--data", shared / "data.jsonl", *TRAIN, "--no-merge")
-    assert run("recover", pruned.name, *options, "-o", tmp_path / "one").code == 0
-    monkeypatch.chdir(tmp_path)
-    assert run("recover", "one", *options, "--learning-rate", 0.05, "-o", "two").code == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-
-    def loss(*more):
-        found = {}
-        for name in ("one", "two"):
-            what = ("--perplexity", shared / "text.txt", "--window", 64, "--json", "found.json")
-            assert run("evaluate", f"../{name}", *what, *more).code == 0
-            found[name] = json.loads(Path("found.json").read_text())[0]["perplexity"]["perplexity"]
-        return found
-
-    measured = loss()
-    assert measured["one"] != pytest.approx(measured["two"], rel=1e-3)
-    assert loss() == measured == loss("--again")
-
-
-def test_texts_of_one_name_have_rows_of_their_own(run, shared, tmp_path):
-    for name, text in (("a", "The quick brown fox. "), ("b", "Rome is the capital. ")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "text.txt").write_text(text * 30)
-    texts = f"{tmp_path}/a/text.txt,{tmp_path}/b/text.txt"
-    shown = run("evaluate", shared / "dense", "--perplexity", texts, "--window", 32)
-    assert "perplexity, a/text.txt" in shown.out and "perplexity, b/text.txt" in shown.out

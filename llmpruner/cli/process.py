@@ -1,11 +1,13 @@
-"""The command line in a process that ``torchrun`` or ``accelerate launch`` started together with others."""
+"""The process that a command runs in: signals, memory, and other processes that a launcher started with it."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,23 +18,60 @@ from ..errors import LlmprunerError, ProcessError, SettingsError
 from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
-_ALONE = (
-    "bench", "demo", "discover", "evaluate", "export", "generate", "new-plugin", "plugins",
-    "recipes", "report", "run", "sensitivity", "verify",
-)  # fmt: skip
+"""Commands that share work between processes."""
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+"""Parameters of ``mallopt`` in glibc's malloc.h."""
+_LARGEST, _KEPT = 64 << 20, 256 << 20
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 256 MiB of freed memory, and reuse it for tensors of up to 64 MiB. Otherwise every large
+    tensor gets new pages, which the system clears first. No effect elsewhere than on Linux with glibc. Holds for the
+    whole process, so that only programs call it, not libraries."""
+    if sys.platform != "linux":
+        return
+    import ctypes  # takes milliseconds, which help does not need
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, _KEPT)
+        mallopt(_TOP_PAD, _LARGEST)
+
+
+def end_as_exits() -> list[int]:
+    """Let SIGTERM end the process as an exit does, and SIGINT as Python does, so that temporary files are removed.
+    Returns a list into which the number of the signal is put."""
+    ended_by: list[int] = []
+
+    def terminated(number: int, _: object) -> NoReturn:
+        ended_by.append(number)
+        sys.exit(128 + number)
+
+    def interrupted(number: int, _: object) -> NoReturn:
+        ended_by.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminated)
+        # While the interpreter ends, the exception would only be printed, as a traceback.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted)
+    return ended_by
 
 
 def shares_work(arguments: Sequence[str]) -> bool:
-    """Whether several processes were started for a command that shares work between them. Commands of plugins
-    organise their processes themselves. Raises `SettingsError` for a command that each would repeat."""
+    """Whether several processes were started for a command that shares work between them. Raises `SettingsError` for a
+    command that each would repeat."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if not launched() or "--help" in arguments:
+    if not launched() or "--help" in arguments or command is None:
         return False
-    if command in _ALONE:
+    if command not in _TOGETHER:
         raise SettingsError(
             f"`llmpruner {command}` runs in one process; start it without torchrun or accelerate launch"
         )
-    return command in _TOGETHER
+    return True
 
 
 def is_first() -> bool:

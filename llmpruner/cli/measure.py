@@ -1,4 +1,4 @@
-"""``llmpruner bench``."""
+"""``llmpruner evaluate``, ``llmpruner bench`` and ``llmpruner generate``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..amounts import counted
-from ..files import check_own_file, write_text
-from ..settings import BenchSettings, LoadSettings, settings_from
-from .console import RichProgress, note, table
-from .derive import takes
-from .options import ModelNames, catalog_of
+from ..files import check_own_file, json_text, write_text
+from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, settings_from
+from .console import RichProgress, note, out, print_json, table
+from .derive import Json, ModelNames, catalog_of, takes
 
 if TYPE_CHECKING:
     from ..evaluation.bench import BenchCase, BenchResult, Rate
+    from ..evaluation.evaluate import Evaluations
 
 
 def add_commands(app: typer.Typer) -> None:
+    app.command()(evaluate)
     app.command()(bench)
+    app.command()(generate)
+
+
+@takes(settings=EvaluateSettings, options=LoadSettings)
+def evaluate(
+    ctx: typer.Context,
+    models: ModelNames,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
+) -> None:
+    """Measure models side by side: size, perplexity, lm-eval tasks, speed."""
+    from .. import api
+
+    if json_file is not None:
+        check_own_file(json_file, '[{"name"', "result of evaluate --json")
+    results = api.evaluate(
+        models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
+    )
+    show_evaluations(results)
+    if json_file is not None:
+        write_text(json_file, json_text(results.as_json(), indent=2))
+
+
+def show_evaluations(results: Evaluations) -> None:
+    """One column per model, one row per quantity."""
+    rows = [(line.label, *line.cells) for line in results.lines]
+    table(None, ("", *(result.name for result in results)), rows)
 
 
 @takes(settings=BenchSettings, options=LoadSettings)
@@ -77,3 +107,27 @@ def _cells(rate: Rate) -> tuple[str, ...]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+@takes(settings=GenerateSettings, options=LoadSettings)
+def generate(
+    ctx: typer.Context,
+    models: ModelNames,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue, or to answer with --chat.")],
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    as_json: Json = False,
+) -> None:
+    """Generate the continuation of a prompt by one or several models."""
+    from .. import api
+
+    shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(ctx)}
+    load = settings_from(LoadSettings, options)
+    found = [api.discover(model, **shared, **options) for model in models]
+    answers = {each.ref: api.generate(each, prompt, load=load, **shared, **settings) for each in found}
+    if as_json:
+        print_json({"prompt": prompt, "answers": answers})
+        return
+    for model, answer in answers.items():
+        out.print(f"[bold cyan]{escape(model)}[/]")
+        out.print(escape(answer), highlight=False)
