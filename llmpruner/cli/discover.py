@@ -14,7 +14,7 @@ from rich.tree import Tree
 from ..amounts import counted
 from ..errors import CouplingError
 from ..files import HTML, check_own_file
-from ..report.groups import KIND_COLUMNS, kind_rows
+from ..report.structure import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
 from .console import RichProgress, count, note, out, print_json, table, warning_line

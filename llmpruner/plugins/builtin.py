@@ -119,22 +119,16 @@ def llmpruner_runtimes() -> list[type[Runtime]]:
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[ReportSection]]:
-    from ..report.answers import AnswersSection
-    from ..report.block import BlockSection
     from ..report.comparison import ComparisonSection
-    from ..report.compensation import CompensationSection
-    from ..report.cost import CostSection
-    from ..report.groups import GroupsSection
-    from ..report.origin import OriginSection
-    from ..report.plan import PlanSection
-    from ..report.quality import QualitySection
-    from ..report.recovery import RecoverySection
-    from ..report.scores import ScoresSection
+    from ..report.cuts import CompensationSection, PlanSection
+    from ..report.history import OriginSection, RecoverySection
+    from ..report.measured import AnswersSection, CostSection, QualitySection
+    from ..report.structure import BlockSection, GroupsSection
     from ..report.summary import SummarySection
 
     return [
         SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection, GroupsSection, PlanSection,
-        ScoresSection, CompensationSection, RecoverySection, OriginSection, BlockSection,
+        CompensationSection, RecoverySection, OriginSection, BlockSection,
     ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ from ..recovery.result import RecoveryResult
 from ..recovery.run import recover
 from ..recovery.training_data import TrainingData, prepare
 from ..recovery.work_dir import alone_with, check_work_dir
-from ..report.loss_curve import loss_curve
+from ..report.history import loss_curve
 from ..settings import RecoverSettings, RunSettings
 from ..structure.plan import original_layers, structure_of
 from .checks import check_adapters, check_recover

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import ceil, floor, log10
 
-from .loss_curve import Tick, round_numbers
-from .templates import rendered
+from .base import rendered
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 16, 44
+_CHARACTER = 6.6
+"""Width of a character of a label, in pixels."""
 _ROOM = 0.06
 """Share of the range of an axis that is left free at its ends."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label of an axis. ``at``: its place in pixels."""
+
+    at: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -66,64 +75,18 @@ class _Axis:
         return [Tick(self.at(value), f"{value:,.10g}") for value in values]
 
 
-def drawn(chart: Chart) -> str:
-    """The SVG element. The chart needs at least one point."""
+def drawn(chart: Chart, *, standalone: bool = False) -> str:
+    """The SVG element. The chart needs at least one point. ``standalone``: with colours of its own, for a file."""
     points = [point for series in chart.series for point in series.points]
     across = _axis([p.x for p in points], _LEFT, chart.width - _RIGHT)
     up = _axis([p.y for p in points], chart.height - _BOTTOM, _TOP, log=chart.log)
-    lines = [
-        (series, [(across.at(p.x), up.at(p.y), p) for p in series.points], " ".join(
-            f"{across.at(p.x)},{up.at(p.y)}" for p in series.points
-        ))
-        for series in chart.series
-    ]  # fmt: skip
+    lines = []
+    for series in chart.series:
+        places = [(across.at(p.x), up.at(p.y), p) for p in series.points]
+        lines.append((series, places, " ".join(f"{x},{y}" for x, y, _ in places)))
     return rendered(
-        "chart.svg.j2", chart=chart, lines=lines, left=_LEFT, right=chart.width - _RIGHT, top=_TOP,
-        bottom=chart.height - _BOTTOM, across=across.ticks(), up=up.ticks(),
-        labels=_labels([place for _, places, _ in lines for place in places], chart.width - _RIGHT),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Label:
-    """Where a label stands, and its box: left, top, width, height."""
-
-    x: float
-    y: float
-    anchor: str
-    box: tuple[float, float, float, float]
-
-
-def _labels(places: Sequence[tuple[float, float, Point]], right: float) -> dict[Point, _Label]:
-    """Beside each point that has one, or above or below it, where it covers no other point and no earlier label."""
-    points = [(x - 8, y - 8, 16.0, 16.0) for x, y, _ in places]
-    found: dict[Point, _Label] = {}
-    for number, (x, y, point) in enumerate(places):
-        if not point.label:
-            continue
-        width = 6.6 * len(point.label)
-        ways = [_label(x + 12, y + 4, "start", width), _label(x - 12, y + 4, "end", width)]
-        ways += [
-            _label(x, y - 14, "middle", width),
-            _label(x, y + 22, "middle", width),
-            _label(x, y + 22, "start", width),
-        ]
-        others = [*points[:number], *points[number + 1 :], *(one.box for one in found.values())]
-        inside = [way for way in ways if way.box[0] > _LEFT and way.box[0] + width < right] or ways
-        # Where every place is taken, the first is as good as another.
-        found[point] = next((way for way in inside if not any(_meet(way.box, box) for box in others)), inside[0])
-    return found
-
-
-def _label(x: float, y: float, anchor: str, width: float) -> _Label:
-    left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-    return _Label(round(x, 1), round(y, 1), anchor, (left, y - 11, width, 14.0))
-
-
-def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
-    return (
-        one[0] < other[0] + other[2] and other[0] < one[0] + one[2]
-        and one[1] < other[1] + other[3] and other[1] < one[1] + one[3]
+        "chart.svg.j2", chart=chart, lines=lines, standalone=standalone, left=_LEFT, right=chart.width - _RIGHT,
+        top=_TOP, bottom=chart.height - _BOTTOM, across=across.ticks(), up=up.ticks(), character=_CHARACTER,
     )  # fmt: skip
 
 
@@ -142,3 +105,11 @@ def _powers(low: float, high: float) -> list[float]:
     found = [f * 10.0**n for n in range(floor(log10(low)), floor(log10(high)) + 1) for f in (1, 2, 5)]
     inside = [round(value, 12) for value in found if low <= value <= high]
     return inside if len(inside) > 2 else [value for value in round_numbers(low, high) if value > 0]
+
+
+def round_numbers(low: float, high: float) -> list[float]:
+    """About five multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 5
+    unit = 10 ** floor(log10(rough))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+    return [round(n * step, 10) for n in range(ceil(low / step), floor(high / step) + 1)]

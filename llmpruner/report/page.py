@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError, first_line
-from .base import ReportSection, ReportSubject
-from .figures import sentence
-from .templates import rendered
+from .base import ReportSection, ReportSubject, rendered
+from .summary import sentence
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,6 @@ class Page:
 
     html: str
     warnings: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        """For notebooks: in a frame, which keeps the page's styles out of the notebook."""
-        return f'<iframe srcdoc="{escape(self.html)}" style="width: 100%; height: 40rem; border: 0"></iframe>'
 
 
 @dataclass(frozen=True)
@@ -130,15 +125,14 @@ def facts_of(subject: ReportSubject) -> dict[str, Any]:
         "sentence": sentence(subject),
         "dense": None if evidence.dense is None else asdict(evidence.dense),
         "costs": None if evidence.costs is None else asdict(evidence.costs),
-        "measured": [{"text": one.text, "models": _named(one.names, one.results)} for one in evidence.measured],
+        "measured": [
+            {"text": measured.text, "models": [{**measured.of(name), "name": name} for name in measured.names]}
+            for measured in evidence.measured
+        ],
         "benches": list(evidence.benches),
         "answers": [list(texts) for texts in evidence.answers],
         "runs": list(evidence.runs),
     }
-
-
-def _named(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{**one, "name": name} for name, one in zip(names, results, strict=True)]
 
 
 def _in_order(sections: Iterable[ReportSection]) -> list[ReportSection]:

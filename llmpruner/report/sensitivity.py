@@ -7,7 +7,7 @@ from math import ceil, floor, log10
 from typing import Any
 
 from ..pruning.allocation.curve import Curve, GroupCurve
-from .templates import rendered
+from .base import rendered
 
 _PANEL, _HEIGHT = 460, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 20, 32, 44

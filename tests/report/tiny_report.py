@@ -17,7 +17,7 @@ SHA = "5" * 64
 def perplexity(value: float, kl: float) -> dict[str, Any]:
     return {
         "perplexity": value, "nll_per_token": 3.0, "bits_per_byte": 1.0, "tokens": 4096, "windows": 16, "window": 256,
-        "text_sha256": SHA, "kl_per_token": kl, "text": "wikitext2",
+        "text_sha256": SHA, "kl_per_token": kl, "top1_agreement": None, "text": "wikitext2", "others": {},
     }  # fmt: skip
 
 

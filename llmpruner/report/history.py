@@ -1,17 +1,60 @@
-"""The section ``origin``: commands, plans, time, memory, machine and versions."""
+"""The sections of how a checkpoint came about: ``recovery``, the losses of its trainings, and ``origin``, its commands,
+plans, time, memory, machine and versions."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from ..amounts import bytes_text, counted
+from ..recovery.losses import loss_text
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
-from .base import ReportSection, ReportSubject
-from .templates import bare, rendered
+from .base import ReportSection, ReportSubject, bare, rendered
+from .chart import Chart, Point, Series, drawn
 
 _MODELS: Mapping[str, type[Settings]] = {"prune": PruneSettings, "recover": RecoverSettings}
+
+_MOST_POINTS = 400
+"""Of a curve; of longer trainings, neighbouring steps are averaged."""
+
+
+class RecoverySection(ReportSection):
+    """A drawing of the losses for each training; nothing for a model that was not trained."""
+
+    name = "recovery"
+    summary = "the losses of every training that restored quality"
+    order = 25
+
+    def render(self, subject: ReportSubject) -> str | None:
+        done = [one for one in subject.record.get("recovery") or () if one["losses"]]
+        # The losses of one layer after the other are no curve.
+        trainings = [(one, loss_text(one), None if one.get("layers") else loss_curve(one)) for one in done]
+        return rendered("recovery.html.j2", trainings=trainings) if done else None
+
+
+def loss_curve(training: Mapping[str, Any]) -> str:
+    """A drawing (SVG) of the loss over optimizer steps, and, where it was measured, of the validation loss.
+
+    ``training``: an element of ``recovery`` in ``llmpruner.json``, with at least one loss.
+    """
+    losses = _averaged([(step, float(loss)) for step, loss in enumerate(training["losses"], start=1)])
+    series = [Series("loss", tuple(losses), accent=True)]
+    if validation := training.get("validation"):
+        points = (
+            Point(check["step"], check["loss"], f"step {check['step']}: {check['loss']:.3f}") for check in validation
+        )
+        series.append(Series("validation loss", tuple(points)))
+    chart = Chart("Loss over optimizer steps", "optimizer steps", "loss", tuple(series), height=300)
+    return drawn(chart, standalone=True)
+
+
+def _averaged(losses: Sequence[tuple[int, float]]) -> Iterator[Point]:
+    size = ceil(len(losses) / _MOST_POINTS)
+    for first in range(0, len(losses), size):
+        part = losses[first : first + size]
+        yield Point(sum(step for step, _ in part) / len(part), sum(loss for _, loss in part) / len(part))
 
 
 class OriginSection(ReportSection):
@@ -29,9 +72,6 @@ class OriginSection(ReportSection):
         places = list(dict.fromkeys((_machine(run["machine"]), _versions(run["versions"])) for run in evidence.runs))
         plans = [_facts(plan) for plan in subject.record.get("plans") or ()]
         return rendered("origin.html.j2", runs=runs, places=places, plans=plans, steps=evidence.steps)
-
-    def style(self) -> str:
-        return rendered("origin.css.j2")
 
 
 def command_of(run: Mapping[str, Any]) -> str:

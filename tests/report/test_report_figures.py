@@ -15,10 +15,8 @@ from llmpruner import Catalog, DataError, ModelError, ReportSection, plugin_mana
 from llmpruner.evaluation.costs import size
 from llmpruner.pruning.budgets.cached_bytes import bytes_per_token
 from llmpruner.pruning.criteria.spread import spread
-from llmpruner.report.answers import Answer, measured_answers, side_by_side
-from llmpruner.report.base import Evidence, Measurements
-from llmpruner.report.figures import Pair, _change
-from llmpruner.report.quality import _same_source, calibration_of, text_losses, uneven
+from llmpruner.report.measured import Answer, calibration_of, side_by_side
+from llmpruner.report.summary import Pair, _change
 from llmpruner.structure.plan import PruningPlan
 
 
@@ -128,37 +126,6 @@ def test_several_checkpoints_are_compared(places, tmp_path):
     assert html.count('<details class="one">') == 3
 
 
-WIKI, INSTRUCTIONS = "wikitext2_unk_test", "instructions"
-
-
-@pytest.mark.parametrize(
-    ("calibration", "after", "warns"),
-    [
-        ("wikitext2", (29.61, 15.08), "its own text"),
-        ("self", (36.48, 13.24), ""),
-        (None, (36.48, 13.24), ""),
-        ("self", (35.11, 16.33), ""),
-    ],
-    ids=["fitted to WikiText", "mixed", "no text", "uneven, but neither its own"],
-)
-def test_a_compensation_that_helped_its_own_text_alone_is_warned_of(calibration, after, warns):
-    """With measurements of the real model: perplexity on WikiText-2 and on instructions, 20 % removed."""
-    measured = tuple(
-        Measurements(
-            ("dense", "cut"),
-            ({"perplexity": {"perplexity": before}}, {"perplexity": {"perplexity": value}}),
-            (),
-            text,
-        )
-        for text, before, value in zip((WIKI, INSTRUCTIONS), (25.62, 7.60), after, strict=True)
-    )
-    losses = text_losses(Evidence("cut", measured=measured), calibration)
-    assert [one.own for one in losses] == [calibration == "wikitext2", False]
-    found = uneven(losses, calibration)
-    assert warns in found and bool(found) == bool(warns)
-    assert uneven(losses[:1], calibration) == ""
-
-
 def test_texts_of_all_plans_are_the_calibrations_own():
     """A second cut by l1 reads no text, and leaves the weights that the first one fitted."""
     fitted = {"estimation": {"calibration": "/x/c4.jsonl"}, "compensation": {"calibration": "2*/data/wiki.txt,self"}}
@@ -167,30 +134,11 @@ def test_texts_of_all_plans_are_the_calibrations_own():
     assert calibration_of({"plans": [fitted, unread]}) == "c4.jsonl, 2*wiki.txt,self"
     assert calibration_of({"plans": [fitted, unread, ranked]}) == "c4.jsonl, 2*wiki.txt,self"
     assert calibration_of({"plans": [unread]}) is None and calibration_of({}) is None
-    measured = Measurements(("dense", "cut"), ({"perplexity": {"perplexity": 9.0, "text": "wiki-test.txt"}},) * 2, ())
-    (loss,) = text_losses(Evidence("cut", measured=(measured,)), calibration_of({"plans": [fitted, unread]}))
-    assert loss.own
 
 
 def test_answers_part_at_the_first_other_word():
     found = side_by_side([("dense", "Eat well, sleep."), ("a", "Eat well and run."), ("b", "Eat well, sleep.")])
     assert found[1:] == [Answer("a", "Eat well", " and", " run.", "2 words"), Answer("b", "Eat well, sleep.")]
-
-
-def test_answers_of_the_metric_part_at_a_token():
-    same = {"prompt": "Why?", "answer": "As it is so.", "common": "As it is so.", "common_tokens": 5, "equal": True}
-    other = {**same, "answer": "As it was.", "common": "As it", "common_tokens": 2, "equal": False}
-    results = tuple({"generations": {"answers": [one]}} for one in (same, other))
-    ((prompt, answers),) = measured_answers(Measurements(("dense", "small"), results, ()))
-    assert prompt == "Why?"
-    assert answers == [Answer("dense", "As it is so."), Answer("small", "As it", " was", ".", "2 tokens")]
-
-
-def test_a_text_that_the_calibration_read_is_its_own():
-    results = ({"perplexity": {"perplexity": 10.0, "text": "a.txt", "others": {"b.txt": {"perplexity": 10.0}}}},) * 2
-    measured = Measurements(("dense", "cut"), (results[0], {**results[1], "calibration_overlap": {"b.txt": 0.1}}), ())
-    found = text_losses(Evidence("cut", measured=(measured,)), "corpus.txt")
-    assert [(one.text, one.own, one.rise) for one in found] == [("a.txt", False, 0.0), ("b.txt", True, 0.0)]
 
 
 class Flops(ReportSection):
@@ -251,26 +199,6 @@ def test_every_way_to_ask_for_an_amount_is_told(places, tmp_path, amount, words)
     llmpruner.prune(places / "dense", **amount, importance="l1", output=tmp_path / "asked")
     made = llmpruner.write_report([tmp_path / "asked"], tmp_path / "asked.html")
     assert made.warnings == () and f"Asked for {words}" in text_of(made.path.read_text())
-
-
-@pytest.mark.parametrize(
-    ("text", "calibration", "own"),
-    [
-        ("wikitext2_unk_test.txt", "data/wikitext2_unk_validation.jsonl", True),
-        ("a/c4-test.txt", "1*self,3*c4.jsonl", True),
-        ("s.txt", "self", False),
-        ("news.txt", "newsela.jsonl", False),
-        ("test.txt", "/x/t.txt", False),
-    ],
-)
-def test_texts_of_one_source_have_names_with_one_beginning(text, calibration, own):
-    assert _same_source(text, calibration) is own
-
-
-def test_a_few_words_in_common_are_no_text_that_was_read():
-    results = ({"perplexity": {"perplexity": 10.0, "text": "a.txt"}},) * 2
-    measured = Measurements(("dense", "cut"), (results[0], {**results[1], "calibration_overlap": {"a.txt": 0.002}}), ())
-    assert not text_losses(Evidence("cut", measured=(measured,)), "corpus.txt")[0].own
 
 
 @pytest.mark.parametrize("perplexity", [{"text": "a.txt"}, {"perplexity": 10.0, "others": 3}, {"perplexity": "x"}])

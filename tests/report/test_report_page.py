@@ -22,10 +22,10 @@ from llmpruner import (
 )
 from llmpruner.plugins.builtin import llmpruner_report_sections
 from llmpruner.report.base import Costs, Evidence
-from llmpruner.report.cost import CostSection
-from llmpruner.report.groups import GroupsSection, kind_rows
+from llmpruner.report.cuts import Cell, LayerRow, PlanSection, cut_tables
+from llmpruner.report.measured import CostSection
 from llmpruner.report.page import report_page
-from llmpruner.report.plan import Cell, LayerRow, PlanSection, cut_tables
+from llmpruner.report.structure import GroupsSection, kind_rows
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import (
     BaseRef,
@@ -141,12 +141,6 @@ def test_a_section_that_fails_is_left_out_and_named(pruned):
         "report section wrong is left out: it returned int, expected HTML text or None",
     )
     assert re.findall(r"<h2>([^<]*)</h2>", page.html) == ["Coupled groups"]
-
-
-def test_a_notebook_shows_the_page_in_a_frame(pruned):
-    page = report_page(pruned, [Counting()])
-    frame = page._repr_html_()
-    assert frame.count("<") == 2 and escape(page.html) in frame
 
 
 def test_groups_by_kind_with_their_share():

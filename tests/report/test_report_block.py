@@ -6,7 +6,7 @@ import pytest
 
 from llmpruner import Blocks, CoupledGroup, CouplingGraph, ReportSubject, Role, Span
 from llmpruner.errors import SettingsError
-from llmpruner.report.block import Band, BlockSection, _box
+from llmpruner.report.structure import BlockSection, _box
 
 SHAPES = {"layers.0.gate_up": (4, 12, 8), "layers.0.down": (4, 8, 6), "layers.0.norm": (8,), "head": (16, 8)}
 MLP = CoupledGroup(
@@ -35,7 +35,7 @@ def test_of_a_stack_the_last_two_axes_are_rows_and_columns():
 
 def test_two_spans_on_one_axis_share_an_edge_with_a_band_each():
     (edge, _) = _box(GRAPH, list(GRAPH.groups), "layers.0.gate_up", "").edges
-    assert edge.bands == (Band(100 * 3 / 12, 100 / 12), Band(100 * 9 / 12, 100 / 12))
+    assert edge.bands == ((100 * 3 / 12, 100 / 12), (100 * 9 / 12, 100 / 12))
 
 
 def test_the_drawing_names_every_span_and_what_is_tied():
