@@ -153,11 +153,9 @@ def _box(graph: CouplingGraph, groups: list[CoupledGroup], parameter: str, label
     edges: dict[tuple[str, str], Edge] = {}
     for edge in (_edge(g, s, shape) for g in groups for s in g.spans if s.parameter == parameter):
         # Two spans of one group on one axis (packed gate and up) share an edge.
-        same = edges.get((edge.side, edge.kind))
-        joined = (
-            edge if same is None else replace(same, bands=same.bands + edge.bands, note=f"{same.note}; {edge.note}")
-        )
-        edges[edge.side, edge.kind] = joined
+        if same := edges.get((edge.side, edge.kind)):
+            both = replace(same, bands=same.bands + edge.bands, note=f"{same.note}; {edge.note}")
+        edges[edge.side, edge.kind] = both if same else edge
     text = " × ".join(f"{n:,}" for n in shape)
     if parameter in graph.ties:
         text += f", shared with {graph.ties[parameter]}"

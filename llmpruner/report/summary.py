@@ -65,9 +65,8 @@ def _tasks(evidence: Evidence) -> tuple[Pair | None, int]:
     both = [task for task in dense if task in own]
     if not both:
         return None, 0
-    return Pair("Accuracy, mean over tasks", *(fmean(scores[task] for task in both) for scores in (dense, own))), len(
-        both
-    )
+    before, after = (fmean(scores[task] for task in both) for scores in (dense, own))
+    return Pair("Accuracy, mean over tasks", before, after), len(both)
 
 
 def _accuracies(evidence: Evidence, name: str) -> dict[str, float]:
