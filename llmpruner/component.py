@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import SettingsError
-from .validation import refusal
+from .values import refusal
 
 
 class ComponentSettings(BaseModel):

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .amounts import bytes_text
 from .errors import CheckpointError, OutputError, first_line
+from .values import bytes_text
 
 
 def write_text(path: Path, text: str) -> None:

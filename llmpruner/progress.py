@@ -1,7 +1,9 @@
-"""The interface by which stages report progress; the command line implements it with progress bars."""
+"""The interface by which stages report progress, which the command line implements with progress bars; and silence of
+other libraries."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -36,3 +38,15 @@ class Progress:
 
 
 QUIET = Progress()
+
+
+@contextmanager
+def only_errors(name: str) -> Iterator[None]:
+    """A block in which the logger ``name`` shows errors alone."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

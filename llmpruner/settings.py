@@ -14,8 +14,20 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import SettingsError
-from .validation import refusal
-from .values import ComponentValues, Count, Layers, Names, Numbers, ShareOrCount, Shares, Size, StepName, Text, Trackers
+from .values import (
+    ComponentValues,
+    Count,
+    Layers,
+    Names,
+    Numbers,
+    ShareOrCount,
+    Shares,
+    Size,
+    StepName,
+    Text,
+    Trackers,
+    refusal,
+)
 
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, track
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from ..amounts import bytes_text as size
-from ..amounts import count_text as count
 from ..progress import Progress
+from ..values import bytes_text as size
+from ..values import count_text as count
 
 __all__ = [
     "RichProgress", "count", "done_line", "err", "error_line", "note", "out", "print_json", "size", "table",

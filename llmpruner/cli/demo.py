@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..amounts import counted
 from ..files import check_new_directory
+from ..values import counted
 from .console import RichProgress, count, out
 from .derive import catalog_of
 from .measure import show_bench, show_evaluations

@@ -11,12 +11,12 @@ import typer
 from rich.markup import escape
 from rich.tree import Tree
 
-from ..amounts import counted
 from ..errors import CouplingError
 from ..files import HTML, check_own_file
 from ..report.structure import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
+from ..values import counted
 from .console import RichProgress, count, note, out, print_json, table, warning_line
 from .derive import Json, ModelName, catalog_of, takes
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..amounts import counted
 from ..files import check_own_file, json_text, write_text
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, settings_from
+from ..values import counted
 from .console import RichProgress, note, out, print_json, table
 from .derive import Json, ModelNames, catalog_of, takes
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import typer
 
-from ..amounts import counted
 from ..recovery.losses import loss_text
 from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
+from ..values import counted
 from .console import RichProgress, done_line, print_json
 from .derive import Json, ModelName, Output, catalog_of, takes
 

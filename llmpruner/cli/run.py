@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..amounts import counted
 from ..settings import LoadSettings, RunSettings, settings_from
+from ..values import counted
 from .console import RichProgress, done_line, out, print_json, table
 from .derive import Json, catalog_of, takes
 from .measure import show_bench, show_evaluations

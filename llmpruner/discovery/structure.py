@@ -23,7 +23,7 @@ from ..models.remote import ALLOW, check_own_class, pruned_class, register_model
 from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan
-from ..validation import refusal
+from ..values import refusal
 from .family import ModelFamily
 from .graph import build_graph
 

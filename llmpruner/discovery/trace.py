@@ -16,9 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import LlmprunerError, UnsupportedModelError
-from ..loggers import only_errors
 from ..models.messages import quiet_transformers, where
 from ..models.meta import decoder_layers, meta_model
+from ..progress import only_errors
 from .positions import EveryPosition
 
 if TYPE_CHECKING:

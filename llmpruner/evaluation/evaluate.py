@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..amounts import bytes_text, count_text
 from ..errors import ModelError, PluginError, SettingsError
 from ..progress import QUIET, Progress
+from ..values import bytes_text, count_text
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .costs import Size, Speed
 from .perplexity import PerplexityResult

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from ..amounts import counted
 from ..calibration.opening import opening_tokens
 from ..engine.divergence import divergence
 from ..errors import DataError, ModelError
@@ -19,6 +18,7 @@ from ..models.numbers import autocast_to
 from ..models.positions import check_table
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
 from ..progress import QUIET, Progress
+from ..values import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
-from ..loggers import only_errors
+from ..progress import only_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ..errors import CheckpointError, MissingExtraError, first_line
 from ..files import exists, read_json
 from ..folders import new_directory
-from ..validation import path_from
+from ..values import path_from
 from .messages import quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model
 from .record import check_weights, write_origin

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from ..amounts import counted
 from ..errors import (
     CheckpointError,
     LlmprunerError,
@@ -20,6 +19,7 @@ from ..errors import (
     reason_of,
 )
 from ..settings import LoadSettings
+from ..values import counted
 from .record import check_weights, read_any_record
 from .reference import Reference
 from .remote import ALLOW

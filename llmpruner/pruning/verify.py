@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from ..amounts import counted
 from ..discovery.dense import check_named_base, dense_structure, open_dense
 from ..discovery.silenced import distance, logits, silenced
 from ..discovery.structure import load_structure
@@ -34,6 +33,7 @@ from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
 from ..structure.coupling import Role, layer_number
 from ..structure.kept import compose_all, layer_numbers, restrict
+from ..values import counted
 
 if TYPE_CHECKING:
     from ..models.model import Model, Structure

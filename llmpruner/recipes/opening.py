@@ -21,7 +21,7 @@ from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
-from ..validation import check_type
+from ..values import check_type
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""

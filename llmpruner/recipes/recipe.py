@@ -29,7 +29,7 @@ from ..settings import (
     Settings,
     StepSettings,
 )
-from ..validation import refusal
+from ..values import refusal
 
 S = TypeVar("S", bound=Settings)
 DENSE: Final = "dense"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..amounts import counted
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import OutputError, SettingsError
@@ -22,6 +21,7 @@ from ..pruning.criteria.estimate import estimate
 from ..report.sensitivity import sensitivity_plot
 from ..settings import RunSettings
 from ..structure.queues import Queue, build_queue, kept_units
+from ..values import counted
 from .arrangement import arrange, journal_for
 from .calibrating import journaled, scored_on
 from .checks import check_prune

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from ..amounts import counted
 from ..errors import MissingExtraError, UnsupportedModelError
+from ..values import counted
 from .base import RecoveryJob, TrainingResult
 from .training import fit
 

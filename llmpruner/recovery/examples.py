@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from ..amounts import counted
 from ..calibration.chat import TrainingText, training_texts
 from ..calibration.conversations import Completion, Example, example
 from ..calibration.documents import EXPECTED_EXAMPLES, read_records
 from ..calibration.labelled import IGNORED, labelled
 from ..calibration.mixture import mixed, parse_mixture
 from ..errors import DataError
+from ..values import counted
 
 if TYPE_CHECKING:
     from ..discovery.family import ModelFamily

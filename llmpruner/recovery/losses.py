@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from ..amounts import counted
+from ..values import counted
 
 
 def first_and_last(record: Mapping[str, Any]) -> tuple[str, float, float] | None:

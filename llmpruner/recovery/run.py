@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..amounts import counted
 from ..engine.ranks import Ranks
 from ..errors import PluginError
 from ..models.tokenizer import check_ids
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..settings import RecoverSettings
+from ..values import counted
 from .base import LayerWalk, RecoveryJob, RecoveryStrategy, TrainingResult, Validation
 from .examples import Rows
 from .result import RecoveryResult

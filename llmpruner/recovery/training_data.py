@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..amounts import counted
 from ..settings import RecoverSettings
+from ..values import counted
 from .examples import Examples, Rows, load_examples, rows_of, split
 
 if TYPE_CHECKING:

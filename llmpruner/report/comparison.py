@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..amounts import bytes_text, count_text
+from ..values import bytes_text, count_text
 from .base import DENSE, Evidence, ReportSection, ReportSubject, rendered
 from .chart import Chart, Point, Series, drawn
 from .summary import Figures, figures

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from ..amounts import bytes_text, counted
 from ..recovery.losses import loss_text
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
+from ..values import bytes_text, counted
 from .base import ReportSection, ReportSubject, bare, rendered
 from .chart import Chart, Point, Series, drawn
 

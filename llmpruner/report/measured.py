@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..amounts import bytes_text, count_text, counted
+from ..values import bytes_text, count_text, counted
 from .base import Costs, Measurements, ReportSection, ReportSubject, bare, rendered
 
 

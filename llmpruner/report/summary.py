@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
-from ..amounts import bytes_text, count_text, counted
+from ..values import bytes_text, count_text, counted
 from .base import DENSE, Evidence, ReportSection, ReportSubject, bare, rendered
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmpruner.amounts import counted
 from llmpruner.cli import console
 from llmpruner.cli.console import RichProgress, time_left
+from llmpruner.values import counted
 
 
 def work(progress):
