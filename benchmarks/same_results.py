@@ -38,46 +38,57 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PLUGINS = ("llama", "vicuna", "chatglm")
 PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{name}": f"plugins/{name}" for name in PLUGINS}}
 """Package → its folder in a checkout."""
-SPELLINGS = {"llmpruner/api.py": {"--family auto ": ""}}
+OPTIONS = ("length", "compensate", "allocation", "normalize", "unit_ratio", "layers", "round_to", "reduction", "seed",
+           "target_params")  # fmt: skip
+SPELLINGS = {
+    "llmpruner/recipes/pipeline.py": {
+        **{f"--set prune.{name}=": f"--{name.replace('_', '-')} " for name in OPTIONS},
+        "--set taylor.variant=": "--variant ",
+        **{f"models/{name} ": f"models/{name} --no-tokenizer " for name in ("dense", "chatglm", "fused", "experts")},
+    },
+    "llmpruner/api.py": {"--family auto ": ""},
+}
 """A file by which a version is recognised → words of the jobs below, and what stands for them in that version."""
 
-TEXT, BLOCK = "--samples 8 --length 32", "--kinds attention,mlp"
-ON_DEMO = {"best": "--ratio 0.2 --samples 16 --length 128", "llm-pruner": "--method llm-pruner --ratio 0.2"}
+TEXT, BLOCK = "--samples 8 --set prune.length=32", "--kinds attention,mlp"
+GLOBAL = "--set prune.allocation=global --set prune.normalize"
+ON_DEMO = {"best": "--ratio 0.2 --samples 16 --set prune.length=128", "llm-pruner": "--method llm-pruner --ratio 0.2"}
 ON_TINY = {
     "l2": "--importance l2 --ratio 0.2",
-    **{f"taylor {variant}": f"--importance taylor --variant {variant} --ratio 0.2 {TEXT}"
+    **{f"taylor {variant}": f"--importance taylor --set taylor.variant={variant} --ratio 0.2 {TEXT}"
        for variant in ("element1", "element2", "mix", "vector")},
     "energy, refit": f"--ratio 0.2 {TEXT}",
-    "obs, refit": f"--importance obs --compensate refit --ratio 0.2 {TEXT}",
-    "flap, bias": f"--importance flap --compensate bias --ratio 0.2 {TEXT}",
+    "obs, refit": f"--importance obs --set prune.compensate=refit --ratio 0.2 {TEXT}",
+    "flap, bias": f"--importance flap --set prune.compensate=bias --ratio 0.2 {TEXT}",
     "attention and mlp": f"--importance taylor {BLOCK} --ratio 0.2 {TEXT}",
     "attention and mlp, refit": f"{BLOCK} --ratio 0.2 {TEXT}",
     "query": "--importance l2 --kinds query --ratio 0.05",
     "hidden": f"--importance taylor --kinds hidden --ratio 0.2 {TEXT}",
     "expert": f"--importance taylor --kinds expert --ratio 0.2 {TEXT}",
     "layer": f"--kinds layer --ratio 0.4 {TEXT}",
-    "global": f"--importance l2 {BLOCK} --allocation global --normalize cost --ratio 0.2",
-    "search": f"--allocation search --ratio 0.2 {TEXT}",
+    "global": f"--importance l2 {BLOCK} {GLOBAL}=cost --ratio 0.2",
+    "search": f"--set prune.allocation=search --ratio 0.2 {TEXT}",
     "bytes": f"--importance l2 {BLOCK} --budget bytes --ratio 0.1",
-    "macs": f"--importance l2 {BLOCK} --budget macs --allocation global --normalize cost --ratio 0.1",
+    "macs": f"--importance l2 {BLOCK} --budget macs {GLOBAL}=cost --ratio 0.1",
     "kv-cache": "--importance l2 --kinds attention --budget kv-cache --ratio 0.25",
     "steps": f"--importance taylor {BLOCK} --steps 2 --ratio 0.2 {TEXT}",
-    "unit-ratio": f"--importance l2 {BLOCK} --unit-ratio 0.25",
+    "unit-ratio": f"--importance l2 {BLOCK} --set prune.unit_ratio=0.25",
 }  # fmt: skip
 """Name → options of ``prune``; no option without effect, which a version may refuse."""
 ON_PLUGINS_MODELS = {
     **{name: f"--importance {name} --ratio 0.2" for name in ("random", "l1")},
     **{name: f"--importance {name} --ratio 0.2 {TEXT}" for name in ("wanda-sp", "activation", "pca")},
     "block-influence": f"--importance block-influence --kinds layer --ratio 0.4 {TEXT}",
-    **{f"global, {how}": f"--importance l2 {BLOCK} --allocation global --normalize {how} --ratio 0.2"
+    **{f"global, {how}": f"--importance l2 {BLOCK} {GLOBAL}={how} --ratio 0.2"
        for how in ("mean", "max", "sum", "zscore", "parameters")},
-    **{f"reduction {how}": f"--importance l2 --reduction {how} --ratio 0.2" for how in ("mean", "max", "prod", "last")},
-    "sensitivity": f"--importance l2 --allocation sensitivity --ratio 0.2 {TEXT}",
-    "layers of choice": "--importance l2 --layers 0,2 --ratio 0.1",
-    "rounded": "--importance l2 --round-to 8 --ratio 0.2",
-    "seed": f"--seed 3 --ratio 0.2 {TEXT}",
+    **{f"reduction {how}": f"--importance l2 --set prune.reduction={how} --ratio 0.2"
+       for how in ("mean", "max", "prod", "last")},
+    "sensitivity": f"--importance l2 --set prune.allocation=sensitivity --ratio 0.2 {TEXT}",
+    "layers of choice": "--importance l2 --set prune.layers=0,2 --ratio 0.1",
+    "rounded": "--importance l2 --set prune.round_to=8 --ratio 0.2",
+    "seed": f"--set prune.seed=3 --ratio 0.2 {TEXT}",
     "parameters": f"--importance l2 {BLOCK} --budget parameters --ratio 0.1",
-    "target-params": "--importance l2 --target-params 100K",
+    "target-params": "--importance l2 --set prune.target_params=100K",
 }  # fmt: skip
 """More, for the models that a plugin knows; where discovery has to prove every cut first, a job takes seconds."""
 
@@ -147,9 +158,9 @@ def jobs() -> dict[str, str]:
     found = {f"demo: {name}": f"demo {words}" for name, words in ON_DEMO.items()}
     for model in ("dense", "chatglm"):
         for name, words in {**ON_TINY, **ON_PLUGINS_MODELS}.items():
-            found[f"{model}: {name}"] = f"models/{model} --no-tokenizer {words}"
+            found[f"{model}: {name}"] = f"models/{model} {words}"
     for model in ("fused", "experts"):
-        found |= {f"{model}: {n}": f"models/{model} --family auto --no-tokenizer {w}" for n, w in ON_TINY.items()}
+        found |= {f"{model}: {n}": f"models/{model} --family auto {w}" for n, w in ON_TINY.items()}
     return found
 
 

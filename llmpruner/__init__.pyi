@@ -11,7 +11,6 @@ from .api import prune as prune
 from .api import recover as recover
 from .api import run as run
 from .api import save as save
-from .api import sensitivity as sensitivity
 from .api import verify as verify
 from .api import verify_checkpoint as verify_checkpoint
 from .api import write_report as write_report

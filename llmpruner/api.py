@@ -41,7 +41,6 @@ from .keywords import (
     LoadKeywords,
     PruneKeywords,
     RecoverKeywords,
-    SensitivityKeywords,
 )
 from .models.generation import check_not_empty
 from .models.generation import generate as _generate
@@ -51,9 +50,10 @@ from .models.model import Model, Structure
 from .models.numbers import check_device, dtype_of
 from .models.record import REPORT_FILE
 from .models.reference import resolve
+from .pipeline import plan as _plan
+from .pipeline import prune as _prune
 from .plugins.catalog import Catalog
 from .progress import QUIET, Progress
-from .pruning.allocation.curve import Curve
 from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.jobs import (
@@ -63,13 +63,10 @@ from .recipes.jobs import (
     page_job,
 )
 from .recipes.opening import Opener, Source, listed, openers
-from .recipes.pruning import Pruning
-from .recipes.pruning import make_plan as _make_plan
 from .recipes.recipe import Recipe
 from .recipes.recovering import Recovery
 from .recipes.run import RecipeResult, RecipeRun, StepResult
 from .recipes.saving import save as _save
-from .recipes.sensitivity import sensitivity_of
 from .report.base import ReportSubject
 from .report.evidence import report_place, report_subjects
 from .report.page import Report, comparison_page, facts_of, report_page
@@ -83,7 +80,6 @@ from .settings import (
     PruneSettings,
     RecoverSettings,
     RunSettings,
-    SensitivitySettings,
     settings_from,
 )
 from .structure.outcome import Outcome
@@ -141,7 +137,7 @@ def plan_with_outcome(
 ) -> tuple[PruningPlan, Outcome]:
     """`plan`, and the sizes of the model before and after the cut."""
     opener = _opener(load, catalog, progress)
-    return _make_plan(model, settings_from(PruneSettings, settings), opener, run or RunSettings())
+    return _plan(model, settings_from(PruneSettings, settings), opener, run or RunSettings())
 
 
 def prune(
@@ -149,7 +145,6 @@ def prune(
     *,
     plan: PruningPlan | str | Path | None = None,
     output: str | Path | None = None,
-    need_tokenizer: bool = False,
     load: LoadSettings | None = None,
     run: RunSettings | None = None,
     progress: Progress = QUIET,
@@ -160,23 +155,21 @@ def prune(
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; finished
     layers are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption; without
-    it, the whole model is in memory. ``need_tokenizer``: refuse a model without a tokenizer. Raises as `plan` does, and
-    `PlanError` for a ``plan`` of another model.
+    it, the whole model is in memory. Raises as `plan` does, and `PlanError` for a ``plan`` of another model.
 
     Processes that ``torchrun`` started share the work; all must make the same call, and the first one writes
     ``output``.
     """
     if plan is not None and settings:
-        raise SettingsError(f"'{min(settings)}' has no effect beside a plan, which sets everything; leave it out")
+        raise SettingsError(f"'{min(settings)}' can't be combined with a plan, which has all settings")
     what: PruneSettings | PruningPlan
     if plan is None:
         what = settings_from(PruneSettings, settings)
-        given = what.given()
+        asked = what.given()
     else:
         what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
-        given = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
-    pruning = Pruning(model, what, given, _path(output), need_tokenizer, run or RunSettings())
-    return pruning.do(_opener(load, catalog, progress))
+        asked = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
+    return _prune(model, what, _path(output), _opener(load, catalog, progress), run or RunSettings(), asked)
 
 
 def recover(
@@ -229,23 +222,6 @@ def evaluate(
     compared = [ComparedModel(one.ref, one.config, opener.tokenizer(one), one.family) for opener, one in pairs]
     loaders = [partial(opener.weights, one) for opener, one in pairs]
     return _evaluate(compared, loaders, job.metrics, progress)
-
-
-def sensitivity(
-    model: Source,
-    *,
-    output: str | Path | None = None,
-    restart: bool = False,
-    load: LoadSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[SensitivityKeywords],
-) -> Curve:
-    """Measure how much cuts of each group alone change the predictions: KL divergence in nats per token, at several
-    shares of its units. ``output``: a ``.json`` file for the curve, with a plot next to it.
-    """
-    options = settings_from(SensitivitySettings, settings)
-    return sensitivity_of(model, options, _path(output), _opener(load, catalog, progress), restart=restart)
 
 
 def bench(

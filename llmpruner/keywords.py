@@ -24,17 +24,14 @@ class PruneKeywords(TypedDict, total=False):
 
     ratio: float | None
     budget: str
-    context: int | None
     target_params: str | float | None
     unit_ratio: float | None
     kinds: str | Sequence[str]
     layers: str | Sequence[int] | None
     shape: Literal["uniform", "free"]
     round_to: int | None
-    meet: Literal["nearest", "above", "below"]
     method: str | None
     importance: str | None
-    variant: str | None
     reduction: Literal["sum", "mean", "max", "prod", "last"]
     allocation: str
     normalize: Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
@@ -111,22 +108,6 @@ class GenerateKeywords(TypedDict, total=False):
     max_new_tokens: int
     temperature: float
     seed: int
-
-
-class SensitivityKeywords(TypedDict, total=False):
-    """Of `SensitivitySettings`."""
-
-    kinds: str | Sequence[str]
-    layers: str | Sequence[int] | None
-    shares: str | Sequence[float]
-    method: str | None
-    importance: str | None
-    compensate: str | None
-    calibration: str | Path
-    samples: int | None
-    length: int | None
-    seed: int
-    settings: Mapping[str, Mapping[str, Any]]
 
 
 class ExportKeywords(TypedDict, total=False):

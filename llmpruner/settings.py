@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,7 +21,6 @@ from .values import (
     Names,
     Numbers,
     ShareOrCount,
-    Shares,
     Size,
     StepName,
     Text,
@@ -48,13 +47,15 @@ _TRAINING, _CHECKING = "Training", "Validation"
 @dataclass(frozen=True)
 class Option:
     """The command-line option of a field. ``flags``: its names, by default derived from the field's. ``panel``: its
-    section in ``--help``. ``metavar``: the placeholder of its value. ``sets``: ``field.key`` for a shorthand: it sets
-    ``key`` of the component that ``field`` selects, or of the metric named ``field``; the component declares default
-    and bounds."""
+    section in ``--help``. ``metavar``: the placeholder of its value. ``advanced``: no option of its own, but
+    ``--set GROUP.field=value`` with the `Settings.group` of the settings. ``sets``: ``field.key`` for a shorthand: it
+    sets ``key`` of the component that ``field`` selects, or of the metric named ``field``; the component declares
+    default and bounds."""
 
     panel: str | None = None
     flags: tuple[str, ...] = ()
     metavar: str | None = None
+    advanced: bool = False
     sets: str | None = None
 
 
@@ -62,6 +63,8 @@ class Settings(BaseModel):
     """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+    group: ClassVar[str] = ""
+    """What ``--set`` calls these settings; empty where all of them have an option."""
 
     def given(self) -> dict[str, Any]:
         """The fields that the user gave, as JSON values."""
@@ -93,9 +96,11 @@ def option_of(model: type[Settings], name: str) -> Option:
 
 
 def flag_of(model: type[Settings], name: str) -> str:
-    """``--round-to`` for ``round_to``."""
+    """``--target-params`` for ``target_params``; ``--set prune.length`` for one without an option of its own."""
     if name not in model.model_fields:
         return name
+    if option_of(model, name).advanced:
+        return f"--set {model.group}.{name}"
     return next((f for f in option_of(model, name).flags if f.startswith("--")), "--" + name.replace("_", "-"))
 
 
@@ -103,7 +108,8 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same inp
 Set = Annotated[
     ComponentValues,
     Field(
-        description="A setting of a chosen component: NAME.key=value (`llmpruner plugins NAME` lists them). Repeatable."
+        description="A setting of a chosen component: NAME.key=value (`llmpruner plugins NAME` lists them), or of the "
+        "command where it has no option of its own, as in prune.length=256. Repeatable."
     ),
     Option(flags=("--set",), metavar="NAME.key=value"),
 ]
@@ -143,14 +149,6 @@ class RunSettings(Settings):
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None
-    boundary_memory: Annotated[
-        Annotated[Size, Field(ge=0)] | None,
-        Field(
-            description="Memory for the hidden states of the text between layers; those beyond are kept in a file. By "
-            "default 128MiB, or less where --max-memory needs it."
-        ),
-        Option(_MACHINE, metavar="SIZE"),
-    ] = None
     restart: Annotated[
         bool,
         Field(description="Start anew instead of continuing an interrupted run of the same command."),
@@ -161,9 +159,11 @@ class RunSettings(Settings):
 class PruneSettings(Settings):
     """What to remove, how to choose it, and how to compensate for it."""
 
+    group: ClassVar[str] = "prune"
+
     ratio: Annotated[
         float | None,
-        Field(gt=0, lt=1, description="Share of the --budget to remove; the nearest that widths allow (see --meet)."),
+        Field(gt=0, lt=1, description="Share of the --budget to remove; the nearest that widths allow."),
         Option(_WHAT),
     ] = None
     budget: Annotated[
@@ -176,15 +176,10 @@ class PruneSettings(Settings):
         ),
         Option(_WHAT),
     ] = "decoder"
-    context: Annotated[
-        int | None,
-        Field(description="Tokens in the cache under --budget macs or latency. By default 512."),
-        Option(_WHAT, sets="budget.context"),
-    ] = None
     target_params: Annotated[
         Annotated[Count, Field(gt=0)] | None,
         Field(description="Total parameters that remain: 5.4B, 120M, 98000000."),
-        Option(_WHAT, metavar="NUMBER"),
+        Option(advanced=True),
     ] = None
     unit_ratio: Annotated[
         float | None,
@@ -194,7 +189,7 @@ class PruneSettings(Settings):
             description="Share of the units of every selected group to remove, as the paper counts (its 0.25 on layers "
             "4-29 of LLaMA-7B removes 20 % of the parameters).",
         ),
-        Option(_WHAT),
+        Option(advanced=True),
     ] = None
     kinds: Annotated[
         Names,
@@ -213,7 +208,7 @@ class PruneSettings(Settings):
             "free, and for whole layers, all but both ends (the first and last 10 %, as the paper protects the ends of "
             "LLaMA, or what the family says)."
         ),
-        Option(_WHAT),
+        Option(advanced=True),
     ] = None
     shape: Annotated[
         Shape,
@@ -232,16 +227,8 @@ class PruneSettings(Settings):
             "have fewer than 1,024 channels, and a sixteenth of them or less below 512), halved for a group until it "
             "has at least 8 such multiples; else 1.",
         ),
-        Option(_WHAT),
+        Option(advanced=True),
     ] = None
-    meet: Annotated[
-        Meet,
-        Field(
-            description="What to do where whole steps do not give the amount exactly: nearest, above (no less is "
-            "removed) or below (no more is)."
-        ),
-        Option(_WHAT),
-    ] = "nearest"
     method: Annotated[
         str | None,
         Field(
@@ -260,21 +247,13 @@ class PruneSettings(Settings):
         ),
         Option(_HOW),
     ] = None
-    variant: Annotated[
-        str | None,
-        Field(
-            description="Variant of the criterion. Of taylor: element1 (first order per weight, the default), element2 "
-            "(second order), mix (both), vector (first order per row)."
-        ),
-        Option(_HOW, sets="importance.variant"),
-    ] = None
     reduction: Annotated[
         Reduction,
         Field(
             description="How the scores of a unit's parameters are combined to one score: "
             f"{', '.join(get_args(Reduction))}. prod is the geometric mean, which has the order of the product."
         ),
-        Option(_HOW),
+        Option(advanced=True),
     ] = "sum"
     allocation: Annotated[
         str,
@@ -284,7 +263,7 @@ class PruneSettings(Settings):
             "`llmpruner sensitivity` (--set curve.file=FILE); search: equal shares, moved to where cuts in combination "
             "raise the divergence least (minutes more)."
         ),
-        Option(_HOW),
+        Option(advanced=True),
     ] = "uniform"
     normalize: Annotated[
         Normalization,
@@ -292,7 +271,7 @@ class PruneSettings(Settings):
             description="How scores of different groups are normalized for --allocation global: none, mean, max, sum, "
             "zscore, parameters (per parameter removed), cost (per amount of the --budget removed)."
         ),
-        Option(_HOW),
+        Option(advanced=True),
     ] = "none"
     steps: Annotated[
         int,
@@ -305,7 +284,7 @@ class PruneSettings(Settings):
             description="refit: fit the weights that read removed units again, by least squares against the dense "
             "model; bias: only their biases; none."
         ),
-        Option(_HOW),
+        Option(advanced=True),
     ] = None
     calibration: Annotated[
         Text,
@@ -334,51 +313,9 @@ class PruneSettings(Settings):
             le=2**20,
             description="Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read.",
         ),
-        Option(_ON),
+        Option(advanced=True),
     ] = None
-    seed: Seed = 0
-    settings: Set = {}
-
-
-class SensitivitySettings(Settings):
-    """What cuts are measured, and how."""
-
-    kinds: Annotated[
-        Names, Field(description="Kinds of units that are cut, comma-separated, as for `prune`."), Option(_WHAT)
-    ] = ("mlp",)
-    layers: Annotated[
-        Layers | None,
-        Field(description="Layers that are cut: 3-26, 0,5,7-9 or all (the default)."),
-        Option(_WHAT),
-    ] = None
-    shares: Annotated[
-        Shares,
-        Field(description="Shares of each group's units that are removed, ascending, comma-separated."),
-        Option(_WHAT, metavar="NUMBERS"),
-    ] = (0.1, 0.25, 0.5, 0.75)
-    method: Annotated[
-        str | None,
-        Field(description="As for `prune`: how units are ranked, and whether weights are fitted after each cut."),
-        Option(_HOW),
-    ] = None
-    importance: Annotated[
-        str | None, Field(description="Criterion by which units are ranked, as for `prune`."), Option(_HOW)
-    ] = None
-    compensate: Annotated[
-        str | None,
-        Field(description="refit: weights that read removed units are fitted again before measuring; none."),
-        Option(_HOW),
-    ] = None
-    calibration: Annotated[
-        Text, Field(description="Text to rank, fit and measure on, as for `prune`."), Option(_ON)
-    ] = "self"
-    samples: Annotated[
-        int | None, Field(ge=1, le=1_000_000, description="Calibration samples, as for `prune`."), Option(_ON)
-    ] = None
-    length: Annotated[
-        int | None, Field(ge=2, le=2**20, description="Tokens per sample, as for `prune`."), Option(_ON)
-    ] = None
-    seed: Seed = 0
+    seed: Annotated[Seed, Option(advanced=True)] = 0
     settings: Set = {}
 
 

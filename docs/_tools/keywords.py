@@ -16,7 +16,6 @@ MODELS = {
     "EvaluateKeywords": settings.EvaluateSettings,
     "BenchKeywords": settings.BenchSettings,
     "GenerateKeywords": settings.GenerateSettings,
-    "SensitivityKeywords": settings.SensitivitySettings,
     "ExportKeywords": settings.ExportSettings,
 }
 WIDER = {

@@ -50,7 +50,7 @@ def takes(
         own = inspect.signature(command, eval_str=True).parameters
         kept = [p for name, p in own.items() if name not in models]
         derived = {
-            name: [_parameter(model, field) for field in model.model_fields if field not in omit]
+            name: [_parameter(model, f) for f in model.model_fields if f not in omit and not option_of(model, f).advanced]
             for name, model in models.items()
         }
         every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))]
@@ -58,7 +58,7 @@ def takes(
         every.sort(key=lambda p: p.default is not Parameter.empty)
 
         def run(**values: Any) -> None:
-            given = {name: _given(values, [p.name for p in fields]) for name, fields in derived.items()}
+            given = {n: _given(values, [p.name for p in fields], models[n].group) for n, fields in derived.items()}
             command(**{p.name: values[p.name] for p in kept}, **given)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -69,8 +69,16 @@ def takes(
     return decorate
 
 
-def _given(values: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    return {name: values[name] for name in names if values[name] is not None and values[name] != []}
+def _given(values: Mapping[str, Any], names: list[str], group: str) -> dict[str, Any]:
+    """The values that the user gave; ``--set GROUP.key=value`` is one of ``key``."""
+    given = {name: values[name] for name in names if values[name] is not None and values[name] != []}
+    own = [text for text in given.get("settings", ()) if group and text.startswith(f"{group}.") and "=" in text]
+    if own:
+        given["settings"] = [text for text in given["settings"] if text not in own]
+    for text in own:
+        key, _, value = text.removeprefix(f"{group}.").partition("=")
+        given[key] = value
+    return given
 
 
 def _parameter(model: type[Settings], name: str) -> Parameter:

@@ -18,7 +18,7 @@ from ..structure.widths import COUNTED, QUANTISED
 from .console import RichProgress, count, done_line, note, out, print_json, size, table
 from .derive import Json, ModelName, Output, catalog_of, takes
 from .process import is_first
-from .report import NoReport, write_beside
+from .report import write_beside
 
 if TYPE_CHECKING:
     from ..structure.outcome import Outcome
@@ -73,10 +73,6 @@ def prune(
         Path | None,
         typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
     ] = None,
-    no_tokenizer: Annotated[
-        bool, typer.Option("--no-tokenizer", help="Prune the weights alone of a model that brings no tokenizer.")
-    ] = False,
-    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Remove the least important units and write an ordinary Hugging Face directory.
@@ -89,18 +85,17 @@ def prune(
 
     started = time.monotonic()
     if plan_file is not None and settings:
-        flag = flag_of(PruneSettings, min(settings))
-        raise SettingsError(f"{flag} has no effect beside --plan, which sets everything; leave it out")
+        raise SettingsError(
+            f"{flag_of(PruneSettings, min(settings))} can't be combined with --plan, which has all settings"
+        )
     pruned = api.prune(
-        model, plan=plan_file, output=output, need_tokenizer=not no_tokenizer,
-        load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
-        catalog=catalog_of(ctx), **settings,
+        model, plan=plan_file, output=output, load=settings_from(LoadSettings, options),
+        run=settings_from(RunSettings, run), progress=RichProgress(), catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)
-    if not no_report:
-        write_beside(ctx, output)
+    write_beside(ctx, output)
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
         print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})
@@ -166,7 +161,7 @@ def _say_what_was_met(made: PruningPlan, outcome: Outcome) -> None:
     asked, got = made.target.amount, outcome.decoder_removed if outcome.budget is None else outcome.budget.removed
     if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
         shape = "uniform widths give" if made.selection.shape == "uniform" else "whole units give"
-        note(f"asked for {asked:.1%}; {shape} {got:.1%} (--meet chooses nearest, above or below)")
+        note(f"asked for {asked:.1%}; {shape} {got:.1%}")
 
 
 def _say_what_cannot_be_quantised(made: PruningPlan) -> None:
@@ -176,8 +171,8 @@ def _say_what_cannot_be_quantised(made: PruningPlan) -> None:
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         note(
-            f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; --round-to "
-            f"{QUANTISED}, or a multiple of it, avoids them"
+            f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; "
+            f"--set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
         )
 
 

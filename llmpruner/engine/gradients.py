@@ -1,7 +1,7 @@
 """Gradients of one layer at a time.
 
 The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
-samples × length × hidden size numbers of the model's dtype, up to the executor's limit in memory. The backward pass
+samples × length × hidden size numbers of the model's dtype, up to the execution's limit in memory. The backward pass
 runs each layer again, from last to first, frees the hidden states after it, and computes the gradients of its
 parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
 of one layer only.
@@ -47,7 +47,7 @@ from .watch import WatchProducts
 
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
-    from .executor import Executor
+    from .execution import Execution
 
 
 @dataclass
@@ -81,21 +81,21 @@ class GradientWalk:
 
     def __init__(
         self,
-        executor: Executor,
+        execution: Execution,
         calibration: CalibrationSet,
         *,
         per_sample: bool,
         outer: Collection[str] = (),
         exact: bool = True,
     ) -> None:
-        self.model, self.layers, self.weights = executor.model, executor.layers, executor.weights
-        self._experts, self._ranks = expert_configs(self.model), executor.ranks
+        self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
+        self._experts, self._ranks = expert_configs(self.model), execution.ranks
         with self.weights.outside():
             ids = check_tokens(self.model, calibration.input_ids)
             # The device of weights that are read when they are needed is known here alone.
             self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
             """Whether layers and head run under autocast."""
-        rows = 1 if per_sample else executor.rows_backward(ids.shape[1])
+        rows = 1 if per_sample else execution.rows_backward(ids.shape[1])
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
         )
@@ -104,7 +104,7 @@ class GradientWalk:
         """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
         self.summed = rows < len(ids) or self._ranks.count > 1 or self._scale != 1
         """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
-        kept = executor.boundaries()
+        kept = execution.boundaries()
         self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
         """Before each layer, and after the last: a tensor for each micro-batch."""
         self.grads = kept.states()

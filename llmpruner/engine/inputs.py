@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..calibration.calibration import CalibrationSet
     from ..progress import Progress
-    from .executor import Executor
+    from .execution import Execution
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Measured:
 
 @torch.no_grad()
 def forward_statistics(
-    executor: Executor,
+    execution: Execution,
     wanted: Collection[str],
     calibration: CalibrationSet,
     progress: Progress,
@@ -49,11 +49,11 @@ def forward_statistics(
     for the names of one layer's weights.
 
     Weights of the layer are in memory until the next one is asked for. Memory beyond them: the hidden states of the
-    whole calibration set in float32, up to the executor's limit; the statistics of one layer; and the other arguments
+    whole calibration set in float32, up to the execution's limit; the statistics of one layer; and the other arguments
     of each layer (masks, rotary tables).
     """
-    walk = ForwardWalk.over(executor, calibration)
-    model, states, weights = executor.model, walk.embedded, executor.weights
+    walk = ForwardWalk.over(execution, calibration)
+    model, states, weights = execution.model, walk.embedded, execution.weights
     inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
     count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
     for number in progress.track(range(count), "Measuring inputs"):
@@ -74,7 +74,7 @@ def forward_statistics(
 
 
 def input_statistics(
-    executor: Executor,
+    execution: Execution,
     wanted: Collection[str],
     calibration: CalibrationSet,
     progress: Progress,
@@ -82,7 +82,7 @@ def input_statistics(
     gram: bool,
 ) -> Iterator[dict[str, InputStats]]:
     """`forward_statistics` of inputs alone."""
-    for found in forward_statistics(executor, wanted, calibration, progress, gram=gram):
+    for found in forward_statistics(execution, wanted, calibration, progress, gram=gram):
         yield {name: measured.inputs for name, measured in found.items() if measured.inputs is not None}
 
 

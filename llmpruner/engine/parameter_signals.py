@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ..models.weights import Weights
     from ..progress import Progress
     from ..structure.coupling import CouplingGraph
-    from .executor import Executor
+    from .execution import Execution
 
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
 
 
 def walk_signals(
-    executor: Executor,
+    execution: Execution,
     graph: CouplingGraph,
     wanted: Collection[str],
     needs: Collection[Signal],
@@ -51,9 +51,9 @@ def walk_signals(
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
     Raises `ModelError` without a calibration set, or for values that are not finite.
     """
-    make = _Signals(executor.model, positions(graph), frozenset(needs), seed, by_matrix)
+    make = _Signals(execution.model, positions(graph), frozenset(needs), seed, by_matrix)
     if set(needs) <= {Signal.WEIGHT}:
-        yield from _of_weights(executor.weights, wanted, make)
+        yield from _of_weights(execution.weights, wanted, make)
         return
     if calibration is None:
         raise ModelError("this criterion runs the model and needs a calibration set")
@@ -62,17 +62,17 @@ def walk_signals(
     def reduce(names: Collection[str]) -> ReduceProducts:
         assert measure is not None, "statistics of products need a function that measures them"
         gradients = Signal.PRODUCT_GRAD in needs
-        return ReduceProducts(executor.model, names, make.where, measure, number_of_samples, gradients=gradients)
+        return ReduceProducts(execution.model, names, make.where, measure, number_of_samples, gradients=gradients)
 
-    forward = _forward(executor, wanted, needs, calibration, progress, reduce)
+    forward = _forward(execution, wanted, needs, calibration, progress, reduce)
     if GRADIENTS.intersection(needs):
-        yield from _of_gradients(executor, graph, wanted, calibration, progress, make, dict(forward), reduce)
+        yield from _of_gradients(execution, graph, wanted, calibration, progress, make, dict(forward), reduce)
         return
     rest = set(wanted)
     for name, found in forward:
         rest.discard(name)
         yield from make(name, found=found)
-    yield from _of_weights(executor.weights, rest, make)
+    yield from _of_weights(execution.weights, rest, make)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _of_weights(weights: Weights, names: Collection[str], make: _Signals) -> Ite
 
 
 def _forward(
-    executor: Executor,
+    execution: Execution,
     wanted: Collection[str],
     needs: Collection[Signal],
     calibration: CalibrationSet,
@@ -119,14 +119,14 @@ def _forward(
     products = Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
     if inputs or products:
         for layer in forward_statistics(
-            executor, wanted, calibration, progress,
+            execution, wanted, calibration, progress,
             inputs=inputs, gram=Signal.GRAM in needs, reduce=reduce if products else None,
         ):  # fmt: skip
             yield from layer.items()
 
 
 def _of_gradients(
-    executor: Executor,
+    execution: Execution,
     graph: CouplingGraph,
     wanted: Collection[str],
     calibration: CalibrationSet,
@@ -145,24 +145,24 @@ def _of_gradients(
         if (layer := graph.layer_of(name)) is not None:
             by_layer.setdefault(layer, []).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
-    with requiring_grad((), freeze=executor.model):
+    with requiring_grad((), freeze=execution.model):
         walk = GradientWalk(
-            executor, calibration,
+            execution, calibration,
             per_sample=squares, outer=outer if differentiated else (), exact=bool(differentiated),
         )  # fmt: skip
         walk.forward()
         walk.backward_head()
         for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             names = by_layer.get(number, [])
-            with executor.weights.layer(number):
+            with execution.weights.layer(number):
                 reduced = reduce(names) if of_products else None
                 sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
-                products = reduced.statistics(executor.ranks) if reduced else {}
+                products = reduced.statistics(execution.ranks) if reduced else {}
                 for name in names:
                     found = replace(forward.get(name, Measured(None, None)), products=products.get(name))
                     yield from make(name, sums.pop(name, None), found)
         if outer:
-            with executor.weights.outside():
+            with execution.weights.outside():
                 sums = walk.backward_outer(outer, squares=squares) if differentiated else {}
                 for name in outer:
                     yield from make(name, sums.pop(name, None))

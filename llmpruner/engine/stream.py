@@ -13,19 +13,19 @@ from .walk import ForwardWalk
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
     from ..progress import Progress
-    from .executor import Executor
+    from .execution import Execution
 
 
 @torch.no_grad()
 def stream_statistics(
-    executor: Executor, calibration: CalibrationSet, progress: Progress, *, blocks: bool = False
+    execution: Execution, calibration: CalibrationSet, progress: Progress, *, blocks: bool = False
 ) -> StreamStats:
     """Compare the hidden states before and after each layer; with ``blocks``, each block of consecutive layers.
 
-    Memory: the hidden states of the whole calibration set in float32, up to the executor's limit; with ``blocks`` those
-    before every layer, and every layer is compared with all earlier ones.
+    Memory: the hidden states of the whole calibration set in float32, up to the limit of the execution; with ``blocks``
+    those before every layer, and every layer is compared with all earlier ones.
     """
-    walk = ForwardWalk.over(executor, calibration)
+    walk = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
     lengths = count if blocks else 1
     cosine, angle = torch.full((2, lengths, count), nan, dtype=torch.float64)

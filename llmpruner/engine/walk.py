@@ -33,7 +33,7 @@ from .calls import (
     with_passed,
 )
 from .check import LayerCheck
-from .executor import Executor
+from .execution import Execution
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,7 +52,7 @@ class ForwardWalk:
     first process has the first.
     """
 
-    executor: Executor
+    execution: Execution
     layers: nn.ModuleList
     batches: list[Batch]
     embedded: States
@@ -72,30 +72,30 @@ class ForwardWalk:
 
     @property
     def ranks(self) -> Ranks:
-        return self.executor.ranks
+        return self.execution.ranks
 
     @classmethod
     @torch.no_grad()
-    def over(cls, executor: Executor, calibration: CalibrationSet) -> ForwardWalk:
+    def over(cls, execution: Execution, calibration: CalibrationSet) -> ForwardWalk:
         """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
         than hidden states, and `ModelError` for hidden states that are not finite."""
         ids = calibration.input_ids
-        return cls.over_batches(executor, torch.split(ids, executor.rows_forward(ids.shape[1])))
+        return cls.over_batches(execution, torch.split(ids, execution.rows_forward(ids.shape[1])))
 
     @classmethod
     @torch.no_grad()
-    def over_batches(cls, executor: Executor, batches: Sequence[torch.Tensor]) -> ForwardWalk:
+    def over_batches(cls, execution: Execution, batches: Sequence[torch.Tensor]) -> ForwardWalk:
         """`over` for token ids in micro-batches (samples, length), int64, which may have different lengths."""
-        model, layers = executor.model, executor.layers
-        with executor.weights.outside():
+        model, layers = execution.model, execution.layers
+        with execution.weights.outside():
             ids = [check_tokens(model, batch) for batch in batches]
             products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
-            states, experts = executor.boundaries().states(), expert_configs(model)
+            states, experts = execution.boundaries().states(), expert_configs(model)
             tokens = sum(map(torch.numel, ids))
-            return cls(executor, layers, [], states, products, experts, tokens)._embed(ids)
+            return cls(execution, layers, [], states, products, experts, tokens)._embed(ids)
 
     def _embed(self, ids: Sequence[torch.Tensor]) -> ForwardWalk:
-        model, layers = self.executor.model, self.layers
+        model, layers = self.execution.model, self.layers
         firsts = accumulate((len(batch) for batch in ids[:-1]), initial=0)
         shapes: dict[torch.Size, Batch] = {}
         with eager_experts(self.experts):
@@ -133,7 +133,7 @@ class ForwardWalk:
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
         """While active, the weights of a layer are in memory."""
-        return self.executor.weights.layer(number)
+        return self.execution.weights.layer(number)
 
     def advance(self, number: int, states: States) -> None:
         """Replace hidden states before layer ``number`` by those after it."""
@@ -179,7 +179,7 @@ class ForwardWalk:
 
             return forward
 
-        model, ids = self.executor.model, batch.input_ids[row : row + 1]
+        model, ids = self.execution.model, batch.input_ids[row : row + 1]
         with replaced_layers(self.layers, stub), self._computing(hidden):
             found: torch.Tensor = (
                 model(input_ids=ids, use_cache=False).logits if positions is None else logits_at(model, ids, positions)

@@ -58,13 +58,12 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
-    from ..pruning.allocation.curve import MeasuredCurve
     from ..pruning.allocation.ranking import GlobalRanking
     from ..pruning.allocation.search import Search
     from ..pruning.allocation.sensitivity import Sensitivity
     from ..pruning.allocation.uniform import Uniform
 
-    return [Uniform, GlobalRanking, Sensitivity, Search, MeasuredCurve]
+    return [Uniform, GlobalRanking, Sensitivity, Search]
 
 
 @hookimpl

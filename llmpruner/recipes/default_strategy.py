@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..discovery.dense import dense_structure
+from ..engine.memory import size_text
 from ..errors import LlmprunerError
-from .forecast import size_text
 from .training_memory import memory_of_device, training_forecast
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from .forecast import Forecast, Residency, size_text
 
 def boundary_limit(run: RunSettings) -> int:
     """Bytes of hidden states in memory where nothing limits them further."""
-    return DEFAULT_LIMIT if run.boundary_memory is None else run.boundary_memory
+    del run
+    return DEFAULT_LIMIT
 
 
 def fitting(
@@ -33,7 +34,7 @@ def fitting(
     Raises `SettingsError` where none fits, with what the smallest takes. ``what`` needs it; ``detail``: why more ways
     are not possible; ``advice``: what would do beside a larger limit.
     """
-    limit, fixed = boundary_limit(run), run.boundary_memory is not None
+    limit, fixed = boundary_limit(run), False
     tried = [forecast(way) for way in _ways(limit, fixed=fixed, streams=streams, divided=divided)]
     for one in tried:
         if one.memory <= max_memory:

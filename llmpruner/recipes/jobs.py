@@ -1,98 +1,26 @@
-"""From settings to jobs: creating components, filling in the defaults of methods, refusing options without effect.
-
-Stages read jobs alone, not settings, so an option that does not change the job has no effect. Jobs do not depend on the
-model.
-"""
+"""From settings to the jobs of commands other than ``prune``, whose job is in `pruning.job`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Final, Literal
+from typing import Any
 
-from ..calibration.calibration import CalibrationText, parse_calibration
-from ..engine.signals import Signal
-from ..errors import PluginError, SettingsError
+from ..errors import SettingsError
 from ..evaluation.base import Metric
 from ..evaluation.runtime import Runtime
 from ..exporters import Exporter
 from ..plugins.catalog import Catalog
-from ..pruning.allocation.base import Allocation
-from ..pruning.budgets.base import Budget
-from ..pruning.compensation.base import Compensation
-from ..pruning.criteria.base import ImportanceCriterion
-from ..pruning.methods.base import Method
-from ..pruning.methods.presets import ByHand
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from ..settings import (
     BenchSettings,
     EvaluateSettings,
     ExportSettings,
-    Meet,
     PageSettings,
-    PruneSettings,
     RecoverSettings,
-    SensitivitySettings,
-    Shape,
-    settings_from,
 )
-from ..structure.coupling import HIDDEN, LAYER
-from ..structure.widths import COUNTED
 from .given import Given
-
-HOW_MUCH = "say how much to remove with one of --ratio, --target-params or --unit-ratio"
-_AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
-    "ratio": "ratio",
-    "target_params": "parameters",
-    "unit_ratio": "units",
-}
-
-
-@dataclass(frozen=True)
-class CalibrationJob:
-    """The calibration text to read. ``fixed_length``: whether the user gave the length; a default is limited to the
-    model's positions."""
-
-    text: CalibrationText
-    samples: int
-    length: int
-    fixed_length: bool
-
-
-@dataclass(frozen=True)
-class PruneJob:
-    """All that a plan and a cut depend on, besides the model.
-
-    ``by``, ``amount``: a share (``ratio``) of ``budget``, total ``parameters`` to remain, or a share of ``units``.
-    ``shape``, ``round_to``: see `structure.widths`; ``meet``: see `Demand`. ``calibration``: None when no component
-    reads text.
-    """
-
-    by: Literal["ratio", "parameters", "units"]
-    amount: float
-    budget: Budget
-    kinds: tuple[str, ...]
-    layers: str | None
-    shape: Shape
-    round_to: int | None
-    criterion: ImportanceCriterion
-    reduction: str
-    allocation: Allocation
-    normalization: str
-    steps: int
-    compensation: Compensation
-    calibration: CalibrationJob | None
-    seed: int
-    meet: Meet = "nearest"
-    fixed_reduction: bool = False
-    """Whether the user gave the reduction."""
-
-    @property
-    def scores_read_text(self) -> bool:
-        """Whether scores or the allocation depend on calibration text."""
-        return bool(self.criterion.signals - {Signal.WEIGHT}) or self.allocation.measures
 
 
 @dataclass(frozen=True)
@@ -123,151 +51,10 @@ class BenchJob:
     rounds: int
 
 
-def method_of(settings: PruneSettings, catalog: Catalog) -> Method:
-    """The method that the user gave; else `ByHand` if the user gave a criterion, else ``best``."""
-    if settings.method is not None:
-        return catalog.methods[settings.method]()
-    return ByHand() if settings.importance is not None else catalog.methods["best"]()
-
-
-def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
-    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or have no effect together."""
-    amounts = [name for name in _AMOUNTS if getattr(settings, name) is not None]
-    if len(amounts) != 1:
-        raise SettingsError(HOW_MUCH if not amounts else f"{HOW_MUCH}, not with {len(amounts)} of them")
-    (amount,) = amounts
-    text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
-    method = method_of(settings, catalog)
-    defaults = _defaults(method, settings, writes=text.writes)
-    given = Given(settings, defaults.pop("settings", {}))
-    settings = _filled(method, settings, {name: value for name, value in defaults.items() if not given.has(name)})
-    assert settings.importance and settings.compensate and settings.samples and settings.length, "given or filled in"
-    text = parse_calibration(settings.calibration, catalog.sources, settings.settings)
-    _refuse_without_effect(given, settings, amount)
-    budget_name = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
-    budget = given.create("budget", catalog.budgets, budget_name)
-    criterion = given.create("importance", catalog.criteria, settings.importance)
-    allocation = given.create("allocation", catalog.allocations, settings.allocation)
-    compensation = given.create("compensate", catalog.compensations, settings.compensate)
-    given.configured("method", type(method))
-    if not allocation.compares_groups:
-        given.refuse("normalize", f"with --allocation {allocation.name}, which compares no scores of different groups")
-    if allocation.one_step and settings.steps > 1:
-        raise SettingsError(
-            f"--allocation {allocation.name} holds for the model before the first cut alone; leave --steps out"
-        )
-    if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        given.refuse("reduction", f"with {criterion.label()}, which gives each layer one score")
-    if settings.steps > 1 and amount == "unit_ratio":
-        raise SettingsError("--unit-ratio goes in one step; use --ratio for iterative pruning")
-    calibration = None
-    if bool(criterion.signals - {Signal.WEIGHT}) or allocation.measures or compensation.reads_text:
-        for part in text.parts:
-            given.use(part.source)
-        calibration = CalibrationJob(text, settings.samples, settings.length, given.has("length"))
-        _check_samples(calibration, allocation, compensation)
-    else:
-        for name in ("calibration", "samples", "length"):
-            given.refuse(name, f"with {criterion.label()} and --compensate {compensation.name}, which read no text")
-    given.check_all_used()
-    return PruneJob(
-        by=_AMOUNTS[amount],
-        amount=float(getattr(settings, amount)),
-        budget=budget,
-        kinds=settings.kinds,
-        layers=settings.layers,
-        shape=settings.shape,
-        round_to=settings.round_to,
-        criterion=criterion,
-        reduction=settings.reduction,
-        allocation=allocation,
-        normalization=settings.normalize,
-        steps=settings.steps,
-        compensation=compensation,
-        calibration=calibration,
-        seed=settings.seed,
-        meet=settings.meet,
-        fixed_reduction=given.has("reduction"),
-    )
-
-
-def _check_samples(calibration: CalibrationJob, allocation: Allocation, compensation: Compensation) -> None:
-    """Raise `SettingsError` (or `DataError`) for samples that the sources of the text, or those who use it, cannot
-    share."""
-    text, samples = calibration.text, calibration.samples
-    if len(text.parts) > samples:
-        raise SettingsError(f"--samples {samples} cannot be shared by {len(text.parts)} sources; raise --samples")
-    if compensation.holds_out_sources and len(text.parts) == 1:
-        raise SettingsError(
-            f"{compensation.label()}: held_out = sources has no effect with one source of calibration text; "
-            "name several, or leave it out"
-        )
-    if allocation.measures and compensation.ranks_again and samples == 1:
-        raise SettingsError(
-            "cuts are measured on one sample or more, and weights fitted on the others, of which --samples 1 "
-            "leaves none; give 2 or more, or --compensate none"
-        )
-    text.order(samples)
-
-
-def _refuse_without_effect(given: Given, settings: PruneSettings, amount: str) -> None:
-    """Refuse options that have no effect with this ``amount`` or these kinds of units."""
-    if amount == "unit_ratio":
-        given.refuse("meet", "with --unit-ratio, which is rounded to whole units in every group")
-    if amount != "ratio":
-        given.refuse("budget", f"with {given.flag(amount)}: it is what --ratio is a share of")
-        given.unused_shorthands("budget", f"with {given.flag(amount)}")
-    if set(settings.kinds) <= COUNTED:
-        given.refuse("round_to", f"with --kinds {','.join(settings.kinds)}, which are counted and not rounded")
-    if set(settings.kinds) == {LAYER}:
-        given.refuse("shape", "with --kinds layer: the layers that stay keep their widths")
-    if set(settings.kinds) == {HIDDEN}:
-        given.refuse("layers", "with --kinds hidden, whose channels run through all layers")
-
-
-def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:
-    """What ``method`` gives, and what `ByHand` does for what it leaves open."""
-    found = method.defaults(settings, writes=writes)
-    if not isinstance(found, Mapping):
-        raise PluginError(f"method {method.name} gave {type(found).__name__}; expected a mapping of settings")
-    defaults = {**ByHand().defaults(settings, writes=writes), **found}
-    unknown = sorted(defaults.keys() - PruneSettings.model_fields.keys())
-    if unknown:
-        raise SettingsError(f"method {method.name} gives '{unknown[0]}', which is no setting of a prune")
-    if settings.importance is None and defaults.get("importance") is None:
-        raise SettingsError(f"method {method.name} gives no criterion; choose one with --importance")
-    return defaults
-
-
-def _filled(method: Method, settings: PruneSettings, defaults: Mapping[str, Any]) -> PruneSettings:
-    """``settings`` with ``defaults`` for what they leave open. Raises `SettingsError` for a value that is refused."""
-    try:
-        checked = settings_from(PruneSettings, defaults)
-    except SettingsError as error:
-        raise SettingsError(f"method {method.name}: {error}") from error
-    return settings.model_copy(update={name: getattr(checked, name) for name in defaults})
-
-
 _WHOLE_MODEL = (
     "minutes", "gradient_checkpointing", "validation", "validation_data", "eval_steps", "patience", "report_to"
 )  # fmt: skip
 """Settings of a training of the whole model."""
-
-
-def sensitivity_job(settings: SensitivitySettings, catalog: Catalog) -> PruneJob:
-    """A prune of the largest share, from which the measurement takes how units are ranked, on which text, and whether
-    weights are fitted. Raises `SettingsError` (or `UnknownNameError`)."""
-    if list(settings.shares) != sorted(set(settings.shares)):
-        raise SettingsError("--shares must ascend, each once: 0.1,0.25,0.5")
-    given = settings.model_dump(exclude_unset=True, exclude={"shares"})
-    kinds = set(settings.kinds)
-    if kinds == {LAYER}:
-        raise SettingsError("--kinds layer alone is one group, whose order --importance decides; add another kind")
-    shape = {"shape": "free"}
-    # For channels of the residual stream, which run through all layers, it would be refused.
-    layers = {} if kinds == {HIDDEN} else {"layers": "all"}
-    whole = {"unit_ratio": settings.shares[-1], "allocation": "sensitivity", **shape, **layers, **given}
-    return prune_job(settings_from(PruneSettings, whole), catalog)
 
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:

@@ -43,7 +43,7 @@ _STREAMS = 2
 
 def refuse_without_layers(job: RecoverJob, run: RunSettings) -> None:
     """Raise `SettingsError` for settings of memory that have no effect on a strategy that holds whole models."""
-    for name in ("max_memory", "boundary_memory"):
+    for name in ("max_memory",):
         if not job.strategy.by_layer and getattr(run, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise SettingsError(

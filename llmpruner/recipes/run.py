@@ -26,10 +26,12 @@ from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import resolve
 from ..progress import Progress
+from ..pruning.checks import check_job
+from ..pruning.job import prune_job
 from ..recovery.losses import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
-from .checks import check_metrics, check_prune, check_recover, check_text
-from .jobs import bench_job, evaluate_job, export_job, prune_job, recover_job
+from .checks import check_metrics, check_recover, check_text
+from .jobs import bench_job, evaluate_job, export_job, recover_job
 from .recipe import DENSE, Recipe, Step
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ class RecipeRun:
             with _naming(step):
                 _JOBS[step.command][1](self.jobs[step.name])
                 if step.command == "prune" and step.reads == (DENSE,):
-                    check_prune(self.jobs[step.name], self.dense, tokenizer=True)
+                    check_job(self.jobs[step.name], self.dense, tokenizer=True)
             folder = self.output / step.name
             if folder.exists() and not (folder / STEP_FILE).is_file():
                 raise OutputError(f"'{folder}' exists already, and no step of a recipe made it; move it away")

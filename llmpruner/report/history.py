@@ -91,7 +91,9 @@ def _option(flag: str, value: Any) -> Iterator[Any]:
             for key, one in settings.items():
                 yield from ("--set", f"{component}.{key}={one}")
     elif isinstance(value, list | tuple):
-        yield from (flag, ",".join(map(str, value)))
+        yield from _option(flag, ",".join(map(str, value)))
+    elif value is not None and flag.startswith("--set "):
+        yield from ("--set", f"{flag.removeprefix('--set ')}={value}")
     elif value is not None:
         yield from (flag, bare(str(value)))
 

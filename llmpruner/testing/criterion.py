@@ -17,9 +17,9 @@ from ..engine.position import UnitAxis
 from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats
 from ..errors import LlmprunerError
 from ..models.surgery import silence
+from ..pipeline import make_plan
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_parameters
-from ..recipes.pipeline import make_plan
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from ..structure.kept import removed_modules
 from .components import check_component, label, settings_grid

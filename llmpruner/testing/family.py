@@ -22,9 +22,9 @@ from ..errors import UnsupportedModelError, near
 from ..models.meta import base_of
 from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
+from ..pipeline import make_plan
 from ..plugins.catalog import Catalog
 from ..pruning.criteria.estimate import estimate
-from ..recipes.pipeline import make_plan
 from ..recipes.saving import save
 from ..recovery.base import RecoveryJob
 from ..recovery.lora import LoraStrategy

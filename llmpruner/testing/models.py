@@ -18,6 +18,7 @@ from ..calibration.self_written import SelfWritten
 from ..discovery.graph import build_graph
 from ..discovery.tiny import random_instance
 from ..models.model import Model
+from ..pipeline import make_plan, prune_model
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
 from ..pruning.allocation.uniform import Uniform
@@ -25,8 +26,7 @@ from ..pruning.budgets.weights import DecoderParameters
 from ..pruning.compensation.none import NoCompensation
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.magnitude import L1
-from ..recipes.jobs import CalibrationJob, PruneJob
-from ..recipes.pipeline import apply_plan, make_plan
+from ..pruning.job import CalibrationJob, PruneJob, job_of
 from ..structure.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def pruned_by(model: Model, job: PruneJob) -> Model:
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
     """``model``, cut in place by ``plan``, with the built-in components alone."""
-    return apply_plan(model, plan, Catalog(plugin_manager(entry_points=False)))
+    return prune_model(model, job_of(plan, Catalog(plugin_manager(entry_points=False))))
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
 from llmpruner import Model, api
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
@@ -106,9 +106,9 @@ def scores() -> dict[str, Any]:
     """Scores of whole experts, by sums over the tokens of all processes."""
     model = model_of("mixtral")
     criterion = ExpertContribution()
-    executor = Executor.of(model.model, model.graph.layers, Ranks.current())
+    execution = Execution.of(model.model, model.graph.layers, Ranks.current())
     groups, text = model.graph.of_kinds(["expert"]), tokens(80, 128)
-    return {"weights": estimate(model.model, model.graph, groups, criterion, text, executor=executor).by_group}
+    return {"weights": estimate(model.model, model.graph, groups, criterion, text, execution=execution).by_group}
 
 
 def refusal() -> str:
@@ -126,7 +126,7 @@ def prepare() -> None:
     calibrating.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
     for module in (llmpruner.engine.walk, llmpruner.engine.gradients):
         module.computes_bfloat16_fast = lambda model: False
-    llmpruner.engine.executor.TOKENS_WITH_GRADIENTS = 4 * 32
+    llmpruner.engine.execution.TOKENS_WITH_GRADIENTS = 4 * 32
 
 
 if __name__ == "__main__":

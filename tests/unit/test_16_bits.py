@@ -19,7 +19,7 @@ from llmpruner.discovery.silenced import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.calls import call_layer
 from llmpruner.engine.check import LayerCheck
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.gradients import GradientWalk
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import ModelError
@@ -225,7 +225,7 @@ def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
     loaded.model.bfloat16()
     layers_of(loaded)[1].input_layernorm = OneDtype(torch.ones(48, dtype=torch.bfloat16))
     calibration = CalibrationSet(tokens(4, 16).input_ids, "steps")
-    walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), calibration)
+    walk = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
     assert (walk.narrow, walk.products) == (True, torch.bfloat16)
     hidden, (batch,) = walk.embedded[0], walk.batches
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
             wanted = call_layer(layer, hidden.bfloat16(), copy.deepcopy(batch.calls[number]))
             hidden = walk.run(number, batch, hidden, {})
             assert hidden.dtype == torch.float32 and torch.equal(hidden, wanted.float())
-        with walk.executor.weights.outside():
+        with walk.execution.weights.outside():
             found = walk.logits(batch, 0, hidden[0])
     assert torch.equal(found, logits(loaded.model, calibration.input_ids)[0].float())
 

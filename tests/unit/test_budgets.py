@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from llmpruner.recipes.pipeline import make_plan
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 import llmpruner
@@ -33,7 +34,6 @@ from llmpruner.pruning.budgets.macs import Macs
 from llmpruner.pruning.budgets.open import open_budget
 from llmpruner.pruning.budgets.sizes import counts
 from llmpruner.pruning.criteria.estimate import Scores
-from llmpruner.recipes.pipeline import make_plan
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
 from llmpruner.testing.models import cut_by, small_job

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from criteria_cases import make, tokens
+from llmpruner.recipes.calibrating import calibrate
+from llmpruner.recipes.pipeline import apply_draft, draft_plan, make_plan
 
 from llmpruner.discovery.verify import random_plan
 from llmpruner.progress import Progress
@@ -23,8 +25,6 @@ from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.magnitude import L1
 from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
 from llmpruner.pruning.criteria.taylor import Taylor
-from llmpruner.recipes.calibrating import calibrate
-from llmpruner.recipes.pipeline import apply_draft, draft_plan, make_plan
 from llmpruner.structure.queues import build_queue
 from llmpruner.testing.models import cut_by, small_job
 

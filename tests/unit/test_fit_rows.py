@@ -14,7 +14,7 @@ from llmpruner import UnsupportedModelError
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.engine.calls import Batch
 from llmpruner.engine.divergence import divergences
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.watch import WatchProducts
 from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import silence
@@ -224,7 +224,7 @@ def test_the_weights_are_the_divergence_of_the_cut(monkeypatch):
         kept = {g.name: list(range(g.units - g.units // 3)) for g in loaded.graph.of_kinds(kinds)}
         task = RepairTask(loaded.model, loaded.graph, kept, CALIBRATION)
         before = copy.deepcopy(loaded.model.state_dict())
-        found = token_weights(task, Executor.of(loaded.model, loaded.graph.layers))
+        found = token_weights(task, Execution.of(loaded.model, loaded.graph.layers))
         assert all(torch.equal(value, before[key]) for key, value in loaded.model.state_dict().items())
         silent = copy.deepcopy(loaded.model)
         silence(silent, loaded.graph, kept)
@@ -252,7 +252,7 @@ def test_the_probe_has_the_units_that_are_chosen(monkeypatch):
     )
     chooser = Chooser(OutputEnergy())
     task = RepairTask(loaded.model, loaded.graph, kept, CALIBRATION, chooser)
-    token_weights(task, Executor.of(loaded.model, loaded.graph.layers))
+    token_weights(task, Execution.of(loaded.model, loaded.graph.layers))
     chosen = Refit().repair(task).kept
     assert used == [list(chosen[name]) for name in kept] != [list(range(30))] * 3
 
@@ -265,7 +265,7 @@ def test_token_weights_change_the_fit_and_help_where_the_cut_hurts():
     weighted, again = repaired(loaded, kept, CALIBRATION, token_weights="divergence")
     assert [fit.rows for fit in fits] == [fit.rows for fit in again]
     weights = token_weights(
-        RepairTask(loaded.model, loaded.graph, kept, CALIBRATION), Executor.of(loaded.model, loaded.graph.layers)
+        RepairTask(loaded.model, loaded.graph, kept, CALIBRATION), Execution.of(loaded.model, loaded.graph.layers)
     )
 
     def damage(model) -> float:

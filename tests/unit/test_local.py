@@ -299,7 +299,7 @@ def test_one_layer_of_a_model_is_in_memory(folders, tmp_path, monkeypatch):
     train = layerwise._Training._train
 
     def watched(self, number, *rest):
-        for weights in (self.walk.executor.weights, self.dense_walk.executor.weights):
+        for weights in (self.walk.execution.weights, self.dense_walk.execution.weights):
             real = {weights.number(n) for n, p in weights.model.named_parameters() if not p.is_meta}
             held.add((weights is self.weights, len(real)))
         return train(self, number, *rest)

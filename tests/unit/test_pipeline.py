@@ -11,6 +11,8 @@ import pytest
 import tiny_models
 import torch
 from llmpruner.models.content import Content
+from llmpruner.recipes.pipeline import make_plan
+from llmpruner.recipes.wanted import inner_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
@@ -20,8 +22,6 @@ from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.compensation.refit import Refit
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.recipes.pipeline import make_plan
-from llmpruner.recipes.wanted import inner_layers
 from llmpruner.structure.kept import parameters_after
 from llmpruner.testing.models import small_job
 

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.inputs import forward_statistics
 from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.position import Position, positions
@@ -29,8 +29,8 @@ CALIBRATION = tokens(6, 16)
 
 @pytest.fixture(autouse=True)
 def small_micro_batches(monkeypatch, full_precision):
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 4 * 16)
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_WITH_GRADIENTS", 4 * 16)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 4 * 16)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_WITH_GRADIENTS", 4 * 16)
     monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
@@ -45,16 +45,16 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     where = defaultdict(Position)
     list(
         forward_statistics(
-            Executor.of(model, path), names, calibration, Progress(), inputs=False,
+            Execution.of(model, path), names, calibration, Progress(), inputs=False,
             reduce=lambda some: ReduceProducts(model, some, where, measure, len(calibration.input_ids)),
         )
     )  # fmt: skip
     return found
 
 
-def signals_of(loaded, names, measure, *needs, executor=None):
-    executor = executor or Executor.of(loaded.model, loaded.graph.layers)
-    walk = walk_signals(executor, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
+def signals_of(loaded, names, measure, *needs, execution=None):
+    execution = execution or Execution.of(loaded.model, loaded.graph.layers)
+    walk = walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
     return dict(walk)
 
 

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.inputs import input_statistics
 from llmpruner.engine.stream import stream_statistics
 from llmpruner.engine.walk import ForwardWalk
@@ -25,7 +25,7 @@ CALIBRATION = tokens(6, 16)
 def statistics(loaded, wanted, *, gram=True):
     found = {}
     for layer in input_statistics(
-        Executor.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, Progress(), gram=gram
+        Execution.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, Progress(), gram=gram
     ):
         assert not found.keys() & layer.keys()
         found.update(layer)
@@ -56,7 +56,7 @@ def inputs_of(loaded, names):
 )
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", at_once)
     loaded = make(name)
     wanted = [module.format(n) + ".weight" for module in modules for n in (0, 2)]
     found = statistics(loaded, wanted)
@@ -114,7 +114,7 @@ def test_gram_matrices_are_made_only_when_asked_for():
 def test_layers_after_the_last_wanted_are_not_run():
     loaded = make("llama-gqa")
     stream = input_statistics(
-        Executor.of(loaded.model, loaded.graph.layers),
+        Execution.of(loaded.model, loaded.graph.layers),
         ["model.layers.0.mlp.down_proj.weight"],
         CALIBRATION,
         Progress(),
@@ -127,11 +127,11 @@ def test_layers_after_the_last_wanted_are_not_run():
 
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", at_once)
     loaded = make("llama-gqa")
     states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
-    single = stream_statistics(Executor.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress())
-    blocks = stream_statistics(Executor.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress(), blocks=True)
+    single = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress())
+    blocks = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress(), blocks=True)
     assert single.cosine.shape == (1, 3) and blocks.angle.shape == (3, 3)
     torch.testing.assert_close(blocks.cosine[:1], single.cosine)
     torch.testing.assert_close(blocks.angle[:1], single.angle)
@@ -150,10 +150,10 @@ def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
     """CPM-Ant has hidden states of its own before those of a text."""
     model = random_instance(representative(CONFIG_MAPPING["cpmant"]())).eval()
     own = model.config.prompt_length
-    executor = Executor.of(model, "cpmant.encoder.layers")
-    states = ForwardWalk.over(executor, CALIBRATION).embedded[0]
+    execution = Execution.of(model, "cpmant.encoder.layers")
+    states = ForwardWalk.over(execution, CALIBRATION).embedded[0]
     assert own > 0 and states.shape[1] == own + 16
-    found = stream_statistics(executor, CALIBRATION, Progress())
+    found = stream_statistics(execution, CALIBRATION, Progress())
     after = []
     model.cpmant.encoder.layers[0].register_forward_hook(lambda _, __, out: after.append(out[0]))
     with torch.no_grad():

@@ -123,8 +123,8 @@ def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
     run = ForwardWalk.run
 
     def watched(walk, number, *arguments, **options):
-        names = [name for name, parameter in walk.executor.model.named_parameters() if not parameter.is_meta]
-        held.add(len({walk.executor.weights.number(name) for name in names}))
+        names = [name for name, parameter in walk.execution.model.named_parameters() if not parameter.is_meta]
+        held.add(len({walk.execution.weights.number(name) for name in names}))
         return run(walk, number, *arguments, **options)
 
     monkeypatch.setattr(ForwardWalk, "run", watched)

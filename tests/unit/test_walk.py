@@ -17,7 +17,7 @@ from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.calls import call_layer, replaced_layers
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk, _same
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.model import Model
@@ -32,7 +32,7 @@ def joined(states) -> torch.Tensor:
 
 
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
-    walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), calibration)
+    walk = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
     states = list(walk.embedded)
     found = []
     with torch.no_grad():
@@ -71,7 +71,7 @@ def drawn(model: Model, samples: int, length: int) -> CalibrationSet:
 
 
 def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
     walk, found = walked(sharing, calibration)
     assert len(walk.batches) == 3 and walk.passes_on
@@ -81,7 +81,7 @@ def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
 
 def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, monkeypatch):
     """The targets of a compensation are the dense model's hidden states, in every layer."""
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
     monkeypatch.setattr("llmpruner.recipes.pipeline.journaled", lambda *_: calibration)
     expected, seen = boundaries(sharing, calibration.input_ids)[1:], []
@@ -101,7 +101,7 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
 def test_micro_batches_make_no_difference(monkeypatch):
     loaded, calibration = make("llama-gqa"), tokens(5, 16)
     _, whole = walked(loaded, calibration)
-    monkeypatch.setattr("llmpruner.engine.executor.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
     assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
@@ -188,7 +188,7 @@ def test_layers_that_keep_count_of_one_another_are_refused():
     with pytest.raises(
         UnsupportedModelError, match=r"LlamaForCausalLM pass other values than hidden.*--compensate none"
     ):
-        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+        ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
 @pytest.mark.parametrize("model_type", ["hrm_text", "hy_v4"])
@@ -197,12 +197,12 @@ def test_real_types_whose_layers_pass_more_than_hidden_states_are_refused(model_
     config = small_config(CONFIG_MAPPING[model_type]())
     model = random_instance(config)
     with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
-        ForwardWalk.over(Executor.of(model, decoder_layers(model)), tokens(2, 9))
+        ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9))
 
 
 def test_layers_that_return_lists_are_walked():
     model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
-    assert len(ForwardWalk.over(Executor.of(model, decoder_layers(model)), tokens(2, 9)).batches) == 1
+    assert len(ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9)).batches) == 1
 
 
 def test_a_layer_that_runs_twice_is_refused():
@@ -215,7 +215,7 @@ def test_a_layer_that_runs_twice_is_refused():
         )
     )
     with pytest.raises(UnsupportedModelError, match="cannot be run one by one"):
-        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+        ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
 @pytest.mark.parametrize(("changed", "accepted"), [(3, True), (12, False)])
@@ -230,7 +230,7 @@ def test_few_tokens_may_differ_as_rounding_routes_them_to_other_experts(monkeypa
     monkeypatch.setattr("llmpruner.engine.check.call_layer", called)
     refused = pytest.raises(UnsupportedModelError, match=r"at layer 0, hidden states differ by 0\.1 from")
     with contextlib.nullcontext() if accepted else refused:
-        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+        ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
 def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch):
@@ -257,7 +257,7 @@ def test_a_token_outside_the_vocabulary_is_named():
     loaded = make("llama-gqa")
     with pytest.raises(ModelError, match="token 96 is outside the model's vocabulary of 96"):
         ForwardWalk.over(
-            Executor.of(loaded.model, loaded.graph.layers), CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong")
+            Execution.of(loaded.model, loaded.graph.layers), CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong")
         )
 
 
@@ -266,7 +266,7 @@ def test_damaged_weights_are_not_taken_for_an_odd_model():
     with torch.no_grad():
         layers_of(loaded)[1].mlp.down_proj.weight[3, 5] = float("nan")
     with pytest.raises(ModelError, match="the weights are damaged") as error:
-        ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+        ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
     assert not isinstance(error.value, UnsupportedModelError)
 
 

@@ -8,7 +8,7 @@ from criteria_cases import layers_of, make, tokens
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.engine.executor import Executor
+from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.engine.watch import WatchedProduct, WatchProducts
 
@@ -138,7 +138,7 @@ def test_parameters_in_one_storage_are_told_apart():
 
 def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
     loaded = make(name)
-    walk = ForwardWalk.over(Executor.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+    walk = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
     found: dict[str, list[WatchedProduct]] = {}
     names = [
         n

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llmpruner.recipes.pipeline import make_plan
+from llmpruner.recipes.plan_record import plan_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
@@ -21,8 +23,6 @@ from llmpruner.pruning.budgets.costs import Cost
 from llmpruner.pruning.budgets.weights import parameter_cost
 from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.recipes.checks import check_prune
-from llmpruner.recipes.pipeline import make_plan
-from llmpruner.recipes.plan_record import plan_of
 from llmpruner.recipes.saving import save
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...calibration.calibration import CalibrationSet
-    from ...engine.executor import Executor
+    from ...engine.execution import Execution
     from ...engine.journal import Journal
     from ...structure.coupling import CoupledGroup, CouplingGraph
     from ...structure.kept import Kept
@@ -81,7 +81,7 @@ class RepairTask:
     ``model``: the dense model, changed in place; no shape may change. ``graph``: its coupled groups. ``kept``: group
     name → the units that are kept, in ascending order, for groups that lose units. ``calibration``: token ids, int64 of
     shape (samples, length); None for a compensation that reads no text. ``chooser``: ranks the units of each layer
-    again; None when ``kept`` is final. ``executor``: runs the model; None for one in memory. ``journal``: keeps the
+    again; None when ``kept`` is final. ``execution``: runs the model; None for one in memory. ``journal``: keeps the
     results of finished layers, for a run that is interrupted.
     """
 
@@ -91,7 +91,7 @@ class RepairTask:
     calibration: CalibrationSet | None
     chooser: Chooser | None = None
     progress: Progress = QUIET
-    executor: Executor | None = None
+    execution: Execution | None = None
     journal: Journal | None = None
 
 
@@ -102,8 +102,8 @@ class Compensation(Component):
     reads_text: ClassVar[bool] = True
     """Whether it needs calibration text."""
     by_layer: ClassVar[bool] = False
-    """Whether it looks at weights of a layer only inside ``task.executor.weights.layer``, so that the model need not be
-    in memory as a whole."""
+    """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, so that the model need not
+    be in memory as a whole."""
     ranks_again: ClassVar[bool] = False
     """Whether it uses ``task.chooser``."""
     changes_readers_alone: ClassVar[bool] = False

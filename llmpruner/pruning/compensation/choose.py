@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...calibration.calibration import CalibrationSet
-    from ...engine.executor import Executor
+    from ...engine.execution import Execution
     from ...structure.kept import Kept
 
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
@@ -84,13 +84,13 @@ class Chooser:
         kept: Kept,
         calibration: CalibrationSet,
         progress: Progress,
-        executor: Executor | None = None,
+        execution: Execution | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """The results of `choose` for all layers, without a compensation."""
         groups = [graph.by_name[name] for name in kept]
         scores = estimate(
             model, graph, groups, self.criterion, calibration,
-            reduction=self.reduction, seed=self.seed, progress=progress, executor=executor,
+            reduction=self.reduction, seed=self.seed, progress=progress, execution=execution,
         )  # fmt: skip
         return self._keep(groups, kept, scores)
 

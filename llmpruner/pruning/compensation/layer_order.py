@@ -46,7 +46,7 @@ def stream_factor(walk: ForwardWalk, graph: CouplingGraph, number: int, states: 
         outputs.append(use.outputs.to(torch.float32, copy=True))
 
     batch, hidden = walk.batches[0], states[0]
-    with WatchProducts(walk.executor.model, stream_writers(graph, number), seen):
+    with WatchProducts(walk.execution.model, stream_writers(graph, number), seen):
         change = (walk.run(number, batch, hidden, states.passed, tried=True) - hidden).flatten(0, -2)
     if not outputs or any(part.shape != change.shape for part in outputs):
         return None
@@ -64,7 +64,7 @@ def order_of_use(walk: ForwardWalk, graph: CouplingGraph, number: int, states: S
     def seen(use: WatchedProduct) -> None:
         uses.setdefault(use.parameter, use)
 
-    model, writers = walk.executor.model, stream_writers(graph, number)
+    model, writers = walk.execution.model, stream_writers(graph, number)
     with WatchProducts(model, dict.fromkeys([*names, *writers]), seen):
         walk.run(number, walk.batches[0], states[0], states.passed, tried=True)
     last = next((name for name in reversed(uses) if name in writers), None)

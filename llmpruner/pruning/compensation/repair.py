@@ -33,7 +33,7 @@ import torch
 
 from ...engine.boundaries import States
 from ...engine.calls import Batch
-from ...engine.executor import Executor
+from ...engine.execution import Execution
 from ...engine.inputs import InputSums
 from ...engine.walk import ForwardWalk
 from ...engine.watch import WatchProducts
@@ -70,15 +70,15 @@ def repair(
     cannot fit.
     """
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
-    executor = task.executor or Executor.of(task.model, task.graph.layers)
-    if executor.weights.streamed and task.journal is None:
+    execution = task.execution or Execution.of(task.model, task.graph.layers)
+    if execution.weights.streamed and task.journal is None:
         raise ValueError(
             "changed weights of a model that is read layer by layer are kept in a journal, and there is none"
         )
-    weights = token_weights(task, executor) if weighted else None
+    weights = token_weights(task, execution) if weighted else None
     text = task.calibration if holds_out_sources else replace(task.calibration, parts=())
     rows = CalibrationRows(task.model, text, weights)
-    return _Repair(task, ForwardWalk.over(executor, task.calibration), fitter, mix, changed, rows).run()
+    return _Repair(task, ForwardWalk.over(execution, task.calibration), fitter, mix, changed, rows).run()
 
 
 class _Repair:
@@ -96,7 +96,7 @@ class _Repair:
     ) -> None:
         self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
         self.walk, self.changed, self.progress = walk, changed, task.progress
-        self.weights, self.ranks, self.journal = walk.executor.weights, walk.ranks, task.journal
+        self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, task.journal
         self.dense = walk.embedded
         channels = removed_channels(self.graph, self.kept)
         self.stage_fits = StageFits(walk, self.graph, fitter, mix, rows, channels)

@@ -92,7 +92,7 @@ class StageFits:
         rows: CalibrationRows,
         removed_channels: torch.Tensor,
     ) -> None:
-        self.walk, self.graph, self.model = walk, graph, walk.executor.model
+        self.walk, self.graph, self.model = walk, graph, walk.execution.model
         self.fitter, self.mix, self.rows, self.removed_channels = fitter, mix, rows, removed_channels
 
     def silenced(self, hidden: torch.Tensor) -> torch.Tensor:

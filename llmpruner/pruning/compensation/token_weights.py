@@ -25,7 +25,7 @@ from .silencing import Originals, ProducerRows, removed_channels
 
 if TYPE_CHECKING:
     from ...engine.boundaries import States
-    from ...engine.executor import Executor
+    from ...engine.execution import Execution
     from ...engine.signals import InputStats
     from .base import RepairTask
 
@@ -34,21 +34,21 @@ LARGEST = 8.0
 
 
 @torch.no_grad()
-def token_weights(task: RepairTask, executor: Executor) -> torch.Tensor:
+def token_weights(task: RepairTask, execution: Execution) -> torch.Tensor:
     """float32 (samples, length), with mean 1, the same in all processes. The model is as before afterwards. An
     interrupted run's weights are used again.
 
-    Memory beyond the model: the hidden states of two models, up to the executor's limit; the Gram matrices (in, in) of
+    Memory beyond the model: the hidden states of two models, up to the execution's limit; the Gram matrices (in, in) of
     one layer in float32; the logits of a sample, several times.
     """
     assert task.calibration is not None
     earlier = None if task.journal is None else task.journal.load("token_weights")
     if earlier is not None:
         return torch.tensor(earlier)
-    walk = ForwardWalk.over(executor, task.calibration)
+    walk = ForwardWalk.over(execution, task.calibration)
     dense, probe = _Probe(task, walk).states()
     found = torch.zeros(task.calibration.input_ids.shape)
-    with executor.weights.outside():
+    with execution.weights.outside():
         for batch, wanted, changed in zip(walk.batches, dense, probe, strict=True):
             for row in range(len(wanted)):
                 pair = (walk.logits(batch, row, hidden) for hidden in (wanted[row], changed[row]))

@@ -17,7 +17,7 @@ from torch import nn
 from ...calibration.calibration import CalibrationSet
 from ...discovery.rules import with_rules
 from ...engine.divergence import divergence
-from ...engine.executor import Executor
+from ...engine.execution import Execution
 from ...engine.inputs import input_statistics
 from ...engine.walk import check_tokens
 from ...errors import ModelError
@@ -72,7 +72,7 @@ class Trials:
         if not wanted or not len(ids):
             return {}
         part = CalibrationSet(ids, source).first(_FITTED)
-        measured = input_statistics(Executor.of(self.model, self.graph.layers), wanted, part, progress, gram=True)
+        measured = input_statistics(Execution.of(self.model, self.graph.layers), wanted, part, progress, gram=True)
         return {name: found.gram for layer in measured for name, found in layer.items() if found.gram is not None}
 
     def _consumers(self, kept: Kept, layer: int) -> dict[str, Consumer]:

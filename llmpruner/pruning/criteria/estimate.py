@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...engine.executor import Executor
+from ...engine.execution import Execution
 from ...engine.parameter_signals import signals_of, walk_signals
 from ...engine.position import UnitAxis, positions
 from ...engine.signals import InputStats, ParameterSignals, Signal
@@ -68,10 +68,10 @@ def estimate(
     reduction: str = "sum",
     seed: int = 0,
     progress: Progress = QUIET,
-    executor: Executor | None = None,
+    execution: Execution | None = None,
     removal: Removal | None = None,
 ) -> Scores:
-    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``executor``: runs
+    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
     ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers, None where not known.
 
     Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
@@ -80,13 +80,13 @@ def estimate(
     finite, or a calibration set is needed and missing.
     """
     check_accepted(criterion, groups, graph)
-    executor = executor or Executor.of(model, graph.layers)
+    execution = execution or Execution.of(model, graph.layers)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        return _layers(executor, groups, criterion, calibration, progress, removal)
+        return _layers(execution, groups, criterion, calibration, progress, removal)
     uses = _uses(graph, groups, criterion)
     needs = criterion.signals
     stream = walk_signals(
-        executor, graph, uses, needs, calibration, seed, progress, criterion.measure, by_matrix=criterion.by_matrix
+        execution, graph, uses, needs, calibration, seed, progress, criterion.measure, by_matrix=criterion.by_matrix
     )
     return _score(graph, groups, criterion, uses, stream, reduction)
 
@@ -163,7 +163,7 @@ def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) 
 
 
 def _layers(
-    executor: Executor,
+    execution: Execution,
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
     calibration: CalibrationSet | None,
@@ -173,7 +173,7 @@ def _layers(
     if calibration is None:
         raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
     blocks = Signal.STREAM_BLOCKS in criterion.signals
-    stream = stream_statistics(executor, calibration, progress, blocks=blocks)
+    stream = stream_statistics(execution, calibration, progress, blocks=blocks)
     if blocks and removal is not None:
         stream = replace(stream, removed=removal.layers, removable=removal.removable)
     values = criterion.score_layers(stream).double().cpu()

@@ -11,25 +11,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.calibration import CalibrationSet
-from ..engine.executor import Executor
-from ..engine.signals import Signal
+from ..engine.execution import Execution
+from ..engine.signals import GRADIENTS, Signal
 from ..models.surgery import cut
-from ..progress import Progress
-from ..pruning.allocation.base import Demand
-from ..pruning.allocation.normalize import normalize
-from ..pruning.allocation.select import select
-from ..pruning.allocation.uniform import Uniform
-from ..pruning.budgets.costs import Cost, CutCost
-from ..pruning.compensation.trials import Trials
-from ..pruning.criteria.estimate import Removal, Scores, estimate
-from ..pruning.criteria.spread import Spread, spread
 from ..structure.coupling import LAYER
 from ..structure.kept import compose, layer_numbers
 from ..structure.scope import Scope
-from .calibrating import scored_on
-from .execution import Run
-from .jobs import PruneJob
-from .wanted import demand, lost, part_of, scope_of, widths_of
+from .allocation.base import Demand
+from .allocation.normalize import normalize
+from .allocation.select import select
+from .allocation.uniform import Uniform
+from .budgets.costs import Cost, CutCost
+from .compensation.trials import Trials
+from .criteria.estimate import Removal, Scores, estimate
+from .criteria.spread import Spread, spread
+from .job import PruneJob
+from .targets import demand, lost, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +35,17 @@ if TYPE_CHECKING:
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
     from ..structure.widths import Widths
+
+GRADIENT_TOKENS = 32768
+"""Calibration tokens for scores that need gradients, where a compensation reads more text."""
+
+
+def scored_on(text: CalibrationSet | None, job: PruneJob) -> CalibrationSet | None:
+    """The part of the calibration text for scores: all of it, but `GRADIENT_TOKENS` tokens for gradients, which take
+    more time."""
+    if text is None or not job.compensation.ranks_again or not job.criterion.signals & GRADIENTS:
+        return text
+    return text.first(GRADIENT_TOKENS)
 
 
 @dataclass
@@ -60,30 +68,27 @@ class _Current:
 
 
 class Choice:
-    """Of the units of ``model`` that ``job`` removes. ``whole``: the cost of the model; ``calibration``: the text of
-    scores and trials. With several steps, copies of the model are cut."""
+    """Chooses the units of ``model`` that ``job`` removes. ``whole``: the cost of the model; ``text``: for scores and
+    trials. With several steps, copies of the model are cut."""
 
     def __init__(
         self,
         model: Model,
         job: PruneJob,
-        scope: Scope,
         whole: Cost,
-        calibration: CalibrationSet | None,
-        progress: Progress,
-        run: Run,
+        text: CalibrationSet | None,
+        execution: Execution,
     ) -> None:
-        self.model, self.job, self.whole, self.calibration = model, job, whole, calibration
-        self.progress, self.run = progress, run
+        self.model, self.job, self.whole, self.text, self.execution = model, job, whole, text, execution
         self.kept: Kept = {}
         """By the steps so far, in numbers of the model before the first one."""
         self.spreads: dict[str, Spread] = {}
-        """As `Draft.scores`."""
-        self.now = _Current(model.model, model.graph, scope, widths_of(job, model), whole)
+        """Group name → how its scores are distributed; empty with several steps."""
+        self.now = _Current(model.model, model.graph, scope_of(job, model), widths_of(job, model), whole)
 
     def units(self, *, ranked: bool) -> Kept:
         """Group name → kept units. ``ranked``: by scores; otherwise only their numbers are right."""
-        job, text = self.job, scored_on(self.calibration, self.job)
+        job, text, stages = self.job, scored_on(self.text, self.job), self.execution.stages
         # A group of layers alone loses as many as the amounts of all steps so far come to.
         decided_once = job.allocation.equal_shares or job.allocation.shares_once
         once = job.steps > 1 and decided_once and set(job.kinds) != {LAYER}
@@ -92,11 +97,11 @@ class Choice:
             now, last = self.now, step == job.steps
             wanted = demand(job, self.whole, now.cost, now.groups, now.scope, step)
             if ranked:
-                with self.run.stages.stage("scores"):
+                with stages.stage("scores"):
                     self._rank(wanted, text)
             else:
                 now.ranked = _equal_scores(now.groups).by_group
-            with self.run.stages.stage("selection"):
+            with stages.stage("selection"):
                 if once and step == 1:
                     all_of_it = demand(job, self.whole, self.whole, now.groups, now.scope, job.steps)
                     numbers = lost(now.graph, now.groups, self._select(all_of_it))
@@ -124,16 +129,16 @@ class Choice:
 
     def _rank(self, wanted: Demand, text: CalibrationSet | None) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
-        now, job, run = self.now, self.job, self.run
+        now, job, execution = self.now, self.job, self.execution
         removal = self._removal(wanted)
         if now.ranked and removal is None:
             return
-        copied = now.network is not self.model.model
+        if now.network is not self.model.model:
+            execution = execution.of_copy(now.network, now.graph.layers)
         scores = estimate(
             now.network, now.graph, now.groups, job.criterion, text,
-            reduction=job.reduction, seed=job.seed, progress=self.progress,
-            executor=Executor.of(now.network, now.graph.layers, run.ranks) if copied else run.executor(self.model),
-            removal=removal,
+            reduction=job.reduction, seed=job.seed, progress=execution.progress,
+            execution=execution, removal=removal,
         )  # fmt: skip
         alike = now.widths.alike(now.groups)
         now.ranked = normalize(now.graph, now.graph.by_name, scores.by_group, job.normalization, now.cost, alike)
@@ -146,10 +151,11 @@ class Choice:
             return select(
                 now.graph, now.groups, Scores(now.ranked), now.scope, wanted,
                 Uniform() if decided else self.job.allocation,
-                cost=now.cost, widths=now.widths, loss=None if decided else self._loss(), progress=self.progress,
+                cost=now.cost, widths=now.widths, loss=None if decided else self._loss(),
+                progress=self.execution.progress,
             )  # fmt: skip
 
-        return self.run.ranks.from_first(chosen)
+        return self.execution.ranks.from_first(chosen)
 
     def _is_more_than_all(self, chosen: Kept, wanted: Demand) -> bool:
         """Whether a part removes more than the whole amount, as layers that cost more go than those whose number was
@@ -171,14 +177,20 @@ class Choice:
 
     def _loss(self) -> Callable[[Kept], float] | None:
         """The loss for an allocation that measures; None for others. No cut is measured twice."""
-        now, text, refit = self.now, self.calibration, self.job.compensation.ranks_again
+        now, text, refit = self.now, self.text, self.job.compensation.ranks_again
         if not self.job.allocation.measures or text is None:
             return None
 
         @cache
         def trials() -> Trials:
             return Trials(
-                now.network, now.graph, now.groups, self.model.family, text, refit=refit, progress=self.progress
+                now.network,
+                now.graph,
+                now.groups,
+                self.model.family,
+                text,
+                refit=refit,
+                progress=self.execution.progress,
             )
 
         def loss(kept: Kept) -> float:

@@ -1,4 +1,4 @@
-"""What a job means for a model: which units may be cut, to which widths, and how much."""
+"""Resolve a job against a model: eligible units, target widths, amount."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
-from ..pruning.allocation.base import Demand
 from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, like, widths_for
 from ..values import layer_numbers as numbers_of
+from .allocation.base import Demand
 
 if TYPE_CHECKING:
     from ..models.model import Structure
-    from ..pruning.budgets.costs import Cost
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
-    from .jobs import PruneJob
+    from .budgets.costs import Cost
+    from .job import PruneJob
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
@@ -68,7 +68,7 @@ def demand(
         if gone <= 0:
             raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
         after = [dense - ceil(gone * (n / job.steps)) for n in (step, job.steps)]
-    return Demand(amount=left - after[0], meet=job.meet, whole=None if step == job.steps else left - after[1])
+    return Demand(amount=left - after[0], whole=None if step == job.steps else left - after[1])
 
 
 def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> dict[str, float]:

@@ -1,19 +1,24 @@
-"""What a stage runs a decoder with: where its weights come from, and where hidden states are kept."""
+"""How a run executes: where weights come from, what is kept in memory, which processes share the work, and what a run
+that is killed needs to go on. It is all that stages take besides their job."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..models.meta import decoder_list
 from ..models.weights import Weights
+from ..progress import QUIET, Progress
 from .boundaries import DEFAULT_LIMIT, Boundaries
 from .ranks import SINGLE, Ranks
+from .stages import Stages
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+    from .journal import Journal
 
 
 TOKENS_AT_ONCE = 4096
@@ -23,21 +28,32 @@ TOKENS_WITH_GRADIENTS = 1024
 
 
 @dataclass(frozen=True)
-class Executor:
-    """``divided``: micro-batches are this many times smaller than usual, which changes results by rounding.
-    ``boundary_memory``: bytes of hidden states in memory; those beyond are in a file in ``folder`` (None: the
-    system's folder of temporary files). ``ranks``: the processes that the calibration text is spread over."""
+class Execution:
+    """``weights``: of the model that runs, in memory or read layer by layer."""
 
     weights: Weights
-    boundary_memory: int | None = DEFAULT_LIMIT
+    state_memory: int | None = DEFAULT_LIMIT
+    """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in ``folder``."""
     folder: Path | None = None
+    """None: the system's folder of temporary files."""
     divided: int = 1
+    """Micro-batches are this many times smaller than usual, which changes results by rounding."""
     ranks: Ranks = SINGLE
+    """The processes that the calibration text is spread over. What is decided (text, plan) is decided by the first."""
+    journal: Journal | None = None
+    """Keeps the results of finished layers; None: a run that is killed starts anew."""
+    progress: Progress = QUIET
+    stages: Stages = field(default_factory=Stages)
+    """Times the stages."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Executor:
+    def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Execution:
         """For a model in memory. ``path``: of its module list of decoder layers."""
         return cls(Weights(model, path), ranks=ranks)
+
+    def of_copy(self, model: PreTrainedModel, path: str) -> Execution:
+        """For a copy of the model, cut or not, that is in memory."""
+        return replace(self, weights=Weights(model, path), journal=None)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -57,4 +73,4 @@ class Executor:
         return max(1, TOKENS_WITH_GRADIENTS // self.divided // length)
 
     def boundaries(self) -> Boundaries:
-        return Boundaries(self.boundary_memory, self.folder)
+        return Boundaries(self.state_memory, self.folder)

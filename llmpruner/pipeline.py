@@ -1,0 +1,346 @@
+"""The story of a prune: open → discover → calibrate → score → select → compensate → cut → save.
+
+Settings become one frozen job (`pruning.job`), which says what is done; one `Execution` says how it runs. Whatever can
+be refused is refused before weights are read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from . import __version__
+from .calibration.calibration import CalibrationSet
+from .engine.execution import Execution
+from .engine.journal import Journal
+from .engine.ranks import Ranks
+from .engine.stages import write_run
+from .errors import DataError, LlmprunerError, OutputError, ProcessError, SelectionError
+from .files import check_new_directory, check_space, tree_bytes
+from .models.identity import data_identity, model_identity
+from .models.model import Model, Structure
+from .models.opening import reopened
+from .models.surgery import cut as cut_model
+from .models.weights import CutWeights
+from .progress import QUIET, Progress
+from .pruning.budgets.base import BudgetSubject
+from .pruning.budgets.open import open_budget
+from .pruning.checks import check_job, without_weights
+from .pruning.choice import Choice
+from .pruning.compensation.base import Fit, RepairTask, fits_record
+from .pruning.compensation.choose import Chooser, can_wait
+from .pruning.forecast import Forecast, forecast
+from .pruning.job import PruneJob, ReplayJob, job_of
+from .pruning.planning import outcome_of, plan_of
+from .pruning.targets import scope_of, widths_of
+from .recipes.opening import Opener, Source
+from .recipes.saving import save, save_alone
+from .settings import PruneSettings, RunSettings
+from .structure.outcome import Outcome
+from .structure.plan import PruningPlan, cuts_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .pruning.budgets.base import Budget
+    from .pruning.budgets.costs import Cost
+    from .structure.kept import Kept
+
+_LOG = logging.getLogger("llmpruner")
+
+
+def prune(
+    source: Source,
+    what: PruneSettings | PruningPlan,
+    output: Path | None,
+    opener: Opener,
+    limits: RunSettings,
+    asked: Mapping[str, Any],
+) -> Model:
+    """Prune ``source`` by settings or by a plan, and save the result to ``output`` (None: keep it in memory).
+    ``asked``: the options that the user gave, for ``run.json``. Raises as `llmpruner.prune`."""
+    ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
+    job = job_of(what, opener.catalog)
+    if output is not None:
+        ranks.from_first(lambda: check_new_directory(output))
+    structure = opener.structure(source)
+    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+    expected = _expected(job, structure, opener, limits, ranks, saves=True, in_memory=output is None)
+    if output is None:
+        model = opener.weights(structure)
+        execution = _execution(model, expected, ranks, None, opener.progress)
+        return model.become(prune_model(model, job, execution, expected))
+    if ranks.first and not opener.has_tokenizer(structure):
+        _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
+    opener.say_widened(structure)
+    with _journal(output, structure, what, job, expected, opener, ranks, restart=limits.restart) as journal:
+        written = 0 if journal is None else tree_bytes(journal.folder)
+        ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
+        if journal is not None:
+            # The bytes of a result depend on it, and when a run goes on, more or less memory may be free.
+            earlier = journal.load("streamed")
+            expected = expected if earlier is None else replace(expected, streamed=earlier)
+            journal.store("streamed", expected.streamed)
+        model = opener.weights(structure, streamed=expected.streamed, beside=output.resolve().parent)
+        execution = _execution(model, expected, ranks, journal, opener.progress)
+        pruned = prune_model(model, job, execution, expected)
+        opener.progress.status("saving")
+        with execution.stages.stage("saving"):
+            held = None if journal is None else journal.held
+            form = ranks.from_first(lambda: save_alone(held, output, lambda: save(pruned, output)))
+        if ranks.first:
+            write_run(output, execution.stages, "prune", structure.ref, asked)
+    return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
+
+
+def plan(source: Source, settings: PruneSettings, opener: Opener, limits: RunSettings) -> tuple[PruningPlan, Outcome]:
+    """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
+    ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
+    job = job_of(settings, opener.catalog)
+    assert isinstance(job, PruneJob)
+    structure = opener.structure(source)
+    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+    expected = _expected(job, structure, opener, limits, ranks, saves=False)
+    place = Path(gettempdir()) / "llmpruner"
+    ranks.from_first(lambda: check_space(place, expected.disk, "hidden states (TMPDIR names the folder)"))
+    model = opener.weights(structure, streamed=expected.streamed)
+    execution = _execution(model, expected, ranks, None, opener.progress)
+    made, cost = make_plan(model, job, execution)
+    return made, replace(outcome_of(model, made, cost), forecast=expected.as_json())
+
+
+def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -> tuple[PruningPlan, Cost]:
+    """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
+    execution = execution or Execution(model.weights)
+    text = calibrate(model, job, execution)
+    chooser = _chooser(job, model)
+    made, cost, _ = select(model, job, text, chooser, execution)
+    if chooser is None or text is None:
+        return made, cost
+    chosen = chooser.choose_all(model.model, model.graph, made.kept, text, execution.progress, execution)
+    return _with_units(model, made, execution.ranks.from_first(lambda: chosen)), cost
+
+
+def prune_model(
+    model: Model, job: PruneJob | ReplayJob, execution: Execution | None = None, expected: Forecast | None = None
+) -> Model:
+    """The pruned model: ``model`` changed in place. Where an exception ends this after weights were changed, it is
+    ``unfinished``. The plan is the last of the result's ``plans``."""
+    execution = execution or Execution(model.weights)
+    text = calibrate(model, job, execution)
+    chooser, spreads = None, {}
+    if isinstance(job, ReplayJob):
+        made, cost = job.plan, _cost_of(model, job.plan, job.budget, execution.progress)
+    else:
+        chooser = _chooser(job, model)
+        made, cost, spreads = select(model, job, text, chooser, execution)
+    made.check(model.graph)
+    with model.changing("prune"):
+        fits: Sequence[Fit] = ()
+        if made.compensation is not None:
+            made, fits = compensate(model, made, job, text, chooser, execution)
+        with execution.stages.stage("cut"):
+            outcome = replace(
+                outcome_of(model, made, cost), forecast=None if expected is None else expected.as_json()
+            )  # fmt: skip
+            scores = {**spreads, **({} if chooser is None else chooser.scores)}
+            work = {"fits": fits_record(fits), "scores": scores}
+            pruned = cut(replace(model, work=(*model.work, work), outcome=outcome), made)
+            return model.become(pruned)
+
+
+def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> CalibrationSet | None:
+    """The calibration text of a job, read, written by the model, or as an interrupted run left it; None where no
+    component reads text. Raises `DataError` for a text that is not that of the plan that is replayed."""
+    if job.calibration is None:
+        return None
+    journal, text, progress = execution.journal, job.calibration.text, execution.progress
+    earlier = None if journal is None else journal.load("calibration")
+    if earlier is not None:
+        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"], tuple(earlier["parts"]))
+    progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
+    sample = partial(
+        text.sample, model.model, model.tokenizer,
+        samples=job.calibration.samples, length=job.calibration.length_for(model.config), seed=job.seed,
+        progress=progress, family=model.family,
+    )  # fmt: skip
+    with execution.stages.stage("calibration text"), model.weights.outside():
+        found = execution.ranks.from_first(sample)
+    if isinstance(job, PruneJob):
+        for warning in found.doubts() if execution.ranks.first else ():
+            _LOG.warning(warning)
+    # Generated text depends on rounding, so that it may differ on another machine.
+    elif not text.writes and job.plan.compensation and found.fingerprint != job.plan.compensation.fingerprint:
+        raise DataError(f"'{text.text}' is not the text that this plan was made with; make a new plan")
+    if journal is not None:
+        journal.store(
+            "calibration", {"input_ids": found.input_ids.tolist(), "source": found.source, "parts": found.parts}
+        )  # fmt: skip
+    return found
+
+
+def select(
+    model: Model, job: PruneJob, text: CalibrationSet | None, chooser: Chooser | None, execution: Execution
+) -> tuple[PruningPlan, Cost, Mapping[str, Any]]:
+    """Score the units and decide which stay: the plan, the cost of its budget, and how the scores are distributed. With
+    a ``chooser``, only the numbers of units are final."""
+    journal = execution.journal
+    earlier = None if journal is None else journal.load("plan")
+    if journal is not None and earlier is not None:
+        made = PruningPlan.model_validate(earlier)
+        return made, _cost_of(model, made, job.budget, execution.progress), journal.load("scores") or {}
+    scope = scope_of(job, model)
+    subject = BudgetSubject(
+        model.model, model.graph, scope.groups(model.graph), model.family, execution.progress
+    )  # fmt: skip
+    with execution.stages.stage("budget"):
+        measured, cost = open_budget(job.budget, subject, scope, execution.ranks)
+    choice = Choice(model, job, cost, text, execution)
+    kept = choice.units(ranked=chooser is None)
+    if not kept:
+        raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
+    made = plan_of(model, job, kept, text, measured)
+    if journal is not None:
+        journal.store("scores", choice.spreads)
+        journal.store("plan", made.model_dump(mode="json"))
+    return made, cost, choice.spreads
+
+
+def compensate(
+    model: Model,
+    made: PruningPlan,
+    job: PruneJob | ReplayJob,
+    text: CalibrationSet | None,
+    chooser: Chooser | None,
+    execution: Execution,
+) -> tuple[PruningPlan, Sequence[Fit]]:
+    """Fit the weights that read removed units, in place; the plan with the units that ``chooser`` chose."""
+    task = RepairTask(
+        model.model, model.graph, made.kept, text, chooser, execution.progress, execution, execution.journal
+    )
+    with execution.stages.stage("compensation"), torch.no_grad():
+        repaired = job.compensation.repair(task)
+    return _with_units(model, made, repaired.kept), repaired.fits
+
+
+def cut(model: Model, made: PruningPlan) -> Model:
+    """The model without the units that the plan removes: cut in place in memory, or when its weights are read."""
+    plans = (*model.plans, made)
+    if model.streamed is None:
+        graph = cut_model(model.model, model.graph, made.kept, model.family)
+        return replace(model, graph=graph, plans=plans)
+    network = without_weights(model, model.model.dtype)
+    network.generation_config = model.model.generation_config
+    network.config.name_or_path = model.model.config.name_or_path
+    graph = cut_model(network, model.graph, made.kept, model.family)
+    weights = CutWeights(network, model.streamed, model.graph, made.kept)
+    return replace(model, model=network, graph=graph, plans=plans, streamed=weights)
+
+
+def _expected(
+    job: PruneJob | ReplayJob,
+    structure: Structure,
+    opener: Opener,
+    limits: RunSettings,
+    ranks: Ranks,
+    *,
+    saves: bool,
+    in_memory: bool = False,
+) -> Forecast:
+    """The forecast, which is shown, of how the run goes: it decides whether weights are read layer by layer."""
+    found = ranks.from_first(
+        lambda: forecast(
+            job, structure, opener.load, opener.catalog, limits.max_memory,
+            saves=saves, in_memory=in_memory, timed=opener.progress is not QUIET,
+        )
+    )  # fmt: skip
+    opener.progress.status(str(found))
+    return found
+
+
+def _execution(
+    model: Model, expected: Forecast, ranks: Ranks, journal: Journal | None, progress: Progress
+) -> Execution:
+    folder = None if journal is None else journal.folder
+    return Execution(
+        model.weights, expected.state_memory, folder, expected.divided, ranks, journal, progress
+    )  # fmt: skip
+
+
+@contextmanager
+def _journal(
+    output: Path,
+    structure: Structure,
+    what: PruneSettings | PruningPlan,
+    job: PruneJob | ReplayJob,
+    expected: Forecast,
+    opener: Opener,
+    ranks: Ranks,
+    *,
+    restart: bool,
+) -> Iterator[Journal | None]:
+    """The journal in ``OUTPUT.pruning``, which goes when the run is done or refused, and stays when it is interrupted.
+    None for a model in memory, of which it is not known what it was read from. A run is the same if all is that its
+    result, and the shapes of hidden states, depend on."""
+    if isinstance(structure, Model):
+        yield None
+        return
+    named = what.compensation and what.compensation.calibration if isinstance(what, PruningPlan) else what.model_dump()
+    identity = {
+        "model": structure.path or structure.ref,
+        "files": model_identity(structure, opener.catalog),
+        "data": data_identity(named, job),
+        "prune": what.model_dump(mode="json"),
+        "load": opener.load.model_dump(mode="json"),
+        "micro-batches divided by": expected.divided,
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+    journal = Journal(output.with_name(output.name + ".pruning"), identity, ranks, anew=restart)
+    with journal.alone():
+        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
+        try:
+            yield journal
+        except (KeyboardInterrupt, OutputError) as error:
+            if journal.kept:
+                why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
+                opener.progress.status(
+                    f"{why}; the same command goes on with what is done ({journal.folder}), or --restart"
+                )
+            raise
+        except ProcessError:
+            raise
+        except LlmprunerError:
+            journal.remove()
+            raise
+        journal.remove()
+
+
+def _chooser(job: PruneJob, model: Model) -> Chooser | None:
+    """For choosing units during the compensation; None where they are chosen before, because the allocation, or a
+    further step, depends on their scores."""
+    groups = scope_of(job, model).groups(model.graph)
+    waits = job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1
+    if not (waits and can_wait(job.criterion, model.graph, groups)):
+        return None
+    return Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
+
+
+def _cost_of(model: Model, made: PruningPlan, budget: Budget, progress: Progress) -> Cost:
+    """The cost of a plan's budget, with the measurement in the plan."""
+    groups = [model.graph.by_name[name] for name in made.cuts]
+    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), made.target.measured)
+
+
+def _with_units(model: Model, made: PruningPlan, kept: Kept) -> PruningPlan:
+    return made.model_copy(update={"cuts": cuts_of(model.graph, kept)})

@@ -1,0 +1,207 @@
+"""From settings to a job: components are created, and what the user left open is filled in by the method.
+
+The stages read jobs, not settings. A job does not depend on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from ..calibration.calibration import CalibrationText, parse_calibration
+from ..component import Component
+from ..engine.signals import Signal
+from ..errors import PluginError, SettingsError
+from ..models.positions import positions_of
+from ..settings import PruneSettings, Shape, settings_from
+from .methods.presets import ByHand
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..plugins.catalog import Catalog
+    from ..plugins.registry import Registry
+    from ..structure.plan import PruningPlan
+    from .allocation.base import Allocation
+    from .budgets.base import Budget
+    from .compensation.base import Compensation
+    from .criteria.base import ImportanceCriterion
+    from .methods.base import Method
+
+C = TypeVar("C", bound=Component)
+_AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
+    "ratio": "ratio",
+    "target_params": "parameters",
+    "unit_ratio": "units",
+}
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """The calibration text to read or to let the model write."""
+
+    text: CalibrationText
+    samples: int
+    length: int
+    """Tokens per sample."""
+    fixed_length: bool
+    """Whether the user asked for this length; a default is limited to the model's positions."""
+
+    def length_for(self, config: PreTrainedConfig) -> int:
+        """Tokens per sample for a model with this configuration."""
+        return self.length if self.fixed_length else min(self.length, positions_of(config) or self.length)
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """All that a plan and a cut depend on, besides the model."""
+
+    by: Literal["ratio", "parameters", "units"]
+    """What ``amount`` is: a share of ``budget`` to remove, the total parameters to keep, or the share of the units of
+    every group to remove."""
+    amount: float
+    budget: Budget
+    kinds: tuple[str, ...]
+    layers: str | None
+    shape: Shape
+    round_to: int | None
+    criterion: ImportanceCriterion
+    reduction: str
+    allocation: Allocation
+    normalization: str
+    steps: int
+    compensation: Compensation
+    calibration: CalibrationJob | None
+    """None when no component reads text."""
+    seed: int
+
+    @property
+    def scores_read_text(self) -> bool:
+        """Whether scores or the allocation depend on calibration text."""
+        return bool(self.criterion.signals - {Signal.WEIGHT}) or self.allocation.measures
+
+
+@dataclass(frozen=True)
+class ReplayJob:
+    """A plan that is applied again, with the components and the text that its compensation needs."""
+
+    plan: PruningPlan
+    budget: Budget
+    compensation: Compensation
+    calibration: CalibrationJob | None
+    seed: int
+
+
+def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> PruneJob | ReplayJob:
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or contradict each other."""
+    return prune_job(what, catalog) if isinstance(what, PruneSettings) else _replay_job(what, catalog)
+
+
+def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
+    """Raises as `job_of`."""
+    amounts = [name for name in _AMOUNTS if getattr(settings, name) is not None]
+    if len(amounts) != 1:
+        raise SettingsError(
+            "say how much to remove with one of --ratio, --set prune.target_params and --set prune.unit_ratio"
+            + (f"; {len(amounts)} are given" if amounts else "")
+        )
+    (amount,) = amounts
+    own = settings.settings
+    method = _method(settings, catalog)
+    writes = parse_calibration(settings.calibration, catalog.sources, own).writes
+    defaults = _defaults(method, settings, writes=writes)
+    of_components: Mapping[str, Mapping[str, Any]] = defaults.pop("settings", {})
+    explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
+    settings = _filled(method, settings, {name: value for name, value in defaults.items() if name not in explicit})
+    assert settings.importance and settings.compensate and settings.samples and settings.length, "given or filled in"
+
+    def create(registry: Registry[C], name: str) -> C:
+        return registry[name](**{**of_components.get(name, {}), **own.get(name, {})})
+
+    budget = create(
+        catalog.budgets, {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
+    )
+    criterion = create(catalog.criteria, settings.importance)
+    allocation = create(catalog.allocations, settings.allocation)
+    compensation = create(catalog.compensations, settings.compensate)
+    if settings.steps > 1 and amount == "unit_ratio":
+        raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
+    text = parse_calibration(settings.calibration, catalog.sources, own)
+    check_chosen(own, [budget, criterion, allocation, compensation, method, *(part.source for part in text.parts)])
+    calibration = None
+    if criterion.signals - {Signal.WEIGHT} or allocation.measures or compensation.reads_text:
+        text.order(settings.samples)  # refuses samples that are fewer than the sources
+        calibration = CalibrationJob(text, settings.samples, settings.length, "length" in explicit)
+        if allocation.measures and compensation.ranks_again and settings.samples == 1:
+            raise SettingsError("--samples 1 leaves none to fit weights on after cuts are measured; give 2 or more")
+    return PruneJob(
+        by=_AMOUNTS[amount],
+        amount=float(getattr(settings, amount)),
+        budget=budget,
+        kinds=settings.kinds,
+        layers=settings.layers,
+        shape=settings.shape,
+        round_to=settings.round_to,
+        criterion=criterion,
+        reduction=settings.reduction,
+        allocation=allocation,
+        normalization=settings.normalize,
+        steps=settings.steps,
+        compensation=compensation,
+        calibration=calibration,
+        seed=settings.seed,
+    )
+
+
+def check_chosen(own: Mapping[str, Any], components: list[Any]) -> None:
+    """Raise `SettingsError` for ``--set NAME.key`` of a component that is not among those that are used."""
+    chosen = {component.name: component.kind for component in components}
+    for name in own:
+        if name not in chosen:
+            used = ", ".join(f"{kind} {other}" for other, kind in chosen.items() if other)
+            raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {used})")
+
+
+def _method(settings: PruneSettings, catalog: Catalog) -> Method:
+    """The method that the user named; else `ByHand` if the user named a criterion, else ``best``."""
+    if settings.method is None and settings.importance is not None:
+        return ByHand()
+    name = settings.method or "best"
+    return catalog.create(catalog.methods, name, settings.settings.get(name))
+
+
+def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:
+    """What ``method`` gives, and what `ByHand` does for what it leaves open."""
+    values = method.defaults(settings, writes=writes)
+    if not isinstance(values, Mapping):
+        raise PluginError(f"method {method.name} gave {type(values).__name__}; expected a mapping of settings")
+    defaults = {**ByHand().defaults(settings, writes=writes), **values}
+    unknown = sorted(defaults.keys() - PruneSettings.model_fields.keys())
+    if unknown:
+        raise SettingsError(f"method {method.name} gives '{unknown[0]}', which is no setting of a prune")
+    if settings.importance is None and defaults.get("importance") is None:
+        raise SettingsError(f"method {method.name} gives no criterion; choose one with --importance")
+    return defaults
+
+
+def _filled(method: Method, settings: PruneSettings, defaults: Mapping[str, Any]) -> PruneSettings:
+    """``settings`` with ``defaults`` for what they leave open. Raises `SettingsError` for a value that is refused."""
+    try:
+        checked = settings_from(PruneSettings, defaults)
+    except SettingsError as error:
+        raise SettingsError(f"method {method.name}: {error}") from error
+    return settings.model_copy(update={name: getattr(checked, name) for name in defaults})
+
+
+def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:
+    budget = catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
+    record = plan.compensation
+    if record is None:
+        return ReplayJob(plan, budget, catalog.create(catalog.compensations, "none"), None, plan.seed)
+    compensation = catalog.create(catalog.compensations, record.name, record.settings)
+    calibration = None
+    if record.calibration is not None and record.samples and record.length:
+        text = parse_calibration(record.calibration, catalog.sources, record.source_settings)
+        calibration = CalibrationJob(text, record.samples, record.length, fixed_length=True)
+    return ReplayJob(plan, budget, compensation, calibration, plan.seed)

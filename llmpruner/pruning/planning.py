@@ -1,0 +1,112 @@
+"""A plan's record of the job that it was made for, and the sizes of the model before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..models.numbers import stored_dtype
+from ..structure.kept import parameters_after
+from ..structure.outcome import BudgetOutcome, Outcome
+from ..structure.plan import (
+    BaseRef,
+    CompensationRecord,
+    EstimationRecord,
+    PruningPlan,
+    SelectionRecord,
+    Target,
+    cuts_of,
+    structure_of,
+)
+from .budgets.sizes import counts
+from .budgets.weights import byte_cost
+from .targets import scope_of, widths_of
+
+if TYPE_CHECKING:
+    from ..calibration.calibration import CalibrationSet
+    from ..models.model import Model
+    from ..structure.kept import Kept
+    from .budgets.costs import Cost
+    from .job import PruneJob
+
+
+def plan_of(
+    model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None, measured: Mapping[str, Any] | None
+) -> PruningPlan:
+    """The plan that keeps ``kept``. ``measured``: what the budget measured; None where it did not."""
+    scored = text if job.scores_read_text else None
+    sources = job.calibration.text.record() if job.calibration else {}
+    target = Target(by=job.by, amount=job.amount)
+    if job.by == "ratio":
+        recorded = None if measured is None else dict(measured)
+        budget = job.budget
+        target = Target(
+            by="ratio", amount=job.amount, budget=budget.name, settings=budget.record(), measured=recorded
+        )  # fmt: skip
+    return PruningPlan(
+        base=BaseRef(
+            model=model.ref,
+            revision=getattr(model.config, "_commit_hash", None),
+            structure=structure_of(model.graph),
+        ),
+        family=model.family.name,
+        estimation=EstimationRecord(
+            criterion=job.criterion.name,
+            settings=job.criterion.record(),
+            reduction=job.reduction,
+            calibration=scored.source if scored else None,
+            sources=sources if scored else {},
+            fingerprint=scored.fingerprint if scored else None,
+        ),
+        selection=SelectionRecord(
+            kinds=job.kinds,
+            layers=scope_of(job, model).layers,
+            allocation=job.allocation.name,
+            settings=job.allocation.record(),
+            normalization=job.normalization,
+            steps=job.steps,
+            shape=job.shape,
+            round_to=widths_of(job, model).round_to,
+        ),
+        compensation=_compensation(job, text, sources),
+        target=target,
+        seed=job.seed,
+        cuts=cuts_of(model.graph, kept),
+    )
+
+
+def _compensation(job: PruneJob, text: CalibrationSet | None, sources: dict[str, Any]) -> CompensationRecord | None:
+    compensation = job.compensation
+    if compensation.name == "none":
+        return None
+    if text is None or not compensation.reads_text:
+        return CompensationRecord(name=compensation.name, settings=compensation.record())
+    samples, length = text.input_ids.shape
+    return CompensationRecord(
+        name=compensation.name,
+        settings=compensation.record(),
+        calibration=text.source,
+        sources=sources,
+        fingerprint=text.fingerprint,
+        samples=samples,
+        length=length,
+    )
+
+
+def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
+    """The `Outcome` of a plan. ``model``: before the cut. ``cost``: of the plan's budget."""
+    graph, target = model.graph, plan.target
+    total, decoder = parameters_after(graph, plan.kept)
+    left = counts(graph, plan.kept)
+    weights = byte_cost(model.model, graph, [graph.by_name[name] for name in plan.cuts])
+    budget = None
+    if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
+        whole, after = cost.value(cost.remaining()), cost.value(cost.remaining(*left))
+        budget = BudgetOutcome(target.budget, cost.label, whole, after)
+    before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
+    # The budget of bytes, by which the plan was made, counts those in memory.
+    if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
+        before = before * stored.itemsize // memory.itemsize
+    return Outcome(
+        graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget
+    )
