@@ -139,7 +139,8 @@ def prune_model(
     ``unfinished``. The plan is the last of the result's ``plans``."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    chooser, spreads = None, {}
+    chooser: Chooser | None = None
+    spreads: Mapping[str, Any] = {}
     if isinstance(job, ReplayJob):
         made, cost = job.plan, _cost_of(model, job.plan, job.budget, execution.progress)
     else:
