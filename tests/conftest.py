@@ -100,7 +100,7 @@ def text_of_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
             def defaults(self, asked: Any, *, writes: bool) -> dict[str, Any]:
                 return {**super().defaults(asked, writes=writes), "calibration": str(text)}
 
-        monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: OfPlugin())
+        monkeypatch.setattr("llmpruner.pruning.job._method", lambda *_: OfPlugin())
         return text
 
     return made

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..calibration.calibration import CalibrationText, parse_calibration
-from ..component import Component
 from ..engine.signals import Signal
 from ..errors import PluginError, SettingsError
 from ..models.positions import positions_of
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..plugins.catalog import Catalog
-    from ..plugins.registry import Registry
     from ..structure.plan import PruningPlan
     from .allocation.base import Allocation
     from .budgets.base import Budget
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from .criteria.base import ImportanceCriterion
     from .methods.base import Method
 
-C = TypeVar("C", bound=Component)
 _AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
     "ratio": "ratio",
     "target_params": "parameters",
@@ -116,15 +113,14 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     settings = _filled(method, settings, {name: value for name, value in defaults.items() if name not in explicit})
     assert settings.importance and settings.compensate and settings.samples and settings.length, "given or filled in"
 
-    def create(registry: Registry[C], name: str) -> C:
-        return registry[name](**{**of_components.get(name, {}), **own.get(name, {})})
+    def of(name: str) -> dict[str, Any]:
+        return {**of_components.get(name, {}), **own.get(name, {})}
 
-    budget = create(
-        catalog.budgets, {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
-    )
-    criterion = create(catalog.criteria, settings.importance)
-    allocation = create(catalog.allocations, settings.allocation)
-    compensation = create(catalog.compensations, settings.compensate)
+    counted = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
+    budget = catalog.create(catalog.budgets, counted, of(counted))
+    criterion = catalog.create(catalog.criteria, settings.importance, of(settings.importance))
+    allocation = catalog.create(catalog.allocations, settings.allocation, of(settings.allocation))
+    compensation = catalog.create(catalog.compensations, settings.compensate, of(settings.compensate))
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     text = parse_calibration(settings.calibration, catalog.sources, own)

@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from llmpruner.recipes.pipeline import make_plan
 from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 import llmpruner
@@ -20,6 +19,7 @@ from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut, cut_copy
+from llmpruner.pipeline import make_plan
 from llmpruner.plugins.builtin import llmpruner_budgets
 from llmpruner.pruning.allocation.base import Demand
 from llmpruner.pruning.allocation.normalize import normalize

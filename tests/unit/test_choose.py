@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from criteria_cases import make, tokens
-from llmpruner.recipes.calibrating import calibrate
-from llmpruner.recipes.pipeline import apply_draft, draft_plan, make_plan
 
 from llmpruner.discovery.verify import random_plan
+from llmpruner.pipeline import apply_draft, calibrate, draft_plan, make_plan
 from llmpruner.progress import Progress
 from llmpruner.pruning.allocation.ranking import GlobalRanking
 from llmpruner.pruning.compensation.base import RepairTask

@@ -155,7 +155,7 @@ def test_a_quarter_of_the_experts_goes_with_their_rows_of_the_router(model_type,
     silent expert is not chosen any more."""
     loaded = planted(model_type)
     text = tokens(16, 32, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
-    monkeypatch.setattr("llmpruner.recipes.calibrating.calibrate", lambda *_: text)
+    monkeypatch.setattr("llmpruner.pipeline.calibrate", lambda *_: text)
     plan = llmpruner.plan(
         loaded, unit_ratio=0.25, kinds="expert", layers="all", importance="expert-reap", samples=16, length=32
     )

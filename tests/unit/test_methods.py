@@ -10,8 +10,8 @@ import pytest
 from llmpruner import Catalog, Method, plugin_manager
 from llmpruner.errors import LlmprunerError
 from llmpruner.plugins import builtin
+from llmpruner.pruning.job import prune_job
 from llmpruner.pruning.methods.presets import Best, ByHand, Fast, LlmPruner
-from llmpruner.recipes.jobs import prune_job
 from llmpruner.settings import PruneSettings
 
 MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
@@ -85,7 +85,7 @@ def job(monkeypatch):
             def defaults(self, asked, *, writes):
                 return defaults
 
-        monkeypatch.setattr("llmpruner.recipes.jobs.method_of", lambda *_: Mine())
+        monkeypatch.setattr("llmpruner.pruning.job._method", lambda *_: Mine())
         return prune_job(PruneSettings(ratio=0.2, **asked), Catalog(plugin_manager()))
 
     return job

@@ -11,8 +11,6 @@ import pytest
 import tiny_models
 import torch
 from llmpruner.models.content import Content
-from llmpruner.recipes.pipeline import make_plan
-from llmpruner.recipes.wanted import inner_layers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
@@ -20,8 +18,10 @@ from llmpruner import DataError, ModelError, OutputError, PlanError, PruningPlan
 from llmpruner.discovery.graph import build_graph
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
+from llmpruner.pipeline import make_plan
 from llmpruner.pruning.compensation.refit import Refit
 from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.targets import inner_layers
 from llmpruner.structure.kept import parameters_after
 from llmpruner.testing.models import small_job
 
@@ -196,7 +196,7 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):
 )
 def test_final_scores_of_inputs_read_all_of_the_text(gqa, monkeypatch, criterion, compensate, kinds, tokens):
     """Gradients read less where a compensation follows, and scores that it computes are not computed before."""
-    monkeypatch.setattr("llmpruner.recipes.calibrating.GRADIENT_TOKENS", 32)
+    monkeypatch.setattr("llmpruner.pruning.choice.GRADIENT_TOKENS", 32)
     seen = []
 
     def spy(*arguments, **options):

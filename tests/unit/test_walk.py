@@ -83,7 +83,7 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
     """The targets of a compensation are the dense model's hidden states, in every layer."""
     monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
-    monkeypatch.setattr("llmpruner.recipes.pipeline.journaled", lambda *_: calibration)
+    monkeypatch.setattr("llmpruner.pipeline.calibrate", lambda *_: calibration)
     expected, seen = boundaries(sharing, calibration.input_ids)[1:], []
 
     def record(self, number):

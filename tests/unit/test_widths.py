@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmpruner.recipes.pipeline import make_plan
 from llmpruner.recipes.plan_record import plan_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
@@ -12,6 +11,7 @@ from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError,
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
+from llmpruner.pipeline import make_plan
 from llmpruner.pruning.allocation.base import Demand
 from llmpruner.pruning.allocation.normalize import normalize
 from llmpruner.pruning.allocation.ranking import GlobalRanking
