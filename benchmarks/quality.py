@@ -33,15 +33,15 @@ MODELS: dict[str, Callable[[], str]] = {
     "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
 }
 CALIBRATION = {"self-written": "self", "C4": "{c4}", "WikiText-2": "{wikitext}", "C4 and self-written": "{c4},self"}
-_SAMPLES = ("--samples", "64", "--length", "512")
+_SAMPLES = ("--samples", "64", "--set", "prune.length=512")
 METHODS = {
     "best": ("--method", "best"),
     "fast": ("--method", "fast"),
     "llm-pruner": ("--method", "llm-pruner"),
     "best by energy": ("--method", "best", "--importance", "energy"),
     "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
-    "FLAP": ("--importance", "flap", "--allocation", "global", "--set", "global.normalize=zscore", *_SAMPLES),
-    "ShortGPT": ("--importance", "block-influence", "--kinds", "layer", "--layers", "all", *_SAMPLES),
+    "FLAP": ("--importance", "flap", "--set", "prune.allocation=global", "--set", "global.normalize=zscore", *_SAMPLES),
+    "ShortGPT": ("--importance", "block-influence", "--kinds", "layer", "--set", "prune.layers=all", *_SAMPLES),
 }
 """The last three are our implementations of the criteria of other papers, with what goes with them there."""
 COLUMNS = {

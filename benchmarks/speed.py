@@ -64,7 +64,7 @@ def made(folder: Path) -> list[Path]:
     cut = [folder / f"{SHAPE}-{ratio:.0%}" for ratio in RATIOS]
     for ratio, path in zip(RATIOS, cut, strict=True):
         if not path.is_dir():
-            how = ("--importance", "random", "--no-tokenizer", "--dtype", "bfloat16")
+            how = ("--importance", "random", "--dtype", "bfloat16")
             run("prune", str(dense), "--ratio", str(ratio), *how, "-o", str(path))
     return [dense, *cut]
 

@@ -50,7 +50,9 @@ def takes(
         own = inspect.signature(command, eval_str=True).parameters
         kept = [p for name, p in own.items() if name not in models]
         derived = {
-            name: [_parameter(model, f) for f in model.model_fields if f not in omit and not option_of(model, f).advanced]
+            name: [
+                _parameter(model, f) for f in model.model_fields if f not in omit and not option_of(model, f).advanced
+            ]
             for name, model in models.items()
         }
         every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))]

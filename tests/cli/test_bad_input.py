@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "ratio: words": (("plan", DENSE, "--ratio", "much"), "--ratio 'much': expected a number"),
     "unreachable": (("prune", DENSE, "--ratio", 0.9, *L1, *OUT), "the selected kinds and layers can give"),
     "less than a unit": (("plan", DENSE, "--ratio", 0.0001, *L1), "less than one unit"),
-    "two amounts": (("prune", DENSE, *FIFTH, "--unit-ratio", 0.2, *OUT), "with one of --ratio"),
+    "two amounts": (("prune", DENSE, *FIFTH, "--set", "prune.unit_ratio=0.2", *OUT), "with one of --ratio"),
     "no amount to prune": (("prune", DENSE, *OUT), "with one of --ratio"),
     "plan: no such file": (
         ("prune", DENSE, "--plan", "{tmp}/p.json", *OUT), "cannot read plan {tmp}/p.json"
@@ -54,7 +54,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("plan", DENSE, *FIFTH, "--calibration", "nobody/none"),
         "'nobody/none' is no file here, and cannot be loaded as a data set",
     ),
-    "calibration: too long": (("plan", DENSE, *FIFTH, "--length", 513), "beyond the model's 512 positions"),
+    "calibration: too long": (("plan", DENSE, *FIFTH, "--set", "prune.length=513"), "beyond the model's 512 positions"),
     "recovery: no file": (
         ("recover", DENSE, "--data", "no.jsonl", *OUT),
         "no.jsonl: no such file; expected a .json, .jsonl or .parquet file, or the name of a data set, or self, self:N",

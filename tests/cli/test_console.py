@@ -57,7 +57,7 @@ def test_square_brackets_of_paths_are_printed(run, shared, tmp_path):
     recipe.write_text("steps:\n- prune: {unit_ratio: 0.25, importance: l1}\n")
     made = folder / "pruned"
     for arguments, written in (
-        (("prune", shared / "dense", "--unit-ratio", "0.25", "--importance", "l1", "-o", made), made),
+        (("prune", shared / "dense", "--set", "prune.unit_ratio=0.25", "--importance", "l1", "-o", made), made),
         (("verify", made), made),
         (("export", made, "--to", "stock", "-o", folder / "stock"), folder / "stock"),
         (

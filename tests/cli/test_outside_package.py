@@ -35,12 +35,21 @@ def test_each_is_short():
 
 PRUNES = {
     "allocation": [
-        *("--allocation", "tapered", "--set", "tapered.slope=1", "--importance", "l2"),
-        *("--layers", "all", "--shape", "free"),
+        *("--set", "prune.allocation=tapered", "--set", "tapered.slope=1", "--importance", "l2"),
+        *("--set", "prune.layers=all", "--shape", "free"),
     ],
     "budget": ["--budget", "matrices", "--importance", "l2"],
-    "compensation": ["--compensate", "keep-norm", "--set", "keep-norm.share=0.5", "--importance", "l2"],
-    "source": ["--calibration", "counting:100", "--set", "counting.step=3", "--samples", "4", "--length", "8"],
+    "compensation": ["--set", "prune.compensate=keep-norm", "--set", "keep-norm.share=0.5", "--importance", "l2"],
+    "source": [
+        "--calibration",
+        "counting:100",
+        "--set",
+        "counting.step=3",
+        "--samples",
+        "4",
+        "--set",
+        "prune.length=8",
+    ],
     "criterion": ["--importance", "magnitude", "--set", "magnitude.power=3"],
     "method": ["--method", "cautious"],
 }
@@ -68,7 +77,7 @@ def test_a_plan_from_the_command_line(run, dense, kind):
 
 def test_a_compensation_changes_the_weights(run, dense, tmp_path):
     plan = tmp_path / "plan.json"
-    for name, options in {"plain": [], "scaled": ["--compensate", "keep-norm"]}.items():
+    for name, options in {"plain": [], "scaled": ["--set", "prune.compensate=keep-norm"]}.items():
         done = run("prune", dense, "--ratio", "0.2", "--importance", "l2", *options, "-o", tmp_path / name)
         assert done.code == 0, done.err
     name = "model.layers.1.mlp.down_proj.weight"

@@ -53,7 +53,7 @@ def test_discover_as_a_table(run, dense):
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 @pytest.mark.parametrize("ratio", [0.1, 0.31])
 def test_ratio_is_hit_within_one_unit(run, dense, ratio, allocation):
-    shape = ("--shape", "free", "--allocation", allocation)
+    shape = ("--shape", "free", "--set", f"prune.allocation={allocation}")
     result = run("plan", dense, "--ratio", ratio, "--importance", "l1", *shape, "--json")
     removed = DECODER - result.json()["result"]["decoder_after"]
     assert abs(removed - ratio * DECODER) <= MLP_UNIT / 2
@@ -62,14 +62,14 @@ def test_ratio_is_hit_within_one_unit(run, dense, ratio, allocation):
 def test_target_params(run, dense):
     for text, number in (("45K", 45_000), ("0.0412M", 41_200), ("43210", 43_210)):
         free = ("--shape", "free", "--importance", "l1", "--json")
-        found = run("plan", dense, "--target-params", text, *free).json()
+        found = run("plan", dense, "--set", f"prune.target_params={text}", *free).json()
         assert found["plan"]["target"] == {"by": "parameters", "amount": number}
         assert abs(found["result"]["parameters_after"] - number) <= MLP_UNIT / 2
 
 
 def test_unit_ratio_on_chosen_layers(run, dense):
-    options = ("--importance", "l1", "--layers", "0,2-3", "--json")
-    cuts = run("plan", dense, "--unit-ratio", 0.25, *options).json()["plan"]["cuts"]
+    options = ("--importance", "l1", "--set", "prune.layers=0,2-3", "--json")
+    cuts = run("plan", dense, "--set", "prune.unit_ratio=0.25", *options).json()["plan"]["cuts"]
     assert [cut["layer"] for cut in cuts.values()] == [0, 2, 3]
     assert all(kept(cut) and len(kept(cut)) == 36 for cut in cuts.values())
 
@@ -89,8 +89,8 @@ def test_kinds(run, dense, kinds, amount):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("power", [1, 2])
 def test_magnitudes_by_hand(run, dense, power, reduction):
-    options = ("--importance", f"l{power}", "--reduction", reduction, "--json")
-    cuts = run("plan", dense, "--unit-ratio", 0.25, *options).json()["plan"]["cuts"]
+    options = ("--importance", f"l{power}", "--set", f"prune.reduction={reduction}", "--json")
+    cuts = run("plan", dense, "--set", "prune.unit_ratio=0.25", *options).json()["plan"]["cuts"]
     weights = load_file(dense / "model.safetensors")
     for layer, cut in enumerate(cuts.values()):
         path = f"model.layers.{layer}.mlp."
@@ -109,9 +109,9 @@ def test_magnitudes_by_hand(run, dense, power, reduction):
 def test_steps_measure_again(run, dense, shared):
     plans = {}
     for steps in (1, 3):
-        free = ("--shape", "free", "--allocation", "global")
+        free = ("--shape", "free", "--set", "prune.allocation=global")
         options = ("--ratio", 0.4, "--steps", steps, "--calibration", shared / "text.txt", *free)
-        found = run("plan", dense, *options, "--samples", 4, "--length", 16, "--json").json()
+        found = run("plan", dense, *options, "--samples", 4, "--set", "prune.length=16", "--json").json()
         assert abs(found["result"]["decoder_removed"] * DECODER - 0.4 * DECODER) <= MLP_UNIT / 2
         plans[steps] = found["plan"]
     assert plans[3]["selection"]["steps"] == 3
@@ -129,7 +129,7 @@ def test_the_plan_file_is_what_json_shows(run, dense, tmp_path):
 
 
 def test_the_table_agrees_with_json(run, dense):
-    options = ("--unit-ratio", 0.25, "--layers", "1-2", "--importance", "l1")
+    options = ("--set", "prune.unit_ratio=0.25", "--set", "prune.layers=1-2", "--importance", "l1")
     result = run("plan", dense, *options)
     assert result.code == 0
     assert [line.split()[1] for line in result.out.splitlines() if "36 of 48" in line] == ["1-2"]
@@ -190,7 +190,7 @@ def qwen(tmp_path_factory, shared):
 
 @pytest.mark.slow
 def test_a_model_without_a_plugin_needs_no_option(run, qwen, tmp_path):
-    done = run("prune", qwen, "--ratio", 0.2, "--samples", 2, "--length", 16, "-o", tmp_path / "out")
+    done = run("prune", qwen, "--ratio", 0.2, "--samples", 2, "--set", "prune.length=16", "-o", tmp_path / "out")
     assert done.code == 0, done.err
     told = [line for line in done.err.splitlines() if "no plugin knows" in line]
     assert told == ["• no plugin knows model type 'qwen2': its structure is discovered"]
@@ -212,7 +212,9 @@ def test_widths_that_cannot_be_quantised_are_named(run, tmp_path):
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
-    options = ("--unit-ratio", 0.25, "--importance", "l1")
+    options = ("--set", "prune.unit_ratio=0.25", "--importance", "l1")
     said = run("plan", tmp_path / "wide", *options, "--shape", "free").err
     assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --round-to 32" in said
-    assert "quantised" not in run("plan", tmp_path / "wide", *options, "--round-to", 32, "--shape", "free").err
+    assert (
+        "quantised" not in run("plan", tmp_path / "wide", *options, "--set", "prune.round_to=32", "--shape", "free").err
+    )

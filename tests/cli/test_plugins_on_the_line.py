@@ -60,7 +60,7 @@ def test_installed_packages_in_another_process(site):
 
 
 def test_an_installed_criterion_chooses(run, dense, installed):
-    options = ("plan", dense, "--unit-ratio", 0.25, "--json", "--importance")
+    options = ("plan", dense, "--set", "prune.unit_ratio=0.25", "--json", "--importance")
     inverse, l1 = (run(*options, name) for name in ("example-inverse", "l1"))
     assert WARNING in inverse.err
     assert inverse.json()["plan"]["estimation"]["criterion"] == "example-inverse"

@@ -129,9 +129,9 @@ def test_version():
 
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
     """In this process, after whatever tests ran in it, and in a new one with another seed of hashes."""
-    options = ("plan", dense, "--ratio", 0.2, "--kinds", "mlp,attention", "--samples", 3, "--length", 16)
-    assert llmpruner(*options, "--seed", 5, "-o", tmp_path / "new", PYTHONHASHSEED="1").returncode == 0
+    options = ("plan", dense, "--ratio", 0.2, "--kinds", "mlp,attention", "--samples", 3, "--set", "prune.length=16")
+    assert llmpruner(*options, "--set", "prune.seed=5", "-o", tmp_path / "new", PYTHONHASHSEED="1").returncode == 0
     for name, seed in (("here", 5), ("other", 6)):
-        assert run(*options, "--seed", seed, "-o", tmp_path / name).code == 0
+        assert run(*options, "--set", f"prune.seed={seed}", "-o", tmp_path / name).code == 0
     new, here, other = ((tmp_path / name).read_bytes() for name in ("new", "here", "other"))
     assert new == here != other

@@ -12,16 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmpruner import load_pruned
 
-FAST = ("--samples", 2, "--length", 16)
+FAST = ("--samples", 2, "--set", "prune.length=16")
 TAYLOR = ("--importance", "taylor", *FAST)
 CHOICES = {
-    "random": ("--importance", "random", "--reduction", "last"),
-    "l1": ("--importance", "l1", "--reduction", "max"),
-    "l2": ("--importance", "l2", "--reduction", "prod"),
+    "random": ("--importance", "random", "--set", "prune.reduction=last"),
+    "l1": ("--importance", "l1", "--set", "prune.reduction=max"),
+    "l2": ("--importance", "l2", "--set", "prune.reduction=prod"),
     "element1": TAYLOR,
-    "element2": (*TAYLOR, "--variant", "element2", "--allocation", "global", "--shape", "free"),
-    "mix": (*TAYLOR, "--variant", "mix", "--reduction", "mean", "--steps", 2),
-    "vector": (*TAYLOR, "--variant", "vector", "--kinds", "mlp,attention"),
+    "element2": (*TAYLOR, "--set", "taylor.variant=element2", "--set", "prune.allocation=global", "--shape", "free"),
+    "mix": (*TAYLOR, "--set", "taylor.variant=mix", "--set", "prune.reduction=mean", "--steps", 2),
+    "vector": (*TAYLOR, "--set", "taylor.variant=vector", "--kinds", "mlp,attention"),
     "hidden": ("--importance", "l2", "--kinds", "hidden"),
     "layer": ("--importance", "l1", "--kinds", "layer"),
 }
@@ -38,7 +38,17 @@ def test_the_result_loads_and_has_the_size_that_was_printed(run, dense, tmp_path
 
 
 def test_an_equal_cut_is_a_stock_model_with_the_rows_that_were_kept(run, dense, tmp_path):
-    options = ("--unit-ratio", 0.25, "--importance", "l1", "--layers", "all", "-o", tmp_path / "out", "--json")
+    options = (
+        "--set",
+        "prune.unit_ratio=0.25",
+        "--importance",
+        "l1",
+        "--set",
+        "prune.layers=all",
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
     found = run("prune", dense, *options).json()
     assert found["result"]["checkpoint"] == "stock"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -53,7 +63,7 @@ def test_an_equal_cut_is_a_stock_model_with_the_rows_that_were_kept(run, dense, 
 
 
 def test_replaying_a_plan_gives_the_same_files(run, dense, tmp_path):
-    options = ("--ratio", 0.2, "--kinds", "mlp,attention", "--layers", "1-3", *FAST)
+    options = ("--ratio", 0.2, "--kinds", "mlp,attention", "--set", "prune.layers=1-3", *FAST)
     assert run("plan", dense, *options, "-o", tmp_path / "plan.json").code == 0
     assert run("prune", dense, *options, "-o", tmp_path / "direct").code == 0
     result = run("prune", dense, "--plan", tmp_path / "plan.json", "-o", tmp_path / "replayed")
@@ -83,10 +93,10 @@ def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
     [
         ((), "fisher", "refit", 320 * 512),
         (("--method", "fast"), "energy", None, None),
-        (("--method", "fast", "--kinds", "layer", "--layers", "all"), "angular", None, None),
+        (("--method", "fast", "--kinds", "layer", "--set", "prune.layers=all"), "angular", None, None),
         (("--method", "llm-pruner"), "taylor", None, None),
         (("--importance", "wanda-sp"), "wanda-sp", None, None),
-        (("--importance", "obs", "--compensate", "refit", "--samples", 3), "obs", "refit", 3 * 64),
+        (("--importance", "obs", "--set", "prune.compensate=refit", "--samples", 3), "obs", "refit", 3 * 64),
     ],
 )
 def test_a_method_is_a_set_of_defaults(run, dense, shared, options, criterion, compensation, tokens):
@@ -99,9 +109,20 @@ def test_a_method_is_a_set_of_defaults(run, dense, shared, options, criterion, c
 
 
 def test_a_compensation_changes_the_weights_that_read_cut_units_and_no_others(run, dense, tmp_path):
-    options = ("--ratio", 0.2, "--method", "best", "--layers", "1-2", "--samples", 16, "--length", 32)
+    options = (
+        "--ratio",
+        0.2,
+        "--method",
+        "best",
+        "--set",
+        "prune.layers=1-2",
+        "--samples",
+        16,
+        "--set",
+        "prune.length=32",
+    )
     assert run("prune", dense, *options, "-o", tmp_path / "best").code == 0
-    assert run("prune", dense, *options, "--compensate", "none", "-o", tmp_path / "plain").code == 0
+    assert run("prune", dense, *options, "--set", "prune.compensate=none", "-o", tmp_path / "plain").code == 0
     best, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "plain"))
     changed = {name for name, tensor in best.items() if not torch.equal(tensor, plain[name])}
     assert changed and changed <= {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
@@ -118,7 +139,7 @@ def test_a_plan_is_compensated_on_its_own_text_only(run, dense, shared, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--method", "--compensate", "--normalize"])
+@pytest.mark.parametrize("option", ["--method", "--set", "prune.compensate=--normalize"])
 def test_unknown_names_are_refused_before_the_model_is_read(run, tmp_path, option):
     result = run("prune", tmp_path, "--ratio", 0.2, option, "bets", "-o", tmp_path / "out")
     assert result.code == 2 and "'bets'" in result.err
@@ -130,7 +151,7 @@ def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
     kinds = "layer" if budget == "latency" else "attention,mlp"
     context = ("--context", 32) if budget in ("macs", "latency") else ()
     free = () if kinds == "layer" else ("--shape", "free")
-    options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", kinds, "--layers", "all", *free)
+    options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", kinds, "--set", "prune.layers=all", *free)
     found = run("plan", dense, *options, "--importance", "l1", "-o", tmp_path / "plan.json", "--json").json()
     target, result = found["plan"]["target"], found["result"]
     assert target["budget"] == budget and target.get("settings") == ({"context": 32} if context else None)
@@ -151,7 +172,7 @@ def test_a_float16_model_that_is_saved_wider_says_so(run, shared, tmp_path):
     half = tmp_path / "half"
     shutil.copytree(shared / "dense", half)
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float16).save_pretrained(half)
-    options = ("--unit-ratio", 0.25, "--importance", "l1")
+    options = ("--set", "prune.unit_ratio=0.25", "--importance", "l1")
     line = f"'{half}' is stored in float16, and is loaded and saved as float32, in which a CPU computes"
     wide = run("prune", half, *options, "-o", tmp_path / "wide")
     assert wide.code == 0 and line in wide.err
@@ -161,7 +182,9 @@ def test_a_float16_model_that_is_saved_wider_says_so(run, shared, tmp_path):
     narrow = run("prune", half, *options, "--dtype", "float16", "-o", tmp_path / "narrow")
     assert narrow.code == 0 and "is stored in" not in narrow.err
     # What is stored in float32 already is not said again.
-    again = run("prune", tmp_path / "wide", "--unit-ratio", 0.1, "--importance", "l1", "-o", tmp_path / "again")
+    again = run(
+        "prune", tmp_path / "wide", "--set", "prune.unit_ratio=0.1", "--importance", "l1", "-o", tmp_path / "again"
+    )
     assert again.code == 0 and "is stored in" not in again.err
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("wide", "narrow")]
     assert sizes[0] > 1.8 * sizes[1]

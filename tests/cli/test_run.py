@@ -109,7 +109,7 @@ def test_a_recipe_runs_from_end_to_end(run, file, whole, shared, tmp_path):
         assert f"• step {number} of 4, {name}\n" in shown.err
     rows = json.loads((tmp_path / "out" / "table" / "results.json").read_text())
     assert [row["name"] for row in rows] == ["dense", "1-prune", "2-recover"]
-    options = ("--ratio", 0.2, "--samples", 4, "--length", 16)
+    options = ("--ratio", 0.2, "--samples", 4, "--set", "prune.length=16")
     assert run("prune", shared / "dense", *options, "-o", tmp_path / "by_hand").code == 0
     by_hand, made = (folder / "model.safetensors" for folder in (tmp_path / "by_hand", tmp_path / "out" / "1-prune"))
     assert by_hand.read_bytes() == made.read_bytes(), "as the command of the step"

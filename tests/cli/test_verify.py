@@ -68,7 +68,7 @@ def test_query_heads_may_be_cut_after_their_kv_heads(run, shared, tmp_path):
 
 
 def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
-    options = ("--ratio", 0.2, "--method", "best", "--samples", 4, "--length", 16)
+    options = ("--ratio", 0.2, "--method", "best", "--samples", 4, "--set", "prune.length=16")
     assert run("prune", shared / "dense", *options, "-o", tmp_path / "out").code == 0
     result = run("verify", tmp_path / "out", "--json")
     assert states(result)["weights"] == "passed" and states(result)["logits"] == "not checked"
@@ -79,7 +79,20 @@ def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
 
 def test_what_lost_nothing_may_be_fitted_too(run, shared, tmp_path):
     """Only of the kinds that the plan names; other weights are still compared."""
-    options = ("--ratio", 0.1, "--method", "best", "--samples", 4, "--length", 16, "--layers", "0", "--shape", "free")
+    options = (
+        "--ratio",
+        0.1,
+        "--method",
+        "best",
+        "--samples",
+        4,
+        "--set",
+        "prune.length=16",
+        "--set",
+        "prune.layers=0",
+        "--shape",
+        "free",
+    )
     more = ("--set", "refit.also=attention", "--set", "refit.token_weights=divergence")
     assert run("prune", shared / "dense", *options, *more, "-o", tmp_path / "out").code == 0
     assert states(run("verify", tmp_path / "out", "--json"))["weights"] == "passed"

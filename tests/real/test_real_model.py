@@ -71,7 +71,7 @@ def test_layers_leave_a_stock_checkpoint(real, tmp_path):
 def test_two_processes_make_the_same_plan(real, tmp_path):
     """This one, after whatever tests ran in it, and a fresh one. `tests/cli/test_process.py` compares them on a tiny
     model."""
-    options = ("--ratio", "0.2", "--samples", "2", "--length", "16", "-o", "fresh.json")
+    options = ("--ratio", "0.2", "--samples", "2", "--set", "prune.length=16", "-o", "fresh.json")
     command = [sys.executable, "-m", "llmpruner", "plan", "demo", *options]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=280)
     llmpruner.plan(real, ratio=0.2, samples=2, length=16).save(tmp_path / "here.json")

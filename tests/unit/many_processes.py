@@ -25,7 +25,6 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.experts import ExpertContribution
-from llmpruner.recipes import calibrating
 
 BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,7 +122,7 @@ def refusal() -> str:
 def prepare() -> None:
     """Makes text at once, and few tokens at once for gradients, so that there are several micro-batches."""
     torch.set_num_threads(1)
-    calibrating.calibrate = lambda model, job, progress: tokens(job.calibration.samples, job.calibration.length)
+    llmpruner.pipeline.calibrate = lambda model, job, execution: tokens(job.calibration.samples, job.calibration.length)
     for module in (llmpruner.engine.walk, llmpruner.engine.gradients):
         module.computes_bfloat16_fast = lambda model: False
     llmpruner.engine.execution.TOKENS_WITH_GRADIENTS = 4 * 32

@@ -115,8 +115,8 @@ def test_every_method_runs(dense, tmp_path, method, dtype):
 @pytest.mark.parametrize("method", [{"method": "best"}, {"method": "llm-pruner"}], ids=["best", "gradients"])
 def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, monkeypatch, method):
     for streamed in (False, True):
-        monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_, streamed=streamed: streamed)
-        run = RunSettings(boundary_memory=0) if streamed else RunSettings()
+        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda s=streamed: 0 if s else 1 << 50)
+        run = RunSettings()
         prune(dense("starcoder2", "bfloat16"), tmp_path / str(streamed), "bfloat16", run=run, **method)
     one, other = (load_pruned(tmp_path / str(streamed)).state_dict() for streamed in (False, True))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -129,7 +129,7 @@ def test_a_model_that_does_not_run_in_16_bits_is_refused_before_work(tmp_path, m
     folder = tmp_path / "dense"
     config = CONFIG_MAPPING["xlnet"](vocab_size=96, d_model=48, n_layer=2, n_head=4, d_inner=64)
     random_instance(config).bfloat16().save_pretrained(folder)
-    monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda s=streamed: 0 if s else 1 << 50)
     text = {"samples": 4, "length": 16, "calibration": "self"} if "method" in how else {}
     with pytest.raises(ModelError, match=r"does not run in bfloat16: .*'transformer\.mask_emb'.*float32$"):
         api.prune(str(folder), ratio=0.2, output=tmp_path / "pruned", **text, **how)
@@ -170,7 +170,7 @@ def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_
     monkeypatch.setattr(GradientWalk, "forward", watched)
     how = {"ratio": 0.2, "importance": "fisher", "samples": 2, "length": 16, "calibration": "self"}
     for streamed in (False, True):
-        monkeypatch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_, streamed=streamed: streamed)
+        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda s=streamed: 0 if s else 1 << 50)
         api.plan(str(tmp_path / "dense"), **how)
     assert asked[:3] == [0, 1, 2] and len(kept) == 2
     assert all(map(torch.equal, kept[False], kept[True]))

@@ -76,21 +76,18 @@ def data(tmp_path) -> str:
     return str(file)
 
 
-@pytest.fixture(params=["prune", "sensitivity", "recover"])
+@pytest.fixture(params=["prune", "recover"])
 def command(request, tmp_path, model, data):
     """Runs a command with other settings for other ``variant``; and its output and folder."""
-    out = tmp_path / ("curve.json" if request.param == "sensitivity" else "out")
+    out = tmp_path / ("out")
 
     def run(variant: int, **options):
         if request.param == "prune":
             api.prune(model, output=out, ratio=0.2 + 0.1 * variant, method="best", **TEXT, **options)
-        elif request.param == "sensitivity":
-            options["restart"] = "run" in options and options.pop("run") is AGAIN
-            api.sensitivity(model, output=out, shares=(0.25, 0.5 + 0.25 * variant), **TEXT, **options)
         else:
             api.recover(model, data=data, output=out, seed=variant, **TRAINING, **options)
 
-    ending = {"prune": ".pruning", "sensitivity": ".measuring", "recover": ".recovery"}[request.param]
+    ending = {"prune": ".pruning", "recover": ".recovery"}[request.param]
     return run, out, out.with_name(out.name + ending)
 
 

@@ -289,7 +289,6 @@ def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path, m
     transformers.Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "dense")
     found = llmpruner.prune(
         str(tmp_path / "dense"), ratio=0.17, kinds="layer", layers="0", importance="l1", output=tmp_path / "out",
-        need_tokenizer=False,
     )  # fmt: skip
     stated = json.loads((tmp_path / "out" / "config.json").read_text())
     assert found.form == "shim" and not stated["llmpruner"].get("shapes")

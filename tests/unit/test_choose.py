@@ -10,7 +10,8 @@ import torch
 from criteria_cases import make, tokens
 
 from llmpruner.discovery.verify import random_plan
-from llmpruner.pipeline import apply_draft, calibrate, draft_plan, make_plan
+from llmpruner.engine.execution import Execution
+from llmpruner.pipeline import _chooser, calibrate, make_plan, prune_model, select
 from llmpruner.progress import Progress
 from llmpruner.pruning.allocation.ranking import GlobalRanking
 from llmpruner.pruning.compensation.base import RepairTask
@@ -93,15 +94,16 @@ def test_the_compensation_chooses_what_estimation_would(name, kinds):
 
 @pytest.mark.parametrize("criterion", [OutputEnergy(), OptimalBrainSurgeon()], ids=lambda c: c.name)
 @pytest.mark.parametrize("round_to", [1, 4])
-def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, catalog, criterion, round_to):
+def test_units_chosen_in_the_compensation_are_those_of_the_plan_which_replays_bit_for_bit(gqa, criterion, round_to):
     job = replace(JOB, criterion=criterion, round_to=round_to)
     before = copy.deepcopy(gqa.model)
     plan, _ = make_plan(gqa, job)
-    draft = draft_plan(gqa, job)
     assert same(gqa.model, before)
-    assert draft.chooser is not None
-    assert draft.plan.cuts != plan.cuts, "without scores other units go, or this test shows nothing"
-    at_once, replayed = apply_draft(copied(gqa), draft, catalog), cut_by(copied(gqa), plan)
+    chooser, execution = _chooser(job, gqa), Execution(gqa.weights)
+    preliminary, _, _ = select(gqa, job, calibrate(gqa, job, execution), chooser, execution)
+    assert chooser is not None
+    assert preliminary.cuts != plan.cuts, "without scores other units go, or this test shows nothing"
+    at_once, replayed = prune_model(copied(gqa), job), cut_by(copied(gqa), plan)
     assert at_once.plans[-1] == plan
     assert same(at_once.model, replayed.model)
     assert all(len(cut.kept) % round_to == 0 for cut in plan.cuts.values())
@@ -110,7 +112,7 @@ def test_a_draft_ends_as_the_plan_and_the_plan_replays_bit_for_bit(gqa, catalog,
 def test_the_choice_reads_all_of_the_text(gqa):
     """The units of a plan are those that its whole calibration text ranks highest."""
     plan, _ = make_plan(gqa, JOB)
-    text = calibrate(gqa, JOB)
+    text = calibrate(gqa, JOB, Execution(gqa.weights))
     groups = [gqa.graph.by_name[name] for name in plan.cuts]
     scores = estimate(gqa.model, gqa.graph, groups, OutputEnergy(), text).by_group
     for name, cut in plan.cuts.items():
@@ -130,7 +132,4 @@ def test_the_choice_reads_all_of_the_text(gqa):
     ids=lambda change: "{}".format(*change),
 )
 def test_other_plans_are_final_before_the_compensation(gqa, change):
-    job = replace(JOB, **change)
-    draft = draft_plan(gqa, job)
-    assert draft.chooser is None
-    assert make_plan(gqa, job)[0] == draft.plan
+    assert _chooser(replace(JOB, **change), gqa) is None

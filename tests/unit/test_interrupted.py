@@ -189,7 +189,7 @@ def test_kill_minus_nine(dense, tmp_path):
     """The command itself, killed when its folder has the first layer."""
     command = [
         *(sys.executable, "-m", "llmpruner", "prune", str(dense), "-o", str(tmp_path / "out"), "--ratio", "0.2"),
-        *("--samples", "64", "--length", "64", "--method", "best", "--no-tokenizer", "--json"),
+        *("--samples", "64", "--set", "prune.length=64", "--method", "best", "--json"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "out.pruning"

@@ -162,7 +162,7 @@ def test_every_plan_of_a_checkpoint_has_its_work(gqa, tmp_path, recorded):
     if not recorded:
         del record["work"]
         file.write_text(json.dumps(record))
-    llmpruner.prune(tmp_path / "once", ratio=0.2, importance="l2", need_tokenizer=False, output=tmp_path / "twice")
+    llmpruner.prune(tmp_path / "once", ratio=0.2, importance="l2", output=tmp_path / "twice")
     one, two = json.loads((tmp_path / "twice" / "llmpruner.json").read_text())["work"]
     assert one == (first if recorded else None) and two
 
@@ -295,7 +295,7 @@ def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp
         raise OutputError("no space")
 
     with monkeypatch.context() as patched, pytest.raises(OutputError):
-        patched.setattr("llmpruner.recipes.pruning.save", full)
+        patched.setattr("llmpruner.pipeline.save", full)
         llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "out")
     assert len(gqa.plans) == 1
     llmpruner.save(gqa, tmp_path / "elsewhere")

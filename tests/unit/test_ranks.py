@@ -83,7 +83,7 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
 def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_path):
     dense, output = tmp_path / "dense", tmp_path / "out"
     make("llama-gqa").model.save_pretrained(dense)
-    settings = ("--ratio", 0.2, "--no-tokenizer", "--samples", 400, "--length", 128, "--calibration", "self")
+    settings = ("--ratio", 0.2, "--samples", 400, "--set", "prune.length=128", "--calibration", "self")
     command = ("-m", "llmpruner", "prune", dense, "-o", output, *settings)
     run = start(2, *command)
     journal = tmp_path / "out.pruning"

@@ -79,7 +79,7 @@ def test_with_the_flag_it_is_discovered_pruned_and_used(folder: Path, tmp_path: 
     trusted = ("--family", "auto", "--trust-remote-code")
     graph = json.loads(llmpruner("discover", folder, *trusted, "--json").stdout)
     assert {group["kind"] for group in graph["groups"]} == {"attention", "mlp", "hidden", "layer"}
-    options = ("--unit-ratio", "0.3", "--layers", "0", "--importance", "l1", "--kinds", "mlp")
+    options = ("--set", "prune.unit_ratio=0.3", "--set", "prune.layers=0", "--importance", "l1", "--kinds", "mlp")
     pruned = tmp_path / "pruned"
     llmpruner("prune", folder, *trusted, *options, "-o", pruned)
     assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr

@@ -49,10 +49,10 @@ def dense(tmp_path_factory):
 
 
 def prune(model: Path, output: Path, *, streamed: bool, max_memory: int | None = None, **settings):
-    run = RunSettings(boundary_memory=0) if streamed else RunSettings(max_memory=max_memory)
+    run = RunSettings() if streamed else RunSettings(max_memory=max_memory)
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides.
-        patch.setattr("llmpruner.recipes.arrangement.is_streamed", lambda *_: streamed)
+        patch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
         return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
 
 

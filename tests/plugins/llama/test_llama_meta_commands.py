@@ -48,13 +48,13 @@ def test_meta_to_hugging_face_and_back(run: Run, tmp_path: Path) -> None:
 def test_pruning_a_folder_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
     """One clear line, unless the user says that there is none; a tokenizer beside the folder counts."""
     folder = copy_of("mha", "2shards", tmp_path / "llama" / "7B")
-    command = ("prune", folder, "--ratio", 0.1, "--layers", "all", "--importance", "l1")
+    command = ("prune", folder, "--ratio", 0.1, "--set", "prune.layers=all", "--importance", "l1")
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*command, "-o", tmp_path / "out")
     assert (code, out, sorted(tmp_path.rglob("*"))) == (2, "", before)
     (line,) = (line for line in err.replace("\n", " ").split("•") if "error:" in line)
     assert f"{folder}' brings no tokenizer" in line and "--no-tokenizer" in line
-    assert run(*command, "--no-tokenizer", "-o", tmp_path / "weights")[0] == 0
+    assert run(*command, "-o", tmp_path / "weights")[0] == 0
     assert not list((tmp_path / "weights").glob("tokenizer*"))
     shutil.copyfile(TOKENIZER, folder.parent / "tokenizer.model")
     assert run(*command, "-o", tmp_path / "whole")[0] == 0
@@ -63,7 +63,10 @@ def test_pruning_a_folder_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
 
 def test_uneven_layers_do_not_go_back_to_meta(run: Run, tmp_path: Path) -> None:
     folder = copy_of("mha", "1shard", tmp_path / "7B", tokenizer=True)
-    assert run("prune", folder, "--ratio", 0.2, "--layers", "1", "--importance", "l1", "-o", tmp_path / "out")[0] == 0
+    assert (
+        run("prune", folder, "--ratio", 0.2, "--set", "prune.layers=1", "--importance", "l1", "-o", tmp_path / "out")[0]
+        == 0
+    )
     code, _, err = run("export", tmp_path / "out", "--to", "meta", "-o", tmp_path / "back")
     assert code == 2 and "--unit-ratio with --layers all" in " ".join(err.split())
     assert not (tmp_path / "back").exists()
