@@ -119,12 +119,12 @@ def test_steps_measure_again(run, dense, shared):
 
 
 def test_the_plan_file_is_what_json_shows(run, dense, tmp_path):
-    options = ("--ratio", 0.2, "--importance", "random", "--seed", 7)
+    options = ("--ratio", 0.2, "--importance", "random", "--set", "prune.seed=7")
     shown = run("plan", dense, *options, "-o", tmp_path / "plan.json", "--json").json()
     assert json.loads((tmp_path / "plan.json").read_text()) == shown["plan"]
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert shown["plan"]["seed"] == 7
-    other = run("plan", dense, "--ratio", 0.2, "--importance", "random", "--seed", 8, "--json").json()
+    other = run("plan", dense, "--ratio", 0.2, "--importance", "random", "--set", "prune.seed=8", "--json").json()
     assert other["plan"]["cuts"] != shown["plan"]["cuts"]
 
 
@@ -214,7 +214,7 @@ def test_widths_that_cannot_be_quantised_are_named(run, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
     options = ("--set", "prune.unit_ratio=0.25", "--importance", "l1")
     said = run("plan", tmp_path / "wide", *options, "--shape", "free").err
-    assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --round-to 32" in said
+    assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --set prune.round_to=32" in said
     assert (
         "quantised" not in run("plan", tmp_path / "wide", *options, "--set", "prune.round_to=32", "--shape", "free").err
     )

@@ -149,7 +149,7 @@ def test_unknown_names_are_refused_before_the_model_is_read(run, tmp_path, optio
 def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
     # In a model this small only a whole layer takes a time that a clock can see.
     kinds = "layer" if budget == "latency" else "attention,mlp"
-    context = ("--context", 32) if budget in ("macs", "latency") else ()
+    context = ("--set", f"{budget}.context=32") if budget in ("macs", "latency") else ()
     free = () if kinds == "layer" else ("--shape", "free")
     options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", kinds, "--set", "prune.layers=all", *free)
     found = run("plan", dense, *options, "--importance", "l1", "-o", tmp_path / "plan.json", "--json").json()
