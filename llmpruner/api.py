@@ -296,7 +296,7 @@ def generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed, stop_text=loaded.family.stop_text if options.chat else None,
-        note=lambda what: progress.status(f"'{loaded.ref}' {what}"), on_text=on_text,
+        on_text=on_text,
     )  # fmt: skip
 
 

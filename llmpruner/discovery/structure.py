@@ -49,7 +49,6 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
     config = _read_config(ref, options)
-    _check_values(text, config)
     wanted = options.family or (ref.reader.family if ref.reader else None)
     family = catalog.family_for(config, wanted)
     return Structure(text, config, family, _graph_of(text, family, config), path=ref.local_path)
@@ -62,7 +61,7 @@ def adapted(base: AnyStructure, text: str) -> AnyStructure:
         trained = (read_any_record(folder) or {}).get("recovery")
         # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
         record = {**record, "adapters": [*record.get("adapters", ()), folder.resolve().name]}
-        if _is_list_of(trained, (dict,)):
+        if trained:
             record["recovery"] = trained
     return replace(base, ref=text, record=record, path=str(folder.resolve()))
 
@@ -85,7 +84,6 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _recorded_structure(
     ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
 ) -> Structure:
-    _check_types(ref, record)
     values = values_of(record)
     if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
         # Pruned from a model with code in its checkpoint, of which this one contains a copy.
@@ -94,30 +92,12 @@ def _recorded_structure(
         pruned_class(ref.location)
     plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    _check_values(ref.text, config)
     family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
     graph = build_graph(family, config)
     for plan in plans:
         plan.check(graph)
         graph = restrict(graph, plan.kept)
     return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
-
-
-def _check_types(ref: Reference, record: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` for what later stages read of a record, and would fail on after their work."""
-    work, recovery, adapters = (record.get(name) for name in ("work", "recovery", "adapters"))
-    for name, right in (
-        ("work", work is None or _is_list_of(work, (dict, type(None)))),
-        ("recovery", recovery is None or _is_list_of(recovery, (dict,))),
-        *((name, isinstance(record.get(name), str | None)) for name in ("base_path", "base_weights")),
-        ("adapters", adapters is None or _is_list_of(adapters, (str,))),
-    ):
-        if not right:
-            raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ('{name}' has a value of another type)")
-
-
-def _is_list_of(value: Any, types: tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(isinstance(one, types) for one in value)
 
 
 def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
@@ -131,31 +111,6 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
             check_own_class(config)
             register_model_class(config, options.revision)
         return config
-
-
-_SIZES = {
-    "hidden_size": 1 << 20, "intermediate_size": 1 << 24, "vocab_size": 1 << 26, "num_hidden_layers": 1 << 13,
-    "num_attention_heads": 1 << 16, "num_key_value_heads": 1 << 16,
-}  # fmt: skip
-"""Far beyond all models that exist: a damaged configuration must not take all memory."""
-
-
-def _check_values(text: str, config: PreTrainedConfig) -> None:
-    """Raise `ModelError` for a size in a configuration that no model has, and where results would have no names."""
-    text_config = config.get_text_config()
-    for one in (config, text_config):
-        if not getattr(one, "return_dict", True):
-            raise ModelError(
-                f"the configuration of '{text}' has return_dict {one.return_dict!r}, with which transformers runs no "
-                "model; expected true"
-            )
-    values = text_config.to_dict()
-    for name, most in _SIZES.items():
-        value = values.get(name)
-        if isinstance(value, int) and not 0 <= value <= most:
-            raise ModelError(
-                f"the configuration of '{text}' has {name} {value}; expected at most {most:,}, not below 0"
-            )
 
 
 def _graph_of(text: str, family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def in_one_line(ref: Reference, damaged: Callable[[Path], str | None] | None = None) -> Iterator[None]:
-    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line. ``damaged``:
-    finds the damaged file in a directory and says what is wrong with it; by default among the files with weights."""
+def in_one_line(ref: Reference) -> Iterator[None]:
+    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
     try:
         yield
     except LlmprunerError:
@@ -51,7 +50,7 @@ def in_one_line(ref: Reference, damaged: Callable[[Path], str | None] | None = N
         known = ref.directory.exists()
         what = "" if known else ": no such directory or .gguf file, and the hub has no such model, or can't be reached"
         local = not ref.gguf_file and ref.reader is None
-        named = ((damaged or _damaged_weights)(ref.directory) if local else None) or reason_of(error)
+        named = (_damaged_weights(ref.directory) if local else None) or reason_of(error)
         raise ModelError(f"cannot load model '{ref.text}'{what} ({named})") from error
 
 

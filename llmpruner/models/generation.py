@@ -32,22 +32,15 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stop_text: str | None = None,
-    note: Callable[[str], None] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it; see
-    `generate_ids`. ``note``: called with a predicate about the model, where the continuation reached the last of its
-    positions. ``on_text``: called with each piece as it comes; an exception in it ends the generation."""
+    `generate_ids`. ``on_text``: called with each piece as it comes; an exception in it ends the generation."""
     ids = generate_ids(
         model, tokenizer, prompt,
         add_special_tokens=add_special_tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
         stop_text=stop_text, **({} if on_text is None else {"streamer": _Pieces(tokenizer, on_text, stop_text)}),
     )  # fmt: skip
-    if note is not None:
-        length = len(ids_to_continue(tokenizer, prompt, special=add_special_tokens))
-        reached = _reached(model, length + len(ids), ended=len(ids) < max_new_tokens)
-        if reached is not None:
-            note(reached)
     return text_before(tokenizer.decode(ids, skip_special_tokens=True), stop_text).strip("\n")
 
 
@@ -70,19 +63,6 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
         self._waiting = part
         if len(text) > len(part):
             self._on_text(text[: len(text) - len(part)])
-
-
-def _reached(model: PreTrainedModel, tokens: int, *, ended: bool) -> str | None:
-    """A predicate about the model for a text of ``tokens`` tokens, the last of which is not read; None where the model
-    has more positions. ``ended``: whether the text is shorter than asked for."""
-    limit = positions_of(model.config)
-    if limit is None or tokens <= limit:
-        return None
-    if table_of(model) is None:
-        if tokens == limit + 1:
-            return None
-        return f"was trained with {limit:,} positions, and the answer goes beyond them"
-    return f"reads at most {limit:,} tokens, and the answer ends there" if ended else None
 
 
 def text_before(text: str, stop: str | None) -> str:

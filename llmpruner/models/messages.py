@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import linecache
 import logging as standard
-import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,40 +16,20 @@ from transformers.utils import logging
 
 from ..errors import LlmprunerError, first_line
 
-_ONE = threading.RLock()
-_inside = 0
-"""How many `quiet_transformers` are active, in all threads."""
-_before = contextlib.ExitStack()
-"""Restores what the first of them changed."""
-
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers, and accelerate's of weights that stay in files. The
-    settings are those of the process: they are restored when the last thread that changed them is done."""
-    global _inside
-    with _ONE:
-        if not _inside:
-            _silence()
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _ONE:
-            _inside -= 1
-            if not _inside:
-                _before.close()
-
-
-def _silence() -> None:
+    """Silence the warnings and progress bars of transformers, and accelerate's of weights that stay in files."""
     placing = standard.getLogger("accelerate.big_modeling")
-    _before.callback(placing.setLevel, placing.level)
-    placing.setLevel(standard.ERROR)
-    _before.callback(logging.set_verbosity, logging.get_verbosity())
-    logging.set_verbosity_error()
-    if logging.is_progress_bar_enabled():
-        _before.callback(logging.enable_progress_bar)
-    logging.disable_progress_bar()
+    with contextlib.ExitStack() as before:
+        before.callback(placing.setLevel, placing.level)
+        placing.setLevel(standard.ERROR)
+        before.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()
+        if logging.is_progress_bar_enabled():
+            before.callback(logging.enable_progress_bar)
+        logging.disable_progress_bar()
+        yield
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +18,7 @@ from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from ..files import read_json
 from ..folders import new_directory
 from .messages import quiet_transformers, why_it_stops
+from .numbers import first_not_finite
 from .record import RECORD_FILE, add_manifest, record_text
 from .shards import INDEX, SINGLE, names_in
 from .shim import shim_model, stock_config
@@ -58,7 +59,7 @@ def save_checkpoint(
     that are not finite and for a model that no configuration and record can state. ``directory`` does not exist then.
     """
     if parts is None:
-        _check_weights(model)
+        _check_finite(model.state_dict())
     shell, form, of_shell = _shell(model, family, parts)
     if stock_only and form != "stock":
         raise UnsupportedModelError(
@@ -216,60 +217,33 @@ def vocabulary_files(tokenizer: Any | None) -> list[Path]:
     return [file] if file.name == "tokenizer.model" and file.is_file() else []
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
-    _check_finite(state)
-
-
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        # Smallest and largest value are NaN where any value is, and need no copy of the tensor.
-        if not all(torch.isfinite(bound) for bound in torch.aminmax(tensor.detach())):
-            raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
+        if tensor.is_meta:
+            raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
+    name = first_not_finite(tensors.items())
+    if name is not None:
+        raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
 
 
 def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
-    """The generation configuration, changed as little as it takes for transformers to save it: published models set
-    sampling options without ``do_sample``, options that have no effect, and a padding token of -1."""
+    """The generation configuration in a form that transformers saves: published models set sampling options without
+    ``do_sample``, and a padding token of -1. Where nothing else helps, its special tokens alone."""
     generation = copy.deepcopy(model.generation_config)
-    if generation is None or _refused_options(generation) == ():
-        return generation
-    before, sampled = _refused_options(generation), generation.do_sample
-    generation.do_sample = True
-    if _refused_options(generation) == before:
-        generation.do_sample = sampled
-    unset = GenerationConfig()
-    # To remove an option may have others refused.
-    while named := _refused_options(generation):
-        changed = [name for name in named if getattr(generation, name, None) != getattr(unset, name, None)]
-        if not changed:
-            break
-        for name in changed:
-            setattr(generation, name, getattr(unset, name, None))
-    if _refused_options(generation) == ():
-        return generation
-    tokens = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return GenerationConfig(
-        **{name: value for name, value in tokens.items() if isinstance(value, list) or _is_id(value)}
-    )
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _refused_options(generation: GenerationConfig) -> tuple[str, ...] | None:
-    """Names of the options that transformers does not save; None for a refusal that names none."""
-    try:
-        generation.validate(strict=True)
-    except Exception as error:  # values of any type, of which it expects some
-        return tuple(re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)) or None
-    return ()
+    if generation is None:
+        return None
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {name: getattr(generation, name, None) for name in names}
+    tokens = {name: None if isinstance(value, int) and value < 0 else value for name, value in tokens.items()}
+    for name, value in tokens.items():
+        setattr(generation, name, value)
+    sampling = copy.deepcopy(generation)
+    sampling.do_sample = True
+    for candidate in (generation, sampling):
+        with contextlib.suppress(Exception):  # values of any type, of which it expects some
+            candidate.validate(strict=True)
+            return candidate
+    return GenerationConfig(**tokens)
 
 
 _APART = ("rope_theta", "partial_rotary_factor")

@@ -6,17 +6,14 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from ..errors import CheckpointError, DataError, ModelError, first_line
-from ..files import read_json
+from ..errors import DataError, ModelError
 from ..settings import LoadSettings
-from .checkpoint import adapter_base
+from .checkpoint import below_adapters
 from .checks import in_one_line
 from .gguf import RECORDED_PRE, pre_tokenizer_of
 from .messages import quiet_transformers
@@ -32,20 +29,14 @@ if TYPE_CHECKING:
 def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
     options = options or LoadSettings()
-    text = structure.ref
-    while (base := adapter_base(Path(text))) is not None:
-        text = base
-    ref = resolve(text, catalog, revision=options.revision)
+    ref = resolve(below_adapters(structure.ref), catalog, revision=options.revision)
     with ref.parsed_once(keep=True):
         return read_tokenizer(ref, options, structure.config)
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
     """Whether a local model has a tokenizer; True for a hub model, as a check would download files."""
-    base = adapter_base(Path(text))
-    if base is not None:
-        return brings_tokenizer(base, catalog)
-    ref = resolve(text, catalog)
+    ref = resolve(below_adapters(text), catalog)
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory) is not None
     if ref.gguf_file or not ref.directory.is_dir():
@@ -60,7 +51,7 @@ def read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConf
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = ref.gguf_argument or {"config": config}
-    with in_one_line(ref, damaged_tokenizer), quiet_transformers():
+    with in_one_line(ref), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
         )
@@ -73,28 +64,6 @@ def read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConf
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 """A model that has none of them brings no tokenizer."""
-_FAST = "tokenizer.json"
-_OBJECTS = (_FAST, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-
-
-def damaged_tokenizer(directory: Path) -> str | None:
-    """What is wrong with the first damaged file of a tokenizer in ``directory``; None where each can be read alone."""
-    for name in _OBJECTS:
-        file = directory / name
-        if not file.is_file():
-            continue
-        try:
-            read_json(file)
-        except CheckpointError as error:
-            return str(error)
-        if name == _FAST:
-            try:
-                Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises no class of its own
-                return f"{file} is damaged: {first_line(error)}"
-    return None
-
-
 LONGEST_WORD = 2000
 """Characters without a blank that are encoded at once. Words are shorter, and so are most paragraphs in scripts without
 blanks."""
