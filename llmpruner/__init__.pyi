@@ -61,7 +61,7 @@ from .evaluation.runtime import Work as Work
 from .evaluation.transformers_runtime import work_of as work_of
 from .exporters import Exporter as Exporter
 from .exporters import ExportTask as ExportTask
-from .folders import new_directory as new_directory
+from .files import new_directory as new_directory
 from .models.checkpoint import load_pruned as load_pruned
 from .models.meta import meta_model as meta_model
 from .models.model import Model as Model

@@ -1,4 +1,4 @@
-"""Writing files completely or not at all, and checking before long work that a place can be written."""
+"""Writing files and folders completely or not at all, and checking before long work that a place can be written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from .values import bytes_text
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8. A regular file is written under a temporary name and renamed, so that a failure leaves
-    the old content; a symbolic link keeps its target; a device or pipe is written to. Raises `OutputError`."""
-    try:
-        _check_links(path)
-        real = path.resolve(strict=False)
+    """Write ``text`` as UTF-8, under a temporary name that is renamed: a failure leaves the old content. A symbolic
+    link keeps its target; a device or pipe is written to. Raises `OutputError`."""
+    with unwritable(path):
+        real = path.resolve()
         if real.exists() and not real.is_file():
-            with real.open("w", encoding="utf-8") as stream:
-                stream.write(text)
+            real.write_text(text, encoding="utf-8")
             return
-        _replace(real, text)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link that points at itself, before Python 3.13
-        raise OutputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        aside = real.with_name(f".{real.name}.{os.getpid()}.partial")
+        try:
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(real)
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def json_text(value: Any, *, indent: int, ensure_ascii: bool = False) -> str:
@@ -50,26 +51,36 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _check_links(path: Path) -> None:
-    """Raise `OSError` for a symbolic link that leads to itself; for which `Path.exists` is False."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        path.stat()
+@contextmanager
+def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails.
+    ``empty``: whether ``directory`` may exist if nothing is in it.
 
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    Raises `OutputError` when ``directory`` exists or cannot be written.
+    """
+    if not (empty and directory.is_dir() and not any(directory.iterdir())):
+        check_new_directory(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        with writing(directory):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
+                    file.chmod(partial.stat().st_mode & 0o666)
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def holds_files(folder: Path, *, but: str | None = None) -> bool:
-    """Whether anything is in a folder, other than the file ``but`` and what killed processes had begun to write, see
-    `write_text` and `new_directory`."""
+    """Whether anything is in a folder, other than the file ``but`` and what killed processes had begun to write."""
     names = (file.name for file in folder.iterdir())
-    return any(name != but and not re.fullmatch(r"\..+\.\d+\.partial", name) for name in names)
+    return any(name != but and not (name.startswith(".") and name.endswith(".partial")) for name in names)
 
 
 def exists(path: str | Path) -> bool:
@@ -82,10 +93,7 @@ def exists(path: str | Path) -> bool:
 
 def is_file(name: str) -> bool:
     """As `exists`, for a file."""
-    try:
-        return Path(name).is_file()
-    except (OSError, ValueError):
-        return False
+    return exists(name) and Path(name).is_file()
 
 
 def check_new_directory(path: Path) -> Path:
@@ -102,7 +110,6 @@ def check_new_file(path: Path) -> Path:
     with unwritable(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
-        _check_links(path)
         if not path.exists():
             _check_parent(path)
         elif not os.access(path, os.W_OK):
@@ -111,8 +118,8 @@ def check_new_file(path: Path) -> Path:
 
 
 def check_unused_file(path: Path) -> Path:
-    """As `check_new_file`, for a result that took long and that nothing else keeps. Raises `OutputError` for a file
-    that holds something, too; devices, pipes and empty files are written to."""
+    """As `check_new_file`. Raises `OutputError` for a file that holds something, too; devices, pipes and empty files
+    are written to."""
     with unwritable(check_new_file(path)):
         if _holds_something(path):
             raise OutputError(f"output file '{path}' exists already; choose another or remove it")
@@ -128,7 +135,7 @@ def check_own_file(path: Path, begins: str, what: str) -> Path:
     with unwritable(check_new_file(path)):
         if _holds_something(path):
             with path.open("rb") as stream:
-                head = stream.read(_HEAD)
+                head = stream.read(256)
             if not b"".join(head.split()).lower().startswith(begins.encode()):
                 raise OutputError(f"'{path}' exists already and is no {what}; choose another or remove it")
     return path
@@ -136,23 +143,20 @@ def check_own_file(path: Path, begins: str, what: str) -> Path:
 
 HTML = "<!doctypehtml"
 """For `check_own_file`: how pages begin."""
-_HEAD = 256
-"""Bytes of a file that tell which kind of result it is."""
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether a file that is not empty is at ``path``; not of devices and pipes, and of what the process was given
-    open: /dev/stdout may lead to a file that a shell appends to."""
-    given_open = path.absolute().parts[1:2] in (("dev",), ("proc",))
-    return not given_open and path.is_file() and path.stat().st_size > 0
+    """Whether a file that is not empty is at ``path``, other than a device or pipe: /dev/stdout may lead to a file that
+    a shell appends to."""
+    return path.absolute().parts[1:2] != ("dev",) and path.is_file() and path.stat().st_size > 0
 
 
 def _check_parent(path: Path) -> None:
-    """Tries to create a directory beside ``path``, as permissions, name length and free inodes matter."""
+    """Tries to create a directory next to ``path``, as permissions, name length and free inodes matter."""
     parent = path.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
-    # The temporary name that writing uses, which is longer than the final one.
+    # A temporary name, which is longer than the final one.
     trial = parent / f".{path.name}.{os.getpid()}.partial"
     trial.mkdir()
     trial.rmdir()
@@ -163,32 +167,8 @@ def unwritable(path: Path) -> Iterator[None]:
     """What the system refuses about ``path``, a name that is too long as well, as an `OutputError`."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(f"'{path}' cannot be written: {error.strerror or error}") from error
-
-
-def write_failure(error: BaseException) -> str | None:
-    """Why the system did not take what was written, in plain words; None for an error that is something else.
-
-    Libraries have errors of their own for it: safetensors gives the system's number, torch the name of its writer.
-    """
-    text = str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
-        number = int(found[1])
-    if number in _WRITING:
-        return _WRITING[number]
-    written_by_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
-    return f"no space left on the device, or it fails ({first_line(error)})" if written_by_torch else None
-
-
-_WRITING = {
-    errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is exhausted",
-    errno.EFBIG: "the file is larger than the system allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EIO: "the device fails",
-}
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
+        raise OutputError(f"'{path}' cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
@@ -201,6 +181,21 @@ def writing(what: Path | str) -> Iterator[None]:
         if reason is None and not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         raise OutputError(f"{what} cannot be written: {reason or first_line(error)}") from error
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why the system did not take what was written, in plain words; None for an error that is something else.
+
+    Libraries have errors of their own for it: safetensors gives the system's number, torch the name of its writer.
+    """
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and type(error).__name__ == "SafetensorError" and (code := re.search(r"os error (\d+)", text)):
+        number = int(code[1])
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        return os.strerror(number).lower()
+    written_by_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
+    return f"no space left on device, or it fails ({first_line(error)})" if written_by_torch else None
 
 
 def check_space(path: Path, size: float, what: str) -> None:

@@ -6,67 +6,14 @@ left.
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 import shutil
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import OutputError
-from .files import unwritable, writing
-
-
-@contextmanager
-def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails. Those
-    that killed processes left for the same ``directory`` are removed first. ``empty``: whether ``directory`` may exist
-    if nothing is in it.
-
-    Raises `OutputError` when ``directory`` exists or cannot be written.
-    """
-    taken = empty and directory.is_dir() and not any(directory.iterdir())
-    if directory.exists() and not taken:
-        raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
-    _remove_abandoned(directory)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    lock = None
-    try:
-        with writing(directory):
-            with unwritable(directory):
-                partial.mkdir(parents=True)
-            lock = _lock(partial)
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
-                    file.chmod(partial.stat().st_mode & 0o666)
-            if taken:
-                directory.rmdir()
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def scratch_folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
-    """A new folder in ``parent`` (None: where the system has such folders) whose name begins with ``prefix``, removed
-    with the object and at the end of the process. Those that killed processes left there are removed first."""
-    within = Path(tempfile.gettempdir()) if parent is None else parent
-    _remove_unused(within.glob(f"{glob.escape(prefix)}*"))
-    while True:
-        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=within)
-        lock = _lock(Path(folder.name))
-        if lock is not None:
-            weakref.finalize(folder, os.close, lock)
-        # Another process may have removed it before it was locked.
-        if Path(folder.name).is_dir():
-            return folder
-
+from .files import writing
 
 _TRIES = 100
 """To lock a folder that other runs remove as they end, or on a file system that numbers it anew each time."""
@@ -183,20 +130,3 @@ def _lock(folder: Path) -> int | None:
             raise
         return None
     return found
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Remove temporary directories of `new_directory` that no process writes any more."""
-    partials = directory.parent.glob(f".{glob.escape(directory.name)}.*.partial")
-    _remove_unused(p for p in partials if re.fullmatch(r"\.\d+\.partial", p.name[len(directory.name) + 1 :]))
-
-
-def _remove_unused(folders: Iterable[Path]) -> None:
-    """Remove those of the ``folders`` that no process holds a lock on."""
-    for folder in folders:
-        if folder.is_dir():
-            with suppress(BlockingIOError):
-                lock = _lock(folder)
-                if lock is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    os.close(lock)

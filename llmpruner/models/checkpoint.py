@@ -12,8 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, MissingExtraError, first_line
-from ..files import exists, read_json
-from ..folders import new_directory
+from ..files import exists, new_directory, read_json
 from ..values import path_from
 from .messages import quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model

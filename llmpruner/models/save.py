@@ -15,8 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
-from ..files import read_json
-from ..folders import new_directory
+from ..files import new_directory, read_json
 from .messages import quiet_transformers, why_it_stops
 from .numbers import first_not_finite
 from .record import RECORD_FILE, add_manifest, record_text

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import LlmprunerError, UnknownNameError
-from ..folders import new_directory
+from ..files import new_directory
 
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",

@@ -68,7 +68,7 @@ TERMINATED = """
 import os, signal, sys, time
 from pathlib import Path
 from llmpruner.cli import app as commands, main
-from llmpruner.folders import new_directory
+from llmpruner.files import new_directory
 
 def app(**_):
     with new_directory(Path(sys.argv[1]) / "out") as partial:

@@ -18,7 +18,6 @@ from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError, SettingsError
 from llmpruner.files import write_text
-from llmpruner.folders import scratch_folder
 from llmpruner.progress import Progress
 from llmpruner.pruning.methods.presets import Best
 from llmpruner.recovery.work_dir import check_work_dir
@@ -203,23 +202,6 @@ def test_kill_minus_nine(dense, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     assert checksums(tmp_path / "out") == checksums(tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
-
-
-def test_folders_of_killed_processes_are_removed(tmp_path):
-    """Of those for converted tensors, a killed process leaves its own; one that is in use stays."""
-    script = (
-        "import os, signal, sys; from pathlib import Path; from llmpruner.folders import scratch_folder; "
-        "kept = scratch_folder('.converted-', Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    (left,) = tmp_path.iterdir()
-    used = scratch_folder(".converted-", tmp_path)
-    assert not left.exists()
-    other = scratch_folder(".converted-", tmp_path)
-    assert {used.name, other.name} == set(map(str, tmp_path.iterdir()))
-    used.cleanup()
-    other.cleanup()
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("what", ["the text", "the text of a method", "the weights"])

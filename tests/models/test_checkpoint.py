@@ -86,7 +86,7 @@ def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(GenerationConfig, "save_pretrained", full)
-    with pytest.raises(OutputError, match="out cannot be written: no space left on the device"):
+    with pytest.raises(OutputError, match="out cannot be written: no space left on device"):
         save_checkpoint(cut_llama("mlp"), tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
 
