@@ -45,10 +45,10 @@ def _sampled_weights(place: Path) -> str | None:
     are none, or one cannot be read."""
     try:
         files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in _SUFFIXES)
-        found = {file.name: sampled_sha256(file) for file in files if file.is_file()}
+        sums = {file.name: sampled_sha256(file) for file in files if file.is_file()}
     except OSError:
         return None
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else None
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else None
 
 
 def dense_structure(pruned: Structure, catalog: Catalog, *, trust_remote_code: bool = False) -> Structure:

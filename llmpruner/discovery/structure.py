@@ -49,8 +49,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
     config = _read_config(ref, options)
-    wanted = options.family or (ref.reader.family if ref.reader else None)
-    family = catalog.family_for(config, wanted)
+    family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
     return Structure(text, config, family, _graph_of(text, family, config), path=ref.local_path)
 
 
@@ -72,8 +71,8 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
     except LlmprunerError:
         raise
     except ValidationError as error:
-        found = refusal(error)
-        reason = f"{found.key} of a plan {found.value}: {found.expected}"
+        wrong = refusal(error)
+        reason = f"{wrong.key} of a plan {wrong.value}: {wrong.expected}"
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
     except Exception as error:
         # Classes of configurations raise exceptions of any type for unexpected values.

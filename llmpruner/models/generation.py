@@ -16,10 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
 from .messages import quiet_transformers
 from .positions import last_logits, positions_of, table_of
-from .tokenizer import check_ids, ids_to_continue, padding_id, tokens_of
+from .tokenizer import check_ids, ids_to_continue, padding_id
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
 
 def generate(
@@ -93,19 +93,20 @@ def generate_ids(
     """
     if temperature < 0:
         raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
-    check_prompt(model.config, tokenizer, prompt)
     ids_1T = torch.tensor(
         [ids_to_continue(tokenizer, prompt, special=add_special_tokens)], dtype=torch.long, device=model.device
     )
     length = ids_1T.shape[1]
-    _check_length(length)
+    limit = positions_of(model.config)
+    if length == 0:
+        raise DataError("the prompt is empty")
+    if limit is not None and length > limit:
+        raise DataError(f"the prompt has {length:,} tokens, and the model reads {limit:,}; shorten it")
     check_ids(ids_1T, model)
-    limit = table_of(model)
-    if limit is not None:
-        if length > limit:
-            raise _too_long(length, limit)
+    table = table_of(model)
+    if table is not None:
         # The last token is not read.
-        max_new_tokens = min(max_new_tokens, limit - length + 1)
+        max_new_tokens = min(max_new_tokens, table - length + 1)
     own = model.generation_config
     stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
@@ -144,35 +145,16 @@ def _until_text(tokenizer: Any, stop: str, length: int) -> StoppingCriteria:
     class Until(StoppingCriteria):  # type: ignore[misc]
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             tail = input_ids[0, max(length, input_ids.shape[1] - width) :]
-            found = stop in tokenizer.decode(tail, skip_special_tokens=True)
-            return torch.full((len(input_ids),), found, dtype=torch.bool, device=input_ids.device)
+            stops = stop in tokenizer.decode(tail, skip_special_tokens=True)
+            return torch.full((len(input_ids),), stops, dtype=torch.bool, device=input_ids.device)
 
     return Until()
 
 
-def check_prompt(config: PreTrainedConfig, tokenizer: Any, prompt: str) -> None:
-    """Raise `DataError` for a prompt of more tokens than the model has positions for."""
-    limit = positions_of(config)
-    # A token is a byte at least.
-    if limit is None or len(prompt.encode()) <= limit:
-        return
-    tokens = len(tokens_of(tokenizer, prompt))
-    if tokens > limit:
-        raise _too_long(tokens, limit)
-
-
 def check_not_empty(tokenizer: Any, prompt: str) -> None:
     """Raise `DataError` for a prompt that ``tokenizer`` makes no token of."""
-    _check_length(len(tokenizer(prompt, verbose=False)["input_ids"]))
-
-
-def _check_length(length: int) -> None:
-    if length == 0:
+    if not tokenizer(prompt, verbose=False)["input_ids"]:
         raise DataError("the prompt is empty")
-
-
-def _too_long(tokens: int, limit: int) -> DataError:
-    return DataError(f"the prompt has {tokens:,} tokens, and the model reads {limit:,}; shorten it")
 
 
 class CachedModel:
@@ -255,10 +237,10 @@ def fast_one_token_attention() -> Iterator[None]:
         batch, heads, queries, dim = query_BHQD.shape
         # Masks of one query are left out by transformers where it attends to all tokens.
         if queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu" or _has_more(dropout, options):
-            found: tuple[torch.Tensor, None] = own(
+            attended: tuple[torch.Tensor, None] = own(
                 module, query_BHQD, key_BGTD, value_BGTE, attention_mask, dropout=dropout, scaling=scaling, **options
             )
-            return found
+            return attended
         # The query heads of a group, which share keys and values, are the rows of one product.
         groups = key_BGTD.shape[1]
         scale = dim**-0.5 if scaling is None else scaling

@@ -70,11 +70,11 @@ def gguf_reader(path: os.PathLike[str] | str) -> Any:
 
 def gguf_metadata(path: os.PathLike[str] | str) -> dict[str, Any]:
     """What transformers makes of a file without its tensors: ``config``, ``tokenizer``, …; a copy."""
-    found = _parsed(path)
-    if found.metadata is None:
+    parsed = _parsed(path)
+    if parsed.metadata is None:
         with gguf_parsed_once(keep=True), quiet_transformers():
-            found.metadata = _OWN_LOAD(str(path))
-    return copy.deepcopy(found.metadata)
+            parsed.metadata = _OWN_LOAD(str(path))
+    return copy.deepcopy(parsed.metadata)
 
 
 def forget_gguf() -> None:
@@ -91,8 +91,8 @@ def pre_tokenizer_of(path: Path) -> str | None:
 
 def _parsed(path: os.PathLike[str] | str) -> _Parsed:
     global _last
-    real, found = os.path.realpath(path), Path(path).stat()
-    file = real, found.st_mtime_ns, found.st_size
+    real, facts = os.path.realpath(path), Path(path).stat()
+    file = real, facts.st_mtime_ns, facts.st_size
     if _last is None or _last.file != file:
         forget_gguf()  # before another one takes memory
         _last = _Parsed(file, _reader_class()(real))
@@ -115,9 +115,9 @@ _OWN_LOAD = legacy.load_gguf_checkpoint
 
 
 def _load_gguf_checkpoint(
-    gguf_checkpoint_path: str, return_tensors: bool = False, *given: Any, **options: Any
+    gguf_checkpoint_path: str, return_tensors: bool = False, *arguments: Any, **options: Any
 ) -> dict[str, Any]:
     if not return_tensors:
         return gguf_metadata(gguf_checkpoint_path)
-    loaded: dict[str, Any] = _OWN_LOAD(gguf_checkpoint_path, return_tensors, *given, **options)
+    loaded: dict[str, Any] = _OWN_LOAD(gguf_checkpoint_path, return_tensors, *arguments, **options)
     return loaded

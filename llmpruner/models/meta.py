@@ -111,9 +111,9 @@ def decoder_layers(model: Any) -> str:
     # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")
-    found = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    every = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     # Some classes call their head the decoder.
-    lists = [entry for entry in found if entry[2].startswith(inside)] or found
+    lists = [entry for entry in every if entry[2].startswith(inside)] or every
     with_parameters = [entry for entry in lists if any(True for _ in model.get_submodule(entry[2]).parameters())]
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     exact = [entry for entry in with_parameters if entry[0] == expected]

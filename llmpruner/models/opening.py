@@ -92,25 +92,25 @@ def forget_quantisation(model: Any) -> None:
 
 
 def open_streamed(
-    structure: Structure, catalog: Catalog, options: LoadSettings, beside: Path | None = None, *, ahead: bool = True
+    structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None, *, ahead: bool = True
 ) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
-    layer by layer. ``beside``, ``ahead``: see `CheckpointWeights`."""
+    layer by layer. ``scratch``, ``ahead``: see `CheckpointWeights`."""
     ref = resolve(structure.ref, catalog, revision=options.revision)
     check_files(ref)
     tokenizer = read_tokenizer(ref, options, structure.config)
-    weights = open_weights(structure, catalog, options, beside, ahead=ahead)
+    weights = open_weights(structure, catalog, options, scratch, ahead=ahead)
     return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
 
 
 def open_weights(
-    structure: Structure, catalog: Catalog, options: LoadSettings, beside: Path | None = None, *, ahead: bool = True
+    structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None, *, ahead: bool = True
 ) -> CheckpointWeights:
     """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
     ref, graph = resolve(structure.ref, catalog, revision=options.revision), structure.graph
     with in_one_line(ref), naming_missing(ref.directory, graph):
         weights = CheckpointWeights(
-            ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), beside,
+            ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
             ahead=ahead, trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     check_loaded(ref.text, weights.model, weights.info)

@@ -40,8 +40,8 @@ def _unused_rows(config: PreTrainedConfig, rows: int) -> int:
     except (LlmprunerError, *REFUSALS):
         return 0  # opening the model says what is wrong
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
-    found = (table.padding_idx for table in tables if table.num_embeddings == rows)
-    return max((number + 1 for number in found if number is not None), default=0)
+    numbers = (table.padding_idx for table in tables if table.num_embeddings == rows)
+    return max((number + 1 for number in numbers if number is not None), default=0)
 
 
 _LOG = logging.getLogger("llmpruner")
@@ -75,12 +75,12 @@ def table_of(model: PreTrainedModel) -> int | None:
     return limit if any(limit <= count <= limit + _MORE_ROWS for count in rows) else None
 
 
-def check_table(model: PreTrainedModel, tokens: int, what: str, how: str) -> None:
+def check_table(model: PreTrainedModel, tokens: int, what: str, advice: str) -> None:
     """Raise `DataError` for more ``tokens`` than ``model`` has a table of positions for. ``what``: they are, in the
-    plural. ``how``: to get fewer."""
+    plural. ``advice``: to get fewer."""
     limit = table_of(model)
     if limit is not None and tokens > limit:
-        raise DataError(f"{what} are beyond the model's {limit:,} positions; {how}")
+        raise DataError(f"{what} are beyond the model's {limit:,} positions; {advice}")
 
 
 def table_of_config(config: PreTrainedConfig) -> int | None:
@@ -94,22 +94,22 @@ def table_of_config(config: PreTrainedConfig) -> int | None:
         return None
 
 
-def check_table_of_config(config: PreTrainedConfig, ref: str, tokens: int, what: str, how: str) -> None:
+def check_table_of_config(config: PreTrainedConfig, ref: str, tokens: int, what: str, advice: str) -> None:
     """`check_table` for the model ``ref`` of ``config``, without its weights."""
     limit = positions_of(config)
     if limit is None or tokens <= limit:
         return
-    found = table_of_config(config)
-    if found is not None:
-        raise DataError(f"{what} are beyond the {found:,} positions of '{ref}'; {how}")
+    table = table_of_config(config)
+    if table is not None:
+        raise DataError(f"{what} are beyond the {table:,} positions of '{ref}'; {advice}")
 
 
-def warn_beyond(config: PreTrainedConfig, ref: str, tokens: int, what: str, how: str) -> None:
+def warn_beyond(config: PreTrainedConfig, ref: str, tokens: int, what: str, advice: str) -> None:
     """Say that ``tokens``, which `check_table` took, are more than the model ``ref`` was trained with: one that
-    computes positions runs on, and its predictions get worse. ``what`` and ``how``: as there."""
+    computes positions runs on, and its predictions get worse. ``what`` and ``advice``: as there."""
     limit = positions_of(config)
     if limit is not None and tokens > limit:
-        _LOG.warning("%s are beyond the %s positions that '%s' was trained with; %s", what, f"{limit:,}", ref, how)
+        _LOG.warning("%s are beyond the %s positions that '%s' was trained with; %s", what, f"{limit:,}", ref, advice)
 
 
 LOGIT_ELEMENTS = 1 << 24
@@ -130,8 +130,8 @@ def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.
     """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64. A model that `computes_some_logits` computes
     no others."""
     if computes_some_logits(model):
-        found: torch.Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
-        return found
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
+        return logits
     every: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return every.index_select(1, positions)
 

@@ -113,8 +113,8 @@ def _write(record: Path, values: Mapping[str, Any]) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sums = pool.map(sha256, files)
         facts = {
-            file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": found}
-            for file, found in zip(files, sums, strict=True)
+            file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
+            for file, digest in zip(files, sums, strict=True)
         }
     record.write_text(record_text({**values, FILES: facts}), encoding="utf-8")
 
@@ -126,13 +126,13 @@ def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | N
     if stated is None:
         return None
     try:
-        found = {str(name): FileFacts(int(one["bytes"]), str(one["sha256"])) for name, one in stated.items()}
+        facts = {str(name): FileFacts(int(entry["bytes"]), str(entry["sha256"])) for name, entry in stated.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the record is damaged: '{FILES}' must give bytes and sha256 of each file") from error
-    for name in found:
+    for name in facts:
         if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"the record is damaged: {name!r} is no file of the checkpoint")
-    return found
+    return facts
 
 
 def damaged_files(

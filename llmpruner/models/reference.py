@@ -94,10 +94,10 @@ class Reference:
 def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:
     """The location of the model ``text``. Raises `ModelError` for a path that does not exist, `SettingsError` for a
     ``revision`` of local files."""
-    found = _resolve(text, catalog)
-    if revision is not None and found.directory.exists():
+    ref = _resolve(text, catalog)
+    if revision is not None and ref.directory.exists():
         raise SettingsError(f"--revision has no effect: '{text}' is local, not a hub model; leave it out")
-    return found
+    return ref
 
 
 def _resolve(text: str, catalog: Catalog) -> Reference:

@@ -70,8 +70,8 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
     base: type[PreTrainedModel] = pruned.pruned_base
     AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
     AutoModelForCausalLM.register(base.config_class, base, exist_ok=True)
-    found: type[PreTrainedModel] = pruned
-    return found
+    loaded: type[PreTrainedModel] = pruned
+    return loaded
 
 
 def _code_of(config: PreTrainedConfig) -> str | None:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..structure.architecture import StatesConfigs
+    from .weights import StreamedWeights
 
 
 def save_checkpoint(
@@ -38,7 +39,7 @@ def save_checkpoint(
     family: StatesConfigs | None = None,
     extra_files: Sequence[Path] = (),
     stock_only: bool = False,
-    parts: StreamedParts | None = None,
+    parts: StreamedWeights | None = None,
 ) -> Literal["stock", "shim"]:
     """Write ``model`` to the new ``directory``; returns the form.
 
@@ -88,22 +89,7 @@ def save_checkpoint(
     return form
 
 
-class StreamedParts(Protocol):
-    """Weights of a model that are read part by part: the number of a decoder layer, or None for what is outside."""
-
-    @property
-    def numbers(self) -> Sequence[int | None]: ...
-    def number(self, name: str) -> int | None:
-        """The part that a tensor of the state dict is in."""
-
-    def part(self, number: int | None) -> AbstractContextManager[None]:
-        """While active, the model has the weights of a part."""
-
-    def like(self, model: PreTrainedModel) -> StreamedParts:
-        """The same for another model with the same parameters, on the meta device."""
-
-
-def _save_parts(shell: PreTrainedModel, parts: StreamedParts, directory: Path, *, original: bool) -> None:
+def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path, *, original: bool) -> None:
     """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
     names: dict[str, list[str]] = {}
     size = 0
@@ -121,14 +107,14 @@ def _save_parts(shell: PreTrainedModel, parts: StreamedParts, directory: Path, *
             for file in aside.iterdir():
                 file.rename(directory / file.name)
         shutil.rmtree(aside)
-    weight_map = {name: shard for shard, found in names.items() for name in sorted(found)}
+    weight_map = {name: shard for shard, stored in names.items() for name in sorted(stored)}
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shell(
-    model: PreTrainedModel, family: StatesConfigs | None, parts: StreamedParts | None
-) -> tuple[PreTrainedModel, Literal["stock", "shim"], StreamedParts | None]:
+    model: PreTrainedModel, family: StatesConfigs | None, parts: StreamedWeights | None
+) -> tuple[PreTrainedModel, Literal["stock", "shim"], StreamedWeights | None]:
     """An instance of the class that will be saved, with the weights of ``model``."""
     config = stock_config(model)
     with _outside(parts):
@@ -160,7 +146,7 @@ def _shell(
     return pruned, "shim", of_pruned
 
 
-def _outside(parts: StreamedParts | None) -> AbstractContextManager[None]:
+def _outside(parts: StreamedWeights | None) -> AbstractContextManager[None]:
     """Makes the weights outside the layers available, by which the device is found, too."""
     return nullcontext() if parts is None else parts.part(None)
 

@@ -172,11 +172,11 @@ def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
         if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
             continue
         if type(value) is int:
-            found = [new for old, new in axes if old == value and new]
+            sizes = [new for old, new in axes if old == value and new]
         else:
-            found = [new for _, new in axes if new] if value is None and _OPEN_WIDTH.search(name) else []
-        if found:
-            options[name] = list(dict.fromkeys(found))
+            sizes = [new for _, new in axes if new] if value is None and _OPEN_WIDTH.search(name) else []
+        if sizes:
+            options[name] = list(dict.fromkeys(sizes))
     return options
 
 
@@ -348,10 +348,10 @@ def per_layer_sizes(
             if types:
                 single.layer_types = [types[n]]
             known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
-        found = known[key]
-        if found is None:
+        layer = known[key]
+        if layer is None:
             return {}
-        sizes[n] = found
+        sizes[n] = layer
     return sizes
 
 

@@ -235,24 +235,24 @@ def _check(group: CoupledGroup) -> None:
 
 def _own(model: PreTrainedModel, name: str) -> nn.Parameter:
     try:
-        found: nn.Parameter = model.get_parameter(name)
+        parameter: nn.Parameter = model.get_parameter(name)
     except AttributeError:
         raise UnsupportedModelError(f"the model has no parameter '{name}', which one of full width has") from None
-    return found
+    return parameter
 
 
 def _widened(tensor: torch.Tensor, name: str, axis: int, now: Sequence[int], kept: Sequence[int]) -> torch.Tensor:
     """``tensor`` with zeros along ``axis`` for the indices ``kept`` that are not in ``now``."""
-    ours, wanted = list(now), list(kept)
+    ours, theirs = list(now), list(kept)
     if tensor.shape[axis] != len(ours):
         raise UnsupportedModelError(
             f"'{name}' has {tensor.shape[axis]} entries along axis {axis}; its plans leave {len(ours)}"
         )
-    if ours == wanted:
+    if ours == theirs:
         return tensor
-    position = {index: number for number, index in enumerate(wanted)}
+    position = {index: number for number, index in enumerate(theirs)}
     target = torch.tensor([position[index] for index in ours], device=tensor.device)
-    shape = [*tensor.shape[:axis], len(wanted), *tensor.shape[axis + 1 :]]
+    shape = [*tensor.shape[:axis], len(theirs), *tensor.shape[axis + 1 :]]
     return tensor.new_zeros(shape).index_copy_(axis, target, tensor)
 
 

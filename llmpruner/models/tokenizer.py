@@ -93,7 +93,7 @@ def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 def _at_end(ids: Sequence[int], token: int) -> int:
     """How many of the last tokens are ``token``."""
-    return sum(1 for _ in takewhile(lambda one: one == token, reversed(ids)))
+    return sum(1 for _ in takewhile(lambda last: last == token, reversed(ids)))
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -116,10 +116,10 @@ def predicted_tokens(model: Any) -> int:
 def check_one_head(reference: Any, model: Any) -> None:
     """Raise `ModelError` for models that predict different numbers of tokens: one cannot read what the other can, and
     their predictions are not of the same tokens."""
-    wanted, found = predicted_tokens(reference), predicted_tokens(model)
-    if wanted != found:
+    expected, predicted = predicted_tokens(reference), predicted_tokens(model)
+    if expected != predicted:
         raise ModelError(
-            f"the model predicts {found} tokens and the reference {wanted}; KL divergence needs one vocabulary"
+            f"the model predicts {predicted} tokens and the reference {expected}; KL divergence needs one vocabulary"
         )
 
 
@@ -133,8 +133,8 @@ def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) ->
     can read it, which it cannot where one was added to the tokenizer alone; else one of ``others``, the end of the
     sequence, or 0."""
     rows = embedding_rows(model)
-    found = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in found if token is not None and 0 <= token < rows)
+    candidates = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in candidates if token is not None and 0 <= token < rows)
 
 
 def with_padding(tokenizer: Any, model: Any) -> Any:

@@ -193,7 +193,7 @@ class CheckpointWeights(StreamedWeights):
 
     transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
     has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
-    in ``beside`` (None: where the system has such folders), which is removed with this object. accelerate's hooks,
+    in ``scratch`` (None: where the system has such folders), which is removed with this object. accelerate's hooks,
     which read the weights of single modules, are removed.
 
     ``info``: the loading info of ``from_pretrained``.
@@ -205,12 +205,12 @@ class CheckpointWeights(StreamedWeights):
         dtype: torch.dtype,
         path: str,
         device: torch.device,
-        beside: Path | None = None,
+        scratch: Path | None = None,
         *,
         ahead: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=beside)
+        self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=scratch)
         with quiet_transformers():
             model, self.info = model_class(directory, trust_remote_code).from_pretrained(
                 str(directory),
