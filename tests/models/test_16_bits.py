@@ -22,10 +22,7 @@ from llmpruner.engine.check import LayerCheck
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.gradients import GradientWalk
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.errors import ModelError
 from llmpruner.models.checkpoint import load_pruned
-from llmpruner.models.checks import check_runs
-from llmpruner.models.meta import meta_model
 from llmpruner.models.numbers import autocast_to
 from llmpruner.settings import LoadSettings, RunSettings
 
@@ -122,35 +119,6 @@ def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, mon
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "by layer"])
-@pytest.mark.parametrize("how", [{"method": "fast"}, {"importance": "l1", "compensate": "none"}], ids=["fast", "l1"])
-def test_a_model_that_does_not_run_in_16_bits_is_refused_before_work(tmp_path, monkeypatch, how, streamed):
-    """XLNet makes some of its parameters in float32 in any dtype, and multiplies them with the others."""
-    folder = tmp_path / "dense"
-    config = CONFIG_MAPPING["xlnet"](vocab_size=96, d_model=48, n_layer=2, n_head=4, d_inner=64)
-    random_instance(config).bfloat16().save_pretrained(folder)
-    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda s=streamed: 0 if s else 1 << 50)
-    text = {"samples": 4, "length": 16, "calibration": "self"} if "method" in how else {}
-    with pytest.raises(ModelError, match=r"does not run in bfloat16: .*'transformer\.mask_emb'.*float32$"):
-        api.prune(str(folder), ratio=0.2, output=tmp_path / "pruned", **text, **how)
-    assert not (tmp_path / "pruned").exists()
-
-
-def test_a_model_with_parameters_in_float32_that_its_class_names_is_read_once():
-    """Those of DeepSeek's routers are meant to be so, and every layer of a large one is not run to see it."""
-    config = CONFIG_MAPPING["deepseek_v3"](
-        **SMALL | LAYERS_AND_HEADS, first_k_dense_replace=1, n_routed_experts=4, n_group=2, topk_group=2,
-        num_experts_per_tok=2, moe_intermediate_size=16, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8,
-    )  # fmt: skip
-    model = meta_model(config, torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}
-    runs = []
-    model.register_forward_pre_hook(lambda *_: runs.append(1))
-    check_runs("deepseek", model)
-    assert not runs
-
-
 def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_are_held(tmp_path, monkeypatch):
     """In memory, all layers run in float32 then; read one by one, those before it are not known to until it comes."""
     tiny_models.llama(layers=3).save_pretrained(tmp_path / "dense")
@@ -174,25 +142,6 @@ def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_
         api.plan(str(tmp_path / "dense"), **how)
     assert asked[:3] == [0, 1, 2] and len(kept) == 2
     assert all(map(torch.equal, kept[False], kept[True]))
-
-
-@pytest.mark.parametrize("strategy", ["lora", "distil"])
-def test_a_model_in_float16_with_layer_norms_is_trained_under_autocast(tmp_path, strategy):
-    """Weights that are not trained, and those of the dense model, stay in float16."""
-    tiny_models.gpt2(64).half().save_pretrained(tmp_path / "dense")
-    tiny_models.tokenizer().save_pretrained(tmp_path / "dense")
-    load = LoadSettings(dtype="float16")
-    api.prune(
-        str(tmp_path / "dense"), ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned", load=load
-    )
-    (tmp_path / "data.jsonl").write_text('{"prompt": "Question? ", "completion": "Paris."}\n' * 4)
-    recovered = api.recover(
-        str(tmp_path / "pruned"), output=tmp_path / "out", data=str(tmp_path / "data.jsonl"), strategy=strategy,
-        max_steps=2, batch_size=2, micro_batch_size=2, validation=0, cutoff=32, autocast=True, load=load,
-        learning_rate=1e-2,
-    )  # fmt: skip
-    before = load_pruned(tmp_path / "pruned").state_dict()
-    assert any(not torch.equal(value, before[name]) for name, value in recovered.model.state_dict().items())
 
 
 def test_norms_have_weights_in_16_bits_for_inputs_in_another_dtype():

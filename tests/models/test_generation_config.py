@@ -18,8 +18,8 @@ REFUSED = {
     "and no sampling": ({"pad_token_id": -1, "temperature": 0.6}, {"do_sample": True, "temperature": 0.6}),
     "sampling alone": ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
     "scores that are not returned": ({"output_scores": True, "top_k": None}, {"do_sample": None}),
-    "no samples and scores": ({"output_scores": True, "do_sample": False}, {"do_sample": False}),
-    "a cache that is not used": ({"use_cache": False, "cache_implementation": "static"}, {"use_cache": False}),
+    "no samples and scores": ({"output_scores": True, "do_sample": False}, {}),
+    "a cache that is not used": ({"use_cache": False, "cache_implementation": "static"}, {}),
     "many beams": ({"num_beams": 1, "length_penalty": 0.5, "pad_token_id": -1}, {}),
 }
 
@@ -50,29 +50,6 @@ def test_it_is_saved_without_what_is_refused(options, kept, where, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
     found.validate(strict=True)
     assert {name: getattr(found, name) for name in (*TOKENS, *kept)} == {**TOKENS, **kept}
-
-
-@pytest.mark.parametrize("runtime", ["stock", "nemotron-nas", "torchao"])
-def test_exports(runtime, tmp_path):
-    if runtime == "torchao":
-        pytest.importorskip("torchao")
-    model = model_with(tmp_path / "model", {"pad_token_id": -1, "output_scores": True}, "generation_config.json")
-    llmpruner.export(model, to=runtime, output=tmp_path / "out")
-    file = tmp_path / "out" / "generation_config.json"
-    found = json.loads(file.read_text())
-    assert "output_scores" not in found and found.get("pad_token_id") is None and found["eos_token_id"] == 2
-
-
-@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
-def test_recovery(where, tmp_path):
-    model = model_with(tmp_path / "model", {"pad_token_id": -1}, where)
-    (tmp_path / "d.jsonl").write_text(
-        "".join(json.dumps({"prompt": "Q", "completion": f"It is {n}."}) + "\n" for n in range(4))
-    )
-    llmpruner.recover(
-        model, data=str(tmp_path / "d.jsonl"), output=tmp_path / "out", strategy="full", max_steps=1, batch_size=2
-    )
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.validate(strict=True)
 
 
 def test_the_last_resort_has_the_tokens(monkeypatch):

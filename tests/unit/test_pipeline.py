@@ -10,11 +10,10 @@ import criteria_cases
 import pytest
 import tiny_models
 import torch
-from llmpruner.models.content import Content
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
-from llmpruner import DataError, ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
+from llmpruner import ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
 from llmpruner.discovery.graph import build_graph
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
@@ -241,53 +240,6 @@ def test_a_model_that_a_prune_left_half_changed_is_refused(gqa, tmp_path, monkey
         with pytest.raises(ModelError, match=r"'.*' was left half-changed by a prune that did not end; load the model"):
             use()
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("changes", [False, True])
-def test_a_refusal_leaves_a_model_whole_until_something_is_changed(changes, tmp_path, monkeypatch):
-    tiny_models.llama().save_pretrained(tmp_path / "model")
-    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
-    model = llmpruner.load(tmp_path / "model")
-
-    def refuse(task):
-        if changes:
-            task.model.get_parameter("model.layers.1.mlp.down_proj.weight").data[3, 5] += 1.0
-        raise DataError("not this text")
-
-    def use(stage):
-        if not changes:
-            return llmpruner.plan(model, ratio=0.2, importance="l1")
-        with pytest.raises(ModelError, match=f"half-changed by a {stage} that"):
-            llmpruner.plan(model, ratio=0.2, importance="l1")
-        return model.become(model)  # whole again
-
-    monkeypatch.setattr(Refit, "repair", lambda _, task: refuse(task))
-    with pytest.raises(DataError, match="not this text"):
-        llmpruner.prune(model, ratio=0.2, importance="l1", compensate="refit", **LITTLE_TEXT)
-    use("prune")
-    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "What is it?\n", "completion": "It is so."}) + "\n")
-    monkeypatch.setattr("llmpruner.recovery.full.FullStrategy.train", lambda _, job: refuse(job))
-    with pytest.raises(DataError, match="not this text"):
-        llmpruner.recover(model, data=str(tmp_path / "data.jsonl"), strategy="full", work_dir=tmp_path / "work")
-    use("recovery")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_that_change_places_are_a_change(dtype, monkeypatch):
-    """Sums alone do not tell: a model with two exchanged rows counted as whole after a refusal."""
-    monkeypatch.setattr("llmpruner.models.content._COLUMNS", 4, raising=False)
-    model = torch.nn.Linear(13, 9, dtype=dtype)
-    weight, before = model.weight.data, Content(model)
-    kept = weight.clone()
-    assert before.is_in(model)
-    swaps = [(slice(0, 4), slice(20, 24)), (slice(0, 4), slice(64, 68)), (slice(112, 116), slice(0, 4))]
-    for one, other in swaps:
-        flat = weight.flatten().clone()
-        flat[one], flat[other] = flat[other].clone(), flat[one].clone()
-        weight.copy_(flat.view_as(weight))
-        assert not before.is_in(model)
-        weight.copy_(kept)
-        assert before.is_in(model)
 
 
 def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp_path, monkeypatch):
