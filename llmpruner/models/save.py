@@ -206,9 +206,9 @@ def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
-    name = first_not_finite(tensors.items())
-    if name is not None:
-        raise CheckpointError(f"{name} holds NaN or infinite values; the model was not saved")
+    damaged = first_not_finite(tensors.items())
+    if damaged is not None:
+        raise CheckpointError(f"{damaged} holds NaN or infinite values; the model was not saved")
 
 
 def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
