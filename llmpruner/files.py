@@ -58,8 +58,8 @@ def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
 
     Raises `OutputError` when ``directory`` exists or cannot be written.
     """
-    if not (empty and directory.is_dir() and not any(directory.iterdir())):
-        check_new_directory(directory)
+    if directory.exists() and not (empty and directory.is_dir() and not any(directory.iterdir())):
+        raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:

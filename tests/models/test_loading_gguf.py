@@ -13,7 +13,7 @@ from transformers.utils import logging
 import llmpruner
 from llmpruner.discovery.structure import load_structure
 from llmpruner.models import gguf as parsing
-from llmpruner.models.messages import quiet_gguf, quiet_transformers
+from llmpruner.models.messages import quiet_gguf
 from llmpruner.models.opening import load_model
 
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
@@ -149,18 +149,6 @@ def test_it_runs_in_llama_cpp(gguf_file):
     result = llmpruner.bench([gguf_file, gguf_file], runtime="llama-cpp", batch=[1, 2], prompt=8, new=3, rounds=1)
     assert result.facts["dtypes"] == ["f32", "f32"] and len(result.cases) == 2
     assert result.cases[1].decode[1].ideal == 1 and result.cases[1].decode[1].tokens_per_second.median > 0
-
-
-def test_threads_may_be_quiet_at_the_same_time():
-    """A layer is read by one thread while another one loads something: the first to end must not end the other's."""
-    level = logging.get_verbosity()
-    first, second = quiet_transformers(), quiet_transformers()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
-    second.__exit__(None, None, None)
-    assert logging.get_verbosity() == level
 
 
 def test_progress_bars_are_restored_after_an_error():
