@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .component import Component
 from .errors import CheckpointError, PluginError, UnsupportedModelError
-from .files import model_name
-from .folders import new_directory
+from .files import model_name, new_directory
 from .progress import QUIET, Progress
 
 if TYPE_CHECKING:

@@ -51,25 +51,6 @@ def test_a_damaged_shard_of_a_dense_model_is_named(refused, dense, tmp_path, con
         assert f"{shard} is missing or damaged" in refused(*arguments, read=True)
 
 
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("tokenizer.json", lambda text: text[: len(text) // 2]),
-        ("tokenizer.json", lambda text: ""),
-        ("tokenizer.json", lambda text: "[]"),
-        ("tokenizer.json", lambda text: "{}"),
-        ("tokenizer.json", lambda text: json.dumps({**json.loads(text), "model": {}})),
-        ("tokenizer_config.json", lambda text: text[:9]),
-        ("tokenizer_config.json", lambda text: "3"),
-    ],
-    ids=["truncated", "empty", "a list", "no fields", "no model", "truncated settings", "settings that are a number"],
-)
-def test_a_damaged_file_of_a_tokenizer_is_named(refused, dense, tmp_path, file, damage):
-    model = shutil.copytree(dense, tmp_path / "model")
-    (model / file).write_text(damage((model / file).read_text()))
-    assert f"{model / file} " in refused("generate", model, "-p", "x", read=True)
-
-
 def head_of_its_own(model):
     """A checkpoint that stores a head, and a configuration that ties it to the embeddings."""
     file = model / "config.json"
@@ -81,15 +62,9 @@ def whole_numbers(model):
     save_file(tensors | {DOWN: (tensors[DOWN] * 100).to(torch.int8)}, model / "model.safetensors")
 
 
-def unknown_quantisation(model):
-    file = model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "nope"}}))
-
-
 WRONG = {
     "whole numbers": (whole_numbers, f"model.safetensors: tensor '{DOWN}' is stored as I8"),
     "a head that is tied by the configuration": (head_of_its_own, "differ, but the configuration ties them"),
-    "an unknown quantisation": (unknown_quantisation, "nope"),
 }
 
 

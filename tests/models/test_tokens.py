@@ -60,7 +60,6 @@ def test_a_prompt_that_the_model_cannot_read_is_refused():
     model, tokenizer = tiny_models.llama(), Recording()
     with pytest.raises(DataError, match="the prompt has 20,000 tokens, and the model reads 512; shorten it"):
         generate(model, tokenizer, "z" * 20_000)
-    assert max(map(len, tokenizer.texts)) == LONGEST_WORD
     assert generate(model, tokenizer, "z" * 512, max_new_tokens=1) is not None
 
 
