@@ -5,26 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..files import check_new_directory
-from ..values import counted
 from .console import RichProgress, count, out
 from .derive import catalog_of
-from .measure import show_bench, show_evaluations
-from .prune import show_plan
 from .report import NoReport, write_beside
-from .run import show_texts
+from .run import show_step
 
 if TYPE_CHECKING:
-    from ..recipes.recipe import Recipe
     from ..recipes.run import StepResult
 
 RECIPE = "demo"
+_AFTER = {"prune": "3. Recovery by distillation from the dense model", "recover": "4. Side by side"}
+"""Command of a step → the title of what comes after it."""
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -45,7 +42,7 @@ def demo(
 
     Pruned as `llmpruner prune` does by default, on fewer samples, then distilled from the dense model. Text for both
     is written by the model itself, but for some instructions that come with llmpruner; perplexity is measured on
-    Python's own documentation.
+    Python's own documentation. `llmpruner recipes demo` shows the settings.
     """
     from .. import api
     from ..recipes.recipe import Recipe
@@ -63,41 +60,15 @@ def demo(
         "coupled groups: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
     )
     out.rule("2. Pruning and compensation")
-    api.run(recipe, output=output, on_step=lambda step: _show(recipe, step), **shared)
-    folders = [escape(str(output / step.name)) for step in recipe.steps if step.command in ("prune", "recover")]
-    out.print(f"Files: {' and '.join(folders)}; both load with")
-    out.print(f"  llmpruner generate {folders[-1]} --chat --prompt …", highlight=False)
+    api.run(recipe, output=output, on_step=_show, **shared)
     if not no_report:
         write_beside(ctx, output, say=True)
+    last = [step.name for step in recipe.steps if step.command in ("prune", "recover")][-1]
+    out.print(f"Try it: llmpruner generate {escape(str(output / last))} --chat --prompt …", highlight=False)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")
 
 
-def _show(recipe: Recipe, step: StepResult) -> None:
-    """Print the results of a step, and the title of the next one."""
-    given = next(each.settings.given() for each in recipe.steps if each.name == step.name)
-    if step.command == "prune":
-        show_plan(*step.value)
-        options = f"--ratio {given['ratio']:g} --samples {given['samples']} --seed {given['seed']}"
-        text = escape(quote(given["calibration"]))
-        out.print(f"The same as: llmpruner prune demo {options} --calibration {text} -o …", style="dim", soft_wrap=True)
-        out.rule("3. Recovery")
-    elif step.command == "recover":
-        first, last = step.result["losses"]
-        examples, steps = step.result["examples"], step.result["steps"]
-        out.print(
-            f"Distillation on {counted(examples, 'row')} of instructions and of text that the dense model wrote, "
-            f"{counted(steps, 'step')}: "
-            f"divergence from its predictions {first:.3f} → {last:.3f} nats per token"
-        )
-        out.rule("4. Side by side")
-    elif step.command == "evaluate":
-        show_evaluations(step.value)
-        perplexity = given["settings"]["perplexity"]
-        out.print(
-            f"[dim]Perplexity: first {perplexity['tokens']:,} tokens of Python's help topics, windows of "
-            f"{given['window']}, bfloat16 autocast.[/]"
-        )
-    elif step.command == "generate":
-        show_texts(step.result)
-    elif step.command == "bench":
-        show_bench(step.value)
+def _show(step: StepResult) -> None:
+    show_step(step)
+    if step.command in _AFTER:
+        out.rule(_AFTER[step.command])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from html import unescape
 
 import pytest
@@ -30,14 +28,10 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     shown = run("demo", "-o", tmp_path / "demo", "--ratio", 0.3, "--seed", 3)
     assert shown.code == 0, shown.err
     assert {"pruned", "recovered"} < {path.name for path in (tmp_path / "demo").iterdir()}
-    told = next(line for line in shown.out.splitlines() if line.startswith("The same as: llmpruner prune demo "))
-    options = shlex.split(re.sub(r".* demo (.*) -o …$", r"\1", told))
-    assert options[:7] == ["--ratio", "0.3", "--samples", "4", "--seed", "3", "--calibration"]
-    assert re.fullmatch(r"3\*self,1\*chat:/.*/demo/instructions\.jsonl", options[7])
-    plan = run("prune", small, *options, "-o", tmp_path / "by_hand", "--json").json()["plan"]
-    assert plan["compensation"]["name"] == "refit"
     record = json.loads((tmp_path / "demo" / "recovered" / "llmpruner.json").read_text())
-    assert record["plans"] == [plan] and len(record["recovery"][0]["losses"]) == 2
+    (plan,) = record["plans"]
+    assert plan["compensation"]["name"] == "refit" and plan["seed"] == 3 and plan["target"]["amount"] == 0.3
+    assert len(record["recovery"][0]["losses"]) == 2
     header = next(line for line in shown.out.splitlines() if "┃" in line and "dense" in line).split()
     assert [word for word in header if word.isalpha()] == ["dense", "pruned", "recovered"]
     titles = [
@@ -48,19 +42,14 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
         "“Give three",
         "Prefill",
         "Decoding",
-        "Files",
+        "Try it",
     ]
     places = [shown.out.index(title) for title in titles]
     assert places == sorted(places)
-    assert "2 steps: divergence from its predictions" in " ".join(shown.out.split())
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     sentence = next(line for line in shown.out.splitlines() if "of the decoder's parameters are gone" in line)
     assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
     for title in ("Quality", "Answers", "Cost", "What was cut", "Scores and the cut", "Compensation", "Recovery"):
         assert f">{title}</h2>" in page
     assert "Calibration text: 3*self,1*chat:instructions.jsonl." in page
-    assert "first 10,240 tokens of Python's help topics, windows of 512" in shown.out
-    for folder in ("demo/pruned", "by_hand"):
-        assert run("generate", tmp_path / folder, "-p", "The fox", "--max-new-tokens", 2).code == 0
-    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("demo/pruned", "by_hand")]
-    assert weights[0] == weights[1]
+    assert run("generate", tmp_path / "demo" / "pruned", "-p", "The fox", "--max-new-tokens", 2).code == 0
