@@ -9,7 +9,7 @@ import typer.main
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from . import demo, discover, export, measure, plugins, prune, recover, report, run, verify
+from . import discover, export, measure, plugins, prune, recover, report, run, verify
 from .console import show_warnings, warning_line
 
 HELP = """
@@ -48,7 +48,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         # Hooks are called when their components are first looked up, so failures are known at the end.
         ctx.call_on_close(lambda: _warn(manager))
 
-    for module in (demo, discover, prune, recover, measure, export, verify, run, report, plugins):
+    for module in (discover, prune, recover, measure, export, verify, run, report, plugins):
         module.add_commands(app)
     _add_plugin_commands(app, manager)
     return app

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 import yaml
 
-from llmpruner.cli import demo
+from llmpruner.cli import run as commands
 from llmpruner.pruning.methods.shipped import DemoRecipe
 
 
@@ -19,7 +19,7 @@ def small(monkeypatch, dense, tmp_path):
     recipe["steps"][0]["prune"]["samples"] = 4
     recipe["steps"][1]["recover"].update(max_steps=2, cutoff=512)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(demo, "RECIPE", str(tmp_path / "small.yaml"))
+    monkeypatch.setattr(commands, "DEMO", str(tmp_path / "small.yaml"))
     return dense
 
 
