@@ -48,8 +48,8 @@ def render() -> str:
     lines += ["", "## The output", "", *_table("file", FILES.items()), "", INPUTS]
     lines += ["", "## Recipes of llmpruner", "", "`${llmpruner}` in them is the folder of the package."]
     for cls in Catalog(own_manager()).recipes.values():
-        assert issubclass(cls, Shipped)
-        lines += ["", f"### {cls.name}", "", markdown(cls.summary) + ".", "", "```yaml", cls.file().rstrip(), "```"]
+        text = cls.file() if issubclass(cls, Shipped) else cls().text()
+        lines += ["", f"### {cls.name}", "", markdown(cls.summary) + ".", "", "```yaml", text.rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 

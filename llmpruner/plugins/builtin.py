@@ -140,6 +140,6 @@ def llmpruner_methods() -> list[type[Method]]:
 
 @hookimpl
 def llmpruner_recipes() -> list[type[NamedRecipe]]:
-    from ..pruning.methods.shipped import DemoRecipe, ExpertsRecipe, LlamaCppRecipe, PaperRecipe, QualityRecipe
+    from ..pruning.methods.shipped import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
 
-    return [PaperRecipe, QualityRecipe, LlamaCppRecipe, ExpertsRecipe, DemoRecipe]
+    return [PaperRecipe, QualityRecipe, ExpertsRecipe, DemoRecipe]

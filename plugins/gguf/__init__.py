@@ -1,8 +1,9 @@
-"""GGUF files for llama.cpp, Ollama and what builds on them: the exporter ``gguf``, and the runtime ``llama-cpp``."""
+"""GGUF files for llama.cpp, Ollama and what builds on them: an exporter, a runtime and a recipe."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from llmpruner import (
     ExportTask,
     MissingExtraError,
     ModelError,
+    NamedRecipe,
     Runtime,
     Session,
     Work,
@@ -82,9 +84,24 @@ class LlamaCppRuntime(Runtime):
         return subject.path.stat().st_size
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
-        from .bench import opened
+        from .bench import LlamaCppSession, gguf_work
 
-        return opened(subject)
+        assert subject.path is not None
+        work, dtype = gguf_work(subject.path)
+        return LlamaCppSession(subject.path, dtype, subject), work
+
+
+class LlamaCppRecipe(NamedRecipe):
+    name = "llama-cpp"
+    summary = "uniform widths for llama.cpp, distillation, and a GGUF file of type q4_k_m"
+
+    def text(self) -> str:
+        return Path(__file__).with_name("llama-cpp.yaml").read_text(encoding="utf-8")
+
+
+@hookimpl
+def llmpruner_recipes() -> list[type]:
+    return [LlamaCppRecipe]
 
 
 @hookimpl

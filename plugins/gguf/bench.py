@@ -16,23 +16,18 @@ from llmpruner import BenchSubject, ModelError, Session, Work
 from .export import be_quiet
 
 
-def opened(subject: BenchSubject) -> tuple[Session, Work]:
-    assert subject.path is not None
-    work, dtype = gguf_work(subject.path)
-    return LlamaCppSession(subject.path, dtype, subject.batch, subject.length, subject.device), work
-
-
 class LlamaCppSession(Session):
     """Through llama.cpp's C interface, as the Python class of llama-cpp-python runs one sequence at a time."""
 
-    def __init__(self, path: Path, dtype: str, batch: int, length: int, device: str) -> None:
+    def __init__(self, path: Path, dtype: str, subject: BenchSubject) -> None:
         import llama_cpp
 
         self._api, self.dtype = llama_cpp, dtype
         be_quiet()
+        batch, length = subject.batch, subject.length
         llama_cpp.llama_backend_init()
         model_options = llama_cpp.llama_model_default_params()
-        model_options.n_gpu_layers = 0 if device == "cpu" else -1
+        model_options.n_gpu_layers = 0 if subject.device == "cpu" else -1
         self._model: Any = llama_cpp.llama_model_load_from_file(str(path).encode(), model_options)
         if not self._model:
             raise ModelError(f"llama.cpp cannot load '{path}'")
@@ -40,7 +35,7 @@ class LlamaCppSession(Session):
         options.n_ctx = options.n_batch = options.n_ubatch = batch * length
         options.n_seq_max = batch
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
-        options.offload_kqv = device != "cpu"
+        options.offload_kqv = subject.device != "cpu"
         self._context: Any = llama_cpp.llama_init_from_model(self._model, options)
         if not self._context:
             raise ModelError(f"llama.cpp has no memory for {batch} sequences of {length} tokens with '{path}'")

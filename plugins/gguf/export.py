@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,8 @@ TEXT = (
 
 
 def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None) -> str:
-    """Write a GGUF file and a ``Modelfile``; returns what was written and how it was checked.
-
-    ``kind``: "f32", "f16", "bf16" or "auto". ``quant``: the type that the file is then quantised to, by llama.cpp.
-    ``pre``: the name of the pre-tokenizer, if it is not found by its settings.
-    """
+    """Write a GGUF file and a ``Modelfile`` by `GgufExporter.Settings`; returns what was written and how it was
+    checked."""
     model, tokenizer = task.model, task.loaded.tokenizer
     kind = _stored_type(task) if kind == "auto" else kind
     target = task.directory / f"{task.name}.gguf"
@@ -96,10 +94,9 @@ def check_logits(model: PreTrainedModel, path: Path, kind: str) -> None:
     logits = torch.from_numpy(llama.scores[:length].copy())
     llama.close()
     errors = relative_errors(expected, logits)
-    in_16_bits = 0.0 if model.dtype == torch.float32 else TOLERANCES["bf16"]
-    tolerance = max(TOLERANCES.get(kind, 0.7), in_16_bits)
+    tolerance = max(TOLERANCES.get(kind, 0.7), TOLERANCES["f32" if model.dtype == torch.float32 else "bf16"])
     # Rounding to fewer bits may send a token to other experts, which changes single positions much.
-    error = float(errors.max() if kind == "f32" and not in_16_bits else errors.median())
+    error = float(errors.max() if tolerance == TOLERANCES["f32"] else errors.median())
     if not error <= tolerance:
         raise CheckpointError(
             f"llama.cpp with {path.name} gives other logits than the model: relative error {error:.3g} ({tolerance:g})"
@@ -135,16 +132,12 @@ def _opened(path: Path, **options: Any) -> Any:
         raise CheckpointError(f"llama.cpp does not load {path.name}: {error}") from error
 
 
-_silent: Any = None
-"""What llama.cpp logs to; kept here, as llama.cpp may call it at any time."""
-
-
-def be_quiet() -> None:
-    """Without this, llama.cpp prints hundreds of lines on standard error."""
-    global _silent
-    import ctypes
-
+@cache
+def be_quiet() -> Any:
+    """Without this, llama.cpp prints hundreds of lines on standard error. It may log at any time: the cache keeps what
+    it calls."""
     import llama_cpp
 
-    _silent = _silent or llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, None)
+    return silent

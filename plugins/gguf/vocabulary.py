@@ -30,10 +30,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any | None, size: int, pre
         bytewise = not content["model"].get("byte_fallback")
         special = gguf.SpecialVocab(folder, load_merges=bytewise, n_vocab=size)
     if content["model"]["type"] != "BPE":
-        raise UnsupportedModelError(
-            f"the tokenizer is a {content['model']['type']} model; GGUF files of these architectures have fast BPE "
-            "tokenizers, saved as tokenizer.json"
-        )
+        kind = content["model"]["type"]
+        raise UnsupportedModelError(f"the tokenizer is a {kind} model; GGUF needs a fast BPE one (tokenizer.json)")
     pre = _pre_tokenizer(content, tokenizer, pre) if bytewise else "default"
     writer.add_tokenizer_model("gpt2" if bytewise else "llama")
     writer.add_tokenizer_pre(pre)
@@ -62,10 +60,7 @@ def _pre_tokenizer(content: Mapping[str, Any], tokenizer: Any, pre: str | None) 
         raise UnsupportedModelError("the byte-level tokenizer has no merges, and llama.cpp opens no file without them")
     name = pre or tokenizer.init_kwargs.get(RECORDED_PRE) or _known_name(content)
     if name is None:
-        raise UnsupportedModelError(
-            "the tokenizer splits text in a way that llmpruner knows no name of GGUF for; give the name that llama.cpp "
-            "has for it: --set gguf.pre=NAME"
-        )
+        raise UnsupportedModelError("unknown pre-tokenizer; give llama.cpp's name for it: --set gguf.pre=NAME")
     return name
 
 

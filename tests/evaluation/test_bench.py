@@ -210,7 +210,7 @@ def dense(tmp_path) -> Path:
     ("runtime", "options", "message"),
     [
         ("transformers", {"prompt": 500, "new": 13}, r"reads at most 512 tokens, and 513 are asked for"),
-        ("llama-cpp", {}, r"llama_cpp is not installed|is no .gguf file, and --runtime llama-cpp runs no other"),
+        ("llama-cpp", {}, r"llama-cpp-python is not installed|is no .gguf file, which --runtime llama-cpp needs"),
         ("vllm", {}, r"vllm is not installed"),
     ],
 )

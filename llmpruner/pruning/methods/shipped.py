@@ -35,13 +35,6 @@ class QualityRecipe(Shipped):
     summary = "the default method with uniform widths, then distillation from the dense model"
 
 
-class LlamaCppRecipe(Shipped):
-    """For llama.cpp and Ollama."""
-
-    name = "llama-cpp"
-    summary = "uniform widths for llama.cpp, distillation, and a GGUF file of type q4_k_m"
-
-
 class ExpertsRecipe(Shipped):
     """For mixtures of experts."""
 

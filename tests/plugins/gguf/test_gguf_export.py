@@ -380,7 +380,7 @@ def test_an_unknown_pre_tokenizer_is_refused_unless_named(tmp_path):
 
     tokenizer = tiny_models.tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Punctuation(), ByteLevel(add_prefix_space=False)])
-    with pytest.raises(UnsupportedModelError, match=r"splits text in a way .* --set gguf\.pre=NAME"):
+    with pytest.raises(UnsupportedModelError, match=r"unknown pre-tokenizer.* --set gguf\.pre=NAME"):
         exported(byte_level_model(), tmp_path, tokenizer=tokenizer)
     tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     _, file = exported(byte_level_model(), tmp_path, tokenizer=tokenizer, name="named", pre="olmo")
