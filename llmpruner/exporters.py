@@ -181,16 +181,11 @@ class StockExporter(Exporter):
             wide = _save_padded(task)
             if wide is None:
                 raise error
-            note = f"; {padding_cost(task.model, wide)}"
+            before, after = (sum(p.numel() for p in model.parameters()) for model in (task.model, wide))
+            note = f"; padded with zeros from {before:,} to {after:,} parameters ({after / before - 1:+.1%})"
         again = load_pruned(task.directory, dtype=task.model.dtype, device=task.model.device)
         task.check_logits(again)
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"
-
-
-def padding_cost(model: PreTrainedModel, padded: PreTrainedModel) -> str:
-    """One clause on the parameters that zeros add."""
-    before, after = (sum(parameter.numel() for parameter in each.parameters()) for each in (model, padded))
-    return f"padded with zeros from {before:,} to {after:,} parameters ({after / before - 1:+.1%})"
 
 
 def _save_stock(task: ExportTask, model: PreTrainedModel, record: Mapping[str, Any] | None) -> None:
