@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llmpruner_llama
@@ -13,14 +14,16 @@ from llama_cases import DATA, TOKENIZER, copy_of, logits, read, set_param, token
 from llmpruner_llama import MetaExporter, MetaReader
 from llmpruner_llama.meta_format import to_rotate_half
 
-import llmpruner
-from llmpruner import CheckpointError, UnsupportedModelError, build_graph, save_checkpoint
+from llmpruner import CheckpointError, UnsupportedModelError, build_graph, exporters, load_pruned, save_checkpoint
 from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut
 
 
 def export(source: Path, output: Path, **settings: Any) -> str:
-    return llmpruner.export(source, to="meta", output=output, settings={"meta": settings})
+    def load() -> Any:
+        return SimpleNamespace(model=load_pruned(source), tokenizer=None, record=None)
+
+    return exporters.export(source, MetaExporter(**settings), output, load)
 
 
 def checkpoint(folder: Path, name: str, kept: dict[str, Any]) -> Any:
