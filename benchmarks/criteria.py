@@ -87,8 +87,9 @@ def measure(text: bytes) -> dict[str, Any]:
 def _model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmpruner import Catalog, build_graph, plugin_manager
+    from llmpruner import Catalog, build_graph
     from llmpruner.models.model import Model
+    from llmpruner.plugins.manager import plugin_manager
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
@@ -158,7 +159,8 @@ def _silenced(model: Any, group: Any, unit: int) -> Iterator[None]:
 
 
 def _criteria() -> Iterator[tuple[str, Any]]:
-    from llmpruner import Catalog, plugin_manager
+    from llmpruner import Catalog
+    from llmpruner.plugins.manager import plugin_manager
     from llmpruner.testing import settings_grid
 
     for name, cls in Catalog(plugin_manager(entry_points=False)).criteria.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmpruner import Progress
+from llmpruner.progress import Progress
 
 
 class Said(Progress):

@@ -10,9 +10,10 @@ from typing import Any
 from docstrings import class_section, document, markdown
 from settings_table import table as settings_table
 
-from llmpruner import BenchResult, Evaluation, Evaluations, api, keywords, settings
+from llmpruner import api, keywords, settings
 from llmpruner.discovery.verify import Verdict
-from llmpruner.evaluation.bench import BenchCase, Measurement, Rate
+from llmpruner.evaluation.bench import BenchCase, BenchResult, Measurement, Rate
+from llmpruner.evaluation.evaluate import Evaluation, Evaluations
 from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
 from llmpruner.recipes.recipe import Recipe

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from llmpruner import plugin_manager
-from llmpruner.plugins.manager import PluginManager
+from llmpruner.plugins.manager import PluginManager, plugin_manager
 
 
 def own_manager() -> PluginManager:

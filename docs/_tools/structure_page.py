@@ -41,7 +41,7 @@ def render() -> str:
     words = ", ".join(f"`{name}` (`{getattr(coupling, name)!r}`)" for name in KINDS)
     lines += [f"Kinds of units that llmpruner itself knows: {words}. A family may add words of its own.", ""]
     lines += [line for cls in STRUCTURE for line in class_with_import(cls)]
-    lines += ["", "### index_map", "", "`from llmpruner import index_map`", "", *function_lines(index_map, "index_map")]
+    lines += ["", "### index_map", "", *function_lines(index_map, "index_map")]
     lines += ["", "## Layouts", "", "`from llmpruner import layouts`", "", markdown(document(layouts))]
     for function in BUILDERS:
         lines += ["", f"### layouts.{function.__name__}", "", *function_lines(function, function.__name__)]

@@ -220,9 +220,9 @@ def test_a_family_with_a_chat_format_is_derived_from(run, vicuna, tmp_path, mypy
         import sys
         sys.path.insert(0, sys.argv[1])
         from transformers import LlamaConfig
-        from llmpruner import Catalog, plugin_manager
+        from llmpruner import Catalog
         for name in ("", "llama-7b", "vicuna-7b", "vicuna-7b-v0"):
-            print(Catalog(plugin_manager()).family_for(LlamaConfig(name_or_path=name)).name)
+            print(Catalog().family_for(LlamaConfig(name_or_path=name)).name)
     """
     names = run_fresh(check, tmp_path / "site").stdout.split()
     assert names == ["llama", "llama", "mine" if source == "vicuna" else "vicuna", "vicuna-v0"]

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import llmpruner
-from llmpruner import Catalog, plugin_manager
+from llmpruner import Catalog
+from llmpruner.plugins.manager import plugin_manager
 
 SOURCE = Path(__file__).parents[1] / "packages" / "llmpruner-outside"
 

@@ -13,8 +13,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from llmpruner import ImportanceCriterion, LlmprunerError, hookimpl, plugin_manager
+from llmpruner import ImportanceCriterion, LlmprunerError, hookimpl
 from llmpruner.cli.app import build_app
+from llmpruner.plugins.manager import plugin_manager
 
 PACKAGES = Path(__file__).parents[1] / "packages"
 WARNING = "plugin 'broken' (llmpruner-broken) is broken and was skipped: RuntimeError: this plugin is broken on purpose"

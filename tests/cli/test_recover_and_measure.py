@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from llmpruner import alpaca_prompt, load_pruned
+from llmpruner import load_pruned
+from llmpruner.discovery.family import alpaca_prompt
 
 TRAIN = ("--max-steps", 2, "--batch-size", 2, "--micro-batch-size", 1, "--learning-rate", 0.01)
 TASK = """

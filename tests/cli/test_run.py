@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmpruner import LoadSettings, OutputError, Progress, SettingsError, api
+from llmpruner import LoadSettings, OutputError, SettingsError, api
 from llmpruner.engine import journal
 from llmpruner.folders import alone_in
+from llmpruner.progress import Progress
 from llmpruner.pruning.methods.presets import Fast
 from llmpruner.structure.outcome import Outcome
 from llmpruner.structure.plan import PruningPlan
@@ -286,7 +287,8 @@ def test_a_kill_while_an_old_result_is_replaced(shared, whole, out, monkeypatch)
 KILLER = """
 import os, signal, sys
 from contextlib import contextmanager
-from llmpruner import Progress, api
+from llmpruner import api
+from llmpruner.progress import Progress
 from llmpruner.engine import journal
 
 journal.INTERVAL, journal.SHARE = 0.0, 1e9

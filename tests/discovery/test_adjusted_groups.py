@@ -14,10 +14,11 @@ from composed import ComposedConfig
 from llmpruner_chatglm import ChatGLMFamily
 from transformers import GPT2Config, PreTrainedConfig
 
-from llmpruner import CoupledGroup, CouplingError, ModelFamily, UnknownNameError, UnsupportedModelError, build_graph
+from llmpruner import CoupledGroup, ModelFamily, UnsupportedModelError, build_graph
 from llmpruner.discovery import rules
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import VERIFIED, verify
+from llmpruner.errors import CouplingError, UnknownNameError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.kept import renamed, restrict
 from llmpruner.structure.scope import Scope

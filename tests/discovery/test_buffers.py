@@ -12,7 +12,7 @@ import torch
 from composed import ComposedConfig
 from transformers import FalconH1Config, Glm4MoeConfig, PreTrainedConfig, ZayaConfig
 
-from llmpruner import Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily
+from llmpruner import Blocks, CoupledGroup, ModelFamily
 from llmpruner.discovery.follow import Follower
 from llmpruner.discovery.groups import discover_graph, discover_groups
 from llmpruner.discovery.rules import rules_of
@@ -24,6 +24,7 @@ from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.magnitude import L1
+from llmpruner.structure.coupling import CouplingGraph, Explicit
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 SCALED = ComposedConfig(scaled=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import CONFIG_MAPPING, MambaConfig
 
-from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner import Catalog, build_graph
 from llmpruner.discovery.silenced import logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative
 from llmpruner.models.surgery import cut, silence
+from llmpruner.plugins.manager import plugin_manager
 
 
 def test_an_equal_number_of_another_module_stays() -> None:

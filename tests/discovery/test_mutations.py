@@ -9,9 +9,10 @@ import pytest
 from composed import ComposedConfig
 from transformers import PreTrainedModel
 
-from llmpruner import QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, ModelFamily, Role, Span
+from llmpruner import QUERY, Blocks, CoupledGroup, ModelFamily, Role, Span
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle
+from llmpruner.structure.coupling import CouplingGraph, Explicit
 
 CONFIG = ComposedConfig(
     qkv="concatenated", mlp="packed", norm="offset", num_key_value_heads=3, qkv_bias=True, mlp_bias=True, out_bias=True

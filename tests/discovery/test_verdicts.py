@@ -9,12 +9,13 @@ import pytest
 from composed import ComposedConfig, ComposedForCausalLM, register
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
-from llmpruner import Blocks, CoupledGroup, Explicit, ModelFamily, Role, Span
+from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
 from llmpruner.discovery import groups as discovery
 from llmpruner.discovery.compare import differences
 from llmpruner.discovery.groups import discover_groups
 from llmpruner.discovery.verify import REFUSED, VERIFIED, verify
 from llmpruner.errors import UnsupportedModelError
+from llmpruner.structure.coupling import Explicit
 
 register()
 BIASED = ComposedConfig(mlp_bias=True, num_hidden_layers=3)

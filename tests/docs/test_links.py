@@ -89,8 +89,8 @@ def typed(page: Path) -> list[list[str]]:
 
 
 def test_commands_in_the_text_can_be_typed():
-    from llmpruner import plugin_manager
     from llmpruner.cli.app import build_app
+    from llmpruner.plugins.manager import plugin_manager
 
     group = typer.main.get_command(build_app(plugin_manager()))
     count = 0

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import tiny_models
 from llmpruner_llama.family import LlamaFamily
 
-from llmpruner import ComparedModel, Metric, Model, build_graph
+from llmpruner import Metric, Model, build_graph
+from llmpruner.evaluation.base import ComparedModel
 from llmpruner.evaluation.evaluate import Evaluations, evaluate
 
 

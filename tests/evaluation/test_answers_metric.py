@@ -10,9 +10,10 @@ import torch
 from evaluated_models import evaluated, in_memory
 from test_chat import CHATML, tokenizer
 
-from llmpruner import ComparedModel, DataError, ModelError, ModelFamily
+from llmpruner import DataError, ModelError, ModelFamily
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.answers import AnswersMetric
+from llmpruner.evaluation.base import ComparedModel
 
 RECORDS = (
     {"instruction": "Name two rivers.", "output": "Elbe, Loire."},

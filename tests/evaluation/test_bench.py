@@ -11,14 +11,14 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import BenchSettings, BenchSubject, ModelError, Runtime, Session, SettingsError, Work
+from llmpruner import BenchSubject, ModelError, Runtime, Session, SettingsError, Work
 from llmpruner.discovery.graph import build_graph
 from llmpruner.evaluation.bench import bench, measurement
 from llmpruner.evaluation.transformers_runtime import StaticSession, TorchSession, work_of
 from llmpruner.models.numbers import stored_bytes
 from llmpruner.models.surgery import cut
 from llmpruner.recipes.jobs import bench_job
-from llmpruner.settings import settings_from
+from llmpruner.settings import BenchSettings, settings_from
 
 FAMILY = LlamaFamily()
 

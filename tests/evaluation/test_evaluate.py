@@ -15,17 +15,9 @@ from evaluated_models import evaluated, in_memory
 from pydantic import Field
 
 import llmpruner
-from llmpruner import (
-    ComparedModel,
-    ComponentSettings,
-    DataError,
-    Metric,
-    ModelError,
-    ModelFamily,
-    PluginError,
-    Row,
-)
-from llmpruner.errors import SettingsError
+from llmpruner import ComponentSettings, DataError, Metric, ModelError, ModelFamily, Row
+from llmpruner.errors import PluginError, SettingsError
+from llmpruner.evaluation.base import ComparedModel
 from llmpruner.evaluation.bench import Measurement
 from llmpruner.evaluation.costs import Size
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations

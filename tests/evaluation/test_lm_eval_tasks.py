@@ -3,7 +3,8 @@ import json
 import pytest
 import tiny_models
 
-from llmpruner import DataError, UnknownNameError
+from llmpruner import DataError
+from llmpruner.errors import UnknownNameError
 from llmpruner.evaluation.tasks import TASK_GROUPS, builtin_manager, evaluate_tasks, expand, load_tasks
 
 pytest.importorskip("lm_eval")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmpruner
-from llmpruner import ComponentSettings, Exporter, PluginError, UnsupportedModelError, load_pruned
-from llmpruner.errors import CheckpointError, OutputError
+from llmpruner import ComponentSettings, Exporter, UnsupportedModelError, load_pruned
+from llmpruner.errors import CheckpointError, OutputError, PluginError
 from llmpruner.exporters import StockExporter, export
 from llmpruner.models import save
 from llmpruner.models.record import damaged_files, read_record, recorded_files

@@ -10,11 +10,12 @@ import torch
 from criteria_cases import SMALL, random_instance, tokens
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Catalog, build_graph, plugin_manager
+from llmpruner import Catalog, build_graph
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.model import Model
 from llmpruner.models.numbers import first_not_finite
 from llmpruner.models.surgery import cut, silence
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, CouplingGraph, Explicit, PlanError, Role, Span
+from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, Role, Span
 from llmpruner.discovery.silenced import silenced
 from llmpruner.discovery.verify import random_plan
+from llmpruner.errors import PlanError
 from llmpruner.models.surgery import CutValues, cut, silence
+from llmpruner.structure.coupling import CouplingGraph, Explicit
 from llmpruner.structure.kept import check_kept, compose, compose_all, restrict
 
 

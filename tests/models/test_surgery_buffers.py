@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmpruner import Blocks, CoupledGroup, CouplingGraph, Role, Span
+from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import CouplingError
 from llmpruner.models.surgery import cut, silence
+from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import structure_of
 

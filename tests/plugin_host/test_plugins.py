@@ -15,15 +15,11 @@ from typer.testing import CliRunner
 from llmpruner import (
     Catalog,
     CheckpointReader,
-    DuplicateNameError,
     ImportanceCriterion,
     ModelFamily,
-    PluginError,
     RecoveryStrategy,
-    UnknownNameError,
     UnsupportedModelError,
     hookimpl,
-    plugin_manager,
 )
 from llmpruner.calibration.source import CalibrationSource
 from llmpruner.cli.app import build_app
@@ -31,12 +27,12 @@ from llmpruner.cli.plugins import settings_of, summary_of
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.verify import verify
-from llmpruner.errors import SettingsError
+from llmpruner.errors import DuplicateNameError, PluginError, SettingsError, UnknownNameError
 from llmpruner.evaluation.base import Metric
 from llmpruner.evaluation.runtime import Runtime
 from llmpruner.exporters import Exporter
 from llmpruner.plugins.catalog import KINDS
-from llmpruner.plugins.manager import HOOKS
+from llmpruner.plugins.manager import HOOKS, plugin_manager
 from llmpruner.pruning.allocation.base import Allocation
 from llmpruner.pruning.budgets.base import Budget
 from llmpruner.pruning.compensation.base import Compensation

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from llmpruner import Catalog, plugin_manager
+from llmpruner import Catalog
 from llmpruner.discovery.structure import load_structure
 from llmpruner.models.model import Model
 from llmpruner.models.opening import load_model
+from llmpruner.plugins.manager import plugin_manager
 
 
 def pytest_collection_modifyitems(items):

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from llmpruner import LoadSettings, NamedRecipe, Recipe, SettingsError, UnknownNameError, api, hookimpl
-from llmpruner.recipes.recipe import COMMANDS, values_of
+from llmpruner import LoadSettings, NamedRecipe, SettingsError, api, hookimpl
+from llmpruner.errors import UnknownNameError
+from llmpruner.recipes.recipe import COMMANDS, Recipe, values_of
 from llmpruner.recipes.run import recipe_jobs
 from llmpruner.testing import catalog_with
 

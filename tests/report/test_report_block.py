@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llmpruner import Blocks, CoupledGroup, CouplingGraph, ReportSubject, Role, Span
+from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import SettingsError
+from llmpruner.report.base import ReportSubject
 from llmpruner.report.structure import BlockSection, _box
+from llmpruner.structure.coupling import CouplingGraph
 
 SHAPES = {"layers.0.gate_up": (4, 12, 8), "layers.0.down": (4, 8, 6), "layers.0.norm": (8,), "head": (16, 8)}
 MLP = CoupledGroup(

@@ -11,8 +11,9 @@ import tiny_report
 from tiny_report import EVALUATED, evaluated, page_of
 
 import llmpruner
-from llmpruner import Catalog, DataError, ModelError, ReportSection, plugin_manager
+from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.costs import size
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.budgets.cached_bytes import bytes_per_token
 from llmpruner.pruning.criteria.spread import spread
 from llmpruner.report.measured import Answer, calibration_of, side_by_side

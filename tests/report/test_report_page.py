@@ -9,23 +9,15 @@ from html.parser import HTMLParser
 import pytest
 from pydantic import Field
 
-from llmpruner import (
-    Blocks,
-    ComponentSettings,
-    CoupledGroup,
-    CouplingGraph,
-    PlanError,
-    ReportSection,
-    ReportSubject,
-    Role,
-    Span,
-)
+from llmpruner import Blocks, ComponentSettings, CoupledGroup, ReportSection, Role, Span
+from llmpruner.errors import PlanError
 from llmpruner.plugins.builtin import llmpruner_report_sections
-from llmpruner.report.base import Costs, Evidence
+from llmpruner.report.base import Costs, Evidence, ReportSubject
 from llmpruner.report.cuts import Cell, LayerRow, PlanSection, cut_tables
 from llmpruner.report.measured import CostSection
 from llmpruner.report.page import report_page
 from llmpruner.report.structure import GroupsSection, kind_rows
+from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import (
     BaseRef,

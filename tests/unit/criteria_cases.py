@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from llmpruner import Catalog, CouplingGraph, ModelFamily, plugin_manager
+from llmpruner import Catalog, ModelFamily
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
+from llmpruner.plugins.manager import plugin_manager
+from llmpruner.structure.coupling import CouplingGraph
 
 SMALL = {
     "vocab_size": 96,

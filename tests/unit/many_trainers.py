@@ -21,7 +21,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from llmpruner_llama.family import LlamaFamily
 from torch.distributed.tensor import DTensor
 
-from llmpruner import RecoverSettings
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.cli import main
 from llmpruner.discovery.graph import build_graph
@@ -35,6 +34,7 @@ from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.sharded import make_whole
 from llmpruner.recovery.training_data import prepare
+from llmpruner.settings import RecoverSettings
 
 SETTINGS = RecoverSettings(
     data="here", batch_size=4, micro_batch_size=1, max_steps=6, learning_rate=5e-3, warmup_steps=0, cutoff=48,

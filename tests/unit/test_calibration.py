@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmpruner import DataError, ModelError, PluginError, UnsupportedModelError
+from llmpruner import DataError, ModelError, UnsupportedModelError
 from llmpruner.calibration import written, written_chats
 from llmpruner.calibration.calibration import parse_calibration
 from llmpruner.calibration.chat_source import ChatSource, packed
@@ -25,7 +25,7 @@ from llmpruner.calibration.written import _Draw
 from llmpruner.calibration.written_chats import _text
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.family import ModelFamily
-from llmpruner.errors import SettingsError
+from llmpruner.errors import PluginError, SettingsError
 from llmpruner.structure.plan import CompensationRecord
 
 

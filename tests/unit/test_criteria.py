@@ -9,11 +9,12 @@ import pytest
 import torch
 from criteria_cases import layers_of, make, tokens
 
-from llmpruner import Catalog, ModelError, SelectionError, UnknownNameError, plugin_manager
+from llmpruner import Catalog, ModelError
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.engine.position import Position, UnitAxis
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
-from llmpruner.errors import SettingsError
+from llmpruner.errors import SelectionError, SettingsError, UnknownNameError
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.allocation.normalize import NORMALIZATIONS, normalize
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon

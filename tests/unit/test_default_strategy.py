@@ -9,8 +9,10 @@ import tiny_models
 from said import Said
 
 import llmpruner
-from llmpruner import Catalog, ModelError, RecoverSettings, plugin_manager
+from llmpruner import Catalog, ModelError
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.recipes.jobs import recover_job
+from llmpruner.settings import RecoverSettings
 
 
 class SaidOfStrategy(Said):

@@ -10,12 +10,15 @@ import torch
 from criteria_cases import make
 from safetensors.torch import load_file
 
-from llmpruner import Catalog, LoadSettings, Progress, RecoverSettings, api, plugin_manager
+from llmpruner import Catalog, LoadSettings, api
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import OutputError, UnsupportedModelError
+from llmpruner.plugins.manager import plugin_manager
+from llmpruner.progress import Progress
 from llmpruner.recipes import recovering, training_memory
 from llmpruner.recipes.jobs import recover_job
 from llmpruner.recovery import kept_targets
+from llmpruner.settings import RecoverSettings
 from llmpruner.testing.models import letters
 
 

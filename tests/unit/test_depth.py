@@ -10,9 +10,11 @@ import tiny_models
 import torch
 
 import llmpruner
-from llmpruner import Catalog, SelectionError, StreamStats, plugin_manager
+from llmpruner import Catalog, StreamStats
 from llmpruner.discovery.graph import build_graph
+from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.depth import AngularBlock
 
 FIRST, SECOND = 2, 3

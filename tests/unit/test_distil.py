@@ -12,13 +12,13 @@ import torch
 from recovery_cases import dense_llama, pruned_copy
 from torch.nn import functional
 
-from llmpruner import RecoverSettings
 from llmpruner.errors import ModelError, SettingsError, UnsupportedModelError
 from llmpruner.recovery import distillation
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.distil import DistilStrategy
 from llmpruner.recovery.targets import Targets, trained_in
 from llmpruner.recovery.trainer import collator_for
+from llmpruner.settings import RecoverSettings
 from llmpruner.structure.plan import original_layers
 from llmpruner.testing import RecoveryConformance
 from llmpruner.testing.models import pruned_by, small_job, tiny_llama

@@ -12,10 +12,11 @@ from criteria_cases import layers_of, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
-from llmpruner import Catalog, Role, plugin_manager
+from llmpruner import Catalog, Role
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.models.model import Model
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.estimate import estimate
 
 pytestmark = pytest.mark.usefixtures("full_precision")

@@ -15,7 +15,7 @@ LIGHT = {
     "the package": "import llmpruner",
     "its public names for plugin authors": "from llmpruner import ModelFamily, ImportanceCriterion, hookimpl, Signal",
     "the plugins": "import llmpruner_llama, llmpruner_vicuna, llmpruner_chatglm",
-    "the catalog": "from llmpruner import Catalog, plugin_manager; assert len(Catalog(plugin_manager()).families) > 2",
+    "the catalog": "from llmpruner import Catalog; assert len(Catalog().families) > 2",
     "the application": "from llmpruner.cli.app import build_app; build_app()",
     "the help": "from llmpruner.cli.app import build_app; build_app()(['--help'], standalone_mode=False)",
     "the help of a command": "from llmpruner.cli.app import build_app; build_app()(['prune', '--help'], "

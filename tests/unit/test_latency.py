@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import llmpruner
-from llmpruner import ModelError, PlanError, PruningPlan, SelectionError, UnsupportedModelError
+from llmpruner import ModelError, PruningPlan, UnsupportedModelError
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance
+from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.generation import CachedModel, sample_tokens
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from llmpruner import Catalog, Method, plugin_manager
+from llmpruner import Catalog, Method
 from llmpruner.errors import LlmprunerError
 from llmpruner.plugins import builtin
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.job import prune_job
 from llmpruner.pruning.methods.presets import Best, ByHand, Fast, LlmPruner
 from llmpruner.settings import PruneSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from criteria_cases import boundaries, layers_of, make, tokens
 
-from llmpruner import SelectionError
+from llmpruner.errors import SelectionError
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.testing import CriterionConformance, catalog_with
 

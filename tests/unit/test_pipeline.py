@@ -13,8 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
-from llmpruner import ModelError, OutputError, PlanError, PruningPlan, SelectionError, SettingsError
+from llmpruner import ModelError, OutputError, PruningPlan, SettingsError
 from llmpruner.discovery.graph import build_graph
+from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pipeline import make_plan

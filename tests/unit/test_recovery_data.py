@@ -5,9 +5,10 @@ import pytest
 import tiny_models
 import torch
 
-from llmpruner import DataError, ModelFamily, alpaca_prompt
+from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.calibration.labelled import IGNORED
+from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 from llmpruner.recovery.trainer import collator_for
 

@@ -10,7 +10,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 from torch import nn
 
-from llmpruner import RecoverSettings, SettingsError
+from llmpruner import SettingsError
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.graph import build_graph
 from llmpruner.recovery.base import RecoveryJob, RecoveryStrategy, TrainingResult
@@ -22,6 +22,7 @@ from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import fit, latest_checkpoint
 from llmpruner.recovery.training_data import prepare
+from llmpruner.settings import RecoverSettings
 
 FAMILY = LlamaFamily()
 EXAMPLES = Examples(

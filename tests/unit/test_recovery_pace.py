@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from test_recovery_validation import EXAMPLES, FAMILY, SETTINGS, run
 
-from llmpruner import RecoverSettings, SettingsError, UnsupportedModelError
+from llmpruner import SettingsError, UnsupportedModelError
 from llmpruner.discovery.graph import build_graph
 from llmpruner.recovery import pace, schedule
 from llmpruner.recovery.base import RecoveryJob
@@ -22,6 +22,7 @@ from llmpruner.recovery.pace import Pace, paced
 from llmpruner.recovery.schedule import steps, with_batch, worth_saving
 from llmpruner.recovery.trainer import LossTrainer
 from llmpruner.recovery.training import fit
+from llmpruner.settings import RecoverSettings
 
 TIMED = SETTINGS.model_copy(update={"max_steps": None, "minutes": 1.0, "eval_steps": None, "warmup_steps": None})
 

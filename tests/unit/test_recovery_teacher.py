@@ -11,7 +11,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import LoadSettings, ModelError, OutputError, RecoverSettings, fit
+from llmpruner import LoadSettings, ModelError, OutputError, fit
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.dense import dense_structure, load_dense
 from llmpruner.discovery.graph import build_graph
@@ -24,6 +24,7 @@ from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import Examples, tokenise
 from llmpruner.recovery.run import recover
 from llmpruner.recovery.training_data import prepare
+from llmpruner.settings import RecoverSettings
 from llmpruner.testing import RecoveryConformance, catalog_with
 
 PACKAGE = Path(__file__).parents[1] / "packages" / "llmpruner-distil"

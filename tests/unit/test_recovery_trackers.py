@@ -11,10 +11,12 @@ import pytest
 from test_recovery_validation import SETTINGS, run
 from transformers.integrations import integration_utils
 
-from llmpruner import Catalog, ReportSubject, SettingsError, plugin_manager
+from llmpruner import Catalog, SettingsError
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.recipes import jobs
 from llmpruner.recovery.full import FullStrategy
 from llmpruner.recovery.losses import first_and_last
+from llmpruner.report.base import ReportSubject
 from llmpruner.report.history import RecoverySection, loss_curve
 from llmpruner.settings import RecoverSettings
 

@@ -15,21 +15,20 @@ from llmpruner import (
     CoupledGroup,
     ModelError,
     OutputError,
-    PluginError,
-    RecoverSettings,
     RecoveryStrategy,
     Role,
     Span,
     UnsupportedModelError,
-    plugin_manager,
 )
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.graph import build_graph
+from llmpruner.errors import PluginError
 from llmpruner.folders import alone_in
 from llmpruner.models.checkpoint import save_adapter
 from llmpruner.models.meta import graph_of
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.recovery.adapters import adapter_targets
 from llmpruner.recovery.best import BestWeights
 from llmpruner.recovery.distil import DistilStrategy
@@ -40,6 +39,7 @@ from llmpruner.recovery.run import recover
 from llmpruner.recovery.schedule import micro_batch, steps
 from llmpruner.recovery.training import latest_checkpoint
 from llmpruner.recovery.training_data import prepare
+from llmpruner.settings import RecoverSettings
 
 pytest.importorskip("peft")
 

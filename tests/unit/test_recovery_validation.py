@@ -11,7 +11,7 @@ import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
 
-from llmpruner import DataError, ModelError, RecoverSettings, SettingsError
+from llmpruner import DataError, ModelError, SettingsError
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.graph import build_graph
 from llmpruner.recovery.base import RecoveryJob, RecoveryStrategy, TrainingResult
@@ -23,6 +23,7 @@ from llmpruner.recovery.run import recover
 from llmpruner.recovery.training import fit, latest_checkpoint
 from llmpruner.recovery.training_data import prepare
 from llmpruner.recovery.watching import Watch
+from llmpruner.settings import RecoverSettings
 
 FAMILY = LlamaFamily()
 EXAMPLES = Examples(

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 import llmpruner
-from llmpruner import ModelError, SelectionError
+from llmpruner import ModelError
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.errors import SettingsError
+from llmpruner.errors import SelectionError, SettingsError
 from llmpruner.models.surgery import cut
 from llmpruner.progress import Progress
 from llmpruner.pruning.allocation.base import Demand

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmpruner import Blocks, CoupledGroup, Role, SelectionError, Span, UnknownNameError
+from llmpruner import Blocks, CoupledGroup, Role, Span
+from llmpruner.errors import SelectionError, UnknownNameError
 from llmpruner.pruning.allocation.base import Demand
 from llmpruner.pruning.allocation.ranking import GlobalRanking
 from llmpruner.pruning.allocation.select import select

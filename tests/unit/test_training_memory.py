@@ -12,12 +12,13 @@ from said import Said
 from transformers.trainer_utils import rotate_checkpoints
 
 import llmpruner
-from llmpruner import Catalog, RecoverSettings, SettingsError, plugin_manager
+from llmpruner import Catalog, SettingsError
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.recipes.jobs import recover_job
 from llmpruner.recipes.training_memory import training_forecast
 from llmpruner.recovery.memory import training_bytes
 from llmpruner.recovery.trainer import LossTrainer
-from llmpruner.settings import LoadSettings
+from llmpruner.settings import LoadSettings, RecoverSettings
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import torch
 from llmpruner.recipes.plan_record import plan_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from llmpruner import Blocks, CoupledGroup, Role, SelectionError, SettingsError, Span
+from llmpruner import Blocks, CoupledGroup, Role, SettingsError, Span
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance
+from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.pipeline import make_plan
 from llmpruner.pruning.allocation.base import Demand

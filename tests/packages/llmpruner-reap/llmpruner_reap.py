@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 
 from llmpruner import (
-    EXPERT,
     MLP,
     ImportanceCriterion,
     ParameterSignals,
@@ -25,7 +24,7 @@ class Reap(ImportanceCriterion):
     name = "reap"
     summary = "for experts: mean of router weight × norm of the expert's output over its tokens (REAP)"
     needs = frozenset({Signal.WEIGHT, Signal.PRODUCT})
-    kinds = frozenset({EXPERT})
+    kinds = frozenset({"expert"})
 
     def counts(self, axis: UnitAxis) -> bool:
         """Of all that belongs to an expert, the projection that reads its inner units: it computes the output."""

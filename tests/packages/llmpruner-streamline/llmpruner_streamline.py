@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from llmpruner import ComponentSettings, ImportanceCriterion, SelectionError, Signal, StreamStats, hookimpl
+from llmpruner import ComponentSettings, ImportanceCriterion, LlmprunerError, Signal, StreamStats, hookimpl
 
 
 class Streamline(ImportanceCriterion):
@@ -24,7 +24,7 @@ class Streamline(ImportanceCriterion):
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
         n, layers = self.settings.length, stream.cosine.shape[1]
         if n > layers:
-            raise SelectionError(f"streamline looks for a block of {n} layers, and the model has {layers}")
+            raise LlmprunerError(f"streamline looks for a block of {n} layers, and the model has {layers}")
         none = stream.cosine.new_full((n - 1,), -torch.inf)
         of_blocks = torch.cat([none, stream.cosine[n - 1, : layers - n + 1], none])
         return 1 - of_blocks.unfold(0, n, 1).amax(1)

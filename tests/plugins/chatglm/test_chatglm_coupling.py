@@ -14,12 +14,13 @@ from chatglm_tiny import prompts, tiny_config, tiny_model
 from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
 from transformers import DynamicCache
 
-from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph, plugin_manager
+from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build_graph
 from llmpruner.calibration.chat import conversation_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation, Message
 from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.surgery import cut, silence
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.budgets.base import BudgetSubject
 from llmpruner.pruning.budgets.kv_cache import KvCache
 from llmpruner.pruning.budgets.macs import Macs

@@ -15,7 +15,8 @@ from chatglm_tiny import DATA, train_sentencepiece
 from llmpruner_chatglm.readers import ChatGLM6BReader, ChatGLMReader
 from safetensors.torch import load_file, save_file
 
-from llmpruner import Catalog, CheckpointError, LlmprunerError, ModelError, UnsupportedModelError, plugin_manager
+from llmpruner import Catalog, CheckpointError, LlmprunerError, ModelError, UnsupportedModelError
+from llmpruner.plugins.manager import plugin_manager
 
 READERS = {"chatglm_v1": ChatGLM6BReader(), "chatglm2": ChatGLMReader()}
 

@@ -16,8 +16,9 @@ from llmpruner_vicuna.delta import apply_delta
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llmpruner import Catalog, CheckpointError, LlmprunerError, plugin_manager
+from llmpruner import Catalog, CheckpointError, LlmprunerError
 from llmpruner.cli import main
+from llmpruner.plugins.manager import plugin_manager
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 VERSIONS = {"delta_v0": "vicuna-v0", "delta_v1": "vicuna"}

@@ -9,7 +9,8 @@ import pytest
 from llmpruner_vicuna.conversation import V0_ZERO_SHOT, V1_1, chat_template
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from llmpruner import Catalog, plugin_manager
+from llmpruner import Catalog
+from llmpruner.plugins.manager import plugin_manager
 
 LLAMA_2 = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}
 
