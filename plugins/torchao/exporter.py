@@ -144,6 +144,12 @@ def _complete(directory: Path, dense: Path) -> None:
         if not weights and not (directory / file.name).exists():
             file.rename(directory / file.name)
     shutil.rmtree(dense)
+    record = directory / "llmpruner.json"
+    if record.is_file():
+        # Hashes of the dense files; the command writes those of the new ones.
+        values = json.loads(record.read_text(encoding="utf-8"))
+        values.pop("files", None)
+        record.write_text(json.dumps(values), encoding="utf-8")
 
 
 def _weight_bytes(directory: Path) -> int:

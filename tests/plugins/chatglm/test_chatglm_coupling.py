@@ -18,13 +18,8 @@ from llmpruner import ATTENTION, HIDDEN, MLP, QUERY, Catalog, ModelFamily, build
 from llmpruner.calibration.chat import conversation_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation, Message
 from llmpruner.models.generation import cache_argument
-from llmpruner.models.meta import macs_per_token
 from llmpruner.models.surgery import cut, silence
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.budgets.base import BudgetSubject
-from llmpruner.pruning.budgets.kv_cache import KvCache
-from llmpruner.pruning.budgets.macs import Macs
-from llmpruner.pruning.budgets.sizes import counts
 
 FAMILIES = {"chatglm": ChatGLMFamily(), "glm": GlmFamily(), "glm4": GlmFamily()}
 KINDS = [("chatglm", k) for k in (MLP, ATTENTION)] + [
@@ -89,24 +84,6 @@ def test_all_kinds_in_one_plan(kind: str, attention: str) -> None:
     cut(model, graph, plan, FAMILIES[kind])
     for got, expected in zip(logits_and_ids(model, kind), logits_and_ids(reference, kind), strict=True):
         assert (got - expected).abs().max() < 2e-5
-
-
-def test_tied_embeddings_stay_tied() -> None:
-    model = tiny_model("glm", tie_word_embeddings=True)
-    graph = build_graph(FAMILIES["glm"], model.config)
-    reference = deepcopy(model)
-    plan = random_plan(graph, (HIDDEN,), uniform=True)
-    silence(reference, graph, plan)
-    cut(model, graph, plan, FAMILIES["glm"])
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert (logits_and_ids(model, "glm")[0] - logits_and_ids(reference, "glm")[0]).abs().max() < 2e-5
-
-
-def test_multi_head_glm_without_biases_offers_no_query_heads() -> None:
-    config = tiny_config("glm", num_key_value_heads=8, attention_bias=False)
-    graph = build_graph(FAMILIES["glm"], config)
-    assert graph.kinds == (ATTENTION, MLP, HIDDEN, "layer")
-    assert not any(span.parameter.endswith("bias") for group in graph.groups for span in group.spans)
 
 
 def test_a_removed_layer_of_chatglm_is_gone_and_the_others_keep_their_scale() -> None:
@@ -217,22 +194,6 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
 def test_the_plugin_imports_no_torch() -> None:
     code = "import sys, llmpruner_chatglm; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize(("kind", "kinds"), [("chatglm", (MLP, ATTENTION)), ("glm", (MLP, ATTENTION, QUERY, HIDDEN))])
-def test_what_is_counted_is_what_the_cut_model_costs(kind: str, kinds: tuple[str, ...]) -> None:
-    model, family = tiny_model(kind), FAMILIES[kind]
-    graph = build_graph(family, model.config)
-    subject = BudgetSubject(model, graph, graph.groups, family)
-    macs, cache = (budget.cost(subject, None) for budget in (Macs(context=9), KvCache()))
-    plan = {**random_plan(graph, kinds, uniform=False), "layers": [0, 2]}
-    pruned = deepcopy(model)
-    left = cut(pruned, graph, plan, family)
-    for counted, shape, numbers in ((model, graph, ({}, ())), (pruned, left, counts(graph, plan))):
-        assert macs.remaining(*numbers) == macs_per_token(counted, shape, context=9)
-        cached = [tensor for layer in cached_prompt(counted, kind) for tensor in (layer.keys, layer.values)]
-        tokens = cached[0].shape[0] * cached[0].shape[2]
-        assert cache.remaining(*numbers) * tokens == sum(tensor.nbytes for tensor in cached)
 
 
 def cached_prompt(model: Any, kind: str) -> list[Any]:

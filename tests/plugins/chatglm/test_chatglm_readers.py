@@ -15,8 +15,7 @@ from chatglm_tiny import DATA, train_sentencepiece
 from llmpruner_chatglm.readers import ChatGLM6BReader, ChatGLMReader
 from safetensors.torch import load_file, save_file
 
-from llmpruner import Catalog, CheckpointError, LlmprunerError, ModelError, UnsupportedModelError
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner import CheckpointError, LlmprunerError, ModelError, UnsupportedModelError
 
 READERS = {"chatglm_v1": ChatGLM6BReader(), "chatglm2": ChatGLMReader()}
 
@@ -69,14 +68,6 @@ def test_every_file_layout_gives_the_same_model(checkpoint: tuple[Path, Any], wr
     assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert stored.config.dtype == torch.float16
     assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
-
-
-def test_the_catalog_finds_the_one_reader() -> None:
-    catalog = Catalog(plugin_manager())
-    assert catalog.manager.broken == []
-    names = {f: getattr(catalog.reader_for(DATA / f), "name", None) for f in ("chatglm_v1", "chatglm2", "chatglm3")}
-    assert names == {"chatglm_v1": "chatglm-6b", "chatglm2": "chatglm-original", "chatglm3": "chatglm-original"}
-    assert catalog.reader_for(DATA) is None
 
 
 def test_glm_tensors_are_renamed_and_split() -> None:
@@ -206,19 +197,6 @@ def test_variants_that_cannot_be_read_exactly_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UnsupportedModelError, match=message):
         READERS[folder].read_config(tmp_path)
-
-
-def test_config_without_a_field_names_it(tmp_path: Path) -> None:
-    config = json.loads((DATA / "chatglm2" / "config.json").read_text())
-    del config["ffn_hidden_size"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="lacks 'ffn_hidden_size'"):
-        ChatGLMReader().read_config(tmp_path)
-
-
-@pytest.mark.parametrize("folder", READERS)
-def test_a_missing_tokenizer_is_none(folder: str) -> None:
-    assert READERS[folder].read_tokenizer(DATA / folder) is None
 
 
 def test_a_damaged_ice_text_is_one_line(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from chatglm_tiny import prompts, tiny_model, train_sentencepiece
+from chatglm_tiny import prompts, tiny_model
 from fresh import run_fresh
 from llmpruner_chatglm import ChatGLMFamily, GlmFamily
-from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from safetensors.torch import load_file, save_file
 
 from llmpruner import build_graph, load_pruned, save_checkpoint
@@ -107,18 +106,3 @@ def test_pruned_glm_loads_without_llmpruner(tmp_path: Path) -> None:
     cut(model, build_graph(family, model.config), plan, family)
     assert save_checkpoint(model, tmp_path / "pruned", record={}, family=family) == "shim"
     expect(model, kind, without_llmpruner(tmp_path / "pruned", tmp_path, kind))
-
-
-def test_save_pretrained_alone_makes_a_checkpoint_that_loads_anywhere(tmp_path: Path) -> None:
-    vocabulary = train_sentencepiece(
-        tmp_path / "ice_text", "unigram", ["<n>", "<|tab|>", "<|blank_2|>", "[MASK]", "[gMASK]", "<sop>", "<eop>"]
-    )
-    tokenizer = ChatGLMTokenizer(vocabulary)
-    model = tiny_model("chatglm", vocab_size=512)
-    directory = tmp_path / "dense"
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    text = "The quick  fox\nover it"
-    results = without_llmpruner(directory, tmp_path, "chatglm", text)
-    expect(model, "chatglm", results)
-    assert results["tokens"].tolist() == tokenizer(text)["input_ids"]

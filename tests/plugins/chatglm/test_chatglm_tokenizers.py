@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import sentencepiece
 from chatglm_tiny import train_sentencepiece
-from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, tokenizers
+from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily
 from llmpruner_chatglm.family import register
 from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from llmpruner_chatglm.tokenizers import chat_format, read_glm_tokenizer, role_stops
 from transformers import AutoTokenizer
 
-from llmpruner import CheckpointError, LlmprunerError
+from llmpruner import CheckpointError
 
 BLANKS = [f"<|blank_{k}|>" for k in range(2, 81)]
 PIECES = ["<n>", "<|tab|>", *BLANKS, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<pad>"]
@@ -88,19 +88,6 @@ def test_saved_tokenizer_comes_back_through_auto_tokenizer(ice_text: Path, tmp_p
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
-def test_image_ids_of_old_releases_come_first(ice_text: Path) -> None:
-    plain, shifted = ChatGLMTokenizer(ice_text), ChatGLMTokenizer(ice_text, num_image_tokens=20)
-    ids = shifted("fox")["input_ids"]
-    assert ids == [i + 20 for i in plain("fox")["input_ids"]]
-    assert shifted.decode(ids, skip_special_tokens=True) == "fox"
-    assert shifted.convert_ids_to_tokens(7) == "<image_7>"
-
-
-def test_ids_beyond_the_vocabulary_decode(ice_text: Path) -> None:
-    tokenizer = ChatGLMTokenizer(ice_text)
-    assert tokenizer.convert_ids_to_tokens(tokenizer.vocab_size + 5) == "<unk>"
-
-
 @pytest.mark.parametrize("roles", [False, True], ids=["chatglm2", "chatglm3"])
 def test_fast_tokenizer_equals_sentencepiece(bpe: Path, roles: bool) -> None:
     config = bpe.parent / "tokenizer_config.json"
@@ -156,13 +143,3 @@ def test_damaged_vocabulary_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.model is no readable vocabulary") as caught:
         read_glm_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_versions_that_do_not_work_together_are_no_damage(bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise RuntimeError("Detected incompatible Protobuf Gencode/Runtime versions")
-
-    monkeypatch.setattr(tokenizers, "import_protobuf", refuse)
-    with pytest.raises(LlmprunerError, match="pip install --upgrade sentencepiece protobuf") as caught:
-        read_glm_tokenizer(bpe.parent)
-    assert "download" not in str(caught.value) and "Gencode" in str(caught.value)

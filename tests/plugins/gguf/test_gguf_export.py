@@ -37,7 +37,6 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
-    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -116,14 +115,6 @@ def test_different_sizes_per_layer(name, tmp_path):
     assert value(file, "deci.attention.key_length") == value(file, "deci.rope.dimension_count") == 8
 
 
-def test_uniform_cuts_keep_their_architecture_and_state_the_head_size(tmp_path):
-    model = randomised(cut_llama("mha-indivisible"))
-    line, file = exported(model, tmp_path)
-    assert "(llama, f32" in line
-    assert value(file, "llama.attention.head_count") == 3 and value(file, "llama.attention.key_length") == 8
-    assert_same_logits(model, gguf_logits(file, prompt(model)))
-
-
 def test_qwen2_whose_heads_do_not_fill_the_hidden_size_is_written_as_llama(tmp_path):
     model = randomised(AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)))
     with torch.no_grad():
@@ -166,14 +157,6 @@ def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share,
     assert (ours.body_macs, ours.head_macs) == (theirs.body_macs, theirs.head_macs)
     assert ours.weight_bytes == theirs.weight_bytes and ours.routed_bytes == theirs.routed_bytes
     assert list(ours.routed_bytes) == [share]
-
-
-def test_outside_its_window_the_context_ends(tmp_path):
-    model = randomised(AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=40)))
-    _, file = exported(model, tmp_path)
-    assert value(file, "llama.context_length") == 40
-    errors = relative_errors(logits(model, prompt(model)), gguf_logits(file, prompt(model)))
-    assert float(errors[:40].max()) < 1e-4 < float(errors[40:].max())
 
 
 @pytest.mark.parametrize(("kind", "stored"), [("f16", "F16"), ("bf16", "BF16"), ("f32", "F32")])
@@ -296,17 +279,6 @@ def test_what_gguf_cannot_state_is_refused(case, tmp_path):
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         exported(make(), tmp_path)
     assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
-def test_the_windows_are_those_that_llama_cpp_derives_whatever_the_file_says(tmp_path):
-    model = random_model("gemma3")
-    _, file = exported(model, tmp_path)
-    assert value(file, "gemma3.attention.sliding_window_pattern") == [True] * 5 + [False, True]
-    read = GgufFile(file)
-    assert read.windows == [8] * 5 + [None, 8]
-    read.key = lambda name, default=None: None if name.endswith("_pattern") else GgufFile.key(read, name, default)
-    del read.windows
-    assert read.windows == [8] * 5 + [None, 8]
 
 
 MISTAKES = {

@@ -54,10 +54,6 @@ def test_prompts_to_the_character(conversation: str, template: str) -> None:
         assert ours.stop == expected["stop_str"]
 
 
-def test_every_official_template_is_in_the_data() -> None:
-    assert {template for _, template in RENDERED} == set(OFFICIAL)
-
-
 @pytest.mark.parametrize("conversation", PROMPTS)
 def test_the_answers_are_the_text_with_loss(conversation: str) -> None:
     answers = [answer for _, answer in V1_1.exchanges(turns_of(conversation))]
