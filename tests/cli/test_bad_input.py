@@ -45,7 +45,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("prune", DENSE, "--plan", "{tmp}/p.json", *OUT), "cannot read plan {tmp}/p.json"
     ),
     "plan: and an amount": (
-        ("prune", DENSE, *FIFTH, "--plan", "{tmp}/p.json", *OUT), "--ratio has no effect beside --plan"
+        ("prune", DENSE, *FIFTH, "--plan", "{tmp}/p.json", *OUT), "--ratio can't be combined with --plan"
     ),
     "calibration: no file": (
         ("plan", DENSE, *FIFTH, "--calibration", "no.txt"), "no.txt: no such file; expected a .txt"
@@ -61,7 +61,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "model: a text": (
         ("evaluate", DENSE, "{models}/text.txt"),
-        "text.txt' is a file, not a model directory; for a text use --perplexity {models}/text.txt",
+        "text.txt' is a file, not a model directory; name a model",
     ),
     "recovery without a tokenizer": (
         ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
@@ -72,7 +72,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "bench: beyond the positions": (("bench", DENSE, "--prompt", 512), "reads at most 512 tokens, and 544 are asked"),
     "an empty prompt": (("generate", DENSE, "-p", ""), "the prompt is empty"),
     "evaluation: short text": (
-        ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--tokens", 10**6),
+        ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--set", "perplexity.tokens=1000000"),
         "text.txt has 3,760 bytes, fewer than the 1,000,000 tokens asked for",
     ),
     "evaluation: no folder for the report": (

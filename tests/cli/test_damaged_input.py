@@ -120,6 +120,13 @@ def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
     save_file(tensors, file, metadata={"format": "pt"})
     (tmp_path / "adapter" / "llmpruner-files.json").unlink()  # as adapters of others, which have no hashes
     done = run(
-        "evaluate", tmp_path / "adapter", "--perplexity", shared / "text.txt", "--tokens", "64", "--window", "32"
+        "evaluate",
+        tmp_path / "adapter",
+        "--perplexity",
+        shared / "text.txt",
+        "--set",
+        "perplexity.tokens=64",
+        "--window",
+        "32",
     )
     assert done.code == 2 and "does not fit" in done.err

@@ -126,8 +126,8 @@ def test_the_format_of_examples_is_said(run, pruned, shared, tmp_path):
 
 def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
     result = run(
-        "evaluate", dense, pruned, "--perplexity", shared / "text.txt", "--window", 32, "--tokens", 128,
-        "--kl", "--json", tmp_path / "report.json",
+        "evaluate", dense, pruned, "--perplexity", shared / "text.txt", "--window", 32,
+        "--set", "perplexity.tokens=128", "--kl", "--json", tmp_path / "report.json",
     )  # fmt: skip
     assert result.code == 0
     assert "4 windows of 32 tokens, 31 predictions each" in result.err
@@ -158,7 +158,7 @@ def test_a_task_of_ones_own(run, dense, pruned, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "fox.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
-    options = ("--tasks", "llmpruner_fox", "--include-path", tmp_path / "tasks", "--limit", 4)
+    options = ("--tasks", "llmpruner_fox", "--set", f"tasks.include_path={tmp_path / 'tasks'}", "--limit", 4)
     result = run("evaluate", dense, pruned, *options, "--json", tmp_path / "report.json")
     assert result.code == 0, result.err
     assert "llmpruner_fox acc" in result.out and "perplexity" not in result.out
