@@ -19,11 +19,11 @@ from .calibration.source import CalibrationSource as CalibrationSource
 from .component import ComponentSettings as ComponentSettings
 from .discovery.family import ModelFamily as ModelFamily
 from .discovery.graph import build_graph as build_graph
-from .engine.position import UnitAxis as UnitAxis
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Product as Product
 from .engine.signals import Signal as Signal
 from .engine.signals import StreamStats as StreamStats
+from .engine.signals import UnitAxis as UnitAxis
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError
 from .errors import LlmprunerError as LlmprunerError

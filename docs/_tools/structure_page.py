@@ -9,9 +9,17 @@ from typing import Any
 from docstrings import class_section, document, function_lines, markdown
 
 import llmpruner
-from llmpruner.engine import position, signals
-from llmpruner.engine.position import Position, UnitAxis
-from llmpruner.engine.signals import InputStats, ParameterSignals, Product, ProductStats, Signal, StreamStats
+from llmpruner.engine import signals
+from llmpruner.engine.signals import (
+    InputStats,
+    ParameterSignals,
+    Position,
+    Product,
+    ProductStats,
+    Signal,
+    StreamStats,
+    UnitAxis,
+)
 from llmpruner.structure import coupling, layouts
 from llmpruner.structure.coupling import Blocked, Blocks, CoupledGroup, CouplingGraph, Explicit, Role, Span, index_map
 
@@ -45,7 +53,7 @@ def render() -> str:
     lines += ["", "## Layouts", "", "`from llmpruner import layouts`", "", markdown(document(layouts))]
     for function in BUILDERS:
         lines += ["", f"### layouts.{function.__name__}", "", *function_lines(function, function.__name__)]
-    lines += ["", "## Signals", "", markdown(document(signals)), "", markdown(document(position))]
+    lines += ["", "## Signals", "", markdown(document(signals))]
     lines += [line for cls in SIGNALS for line in class_with_import(cls)]
     return "\n".join(lines) + "\n"
 

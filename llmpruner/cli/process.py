@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..engine.launch import launched
+from ..engine.stages import launched
 from ..errors import LlmprunerError, ProcessError, SettingsError
 from .console import error_line
 

@@ -14,7 +14,8 @@ checked on one sample.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,14 @@ from torch.nn import functional
 from ..errors import ModelError
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import logits_at, position_blocks
-from .calls import (
+from .products import ReduceProducts, WatchProducts
+from .walk import (
+    TOKENS,
     Call,
+    LayerCheck,
     Stop,
     call_layer,
+    check_tokens,
     eager_experts,
     expert_configs,
     first_output,
@@ -37,17 +42,130 @@ from .calls import (
     not_walkable,
     record,
     replaced_layers,
+    shares_keys,
 )
-from .check import TOKENS, LayerCheck, shares_keys
-from .gradient_sums import GradientSums, requiring_grad
-from .passed import Inputs, Place, as_now, tensors_of
-from .reduce import ReduceProducts
-from .walk import check_tokens
-from .watch import WatchProducts
 
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
     from .execution import Execution
+
+
+@dataclass
+class GradientSums:
+    """Sums over micro-batches: the gradient of the mean loss, and the mean squared gradient of single samples, float32.
+    A single micro-batch needs no sum: ``grad`` is that of autograd, in the dtype of the parameter."""
+
+    grad: torch.Tensor | None
+    grad_sq: torch.Tensor | None
+
+    @classmethod
+    def like(cls, parameter: torch.Tensor, *, summed: bool, squares: bool) -> GradientSums:
+        def zeros() -> torch.Tensor:
+            return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+
+        return cls(zeros() if summed else None, zeros() if squares else None)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in (self.grad, self.grad_sq) if tensor is not None]
+
+    def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
+        """``share``: of the mean; ``scale``: by which the loss was multiplied."""
+        found, parameter.grad = parameter.grad, None
+        if self.grad is None:
+            self.grad = torch.zeros_like(parameter) if found is None else found
+            return
+        if found is None:
+            return
+        grad = found.float() if scale == 1 else found.float().div_(scale)
+        self.grad.add_(grad, alpha=share)
+        if self.grad_sq is not None:
+            self.grad_sq.addcmul_(grad, grad, value=share)
+
+
+@contextlib.contextmanager
+def requiring_grad(parameters: Iterable[nn.Parameter], freeze: nn.Module | None = None) -> Iterator[None]:
+    """While active, ``parameters`` require gradients, and all other parameters of ``freeze`` do not."""
+    chosen = list(parameters)
+    others = [] if freeze is None else list(freeze.parameters())
+    flags = [(p, p.requires_grad) for p in (*chosen, *others)]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+Place = tuple[str | int, ...]
+"""Name or number of an argument of a layer; for a dictionary, also the key and the number of the tensor there."""
+
+
+def as_now(call: Call) -> Call:
+    """``call`` with copies of its dictionaries, into which later layers put nothing."""
+    args, kwargs = call
+    return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
+
+
+def tensors_of(call: Call) -> dict[Place, torch.Tensor]:
+    """The tensors among the arguments."""
+    args, kwargs = call
+    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return {(name,): value for name, value in named if isinstance(value, torch.Tensor)}
+
+
+class Inputs:
+    """``call`` with tensors that collect gradients: those in dictionaries, and those at ``places``."""
+
+    def __init__(self, call: Call, places: Collection[Place]) -> None:
+        args, kwargs = as_now(call)
+        self._own = {place: _leaf(tensor) for place, tensor in tensors_of(call).items() if place in places}
+        for (name,), leaf in self._own.items():
+            if isinstance(name, int):
+                args = (*args[:name], leaf, *args[name + 1 :])
+            else:
+                kwargs[name] = leaf
+        self.call: Call = args, kwargs
+        for values in _dictionaries(self.call):
+            for key, entry in values.items():
+                if _is_floating(entry):
+                    values[key] = tuple(map(_leaf, entry))
+        self._taken = dict(_entries(self.call))
+
+    def given(self, later: dict[Place, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """After the layer ran: what is in the dictionaries, with the gradients by ``later`` layers, which are taken out
+        of it. Where the layer put nothing there, that is what it took, whose gradients are added to."""
+        for place, tensor in _entries(self.call):
+            if (grad := later.pop(place, None)) is not None:
+                yield tensor, grad
+
+    def collect(self, earlier: dict[Place, torch.Tensor], own: dict[Place, torch.Tensor]) -> None:
+        """After the backward pass: the gradients of what the layer took from dictionaries, and of its own arguments."""
+        earlier.update({place: leaf.grad for place, leaf in self._taken.items() if leaf.grad is not None})
+        own.update({place: leaf.grad for place, leaf in self._own.items() if leaf.grad is not None})
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _is_floating(entry: Any) -> bool:
+    return isinstance(entry, tuple) and all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in entry)
+
+
+def _dictionaries(call: Call) -> Iterator[MutableMapping[Any, Any]]:
+    return (value for value in call[1].values() if isinstance(value, MutableMapping))
+
+
+def _entries(call: Call) -> Iterator[tuple[Place, torch.Tensor]]:
+    for name, values in call[1].items():
+        if isinstance(values, MutableMapping):
+            for key, entry in values.items():
+                if _is_floating(entry):
+                    yield from (((name, key, number), tensor) for number, tensor in enumerate(entry))
 
 
 @dataclass

@@ -24,8 +24,8 @@ from ..models.messages import quiet_transformers
 from ..models.meta import decoder_list, meta_model
 from ..models.numbers import computes_bfloat16_fast
 from ..models.positions import computes_some_logits
-from .calls import call_layer, eager_experts, expert_configs, first_output, record
-from .gram import add_gram
+from .statistics import add_gram
+from .walk import call_layer, eager_experts, expert_configs, first_output, record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ModelError
-from .gradient_sums import GradientSums, requiring_grad
-from .gradients import GradientWalk
-from .inputs import Measured, forward_statistics
-from .position import Position, positions
-from .reduce import Measure, ReduceProducts
-from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal
+from .gradients import GradientSums, GradientWalk, requiring_grad
+from .products import Measure, ReduceProducts
+from .signals import GRADIENTS, InputStats, ParameterSignals, Position, ProductStats, Signal, positions
+from .statistics import Measured, forward_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LlmprunerError, ProcessError, first_line
-from .launch import launched
+from .stages import launched
 
 T = TypeVar("T")
 K = TypeVar("K")

@@ -1,4 +1,4 @@
-"""What a run took: seconds and memory of its stages, and the machine; ``run.json`` beside a checkpoint.
+"""What a run took: seconds and memory of its stages, and the machine; ``run.json`` in a checkpoint.
 
 No result depends on it, so it is not in ``llmpruner.json``, which says the same wherever the checkpoint was made.
 Imports no torch.
@@ -107,3 +107,8 @@ def peak_memory() -> int | None:
     # Bytes on macOS, KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` or ``accelerate launch`` started several processes, of which this is one."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

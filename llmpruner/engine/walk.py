@@ -1,14 +1,17 @@
 """Running the decoder forwards, one layer at a time, over a calibration set.
 
-The caller keeps the hidden states, and may pass those of the dense and of the pruned model through a layer. The other
-arguments of each layer (masks, rotary tables) are recorded once, by running the model with layers that return their
-inputs.
+Layers are called with the arguments that a run of the model gives them, which are recorded once, by running the model
+with layers that return their inputs. The caller keeps the hidden states, and may pass those of the dense and of the
+pruned model through a layer. `LayerCheck` makes sure that layers compute, called one by one, what they compute in the
+model: each is called on its own inputs in a run of the whole model, and half of the tokens must agree. Rounding may
+route a token to another expert, but a value that a layer lacks changes nearly all tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -16,23 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
-from ..models.positions import logits_at
+from ..models.positions import last_logits, logits_at
 from .boundaries import States, copied
-from .calls import (
-    Batch,
-    call_layer,
-    eager_experts,
-    expert_configs,
-    first_output,
-    hidden_of,
-    passes_on,
-    record,
-    replaced_layers,
-    with_passed,
-)
-from .check import LayerCheck
 from .execution import Execution
 
 if TYPE_CHECKING:
@@ -42,6 +32,228 @@ if TYPE_CHECKING:
 
     from ..calibration.calibration import CalibrationSet
     from .ranks import Ranks
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a layer, without the hidden states."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch: token ids (samples, length), the arguments of each layer but the hidden states, and the number
+    of its first sample in the calibration set."""
+
+    input_ids: torch.Tensor
+    calls: list[Call]
+    first: int
+
+
+def expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
+    return [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
+
+
+@contextlib.contextmanager
+def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
+    """While active, experts are computed one by one, so that `WatchProducts` observes a product for each: the faster
+    implementations in transformers are a single operator, or copy the weights."""
+    chosen = [config._experts_implementation_internal for config in configs]
+    for config in configs:
+        config._experts_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, chosen, strict=True):
+            config._experts_implementation_internal = name
+
+
+def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
+    args, kwargs = call
+    if "hidden_states" in kwargs:
+        return layer(*args, **{**kwargs, "hidden_states": hidden})
+    return layer(hidden, *args, **kwargs)
+
+
+def with_passed(call: Call, passed: dict[str, Any]) -> Call:
+    """``call`` with the dictionaries of ``passed`` in place of its own, of which copies are put there where it has none
+    yet: layers put into them what later ones read."""
+    args, kwargs = call
+    named = {name: value for name, value in kwargs.items() if _is_filled_by_layers(value)}
+    return args, {**kwargs, **{name: passed.setdefault(name, copy.copy(value)) for name, value in named.items()}}
+
+
+def passes_on(calls: Sequence[Call]) -> bool:
+    """Whether layers may pass on other values than hidden states, by dictionaries that they are called with."""
+    return any(_is_filled_by_layers(value) for _, kwargs in calls for value in kwargs.values())
+
+
+def _is_filled_by_layers(value: Any) -> bool:
+    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that one into which layers
+    put values is still empty."""
+    return isinstance(value, MutableMapping) and not value
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer. Raises `UnsupportedModelError` where there are none."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+    return hidden
+
+
+def first_output(output: Any) -> torch.Tensor:
+    tensor = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """While active, ``stub(number)`` replaces the forward of each layer."""
+    # Other libraries (accelerate) set a forward on the instance.
+    own = [vars(layer).get("forward") for layer in layers]
+    for number, layer in enumerate(layers):
+        layer.forward = stub(number)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def record(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None], first: int = 0
+) -> tuple[Batch, torch.Tensor]:
+    """Run the model with layers that return their hidden states unchanged, and record their other arguments. Returns
+    them, and the hidden states before the first layer.
+
+    ``tuples``: how many further values each layer returns, None for a bare tensor. ``first``: see `Batch`.
+    """
+    batch = Batch(ids, [], first)
+    before: list[torch.Tensor] = []
+
+    def stub(number: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_of(args, kwargs)
+            if not before:
+                before.append(hidden)
+            batch.calls.append((args[1:], kwargs))
+            further = tuples[number]
+            return hidden if further is None else (hidden, *(None for _ in range(further)))
+
+        return forward
+
+    with replaced_layers(layers, stub), contextlib.suppress(Stop):
+        handle = layers[-1].register_forward_hook(_stop)
+        try:
+            model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+    return batch, before[0]
+
+
+class Stop(Exception):
+    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
+
+
+def _stop(*_: Any) -> None:
+    raise Stop
+
+
+def not_walkable(model: PreTrainedModel, seen: str) -> UnsupportedModelError:
+    """``seen``: what does not work when layers run one by one."""
+    return UnsupportedModelError(
+        f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
+        f"run one by one ({seen}); use --importance l1, l2 or random and --compensate none"
+    )
+
+
+TOKENS = 64
+"""At the start of the first sample, which are compared."""
+_TOLERANCE = 1e-3
+"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
+
+
+def shares_keys(model: PreTrainedModel) -> bool:
+    """Whether layers use keys and values of earlier ones."""
+    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+
+
+class LayerCheck:
+    """Runs the whole model on the first `TOKENS` of ``input_ids`` (samples, length), and keeps the hidden states
+    between layers; `layer` compares one layer. Raises `ModelError` for states that are not finite, and
+    `UnsupportedModelError` for layers that are not called one after the other.
+
+    ``tuples``: as for `record`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, input_ids: torch.Tensor) -> None:
+        self.model, self.layers = model, layers
+        ids = input_ids[:1, :TOKENS]
+        called: list[int] = []
+        outputs: list[Any] = []
+        self._before: list[torch.Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._before.append(hidden_of(args, kwargs))
+
+        def after(number: int, output: Any) -> None:
+            called.append(number)
+            outputs.append(output)
+
+        with contextlib.ExitStack() as stack:
+            for number, layer in enumerate(layers):
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hook = layer.register_forward_hook(lambda _, __, output, number=number: after(number, output))
+                stack.callback(hook.remove)
+            # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
+            last = {} if shares_keys(model) else last_logits(model)
+            model(input_ids=ids, use_cache=False, **last)
+        if called != list(range(len(layers))):
+            raise not_walkable(model, "they are not called once each, in order")
+        self._after = [first_output(output) for output in outputs]
+        if not bool(torch.isfinite(self._after[-1]).all()):
+            raise ModelError(
+                "the hidden states of the calibration text are not finite numbers; the weights are damaged"
+            )
+        self.tuples = [len(output) - 1 if isinstance(output, tuple | list) else None for output in outputs]
+        for number in range(1, len(layers)):
+            self._compare(self._after[number - 1], self._before[number], number)
+        self._calls = record(model, layers, ids, self.tuples)[0].calls
+
+    def layer(self, number: int) -> None:
+        """Call layer ``number``. Raises `UnsupportedModelError` where it fails, or gives other hidden states."""
+        try:
+            output = first_output(call_layer(self.layers[number], self._before[number], self._calls[number]))
+        except LlmprunerError:
+            raise
+        except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
+            raise not_walkable(self.model, f"{type(error).__name__}: {first_line(error)}") from error
+        self._compare(output, self._after[number], number)
+
+    def runs_in(self, products: torch.dtype, number: int) -> bool:
+        """Whether operators of layer ``number`` take what autocast to ``products`` gives them with hidden states in
+        float32. Where layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of
+        models in ``products`` alone: others may have keys of another dtype than the queries."""
+        if shares_keys(self.model):
+            return bool(products == self.model.dtype)
+        hidden = self._before[number].float()
+        try:
+            with autocast_to(hidden.device.type, products):
+                call_layer(self.layers[number], hidden, self._calls[number])
+        except RuntimeError:
+            return False
+        return True
+
+    def _compare(self, found: torch.Tensor, wanted: torch.Tensor, number: int) -> None:
+        wanted = wanted.float()
+        differences = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-12)
+        typical = float(differences.median())
+        if not typical < _TOLERANCE:
+            seen = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
+            raise not_walkable(self.model, seen)
 
 
 @dataclass

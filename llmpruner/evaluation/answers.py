@@ -123,7 +123,7 @@ def _sums(
     import torch
     from torch.nn import functional
 
-    from ..engine.divergence import check_vocabularies, divergences
+    from ..engine.statistics import check_vocabularies, divergences
     from ..models.tokenizer import check_ids
     from .perplexity import predictions
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from ..calibration.opening import opening_tokens
-from ..engine.divergence import divergence
+from ..engine.statistics import divergence
 from ..errors import DataError, ModelError
 from ..models.numbers import autocast_to
 from ..models.positions import check_table

@@ -30,8 +30,7 @@ from ..engine.memory import (
     sample_layer,
     size_text,
 )
-from ..engine.position import positions
-from ..engine.signals import GRADIENTS, Signal
+from ..engine.signals import GRADIENTS, Signal, positions
 from ..errors import SettingsError
 from ..models.model import Model
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast

@@ -20,8 +20,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..engine.calls import call_layer, eager_experts, expert_configs, first_output, record
-from ..engine.gram import add_gram
+from ..engine.statistics import add_gram
+from ..engine.walk import call_layer, eager_experts, expert_configs, first_output, record
 from ..models.messages import quiet_transformers
 from ..models.meta import decoder_list, meta_model
 from ..models.numbers import computes_bfloat16_fast
@@ -30,7 +30,7 @@ from ..models.positions import computes_some_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..engine.calls import Batch
+    from ..engine.walk import Batch
     from ..structure.coupling import CouplingGraph
 
 _FLOPS = 2e10

@@ -13,9 +13,8 @@ from ..calibration.chat import format_note
 from ..calibration.conversations import Example
 from ..discovery.dense import dense_structure, load_dense, open_dense, placed_as
 from ..engine.boundaries import DEFAULT_LIMIT
-from ..engine.launch import launched
 from ..engine.ranks import Ranks
-from ..engine.stages import Stages, write_run
+from ..engine.stages import Stages, launched, write_run
 from ..errors import DataError, ModelError, SettingsError, no_tokenizer
 from ..files import check_new_directory, check_space, remove_tree, tree_bytes, write_text
 from ..folders import Held

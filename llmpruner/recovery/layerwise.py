@@ -25,8 +25,8 @@ from transformers import get_scheduler
 
 from ..calibration.labelled import IGNORED
 from ..engine.boundaries import copied
-from ..engine.calls import Batch, Call, call_layer, eager_experts, first_output, with_passed
 from ..engine.journal import Journal
+from ..engine.walk import Batch, Call, call_layer, eager_experts, first_output, with_passed
 from ..errors import ModelError, UnsupportedModelError
 from ..models.weights import Weights
 from .base import RecoveryJob, TrainingResult

@@ -13,8 +13,7 @@ from ..calibration.calibration import CalibrationSet
 from ..discovery.routes import ClosedRoutes
 from ..discovery.silenced import distance, logits
 from ..discovery.verify import TOLERANCE, first_difference
-from ..engine.position import UnitAxis
-from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats
+from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats, UnitAxis
 from ..errors import LlmprunerError
 from ..models.surgery import silence
 from ..pipeline import make_plan

@@ -17,11 +17,9 @@ from llmpruner import api
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.silenced import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.engine.calls import call_layer
-from llmpruner.engine.check import LayerCheck
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.gradients import GradientWalk
-from llmpruner.engine.walk import ForwardWalk
+from llmpruner.engine.walk import ForwardWalk, LayerCheck, call_layer
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.numbers import autocast_to
 from llmpruner.settings import LoadSettings, RunSettings

@@ -266,7 +266,7 @@ def test_a_weight_without_a_watched_product_is_reported_and_zeroed(monkeypatch):
     model = copy.deepcopy(loaded.model)
     mlp = model.model.layers[1].mlp
     mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
-    monkeypatch.setattr("llmpruner.engine.watch._PRODUCTS", {})
+    monkeypatch.setattr("llmpruner.engine.products._PRODUCTS", {})
     (fit,) = Refit().repair(RepairTask(model, loaded.graph, kept, CALIBRATION)).fits
     assert (fit.parameter, fit.rows, fit.ridge) == ("model.layers.1.mlp.down_proj.weight", 0, None)
     assert not bool(mlp.down_proj.weight[:, 30:].any())

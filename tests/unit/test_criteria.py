@@ -11,8 +11,7 @@ from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.engine.position import Position, UnitAxis
-from llmpruner.engine.signals import InputStats, ParameterSignals, Signal
+from llmpruner.engine.signals import InputStats, ParameterSignals, Position, Signal, UnitAxis
 from llmpruner.errors import SelectionError, SettingsError, UnknownNameError
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.allocation.normalize import NORMALIZATIONS, normalize

@@ -12,10 +12,10 @@ from criteria_cases import make, tokens
 
 from llmpruner import UnsupportedModelError
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.engine.calls import Batch
-from llmpruner.engine.divergence import divergences
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.watch import WatchProducts
+from llmpruner.engine.products import WatchProducts
+from llmpruner.engine.statistics import divergences
+from llmpruner.engine.walk import Batch
 from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import silence
 from llmpruner.pruning.compensation import rows as rows_module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmpruner.engine.gram import add_gram, both_triangles
+from llmpruner.engine.statistics import add_gram, both_triangles
 
 
 @pytest.mark.parametrize("width", [0, 1, 3, 4, 5, 17, 64])

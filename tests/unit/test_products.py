@@ -15,10 +15,10 @@ from transformers import CONFIG_MAPPING
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.inputs import forward_statistics
 from llmpruner.engine.parameter_signals import walk_signals
-from llmpruner.engine.position import Position, positions
-from llmpruner.engine.reduce import ReduceProducts
+from llmpruner.engine.products import ReduceProducts
+from llmpruner.engine.signals import Position, positions
+from llmpruner.engine.statistics import forward_statistics
 from llmpruner.errors import PluginError
 from llmpruner.models.meta import decoder_layers
 from llmpruner.progress import Progress
@@ -274,7 +274,7 @@ def effects(product: Product) -> dict[str, torch.Tensor]:
 
 def fast(monkeypatch, *, yes: bool = True) -> None:
     monkeypatch.setattr("llmpruner.engine.gradients.computes_bfloat16_fast", lambda model: yes)
-    monkeypatch.setattr("llmpruner.engine.reduce.multiplies_bfloat16_fast", lambda device: yes)
+    monkeypatch.setattr("llmpruner.engine.products.multiplies_bfloat16_fast", lambda device: yes)
 
 
 # Rounding routes tokens of a mixtral to other experts.

@@ -12,8 +12,7 @@ from transformers import CONFIG_MAPPING
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.inputs import input_statistics
-from llmpruner.engine.stream import stream_statistics
+from llmpruner.engine.statistics import input_statistics, stream_statistics
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.progress import Progress
 

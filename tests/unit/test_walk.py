@@ -16,9 +16,8 @@ from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.graph import build_graph
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.engine.calls import call_layer, replaced_layers
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.walk import ForwardWalk, _same
+from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.model import Model
 from llmpruner.models.numbers import computes_bfloat16_fast
@@ -227,7 +226,7 @@ def test_few_tokens_may_differ_as_rounding_routes_them_to_other_experts(monkeypa
         output[:, :changed] *= 1.1
         return output
 
-    monkeypatch.setattr("llmpruner.engine.check.call_layer", called)
+    monkeypatch.setattr("llmpruner.engine.walk.call_layer", called)
     refused = pytest.raises(UnsupportedModelError, match=r"at layer 0, hidden states differ by 0\.1 from")
     with contextlib.nullcontext() if accepted else refused:
         ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))

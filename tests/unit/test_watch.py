@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from llmpruner.engine.execution import Execution
+from llmpruner.engine.products import WatchedProduct, WatchProducts
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.engine.watch import WatchedProduct, WatchProducts
 
 
 class Weights(nn.Module):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from ...engine.products import WatchedProduct
     from ...engine.ranks import Ranks
-    from ...engine.watch import WatchedProduct
 
 _LOG = logging.getLogger("llmpruner")
 

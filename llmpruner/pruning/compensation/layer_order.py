@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ...engine.watch import WatchedProduct, WatchProducts
+from ...engine.products import WatchedProduct, WatchProducts
 from .consumers import stream_writers
 
 if TYPE_CHECKING:

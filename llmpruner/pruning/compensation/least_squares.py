@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...engine.gram import add_gram
+from ...engine.statistics import add_gram
 from .rows import ALIKE, Rows
 
 if TYPE_CHECKING:

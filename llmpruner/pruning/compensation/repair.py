@@ -32,11 +32,10 @@ from functools import partial
 import torch
 
 from ...engine.boundaries import States
-from ...engine.calls import Batch
 from ...engine.execution import Execution
-from ...engine.inputs import InputSums
-from ...engine.walk import ForwardWalk
-from ...engine.watch import WatchProducts
+from ...engine.products import WatchProducts
+from ...engine.statistics import InputSums
+from ...engine.walk import Batch, ForwardWalk
 from ...structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask
 from .consumers import Consumer, consumers_of, intact_readers, stream_writers, zero_inputs

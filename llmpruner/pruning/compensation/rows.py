@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...engine.routing import Routing, all_tokens
+from ...engine.products import Routing, all_tokens
 from ...errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...calibration.calibration import CalibrationSet
-    from ...engine.calls import Batch
-    from ...engine.watch import WatchedProduct, WatchProducts
+    from ...engine.products import WatchedProduct, WatchProducts
+    from ...engine.walk import Batch
 
 
 @dataclass(frozen=True)

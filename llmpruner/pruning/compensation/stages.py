@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from ...engine.calls import Batch, Stop
-from ...engine.watch import WatchedProduct, WatchProducts
+from ...engine.products import WatchedProduct, WatchProducts
+from ...engine.walk import Batch, Stop
 from .consumers import Consumer, matrix_of
 from .fitters import Fitter, Matrix, write_all
 from .layer_order import names_in_layer

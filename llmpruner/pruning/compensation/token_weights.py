@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...engine.divergence import divergences
-from ...engine.inputs import InputSums
+from ...engine.products import WatchProducts
+from ...engine.statistics import InputSums, divergences
 from ...engine.walk import ForwardWalk
-from ...engine.watch import WatchProducts
 from ...structure.kept import removed_layers
 from .consumers import Consumer, consumers_of, zero_inputs
 from .gram_fit import fitted

@@ -16,9 +16,8 @@ from torch import nn
 
 from ...calibration.calibration import CalibrationSet
 from ...discovery.rules import with_rules
-from ...engine.divergence import divergence
 from ...engine.execution import Execution
-from ...engine.inputs import input_statistics
+from ...engine.statistics import divergence, input_statistics
 from ...engine.walk import check_tokens
 from ...errors import ModelError
 from ...models.numbers import with_fast_products

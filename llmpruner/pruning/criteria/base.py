@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ...component import Component
-from ...engine.position import Position, UnitAxis
-from ...engine.signals import ParameterSignals, Product, Signal, StreamStats
+from ...engine.signals import ParameterSignals, Position, Product, Signal, StreamStats, UnitAxis
 from ...structure.coupling import LAYER, Role
 
 if TYPE_CHECKING:

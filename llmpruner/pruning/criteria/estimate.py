@@ -15,9 +15,8 @@ import torch
 
 from ...engine.execution import Execution
 from ...engine.parameter_signals import signals_of, walk_signals
-from ...engine.position import UnitAxis, positions
-from ...engine.signals import InputStats, ParameterSignals, Signal
-from ...engine.stream import stream_statistics
+from ...engine.signals import InputStats, ParameterSignals, Signal, UnitAxis, positions
+from ...engine.statistics import stream_statistics
 from ...errors import ModelError, SelectionError
 from ...progress import QUIET, Progress
 from ...structure.coupling import CoupledGroup, CouplingGraph

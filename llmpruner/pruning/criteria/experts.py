@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...component import ComponentSettings
-from ...engine.position import UnitAxis
-from ...engine.signals import ParameterSignals, Product, Signal
+from ...engine.signals import ParameterSignals, Product, Signal, UnitAxis
 from ...errors import UnsupportedModelError
 from ...structure.coupling import EXPERT, MLP
 from .base import ImportanceCriterion

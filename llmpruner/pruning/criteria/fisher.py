@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...engine.position import Position, UnitAxis
-from ...engine.signals import ParameterSignals, Product, Signal
+from ...engine.signals import ParameterSignals, Position, Product, Signal, UnitAxis
 from ...structure.coupling import ATTENTION, QUERY, Role
 from .base import ImportanceCriterion
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...component import ComponentSettings
-from ...engine.position import UnitAxis
-from ...engine.signals import ParameterSignals, Signal
+from ...engine.signals import ParameterSignals, Signal, UnitAxis
 from ...structure.coupling import Role
 from .base import ImportanceCriterion
 

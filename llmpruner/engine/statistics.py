@@ -1,20 +1,21 @@
-"""Statistics of the inputs of weights, and sums over their products, from a forward walk through the layers."""
+"""Statistics from a forward walk: of the inputs of weights, and of the hidden states before and after layers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from math import nan, pi
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
-from .gram import add_gram, both_triangles
+from ..errors import ModelError
+from .products import ReduceProducts, WatchedProduct, WatchProducts
 from .ranks import SINGLE, Ranks
-from .reduce import ReduceProducts
-from .signals import InputStats, ProductStats
+from .signals import InputStats, ProductStats, StreamStats
 from .walk import ForwardWalk
-from .watch import WatchedProduct, WatchProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,48 @@ if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
     from ..progress import Progress
     from .execution import Execution
+
+
+_BLOCKS = 4
+"""Column blocks that a Gram matrix is computed in; more blocks save little more."""
+
+
+def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
+    """Add XᵀX of ``inputs_NI`` (tokens, d_in) to the lower triangle of ``lower_II`` (d_in, d_in), in place. Elements
+    above the diagonal are left undefined; `both_triangles` fills them in."""
+    width = inputs_NI.shape[1]
+    step = max(1, -(-width // _BLOCKS))
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        lower_II[start:, start:end].addmm_(inputs_NI[:, start:].T, inputs_NI[:, start:end])
+
+
+def both_triangles(lower: torch.Tensor) -> torch.Tensor:
+    """Symmetric matrices (…, d_in, d_in) from their lower triangles."""
+    return lower.tril() + lower.tril(-1).mT
+
+
+def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
+    """Sum of KL(wanted ‖ logits) over all positions but the last of each sequence, in nats. Raises `ModelError` for
+    different vocabularies."""
+    check_vocabularies(wanted_BTV, logits_BTV)
+    pairs = zip(wanted_BTV, logits_BTV, strict=True)
+    return sum(float(divergences(wanted[:-1], logits[:-1]).double().sum()) for wanted, logits in pairs)
+
+
+def check_vocabularies(wanted: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise `ModelError` for logits (…, V) of different vocabularies."""
+    if wanted.shape != logits.shape:
+        raise ModelError(
+            f"the model predicts {logits.shape[-1]} tokens and the reference {wanted.shape[-1]}; KL divergence needs "
+            "one vocabulary"
+        )
+
+
+def divergences(wanted_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(wanted ‖ logits) at each position (T,), in nats, float32."""
+    log_p, log_q = wanted_TV.float().log_softmax(-1), logits_TV.float().to(wanted_TV.device).log_softmax(-1)
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,3 +206,40 @@ class _Sums:
             routed=self.tokens if self.dim == 3 else None,
             all_tokens=bool((self.tokens >= tokens).all()),
         )
+
+
+@torch.no_grad()
+def stream_statistics(
+    execution: Execution, calibration: CalibrationSet, progress: Progress, *, blocks: bool = False
+) -> StreamStats:
+    """Compare the hidden states before and after each layer; with ``blocks``, each block of consecutive layers.
+
+    Memory: the hidden states of the whole calibration set in float32, up to the limit of the execution; with ``blocks``
+    those before every layer, and every layer is compared with all earlier ones.
+    """
+    walk = ForwardWalk.over(execution, calibration)
+    count = len(walk.layers)
+    lengths = count if blocks else 1
+    cosine, angle = torch.full((2, lengths, count), nan, dtype=torch.float64)
+    before = [walk.embedded]
+    for number in progress.track(range(count), "Measuring layers"):
+        # One value for each token of the calibration set, in order; each process fills in its own.
+        cosines = torch.zeros(len(before), walk.tokens, dtype=torch.float64)
+        after = before[-1].beside(continued=True)
+        with walk.layer(number):
+            for position, batch in enumerate(walk.batches):
+                states = walk.run(number, batch, before[-1][position], after.passed)
+                first = batch.first * batch.input_ids.shape[1]
+                tokens = slice(first, first + batch.input_ids.numel())
+                for length, earlier in enumerate(reversed(before)):
+                    found = torch.cosine_similarity(earlier[position], states, dim=-1)
+                    # Some models put prompts of their own before the text (CPM-Ant).
+                    cosines[length, tokens] = found[:, -batch.input_ids.shape[1] :].flatten()
+                after.append(states)
+        walk.ranks.sum_([cosines])
+        before = [*before, after][-lengths:]
+        for length, of_length in enumerate(cosines):
+            of_tokens = of_length.clamp(-1, 1)
+            cosine[length, number - length] = float(of_tokens.mean())
+            angle[length, number - length] = float(of_tokens.arccos().mean()) / pi
+    return StreamStats(cosine, angle)

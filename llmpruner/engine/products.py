@@ -1,0 +1,404 @@
+"""Every matrix product with given weights, in any module, and sums of what a criterion computes from each.
+
+Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few matrix product
+functions of torch. Intercepting these finds the inputs of a parameter independently of module names and classes.
+
+transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the experts
+chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after the other on
+the tokens routed to it. In such models, rows can be assigned to tokens (`Routing`); this is checked on the first
+product of every expert. Activations are kept for one micro-batch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ..errors import PluginError
+from ..models.numbers import multiplies_bfloat16_fast
+from .ranks import SINGLE, Ranks
+from .signals import Position, Product, ProductStats
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+_PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
+    functional.linear: ((0, "input"), (1, "weight")),
+    torch.matmul: ((0, "input"), (1, "other")),
+    torch.Tensor.matmul: ((0, "self"), (1, "other")),
+    torch.Tensor.__matmul__: ((0, "self"), (1, "other")),
+    torch.mm: ((0, "input"), (1, "mat2")),
+    torch.Tensor.mm: ((0, "self"), (1, "mat2")),
+    torch.bmm: ((0, "input"), (1, "mat2")),
+    torch.Tensor.bmm: ((0, "self"), (1, "mat2")),
+    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    torch.baddbmm: ((1, "batch1"), (2, "batch2")),
+}
+"""Function → position and name of the arguments for the inputs and for the weight."""
+
+
+@dataclass(frozen=True)
+class WatchedProduct:
+    """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
+    detached, in the dtype of the product.
+
+    They are the model's own tensors, which a later operator may overwrite (Falcon adds the outputs of attention to
+    those of the MLP in place): read them while the product is observed, or keep what `copied` returns."""
+
+    parameter: str
+    axis: int
+    """The axis of the parameter that is summed over: 1 of a linear weight, 0 of a transposed one."""
+    slot: int | None
+    """Number of the matrix in a stacked parameter (the expert); None where the parameter is one matrix."""
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    bias: torch.Tensor | None
+    """The bias that the product itself adds, (d_out,)."""
+    result: torch.Tensor
+    """The function's result with its autograd graph: the outputs in their original shape, or those of a whole stack."""
+    part: int | None
+    """Index of ``outputs`` in ``result``; None for all of it."""
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:
+        """The original leading axes of ``outputs``, before they were flattened to rows."""
+        return tuple(self.result.shape[:-1] if self.part is None else self.result.shape[1:-1])
+
+    def copied(self) -> WatchedProduct:
+        """The product with inputs and outputs of its own, to be read later; its ``result`` has no autograd graph."""
+        inputs, outputs = (t.clone(memory_format=torch.contiguous_format) for t in (self.inputs, self.outputs))
+        result = outputs.view(*self.leading_shape, outputs.shape[-1])
+        return replace(self, inputs=inputs, outputs=outputs, result=result, part=None)
+
+    def on_gradient(self, call: Callable[[torch.Tensor], None]) -> None:
+        """Call ``call`` with the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""
+        # The graph of ``result`` refers to the hook, which must not refer to ``result``: neither would be freed.
+        part = self.part
+        self.result.register_hook(lambda grad: call(_rows(grad if part is None else grad[part])))  # type: ignore[no-untyped-call]
+
+
+Seen = Callable[[WatchedProduct], object]
+
+
+class WatchProducts(TorchFunctionMode):
+    """While active, calls ``seen`` for every product with one of the parameters ``names``. They are matched by storage,
+    so that views are found too: a slice, a transpose, one expert of a stack. Products that ``seen`` computes are not
+    observed."""
+
+    def __init__(self, model: nn.Module, names: Iterable[str], seen: Seen) -> None:
+        super().__init__()
+        self._model = model
+        self._seen: dict[str, list[Seen]] = {}
+        self._by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        self.add(names, seen)
+
+    def add(self, names: Iterable[str], seen: Seen) -> None:
+        """Add an observer, which is called after those added earlier."""
+        for name in names:
+            if name not in self._seen:
+                parameter = self._model.get_parameter(name)
+                self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
+            self._seen.setdefault(name, []).append(seen)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        places = _PRODUCTS.get(func)
+        if places is not None:
+            inputs, weight = (_argument(args, kwargs, place) for place in places)
+            found = self._owner(weight)
+            if found is not None:
+                linear = func is functional.linear
+                for product in _products(*found, weight, inputs, result, _bias(func, args, kwargs), transposed=linear):
+                    for seen in self._seen[product.parameter]:
+                        seen(product)
+        return result
+
+    def _owner(self, weight: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        """The parameter that ``weight`` is a view of; several parameters may share a storage."""
+        for name, parameter in self._by_storage.get(weight.untyped_storage().data_ptr(), ()):
+            if 0 <= weight.storage_offset() - parameter.storage_offset() < parameter.numel():
+                return name, parameter
+        return None
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> torch.Tensor:
+    position, name = place
+    argument: torch.Tensor = args[position] if len(args) > position else kwargs[name]
+    return argument
+
+
+def _products(
+    name: str,
+    parameter: torch.Tensor,
+    weight: torch.Tensor,
+    inputs: torch.Tensor,
+    result: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    transposed: bool,
+) -> Iterator[WatchedProduct]:
+    if weight.dim() not in (2, parameter.dim()):
+        return
+    summed = weight.dim() - 1 if transposed else weight.dim() - 2
+    # The view may be a transpose: its stride determines which axis of the parameter is summed over.
+    axis = _axis_with(parameter, weight.stride(summed), weight.shape[summed])
+    if axis is None:
+        return
+    first = int((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
+    if weight.dim() == 2:
+        slot = first if parameter.dim() == 3 else None
+        yield WatchedProduct(name, axis, slot, _rows(inputs), _rows(result), bias, result, None)
+    elif weight.dim() == 3 and inputs.dim() <= 3:
+        # The same inputs may be multiplied with every matrix of the stack.
+        inputs = inputs.expand(len(weight), *inputs.shape[-2:])
+        for part in range(len(weight)):
+            yield WatchedProduct(name, axis, first + part, _rows(inputs[part]), _rows(result[part]), None, result, part)
+
+
+def _bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    if func is functional.linear:
+        return args[2] if len(args) > 2 else kwargs.get("bias")
+    if func is torch.addmm:
+        added = _argument(args, kwargs, (0, "input"))
+        return added if added.dim() == 1 else None
+    return None
+
+
+def _axis_with(parameter: torch.Tensor, stride: int, size: int) -> int | None:
+    axes = [a for a in range(parameter.dim()) if parameter.stride(a) == stride and parameter.shape[a] == size]
+    return axes[-1] if axes else None
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
+
+
+def all_tokens(product: WatchedProduct, samples: int, length: int) -> torch.Tensor | None:
+    """The number of the token of each row, int64, of a product whose rows are all tokens of a micro-batch (samples,
+    length); None for others, and for a model that puts time first, whose rows would be those of wrong samples."""
+    rows = samples * length
+    if len(product.inputs) == rows and product.leading_shape[0] in (1, samples, rows):
+        return torch.arange(rows, device=product.inputs.device)
+    return None
+
+
+class Rows(NamedTuple):
+    """What the rows of an expert's product are, one value for each: the number of the token, int64; the router weight,
+    float32; and that weight divided by the sum over all experts chosen for the token, float32."""
+
+    tokens: torch.Tensor
+    gates: torch.Tensor
+    shares: torch.Tensor
+
+
+@dataclass
+class _Call:
+    """One call of a module of experts. ``rows``: expert → its `Rows`; None where its inputs are not the hidden states
+    of the tokens routed to it."""
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    rows: dict[int, Rows | None] = field(default_factory=dict)
+
+    def rows_of(self, expert: int, inputs: torch.Tensor) -> Rows | None:
+        if expert not in self.rows:
+            # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
+            rank, token = torch.where((self.chosen == expert).T)
+            matches = len(token) == len(inputs) and torch.equal(inputs, self.hidden[token])
+            self.rows[expert] = self._rows(token, rank) if matches else None
+        return self.rows[expert]
+
+    def _rows(self, token: torch.Tensor, rank: torch.Tensor) -> Rows:
+        chosen = self.weights[token].float()
+        gates, total = chosen.gather(1, rank[:, None])[:, 0], chosen.sum(1)
+        return Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
+
+
+class Routing:
+    """Records, while `following`, the calls of the modules that contain stacked parameters of ``names``.
+
+    The attribute ``names`` lists all stacked parameters of these modules: `rows_of` must be called for every product
+    with one of them.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        paths = {n.rpartition(".")[0] for n in names if model.get_parameter(n).dim() == 3}
+        self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
+        self._calls: dict[str, _Call] = {}
+        self.names = [
+            f"{path}.{name}"
+            for path, module in self._modules.items()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+        ]
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for path, module in self._modules.items():
+                hook = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+        self._calls.clear()
+
+    @torch.no_grad()
+    def rows_of(self, product: WatchedProduct) -> Rows | None:
+        """The `Rows` of an expert's product; None where they are unknown. Must be called for every product with
+        ``names``, in order."""
+        call = self._calls.get(product.parameter.rpartition(".")[0])
+        if call is None or product.slot is None:
+            return None
+        found = call.rows_of(product.slot, product.inputs)
+        return found if found is not None and len(found.tokens) == len(product.inputs) else None
+
+    def _hook(self, path: str) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._calls.pop(path, None)
+            tensors = [t.detach() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            floating = [t.flatten(0, -2) for t in tensors if t.dim() > 1 and t.is_floating_point()]
+            chosen = [t.flatten(0, -2) for t in tensors if t.dim() > 1 and t.dtype in (torch.int64, torch.int32)]
+            if floating and len(chosen) == 1:
+                weights = [t for t in floating[1:] if t.shape == chosen[0].shape]
+                if len(weights) == 1 and len(floating[0]) == len(chosen[0]):
+                    self._calls[path] = _Call(floating[0], chosen[0], weights[0])
+
+        return before
+
+
+Measure = Callable[[Product], Mapping[str, torch.Tensor]]
+
+
+class ReduceProducts:
+    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer.
+
+    ``positions``: of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
+    ``measure`` is called in the backward pass, with the gradient of the outputs, instead of the forward pass.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: Collection[str],
+        positions: Mapping[str, Position],
+        measure: Measure,
+        num_samples: int,
+        *,
+        gradients: bool = False,
+    ) -> None:
+        self._model, self._names, self._positions, self._measure = model, names, positions, measure
+        self._num_samples, self._gradients = num_samples, gradients
+        self._routing = Routing(model, names)
+        self._first, self._shape = 0, (0, 0)
+        self._sums: dict[str, dict[str, torch.Tensor]] = {}
+        self._axes: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def following(self, watch: WatchProducts) -> Iterator[None]:
+        """While active, takes the products that ``watch`` observes."""
+        watch.add(self._routing.names, self._routing.rows_of)
+        watch.add(self._names, self._add)
+        with self._routing.following():
+            yield
+
+    def next_batch(self, first: int, ids: torch.Tensor, scale: float = 1.0) -> None:
+        """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample;
+        ``scale``: by which its loss is multiplied before the backward pass."""
+        self._first, self._shape, self._scale = first, (ids.shape[0], ids.shape[1]), scale
+
+    def statistics(self, ranks: Ranks = SINGLE) -> dict[str, ProductStats]:
+        """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
+        observed products; all must call this."""
+        self._axes = ranks.merged(self._axes)
+        own = {(name, of): tensor.shape for name, sums in self._sums.items() for of, tensor in sums.items()}
+        shapes = ranks.merged(own)
+        for (name, of), shape in shapes.items():
+            if own.get((name, of), shape) != shape:
+                raise _shapes_differ(of, own[name, of], shape)
+        # In one order, so that the processes add the same sums to one another.
+        self._sums = {
+            name: {
+                of: self._sums[name][of] if (name, of) in own else self._zeros(name, shape)
+                for (owner, of), shape in shapes.items()
+                if owner == name
+            }
+            for name in self._axes
+        }
+        ranks.sum_(tensor for sums in self._sums.values() for tensor in sums.values())
+        return {name: ProductStats(sums, self._axes[name]) for name, sums in self._sums.items()}
+
+    def _add(self, watched: WatchedProduct) -> None:
+        parameter = self._model.get_parameter(watched.parameter).detach()
+        matrix = parameter if watched.slot is None else parameter[watched.slot]
+        rows = None if watched.slot is None else self._routing.rows_of(watched)
+        tokens = all_tokens(watched, *self._shape) if rows is None else rows.tokens
+        outputs = watched.outputs
+        # A later operation may overwrite a tensor before the backward pass reads it.
+        copy = self._gradients
+        product = Product(
+            inputs=watched.inputs.to(torch.float32, copy=copy),
+            outputs=self._with_bias(watched, outputs.to(torch.float32, copy=copy)),
+            weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
+            position=self._positions[watched.parameter],
+            expert=watched.slot,
+            num_samples=self._num_samples,
+            row_samples=None if tokens is None else self._first + tokens // self._shape[1],
+            row_gates=None if rows is None else rows.gates,
+            row_gate_shares=None if rows is None else rows.shares,
+            in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
+        )
+        # The hook must not refer to the graph, which refers to the hook: neither would be freed.
+        parameter_name, axis, slot = watched.parameter, watched.axis, watched.slot
+        samples = self._shape[0] / self._scale
+
+        def measure(grad: torch.Tensor) -> None:
+            # The gradient is that of the mean loss over the samples of the micro-batch, scaled.
+            self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * samples))
+
+        if self._gradients:
+            watched.on_gradient(measure)
+        else:
+            self._sum(parameter_name, axis, slot, product)
+
+    def _with_bias(self, watched: WatchedProduct, outputs: torch.Tensor) -> torch.Tensor:
+        """``outputs`` with the bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds
+        separately."""
+        path, _, leaf = watched.parameter.rpartition(".")
+        bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
+        if watched.slot is None or not isinstance(bias, torch.Tensor):
+            return outputs
+        return outputs + bias[watched.slot].detach().float()
+
+    @torch.no_grad()
+    def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:
+        self._axes[parameter] = axis
+        sums = self._sums.setdefault(parameter, {})
+        for name, value in self._measure(product).items():
+            if name not in sums:
+                stack = () if slot is None else (self._model.get_parameter(parameter).shape[0],)
+                sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
+            total = sums[name] if slot is None else sums[name][slot]
+            if total.shape != value.shape:
+                raise _shapes_differ(name, value.shape, total.shape)
+            total += value
+
+    def _zeros(self, parameter: str, shape: torch.Size) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self._model.get_parameter(parameter).device)
+
+
+def _shapes_differ(name: str, shape: torch.Size, other: torch.Size) -> PluginError:
+    return PluginError(
+        f"measure returns '{name}' of shape {tuple(shape)} for one product with a weight and of shape {tuple(other)} "
+        "for another; sums of one name must have one shape"
+    )
