@@ -43,7 +43,7 @@ from .pruning.job import PruneJob, ReplayJob, job_of
 from .pruning.planning import outcome_of, plan_of
 from .pruning.targets import scope_of, widths_of
 from .recipes.opening import Opener, Source
-from .recipes.saving import save, save_alone
+from .recipes.saving import save
 from .settings import PruneSettings, RunSettings
 from .structure.outcome import Outcome
 from .structure.plan import PruningPlan, cuts_of
@@ -96,8 +96,7 @@ def prune(
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")
         with execution.stages.stage("saving"):
-            held = None if journal is None else journal.held
-            form = ranks.from_first(lambda: save_alone(held, output, lambda: save(pruned, output)))
+            form = ranks.from_first(lambda: save(pruned, output))
         if ranks.first:
             write_run(output, execution.stages, "prune", structure.ref, asked)
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))

@@ -110,8 +110,7 @@ def test_a_continued_run_holds_the_model_as_before(streamed, dense, tmp_path, mo
     """Whatever the free memory is by then: the shards of the result depend on it."""
 
     def decide(choice: bool) -> None:
-        for module in ("arrangement", "residency"):
-            monkeypatch.setattr(f"llmpruner.recipes.{module}.is_streamed", lambda *_: choice)
+        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if choice else 1 << 50)
 
     decide(streamed)
     with pytest.raises(Killed):
@@ -123,8 +122,8 @@ def test_a_continued_run_holds_the_model_as_before(streamed, dense, tmp_path, mo
 def test_a_folder_of_the_user_is_not_touched(tmp_path):
     (tmp_path / "out.pruning").mkdir()
     (tmp_path / "out.pruning" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="is in the way"):
-        Journal(tmp_path / "out.pruning", {})
+    with pytest.raises(OutputError, match="move it away"), Journal(tmp_path / "out.pruning", {}).alone():
+        pass
     assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
 
 
@@ -148,8 +147,8 @@ def test_a_folder_with_first_states_alone_is_that_of_an_interrupted_run(tmp_path
     with pytest.raises(Killed):
         Journal(folder, {"a": 1}).layer_done({"layers": 1}, {"dense": States(killed)})
     assert Journal(folder, {"a": 1}).load("state") is None
-    with pytest.raises(OutputError, match="interrupted run with other settings"):
-        Journal(folder, {"a": 2})
+    with pytest.raises(OutputError, match="interrupted run with other settings"), Journal(folder, {"a": 2}).alone():
+        pass
 
 
 def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
@@ -167,7 +166,8 @@ def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
                 write_text(tmp_path / name / name, "{}")
     journal, recovery = (tmp_path / name for name in ("run.json", "job.json"))
     assert all(len(list(folder.iterdir())) == 1 for folder in (journal, recovery))
-    Journal(journal, {})
+    with Journal(journal, {}).alone():
+        pass
     check_work_dir(recovery)
 
 
