@@ -7,8 +7,8 @@ be refused is refused before weights are read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from .engine.execution import Execution
 from .engine.journal import Journal
 from .engine.ranks import Ranks
 from .engine.stages import write_run
-from .errors import DataError, LlmprunerError, OutputError, ProcessError, SelectionError
+from .errors import DataError, SelectionError
 from .files import check_new_directory, check_space, tree_bytes
 from .models.identity import data_identity, model_identity
 from .models.model import Model, Structure
@@ -35,13 +35,13 @@ from .progress import QUIET, Progress
 from .pruning.budgets.base import BudgetSubject
 from .pruning.budgets.open import open_budget
 from .pruning.checks import check_job, without_weights
-from .pruning.choice import Choice
+from .pruning.choice import Choice, waiting_chooser
 from .pruning.compensation.base import Fit, RepairTask, fits_record
-from .pruning.compensation.choose import Chooser, can_wait
+from .pruning.compensation.choose import Chooser
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, job_of
-from .pruning.planning import outcome_of, plan_of
-from .pruning.targets import scope_of, widths_of
+from .pruning.planning import outcome_of, plan_of, recorded_cost
+from .pruning.targets import scope_of
 from .recipes.opening import Opener, Source
 from .recipes.saving import save
 from .settings import PruneSettings, RunSettings
@@ -51,9 +51,7 @@ from .structure.plan import PruningPlan, cuts_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .pruning.budgets.base import Budget
     from .pruning.budgets.costs import Cost
-    from .structure.kept import Kept
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -83,7 +81,9 @@ def prune(
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
-    with _journal(output, structure, what, job, expected, opener, ranks, restart=limits.restart) as journal:
+    journal = _journal(output, structure, what, job, expected, opener, ranks)
+    with nullcontext() if journal is None else journal.running(opener.progress, anew=limits.restart):
+        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         written = 0 if journal is None else tree_bytes(journal.folder)
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
         if journal is not None:
@@ -123,12 +123,12 @@ def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -
     """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    chooser = _chooser(job, model)
+    chooser = waiting_chooser(job, model)
     made, cost, _ = select(model, job, text, chooser, execution)
     if chooser is None or text is None:
         return made, cost
     chosen = chooser.choose_all(model.model, model.graph, made.kept, text, execution.progress, execution)
-    return _with_units(model, made, execution.ranks.from_first(lambda: chosen)), cost
+    return made.model_copy(update={"cuts": cuts_of(model.graph, execution.ranks.from_first(lambda: chosen))}), cost
 
 
 def prune_model(
@@ -141,9 +141,9 @@ def prune_model(
     chooser: Chooser | None = None
     spreads: Mapping[str, Any] = {}
     if isinstance(job, ReplayJob):
-        made, cost = job.plan, _cost_of(model, job.plan, job.budget, execution.progress)
+        made, cost = job.plan, recorded_cost(model, job.plan, job.budget)
     else:
-        chooser = _chooser(job, model)
+        chooser = waiting_chooser(job, model)
         made, cost, spreads = select(model, job, text, chooser, execution)
     made.check(model.graph)
     with model.changing("prune"):
@@ -199,7 +199,7 @@ def select(
     earlier = None if journal is None else journal.load("plan")
     if journal is not None and earlier is not None:
         made = PruningPlan.model_validate(earlier)
-        return made, _cost_of(model, made, job.budget, execution.progress), journal.load("scores") or {}
+        return made, recorded_cost(model, made, job.budget), journal.load("scores") or {}
     scope = scope_of(job, model)
     subject = BudgetSubject(
         model.model, model.graph, scope.groups(model.graph), model.family, execution.progress
@@ -231,7 +231,7 @@ def compensate(
     )
     with execution.stages.stage("compensation"), torch.no_grad():
         repaired = job.compensation.repair(task)
-    return _with_units(model, made, repaired.kept), repaired.fits
+    return made.model_copy(update={"cuts": cuts_of(model.graph, repaired.kept)}), repaired.fits
 
 
 def cut(model: Model, made: PruningPlan) -> Model:
@@ -278,7 +278,6 @@ def _execution(
     )  # fmt: skip
 
 
-@contextmanager
 def _journal(
     output: Path,
     structure: Structure,
@@ -287,15 +286,11 @@ def _journal(
     expected: Forecast,
     opener: Opener,
     ranks: Ranks,
-    *,
-    restart: bool,
-) -> Iterator[Journal | None]:
-    """The journal in ``OUTPUT.pruning``, which goes when the run is done or refused, and stays when it is interrupted.
-    None for a model in memory, of which it is not known what it was read from. A run is the same if all is that its
-    result, and the shapes of hidden states, depend on."""
+) -> Journal | None:
+    """The journal of a run in ``OUTPUT.pruning``. None for a model in memory, of which it is not known what it was read
+    from. A run is the same if all is that its result, and the shapes of hidden states, depend on."""
     if isinstance(structure, Model):
-        yield None
-        return
+        return None
     named = what.compensation and what.compensation.calibration if isinstance(what, PruningPlan) else what.model_dump()
     identity = {
         "model": structure.path or structure.ref,
@@ -306,41 +301,4 @@ def _journal(
         "micro-batches divided by": expected.divided,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
-    journal = Journal(output.with_name(output.name + ".pruning"), identity, ranks, anew=restart)
-    with journal.alone():
-        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
-        try:
-            yield journal
-        except (KeyboardInterrupt, OutputError) as error:
-            if journal.kept:
-                why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
-                opener.progress.status(
-                    f"{why}; the same command goes on with what is done ({journal.folder}), or --restart"
-                )
-            raise
-        except ProcessError:
-            raise
-        except LlmprunerError:
-            journal.remove()
-            raise
-        journal.remove()
-
-
-def _chooser(job: PruneJob, model: Model) -> Chooser | None:
-    """For choosing units during the compensation; None where they are chosen before, because the allocation, or a
-    further step, depends on their scores."""
-    groups = scope_of(job, model).groups(model.graph)
-    waits = job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1
-    if not (waits and can_wait(job.criterion, model.graph, groups)):
-        return None
-    return Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
-
-
-def _cost_of(model: Model, made: PruningPlan, budget: Budget, progress: Progress) -> Cost:
-    """The cost of a plan's budget, with the measurement in the plan."""
-    groups = [model.graph.by_name[name] for name in made.cuts]
-    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, progress), made.target.measured)
-
-
-def _with_units(model: Model, made: PruningPlan, kept: Kept) -> PruningPlan:
-    return made.model_copy(update={"cuts": cuts_of(model.graph, kept)})
+    return Journal(output.with_name(output.name + ".pruning"), identity, ranks)

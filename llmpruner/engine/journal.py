@@ -14,9 +14,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError
+from ..errors import LlmprunerError, OutputError, ProcessError
 from ..files import holds_files, remove_tree, write_text, writing
 from ..folders import alone_in
+from ..progress import QUIET, Progress
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
@@ -31,28 +32,41 @@ SHARE = 0.02
 
 
 class Journal:
-    """The results of one run in ``folder``, which is created with the first result; used inside `alone`.
+    """The results of one run in ``folder``, which is created with the first result; used inside `running`.
 
     ``run``: JSON values that identify the run. ``ranks``: the processes that share the run. The first one writes all
     but hidden states, of which each writes its own; they may have one file system or several. All must call `load`,
-    `layer_done` and `resume` together. ``anew``: whether what an earlier run left is removed.
+    `layer_done` and `resume` together.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE, *, anew: bool = False) -> None:
-        self.folder, self._ranks, self._anew = folder, ranks, anew
+    def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
+        self.folder, self._ranks = folder, ranks
         self._own = json.dumps(run, sort_keys=True, indent=1)
         self._written, self._took = time.monotonic(), 0.0
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While active, no other run works with this folder. Raises `OutputError` where another one does, and where the
-        folder has the results of another run."""
+    def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
+        """While active, no other run works with this folder. It goes when the run is done or refused, and stays when it
+        is interrupted, or its result cannot be written. ``anew``: whether what an earlier run left is removed first.
+        Raises `OutputError` where another run works there, and where the folder has the results of another one."""
         with ExitStack() as stack:
-            self._ranks.from_first(lambda: self._enter(stack))
-            yield
+            self._ranks.from_first(lambda: self._enter(stack, anew))
+            try:
+                yield
+            except (KeyboardInterrupt, OutputError) as error:
+                if self.kept:
+                    why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
+                    progress.status(f"{why}; the same command goes on with what is done ({self.folder}), or --restart")
+                raise
+            except ProcessError:
+                raise
+            except LlmprunerError:
+                self._remove()
+                raise
+            self._remove()
 
-    def _enter(self, stack: ExitStack) -> None:
-        stack.enter_context(alone_in(self.folder, anew=self._anew))
+    def _enter(self, stack: ExitStack, anew: bool) -> None:
+        stack.enter_context(alone_in(self.folder, anew=anew))
         identity = self.folder / _RUN
         if identity.is_file():
             if identity.read_text(encoding="utf-8") != self._own:
@@ -125,7 +139,7 @@ class Journal:
                 weights.use(self._layer(number))
         return state, files
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         """Remove the folder, once the results of the run are saved."""
         if self._ranks.first:
             remove_tree(self.folder)

@@ -22,6 +22,7 @@ from .allocation.normalize import normalize
 from .allocation.select import select
 from .allocation.uniform import Uniform
 from .budgets.costs import Cost, CutCost
+from .compensation.choose import Chooser, can_wait
 from .compensation.trials import Trials
 from .criteria.estimate import Removal, Scores, estimate
 from .criteria.spread import Spread, spread
@@ -46,6 +47,16 @@ def scored_on(text: CalibrationSet | None, job: PruneJob) -> CalibrationSet | No
     if text is None or not job.compensation.ranks_again or not job.criterion.signals & GRADIENTS:
         return text
     return text.first(GRADIENT_TOKENS)
+
+
+def waiting_chooser(job: PruneJob, model: Model) -> Chooser | None:
+    """For choosing units during the compensation; None where they are chosen before, because the allocation, or a
+    further step, depends on their scores."""
+    groups = scope_of(job, model).groups(model.graph)
+    waits = job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1
+    if not (waits and can_wait(job.criterion, model.graph, groups)):
+        return None
+    return Chooser(job.criterion, job.reduction, widths_of(job, model), job.seed)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from ..structure.plan import (
     cuts_of,
     structure_of,
 )
+from .budgets.base import BudgetSubject
 from .budgets.sizes import counts
 from .budgets.weights import byte_cost
 from .targets import scope_of, widths_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
     from ..models.model import Model
     from ..structure.kept import Kept
+    from .budgets.base import Budget
     from .budgets.costs import Cost
     from .job import PruneJob
 
@@ -110,3 +112,9 @@ def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
     return Outcome(
         graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget
     )
+
+
+def recorded_cost(model: Model, plan: PruningPlan, budget: Budget) -> Cost:
+    """The cost of a plan's budget, with the measurement in the plan."""
+    groups = [model.graph.by_name[name] for name in plan.cuts]
+    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family), plan.target.measured)

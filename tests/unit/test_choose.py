@@ -11,9 +11,10 @@ from criteria_cases import make, tokens
 
 from llmpruner.discovery.verify import random_plan
 from llmpruner.engine.execution import Execution
-from llmpruner.pipeline import _chooser, calibrate, make_plan, prune_model, select
+from llmpruner.pipeline import calibrate, make_plan, prune_model, select
 from llmpruner.progress import Progress
 from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.choice import waiting_chooser
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.compensation.bias import BiasShift
 from llmpruner.pruning.compensation.choose import Chooser, can_wait
@@ -99,7 +100,7 @@ def test_units_chosen_in_the_compensation_are_those_of_the_plan_which_replays_bi
     before = copy.deepcopy(gqa.model)
     plan, _ = make_plan(gqa, job)
     assert same(gqa.model, before)
-    chooser, execution = _chooser(job, gqa), Execution(gqa.weights)
+    chooser, execution = waiting_chooser(job, gqa), Execution(gqa.weights)
     preliminary, _, _ = select(gqa, job, calibrate(gqa, job, execution), chooser, execution)
     assert chooser is not None
     assert preliminary.cuts != plan.cuts, "without scores other units go, or this test shows nothing"
@@ -132,4 +133,4 @@ def test_the_choice_reads_all_of_the_text(gqa):
     ids=lambda change: "{}".format(*change),
 )
 def test_other_plans_are_final_before_the_compensation(gqa, change):
-    assert _chooser(replace(JOB, **change), gqa) is None
+    assert waiting_chooser(replace(JOB, **change), gqa) is None

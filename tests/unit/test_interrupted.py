@@ -122,7 +122,7 @@ def test_a_continued_run_holds_the_model_as_before(streamed, dense, tmp_path, mo
 def test_a_folder_of_the_user_is_not_touched(tmp_path):
     (tmp_path / "out.pruning").mkdir()
     (tmp_path / "out.pruning" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="move it away"), Journal(tmp_path / "out.pruning", {}).alone():
+    with pytest.raises(OutputError, match="move it away"), Journal(tmp_path / "out.pruning", {}).running():
         pass
     assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
 
@@ -147,7 +147,7 @@ def test_a_folder_with_first_states_alone_is_that_of_an_interrupted_run(tmp_path
     with pytest.raises(Killed):
         Journal(folder, {"a": 1}).layer_done({"layers": 1}, {"dense": States(killed)})
     assert Journal(folder, {"a": 1}).load("state") is None
-    with pytest.raises(OutputError, match="interrupted run with other settings"), Journal(folder, {"a": 2}).alone():
+    with pytest.raises(OutputError, match="interrupted run with other settings"), Journal(folder, {"a": 2}).running():
         pass
 
 
@@ -166,7 +166,7 @@ def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
                 write_text(tmp_path / name / name, "{}")
     journal, recovery = (tmp_path / name for name in ("run.json", "job.json"))
     assert all(len(list(folder.iterdir())) == 1 for folder in (journal, recovery))
-    with Journal(journal, {}).alone():
+    with Journal(journal, {}).running():
         pass
     check_work_dir(recovery)
 
