@@ -203,7 +203,7 @@ def test_final_scores_of_inputs_read_all_of_the_text(gqa, monkeypatch, criterion
         seen.append(arguments[4].input_ids.numel())
         return estimate(*arguments, **options)
 
-    monkeypatch.setattr("llmpruner.recipes.choice.estimate", spy)
+    monkeypatch.setattr("llmpruner.pruning.choice.estimate", spy)
     llmpruner.plan(gqa, ratio=0.3, importance=criterion, kinds=kinds, samples=6, length=16, compensate=compensate)
     assert seen == ([] if tokens is None else [tokens])
 
@@ -386,7 +386,7 @@ def test_a_ranking_in_many_steps_takes_the_layer_that_is_first(deep):
 
 def test_a_step_that_removes_nothing_measures_nothing_again(deep, monkeypatch):
     runs = []
-    monkeypatch.setattr("llmpruner.recipes.choice.estimate", lambda *a, **o: runs.append(a) or estimate(*a, **o))
+    monkeypatch.setattr("llmpruner.pruning.choice.estimate", lambda *a, **o: runs.append(a) or estimate(*a, **o))
     options = {"kinds": "layer", "importance": "l2", "layers": "all", "compensate": "none"}
     made = llmpruner.plan(deep, ratio=0.5, steps=8, **options)
     assert len(made.cuts["layers"].kept) == 4
@@ -412,7 +412,7 @@ def test_steps_of_layers_that_cost_more_remove_no_more_than_was_asked_for(deep):
         return scores
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("llmpruner.recipes.choice.estimate", later)
+        patched.setattr("llmpruner.pruning.choice.estimate", later)
         whole = graph.decoder_parameters
         job = small_job(kinds=("layer", "mlp"), amount=0.4, steps=6, layers="all", meet="below")
         plan, _ = make_plan(uneven, job)
