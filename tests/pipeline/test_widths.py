@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmpruner.recipes.plan_record import plan_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SettingsError, Span
@@ -23,6 +22,7 @@ from llmpruner.pruning.allocation.uniform import Uniform
 from llmpruner.pruning.budgets.costs import Cost
 from llmpruner.pruning.budgets.weights import parameter_cost
 from llmpruner.pruning.criteria.estimate import Scores
+from llmpruner.pruning.planning import plan_of
 from llmpruner.recipes.checks import check_prune
 from llmpruner.recipes.saving import save
 from llmpruner.structure.kept import parameters_after, restrict

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ...component import Component
-from ...engine.signals import ParameterSignals, Position, Product, Signal, StreamStats, UnitAxis
+from ...engine.signals import ParameterSignals, Product, Signal, StreamStats, UnitAxis
 from ...structure.coupling import LAYER, Role
 
 if TYPE_CHECKING:
@@ -88,12 +88,6 @@ class ImportanceCriterion(Component):
         `score_units` as ``signals.products.sums[name]``. Return an empty mapping for products that are not needed.
         """
         raise NotImplementedError
-
-    def measured_values(self, position: Position, width: int) -> int:
-        """How many numbers `measure` returns for a product with a matrix of ``width`` inputs, for the forecast of
-        memory: they are kept in float64 for all matrices of a layer. By default one for each input."""
-        del position
-        return width
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight`` and on its device.

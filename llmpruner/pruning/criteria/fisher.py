@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ...engine.signals import ParameterSignals, Position, Product, Signal, UnitAxis
+from ...engine.signals import ParameterSignals, Product, Signal, UnitAxis
 from ...structure.coupling import ATTENTION, QUERY, Role
 from .base import ImportanceCriterion
 
@@ -46,10 +46,6 @@ class Fisher(ImportanceCriterion):
         if product.expert is None and product.position.reads & _HEADS:
             found["products"] = effects.mT @ effects / product.num_samples
         return found
-
-    def measured_values(self, position: Position, width: int) -> int:
-        # Weights that heads are read by are matrices of their own, not in stacks.
-        return width + (width**2 if position.reads & _HEADS else 0)
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         if signals.products is None:
