@@ -90,7 +90,7 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     flags = option.flags or ((f"{flag}/--no-{flag[2:]}",) if field.default is True else (flag,))
     info = typer.Option(
         *flags,
-        help=_help(field),
+        help=_help(field) + (_advanced(model) if name == "settings" else ""),
         rich_help_panel=option.panel,
         metavar=None if kind is bool else option.metavar or _METAVARS.get(kind, "TEXT"),
         show_default=False,
@@ -100,6 +100,12 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     annotation = annotation if required else annotation | None
     default = Parameter.empty if required else None
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
+
+
+def _advanced(model: type[Settings]) -> str:
+    """The settings that have no option of their own."""
+    names = [name for name in model.model_fields if option_of(model, name).advanced]
+    return f" Of {model.group}: {', '.join(names)}." if names else ""
 
 
 def _kind(annotation: Any) -> Any:
