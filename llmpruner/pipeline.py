@@ -111,8 +111,7 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, limits: RunSet
     structure = opener.structure(source)
     check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
     expected = _expected(job, structure, opener, limits, ranks, saves=False)
-    place = Path(gettempdir()) / "llmpruner"
-    ranks.from_first(lambda: check_space(place, expected.disk, "hidden states (TMPDIR names the folder)"))
+    ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
     execution = _execution(model, expected, ranks, None, opener.progress)
     made, cost = make_plan(model, job, execution)
@@ -272,10 +271,7 @@ def _expected(
 def _execution(
     model: Model, expected: Forecast, ranks: Ranks, journal: Journal | None, progress: Progress
 ) -> Execution:
-    folder = None if journal is None else journal.folder
-    return Execution(
-        model.weights, expected.state_memory, folder, expected.divided, ranks, journal, progress
-    )  # fmt: skip
+    return Execution(model.weights, expected.state_memory, expected.divided, ranks, journal, progress)
 
 
 def _journal(

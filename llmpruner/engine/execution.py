@@ -4,7 +4,6 @@ that is killed needs to go on. It is all that stages take besides their job."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..models.meta import decoder_list
@@ -33,9 +32,8 @@ class Execution:
 
     weights: Weights
     state_memory: int | None = DEFAULT_LIMIT
-    """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in ``folder``."""
-    folder: Path | None = None
-    """None: the system's folder of temporary files."""
+    """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in the folder of the journal, or where
+    the system has temporary files."""
     divided: int = 1
     """Micro-batches are this many times smaller than usual, which changes results by rounding."""
     ranks: Ranks = SINGLE
@@ -73,4 +71,4 @@ class Execution:
         return max(1, TOKENS_WITH_GRADIENTS // self.divided // length)
 
     def boundaries(self) -> Boundaries:
-        return Boundaries(self.state_memory, self.folder)
+        return Boundaries(self.state_memory, None if self.journal is None else self.journal.folder)

@@ -33,7 +33,7 @@ def walk_over(
     limit = job.walk.boundary_memory
     limit = (DEFAULT_LIMIT if limit is None else limit) // streams
     try:
-        return ForwardWalk.over_batches(Execution(weights, limit, job.work_dir), batches)
+        return ForwardWalk.over_batches(Execution(weights, limit), batches)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"the layers of {type(weights.model).__name__} pass other values than hidden states to one another, so "
