@@ -32,8 +32,8 @@ class Execution:
 
     weights: Weights
     state_memory: int | None = DEFAULT_LIMIT
-    """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in the folder of the journal, or where
-    the system has temporary files."""
+    """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in the folder of the journal, or in
+    the system's folder of temporary files."""
     divided: int = 1
     """Micro-batches are this many times smaller than usual, which changes results by rounding."""
     ranks: Ranks = SINGLE
