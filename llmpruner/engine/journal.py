@@ -67,6 +67,10 @@ class Journal:
 
     def _enter(self, stack: ExitStack, anew: bool) -> None:
         stack.enter_context(alone_in(self.folder, anew=anew))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `OutputError` where the folder is not that of this run."""
         identity = self.folder / _RUN
         if identity.is_file():
             if identity.read_text(encoding="utf-8") != self._own:
@@ -99,6 +103,13 @@ class Journal:
             self._create()
             with writing(self.folder):
                 weights.keep(names, self._layer(number))
+
+    def use(self, number: int, weights: Weights) -> bool:
+        """Use the parameters of a layer that `keep` wrote from now on. Returns whether there are any."""
+        file = self._layer(number)
+        if file.is_file():
+            weights.use(file)
+        return file.is_file()
 
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
@@ -135,8 +146,7 @@ class Journal:
         if any(self._ranks.totals(missing)):
             return None
         for number in range(state["layers"]):
-            if self._layer(number).is_file():
-                weights.use(self._layer(number))
+            self.use(number, weights)
         return state, files
 
     def _remove(self) -> None:

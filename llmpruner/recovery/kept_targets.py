@@ -133,7 +133,8 @@ def _by_layer(job: RecoveryJob, dense: Weights) -> Iterator[torch.Tensor]:
         # As the dense model in memory, whatever the processor is fast at.
         walk.products = dense.model.dtype
     states, first, count = walk.embedded, 0, len(walk.layers)
-    journal = Journal(job.work_dir / _STATES, {"examples": len(rows)}, check=job.check_folder)
+    journal = Journal(job.work_dir / _STATES, {"examples": len(rows)})
+    journal.check()
     if (found := journal.resume(dense)) is not None:
         state, files = found
         states, first = walk.restored(files["dense"]), state["layers"]

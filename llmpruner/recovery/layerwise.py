@@ -101,7 +101,8 @@ class _Training:
         # The first dense layer after the target of each layer.
         numbers = job.layers or tuple(range(layers))
         self.ends = [*numbers[1:], len(self.dense_walk.layers)]
-        self.journal = Journal(job.work_dir / "layers", {"examples": len(rows)}, check=job.check_folder)
+        self.journal = Journal(job.work_dir / "layers", {"examples": len(rows)})
+        self.journal.check()
         self.done: list[dict[str, Any]] = []
 
     def _walk(self, weights: Weights, ids: Sequence[torch.Tensor]) -> ForwardWalk:
