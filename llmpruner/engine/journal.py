@@ -78,7 +78,7 @@ class Journal:
                     f"'{self.folder}' has the results of an interrupted run with other settings; continue that one "
                     "with its own command, or start anew with --restart, which removes them"
                 )
-        elif holds_files(self.folder):
+        elif self.folder.exists() and holds_files(self.folder):
             raise OutputError(f"'{self.folder}' is not the folder of an interrupted run; move it away")
 
     @property

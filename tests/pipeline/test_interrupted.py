@@ -16,7 +16,7 @@ from criteria_cases import make
 from llmpruner import api
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
-from llmpruner.errors import LlmprunerError, OutputError, SettingsError
+from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.files import write_text
 from llmpruner.progress import Progress
 from llmpruner.pruning.methods.presets import Best
@@ -95,14 +95,6 @@ def test_restart_removes_what_was_done(dense, tmp_path):
         api.prune(str(dense), output=tmp_path / "out", **other)
     api.prune(str(dense), output=tmp_path / "out", run=RunSettings(restart=True), **other)
     assert not (tmp_path / "out.pruning").exists()
-
-
-def test_restart_without_a_journal_is_refused(dense, tmp_path):
-    again = RunSettings(restart=True)
-    with pytest.raises(SettingsError, match="--restart has no effect on a plan"):
-        api.plan(str(dense), run=again, **SETTINGS)
-    with pytest.raises(SettingsError, match="restart has no effect: only a prune of a reference"):
-        api.prune(str(dense), run=again, **SETTINGS)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
