@@ -70,8 +70,7 @@ WRONG = {
 
 def read_by_layer(monkeypatch):
     """Otherwise the free memory, and what other tests left in this process, decide."""
-    for module in ("arrangement", "residency"):
-        monkeypatch.setattr(f"llmpruner.recipes.{module}.is_streamed", lambda *_: True)
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0)
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -63,8 +63,7 @@ def checksums(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, tmp_path, monkeypatch):
     # Otherwise the size of the free memory decides.
-    for module in ("arrangement", "residency"):
-        monkeypatch.setattr(f"llmpruner.recipes.{module}.is_streamed", lambda *_: streamed)
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
     api.prune(str(dense), output=tmp_path / "whole", **SETTINGS)
     out, state = tmp_path / "out", tmp_path / "out.pruning"
     for number in (1, 2):
