@@ -15,7 +15,7 @@ from .api import verify as verify
 from .api import verify_checkpoint as verify_checkpoint
 from .api import write_report as write_report
 from .calibration.documents import read_text as read_text
-from .calibration.source import CalibrationSource as CalibrationSource
+from .calibration.sources import CalibrationSource as CalibrationSource
 from .component import ComponentSettings as ComponentSettings
 from .discovery.family import ModelFamily as ModelFamily
 from .discovery.graph import build_graph as build_graph

@@ -177,7 +177,7 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
     with execution.stages.stage("calibration text"), model.weights.outside():
         found = execution.ranks.from_first(sample)
     if isinstance(job, PruneJob):
-        for warning in found.doubts() if execution.ranks.first else ():
+        for warning in found.warnings() if execution.ranks.first else ():
             _LOG.warning(warning)
     # Generated text depends on rounding, so that it may differ on another machine.
     elif not text.writes and job.plan.compensation and found.fingerprint != job.plan.compensation.fingerprint:

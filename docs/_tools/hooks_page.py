@@ -7,7 +7,7 @@ from typing import Any
 from docstrings import document, function_lines, markdown
 from structure_page import class_with_import
 
-from llmpruner.calibration.source import SampleTask
+from llmpruner.calibration.sources import SampleTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.runtime import BenchSubject, Session, Work

@@ -16,19 +16,16 @@ from ..models.positions import positions_of
 from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
 from .mixture import split_mixture
-from .source import CalibrationSource, SampleTask
-from .text import TextSource
+from .sources import CalibrationSource, SampleTask, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-FEW_TOKENS, FEW_DIFFERENT = 64, 8
+FEW_TOKENS = 64
 """Below them, a calibration set gets a warning."""
 _RUN = 8
 """Tokens of a run that text hardly has twice, unless the same place of it is read twice."""
-_FACTOR = 6364136223846793005
-"""Of Knuth's linear congruential generator of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +44,13 @@ class CalibrationSet:
         digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def doubts(self) -> list[str]:
-        """A line for each reason why the text is too little to rank units by: few tokens, or the same ones again."""
-        tokens, different = self.input_ids.numel(), len(set(self.input_ids.flatten().tolist()))
+    def warnings(self) -> list[str]:
+        """A line where the text is too little to rank units by: few tokens, or the same ones again."""
+        samples, length = self.input_ids.shape
+        tokens = self.input_ids.numel()
         if tokens < FEW_TOKENS:
             return [f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --length"]
-        if different < FEW_DIFFERENT:
-            return [
-                f"the {tokens:,} tokens of calibration text are only {different} different ones; a ranking by them "
-                "says little of other text"
-            ]
-        repeated = self._repeated()
-        if repeated > 0.5:
-            samples, length = self.input_ids.shape
+        if (repeated := self._repeated_share()) > 0.5:
             return [
                 f"about {(1 - repeated) * tokens:,.0f} of {tokens:,} tokens of calibration text are not repeated: "
                 f"'{self.source}' is short for {samples:,} samples of {length:,} tokens; lower --samples, or give more "
@@ -67,16 +58,13 @@ class CalibrationSet:
             ]
         return []
 
-    def _repeated(self) -> float:
+    def _repeated_share(self) -> float:
         """The share of the runs of `_RUN` tokens that occur earlier in the samples, too, between 0 and 1."""
         ids_SL, places = self.input_ids.long().cpu(), self.input_ids.shape[1] - _RUN + 1
         if places < 1:
             return 0.0
-        # A polynomial modulo 2⁶⁴, by which different runs hardly ever are equal.
-        runs_SP = torch.zeros_like(ids_SL[:, :places])
-        for offset in range(_RUN):
-            runs_SP = runs_SP * _FACTOR + ids_SL[:, offset : offset + places]
-        return 1 - len(np.unique(runs_SP.numpy())) / runs_SP.numel()
+        runs = np.lib.stride_tricks.sliding_window_view(ids_SL.numpy(), _RUN, axis=1).reshape(-1, _RUN)
+        return 1 - len(np.unique(runs, axis=0)) / len(runs)
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
@@ -115,12 +103,6 @@ class CalibrationText:
         for part in self.parts:
             part.source.check(part.reference)
 
-    def check_amount(self, samples: int) -> None:
-        """Raise `DataError` where a part cannot have as many different samples as it would have of ``samples``."""
-        total = sum(part.share or 1.0 for part in self.parts)
-        for part in self.parts:
-            part.source.check_amount(part.reference, int(samples * (part.share or 1.0) / total))
-
     def sample(
         self,
         model: PreTrainedModel,
@@ -148,8 +130,8 @@ class CalibrationText:
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
-            wanted = -(-samples // count) if part.share is None else order.count(number)
-            task = SampleTask(model, tokenizer, part.reference, wanted, length, seed, progress, family)
+            needed = -(-samples // count) if part.share is None else order.count(number)
+            task = SampleTask(model, tokenizer, part.reference, needed, length, seed, progress, family)
             rows.append(iter(_checked(part.source.sample(task), task, part.source)))
         ids = torch.stack([next(rows[number]) for number in order])
         return CalibrationSet(ids, self.text, tuple(order) if count > 1 else ())
@@ -159,15 +141,15 @@ class CalibrationText:
         that are alike. Raises `DataError` where ``samples`` are too few for every part to have one."""
         shares = [1.0 if part.share is None else part.share for part in self.parts]
         taken = [0] * len(shares)
-        found: list[int] = []
+        order: list[int] = []
         for total in range(1, samples + 1):
             behind = [total * share / sum(shares) - had for share, had in zip(shares, taken, strict=True)]
-            found.append(behind.index(max(behind)))
-            taken[found[-1]] += 1
+            order.append(behind.index(max(behind)))
+            taken[order[-1]] += 1
         if 0 in taken:
             named = self.text.split(",")[taken.index(0)].strip()
             raise DataError(f"--samples {samples} gives '{named}' none by its share; raise --samples")
-        return found
+        return order
 
 
 def check_length(config: PreTrainedConfig, length: int) -> None:
@@ -178,10 +160,10 @@ def check_length(config: PreTrainedConfig, length: int) -> None:
 
 
 def _checked(ids: torch.Tensor, task: SampleTask, source: CalibrationSource) -> torch.Tensor:
-    wanted = task.samples, task.length
-    if ids.dtype != torch.int64 or tuple(ids.shape) != wanted:
+    shape = task.samples, task.length
+    if ids.dtype != torch.int64 or tuple(ids.shape) != shape:
         raise PluginError(
-            f"{source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of shape {wanted}"
+            f"{source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of shape {shape}"
         )
     return check_ids(ids.cpu(), task.model)
 
@@ -210,4 +192,4 @@ def parse_calibration(
         return CalibrationText(text, (part(text),))
     if not all(reference.strip() for reference in text.split(",")):
         raise DataError(f"--calibration '{text}' names an empty source; write them with one comma in between")
-    return CalibrationText(text, tuple(part(found.source, found.share) for found in split_mixture(text)))
+    return CalibrationText(text, tuple(part(source, share) for source, share in split_mixture(text)))

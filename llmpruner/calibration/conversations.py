@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -68,18 +67,15 @@ class Completion:
 
 
 Example = Instruction | Conversation | Completion
-LONGEST_RUN = 1_000_000
-"""Characters without a blank in a text: a tokenizer takes seconds for them, and its time may grow with their square."""
-_RUN = re.compile(r"\S+")
 
 
 def read_examples(source: str) -> list[Example]:
     """The records of a source (see `calibration.documents`) as examples, in order. Raises `DataError` with the
     place of the first malformed record, or when there is no record."""
-    found = [example(record) for record in read_records(source, EXPECTED_EXAMPLES)]
-    if not found:
+    examples = [example(record) for record in read_records(source, EXPECTED_EXAMPLES)]
+    if not examples:
         raise DataError(f"{source} has no examples")
-    return found
+    return examples
 
 
 def example(record: Record) -> Example:
@@ -94,30 +90,8 @@ def example(record: Record) -> Example:
 
     A system message is the first message of a conversation or in a field ``system``. An answer before the first
     question and a last question without an answer are left out. A field that is null counts as absent. Raises
-    `DataError` with the place of a record of another form, and of one with more than `LONGEST_RUN` characters without
-    a blank.
+    `DataError` with the place of a record of another form.
     """
-    found = _example(record)
-    for text in example_texts(found):
-        # Only of long texts, as looking takes time too.
-        if len(text) > LONGEST_RUN and any(run.end() - run.start() > LONGEST_RUN for run in _RUN.finditer(text)):
-            raise DataError(
-                f"{record.place}: more than {LONGEST_RUN:,} characters without a blank, which a tokenizer takes as one "
-                "word; expected text in words: remove the record, or divide it"
-            )
-    return found
-
-
-def example_texts(found: Example) -> tuple[str, ...]:
-    """All texts of an example, in order, without a chat format."""
-    if isinstance(found, Conversation):
-        return tuple(message.content for message in found.messages)
-    if isinstance(found, Completion):
-        return found.prompt, found.completion
-    return found.instruction, found.input, found.output
-
-
-def _example(record: Record) -> Example:
     where = record.place
     if not isinstance(record.value, Mapping):
         hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(record.value, str) else ""

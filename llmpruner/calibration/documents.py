@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError, MissingExtraError, first_line
-from ..files import is_file
 
 PYDOC = "pydoc"
 TEXT_FIELDS = ("text", "page", "content")
@@ -34,7 +33,6 @@ EXPECTED_EXAMPLES = "expected a .json, .jsonl or .parquet file, or the name of a
 SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 """What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PARQUET_ROWS = 1024
 """Rows of a Parquet file that are converted to Python objects at once."""
 
@@ -66,10 +64,10 @@ def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]
 def read_documents(source: str) -> list[str]:
     """The text of every record (see `document`) except blank ones. Raises as `read_records`, and `DataError` when
     a record has no text or all are blank."""
-    found = [text for text in map(document, read_records(source)) if text.strip()]
-    if not found:
+    texts = [text for text in map(document, read_records(source)) if text.strip()]
+    if not texts:
         raise DataError(f"{source} holds no text")
-    return found
+    return texts
 
 
 def read_text(source: str) -> str:
@@ -92,13 +90,6 @@ def shortened(names: Sequence[str]) -> dict[str, str]:
     return {name: short(name) for name in names}
 
 
-def most_characters(source: str) -> int | None:
-    """A number that the characters of a source do not exceed: the bytes of its file. None where that is not known: of a
-    data set, and of a file that is compressed."""
-    path = Path(source)
-    return path.stat().st_size if is_file(source) and path.suffix.lower() != ".parquet" else None
-
-
 def document(record: Record) -> str:
     """The text of one record: its value if that is a string, else the first string in `TEXT_FIELDS`. Raises
     `DataError`."""
@@ -109,9 +100,9 @@ def document(record: Record) -> str:
     for name in TEXT_FIELDS:
         if isinstance(text := fields.get(name), str):
             return text
-    found = ", ".join(f"'{name}' ({type(held).__name__})" for name, held in fields.items()) or type(value).__name__
+    kinds = ", ".join(f"'{name}' ({type(field).__name__})" for name, field in fields.items()) or type(value).__name__
     raise DataError(
-        f"{record.place}: expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string, found {found}"
+        f"{record.place}: expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string, found {kinds}"
     )
 
 
@@ -119,9 +110,8 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
     """Find errors in a source before long work starts.
 
     ``read``: the function that the caller will apply to every record; it is applied to the first. ``expected``: see
-    `read_records`. For a data set, only
-    checks that ``datasets`` is installed, as it may have to be downloaded. Raises as `read_records` and ``read`` do,
-    and `DataError` when there is no record.
+    `read_records`. For a data set, only checks that ``datasets`` is installed, as it may have to be downloaded. Raises
+    as `read_records` and ``read`` do, and `DataError` when there is no record.
     """
     if source != PYDOC and _existing_file(source, expected) is None:
         if find_spec("datasets") is None:
@@ -174,7 +164,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 place = f"{path}, line {number}"
                 text = _decoded(line, place).strip(" \t\r\n")
                 if text:
-                    yield _checked(Record(_parsed(text, path, number), place), bool(_SURROGATE.search(text)))
+                    yield Record(_parsed(text, path, number), place)
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -184,9 +174,8 @@ def _json_records(path: Path) -> Iterator[Record]:
     values = _parsed(text, path)
     if not isinstance(values, list | dict):
         raise DataError(f"{path}: expected a JSON list of records, or one record, found {type(values).__name__}")
-    surrogates = bool(_SURROGATE.search(text))
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        yield _checked(Record(value, f"{path}, record {number}"), surrogates)
+        yield Record(value, f"{path}, record {number}")
 
 
 def _parquet_rows(path: Path) -> Iterator[Record]:
@@ -255,15 +244,3 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {line}: JSON beyond what Python reads: {first_line(error)}") from None
-
-
-def _checked(record: Record, surrogates: bool) -> Record:
-    """``record``. Raises `DataError` when a string in it has half of a surrogate pair, which JSON can escape (programs
-    that cut strings inside an emoji write it) and tokenizers do not accept."""
-    if surrogates:
-        try:
-            json.dumps(record.value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(error.object[error.start]):04x}"
-            raise DataError(f"{record.place}: {half} is half of a surrogate pair, not a character; remove it") from None
-    return record

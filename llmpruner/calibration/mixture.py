@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..errors import DataError
 from ..files import is_file
@@ -16,8 +15,7 @@ T = TypeVar("T")
 _PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One source. ``share``: how many of its records are taken in proportion to the others'; None where no source has
     a share, and all records are taken."""
 
@@ -35,7 +33,7 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
 
 def split_mixture(text: str) -> tuple[Part, ...]:
     """`parse_mixture` of what is no file."""
-    found = []
+    parts = []
     for piece in text.split(","):
         match = _PART.fullmatch(piece.strip())
         if match is None:
@@ -43,20 +41,19 @@ def split_mixture(text: str) -> tuple[Part, ...]:
         share = None if match[1] is None else float(match[1])
         if share == 0:
             raise DataError(f"'{text}': a share of 0 takes nothing of '{match[2]}'; leave it out")
-        found.append(Part(match[2], share))
-    if any(part.share is not None for part in found):
-        found = [Part(part.source, 1.0 if part.share is None else part.share) for part in found]
-    return tuple(found)
+        parts.append(Part(match[2], share))
+    if any(part.share is not None for part in parts):
+        parts = [Part(part.source, 1.0 if part.share is None else part.share) for part in parts]
+    return tuple(parts)
 
 
 def mixed(parts: Sequence[tuple[Part, Sequence[T]]], seed: int) -> list[T]:
     """The records of all sources, those of each together, in their order. With shares, as many as there can be in these
     proportions, drawn at random by ``seed``."""
-    shares = [part.share for part, _ in parts]
-    unit = min((len(records) / share for (_, records), share in zip(parts, shares, strict=True) if share), default=0.0)
-    found: list[T] = []
+    unit = min((len(records) / part.share for part, records in parts if part.share), default=0.0)
+    chosen: list[T] = []
     for number, (part, records) in enumerate(parts):
         count = len(records) if part.share is None else max(1, round(part.share * unit))
-        chosen = sorted(random.Random(f"{seed} {number}").sample(range(len(records)), min(count, len(records))))
-        found += [records[index] for index in chosen]
-    return found
+        places = sorted(random.Random(f"{seed} {number}").sample(range(len(records)), min(count, len(records))))
+        chosen += [records[place] for place in places]
+    return chosen

@@ -1,4 +1,4 @@
-"""Windows of tokens from documents."""
+"""Windows of tokens from documents, and what a tokenizer puts before every text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _ATTEMPTS = 200
 """Random positions that are tried for a window before the text counts as too short."""
 _WINDOWS_PER_PIECE = 8
 """Windows of text that are tokenized at once."""
-_BETWEEN = "\n\n"
+_OPENING = 256
+"""Characters of a text that are encoded with and without special tokens."""
 
 
 def windows(
@@ -45,7 +46,7 @@ def windows(
             "raise --length"
         )
     rng = random.Random(seed)
-    text = _BETWEEN.join(rng.sample(documents, len(documents)))
+    text = "\n\n".join(rng.sample(documents, len(documents)))
     rounds: list[list[list[int]]] = []
     for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
         ids = tokens_of(tokenizer, piece)
@@ -64,14 +65,14 @@ def windows(
 
 def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
     """The text in pieces of about ``size`` characters that start at a word, in random order."""
-    found: list[str] = []
+    pieces: list[str] = []
     start, stop = 0, rng.randrange(1, size + 1) if len(text) > size else size
     while start < len(text):
         stop = _word_end(text, stop)
-        found.append(text[start:stop])
+        pieces.append(text[start:stop])
         start, stop = stop, stop + size
-    rng.shuffle(found)
-    return found
+    rng.shuffle(pieces)
+    return pieces
 
 
 def _word_end(text: str, start: int) -> int:
@@ -98,3 +99,16 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
         if not failed:
             rows.append(ids)
     return rows
+
+
+def opening_tokens(tokenizer: Any, text: str) -> list[int]:
+    """What ``tokenizer`` puts before ``text`` when it adds its special tokens; empty where it puts nothing there.
+
+    Found by encoding the beginning of the text both ways, as neither a name (``bos_token``) nor a flag
+    (``add_bos_token``) tells: GPT-2 and Qwen have a BOS token that they never put, and ChatGLM puts two tokens.
+    """
+    plain, own = (
+        tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+    )
+    starts = (start for start in range(len(own) - len(plain) + 1) if own[start : start + len(plain)] == plain)
+    return list(own[: next(starts, 0)]) if plain else []

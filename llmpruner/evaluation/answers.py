@@ -69,7 +69,7 @@ class AnswersMetric(Metric):
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
         ``nll_per_token`` and ``kl_per_token``: means over them, in nats, the latter None without ``kl``."""
-        from ..calibration.labelled import IGNORED
+        from ..calibration.chat import IGNORED
         from .perplexity import check_number, exponential
 
         reference = subject.reference if self.settings.kl else None
@@ -91,8 +91,7 @@ class AnswersMetric(Metric):
 
     def _rows(self, subject: MetricSubject) -> list[dict[str, list[int]]]:
         """Tokens and labels of every text that has a token of an answer. Raises `DataError` where none has."""
-        from ..calibration.chat import training_texts
-        from ..calibration.labelled import IGNORED, labelled
+        from ..calibration.chat import IGNORED, labelled, training_texts
 
         if subject.tokenizer is None or subject.family is None:
             raise no_tokenizer(f"model '{subject.name}'", "it cannot read answers")

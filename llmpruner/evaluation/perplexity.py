@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from ..calibration.opening import opening_tokens
+from ..calibration.windows import opening_tokens
 from ..engine.statistics import divergence
 from ..errors import DataError, ModelError
 from ..models.numbers import autocast_to

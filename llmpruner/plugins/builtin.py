@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from ..calibration.source import CalibrationSource
+    from ..calibration.sources import CalibrationSource
     from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime
@@ -87,9 +87,7 @@ def llmpruner_compensations() -> list[type[Compensation]]:
 
 @hookimpl
 def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
-    from ..calibration.chat_source import ChatSource
-    from ..calibration.self_written import SelfWritten
-    from ..calibration.text import TextSource
+    from ..calibration.sources import ChatSource, SelfWritten, TextSource
 
     return [SelfWritten, TextSource, ChatSource]
 

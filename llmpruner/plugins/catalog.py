@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ..calibration.source import CalibrationSource
+from ..calibration.sources import CalibrationSource
 from ..discovery.family import AUTO, ModelFamily
 from ..errors import DuplicateNameError, ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric

@@ -23,7 +23,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from ..calibration.source import CalibrationSource
+    from ..calibration.sources import CalibrationSource
     from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime

@@ -80,7 +80,6 @@ def _check_calibration(calibration: CalibrationJob, structure: Structure, *, tok
         if not part.source.writes and not tokenizer:
             raise no_tokenizer(f"model '{structure.ref}'", f"it cannot be calibrated on '{part.reference}'; use 'self'")
     calibration.text.check()
-    calibration.text.check_amount(calibration.samples)
 
 
 def _check_amount(job: PruneJob, structure: Structure) -> None:

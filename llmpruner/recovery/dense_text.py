@@ -19,9 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import chat_prompt, training_texts
+from ..calibration.chat import chat_prompt, labelled, training_texts
 from ..calibration.conversations import Completion, Example, Instruction
-from ..calibration.labelled import labelled
 from ..calibration.mixture import parse_mixture
 from ..errors import DataError, OutputError
 from ..files import is_file, write_text

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import TrainingText, training_texts
+from ..calibration.chat import IGNORED, TrainingText, labelled, training_texts
 from ..calibration.conversations import Completion, Example, example
 from ..calibration.documents import EXPECTED_EXAMPLES, read_records
-from ..calibration.labelled import IGNORED, labelled
 from ..calibration.mixture import mixed, parse_mixture
 from ..errors import DataError
 from ..values import counted

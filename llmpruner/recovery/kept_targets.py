@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..calibration.labelled import IGNORED
+from ..calibration.chat import IGNORED
 from ..engine.journal import Journal
 from ..engine.ranks import Ranks
 from ..errors import CheckpointError

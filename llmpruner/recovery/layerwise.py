@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from ..calibration.labelled import IGNORED
+from ..calibration.chat import IGNORED
 from ..engine.boundaries import copied
 from ..engine.journal import Journal
 from ..engine.walk import Batch, Call, call_layer, eager_experts, first_output, with_passed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from ..calibration.labelled import IGNORED
+from ..calibration.chat import IGNORED
 from ..errors import ModelError
 from ..models.tokenizer import predicted_tokens
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ..calibration.labelled import IGNORED
+from ..calibration.chat import IGNORED
 from ..engine.ranks import Ranks
 from ..models.numbers import autocast_to
 from ..models.tokenizer import with_padding

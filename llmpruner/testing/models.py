@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from ..calibration.calibration import CalibrationText, Part
-from ..calibration.self_written import SelfWritten
+from ..calibration.sources import SelfWritten
 from ..discovery.graph import build_graph
 from ..discovery.tiny import random_instance
 from ..models.model import Model

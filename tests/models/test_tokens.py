@@ -7,10 +7,9 @@ import tiny_models
 from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError
-from llmpruner.calibration.chat import training_texts
-from llmpruner.calibration.chat_source import tokens_of as tokens_of_chat
+from llmpruner.calibration.chat import chat_tokens as tokens_of_chat
+from llmpruner.calibration.chat import labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message
-from llmpruner.calibration.labelled import labelled
 from llmpruner.calibration.windows import windows
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.perplexity import perplexity

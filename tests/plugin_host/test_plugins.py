@@ -21,7 +21,7 @@ from llmpruner import (
     UnsupportedModelError,
     hookimpl,
 )
-from llmpruner.calibration.source import CalibrationSource
+from llmpruner.calibration.sources import CalibrationSource
 from llmpruner.cli.app import build_app
 from llmpruner.cli.plugins import settings_of, summary_of
 from llmpruner.component import ComponentSettings

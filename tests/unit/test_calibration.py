@@ -15,14 +15,11 @@ from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, UnsupportedModelError
-from llmpruner.calibration import written, written_chats
+from llmpruner.calibration import written
 from llmpruner.calibration.calibration import parse_calibration
-from llmpruner.calibration.chat_source import ChatSource, packed
-from llmpruner.calibration.self_written import SelfWritten
-from llmpruner.calibration.source import CalibrationSource
-from llmpruner.calibration.text import TextSource
+from llmpruner.calibration.sources import CalibrationSource, ChatSource, SelfWritten, TextSource, packed
 from llmpruner.calibration.written import _Draw
-from llmpruner.calibration.written_chats import _text
+from llmpruner.calibration.written import _text_before as _text
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.family import ModelFamily
 from llmpruner.errors import PluginError, SettingsError
@@ -407,18 +404,18 @@ def test_conversations_need_samples_of_more_than_twice_their_format(chatty):
 
 
 def test_an_answer_is_drawn_with_other_numbers_than_its_question(chatty, monkeypatch):
-    drawn, own = [], written_chats.answered
-    monkeypatch.setattr(written_chats, "answered", lambda *args: drawn.append(args[3]) or own(*args))
+    drawn, own = [], written.answered
+    monkeypatch.setattr(written, "answered", lambda *args: drawn.append(args[3]) or own(*args))
     sampled(*chatty, samples=1, chats=1)
     questions, answers = drawn
-    assert questions.shape[1] == written_chats.QUESTION_TOKENS and answers.shape[1] == written_chats.ANSWER_TOKENS
+    assert questions.shape[1] == written.QUESTION_TOKENS and answers.shape[1] == written.ANSWER_TOKENS
     assert not torch.isin(questions, answers).any()
 
 
 @pytest.mark.parametrize("batch", [64, 2])
 def test_more_conversations_are_written_where_they_are_too_short_for_a_sample(chatty, monkeypatch, batch):
-    own = written_chats.answered
-    monkeypatch.setattr(written_chats, "answered", lambda *args: own(*args[:3], args[3][:, :2]))
+    own = written.answered
+    monkeypatch.setattr(written, "answered", lambda *args: own(*args[:3], args[3][:, :2]))
     found = sampled(*chatty, samples=1, chats=1, batch=batch)
     assert found.shape == (1, 128) and torch.equal(found, sampled(*chatty, samples=1, chats=1))
     text = chatty[1].decode(found[0])
@@ -470,7 +467,7 @@ def test_an_answer_ends_at_the_text_at_which_its_family_stops(chatty, monkeypatc
             return f"USER: {instruction} ASSISTANT:"
 
     said = tokenizer("Elbe and Loire.### Paris", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(written_chats, "answered", lambda model, tokenizer, prompts, numbers: [said] * len(prompts))
+    monkeypatch.setattr(written, "answered", lambda model, tokenizer, prompts, numbers: [said] * len(prompts))
     text = tokenizer.decode(sampled(loaded, tokenizer, samples=1, chats=1, family=Stopping())[0])
     (answer, *_) = text.split("ASSISTANT:")[1].split("</s>")
     assert answer.strip() == "Elbe and Loire."

@@ -8,10 +8,9 @@ import tiny_models
 from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.calibration.chat import TrainingText, Turn, chat_prompt, training_texts
-from llmpruner.calibration.chat_source import tokens_of
+from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, training_texts
+from llmpruner.calibration.chat import chat_tokens as tokens_of
 from llmpruner.calibration.conversations import Completion, Conversation, Instruction, Message
-from llmpruner.calibration.labelled import IGNORED
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 

@@ -9,8 +9,7 @@ import tiny_models
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import DataError
-from llmpruner.calibration.chat import TrainingText, Turn
-from llmpruner.calibration.labelled import IGNORED
+from llmpruner.calibration.chat import IGNORED, TrainingText, Turn
 from llmpruner.calibration.mixture import Part, mixed, parse_mixture
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 

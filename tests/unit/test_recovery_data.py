@@ -6,8 +6,7 @@ import tiny_models
 import torch
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.calibration.chat import TrainingText, Turn
-from llmpruner.calibration.labelled import IGNORED
+from llmpruner.calibration.chat import IGNORED, TrainingText, Turn
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.examples import Examples, load_examples, tokenise
 from llmpruner.recovery.trainer import collator_for
