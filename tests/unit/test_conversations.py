@@ -125,26 +125,6 @@ def test_malformed_records_are_refused_with_their_place(what):
     assert str(caught.value).startswith("here: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        {"instruction": "Say.", "output": "{}"},
-        {"instruction": "Say.", "input": "{}", "output": "a"},
-        {"messages": chat(("user", "{}"), ("assistant", "a"))},
-        {"prompt": "{}", "completion": "a"},
-        {"text": "{}"},
-    ],
-    ids=" ".join,
-)
-def test_text_without_blanks_of_vast_length_is_refused(value):
-    def with_run(length):
-        return json.loads(json.dumps(value).replace("{}", "some words and " + "a" * length))
-
-    example(Record(with_run(1_000_000), "a.jsonl, line 2"))
-    with pytest.raises(DataError, match="line 2: more than 1,000,000 characters without a blank"):
-        example(Record(with_run(1_000_001), "a.jsonl, line 2"))
-
-
 def test_examples_are_read_from_a_source_in_order(tmp_path):
     values = [value for value, _ in FORMS.values()]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
