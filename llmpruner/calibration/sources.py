@@ -175,6 +175,8 @@ class SelfWritten(CalibrationSource):
 
         settings, chats = self.settings, None
         count = round(task.samples * settings.chats)
+        if settings.chats and not count:
+            raise DataError(f"self.chats: {settings.chats:g} of {task.samples} samples is none; raise it, or --samples")
         if count:
             if task.tokenizer is None or task.family is None:
                 raise no_tokenizer("the model", "it cannot write conversations; leave self.chats out")
